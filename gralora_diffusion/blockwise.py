@@ -1,0 +1,122 @@
+"""The mathematics of GraLoRA as pure functions of tensors (arXiv 2505.20355).
+
+A GraLoRA update of a weight of shape (out, in) is a k x k grid of low-rank blocks. One legend, used
+for shapes and einsum letters alike:
+
+    k   blocks per side             n   input block (0..k-1)     j   output block (0..k-1)
+    i   in / k, inputs per block    o   out / k, outputs per block
+    r   rank                        s   r / k, rank of a block   h, w   kernel height and width
+
+    A   (k, i, r)  or (k, i, r, h, w) for a convolution; one slice per *input* block n
+    B   (k, r, o)                                      ; one slice per *output* block j
+
+Block (j, n) of the update is ``(A[n][:, j*s:(j+1)*s] @ B[j][n*s:(n+1)*s, :]).T``. So A has the
+parameters of a LoRA's down matrix and B those of its up matrix, while the update has rank k * r.
+Layout and meaning of A and B are PEFT's (``peft/tuners/gralora/layer.py``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def init_factors(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    k: int,
+    kernel_size: Sequence[int] = (),
+    zero_update: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return new factors A (k, i, r, *kernel_size) and B (k, r, o).
+
+    A is Kaiming-uniform per block, as in PEFT; B is zero, so that the update starts at zero, or
+    Kaiming-uniform too when ``zero_update`` is False. Blocks are drawn in PEFT's order: for a linear
+    layer the same seed gives the factors that PEFT draws.
+    """
+    i, o = in_features // k, out_features // k
+    blocks_a, blocks_b = [], []
+    for _ in range(k):
+        a, b = torch.empty(rank, i, *kernel_size), torch.empty(o, rank)
+        nn.init.kaiming_uniform_(a, a=math.sqrt(5))
+        if zero_update:
+            nn.init.zeros_(b)
+        else:
+            nn.init.kaiming_uniform_(b, a=math.sqrt(5))
+        blocks_a.append(a)
+        blocks_b.append(b)
+    return (
+        torch.stack(blocks_a).transpose(1, 2).contiguous(),
+        torch.stack(blocks_b).transpose(1, 2).contiguous(),
+    )
+
+
+def linear_update(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """Apply ``scaling`` times the update to ``x`` (..., in); returns (..., out).
+
+    Never forms the update: two batched products with an exchange of rank chunks between them. The
+    scale is folded into the hidden tensor, the smallest of all.
+    """
+    k, i, r = A.shape
+    s, o = r // k, B.shape[2]
+    tokens = x.reshape(-1, k, i).transpose(0, 1)  # (n, tokens, i)
+    hidden = torch.bmm(tokens, A) * scaling  # (n, tokens, r = j s)
+    # the exchange: chunk j of input block n becomes chunk n of output block j
+    hidden = hidden.unflatten(2, (k, s)).permute(2, 1, 0, 3).reshape(k, -1, r)
+    update = torch.bmm(hidden, B)  # (j, tokens, o)
+    return update.transpose(0, 1).reshape(*x.shape[:-1], k * o)
+
+
+def conv2d_update(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scaling: float = 1.0,
+    stride: Sequence[int] = (1, 1),
+    padding: str | Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+) -> Tensor:
+    """Apply ``scaling`` times the update to ``x`` (batch, in, height, width).
+
+    Two grouped convolutions, the first with the layer's kernel, the second 1 x 1, with the exchange
+    of rank chunks between them. Returns (batch, out, height', width').
+    """
+    k, i, r, *kernel = A.shape
+    s, o = r // k, B.shape[2]
+    down = A.transpose(1, 2).reshape(k * r, i, *kernel)
+    up = B.transpose(1, 2).reshape(k * o, r, 1, 1)
+    hidden = F.conv2d(x, down, None, stride, padding, dilation, groups=k) * scaling
+    hidden = hidden.unflatten(1, (k, k, s)).transpose(1, 2).flatten(1, 3)
+    return F.conv2d(hidden, up, groups=k)
+
+
+def delta_weight(A: Tensor, B: Tensor) -> Tensor:
+    """Return the dense update, unscaled: (out, in), or (out, in, h, w) for a convolution."""
+    k, i, r, *kernel = A.shape
+    s, o = r // k, B.shape[2]
+    chunks_a = A.reshape(k, i, k, s, -1)  # the kernel's positions as one axis, p
+    chunks_b = B.reshape(k, k, s, o)
+    delta = torch.einsum("nijsp,jnso->jonip", chunks_a, chunks_b)
+    return delta.reshape(k * o, k * i, *kernel)
+
+
+def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the ordinary LoRA pair with exactly the same update, of rank k * r.
+
+    ``down`` is (k * r, in, *kernel), 1/k dense; ``up`` is (out, k * r), and ``up @ down`` is
+    :func:`delta_weight`. Row (n, j, s) of ``down`` reads input block n and feeds output block j.
+    """
+    k, i, r, *kernel = A.shape
+    s, o = r // k, B.shape[2]
+    block = torch.arange(k)
+    down = A.new_zeros(k, r, k, i, *kernel)
+    down[block, :, block] = A.transpose(1, 2)
+    up = B.new_zeros(k, o, k, k, s)
+    # up[j, o, n, j, s] = B[j, n s, o]
+    up[block, :, :, block] = B.reshape(k, k, s, o).permute(0, 3, 1, 2)
+    return down.reshape(k * r, k * i, *kernel), up.reshape(k * o, k * r)

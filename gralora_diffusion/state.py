@@ -1,0 +1,360 @@
+"""The adapter file: what is in it, reading, writing, and refusing what is not whole.
+
+One file holds the adapters of a pipeline, ``pytorch_gralora_weights.safetensors``:
+
+* tensors named ``<component>.<module path>.gralora_A`` and so on, as PEFT names them, where the
+  component is the attribute of the pipeline (``unet``, ``text_encoder``, ...);
+* metadata ``gralora_adapter_metadata``: JSON with ``format_version``, ``family`` and ``components``,
+  the PEFT config of each component. Shapes alone cannot tell alpha, so a file without it is refused.
+
+Also read and written: PEFT's folder, ``adapter_config.json`` beside ``adapter_model.safetensors``,
+either directly (the adapter of one component) or in a sub-folder per component.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.utils.hub_utils import _get_model_file
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from peft import GraloraConfig
+from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
+from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
+METADATA_KEY = "gralora_adapter_metadata"
+PEFT_PREFIX = "base_model.model."
+#: Stands for the denoiser in a PEFT folder, which does not say of which component it is.
+DENOISER = "denoiser"
+
+
+class AdapterFileError(ValueError):
+    """An adapter file that cannot be used; says where, what was found and what to do."""
+
+
+@dataclass
+class ComponentAdapter:
+    """The adapter of one component: its PEFT config and its tensors by PEFT's key."""
+
+    config: GraloraConfig
+    tensors: dict[str, Tensor]
+
+
+@dataclass
+class Adapter:
+    """The adapters of a pipeline's components, and the family of base model they were trained for.
+
+    ``metadata`` holds whatever else the file says (strings): ``modelspec.*``, ``ss_*``, ...
+    """
+
+    components: dict[str, ComponentAdapter]
+    family: str | None = None
+    metadata: dict[str, str] = field(default_factory=dict)
+    source: str = "state dict"
+
+
+# -- writing ---------------------------------------------------------------------------------------
+
+
+def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
+    """Write the native file. It appears under its name only when it is whole. Returns the path."""
+    path = Path(path)
+    tensors = {
+        f"{component}.{key}": tensor.detach().to("cpu").contiguous()
+        for component, part in adapter.components.items()
+        for key, tensor in part.tensors.items()
+    }
+    description = {
+        "format_version": FORMAT_VERSION,
+        "family": adapter.family,
+        "components": {name: config_to_dict(p.config) for name, p in adapter.components.items()},
+    }
+    metadata = {
+        **adapter.metadata,
+        "format": "pt",
+        METADATA_KEY: json.dumps(description, indent=2, sort_keys=True),
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, path, metadata)
+    return path
+
+
+def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[Path]:
+    """Write one PEFT folder per component, ``<folder>/<component>``, for ``PeftModel.from_pretrained``."""
+    folders = []
+    for name, part in adapter.components.items():
+        target = Path(folder) / name
+        target.mkdir(parents=True, exist_ok=True)
+        tensors = {
+            f"{PEFT_PREFIX}{k}": v.detach().cpu().contiguous() for k, v in part.tensors.items()
+        }
+        write_safetensors(tensors, target / PEFT_WEIGHTS_NAME, {"format": "pt"})
+        text = json.dumps(config_to_dict(part.config), indent=2, sort_keys=True)
+        (target / PEFT_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        folders.append(target)
+    return folders
+
+
+def write_safetensors(
+    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
+) -> None:
+    """Write beside ``path`` and rename into place, so that neither a kill nor a full disk harms it."""
+    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    os.close(handle)
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        os.chmod(temporary, 0o644)  # mkstemp makes private files
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
+def config_to_dict(config: GraloraConfig) -> dict[str, Any]:
+    """The config as JSON-ready values, without what only concerns the machine it was made on."""
+    values = config.to_dict()
+    values.pop("runtime_config", None)
+    values.update(base_model_name_or_path=None, inference_mode=True)
+    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+
+
+def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
+    """Rebuild a config. A field that this version does not know is refused, not dropped."""
+    kind = str(values.get("peft_type", "GRALORA")).split(".")[-1]
+    if kind != "GRALORA":
+        raise AdapterFileError(
+            f"{where}: this is a {kind} adapter, not GraLoRA. Load a LoRA with "
+            "`pipe.load_lora_weights(...)`."
+        )
+    known = set(GraloraConfig.__dataclass_fields__)
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise AdapterFileError(
+            f"{where}: the config has fields this version does not know: {', '.join(unknown)}. "
+            "The file comes from a newer version; upgrade gralora-diffusion (and peft)."
+        )
+    try:
+        return GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
+    except (TypeError, ValueError) as error:
+        raise AdapterFileError(f"{where}: the adapter's config is not valid: {error}") from error
+
+
+# -- reading ---------------------------------------------------------------------------------------
+
+
+def read_adapter(
+    source: str | os.PathLike[str],
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    **hub_options: Any,
+) -> Adapter:
+    """Read an adapter from a file, a folder, a PEFT folder or a Hub repository.
+
+    Args:
+        source: path, or repository id on the Hub.
+        weight_name: file name in the folder or repository, if not ``WEIGHTS_NAME``.
+        subfolder: folder inside the folder or repository.
+        hub_options: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``,
+            ``proxies``, as for ``from_pretrained``.
+
+    Raises:
+        AdapterFileError: nothing there, not safetensors, truncated, or without its config.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _read_file(path)
+    if path.is_dir():
+        return _read_folder(path / subfolder if subfolder else path, weight_name)
+    if not looks_like_hub_id(source):
+        raise AdapterFileError(f"{source}: no such file or folder.")
+    return _read_from_hub(str(source), weight_name, subfolder, hub_options)
+
+
+def looks_like_hub_id(source: str | os.PathLike[str]) -> bool:
+    """Whether a string that is no local path has the form ``name`` or ``owner/name``."""
+    text = str(source)
+    return (
+        text.count("/") <= 1
+        and not text.startswith((".", "/", "~"))
+        and "\\" not in text
+        and not text.endswith((".safetensors", ".bin", ".pt", ".ckpt", "/"))
+    )
+
+
+def _read_folder(folder: Path, weight_name: str | None) -> Adapter:
+    if weight_name:
+        if not (folder / weight_name).is_file():
+            raise AdapterFileError(f"{folder}: no file named {weight_name} in this folder.")
+        return _read_file(folder / weight_name)
+    if (folder / WEIGHTS_NAME).is_file():
+        return _read_file(folder / WEIGHTS_NAME)
+    if (folder / PEFT_CONFIG_NAME).is_file():
+        return Adapter({DENOISER: _read_peft_folder(folder)}, source=str(folder))
+    parts = {
+        child.name: _read_peft_folder(child)
+        for child in sorted(folder.iterdir() if folder.is_dir() else ())
+        if (child / PEFT_CONFIG_NAME).is_file()
+    }
+    if parts:
+        return Adapter(parts, source=str(folder))
+    raise AdapterFileError(
+        f"{folder}: no GraLoRA adapter here. Expected {WEIGHTS_NAME}, or a PEFT folder "
+        f"({PEFT_CONFIG_NAME} beside {PEFT_WEIGHTS_NAME}); for another file name pass weight_name=..."
+    )
+
+
+def _read_from_hub(
+    repository: str, weight_name: str | None, subfolder: str | None, options: Mapping[str, Any]
+) -> Adapter:
+    names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_CONFIG_NAME]
+    problem: Exception | None = None
+    for name in names:
+        try:
+            path = Path(
+                _get_model_file(repository, weights_name=name, subfolder=subfolder, **options)
+            )
+            if name == PEFT_CONFIG_NAME:
+                _get_model_file(
+                    repository, weights_name=PEFT_WEIGHTS_NAME, subfolder=subfolder, **options
+                )
+                return _read_folder(path.parent, None)
+            return _read_file(path)
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            problem = error
+    raise AdapterFileError(
+        f"{repository}: neither a local path nor an adapter on the Hub that could be fetched "
+        f"({' or '.join(names)}{f' in {subfolder}' if subfolder else ''}): {problem}"
+    ) from problem
+
+
+def _read_peft_folder(folder: Path) -> ComponentAdapter:
+    config_path = folder / PEFT_CONFIG_NAME
+    weights_path = folder / PEFT_WEIGHTS_NAME
+    if not weights_path.is_file():
+        raise AdapterFileError(
+            f"{folder}: {PEFT_CONFIG_NAME} without {PEFT_WEIGHTS_NAME} beside it."
+        )
+    try:
+        values = json.loads(config_path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AdapterFileError(f"{config_path}: not readable as JSON: {error}") from error
+    config = config_from_dict(values, str(config_path))
+    tensors, _ = _open_safetensors(weights_path)
+    return ComponentAdapter(config, {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()})
+
+
+def _read_file(path: Path) -> Adapter:
+    tensors, metadata = _open_safetensors(path)
+    described = metadata.pop(METADATA_KEY, None)
+    if described is None:
+        raise AdapterFileError(_why_no_metadata(path, tensors))
+    try:
+        description = json.loads(described)
+        version, configs = description["format_version"], dict(description["components"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise AdapterFileError(f"{path}: metadata {METADATA_KEY} is damaged: {error!r}") from error
+    if version != FORMAT_VERSION:
+        raise AdapterFileError(
+            f"{path}: format_version {version}, this version of gralora-diffusion reads "
+            f"{FORMAT_VERSION}. Upgrade gralora-diffusion."
+        )
+    parts = {
+        name: ComponentAdapter(config_from_dict(values, f"{path}, {name}"), {})
+        for name, values in configs.items()
+    }
+    for key, tensor in tensors.items():
+        component, _, rest = key.partition(".")
+        if component not in parts:
+            raise AdapterFileError(
+                f"{path}: key {key!r} belongs to no component of its metadata ({', '.join(parts)})."
+            )
+        parts[component].tensors[rest] = tensor
+    metadata.pop("format", None)
+    return Adapter(parts, description.get("family"), metadata, str(path))
+
+
+def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        size = path.stat().st_size if path.exists() else 0
+        raise AdapterFileError(
+            f"{path}: not a whole safetensors file ({size:,} bytes): {error}. If it was downloaded or "
+            "copied, fetch it again."
+        ) from error
+
+
+def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors) and not any(
+        "gralora_" in key for key in tensors
+    ):
+        return f"{path}: this is a LoRA, not a GraLoRA file. Load it with `pipe.load_lora_weights(...)`."
+    if not any("gralora_" in key for key in tensors):
+        return (
+            f"{path}: no GraLoRA weights in this file (first key: {next(iter(tensors), None)!r})."
+        )
+    return (
+        f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. Pass the "
+        "state dict with its config: `pipe.load_gralora_weights(safetensors.torch.load_file(path), "
+        "config=GraloraConfig(r=..., gralora_k=..., alpha=..., target_modules=[...]))`."
+    )
+
+
+def adapter_from_state_dict(
+    state_dict: Mapping[str, Tensor],
+    config: GraloraConfig | Mapping[str, GraloraConfig | Mapping[str, Any]] | None,
+    component_names: tuple[str, ...],
+) -> Adapter:
+    """Make an :class:`Adapter` from tensors in memory and their config.
+
+    Args:
+        state_dict: keys with the component in front (``unet.``), or of one component without it.
+        config: one config for every component, or a mapping from component to config.
+        component_names: components the pipeline has; the first is the denoiser.
+
+    Raises:
+        AdapterFileError: no config, or a component without one.
+    """
+    if config is None:
+        raise AdapterFileError(
+            "A state dict alone does not say rank, k and alpha. Pass `config=GraloraConfig(...)`, or a "
+            "mapping from component to config such as {'unet': GraloraConfig(...)}."
+        )
+    tensors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in state_dict.items():
+        bare = key.removeprefix(PEFT_PREFIX)
+        component, _, rest = bare.partition(".")
+        if component not in component_names:
+            component, rest = component_names[0], bare
+        tensors.setdefault(component, {})[rest] = tensor
+    parts = {}
+    for name, part in tensors.items():
+        chosen = config.get(name) if isinstance(config, Mapping) else config
+        if chosen is None:
+            raise AdapterFileError(
+                f"The state dict has weights for {name}, but `config` has no {name!r}."
+            )
+        if isinstance(chosen, Mapping):
+            chosen = config_from_dict(chosen, f"config[{name!r}]")
+        parts[name] = ComponentAdapter(chosen, part)
+    return Adapter(parts)
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Return the keys of tensors with a NaN or infinite value."""
+    return [key for key, t in tensors.items() if not torch.isfinite(t.float()).all()]
