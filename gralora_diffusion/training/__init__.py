@@ -1,0 +1,1 @@
+"""Training: options, data, caches, objectives, checkpoints and the loop."""

@@ -1,0 +1,280 @@
+"""The training options as one object: from a command line, from a YAML file, and back to YAML."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config_checks import ConfigError, choices_of, find_problems, find_remarks
+from .config_options import (
+    OPTION_GROUPS,
+    AdapterOptions,
+    BaseModelOptions,
+    DataOptions,
+    ImageOptions,
+    LengthOptions,
+    LossOptions,
+    OptimizerOptions,
+    OutputOptions,
+    PriorOptions,
+    ValidationOptions,
+)
+
+# diffusers' options that we have no use for, and what takes their place
+NOT_CARRIED = {
+    "tokenizer_name": "the tokenizer is always the base's",
+    "tokenizer_max_length": "the tokenizer's own length is used",
+    "pre_compute_text_embeddings": "prompts are always encoded once unless --train_text_encoder",
+    "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline does it",
+    "validation_images": "only text-to-image bases are trained",
+    "class_labels_conditioning": "only text-to-image bases are trained",
+}
+PATHS = (
+    "config",
+    "pretrained_model_name_or_path",
+    "base_config",
+    "pretrained_vae_model_name_or_path",
+    "cache_dir",
+    "dataset_name",
+    "instance_data_dir",
+    "class_data_dir",
+    "latent_cache_dir",
+    "output_dir",
+    "resume_from_checkpoint",
+    "logging_dir",
+)
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(
+    ValidationOptions,
+    OutputOptions,
+    OptimizerOptions,
+    LengthOptions,
+    AdapterOptions,
+    LossOptions,
+    ImageOptions,
+    PriorOptions,
+    DataOptions,
+    BaseModelOptions,
+):
+    """All options of a training run; ``config_options`` describes each. Call :meth:`validate`."""
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.optimizer.lower()
+        if self.use_8bit_adam and self.optimizer == "adamw":
+            self.optimizer = "adamw8bit"
+        for name in PATHS:  # the shell expands ~ only on the command line, not in a YAML file
+            value = getattr(self, name)
+            if value and value.startswith("~"):
+                setattr(self, name, str(Path(value).expanduser()))
+
+    @property
+    def alpha(self) -> int:
+        """``lora_alpha``, or what gives scaling 1."""
+        return self.rank + self.hybrid_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def target_modules(self) -> list[str] | str | None:
+        """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
+        if self.lora_layers is None:
+            return None
+        if self.lora_layers.startswith("re:"):
+            return self.lora_layers[len("re:") :]
+        return [ending.strip() for ending in self.lora_layers.split(",") if ending.strip()]
+
+    def validate(self) -> list[str]:
+        """Check all that can be checked before a model is loaded.
+
+        Returns:
+            Remarks for the user about options that have no effect or an unusual value.
+
+        Raises:
+            ConfigError: with every problem, each naming the flag, the value, and what to do.
+        """
+        if problems := find_problems(self):
+            raise ConfigError(problems)
+        return find_remarks(self)
+
+    def with_defaults(self, family_defaults: Mapping[str, Any]) -> TrainingConfig:
+        """Return a copy in which every option left to the family has a value.
+
+        Args:
+            family_defaults: option -> value, such as ``{"resolution": 512}``. ``learning_rate``,
+                ``adam_weight_decay`` and ``text_encoder_lr`` may lack: diffusers' usual ones
+                take their place.
+
+        Raises:
+            KeyError: a name is not an option.
+        """
+        defaults: dict[str, Any] = {
+            "learning_rate": 1e-4,
+            "adam_weight_decay": 1e-4,
+            "text_encoder_lr": 5e-6,
+        }
+        defaults |= family_defaults
+        if unknown := defaults.keys() - _option_names():
+            raise KeyError(
+                f"family defaults for what is not an option: {', '.join(sorted(unknown))}"
+            )
+        if self.optimizer == "prodigy":  # it finds the step size itself and takes one rate for all
+            learning_rate = 1.0 if self.learning_rate is None else self.learning_rate
+            defaults |= {"learning_rate": learning_rate, "text_encoder_lr": learning_rate}
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+    def as_record(self) -> dict[str, Any]:
+        """All options and values in their groups' order, for trackers; without the Hub token."""
+        names = [f.name for group in OPTION_GROUPS for f in fields(group)]
+        return {name: getattr(self, name) for name in names if name not in ("hub_token", "config")}
+
+    def to_yaml(self) -> str:
+        """Return the options that differ from the defaults, to be read again with ``--config``."""
+        default = TrainingConfig().as_record()
+        changed = {
+            name: value for name, value in self.as_record().items() if value != default[name]
+        }
+        return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Read the options from a command line, and from the YAML file that its ``--config`` names.
+
+    Args:
+        argv: the arguments without the program's name; those of this process by default.
+
+    Raises:
+        ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
+            or the YAML file cannot be read. What values mean together is for ``validate``.
+    """
+    parser = _Parser(OPTION_GROUPS, allow_abbrev=False, formatter_class=_HelpFormatter)
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    config = _parse(parser, arguments)
+    if config.config is None:
+        return config
+    path = Path(config.config)
+    try:
+        from_file = _yaml_to_arguments(parser, path)
+        _parse(parser, from_file)  # alone, so that an error in the file is known to be the file's
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+    return _parse(parser, from_file + arguments)
+
+
+def options_table() -> str:
+    """Return ``docs/options.md``: every option in Markdown tables, one per group."""
+    parts = [
+        "# Options of the trainer",
+        "Made from the options themselves by `gralora_diffusion.training.config.options_table`. "
+        "Each is given as `--name value` or as `name: value` in the file of `--config`; the "
+        "command line wins. A yes-or-no option is switched on by `--name`, off by `--name false`.",
+    ]
+    for group in OPTION_GROUPS:
+        rows = ["| option | default | |", "|---|---|---|"]
+        for f in fields(group):
+            default = "" if f.default in (None, "") else f"`{str(f.default).lower()}`"
+            choices = choices_of(TrainingConfig).get(f.name)
+            help = f.metadata["help"] + (f". One of {', '.join(choices)}" if choices else "")
+            rows.append(f"| `--{f.name}` | {default} | {help} |")
+        parts += [f"## {group._argument_group_name}", "\n".join(rows)]  # type: ignore[attr-defined]
+    return "\n\n".join(parts) + "\n"
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help only where there is one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            return f"Switch --{action.dest} off"
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])  # rather than a page of usage and the end of the process
+
+    def action_of(self, name: str) -> Action | None:
+        """The argparse action of the option ``name``, None for an unknown one."""
+        return self._option_string_actions.get(f"--{name}") if name in _option_names() else None
+
+
+def _parse(parser: _Parser, arguments: list[str]) -> TrainingConfig:
+    *groups, unknown = parser.parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True, look_for_args_file=False
+    )
+    if unknown:
+        flags = [text.split("=")[0][2:] for text in unknown if text.startswith("--")]
+        stray = (
+            f"{unknown[0]!r} belongs to no option. If it is part of a text, put the text in quotes"
+        )
+        raise ConfigError([_unknown_option(f"--{flag}", flag) for flag in flags] or [stray])
+    return TrainingConfig(**{k: v for group in groups for k, v in vars(group).items()})
+
+
+def _unknown_option(spelled: str, name: str) -> str:
+    name = name.replace("-", "_")
+    if name in NOT_CARRIED:
+        return f"{spelled} is an option of diffusers' scripts, not of this one: {NOT_CARRIED[name]}"
+    nearest = difflib.get_close_matches(name, _option_names(), n=3)
+    advice = f"Did you mean {' or '.join(nearest)}?" if nearest else "See --help for all options"
+    return f"{spelled} is not an option. {advice}"
+
+
+def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
+    """Turn a flat YAML mapping into command-line arguments, to be checked by the same parser.
+
+    The texts of the values are passed on as they are written, for YAML would read ``no`` as false
+    and ``1e-4`` as a string. A value left empty (or ``null``) leaves the default.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError([f"--config cannot be read: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config is not YAML: {' '.join(str(error).split())}"]) from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(["--config must hold `name: value` lines"])
+
+    arguments: list[str] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for key, value in root.value:
+        where = f"line {key.start_mark.line + 1}: "
+        name = str(key.value).replace("-", "_")
+        action = parser.action_of(name)
+        if name == "config":
+            problems.append(f"{where}config is for the command line; a file cannot name another")
+        elif action is None:
+            problems.append(where + _unknown_option(str(key.value), name))
+        elif name in seen:
+            problems.append(f"{where}{name} is given twice. Keep one")
+        elif isinstance(value, yaml.SequenceNode):
+            if action.nargs != "+":
+                problems.append(f"{where}{name} takes one value, not a list")
+            elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
+                problems.append(f"{where}{name} takes a list of plain values, one at least")
+            else:
+                arguments += [f"--{name}", *(item.value for item in value.value)]
+        elif isinstance(value, yaml.MappingNode):
+            problems.append(f"{where}{name} takes a plain value. Options are not nested")
+        elif value.tag != "tag:yaml.org,2002:null":
+            arguments.append(f"--{name}={value.value}")  # with = a value may begin with a hyphen
+        seen.add(name)
+    if problems:
+        raise ConfigError(problems)
+    return arguments
+
+
+def _option_names() -> set[str]:
+    return {f.name for f in fields(TrainingConfig)}

@@ -1,0 +1,315 @@
+"""What can be wrong with the training options, found before any model is loaded.
+
+A problem is what cannot be done or contradicts itself; all of them are collected, and each says
+which flag, what it got, what is allowed and what to do. A remark is about what has no effect.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import math
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
+
+import torch
+
+from .checkpoint import CheckpointStore
+from .config_paths import check_base, check_data, check_output, nearby
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+# optimizer -> (module to import, package to install); None where nothing is to be installed
+OPTIMIZERS: dict[str, tuple[str, str] | None] = {
+    "adamw": None,
+    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+    "prodigy": ("prodigyopt", "prodigyopt"),
+    "adafactor": None,
+    "schedulefree": ("schedulefree", "schedulefree"),
+}
+
+AT_LEAST_ONE = (
+    "rank",
+    "gralora_k",
+    "lora_alpha",
+    "repeats",
+    "num_class_images",
+    "sample_batch_size",
+    "cached_crops",
+    "train_batch_size",
+    "gradient_accumulation_steps",
+    "num_train_epochs",
+    "max_train_steps",
+    "lr_num_cycles",
+    "checkpointing_steps",
+    "checkpoints_total_limit",
+    "num_validation_images",
+    "validation_epochs",
+    "validation_steps",
+    "validation_inference_steps",
+)
+AT_LEAST_ZERO = (
+    "hybrid_rank",
+    "noise_offset",
+    "prior_loss_weight",
+    "lr_warmup_steps",
+    "adam_weight_decay",
+    "adam_weight_decay_text_encoder",
+    "dataloader_num_workers",
+    "validation_guidance_scale",
+)
+ABOVE_ZERO = (
+    "learning_rate",
+    "text_encoder_lr",
+    "adam_epsilon",
+    "lr_power",
+    "snr_gamma",
+    "max_grad_norm",
+)
+BELOW_ONE = (
+    "adam_beta1",
+    "adam_beta2",
+    "prodigy_beta3",
+    "ema_decay",
+    "lora_dropout",
+    "caption_dropout",
+)
+
+# options that do nothing unless another one is given
+NEEDS = {
+    "train_text_encoder": "text_encoder_lr text_encoder_target_preset "
+    "adam_weight_decay_text_encoder",
+    "with_prior_preservation": "class_prompt class_data_dir num_class_images prior_source "
+    "prior_loss_weight prior_generation_precision sample_batch_size",
+    "validation_prompt": "num_validation_images validation_epochs validation_steps "
+    "validation_guidance_scale validation_inference_steps",
+    "cache_latents": "latent_cache_dir cached_crops",
+    "dataset_name": "dataset_config_name",
+    "push_to_hub": "hub_token hub_model_id",
+    "use_ema": "ema_decay",
+}
+
+
+class ConfigError(ValueError):
+    """Options that cannot be used. ``problems`` holds one text for each."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        self.problems = list(problems)
+        count = len(self.problems)
+        head = "1 problem" if count == 1 else f"{count} problems"
+        super().__init__("\n".join([f"{head} with the options:", *(f"  {p}" for p in problems)]))
+
+
+def find_problems(config: TrainingConfig) -> list[str]:
+    """Return what is wrong with ``config``, one text per problem, in the options' order."""
+    checks = (
+        _values,
+        check_base,
+        check_data,
+        _prior,
+        _adapter,
+        _optimizer,
+        _schedule,
+        check_output,
+    )
+    return [problem for check in checks for problem in check(config)]
+
+
+def choices_of(options: type) -> dict[str, tuple[str, ...]]:
+    """Return name -> allowed values of the fields of a dataclass that have such a list."""
+    choices = {}
+    for name, hint in get_type_hints(options).items():
+        for part in (hint, *get_args(hint)):
+            if getattr(part, "__origin__", None) is Literal:
+                choices[name] = get_args(part)
+    return choices
+
+
+def _values(config: TrainingConfig) -> Iterator[str]:
+    limits = (
+        (AT_LEAST_ONE, "at least 1", lambda v: v >= 1),
+        (AT_LEAST_ZERO, "at least 0", lambda v: v >= 0),
+        (ABOVE_ZERO, "above 0", lambda v: v > 0),
+        (BELOW_ONE, "at least 0 and below 1", lambda v: 0 <= v < 1),
+    )
+    for names, allowed, fits in limits:
+        for name in names:
+            value = getattr(config, name)
+            endless = value == math.inf and name != "max_grad_norm"  # there it means: never clip
+            if value is not None and (endless or not fits(value)):
+                yield f"--{name} is {value}; it must be {allowed}"
+    for name, allowed_values in choices_of(type(config)).items():
+        value = getattr(config, name)
+        if value is not None and value not in allowed_values:
+            yield f"--{name} is {value!r}; it must be one of {', '.join(allowed_values)}"
+    if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
+        nearest = max(8, round(config.resolution / 8) * 8)
+        yield (
+            f"--resolution is {config.resolution}; it must be a multiple of 8, as the VAE shrinks "
+            f"by 8. The nearest is {nearest}"
+        )
+    if not 0 <= config.seed < 2**32:
+        yield f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}"
+
+
+def _prior(config: TrainingConfig) -> Iterator[str]:
+    if not config.with_prior_preservation:
+        return
+    if not config.class_prompt:
+        yield (
+            "--class_prompt is missing, which --with_prior_preservation needs. Give a prompt of "
+            "the class without the subject's name, such as --class_prompt 'a photo of a dog'"
+        )
+    if config.prior_source != "images":
+        return
+    if not config.class_data_dir:
+        yield (
+            "--class_data_dir is missing, which --with_prior_preservation needs to keep the class "
+            "pictures. Give a folder (it is made and filled), or --prior_source teacher, which "
+            "needs no class pictures"
+        )
+    elif Path(config.class_data_dir).exists() and not Path(config.class_data_dir).is_dir():
+        yield f"--class_data_dir is {config.class_data_dir!r}: this is a file. Give a folder"
+
+
+def _adapter(config: TrainingConfig) -> Iterator[str]:
+    rank, k = config.rank, config.gralora_k
+    if rank >= 1 and k >= 1 and rank % k:
+        below, above = rank - rank % k, rank - rank % k + k
+        nearest = f"{below} or {above}" if below else str(above)
+        divisors = ", ".join(str(d) for d in range(1, rank + 1) if rank % d == 0)
+        yield (
+            f"--rank is {rank} and --gralora_k is {k}; k must divide the rank. Give --rank "
+            f"{nearest}, or one of these for --gralora_k: {divisors}"
+        )
+    if isinstance(config.target_modules, str):
+        try:
+            re.compile(config.target_modules)
+        except re.error as error:
+            yield f"--lora_layers is {config.lora_layers!r}: not a regular expression ({error})"
+    if config.lora_layers is not None and not config.target_modules:
+        yield (
+            "--lora_layers is empty. Name layers such as to_q,to_v, or leave it out for the preset"
+        )
+
+
+def _optimizer(config: TrainingConfig) -> Iterator[str]:
+    name = config.optimizer
+    if name not in OPTIMIZERS:
+        nearest = difflib.get_close_matches(name, OPTIMIZERS, n=1)
+        hint = f". Did you mean {nearest[0]}?" if nearest else ""
+        yield f"--optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}{hint}"
+    elif (needed := OPTIMIZERS[name]) and importlib.util.find_spec(needed[0]) is None:
+        yield f"--optimizer is {name!r}, which needs: pip install {needed[1]}"
+    if config.use_8bit_adam and name != "adamw8bit":
+        yield (
+            f"--use_8bit_adam and --optimizer {name} exclude each other. Leave out "
+            "--use_8bit_adam, or give --optimizer adamw8bit"
+        )
+    if name == "prodigy":
+        if config.scale_lr:
+            yield (
+                "--scale_lr and --optimizer prodigy exclude each other: Prodigy finds the step "
+                "size itself. Leave out --scale_lr"
+            )
+        rate, text_rate = config.learning_rate or 1.0, config.text_encoder_lr
+        if config.train_text_encoder and text_rate is not None and text_rate != rate:
+            yield (
+                f"--text_encoder_lr is {text_rate} and --learning_rate is {rate}; Prodigy takes "
+                "one learning rate for both. Leave out --text_encoder_lr"
+            )
+    if name == "schedulefree":
+        if config.adam_beta1 == 0:
+            yield "--adam_beta1 is 0; with --optimizer schedulefree it must be above 0, such as 0.9"
+        if config.lr_scheduler not in ("constant", "constant_with_warmup"):
+            yield (
+                f"--lr_scheduler is {config.lr_scheduler!r}, but --optimizer schedulefree takes "
+                "the place of a schedule. Give --lr_scheduler constant; --lr_warmup_steps still "
+                "works"
+            )
+        if config.use_ema:
+            yield (
+                "--use_ema and --optimizer schedulefree exclude each other: schedule-free saves "
+                "its own average. Leave out --use_ema"
+            )
+    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
+        yield "--mixed_precision is 'fp16', which needs a GPU. On the CPU give bf16 or no"
+    if (
+        config.enable_xformers_memory_efficient_attention
+        and importlib.util.find_spec("xformers") is None
+    ):
+        yield (
+            "--enable_xformers_memory_efficient_attention needs: pip install xformers. Without it "
+            "torch's own attention is used, which is about as fast"
+        )
+
+
+def _schedule(config: TrainingConfig) -> Iterator[str]:
+    steps, warmup = config.max_train_steps, config.lr_warmup_steps
+    if steps is not None and warmup > 0 and warmup >= steps >= 1:
+        yield (
+            f"--lr_warmup_steps is {warmup} and --max_train_steps is {steps}; the learning rate "
+            f"would never be reached. A tenth of the steps is usual: {max(1, steps // 10)}"
+        )
+    rules = config.lr_step_rules
+    if config.lr_scheduler == "piecewise_constant" and not rules:
+        yield (
+            "--lr_step_rules is missing, which --lr_scheduler piecewise_constant needs, such as "
+            "--lr_step_rules 1:100,0.1:200,0.01"
+        )
+    number = r"\d*\.?\d+(e-?\d+)?"
+    if rules and not re.fullmatch(rf"({number}:\d+,)+{number}", rules, re.IGNORECASE):
+        yield (
+            f"--lr_step_rules is {rules!r}; it must be factor:step pairs and a last factor, with "
+            "commas and no spaces, such as 1:100,0.1:200,0.01"
+        )
+
+
+def find_remarks(config: TrainingConfig) -> list[str]:
+    """Return what the user should know about options that have no effect, or an unusual value."""
+    return [*_without_effect(config), *_unusual(config)]
+
+
+def _without_effect(config: TrainingConfig) -> Iterable[str]:
+    defaults = {f.name: f.default for f in fields(config)}
+    for switch, names in NEEDS.items():
+        idle = [f"--{n}" for n in names.split() if getattr(config, n) != defaults[n]]
+        if idle and not getattr(config, switch):
+            yield f"without --{switch} there is no use for {', '.join(idle)}"
+    if config.with_prior_preservation and config.prior_source == "teacher":
+        drawing = (
+            "class_data_dir",
+            "num_class_images",
+            "prior_generation_precision",
+            "sample_batch_size",
+        )
+        if idle := [f"--{n}" for n in drawing if getattr(config, n) != defaults[n]]:
+            yield f"with --prior_source teacher there is no use for {', '.join(idle)}"
+    if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
+        yield "--lora_layers takes the place of --target_preset"
+    if config.max_train_steps and config.num_train_epochs != defaults["num_train_epochs"]:
+        yield "--max_train_steps wins over --num_train_epochs"
+    no_warmup = config.lr_scheduler in ("constant", "piecewise_constant")
+    if config.lr_warmup_steps and no_warmup and config.optimizer != "schedulefree":
+        yield (
+            f"--lr_scheduler {config.lr_scheduler} has no warm-up, so there is no use for "
+            "--lr_warmup_steps. Did you mean --lr_scheduler constant_with_warmup?"
+        )
+
+
+def _unusual(config: TrainingConfig) -> Iterable[str]:
+    rate = config.learning_rate
+    if config.optimizer == "prodigy" and rate is not None and rate < 0.1:
+        yield f"--learning_rate is {rate}; with Prodigy 1.0 is usual, for it finds the step size"
+    if config.resume_from_checkpoint == "latest" and not CheckpointStore(config.output_dir).list():
+        yield f"{config.output_dir!r} holds no checkpoint, so this run starts from the beginning"
+    base = Path(config.pretrained_model_name_or_path)
+    if not base.exists() and len(base.parts) == 2 and Path(base.parts[0]).is_dir():
+        yield (
+            f"--pretrained_model_name_or_path {str(base)!r} is taken as a Hub id, for there is no "
+            f"such folder here{nearby(base)}"
+        )

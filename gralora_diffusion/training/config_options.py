@@ -1,0 +1,306 @@
+"""Every training option: its name, type, default and help, grouped by topic.
+
+Names are those of diffusers' DreamBooth scripts where the feature is theirs. ``None`` means: no
+such thing, or the default of the model family, found once the base is known (the help says which).
+What each group's options mean together is checked in ``config_checks``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+
+def option(default: Any, help: str, *, secret: bool = False) -> Any:
+    """A dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
+    return field(default=default, repr=not secret, metadata={"help": help})
+
+
+@dataclass(kw_only=True)
+class BaseModelOptions:
+    """The model that is adapted."""
+
+    _argument_group_name: ClassVar[str] = "Base model"
+
+    config: str | None = option(
+        None,
+        "YAML file of options, `name: value` per line; what is on the command line wins over it",
+    )
+    pretrained_model_name_or_path: str = option(
+        "",
+        "Required. The base: a diffusers folder, a Hub id (owner/name), or one .safetensors file",
+    )
+    base_config: str | None = option(
+        None,
+        "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, "
+        "whose configuration is used (default: found on the Hub)",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
+    variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
+    cache_dir: str | None = option(None, "Folder for what is downloaded (default: the Hub's own)")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "VAE to use in place of the base's: a folder or a Hub id"
+    )
+    family: str | None = option(
+        None, "Model family of the base, such as stable-diffusion (default: found from the base)"
+    )
+
+
+@dataclass(kw_only=True)
+class DataOptions:
+    """The pictures of the subject and their captions."""
+
+    _argument_group_name: ClassVar[str] = "Pictures and captions"
+
+    instance_data_dir: str | None = option(
+        None,
+        "Folder with the pictures to learn. Captions: .txt files beside them, or metadata.jsonl",
+    )
+    dataset_name: str | None = option(
+        None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"
+    )
+    dataset_config_name: str | None = option(None, "Configuration of that dataset")
+    image_column: str = option("image", "Column with the pictures")
+    caption_column: str | None = option(
+        None, "Column with the captions (default: --instance_prompt for every picture)"
+    )
+    instance_prompt: str | None = option(
+        None, "Prompt for pictures that have no caption, such as 'a photo of sks dog'"
+    )
+    repeats: int = option(1, "How many times each picture counts in an epoch")
+    caption_dropout: float = option(0.0, "Share of samples that train with an empty caption")
+    skip_bad_images: bool = option(
+        False, "Train without the pictures that cannot be decoded instead of stopping"
+    )
+
+
+@dataclass(kw_only=True)
+class PriorOptions:
+    """Keeping what the base knows of the subject's class."""
+
+    _argument_group_name: ClassVar[str] = "Prior preservation"
+
+    with_prior_preservation: bool = option(
+        False, "Also train on the subject's class, so that the class does not turn into the subject"
+    )
+    prior_source: Literal["images", "teacher"] = option(
+        "images",
+        "images: class pictures that the base draws first; teacher: the predictions of the frozen "
+        "base on the class prompt, without class pictures",
+    )
+    class_prompt: str | None = option(None, "Prompt of the class, such as 'a photo of a dog'")
+    class_data_dir: str | None = option(
+        None, "Folder of the class pictures; those that lack are drawn into it"
+    )
+    num_class_images: int = option(100, "How many class pictures there shall be")
+    prior_loss_weight: float = option(1.0, "Weight of the class's loss")
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
+        None, "Precision for drawing class pictures (default: fp16 on a GPU, else fp32)"
+    )
+    sample_batch_size: int = option(4, "Class pictures drawn at once")
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """From picture to latents."""
+
+    _argument_group_name: ClassVar[str] = "Image size, crops and caches"
+
+    resolution: int | None = option(
+        None, "Side of the training pictures in pixels (default: the family's)"
+    )
+    center_crop: bool = option(False, "Crop the middle instead of a random part")
+    random_flip: bool = option(False, "Mirror at random")
+    image_interpolation_mode: Literal[
+        "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"
+    ] = option("lanczos", "How pictures are resized")
+    cache_latents: bool = option(True, "Encode each picture once")
+    cached_crops: int = option(
+        8, "Random crops kept per picture by the latent cache; each sample draws one of them"
+    )
+    latent_cache_dir: str | None = option(
+        None, "Folder that keeps the latents for the next run (default: in memory)"
+    )
+
+
+@dataclass(kw_only=True)
+class LossOptions:
+    """What is predicted, and how much each timestep counts."""
+
+    _argument_group_name: ClassVar[str] = "Noise and loss"
+
+    noise_offset: float = option(0.0, "Strength of the offset noise; 0.05 to 0.1 if wanted")
+    snr_gamma: float | None = option(None, "Min-SNR weighting of the loss; 5.0 if wanted")
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
+        None, "What the base predicts (default: as its scheduler says)"
+    )
+
+
+@dataclass(kw_only=True)
+class AdapterOptions:
+    """Shape and place of the adapter."""
+
+    _argument_group_name: ClassVar[str] = "Adapter"
+
+    rank: int = option(
+        16, "Parameters as a LoRA of this rank; the update's rank is up to gralora_k x rank"
+    )
+    gralora_k: int = option(2, "Blocks per side of a weight; divides rank and widths. 1 is a LoRA")
+    hybrid_rank: int = option(0, "Rank of a LoRA added over the whole layer")
+    lora_alpha: int | None = option(
+        None,
+        "The update is scaled by lora_alpha / (rank + hybrid_rank) (default: scaling 1)",
+    )
+    lora_dropout: float = option(0.0, "Dropout in front of the adapter")
+    target_preset: str = option("attention", "Layers to adapt, by the family's name for them")
+    lora_layers: str | None = option(
+        None,
+        "Layers to adapt instead: endings of module paths with commas between, or 're:' and a "
+        "regular expression for the whole path",
+    )
+    train_text_encoder: bool = option(False, "Adapt the text encoder too")
+    text_encoder_target_preset: str = option("attention", "The same for the text encoder")
+
+
+@dataclass(kw_only=True)
+class LengthOptions:
+    """Batches, steps and memory."""
+
+    _argument_group_name: ClassVar[str] = "Steps, batches and memory"
+
+    train_batch_size: int = option(4, "Samples per process and forward pass")
+    gradient_accumulation_steps: int = option(1, "Forward passes per optimizer step")
+    num_train_epochs: int = option(1, "Passes over the data, if --max_train_steps is not given")
+    max_train_steps: int | None = option(None, "Optimizer steps; wins over --num_train_epochs")
+    seed: int = option(0, "Seed of all that is random. Same seed, same adapter")
+    mixed_precision: Literal["no", "fp16", "bf16"] | None = option(
+        None, "Precision of the frozen base; the adapter stays fp32 (default: as accelerate is set)"
+    )
+    gradient_checkpointing: bool = option(False, "Less memory, slower backward pass")
+    allow_tf32: bool = option(False, "Faster fp32 products on NVIDIA GPUs since Ampere")
+    enable_xformers_memory_efficient_attention: bool = option(
+        False, "Attention of xformers in place of torch's own"
+    )
+    dataloader_num_workers: int = option(0, "Processes that decode pictures; 0: in the main one")
+    local_rank: int = option(-1, "Set by launchers; not for people")
+
+
+@dataclass(kw_only=True)
+class OptimizerOptions:
+    """How the adapter moves."""
+
+    _argument_group_name: ClassVar[str] = "Optimizer and learning rate"
+
+    learning_rate: float | None = option(
+        None, "Learning rate (default: the family's; 1.0 with Prodigy)"
+    )
+    text_encoder_lr: float | None = option(
+        None, "Learning rate of the text encoder (default: 5e-6; with Prodigy --learning_rate)"
+    )
+    scale_lr: bool = option(
+        False, "Multiply the learning rates by batch size, accumulation and processes"
+    )
+    lr_scheduler: Literal[
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "constant",
+        "constant_with_warmup",
+        "piecewise_constant",
+    ] = option("constant", "Schedule of the learning rate")
+    lr_warmup_steps: int = option(0, "Optimizer steps of warm-up")
+    lr_num_cycles: int = option(1, "Cycles of cosine_with_restarts")
+    lr_power: float = option(1.0, "Power of polynomial")
+    lr_step_rules: str | None = option(
+        None,
+        "Rules of piecewise_constant: '1:100,0.1:200,0.01' is 1 x the learning rate before step "
+        "100, 0.1 x before step 200, then 0.01 x",
+    )
+    optimizer: str = option(
+        "adamw", "adamw, adamw8bit, prodigy, adafactor or schedulefree; capitals do not matter"
+    )
+    use_8bit_adam: bool = option(False, "The same as --optimizer adamw8bit")
+    adam_beta1: float = option(0.9, "First decay rate (AdamW, Prodigy, schedule-free)")
+    adam_beta2: float = option(0.999, "Second decay rate (the same)")
+    adam_weight_decay: float | None = option(
+        None, "Weight decay of the denoiser's adapter, any optimizer (default: the family's)"
+    )
+    adam_weight_decay_text_encoder: float = option(1e-3, "The same for the text encoder's")
+    adam_epsilon: float = option(1e-8, "Epsilon (AdamW, Prodigy, schedule-free)")
+    prodigy_beta3: float | None = option(
+        None, "Decay rate of Prodigy's step-size estimate (default: the root of --adam_beta2)"
+    )
+    prodigy_decouple: bool = option(True, "Weight decay as in AdamW")
+    prodigy_use_bias_correction: bool = option(True, "Adam's bias correction in Prodigy")
+    prodigy_safeguard_warmup: bool = option(
+        True, "Keep a warm-up out of Prodigy's step-size estimate"
+    )
+    max_grad_norm: float = option(1.0, "Gradients are clipped to this norm; inf: never")
+    use_ema: bool = option(False, "Average the adapter over the steps; the average is saved")
+    ema_decay: float = option(0.999, "Decay rate of that average, reached after a warm-up")
+
+
+@dataclass(kw_only=True)
+class OutputOptions:
+    """What is kept, and where."""
+
+    _argument_group_name: ClassVar[str] = "Output and checkpoints"
+
+    output_dir: str = option("gralora-dreambooth-model", "Folder for everything that comes out")
+    overwrite_output_dir: bool = option(
+        False, "Start anew in a folder that holds an earlier run, whose checkpoints are deleted"
+    )
+    checkpointing_steps: int = option(500, "Optimizer steps between checkpoints")
+    checkpoints_total_limit: int | None = option(
+        None, "Checkpoints kept, the newest ones (default: all)"
+    )
+    resume_from_checkpoint: str | None = option(
+        None, "latest, or a checkpoint folder (its name in --output_dir is enough)"
+    )
+    logging_dir: str = option("logs", "Folder of the tracker's files, in --output_dir")
+    report_to: Literal["tensorboard", "wandb", "all", "none"] = option(
+        "tensorboard", "Where loss, learning rates and validation pictures are logged"
+    )
+    push_to_hub: bool = option(False, "Upload the result to the Hugging Face Hub")
+    hub_token: str | None = option(
+        None,
+        "Token for the upload (default: that of `hf auth login`). Never written to any file",
+        secret=True,
+    )
+    hub_model_id: str | None = option(
+        None, "Repository for the upload, owner/name (default: the name of --output_dir)"
+    )
+
+
+@dataclass(kw_only=True)
+class ValidationOptions:
+    """Pictures made on the way and at the end."""
+
+    _argument_group_name: ClassVar[str] = "Validation pictures"
+
+    validation_prompt: list[str] | None = option(None, "One prompt or several")  # noqa: RUF009
+    num_validation_images: int = option(4, "Pictures per prompt")
+    validation_epochs: int = option(50, "Epochs between validations")
+    validation_steps: int | None = option(
+        None, "Optimizer steps between validations; wins over --validation_epochs"
+    )
+    validation_guidance_scale: float | None = option(
+        None, "Guidance scale (default: the pipeline's)"
+    )
+    validation_inference_steps: int = option(30, "Inference steps")
+    skip_final_inference: bool = option(False, "Draw nothing at the end")
+
+
+OPTION_GROUPS: tuple[type, ...] = (
+    BaseModelOptions,
+    DataOptions,
+    PriorOptions,
+    ImageOptions,
+    LossOptions,
+    AdapterOptions,
+    LengthOptions,
+    OptimizerOptions,
+    OutputOptions,
+    ValidationOptions,
+)
