@@ -1,0 +1,147 @@
+"""From a picture file to pixels: decoding whatever Pillow reads, resizing, cropping, mirroring."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from .streams import generator, seed_from
+
+WHITE = (255, 255, 255, 255)
+
+
+def picture_extensions() -> set[str]:
+    """Endings, lower case and with the dot, of the files that are taken for pictures.
+
+    Those of Pillow's formats, without the videos and documents among them (.mpg, .pdf, .eps).
+    """
+    extensions = Image.registered_extensions()
+    return {
+        ending
+        for ending, file_format in extensions.items()
+        if Image.MIME.get(file_format, "image/").startswith("image/")
+    }
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode the bytes of a picture file as an upright RGB picture.
+
+    Transparency is laid on white, 16 bits per channel become 8, of an animation the first frame is
+    taken, and the camera's orientation (EXIF) is applied.
+
+    Raises:
+        Exception: whatever Pillow raises on a file that is broken, cut off, or no picture;
+            ValueError for pixels without a fixed range.
+    """
+    with Image.open(io.BytesIO(data)) as file:
+        file.load()
+        return _to_rgb(ImageOps.exif_transpose(file))
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "F":
+        raise ValueError(
+            "its pixels are floating-point numbers without a fixed range; save it as PNG"
+        )
+    if image.mode.startswith("I"):  # one channel of 16 bits, or such a channel kept in 32 bits
+        values = np.asarray(image).astype(np.int64)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise ValueError(
+                f"its pixels range from {values.min()} to {values.max()}, which is neither 8 nor "
+                "16 bits; save it as PNG"
+            )
+        # Pillow's own conversion would cut off all above 255
+        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
+    return image.convert("RGB")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to cut a square out of a picture whose short side is resized to the resolution.
+
+    ``left`` and ``top`` are pixels in the resized picture, after mirroring it if ``flip`` is set.
+    """
+
+    left: int
+    top: int
+    flip: bool
+
+
+@dataclass(frozen=True)
+class CropPlan:
+    """How pictures become squares of ``resolution`` pixels.
+
+    The short side is resized to ``resolution``, smaller pictures upwards. Then a square is cut out
+    of the middle (``center_crop``) or at random, and mirrored at random if ``random_flip`` is set.
+    ``interpolation`` is a name of ``PIL.Image.Resampling`` in lower case.
+    """
+
+    resolution: int
+    center_crop: bool = False
+    random_flip: bool = False
+    interpolation: str = "lanczos"
+
+    def resized(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Width and height of a picture of ``size`` (width, height) after resizing."""
+        short = min(size)
+        width, height = (round(side * self.resolution / short) for side in size)
+        return width, height
+
+    def draw(self, size: tuple[int, int], random: torch.Generator) -> Variant:
+        """Draw any variant of a picture of ``size`` (width, height)."""
+        place = int(torch.randint(self._places(size), (), generator=random))
+        flip = bool(torch.randint(2, (), generator=random)) and self.random_flip
+        return self._variant(size, place, flip)
+
+    def kept(
+        self, size: tuple[int, int], content_key: str, count: int, seed: int
+    ) -> tuple[Variant, ...]:
+        """Return the variants of a picture that a latent cache keeps, none of them twice.
+
+        With ``random_flip`` every other one is mirrored, and there are at least two. There are
+        fewer than ``count`` if the picture has no more: a square one has one place to crop.
+
+        Args:
+            size: width and height of the picture.
+            content_key: of the picture; each draws its own.
+            count: how many. The first ones are the same for every count.
+            seed: of the run.
+        """
+        places = self._places(size)
+        order = torch.randperm(
+            places, generator=generator(seed_from(seed, content_key), "kept variants", 0)
+        ).tolist()
+        if not self.random_flip:
+            return tuple(self._variant(size, place, False) for place in order[:count])
+        # every other one is mirrored; when all places are used, they come again the other way round
+        return tuple(
+            self._variant(size, order[i % places], (i % places + i // places) % 2 == 1)
+            for i in range(min(max(count, 2), 2 * places))
+        )
+
+    def pixel_values(self, image: Image.Image, variant: Variant) -> Tensor:
+        """Return the variant of an RGB picture as (3, resolution, resolution) floats in [-1, 1]."""
+        image = image.resize(self.resized(image.size), Image.Resampling[self.interpolation.upper()])
+        if variant.flip:
+            image = ImageOps.mirror(image)
+        right, bottom = variant.left + self.resolution, variant.top + self.resolution
+        pixels = np.array(image.crop((variant.left, variant.top, right, bottom)))
+        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
+
+    def _places(self, size: tuple[int, int]) -> int:
+        """How many squares of ``resolution`` fit: only the long side leaves a choice."""
+        return 1 if self.center_crop else max(self.resized(size)) - self.resolution + 1
+
+    def _variant(self, size: tuple[int, int], place: int, flip: bool) -> Variant:
+        width, height = self.resized(size)
+        if self.center_crop:
+            place = (max(width, height) - self.resolution) // 2
+        return Variant(place, 0, flip) if width > height else Variant(0, place, flip)

@@ -1,0 +1,125 @@
+"""Seeds and the order of the samples, as functions of the position in the stream of samples.
+
+Training reads an endless stream of sample positions 0, 1, 2, ...; an optimizer step takes the next
+``train_batch_size * num_processes * gradient_accumulation_steps`` of them. Whatever is random about
+a sample is drawn from a generator that is made from the seed, the purpose and the position. Nothing
+has a state besides the step number, so a resumed run is the run that was never stopped, and
+processes and accumulation share out the very samples that one process would take.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+
+import torch
+from torch.utils.data import Sampler
+
+
+def seed_from(*parts: int | str) -> int:
+    """Hash ``parts`` to a seed from 0 to 2**63 - 1, the same on every machine."""
+    digest = hashlib.sha256(json.dumps(parts).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def generator(seed: int, purpose: str, position: int) -> torch.Generator:
+    """Return the CPU generator for one purpose at one position of the stream.
+
+    torch's CPU generator uses 32 bits of its seed: of the positions of a long run, one in some
+    thousand millions shares its draws with another.
+    """
+    return torch.Generator("cpu").manual_seed(seed_from(seed, purpose, position))
+
+
+class SampleStream:
+    """An endless stream over ``length`` items: each epoch is a new permutation of all of them.
+
+    Args:
+        length: items per epoch.
+        seed: of the run.
+        name: tells streams of the same run apart; each has its own permutations.
+
+    Raises:
+        ValueError: there is no item.
+    """
+
+    def __init__(self, length: int, seed: int, name: str) -> None:
+        if length < 1:
+            raise ValueError(f"the stream {name!r} needs at least one item, got {length}")
+        self.length = length
+        self.seed = seed
+        self.name = name
+        self._epoch = -1
+        self._order: list[int] = []
+
+    def index(self, position: int) -> int:
+        """Return which item is at ``position`` (0, 1, 2, ...)."""
+        if position < 0:
+            raise IndexError(f"position {position} in the stream {self.name!r}")
+        epoch, place = divmod(position, self.length)
+        if epoch != self._epoch:
+            order = generator(self.seed, f"order of {self.name}", epoch)
+            self._order = torch.randperm(self.length, generator=order).tolist()
+            self._epoch = epoch
+        return self._order[place]
+
+    def indices(self, start: int, count: int) -> list[int]:
+        """Return the items at ``count`` positions from ``start`` on, across epochs."""
+        return [self.index(position) for position in range(start, start + count)]
+
+
+class StreamBatchSampler(Sampler[list[int]]):
+    """The positions of each micro-batch of one process, from ``start_step`` to ``max_steps``.
+
+    With W processes, batch size B and accumulation over M micro-batches, micro-batch m of optimizer
+    step s on process p holds the B positions from ``s*M*B*W + m*B*W + p*B`` on. Positions grow with
+    no end, so every batch is full and no sample is left out.
+
+    It already shares the positions among the processes: do not pass a loader that uses it through
+    ``Accelerator.prepare``, which would share them a second time.
+
+    Args:
+        start_step: optimizer steps that are already done.
+        max_steps: optimizer steps at the end of the run.
+
+    Raises:
+        ValueError: a count is below one, or the step or the process is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        start_step: int,
+        max_steps: int,
+        batch_size: int,
+        gradient_accumulation_steps: int = 1,
+        process_index: int = 0,
+        num_processes: int = 1,
+    ) -> None:
+        if min(batch_size, gradient_accumulation_steps, num_processes) < 1:
+            raise ValueError(
+                f"batch_size {batch_size}, gradient_accumulation_steps "
+                f"{gradient_accumulation_steps} and num_processes {num_processes}: each must be at "
+                "least 1"
+            )
+        if not 0 <= process_index < num_processes:
+            raise ValueError(f"process_index {process_index} of {num_processes} processes")
+        if not 0 <= start_step <= max_steps:
+            raise ValueError(f"start_step {start_step} must be from 0 to max_steps, {max_steps}")
+        self.start_step = start_step
+        self.max_steps = max_steps
+        self.batch_size = batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.process_index = process_index
+        self.num_processes = num_processes
+
+    def __len__(self) -> int:
+        return (self.max_steps - self.start_step) * self.gradient_accumulation_steps
+
+    def __iter__(self) -> Iterator[list[int]]:
+        micro_batch = self.batch_size * self.num_processes
+        first = self.start_step * self.gradient_accumulation_steps
+        for number in range(first, first + len(self)):
+            start = number * micro_batch + self.process_index * self.batch_size
+            yield list(range(start, start + self.batch_size))

@@ -1,0 +1,170 @@
+"""Samples: pictures meet their own captions in every epoch, with and without a cache."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader
+
+from gralora_diffusion.training.caching import LatentCache
+from gralora_diffusion.training.data import find_examples
+from gralora_diffusion.training.pictures import CropPlan
+from gralora_diffusion.training.samples import TrainingSet, collate
+from gralora_diffusion.training.streams import StreamBatchSampler
+
+PLAN = CropPlan(8, random_flip=True)
+SHADES = {"dark": 20, "dim": 90, "light": 170, "bright": 240, "middle": 128}
+
+
+@pytest.fixture(scope="module")
+def examples(tmp_path_factory):
+    """Pictures of one shade in red and noise in green; the caption names the shade."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number, (caption, shade) in enumerate(SHADES.items()):
+        pixels = np.full((8, 16, 3), shade, dtype=np.uint8)
+        pixels[..., 1] = np.random.default_rng(number).integers(0, 256, (8, 16))
+        image = Image.fromarray(pixels)
+        if number % 2:
+            image = image.rotate(90, expand=True)
+        image.save(folder / f"{number}.png")
+        (folder / f"{number}.txt").write_text(caption, encoding="utf-8")
+    return find_examples(folder)
+
+
+def identity(pixel_values):
+    """An encoder whose latents are the pixels, so that they can be recognized."""
+    return pixel_values, pixel_values.abs()
+
+
+def cached_set(examples, **options):
+    cache = LatentCache(PLAN, "identity")
+    training_set = TrainingSet(examples, PLAN, 0, cache=cache, **options)
+    training_set.fill_cache(identity, progress=False)
+    return training_set
+
+
+def shade_of(picture):
+    return round(float((picture[0].mean() + 1) * 127.5))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_captions_stay_with_their_pictures_over_epochs(examples, cached):
+    training_set = cached_set(examples) if cached else TrainingSet(examples, PLAN, 0)
+    seen = Counter()
+    orders = set()
+    for epoch in range(6):
+        samples = [training_set[t] for t in range(epoch * 5, epoch * 5 + 5)]
+        orders.add(tuple(sample["prompt"] for sample in samples))
+        for sample in samples:
+            picture = sample["mean" if cached else "pixel_values"]
+            assert shade_of(picture) == SHADES[sample["prompt"]]
+            seen[sample["prompt"]] += 1
+    assert seen == dict.fromkeys(SHADES, 6)
+    assert len(orders) > 3
+
+
+def test_sample_is_the_variant_that_it_tells(examples):
+    """Worked out from the picture by hand: mirror, then cut at crop_top_left."""
+    for training_set, name in ((TrainingSet(examples, PLAN, 0), "pixel_values"),
+                               (cached_set(examples), "mean")):  # fmt: skip
+        for t in range(25):
+            sample = training_set[t]
+            source = next(e.source for e in examples if e.content_key == sample["content_key"])
+            whole = np.asarray(Image.open(source))
+            assert sample["original_size"].tolist() == list(whole.shape[:2])
+            top, left = sample["crop_top_left"].tolist()
+            candidates = [
+                torch.tensor(np.array(side[top : top + 8, left : left + 8])).permute(2, 0, 1)
+                / 127.5 - 1
+                for side in (whole, whole[:, ::-1])
+            ]  # fmt: skip
+            assert any(torch.allclose(sample[name], c, atol=1e-6) for c in candidates)
+            if name == "mean":
+                assert torch.equal(sample["std"], sample["mean"].abs())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_crops_and_flips_stay_random_over_epochs(examples, cached):
+    training_set = (
+        cached_set(examples, cached_crops=6) if cached else TrainingSet(examples, PLAN, 0)
+    )
+    variants = defaultdict(set)
+    for t in range(5 * 60):
+        sample = training_set[t]
+        picture = sample["mean" if cached else "pixel_values"]
+        variants[sample["prompt"]].add(picture.numpy().tobytes())
+    counts = [len(found) for found in variants.values()]
+    if cached:
+        assert counts == [6] * 5
+    else:
+        assert min(counts) > 12  # of 9 places times 2 directions
+
+
+def test_samples_depend_on_the_position_only(examples):
+    first, second = cached_set(examples), cached_set(examples)
+    for t in (17, 3, 99, 3):
+        a, b = first[t], second[t]
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
+    other = TrainingSet(examples, PLAN, 1)
+    assert [first[t]["prompt"] for t in range(20)] != [other[t]["prompt"] for t in range(20)]
+
+
+def test_repeats_count_in_the_epoch(examples):
+    training_set = TrainingSet(examples, PLAN, 0, repeats=3)
+    assert len(training_set) == 15
+    seen = Counter(training_set[t]["prompt"] for t in range(15))
+    assert seen == dict.fromkeys(SHADES, 3)
+
+
+def test_class_stream_uses_all_its_pictures_in_its_own_order(examples):
+    instance = TrainingSet(examples[:2], PLAN, 0)
+    classes = TrainingSet(examples, PLAN, 0, name="class")
+    loader = [(instance[t]["prompt"], classes[t]["prompt"]) for t in range(5)]
+    assert {prompt for _, prompt in loader} == set(SHADES)
+    again = TrainingSet(examples, PLAN, 0)
+    assert [again[t]["prompt"] for t in range(20)] != [classes[t]["prompt"] for t in range(20)]
+
+
+def test_caption_dropout_drops_its_share_and_is_reproducible(examples):
+    training_set = cached_set(examples, caption_dropout=0.3)
+    prompts = [training_set[t]["prompt"] for t in range(2000)]
+    # five standard deviations of a binomial: 5 * sqrt(0.3 * 0.7 / 2000) = 0.051
+    assert abs(prompts.count("") / 2000 - 0.3) < 0.052
+    assert prompts == [training_set[t]["prompt"] for t in range(2000)]
+    assert sorted(training_set.prompts) == sorted(["", *SHADES])
+    undropped = cached_set(examples)
+    assert undropped.prompts == list(SHADES)
+    kept = [(p, undropped[t]["prompt"]) for t, p in enumerate(prompts[:100]) if p]
+    assert all(prompt == full for prompt, full in kept)
+
+
+def test_digest_follows_pictures_captions_and_repeats(examples):
+    digest = TrainingSet(examples, PLAN, 0).digest
+    assert TrainingSet(list(examples), PLAN, 5).digest == digest
+    assert TrainingSet(examples[:4], PLAN, 0).digest != digest
+    assert TrainingSet(examples, PLAN, 0, repeats=2).digest != digest
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_loader_with_workers_gives_the_samples_of_the_positions(examples, workers):
+    training_set = cached_set(examples)
+    sampler = StreamBatchSampler(
+        start_step=2, max_steps=4, batch_size=3, process_index=1, num_processes=2
+    )
+    loader = DataLoader(
+        training_set, batch_sampler=sampler, collate_fn=collate, num_workers=workers
+    )
+    for batch, positions in zip(loader, [[15, 16, 17], [21, 22, 23]], strict=True):
+        samples = [training_set[t] for t in positions]
+        assert batch["positions"] == positions
+        assert batch["prompts"] == [sample["prompt"] for sample in samples]
+        assert batch["content_keys"] == [sample["content_key"] for sample in samples]
+        for many, one in (("mean", "mean"), ("std", "std"), ("original_sizes", "original_size"),
+                          ("crop_top_lefts", "crop_top_left")):  # fmt: skip
+            assert torch.equal(batch[many], torch.stack([sample[one] for sample in samples]))
+    assert "pixel_values" not in batch

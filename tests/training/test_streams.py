@@ -1,0 +1,135 @@
+"""The order of samples: every item once per epoch, shared out among processes, and resumable."""
+
+from __future__ import annotations
+
+import hashlib
+
+import pytest
+import torch
+
+from gralora_diffusion.training.streams import (
+    SampleStream,
+    StreamBatchSampler,
+    generator,
+    seed_from,
+)
+
+
+def test_seed_is_the_documented_hash():
+    digest = hashlib.sha256(b'[7, "noise", 3]').hexdigest()
+    assert seed_from(7, "noise", 3) == int(digest[:16], 16) // 2
+
+
+def test_seed_tells_parts_apart():
+    seeds = [seed_from("ab", "c"), seed_from("a", "bc"), seed_from(1, 2), seed_from("1", "2")]
+    seeds += [seed_from(12), seed_from("abc"), seed_from("a", "b", "c")]
+    assert len(set(seeds)) == len(seeds)
+    assert all(0 <= seed < 2**63 for seed in seeds)
+
+
+def test_generator_depends_on_seed_purpose_and_position_only():
+    def draw(*parts):
+        return torch.randn(8, generator=generator(*parts))
+
+    torch.manual_seed(0)
+    first = draw(0, "noise", 5)
+    torch.manual_seed(1)
+    assert torch.equal(first, draw(0, "noise", 5))
+    for other in ((1, "noise", 5), (0, "timestep", 5), (0, "noise", 6)):
+        assert not torch.equal(first, draw(*other))
+
+
+def test_each_epoch_is_another_permutation_of_all_items():
+    stream = SampleStream(7, seed=0, name="instance")
+    order = stream.indices(0, 70)
+    epochs = [order[start : start + 7] for start in range(0, 70, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) > 5
+    assert order != SampleStream(7, seed=1, name="instance").indices(0, 70)
+    assert order != SampleStream(7, seed=0, name="class").indices(0, 70)
+
+
+def test_positions_may_be_asked_in_any_order():
+    order = SampleStream(5, seed=3, name="instance").indices(0, 40)
+    stream = SampleStream(5, seed=3, name="instance")
+    assert [stream.index(position) for position in reversed(range(40))] == order[::-1]
+    assert stream.indices(13, 9) == order[13:22]
+
+
+def test_stream_of_nothing_and_negative_positions_are_refused():
+    with pytest.raises(ValueError, match="'instance' needs at least one item"):
+        SampleStream(0, seed=0, name="instance")
+    with pytest.raises(IndexError):
+        SampleStream(1, seed=0, name="instance").index(-1)
+
+
+def steps_of(samplers, accumulation):
+    """Positions of each optimizer step, all processes and micro-batches together, sorted."""
+    per_process = [list(sampler) for sampler in samplers]
+    steps = len(per_process[0]) // accumulation
+    return [
+        sorted(
+            position
+            for batches in per_process
+            for batch in batches[step * accumulation : (step + 1) * accumulation]
+            for position in batch
+        )
+        for step in range(steps)
+    ]
+
+
+def samplers(batch_size, accumulation, processes, start_step=0, max_steps=6):
+    return [
+        StreamBatchSampler(
+            start_step=start_step,
+            max_steps=max_steps,
+            batch_size=batch_size,
+            gradient_accumulation_steps=accumulation,
+            process_index=index,
+            num_processes=processes,
+        )
+        for index in range(processes)
+    ]
+
+
+def test_positions_follow_the_documented_formula():
+    two, accumulation, size = samplers(3, 2, 2), 2, 3
+    for process, sampler in enumerate(two):
+        batches = list(sampler)
+        assert len(sampler) == len(batches) == 12
+        for step in range(6):
+            for micro in range(accumulation):
+                start = step * 12 + micro * 6 + process * size
+                assert batches[step * 2 + micro] == [start, start + 1, start + 2]
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "processes"), [(4, 1, 1), (2, 2, 1), (2, 1, 2), (1, 2, 2)]
+)
+def test_any_way_of_sharing_out_takes_the_same_samples_per_step(
+    batch_size, accumulation, processes
+):
+    steps = steps_of(samplers(batch_size, accumulation, processes), accumulation)
+    assert steps == [list(range(step * 4, step * 4 + 4)) for step in range(6)]
+
+
+def test_starting_later_goes_on_where_the_whole_run_would():
+    for whole, resumed in zip(samplers(2, 3, 2), samplers(2, 3, 2, start_step=4), strict=True):
+        assert list(resumed) == list(whole)[4 * 3 :]
+        assert len(resumed) == 2 * 3
+    assert list(samplers(2, 1, 1, start_step=6)[0]) == []
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"batch_size": 0},
+        {"gradient_accumulation_steps": 0},
+        {"process_index": 1},
+        {"start_step": 7},
+        {"start_step": -1},
+    ],
+)
+def test_impossible_arguments_are_refused(wrong):
+    with pytest.raises(ValueError, match=r"process|must be"):
+        StreamBatchSampler(**{"start_step": 0, "max_steps": 6, "batch_size": 2, **wrong})
