@@ -1,0 +1,33 @@
+"""The ``gralora`` command: one sub-command per job."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run ``gralora <command> [options]``."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="gralora", description="GraLoRA for image models.")
+    commands = parser.add_subparsers(dest="command", metavar="command", required=True)
+    commands.add_parser(
+        "train", add_help=False, help="train an adapter (the same options as the training script)"
+    )
+    commands.add_parser("sample", add_help=False, help="draw pictures with a base and an adapter")
+    # each command parses its own options, so that its --help is its own
+    command = parser.parse_args(arguments[:1]).command
+    rest = arguments[1:]
+    if command == "train":
+        from .training.main import main as train
+
+        train(rest)
+    elif command == "sample":
+        from .sampling import main as sample
+
+        sample(rest)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,149 @@
+"""Draw pictures with a pipeline, with and without its adapter, and lay them out to be looked at."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+from torch import nn
+
+
+def draw(
+    pipe: Any,
+    prompts: Sequence[str],
+    images_per_prompt: int = 1,
+    *,
+    seed: int = 0,
+    size: int | None = None,
+    guidance_scale: float | None = None,
+    inference_steps: int = 30,
+) -> list[list[Image.Image]]:
+    """Draw pictures, a list per prompt. Picture i of each prompt starts from noise of ``seed + i``.
+
+    The modules are put back into the mode they were in, and no random state but the pictures' own
+    is used: drawing in the middle of a training changes nothing in it.
+
+    Args:
+        size: pixels per side, the pipeline's own if None.
+        guidance_scale: the pipeline's own if None.
+    """
+    options: dict[str, Any] = {"num_inference_steps": inference_steps}
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    if size is not None:
+        options.update(height=size, width=size)
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.train, module.training)
+            module.eval()
+        stack.callback(pipe.set_progress_bar_config, **getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(disable=True)
+        return [
+            [
+                pipe(prompt, generator=torch.Generator().manual_seed(seed + i), **options).images[0]
+                for i in range(images_per_prompt)
+            ]
+            for prompt in prompts
+        ]
+
+
+def labelled_grid(
+    rows: Sequence[tuple[str, Sequence[Image.Image]]],
+    captions: Sequence[str] = (),
+    cell: int = 192,
+) -> Image.Image:
+    """Lay pictures out in rows with a label on the left and, below the last row, a caption each.
+
+    Args:
+        rows: (label, pictures); rows may differ in length.
+        captions: one per column.
+        cell: pixels per side of a picture in the grid; smaller ones are enlarged without blurring.
+    """
+    gap, label_width, font = 8, 112, ImageFont.load_default(size=15)
+    columns = max(len(pictures) for _, pictures in rows)
+    caption_height = 44 if captions else 0
+    width = label_width + columns * (cell + gap)
+    height = gap + len(rows) * (cell + gap) + caption_height
+    grid = Image.new("RGB", (width, height), "white")
+    pen = ImageDraw.Draw(grid)
+    for row, (label, pictures) in enumerate(rows):
+        top = gap + row * (cell + gap)
+        pen.multiline_text((gap, top + cell // 2 - 16), label, "black", font)
+        for column, picture in enumerate(pictures):
+            method = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
+            fitted = ImageOps.fit(picture.convert("RGB"), (cell, cell), method)
+            grid.paste(fitted, (label_width + column * (cell + gap), top))
+    top = gap + len(rows) * (cell + gap)
+    for column, caption in enumerate(captions):
+        text = _wrapped(caption, font, cell)
+        pen.multiline_text((label_width + column * (cell + gap), top), text, "black", font)
+    return grid
+
+
+def _wrapped(text: str, font: Any, width: int) -> str:
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if font.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return "\n".join(line for line in lines if line)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``gralora sample``: draw a grid of pictures with a base and an adapter."""
+    parser = argparse.ArgumentParser(prog="gralora sample", description=main.__doc__)
+    parser.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
+    parser.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
+    parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
+    parser.add_argument("--output", required=True, type=Path, help="picture file for the grid")
+    parser.add_argument("--compare", action="store_true", help="draw the base alone, too")
+    parser.add_argument("--reference", type=Path, help="folder of pictures to show on top")
+    parser.add_argument("--images_per_prompt", type=int, default=1)
+    parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
+    parser.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
+    parser.add_argument("--num_inference_steps", type=int, default=30)
+    args = parser.parse_args(argv)
+    if args.compare and not args.adapter:
+        parser.error("--compare needs --adapter to compare with")
+
+    pipe = DiffusionPipeline.from_pretrained(args.base)
+    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+    options: dict[str, Any] = {
+        "images_per_prompt": args.images_per_prompt,
+        "seed": args.seed,
+        "size": args.size,
+        "guidance_scale": args.guidance_scale,
+        "inference_steps": args.num_inference_steps,
+    }
+    rows: list[tuple[str, list[Image.Image]]] = []
+    if args.reference:
+        known = Image.registered_extensions()
+        files = sorted(f for f in args.reference.iterdir() if f.suffix.lower() in known)
+        rows.append(("the subject", [Image.open(file) for file in files]))
+    if args.compare or not args.adapter:
+        rows += _rows("before" if args.adapter else "", draw(pipe, args.prompt, **options))
+    if args.adapter:
+        print(pipe.load_gralora_weights(args.adapter, "sampled"))
+        pipe.set_adapters("sampled", args.scale)
+        rows += _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(rows, args.prompt).save(args.output)
+    print(args.output)
+
+
+def _rows(
+    label: str, images: Sequence[Sequence[Image.Image]]
+) -> list[tuple[str, list[Image.Image]]]:
+    """A column per prompt, a row per picture of a prompt."""
+    return [(label, list(row)) for row in zip(*images, strict=True)]

@@ -1,0 +1,193 @@
+"""From the options to batches: pictures are found, encoded as far as can be, and served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from itertools import repeat
+from typing import Any
+
+from accelerate import Accelerator
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from ..families import Conditioning, ModelFamily
+from .caching import LatentCache, PromptCache, vae_fingerprint
+from .config import TrainingConfig
+from .data import Example, find_dataset_examples, find_examples
+from .pictures import CropPlan
+from .prior import class_pictures_there, frozen_base
+from .samples import TrainingSet, collate
+from .streams import StreamBatchSampler
+
+Batch = dict[str, Any]
+
+
+def find_pictures(config: TrainingConfig) -> list[Example]:
+    """Find and check the subject's pictures and their captions.
+
+    Raises:
+        DataError: with all that is wrong with them.
+    """
+    if config.dataset_name:
+        return find_dataset_examples(
+            config.dataset_name,
+            config.instance_prompt,
+            config_name=config.dataset_config_name,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            cache_dir=config.cache_dir,
+            skip_bad_images=config.skip_bad_images,
+        )
+    return find_examples(
+        str(config.instance_data_dir),
+        config.instance_prompt,
+        caption_column=config.caption_column,
+        skip_bad_images=config.skip_bad_images,
+    )
+
+
+def find_class_pictures(config: TrainingConfig) -> list[Example]:
+    """Find and check the class pictures that are there; there are none without such a prior.
+
+    Raises:
+        DataError: with all that is wrong with them.
+    """
+    if not class_pictures_there(config):
+        return []
+    return find_examples(
+        str(config.class_data_dir),
+        config.class_prompt,
+        skip_bad_images=config.skip_bad_images,
+        role="class",
+    )
+
+
+class Batches:
+    """The training data of this process, encoded once where nothing changes.
+
+    Attributes:
+        prompts: encoded prompts, or None if text encoders are trained and encode at each step.
+        teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
+        digest: hash of all that decides which samples a step gets.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: ModelFamily,
+        pipe: Any,
+        pictures: Sequence[Example],
+        class_pictures: Sequence[Example],
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.family, self.vae = family, pipe.vae
+        assert config.resolution is not None
+        plan = CropPlan(
+            config.resolution,
+            config.center_crop,
+            config.random_flip,
+            config.image_interpolation_mode,
+        )
+        self.cache = None
+        if config.cache_latents:
+            self.cache = LatentCache(plan, vae_fingerprint(pipe.vae), config.latent_cache_dir)
+        shared: dict[str, Any] = {"cache": self.cache, "cached_crops": config.cached_crops}
+        self.instance = TrainingSet(
+            pictures,
+            plan,
+            config.seed,
+            repeats=config.repeats,
+            caption_dropout=config.caption_dropout,
+            **shared,
+        )
+        self.classes = None
+        if class_pictures:
+            self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
+        self._encode_pictures()
+        self.prompts = None if config.train_text_encoder else PromptCache()
+        self.teacher: Conditioning | None = None
+        self._encode_prompts(pipe)
+        self.samples_per_step = (
+            config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        )
+        sets = [s.digest for s in (self.instance, self.classes) if s is not None]
+        options = (
+            "seed resolution center_crop random_flip image_interpolation_mode cache_latents "
+            "cached_crops caption_dropout"
+        )
+        parts = [sets, self.samples_per_step, *(getattr(config, name) for name in options.split())]
+        self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Samples in an epoch, over all processes."""
+        return len(self.instance)
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
+        pixels = pixel_values.to(self.vae.device, self.vae.dtype)
+        return self.family.encode_images(self.vae, pixels)
+
+    def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
+        """Yield instance and class batch of each micro-batch, the latter None without a class."""
+        instance = self._loader(self.instance, first_step, max_steps)
+        if self.classes is None:
+            return zip(instance, repeat(None), strict=False)
+        return zip(instance, self._loader(self.classes, first_step, max_steps), strict=True)
+
+    def _loader(self, samples: TrainingSet, first_step: int, max_steps: int) -> DataLoader[Any]:
+        sampler = StreamBatchSampler(
+            start_step=first_step,
+            max_steps=max_steps,
+            batch_size=self.config.train_batch_size,
+            gradient_accumulation_steps=self.config.gradient_accumulation_steps,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return DataLoader(
+            samples,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            # latents in memory are at hand; a worker would only copy them to and fro
+            num_workers=0 if self._in_memory else self.config.dataloader_num_workers,
+        )
+
+    @property
+    def _in_memory(self) -> bool:
+        return self.cache is not None and self.cache.folder is None
+
+    def _encode_pictures(self) -> None:
+        if self.cache is None:
+            return
+        for samples in (self.instance, self.classes):
+            if samples is None:
+                continue
+            bar = self.accelerator.is_local_main_process
+            if not self._in_memory:
+                # one after the other, so that nobody encodes what another one just wrote
+                with self.accelerator.main_process_first():
+                    samples.fill_cache(self.encode_images, progress=bar)
+            else:
+                samples.fill_cache(self.encode_images, progress=bar)
+
+    def _encode_prompts(self, pipe: Any) -> None:
+        config = self.config
+
+        def encode(prompts: list[str]) -> Conditioning:
+            return self.family.encode_prompts(pipe, prompts)
+
+        teaches = config.with_prior_preservation and config.prior_source == "teacher"
+        if teaches:
+            cache = PromptCache()
+            with frozen_base(*(getattr(pipe, name) for name in self.family.text_encoders)):
+                cache.fill([str(config.class_prompt)], encode)
+            self.teacher = cache.batch([str(config.class_prompt)])
+        if self.prompts is not None:
+            prompts = list(self.instance.prompts)
+            if config.with_prior_preservation:
+                prompts.append(str(config.class_prompt))
+            if self.classes is not None:
+                prompts += self.classes.prompts
+            self.prompts.fill(prompts, encode)

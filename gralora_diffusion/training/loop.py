@@ -1,0 +1,358 @@
+"""DreamBooth training with GraLoRA, top to bottom. Knows no family of models by name."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from diffusers.training_utils import EMAModel, free_memory
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..families import ModelFamily
+from ..state import WEIGHTS_NAME, save_adapter
+from .adapters import adapter_parameters, add_adapters, check_presets, weights_for_use
+from .base_model import find_base_family, load_base
+from .batches import Batches, find_class_pictures, find_pictures
+from .checkpoint import CheckpointStore
+from .config import TrainingConfig
+from .config_checks import ConfigError
+from .data import Example
+from .objectives import DDPM
+from .optimizers import build_lr_scheduler, build_optimizer
+from .outcome import finish, make_repository, start
+from .prior import draw_class_images
+from .records import MetricsFile
+from .run_state import RunState
+from .step import DenoisingStep, RowMaker
+from .streams import seed_from
+from .validation import draw_validation
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that."""
+
+
+def train(config: TrainingConfig) -> Path:
+    """Train an adapter as ``config`` says; return the output folder.
+
+    Raises:
+        ConfigError: something in the options or the base is wrong; nothing was written.
+        DataError: the same of the pictures and captions.
+        TrainingDiverged: the loss is no number any more.
+        CheckpointError: a checkpoint could not be written, or is none of this run.
+    """
+    for remark in config.validate():
+        logger.warning(remark)
+    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
+    resume = _find_checkpoint(config, store)
+    family = find_base_family(config)
+    check_presets(config, family)
+    pictures, class_pictures = find_pictures(config), find_class_pictures(config)
+    with _accelerate_left_as_it_was():
+        accelerator = _accelerator(config)
+        if accelerator.is_main_process:
+            make_repository(config)
+        trainer = Trainer(config, family, pictures, class_pictures, accelerator, store)
+        if resume is not None:
+            trainer.resume(*resume)
+        elif accelerator.is_main_process:
+            for _, path in store.list():
+                store.delete(path)
+        trainer.run()
+        accelerator.end_training()
+    return Path(config.output_dir)
+
+
+class Trainer:
+    """A run, ready to go: base, adapter, data, optimizer."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: ModelFamily,
+        pictures: list[Example],
+        class_pictures: list[Example],
+        accelerator: Accelerator,
+        store: CheckpointStore,
+    ) -> None:
+        self.family, self.accelerator, self.store = family, accelerator, store
+        device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+
+        # --- the frozen base, the adapter on it, and what the base draws of the class
+        self.pipe = load_base(config, family, dtype)
+        self.config = config = config.with_defaults(
+            {
+                **family.training_defaults,
+                "resolution": family.native_resolution(self.pipe),
+                "mixed_precision": accelerator.mixed_precision,
+            }
+        )
+        components = add_adapters(self.pipe, family, config)
+        if config.gradient_checkpointing:
+            for name in components:
+                _checkpoint_gradients(getattr(self.pipe, name))
+        if config.enable_xformers_memory_efficient_attention:
+            getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
+        if draw_class_images(config, family, accelerator):
+            class_pictures = find_class_pictures(config)
+
+        # --- encode what stays the same, then free the encoders
+        self.pipe.to(device)
+        self.data = data = Batches(config, family, self.pipe, pictures, class_pictures, accelerator)
+        keep = {*components, *(() if config.cache_latents else ("vae",))}
+        for name in ("vae", *family.text_encoders):
+            if name not in keep:
+                getattr(self.pipe, name).to("cpu")
+        free_memory()
+
+        # --- objective and optimizer
+        objective = DDPM(
+            self.pipe.scheduler.config,
+            config.prediction_type,
+            config.snr_gamma,
+            config.noise_offset,
+        )
+        step = DenoisingStep(self.pipe, family, objective, components)
+        step.train()
+        denoiser, *encoders = (adapter_parameters(self.pipe, name) for name in components)
+        encoder_parameters = [parameter for group in encoders for parameter in group]
+        self.parameters = [*denoiser, *encoder_parameters]
+        optimizer = build_optimizer(
+            config, denoiser, encoder_parameters, world_size=accelerator.num_processes
+        )
+        self.steps_per_epoch = math.ceil(len(data) / data.samples_per_step)
+        self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
+        self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
+        # the loader and the schedule are ours alone: both already know of processes and steps
+        self.step, self.optimizer = accelerator.prepare(step, optimizer)
+        self.rows = RowMaker(step, data, config, device, dtype)
+        self.ema = None
+        if config.use_ema:
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+            self.ema.to(device)
+        self.state = RunState(
+            config,
+            self.pipe,
+            family,
+            components,
+            self.parameters,
+            self.optimizer,
+            self.lr_scheduler,
+            self.ema,
+            accelerator,
+            data.digest,
+        )
+
+    def resume(self, step: int, path: Path) -> None:
+        """Go on from the checkpoint of ``step``.
+
+        Raises:
+            ConfigError: the run is to end before that step.
+            CheckpointError: it is not readable or of another run.
+        """
+        if step > self.max_steps:
+            raise ConfigError(
+                [
+                    f"{path} is past the end of this run, step {self.max_steps}. Give a higher "
+                    "--max_train_steps or --num_train_epochs"
+                ]
+            )
+        self.state.load(path)
+        if step == self.max_steps:
+            logger.warning(
+                "nothing is left to train: step %d is the last. To go on, give a higher "
+                "--max_train_steps",
+                step,
+            )
+
+    # -- the recipe --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Train to the end, then write the adapter, its pictures and its card."""
+        config, accelerator, state = self.config, self.accelerator, self.state
+        folder, first_step = Path(config.output_dir), state.step
+        if accelerator.is_main_process:
+            start(folder, config)
+            self.store.clean()
+            metrics = MetricsFile(folder, first_step)
+        accelerator.init_trackers("gralora-dreambooth", config=_plain(config))
+        bar = tqdm(
+            initial=first_step,
+            total=self.max_steps,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        began = time.perf_counter()
+        batches = self.data.steps(first_step, self.max_steps)
+        self._validate_if_due()
+        while state.step < self.max_steps:
+            loss = self._optimizer_step(batches)
+            lr = self.optimizer.param_groups[0]["lr"]
+            if self.lr_scheduler is not None:
+                self.lr_scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.parameters)
+            state.step += 1
+            if accelerator.is_main_process:
+                metrics.add({"step": state.step, "loss": loss, "lr": lr})
+            accelerator.log({"loss": loss, "lr": lr}, step=state.step)
+            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+            bar.update()
+            if state.step % config.checkpointing_steps == 0:
+                self.store.write(state.step, state.save, accelerator.is_main_process)
+            self._validate_if_due()
+        bar.close()
+        seconds = time.perf_counter() - began
+        with weights_for_use(self.parameters, self.optimizer, self.ema):
+            if accelerator.is_main_process:
+                save_adapter(state.adapter(), folder / WEIGHTS_NAME)
+            grid = None if config.skip_final_inference else self._draw_validation()
+        if accelerator.is_main_process:
+            facts = {
+                "steps": state.step,
+                "samples per step": self.data.samples_per_step,
+                "trained parameters": sum(p.numel() for p in self.parameters),
+                "seconds per step": round(seconds / max(1, state.step - first_step), 3),
+                "device": _device_name(accelerator.device),
+                "precision": accelerator.mixed_precision,
+            }
+            finish(folder, config, self.family.name, metrics.read(), facts, grid)
+
+    def _optimizer_step(self, batches: Iterator[Any]) -> float:
+        """Forward and backward passes of one step; returns the mean loss over all processes."""
+        config, accelerator = self.config, self.accelerator
+        total = torch.zeros((), device=accelerator.device)
+        for micro in range(config.gradient_accumulation_steps):
+            with accelerator.accumulate(self.step):
+                rows = self.rows.rows(*next(batches))
+                # dropout, the only draw from the global generator, depends on the step alone
+                process = accelerator.process_index
+                torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
+                losses = self.step(rows)
+                loss = (losses * rows.weights).sum() / rows.instances
+                accelerator.backward(loss)
+                total += loss.detach() / config.gradient_accumulation_steps
+                if accelerator.sync_gradients:
+                    norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                    mean = self._checked(total, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        return mean
+
+    def _checked(self, loss: Tensor, gradient_norm: Tensor) -> float:
+        mean = float(self.accelerator.reduce(loss, "mean"))
+        # with fp16 a gradient overflows now and then, which accelerate's scaler sees to
+        scaled = self.accelerator.scaler is not None
+        if math.isfinite(mean) and (scaled or math.isfinite(gradient_norm)):
+            return mean
+        whole = self.store.list()
+        kept = str(whole[-1][1]) if whole else "none was written yet"
+        raise TrainingDiverged(
+            f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
+            f"{float(gradient_norm):g}; stopped before that reached the adapter. Last checkpoint: "
+            f"{kept}. Give a lower --learning_rate (it is {self.config.learning_rate:g}) or "
+            "--mixed_precision bf16 in place of fp16, and start again or resume."
+        )
+
+    def _validate_if_due(self) -> None:
+        """Draw before the first step and every so often, but not at the end, which has its own."""
+        every = self.config.validation_steps
+        every = every or self.config.validation_epochs * self.steps_per_epoch
+        if self.state.step % every == 0 and self.state.step < self.max_steps:
+            with weights_for_use(self.parameters, self.optimizer, self.ema):
+                self._draw_validation()
+
+    def _draw_validation(self) -> Path | None:
+        grid = None
+        if self.config.validation_prompt and self.accelerator.is_main_process:
+            grid = draw_validation(
+                self.pipe, self.family, self.config, self.state.step, self.accelerator
+            )
+        self.accelerator.wait_for_everyone()
+        return grid
+
+
+def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
+    if not config.resume_from_checkpoint:
+        return None
+    found = store.find(config.resume_from_checkpoint)
+    later = [path.name for step, path in store.list() if found and step > found[0]]
+    if found and later:
+        raise ConfigError(
+            [
+                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
+                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
+                "away, or give another --output_dir and the checkpoint's path"
+            ]
+        )
+    return found
+
+
+def _accelerator(config: TrainingConfig) -> Accelerator:
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        # as a plugin, for the plain argument gives way to an environment variable
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
+        ),
+    )
+    if accelerator.mixed_precision not in DTYPES:
+        raise ConfigError(
+            [
+                f"accelerate is set to mixed precision {accelerator.mixed_precision}; give "
+                f"--mixed_precision {' or '.join(DTYPES)}"
+            ]
+        )
+    return accelerator
+
+
+@contextmanager
+def _accelerate_left_as_it_was() -> Iterator[None]:
+    """Let a program train again with other settings: accelerate keeps the first ones for good."""
+    ours = not PartialState._shared_state
+    try:
+        yield
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def _plain(config: TrainingConfig) -> dict[str, Any]:
+    """The options as what every tracker can show."""
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in config.as_record().items()
+    }
+
+
+def _checkpoint_gradients(model: Any) -> None:
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,54 @@
+"""The trainer as a program: options in, exit code out, errors as text without a traceback."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from safetensors import SafetensorError
+
+from .checkpoint import CheckpointError
+from .config import parse_config
+from .config_checks import ConfigError
+from .data import DataError
+from .loop import TrainingDiverged, train
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Train as the command line says; exits with 2 for wrong options, 1 for a failed training."""
+    first_process = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    # what concerns all processes is told by the first
+    level = logging.INFO if first_process else logging.ERROR
+    logging.getLogger("gralora_diffusion").setLevel(level)
+    try:
+        train(parse_config(argv))
+    except (ConfigError, DataError) as error:
+        _exit(str(error) if first_process else "", 2)
+    except (CheckpointError, TrainingDiverged) as error:
+        _exit(str(error), 1)
+    except (OSError, SafetensorError) as error:
+        if not _disk_is_full(error):
+            raise
+        _exit(
+            f"{error}. What was trained since the last checkpoint is lost. Make room, and go on "
+            "with --resume_from_checkpoint latest.",
+            1,
+        )
+    except KeyboardInterrupt:
+        _exit("interrupted. Go on with --resume_from_checkpoint latest.", 130)
+
+
+def _disk_is_full(error: Exception) -> bool:
+    if isinstance(error, OSError):
+        return error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return os.strerror(errno.ENOSPC) in str(error)
+
+
+def _exit(message: str, code: int) -> None:
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,118 @@
+"""Prior preservation: keep what the base knows of the subject's class.
+
+Two sources of the prior: pictures of the class that the base draws before it is adapted
+(DreamBooth, arXiv 2208.12242), or the frozen base as a teacher, whose prediction for the class
+prompt on the very same noisy latents is the target: no class pictures, no extra encoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory
+from torch import nn
+from tqdm.auto import tqdm
+
+from ..families import ModelFamily
+from ..layers import GraloraLayer
+from ..tensor_files import replacing
+from .base_model import load_base
+from .config import TrainingConfig
+from .pictures import picture_extensions
+from .streams import generator
+
+_PRECISIONS = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+@contextmanager
+def frozen_base(*models: nn.Module) -> Iterator[None]:
+    """Inside, the models predict as if they had no GraLoRA adapter. No gradient is recorded."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, GraloraLayer)]
+    # PEFT's enable_adapters would also flip requires_grad, which DDP does not allow midway
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was
+
+
+def class_pictures_there(config: TrainingConfig) -> int:
+    """How many class pictures ``class_data_dir`` holds, whoever made them; 0 if none are wanted."""
+    if not config.with_prior_preservation or config.prior_source != "images":
+        return 0
+    folder = Path(config.class_data_dir or "")
+    known = picture_extensions()
+    present = folder.iterdir() if folder.is_dir() else ()
+    return sum(1 for f in present if f.suffix.lower() in known and not f.name.startswith("."))
+
+
+def draw_class_images(
+    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
+) -> bool:
+    """Draw the class pictures that lack into ``class_data_dir``, shared out among the processes.
+
+    Each picture has its own seed and a name that tells its number, and appears under it only when
+    whole. Pictures are drawn in the same batches whichever of them lack, for rounding depends on
+    the batch: interrupted, the drawing goes on where it stopped and makes the same pictures.
+
+    The base is loaded anew for it: that which is trained must not pass through the precision that
+    is good enough for drawing.
+
+    Returns:
+        Whether any lacked.
+    """
+    wanted = config.with_prior_preservation and config.prior_source == "images"
+    count = config.num_class_images - class_pictures_there(config) if wanted else 0
+    if count <= 0:
+        return False
+    folder = Path(config.class_data_dir or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    lacking = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
+    numbers = set(itertools.islice(lacking, count))
+    size = config.sample_batch_size
+    batches = sorted({number // size for number in numbers})
+    pipe = load_base(config, family, _generation_dtype(config, accelerator))
+    pipe.to(accelerator.device)
+    pipe.vae.to(getattr(pipe, family.denoiser).dtype)
+    pipe.set_progress_bar_config(disable=True)
+    accelerator.wait_for_everyone()  # all have counted before anybody draws
+    for batch in tqdm(
+        batches[accelerator.process_index :: accelerator.num_processes],
+        desc=f"drawing {count} class pictures",
+        disable=not accelerator.is_local_main_process,
+    ):
+        drawn = range(batch * size, (batch + 1) * size)
+        rngs = [generator(config.seed, "class image", number) for number in drawn]
+        images = pipe([config.class_prompt] * size, generator=rngs).images
+        for number, image in zip(drawn, images, strict=True):
+            if number in numbers:
+                with replacing(folder / _class_image_name(number)) as temporary:
+                    image.save(temporary, format="PNG")
+    del pipe
+    free_memory()
+    accelerator.wait_for_everyone()
+    return True
+
+
+def _class_image_name(number: int) -> str:
+    return f"class-{number:05d}.png"
+
+
+def _generation_dtype(config: TrainingConfig, accelerator: Accelerator) -> torch.dtype:
+    if config.prior_generation_precision:
+        return _PRECISIONS[config.prior_generation_precision]
+    return torch.float16 if accelerator.device.type == "cuda" else torch.float32

@@ -1,0 +1,130 @@
+"""What a run leaves to read: the metrics, their curve, and the model card."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import matplotlib
+import peft
+import torch
+from huggingface_hub import ModelCard, ModelCardData
+from PIL import Image
+
+from ..tensor_files import replacing
+from .config import TrainingConfig
+
+METRICS_NAME = "metrics.jsonl"
+CURVE_NAME = "training_curve.png"
+CARD_NAME = "README.md"
+
+
+class MetricsFile:
+    """One JSON object per optimizer step, appended as training goes.
+
+    Args:
+        folder: output folder.
+        first_step: steps already done; later lines are of a run that was killed and go.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        self.path = folder / METRICS_NAME
+        kept = [row for row in self.read() if row["step"] <= first_step] if first_step else []
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:  # a kill now must not lose what is kept
+            lines = [json.dumps(row) + "\n" for row in kept]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; it has a "step"."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the rows; a half-written last line is passed over."""
+        rows = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").splitlines():
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss over the steps: each step faintly, a running mean on top."""
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+    width = max(1, len(rows) // 20)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), losses.cumsum(0)])
+    ends = torch.arange(1, len(rows) + 1)
+    starts = (ends - width).clamp(min=0)
+    mean = (total[ends] - total[starts]) / (ends - starts)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label=f"mean of the last {width}")
+    axes.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def write_card(
+    folder: Path,
+    config: TrainingConfig,
+    family: str,
+    metrics: Mapping[str, Any],
+    grid: Path | None,
+    prompts: Sequence[str],
+) -> Path:
+    """Write the model card: what it is, how to use it, pictures, and how it was made."""
+    base = config.pretrained_model_name_or_path
+    on_hub = not Path(base).exists()
+    shown = base if on_hub else Path(base).name
+    trigger = config.instance_prompt
+    parts = [f"GraLoRA adapter (rank {config.rank}, k = {config.gralora_k}"]
+    parts[0] += f", hybrid rank {config.hybrid_rank})" if config.hybrid_rank else ")"
+    parts[0] += f" for `{shown}`, trained with DreamBooth."
+    if trigger:
+        parts.append(f"Use the prompt `{trigger}` to call the subject.")
+    if grid is not None:
+        Image.open(grid).save(folder / "validation.png")
+        rows = "\n".join(f"- row {i + 1}: {prompt}" for i, prompt in enumerate(prompts))
+        parts.append(f"![pictures drawn with the adapter](validation.png)\n\n{rows}")
+    source = config.hub_model_id or "path/to/this/folder"
+    prompt = json.dumps(trigger or "your prompt", ensure_ascii=False)
+    parts.append(
+        "## Use\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n"
+        "import gralora_diffusion\n\n"
+        f'pipe = DiffusionPipeline.from_pretrained("{base if on_hub else "path/to/base"}")\n'
+        f'pipe.load_gralora_weights("{source}")\n'
+        f"image = pipe({prompt}).images[0]\n```"
+    )
+    versions = {
+        "torch": torch.__version__,
+        "diffusers": diffusers.__version__,
+        "peft": peft.__version__,
+        "python": platform.python_version(),
+    }
+    facts = {**metrics, **versions}
+    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
+    parts.append(f"## Training\n\n| | |\n|---|---|\n{table}\n\n```yaml\n{config.to_yaml()}```")
+    data = ModelCardData(
+        library_name="diffusers",
+        base_model=base if on_hub else None,
+        tags=["text-to-image", "diffusers", "gralora", "dreambooth", family],
+        instance_prompt=trigger,
+    )
+    title = f"# {folder.resolve().name}"
+    path = folder / CARD_NAME
+    ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", title, *parts]) + "\n").save(path)
+    return path

@@ -1,0 +1,154 @@
+"""All that a checkpoint holds: the adapter, the optimizer's state, and how far the run is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from ..families import ModelFamily
+from ..state import WEIGHTS_NAME, Adapter, save_adapter
+from .adapters import put_back, read_out, weights_for_use
+from .checkpoint import CheckpointError
+from .config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+PROGRESS_NAME = "progress.json"
+#: Options that decide what a checkpoint holds.
+STRUCTURE = ("optimizer", "use_ema")
+
+
+class RunState:
+    """What changes in a run, to be saved and to be gone on with.
+
+    Args:
+        components: attributes of ``pipe`` with an adapter.
+        parameters: of all adapters.
+        optimizer: as prepared by ``accelerator``.
+        ema: average of the adapter, if there is one.
+        data_digest: tells which samples each step gets.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        pipe: Any,
+        family: ModelFamily,
+        components: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        optimizer: Any,
+        lr_scheduler: LRScheduler | None,
+        ema: EMAModel | None,
+        accelerator: Accelerator,
+        data_digest: str,
+    ) -> None:
+        self.step = 0  # optimizer steps done
+        self.config, self.pipe, self.family, self.components = config, pipe, family, components
+        self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
+        self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
+        for part in (lr_scheduler, ema):
+            if part is not None:
+                accelerator.register_for_checkpointing(part)
+        accelerator.register_save_state_pre_hook(self._save_adapter)
+        accelerator.register_load_state_pre_hook(self._load_adapter)
+
+    def adapter(self) -> Adapter:
+        """Copy the adapter's present weights out of the models."""
+        return read_out(self.pipe, self.family, self.components)
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint into an empty folder. Every process calls it."""
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(folder))
+        self.accelerator.wait_for_everyone()
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint. Learning rates and weight decay are those of this run's options.
+
+        Raises:
+            CheckpointError: it is not readable or is of another run.
+        """
+        groups = self.optimizer.param_groups
+        rates = [(g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups]
+        try:
+            progress = json.loads((path / PROGRESS_NAME).read_text(encoding="utf-8"))
+            self._check_structure(path, progress["options"])
+            self.accelerator.load_state(str(path))
+            self.step, digest = int(progress["step"]), progress["data_digest"]
+        except CheckpointError:
+            raise
+        except (
+            OSError,
+            KeyError,
+            ValueError,
+            RuntimeError,
+            EOFError,
+            pickle.UnpicklingError,
+        ) as error:
+            raise CheckpointError(
+                f"{path} cannot be resumed from: {error}. It is damaged or of another version; "
+                "take an earlier checkpoint."
+            ) from error
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
+        self._set_rates(rates)
+        if digest != self.data_digest:
+            logger.warning(
+                "the pictures, captions, batch size or seed are not those of the checkpoint: the "
+                "run goes on, but will not end as an uninterrupted one would"
+            )
+        logger.info("resuming from %s at step %d", path, self.step)
+
+    def _check_structure(self, path: Path, options: dict[str, Any]) -> None:
+        differing = [
+            f"--{name} {options.get(name)} there, {getattr(self.config, name)} here"
+            for name in STRUCTURE
+            if options.get(name) != getattr(self.config, name)
+        ]
+        if differing:
+            raise CheckpointError(
+                f"{path} is of another run ({'; '.join(differing)}). Resume with the options that "
+                "run was started with."
+            )
+
+    def _set_rates(self, rates: Sequence[tuple[float, float]]) -> None:
+        groups = self.optimizer.param_groups
+        for group, (rate, weight_decay) in zip(groups, rates, strict=True):
+            group["weight_decay"] = weight_decay
+            group["initial_lr" if self.lr_scheduler is not None else "lr"] = rate
+        if self.lr_scheduler is None:
+            return
+        # the schedule, too, is this run's: another --max_train_steps stretches it
+        scheduler: Any = self.lr_scheduler  # diffusers' are all LambdaLR
+        scheduler.base_lrs[:] = [rate for rate, _ in rates]
+        for group, (rate, _), rule in zip(groups, rates, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * rule(scheduler.last_epoch)
+
+    def _save_adapter(self, models: Any, weights: list[Any], folder: str) -> None:
+        weights.clear()  # the base need not be saved
+        if not self.accelerator.is_main_process:
+            return
+        target = Path(folder)
+        save_adapter(self.adapter(), target / TRAINING_WEIGHTS_NAME)
+        with weights_for_use(self.parameters, self.optimizer, self.ema):
+            save_adapter(self.adapter(), target / WEIGHTS_NAME)
+        progress = {
+            "step": self.step,
+            "data_digest": self.data_digest,
+            "options": {name: getattr(self.config, name) for name in STRUCTURE},
+        }
+        (target / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+
+    def _load_adapter(self, models: list[Any], folder: str) -> None:
+        models.clear()
+        put_back(self.pipe, self.components, Path(folder) / TRAINING_WEIGHTS_NAME)

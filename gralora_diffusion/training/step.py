@@ -1,0 +1,153 @@
+"""One training step's arithmetic: from samples to rows, from rows to losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..families import Conditioning, ModelFamily
+from .batches import Batches
+from .config import TrainingConfig
+from .objectives import Objective
+from .prior import frozen_base
+from .streams import generator, seed_from
+
+
+@dataclass
+class Rows:
+    """A batch as the denoiser sees it. Prior rows follow the instance rows."""
+
+    noisy_latents: Tensor  # (rows, C, h, w)
+    timesteps: Tensor  # (rows,)
+    target: Tensor  # as noisy_latents
+    prompts: list[str]
+    conditioning: Conditioning | None  # None: encode the prompts in the step, with gradients
+    weights: Tensor  # (rows,)
+    instances: int
+
+    def __add__(self, other: Rows) -> Rows:
+        """Append ``other``'s rows; the instance rows stay those of ``self``."""
+        conditioning = None
+        if self.conditioning is not None and other.conditioning is not None:
+            conditioning = {
+                key: torch.cat([value, other.conditioning[key]])
+                for key, value in self.conditioning.items()
+            }
+        return Rows(
+            torch.cat([self.noisy_latents, other.noisy_latents]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.target, other.target]),
+            self.prompts + other.prompts,
+            conditioning,
+            torch.cat([self.weights, other.weights]),
+            self.instances,
+        )
+
+
+class DenoisingStep(nn.Module):
+    """Everything that is trained, as one module: ``forward(rows)`` gives the loss of each row.
+
+    One module, so that gradients of denoiser and text encoders are synchronized, clipped and
+    autocast together.
+    """
+
+    def __init__(
+        self, pipe: Any, family: ModelFamily, objective: Objective, trained: Sequence[str]
+    ) -> None:
+        super().__init__()
+        self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
+        self.pipe, self.family, self.objective = pipe, family, objective
+
+    def forward(self, rows: Rows) -> Tensor:
+        conditioning = rows.conditioning
+        if conditioning is None:
+            conditioning = self.family.encode_prompts(self.pipe, rows.prompts)
+        denoiser = self.trained[self.family.denoiser]
+        prediction = self.family.predict(denoiser, rows.noisy_latents, rows.timesteps, conditioning)
+        return self.objective.loss(prediction, rows.target, rows.timesteps)
+
+
+class RowMaker:
+    """Turns collated samples into :class:`Rows` on the device.
+
+    Args:
+        step: the unwrapped :class:`DenoisingStep`.
+        data: what encodes pictures and knows encoded prompts.
+        dtype: of noisy latents, the denoiser's.
+    """
+
+    def __init__(
+        self,
+        step: DenoisingStep,
+        data: Batches,
+        config: TrainingConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.step, self.data, self.seed = step, data, config.seed
+        self.device, self.dtype = device, dtype
+        self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
+
+    def rows(self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None) -> Rows:
+        """Make the rows of a batch, with the prior's rows if there is a prior."""
+        rows = self._rows(instance, self.seed, 1.0)
+        if classes is not None:
+            rows = rows + self._rows(classes, seed_from(self.seed, "class"), self.prior_weight)
+        if self.data.teacher is not None:
+            rows = rows + self._teacher_rows(rows, self.data.teacher)
+        return rows
+
+    def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> Rows:
+        objective = self.step.objective
+        latents = self._latents(batch, seed)
+        noise, timesteps = objective.draw(seed, batch["positions"], latents.shape[1:])
+        noise, timesteps = noise.to(self.device), timesteps.to(self.device)
+        count = len(timesteps)
+        return Rows(
+            objective.add_noise(latents, noise, timesteps).to(self.dtype),
+            timesteps,
+            objective.target(latents, noise, timesteps),
+            list(batch["prompts"]),
+            self._conditioning(batch["prompts"]),
+            torch.full((count,), weight, device=self.device),
+            count,
+        )
+
+    def _latents(self, batch: Mapping[str, Any], seed: int) -> Tensor:
+        """Sample the VAE's posterior anew at each visit, as encoding at each visit would."""
+        if "pixel_values" in batch:
+            with torch.no_grad():
+                mean, std = self.data.encode_images(batch["pixel_values"])
+        else:
+            mean, std = batch["mean"].to(self.device), batch["std"].to(self.device)
+        draws = [
+            torch.randn(mean.shape[1:], generator=generator(seed, "posterior", position))
+            for position in batch["positions"]
+        ]
+        return mean.float() + std.float() * torch.stack(draws).to(self.device)
+
+    def _conditioning(self, prompts: Sequence[str]) -> Conditioning | None:
+        if self.data.prompts is None:
+            return None
+        batch = self.data.prompts.batch(prompts)
+        return {key: value.to(self.device) for key, value in batch.items()}
+
+    def _teacher_rows(self, rows: Rows, teacher: Conditioning) -> Rows:
+        """The same noisy latents with the class prompt; the frozen base's prediction as target."""
+        count = rows.instances
+        noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
+        conditioning = {
+            key: value.to(self.device).expand(count, *value.shape[1:])
+            for key, value in teacher.items()
+        }
+        models = tuple(self.step.trained.values())
+        denoiser = self.step.trained[self.step.family.denoiser]
+        with frozen_base(*models), self.data.accelerator.autocast():
+            target = self.step.family.predict(denoiser, noisy, timesteps, conditioning)
+        prompts = [self.class_prompt] * count
+        weights = torch.full((count,), self.prior_weight, device=self.device)
+        return Rows(noisy, timesteps, target, prompts, self._conditioning(prompts), weights, count)

@@ -1,0 +1,84 @@
+"""The pictures of a validation: drawn, written as files, given to the trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory
+from diffusers.utils import make_image_grid
+from PIL import Image
+
+from ..families import ModelFamily
+from ..sampling import draw
+from .config import TrainingConfig
+
+FOLDER_NAME = "validation"
+
+
+def draw_validation(
+    pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
+) -> Path:
+    """Draw the validation prompts with the weights as they are; return the grid's path.
+
+    VAE and text encoders that rest on the CPU are on the device for that time only. Nothing that
+    training depends on is changed.
+    """
+    resting = [
+        module
+        for name in ("vae", *family.text_encoders)
+        if (module := getattr(pipe, name)).device != accelerator.device
+    ]
+    for module in resting:
+        module.to(accelerator.device)
+    prompts = config.validation_prompt or []
+    try:
+        with accelerator.autocast():
+            images = draw(
+                pipe,
+                prompts,
+                config.num_validation_images,
+                seed=config.seed,
+                size=config.resolution,
+                guidance_scale=config.validation_guidance_scale,
+                inference_steps=config.validation_inference_steps,
+            )
+    finally:
+        for module in resting:
+            module.to("cpu")
+    free_memory()
+    folder = Path(config.output_dir) / FOLDER_NAME
+    return save_and_track(images, prompts, folder, step, accelerator)
+
+
+def save_and_track(
+    images: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[str],
+    folder: Path,
+    step: int,
+    accelerator: Accelerator,
+) -> Path:
+    """Write the pictures and their grid under ``folder/step-<step>`` and give them to the trackers.
+
+    Returns the path of the grid: a row per prompt.
+    """
+    target = folder / f"step-{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    for row, pictures in enumerate(images):
+        for column, picture in enumerate(pictures):
+            picture.save(target / f"{row:02d}-{column:02d}.png")
+    (target / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    everything = [picture for pictures in images for picture in pictures]
+    grid = target / "grid.png"
+    make_image_grid(everything, rows=len(images), cols=len(images[0])).save(grid)
+    for tracker in accelerator.trackers:
+        for prompt, pictures in zip(prompts, images, strict=True):
+            stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+            if tracker.name == "tensorboard":
+                tracker.log_images({f"validation/{prompt}": stack}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({f"validation/{prompt}": stack}, step=step)
+    return grid
