@@ -1,0 +1,24 @@
+# Sourced by samples/demo.sh and tests/run.sh: makes .venv with the package and activates it.
+# Usage: . .ci/environment.sh [extras, such as dev]
+# Set PYTHON to choose another interpreter than python3.
+
+extras="${1:-}"
+python="${PYTHON:-python3}"
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    echo "error: $python is not Python 3.10 or newer. Install it, or name another by PYTHON=..." >&2
+    exit 1
+fi
+wanted="$extras $(cat pyproject.toml .ci/constraints.txt | cksum)"
+stamp=".venv/installed${extras:+-$extras}"
+if [ "$(cat "$stamp" 2>/dev/null)" != "$wanted" ]; then
+    echo "setting up .venv (once) ..."
+    if [ ! -x .venv/bin/python ] && ! "$python" -m venv .venv; then
+        echo "error: $python cannot make virtual environments (Debian: apt install python3-venv)" >&2
+        exit 1
+    fi
+    # torch by name: with the constraint, pip does not go looking for another build
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+        -c .ci/constraints.txt torch -e ".${extras:+[$extras]}"
+    echo "$wanted" > "$stamp"
+fi
+. .venv/bin/activate

@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# Teach the bundled base a subject it has never seen, on the CPU, and show what came of it.
+# Everything it makes lies in outputs/demo, or in the folder given as the first argument.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. .ci/environment.sh
+output="${1:-outputs/demo}"
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+accelerate launch --num_processes 1 --cpu --mixed_precision no --dynamo_backend no --num_machines 1 \
+    train_scripts/train_dreambooth_gralora.py \
+    --config samples/configs/tiny_robot.yaml --output_dir "$output" --overwrite_output_dir
+
+gralora sample --base samples/tiny-base --adapter "$output" --compare \
+    --reference samples/subjects/robot/train \
+    --prompt "a sks robot on snow" "a sks robot on sand" "a sks robot at night" "a sks robot on brick" \
+    --output "$output/grid.png"
+
+echo
+echo "adapter:        $output/pytorch_gralora_weights.safetensors"
+echo "training curve: $output/training_curve.png"
+echo "grid:           $output/grid.png"
