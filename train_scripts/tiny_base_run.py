@@ -1,0 +1,95 @@
+"""What the stages of the tiny base's training share: files, log, randomness, a time budget."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+CHECKPOINT_SECONDS = 120
+
+
+@dataclass
+class Run:
+    """Where a stage writes, how it logs, and which process it is."""
+
+    accelerator: Accelerator
+    work_dir: Path
+    seed: int
+
+    def rng(self, stage: str, step: int) -> random.Random:
+        """Depends on (seed, stage, step, rank) alone: a resumed run draws what it would have."""
+        return random.Random(f"{self.seed}/{stage}/{step}/{self.accelerator.process_index}")
+
+    def log(self, **record: float | str) -> None:
+        """Append one line to `training_log.jsonl`; floats to five decimals."""
+        if self.accelerator.is_main_process:
+            rounded = {k: round(v, 5) if isinstance(v, float) else v for k, v in record.items()}
+            line = json.dumps(rounded)
+            print(line, flush=True)
+            with (self.work_dir / "training_log.jsonl").open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+
+    def save(self, name: str, state: dict[str, Any]) -> None:
+        """Write a file of the work directory; no reader and no crash meets half of it."""
+        if self.accelerator.is_main_process:
+            part = self.work_dir / (name + ".part")
+            torch.save(state, part)
+            part.replace(self.work_dir / name)
+
+    def load(self, name: str) -> dict[str, Any] | None:
+        """The file's content, or None where the stage that writes it has not run."""
+        path = self.work_dir / name
+        return torch.load(path, weights_only=True) if path.exists() else None
+
+    def require(self, name: str) -> dict[str, Any]:
+        """The file's content; an error where the stage that writes it has not run."""
+        state = self.load(name)
+        if state is None:
+            raise FileNotFoundError(
+                f"{self.work_dir / name} is missing: run the earlier stages first"
+            )
+        return state
+
+
+class Budget:
+    """The share of a stage's wall-clock time that is spent; it survives a resume."""
+
+    def __init__(self, minutes: float, spent_seconds: float) -> None:
+        self.seconds, self.start = minutes * 60, time.monotonic() - spent_seconds
+        self.saved = spent_seconds
+
+    @property
+    def spent(self) -> float:
+        """Seconds, those before a resume included."""
+        return time.monotonic() - self.start
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, peak: float, step: int) -> float:
+        """Warm up over 100 steps, then follow a cosine over time down to 1% of the peak."""
+        share = min(1.0, self.spent / self.seconds)
+        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
+        rate = peak * min(1.0, (step + 1) / 100) * cosine
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        return rate
+
+    def is_over(self, run: Run, step: int) -> bool:
+        """Whether this step is the last; all processes decide together, every tenth step."""
+        if step % 10:
+            return False
+        late = torch.tensor([float(self.spent > self.seconds)])
+        return bool(run.accelerator.reduce(late, "sum").item() > 0)
+
+    def is_time_to_save(self) -> bool:
+        """True once every `CHECKPOINT_SECONDS`."""
+        if self.spent - self.saved < CHECKPOINT_SECONDS:
+            return False
+        self.saved = self.spent
+        return True

@@ -1,0 +1,195 @@
+"""The training stages of the tiny base: autoencoder, its latents, UNet with text encoder."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import numpy as np
+import tiny_base_models as models
+import tiny_world
+import torch
+from accelerate.utils import gather
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tiny_base_run import Budget, Run
+from torch.nn import functional
+
+
+def to_pixels(images: list[Image.Image]) -> torch.Tensor:
+    """RGB images to a (b, 3, 64, 64) float tensor in -1..1."""
+    array = np.stack([np.asarray(image) for image in images])
+    return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def psnr(prediction: torch.Tensor, target: torch.Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of pixels in -1..1, over the whole batch."""
+    return 10 * math.log10(4 / functional.mse_loss(prediction.clamp(-1, 1), target).item())
+
+
+def vae_batch(rng: random.Random, size: int) -> torch.Tensor:
+    """(size, 3, 64, 64): four of ten pictures from the world, the others any shapes."""
+    images = [
+        tiny_world.sample(rng).image if rng.random() < 0.4 else tiny_world.sample_shapes(rng)
+        for _ in range(size)
+    ]
+    return to_pixels(images)
+
+
+def train_vae(run: Run, minutes: float, batch_size: int, peak: float) -> None:
+    """Train the autoencoder on pictures drawn as they are needed; writes `vae.pt`.
+
+    There is no KL term: at the usual weights it only sets the latents' scale, and that is
+    normalised afterwards.
+    """
+    if run.load("vae.pt"):
+        return
+    vae = models.build_vae()
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
+    step, spent = 0, 0.0
+    if state := run.load("vae_checkpoint.pt"):
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        step, spent = state["step"], state["spent"]
+    model = run.accelerator.prepare_model(vae)
+    held_out = vae_batch(random.Random("held out"), 64)
+    budget, over = Budget(minutes, spent), False
+    while not over:
+        rate = budget.set_learning_rate(optimizer, peak, step)
+        pixels = vae_batch(run.rng("vae", step), batch_size)
+        reconstruction = model(pixels, sample_posterior=True).sample
+        error = functional.mse_loss(reconstruction, pixels)
+        loss = error + 0.1 * functional.l1_loss(reconstruction, pixels)
+        run.accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        over = budget.is_over(run, step)
+        if step % 100 == 0 or over:
+            with torch.no_grad():
+                quality = psnr(vae(held_out).sample, held_out)
+            samples = step * batch_size * run.accelerator.num_processes
+            record = {"step": step, "samples": samples, "loss": loss.item(), "psnr": quality}
+            run.log(stage="vae", **record, lr=rate, sec=budget.spent)
+        if budget.is_time_to_save() or over:
+            state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
+            run.save("vae_checkpoint.pt", {**state, "step": step, "spent": budget.spent})
+    run.save("vae.pt", vae.state_dict())
+    run.accelerator.wait_for_everyone()
+
+
+def load_vae(run: Run, name: str) -> AutoencoderKL:
+    """The autoencoder a stage wrote to the work directory."""
+    vae = models.build_vae().eval()
+    vae.load_state_dict(run.require(name))
+    return vae
+
+
+def world_picture(run: Run, index: int) -> tiny_world.Picture:
+    """One of the pictures the UNet is trained on."""
+    return tiny_world.sample(random.Random(f"{run.seed}/world/{index}"))
+
+
+@torch.no_grad()
+def encode_world(run: Run, count: int) -> None:
+    """Encode `count` pictures once; writes `latents.pt` and the `vae_normalised.pt` they belong to.
+
+    The latents' means and standard deviations are both (count, 8, 16, 16), in half precision.
+    """
+    if run.load("vae_normalised.pt"):
+        return
+    vae = load_vae(run, "vae.pt")
+    rank, world = run.accelerator.process_index, run.accelerator.num_processes
+    first, last = rank * count // world, (rank + 1) * count // world
+    means, stds = [], []
+    for start in range(first, last, 32):
+        pictures = [world_picture(run, index) for index in range(start, min(start + 32, last))]
+        posterior = vae.encode(to_pixels([picture.image for picture in pictures])).latent_dist
+        means.append(posterior.mean)
+        stds.append(posterior.std)
+    mean, std = gather(torch.cat(means)), gather(torch.cat(stds))
+    centre, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3))  # per channel
+    mean = (mean - centre[:, None, None]) / scale[:, None, None]
+    std = std / scale[:, None, None]
+    run.save("latents.pt", {"mean": mean.half(), "std": std.half()})
+    models.normalise_latents(vae, centre, scale)
+    run.save("vae_normalised.pt", vae.state_dict())
+    run.accelerator.wait_for_everyone()
+
+
+def unet_batch(
+    rng: random.Random,
+    latents: dict[str, torch.Tensor],
+    pictures: list[tiny_world.Picture],
+    size: int,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
+    """Clean latents, noise, timesteps and captions.
+
+    The timesteps come one from each of `size` equal bands, which steadies the loss; a tenth of the
+    captions are empty, for classifier-free guidance.
+    """
+    chosen = [rng.randrange(len(pictures)) for _ in range(size)]
+    generator = torch.Generator().manual_seed(rng.getrandbits(63))
+    mean, std = latents["mean"][chosen].float(), latents["std"][chosen].float()
+    clean = mean + std * torch.randn(mean.shape, generator=generator)
+    noise = torch.randn(mean.shape, generator=generator)
+    bands = (torch.arange(size) + torch.rand(size, generator=generator)) / size
+    captions = [
+        "" if rng.random() < 0.1 else tiny_world.describe(p.name, p.colour, p.background, rng)
+        for p in (pictures[index] for index in chosen)
+    ]
+    return clean, noise, (bands * 1000).long().clamp(max=999), captions
+
+
+def build_ema(denoiser: models.Denoiser) -> EMAModel:
+    """A moving average of the weights that follows quickly at first."""
+    return EMAModel(
+        denoiser.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True
+    )
+
+
+def train_unet(run: Run, minutes: float, batch_size: int, peak: float) -> None:
+    """Train UNet and text encoder on the latents; `unet_checkpoint.pt` holds their average too."""
+    latents = run.require("latents.pt")
+    pictures = [world_picture(run, index) for index in range(len(latents["mean"]))]
+    tokenizer, scheduler = models.build_tokenizer(), models.build_scheduler()
+    denoiser = models.Denoiser(models.build_unet(), models.build_text_encoder(tokenizer)).train()
+    parameters = list(denoiser.parameters())
+    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
+    ema = build_ema(denoiser)
+    step, spent, losses = 0, 0.0, []
+    if state := run.load("unet_checkpoint.pt"):
+        denoiser.load_state_dict(state["denoiser"])
+        optimizer.load_state_dict(state["optimizer"])
+        ema.load_state_dict(state["ema"])
+        step, spent = state["step"], state["spent"]
+    model = run.accelerator.prepare_model(denoiser)
+    budget, over = Budget(minutes, spent), spent >= minutes * 60
+    while not over:
+        rate = budget.set_learning_rate(optimizer, peak, step)
+        rng = run.rng("unet", step)
+        clean, noise, timesteps, captions = unet_batch(rng, latents, pictures, batch_size)
+        noisy_latents = scheduler.add_noise(clean, noise, timesteps)
+        prediction = model(noisy_latents, timesteps, models.tokenize(tokenizer, captions))
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        loss = functional.mse_loss(prediction, target)
+        run.accelerator.backward(loss)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(parameters)
+        losses.append(loss.item())
+        step += 1
+        over = budget.is_over(run, step)
+        if step % 100 == 0 or over:
+            samples = step * batch_size * run.accelerator.num_processes
+            record = {"step": step, "samples": samples, "loss": sum(losses) / len(losses)}
+            run.log(stage="unet", **record, lr=rate, sec=budget.spent)
+            losses = []
+        if budget.is_time_to_save() or over:
+            state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
+            state |= {"ema": ema.state_dict(), "step": step, "spent": budget.spent}
+            run.save("unet_checkpoint.pt", state)
+    run.accelerator.wait_for_everyone()

@@ -1,0 +1,147 @@
+"""Train the bundled tiny base from nothing: autoencoder, then UNet and text encoder, then export.
+
+    torchrun --nproc_per_node 2 train_scripts/train_tiny_base.py --work_dir runs/tiny-base
+    python train_scripts/train_tiny_base.py --work_dir runs/tiny-base        # one process
+
+Every stage resumes from its last checkpoint in the work directory, and `--stages export` writes a
+snapshot while another process still trains. The budget is wall-clock time, because the machine is
+shared and the learning rate has to have come down when the time is over; steps and samples are
+logged. Everything runs in full precision: a CPU without AVX-512 BF16 or AMX emulates bf16
+convolutions, some 70 times slower.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import shutil
+import time
+from pathlib import Path
+
+import tiny_base_models as models
+import tiny_world
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import make_image_grid
+from PIL import Image
+from tiny_base_run import Run
+from tiny_base_stages import (
+    build_ema,
+    encode_world,
+    load_vae,
+    psnr,
+    to_pixels,
+    train_unet,
+    train_vae,
+)
+
+STAGES = ("vae", "latents", "unet", "export")
+GRID = 8  # pictures per side of the grid to look at
+
+
+def grid_prompts() -> list[str]:
+    """Prompts that go through objects, colours and backgrounds at different paces."""
+    names, phrases = list(tiny_world.OBJECTS), list(tiny_world.BACKGROUNDS)
+    colours = list(tiny_world.COLOURS)
+    return [
+        tiny_world.caption(
+            colours[(i + i // 8) % len(colours)],
+            names[i % len(names)],
+            phrases[(3 * i + i // 10) % len(phrases)],
+        )
+        for i in range(GRID * GRID)
+    ]
+
+
+def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.Image, float]:
+    """Sample the prompts, 25 steps at guidance 4. Returns the grid and the seconds per picture."""
+    start, images = time.monotonic(), []
+    for row in range(GRID):
+        images += pipe(
+            prompts[row * GRID : (row + 1) * GRID],
+            num_inference_steps=25,
+            guidance_scale=4.0,
+            generator=torch.Generator().manual_seed(row),
+        ).images
+    return make_image_grid(images, GRID, GRID), (time.monotonic() - start) / len(images)
+
+
+@torch.no_grad()
+def export(run: Run, output_dir: Path) -> None:
+    """Write the diffusers folder, and into the work directory what to look at.
+
+    `grid_<step>.png` are sampled pictures, `reconstructions.png` the autoencoder's on pictures it
+    has not seen (originals above), a row of the subject's last.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    tokenizer, state = models.build_tokenizer(), run.require("unet_checkpoint.pt")
+    denoiser = models.Denoiser(models.build_unet(), models.build_text_encoder(tokenizer)).eval()
+    ema = build_ema(denoiser)
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(denoiser.parameters())
+    vae = load_vae(run, "vae_normalised.pt")
+    pipe = models.build_pipeline(vae, denoiser, tokenizer)
+    pipe.set_progress_bar_config(disable=True)
+
+    held_out = [tiny_world.sample(random.Random(f"held out {i}")).image for i in range(256)]
+    subjects = [
+        tiny_world.compose(drawing, colour, phrase, random.Random("held out"))
+        for colour, drawing in tiny_world.SUBJECTS.values()
+        for phrase in tiny_world.BACKGROUNDS
+    ]
+    quality, rows = {}, []
+    for name, images in (("psnr", held_out), ("subject_psnr", subjects)):
+        pixels = to_pixels(images)
+        decoded = vae(pixels).sample
+        quality[name] = psnr(decoded, pixels)
+        rows += images[:GRID] + pipe.image_processor.postprocess(decoded[:GRID], output_type="pil")
+    make_image_grid(rows, 4, GRID).save(run.work_dir / "reconstructions.png")
+
+    prompts = grid_prompts()
+    grid, seconds = draw_grid(pipe, prompts)
+    grid.save(run.work_dir / f"grid_{state['step']:05d}.png")
+    (run.work_dir / "grid_prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    run.log(stage="export", step=state["step"], **quality, picture_seconds=seconds)
+    # The text encoder stays in full precision: transformers would load it in the dtype it was saved
+    # in, diffusers loads the others in full precision, and a plain from_pretrained would not run.
+    pipe.vae.half()
+    pipe.unet.half()
+    pipe.tokenizer = models.build_tokenizer()  # a used one would be saved with its last padding
+    pipe.save_pretrained(output_dir)
+    shutil.copy(run.work_dir / "training_log.jsonl", output_dir)
+    for path in output_dir.rglob("*.safetensors"):
+        path.chmod(0o644)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and log")
+    parser.add_argument("--output_dir", type=Path, default=Path("samples/tiny-base"))
+    parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--vae_minutes", type=float, default=20.5)
+    parser.add_argument("--unet_minutes", type=float, default=42)
+    parser.add_argument("--vae_batch_size", type=int, default=8, help="per process")
+    parser.add_argument("--unet_batch_size", type=int, default=16, help="per process")
+    parser.add_argument("--pictures", type=int, default=12_800, help="encoded for the UNet")
+    args = parser.parse_args()
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(1)  # two processes of one thread share a machine better than two threads
+    torch.set_flush_denormal(True)
+    set_seed(args.seed)
+    run = Run(Accelerator(cpu=True), args.work_dir, args.seed)
+    if "vae" in args.stages:
+        train_vae(run, args.vae_minutes, args.vae_batch_size, peak=2e-3)
+    if "latents" in args.stages:
+        encode_world(run, args.pictures)
+    if "unet" in args.stages:
+        train_unet(run, args.unet_minutes, args.unet_batch_size, peak=1e-3)
+    if "export" in args.stages:
+        export(run, args.output_dir)
+
+
+if __name__ == "__main__":
+    main()
