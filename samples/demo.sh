@@ -13,8 +13,8 @@ accelerate launch --num_processes 1 --cpu --mixed_precision no --dynamo_backend 
 
 gralora sample --base samples/tiny-base --adapter "$output" --compare \
     --reference samples/subjects/robot/train \
-    --prompt "a sks robot on snow" "a sks robot on sand" "a sks robot at night" "a sks robot on brick" \
-    --output "$output/grid.png"
+    --prompt "a sks toy in the snow" "a sks toy on the beach" "a sks toy at night" \
+    "a sks toy on a brick wall" --guidance_scale 1.5 --output "$output/grid.png"
 
 echo
 echo "adapter:        $output/pytorch_gralora_weights.safetensors"
