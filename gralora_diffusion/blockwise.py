@@ -36,8 +36,8 @@ def init_factors(
     """Return new factors A (k, i, r, *kernel_size) and B (k, r, o).
 
     A is Kaiming-uniform per block, as in PEFT; B is zero, so that the update starts at zero, or
-    Kaiming-uniform too when ``zero_update`` is False. Blocks are drawn in PEFT's order: for a linear
-    layer the same seed gives the factors that PEFT draws.
+    Kaiming-uniform too when ``zero_update`` is False. Blocks are drawn in PEFT's order: for a
+    linear layer the same seed gives the factors that PEFT draws.
     """
     i, o = in_features // k, out_features // k
     blocks_a, blocks_b = [], []
@@ -56,20 +56,39 @@ def init_factors(
     )
 
 
+def init_plain_factors(
+    in_features: int,
+    out_features: int,
+    rank: int,
+    kernel_size: Sequence[int] = (),
+    zero_update: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """Return new factors of a hybrid's plain LoRA, (rank, in, *kernel_size) and (out, rank, 1...).
+
+    Drawn as :func:`init_factors` draws, and twice as PEFT does, once on making its two layers and
+    once more to set them: so the same seed gives the factors that PEFT draws.
+    """
+    down = torch.empty(rank, in_features, *kernel_size)
+    up = torch.empty(out_features, rank, *[1] * len(kernel_size))
+    for factor in (down, up, down) if zero_update else (down, up, down, up):
+        nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+    return down, up.zero_() if zero_update else up
+
+
 def linear_update(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Apply ``scaling`` times the update to ``x`` (..., in); returns (..., out).
 
-    Never forms the update: two batched products with an exchange of rank chunks between them. The
-    scale is folded into the hidden tensor, the smallest of all.
+    Never forms the update: two batched products with an exchange of rank chunks between them. In
+    PEFT's order, which scales last: so the result is that of PEFT's layer to the last bit.
     """
     k, i, r = A.shape
     s, o = r // k, B.shape[2]
     tokens = x.reshape(-1, k, i).transpose(0, 1)  # (n, tokens, i)
-    hidden = torch.bmm(tokens, A) * scaling  # (n, tokens, r = j s)
+    hidden = torch.bmm(tokens, A)  # (n, tokens, r = j s)
     # the exchange: chunk j of input block n becomes chunk n of output block j
     hidden = hidden.unflatten(2, (k, s)).permute(2, 1, 0, 3).reshape(k, -1, r)
     update = torch.bmm(hidden, B)  # (j, tokens, o)
-    return update.transpose(0, 1).reshape(*x.shape[:-1], k * o)
+    return update.transpose(0, 1).reshape(*x.shape[:-1], k * o) * scaling
 
 
 def conv2d_update(
@@ -78,21 +97,21 @@ def conv2d_update(
     B: Tensor,
     scaling: float = 1.0,
     stride: Sequence[int] = (1, 1),
-    padding: str | Sequence[int] = (0, 0),
+    padding: str | int | Sequence[int] = (0, 0),
     dilation: Sequence[int] = (1, 1),
 ) -> Tensor:
     """Apply ``scaling`` times the update to ``x`` (batch, in, height, width).
 
     Two grouped convolutions, the first with the layer's kernel, the second 1 x 1, with the exchange
-    of rank chunks between them. Returns (batch, out, height', width').
+    of rank chunks between them. Returns (batch, out, height', width'); batch may be left out.
     """
     k, i, r, *kernel = A.shape
     s, o = r // k, B.shape[2]
     down = A.transpose(1, 2).reshape(k * r, i, *kernel)
     up = B.transpose(1, 2).reshape(k * o, r, 1, 1)
-    hidden = F.conv2d(x, down, None, stride, padding, dilation, groups=k) * scaling
-    hidden = hidden.unflatten(1, (k, k, s)).transpose(1, 2).flatten(1, 3)
-    return F.conv2d(hidden, up, groups=k)
+    hidden = F.conv2d(x, down, None, stride, padding, dilation, groups=k)
+    hidden = hidden.unflatten(-3, (k, k, s)).transpose(-5, -4).flatten(-5, -3)
+    return F.conv2d(hidden, up, groups=k) * scaling
 
 
 def delta_weight(A: Tensor, B: Tensor) -> Tensor:

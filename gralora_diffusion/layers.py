@@ -1,15 +1,15 @@
 """GraLoRA adapter layers: a frozen layer plus a granular low-rank update of its weight.
 
 The layers subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
-adapter management (switching, deleting, state dicts) works on them unchanged. They add what PEFT's own
-layer lacks: the run-time scale that diffusers needs, and convolutions.
+adapter management (switching, deleting, state dicts) works on them unchanged. They add what PEFT's
+own layer lacks: the run-time scale that diffusers needs, and convolutions.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,37 +20,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import blockwise
-
-#: Base layers that GraLoRA can adapt; what to name in an error message.
-SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
-
-
-class FactorDict(nn.ParameterDict):
-    """Factors by adapter name. Call it to read one: ``factors(name)``.
-
-    Indexing would read the parameter as it lies there. A call goes through the module's hooks, so that
-    offloading (accelerate's ``AlignDevicesHook``) brings the factor to the computing device first.
-    """
-
-    __call__ = nn.Module.__call__  # ParameterDict forbids calling
-
-    def forward(self, name: str) -> Tensor:
-        return self[name]
-
-
-class Projection(nn.Module):
-    """One factor of the hybrid (plain LoRA) pair: ``x @ weight.T`` with weight (out, in, *kernel).
-
-    Not an ``nn.Linear``, so that whatever casts or quantizes the linear layers of a model (layerwise
-    fp8 casting, torchao, quanto) leaves the adapter alone.
-    """
-
-    def __init__(self, weight: Tensor) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(weight)
-
-    def forward(self) -> Tensor:
-        return self.weight
+from .factors import FactorDict, Projection
+from .targets import invalid_values, layer_shape, unsuitable
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -65,8 +36,13 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         config: rank, k, alpha and the rest; see PEFT's ``GraloraConfig``.
 
     Raises:
-        ValueError: the widths are not divisible by k, or r or hybrid_r is out of range.
+        ValueError: the widths are not divisible by k, or a number of the config is out of range.
     """
+
+    if TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            """Hide nn.Module's, which calls what is inherited from PEFT Tensor | Module."""
 
     def __init__(
         self,
@@ -95,19 +71,21 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         self._merged_scaling: dict[str, float] = {}
         self.in_features, self.out_features, self.kernel_size = layer_shape(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
-        self._active_adapter = adapter_name
+        self._active_adapter: str | list[str] = adapter_name
         self.update_layer(adapter_name, module_name, config.r, config)
 
-    # -- adapters -----------------------------------------------------------------------------------
+    # -- adapters ----------------------------------------------------------------------------------
 
     def update_layer(
         self, adapter_name: str, module_name: str, r: int, config: GraloraConfig
     ) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
         k, hybrid_r = config.gralora_k, config.hybrid_r
-        problem = unsuitable(self.get_base_layer(), r, hybrid_r, k)
-        if problem:
-            raise ValueError(f"{module_name}: {problem}")
+        for problem in (*invalid_values(config), unsuitable(self.get_base_layer(), r, k)):
+            if problem:
+                raise ValueError(f"{module_name}: {problem}")
+        if adapter_name in self.merged_adapters:
+            self.unmerge([adapter_name])
         self.module_name = module_name
         self.r[adapter_name] = r
         self.hybrid_r[adapter_name] = hybrid_r
@@ -116,42 +94,48 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         self.set_scale(adapter_name, 1.0)
         p = config.gralora_dropout
         self.gralora_dropout[adapter_name] = nn.Dropout(p) if p > 0.0 else nn.Identity()
-        zero_update = bool(config.init_weights)
-        self.gralora_A[adapter_name], self.gralora_B[adapter_name] = map(
-            nn.Parameter,
-            blockwise.init_factors(
-                self.in_features, self.out_features, r, k, self.kernel_size, zero_update
-            ),
-        )
+        widths, zero_update = (self.in_features, self.out_features), bool(config.init_weights)
+        A, B = blockwise.init_factors(*widths, r, k, self.kernel_size, zero_update)
+        self.gralora_A[adapter_name] = nn.Parameter(A)
+        self.gralora_B[adapter_name] = nn.Parameter(B)
         if hybrid_r > 0:
-            down, up = blockwise.init_factors(
-                self.in_features, self.out_features, hybrid_r, 1, self.kernel_size, zero_update
-            )
-            self.gralora_A_general[adapter_name] = Projection(down[0].transpose(0, 1).contiguous())
-            up = up[0].T.reshape(self.out_features, hybrid_r, *[1] * len(self.kernel_size))
-            self.gralora_B_general[adapter_name] = Projection(up.contiguous())
+            plain = blockwise.init_plain_factors(*widths, hybrid_r, self.kernel_size, zero_update)
+            self.gralora_A_general[adapter_name] = Projection(plain[0])
+            self.gralora_B_general[adapter_name] = Projection(plain[1])
+        elif adapter_name in self.gralora_A_general:
+            del self.gralora_A_general[adapter_name], self.gralora_B_general[adapter_name]
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; a merged one is unmerged first, so that nothing of it stays behind."""
         if adapter_name in self.merged_adapters:
-            self._unmerge([adapter_name])
+            self.unmerge([adapter_name])
         super().delete_adapter(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
-        """Remove an adapter, but leave in the base weight what was merged of it."""
+        """Remove an adapter and nothing else: what was merged of it stays in the base weight.
+
+        No other adapter is made active or trainable instead.
+        """
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
             self._merged_scaling.pop(adapter_name)
+        self._active_adapter = [name for name in self.active_adapters if name != adapter_name]
         super().delete_adapter(adapter_name)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
         """Bring the factors of one adapter to ``dtype``."""
         for name in self.adapter_layer_names:
             part = getattr(self, name)
-            if adapter_name in part:
-                part[adapter_name] = part[adapter_name].to(dtype)
+            if adapter_name not in part:
+                continue
+            factor = part[adapter_name]
+            if isinstance(factor, nn.Module):
+                factor.to(dtype)
+            elif factor.dtype != dtype:
+                cast = factor.detach().to(dtype)
+                part[adapter_name] = nn.Parameter(cast, requires_grad=factor.requires_grad)
 
     def _get_base_layer_device_and_dtype(
         self, base_layer: nn.Module
@@ -161,14 +145,13 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             dtype = None  # a storage dtype such as fp8, not one for factors: move, do not cast
         return device, dtype
 
-    # -- scale: the meaning is that of peft/tuners/lora/layer.py, which diffusers relies on ------------
+    # -- scale: as in peft/tuners/lora/layer.py, on which diffusers relies -------------------------
 
     def set_scale(self, adapter: str, scale: float) -> None:
         """Set the adapter's scaling to ``scale`` times alpha / (r + hybrid_r)."""
         if adapter in self.r:
-            self.scaling[adapter] = (
-                scale * self.alpha[adapter] / (self.r[adapter] + self.hybrid_r[adapter])
-            )
+            rank = self.r[adapter] + self.hybrid_r[adapter]
+            self.scaling[adapter] = scale * self.alpha[adapter] / rank
 
     def scale_layer(self, scale: float) -> None:
         """Multiply the scaling of every active adapter by ``scale``."""
@@ -176,7 +159,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             self.scaling[adapter] *= scale
 
     def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the scaling of every active adapter by ``scale``, or reset it if ``scale`` is None."""
+        """Divide the scaling of every active adapter by ``scale``; None resets it."""
         for adapter in self._active_here():
             if scale is None:
                 self.set_scale(adapter, 1.0)
@@ -186,41 +169,44 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def _active_here(self) -> list[str]:
         return [name for name in self.active_adapters if name in self.gralora_A]
 
-    # -- forward --------------------------------------------------------------------------------------
+    # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters or self.merged:
+        if self.disable_adapters:
             return result
         for adapter in self._active_here():
-            result = result + self._update(x, adapter).to(result.dtype)
+            if adapter not in self.merged_adapters:
+                for update in self._updates(x, adapter):
+                    result = result + update.to(result.dtype)
         return result
 
-    def _update(self, x: Tensor, adapter: str) -> Tensor:
-        """The adapter's scaled contribution to the output, computed in the adapter's dtype.
+    def _updates(self, x: Tensor, adapter: str) -> list[Tensor]:
+        """The adapter's scaled contributions to the output, computed in the adapter's dtype.
 
-        Under autocast the products choose the dtype themselves. ``disable_input_dtype_casting`` is not
+        Under autocast the products choose the dtype themselves. ``cast_input_dtype_enabled`` is not
         asked: the factors are never held in a storage dtype such as fp8, so the cast loses nothing.
         """
-        A, B = self.gralora_A(adapter), self.gralora_B(adapter)
-        if not torch.is_autocast_enabled(x.device.type):
-            x = x.to(A.dtype)
+        factors = self._factors(adapter)
+        if not _autocasts(x.device.type):
+            x = x.to(factors[0][0].dtype)
         x = self.gralora_dropout[adapter](x)  # one mask for both branches
-        update = self._granular_update(x, A, B, self.scaling[adapter])
+        return [self._apply_update(x, A, B, self.scaling[adapter]) for A, B in factors]
+
+    def _factors(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
+        """A and B of the granular part and, if hybrid, of the plain part: GraLoRA with k=1."""
+        factors = [(self.gralora_A(adapter), self.gralora_B(adapter))]
         if adapter in self.gralora_A_general:
             down, up = self.gralora_A_general[adapter](), self.gralora_B_general[adapter]()
-            update = update + self._hybrid_update(x, down, up, self.scaling[adapter])
-        return update
+            factors.append((down.transpose(0, 1)[None], up.flatten(1).T[None]))
+        return factors
 
-    def _granular_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         raise NotImplementedError
 
-    def _hybrid_update(self, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        raise NotImplementedError
-
-    # -- weights --------------------------------------------------------------------------------------
+    # -- weights -----------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled update in the shape of the base weight, in the adapter's dtype."""
@@ -229,14 +215,11 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     def _delta_weight(self, adapter: str, scaling: float) -> Tensor:
         """As :meth:`get_delta_weight`, in fp32 or better: half precision would round it twice."""
-        A, B = self.gralora_A[adapter], self.gralora_B[adapter]
-        dtype = torch.promote_types(A.dtype, torch.float32)
-        delta = blockwise.delta_weight(A.to(dtype), B.to(dtype))
-        if adapter in self.gralora_A_general:
-            down = self.gralora_A_general[adapter].weight.to(dtype)
-            up = self.gralora_B_general[adapter].weight.to(dtype)
-            delta = delta + (up.flatten(1) @ down.flatten(1)).view_as(delta)
-        delta = delta * scaling
+        dtype = torch.promote_types(self.gralora_A[adapter].dtype, torch.float32)
+        parts = [
+            blockwise.delta_weight(A.to(dtype), B.to(dtype)) for A, B in self._factors(adapter)
+        ]
+        delta = sum(parts[1:], parts[0]) * scaling
         return delta.T if self.fan_in_fan_out else delta
 
     @torch.no_grad()
@@ -257,50 +240,56 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         Raises:
             ValueError: not finite under ``safe_merge``, or a base weight that cannot take a sum.
         """
-        names = [
-            n for n in check_adapters_to_merge(self, adapter_names) or [] if n in self.gralora_A
-        ]
-        if not names:
-            return
-        weight = self._mergeable_weight()
-        merged = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        scalings = {name: scale * self.scaling[name] for name in names}
-        for name, scaling in scalings.items():
-            merged += self._delta_weight(name, scaling).to(merged.device)
-        if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"{self.module_name}: merging adapter {', '.join(names)} gives NaN or infinite weights; "
-                "the base weight was left as it is. The adapter seems to be broken."
-            )
-        weight.copy_(merged)
-        self.merged_adapters.extend(names)
-        self._merged_scaling.update(scalings)
+        names = check_adapters_to_merge(self, adapter_names) or []
+        scalings = {n: scale * self.scaling[n] for n in names if n in self.gralora_A}
+        if scalings:
+            weight = self._plus(scalings, check=safe_merge)
+            self.get_base_layer().weight.data.copy_(weight)
+            self.merged_adapters.extend(scalings)
+            self._merged_scaling.update(scalings)
 
     @torch.no_grad()
-    def unmerge(self) -> None:
-        """Subtract what was merged, at the scale it was merged with.
+    def check_merge(self, adapter_names: Iterable[str], scale: float = 1.0) -> None:
+        """Raise what :meth:`merge` with ``safe_merge`` would raise; nothing is changed."""
+        self._plus({n: scale * self.scaling[n] for n in adapter_names}, check=True)
+
+    @torch.no_grad()
+    def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
+        """Subtract what was merged (default: all of it), at the scale it was merged with.
 
         The base weight returns to within one rounding of its dtype.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        self._unmerge(list(self.merged_adapters))
-
-    def _unmerge(self, names: Iterable[str]) -> None:
-        weight = self._mergeable_weight()
-        restored = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        names = list(self.merged_adapters if adapter_names is None else adapter_names)
+        weight = self._plus({n: -self._merged_scaling[n] for n in names}, check=False)
+        self.get_base_layer().weight.data.copy_(weight)
         for name in names:
             self.merged_adapters.remove(name)
-            restored -= self._delta_weight(name, self._merged_scaling.pop(name)).to(restored.device)
-        weight.data.copy_(restored)
+            self._merged_scaling.pop(name)
+
+    def _plus(self, scalings: dict[str, float], check: bool) -> Tensor:
+        """The base weight, in its dtype, plus updates at these scalings."""
+        weight = self._mergeable_weight()
+        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+        for name, scaling in scalings.items():
+            total += self._delta_weight(name, scaling).to(total.device)
+        total = total.to(weight.dtype)
+        if check and not torch.isfinite(total).all():
+            raise ValueError(
+                f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or infinite "
+                f"weights in {weight.dtype}; the base weight was left as it is. Either the adapter "
+                "is broken or its scale is too large for the dtype."
+            )
+        return total
 
     def _mergeable_weight(self) -> Tensor:
-        weight = self.get_base_layer().weight
+        weight: Tensor = self.get_base_layer().weight
         if weight.is_meta:
             raise ValueError(
                 f"{self.module_name}: the base weight is not in memory (offloaded). Remove the "
-                "offloading hooks before merging, or fuse through `pipe.fuse_gralora()`, which does."
+                "offloading hooks before merging, or use `pipe.fuse_gralora()`, which does."
             )
         if not weight.is_floating_point() or weight.dtype.itemsize < 2:
             raise ValueError(
@@ -314,71 +303,28 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
 
 class GraloraLinear(GraloraLayer):
-    """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``. Input (..., in), output (..., out)."""
+    """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out)."""
 
-    def _granular_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
         return blockwise.linear_update(x, A, B, scaling)
-
-    def _hybrid_update(self, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        return F.linear(F.linear(x, down) * scaling, up)
 
 
 class GraloraConv2d(GraloraLayer):
-    """GraLoRA around ``nn.Conv2d``. Input (batch, in, height, width).
+    """GraLoRA around ``nn.Conv2d``. Input (batch, in, height, width), or without batch.
 
     A has the layer's kernel, (k, in / k, r, h, w); B is 1 x 1 and keeps its shape (k, r, out / k).
     """
 
-    def _granular_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        x, padding, conv = self._padded(x)
+    groups = 1  # PEFT's LoRA asks for it when it is put around this layer
+
+    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+        conv: nn.Conv2d = self.get_base_layer()
+        padding: Any = conv.padding
+        if conv.padding_mode != "zeros":
+            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
+            padding = 0
         return blockwise.conv2d_update(x, A, B, scaling, conv.stride, padding, conv.dilation)
 
-    def _hybrid_update(self, x: Tensor, down: Tensor, up: Tensor, scaling: float) -> Tensor:
-        x, padding, conv = self._padded(x)
-        return F.conv2d(F.conv2d(x, down, None, conv.stride, padding, conv.dilation) * scaling, up)
 
-    def _padded(self, x: Tensor) -> tuple[Tensor, Any, nn.Conv2d]:
-        conv = self.get_base_layer()
-        if conv.padding_mode == "zeros":
-            return x, conv.padding, conv
-        pad = conv._reversed_padding_repeated_twice
-        return F.pad(x, pad, mode=conv.padding_mode), (0, 0), conv
-
-
-def layer_shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
-    """Return in features, out features and kernel size (empty unless a convolution) of a base layer."""
-    if isinstance(layer, Conv1D):
-        in_features, out_features = getattr(layer.weight, "ds_shape", layer.weight.shape)
-        return in_features, out_features, ()
-    if isinstance(layer, nn.Conv2d):
-        return layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
-    return layer.in_features, layer.out_features, ()
-
-
-def unsuitable(layer: nn.Module, r: int, hybrid_r: int, k: int) -> str | None:
-    """Say why GraLoRA with these numbers cannot go on this base layer; None if it can."""
-    if not isinstance(layer, (nn.Linear, Conv1D, nn.Conv2d)):
-        return f"a {type(layer).__name__}, which is not supported ({SUPPORTED_LAYERS})"
-    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
-        return (
-            f"a convolution with groups={layer.groups}, which is not supported ({SUPPORTED_LAYERS})"
-        )
-    if r <= 0:
-        return f"`r` should be a positive integer value but the value passed is {r}"
-    if hybrid_r < 0:
-        return (
-            f"`hybrid_r` should be a non-negative integer value but the value passed is {hybrid_r}"
-        )
-    in_features, out_features, _ = layer_shape(layer)
-    wrong = [
-        f"{name}={width}"
-        for name, width in (("in_features", in_features), ("out_features", out_features))
-        if width % k
-    ]
-    if wrong:
-        fitting = [d for d in range(1, k) if in_features % d == out_features % d == r % d == 0]
-        return (
-            f"{' and '.join(wrong)} not divisible by gralora_k={k} "
-            f"(largest k below that fits this layer and r={r}: {max(fitting, default=1)})"
-        )
-    return None
+def _autocasts(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)

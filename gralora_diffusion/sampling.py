@@ -117,7 +117,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.compare and not args.adapter:
         parser.error("--compare needs --adapter to compare with")
 
-    pipe = DiffusionPipeline.from_pretrained(args.base)
+    rows: list[tuple[str, list[Image.Image]]] = []
+    if args.reference:
+        rows.append(("the subject", _pictures(args.reference, parser)))
+    try:
+        pipe = DiffusionPipeline.from_pretrained(args.base)
+    except (OSError, ValueError) as error:
+        parser.error(f"--base {args.base}: no diffusers pipeline there ({error})")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -126,20 +132,29 @@ def main(argv: Sequence[str] | None = None) -> None:
         "guidance_scale": args.guidance_scale,
         "inference_steps": args.num_inference_steps,
     }
-    rows: list[tuple[str, list[Image.Image]]] = []
-    if args.reference:
-        known = Image.registered_extensions()
-        files = sorted(f for f in args.reference.iterdir() if f.suffix.lower() in known)
-        rows.append(("the subject", [Image.open(file) for file in files]))
-    if args.compare or not args.adapter:
-        rows += _rows("before" if args.adapter else "", draw(pipe, args.prompt, **options))
     if args.adapter:
-        print(pipe.load_gralora_weights(args.adapter, "sampled"))
+        try:
+            print(pipe.load_gralora_weights(args.adapter, "sampled"))
+        except (OSError, ValueError) as error:
+            parser.error(f"--adapter {args.adapter}: {error}")
+    if args.compare:
+        pipe.set_adapters("sampled", 0.0)
+        rows += _rows("before", draw(pipe, args.prompt, **options))
+    if args.adapter:
         pipe.set_adapters("sampled", args.scale)
-        rows += _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
+    rows += _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
     args.output.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, args.prompt).save(args.output)
     print(args.output)
+
+
+def _pictures(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
+    known = Image.registered_extensions()
+    present = sorted(folder.iterdir()) if folder.is_dir() else []
+    files = [file for file in present if file.suffix.lower() in known]
+    if not files:
+        parser.error(f"--reference {folder}: no folder with pictures")
+    return [ImageOps.exif_transpose(Image.open(file)) for file in files]
 
 
 def _rows(

@@ -4,8 +4,9 @@ One file holds the adapters of a pipeline, ``pytorch_gralora_weights.safetensors
 
 * tensors named ``<component>.<module path>.gralora_A`` and so on, as PEFT names them, where the
   component is the attribute of the pipeline (``unet``, ``text_encoder``, ...);
-* metadata ``gralora_adapter_metadata``: JSON with ``format_version``, ``family`` and ``components``,
-  the PEFT config of each component. Shapes alone cannot tell alpha, so a file without it is refused.
+* metadata ``gralora_adapter_metadata``: JSON with ``format_version``, ``family`` and
+  ``components``, the PEFT config of each component. Shapes alone cannot tell alpha, so a file
+  without it is refused.
 
 Also read and written: PEFT's folder, ``adapter_config.json`` beside ``adapter_model.safetensors``,
 either directly (the adapter of one component) or in a sub-folder per component.
@@ -15,21 +16,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers.utils.hub_utils import _get_model_file
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+
+from .targets import invalid_values
+from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
 WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
@@ -37,10 +37,6 @@ METADATA_KEY = "gralora_adapter_metadata"
 PEFT_PREFIX = "base_model.model."
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.
 DENOISER = "denoiser"
-
-
-class AdapterFileError(ValueError):
-    """An adapter file that cannot be used; says where, what was found and what to do."""
 
 
 @dataclass
@@ -91,7 +87,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
 
 
 def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write one PEFT folder per component, ``<folder>/<component>``, for ``PeftModel.from_pretrained``."""
+    """Write ``<folder>/<component>`` for ``PeftModel.from_pretrained``; return these folders."""
     folders = []
     for name, part in adapter.components.items():
         target = Path(folder) / name
@@ -101,26 +97,10 @@ def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[
         }
         write_safetensors(tensors, target / PEFT_WEIGHTS_NAME, {"format": "pt"})
         text = json.dumps(config_to_dict(part.config), indent=2, sort_keys=True)
-        (target / PEFT_CONFIG_NAME).write_text(text + "\n", encoding="utf-8")
+        with replacing(target / PEFT_CONFIG_NAME) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
         folders.append(target)
     return folders
-
-
-def write_safetensors(
-    tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
-) -> None:
-    """Write beside ``path`` and rename into place, so that neither a kill nor a full disk harms it."""
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    os.close(handle)
-    try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
-        os.chmod(temporary, 0o644)  # mkstemp makes private files
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def config_to_dict(config: GraloraConfig) -> dict[str, Any]:
@@ -132,7 +112,13 @@ def config_to_dict(config: GraloraConfig) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
-    """Rebuild a config. A field that this version does not know is refused, not dropped."""
+    """Rebuild a config. A field that this version does not know is refused, not dropped.
+
+    Raises:
+        AdapterFileError: of another method, with unknown, missing or impossible values.
+    """
+    if not isinstance(values, Mapping):
+        raise AdapterFileError(f"{where}: the adapter's config is not a mapping but {values!r}.")
     kind = str(values.get("peft_type", "GRALORA")).split(".")[-1]
     if kind != "GRALORA":
         raise AdapterFileError(
@@ -140,16 +126,21 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
             "`pipe.load_lora_weights(...)`."
         )
     known = set(GraloraConfig.__dataclass_fields__)
-    unknown = sorted(set(values) - known)
-    if unknown:
+    if unknown := sorted(set(values) - known):
         raise AdapterFileError(
             f"{where}: the config has fields this version does not know: {', '.join(unknown)}. "
             "The file comes from a newer version; upgrade gralora-diffusion (and peft)."
         )
+    if missing := [name for name in ("r", "gralora_k", "alpha") if name not in values]:
+        raise AdapterFileError(f"{where}: the adapter's config lacks {', '.join(missing)}.")
     try:
-        return GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
+        config = GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
+        problems = invalid_values(config)
     except (TypeError, ValueError) as error:
-        raise AdapterFileError(f"{where}: the adapter's config is not valid: {error}") from error
+        problems = [str(error)]
+    if problems:
+        raise AdapterFileError(f"{where}: the adapter's config is not valid: {problems[0]}")
+    return config
 
 
 # -- reading ---------------------------------------------------------------------------------------
@@ -168,8 +159,8 @@ def read_adapter(
         source: path, or repository id on the Hub.
         weight_name: file name in the folder or repository, if not ``WEIGHTS_NAME``.
         subfolder: folder inside the folder or repository.
-        hub_options: ``revision``, ``token``, ``cache_dir``, ``force_download``, ``local_files_only``,
-            ``proxies``, as for ``from_pretrained``.
+        hub_options: for ``huggingface_hub.snapshot_download``: ``revision``, ``token``,
+            ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Raises:
         AdapterFileError: nothing there, not safetensors, truncated, or without its config.
@@ -179,14 +170,13 @@ def read_adapter(
         return _read_file(path)
     if path.is_dir():
         return _read_folder(path / subfolder if subfolder else path, weight_name)
-    if not looks_like_hub_id(source):
+    if not isinstance(source, str) or not looks_like_hub_id(source):
         raise AdapterFileError(f"{source}: no such file or folder.")
-    return _read_from_hub(str(source), weight_name, subfolder, hub_options)
+    return _read_from_hub(source, weight_name, subfolder, hub_options)
 
 
-def looks_like_hub_id(source: str | os.PathLike[str]) -> bool:
+def looks_like_hub_id(text: str) -> bool:
     """Whether a string that is no local path has the form ``name`` or ``owner/name``."""
-    text = str(source)
     return (
         text.count("/") <= 1
         and not text.startswith((".", "/", "~"))
@@ -205,40 +195,39 @@ def _read_folder(folder: Path, weight_name: str | None) -> Adapter:
     if (folder / PEFT_CONFIG_NAME).is_file():
         return Adapter({DENOISER: _read_peft_folder(folder)}, source=str(folder))
     parts = {
-        child.name: _read_peft_folder(child)
-        for child in sorted(folder.iterdir() if folder.is_dir() else ())
-        if (child / PEFT_CONFIG_NAME).is_file()
+        config.parent.name: _read_peft_folder(config.parent)
+        for config in sorted(folder.glob(f"*/{PEFT_CONFIG_NAME}"))
     }
     if parts:
         return Adapter(parts, source=str(folder))
     raise AdapterFileError(
         f"{folder}: no GraLoRA adapter here. Expected {WEIGHTS_NAME}, or a PEFT folder "
-        f"({PEFT_CONFIG_NAME} beside {PEFT_WEIGHTS_NAME}); for another file name pass weight_name=..."
+        f"({PEFT_CONFIG_NAME} beside {PEFT_WEIGHTS_NAME}), or such folders named after the "
+        "components; for another file name pass weight_name=..."
     )
 
 
 def _read_from_hub(
     repository: str, weight_name: str | None, subfolder: str | None, options: Mapping[str, Any]
 ) -> Adapter:
-    names = [weight_name] if weight_name else [WEIGHTS_NAME, PEFT_CONFIG_NAME]
-    problem: Exception | None = None
-    for name in names:
-        try:
-            path = Path(
-                _get_model_file(repository, weights_name=name, subfolder=subfolder, **options)
-            )
-            if name == PEFT_CONFIG_NAME:
-                _get_model_file(
-                    repository, weights_name=PEFT_WEIGHTS_NAME, subfolder=subfolder, **options
-                )
-                return _read_folder(path.parent, None)
-            return _read_file(path)
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            problem = error
-    raise AdapterFileError(
-        f"{repository}: neither a local path nor an adapter on the Hub that could be fetched "
-        f"({' or '.join(names)}{f' in {subfolder}' if subfolder else ''}): {problem}"
-    ) from problem
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    peft_names = [f"{d}{n}" for d in ("", "*/") for n in (PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME)]
+    try:
+        for names in ([weight_name or WEIGHTS_NAME], peft_names):
+            patterns = [inside + name for name in names]
+            snapshot = Path(snapshot_download(repository, allow_patterns=patterns, **options))
+            if weight_name or any(any(snapshot.glob(pattern)) for pattern in patterns):
+                break
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise AdapterFileError(
+            f"{repository}: neither a local path nor a repository on the Hub that could be "
+            f"fetched: {error}"
+        ) from error
+    try:
+        adapter = _read_folder(snapshot / inside, weight_name)
+    except AdapterFileError as error:
+        raise AdapterFileError(f"{repository} on the Hub: {error}") from error
+    return replace(adapter, source=f"{repository}/{inside}".rstrip("/"))
 
 
 def _read_peft_folder(folder: Path) -> ComponentAdapter:
@@ -253,12 +242,12 @@ def _read_peft_folder(folder: Path) -> ComponentAdapter:
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{config_path}: not readable as JSON: {error}") from error
     config = config_from_dict(values, str(config_path))
-    tensors, _ = _open_safetensors(weights_path)
+    tensors, _ = read_safetensors(weights_path)
     return ComponentAdapter(config, {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()})
 
 
 def _read_file(path: Path) -> Adapter:
-    tensors, metadata = _open_safetensors(path)
+    tensors, metadata = read_safetensors(path)
     described = metadata.pop(METADATA_KEY, None)
     if described is None:
         raise AdapterFileError(_why_no_metadata(path, tensors))
@@ -287,30 +276,18 @@ def _read_file(path: Path) -> Adapter:
     return Adapter(parts, description.get("family"), metadata, str(path))
 
 
-def _open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118
-    except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise AdapterFileError(
-            f"{path}: not a whole safetensors file ({size:,} bytes): {error}. If it was downloaded or "
-            "copied, fetch it again."
-        ) from error
-
-
 def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
-    if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors) and not any(
-        "gralora_" in key for key in tensors
-    ):
-        return f"{path}: this is a LoRA, not a GraLoRA file. Load it with `pipe.load_lora_weights(...)`."
     if not any("gralora_" in key for key in tensors):
-        return (
-            f"{path}: no GraLoRA weights in this file (first key: {next(iter(tensors), None)!r})."
-        )
+        if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors):
+            return (
+                f"{path}: a LoRA, not a GraLoRA file. Load it with `pipe.load_lora_weights(...)`."
+            )
+        first = next(iter(tensors), None)
+        return f"{path}: no GraLoRA weights in this file (first key: {first!r})."
     return (
-        f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. Pass the "
-        "state dict with its config: `pipe.load_gralora_weights(safetensors.torch.load_file(path), "
+        f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. "
+        "Pass the state dict with its config: "
+        "`pipe.load_gralora_weights(safetensors.torch.load_file(path), "
         "config=GraloraConfig(r=..., gralora_k=..., alpha=..., target_modules=[...]))`."
     )
 
@@ -328,15 +305,17 @@ def adapter_from_state_dict(
         component_names: components the pipeline has; the first is the denoiser.
 
     Raises:
-        AdapterFileError: no config, or a component without one.
+        AdapterFileError: no config, a component without one, or something that is no tensor.
     """
     if config is None:
         raise AdapterFileError(
-            "A state dict alone does not say rank, k and alpha. Pass `config=GraloraConfig(...)`, or a "
-            "mapping from component to config such as {'unet': GraloraConfig(...)}."
+            "A state dict alone does not say rank, k and alpha. Pass `config=GraloraConfig(...)`, "
+            "or a mapping from component to config such as {'unet': GraloraConfig(...)}."
         )
     tensors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise AdapterFileError(f"{key!r} is not a tensor but a {type(tensor).__name__}.")
         bare = key.removeprefix(PEFT_PREFIX)
         component, _, rest = bare.partition(".")
         if component not in component_names:
@@ -353,8 +332,3 @@ def adapter_from_state_dict(
             chosen = config_from_dict(chosen, f"config[{name!r}]")
         parts[name] = ComponentAdapter(chosen, part)
     return Adapter(parts)
-
-
-def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the keys of tensors with a NaN or infinite value."""
-    return [key for key, t in tensors.items() if not torch.isfinite(t.float()).all()]

@@ -43,9 +43,9 @@ def list_families() -> list[str]:
     return sorted(_families())
 
 
-def find_family(pipe: DiffusionPipeline) -> ModelFamily | None:
-    """Return the family whose pipeline classes this pipeline is or derives from, if any."""
-    for cls in type(pipe).__mro__:
+def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
+    """Return the family whose pipeline classes this pipeline (or class) is of, if any."""
+    for cls in (pipe if isinstance(pipe, type) else type(pipe)).__mro__:
         for family in _families().values():
             if cls.__name__ in family.pipeline_classes:
                 return family

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
@@ -30,9 +30,16 @@ class ModelFamily(ABC):
     #: Training objective: "ddpm" or "flow_matching".
     objective: str
     #: component -> preset name -> endings of module paths. Endings that a model lacks are left out.
-    target_presets: Mapping[str, Mapping[str, Sequence[str]]]
+    target_presets: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     #: Pixels per side that the base was trained at.
     default_resolution: int
+
+    #: Names that diffusers' ``infer_diffusers_model_type`` gives to this family's single files.
+    single_file_types: tuple[str, ...] = ()
+    #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
+    load_options: Mapping[str, Any] = MappingProxyType({})
+    #: Training options -> values that suit this family, where the user leaves them open.
+    training_defaults: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def components(self) -> tuple[str, ...]:
@@ -43,26 +50,32 @@ class ModelFamily(ABC):
         """Return the target endings of a preset that ``model`` has.
 
         Raises:
-            ValueError: no such preset; lists those there are.
+            ValueError: no such preset, or the model has none of its layers.
         """
-        presets = self.target_presets[component]
+        presets = self.target_presets.get(component, {})
         if preset not in presets:
             raise ValueError(
                 f"no target preset {preset!r} for {component} of {self.name}. "
-                f"Presets: {', '.join(presets)}."
+                f"Presets: {', '.join(presets) or 'none'}."
             )
         names = [name for name, _ in model.named_modules()]
-        return [
+        found = [
             ending
             for ending in presets[preset]
             if any(name == ending or name.endswith(f".{ending}") for name in names)
         ]
+        if not found:
+            raise ValueError(
+                f"this {type(model).__name__} has none of the layers of preset {preset!r}: "
+                f"{', '.join(presets[preset])}. Name its layers with target_modules."
+            )
+        return found
 
     @abstractmethod
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
         """Encode prompts as the pipeline does, with gradients if they are enabled."""
 
-    def encode_images(self, vae: nn.Module, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents: a sample is mean + std * noise.
 
         ``pixel_values`` is (batch, 3, height, width) in [-1, 1], in the VAE's dtype.
@@ -87,19 +100,11 @@ class ModelFamily(ABC):
 
     def check_base(self, pipe: Any) -> None:
         """Raise ValueError if this base cannot be trained, before anything is done with it."""
+        del pipe  # unless a family says otherwise, any of its bases will do
 
-    @staticmethod
-    def latent_size(pipe: Any, resolution: int) -> int:
-        """Latents per side for pictures of ``resolution`` pixels."""
-        factor: int = pipe.vae_scale_factor
-        if resolution % factor:
-            raise ValueError(
-                f"resolution {resolution} is not a multiple of {factor}, the VAE's reduction. "
-                f"Nearest: {resolution // factor * factor}."
-            )
-        return resolution // factor
-
-
-def repeat_conditioning(conditioning: Conditioning, times: int) -> Conditioning:
-    """Repeat a conditioning along the batch axis."""
-    return {key: torch.cat([value] * times) for key, value in conditioning.items()}
+    def native_resolution(self, pipe: Any) -> int:
+        """Pixels per side that this base draws, as its config says, or the family's default."""
+        latents = getattr(getattr(pipe, self.denoiser).config, "sample_size", None)
+        if not isinstance(latents, int):
+            return self.default_resolution
+        return latents * int(pipe.vae_scale_factor)

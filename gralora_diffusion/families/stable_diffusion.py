@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from types import MappingProxyType
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -44,6 +45,8 @@ class StableDiffusion(ModelFamily):
         "StableDiffusionParadigmsPipeline",
         "StableDiffusionPipelineSafe",
         "StableUnCLIPPipeline",
+        "StableUnCLIPImg2ImgPipeline",
+        "CycleDiffusionPipeline",
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "PIAPipeline",
@@ -51,7 +54,7 @@ class StableDiffusion(ModelFamily):
     denoiser = "unet"
     text_encoders = ("text_encoder",)
     objective = "ddpm"
-    target_presets = {
+    target_presets: ClassVar = {
         "unet": {
             "attention": _ATTENTION,
             "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
@@ -73,6 +76,8 @@ class StableDiffusion(ModelFamily):
         },
     }
     default_resolution = 512
+    single_file_types = ("v1", "v2")
+    load_options = MappingProxyType({"safety_checker": None, "requires_safety_checker": False})
 
     def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
         prompt_embeds, _ = pipe.encode_prompt(
@@ -99,9 +104,9 @@ class StableDiffusion(ModelFamily):
         channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
         if channels != latent:
             raise ValueError(
-                f"the UNet takes {channels} channels and the VAE makes {latent}: an inpainting, depth "
-                "or instruct-pix2pix base. Train on the text-to-image base; the adapter can be loaded "
-                "into the others' pipelines where widths agree."
+                f"the UNet takes {channels} channels and the VAE makes {latent}: an inpainting, "
+                "depth or instruct-pix2pix base. Train on the text-to-image base; the adapter can "
+                "be loaded into the others' pipelines where widths agree."
             )
 
 

@@ -1,0 +1,227 @@
+"""Whether an adapter fits a pipeline, and how its tensors are called in the models there."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from peft import GraloraConfig
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import Tensor, nn
+
+from .families import find_family
+from .injection import check_adapter_name
+from .layers import GraloraLayer
+from .state import DENOISER, Adapter, AdapterFileError, ComponentAdapter
+from .targets import (
+    adaptable_modules,
+    find_targets,
+    layer_of,
+    layer_shape,
+    misfits,
+)
+
+#: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
+_CLIP_LEVEL = "text_model."
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A model of a pipeline and the part of an adapter that goes on it, in the model's names."""
+
+    model: Any
+    config: GraloraConfig
+    tensors: dict[str, Tensor]
+
+    @property
+    def layers(self) -> set[str]:
+        """Paths of the layers that the adapter has factors for."""
+        return {layer_of(key) for key in self.tensors if ".gralora_" in key}
+
+
+def component_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
+    """Attributes that may hold adapters, the denoiser first: the family's, or diffusers' list."""
+    family = find_family(pipe)
+    if family:
+        return family.components
+    names = list(getattr(pipe, "_lora_loadable_modules", ()))
+    names = names or [n for n, c in pipe.components.items() if isinstance(c, nn.Module)]
+    return tuple(sorted(names, key=lambda name: name not in ("unet", "transformer")))
+
+
+def component_models(pipe: DiffusionPipeline) -> dict[str, Any]:
+    """The models that may hold adapters, by attribute, the denoiser first; compiled ones bare."""
+    models = {name: getattr(pipe, name, None) for name in component_names(pipe)}
+    return {
+        name: getattr(model, "_orig_mod", model)
+        for name, model in models.items()
+        if isinstance(model, nn.Module)
+    }
+
+
+def gralora_layers(model: nn.Module) -> list[GraloraLayer]:
+    """All GraLoRA layers of a model."""
+    return [module for module in model.modules() if isinstance(module, GraloraLayer)]
+
+
+def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> dict[str, Fit]:
+    """Find every reason to refuse an adapter. Touches nothing.
+
+    Raises:
+        AdapterFileError: another family, a component that is not there, missing, unexpected,
+            misshapen or non-finite tensors. All of them are listed.
+        ValueError: the adapter name is taken or cannot be one.
+    """
+    family, where = find_family(pipe), type(pipe).__name__
+    if adapter.family and family and adapter.family != family.name:
+        raise AdapterFileError(
+            f"{adapter.source}: trained for {adapter.family}, but {where} is {family.name}. "
+            f"Load it into a pipeline of {adapter.family}."
+        )
+    models = component_models(pipe)
+    fits: dict[str, Fit] = {}
+    problems = [] if adapter.components else ["no weights at all"]
+    for component, part in adapter.components.items():
+        name = _component_of(component, adapter, tuple(models))
+        if name not in models:
+            problems.append(
+                f"weights for {name!r}, which this {where} does not have (it has "
+                f"{', '.join(models)})"
+            )
+            continue
+        check_adapter_name(models[name], adapter_name)
+        fit = _in_names_of(models[name], part)
+        problems += [f"{name}: {problem}" for problem in _problems(fit)]
+        fits[name] = fit
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise AdapterFileError(f"{adapter.source} does not fit {where}:\n{lines}")
+    return {name: fits[name] for name in models if name in fits}
+
+
+def _component_of(component: str, adapter: Adapter, names: Sequence[str]) -> str:
+    """Which component a part is for. A lone PEFT folder tells it by its own name, if at all."""
+    if component != DENOISER:
+        return component
+    folder = PurePath(adapter.source).name
+    return folder if folder in names else names[0]
+
+
+def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
+    config, tensors = copy.deepcopy(part.config), part.tensors
+    level = ""
+    if tensors and not hasattr(model, _CLIP_LEVEL.rstrip(".")):
+        level = _CLIP_LEVEL if all(key.startswith(_CLIP_LEVEL) for key in tensors) else ""
+    tensors = {key.removeprefix(level): t for key, t in tensors.items() if not _is_copy(key)}
+    if config.target_modules is None:  # only a config given with a state dict: the keys tell
+        config.target_modules = {layer_of(key) for key in tensors if ".gralora_" in key}
+    elif level:
+        config.target_modules = set(find_targets(model, config, level))
+        config.layers_to_transform = config.layers_pattern = None
+    if level and config.modules_to_save:
+        config.modules_to_save = [name.removeprefix(level) for name in config.modules_to_save]
+    return Fit(model, config, tensors)
+
+
+def _problems(fit: Fit) -> list[str]:
+    targets = find_targets(fit.model, fit.config)
+    if problems := misfits(targets, fit.config):
+        return problems
+    expected = _expected_shapes(fit.model, fit.config, targets)
+    missing = sorted(set(expected) - set(fit.tensors))
+    unexpected = sorted(set(fit.tensors) - set(expected))
+    for kind, keys in (("missing", missing), ("unexpected", unexpected)):
+        if keys:
+            problems.append(f"{len(keys)} {kind} keys: {_some(keys)}")
+    misshapen = [
+        f"{key} has shape {tuple(tensor.shape)}, this base needs {expected[key]}"
+        for key, tensor in fit.tensors.items()
+        if key in expected and tuple(tensor.shape) != expected[key]
+    ]
+    if misshapen:
+        problems.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}")
+    broken = [key for key, t in fit.tensors.items() if not torch.isfinite(t.float()).all()]
+    if broken:
+        problems.append(f"{len(broken)} tensors with NaN or infinite values: {_some(broken)}")
+    return problems
+
+
+def _some(items: Sequence[str], most: int = 5) -> str:
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
+
+
+def _expected_shapes(
+    model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
+) -> dict[str, tuple[int, ...]]:
+    """Every key that an adapter of this config has on this model, with its shape."""
+    r, k, hybrid_r = config.r, config.gralora_k, config.hybrid_r
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, layer in targets.items():
+        in_features, out_features, kernel = layer_shape(layer)
+        expected[f"{name}.gralora_A"] = (k, in_features // k, r, *kernel)
+        expected[f"{name}.gralora_B"] = (k, r, out_features // k)
+        if hybrid_r:
+            expected[f"{name}.gralora_A_general.weight"] = (hybrid_r, in_features, *kernel)
+            ones = (1,) * len(kernel)
+            expected[f"{name}.gralora_B_general.weight"] = (out_features, hybrid_r, *ones)
+    for name, layer in adaptable_modules(model):
+        bias = getattr(layer, "bias", None)
+        if not isinstance(bias, Tensor) or config.bias == "none":
+            continue
+        if name in targets:
+            expected[f"{name}.base_layer.bias"] = tuple(bias.shape)
+        elif config.bias == "all":
+            expected[f"{name}.bias"] = tuple(bias.shape)
+    for name, module in model.named_modules():
+        if any(name == end or name.endswith(f".{end}") for end in config.modules_to_save or ()):
+            state = getattr(module, "original_module", module).state_dict()
+            expected |= {f"{name}.{key}": tuple(t.shape) for key, t in state.items()}
+    return {key: shape for key, shape in expected.items() if not _is_copy(key)}
+
+
+def _is_copy(key: str) -> bool:
+    """Whether PEFT, collecting biases, took the key from inside a wrapper of modules_to_save."""
+    return ".original_module." in key or ".modules_to_save." in key
+
+
+def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+    """The adapter's tensors as they lie in the model, by the keys that they have in a file."""
+    return {name: tensor for name, (_, tensor) in _tensors(model, adapter_name).items()}
+
+
+def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
+    """Copy tensors, by the keys that they have in a file, into an adapter of the model.
+
+    Raises:
+        AdapterFileError: a key that the adapter does not have.
+    """
+    here = _tensors(model, adapter_name)
+    named = {here[key][0] if key in here else key: tensor for key, tensor in tensors.items()}
+    result = set_peft_model_state_dict(model, named, adapter_name)
+    if result.unexpected_keys:
+        raise AdapterFileError(f"no place in the model for: {_some(result.unexpected_keys)}")
+
+
+def _tensors(model: Any, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
+    """Key in a file -> (PEFT's key in this model, tensor).
+
+    They differ where another tuner's layer lies around ours, or ours around its. Of biases PEFT
+    gives those of other tuners' layers too; "gralora_only" means ours.
+    """
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    plain = {key: key.replace(".base_layer", "") for key in state if not _is_copy(key)}
+    layers = {layer_of(name) for name in plain.values() if ".gralora_" in name}
+    for key, name in list(plain.items()):
+        path, _, leaf = name.rpartition(".")
+        if leaf == "bias" and ".base_layer." in key:
+            if path in layers:
+                plain[key] = f"{path}.base_layer.bias"
+            elif model.peft_config[adapter_name].bias != "all":
+                del plain[key]
+    return {name: (key, state[key]) for key, name in plain.items()}

@@ -1,0 +1,240 @@
+"""What GraLoRA can go on: the layers that a config names in a model, and why one is refused."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+from peft import GraloraConfig
+from peft.tuners.tuners_utils import (
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+#: Base layers that GraLoRA can adapt; what to name in an error message.
+SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
+BIAS_CHOICES = ("none", "all", "gralora_only")
+
+
+class TargetError(ValueError):
+    """The targets of a config do not fit the model. Lists every layer and pattern at fault."""
+
+
+def layer_shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
+    """Return in features, out features and kernel size (empty unless a convolution) of a layer."""
+    if isinstance(layer, Conv1D):
+        in_features, out_features = getattr(layer.weight, "ds_shape", layer.weight.shape)
+        return in_features, out_features, ()
+    if isinstance(layer, nn.Conv2d):
+        return layer.in_channels, layer.out_channels, tuple(layer.kernel_size)
+    if isinstance(layer, nn.Linear):
+        return layer.in_features, layer.out_features, ()
+    raise TypeError(f"a {type(layer).__name__} is not supported ({SUPPORTED_LAYERS})")
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Say why no GraLoRA at all can go on this base layer; None if it can."""
+    if not isinstance(layer, (nn.Linear, Conv1D, nn.Conv2d)):
+        return f"a {type(layer).__name__}, which is not supported ({SUPPORTED_LAYERS})"
+    if isinstance(layer, nn.Conv2d) and layer.groups != 1:
+        return f"a convolution with groups={layer.groups}, not supported ({SUPPORTED_LAYERS})"
+    return None
+
+
+def unsuitable(layer: nn.Module, r: int, k: int) -> str | None:
+    """Say why GraLoRA of rank r with k blocks cannot go on this base layer; None if it can."""
+    problem = unsupported(layer)
+    if problem:
+        return problem
+    in_features, out_features, _ = layer_shape(layer)
+    widths = {"in_features": in_features, "out_features": out_features}
+    wrong = [f"{name}={width}" for name, width in widths.items() if width % k]
+    if wrong:
+        smaller = [fit for fit in fitting_k([layer], r) if fit < k]
+        return (
+            f"{' and '.join(wrong)} not divisible by gralora_k={k} "
+            f"(largest k below that fits this layer and r={r}: {max(smaller, default=1)})"
+        )
+    return None
+
+
+def fitting_k(layers: Iterable[nn.Module], r: int) -> list[int]:
+    """Return every k that divides the rank and the widths of all these layers; 1 always does."""
+    widths = {width for layer in layers for width in layer_shape(layer)[:2]}
+    return [k for k in range(1, r + 1) if not any(width % k for width in {r, *widths})]
+
+
+def base_of(module: nn.Module) -> nn.Module:
+    """Return the layer underneath any tuner's layers."""
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, base layer) of every module that a target may name: no adapter's insides."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or name.startswith(inside):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (name + ".",)
+        yield name, base_of(module)
+
+
+def find_targets(model: nn.Module, config: GraloraConfig, prefix: str = "") -> dict[str, nn.Module]:
+    """Return path -> base layer of what ``config`` targets in ``model``, in the model's order.
+
+    Args:
+        prefix: what the config expects in front of the model's paths.
+    """
+    config = _maybe_include_all_linear_layers(copy.copy(config), model)
+    return {
+        name: layer
+        for name, layer in adaptable_modules(model)
+        if check_target_module_exists(config, prefix + name)
+    }
+
+
+def check_targets(
+    model: nn.Module, config: GraloraConfig, keys: Iterable[str] | None = None
+) -> dict[str, nn.Module]:
+    """As :func:`find_targets`, and refuse what cannot be done.
+
+    Args:
+        keys: keys of a state dict; if given, its layers are the targets and not the config's.
+
+    Raises:
+        TargetError: with every layer and pattern at fault.
+    """
+    if keys is None:
+        targets = find_targets(model, config)
+        problems = _unmatched(model, config, targets)
+    else:
+        modules = dict(adaptable_modules(model))
+        wanted = dict.fromkeys(layer_of(key) for key in keys if ".gralora_" in key)
+        targets = {name: modules[name] for name in wanted if name in modules}
+        absent = ", ".join(name for name in wanted if name not in modules)
+        problems = [f"these layers of the state dict are not there: {absent}."] if absent else []
+    refuse(model, [*problems, *misfits(targets, config)])
+    return targets
+
+
+def refuse(model: nn.Module, problems: Sequence[str]) -> None:
+    """Raise a TargetError with all these problems, if there are any."""
+    if problems:
+        raise TargetError(f"{type(model).__name__}: " + "\n".join(problems))
+
+
+def misfits(targets: Mapping[str, nn.Module], config: GraloraConfig) -> list[str]:
+    """Describe, in one text, the targets that this rank and k do not fit, and what would fit."""
+    r, k = config.r, config.gralora_k
+    reasons = {name: unsuitable(layer, r, k) for name, layer in targets.items()}
+    lines = [f"  {name}: {reason}" for name, reason in reasons.items() if reason]
+    if not lines:
+        return []
+    adaptable = [layer for layer in targets.values() if unsupported(layer) is None]
+    advice = "Choose targets without these layers."
+    if any(unsuitable(layer, r, k) for layer in adaptable):
+        choice = " or ".join(map(str, fitting_k(adaptable, r)))
+        advice = f"Choose gralora_k={choice}, or targets without these layers."
+    head = (
+        f"{len(lines)} of {len(targets)} target layers cannot take GraLoRA of r={r}, gralora_k={k}:"
+    )
+    return ["\n".join([head, *lines, advice])]
+
+
+def layer_of(key: str) -> str:
+    """Return the path of the layer that a key of a factor belongs to."""
+    return key.rsplit(".gralora_", 1)[0]
+
+
+def invalid_values(config: GraloraConfig) -> list[str]:
+    """Describe values of a config that fit no model."""
+    problems = []
+    if not isinstance(config.r, int) or config.r < 1:
+        problems.append(
+            f"`r` should be a positive integer value but the value passed is {config.r}"
+        )
+    if not isinstance(config.hybrid_r, int) or config.hybrid_r < 0:
+        problems.append(f"`hybrid_r` should be a non-negative integer but is {config.hybrid_r}")
+    if not isinstance(config.alpha, (int, float)) or not math.isfinite(config.alpha):
+        problems.append(f"`alpha` should be a finite number but is {config.alpha!r}")
+    if not 0.0 <= config.gralora_dropout < 1.0:
+        problems.append(f"`gralora_dropout` should be in [0, 1) but is {config.gralora_dropout}")
+    if config.bias not in BIAS_CHOICES:
+        problems.append(f"`bias` should be one of {', '.join(BIAS_CHOICES)} but is {config.bias!r}")
+    if isinstance(config.target_modules, str):
+        try:
+            re.compile(config.target_modules)
+        except re.error as error:
+            problems.append(
+                f"target_modules {config.target_modules!r} is not a regular expression: {error}. "
+                "For the endings of paths pass a list."
+            )
+    return problems
+
+
+def _unmatched(
+    model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
+) -> list[str]:
+    """Describe patterns that match nothing, and those that the rest of the config makes useless."""
+    patterns = config.target_modules
+    if not targets:
+        return [_nothing_matches(model, config)]
+    problems = []
+    if isinstance(patterns, str):
+        if config.layers_to_transform is not None and patterns.lower() != "all-linear":
+            problems.append("layers_to_transform goes with a list of target_modules, not a regex.")
+        patterns = ()
+    if config.layers_pattern and config.layers_to_transform is None:
+        problems.append("layers_pattern goes with layers_to_transform, which is not given.")
+    # excluded or filtered layers count as matched: only a pattern that names nothing is a slip
+    names = [name for name, _ in adaptable_modules(model)]
+    if absent := _naming_nothing(patterns, names):
+        problems.append(
+            f"these target_modules match no layer: {', '.join(absent)}. The others match "
+            f"{len(targets)} layers. Layers of this model end in: {_endings(model)}."
+        )
+    # for its own tasks PEFT adds names of which only one needs to be there
+    saved = config.modules_to_save if config.task_type is None else ()
+    if absent := _naming_nothing(saved or (), names):
+        problems.append(f"these modules_to_save match no module: {', '.join(absent)}.")
+    return problems
+
+
+def _naming_nothing(endings: Iterable[str], names: Sequence[str]) -> list[str]:
+    return sorted(
+        ending
+        for ending in endings
+        if not any(name == ending or name.endswith(f".{ending}") for name in names)
+    )
+
+
+def _nothing_matches(model: nn.Module, config: GraloraConfig) -> str:
+    wanted = config.target_modules
+    wanted = repr(wanted) if isinstance(wanted, str) else ", ".join(sorted(wanted)) or "(empty)"
+    limits = "".join(
+        f" with {name}={value}"
+        for name in ("layers_to_transform", "layers_pattern", "modules_to_save", "exclude_modules")
+        if (value := getattr(config, name, None))
+    )
+    return (
+        f"target_modules {wanted}{limits} not found in the model: no layer matches. "
+        f"Layers of this model end in: {_endings(model)}. A string is matched as a regular "
+        "expression against the whole path; a list as endings of it."
+    )
+
+
+def _endings(model: nn.Module) -> str:
+    """The distinct ends of the paths of adaptable layers, such as ``to_q`` or ``to_out.0``."""
+    endings: Counter[str] = Counter()
+    for name, layer in adaptable_modules(model):
+        if unsupported(layer) is None:
+            parts = name.split(".")
+            endings[".".join(parts[-2:] if parts[-1].isdigit() else parts[-1:])] += 1
+    return ", ".join(f"{ending} ({count})" for ending, count in endings.items()) or "(none)"

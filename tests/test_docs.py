@@ -1,0 +1,451 @@
+"""README and docs: every command is parsed, every Python block compiles or runs, every link leads
+somewhere, and the tree in architecture.md is the tree."""
+
+import os
+import re
+import shlex
+import shutil
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.commands.launch import launch_command_parser
+from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.distributed.run import get_args_parser as torchrun_parser
+from transformers import T5Config, T5EncoderModel
+
+from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion.training.config import TrainingConfig, parse_config
+from gralora_diffusion.training.config_checks import ConfigError, find_problems
+from gralora_diffusion.training.loop import train
+
+from . import models
+
+ROOT = Path(__file__).parent.parent
+DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+CONFIGS = sorted((ROOT / "samples/configs").glob("*.yaml"))
+SCRIPT = "train_scripts/train_dreambooth_gralora.py"
+BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+#: The picture of the README, made by the demo.
+MADE_LATER = "docs/images/demo_grid.png"
+#: What a machine may lack on which a right command is checked.
+OF_THE_MACHINE = ("needs a GPU", "pip install")
+
+
+@dataclass(frozen=True)
+class Block:
+    """A fenced block: its file, line, what stands behind the fence, and its text."""
+
+    path: Path
+    line: int
+    info: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.path.name}:{self.line}"
+
+
+def _blocks(path: Path) -> list[Block]:
+    text = path.read_text(encoding="utf-8")
+    return [
+        Block(path, text[: found.start()].count("\n") + 1, found[1].strip(), found[2])
+        for found in re.finditer(r"^```([^\n]*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+BLOCKS = [block for path in DOCS for block in _blocks(path)]
+
+
+def _commands(block: Block) -> list[list[str]]:
+    lines = block.text.replace("\\\n", " ").splitlines()
+    return [words for line in lines if (words := shlex.split(line, comments=True))]
+
+
+SHELL = [pytest.param(c, id=f"{b}") for b in BLOCKS if b.info == "bash" for c in _commands(b)]
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """The repository as the docs' reader has it, with pictures of his own beside."""
+    for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my_pictures").mkdir()
+    for i in range(3):
+        Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / f"my_pictures/{i}.jpg")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a tiny base, which goes by the name of the real one, and an adapter for it."""
+    folder = tmp_path_factory.mktemp("trained")
+    models.stable_diffusion().save_pretrained(folder / BASE)
+    (folder / "pictures").mkdir()
+    Image.new("RGB", (16, 16)).save(folder / "pictures/0.png")
+    options = {
+        "pretrained_model_name_or_path": folder / BASE,
+        "instance_data_dir": folder / "pictures",
+        "instance_prompt": "a",
+        "max_train_steps": 1,
+        "report_to": "none",
+        "output_dir": folder / "adapter",
+    }
+    train(parse_config([f"--{name}={value}" for name, value in options.items()]))
+    return folder
+
+
+@pytest.fixture
+def reader(workplace, trained):
+    """The work place with what the docs' Python needs: a base, and adapters for it."""
+    shutil.copytree(trained / BASE, BASE)
+    for name in ("my_adapter", "my_other_adapter"):
+        shutil.copytree(trained / "adapter", name)
+    return workplace
+
+
+# -- shell -----------------------------------------------------------------------------------------
+
+
+def _training_arguments(command: list[str]) -> list[str] | None:
+    """The trainer's arguments in a command line; None if it is about something else."""
+    program, *rest = [word for word in command if not re.match(r"[A-Z_]+=", word)]
+    if program == "accelerate" and rest[0] == "launch":
+        launch = launch_command_parser().parse_args(rest[1:])
+        assert launch.training_script == SCRIPT
+        return launch.training_script_args
+    if program == "torchrun":
+        launch = torchrun_parser().parse_args(rest)
+        assert launch.training_script == SCRIPT
+        return launch.training_script_args
+    return rest[1:] if program == "gralora" and rest[0] == "train" else None
+
+
+@pytest.mark.parametrize("command", SHELL)
+def test_command(command, workplace):
+    arguments = _training_arguments(command)
+    if arguments is not None:
+        problems = find_problems(parse_config(arguments))
+        assert [p for p in problems if not any(known in p for known in OF_THE_MACHINE)] == []
+    elif command[0].startswith("./"):
+        assert os.access(command[0], os.X_OK)
+    else:
+        assert command[:2] in (["pip", "install"], ["gralora", "sample"])
+
+
+@pytest.mark.parametrize("command", [c for c in SHELL if c.values[0][:2] == ["gralora", "sample"]])
+def test_sampling_command(command, reader):
+    cli.main([*command[1:], "--num_inference_steps", "1", "--size", "16"])
+    assert Image.open("grid.png").size[0] > 192
+
+
+FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
+FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
+#: Flags that the docs name as wrong ones.
+WRONG_FLAGS = {"--ranks", "--tokenizer_name"}
+
+
+@pytest.mark.parametrize(
+    "path", [path for path in DOCS if path.name != "options.md"], ids=lambda path: path.name
+)
+def test_flags_in_the_text_exist(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    named = set(re.findall(r"(?<![\w-])--[a-z]\w+", text))
+    assert named - FLAGS - WRONG_FLAGS == set()
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
+def test_sample_config(path, workplace):
+    config = parse_config(["--config", str(path), "--output_dir", "new"])
+    if config.instance_data_dir is None:  # what is the user's to say
+        config.instance_data_dir, config.instance_prompt = "my_pictures", "a photo of sks dog"
+    problems = find_problems(config)
+    assert [p for p in problems if not any(known in p for known in OF_THE_MACHINE)] == []
+
+
+# -- Python ----------------------------------------------------------------------------------------
+
+PYTHON = [block for block in BLOCKS if block.info.startswith("python")]
+RUNNABLE = sorted({block.path for block in PYTHON if block.info == "python runnable"})
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_compiles(block):
+    assert block.info in ("python", "python runnable", "python family")
+    compile(block.text, str(block), "exec")
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=lambda path: path.name)
+def test_python_runs(path, reader):
+    """The blocks of a page run one after the other, as in a notebook."""
+    names = {}
+    for block in PYTHON:
+        if block.path == path and block.info == "python runnable":
+            exec(compile(block.text, str(block), "exec"), names)
+
+
+# -- adding a family -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def family(tmp_path, monkeypatch):
+    """The family of adding_a_family.md, found as the package finds its own."""
+    (block,) = [block for block in PYTHON if block.info == "python family"]
+    folder = tmp_path / "more_families"
+    folder.mkdir()
+    (folder / "pixart_of_the_docs.py").write_text(block.text, encoding="utf-8")
+    monkeypatch.setattr(families, "__path__", [*families.__path__, str(folder)])
+    families._families.cache_clear()
+    yield get_family("pixart-alpha")
+    families._families.cache_clear()
+
+
+def _pixart() -> PixArtAlphaPipeline:
+    torch.manual_seed(0)
+    tokenizer = models.tokenizer()
+    transformer = PixArtTransformer2DModel(
+        sample_size=8,
+        num_layers=2,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        in_channels=4,
+        out_channels=8,
+        caption_channels=32,
+        cross_attention_dim=32,
+    )
+    torch.nn.init.normal_(transformer.proj_out.weight)
+    config = T5Config(
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4
+    )
+    pipe = PixArtAlphaPipeline(
+        tokenizer=tokenizer,
+        text_encoder=T5EncoderModel(config).eval(),
+        vae=models.vae(),
+        transformer=transformer.eval(),
+        scheduler=DDIMScheduler(),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _tensors(value) -> list[torch.Tensor]:
+    if isinstance(value, dict):
+        value = [value[key] for key in sorted(value)]
+    if isinstance(value, (list, tuple)):
+        return [tensor for item in value for tensor in _tensors(item)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+@torch.no_grad()
+def test_family_of_the_docs_calls_the_denoiser_as_the_pipeline_does(family):
+    pipe, calls, results = _pixart(), [], []
+    pipe.transformer.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append((args, kwargs)), with_kwargs=True
+    )
+    pipe.transformer.register_forward_hook(lambda module, args, result: results.append(result[0]))
+    prompts, latents = ["a cat", "two dogs"], torch.randn(2, 4, 8, 8)
+    pipe(
+        prompts,
+        latents=latents,
+        num_inference_steps=1,
+        guidance_scale=1.0,
+        height=16,
+        width=16,
+        use_resolution_binning=False,
+        clean_caption=False,
+        output_type="latent",
+    )
+    timesteps = calls[0][1]["timestep"]
+    conditioning = family.encode_prompts(pipe, prompts)
+    assert all(len(tensor) == 2 for tensor in conditioning.values())
+    prediction = family.predict(pipe.transformer, calls[0][0][0], timesteps, conditioning)
+    assert len(calls) == 2
+    theirs, ours = _tensors(calls[0]), _tensors(calls[1])
+    assert len(theirs) == len(ours) >= 4
+    for expected, got in zip(theirs, ours, strict=True):
+        assert torch.equal(expected, got)
+    assert torch.equal(prediction, results[0][:, :4])
+
+
+def test_family_of_the_docs_trains(family, workplace):
+    _pixart().save_pretrained("base")
+    options = "--pretrained_model_name_or_path base --instance_data_dir my_pictures --rank 8"
+    options += " --max_train_steps 2 --learning_rate 1e-2 --report_to none --output_dir adapter"
+    train(parse_config([*options.split(), "--instance_prompt", "a dog"]))
+    pipe = _pixart()
+    report = pipe.load_gralora_weights("adapter")
+    assert report.family == "pixart-alpha"
+    assert report.layers == {"transformer": 2 * 2 * 4}  # blocks, attentions, layers of each
+    state = pipe.transformer.state_dict()
+    assert all(tensor.abs().sum() > 0 for key, tensor in state.items() if ".gralora_B" in key)
+
+
+# -- troubleshooting -------------------------------------------------------------------------------
+
+
+def _quoted() -> list[str]:
+    """The messages in troubleshooting.md: in the first cell of a row, or in bold."""
+    text = (ROOT / "docs/troubleshooting.md").read_text(encoding="utf-8")
+    places = re.findall(r"^\| (`.*?) \|", text, re.M) + re.findall(r"\*\*(`.*?)\*\*", text)
+    spans = [span for place in places for _, span in re.findall(r"(`+)(.+?)\1(?!`)", place)]
+    return [span.replace("`", "").strip() for span in spans]
+
+
+def _is_explained(message: str) -> bool:
+    """Whether troubleshooting.md quotes something of the message; dots leave something out."""
+    message = message.replace("`", "")
+    return any(all(part.strip() in message for part in q.split("...")) for q in _quoted())
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--instance_data_dir dogs",
+        "--instance_data_dir empty",
+        "--instance_data_dir dog --instance_prompt=",
+        "--rank 10 --gralora_k 4",
+        "--with_prior_preservation --class_data_dir c",
+        "--ranks 8",
+        "--tokenizer_name x",
+        "--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 2",
+        "--output_dir my_adapter",
+    ],
+)
+def test_option_errors_are_explained(arguments, workplace):
+    (workplace / "my_pictures").rename("dog")
+    for folder in ("empty", "my_adapter/checkpoint-200"):
+        (workplace / folder).mkdir(parents=True)
+    right = f"--pretrained_model_name_or_path {BASE} --instance_data_dir dog --instance_prompt a"
+    try:
+        problems = find_problems(parse_config([*right.split(), *arguments.split()]))
+    except ConfigError as error:
+        problems = error.problems
+    (problem,) = [p for p in problems if not any(known in p for known in OF_THE_MACHINE)]
+    assert _is_explained(problem), problem
+
+
+def _save(tensors, metadata=None):
+    save_file(tensors, "changed.safetensors", metadata=metadata)
+    return "changed.safetensors"
+
+
+def _wrong_files():
+    """Name -> what to load, given the tensors and the metadata of a right file."""
+    key = "gralora_adapter_metadata"
+    zeros = {"unet.x.lora_A.weight": torch.zeros(2, 2)}
+    return {
+        "nothing there": lambda t, m: "no_such/file.safetensors",
+        "empty folder": lambda t, m: "my_pictures",
+        "not whole": lambda t, m: "my_pictures/0.jpg",
+        "a LoRA": lambda t, m: _save(zeros),
+        "no metadata": lambda t, m: _save(t),
+        "newer": lambda t, m: _save(
+            t, {key: m[key].replace('"format_version": 1', '"format_version": 2')}
+        ),
+        "missing keys": lambda t, m: _save(dict(list(t.items())[1:]), m),
+        "NaN": lambda t, m: _save({**t, min(t): t[min(t)] * torch.nan}, m),
+    }
+
+
+@pytest.mark.parametrize("wrong", _wrong_files())
+def test_loading_errors_are_explained(wrong, reader):
+    with safe_open("my_adapter/pytorch_gralora_weights.safetensors", framework="pt") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        source = _wrong_files()[wrong](tensors, file.metadata())
+    with pytest.raises(AdapterFileError) as caught:
+        models.stable_diffusion().load_gralora_weights(source)
+    assert _is_explained(str(caught.value)), str(caught.value)
+
+
+def test_other_errors_of_pipelines_are_explained(reader):
+    pipe, messages = models.stable_diffusion(), []
+
+    def refused(call, *arguments, **options):
+        with pytest.raises((ValueError, AttributeError)) as caught:
+            call(*arguments, **options)
+        messages.append(str(caught.value))
+
+    refused(pipe.fuse_gralora)
+    pipe.load_gralora_weights("my_adapter", "dog")
+    refused(pipe.load_gralora_weights, "my_adapter", "dog")
+    refused(pipe.set_lora_device, ["dog"], "cpu")
+    pipe.fuse_gralora()
+    refused(pipe.fuse_gralora)
+    pipe.unfuse_gralora()
+    pipe.unet.enable_layerwise_casting(torch.float8_e4m3fn, torch.float32)
+    refused(pipe.fuse_gralora)
+    file = "my_adapter/pytorch_gralora_weights.safetensors"
+    refused(pipe.load_lora_weights, file, adapter_name="other")
+    refused(pipe.load_lora_weights, file, adapter_name="dog", hotswap=True)
+    assert [message for message in messages if not _is_explained(message)] == []
+
+
+# -- links and the tree ----------------------------------------------------------------------------
+
+
+def _anchors(path: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_links(path):
+    text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    for target in re.findall(r"\]\(([^)\s]+)\)", text):
+        if "://" in target or (target == MADE_LATER and not (ROOT / target).exists()):
+            continue
+        name, _, anchor = target.partition("#")
+        file = path.parent / name if name else path
+        assert file.exists(), target
+        assert not anchor or anchor in _anchors(file), target
+
+
+def _tree() -> set[str]:
+    """Paths in the tree of architecture.md; folders end in a slash."""
+    (block,) = [block for block in BLOCKS if block.info == "tree"]
+    paths: set[str] = set()
+    above: list[str] = []
+    for line in block.text.splitlines():
+        depth = (len(line) - len(line.lstrip())) // 2
+        name = line.split()[0]
+        above = [*above[:depth], name]
+        assert "".join(above) not in paths, f"{line!r} is there twice"
+        paths.add("".join(above))
+    return paths
+
+
+def test_tree():
+    tree = _tree()
+    assert [path for path in tree if not (ROOT / path).exists()] == []
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for pattern in (
+            "gralora_diffusion/**/*.py",
+            "gralora_diffusion/py.typed",
+            "train_scripts/*.py",
+            "samples/*.sh",
+            "samples/configs/*",
+            ".ci/*",
+        )
+        for path in ROOT.glob(pattern)
+    }
+    assert files - tree == set()
+
+
+def test_no_page_is_out_of_reach():
+    linked = {path for path in DOCS if f"(docs/{path.name})" in DOCS[0].read_text()}
+    assert {path.name for path in DOCS[1:]} == {path.name for path in linked}
+
+
+def test_family_example_is_what_the_interface_asks_for():
+    """A method that a family must have is explained, and the explained ones exist."""
+    text = (ROOT / "docs/adding_a_family.md").read_text(encoding="utf-8")
+    for name in families.ModelFamily.__abstractmethods__:
+        assert f"| `{name}` |" in text
+    (row,) = re.findall(r"^\| (`encode_images`.*?) \|", text, re.MULTILINE)
+    for name in re.findall(r"`(\w+)`", row):
+        assert hasattr(families.ModelFamily, name)

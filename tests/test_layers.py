@@ -1,0 +1,451 @@
+"""Our layers against stock PEFT's, where it has one, and against the dense update where not."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import GraloraConfig, LoraConfig, inject_adapter_in_model
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.pytorch_utils import Conv1D
+
+from gralora_diffusion import GraloraConv2d, GraloraLinear, inject
+
+from .reference import dense_update, relative_error
+
+
+class Net(nn.Module):
+    """Widths that differ, so that no wrong exchange has the right shape."""
+
+    def __init__(self, linear: type = nn.Linear) -> None:
+        super().__init__()
+        self.up = linear(24, 40) if linear is nn.Linear else Conv1D(40, 24)
+        self.down = linear(40, 16, bias=False) if linear is nn.Linear else Conv1D(16, 40)
+
+    def forward(self, x):
+        return self.down(F.gelu(self.up(x)))
+
+
+class ConvNet(nn.Module):
+    def __init__(self, **options) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(8, 12, **{"kernel_size": 3, "padding": 1, **options})
+
+    def forward(self, x):
+        return self.conv(x)
+
+
+def config(**changes) -> GraloraConfig:
+    values = {"r": 8, "gralora_k": 4, "alpha": 12, "target_modules": ["up", "down", "conv"]}
+    if "target_modules" not in changes:
+        values["target_modules"] = changes.pop("targets", ["up", "down"])
+    return GraloraConfig(**{**values, "init_weights": False, **changes})
+
+
+def pair(linear: type = nn.Linear, **changes) -> tuple[nn.Module, nn.Module]:
+    """The same adapted net, stock and ours."""
+    changes.setdefault("fan_in_fan_out", linear is Conv1D)
+    base = Net(linear)
+    stock = inject_adapter_in_model(config(**changes), copy.deepcopy(base))
+    ours = inject(base, config(**changes))
+    result = set_peft_model_state_dict(ours, get_peft_model_state_dict(stock))
+    assert not result.unexpected_keys
+    return stock, ours
+
+
+def conv(names=("default",), base: nn.Module | None = None, **changes) -> nn.Module:
+    net = base or ConvNet()
+    for name in names:
+        inject(net, config(targets=["conv"], **changes), name)
+    return net.eval()
+
+
+def factors(layer, name="default"):
+    return layer.gralora_A[name].detach(), layer.gralora_B[name].detach()
+
+
+def dense(layer, name="default"):
+    """The layer's whole update before scaling, by the definition."""
+    update = dense_update(*factors(layer, name))
+    if name in layer.gralora_A_general:
+        down = layer.gralora_A_general[name].weight.detach().double()
+        up = layer.gralora_B_general[name].weight.detach().double()
+        update = update + torch.einsum("or,ri...->oi...", up.flatten(1), down)
+    return update
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize("linear", [nn.Linear, Conv1D])
+class TestAgainstStock:
+    def test_forward_and_gradients(self, linear, hybrid_r):
+        stock, ours = pair(linear, hybrid_r=hybrid_r)
+        x = torch.randn(3, 5, 24)
+        expected, actual = stock(x), ours(x)
+        assert relative_error(actual, expected) < 1e-6
+        expected.square().mean().backward()
+        actual.square().mean().backward()
+        theirs, mine = dict(stock.named_parameters()), dict(ours.named_parameters())
+        trained = {name for name, p in theirs.items() if p.requires_grad}
+        assert trained == {name for name, p in mine.items() if p.requires_grad}
+        assert len(trained) == (8 if hybrid_r else 4)
+        for name in trained:
+            assert relative_error(mine[name].grad, theirs[name].grad) < 5e-6, name
+
+    def test_state_dict_goes_both_ways(self, linear, hybrid_r):
+        stock, ours = pair(linear, hybrid_r=hybrid_r)
+        theirs, mine = get_peft_model_state_dict(stock), get_peft_model_state_dict(ours)
+        assert theirs.keys() == mine.keys()
+        for key, tensor in theirs.items():
+            assert torch.equal(mine[key], tensor), key
+        fresh = inject_adapter_in_model(
+            config(hybrid_r=hybrid_r, fan_in_fan_out=linear is Conv1D), Net(linear)
+        )
+        missing = set_peft_model_state_dict(fresh, mine).missing_keys
+        assert not [key for key in missing if "gralora" in key]
+        assert torch.equal(get_peft_model_state_dict(fresh)["up.gralora_B"], mine["up.gralora_B"])
+
+    def test_delta_weight_and_merge(self, linear, hybrid_r):
+        stock, ours = pair(linear, hybrid_r=hybrid_r)
+        for name in ("up", "down"):
+            theirs, mine = getattr(stock, name), getattr(ours, name)
+            expected = theirs.get_delta_weight("default")
+            assert relative_error(mine.get_delta_weight("default"), expected) < 1e-6
+            theirs.merge()
+            mine.merge()
+            assert relative_error(mine.weight, theirs.weight) < 1e-6
+
+    def test_same_seed_gives_the_same_initial_factors(self, linear, hybrid_r):
+        changes = {"hybrid_r": hybrid_r, "fan_in_fan_out": linear is Conv1D}
+        for init_weights in (True, False):
+            changes["init_weights"] = init_weights
+            torch.manual_seed(3)
+            stock = inject_adapter_in_model(config(**changes), Net(linear))
+            torch.manual_seed(3)
+            ours = inject(Net(linear), config(**changes))
+            for key, tensor in get_peft_model_state_dict(stock).items():
+                assert torch.equal(get_peft_model_state_dict(ours)[key], tensor), key
+
+
+def test_dropout_draws_one_mask_for_both_branches():
+    _, ours = pair(hybrid_r=2, gralora_dropout=0.4)
+    layer, x = ours.train().up, torch.randn(6, 24)
+    torch.manual_seed(5)
+    actual = layer(x) - layer.base_layer(x)
+    torch.manual_seed(5)
+    masked = F.dropout(x, 0.4).double()
+    assert relative_error(actual, layer.scaling["default"] * masked @ dense(layer).T) < 1e-5
+    assert not torch.equal(actual, layer(x) - layer.base_layer(x))
+    assert torch.equal(layer.eval()(x), layer(x))
+
+
+@pytest.mark.parametrize("shape", [(24,), (0, 24), (5, 24), (2, 5, 24), (2, 3, 5, 24), (0, 5, 24)])
+def test_linear_inputs_of_any_rank(shape):
+    _, ours = pair(hybrid_r=2)
+    layer, x = ours.up, torch.randn(shape)
+    expected = layer.base_layer(x) + (x.double() @ dense(layer).T * 1.2).float()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("hybrid_r", [0, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel_size": 1, "padding": 0},
+        {"stride": 2, "dilation": 2, "padding": (2, 1), "bias": False},
+        {"padding": "same", "kernel_size": (3, 5)},
+        {"padding_mode": "circular"},
+        {"padding_mode": "reflect", "padding": (1, 2), "stride": (2, 1)},
+        {"padding_mode": "replicate", "padding": "same"},
+    ],
+)
+def test_convolutions(options, hybrid_r):
+    net = conv(base=ConvNet(**options), hybrid_r=hybrid_r)
+    layer = net.conv
+    whole = ConvNet(**options).double()
+    whole.load_state_dict(net.conv.base_layer.state_dict(prefix="conv."))
+    scaling = 12 / (8 + hybrid_r)
+    whole.conv.weight.data += scaling * dense(layer)
+    x = torch.randn(2, 8, 9, 7)
+    assert isinstance(layer, GraloraConv2d)
+    assert relative_error(net(x), whole(x.double())) < 1e-5
+    assert relative_error(net(x[1]), whole(x[1].double())) < 1e-5
+    assert net(x[:0]).shape == whole(x[:0].double()).shape
+    layer.merge()
+    assert relative_error(layer.weight, whole.conv.weight) < 1e-6
+    assert relative_error(net(x), whole(x.double())) < 1e-5
+
+
+class TestPrecision:
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_fp32_factors_on_a_half_precision_base(self, dtype):
+        """The update is that of fp32, rounded once; it does not change the dtype of the output."""
+        net = pair()[1].to(dtype)
+        layer = net.up
+        layer.cast_adapter("default", torch.float32)
+        x = torch.randn(5, 24, dtype=dtype)
+        update = 1.5 * x.double() @ dense(layer).T
+        expected = layer.base_layer(x) + update.to(dtype)
+        assert layer(x).dtype == dtype
+        assert torch.equal(layer(x), expected)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_half_precision_throughout(self, dtype):
+        net = pair(hybrid_r=2)[1]
+        x = torch.randn(5, 24)
+        expected = net(x)
+        actual = net.to(dtype)(x.to(dtype))
+        assert actual.dtype == dtype
+        assert relative_error(actual, expected) < 16 * torch.finfo(dtype).eps
+
+    def test_autocast(self):
+        net = pair(hybrid_r=2)[1]
+        x = torch.randn(5, 24)
+        expected = net(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            actual = net(x)
+        assert actual.dtype == torch.bfloat16
+        assert relative_error(actual, expected) < 16 * torch.finfo(torch.bfloat16).eps
+        actual.float().square().mean().backward()
+        assert net.up.gralora_A["default"].grad.dtype == torch.float32
+        image = torch.randn(1, 8, 6, 6)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert conv(hybrid_r=2)(image).dtype == torch.bfloat16
+
+    def test_casting_the_factors_keeps_what_is_trained(self):
+        layer = pair(hybrid_r=2)[1].up
+        for trained in (True, False):
+            layer.set_requires_grad("default", trained)
+            layer.cast_adapter("default", torch.bfloat16)
+            layer.cast_adapter("default", torch.float32)
+            ours = [p for name, p in layer.named_parameters() if "gralora_" in name]
+            assert len(ours) == 4
+            assert {(p.dtype, p.requires_grad) for p in ours} == {(torch.float32, trained)}
+
+    def test_meta_device(self):
+        with torch.device("meta"):
+            net = inject(Net(), config(hybrid_r=2))
+            assert net(torch.empty(5, 24)).shape == (5, 16)
+            assert net.to(torch.bfloat16)(torch.empty(5, 24, dtype=torch.float16)).is_meta
+            image = torch.empty(2, 8, 6, 6)
+            assert inject(ConvNet(), config(targets=["conv"]))(image).shape == (2, 12, 6, 6)
+
+
+class TestScale:
+    @pytest.fixture
+    def layers(self):
+        """Our layer and a LoRA layer, two adapters each; LoRA's scaling is alpha / r."""
+        ours, lora = Net(), Net()
+        for name, alpha in (("a", 12), ("b", 4)):
+            inject(ours, config(alpha=alpha, hybrid_r=2), name)
+            inject_adapter_in_model(
+                LoraConfig(r=10, lora_alpha=alpha, target_modules=["up", "down"]), lora, name
+            )
+        return ours.up, lora.up
+
+    @pytest.mark.parametrize("active", [["a"], ["b"], ["a", "b"], ["b", "elsewhere"], []])
+    def test_means_what_it_means_for_lora(self, layers, active):
+        calls = [
+            lambda layer: layer.scale_layer(0.5),
+            lambda layer: layer.scale_layer(3.0),
+            lambda layer: layer.unscale_layer(3.0),
+            lambda layer: layer.set_scale("a", 0.25),
+            lambda layer: layer.set_scale("unknown", 0.25),
+            lambda layer: layer.scale_layer(0.0),
+            lambda layer: layer.unscale_layer(),
+            lambda layer: layer.set_scale("b", -1.0),
+        ]
+        for layer in layers:
+            layer.set_adapter(active)
+        for call in calls:
+            for layer in layers:
+                call(layer)
+            assert layers[0].scaling == pytest.approx(layers[1].scaling)
+
+    def test_scales_the_output(self, layers):
+        layer, x = layers[0].eval(), torch.randn(4, 24)
+        base = layer.base_layer(x)
+        layer.set_adapter(["a", "b"])
+        layer.set_scale("a", 0.5)
+        update = 0.5 * 1.2 * dense(layer, "a") + 0.4 * dense(layer, "b")
+        assert relative_error(layer(x) - base, x.double() @ update.T) < 1e-5
+        layer.set_adapter(["b"])
+        assert relative_error(layer(x) - base, x.double() @ (0.4 * dense(layer, "b")).T) < 1e-5
+        layer.set_scale("b", 0.0)
+        assert torch.equal(layer(x), base)
+
+
+class TestAdapters:
+    def test_disable_and_enable(self):
+        net, x = pair()[1], torch.randn(4, 24)
+        adapted = net.up(x)
+        net.up.enable_adapters(False)
+        assert torch.equal(net.up(x), net.up.base_layer(x))
+        net.up.enable_adapters(True)
+        assert torch.equal(net.up(x), adapted)
+
+    def test_disabling_unmerges(self):
+        layer, x = pair()[1].up, torch.randn(4, 24)
+        base = layer.base_layer(x)
+        layer.merge()
+        layer.enable_adapters(False)
+        assert relative_error(layer(x), base) < 1e-6
+        assert not layer.merged
+
+    def test_replacing_an_adapter_leaves_nothing_of_the_old_one(self):
+        net = inject(Net(), config(hybrid_r=2, gralora_dropout=0.1))
+        layer = net.eval().up
+        before = layer.weight.clone()
+        layer.merge()
+        layer.update_layer("default", "up", 4, config(r=4, gralora_k=2, alpha=4))
+        assert relative_error(layer.weight, before) < 1e-6
+        assert not layer.merged
+        assert {n for n, _ in layer.named_parameters() if "gralora" in n} == {
+            "gralora_A.default",
+            "gralora_B.default",
+        }
+        x = torch.randn(3, 24)
+        update = x.double() @ dense(layer).T
+        assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
+
+    def test_deleting_while_merged_gives_the_base_back(self):
+        net = conv(["a", "b"])
+        layer, before = net.conv, net.conv.weight.clone()
+        layer.set_adapter(["a", "b"])
+        layer.merge()
+        layer.delete_adapter("a")
+        expected = before.double() + 1.5 * dense(layer, "b")
+        assert relative_error(layer.weight, expected) < 1e-6
+        assert layer.merged_adapters == ["b"]
+        assert layer.active_adapters == ["b"]
+        layer.delete_adapter("b")
+        assert relative_error(layer.weight, before) < 1e-6
+        assert torch.equal(net(torch.ones(1, 8, 4, 4)), layer.base_layer(torch.ones(1, 8, 4, 4)))
+
+    @pytest.mark.parametrize("values", [{"gralora_k": 3, "r": 6}, {"r": 0}, {"hybrid_r": -1}])
+    def test_refuses_what_cannot_be(self, values):
+        with pytest.raises(ValueError, match=r"block\.up: .*(gralora_k=3|`r`|`hybrid_r`)"):
+            GraloraLinear(nn.Linear(8, 16), "a", "block.up", config(**values))
+
+
+class TestMerging:
+    def test_several_adapters_at_their_scales(self):
+        net = conv(["a", "b", "c"], hybrid_r=2)
+        layer, before, x = net.conv, net.conv.weight.clone(), torch.randn(1, 8, 5, 5)
+        layer.set_adapter(["a", "b"])
+        layer.set_scale("b", -0.5)
+        adapted = net(x)
+        layer.merge()
+        expected = before.double() + 1.2 * dense(layer, "a") - 0.6 * dense(layer, "b")
+        assert relative_error(layer.weight, expected) < 1e-6
+        assert relative_error(net(x), adapted) < 1e-5
+        layer.set_scale("a", 7.0)  # of no effect on what is merged, nor on its unmerging
+        with pytest.warns(UserWarning, match="additionally merging c"):
+            layer.merge(adapter_names=["c"], scale=2.0)
+        assert layer.merged_adapters == ["a", "b", "c"]
+        assert relative_error(layer.weight, expected + 2.4 * dense(layer, "c")) < 1e-6
+        layer.unmerge(["a"])
+        assert layer.merged_adapters == ["b", "c"]
+        layer.unmerge()
+        assert relative_error(layer.weight, before) < 1e-6
+        assert not layer.merged
+
+    def test_what_is_active_but_not_merged_still_counts(self):
+        net, x = conv(["a", "b"]), torch.randn(1, 8, 5, 5)
+        net.conv.set_adapter(["a", "b"])
+        adapted = net(x)
+        net.conv.merge(adapter_names=["a"])
+        assert relative_error(net(x), adapted) < 1e-5
+
+    def test_merges_once(self):
+        layer = conv().conv
+        layer.merge()
+        merged = layer.weight.clone()
+        with pytest.warns(UserWarning, match="already merged"):
+            layer.merge()
+        assert torch.equal(layer.weight, merged)
+        layer.unmerge()
+        with pytest.warns(UserWarning, match="Already unmerged"):
+            layer.unmerge()
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+    def test_a_safe_merge_that_fails_leaves_the_base_alone(self, dtype):
+        layer = conv(["a", "b"]).to(dtype).conv
+        before = layer.weight.clone()
+        layer.set_adapter(["a", "b"])
+        if dtype is torch.float32:
+            layer.gralora_B["b"].data[0, 0, 0] = torch.nan
+        else:
+            layer.set_scale("b", 1e6)  # finite in fp32, not in fp16
+        with pytest.raises(ValueError, match="conv: merging adapter a, b gives NaN or infinite"):
+            layer.merge(safe_merge=True)
+        with pytest.raises(ValueError, match="gives NaN or infinite"):
+            layer.check_merge(["b"])
+        assert torch.equal(layer.weight, before)
+        assert not layer.merged
+
+    def test_half_precision_is_rounded_once(self):
+        layer = pair(hybrid_r=2)[1].to(torch.bfloat16).up
+        exact = layer.weight.double() + 1.2 * dense(layer)
+        layer.merge()
+        # fp32 arithmetic, then one rounding: at most half a unit in the last place, ties aside
+        unit = torch.finfo(torch.bfloat16).eps * exact.abs()
+        assert ((layer.weight.double() - exact).abs() <= 0.51 * unit).all()
+
+    def test_refuses_weights_that_cannot_take_a_sum(self):
+        layer = conv().conv
+        for weight in (torch.empty(12, 8, 3, 3, device="meta"), torch.zeros(12, 8, 3, 3)):
+            stored = weight if weight.is_meta else weight.to(torch.float8_e4m3fn)
+            layer.base_layer.weight = nn.Parameter(stored, requires_grad=False)
+            with pytest.raises(ValueError, match=r"conv: .*(not in memory|stored as torch.float8)"):
+                layer.merge()
+
+
+class TestTorchMachinery:
+    def test_gradient_checkpointing(self):
+        net = pair(hybrid_r=2, gralora_dropout=0.3)[1].train()
+        x = torch.randn(5, 24, requires_grad=True)
+        gradients = []
+        for run in (net, lambda x: checkpoint(net, x, use_reentrant=False)):
+            net.zero_grad()
+            torch.manual_seed(1)
+            run(x).square().mean().backward()
+            gradients.append({n: p.grad for n, p in net.named_parameters() if p.requires_grad})
+        assert len(gradients[0]) == 8
+        for name, gradient in gradients[0].items():
+            assert torch.equal(gradients[1][name], gradient), name
+
+    @pytest.mark.parametrize("kind", ["linear", "conv"])
+    def test_compiles_without_a_graph_break(self, kind):
+        net = pair(hybrid_r=2)[1] if kind == "linear" else conv(hybrid_r=2)
+        x = torch.randn(5, 24) if kind == "linear" else torch.randn(2, 8, 6, 6)
+        compiled = torch.compile(net, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(x), net(x))
+        for layer in net.children():
+            layer.set_scale("default", 0.5)
+        torch.testing.assert_close(compiled(x), net(x))
+        compiled(x).sum().backward()
+        assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+    @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+    def test_copies_are_whole_and_independent(self, duplicate):
+        net, x = pair(hybrid_r=2)[1], torch.randn(5, 24)
+        twin = duplicate(net)
+        expected = net(x)
+        assert torch.equal(twin(x), expected)
+        twin.up.set_scale("default", 0.0)
+        twin.down.gralora_A["default"].data.zero_()
+        assert torch.equal(net(x), expected)
+        assert not torch.equal(twin(x), expected)
+
+    def test_not_a_linear_layer_itself(self):
+        """Or casting and quantizing would stop at the wrapper and take the factors along."""
+        net = pair(hybrid_r=2)[1]
+        assert [n for n, m in net.named_modules() if isinstance(m, nn.Linear)] == [
+            "up.base_layer",
+            "down.base_layer",
+        ]
+        assert repr(net.up).startswith("gralora.GraloraLinear(")

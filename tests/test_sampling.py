@@ -1,0 +1,93 @@
+"""Drawing with and without an adapter, and the grid that shows it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from gralora_diffusion.sampling import draw, labelled_grid, main
+from tests.models import adapt, stable_diffusion
+
+
+def test_pictures_depend_on_their_own_seed_only() -> None:
+    pipe = stable_diffusion()
+    options = {"size": 16, "inference_steps": 2}
+    both = draw(pipe, ["a cat", "a dog"], 2, seed=3, **options)
+    alone = draw(pipe, ["a dog"], 1, seed=4, **options)
+    assert both[1][1].tobytes() == alone[0][0].tobytes()
+    assert len({image.tobytes() for row in both for image in row}) == 4
+
+
+def test_drawing_leaves_modes_and_random_state_alone() -> None:
+    pipe = stable_diffusion()
+    pipe.unet.train()
+    modes = [module.training for m in parts(pipe) for module in m.modules()]
+    state = torch.get_rng_state()
+    draw(pipe, ["a cat"], size=16, inference_steps=1)
+    assert torch.equal(state, torch.get_rng_state())
+    assert modes == [module.training for m in parts(pipe) for module in m.modules()]
+
+
+def parts(pipe: object) -> list[nn.Module]:
+    return [getattr(pipe, name) for name in ("unet", "vae", "text_encoder")]
+
+
+def test_grid_shows_every_picture_in_its_cell() -> None:
+    colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250)]]
+    rows = [("row", [Image.new("RGB", (4, 4), c) for c in row]) for row in colours]
+    grid = np.asarray(labelled_grid(rows, ["left", "right"], cell=20))
+    for row, (_, pictures) in enumerate(rows):
+        for column, picture in enumerate(pictures):
+            top, left = 8 + row * 28, 112 + column * 28
+            cell = grid[top : top + 20, left : left + 20]
+            assert (cell == np.array(picture.getpixel((0, 0)))).all()
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> Path:
+    pipe = stable_diffusion()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt(pipe)
+    pipe.save_gralora_weights(tmp_path / "adapter")
+    return tmp_path
+
+
+def test_command_compares(files: Path) -> None:
+    shared = ["--prompt", "a cat", "a dog", "--size", "16", "--num_inference_steps", "2"]
+    shared += ["--base", str(files / "base")]
+    compared = files / "deep" / "compared.png"
+    adapted = ["--adapter", str(files / "adapter")]
+    main([*shared, *adapted, "--compare", "--output", str(compared)])
+    main([*shared, "--output", str(files / "before.png")])
+    main([*shared, *adapted, "--output", str(files / "after.png")])
+    grid, before, after = (
+        np.asarray(Image.open(f))[:, 112:]
+        for f in (compared, files / "before.png", files / "after.png")
+    )
+    assert (grid[8:200] == before[8:200]).all()
+    assert (grid[208:400] == after[8:200]).all()
+    assert (before[8:200] != after[8:200]).any()
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        (["--base", "./nowhere"], "--base ./nowhere: no diffusers pipeline there"),
+        (["--compare"], "--compare needs --adapter"),
+        (["--reference", "nowhere"], "--reference nowhere: no folder with pictures"),
+        (["--adapter", "./nowhere"], "--adapter ./nowhere"),
+    ],
+)
+def test_errors_of_the_command(
+    files: Path, options: list[str], text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--base", str(files / "base"), "--prompt", "x", "--output", str(files / "out.png")]
+    with pytest.raises(SystemExit):
+        main([*line, *options])
+    assert text in capsys.readouterr().err
+    assert not (files / "out.png").exists()
