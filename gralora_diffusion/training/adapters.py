@@ -68,7 +68,7 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
             inject(model, adapter_config, ADAPTER_NAME)
         except (TargetError, ValueError) as error:
             flags = "--rank, --gralora_k, --lora_layers or --target_preset"
-            raise ConfigError([f"{flags}: does not fit the base: {error}"]) from error
+            raise ConfigError([f"{flags} do not fit the base: {error}"]) from error
         for layer in model.modules():
             if isinstance(layer, GraloraLayer):
                 # half precision would lose the small steps of an optimizer

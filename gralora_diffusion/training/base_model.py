@@ -62,11 +62,16 @@ def find_base_family(config: TrainingConfig) -> ModelFamily:
     return family
 
 
-def load_base(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -> Any:
+def load_base(
+    config: TrainingConfig,
+    family: ModelFamily,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Any:
     """Load the base as a text-to-image pipeline, all its weights frozen.
 
-    The denoiser and the text encoders come in ``dtype``, the VAE in fp32: its half-precision
-    latents are wrong in some bases, and each picture passes through it once.
+    The denoiser and the text encoders come in ``dtype``. The VAE of a training is fp32: its
+    half-precision latents are wrong in some bases, and each picture passes through it once.
 
     Raises:
         ConfigError: the base cannot be loaded or is not one to train.
@@ -74,7 +79,7 @@ def load_base(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -
     base = config.pretrained_model_name_or_path
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # a component that is given is not loaded from the base
-    given: dict[str, Any] = {**family.load_options, **_vae(config)}
+    given: dict[str, Any] = {**family.load_options, **_vae(config, vae_dtype)}
     try:
         if Path(base).is_file():
             # in fp32 first: the VAE is to stay as exact as the file has it
@@ -86,12 +91,13 @@ def load_base(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -
                 **given,
             )
             for name, component in pipe.components.items():
-                if isinstance(component, nn.Module) and name != "vae":
-                    component.to(dtype)
+                wanted = vae_dtype if name == "vae" else dtype
+                if isinstance(component, nn.Module) and component.dtype != wanted:
+                    component.to(wanted)
         else:
             pipe = pipeline_class.from_pretrained(
                 base,
-                dtype={"default": dtype, "vae": torch.float32},
+                dtype={"default": dtype, "vae": vae_dtype},
                 variant=config.variant,
                 revision=config.revision,
                 cache_dir=config.cache_dir,
@@ -114,13 +120,13 @@ def load_base(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -
     return pipe
 
 
-def _vae(config: TrainingConfig) -> dict[str, Any]:
+def _vae(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
     """The VAE that takes the place of the base's, if there is to be one."""
     source = config.pretrained_vae_model_name_or_path
     if not source:
         return {}
     try:
-        vae = AutoencoderKL.from_pretrained(source, dtype=torch.float32, cache_dir=config.cache_dir)
+        vae = AutoencoderKL.from_pretrained(source, dtype=dtype, cache_dir=config.cache_dir)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
             [f"--pretrained_vae_model_name_or_path {source} cannot be used: {error}"]

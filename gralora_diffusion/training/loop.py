@@ -6,20 +6,23 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
+from .acceleration import (
+    DTYPES,
+    accelerate_left_as_it_was,
+    make_accelerator,
+    trackable,
+)
 from .adapters import adapter_parameters, add_adapters, check_presets, weights_for_use
 from .base_model import find_base_family, load_base
 from .batches import Batches, find_class_pictures, find_pictures
@@ -38,8 +41,6 @@ from .streams import seed_from
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
-
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TrainingDiverged(RuntimeError):
@@ -62,8 +63,8 @@ def train(config: TrainingConfig) -> Path:
     family = find_base_family(config)
     check_presets(config, family)
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
-    with _accelerate_left_as_it_was():
-        accelerator = _accelerator(config)
+    with accelerate_left_as_it_was():
+        accelerator = make_accelerator(config)
         if accelerator.is_main_process:
             make_repository(config)
         trainer = Trainer(config, family, pictures, class_pictures, accelerator, store)
@@ -189,7 +190,7 @@ class Trainer:
             start(folder, config)
             self.store.clean()
             metrics = MetricsFile(folder, first_step)
-        accelerator.init_trackers("gralora-dreambooth", config=_plain(config))
+        accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
         bar = tqdm(
             initial=first_step,
             total=self.max_steps,
@@ -301,50 +302,6 @@ def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[in
             ]
         )
     return found
-
-
-def _accelerator(config: TrainingConfig) -> Accelerator:
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    folder = Path(config.output_dir)
-    accelerator = Accelerator(
-        # as a plugin, for the plain argument gives way to an environment variable
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        mixed_precision=config.mixed_precision,
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
-        ),
-    )
-    if accelerator.mixed_precision not in DTYPES:
-        raise ConfigError(
-            [
-                f"accelerate is set to mixed precision {accelerator.mixed_precision}; give "
-                f"--mixed_precision {' or '.join(DTYPES)}"
-            ]
-        )
-    return accelerator
-
-
-@contextmanager
-def _accelerate_left_as_it_was() -> Iterator[None]:
-    """Let a program train again with other settings: accelerate keeps the first ones for good."""
-    ours = not PartialState._shared_state
-    try:
-        yield
-    finally:
-        if ours:
-            AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def _plain(config: TrainingConfig) -> dict[str, Any]:
-    """The options as what every tracker can show."""
-    return {
-        key: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for key, value in config.as_record().items()
-    }
 
 
 def _checkpoint_gradients(model: Any) -> None:

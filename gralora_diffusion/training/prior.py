@@ -85,9 +85,9 @@ def draw_class_images(
     numbers = set(itertools.islice(lacking, count))
     size = config.sample_batch_size
     batches = sorted({number // size for number in numbers})
-    pipe = load_base(config, family, _generation_dtype(config, accelerator))
+    dtype = _generation_dtype(config, accelerator)
+    pipe = load_base(config, family, dtype, vae_dtype=dtype)
     pipe.to(accelerator.device)
-    pipe.vae.to(getattr(pipe, family.denoiser).dtype)
     pipe.set_progress_bar_config(disable=True)
     accelerator.wait_for_everyone()  # all have counted before anybody draws
     for batch in tqdm(

@@ -1,0 +1,67 @@
+"""accelerate as the trainer uses it: devices, precision, processes, trackers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+
+from .config import TrainingConfig
+from .config_checks import ConfigError
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        ConfigError: accelerate is set to a precision that the trainer does not know.
+    """
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    folder = Path(config.output_dir)
+    accelerator = Accelerator(
+        # as a plugin, for the plain argument gives way to an environment variable
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        mixed_precision=config.mixed_precision,
+        log_with=None if config.report_to == "none" else config.report_to,
+        project_config=ProjectConfiguration(
+            project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
+        ),
+    )
+    if accelerator.mixed_precision not in DTYPES:
+        raise ConfigError(
+            [
+                f"accelerate is set to mixed precision {accelerator.mixed_precision}; give "
+                f"--mixed_precision {' or '.join(DTYPES)}"
+            ]
+        )
+    return accelerator
+
+
+@contextmanager
+def accelerate_left_as_it_was() -> Iterator[None]:
+    """Let a program train again with other settings: accelerate keeps the first ones for good."""
+    ours = not PartialState._shared_state
+    try:
+        yield
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trackable(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options as what every tracker can show."""
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in config.as_record().items()
+    }

@@ -1,0 +1,126 @@
+"""Small runs of the real trainer, to be compared with each other."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gralora_diffusion.state import WEIGHTS_NAME
+from gralora_diffusion.training.config import TrainingConfig, parse_config
+from gralora_diffusion.training.loop import train
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train_scripts" / "train_dreambooth_gralora.py"
+#: What each run has unless a test says otherwise: fast, and nothing drawn.
+USUAL: dict[str, Any] = {
+    "instance_prompt": "a sks dog",
+    "resolution": 16,
+    "rank": 4,
+    "train_batch_size": 2,
+    "max_train_steps": 6,
+    "checkpointing_steps": 2,
+    "learning_rate": 1e-2,
+    "mixed_precision": "no",
+    "report_to": "none",
+}
+
+
+def make_pictures(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:
+    """Write pictures of noise that are wider than high."""
+    folder.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(seed)
+    for number in range(count):
+        pixels = noise.integers(0, 256, (side, side + 7, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+def arguments(**options: Any) -> list[str]:
+    """The command line of a run; None leaves an option out, True switches it on."""
+    line: list[str] = []
+    for name, value in {**USUAL, **options}.items():
+        if value is None:
+            continue
+        values = value if isinstance(value, (list, tuple)) else [value]
+        line += [f"--{name}", *(str(v) for v in values)]
+    return line
+
+
+def config(**options: Any) -> TrainingConfig:
+    return parse_config(arguments(**options))
+
+
+def run(**options: Any) -> Path:
+    """Train in this process; return the output folder."""
+    return train(config(**options))
+
+
+def run_script(
+    *, processes: int = 1, timeout: float = 120, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Train with the script, as a user does."""
+    return subprocess.run(
+        command(processes=processes, **options),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
+
+
+def command(*, processes: int = 1, **options: Any) -> list[str]:
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(processes)]
+    return [*launcher, str(SCRIPT), *arguments(**options)]
+
+
+def environment() -> dict[str, str]:
+    return {
+        **os.environ,
+        "PYTHONPATH": str(ROOT),
+        "ACCELERATE_USE_CPU": "true",
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "MKL_NUM_THREADS": str(torch.get_num_threads()),
+    }
+
+
+def adapter(folder: Path) -> dict[str, Tensor]:
+    return load_file(folder / WEIGHTS_NAME)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Same adapter and same losses, bit for bit."""
+    assert_close(first, second, 0.0)
+    assert metrics(first) == metrics(second)
+
+
+def assert_close(first: Path, second: Path, tolerance: float) -> None:
+    """All tensors agree within ``tolerance`` x the largest element of the tensor."""
+    a, b = adapter(first), adapter(second)
+    assert a.keys() == b.keys()
+    assert any(tensor.abs().max() > 0 for key, tensor in a.items() if "_B" in key), "not trained"
+    far = {
+        key: error
+        for key in a
+        if (error := float((a[key] - b[key]).abs().max() / a[key].abs().max().clamp(min=1e-30)))
+        > tolerance
+    }
+    assert not far, far

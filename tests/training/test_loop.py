@@ -1,0 +1,321 @@
+"""Whole runs: what they learn, what they leave alone, what they leave behind."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+
+from gralora_diffusion.training.checkpoint import CheckpointError
+from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.training.data import find_examples
+from gralora_diffusion.training.loop import Trainer, TrainingDiverged
+from gralora_diffusion.training.pictures import CropPlan
+from tests.training.runs import (
+    ROOT,
+    adapter,
+    assert_close,
+    assert_same_run,
+    metrics,
+    run,
+    run_script,
+)
+
+BUNDLED = ROOT / "samples" / "tiny-base"
+
+
+@pytest.fixture
+def data(base: Path, pictures: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+
+
+def test_accumulation_is_the_larger_batch(data: dict[str, Any], tmp_path: Path) -> None:
+    options = {"train_text_encoder": True, "random_flip": True, **data}
+    one = run(output_dir=tmp_path / "one", train_batch_size=4, **options)
+    two = run(
+        output_dir=tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **options
+    )
+    assert_close(one, two, 1e-3)
+
+
+def test_accelerates_environment_does_not_change_accumulation(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"gradient_accumulation_steps": 2, "max_train_steps": 2, **data}
+    run(output_dir=tmp_path / "a", **options)
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "1")
+    run(output_dir=tmp_path / "b", **options)
+    assert_same_run(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"validation_prompt": ["a dog", "a cat"], "num_validation_images": 2},
+        {"validation_prompt": "a dog", "optimizer": "schedulefree", "train_text_encoder": True},
+        {"validation_prompt": "a dog", "use_ema": True, "lora_dropout": 0.2},
+    ],
+    ids=["plain", "schedulefree", "ema"],
+)
+def test_validation_does_not_disturb_training(
+    data: dict[str, Any], tmp_path: Path, options: dict[str, Any]
+) -> None:
+    drawing = {"validation_steps": 1, "validation_inference_steps": 2}
+    without = {k: v for k, v in options.items() if not k.endswith(("prompt", "images"))}
+    run(output_dir=tmp_path / "without", **without, **data)
+    run(output_dir=tmp_path / "with", **options, **drawing, **data)
+    assert_same_run(tmp_path / "without", tmp_path / "with")
+
+
+@pytest.mark.parametrize("text_encoder", [False, True])
+def test_gradient_checkpointing_changes_nothing(
+    data: dict[str, Any], tmp_path: Path, text_encoder: bool
+) -> None:
+    options = {"train_text_encoder": text_encoder, "lora_dropout": 0.2, **data}
+    run(output_dir=tmp_path / "plain", **options)
+    run(output_dir=tmp_path / "checkpointed", gradient_checkpointing=True, **options)
+    assert_close(tmp_path / "plain", tmp_path / "checkpointed", 1e-5)
+
+
+def test_bf16_keeps_adapter_and_vae_in_fp32_and_the_base_as_it_was(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+    original = Trainer.run
+
+    def watched(self: Trainer) -> None:
+        seen["pipe"], seen["before"] = self.pipe, frozen(self.pipe)
+        original(self)
+
+    monkeypatch.setattr(Trainer, "run", watched)
+    run(
+        output_dir=tmp_path / "out",
+        mixed_precision="bf16",
+        train_text_encoder=True,
+        validation_prompt="a dog",
+        validation_inference_steps=2,
+        **data,
+    )
+    pipe, before = seen["pipe"], seen["before"]
+    after = frozen(pipe)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    modules = {"vae": pipe.vae, "unet": pipe.unet, "text_encoder": pipe.text_encoder}
+    dtypes = {
+        (name, parameter.requires_grad): parameter.dtype
+        for name, module in modules.items()
+        for parameter in module.parameters()
+    }
+    assert dtypes == {
+        ("vae", False): torch.float32,
+        ("unet", False): torch.bfloat16,
+        ("unet", True): torch.float32,
+        ("text_encoder", False): torch.bfloat16,
+        ("text_encoder", True): torch.float32,
+    }
+    trained = [n for m in modules.values() for n, p in m.named_parameters() if p.requires_grad]
+    assert trained
+    assert all("gralora_" in name for name in trained)
+    assert {tensor.dtype for tensor in adapter(tmp_path / "out").values()} == {torch.float32}
+
+
+def frozen(pipe: Any) -> dict[str, torch.Tensor]:
+    return {
+        f"{part}.{name}": tensor.clone()
+        for part in ("unet", "vae", "text_encoder")
+        for name, tensor in getattr(pipe, part).state_dict().items()
+        if "gralora_" not in name
+    }
+
+
+def held_out_loss(pipe: Any, latents: torch.Tensor, prompt: str) -> float:
+    """Error of the predicted noise at fixed noise and timesteps, by diffusers alone."""
+    rng = torch.Generator().manual_seed(1)
+    timesteps = torch.arange(50, 1000, 100).repeat_interleave(len(latents))
+    latents = latents.repeat(len(timesteps) // len(latents), 1, 1, 1)
+    noise = torch.randn(latents.shape, generator=rng)
+    embeds, _ = pipe.encode_prompt([prompt] * len(latents), "cpu", 1, False)
+    with torch.no_grad():
+        noisy = pipe.scheduler.add_noise(latents, noise, timesteps)
+        prediction = pipe.unet(noisy, timesteps, embeds).sample
+    return float((prediction - noise).square().mean())
+
+
+def held_out_losses(base: Path, folder: Path, prompt: str | None, resolution: int) -> Any:
+    """Return the function of an adapter (None: without) that gives its loss on these pictures."""
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
+    plan = CropPlan(resolution, center_crop=True)
+    examples = find_examples(folder, prompt)
+    pixels = [plan.pixel_values(e.load(), plan.draw(e.size, torch.Generator())) for e in examples]
+    with torch.no_grad():
+        latents = pipe.vae.encode(torch.stack(pixels)).latent_dist.mean
+    latents = latents * pipe.vae.config.scaling_factor
+
+    def loss(trained: Path | None) -> float:
+        if trained is not None:
+            pipe.load_gralora_weights(trained)
+        return sum(
+            held_out_loss(pipe, latents[i : i + 1], example.caption)
+            for i, example in enumerate(examples)
+        ) / len(examples)
+
+    return loss
+
+
+@pytest.mark.skipif(not BUNDLED.exists(), reason="the bundled base is not there")
+def test_it_learns_the_bundled_subject_on_the_bundled_base(tmp_path: Path) -> None:
+    subject = ROOT / "samples" / "subjects" / "robot"
+    run(
+        output_dir=tmp_path,
+        pretrained_model_name_or_path=BUNDLED,
+        instance_data_dir=subject / "train",
+        resolution=None,
+        rank=16,
+        target_preset="all",
+        learning_rate=3e-3,
+        train_batch_size=4,
+        max_train_steps=30,
+        checkpointing_steps=1000,
+    )
+    loss = held_out_losses(BUNDLED, subject / "held_out", None, 64)
+    before, after = loss(None), loss(tmp_path)
+    assert after < 0.9 * before
+
+
+def test_it_learns(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
+    run(output_dir=tmp_path / "out", max_train_steps=60, checkpointing_steps=1000, **data)
+    loss = held_out_losses(base, data["instance_data_dir"], "a sks dog", 16)
+    before, after = loss(None), loss(tmp_path / "out")
+    assert after < 0.95 * before
+
+
+# -- a run that is to go on, or goes wrong ---------------------------------------------------------
+
+
+def test_more_steps_on_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    run(output_dir=tmp_path / "long", max_train_steps=6, **data)
+    run(output_dir=tmp_path / "out", max_train_steps=4, **data)
+    options = {"resume_from_checkpoint": "latest", **data}
+    run(output_dir=tmp_path / "out", max_train_steps=6, **options)
+    assert_same_run(tmp_path / "long", tmp_path / "out")
+
+
+def test_another_learning_rate_on_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    run(output_dir=tmp_path / "out", max_train_steps=2, **data)
+    options = {"resume_from_checkpoint": "latest", "learning_rate": 1e-4, **data}
+    run(output_dir=tmp_path / "out", max_train_steps=4, **options)
+    assert [row["lr"] for row in metrics(tmp_path / "out")] == [1e-2, 1e-2, 1e-4, 1e-4]
+
+
+def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
+    out = run(output_dir=tmp_path / "out", **data)
+    again: dict[str, Any] = {"output_dir": out, "resume_from_checkpoint": "latest", **data}
+    with pytest.raises(CheckpointError, match="--optimizer adamw there, adafactor here"):
+        run(**again, optimizer="adafactor")
+    with pytest.raises(CheckpointError, match="--use_ema False there, True here"):
+        run(**again, use_ema=True)
+    with pytest.raises(CheckpointError, match="r: 4 there, 8 here"):
+        run(**again, rank=8)
+    with pytest.raises(ConfigError, match="past the end of this run, step 4"):
+        run(**again, max_train_steps=4)
+    with pytest.raises(ConfigError, match="also holds checkpoint-4, checkpoint-6"):
+        run(**{**again, "resume_from_checkpoint": "checkpoint-2"})
+    (out / "checkpoint-6" / "optimizer.bin").write_bytes(b"PK")
+    with pytest.raises(CheckpointError, match="checkpoint-6 cannot be resumed from"):
+        run(**again)
+
+
+def test_a_finished_run_resumed_ends_the_same(data: dict[str, Any], tmp_path: Path) -> None:
+    out = run(output_dir=tmp_path / "out", **data)
+    shutil.copytree(out, tmp_path / "copy")
+    (tmp_path / "copy" / "pytorch_gralora_weights.safetensors").unlink()
+    run(output_dir=tmp_path / "copy", resume_from_checkpoint="latest", **data)
+    assert_same_run(out, tmp_path / "copy")
+
+
+def test_changed_pictures_are_noticed_on_resume(
+    data: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(output_dir=tmp_path / "out", max_train_steps=2, **data)
+    options = {**data, "instance_prompt": "another", "resume_from_checkpoint": "latest"}
+    with caplog.at_level(logging.WARNING, logger="gralora_diffusion"):
+        run(output_dir=tmp_path / "out", max_train_steps=4, **options)
+    assert "will not end as an uninterrupted one" in caplog.text
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(data: dict[str, Any], tmp_path: Path) -> None:
+    options = {"learning_rate": 1e30, "checkpointing_steps": 1, **data}
+    with pytest.raises(TrainingDiverged, match=r"step \d.*Last checkpoint.*--learning_rate"):
+        run(output_dir=tmp_path / "out", **options)
+    kept = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert kept
+    assert all(tensor.isfinite().all() for tensor in adapter(kept[-1]).values())
+    assert not (tmp_path / "out" / "pytorch_gralora_weights.safetensors").exists()
+
+
+def test_overwriting_starts_anew(data: dict[str, Any], tmp_path: Path) -> None:
+    run(output_dir=tmp_path / "out", **data)
+    with pytest.raises(ConfigError, match="--overwrite_output_dir"):
+        run(output_dir=tmp_path / "out", **data)
+    options = {"overwrite_output_dir": True, "max_train_steps": 2, "rank": 8, **data}
+    run(output_dir=tmp_path / "out", **options)
+    assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+# -- two processes ---------------------------------------------------------------------------------
+
+
+def test_two_processes_are_one_with_the_larger_batch(data: dict[str, Any], tmp_path: Path) -> None:
+    options = {
+        "train_text_encoder": True,
+        "use_ema": True,
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "num_class_images": 5,
+        "sample_batch_size": 2,
+        "lr_scheduler": "cosine",
+        "validation_prompt": "a dog",
+        "validation_inference_steps": 2,
+        **data,
+    }
+    one = run(
+        output_dir=tmp_path / "one",
+        train_batch_size=4,
+        class_data_dir=tmp_path / "class-one",
+        **options,
+    )
+    two = tmp_path / "two"
+    options |= {"output_dir": two, "class_data_dir": tmp_path / "class-two"}
+    result = run_script(processes=2, train_batch_size=2, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    drawn = [sorted((tmp_path / name).iterdir()) for name in ("class-one", "class-two")]
+    assert [f.name for f in drawn[0]] == [f.name for f in drawn[1]]
+    assert all(a.read_bytes() == b.read_bytes() for a, b in zip(*drawn, strict=True))
+    # Adam divides by the root of the squared gradient: a gradient near zero keeps no digits
+    assert_close(one, two, 1e-3)
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (one, two)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
+
+    shutil.rmtree(two / "checkpoint-6")
+    before = adapter(two)
+    result = run_script(processes=2, train_batch_size=2, resume_from_checkpoint="latest", **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    after = adapter(two)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_torch_compile_through_accelerate(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {"max_train_steps": 2, "train_text_encoder": True, **data}
+    run(output_dir=tmp_path / "plain", **options)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    run(output_dir=tmp_path / "compiled", **options)
+    assert_close(tmp_path / "plain", tmp_path / "compiled", 1e-3)

@@ -1,0 +1,190 @@
+"""What a user meets who does something wrong: a text, an exit code, and nothing left behind."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import gralora_diffusion.training.loop as loop
+from gralora_diffusion.training.main import main
+from tests.training.runs import (
+    arguments,
+    assert_same_run,
+    command,
+    environment,
+    make_pictures,
+    run,
+    run_script,
+)
+
+
+@pytest.fixture(autouse=True)
+def _logging_as_it_was() -> Iterator[None]:
+    logger = logging.getLogger("gralora_diffusion")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+
+
+def error_of(capsys: pytest.CaptureFixture[str], code: int, **options: Any) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(arguments(**options))
+    text = capsys.readouterr().err
+    assert caught.value.code == code, text
+    assert "Traceback" not in text
+    return text[text.index("error: ") :]
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"rank": 6, "gralora_k": 4}, r"--rank is 6 and --gralora_k is 4; k must divide the rank"),
+    (
+        {"instance_data_dir": "nowhere"},
+        r"--instance_data_dir is 'nowhere': there is no such folder",
+    ),
+    ({"pretrained_model_name_or_path": "./no"}, r"--pretrained_model_name_or_path is './no'"),
+    ({"pretrained_model_name_or_path": None}, r"--pretrained_model_name_or_path is missing"),
+    ({"target_preset": "atention"}, r"--target_preset is 'atention'; .*unet.* attention\+ff"),
+    (
+        {"train_text_encoder": True, "text_encoder_target_preset": "all"},
+        r"--text_encoder_target_preset is 'all'; .*text_encoder.* attention, attention\+ff",
+    ),
+    ({"family": "sdxl"}, r"--family is 'sdxl'; it must be one of .*stable-diffusion"),
+    ({"with_prior_preservation": True}, r"--class_prompt is missing"),
+    ({"optimizer": "adamv"}, r"--optimizer is 'adamv'; it must be one of .*adamw"),
+    ({"learning_rate": "fast"}, r"--learning_rate.*invalid float value: 'fast'"),
+    ({"learing_rate": 1}, r"--learing_rate is not an option. Did you mean learning_rate"),
+    ({"resume_from_checkpoint": "checkpoint-7"}, r"checkpoint-7: no such checkpoint"),
+    ({"resolution": 17}, r"--resolution is 17; it must be a multiple of 8"),
+    ({"mixed_precision": "fp8"}, r"--mixed_precision.*invalid choice: 'fp8'"),
+    ({"lr_scheduler": "cosinus"}, r"--lr_scheduler.*invalid choice: 'cosinus'"),
+    ({"config": "none.yaml"}, r"none.yaml: --config cannot be read: No such file"),
+    ({"push_to_hub": True}, r"--push_to_hub: the repository out cannot be made"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "text"), WRONG, ids=lambda v: "-".join(v) if isinstance(v, dict) else ""
+)
+def test_wrong_options_leave_nothing_and_load_no_model(
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+    text: str,
+) -> None:
+    def no_model(*arguments: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr(loop, "load_base", no_model)
+    usual = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    got = error_of(capsys, 2, **{**usual, "output_dir": tmp_path / "out", **options})
+    assert re.search(text, got, re.DOTALL), got
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("which", ["instance", "class", "empty", "stray"])
+def test_wrong_pictures_are_named(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
+) -> None:
+    folder = make_pictures(tmp_path / "pictures")
+    options: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": folder}
+    if which == "class":
+        classes = make_pictures(tmp_path / "class", 2)
+        options |= {"with_prior_preservation": True, "class_prompt": "a dog"}
+        options |= {"class_data_dir": classes, "num_class_images": 5}
+        (classes / "bad.png").write_bytes(b"no picture")
+    elif which == "instance":
+        (folder / "bad.png").write_bytes(b"no picture")
+    else:
+        for file in folder.iterdir():
+            file.unlink()
+        if which == "stray":
+            (folder / "notes.md").write_text("no picture", encoding="utf-8")
+    got = error_of(capsys, 2, output_dir=tmp_path / "out", **options)
+    named = {"empty": "is empty", "stray": "notes.md"}.get(which, "bad.png cannot be decoded")
+    assert named in got
+    assert not (tmp_path / "out").exists()
+
+
+def test_widths_that_k_does_not_divide_are_all_named(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    got = error_of(
+        capsys,
+        2,
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        output_dir=tmp_path / "out",
+        rank=6,
+        gralora_k=3,
+    )
+    assert "--rank, --gralora_k, --lora_layers or --target_preset do not fit the base" in got
+    layers = got.count("not divisible by gralora_k=3")
+    assert f"{layers} of {layers} target layers" in got
+    assert "Choose gralora_k=1 or 2" in got
+    assert not (tmp_path / "out").exists()
+
+
+def test_nan_ends_with_one(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    options |= {"learning_rate": 1e30, "checkpointing_steps": 1}
+    got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
+    assert f"Last checkpoint: {tmp_path / 'out' / 'checkpoint-'}" in got
+
+
+def test_full_disk_outside_of_checkpoints(
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
+
+    monkeypatch.setattr(loop.MetricsFile, "add", full)
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
+    assert "No space left on device" in got
+    assert "--resume_from_checkpoint latest" in got
+
+
+def test_killed_at_any_moment_and_resumed(base: Path, pictures: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "max_train_steps": 40,
+        "checkpointing_steps": 1,
+        "checkpoints_total_limit": 2,
+        "train_text_encoder": True,
+        "lora_dropout": 0.1,
+        "use_ema": True,
+    }
+    whole = run(output_dir=tmp_path / "whole", **options)
+    options |= {"output_dir": tmp_path / "out", "resume_from_checkpoint": "latest"}
+    process = subprocess.Popen(
+        command(**options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "out").glob("checkpoint-3*")) and time.monotonic() < deadline:
+        assert process.poll() is None or process.returncode == 0
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait(timeout=60)
+    result = run_script(**options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_same_run(whole, tmp_path / "out")
+    assert not list((tmp_path / "out").glob(".unfinished*"))

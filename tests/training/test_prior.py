@@ -1,0 +1,109 @@
+"""Class pictures: drawn once, the same however often the drawing was interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from gralora_diffusion.families import get_family
+from gralora_diffusion.training.batches import find_class_pictures
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.prior import (
+    class_pictures_there,
+    draw_class_images,
+    frozen_base,
+)
+from tests.models import adapt, stable_diffusion
+from tests.training.runs import config, make_pictures
+
+FAMILY = get_family("stable-diffusion")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def prior(base: Path, folder: Path, **options: Any) -> TrainingConfig:
+    return config(
+        pretrained_model_name_or_path=base,
+        class_prompt="a dog",
+        class_data_dir=folder,
+        sample_batch_size=2,
+        **{"with_prior_preservation": True, "num_class_images": 5, **options},
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_interrupted_drawing_goes_on_to_the_same_pictures(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    chosen = prior(base, tmp_path / "a")
+    assert draw_class_images(chosen, FAMILY, accelerator)
+    whole = contents(tmp_path / "a")
+    assert sorted(whole) == [f"class-{number:05d}.png" for number in range(5)]
+    assert len(set(whole.values())) == 5
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for number in (1, 2, 4):
+        (tmp_path / "b" / f"class-{number:05d}.png").unlink()
+    (tmp_path / "b" / ".class-00002.png.77").write_bytes(b"half")
+    assert draw_class_images(prior(base, tmp_path / "b"), FAMILY, accelerator)
+    (tmp_path / "b" / ".class-00002.png.77").unlink()
+    assert contents(tmp_path / "b") == whole
+    assert not draw_class_images(chosen, FAMILY, accelerator)
+
+
+def test_pictures_of_others_count_and_are_kept(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    folder = make_pictures(tmp_path / "class", 3)
+    before = contents(folder)
+    chosen = prior(base, folder)
+    assert class_pictures_there(chosen) == 3
+    draw_class_images(chosen, FAMILY, accelerator)
+    after = contents(folder)
+    assert sorted(after) == ["0.png", "1.png", "2.png", "class-00000.png", "class-00001.png"]
+    assert before.items() <= after.items()
+    assert len(find_class_pictures(chosen)) == 5
+
+
+def test_nothing_is_drawn_for_a_teacher_or_without_a_prior(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    choices: list[dict[str, Any]] = [
+        {"prior_source": "teacher"},
+        {"with_prior_preservation": False},
+    ]
+    for options in choices:
+        chosen = prior(base, tmp_path / "class", **options)
+        assert not draw_class_images(chosen, FAMILY, accelerator)
+    assert not (tmp_path / "class").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_precision_of_drawing(
+    base: Path, tmp_path: Path, accelerator: Accelerator, precision: str | None
+) -> None:
+    chosen = prior(base, tmp_path, prior_generation_precision=precision, num_class_images=1)
+    assert draw_class_images(chosen, FAMILY, accelerator)
+
+
+def test_frozen_base_predicts_without_the_adapter() -> None:
+    pipe = stable_diffusion()
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 16, 32))
+    with torch.no_grad():
+        expected = pipe.unet(*inputs).sample
+    adapt(pipe)
+    with frozen_base(pipe.unet):
+        assert torch.equal(pipe.unet(*inputs).sample, expected)
+    after = pipe.unet(*inputs).sample
+    assert after.requires_grad
+    assert not torch.allclose(after, expected)

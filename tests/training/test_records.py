@@ -1,0 +1,151 @@
+"""What a run leaves behind: pictures, tracker, metrics, curve, card, options."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gralora_diffusion.training.config import parse_config
+from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.records import MetricsFile, draw_curve
+from tests.training.runs import assert_same_run, metrics, run
+
+PROMPTS = ['a sks dog: on "snow"', "a dog"]
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(
+        output_dir=tmp_path_factory.mktemp("runs") / "my dog",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        instance_prompt='a "sks" dog: 犬',
+        max_train_steps=4,
+        validation_prompt=PROMPTS,
+        num_validation_images=2,
+        validation_steps=2,
+        validation_inference_steps=2,
+        report_to="tensorboard",
+        optimizer="schedulefree",
+    )
+
+
+def test_files(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "README.md",
+        "checkpoint-2",
+        "checkpoint-4",
+        "logs",
+        "metrics.jsonl",
+        "pytorch_gralora_weights.safetensors",
+        "training_config.yaml",
+        "training_curve.png",
+        "validation",
+        "validation.png",
+    ]
+    assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4]
+    with Image.open(finished / "training_curve.png") as curve:
+        assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
+
+
+def test_validation_pictures_are_files_in_a_grid(finished: Path) -> None:
+    steps = sorted((finished / "validation").iterdir())
+    assert [step.name for step in steps] == ["step-000000", "step-000002", "step-000004"]
+    for step in steps:
+        names = ["00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "prompts.txt"]
+        assert sorted(file.name for file in step.iterdir()) == names
+        grid = Image.open(step / "grid.png")
+        assert grid.size == (32, 32)
+        for row in range(2):
+            for column in range(2):
+                cell = grid.crop((16 * column, 16 * row, 16 * column + 16, 16 * row + 16))
+                single = Image.open(step / f"{row:02d}-{column:02d}.png")
+                assert cell.tobytes() == single.tobytes()
+    first, last = (Image.open(step / "00-00.png").tobytes() for step in (steps[0], steps[-1]))
+    assert first != last
+
+
+def test_final_pictures_are_those_of_the_saved_adapter(finished: Path, base: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_gralora_weights(finished)
+    image = pipe(
+        PROMPTS[1],
+        num_inference_steps=2,
+        height=16,
+        width=16,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    saved = Image.open(finished / "validation" / "step-000004" / "01-01.png")
+    assert image.tobytes() == saved.tobytes()
+
+
+def test_tracker_has_scalars_and_pictures(finished: Path) -> None:
+    events = next(f for f in (finished / "logs").rglob("events.*") if "loss" in tags(f)["scalars"])
+    assert {"loss", "lr"} <= set(tags(events)["scalars"])
+    assert sorted(tags(events)["images"]) == sorted(f"validation/{prompt}" for prompt in PROMPTS)
+    drawn = reload(events).Images(f"validation/{PROMPTS[1]}")
+    assert [event.step for event in drawn] == [0, 2, 4]
+    logged = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
+    grid = Image.open(finished / "validation" / "step-000004" / "grid.png")
+    assert logged.tobytes() == grid.crop((0, 16, 32, 32)).tobytes()
+
+
+def reload(file: Path) -> Any:
+    return EventAccumulator(str(file)).Reload()
+
+
+def tags(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = reload(file).Tags()
+    return found
+
+
+def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = ModelCard.load(finished / "README.md")
+    data = card.data.to_dict()
+    assert data["instance_prompt"] == 'a "sks" dog: 犬'
+    assert "gralora" in data["tags"]
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert (finished / picture).is_file()
+    (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    assert yaml.safe_load(options)["rank"] == 4
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    code = code.replace("path/to/base", str(base)).replace("path/to/this/folder", str(finished))
+    namespace: dict[str, Any] = {}
+    exec(code, namespace)
+    assert isinstance(namespace["image"], Image.Image)
+
+
+def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path) -> None:
+    file = finished / "training_config.yaml"
+    assert "resume" not in file.read_text(encoding="utf-8")
+    out = tmp_path / "again"
+    train(parse_config(["--config", str(file), "--output_dir", str(out)]))
+    assert_same_run(finished, out)
+
+
+def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        first.add({"step": step, "loss": 0.1 * step})
+    with first.path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    resumed = MetricsFile(tmp_path, first_step=2)
+    resumed.add({"step": 3, "loss": 7.0})
+    assert [row["loss"] for row in resumed.read()] == [0.1, 0.2, 7.0]
+    assert MetricsFile(tmp_path).read() == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 500])
+def test_curve_of_any_length(tmp_path: Path, count: int) -> None:
+    draw_curve([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(count)], tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size == (840, 480)

@@ -1,0 +1,208 @@
+"""One training step against the same computation written with diffusers' own parts."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from torch import Tensor
+
+from gralora_diffusion.families import get_family
+from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
+from gralora_diffusion.training.base_model import find_base_family
+from gralora_diffusion.training.batches import find_class_pictures, find_pictures
+from gralora_diffusion.training.checkpoint import CheckpointStore
+from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.streams import generator, seed_from
+from tests.models import PIPELINES, stable_diffusion
+from tests.training.runs import config, make_pictures
+
+PREDICTIONS = ("epsilon", "v_prediction", "sample")
+
+
+def make_trainer(**options: Any) -> Trainer:
+    chosen = config(**options)
+    store = CheckpointStore(chosen.output_dir)
+    pictures, classes = find_pictures(chosen), find_class_pictures(chosen)
+    family = find_base_family(chosen)
+    trainer = Trainer(chosen, family, pictures, classes, make_accelerator(chosen), store)
+    rng = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=rng))
+    return trainer
+
+
+def expected_loss(
+    trainer: Trainer, batch: dict[str, Any], seed: int, scheduler: Any, offset: float, gamma: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Mean weighted loss, noisy latents and timesteps of a batch of pictures."""
+    pipe = trainer.pipe
+    posterior = pipe.vae.encode(batch["pixel_values"]).latent_dist
+    latents, noises, timesteps = [], [], []
+    for row, t in enumerate(batch["positions"]):
+        shape = posterior.mean.shape[1:]
+        eps = torch.randn(shape, generator=generator(seed, "posterior", t))
+        latents.append(posterior.mean[row] + posterior.std[row] * eps)
+        rng = generator(seed, "noise", t)
+        noise = torch.randn(shape, generator=rng)
+        if offset:
+            noise = noise + offset * torch.randn(4, 1, 1, generator=rng)
+        noises.append(noise)
+        timesteps.append(int(torch.randint(1000, (), generator=generator(seed, "timestep", t))))
+    x = torch.stack(latents) * pipe.vae.config.scaling_factor
+    noise, steps = torch.stack(noises), torch.tensor(timesteps)
+    a = scheduler.alphas_cumprod[steps].view(-1, 1, 1, 1)
+    noisy = a.sqrt() * x + (1 - a).sqrt() * noise
+    embeds, _ = pipe.encode_prompt(batch["prompts"], "cpu", 1, False)
+    prediction = pipe.unet(noisy, steps, embeds).sample
+    kind = scheduler.config.prediction_type
+    targets = {"epsilon": noise, "v_prediction": a.sqrt() * noise - (1 - a).sqrt() * x, "sample": x}
+    errors = (prediction - targets[kind]).square().mean((1, 2, 3))
+    if gamma is not None:
+        snr = (a / (1 - a)).flatten()
+        smaller = torch.minimum(snr, torch.tensor(float(gamma)))
+        divisor = {"epsilon": snr, "v_prediction": snr + 1, "sample": torch.ones(())}[kind]
+        errors = errors * smaller / divisor
+    return errors.mean(), noisy, steps
+
+
+@pytest.mark.parametrize("prediction", PREDICTIONS)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"snr_gamma": 3, "noise_offset": 0.2, "train_text_encoder": True},
+        {"prior": "images", "snr_gamma": 3},
+        {"prior": "teacher", "train_text_encoder": True},
+        {"zero_terminal": True, "snr_gamma": 3},
+    ],
+    ids=["plain", "snr-offset-text", "images", "teacher", "zero-terminal-snr"],
+)
+def test_loss_and_gradient_of_a_step(
+    base: Path, pictures: Path, tmp_path: Path, prediction: str, options: dict[str, Any]
+) -> None:
+    options = dict(options)
+    prior, zero = options.pop("prior", None), options.pop("zero_terminal", False)
+    if zero and prediction == "epsilon":
+        pytest.skip("epsilon says nothing of the picture at zero terminal SNR")
+    if zero:
+        base = shutil.copytree(base, tmp_path / "base")
+        DDPMScheduler(rescale_betas_zero_snr=True).save_pretrained(base / "scheduler")
+    if prior:
+        options |= {
+            "with_prior_preservation": True,
+            "prior_source": prior,
+            "prior_loss_weight": 0.3,
+        }
+        options["class_prompt"] = "a dog"
+    if prior == "images":
+        options["class_data_dir"] = make_pictures(tmp_path / "class", 3, seed=4)
+        options["num_class_images"] = 3
+    with accelerate_left_as_it_was():
+        trainer = make_trainer(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=pictures,
+            output_dir=tmp_path / "out",
+            prediction_type=prediction,
+            cache_latents=False,
+            seed=7,
+            **options,
+        )
+        instance, classes = next(trainer.data.steps(0, 1))
+        rows = trainer.rows.rows(instance, classes)
+        loss = (trainer.step(rows) * rows.weights).sum() / rows.instances
+        gradient = torch.autograd.grad(loss, trainer.parameters)
+
+    scheduler = DDPMScheduler.from_pretrained(
+        base, subfolder="scheduler", prediction_type=prediction
+    )
+    values = (scheduler, options.get("noise_offset", 0.0), options.get("snr_gamma"))
+    expected, noisy, steps = expected_loss(trainer, instance, 7, *values)
+    if prior == "images":
+        expected = (
+            expected + 0.3 * expected_loss(trainer, classes, seed_from(7, "class"), *values)[0]
+        )
+    if prior == "teacher":
+        fresh = StableDiffusionPipeline.from_pretrained(base)
+        prompts = ["a dog"] * len(noisy)
+        with torch.no_grad():
+            embeds, _ = fresh.encode_prompt(prompts, "cpu", 1, False)
+            taught = fresh.unet(noisy, steps, embeds).sample
+        embeds, _ = trainer.pipe.encode_prompt(prompts, "cpu", 1, False)
+        drift = (trainer.pipe.unet(noisy, steps, embeds).sample - taught).square()
+        expected = expected + 0.3 * drift.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    wanted = torch.autograd.grad(expected, trainer.parameters)
+    for ours, theirs in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_predict_gives_the_denoiser_what_the_pipeline_gives(name: str) -> None:
+    pipe, family = PIPELINES[name](), get_family(name)
+    denoiser = getattr(pipe, family.denoiser)
+    seen: list[dict[str, Any]] = []
+    names = ("sample", "timestep", "encoder_hidden_states")
+
+    def remember(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append({**dict(zip(names, args, strict=False)), **kwargs})
+
+    denoiser.register_forward_pre_hook(remember, with_kwargs=True)
+    latents = torch.randn(2, 4, 8, 8)
+    prompts = ["a cat", "two dogs"]
+    pipe(prompts, latents=latents, num_inference_steps=1, guidance_scale=1.0, output_type="latent")
+    theirs = seen.pop()
+    batch = family.encode_prompts(pipe, prompts)
+    timesteps = torch.as_tensor(theirs["timestep"]).expand(2)
+    family.predict(denoiser, theirs["sample"], timesteps, batch)
+    ours = seen.pop()
+    for key in {*theirs, *ours}:
+        mine, other = ours.get(key), theirs.get(key)
+        if isinstance(other, Tensor):
+            assert torch.equal(
+                mine.broadcast_to(other.shape) if key != "timestep" else mine[0], other
+            )
+        elif key != "return_dict":
+            assert mine == other, key
+
+
+def test_teacher_rows_are_the_bases_predictions_whatever_the_adapter(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """Also under mixed precision, where both must round alike: else there is a loss at step 0."""
+    with accelerate_left_as_it_was():
+        trainer = make_trainer(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=pictures,
+            output_dir=tmp_path / "out",
+            mixed_precision="bf16",
+            with_prior_preservation=True,
+            prior_source="teacher",
+            class_prompt="a dog",
+        )
+        with torch.no_grad():
+            for parameter in trainer.parameters:
+                parameter.zero_()
+            rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
+            assert torch.equal(trainer.step(rows)[rows.instances :], torch.zeros(2))
+
+
+def test_stable_diffusion_2_trains(pictures: Path, tmp_path: Path) -> None:
+    pipe = stable_diffusion(use_linear_projection=True, attention_head_dim=(2, 4))
+    pipe.scheduler.register_to_config(prediction_type="v_prediction")
+    pipe.save_pretrained(tmp_path / "base")
+    with accelerate_left_as_it_was():
+        trainer = make_trainer(
+            pretrained_model_name_or_path=tmp_path / "base",
+            instance_data_dir=pictures,
+            output_dir=tmp_path / "out",
+            target_preset="attention+ff+proj",
+        )
+        assert trainer.rows.step.objective.prediction_type == "v_prediction"
+        rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
+        assert trainer.step(rows).isfinite().all()
