@@ -5,7 +5,9 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 . .ci/environment.sh
 output="${1:-outputs/demo}"
-export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
+# on a model this small one thread does nearly what two do, and nothing beside it slows it down
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 accelerate launch --num_processes 1 --cpu --mixed_precision no --dynamo_backend no --num_machines 1 \
     train_scripts/train_dreambooth_gralora.py \
