@@ -192,10 +192,11 @@ def unchanged_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterat
     states = [(module._active_adapter, module._disable_adapters) for module in tuned]
     parameters = [parameter for model in models for parameter in model.parameters()]
     trainable = [parameter.requires_grad for parameter in parameters]
+    is_new = not any(adapter_name in m.r for m in modules if isinstance(m, GraloraLayer))
     try:
         yield
     except BaseException:
-        for model in models:
+        for model in models if is_new else ():  # PEFT lets an adapter be made anew
             eject(model, adapter_name)
         for module, state in zip(tuned, states, strict=True):
             module._active_adapter, module._disable_adapters = state

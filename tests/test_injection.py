@@ -302,6 +302,29 @@ class TestRefusals:
             inject(model, config(["to_k", "to_q", "conv1"], bias="gralora_only"), "second")
         assert structure(model) == before
 
+    def test_making_an_adapter_anew_in_vain_keeps_the_old_one(self):
+        model = inject(models.unet(), config(["to_k"]), "first")
+        expected = denoise(model)
+        with pytest.raises(TargetError), pytest.warns(UserWarning, match="peft_config"):
+            GraloraTuner(model, config(["nowhere"]), "first")
+        assert torch.equal(denoise(model), expected)
+        assert adapted(model)
+
+
+def test_gradient_checkpointing():
+    unet = inject(models.unet(), config(hybrid_r=2, gralora_dropout=0.2)).train()
+    gradients = []
+    for _ in range(2):
+        unet.zero_grad()
+        torch.manual_seed(5)
+        denoise(unet).square().mean().backward()
+        gradients.append({n: p.grad.clone() for n, p in unet.named_parameters() if p.requires_grad})
+        unet.enable_gradient_checkpointing()
+    assert len(gradients[0]) == 44 * 4
+    for name, gradient in gradients[0].items():
+        assert gradient.any(), name
+        assert torch.equal(gradients[1][name], gradient), name
+
 
 class TestEject:
     def test_gives_the_model_back(self):
