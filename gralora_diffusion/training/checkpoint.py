@@ -94,14 +94,15 @@ class CheckpointStore:
                 for _, path in whole[: -self.limit] if self.limit else ():
                     self.delete(path)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # a full disk is a RuntimeError to torch, its own to safetensors
+            # a full disk is a RuntimeError to torch, its own to safetensors, and not always named
+            free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             if is_main:
                 shutil.rmtree(unfinished, ignore_errors=True)
             kept = ", ".join(path.name for _, path in self.list()) or "none"
             raise CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}. "
-                f"Earlier checkpoints, which are untouched: {kept}. Make room and resume with "
-                "--resume_from_checkpoint latest."
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error} "
+                f"({free / 2**20:.1f} MiB were free). Earlier checkpoints, which are untouched: "
+                f"{kept}. Make room and resume with --resume_from_checkpoint latest."
             ) from error
         return final
 

@@ -200,24 +200,24 @@ class Trainer:
         )
         began = time.perf_counter()
         batches = self.data.steps(first_step, self.max_steps)
-        self._validate_if_due()
-        while state.step < self.max_steps:
-            loss = self._optimizer_step(batches)
-            lr = self.optimizer.param_groups[0]["lr"]
-            if self.lr_scheduler is not None:
-                self.lr_scheduler.step()
-            if self.ema is not None:
-                self.ema.step(self.parameters)
-            state.step += 1
-            if accelerator.is_main_process:
-                metrics.add({"step": state.step, "loss": loss, "lr": lr})
-            accelerator.log({"loss": loss, "lr": lr}, step=state.step)
-            bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
-            bar.update()
-            if state.step % config.checkpointing_steps == 0:
-                self.store.write(state.step, state.save, accelerator.is_main_process)
+        with bar:  # an error comes after it, on its own line
             self._validate_if_due()
-        bar.close()
+            while state.step < self.max_steps:
+                loss = self._optimizer_step(batches)
+                lr = self.optimizer.param_groups[0]["lr"]
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(self.parameters)
+                state.step += 1
+                if accelerator.is_main_process:
+                    metrics.add({"step": state.step, "loss": loss, "lr": lr})
+                accelerator.log({"loss": loss, "lr": lr}, step=state.step)
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+                bar.update()
+                if state.step % config.checkpointing_steps == 0:
+                    self.store.write(state.step, state.save, accelerator.is_main_process)
+                self._validate_if_due()
         seconds = time.perf_counter() - began
         with weights_for_use(self.parameters, self.optimizer, self.ema):
             if accelerator.is_main_process:
