@@ -212,7 +212,7 @@ def test_a_folder_that_cannot_be_written_is_named(vae, examples, tmp_path):
 
 def write_over_and_over(example, folder, started):
     """Encode into ``folder`` and empty it again, until killed."""
-    torch.set_num_threads(1)  # the parent's threads do not live in a forked process
+    torch.set_num_threads(1)
 
     def encode(pixel_values):
         mean = torch.ones(len(pixel_values), 4, 256, 256)
@@ -227,22 +227,27 @@ def write_over_and_over(example, folder, started):
 
 
 def test_killed_and_concurrent_writers_leave_only_whole_files(examples, tmp_path):
-    fork = multiprocessing.get_context("fork")
+    # spawned, for the threads and locks of this process would not live in a forked one
+    spawn = multiprocessing.get_context("spawn")
     folder = tmp_path / "cache"
-    for round_ in range(5):
-        started = [fork.Event() for _ in range(2)]
+    for delay in (0.05, 0.13):
+        started = [spawn.Event() for _ in range(2)]
         writers = [
-            fork.Process(target=write_over_and_over, args=(examples[0], folder, event))
+            spawn.Process(
+                target=write_over_and_over, args=(examples[0], folder, event), daemon=True
+            )
             for event in started
         ]
-        for writer in writers:
-            writer.start()
-        assert all(event.wait(60) for event in started)
-        time.sleep(0.05 + 0.02 * round_)
-        for writer in writers:
-            assert writer.is_alive(), "a writer failed"
-            writer.kill()
-            writer.join()
+        try:
+            for writer in writers:
+                writer.start()
+            assert all(event.wait(120) for event in started)
+            time.sleep(delay)
+            assert all(writer.is_alive() for writer in writers), "a writer failed"
+        finally:
+            for writer in writers:
+                writer.kill()
+                writer.join()
         for file in folder.glob("*.safetensors"):
             assert torch.equal(load_file(file)["mean"], torch.ones(4, 256, 256))
 
