@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from peft import GraloraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
+from ..compatibility import adapter_tensors, set_adapter_tensors
 from ..families import ModelFamily
 from ..injection import TargetError, inject
 from ..layers import GraloraLayer
@@ -108,9 +108,7 @@ def read_out(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapt
                 model.peft_config[ADAPTER_NAME],
                 {
                     key: tensor.detach().clone()
-                    for key, tensor in get_peft_model_state_dict(
-                        model, adapter_name=ADAPTER_NAME
-                    ).items()
+                    for key, tensor in adapter_tensors(model, ADAPTER_NAME).items()
                 },
             )
             for component in components
@@ -139,7 +137,7 @@ def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
             raise CheckpointError(
                 f"{path} is of another run ({what}). Resume with that run's options."
             )
-        set_peft_model_state_dict(model, part.tensors, ADAPTER_NAME)
+        set_adapter_tensors(model, ADAPTER_NAME, part.tensors)
 
 
 @contextmanager
