@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
+from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
 Conditioning = dict[str, Tensor]
+
+_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_T5_ATTENTION = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o")
+#: Presets of transformers' CLIP and T5 text encoders. T5's feed-forward layers are gated.
+CLIP_PRESETS = {"attention": _CLIP_ATTENTION, "attention+ff": (*_CLIP_ATTENTION, "fc1", "fc2")}
+T5_PRESETS = {
+    "attention": _T5_ATTENTION,
+    "attention+ff": (
+        *_T5_ATTENTION,
+        *("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
+    ),
+}
+#: Attention in transformers of two streams, picture and text.
+JOINT_ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0"),
+    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+)
 
 
 class ModelFamily(ABC):
@@ -29,13 +49,28 @@ class ModelFamily(ABC):
     text_encoders: tuple[str, ...]
     #: Training objective: "ddpm" or "flow_matching".
     objective: str
-    #: component -> preset name -> endings of module paths. Endings that a model lacks are left out.
+    #: component -> preset name -> endings of module paths, or whole paths with ``*`` for a part of
+    #: them. Those that a model lacks are left out.
     target_presets: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     #: Pixels per side that the base was trained at.
     default_resolution: int
 
+    #: Of ``text_encoders``, those that training adapts unless told which; all if empty.
+    usual_text_encoders: tuple[str, ...] = ()
+    #: Attributes that hold text encoders too large to be trained.
+    frozen_text_encoders: tuple[str, ...] = ()
+    #: Text encoders without which the pipeline works, too.
+    optional_text_encoders: tuple[str, ...] = ()
+    #: Tokens of a prompt at most, as the pipeline has it; None: the tokenizer's own length.
+    max_sequence_length: int | None = None
+    #: Latents per side of what the denoiser takes as one token.
+    patch_size: int = 1
+
     #: Names that diffusers' ``infer_diffusers_model_type`` gives to this family's single files.
     single_file_types: tuple[str, ...] = ()
+    #: text encoder -> how its keys begin in a single file; one that lacks is left out or taken
+    #: from another base.
+    single_file_prefixes: Mapping[str, str] = MappingProxyType({})
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
     #: Training options -> values that suit this family, where the user leaves them open.
@@ -46,8 +81,13 @@ class ModelFamily(ABC):
         """Attributes of the pipeline that an adapter may live in, the denoiser first."""
         return (self.denoiser, *self.text_encoders)
 
+    @property
+    def all_text_encoders(self) -> tuple[str, ...]:
+        """Attributes of the pipeline that hold text encoders; some may be None there."""
+        return (*self.text_encoders, *self.frozen_text_encoders)
+
     def resolve_preset(self, component: str, preset: str, model: nn.Module) -> list[str]:
-        """Return the target endings of a preset that ``model`` has.
+        """Return the targets of a preset that ``model`` has; a ``*`` is spelled out.
 
         Raises:
             ValueError: no such preset, or the model has none of its layers.
@@ -59,11 +99,12 @@ class ModelFamily(ABC):
                 f"Presets: {', '.join(presets) or 'none'}."
             )
         names = [name for name, _ in model.named_modules()]
-        found = [
-            ending
-            for ending in presets[preset]
-            if any(name == ending or name.endswith(f".{ending}") for name in names)
-        ]
+        found = []
+        for entry in presets[preset]:
+            if "*" in entry:
+                found += fnmatch.filter(names, entry)
+            elif any(name == entry or name.endswith(f".{entry}") for name in names):
+                found.append(entry)
         if not found:
             raise ValueError(
                 f"this {type(model).__name__} has none of the layers of preset {preset!r}: "
@@ -72,8 +113,39 @@ class ModelFamily(ABC):
         return found
 
     @abstractmethod
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
-        """Encode prompts as the pipeline does, with gradients if they are enabled."""
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
+        """Encode prompts as the pipeline does, with gradients if they are enabled.
+
+        ``max_sequence_length`` takes the place of the family's.
+        """
+
+    def picture_conditioning(
+        self,
+        pipe: Any,
+        original_sizes: Tensor,
+        crop_top_lefts: Tensor,
+        target_sizes: Tensor,
+        guidance_scale: float | None,
+    ) -> Conditioning:
+        """Return what the denoiser needs to know besides the prompt.
+
+        By default the guidance scale, as ``guidance``, for a denoiser that was distilled to take it
+        as an input (``guidance_embeds`` in its config); nothing for others.
+
+        Args:
+            original_sizes: (batch, 2), height and width of the pictures before resizing.
+            crop_top_lefts: (batch, 2), top and left of the crop in the resized picture.
+            target_sizes: (batch, 2), height and width of the crop.
+            guidance_scale: for such a denoiser.
+        """
+        del original_sizes, crop_top_lefts
+        if not getattr(getattr(pipe, self.denoiser).config, "guidance_embeds", False):
+            return {}
+        if guidance_scale is None:
+            raise ValueError(f"a {self.name} base that takes guidance needs a guidance scale")
+        return {"guidance": torch.full((len(target_sizes),), float(guidance_scale))}
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents: a sample is mean + std * noise.
@@ -95,8 +167,37 @@ class ModelFamily(ABC):
     ) -> Tensor:
         """Run the denoiser as the pipeline does and return its prediction, shaped as the latents.
 
-        ``timesteps`` (batch,) are in the scheduler's units.
+        ``timesteps`` (batch,) are in the scheduler's units; ``conditioning`` is what
+        :meth:`encode_prompts` and :meth:`picture_conditioning` returned, in one dict.
         """
+
+    def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
+        """Return mu of the resolution-dependent shift of sigmas, as the pipeline computes it.
+
+        Asked only where the scheduler has ``use_dynamic_shifting``.
+
+        Args:
+            latent_shape: (..., height, width) of the latents.
+        """
+        config = pipe.scheduler.config
+        return float(
+            calculate_shift(
+                self.image_tokens(latent_shape),
+                config.base_image_seq_len,
+                config.max_image_seq_len,
+                config.base_shift,
+                config.max_shift,
+            )
+        )
+
+    def image_tokens(self, latent_shape: Sequence[int]) -> int:
+        """Return how many tokens latents of this shape (..., height, width) are."""
+        height, width = latent_shape[-2:]
+        return (height // self.patch_size) * (width // self.patch_size)
+
+    def size_divisor(self, pipe: Any) -> int:
+        """Return what height and width of a picture must be multiples of, in pixels."""
+        return int(pipe.vae_scale_factor) * self.patch_size
 
     def check_base(self, pipe: Any) -> None:
         """Raise ValueError if this base cannot be trained, before anything is done with it."""
@@ -108,3 +209,13 @@ class ModelFamily(ABC):
         if not isinstance(latents, int):
             return self.default_resolution
         return latents * int(pipe.vae_scale_factor)
+
+
+def check_channels(taken: int, made: int) -> None:
+    """Raise ValueError unless the denoiser takes just the channels that the VAE makes."""
+    if taken != made:
+        raise ValueError(
+            f"the denoiser takes {taken} channels and the VAE makes {made}: a base for inpainting, "
+            "depth, editing or control. Train on the text-to-image base; the adapter can be loaded "
+            "into the others' pipelines where widths agree."
+        )

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .base import Conditioning, ModelFamily
+from .base import CLIP_PRESETS, Conditioning, ModelFamily, check_channels
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2")
-_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
+_ATTENTION_FF = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
+_ATTENTION_FF_PROJ = (*_ATTENTION_FF, "proj_in", "proj_out")
+UNET_PRESETS = {
+    "attention": _ATTENTION,
+    "attention+ff": _ATTENTION_FF,
+    "attention+ff+proj": _ATTENTION_FF_PROJ,
+    "all": (*_ATTENTION_FF_PROJ, "conv1", "conv2", "conv_shortcut", "time_emb_proj"),
+}
 
 
 class StableDiffusion(ModelFamily):
     name = "stable-diffusion"
-    pipeline_classes = (
+    pipeline_classes: tuple[str, ...] = (
         "StableDiffusionPipeline",
         "StableDiffusionImg2ImgPipeline",
         "StableDiffusionInpaintPipeline",
@@ -52,34 +58,18 @@ class StableDiffusion(ModelFamily):
         "PIAPipeline",
     )
     denoiser = "unet"
-    text_encoders = ("text_encoder",)
+    text_encoders: tuple[str, ...] = ("text_encoder",)
     objective = "ddpm"
-    target_presets: ClassVar = {
-        "unet": {
-            "attention": _ATTENTION,
-            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
-            "attention+ff+proj": (*_ATTENTION, *_FEED_FORWARD, "proj_in", "proj_out"),
-            "all": (
-                *_ATTENTION,
-                *_FEED_FORWARD,
-                "proj_in",
-                "proj_out",
-                "conv1",
-                "conv2",
-                "conv_shortcut",
-                "time_emb_proj",
-            ),
-        },
-        "text_encoder": {
-            "attention": _CLIP_ATTENTION,
-            "attention+ff": (*_CLIP_ATTENTION, "fc1", "fc2"),
-        },
-    }
+    target_presets: ClassVar = {"unet": UNET_PRESETS, "text_encoder": CLIP_PRESETS}
     default_resolution = 512
-    single_file_types = ("v1", "v2")
-    load_options = MappingProxyType({"safety_checker": None, "requires_safety_checker": False})
+    single_file_types: tuple[str, ...] = ("v1", "v2")
+    load_options: Mapping[str, Any] = MappingProxyType(
+        {"safety_checker": None, "requires_safety_checker": False}
+    )
 
-    def encode_prompts(self, pipe: Any, prompts: Sequence[str]) -> Conditioning:
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
         prompt_embeds, _ = pipe.encode_prompt(
             list(prompts),
             device=pipe.text_encoder.device,
@@ -101,13 +91,7 @@ class StableDiffusion(ModelFamily):
         )[0]
 
     def check_base(self, pipe: Any) -> None:
-        channels, latent = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
-        if channels != latent:
-            raise ValueError(
-                f"the UNet takes {channels} channels and the VAE makes {latent}: an inpainting, "
-                "depth or instruct-pix2pix base. Train on the text-to-image base; the adapter can "
-                "be loaded into the others' pipelines where widths agree."
-            )
+        check_channels(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
 
 
 FAMILY = StableDiffusion()

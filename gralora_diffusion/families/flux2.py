@@ -1,0 +1,96 @@
+"""FLUX.2 dev: flow matching, one large language model as text encoder, which stays frozen."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from diffusers import Flux2Pipeline
+from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+from torch import Tensor, nn
+
+from .base import JOINT_ATTENTION, Conditioning, ModelFamily, check_channels
+
+#: In single blocks one layer makes queries, keys, values and the feed-forward's input.
+_ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
+_FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+
+
+class Flux2(ModelFamily):
+    name = "flux2"
+    pipeline_classes: tuple[str, ...] = ("Flux2Pipeline",)
+    denoiser = "transformer"
+    text_encoders = ()
+    frozen_text_encoders = ("text_encoder",)
+    objective = "flow_matching"
+    target_presets: ClassVar = {
+        "transformer": {
+            "attention": _ATTENTION,
+            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+            "attention+ff+modulation": (
+                *(*_ATTENTION, *_FEED_FORWARD),
+                *("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear"),
+                "single_stream_modulation.linear",
+            ),
+        },
+    }
+    default_resolution = 1024
+    max_sequence_length = 512
+    single_file_types: tuple[str, ...] = ("flux-2-dev",)
+    training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
+
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
+        prompt_embeds, _ = pipe.encode_prompt(
+            list(prompts),
+            device=pipe.text_encoder.device,
+            max_sequence_length=max_sequence_length or self.max_sequence_length,
+        )
+        return {"prompt_embeds": prompt_embeds}
+
+    def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As the pipeline encodes reference pictures: the posterior's mode, 2 x 2 latents stacked
+        as channels, each channel normalized. So the standard deviation is zero."""
+        mode = Flux2Pipeline._patchify_latents(vae.encode(pixel_values).latent_dist.mode())
+        statistics = vae.bn
+        mean = statistics.running_mean.view(1, -1, 1, 1).to(mode)
+        variance = statistics.running_var.view(1, -1, 1, 1).to(mode)
+        latents = (mode - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
+        return latents, torch.zeros_like(latents)
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        device, prompt_embeds = noisy_latents.device, conditioning["prompt_embeds"]
+        prediction = denoiser(
+            hidden_states=Flux2Pipeline._pack_latents(noisy_latents),
+            timestep=timesteps / 1000,
+            guidance=conditioning.get("guidance"),
+            encoder_hidden_states=prompt_embeds,
+            txt_ids=Flux2Pipeline._prepare_text_ids(prompt_embeds).to(device),
+            img_ids=Flux2Pipeline._prepare_latent_ids(noisy_latents).to(device),
+            return_dict=False,
+        )[0]
+        return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
+
+    def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
+        # it also depends on the number of steps: those the pipeline takes unless told otherwise
+        steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
+        return compute_empirical_mu(self.image_tokens(latent_shape), steps)
+
+    def size_divisor(self, pipe: Any) -> int:
+        return 2 * int(pipe.vae_scale_factor)
+
+    def check_base(self, pipe: Any) -> None:
+        check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)
+
+
+FAMILY = Flux2()

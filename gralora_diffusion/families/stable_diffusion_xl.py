@@ -1,0 +1,100 @@
+"""Stable Diffusion XL: UNet with cross-attention, two CLIP text encoders, picture sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from .base import CLIP_PRESETS, Conditioning
+from .stable_diffusion import UNET_PRESETS, StableDiffusion
+
+
+class StableDiffusionXL(StableDiffusion):
+    name = "stable-diffusion-xl"
+    pipeline_classes = (
+        "StableDiffusionXLPipeline",
+        "StableDiffusionXLImg2ImgPipeline",
+        "StableDiffusionXLInpaintPipeline",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        "StableDiffusionXLControlNetPipeline",
+        "StableDiffusionXLControlNetImg2ImgPipeline",
+        "StableDiffusionXLControlNetInpaintPipeline",
+        "StableDiffusionXLControlNetUnionPipeline",
+        "StableDiffusionXLControlNetUnionImg2ImgPipeline",
+        "StableDiffusionXLControlNetUnionInpaintPipeline",
+        "StableDiffusionXLControlNetXSPipeline",
+        "StableDiffusionXLAdapterPipeline",
+        "StableDiffusionXLPAGPipeline",
+        "StableDiffusionXLPAGImg2ImgPipeline",
+        "StableDiffusionXLPAGInpaintPipeline",
+        "StableDiffusionXLControlNetPAGPipeline",
+        "StableDiffusionXLControlNetPAGImg2ImgPipeline",
+        "AnimateDiffSDXLPipeline",
+        "TextToVideoZeroSDXLPipeline",
+        "LEditsPPPipelineStableDiffusionXL",
+    )
+    text_encoders = ("text_encoder", "text_encoder_2")
+    target_presets: ClassVar = {
+        "unet": UNET_PRESETS,
+        "text_encoder": CLIP_PRESETS,
+        "text_encoder_2": CLIP_PRESETS,
+    }
+    default_resolution = 1024
+    single_file_types = ("xl_base",)
+    load_options = MappingProxyType({"add_watermarker": False})
+
+    def encode_prompts(
+        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+    ) -> Conditioning:
+        prompt_embeds, _, pooled, _ = pipe.encode_prompt(
+            list(prompts),
+            device=pipe.text_encoder_2.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
+
+    def picture_conditioning(
+        self,
+        pipe: Any,
+        original_sizes: Tensor,
+        crop_top_lefts: Tensor,
+        target_sizes: Tensor,
+        guidance_scale: float | None,
+    ) -> Conditioning:
+        # arXiv 2307.01952, section 2.2. In fp32: half precision would round sizes above 256
+        ids = torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)
+        return {"time_ids": ids.float()}
+
+    def predict(
+        self,
+        denoiser: nn.Module,
+        noisy_latents: Tensor,
+        timesteps: Tensor,
+        conditioning: Conditioning,
+    ) -> Tensor:
+        return denoiser(
+            noisy_latents,
+            timesteps,
+            encoder_hidden_states=conditioning["prompt_embeds"],
+            added_cond_kwargs={
+                "text_embeds": conditioning["pooled_prompt_embeds"],
+                "time_ids": conditioning["time_ids"],
+            },
+            return_dict=False,
+        )[0]
+
+    def check_base(self, pipe: Any) -> None:
+        super().check_base(pipe)
+        if pipe.text_encoder is None or pipe.text_encoder_2 is None:
+            raise ValueError(
+                "it lacks one of the two text encoders, as the refiner does. Train on the base "
+                "model, such as stabilityai/stable-diffusion-xl-base-1.0"
+            )
+
+
+FAMILY = StableDiffusionXL()
