@@ -23,6 +23,7 @@ def draw(
     size: int | None = None,
     guidance_scale: float | None = None,
     inference_steps: int = 30,
+    max_sequence_length: int | None = None,
 ) -> list[list[Image.Image]]:
     """Draw pictures, a list per prompt. Picture i of each prompt starts from noise of ``seed + i``.
 
@@ -32,10 +33,13 @@ def draw(
     Args:
         size: pixels per side, the pipeline's own if None.
         guidance_scale: the pipeline's own if None.
+        max_sequence_length: tokens of a prompt at most, for pipelines that take it.
     """
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
+    if max_sequence_length is not None:
+        options["max_sequence_length"] = max_sequence_length
     if size is not None:
         options.update(height=size, width=size)
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
@@ -47,7 +51,10 @@ def draw(
         pipe.set_progress_bar_config(disable=True)
         return [
             [
-                pipe(prompt, generator=torch.Generator().manual_seed(seed + i), **options).images[0]
+                # by name, for in some pipelines a picture comes before the prompt
+                pipe(
+                    prompt=prompt, generator=torch.Generator().manual_seed(seed + i), **options
+                ).images[0]
                 for i in range(images_per_prompt)
             ]
             for prompt in prompts

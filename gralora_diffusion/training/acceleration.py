@@ -10,7 +10,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+)
 
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -33,6 +37,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
         ),
         mixed_precision=config.mixed_precision,
+        # of some text encoders the pipelines do not read the last layer
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
+        ],
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
             project_dir=str(folder), logging_dir=str(folder / config.logging_dir)

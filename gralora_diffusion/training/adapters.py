@@ -28,29 +28,10 @@ ADAPTER_NAME = "default"
 
 def trained_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
     """Attributes of the pipeline that get an adapter, the denoiser first."""
-    return family.components if config.train_text_encoder else (family.denoiser,)
-
-
-def check_presets(config: TrainingConfig, family: ModelFamily) -> None:
-    """Refuse target presets that the family does not have.
-
-    Raises:
-        ConfigError: names the flag and the presets there are.
-    """
-    flags = dict.fromkeys(family.text_encoders, "text_encoder_target_preset")
-    flags[family.denoiser] = "target_preset"
-    problems = []
-    for component in trained_components(config, family):
-        preset, presets = getattr(config, flags[component]), family.target_presets[component]
-        if component == family.denoiser and config.target_modules is not None:
-            continue
-        if preset not in presets:
-            problems.append(
-                f"--{flags[component]} is {preset!r}; for the {component} of {family.name} it must "
-                f"be one of {', '.join(presets)}"
-            )
-    if problems:
-        raise ConfigError(problems)
+    if not config.train_text_encoder:
+        return (family.denoiser,)
+    chosen = config.text_encoders or family.usual_text_encoders or family.text_encoders
+    return (family.denoiser, *(name for name in family.text_encoders if name in chosen))
 
 
 def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
@@ -62,6 +43,8 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
     components = trained_components(config, family)
     for component in components:
         model = getattr(pipe, component)
+        if model is None:
+            raise ConfigError([f"--text_encoders names {component}, which this base lacks"])
         try:
             adapter_config = _adapter_config(model, component, family, config)
             torch.manual_seed(seed_from(config.seed, "adapter", component))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,7 +118,21 @@ def load_base(
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
+            _remove_dropout(component)
     return pipe
+
+
+def present(pipe: Any, names: Iterable[str]) -> list[nn.Module]:
+    """Return those of the pipeline's models that are there: it may lack a text encoder."""
+    return [model for name in names if (model := getattr(pipe, name)) is not None]
+
+
+def _remove_dropout(model: nn.Module) -> None:
+    """Have the frozen layers compute in training what they compute in the pipeline (T5 drops)."""
+    for module in model.modules():
+        attribute = "p" if isinstance(module, nn.Dropout) else "dropout"
+        if isinstance(vars(module).get(attribute), float):
+            setattr(module, attribute, 0.0)
 
 
 def _vae(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:

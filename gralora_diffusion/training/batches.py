@@ -9,10 +9,12 @@ from itertools import repeat
 from typing import Any
 
 from accelerate import Accelerator
+from diffusers.training_utils import offload_models
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from ..families import Conditioning, ModelFamily
+from .base_model import present
 from .caching import LatentCache, PromptCache, vae_fingerprint
 from .config import TrainingConfig
 from .data import Example, find_dataset_examples, find_examples
@@ -67,6 +69,8 @@ def find_class_pictures(config: TrainingConfig) -> list[Example]:
 class Batches:
     """The training data of this process, encoded once where nothing changes.
 
+    VAE and text encoders are on the device only while they encode.
+
     Attributes:
         prompts: encoded prompts, or None if text encoders are trained and encode at each step.
         teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
@@ -106,10 +110,12 @@ class Batches:
         self.classes = None
         if class_pictures:
             self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
-        self._encode_pictures()
+        with offload_models(self.vae, device=accelerator.device):
+            self._encode_pictures()
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher: Conditioning | None = None
-        self._encode_prompts(pipe)
+        with offload_models(*present(pipe, family.all_text_encoders), device=accelerator.device):
+            self._encode_prompts(pipe)
         self.samples_per_step = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
@@ -176,12 +182,12 @@ class Batches:
         config = self.config
 
         def encode(prompts: list[str]) -> Conditioning:
-            return self.family.encode_prompts(pipe, prompts)
+            return self.family.encode_prompts(pipe, prompts, config.max_sequence_length)
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:
             cache = PromptCache()
-            with frozen_base(*(getattr(pipe, name) for name in self.family.text_encoders)):
+            with frozen_base(*present(pipe, self.family.text_encoders)):
                 cache.fill([str(config.class_prompt)], encode)
             self.teacher = cache.batch([str(config.class_prompt)])
         if self.prompts is not None:

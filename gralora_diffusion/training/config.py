@@ -36,6 +36,16 @@ NOT_CARRIED = {
     "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline does it",
     "validation_images": "only text-to-image bases are trained",
     "class_labels_conditioning": "only text-to-image bases are trained",
+    "text_encoder_out_layers": "the layers that the base's pipeline reads are taken",
+    "precondition_outputs": "the denoiser's own prediction is compared; see --weighting_scheme",
+    "do_edm_style_training": "EDM bases cannot be trained",
+    "final_validation_prompt": "--validation_prompt is drawn at the end, too",
+    "offload": "text encoders and VAE leave the device by themselves once they are done",
+    "upcast_before_saving": "the adapter is trained and saved in fp32",
+    "lora_blocks": "name the layers by --lora_layers, such as 're:.*blocks[.][0-5][.].*to_q'",
+    "use_dora": "the adapter is GraLoRA",
+    "enable_npu_flash_attention": "torch's own attention is used",
+    "fsdp_text_encoder": "text encoders are used once and then leave the device",
 }
 PATHS = (
     "config",

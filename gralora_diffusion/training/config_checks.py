@@ -51,6 +51,7 @@ AT_LEAST_ONE = (
     "validation_epochs",
     "validation_steps",
     "validation_inference_steps",
+    "max_sequence_length",
 )
 AT_LEAST_ZERO = (
     "hybrid_rank",
@@ -61,6 +62,7 @@ AT_LEAST_ZERO = (
     "adam_weight_decay_text_encoder",
     "dataloader_num_workers",
     "validation_guidance_scale",
+    "guidance_scale",
 )
 ABOVE_ZERO = (
     "learning_rate",
@@ -69,6 +71,8 @@ ABOVE_ZERO = (
     "lr_power",
     "snr_gamma",
     "max_grad_norm",
+    "logit_std",
+    "flow_shift",
 )
 BELOW_ONE = (
     "adam_beta1",
@@ -81,7 +85,7 @@ BELOW_ONE = (
 
 # options that do nothing unless another one is given
 NEEDS = {
-    "train_text_encoder": "text_encoder_lr text_encoder_target_preset "
+    "train_text_encoder": "text_encoders text_encoder_lr text_encoder_target_preset "
     "adam_weight_decay_text_encoder",
     "with_prior_preservation": "class_prompt class_data_dir num_class_images prior_source "
     "prior_loss_weight prior_generation_precision sample_batch_size",

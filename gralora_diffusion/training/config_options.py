@@ -68,6 +68,9 @@ class DataOptions:
         None, "Prompt for pictures that have no caption, such as 'a photo of sks dog'"
     )
     repeats: int = option(1, "How many times each picture counts in an epoch")
+    max_sequence_length: int | None = option(
+        None, "Tokens of a prompt at most, where the base leaves it open (T5, FLUX.2)"
+    )
     caption_dropout: float = option(0.0, "Share of samples that train with an empty caption")
     skip_bad_images: bool = option(
         False, "Train without the pictures that cannot be decoded instead of stopping"
@@ -134,6 +137,26 @@ class LossOptions:
     prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = option(
         None, "What the base predicts (default: as its scheduler says)"
     )
+    weighting_scheme: Literal["sigma_sqrt", "logit_normal", "mode", "cosmap", "none"] | None = (
+        option(
+            None,
+            "Flow matching: how often noise levels are drawn (logit_normal, mode) or how much they "
+            "count (sigma_sqrt, cosmap) (default: the family's)",
+        )
+    )
+    logit_mean: float = option(0.0, "Mean of logit_normal; higher: less noise")
+    logit_std: float = option(1.0, "Standard deviation of logit_normal")
+    mode_scale: float = option(1.29, "Scale of mode")
+    flow_shift: float | None = option(
+        None,
+        "Flow matching: shift of the noise levels; above 1: more noise, 1: none (default: as the "
+        "base's pipeline shifts them, by resolution where it does so)",
+    )
+    guidance_scale: float | None = option(
+        None,
+        "Guidance scale that a guidance-distilled base is trained at, such as FLUX.1 dev's "
+        "(default: 3.5)",
+    )
 
 
 @dataclass(kw_only=True)
@@ -158,8 +181,12 @@ class AdapterOptions:
         "Layers to adapt instead: endings of module paths with commas between, or 're:' and a "
         "regular expression for the whole path",
     )
-    train_text_encoder: bool = option(False, "Adapt the text encoder too")
-    text_encoder_target_preset: str = option("attention", "The same for the text encoder")
+    train_text_encoder: bool = option(False, "Adapt the text encoders too")
+    text_encoders: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Which of them, such as text_encoder text_encoder_2 (default: the CLIPs, not T5)",
+    )
+    text_encoder_target_preset: str = option("attention", "--target_preset for the text encoders")
 
 
 @dataclass(kw_only=True)

@@ -23,14 +23,15 @@ from .acceleration import (
     make_accelerator,
     trackable,
 )
-from .adapters import adapter_parameters, add_adapters, check_presets, weights_for_use
-from .base_model import find_base_family, load_base
+from .adapters import adapter_parameters, add_adapters, weights_for_use
+from .base_model import find_base_family, load_base, present
 from .batches import Batches, find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
-from .objectives import DDPM
+from .family_options import check_family_options
+from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, start
 from .prior import draw_class_images
@@ -61,7 +62,8 @@ def train(config: TrainingConfig) -> Path:
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     resume = _find_checkpoint(config, store)
     family = find_base_family(config)
-    check_presets(config, family)
+    for remark in check_family_options(config, family):
+        logger.warning(remark)
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
@@ -111,23 +113,18 @@ class Trainer:
         if draw_class_images(config, family, accelerator):
             class_pictures = find_class_pictures(config)
 
-        # --- encode what stays the same, then free the encoders
-        self.pipe.to(device)
+        # --- encode what stays the same; of the encoders only what is needed later stays
         self.data = data = Batches(config, family, self.pipe, pictures, class_pictures, accelerator)
-        keep = {*components, *(() if config.cache_latents else ("vae",))}
-        for name in ("vae", *family.text_encoders):
-            if name not in keep:
-                getattr(self.pipe, name).to("cpu")
+        needed = {*components, *(family.all_text_encoders if config.train_text_encoder else ())}
+        if not config.cache_latents:
+            needed.add("vae")
+        for model in present(self.pipe, needed):
+            model.to(device)
         free_memory()
 
         # --- objective and optimizer
-        objective = DDPM(
-            self.pipe.scheduler.config,
-            config.prediction_type,
-            config.snr_gamma,
-            config.noise_offset,
-        )
-        step = DenoisingStep(self.pipe, family, objective, components)
+        objective = make_objective(config, family, self.pipe)
+        step = DenoisingStep(self.pipe, family, objective, components, config.max_sequence_length)
         step.train()
         denoiser, *encoders = (adapter_parameters(self.pipe, name) for name in components)
         encoder_parameters = [parameter for group in encoders for parameter in group]

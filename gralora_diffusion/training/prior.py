@@ -97,7 +97,7 @@ def draw_class_images(
     ):
         drawn = range(batch * size, (batch + 1) * size)
         rngs = [generator(config.seed, "class image", number) for number in drawn]
-        images = pipe([config.class_prompt] * size, generator=rngs).images
+        images = pipe(prompt=[config.class_prompt] * size, generator=rngs).images
         for number, image in zip(drawn, images, strict=True):
             if number in numbers:
                 with replacing(folder / _class_image_name(number)) as temporary:

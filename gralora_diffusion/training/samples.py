@@ -19,10 +19,11 @@ from .streams import SampleStream, generator
 class TrainingSet(Dataset[dict[str, Any]]):
     """Maps a position of the sample stream to a sample: ``training_set[position]``, without end.
 
-    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; ``original_size``
-    (height, width) of the picture before resizing and ``crop_top_left`` of the square after it,
-    both int tensors of shape (2,); and either ``mean`` and ``std`` of the latents from the cache,
-    (channels, h, w), or ``pixel_values``, (3, resolution, resolution), decoded now.
+    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; int tensors of
+    shape (2,): ``original_size`` (height, width) of the picture before resizing, ``crop_top_left``
+    of the square after it, and ``target_size`` (height, width) of the square; and either ``mean``
+    and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``, (3,
+    resolution, resolution), decoded now.
 
     All of it is a function of the arguments and the position, so any worker may make any sample.
     Prior preservation takes a second set with another ``name``: it goes through all class pictures
@@ -107,6 +108,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
             "content_key": example.content_key,
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
+            "target_size": torch.tensor([self.plan.resolution, self.plan.resolution]),
             **picture,
         }
 
@@ -123,14 +125,15 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples to a batch.
 
     Returns:
-        ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes`` and
-        ``crop_top_lefts`` (batch, 2); ``mean`` and ``std``, or ``pixel_values``, with a batch axis.
+        ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes``,
+        ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
+        ``pixel_values``, with a batch axis.
     """
     batch: dict[str, Any] = {
         f"{name}s": [sample[name] for sample in samples]
         for name in ("position", "prompt", "content_key")
     }
-    for name in ("original_size", "crop_top_left"):
+    for name in ("original_size", "crop_top_left", "target_size"):
         batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
     for name in ("mean", "std", "pixel_values"):
         if name in samples[0]:

@@ -25,27 +25,30 @@ class Rows:
     timesteps: Tensor  # (rows,)
     target: Tensor  # as noisy_latents
     prompts: list[str]
-    conditioning: Conditioning | None  # None: encode the prompts in the step, with gradients
+    pictures: Conditioning  # what depends on the picture and not on the prompt
+    encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
     instances: int
 
     def __add__(self, other: Rows) -> Rows:
         """Append ``other``'s rows; the instance rows stay those of ``self``."""
-        conditioning = None
-        if self.conditioning is not None and other.conditioning is not None:
-            conditioning = {
-                key: torch.cat([value, other.conditioning[key]])
-                for key, value in self.conditioning.items()
-            }
+        encoded = None
+        if self.encoded is not None and other.encoded is not None:
+            encoded = _joined(self.encoded, other.encoded)
         return Rows(
             torch.cat([self.noisy_latents, other.noisy_latents]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.target, other.target]),
             self.prompts + other.prompts,
-            conditioning,
+            _joined(self.pictures, other.pictures),
+            encoded,
             torch.cat([self.weights, other.weights]),
             self.instances,
         )
+
+
+def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    return {key: torch.cat([value, second[key]]) for key, value in first.items()}
 
 
 class DenoisingStep(nn.Module):
@@ -56,18 +59,28 @@ class DenoisingStep(nn.Module):
     """
 
     def __init__(
-        self, pipe: Any, family: ModelFamily, objective: Objective, trained: Sequence[str]
+        self,
+        pipe: Any,
+        family: ModelFamily,
+        objective: Objective,
+        trained: Sequence[str],
+        max_sequence_length: int | None = None,
     ) -> None:
         super().__init__()
+        self.max_sequence_length = max_sequence_length
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
         self.pipe, self.family, self.objective = pipe, family, objective
 
     def forward(self, rows: Rows) -> Tensor:
-        conditioning = rows.conditioning
-        if conditioning is None:
-            conditioning = self.family.encode_prompts(self.pipe, rows.prompts)
-        denoiser = self.trained[self.family.denoiser]
-        prediction = self.family.predict(denoiser, rows.noisy_latents, rows.timesteps, conditioning)
+        encoded = rows.encoded
+        if encoded is None:
+            encoded = self.family.encode_prompts(self.pipe, rows.prompts, self.max_sequence_length)
+        prediction = self.family.predict(
+            self.trained[self.family.denoiser],
+            rows.noisy_latents,
+            rows.timesteps,
+            {**encoded, **rows.pictures},
+        )
         return self.objective.loss(prediction, rows.target, rows.timesteps)
 
 
@@ -90,6 +103,7 @@ class RowMaker:
     ) -> None:
         self.step, self.data, self.seed = step, data, config.seed
         self.device, self.dtype = device, dtype
+        self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
 
     def rows(self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None) -> Rows:
@@ -112,7 +126,8 @@ class RowMaker:
             timesteps,
             objective.target(latents, noise, timesteps),
             list(batch["prompts"]),
-            self._conditioning(batch["prompts"]),
+            self._pictures(batch),
+            self._encoded(batch["prompts"]),
             torch.full((count,), weight, device=self.device),
             count,
         )
@@ -130,7 +145,17 @@ class RowMaker:
         ]
         return mean.float() + std.float() * torch.stack(draws).to(self.device)
 
-    def _conditioning(self, prompts: Sequence[str]) -> Conditioning | None:
+    def _pictures(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = self.step.family.picture_conditioning(
+            self.step.pipe,
+            batch["original_sizes"],
+            batch["crop_top_lefts"],
+            batch["target_sizes"],
+            self.guidance_scale,
+        )
+        return {key: value.to(self.device) for key, value in conditioning.items()}
+
+    def _encoded(self, prompts: Sequence[str]) -> Conditioning | None:
         if self.data.prompts is None:
             return None
         batch = self.data.prompts.batch(prompts)
@@ -140,14 +165,16 @@ class RowMaker:
         """The same noisy latents with the class prompt; the frozen base's prediction as target."""
         count = rows.instances
         noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
-        conditioning = {
+        pictures = {key: value[:count] for key, value in rows.pictures.items()}
+        taught = {
             key: value.to(self.device).expand(count, *value.shape[1:])
             for key, value in teacher.items()
         }
         models = tuple(self.step.trained.values())
         denoiser = self.step.trained[self.step.family.denoiser]
         with frozen_base(*models), self.data.accelerator.autocast():
-            target = self.step.family.predict(denoiser, noisy, timesteps, conditioning)
+            target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **pictures})
         prompts = [self.class_prompt] * count
         weights = torch.full((count,), self.prior_weight, device=self.device)
-        return Rows(noisy, timesteps, target, prompts, self._conditioning(prompts), weights, count)
+        encoded = self._encoded(prompts)
+        return Rows(noisy, timesteps, target, prompts, pictures, encoded, weights, count)

@@ -8,12 +8,13 @@ from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
-from diffusers.training_utils import free_memory
+from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import make_image_grid
 from PIL import Image
 
 from ..families import ModelFamily
 from ..sampling import draw
+from .base_model import present
 from .config import TrainingConfig
 
 FOLDER_NAME = "validation"
@@ -27,28 +28,19 @@ def draw_validation(
     VAE and text encoders that rest on the CPU are on the device for that time only. Nothing that
     training depends on is changed.
     """
-    resting = [
-        module
-        for name in ("vae", *family.text_encoders)
-        if (module := getattr(pipe, name)).device != accelerator.device
-    ]
-    for module in resting:
-        module.to(accelerator.device)
     prompts = config.validation_prompt or []
-    try:
-        with accelerator.autocast():
-            images = draw(
-                pipe,
-                prompts,
-                config.num_validation_images,
-                seed=config.seed,
-                size=config.resolution,
-                guidance_scale=config.validation_guidance_scale,
-                inference_steps=config.validation_inference_steps,
-            )
-    finally:
-        for module in resting:
-            module.to("cpu")
+    resting = present(pipe, ("vae", *family.all_text_encoders))
+    with offload_models(*resting, device=accelerator.device), accelerator.autocast():
+        images = draw(
+            pipe,
+            prompts,
+            config.num_validation_images,
+            seed=config.seed,
+            size=config.resolution,
+            guidance_scale=config.validation_guidance_scale,
+            inference_steps=config.validation_inference_steps,
+            max_sequence_length=family.max_sequence_length and config.max_sequence_length,
+        )
     free_memory()
     folder = Path(config.output_dir) / FOLDER_NAME
     return save_and_track(images, prompts, folder, step, accelerator)

@@ -15,13 +15,11 @@ from gralora_diffusion.state import save_adapter
 from gralora_diffusion.training.adapters import (
     adapter_parameters,
     add_adapters,
-    check_presets,
     put_back,
     read_out,
     weights_for_use,
 )
 from gralora_diffusion.training.checkpoint import CheckpointError
-from gralora_diffusion.training.config_checks import ConfigError
 from tests.models import stable_diffusion
 from tests.training.runs import config
 
@@ -59,15 +57,6 @@ def test_targets(options: dict[str, Any], endings: set[str]) -> None:
     assert {key.split(".gralora_")[0].split(".")[-1] for key in tensors} == endings
     if "re:" in options.get("lora_layers", ""):
         assert all(key.startswith("down_blocks.") for key in tensors)
-
-
-def test_presets_that_the_family_lacks() -> None:
-    check_presets(config(target_preset="none", lora_layers="to_q"), FAMILY)
-    check_presets(config(text_encoder_target_preset="none"), FAMILY)
-    wrong = {"target_preset": "none", "text_encoder_target_preset": "none"}
-    with pytest.raises(ConfigError) as caught:
-        check_presets(config(train_text_encoder=True, **wrong), FAMILY)
-    assert len(caught.value.problems) == 2
 
 
 def test_read_out_is_a_copy_and_put_back_restores(tmp_path: Path) -> None:

@@ -1,0 +1,78 @@
+"""What can be wrong with the options once the family of the base is known, and nothing loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+from ..families import ModelFamily
+from .adapters import trained_components
+from .config import TrainingConfig
+from .config_checks import ConfigError
+
+#: Options that mean something to one training objective only.
+OBJECTIVE_OPTIONS = {
+    "ddpm": ("noise_offset", "snr_gamma", "prediction_type"),
+    "flow_matching": (
+        *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"),
+        "guidance_scale",
+    ),
+}
+
+
+def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[str]:
+    """Check what depends on the family.
+
+    Returns:
+        Remarks for the user about options that have no effect on this family.
+
+    Raises:
+        ConfigError: with every problem; names the flag and the family's choices.
+    """
+    problems = [*_text_encoders(config, family), *_presets(config, family)]
+    if problems:
+        raise ConfigError(problems)
+    return list(_without_effect(config, family))
+
+
+def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    if not config.train_text_encoder:
+        return
+    if not family.text_encoders:
+        yield (
+            f"--train_text_encoder: the text encoder of {family.name} is a large language model, "
+            "which stays frozen. Leave out --train_text_encoder"
+        )
+    elif unknown := sorted(set(config.text_encoders or ()) - set(family.text_encoders)):
+        yield (
+            f"--text_encoders names {', '.join(unknown)}; {family.name} has "
+            f"{', '.join(family.text_encoders)}"
+        )
+
+
+def _presets(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    for component in trained_components(config, family):
+        is_denoiser = component == family.denoiser
+        if is_denoiser and config.target_modules is not None:
+            continue
+        flag = "target_preset" if is_denoiser else "text_encoder_target_preset"
+        preset, presets = getattr(config, flag), family.target_presets[component]
+        if preset not in presets:
+            yield (
+                f"--{flag} is {preset!r}; for the {component} of {family.name} it must be one of "
+                f"{', '.join(presets)}"
+            )
+
+
+def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    defaults = {f.name: f.default for f in fields(config)}
+    foreign = [
+        name
+        for objective, names in OBJECTIVE_OPTIONS.items()
+        if objective != family.objective
+        for name in names
+    ]
+    if family.max_sequence_length is None:
+        foreign.append("max_sequence_length")
+    if idle := [f"--{name}" for name in foreign if getattr(config, name) != defaults[name]]:
+        yield f"with a base of {family.name} there is no use for {', '.join(idle)}"
