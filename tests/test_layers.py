@@ -300,7 +300,7 @@ class TestAdapters:
         layer = net.eval().up
         before = layer.weight.clone()
         layer.merge()
-        layer.update_layer("default", "up", 4, config(r=4, gralora_k=2, alpha=4))
+        layer.update_layer("default", "up", config(r=4, gralora_k=2, alpha=4))
         assert relative_error(layer.weight, before) < 1e-6
         assert not layer.merged
         assert {n for n, _ in layer.named_parameters() if "gralora" in n} == {
