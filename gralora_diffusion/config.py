@@ -110,15 +110,15 @@ def unused_patterns(config: PeftGraloraConfig, paths: Collection[str]) -> dict[s
 
 def describe_unused(unused: Mapping[str, Collection[str]], paths: Collection[str]) -> list[str]:
     """Say of each of these patterns (by field) why no layer at ``paths`` takes it."""
-    problems = []
+    problems, some = [], next(iter(paths), "")
     for name, keys in unused.items():
         for key in keys:
             count = sum(get_pattern_key([key], path) == key for path in paths)
-            reason = f"matches none of the {len(paths)} target layers"
+            reason = f"matches none of the {len(paths)} target layers, such as {some}"
             if count:
                 reason = (
                     f"has no effect: earlier ones take all {count} layers that it matches. Put "
-                    "what is more special first"
+                    "what is for fewer layers first"
                 )
             problems.append(f"{name} {key!r} {reason}.")
     return problems
