@@ -4,9 +4,8 @@ Importing this package gives every diffusers pipeline the methods ``load_gralora
 ``save_gralora_weights``, ``fuse_gralora``, ``unfuse_gralora`` and ``unload_gralora_weights``.
 """
 
-from peft import GraloraConfig
-
 from . import pipelines
+from .config import GraloraConfig
 from .families import get_family, list_families
 from .injection import GraloraTuner, TargetError, eject, inject
 from .layers import GraloraConv2d, GraloraLinear

@@ -14,6 +14,7 @@ from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from .config import layer_settings, rename_layers
 from .families import find_family
 from .injection import check_adapter_name
 from .layers import GraloraLayer
@@ -123,6 +124,10 @@ def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
     elif level:
         config.target_modules = set(find_targets(model, config, level))
         config.layers_to_transform = config.layers_pattern = None
+        if getattr(config, "exclude_modules", None):
+            config.exclude_modules = None  # they are not among the targets any more
+    if level:
+        rename_layers(config, {path: level + path for path in sorted(config.target_modules)})
     if level and config.modules_to_save:
         config.modules_to_save = [name.removeprefix(level) for name in config.modules_to_save]
     return Fit(model, config, tensors)
@@ -160,9 +165,10 @@ def _expected_shapes(
     model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
 ) -> dict[str, tuple[int, ...]]:
     """Every key that an adapter of this config has on this model, with its shape."""
-    r, k, hybrid_r = config.r, config.gralora_k, config.hybrid_r
+    hybrid_r = config.hybrid_r
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in targets.items():
+        r, k, _ = layer_settings(config, name)
         in_features, out_features, kernel = layer_shape(layer)
         expected[f"{name}.gralora_A"] = (k, in_features // k, r, *kernel)
         expected[f"{name}.gralora_B"] = (k, r, out_features // k)

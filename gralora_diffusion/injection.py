@@ -14,8 +14,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import invalid_values
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
-from .targets import TargetError, base_of, check_targets, invalid_values, refuse
+from .targets import TargetError, base_of, check_targets, refuse
 
 __all__ = ["GraloraTuner", "TargetError", "eject", "inject"]
 
@@ -62,7 +63,7 @@ class GraloraTuner(GraloraModel):
         **optional_kwargs: Any,
     ) -> None:
         if isinstance(target, GraloraLayer):
-            target.update_layer(adapter_name, current_key, gralora_config.r, gralora_config)
+            target.update_layer(adapter_name, current_key, gralora_config)
             return
         new_module = self._create_new_module(gralora_config, adapter_name, target, current_key)
         if adapter_name not in self.active_adapters:
@@ -108,7 +109,7 @@ def inject(
 
     Args:
         model: any module, usually a UNet, transformer or text encoder.
-        config: a ``GraloraConfig``; the model keeps a copy.
+        config: a ``GraloraConfig``, PEFT's or ours; the model keeps a copy.
         adapter_name: name that is not taken in this model.
         low_cpu_mem_usage: leave the new factors on the meta device, to be assigned by loading.
         state_dict: take the layers from these keys rather than from ``config.target_modules``.

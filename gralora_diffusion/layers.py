@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from . import blockwise
+from .config import invalid_values, layer_settings
 from .factors import FactorDict, Projection
-from .targets import invalid_values, layer_shape, unsuitable
+from .targets import layer_shape, unsuitable
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -32,8 +33,8 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     Args:
         base_layer: the frozen layer, or another tuner's layer around it.
         adapter_name: name of the first adapter.
-        module_name: path of the layer in its model, for messages.
-        config: rank, k, alpha and the rest; see PEFT's ``GraloraConfig``.
+        module_name: path of the layer in its model, for the config's patterns and for messages.
+        config: rank, k, alpha and the rest: PEFT's ``GraloraConfig`` or ours.
 
     Raises:
         ValueError: the widths are not divisible by k, or a number of the config is out of range.
@@ -72,24 +73,23 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         self.in_features, self.out_features, self.kernel_size = layer_shape(self.get_base_layer())
         self.fan_in_fan_out = isinstance(self.get_base_layer(), Conv1D)
         self._active_adapter: str | list[str] = adapter_name
-        self.update_layer(adapter_name, module_name, config.r, config)
+        self.update_layer(adapter_name, module_name, config)
 
     # -- adapters ----------------------------------------------------------------------------------
 
-    def update_layer(
-        self, adapter_name: str, module_name: str, r: int, config: GraloraConfig
-    ) -> None:
+    def update_layer(self, adapter_name: str, module_name: str, config: GraloraConfig) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
-        k, hybrid_r = config.gralora_k, config.hybrid_r
-        for problem in (*invalid_values(config), unsuitable(self.get_base_layer(), r, k)):
-            if problem:
-                raise ValueError(f"{module_name}: {problem}")
+        if problems := invalid_values(config):
+            raise ValueError(f"{module_name}: {' '.join(problems)}")
+        (r, k, alpha), hybrid_r = layer_settings(config, module_name), config.hybrid_r
+        if problem := unsuitable(self.get_base_layer(), r, k):
+            raise ValueError(f"{module_name}: {problem}")
         if adapter_name in self.merged_adapters:
             self.unmerge([adapter_name])
         self.module_name = module_name
         self.r[adapter_name] = r
         self.hybrid_r[adapter_name] = hybrid_r
-        self.alpha[adapter_name] = config.alpha
+        self.alpha[adapter_name] = alpha
         self.gralora_k[adapter_name] = k
         self.set_scale(adapter_name, 1.0)
         p = config.gralora_dropout

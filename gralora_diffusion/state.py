@@ -5,7 +5,7 @@ One file holds the adapters of a pipeline, ``pytorch_gralora_weights.safetensors
 * tensors named ``<component>.<module path>.gralora_A`` and so on, as PEFT names them, where the
   component is the attribute of the pipeline (``unet``, ``text_encoder``, ...);
 * metadata ``gralora_adapter_metadata``: JSON with ``format_version``, ``family`` and
-  ``components``, the PEFT config of each component. Shapes alone cannot tell alpha, so a file
+  ``components``, the config of each component. Shapes alone cannot tell alpha, so a file
   without it is refused.
 
 Also read and written: PEFT's folder, ``adapter_config.json`` beside ``adapter_model.safetensors``,
@@ -23,12 +23,12 @@ from typing import Any
 
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from peft import GraloraConfig
+from peft import GraloraConfig as PeftGraloraConfig
 from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
 from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
-from .targets import invalid_values
+from .config import PATTERNS, GraloraConfig, invalid_values
 from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
@@ -41,9 +41,9 @@ DENOISER = "denoiser"
 
 @dataclass
 class ComponentAdapter:
-    """The adapter of one component: its PEFT config and its tensors by PEFT's key."""
+    """The adapter of one component: its config and its tensors by PEFT's key."""
 
-    config: GraloraConfig
+    config: PeftGraloraConfig
     tensors: dict[str, Tensor]
 
 
@@ -71,15 +71,16 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         for component, part in adapter.components.items()
         for key, tensor in part.tensors.items()
     }
+    parts = sorted(adapter.components.items())
     description = {
-        "format_version": FORMAT_VERSION,
+        "components": {name: config_to_dict(part.config) for name, part in parts},
         "family": adapter.family,
-        "components": {name: config_to_dict(p.config) for name, p in adapter.components.items()},
+        "format_version": FORMAT_VERSION,
     }
     metadata = {
         **adapter.metadata,
         "format": "pt",
-        METADATA_KEY: json.dumps(description, indent=2, sort_keys=True),
+        METADATA_KEY: json.dumps(description, indent=2),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(tensors, path, metadata)
@@ -96,19 +97,27 @@ def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[
             f"{PEFT_PREFIX}{k}": v.detach().cpu().contiguous() for k, v in part.tensors.items()
         }
         write_safetensors(tensors, target / PEFT_WEIGHTS_NAME, {"format": "pt"})
-        text = json.dumps(config_to_dict(part.config), indent=2, sort_keys=True)
+        text = json.dumps(config_to_dict(part.config), indent=2)
         with replacing(target / PEFT_CONFIG_NAME) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
         folders.append(target)
     return folders
 
 
-def config_to_dict(config: GraloraConfig) -> dict[str, Any]:
-    """The config as JSON-ready values, without what only concerns the machine it was made on."""
+def config_to_dict(config: PeftGraloraConfig) -> dict[str, Any]:
+    """The config as JSON-ready values, without what only concerns the machine it was made on.
+
+    All is sorted but the patterns, of which the first that matches counts.
+    """
     values = config.to_dict()
     values.pop("runtime_config", None)
     values.update(base_model_name_or_path=None, inference_mode=True)
-    return {k: sorted(v) if isinstance(v, set) else v for k, v in values.items()}
+    for key, value in values.items():
+        if isinstance(value, set):
+            values[key] = sorted(value)
+        elif isinstance(value, dict) and key not in PATTERNS:
+            values[key] = dict(sorted(value.items()))
+    return dict(sorted(values.items()))
 
 
 def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
@@ -139,7 +148,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
     except (TypeError, ValueError) as error:
         problems = [str(error)]
     if problems:
-        raise AdapterFileError(f"{where}: the adapter's config is not valid: {problems[0]}")
+        raise AdapterFileError(f"{where}: the adapter's config is not valid: {'; '.join(problems)}")
     return config
 
 
@@ -294,7 +303,7 @@ def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
 
 def adapter_from_state_dict(
     state_dict: Mapping[str, Tensor],
-    config: GraloraConfig | Mapping[str, GraloraConfig | Mapping[str, Any]] | None,
+    config: PeftGraloraConfig | Mapping[str, PeftGraloraConfig | Mapping[str, Any]] | None,
     component_names: tuple[str, ...],
 ) -> Adapter:
     """Make an :class:`Adapter` from tensors in memory and their config.
@@ -305,7 +314,8 @@ def adapter_from_state_dict(
         component_names: components the pipeline has; the first is the denoiser.
 
     Raises:
-        AdapterFileError: no config, a component without one, or something that is no tensor.
+        AdapterFileError: no config, an impossible one, a component without one, or something that
+            is no tensor.
     """
     if config is None:
         raise AdapterFileError(
@@ -330,5 +340,7 @@ def adapter_from_state_dict(
             )
         if isinstance(chosen, Mapping):
             chosen = config_from_dict(chosen, f"config[{name!r}]")
+        elif problems := invalid_values(chosen):
+            raise AdapterFileError(f"The config for {name} is not valid: {'; '.join(problems)}")
         parts[name] = ComponentAdapter(chosen, part)
     return Adapter(parts)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 from peft import GraloraConfig
 from peft.tuners.tuners_utils import (
@@ -17,9 +16,10 @@ from peft.tuners.tuners_utils import (
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from .config import describe_unused, layer_settings, unused_patterns
+
 #: Base layers that GraLoRA can adapt; what to name in an error message.
 SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
-BIAS_CHOICES = ("none", "all", "gralora_only")
 
 
 class TargetError(ValueError):
@@ -53,10 +53,10 @@ def unsuitable(layer: nn.Module, r: int, k: int) -> str | None:
     if problem:
         return problem
     in_features, out_features, _ = layer_shape(layer)
-    widths = {"in_features": in_features, "out_features": out_features}
-    wrong = [f"{name}={width}" for name, width in widths.items() if width % k]
+    numbers = {"in_features": in_features, "out_features": out_features, "r": r}
+    wrong = [f"{name}={number}" for name, number in numbers.items() if number % k]
     if wrong:
-        smaller = [fit for fit in fitting_k([layer], r) if fit < k]
+        smaller = [fit for fit in fitting_k([layer], [r]) if fit < k]
         return (
             f"{' and '.join(wrong)} not divisible by gralora_k={k} "
             f"(largest k below that fits this layer and r={r}: {max(smaller, default=1)})"
@@ -64,10 +64,24 @@ def unsuitable(layer: nn.Module, r: int, k: int) -> str | None:
     return None
 
 
-def fitting_k(layers: Iterable[nn.Module], r: int) -> list[int]:
-    """Return every k that divides the rank and the widths of all these layers; 1 always does."""
+def fitting_k(layers: Iterable[nn.Module], ranks: Collection[int]) -> list[int]:
+    """Return every k that divides these ranks and the widths of all these layers; 1 always does."""
     widths = {width for layer in layers for width in layer_shape(layer)[:2]}
-    return [k for k in range(1, r + 1) if not any(width % k for width in {r, *widths})]
+    return [k for k in range(1, min(ranks) + 1) if not any(n % k for n in {*ranks, *widths})]
+
+
+def lowered_k(model: nn.Module, config: GraloraConfig) -> dict[str, int]:
+    """Return path -> k of the target layers whose widths the config's k does not divide.
+
+    That is the largest divisor of the layer's rank and of both its widths below the config's k. A
+    layer that no k helps, or whose rank k does not divide, is left for :func:`check_targets`.
+    """
+    lowered = {}
+    for path, layer in find_targets(model, config).items():
+        r, k, _ = layer_settings(config, path)
+        if unsupported(layer) is None and r % k == 0 and unsuitable(layer, r, k):
+            lowered[path] = max(fit for fit in fitting_k([layer], [r]) if fit < k)
+    return lowered
 
 
 def base_of(module: nn.Module) -> nn.Module:
@@ -131,52 +145,37 @@ def refuse(model: nn.Module, problems: Sequence[str]) -> None:
 
 
 def misfits(targets: Mapping[str, nn.Module], config: GraloraConfig) -> list[str]:
-    """Describe, in one text, the targets that this rank and k do not fit, and what would fit."""
-    r, k = config.r, config.gralora_k
-    reasons = {name: unsuitable(layer, r, k) for name, layer in targets.items()}
-    lines = [f"  {name}: {reason}" for name, reason in reasons.items() if reason]
+    """Describe, in one text, the targets that their rank and k do not fit, and what would fit."""
+    settings = {path: layer_settings(config, path) for path in targets}
+    reasons = {path: unsuitable(layer, *settings[path][:2]) for path, layer in targets.items()}
+    lines = [f"  {path}: {reason}" for path, reason in reasons.items() if reason]
     if not lines:
         return []
-    adaptable = [layer for layer in targets.values() if unsupported(layer) is None]
+    adaptable = [path for path, layer in targets.items() if unsupported(layer) is None]
     advice = "Choose targets without these layers."
-    if any(unsuitable(layer, r, k) for layer in adaptable):
-        choice = " or ".join(map(str, fitting_k(adaptable, r)))
-        advice = f"Choose gralora_k={choice}, or targets without these layers."
-    head = (
-        f"{len(lines)} of {len(targets)} target layers cannot take GraLoRA of r={r}, gralora_k={k}:"
+    if any(reasons[path] for path in adaptable):
+        if getattr(config, "k_pattern", None):
+            advice = "Choose another k for these layers in k_pattern, or targets without them."
+        else:
+            ranks = {settings[path].r for path in adaptable}
+            fits = fitting_k([targets[path] for path in adaptable], ranks)
+            advice = (
+                f"Choose gralora_k={' or '.join(map(str, fits))}, or targets without these layers, "
+                "or a smaller k for them in k_pattern."
+            )
+    r, k = config.r, config.gralora_k
+    wanted = (
+        f"r={r}, gralora_k={k}"
+        if {s[:2] for s in settings.values()} == {(r, k)}
+        else ("the r and gralora_k that the config gives them")
     )
+    head = f"{len(lines)} of {len(targets)} target layers cannot take GraLoRA of {wanted}:"
     return ["\n".join([head, *lines, advice])]
 
 
 def layer_of(key: str) -> str:
     """Return the path of the layer that a key of a factor belongs to."""
     return key.rsplit(".gralora_", 1)[0]
-
-
-def invalid_values(config: GraloraConfig) -> list[str]:
-    """Describe values of a config that fit no model."""
-    problems = []
-    if not isinstance(config.r, int) or config.r < 1:
-        problems.append(
-            f"`r` should be a positive integer value but the value passed is {config.r}"
-        )
-    if not isinstance(config.hybrid_r, int) or config.hybrid_r < 0:
-        problems.append(f"`hybrid_r` should be a non-negative integer but is {config.hybrid_r}")
-    if not isinstance(config.alpha, (int, float)) or not math.isfinite(config.alpha):
-        problems.append(f"`alpha` should be a finite number but is {config.alpha!r}")
-    if not 0.0 <= config.gralora_dropout < 1.0:
-        problems.append(f"`gralora_dropout` should be in [0, 1) but is {config.gralora_dropout}")
-    if config.bias not in BIAS_CHOICES:
-        problems.append(f"`bias` should be one of {', '.join(BIAS_CHOICES)} but is {config.bias!r}")
-    if isinstance(config.target_modules, str):
-        try:
-            re.compile(config.target_modules)
-        except re.error as error:
-            problems.append(
-                f"target_modules {config.target_modules!r} is not a regular expression: {error}. "
-                "For the endings of paths pass a list."
-            )
-    return problems
 
 
 def _unmatched(
@@ -204,7 +203,14 @@ def _unmatched(
     saved = config.modules_to_save if config.task_type is None else ()
     if absent := _naming_nothing(saved or (), names):
         problems.append(f"these modules_to_save match no module: {', '.join(absent)}.")
-    return problems
+    excluded = getattr(config, "exclude_modules", None) or ()
+    if isinstance(excluded, str):
+        absent = [] if any(re.fullmatch(excluded, name) for name in names) else [excluded]
+    else:
+        absent = _naming_nothing(excluded, names)
+    if absent:
+        problems.append(f"these exclude_modules match no module: {', '.join(absent)}.")
+    return problems + describe_unused(unused_patterns(config, targets), targets)
 
 
 def _naming_nothing(endings: Iterable[str], names: Sequence[str]) -> list[str]:

@@ -308,6 +308,7 @@ def _is_explained(message: str) -> bool:
         "--instance_data_dir empty",
         "--instance_data_dir dog --instance_prompt=",
         "--rank 10 --gralora_k 4",
+        "--rank_pattern a=9",
         "--with_prior_preservation --class_data_dir c",
         "--ranks 8",
         "--tokenizer_name x",

@@ -23,7 +23,7 @@ from gralora_diffusion.layers import GraloraLayer
 
 from . import models
 from .models import config, structure
-from .reference import relative_error
+from .reference import dense_update, relative_error
 
 
 def adapted(model: nn.Module) -> list[str]:
@@ -108,6 +108,75 @@ class TestTargets:
         layer = model.get_submodule("h.0.attn.c_attn")
         assert isinstance(layer.base_layer, Conv1D)
         assert layer.get_delta_weight("default").shape == layer.weight.shape == (32, 96)
+
+
+class TestPatterns:
+    TARGETS = ("to_q", "to_v", "conv1", "conv_in")
+    PATTERNS = {  # noqa: RUF012
+        "rank_pattern": {"to_q": 4, r"mid_block\..*to_[qv]": 12, "conv_in": 6},
+        "k_pattern": {r"attn2\.to_v": 2, "^conv_in": 2},
+        "alpha_pattern": {"conv1": 2.5},
+    }
+
+    @staticmethod
+    def expected(path: str) -> tuple[int, int, float]:
+        """Rank, k and alpha that these patterns give a layer, spelled out."""
+        end = path.rsplit(".", 1)[-1]
+        r = {"to_q": 4, "conv_in": 6}.get(end, 12 if "mid_block" in path and end == "to_v" else 8)
+        k = 2 if path.endswith("attn2.to_v") or end == "conv_in" else 4
+        return r, k, 2.5 if end == "conv1" else 16
+
+    def test_shapes_scaling_and_output(self):
+        model = inject(models.unet(), config(list(self.TARGETS), hybrid_r=2, **self.PATTERNS))
+        bare = models.unet()
+        state = {
+            key.replace(".base_layer", ""): tensor.double()
+            for key, tensor in model.state_dict().items()
+            if "gralora_" not in key
+        }
+        paths = adapted(model)
+        assert {self.expected(path)[0] for path in paths} == {4, 6, 8, 12}
+        for path in paths:
+            layer, (r, k, alpha) = model.get_submodule(path), self.expected(path)
+            A, B = layer.gralora_A["default"], layer.gralora_B["default"]
+            assert (A.shape[0], A.shape[2], *B.shape[:2]) == (k, r, k, r), path
+            assert layer.scaling == {"default": alpha / (r + 2)}, path
+            layer.set_scale("default", 0.5)
+            assert layer.scaling == {"default": 0.5 * alpha / (r + 2)}, path
+            down, up = (getattr(layer, f"gralora_{n}_general").default.weight for n in "AB")
+            update = dense_update(A, B)
+            update += torch.einsum("or,ri...->oi...", up.double().flatten(1), down.double())
+            state[f"{path}.weight"] += 0.5 * alpha / (r + 2) * update
+        bare.load_state_dict(state)
+        assert relative_error(denoise(model), denoise(bare)) < 1e-5
+
+    def test_a_second_adapter_on_the_same_layers_has_its_own(self):
+        model = inject(models.unet(), config(["to_q"]), "first")
+        inject(model, config(["to_q"], r=6, gralora_k=2, rank_pattern={"attn1.to_q": 10}), "second")
+        for path in adapted(model):
+            layer = model.get_submodule(path)
+            assert layer.r == {"first": 8, "second": 10 if "attn1" in path else 6}
+            assert layer.gralora_k == {"first": 4, "second": 2}
+
+    def test_through_peft(self, monkeypatch, tmp_path):
+        """PeftModel with our tuner saves and loads them; a config read by PEFT has lost them."""
+        mapping = peft.mapping.PEFT_TYPE_TO_TUNER_MAPPING
+        monkeypatch.setitem(mapping, peft.PeftType.GRALORA, GraloraTuner)
+        torch.manual_seed(0)
+        patterned = config(["fc1", "fc2"], rank_pattern={"fc1": 4, "0.mlp.fc[12]": 16})
+        model = peft.get_peft_model(models.text_encoder(), patterned).eval()
+        expected = encode(model)
+        model.save_pretrained(tmp_path)
+        torch.manual_seed(0)
+        loaded = PeftModel.from_pretrained(
+            models.text_encoder(), tmp_path, config=GraloraConfig.from_pretrained(tmp_path)
+        )
+        assert torch.equal(encode(loaded.eval()), expected)
+        with (
+            pytest.warns(UserWarning, match="rank_pattern.*ignored"),
+            pytest.raises(RuntimeError, match="size mismatch"),
+        ):
+            PeftModel.from_pretrained(models.text_encoder(), tmp_path)
 
 
 class TestOptions:
@@ -203,6 +272,25 @@ REFUSED = [
     (config(["to_q"], bias="some"), ["`bias` should be one of none, all, gralora_only"]),
     (config(["to_q"], r=0), ["`r` should be a positive integer"]),
     (config(["to_q"], hybrid_r=-1), ["`hybrid_r` should be a non-negative"]),
+    (config(["to_q"], rank_pattern={"to_[q": 4}), ["`rank_pattern` 'to_.q': not a regular expr"]),
+    (config(["to_q"], alpha_pattern={"to_q": None}), ["'to_q' should give a finite number"]),
+    (
+        config(["to_q", "nowhere", "conv_in"], r=8, rank_pattern={"to_v": 4}, k_pattern={"to": 2}),
+        [
+            "match no layer: nowhere",
+            "rank_pattern 'to_v' matches none of the 9 target layers, such as conv_in",
+            "k_pattern 'to' matches none",
+        ],
+    ),
+    (
+        config(["to_q", "conv_in"], k_pattern={"conv_in": 8}, rank_pattern={"attn1.to_q": 6}),
+        [
+            "5 of 9 target layers cannot take GraLoRA of the r and gralora_k that the config gives",
+            "conv_in: in_features=4 not divisible by gralora_k=8 .*: 4",
+            "attn1.to_q: r=6 not divisible by gralora_k=4 .*: 2",
+            "another k for these layers in k_pattern",
+        ],
+    ),
     (config(["to_q"], gralora_dropout=1.5), [r"`gralora_dropout` should be in \[0, 1\)"]),
     (
         config(["conv_in", "norm1", "nowhere"], r=8, gralora_k=8),

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
+from gralora_diffusion import GraloraConfig as PatternedConfig
 from gralora_diffusion import GraloraConv2d, GraloraLinear, inject
 
 from .reference import dense_update, relative_error
@@ -300,7 +301,7 @@ class TestAdapters:
         layer = net.eval().up
         before = layer.weight.clone()
         layer.merge()
-        layer.update_layer("default", "up", 4, config(r=4, gralora_k=2, alpha=4))
+        layer.update_layer("default", "up", config(r=4, gralora_k=2, alpha=4))
         assert relative_error(layer.weight, before) < 1e-6
         assert not layer.merged
         assert {n for n, _ in layer.named_parameters() if "gralora" in n} == {
@@ -324,6 +325,20 @@ class TestAdapters:
         layer.delete_adapter("b")
         assert relative_error(layer.weight, before) < 1e-6
         assert torch.equal(net(torch.ones(1, 8, 4, 4)), layer.base_layer(torch.ones(1, 8, 4, 4)))
+
+    def test_patterns_know_the_layer_by_its_path(self):
+        patterned = PatternedConfig(
+            **config().to_dict(),
+            rank_pattern={r"block\.up": 6},
+            k_pattern={"up": 2, "down": 1},
+            alpha_pattern={"up": 3},
+        )
+        for path, r, scaling in (("block.up", 6, 0.5), ("up", 8, 3 / 8), ("block.u", 8, 12 / 8)):
+            layer = GraloraLinear(nn.Linear(24, 16), "a", path, patterned)
+            k = 2 if path.endswith("up") else 4
+            assert layer.gralora_A["a"].shape == (k, 24 // k, r)
+            assert layer.gralora_B["a"].shape == (k, r, 16 // k)
+            assert layer.scaling["a"] == scaling
 
     @pytest.mark.parametrize("values", [{"gralora_k": 3, "r": 6}, {"r": 0}, {"hybrid_r": -1}])
     def test_refuses_what_cannot_be(self, values):

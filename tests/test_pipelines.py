@@ -332,6 +332,131 @@ class TestLoad:
             pipe.load_gralora_weights(folder, config=config())
 
 
+class TestPatterns:
+    """Layers of another rank, k and alpha, image for image."""
+
+    PATTERNS = {  # noqa: RUF012
+        "unet": {
+            "rank_pattern": {"to_q": 4, r"attn2\.to_[qk]": 16},  # sorted: another adapter
+            "k_pattern": {r"^mid_block\..*": 2, "to_v": 1},
+            "alpha_pattern": {"conv1": 3.5, r"attn1\..*": 20},
+        },
+        "text_encoder": {
+            "rank_pattern": {r"layers\.1\.self_attn\.q_proj": 16},
+            "k_pattern": {r"^encoder\.layers\.0\..*": 2},
+            "alpha_pattern": {"v_proj": 5},
+        },
+    }
+
+    @staticmethod
+    def expected(component: str, path: str) -> tuple[int, int, float]:
+        """Rank, k and alpha / (rank + hybrid rank) of a layer, spelled out."""
+        end = path.rsplit(".", 1)[-1]
+        if component == "text_encoder":
+            r = 16 if path == "encoder.layers.1.self_attn.q_proj" else 8
+            return r, 2 if ".0." in path else 4, (5 if end == "v_proj" else 16) / r
+        r = 4 if end == "to_q" else 16 if path.endswith("attn2.to_k") else 8
+        k = 2 if path.startswith("mid_block.") else 1 if end == "to_v" else 4
+        return r, k, (3.5 if end == "conv1" else 20 if ".attn1." in path else 16) / (r + 2)
+
+    @pytest.fixture
+    def source(self):
+        pipe = stable_diffusion()
+        torch.manual_seed(1)
+        inject(pipe.unet, config(hybrid_r=2, **self.PATTERNS["unet"]), "a")
+        inject(pipe.text_encoder, config(TEXT_TARGETS, **self.PATTERNS["text_encoder"]), "a")
+        return pipe
+
+    @pytest.fixture
+    def image(self, source):
+        """Drawn with the updates by the definition in the weights of a bare pipeline."""
+        pipe, seen = stable_diffusion(), set()
+        for component in BOTH:
+            model = getattr(pipe, component)
+            for path, layer in list(getattr(source, component).named_modules()):
+                if not isinstance(layer, GraloraLayer):
+                    continue
+                r, k, scaling = self.expected(component, path)
+                A, B = layer.gralora_A["a"], layer.gralora_B["a"]
+                assert (A.shape[0], A.shape[2], *B.shape[:2]) == (k, r, k, r), path
+                update = dense_update(A, B)
+                if component == "unet":
+                    down, up = (getattr(layer, f"gralora_{n}_general").a.weight for n in "AB")
+                    update += torch.einsum("or,ri...->oi...", up.double().flatten(1), down.double())
+                weight = model.get_submodule(path).weight
+                weight.data = (weight.double() + scaling * update).to(weight.dtype)
+                seen.add((component, r, k))
+        assert len(seen) > 8
+        return draw(pipe)
+
+    @pytest.mark.parametrize("name", ["native", "peft"])
+    def test_save_load_fuse(self, source, image, pipe, base, tmp_path, name):
+        assert relative_error(image, base) > 0.01
+        assert same(draw(source), image)
+        native = source.save_gralora_weights(tmp_path / "native")
+        source.save_gralora_weights(tmp_path / "peft", peft_format=True)
+        report = pipe.load_gralora_weights(tmp_path / name)
+        assert report.layers == {"unet": 44, "text_encoder": 4}
+        assert torch.equal(draw(pipe), draw(source))
+        assert pipe.save_gralora_weights(tmp_path / "again").read_bytes() == native.read_bytes()
+        pipe.fuse_gralora()
+        assert same(draw(pipe), image)
+        pipe.unfuse_gralora()
+        assert same(draw(pipe), image)
+        pipe.unload_gralora_weights()
+        assert same(draw(pipe), base)
+
+    def test_set_adapters(self, source, image, pipe, folder, tmp_path):
+        pipe.load_gralora_weights(source.save_gralora_weights(tmp_path), "a")
+        pipe.load_gralora_weights(folder, "b")
+        pipe.set_adapters(["a", "b"], [1.0, 0.0])
+        assert same(draw(pipe), image)
+        pipe.set_adapters("a", 0.25)
+        for component in BOTH:
+            for path, layer in getattr(pipe, component).named_modules():
+                if isinstance(layer, GraloraLayer):
+                    scaling = self.expected(component, path)[2]
+                    assert layer.scaling["a"] == pytest.approx(0.25 * scaling)
+
+    def test_a_state_dict_with_its_configs(self, source, image, pipe, tmp_path):
+        state = load_file(source.save_gralora_weights(tmp_path))
+        configs = {
+            "unet": config(hybrid_r=2, **self.PATTERNS["unet"]),
+            "text_encoder": {"r": 8, "gralora_k": 4, "alpha": 16, **self.PATTERNS["text_encoder"]},
+        }
+        pipe.load_gralora_weights(state, config=configs)
+        assert same(draw(pipe), image)
+
+    @pytest.mark.parametrize("targets", [TEXT_TARGETS, r"text_model\..*(q|v)_proj", None])
+    def test_keys_of_transformers_4(self, source, image, pipe, tmp_path, targets):
+        """There CLIPTextModel had one more level, which patterns may name."""
+
+        def older(tensors, description):
+            for key in [key for key in tensors if key.startswith("text_encoder.")]:
+                new = key.replace("text_encoder.", "text_encoder.text_model.")
+                tensors[new] = tensors.pop(key)
+            text = description["components"]["text_encoder"]
+            text["target_modules"] = targets
+            text["k_pattern"] = {r"^text_model\.encoder\.layers\.0\..*": 2}
+            text["rank_pattern"] = {r"text_model\.encoder\.layers\.1\.self_attn\.q_proj": 16}
+
+        source.save_gralora_weights(tmp_path)
+        pipe.load_gralora_weights(edit(older)(tmp_path, tmp_path / "old"))
+        assert same(draw(pipe), image)
+        again = stable_diffusion()
+        again.load_gralora_weights(pipe.save_gralora_weights(tmp_path / "again"))
+        assert torch.equal(draw(again), draw(pipe))
+
+    @pytest.mark.parametrize("name", ["rank_pattern", "k_pattern"])
+    def test_without_its_patterns_a_file_does_not_fit(self, source, pipe, name, tmp_path):
+        source.save_gralora_weights(tmp_path)
+        path = edit(lambda t, d: d["components"]["unet"].pop(name))(tmp_path, tmp_path / "changed")
+        before = structure(pipe.unet, pipe.text_encoder)
+        with pytest.raises(AdapterFileError, match=r"unet: \d+ tensors of another shape"):
+            pipe.load_gralora_weights(path)
+        assert structure(pipe.unet, pipe.text_encoder) == before
+
+
 class TestSave:
     def test_all_keys_are_the_modules_of_the_bare_pipeline(self, pipe, folder):
         stored = load_file(folder / WEIGHTS_NAME)

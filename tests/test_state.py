@@ -3,9 +3,11 @@
 import json
 import os
 import resource
+from pathlib import Path
 
 import pytest
 import torch
+from peft import GraloraConfig as StockConfig
 from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -64,6 +66,17 @@ def equal(one: Adapter, other: Adapter) -> bool:
     return True
 
 
+def peft_configs(adapter: Adapter, folder: Path) -> list[Path]:
+    return [part / "adapter_config.json" for part in save_peft_folders(adapter, folder)]
+
+
+def described_in(path: Path) -> str:
+    """The JSON of the configs in a native file or in a PEFT folder."""
+    if path.suffix == ".json":
+        return path.read_text().removesuffix("\n")
+    return raw(path)[1]["gralora_adapter_metadata"]
+
+
 def raw(path) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
     with safe_open(path, framework="pt") as file:
         return load_file(path), dict(file.metadata() or {})
@@ -109,6 +122,17 @@ class TestNativeFile:
             "target_modules": ["to_q", "to_v"],
             "task_type": None,
         }
+
+    def test_metadata_is_written_as_ever(self, adapter, tmp_path):
+        """Sorted and indented: an adapter without patterns has the bytes it always had."""
+        adapter.components["text_encoder"].config = StockConfig(
+            r=4, gralora_k=2, auto_mapping={"b": 1, "a": 2}, target_modules=["to_q"]
+        )
+        for path in (save_adapter(adapter, tmp_path / NAME), *peft_configs(adapter, tmp_path)):
+            text = described_in(path)
+            assert text == json.dumps(json.loads(text), indent=2, sort_keys=True)
+            assert 'pattern"' not in text.replace("layers_pattern", "")
+            assert "exclude_modules" not in text
 
     def test_read_again(self, adapter, tmp_path):
         adapter.components["unet"].tensors["block.to_q.gralora_B"] = torch.ones(2, 4, 5).bfloat16()
@@ -171,6 +195,39 @@ class TestNativeFile:
         finally:
             os.umask(before)
         assert path.stat().st_mode & 0o777 == 0o640
+
+
+class TestPatterns:
+    PATTERNS = {  # noqa: RUF012  sorted they would mean something else
+        "rank_pattern": {"to_q": 2, r"attn1\.to_[qk]": 8},
+        "k_pattern": {"to_v": 1, "^mid": 4, "a|b": 2},
+        "alpha_pattern": {"z": 0.5, "y": 3},
+    }
+
+    @pytest.mark.parametrize("peft", [False, True])
+    def test_come_back_exactly(self, adapter, tmp_path, peft):
+        given = config(**self.PATTERNS, exclude_modules=["x", "w"], inference_mode=True)
+        adapter.components["unet"].config = given
+        if peft:
+            (path, _) = peft_configs(adapter, tmp_path)
+            described = json.loads(described_in(path))
+        else:
+            path = save_adapter(adapter, tmp_path / NAME)
+            described = json.loads(described_in(path))["components"]["unet"]
+        assert described["exclude_modules"] == ["w", "x"]
+        read = read_adapter(tmp_path).components["unet"].config
+        assert read == given
+        for name, pattern in self.PATTERNS.items():
+            assert list(described[name].items()) == list(pattern.items())
+            assert list(getattr(read, name).items()) == list(pattern.items())
+
+    def test_only_what_is_there_is_written(self, tmp_path):
+        part = ComponentAdapter(config(k_pattern={"to_q": 1}), tensors())
+        (path,) = peft_configs(Adapter({"unet": part}), tmp_path)
+        text = path.read_text()
+        assert '"k_pattern": {' in text
+        assert "rank_pattern" not in text
+        assert "alpha_pattern" not in text
 
 
 class TestPeftFolders:
@@ -300,6 +357,12 @@ REFUSED = [
     (unet_config(r="4"), "config is not valid"),
     (unet_config(alpha=None), "config is not valid: `alpha` should be a finite number"),
     (unet_config(target_modules="*"), "config is not valid: .*not a regular expression"),
+    (unet_config(rank_pattern={"(": 2}), r"not valid: `rank_pattern` '\(': not a regular expr"),
+    (unet_config(rank_pattern=[8]), "not valid: `rank_pattern` should be a mapping"),
+    (
+        unet_config(k_pattern={"a": 0}, alpha_pattern={"b": "c"}),
+        "not valid: `k_pattern` 'a' should give a positive.*; `alpha_pattern` 'b' should give",
+    ),
     (unet_config(peft_type="LOHA"), "a LOHA adapter, not GraLoRA"),
     (described(lambda d: d["components"]["unet"].pop("alpha")), "config lacks alpha"),
     (described(lambda d: d["components"].update(unet=3)), "not a mapping but 3"),
@@ -353,6 +416,10 @@ class TestStateDict:
         [
             (None, "does not say rank, k and alpha"),
             ({"text_encoder": config()}, "weights for unet, but `config` has no 'unet'"),
+            (
+                config(rank_pattern={"*": 2}),
+                r"config for unet is not valid: `rank_pattern` '\*': not",
+            ),
             ({"unet": {"r": 4}}, r"config\['unet'\]: the adapter's config lacks gralora_k, alpha"),
         ],
     )

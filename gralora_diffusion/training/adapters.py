@@ -2,26 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+import logging
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers.training_utils import EMAModel
-from peft import GraloraConfig
 from torch import nn
 
 from ..compatibility import adapter_tensors, set_adapter_tensors
+from ..config import GraloraConfig, describe_unused, exact_pattern, unused_patterns
 from ..families import ModelFamily
-from ..injection import TargetError, inject
+from ..injection import inject
 from ..layers import GraloraLayer
 from ..state import Adapter, ComponentAdapter, config_to_dict, read_adapter
+from ..targets import find_targets, lowered_k
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
 from .config_checks import ConfigError
+from .config_plans import given_patterns
 from .optimizers import evaluating
 from .streams import seed_from
+
+logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
 
@@ -38,26 +44,58 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
     """Inject new adapters in fp32, the same for the same seed. Returns the components' names.
 
     Raises:
-        ConfigError: rank, k or targets do not fit the base; names every layer at fault.
+        ConfigError: rank, k, targets or patterns do not fit the base; names every layer at fault.
     """
     components = trained_components(config, family)
-    for component in components:
-        model = getattr(pipe, component)
-        if model is None:
-            raise ConfigError([f"--text_encoders names {component}, which this base lacks"])
+    models = {component: getattr(pipe, component) for component in components}
+    if lacking := [component for component, model in models.items() if model is None]:
+        raise ConfigError([f"--text_encoders names {', '.join(lacking)}, which this base lacks"])
+    for component, adapter_config in adapter_configs(models, family, config).items():
+        torch.manual_seed(seed_from(config.seed, "adapter", component))
         try:
-            adapter_config = _adapter_config(model, component, family, config)
-            torch.manual_seed(seed_from(config.seed, "adapter", component))
-            inject(model, adapter_config, ADAPTER_NAME)
-        except (TargetError, ValueError) as error:
-            flags = "--rank, --gralora_k, --lora_layers or --target_preset"
-            raise ConfigError([f"{flags} do not fit the base: {error}"]) from error
-        for layer in model.modules():
+            inject(models[component], adapter_config, ADAPTER_NAME)
+        except ValueError as error:
+            raise _misfit(error) from error
+        for layer in models[component].modules():
             if isinstance(layer, GraloraLayer):
                 # half precision would lose the small steps of an optimizer
                 layer.cast_adapter(ADAPTER_NAME, torch.float32)
                 layer.set_adapter(ADAPTER_NAME)
     return components
+
+
+def adapter_configs(
+    models: Mapping[str, nn.Module], family: ModelFamily, config: TrainingConfig
+) -> dict[str, GraloraConfig]:
+    """Return the config of each component's adapter, with k lowered where a width asks for it.
+
+    Each has the patterns that its layers take; what was lowered is logged.
+
+    Args:
+        models: the bare models by component; their weights are not looked at.
+
+    Raises:
+        ConfigError: a model has none of the preset's layers, or no layer takes a pattern.
+    """
+    try:
+        configs = {
+            component: _adapter_config(model, component, family, config)
+            for component, model in models.items()
+        }
+    except ValueError as error:
+        raise _misfit(error) from error
+    targets = {component: find_targets(models[component], c) for component, c in configs.items()}
+    if all(targets.values()):  # else there is worse to say
+        _check_patterns_used(config, configs, targets)
+    for component, adapter_config in configs.items():
+        lowered = lowered_k(models[component], adapter_config)
+        _log_lowered(component, lowered, len(targets[component]))
+        ks = exact_pattern(lowered, targets[component])
+        adapter_config.k_pattern = {**ks, **adapter_config.k_pattern}
+        for name, unused in unused_patterns(adapter_config, targets[component]).items():
+            pattern = getattr(adapter_config, name)
+            setattr(adapter_config, name, {k: v for k, v in pattern.items() if k not in unused})
+    return configs
 
 
 def _adapter_config(
@@ -68,6 +106,7 @@ def _adapter_config(
     if targets is None:
         preset = config.target_preset if is_denoiser else config.text_encoder_target_preset
         targets = family.resolve_preset(component, preset, model)
+    patterns: dict[str, Any] = config.patterns
     return GraloraConfig(
         r=config.rank,
         gralora_k=config.gralora_k,
@@ -75,7 +114,39 @@ def _adapter_config(
         alpha=config.alpha,
         gralora_dropout=config.lora_dropout,
         target_modules=targets,
+        **patterns,
     )
+
+
+def _check_patterns_used(
+    config: TrainingConfig,
+    configs: Mapping[str, GraloraConfig],
+    targets: Mapping[str, Mapping[str, nn.Module]],
+) -> None:
+    """Refuse the user's patterns from which no layer of any component takes its value."""
+    unused = [unused_patterns(configs[name], targets[name]) for name in configs]
+    idle = {
+        name: [key for key in given if all(key in part[name] for part in unused)]
+        for name, given in given_patterns(config).items()
+    }
+    paths = [path for part in targets.values() for path in part]
+    if problems := describe_unused(idle, paths):
+        raise ConfigError([f"--{problem}" for problem in problems])
+
+
+def _log_lowered(component: str, lowered: Mapping[str, int], count: int) -> None:
+    for k in sorted(set(lowered.values())):
+        paths = [path for path, lower in lowered.items() if lower == k]
+        some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        logger.info(
+            "%s: k is lowered to %d on %d of %d layers, as their widths ask for it: %s",
+            *(component, k, len(paths), count, some),
+        )
+
+
+def _misfit(error: ValueError) -> ConfigError:
+    flags = "--rank, --gralora_k, --lora_layers or --target_preset"
+    return ConfigError([f"{flags} do not fit the base: {error}"])
 
 
 def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
@@ -113,9 +184,14 @@ def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
         ours = config_to_dict(model.peft_config[ADAPTER_NAME])
         part = adapter.components.get(component)
         theirs = config_to_dict(part.config) if part else {}
-        differing = sorted(key for key in ours if ours[key] != theirs.get(key))
+        differing = sorted(
+            # as JSON, for the order of patterns counts
+            key
+            for key in {**ours, **theirs}
+            if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
+        )
         if part is None or differing or set(adapter.components) != set(components):
-            what = ", ".join(f"{k}: {theirs.get(k)} there, {ours[k]} here" for k in differing)
+            what = ", ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in differing)
             what = what or f"it adapts {', '.join(adapter.components)}"
             raise CheckpointError(
                 f"{path} is of another run ({what}). Resume with that run's options."

@@ -27,6 +27,7 @@ from .config_options import (
     PriorOptions,
     ValidationOptions,
 )
+from .config_plans import layer_patterns
 
 # diffusers' options that we have no use for, and what takes their place
 NOT_CARRIED = {
@@ -91,6 +92,14 @@ class TrainingConfig(
     def alpha(self) -> int:
         """``lora_alpha``, or what gives scaling 1."""
         return self.rank + self.hybrid_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        """``rank_pattern``, ``k_pattern`` and ``alpha_pattern`` as ``GraloraConfig`` takes them.
+
+        Without ``lora_alpha``, layers of another rank have the alpha that gives scaling 1.
+        """
+        return layer_patterns(self)
 
     @property
     def target_modules(self) -> list[str] | str | None:

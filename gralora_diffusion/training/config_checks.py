@@ -19,6 +19,7 @@ import torch
 
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
+from .config_plans import check_patterns
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -116,6 +117,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         check_data,
         _prior,
         _adapter,
+        check_patterns,
         _optimizer,
         _schedule,
         check_output,

@@ -168,7 +168,11 @@ class AdapterOptions:
     rank: int = option(
         16, "Parameters as a LoRA of this rank; the update's rank is up to gralora_k x rank"
     )
-    gralora_k: int = option(2, "Blocks per side of a weight; divides rank and widths. 1 is a LoRA")
+    gralora_k: int = option(
+        2,
+        "Blocks per side of a weight; divides the rank, and is lowered where it does not divide a "
+        "width. 1 is a LoRA",
+    )
     hybrid_rank: int = option(0, "Rank of a LoRA added over the whole layer")
     lora_alpha: int | None = option(
         None,
@@ -180,6 +184,15 @@ class AdapterOptions:
         None,
         "Layers to adapt instead: endings of module paths with commas between, or 're:' and a "
         "regular expression for the whole path",
+    )
+    rank_pattern: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Another rank for single layers: REGEX=RANK, one or several. The regular expression is for "
+        "the end of the layer's path; the first that matches counts",
+    )
+    k_pattern: list[str] | None = option(None, "The same for k: REGEX=K")  # noqa: RUF009
+    alpha_pattern: list[str] | None = option(  # noqa: RUF009
+        None, "The same for alpha: REGEX=ALPHA (default: as --lora_alpha says)"
     )
     train_text_encoder: bool = option(False, "Adapt the text encoders too")
     text_encoders: list[str] | None = option(  # noqa: RUF009

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ..tensor_files import replacing
 from .config import TrainingConfig
+from .config_plans import given_patterns
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
@@ -92,7 +93,8 @@ def write_card(
     shown = base if on_hub else Path(base).name
     trigger = config.instance_prompt
     parts = [f"GraLoRA adapter (rank {config.rank}, k = {config.gralora_k}"]
-    parts[0] += f", hybrid rank {config.hybrid_rank})" if config.hybrid_rank else ")"
+    parts[0] += f", hybrid rank {config.hybrid_rank}" if config.hybrid_rank else ""
+    parts[0] += "; other values on some layers)" if any(given_patterns(config).values()) else ")"
     parts[0] += f" for `{shown}`, trained with DreamBooth."
     if trigger:
         parts.append(f"Use the prompt `{trigger}` to call the subject.")

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import copy
+import logging
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
+from peft import GraloraConfig as PeftConfig
 
+from gralora_diffusion import inject
 from gralora_diffusion.families import get_family
-from gralora_diffusion.state import save_adapter
+from gralora_diffusion.layers import GraloraLayer
+from gralora_diffusion.state import config_to_dict, save_adapter
 from gralora_diffusion.training.adapters import (
+    adapter_configs,
     adapter_parameters,
     add_adapters,
     put_back,
@@ -20,6 +26,7 @@ from gralora_diffusion.training.adapters import (
     weights_for_use,
 )
 from gralora_diffusion.training.checkpoint import CheckpointError
+from gralora_diffusion.training.config_checks import ConfigError
 from tests.models import stable_diffusion
 from tests.training.runs import config
 
@@ -59,6 +66,120 @@ def test_targets(options: dict[str, Any], endings: set[str]) -> None:
         assert all(key.startswith("down_blocks.") for key in tensors)
 
 
+def layers(model: torch.nn.Module) -> dict[str, GraloraLayer]:
+    return {name: m for name, m in model.named_modules() if isinstance(m, GraloraLayer)}
+
+
+#: Endings whose widths are all divisible by 8, and two convolutions with one of 4.
+WIDE_AND_NARROW = "to_q,to_k,conv1,conv_in,conv_out"
+
+
+def test_patterns_of_rank_k_and_alpha_go_to_both_models() -> None:
+    pipe = adapted(
+        rank=8,
+        hybrid_rank=2,
+        gralora_k=4,
+        lora_layers=WIDE_AND_NARROW,
+        rank_pattern=[r"attn2\.to_[qk]=16", "to_q=4", "q_proj=12"],
+        k_pattern=["to_k=2", "1.self_attn.q_proj=2"],
+        alpha_pattern=["conv_in=2.5", "v_proj=5"],
+    )
+    assert set(layers(pipe.unet)) > {"conv_in", "conv_out"}
+    for path, layer in layers(pipe.unet).items():
+        end = path.rsplit(".", 1)[-1]
+        r = 16 if "attn2" in path else 4 if end == "to_q" else 8
+        assert layer.r == {"default": r}, path
+        assert layer.gralora_k == {"default": 2 if end == "to_k" else 4}, path
+        # without --lora_alpha the scaling is 1, whatever the rank
+        assert layer.scaling == {"default": 2.5 / 10 if end == "conv_in" else 1.0}, path
+    for path, layer in layers(pipe.text_encoder).items():
+        ours = path.endswith("q_proj")
+        assert layer.r == {"default": 12 if ours else 8}, path
+        assert layer.gralora_k == {"default": 2 if path.endswith("1.self_attn.q_proj") else 4}, path
+        assert layer.scaling == {"default": 5 / 10 if path.endswith("v_proj") else 1.0}, path
+    unet, text = (getattr(pipe, part).peft_config["default"] for part in BOTH)
+    assert unet.rank_pattern == {r"attn2\.to_[qk]": 16, "to_q": 4}
+    assert text.rank_pattern == {"q_proj": 12}
+    assert unet.alpha_pattern == {"conv_in": 2.5, r"attn2\.to_[qk]": 18, "to_q": 6}
+    assert text.alpha_pattern == {"v_proj": 5, "q_proj": 14}
+
+
+def test_a_given_alpha_holds_for_every_rank() -> None:
+    """As in PEFT's LoRA."""
+    pipe = adapted(rank=8, lora_alpha=4, rank_pattern=["to_q=16"], alpha_pattern=["to_k=2"])
+    for path, layer in layers(pipe.unet).items():
+        scaling = 4 / 16 if path.endswith("to_q") else 2 / 8 if path.endswith("to_k") else 4 / 8
+        assert layer.scaling == {"default": scaling}, path
+    assert pipe.unet.peft_config["default"].alpha_pattern == {"to_k": 2}
+
+
+def test_k_is_lowered_where_widths_ask_for_it(caplog: pytest.LogCaptureFixture) -> None:
+    """conv_in and conv_out have 4 channels on one side; the rest is 16 or 32 wide."""
+    caplog.set_level(logging.INFO)
+    pipe = adapted(rank=16, gralora_k=16, lora_layers=WIDE_AND_NARROW, k_pattern=["to_k=8"])
+    ks = {path: layer.gralora_k["default"] for path, layer in layers(pipe.unet).items()}
+    for path, k in ks.items():
+        expected = 4 if path in ("conv_in", "conv_out") else 8 if path.endswith("to_k") else 16
+        assert k == expected, path
+    said = [record.getMessage() for record in caplog.records]
+    assert said == [
+        f"unet: k is lowered to 4 on 2 of {len(ks)} layers, as their widths ask for it: conv_in, "
+        "conv_out"
+    ]
+    unet, text = (getattr(pipe, part).peft_config["default"] for part in BOTH)
+    assert unet.k_pattern == {"^(?:conv_in|conv_out)": 4, "to_k": 8}
+    assert text.k_pattern == {}
+    assert config_to_dict(text).keys() == config_to_dict(PeftConfig()).keys()
+    again = stable_diffusion().unet
+    inject(again, unet)  # which lowers nothing
+    assert {path: layer.gralora_k["default"] for path, layer in layers(again).items()} == ks
+
+
+def test_a_lowered_layer_takes_the_place_of_a_given_k() -> None:
+    pipe = adapted(rank=16, gralora_k=2, lora_layers="to_q,conv_in", k_pattern=["conv_in=16"])
+    assert layers(pipe.unet)["conv_in"].gralora_k == {"default": 4}
+    assert pipe.unet.peft_config["default"].k_pattern == {"^conv_in": 4}
+
+
+def test_configs_need_no_weights() -> None:
+    """Not even those of a model on the meta device, and nothing is injected."""
+    options = config(rank=16, gralora_k=16, lora_layers=WIDE_AND_NARROW, rank_pattern=["to_q=32"])
+    with torch.device("meta"):
+        bare = stable_diffusion().unet
+    (made,) = adapter_configs({"unet": bare}, FAMILY, options).values()
+    pipe = stable_diffusion()
+    add_adapters(pipe, FAMILY, options)
+    assert not layers(bare)
+    assert config_to_dict(made) == config_to_dict(pipe.unet.peft_config["default"])
+
+
+@pytest.mark.parametrize(
+    ("options", "texts"),
+    [
+        (
+            {"rank_pattern": ["to_z=8", "to_q=8", "attn1.to_q=4"], "alpha_pattern": ["fc7=1"]},
+            [
+                "--rank_pattern 'to_z' matches none of the 40 target layers, such as down_blocks",
+                "--rank_pattern 'attn1.to_q' has no effect: earlier ones take all 4 layers",
+                "--alpha_pattern 'fc7' matches none",
+            ],
+        ),
+        ({"lora_layers": "to_q,norm1"}, ["do not fit the base: UNet2.*norm1: a GroupNorm"]),
+        (
+            {"gralora_k": 4, "rank_pattern": ["to_[qk]=6"], "k_pattern": ["to_q=2"]},
+            [r"do not fit the base: .*\.to_k: r=6 not divisible by gralora_k=4"],
+        ),
+        # of what is not there, the layers are worse than the patterns
+        ({"lora_layers": "to_z", "rank_pattern": ["to_z=8"]}, ["target_modules to_z not found"]),
+    ],
+)
+def test_what_does_not_fit_the_base(options: dict[str, Any], texts: list[str]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        adapted(**options)
+    for problem, text in zip(caught.value.problems, texts, strict=True):
+        assert re.search(text, problem, re.DOTALL), problem
+
+
 def test_read_out_is_a_copy_and_put_back_restores(tmp_path: Path) -> None:
     pipe = adapted()
     before = read_out(pipe, FAMILY, BOTH)
@@ -75,6 +196,33 @@ def test_read_out_is_a_copy_and_put_back_restores(tmp_path: Path) -> None:
     assert all(p.requires_grad for p in adapter_parameters(pipe, "unet"))
     with pytest.raises(CheckpointError, match="it adapts text_encoder, unet"):
         put_back(pipe, ("unet",), tmp_path / "x.safetensors")
+
+
+PATTERNED = {"rank_pattern": ["attn1.to_q=8", "to_q=12"], "alpha_pattern": ["to_k=3", "to_v=2"]}
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({}, None),
+        ({"rank_pattern": None}, "rank_pattern: .* there, None here"),
+        ({"k_pattern": ["to_q=1"]}, "k_pattern: None there, {'to_q': 1} here"),
+        ({"alpha_pattern": ["to_k=3", "to_v=2.5"]}, "alpha_pattern: .*2.0.* there, .*2.5.* here"),
+        ({"alpha_pattern": ["to_v=2", "to_k=3"]}, "alpha_pattern: "),  # the order counts
+    ],
+)
+def test_put_back_compares_patterns(
+    tmp_path: Path, changes: dict[str, Any], text: str | None
+) -> None:
+    path = save_adapter(read_out(adapted(**PATTERNED), FAMILY, BOTH), tmp_path / "x.safetensors")
+    other = adapted(**{**PATTERNED, **changes}, seed=1)
+    if text is not None:
+        with pytest.raises(CheckpointError, match=text):
+            put_back(other, BOTH, path)
+        return
+    put_back(other, BOTH, path)
+    save_adapter(read_out(other, FAMILY, BOTH), tmp_path / "y.safetensors")
+    assert (tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("averaged", [False, True])

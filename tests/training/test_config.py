@@ -275,6 +275,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         prodigy_decouple=False,
         hub_token="hf_secret",
         lora_layers="re:.*to_[qk]$",
+        rank_pattern=[r"attn1\.to_[qk]=32", "a: 'b' # c=8"],
+        k_pattern=["{x}=1"],
         local_rank=-2,
     )
     text = config.to_yaml()
@@ -288,6 +290,8 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         "learning_rate",
         "prodigy_decouple",
         "lora_layers",
+        "rank_pattern",
+        "k_pattern",
         "local_rank",
     }
     file = tmp_path / "record.yaml"
@@ -392,6 +396,29 @@ BASE = "--pretrained_model_name_or_path"
         ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these for --gralora_k: 1, 3"),
         ("--lora_layers re:to_(q", "--lora_layers is 're:to_(q': not a regular expression"),
         ("--lora_layers ,", "--lora_layers is empty. Name layers such as to_q,to_v"),
+        # single layers
+        ("--rank_pattern to_q", "--rank_pattern has 'to_q': it must be REGEX=VALUE, a regular"),
+        ("--k_pattern =4", "--k_pattern has '=4': it must be REGEX=VALUE"),
+        ("--rank_pattern to_(q=8", "--rank_pattern has 'to_(q=8': 'to_(q' is not a regular expr"),
+        ("--k_pattern (?i)to_q=2", "--k_pattern has '(?i)to_q=2': '(?i)to_q' is not a regular"),
+        ("--rank_pattern a=b=8.0", "has 'a=b=8.0': '8.0' must be a whole number of at least 1"),
+        ("--k_pattern a=0", "--k_pattern has 'a=0': '0' must be a whole number of at least 1"),
+        ("--alpha_pattern a=", "--alpha_pattern has 'a=': '' must be a number above 0"),
+        ("--alpha_pattern a=nan", "has 'a=nan': 'nan' must be a number above 0"),
+        ("--alpha_pattern a=inf", "has 'a=inf': 'inf' must be a number above 0"),
+        ("--alpha_pattern a=1 b=2 a=3", "--alpha_pattern has 'a' twice. Keep one"),
+        (
+            "--rank_pattern a=9",
+            "--rank_pattern has 'a=9', and k is 2 for these layers; k must divide the rank. Give "
+            "another rank, or these layers a k that divides 9 by --k_pattern 'a=...'",
+        ),
+        ("--rank_pattern a=9 --k_pattern a=2", "has 'a=9', and k is 2 for these layers"),
+        ("--rank_pattern a=9 --k_pattern b=4 a=6", "has 'a=9', and k is 2 or 4 or 6 for these"),
+        (
+            "--k_pattern a=3",
+            "--k_pattern has 'a=3', and the rank is 16 for these layers; k must divide the rank. "
+            "Give another k, or these layers a rank that 3 divides by --rank_pattern 'a=...'",
+        ),
         # the optimizer and its schedule
         (
             "--optimizer Prodgy",
@@ -509,6 +536,11 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
         "--with_prior_preservation --class_prompt c --prior_source teacher",
         "--instance_prompt= --instance_data_dir captioned",
         "--rank 12 --gralora_k 3 --hybrid_rank 5",
+        r"--rank_pattern attn1\.to_[qk]=32 to_q=8 --alpha_pattern a=0.5 b=2 --k_pattern to_k=1",
+        "--rank_pattern a=9 --k_pattern a=3",
+        "--rank_pattern a=9 --k_pattern b=3",  # b may be a's layers
+        "--rank_pattern a=8 b=9 --k_pattern c=9",
+        "--rank_pattern (?!x=1)a=8",
         "--lora_layers to_q,to_v",
         "--lora_layers re:.*to_[qv]",
         "--optimizer schedulefree --lr_warmup_steps 10",
@@ -603,6 +635,24 @@ def test_alpha_and_targets() -> None:
     assert TrainingConfig().target_modules is None
     assert TrainingConfig(lora_layers="to_q, to_out.0,").target_modules == ["to_q", "to_out.0"]
     assert TrainingConfig(lora_layers="re:.*to_[qv]").target_modules == ".*to_[qv]"
+
+
+def test_patterns() -> None:
+    options = TrainingConfig(
+        rank=16,
+        hybrid_rank=4,
+        rank_pattern=[r"attn1\.to_[qk]=32", "a=b=8"],
+        k_pattern=["to_q=1"],
+        alpha_pattern=["z=0.5", "a=b=3"],
+    )
+    patterns = {"rank_pattern": {r"attn1\.to_[qk]": 32, "a=b": 8}, "k_pattern": {"to_q": 1}}
+    given = {"z": 0.5, "a=b": 3.0}
+    assert options.patterns == patterns | {"alpha_pattern": given | {r"attn1\.to_[qk]": 36}}
+    assert list(options.patterns["alpha_pattern"]) == ["z", "a=b", r"attn1\.to_[qk]"]
+    options.lora_alpha = 5
+    assert options.patterns == patterns | {"alpha_pattern": given}
+    nothing = {"rank_pattern": {}, "k_pattern": {}, "alpha_pattern": {}}
+    assert TrainingConfig().patterns == nothing
 
 
 def test_the_table_in_the_docs_is_up_to_date() -> None:

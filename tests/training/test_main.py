@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 
 import gralora_diffusion.training.loop as loop
+from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.training.main import main
+from tests.models import stable_diffusion
 from tests.training.runs import (
     arguments,
     assert_same_run,
@@ -59,6 +61,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ),
     ({"family": "sdxl"}, r"--family is 'sdxl'; it must be one of .*stable-diffusion"),
     ({"with_prior_preservation": True}, r"--class_prompt is missing"),
+    ({"rank_pattern": ["to_(q=8"]}, r"--rank_pattern has 'to_\(q=8': 'to_\(q' is not a regular"),
     ({"optimizer": "adamv"}, r"--optimizer is 'adamv'; it must be one of .*adamw"),
     ({"learning_rate": "fast"}, r"--learning_rate.*invalid float value: 'fast'"),
     ({"learing_rate": 1}, r"--learing_rate is not an option. Did you mean learning_rate"),
@@ -117,7 +120,7 @@ def test_wrong_pictures_are_named(
     assert not (tmp_path / "out").exists()
 
 
-def test_widths_that_k_does_not_divide_are_all_named(
+def test_layers_that_cannot_be_adapted_are_all_named(
     base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     got = error_of(
@@ -126,14 +129,31 @@ def test_widths_that_k_does_not_divide_are_all_named(
         pretrained_model_name_or_path=base,
         instance_data_dir=pictures,
         output_dir=tmp_path / "out",
-        rank=6,
-        gralora_k=3,
+        lora_layers="norm1,norm2",
     )
     assert "--rank, --gralora_k, --lora_layers or --target_preset do not fit the base" in got
-    layers = got.count("not divisible by gralora_k=3")
+    layers = got.count("Norm, which is not supported")
+    assert layers > 8
     assert f"{layers} of {layers} target layers" in got
-    assert "Choose gralora_k=1 or 2" in got
     assert not (tmp_path / "out").exists()
+
+
+def test_widths_that_k_does_not_divide_get_a_smaller_one(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    """The user is told, and the saved adapter knows it: widths are powers of two."""
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    options |= {"max_train_steps": 1, "rank": 6, "gralora_k": 3, "lora_alpha": 3}
+    options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}
+    done = run_script(**options)
+    assert done.returncode == 0, done.stderr
+    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths ask for it: " in done.stderr
+    pipe = stable_diffusion()
+    pipe.load_gralora_weights(tmp_path / "out")
+    for path, layer in pipe.unet.named_modules():
+        if isinstance(layer, GraloraLayer):
+            assert layer.gralora_k == {"default": 2}
+            assert layer.scaling == {"default": 2.0 if path.endswith("to_q") else 0.5}
 
 
 def test_nan_ends_with_one(

@@ -37,6 +37,7 @@ def finished(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactor
         validation_inference_steps=2,
         report_to="tensorboard",
         optimizer="schedulefree",
+        rank_pattern=["attn1.to_q=8", "to_q=2"],
     )
 
 
@@ -118,6 +119,8 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert (finished / picture).is_file()
     (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert yaml.safe_load(options)["rank"] == 4
+    assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
+    assert "(rank 4, k = 2; other values on some layers)" in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     code = code.replace("path/to/base", str(base)).replace("path/to/this/folder", str(finished))
     namespace: dict[str, Any] = {}

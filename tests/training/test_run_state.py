@@ -25,7 +25,13 @@ def stopped_after(step: int, whole: Path, folder: Path) -> Path:
     "options",
     [
         {"lora_dropout": 0.2, "random_flip": True, "gradient_accumulation_steps": 2},
-        {"train_text_encoder": True, "optimizer": "schedulefree", "hybrid_rank": 2},
+        {
+            "train_text_encoder": True,
+            "optimizer": "schedulefree",
+            "hybrid_rank": 2,
+            "rank_pattern": ["to_q=8", "q_proj=2"],
+            "k_pattern": ["to_v=1"],
+        },
         {"use_ema": True, "lr_scheduler": "cosine", "cache_latents": False, "noise_offset": 0.1},
         {"optimizer": "prodigy", "learning_rate": 1, "lr_scheduler": "linear", "snr_gamma": 5},
         {"optimizer": "adafactor", "caption_dropout": 0.5, "gradient_checkpointing": True},
