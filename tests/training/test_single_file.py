@@ -7,7 +7,7 @@ import logging
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -99,19 +99,23 @@ class Base:
         self.name = name
         self.pipe, self.other = build(name, 0), build(name, 1)
         self.tensors = ORIGINALS[name](self.pipe)
-        self.folder, self.other_folder = folder / "same", folder / "other"
-        self.pipe.save_pretrained(self.folder)
+        self.place, self.other_folder = folder, folder / "other"
         # without weights of the denoiser, which every file has
         denoiser = get_family(name).denoiser
         for part, component in self.other.components.items():
             if part != denoiser and component is not None:
                 component.save_pretrained(self.other_folder / part)
         getattr(self.other, denoiser).save_config(self.other_folder / denoiser)
-        shutil.copy(self.folder / "model_index.json", self.other_folder)
+        self.other.save_config(self.other_folder)
+
+    @cached_property
+    def folder(self) -> Path:
+        self.pipe.save_pretrained(self.place / "same")
+        return self.place / "same"
 
     def file(self, parts: tuple[str, ...] = (), *, bare: bool = False) -> Path:
         """A file with the denoiser and these models; with ``bare`` keys, the denoiser alone."""
-        path = self.folder.with_name(f"{'-'.join(parts)} {bare}.safetensors")
+        path = self.place / f"{'-'.join(parts)} {bare}.safetensors"
         if not path.exists():
             absent = [start for part, start in PARTS[self.name].items() if part not in parts]
             tensors = without(self.tensors, *absent)
@@ -203,6 +207,7 @@ def test_the_folders_adapter(
         "max_train_steps": 2,
         "resolution": 32,
         "train_text_encoder": bool(family.text_encoders) or None,
+        "max_sequence_length": 8 if family.max_sequence_length else None,
         "mixed_precision": "bf16" if base.pipe.dtype == torch.bfloat16 else "no",
     }
     one = run(pretrained_model_name_or_path=base.folder, output_dir=tmp_path / "one", **shared)
