@@ -73,6 +73,7 @@ def workplace(tmp_path, monkeypatch):
     """The repository as the docs' reader has it, with pictures of his own beside."""
     for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "my_base.safetensors").touch()
     (tmp_path / "my_pictures").mkdir()
     for i in range(3):
         Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / f"my_pictures/{i}.jpg")

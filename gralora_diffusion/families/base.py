@@ -68,9 +68,14 @@ class ModelFamily(ABC):
 
     #: Names that diffusers' ``infer_diffusers_model_type`` gives to this family's single files.
     single_file_types: tuple[str, ...] = ()
+    #: Keys that the denoiser has in every single file of this family. If those of several families
+    #: are there, the one with the most of them is meant.
+    single_file_keys: tuple[str, ...] = ()
     #: text encoder -> how its keys begin in a single file; one that lacks is left out or taken
     #: from another base.
     single_file_prefixes: Mapping[str, str] = MappingProxyType({})
+    #: Whether the pipeline that diffusers knows for such a file is of this family.
+    single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
     #: Training options -> values that suit this family, where the user leaves them open.

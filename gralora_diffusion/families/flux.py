@@ -65,6 +65,7 @@ class Flux(ModelFamily):
     max_sequence_length = 512
     patch_size = 2
     single_file_types = ("flux-dev", "flux-schnell")
+    single_file_keys = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
     single_file_prefixes = MappingProxyType(
         {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."}
     )

@@ -40,6 +40,10 @@ class Flux2(ModelFamily):
     default_resolution = 1024
     max_sequence_length = 512
     single_file_types: tuple[str, ...] = ("flux-2-dev",)
+    single_file_keys: tuple[str, ...] = (
+        "single_stream_modulation.lin.weight",
+        "guidance_in.in_layer.weight",
+    )
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(

@@ -12,6 +12,10 @@ class Flux2Klein(Flux2):
         "Flux2KleinInpaintPipeline",
         "Flux2KleinKVPipeline",
     )
+    # diffusers takes a klein file for dev, which has guidance as an input; and there are several
+    # kleins, which keys do not tell apart
+    single_file_keys = ("single_stream_modulation.lin.weight",)
+    single_file_default = False
 
 
 FAMILY = Flux2Klein()

@@ -63,6 +63,10 @@ class StableDiffusion(ModelFamily):
     target_presets: ClassVar = {"unet": UNET_PRESETS, "text_encoder": CLIP_PRESETS}
     default_resolution = 512
     single_file_types: tuple[str, ...] = ("v1", "v2")
+    single_file_keys: tuple[str, ...] = ("input_blocks.0.0.weight",)
+    single_file_prefixes: Mapping[str, str] = MappingProxyType(
+        {"text_encoder": "cond_stage_model."}
+    )
     load_options: Mapping[str, Any] = MappingProxyType(
         {"safety_checker": None, "requires_safety_checker": False}
     )

@@ -53,6 +53,7 @@ class StableDiffusion3(ModelFamily):
     max_sequence_length = 256
     patch_size = 2
     single_file_types = ("sd3", "sd35_large", "sd35_medium")
+    single_file_keys = ("joint_blocks.0.x_block.attn.qkv.weight",)
     single_file_prefixes = MappingProxyType(
         {
             "text_encoder": "text_encoders.clip_l.",

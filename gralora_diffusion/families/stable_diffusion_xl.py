@@ -45,6 +45,13 @@ class StableDiffusionXL(StableDiffusion):
     }
     default_resolution = 1024
     single_file_types = ("xl_base",)
+    single_file_keys = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
+    single_file_prefixes = MappingProxyType(
+        {
+            "text_encoder": "conditioner.embedders.0.",
+            "text_encoder_2": "conditioner.embedders.1.",
+        }
+    )
     load_options = MappingProxyType({"add_watermarker": False})
 
     def encode_prompts(

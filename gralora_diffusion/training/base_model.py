@@ -4,63 +4,76 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import nn
 
-from ..families import ModelFamily, find_family, get_family, list_families
+from ..families import ModelFamily, get_family, list_families
 from .config import TrainingConfig
 from .config_checks import ConfigError
+from .pipeline_index import PipelineIndex
+from .single_file import SingleFile, without_text_encoder
+
+LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def find_base_family(config: TrainingConfig) -> ModelFamily:
     """Tell the family of the base from its index or its keys, before any weight is loaded.
 
     Raises:
-        ConfigError: the base is not there, not readable, or of no supported family.
+        ConfigError: the base is not there, not readable, or of no supported family, or the family
+            has no such text encoder to leave out.
     """
     base = config.pretrained_model_name_or_path
     if config.family and config.family not in list_families():
         raise ConfigError(
             [f"--family is {config.family!r}; it must be one of {', '.join(list_families())}"]
         )
+    index = None
+    if not Path(base).is_file():
+        index = PipelineIndex(
+            "pretrained_model_name_or_path", base, config.cache_dir, config.revision
+        )
+    elif config.base_config:
+        index = PipelineIndex("base_config", config.base_config, config.cache_dir)
+    family = _told_family(config, index)
     if Path(base).is_file():
-        family, found = _family_of_file(Path(base)), "this single file"
-    else:
-        try:
-            index = DiffusionPipeline.load_config(
-                base, revision=config.revision, cache_dir=config.cache_dir
-            )
-        except (OSError, ValueError) as error:
-            raise ConfigError(
-                [
-                    f"--pretrained_model_name_or_path {base}: no diffusers pipeline there "
-                    f"({error}). Give a folder with model_index.json, a Hub id such as "
-                    "stable-diffusion-v1-5/stable-diffusion-v1-5, or one .safetensors checkpoint"
-                ]
-            ) from error
-        found = str(index.get("_class_name"))
-        family = find_family(getattr(diffusers, found, object))
-    if config.family:
-        chosen = get_family(config.family)
-        if family and family is not chosen:
-            raise ConfigError(
-                [f"--family {config.family}, but the base is {family.name} ({found})"]
-            )
-        return chosen
-    if family is None:
+        family = SingleFile(Path(base)).find_family(family)
+    assert family is not None
+    allowed = family.optional_text_encoders
+    if wrong := [name for name in config.leave_out_text_encoders or () if name not in allowed]:
         raise ConfigError(
             [
-                f"--pretrained_model_name_or_path {base}: {found} is of no supported family "
-                f"({', '.join(list_families())}). If it is one of them, say --family"
+                f"--leave_out_text_encoders is {' '.join(wrong)}; the text encoders that "
+                f"{family.name} can do without are: {', '.join(allowed) or 'none'}"
             ]
         )
     return family
+
+
+def _told_family(config: TrainingConfig, index: PipelineIndex | None) -> ModelFamily | None:
+    """The family that ``--family`` and the index, if there is one, agree on."""
+    chosen = get_family(config.family) if config.family else None
+    if index is None:
+        return chosen
+    if chosen and index.family and index.family is not chosen:
+        raise ConfigError(
+            [
+                f"--family {config.family}, but --{index.option} is {index.family.name} "
+                f"({index.pipeline_class})"
+            ]
+        )
+    if not (chosen or index.family):
+        raise ConfigError(
+            [
+                f"--{index.option} {index.source}: {index.pipeline_class} is of no supported "
+                f"family ({', '.join(list_families())}). If it is one of them, say --family"
+            ]
+        )
+    return chosen or index.family
 
 
 def load_base(
@@ -77,40 +90,34 @@ def load_base(
     Raises:
         ConfigError: the base cannot be loaded or is not one to train.
     """
-    base = config.pretrained_model_name_or_path
+    base, revision = config.pretrained_model_name_or_path, config.revision
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # a component that is given is not loaded from the base
-    given: dict[str, Any] = {**family.load_options, **_vae(config, vae_dtype)}
+    given: dict[str, Any] = {**family.load_options, **_vae(config, pipeline_class, vae_dtype)}
+    for name in config.leave_out_text_encoders or ():
+        given |= without_text_encoder(name)
     try:
         if Path(base).is_file():
-            # in fp32 first: the VAE is to stay as exact as the file has it
-            pipe = pipeline_class.from_single_file(
-                base,
-                dtype=torch.float32,
-                config=config.base_config,
-                cache_dir=config.cache_dir,
-                **given,
-            )
-            for name, component in pipe.components.items():
-                wanted = vae_dtype if name == "vae" else dtype
-                if isinstance(component, nn.Module) and component.dtype != wanted:
-                    component.to(wanted)
-        else:
-            pipe = pipeline_class.from_pretrained(
-                base,
-                dtype={"default": dtype, "vae": vae_dtype},
-                variant=config.variant,
-                revision=config.revision,
-                cache_dir=config.cache_dir,
-                **given,
-            )
+            file = SingleFile(Path(base))
+            base, parts = file.load(config, family, dtype, vae_dtype, given)
+            given, revision = {**parts, **given}, None
+        pipe = pipeline_class.from_pretrained(
+            base,
+            dtype={"default": dtype, "vae": vae_dtype},
+            variant=config.variant,
+            revision=revision,
+            cache_dir=config.cache_dir,
+            **given,
+        )
         family.check_base(pipe)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        hint = ""
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        base, hint = config.pretrained_model_name_or_path, ""
         if Path(base).is_file() and config.base_config is None:
             hint = (
-                ". A single file takes its configuration from the Hub; offline, give a folder with "
-                "the pipeline's configuration as --base_config"
+                ". What a single file lacks comes from the Hub; offline, give a folder with a "
+                "pipeline of the same kind as --base_config"
             )
         raise ConfigError(
             [f"--pretrained_model_name_or_path {base} cannot be used: {error}{hint}"]
@@ -135,37 +142,21 @@ def _remove_dropout(model: nn.Module) -> None:
             setattr(module, attribute, 0.0)
 
 
-def _vae(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
+def _vae(config: TrainingConfig, pipeline_class: type, dtype: torch.dtype) -> dict[str, Any]:
     """The VAE that takes the place of the base's, if there is to be one."""
     source = config.pretrained_vae_model_name_or_path
     if not source:
         return {}
+    # the annotation is the class that the pipeline was written for
+    wanted = get_type_hints(pipeline_class.__init__)["vae"]  # type: ignore[misc]
+    option = f"--pretrained_vae_model_name_or_path {source}"
     try:
-        vae = AutoencoderKL.from_pretrained(source, dtype=dtype, cache_dir=config.cache_dir)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            [f"--pretrained_vae_model_name_or_path {source} cannot be used: {error}"]
-        ) from error
+        found = wanted.load_config(source, cache_dir=config.cache_dir).get("_class_name")
+        if found not in (wanted.__name__, None):
+            raise ConfigError([f"{option} is {found}; the base needs {wanted.__name__}"])
+        vae = wanted.from_pretrained(source, dtype=dtype, cache_dir=config.cache_dir)
+    except ConfigError:
+        raise
+    except LOADING_ERRORS as error:
+        raise ConfigError([f"{option} cannot be used: {error}"]) from error
     return {"vae": vae}
-
-
-def _family_of_file(path: Path) -> ModelFamily | None:
-    try:
-        with safe_open(path, framework="pt") as file:
-            # only names and shapes are needed, so a meta tensor stands for each
-            checkpoint = {
-                key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-                for key in file.keys()  # noqa: SIM118
-            }
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(
-            [
-                f"--pretrained_model_name_or_path {path}: not a whole .safetensors file ({error}). "
-                "Other formats (.ckpt, .gguf) must be converted first"
-            ]
-        ) from error
-    kind = infer_diffusers_model_type(checkpoint)
-    known = any(key.startswith("model.diffusion_model.") for key in checkpoint)
-    families = [get_family(name) for name in list_families()]
-    # "v1" is also what diffusers says of keys that it does not know
-    return next((f for f in families if known and kind in f.single_file_types), None)

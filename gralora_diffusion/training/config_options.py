@@ -32,14 +32,19 @@ class BaseModelOptions:
     )
     base_config: str | None = option(
         None,
-        "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, "
-        "whose configuration is used (default: found on the Hub)",
+        "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, for "
+        "the configuration and the models that the file lacks (default: found on the Hub)",
     )
     revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
     variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
     cache_dir: str | None = option(None, "Folder for what is downloaded (default: the Hub's own)")
     pretrained_vae_model_name_or_path: str | None = option(
         None, "VAE to use in place of the base's: a folder or a Hub id"
+    )
+    leave_out_text_encoders: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Text encoders to load the base without, to save memory, such as text_encoder_3 (T5) of "
+        "Stable Diffusion 3",
     )
     family: str | None = option(
         None, "Model family of the base, such as stable-diffusion (default: found from the base)"

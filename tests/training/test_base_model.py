@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -9,16 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import save_file
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from transformers import CLIPImageProcessor
 
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.config_checks import ConfigError
-from tests.models import stable_diffusion, vae
-from tests.training.ldm import save_single_file
-from tests.training.runs import assert_close, config, run
+from tests.models import PIPELINES, stable_diffusion, vae
+from tests.training.runs import config
 
 FAMILY = get_family("stable-diffusion")
 
@@ -52,28 +51,6 @@ def test_folder(base: Path, dtype: torch.dtype) -> None:
     assert not any(p.requires_grad for m in (pipe.unet, pipe.vae) for p in m.parameters())
 
 
-def test_single_file_gives_the_folders_adapter(base: Path, pictures: Path, tmp_path: Path) -> None:
-    file = save_single_file(
-        StableDiffusionPipeline.from_pretrained(base), tmp_path / "sd.safetensors"
-    )
-    chosen = config(pretrained_model_name_or_path=file, base_config=base)
-    assert find_base_family(chosen) is FAMILY
-    pipe = load_base(chosen, FAMILY, torch.float32)
-    assert_same_weights(pipe, StableDiffusionPipeline.from_pretrained(base))
-    half = load_base(chosen, FAMILY, torch.bfloat16)
-    assert (half.unet.dtype, half.text_encoder.dtype) == (torch.bfloat16, torch.bfloat16)
-    assert torch.equal(half.vae.decoder.conv_in.weight, pipe.vae.decoder.conv_in.weight)
-    shared = {"instance_data_dir": pictures, "train_text_encoder": True, "max_train_steps": 2}
-    one = run(pretrained_model_name_or_path=base, output_dir=tmp_path / "folder", **shared)
-    two = run(
-        pretrained_model_name_or_path=file,
-        base_config=base,
-        output_dir=tmp_path / "file",
-        **shared,
-    )
-    assert_close(one, two, 1e-4)  # the VAE's attention comes as convolutions of one pixel
-
-
 def test_half_precision_variant_with_all_that_sd_ships(base: Path, tmp_path: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base, dtype=torch.float16)
     pipe.save_pretrained(tmp_path / "base", variant="fp16")
@@ -105,6 +82,60 @@ def test_another_vae(base: Path, tmp_path: Path) -> None:
         load_base(chosen, FAMILY, torch.float32)
 
 
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_another_vae_of_every_family(name: str, tmp_path: Path) -> None:
+    """A VAE that was saved in half precision takes its place in fp32; of another kind, it is
+    refused."""
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    other = PIPELINES[name](seed=9).vae.half()
+    other.save_pretrained(tmp_path / "vae")
+    options = {"pretrained_model_name_or_path": tmp_path / "base"}
+    chosen = config(**options, pretrained_vae_model_name_or_path=tmp_path / "vae")
+    pipe = load_base(chosen, get_family(name), torch.bfloat16)
+    for key, tensor in pipe.vae.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[key].to(tensor.dtype)), key
+    assert pipe.vae.dtype == torch.float32
+    wrong = "stable-diffusion" if type(other) is not AutoencoderKL else "flux2"
+    PIPELINES[wrong]().vae.save_pretrained(tmp_path / "wrong")
+    chosen = config(**options, pretrained_vae_model_name_or_path=tmp_path / "wrong")
+    with pytest.raises(ConfigError, match=f"; the base needs {type(other).__name__}$"):
+        load_base(chosen, get_family(name), torch.float32)
+
+
+def test_text_encoders_left_out(tmp_path: Path) -> None:
+    pipe = PIPELINES["stable-diffusion-3"]()
+    pipe.save_pretrained(tmp_path)
+    t5 = tmp_path / "text_encoder_3" / "model.safetensors"
+    t5.unlink()  # what is left out is not read
+    chosen = config(
+        pretrained_model_name_or_path=tmp_path, leave_out_text_encoders=["text_encoder_3"]
+    )
+    loaded = load_base(chosen, find_base_family(chosen), torch.float32)
+    assert (loaded.text_encoder_3, loaded.tokenizer_3) == (None, None)
+    assert loaded.text_encoder_2 is not None
+    assert loaded.tokenizer_2 is not None
+    problem = problem_of(tmp_path, leave_out_text_encoders=["text_encoder_3", "text_encoder_2"])
+    assert "--leave_out_text_encoders is text_encoder_2; the text encoders that " in problem
+    assert "stable-diffusion-3 can do without are: text_encoder_3" in problem
+
+
+def test_text_encoders_of_a_family_that_needs_them_all(base: Path) -> None:
+    problem = problem_of(base, leave_out_text_encoders=["text_encoder"])
+    assert "stable-diffusion can do without are: none" in problem
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("torchvision") is not None, reason="torchvision is installed"
+)
+def test_a_library_that_is_not_there(tmp_path: Path) -> None:
+    PIPELINES["flux2"]().save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text(encoding="utf-8"))
+    index["tokenizer"] = ["transformers", "PixtralProcessor"]  # as in the published base
+    (tmp_path / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+    problem = problem_of(tmp_path)
+    assert "the class of its tokenizer, PixtralProcessor, needs: pip install torchvision" in problem
+
+
 def problem_of(base: Path | str, **options: Any) -> str:
     chosen = config(pretrained_model_name_or_path=base, **options)
     with pytest.raises(ConfigError) as caught:
@@ -114,13 +145,9 @@ def problem_of(base: Path | str, **options: Any) -> str:
 
 def test_bases_that_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     assert "it must be one of" in problem_of(base, family="stable-difusion")
+    problem = problem_of(base, family="flux")
+    assert "--family flux, but --pretrained_model_name_or_path is stable-diffusion" in problem
     assert "no diffusers pipeline there" in problem_of("nobody/has-this")
-
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"no safetensors")
-    assert "not a whole .safetensors file" in problem_of(broken)
-    save_file({"lora.up.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
-    assert "this single file is of no supported family" in problem_of(tmp_path / "lora.safetensors")
 
     folder = shutil.copytree(base, tmp_path / "cut")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
@@ -128,15 +155,9 @@ def test_bases_that_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     index = folder / "model_index.json"
     text = index.read_text(encoding="utf-8")
     index.write_text(text.replace("StableDiffusionPipeline", "DiTPipeline"), encoding="utf-8")
-    assert "DiTPipeline is of no supported family (stable-diffusion" in problem_of(folder)
+    assert "DiTPipeline is of no supported family (flux, flux2, " in problem_of(folder)
 
     stable_diffusion(in_channels=9).save_pretrained(tmp_path / "inpainting")
-    assert "the UNet takes 9 channels and the VAE makes 4" in problem_of(tmp_path / "inpainting")
-
-
-def test_single_file_without_its_configuration_says_what_to_give(
-    base: Path, tmp_path: Path
-) -> None:
-    pipe = StableDiffusionPipeline.from_pretrained(base)
-    file = save_single_file(pipe, tmp_path / "sd.safetensors")
-    assert "--base_config" in problem_of(file)
+    assert "the denoiser takes 9 channels and the VAE makes 4" in problem_of(
+        tmp_path / "inpainting"
+    )

@@ -1,14 +1,10 @@
-"""The original single-file layout of a Stable Diffusion 1.x pipeline, made from diffusers' names.
-
-Written from the layout of the original checkpoints, for the other direction is diffusers' own.
-"""
+"""Stable Diffusion 1.x and XL: a UNet in the names of latent-diffusion."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-from safetensors.torch import save_file
+import torch
 from torch import Tensor
 
 RESNET = {
@@ -23,6 +19,8 @@ UNET_ENDS = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
     "mid_block.resnets.0": "middle_block.0",
@@ -78,18 +76,23 @@ def vae_prefixes(config: Any) -> dict[str, str]:
     return names
 
 
-def original_tensors(pipe: Any) -> dict[str, Tensor]:
+def unet_tensors(unet: Any) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
-    prefixes = unet_prefixes(pipe.unet.config)
-    for key, tensor in pipe.unet.state_dict().items():
+    prefixes = unet_prefixes(unet.config)
+    for key, tensor in unet.state_dict().items():
         prefix = next(p for p in prefixes if key.startswith(p + "."))
         rest = key[len(prefix) + 1 :]
         if ".resnets." in key:
             part, kind = rest.split(".")
             rest = f"{RESNET[part]}.{kind}"
         tensors[f"model.diffusion_model.{prefixes[prefix]}.{rest}"] = tensor
-    prefixes = vae_prefixes(pipe.vae.config)
-    for key, value in pipe.vae.state_dict().items():
+    return tensors
+
+
+def vae_tensors(vae: Any, start: str = "first_stage_model.") -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    prefixes = vae_prefixes(vae.config)
+    for key, value in vae.state_dict().items():
         name, tensor = key, value
         for theirs, original in prefixes.items():
             name = name.replace(f"{theirs}.", f"{original}.")
@@ -102,13 +105,65 @@ def original_tensors(pipe: Any) -> dict[str, Tensor]:
                 name = name.replace(f".{theirs}.", f".{original}.")
             if name.endswith("weight") and ".norm." not in name:
                 tensor = value[:, :, None, None].contiguous()
-        tensors[f"first_stage_model.{name}"] = tensor
-    for key, tensor in pipe.text_encoder.state_dict().items():
-        name = key if key.startswith("text_model.") else f"text_model.{key}"
-        tensors[f"cond_stage_model.transformer.{name}"] = tensor
+        tensors[f"{start}{name}"] = tensor
     return tensors
 
 
-def save_single_file(pipe: Any, path: Path) -> Path:
-    save_file({key: tensor.clone() for key, tensor in original_tensors(pipe).items()}, path)
-    return path
+def clip_tensors(model: Any, start: str) -> dict[str, Tensor]:
+    """A text encoder in transformers' names as they were up to version 4."""
+    tensors = {}
+    for key, tensor in model.state_dict().items():
+        plain = key.startswith(("text_model.", "text_projection."))
+        tensors[f"{start}transformer.{key if plain else f'text_model.{key}'}"] = tensor
+    return tensors
+
+
+def open_clip_tensors(model: Any, start: str) -> dict[str, Tensor]:
+    """A text encoder in OpenCLIP's names: q, k and v in one, the projection from the right."""
+    old = {key.removeprefix("text_model."): t for key, t in model.state_dict().items()}
+    tensors = {
+        "positional_embedding": old["embeddings.position_embedding.weight"],
+        "token_embedding.weight": old["embeddings.token_embedding.weight"],
+        "ln_final.weight": old["final_layer_norm.weight"],
+        "ln_final.bias": old["final_layer_norm.bias"],
+        "text_projection": old["text_projection.weight"].T.contiguous(),
+        "logit_scale": torch.tensor(4.6),
+    }
+    for layer in range(model.config.num_hidden_layers):
+        theirs, block = f"encoder.layers.{layer}.", f"transformer.resblocks.{layer}."
+        for kind in ("weight", "bias"):
+            qkv = [old[f"{theirs}self_attn.{name}_proj.{kind}"] for name in "qkv"]
+            tensors[f"{block}attn.in_proj_{kind}"] = torch.cat(qkv)
+            for name, original in {
+                "self_attn.out_proj": "attn.out_proj",
+                "layer_norm1": "ln_1",
+                "layer_norm2": "ln_2",
+                "mlp.fc1": "mlp.c_fc",
+                "mlp.fc2": "mlp.c_proj",
+            }.items():
+                tensors[f"{block}{original}.{kind}"] = old[f"{theirs}{name}.{kind}"]
+    return {start + key: tensor for key, tensor in tensors.items()}
+
+
+def stable_diffusion(pipe: Any) -> dict[str, Tensor]:
+    start = "cond_stage_model."
+    return {
+        **unet_tensors(pipe.unet),
+        **vae_tensors(pipe.vae),
+        **clip_tensors(pipe.text_encoder, start),
+        # what the files have besides
+        f"{start}transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+        "betas": torch.linspace(0.00085, 0.012, 1000),
+        "model_ema.decay": torch.tensor(0.9999),
+    }
+
+
+def stable_diffusion_xl(pipe: Any) -> dict[str, Tensor]:
+    start = "conditioner.embedders."
+    return {
+        **unet_tensors(pipe.unet),
+        **vae_tensors(pipe.vae),
+        **clip_tensors(pipe.text_encoder, f"{start}0."),
+        **open_clip_tensors(pipe.text_encoder_2, f"{start}1.model."),
+        f"{start}0.transformer.text_model.embeddings.position_ids": torch.arange(16)[None],
+    }

@@ -1,0 +1,85 @@
+"""``model_index.json`` of a pipeline in diffusers' layout: what it is and what it is made of."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline
+
+from ..families import ModelFamily, find_family
+from .config_checks import ConfigError
+
+
+class PipelineIndex:
+    """The index of a diffusers folder or Hub id; no weight is read.
+
+    Args:
+        option: the training option that names it, for errors.
+
+    Raises:
+        ConfigError: there is none, or a component is of a library that is not installed.
+    """
+
+    def __init__(
+        self, option: str, source: str, cache_dir: str | None, revision: str | None = None
+    ) -> None:
+        try:
+            index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                [
+                    f"--{option} {source}: no diffusers pipeline there ({error}). Give a folder "
+                    "with model_index.json, or a Hub id such as "
+                    "stable-diffusion-v1-5/stable-diffusion-v1-5"
+                ]
+            ) from error
+        self.option, self.source = option, source
+        self.pipeline_class = str(index.get("_class_name"))
+        self._components = {
+            name: entry
+            for name, entry in index.items()
+            if isinstance(entry, list) and len(entry) == 2 and entry[1]
+        }
+        self._check_libraries()
+
+    @property
+    def family(self) -> ModelFamily | None:
+        """The family of the pipeline, if it is a supported one."""
+        return find_family(getattr(diffusers, self.pipeline_class, object))
+
+    def __contains__(self, component: str) -> bool:
+        return component in self._components
+
+    def component_class(self, component: str) -> tuple[str, str]:
+        """Library and name of the class of a component."""
+        library, name = self._components[component]
+        return library, name
+
+    def has_weights(self, component: str) -> bool:
+        """Whether this pipeline has that model. Of a Hub id only the index is known."""
+        folder = Path(self.source)
+        if component not in self or not folder.is_dir():
+            return component in self
+        files = (folder / component).glob("*")
+        return any(file.suffix in (".safetensors", ".bin") for file in files)
+
+    def _check_libraries(self) -> None:
+        problems = []
+        for component, (library, name) in self._components.items():
+            if library not in ("diffusers", "transformers"):
+                continue
+            # both have placeholders for classes that need a library which is not there
+            found: Any = getattr(importlib.import_module(library), name, None)
+            try:
+                getattr(found, "from_pretrained", None)
+            except ImportError:
+                needed = " ".join(map(str, found._backends))
+                problems.append(
+                    f"--{self.option} {self.source}: the class of its {component}, {name}, needs: "
+                    f"pip install {needed}"
+                )
+        if problems:
+            raise ConfigError(problems)
