@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -29,6 +30,8 @@ from .targets import (
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
+#: Parts that AnimateDiff, IP-Adapter and GLIGEN add to a denoiser; some have a to_q and so on.
+_ADDED = re.compile(r"(^|\.)(motion_modules|encoder_hid_proj|image_proj|processor|fuser)\.")
 
 
 @dataclass(frozen=True)
@@ -90,13 +93,16 @@ def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> d
     for component, part in adapter.components.items():
         name = _component_of(component, adapter, tuple(models))
         if name not in models:
+            left_out = getattr(pipe, name, models) is None
+            remedy = f" Load the pipeline with its {name}." if left_out else ""
             problems.append(
                 f"weights for {name!r}, which this {where} does not have (it has "
-                f"{', '.join(models)})"
+                f"{', '.join(models)}).{remedy}"
             )
             continue
         check_adapter_name(models[name], adapter_name)
         fit = _in_names_of(models[name], part)
+        _pass_over_added(fit)
         problems += [f"{name}: {problem}" for problem in _problems(fit)]
         fits[name] = fit
     if problems:
@@ -131,6 +137,17 @@ def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
     if level and config.modules_to_save:
         config.modules_to_save = [name.removeprefix(level) for name in config.modules_to_save]
     return Fit(model, config, tensors)
+
+
+def _pass_over_added(fit: Fit) -> None:
+    """Take layers that another network brought into the model off the config's targets.
+
+    The base that the adapter was trained on had none of them, though its config may name them.
+    """
+    targets = find_targets(fit.model, fit.config)
+    added = {name for name in targets if _ADDED.search(name)}
+    if added and not added & fit.layers:
+        fit.config.target_modules = set(targets) - added
 
 
 def _problems(fit: Fit) -> list[str]:

@@ -20,6 +20,7 @@ from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import GraloraConfig
 from torch import Tensor, nn
 
+from .bookkeeping import note_components, note_fused
 from .compatibility import (
     Fit,
     adapter_tensors,
@@ -118,6 +119,7 @@ def load_gralora_weights(
     with _without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
         for fit in fits.values():
             _attach(fit, adapter_name, adapter_dtype)
+    note_components(pipe)
     return LoadReport(
         adapter_name,
         adapter.source,
@@ -223,7 +225,7 @@ def fuse_gralora(
                 if set(chosen) & set(layer.merged_adapters):  # a layer merges all of them or none
                     layer.unmerge(chosen)
             raise
-    _note_fused(pipe, models.values())
+    note_fused(pipe, _adapter_names(models.values()))
     return [name for name, model in models.items() if names.keys() & set(gralora_layers(model))]
 
 
@@ -238,7 +240,7 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
             for layer in gralora_layers(model):
                 if layer.merged:
                     layer.unmerge()
-    _note_fused(pipe, models.values())
+    note_fused(pipe, _adapter_names(models.values()))
     return list(models)
 
 
@@ -254,6 +256,7 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     with _without_offloading(pipe, models.values()):
         for model in models.values():
             eject(model, *removed)
+    note_components(pipe)
     return removed
 
 
@@ -298,19 +301,6 @@ def _without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) ->
         elif group_offload:
             for model in models:
                 _maybe_remove_and_reapply_group_offloading(model)
-
-
-def _note_fused(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> None:
-    """Keep diffusers' own record, ``pipe.fused_loras`` and ``num_fused_loras``, true."""
-    known = set(_adapter_names(models))
-    fused = {
-        name
-        for model in component_models(pipe).values()
-        for layer in gralora_layers(model)
-        for name in layer.merged_adapters
-    }
-    if hasattr(pipe, "_merged_adapters"):
-        pipe._merged_adapters = (pipe._merged_adapters - known) | fused
 
 
 def _models_with_layers(

@@ -1,12 +1,16 @@
 """Adapters on the tiny pipelines of ``tests/tiny``, and how to draw with them."""
 
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gralora_diffusion import GraloraConfig, inject
+from gralora_diffusion.state import read_adapter
 
+from .reference import dense_update
 from .tiny import PIPELINES
 from .tiny.parts import text_encoder, tokenizer, unet, vae
 from .tiny.stable_diffusion import build as stable_diffusion
@@ -16,6 +20,7 @@ __all__ = [
     "adapt",
     "config",
     "draw",
+    "merged",
     "stable_diffusion",
     "structure",
     "text_encoder",
@@ -47,6 +52,31 @@ def adapt(pipe: Any, name: str = "a", seed: int = 1, **changes: Any) -> Any:
     torch.manual_seed(seed)
     inject(pipe.unet, config(hybrid_r=2, **changes), name)
     inject(pipe.text_encoder, config(TEXT_TARGETS, **changes), name)
+    return pipe
+
+
+def merged(adapters: Iterable[tuple[Path, float | Mapping[str, float]]], pipe: Any = None) -> Any:
+    """A bare pipeline with updates by the definition added to its weights, in float64.
+
+    ``adapters`` are folders with their weight, which may be one for each component.
+    """
+    pipe = pipe or stable_diffusion()
+    for folder, weight in adapters:
+        for component, part in read_adapter(folder).components.items():
+            rank = part.config.r + part.config.hybrid_r
+            for key, A in part.tensors.items():
+                if not key.endswith("gralora_A"):
+                    continue
+                path = key.removesuffix(".gralora_A")
+                update = dense_update(A, part.tensors[f"{path}.gralora_B"])
+                if part.config.hybrid_r:
+                    down = part.tensors[f"{path}.gralora_A_general.weight"].double()
+                    up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
+                    update += torch.einsum("or,ri...->oi...", up, down)
+                scale = weight.get(component, 1.0) if isinstance(weight, Mapping) else weight
+                base = getattr(pipe, component).get_submodule(path).weight
+                update *= part.config.alpha / rank * scale
+                base.data = (base.double() + update).to(base.dtype)
     return pipe
 
 

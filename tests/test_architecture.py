@@ -10,8 +10,9 @@ from gralora_diffusion import get_family, list_families
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
     *(["blockwise"], ["factors"], ["config"], ["targets"], ["tensor_files"], ["layers"]),
-    *(["injection"], ["state"], ["families"], ["compatibility"], ["pipelines"]),
-    *(["sampling", "export"], ["training"], ["benchmark"], ["cli"], ["__init__"]),
+    *(["injection"], ["state"], ["families"], ["compatibility"], ["bookkeeping"]),
+    *(["pipelines"], ["sampling", "export"]),
+    *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 FAMILIES = [get_family(name) for name in list_families()]

@@ -26,8 +26,8 @@ from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
 
 from . import models
-from .models import TEXT_TARGETS, adapt, config, draw, stable_diffusion, structure
-from .reference import dense_update, relative_error
+from .models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
+from .reference import relative_error
 from .test_injection import lora
 
 BOTH = ["unet", "text_encoder"]
@@ -88,28 +88,6 @@ def pipe():
 @pytest.fixture(scope="module")
 def base() -> torch.Tensor:
     return draw(stable_diffusion())
-
-
-def merged(folders_and_weights, pipe=None):
-    """A bare pipeline with updates by the definition added to its weights, in float64."""
-    pipe = pipe or stable_diffusion()
-    for folder, weights in folders_and_weights:
-        weights = weights if isinstance(weights, dict) else dict.fromkeys(BOTH, weights)
-        for component, part in read_adapter(folder).components.items():
-            rank = part.config.r + part.config.hybrid_r
-            for key, A in part.tensors.items():
-                if not key.endswith("gralora_A"):
-                    continue
-                path = key.removesuffix(".gralora_A")
-                update = dense_update(A, part.tensors[f"{path}.gralora_B"])
-                if part.config.hybrid_r:
-                    down = part.tensors[f"{path}.gralora_A_general.weight"].double()
-                    up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
-                    update += torch.einsum("or,ri...->oi...", up, down)
-                scale = part.config.alpha / rank * weights.get(component, 1.0)
-                weight = getattr(pipe, component).get_submodule(path).weight
-                weight.data = (weight.double() + scale * update).to(weight.dtype)
-    return pipe
 
 
 @pytest.fixture(scope="module")

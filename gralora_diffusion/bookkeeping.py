@@ -1,0 +1,43 @@
+"""What diffusers' own adapter methods must know of a pipeline: who holds adapters, what is fused.
+
+``set_adapters``, ``delete_adapters``, ``fuse_lora`` and the others walk the components in
+``_lora_loadable_modules``, a list of the class, and count what is fused in ``_merged_adapters``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from diffusers import DiffusionPipeline
+
+from .compatibility import component_models, gralora_layers
+
+_LISTED, _FUSED = "_lora_loadable_modules", "_merged_adapters"
+
+
+def note_components(pipe: DiffusionPipeline) -> None:
+    """Have diffusers' methods reach every component that holds an adapter of ours.
+
+    Its list lacks T5: for LoRA it is not trained. So this pipeline, not its class, gets a list of
+    its own while it is needed. Pipelines without these methods have no list, and get none.
+    """
+    listed = getattr(type(pipe), _LISTED, None)
+    if not listed:
+        return
+    models = component_models(pipe)
+    more = [name for name, m in models.items() if name not in listed and gralora_layers(m)]
+    vars(pipe).pop(_LISTED, None)
+    if more:
+        setattr(pipe, _LISTED, [*listed, *more])
+
+
+def note_fused(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
+    """Keep ``pipe.fused_loras`` and ``num_fused_loras`` true of these adapters."""
+    if hasattr(pipe, _FUSED):
+        fused = {
+            name
+            for model in component_models(pipe).values()
+            for layer in gralora_layers(model)
+            for name in layer.merged_adapters
+        }
+        setattr(pipe, _FUSED, (getattr(pipe, _FUSED) - set(adapter_names)) | fused)
