@@ -134,11 +134,15 @@ def _vae(config: TrainingConfig, dtype: torch.dtype) -> dict[str, Any]:
     return {"vae": vae}
 
 
-def _family_of_file(path: Path) -> ModelFamily | None:
+def read_shapes(path: Path) -> dict[str, torch.Tensor]:
+    """Return a meta tensor for each tensor in a .safetensors file, of which the header is read.
+
+    Raises:
+        ConfigError: it is not such a file.
+    """
     try:
         with safe_open(path, framework="pt") as file:
-            # only names and shapes are needed, so a meta tensor stands for each
-            checkpoint = {
+            return {
                 key: torch.empty(file.get_slice(key).get_shape(), device="meta")
                 for key in file.keys()  # noqa: SIM118
             }
@@ -149,6 +153,10 @@ def _family_of_file(path: Path) -> ModelFamily | None:
                 "Other formats (.ckpt, .gguf) must be converted first"
             ]
         ) from error
+
+
+def _family_of_file(path: Path) -> ModelFamily | None:
+    checkpoint = read_shapes(path)
     kind = infer_diffusers_model_type(checkpoint)
     known = any(key.startswith("model.diffusion_model.") for key in checkpoint)
     families = [get_family(name) for name in list_families()]

@@ -50,6 +50,8 @@ class TrainingDiverged(RuntimeError):
 def train(config: TrainingConfig) -> Path:
     """Train an adapter as ``config`` says; return the output folder.
 
+    With ``dry_run`` only say what would be trained and what memory it would take; see ``plan``.
+
     Raises:
         ConfigError: something in the options or the base is wrong; nothing was written.
         DataError: the same of the pictures and captions.
@@ -65,6 +67,13 @@ def train(config: TrainingConfig) -> Path:
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
+        if config.dry_run:
+            from .plan import plan_run  # which itself looks at how a run goes
+
+            plan = plan_run(config, family, pictures, class_pictures, accelerator)
+            if accelerator.is_main_process:
+                print(plan)
+            return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
         trainer = Trainer(config, family, pictures, class_pictures, accelerator, store)
@@ -105,7 +114,7 @@ class Trainer:
         components = add_adapters(self.pipe, family, config)
         if config.gradient_checkpointing:
             for name in components:
-                _checkpoint_gradients(getattr(self.pipe, name))
+                checkpoint_gradients(getattr(self.pipe, name))
         if config.enable_xformers_memory_efficient_attention:
             getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
         if draw_class_images(config, family, accelerator):
@@ -304,7 +313,8 @@ def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[in
     return found
 
 
-def _checkpoint_gradients(model: Any) -> None:
+def checkpoint_gradients(model: Any) -> None:
+    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
     else:

@@ -1,0 +1,108 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import AdapterPlan, Plan
+
+#: Layers that differ from most are named up to so many.
+MAX_NAMES = 5
+_OPTIMIZERS = {"adamw8bit": "8-bit AdamW", "adamw": "AdamW", "schedulefree": "schedule-free AdamW"}
+
+
+def plan_text(plan: Plan) -> str:
+    """Return the plan as it is printed."""
+    config = plan.config
+    height, width = plan.picture_size
+    samples = config.train_batch_size * config.gradient_accumulation_steps * plan.processes
+    facts = [
+        ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
+        ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
+        ("pictures", f"{plan.pictures} of {width} x {height} pixels at the most"),
+        ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
+    ]
+    if config.with_prior_preservation and config.prior_source == "images":
+        lacking = max(0, config.num_class_images - plan.class_pictures)
+        text = f"{plan.class_pictures} there" + (f", {lacking} to be drawn" if lacking else "")
+        facts.insert(3, ("class pictures", text))
+    layers = [
+        line for adapter in plan.adapters for line in _adapter_lines(adapter, len(plan.adapters))
+    ]
+    return "\n".join(
+        [
+            "Plan of the run; no weights were loaded, nothing was written.",
+            "",
+            *_columns(facts, "ll"),
+            "",
+            "Layers to be adapted",
+            *layers,
+            f"  trained parameters: {plan.trained_parameters:,}; "
+            f"adapter file: {plan.adapter / 1e6:,.1f} MB",
+            "",
+            *_memory(plan),
+        ]
+    )
+
+
+def _passes(plan: Plan) -> str:
+    config = plan.config
+    text = f"{plan.rows} rows per pass"
+    if config.with_prior_preservation:
+        text += " with the prior's"
+    if config.gradient_accumulation_steps > 1:
+        text += f", {config.gradient_accumulation_steps} passes per step"
+    if plan.processes > 1:
+        text += f", {plan.processes} processes"
+    return text + (", gradient checkpointing" if config.gradient_checkpointing else "")
+
+
+def _adapter_lines(adapter: AdapterPlan, adapters: int) -> list[str]:
+    count = sum(len(names) for names in adapter.layers.values())
+    usual, *others = adapter.layers.items()
+    lines = [f"  {adapter.component}: {count} layers, {adapter.parameters:,} parameters; {usual[0]}"]
+    for kind, names in others:
+        more = f", and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        lines.append(f"    but {kind} in {len(names)}: {', '.join(names[:MAX_NAMES])}{more}")
+    return lines
+
+
+def _memory(plan: Plan) -> list[str]:
+    config = plan.config
+    unit, divisor = ("GiB", 2**30) if plan.peak >= 2**30 else ("MiB", 2**20)
+    rows = [(f"Memory of the {plan.device}, {unit}", "encoding", "steps")]
+    if plan.processes > 1:
+        rows[0] = (f"Memory of each process's {plan.device}, {unit}", *rows[0][1:])
+
+    def row(name: str, encoding: int | None, steps: int | None) -> None:
+        cells = ("" if n is None else f"{n / divisor:,.2f}" for n in (encoding, steps))
+        rows.append((name, *cells))
+
+    for part in plan.components:
+        name = f"  {part.name}, {part.parameters / 1e6:,.0f} M parameters, {part.dtype}"
+        row(name, part.bytes, part.bytes if part.in_steps else None)
+    row("  adapter, float32", plan.adapter, plan.adapter)
+    name = _OPTIMIZERS.get(config.optimizer, config.optimizer.capitalize())
+    row(f"  optimizer state, {name}", None, plan.optimizer)
+    if plan.ema:
+        row("  average of the adapter (EMA)", None, plan.ema)
+    if plan.buckets:
+        row("  buckets of gradients between processes", None, plan.buckets)
+    row("  activations", plan.encoding, plan.activations)
+    row(f"  gradients at that moment, of {plan.gradients / divisor:,.2f}", None, plan.gradients_then)
+    row("  peak", plan.peak_of_encoding, plan.peak_of_steps)
+    return _columns(rows, "lrr")
+
+
+def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, alignment, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
