@@ -13,7 +13,7 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKL, ModelMixin
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from safetensors import SafetensorError
@@ -37,7 +37,7 @@ def empty_base(
     Raises:
         ConfigError: a configuration is missing, or the base is not one to train.
     """
-    base, where = config.pretrained_model_name_or_path, config.pretrained_model_name_or_path
+    base = where = config.pretrained_model_name_or_path
     hub: dict[str, Any] = {"cache_dir": config.cache_dir}
     try:
         if Path(base).is_file():
@@ -48,7 +48,7 @@ def empty_base(
         pipeline_class = getattr(diffusers, family.pipeline_classes[0])
         index = pipeline_class.load_config(where, **hub)
         # a component that is given is not loaded from the base, nor downloaded
-        given = {**family.load_options}
+        given = dict(family.load_options)
         for name, (library, class_name) in _components(index, pipeline_class):
             if name not in given and library is not None:
                 model = _empty_model(simple_get_class_obj(library, class_name), where, name, hub)
@@ -83,16 +83,15 @@ def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, 
     return [(k, v) for k, v in index.items() if k in taken and isinstance(v, (list, tuple))]
 
 
-def _empty_model(cls: type, where: str, name: str, hub: dict[str, Any]) -> nn.Module | None:
+def _empty_model(cls: Any, where: str, name: str, hub: dict[str, Any]) -> Any:
     """A model on the meta device by its configuration; None for what is no model."""
     if issubclass(cls, ModelMixin):
-        values = cls.load_config(where, subfolder=name, **hub)
+        settings = cls.load_config(where, subfolder=name, **hub)
         with init_empty_weights():
-            model: nn.Module = cls.from_config(values)
-            return model
+            return cls.from_config(settings)
     if issubclass(cls, PreTrainedModel):
         settings = cls.config_class.from_pretrained(where, subfolder=name, **hub)
-        with init_empty_weights():
+        with torch.device("meta"):  # accelerate's way would untie weights that are tied
             return cls(settings)
     return None
 

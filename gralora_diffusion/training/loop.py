@@ -19,6 +19,7 @@ from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
 from .acceleration import (
     DTYPES,
+    PeakMemory,
     accelerate_left_as_it_was,
     make_accelerator,
     trackable,
@@ -207,12 +208,13 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        began = time.perf_counter()
+        began, memory = time.perf_counter(), PeakMemory(accelerator.device)
         batches = self.data.steps(first_step, self.max_steps)
         with bar:  # an error comes after it, on its own line
             self._validate_if_due()
             while state.step < self.max_steps:
-                loss = self._optimizer_step(batches)
+                with memory:
+                    loss = self._optimizer_step(batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
@@ -241,6 +243,8 @@ class Trainer:
                 "device": _device_name(accelerator.device),
                 "precision": accelerator.mixed_precision,
             }
+            if memory.bytes is not None:
+                facts["peak memory of the steps, GiB"] = round(memory.bytes / 2**30, 3)
             finish(folder, config, self.family.name, metrics.read(), facts, grid)
 
     def _optimizer_step(self, batches: Iterator[Any]) -> float:

@@ -1,8 +1,8 @@
 """Bytes: of models, of an optimizer's state, of what a computation makes at the most.
 
 A computation is measured on fake tensors (``torch._subclasses.FakeTensorMode``), which have shape,
-dtype and device and no memory: the program itself runs, so that nothing about a model need be known.
-torch's own ``MemTracker`` does not do here, for it puts hooks on weights that need no gradient.
+dtype and device and take no memory: the program itself runs, and nothing need be known about it.
+torch's own ``MemTracker`` cannot be used here: it puts hooks on weights that need no gradient.
 """
 
 from __future__ import annotations

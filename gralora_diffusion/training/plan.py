@@ -15,15 +15,20 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
 
 from ..families import ModelFamily
 from ..layers import GraloraLayer
 from .acceleration import DTYPES
-from .adapters import ADAPTER_NAME, add_adapters
+from .adapters import ADAPTER_NAME, add_adapters, trained_components
 from .batches import Batches
 from .caching import PromptCache
 from .config import TrainingConfig
+from .config_checks import ConfigError
 from .data import Example
 from .empty_base import empty_base
 from .loop import checkpoint_gradients
@@ -31,7 +36,7 @@ from .memory import MemoryMeter, bytes_of, materialize, optimizer_state_bytes, t
 from .objectives import DDPM
 from .pictures import CropPlan
 from .plan_text import plan_text
-from .prior import class_pictures_there, frozen_base
+from .prior import class_pictures_there
 from .step import DenoisingStep, RowMaker
 
 
@@ -40,8 +45,7 @@ class ComponentPlan:
     """A model of the base."""
 
     name: str
-    model: str
-    dtype: str
+    dtype: str  # of most of its parameters
     parameters: int
     bytes: int
     in_steps: bool  # whether it stays on the device when all is encoded
@@ -135,9 +139,10 @@ def plan_run(
         }
     )
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    base = {name: bytes_of(tensors_of(model)) for name, model in models.items()}
-    dtypes = {name: _main_dtype(model) for name, model in models.items()}
-    sizes = {name: sum(p.numel() for p in model.parameters()) for name, model in models.items()}
+    stays = {*trained_components(config, family), *(() if config.cache_latents else ("vae",))}
+    if device.type == "cpu":  # where all goes that leaves another device
+        stays = set(models)
+    components = tuple(_component_plan(name, m, name in stays) for name, m in models.items())
     with torch.device("meta"):
         trained = add_adapters(pipe, family, config)
     if config.gradient_checkpointing:
@@ -148,36 +153,34 @@ def plan_run(
     adapter = bytes_of(p for _, p in (*denoiser, *encoders))
 
     data = _Imagined(config, family, pipe, [*pictures, *class_pictures], accelerator)
-    with FakeTensorMode(allow_non_fake_inputs=True):
-        for model in models.values():
-            materialize(model, device)
-        encoding = data.encode(pipe)
-        activations, gradients_then = _measure_step(config, family, pipe, trained, data)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for model in models.values():
+                materialize(model, device)
+            encoding = data.encode(pipe)
+            activations, gradients_then = _measure_step(config, family, pipe, trained, data)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            [
+                f"--dry_run: a model of this base decides by values that only weights give "
+                f"({error}), so it cannot be planned. Leave out --dry_run"
+            ]
+        ) from error
 
-    stays = {*trained, *(() if config.cache_latents else ("vae",))}
-    if device.type == "cpu":  # where what leaves the device goes
-        stays = set(models)
-    else:
-        stays |= models.keys() - {"vae", *family.text_encoders}
     processes = accelerator.num_processes
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
     epoch = math.ceil(len(pictures) * config.repeats / samples)
     return Plan(
         config=config,
         family=family.name,
-        device=str(device.type),
+        device=device.type,
         processes=processes,
         pictures=len(pictures),
         class_pictures=class_pictures_there(config),
         picture_size=data.picture_size,
         rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
         steps=config.max_train_steps or config.num_train_epochs * epoch,
-        components=tuple(
-            ComponentPlan(
-                name, type(m).__name__, dtypes[name], sizes[name], base[name], name in stays
-            )
-            for name, m in models.items()
-        ),
+        components=components,
         adapters=tuple(_adapter_plan(name, models[name]) for name in trained),
         adapter=adapter,
         gradients=adapter,
@@ -301,11 +304,12 @@ def _meter(pipe: Any, device: torch.device) -> MemoryMeter:
     return MemoryMeter(device, (t for model in models for t in tensors_of(model)))
 
 
-def _main_dtype(model: nn.Module) -> str:
+def _component_plan(name: str, model: nn.Module, in_steps: bool) -> ComponentPlan:
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype] += parameter.numel()
-    return str(counts.most_common(1)[0][0]).removeprefix("torch.") if counts else ""
+    dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    return ComponentPlan(name, dtype, counts.total(), bytes_of(tensors_of(model)), in_steps)
 
 
 def _adapter_plan(component: str, model: nn.Module) -> AdapterPlan:

@@ -10,7 +10,13 @@ if TYPE_CHECKING:
 
 #: Layers that differ from most are named up to so many.
 MAX_NAMES = 5
-_OPTIMIZERS = {"adamw8bit": "8-bit AdamW", "adamw": "AdamW", "schedulefree": "schedule-free AdamW"}
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw8bit": "8-bit AdamW",
+    "prodigy": "Prodigy",
+    "adafactor": "Adafactor",
+    "schedulefree": "schedule-free AdamW",
+}
 
 
 def plan_text(plan: Plan) -> str:
@@ -21,16 +27,14 @@ def plan_text(plan: Plan) -> str:
     facts = [
         ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
         ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
-        ("pictures", f"{plan.pictures} of {width} x {height} pixels at the most"),
+        ("pictures", f"{plan.pictures}, trained at up to {width} x {height} pixels"),
         ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
     ]
     if config.with_prior_preservation and config.prior_source == "images":
         lacking = max(0, config.num_class_images - plan.class_pictures)
         text = f"{plan.class_pictures} there" + (f", {lacking} to be drawn" if lacking else "")
         facts.insert(3, ("class pictures", text))
-    layers = [
-        line for adapter in plan.adapters for line in _adapter_lines(adapter, len(plan.adapters))
-    ]
+    layers = [line for adapter in plan.adapters for line in _adapter_lines(adapter)]
     return "\n".join(
         [
             "Plan of the run; no weights were loaded, nothing was written.",
@@ -40,7 +44,7 @@ def plan_text(plan: Plan) -> str:
             "Layers to be adapted",
             *layers,
             f"  trained parameters: {plan.trained_parameters:,}; "
-            f"adapter file: {plan.adapter / 1e6:,.1f} MB",
+            f"adapter file: {plan.adapter / 1e6:,.{3 if plan.adapter < 1e6 else 1}f} MB",
             "",
             *_memory(plan),
         ]
@@ -59,41 +63,48 @@ def _passes(plan: Plan) -> str:
     return text + (", gradient checkpointing" if config.gradient_checkpointing else "")
 
 
-def _adapter_lines(adapter: AdapterPlan, adapters: int) -> list[str]:
+def _adapter_lines(adapter: AdapterPlan) -> list[str]:
     count = sum(len(names) for names in adapter.layers.values())
-    usual, *others = adapter.layers.items()
-    lines = [f"  {adapter.component}: {count} layers, {adapter.parameters:,} parameters; {usual[0]}"]
+    (usual, _), *others = adapter.layers.items()
+    numbers = f"{count} layers, {adapter.parameters:,} parameters"
+    lines = [f"  {adapter.component}: {numbers}; {usual}"]
     for kind, names in others:
-        more = f", and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
         lines.append(f"    but {kind} in {len(names)}: {', '.join(names[:MAX_NAMES])}{more}")
     return lines
 
 
 def _memory(plan: Plan) -> list[str]:
-    config = plan.config
     unit, divisor = ("GiB", 2**30) if plan.peak >= 2**30 else ("MiB", 2**20)
-    rows = [(f"Memory of the {plan.device}, {unit}", "encoding", "steps")]
-    if plan.processes > 1:
-        rows[0] = (f"Memory of each process's {plan.device}, {unit}", *rows[0][1:])
+    where = f"{plan.device} of each process" if plan.processes > 1 else plan.device
 
-    def row(name: str, encoding: int | None, steps: int | None) -> None:
-        cells = ("" if n is None else f"{n / divisor:,.2f}" for n in (encoding, steps))
-        rows.append((name, *cells))
+    def shown(count: int | None) -> str:
+        return "" if count is None else f"{count / divisor:,.2f}"
 
-    for part in plan.components:
-        name = f"  {part.name}, {part.parameters / 1e6:,.0f} M parameters, {part.dtype}"
-        row(name, part.bytes, part.bytes if part.in_steps else None)
-    row("  adapter, float32", plan.adapter, plan.adapter)
-    name = _OPTIMIZERS.get(config.optimizer, config.optimizer.capitalize())
-    row(f"  optimizer state, {name}", None, plan.optimizer)
-    if plan.ema:
-        row("  average of the adapter (EMA)", None, plan.ema)
-    if plan.buckets:
-        row("  buckets of gradients between processes", None, plan.buckets)
-    row("  activations", plan.encoding, plan.activations)
-    row(f"  gradients at that moment, of {plan.gradients / divisor:,.2f}", None, plan.gradients_then)
-    row("  peak", plan.peak_of_encoding, plan.peak_of_steps)
-    return _columns(rows, "lrr")
+    optimizer = plan.config.optimizer
+    rows: list[tuple[str, int | None, int | None]] = [
+        *(
+            (
+                f"{part.name}, {part.parameters / 1e6:,.1f} M parameters, {part.dtype}",
+                part.bytes,
+                part.bytes if part.in_steps else None,
+            )
+            for part in plan.components
+        ),
+        ("adapter, float32", plan.adapter, plan.adapter),
+        (f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}", None, plan.optimizer),
+        ("average of the adapter (EMA)", None, plan.ema or None),
+        ("gradients on their way between processes", None, plan.buckets or None),
+        ("activations", plan.encoding, plan.activations),
+        (f"gradients by then (in the end {shown(plan.gradients)})", None, plan.gradients_then),
+        ("peak", plan.peak_of_encoding, plan.peak_of_steps),
+    ]
+    lines = [
+        (f"  {name}", shown(encoding), shown(steps))
+        for name, encoding, steps in rows
+        if encoding is not None or steps is not None
+    ]
+    return _columns([(f"Memory in {unit} ({where})", "encoding", "steps"), *lines], "lrr")
 
 
 def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
