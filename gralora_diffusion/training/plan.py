@@ -1,7 +1,6 @@
 """``--dry_run``: what a run would train, and the memory it would take, without its weights.
 
-Nothing here knows a model or a family: the trainer's own step, forward and backward, runs on fake
-tensors under the run's own precision, and what it makes is counted.
+The base is there in its shapes alone, and its step is rehearsed on fake tensors.
 """
 
 from __future__ import annotations
@@ -9,8 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
@@ -25,19 +23,15 @@ from ..families import ModelFamily
 from ..layers import GraloraLayer
 from .acceleration import DTYPES
 from .adapters import ADAPTER_NAME, add_adapters, trained_components
-from .batches import Batches
-from .caching import PromptCache
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
 from .empty_base import empty_base
 from .loop import checkpoint_gradients
-from .memory import MemoryMeter, bytes_of, materialize, optimizer_state_bytes, tensors_of
-from .objectives import DDPM
-from .pictures import CropPlan
+from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
 from .plan_text import plan_text
 from .prior import class_pictures_there
-from .step import DenoisingStep, RowMaker
+from .rehearsal import ImaginedData, measure_step
 
 
 @dataclass(frozen=True)
@@ -67,6 +61,7 @@ class Plan:
 
     Attributes:
         encoding: most that encoding makes beside base and adapter.
+        cached: latents and prompts that are kept encoded, in the machine's memory.
         activations: most that a step makes beside all others, when ``gradients_then`` are there.
         processes: each takes as much.
     """
@@ -90,6 +85,7 @@ class Plan:
     ema: int
     activations: int
     encoding: int
+    cached: int
 
     @property
     def trained_parameters(self) -> int:
@@ -101,13 +97,19 @@ class Plan:
         return sum(part.bytes for part in self.components if part.in_steps)
 
     @property
+    def cached_here(self) -> int:
+        """Of ``cached`` what lies on the device."""
+        return self.cached if self.device == "cpu" else 0
+
+    @property
     def peak_of_encoding(self) -> int:
-        return sum(part.bytes for part in self.components) + self.adapter + self.encoding
+        whole = sum(part.bytes for part in self.components)
+        return whole + self.adapter + self.cached_here + self.encoding
 
     @property
     def peak_of_steps(self) -> int:
-        made = self.activations + self.gradients_then
-        return self.base + self.adapter + self.optimizer + self.ema + self.buckets + made
+        kept = self.base + self.adapter + self.optimizer + self.ema + self.buckets
+        return kept + self.cached_here + self.activations + self.gradients_then
 
     @property
     def peak(self) -> int:
@@ -152,13 +154,13 @@ def plan_run(
     denoiser, encoders = named[0], [entry for group in named[1:] for entry in group]
     adapter = bytes_of(p for _, p in (*denoiser, *encoders))
 
-    data = _Imagined(config, family, pipe, [*pictures, *class_pictures], accelerator)
+    data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
                 materialize(model, device)
-            encoding = data.encode(pipe)
-            activations, gradients_then = _measure_step(config, family, pipe, trained, data)
+            encoding, cached = data.encode(pipe)
+            activations, gradients_then = measure_step(config, family, pipe, trained, data)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [
@@ -190,118 +192,8 @@ def plan_run(
         ema=adapter if config.use_ema else 0,
         activations=activations,
         encoding=encoding,
+        cached=cached,
     )
-
-
-class _Imagined(Batches):
-    """The data of a run as far as a step sees it, of the right shapes and without content."""
-
-    def __init__(
-        self,
-        config: TrainingConfig,
-        family: ModelFamily,
-        pipe: Any,
-        pictures: Sequence[Example],
-        accelerator: Accelerator,
-    ) -> None:
-        self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
-        self.prompts = None if config.train_text_encoder else PromptCache()
-        self.teacher = None
-        assert config.resolution is not None
-        #: height and width of the largest picture
-        self.picture_size = (config.resolution, config.resolution)
-        plan = CropPlan(config.resolution, config.center_crop, config.random_flip)
-        crops = [
-            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
-            for p in pictures
-        ]
-        #: how many crops of a picture the latent cache encodes together
-        self.crops_at_once = min(4, max(crops))
-        captions = {picture.caption for picture in pictures}
-        captions |= {""} if config.caption_dropout else set()
-        captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
-        self.captions = len(captions)
-
-    def encode(self, pipe: Any) -> int:
-        """Encode as a run does before its first step; returns the bytes that it makes at most."""
-        config = self.config
-        meter = _meter(pipe, self.accelerator.device)
-        with torch.no_grad(), meter:
-            if config.cache_latents:
-                latents = self.encode_images(self._pixels(self.crops_at_once))
-                self.latents = [part[:1].cpu() for part in latents]
-                del latents
-
-            def encode(prompts: list[str]) -> Any:
-                return self.family.encode_prompts(pipe, prompts)
-
-            if self.prompts is not None:
-                self.prompts.fill([_prompt(number) for number in range(self.captions)], encode)
-            if config.with_prior_preservation and config.prior_source == "teacher":
-                self.teacher = {key: value.cpu() for key, value in encode([_prompt(0)]).items()}
-        return meter.peak
-
-    def batch(self) -> dict[str, Any]:
-        """As ``samples.collate`` makes it."""
-        count = self.config.train_batch_size
-        batch: dict[str, Any] = {
-            "positions": list(range(count)),
-            "prompts": [_prompt(0)] * count,
-            "content_keys": [""] * count,
-            "original_sizes": torch.tensor([self.picture_size] * count),
-            "crop_top_lefts": torch.zeros(count, 2, dtype=torch.long),
-        }
-        if not self.config.cache_latents:
-            return {**batch, "pixel_values": self._pixels(count)}
-        mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
-        return {**batch, "mean": mean, "std": std}
-
-    def _pixels(self, count: int) -> torch.Tensor:
-        return torch.empty(count, 3, *self.picture_size)
-
-
-def _measure_step(
-    config: TrainingConfig,
-    family: ModelFamily,
-    pipe: Any,
-    trained: Sequence[str],
-    data: _Imagined,
-) -> tuple[int, int]:
-    """Bytes of activations at the peak of a step, and of gradients that are there by then."""
-    accelerator = data.accelerator
-    objective = DDPM(
-        pipe.scheduler.config, config.prediction_type, config.snr_gamma, config.noise_offset
-    )
-    step = DenoisingStep(pipe, family, objective, trained)
-    step.train()
-    dtype = DTYPES[accelerator.mixed_precision]
-    imagined = replace(config, class_prompt=_prompt(0))
-    rows_of = RowMaker(step, data, imagined, accelerator.device, dtype)
-    with_classes = config.with_prior_preservation and config.prior_source == "images"
-    meter = _meter(pipe, accelerator.device)
-    for parameter in step.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(meter.note)
-    # from the second pass on, the gradients of the first are there
-    for _ in range(min(2, config.gradient_accumulation_steps)):
-        with meter:
-            rows = rows_of.rows(data.batch(), data.batch() if with_classes else None)
-            with accelerator.autocast():
-                losses = step(rows)
-            loss = (losses * rows.weights).sum() / rows.instances
-            loss.backward()
-            del rows, losses, loss
-    return meter.peak - meter.noted_at_peak, meter.noted_at_peak
-
-
-def _prompt(number: int) -> str:
-    """Stands for a caption: encoded, all have one shape, but what is cut off is compared first."""
-    return str(number)
-
-
-def _meter(pipe: Any, device: torch.device) -> MemoryMeter:
-    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-    return MemoryMeter(device, (t for model in models for t in tensors_of(model)))
 
 
 def _component_plan(name: str, model: nn.Module, in_steps: bool) -> ComponentPlan:
@@ -312,14 +204,16 @@ def _component_plan(name: str, model: nn.Module, in_steps: bool) -> ComponentPla
     return ComponentPlan(name, dtype, counts.total(), bytes_of(tensors_of(model)), in_steps)
 
 
-def _adapter_plan(component: str, model: nn.Module) -> AdapterPlan:
+def _adapter_plan(
+    component: str, model: nn.Module, adapter_name: str = ADAPTER_NAME
+) -> AdapterPlan:
     layers: dict[str, list[str]] = {}
     for name, layer in model.named_modules():
         if isinstance(layer, GraloraLayer):
-            rank, hybrid = layer.r[ADAPTER_NAME], layer.hybrid_r[ADAPTER_NAME]
+            rank, hybrid = layer.r[adapter_name], layer.hybrid_r[adapter_name]
             kind = f"rank {rank}" + (f" + {hybrid}" if hybrid else "")
-            kind += f", k {layer.gralora_k[ADAPTER_NAME]}"
-            kind += f", scaling {layer.scaling[ADAPTER_NAME]:g}"
+            kind += f", k {layer.gralora_k[adapter_name]}"
+            kind += f", scaling {layer.scaling[adapter_name]:g}"
             layers.setdefault(kind, []).append(name)
     layers = dict(sorted(layers.items(), key=lambda entry: -len(entry[1])))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

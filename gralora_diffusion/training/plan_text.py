@@ -81,7 +81,7 @@ def _memory(plan: Plan) -> list[str]:
     def shown(count: int | None) -> str:
         return "" if count is None else f"{count / divisor:,.2f}"
 
-    optimizer = plan.config.optimizer
+    optimizer, here = plan.config.optimizer, plan.cached_here or None
     rows: list[tuple[str, int | None, int | None]] = [
         *(
             (
@@ -95,6 +95,7 @@ def _memory(plan: Plan) -> list[str]:
         (f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}", None, plan.optimizer),
         ("average of the adapter (EMA)", None, plan.ema or None),
         ("gradients on their way between processes", None, plan.buckets or None),
+        ("encoded pictures and prompts", here, here),
         ("activations", plan.encoding, plan.activations),
         (f"gradients by then (in the end {shown(plan.gradients)})", None, plan.gradients_then),
         ("peak", plan.peak_of_encoding, plan.peak_of_steps),
@@ -104,7 +105,10 @@ def _memory(plan: Plan) -> list[str]:
         for name, encoding, steps in rows
         if encoding is not None or steps is not None
     ]
-    return _columns([(f"Memory in {unit} ({where})", "encoding", "steps"), *lines], "lrr")
+    table = _columns([(f"Memory in {unit} ({where})", "encoding", "steps"), *lines], "lrr")
+    if plan.cached and not plan.cached_here:
+        table.append(f"and on the cpu encoded pictures and prompts: {shown(plan.cached)} {unit}")
+    return table
 
 
 def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:

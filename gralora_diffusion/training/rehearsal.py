@@ -1,0 +1,142 @@
+"""A run's encoding and its step on fake tensors, to count what they make.
+
+Nothing here knows a model or a family: the trainer's own parts run, under the run's own precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..families import ModelFamily
+from .acceleration import DTYPES
+from .batches import Batches
+from .caching import PromptCache
+from .config import TrainingConfig
+from .data import Example
+from .memory import MemoryMeter, bytes_of, tensors_of
+from .objectives import DDPM
+from .pictures import CropPlan
+from .step import DenoisingStep, RowMaker
+
+
+class ImaginedData(Batches):
+    """The data of a run as far as a step sees it, of the right shapes and without content."""
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: ModelFamily,
+        pipe: Any,
+        pictures: Sequence[Example],
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
+        self.prompts = None if config.train_text_encoder else PromptCache()
+        self.teacher = None
+        assert config.resolution is not None
+        #: height and width of the largest picture
+        self.picture_size = (config.resolution, config.resolution)
+        plan = CropPlan(config.resolution, config.center_crop, config.random_flip)
+        crops = [
+            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
+            for p in pictures
+        ]
+        #: how many crops there are, and how many of a picture the latent cache encodes together
+        self.crops, self.crops_at_once = sum(crops), min(4, max(crops))
+        captions = {picture.caption for picture in pictures}
+        captions |= {""} if config.caption_dropout else set()
+        captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
+        self.captions = len(captions)
+
+    def encode(self, pipe: Any) -> tuple[int, int]:
+        """Encode as a run does before its first step.
+
+        Returns the bytes that it makes at most, and those of what is kept in the machine's memory.
+        """
+        config, kept = self.config, 0
+        meter = _meter(pipe, self.accelerator.device)
+        with torch.no_grad(), meter:
+            if config.cache_latents:
+                latents = self.encode_images(self._pixels(self.crops_at_once))
+                self.latents = [part[:1].cpu() for part in latents]
+                del latents
+                if not config.latent_cache_dir:
+                    kept += self.crops * bytes_of(self.latents)
+
+            def encode(prompts: list[str]) -> Any:
+                return self.family.encode_prompts(pipe, prompts)
+
+            if self.prompts is not None:
+                self.prompts.fill([_prompt(number) for number in range(self.captions)], encode)
+                kept += self.captions * bytes_of(self.prompts.batch([_prompt(0)]).values())
+            if config.with_prior_preservation and config.prior_source == "teacher":
+                self.teacher = {key: value.cpu() for key, value in encode([_prompt(0)]).items()}
+        return meter.peak, kept
+
+    def batch(self) -> dict[str, Any]:
+        """As ``samples.collate`` makes it."""
+        count = self.config.train_batch_size
+        batch: dict[str, Any] = {
+            "positions": list(range(count)),
+            "prompts": [_prompt(0)] * count,
+            "content_keys": [""] * count,
+            "original_sizes": torch.tensor([self.picture_size] * count),
+            "crop_top_lefts": torch.zeros(count, 2, dtype=torch.long),
+        }
+        if not self.config.cache_latents:
+            return {**batch, "pixel_values": self._pixels(count)}
+        mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
+        return {**batch, "mean": mean, "std": std}
+
+    def _pixels(self, count: int) -> torch.Tensor:
+        return torch.empty(count, 3, *self.picture_size)
+
+
+def measure_step(
+    config: TrainingConfig,
+    family: ModelFamily,
+    pipe: Any,
+    trained: Sequence[str],
+    data: ImaginedData,
+) -> tuple[int, int]:
+    """Bytes of activations at the peak of a step, and of gradients that are there by then."""
+    accelerator = data.accelerator
+    objective = DDPM(
+        pipe.scheduler.config, config.prediction_type, config.snr_gamma, config.noise_offset
+    )
+    step = DenoisingStep(pipe, family, objective, trained)
+    step.train()
+    dtype = DTYPES[accelerator.mixed_precision]
+    imagined = replace(config, class_prompt=_prompt(0))
+    rows_of = RowMaker(step, data, imagined, accelerator.device, dtype)
+    with_classes = config.with_prior_preservation and config.prior_source == "images"
+    meter = _meter(pipe, accelerator.device)
+    for parameter in step.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(meter.note)
+    # from the second pass on, the gradients of the first are there
+    for _ in range(min(2, config.gradient_accumulation_steps)):
+        with meter:
+            rows = rows_of.rows(data.batch(), data.batch() if with_classes else None)
+            with accelerator.autocast():
+                losses = step(rows)
+            loss = (losses * rows.weights).sum() / rows.instances
+            loss.backward()
+            del rows, losses, loss
+    return meter.peak - meter.noted_at_peak, meter.noted_at_peak
+
+
+def _prompt(number: int) -> str:
+    """Stands for a caption: encoded, all have one shape, but what is cut off is compared first."""
+    return str(number)
+
+
+def _meter(pipe: Any, device: torch.device) -> MemoryMeter:
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    return MemoryMeter(device, (t for model in models for t in tensors_of(model)))
