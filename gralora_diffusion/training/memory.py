@@ -46,6 +46,10 @@ class MemoryMeter(TorchDispatchMode):
         self.noted = self.noted_at_peak = 0
         self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
 
+    def __enter__(self) -> MemoryMeter:
+        super().__enter__()
+        return self
+
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

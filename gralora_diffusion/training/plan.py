@@ -22,27 +22,16 @@ from torch._subclasses.fake_tensor import (
 from ..families import ModelFamily
 from ..layers import GraloraLayer
 from .acceleration import DTYPES
-from .adapters import ADAPTER_NAME, add_adapters, trained_components
+from .adapters import ADAPTER_NAME, add_adapters
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
 from .empty_base import empty_base
 from .loop import checkpoint_gradients
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
-from .plan_text import plan_text
+from .plan_text import optimizer_label, plan_text
 from .prior import class_pictures_there
 from .rehearsal import ImaginedData, measure_step
-
-
-@dataclass(frozen=True)
-class ComponentPlan:
-    """A model of the base."""
-
-    name: str
-    dtype: str  # of most of its parameters
-    parameters: int
-    bytes: int
-    in_steps: bool  # whether it stays on the device when all is encoded
 
 
 @dataclass(frozen=True)
@@ -51,8 +40,23 @@ class AdapterPlan:
 
     component: str
     parameters: int
+    bytes: int
     #: "rank 16, k 2" -> paths of the layers that have it; the most usual first
     layers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Something that takes memory on the device.
+
+    Attributes:
+        name: attribute of the pipeline, or what else it is; ``label`` is for people.
+        bytes: phase -> bytes at the phase's peak; it is absent in phases that lack.
+    """
+
+    name: str
+    label: str
+    bytes: dict[str, int]
 
 
 @dataclass(frozen=True)
@@ -60,31 +64,27 @@ class Plan:
     """What a run would do, and the bytes it would take on its device. ``str`` of it is for people.
 
     Attributes:
-        encoding: most that encoding makes beside base and adapter.
-        cached: latents and prompts that are kept encoded, in the machine's memory.
-        activations: most that a step makes beside all others, when ``gradients_then`` are there.
-        processes: each takes as much.
+        config: with the family's defaults.
+        processes: how many; each takes what ``memory`` says.
+        rows: of a forward pass.
+        phases: those there are of encoding "pictures", encoding "prompts", and "steps".
+        gradients: bytes at the end of a step; at the peak of memory they are fewer.
+        cached: bytes of encoded pictures and prompts; they lie in the machine's memory.
     """
 
-    config: TrainingConfig  # with the family's defaults
+    config: TrainingConfig
     family: str
     device: str
     processes: int
     pictures: int
     class_pictures: int
-    picture_size: tuple[int, int]
+    picture_size: tuple[int, int]  # height, width of the largest
     rows: int
     steps: int
-    components: tuple[ComponentPlan, ...]
     adapters: tuple[AdapterPlan, ...]
-    adapter: int
+    phases: tuple[str, ...]
+    memory: tuple[MemoryRow, ...]
     gradients: int
-    gradients_then: int
-    buckets: int
-    optimizer: int
-    ema: int
-    activations: int
-    encoding: int
     cached: int
 
     @property
@@ -92,28 +92,13 @@ class Plan:
         return sum(adapter.parameters for adapter in self.adapters)
 
     @property
-    def base(self) -> int:
-        """Bytes of the base that stay on the device during the steps."""
-        return sum(part.bytes for part in self.components if part.in_steps)
+    def file(self) -> int:
+        """Bytes of the tensors in the adapter's file."""
+        return sum(adapter.bytes for adapter in self.adapters)
 
-    @property
-    def cached_here(self) -> int:
-        """Of ``cached`` what lies on the device."""
-        return self.cached if self.device == "cpu" else 0
-
-    @property
-    def peak_of_encoding(self) -> int:
-        whole = sum(part.bytes for part in self.components)
-        return whole + self.adapter + self.cached_here + self.encoding
-
-    @property
-    def peak_of_steps(self) -> int:
-        kept = self.base + self.adapter + self.optimizer + self.ema + self.buckets
-        return kept + self.cached_here + self.activations + self.gradients_then
-
-    @property
-    def peak(self) -> int:
-        return max(self.peak_of_encoding, self.peak_of_steps)
+    def peak(self, phase: str) -> int:
+        """Bytes on the device at the peak of a phase."""
+        return sum(row.bytes.get(phase, 0) for row in self.memory)
 
     def __str__(self) -> str:
         return plan_text(self)
@@ -141,26 +126,24 @@ def plan_run(
         }
     )
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    stays = {*trained_components(config, family), *(() if config.cache_latents else ("vae",))}
-    if device.type == "cpu":  # where all goes that leaves another device
-        stays = set(models)
-    components = tuple(_component_plan(name, m, name in stays) for name, m in models.items())
+    base = {name: _base_row(name, model) for name, model in models.items()}
     with torch.device("meta"):
         trained = add_adapters(pipe, family, config)
     if config.gradient_checkpointing:
         for name in trained:
             checkpoint_gradients(models[name])
+    adapters = tuple(_adapter_plan(name, models[name]) for name in trained)
     named = [[(n, p) for n, p in models[c].named_parameters() if p.requires_grad] for c in trained]
-    denoiser, encoders = named[0], [entry for group in named[1:] for entry in group]
-    adapter = bytes_of(p for _, p in (*denoiser, *encoders))
-
+    optimizer = optimizer_state_bytes(
+        config, named[0], [entry for group in named[1:] for entry in group], device
+    )
     data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
                 materialize(model, device)
-            encoding, cached = data.encode(pipe)
-            activations, gradients_then = measure_step(config, family, pipe, trained, data)
+            made = data.encode(pipe)
+            made["steps"], gradients = measure_step(config, family, pipe, trained, data)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [
@@ -169,7 +152,28 @@ def plan_run(
             ]
         ) from error
 
-    processes = accelerator.num_processes
+    on_cpu = device.type == "cpu"  # where all goes that leaves another device
+    there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
+    adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
+    whole, processes = adapter["steps"], accelerator.num_processes
+    rows = [
+        *(
+            MemoryRow(name, label, {p: size for p in made if name in there[p]})
+            for name, (label, size) in base.items()
+        ),
+        MemoryRow("adapter", "adapter, float32", adapter),
+        MemoryRow("optimizer", optimizer_label(config.optimizer), {"steps": optimizer}),
+    ]
+    if config.use_ema:
+        rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
+    if processes > 1:  # DDP gathers gradients in buckets of its own
+        label = "gradients on their way between processes"
+        rows.append(MemoryRow("exchange", label, {"steps": whole}))
+    if on_cpu:
+        label = "encoded pictures and prompts"
+        rows.append(MemoryRow("cached", label, dict.fromkeys(made, data.cached)))
+    rows.append(MemoryRow("activations", "activations", made))
+    rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
     epoch = math.ceil(len(pictures) * config.repeats / samples)
     return Plan(
@@ -182,26 +186,33 @@ def plan_run(
         picture_size=data.picture_size,
         rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
         steps=config.max_train_steps or config.num_train_epochs * epoch,
-        components=components,
-        adapters=tuple(_adapter_plan(name, models[name]) for name in trained),
-        adapter=adapter,
-        gradients=adapter,
-        gradients_then=gradients_then,
-        buckets=adapter if processes > 1 else 0,  # DDP gathers gradients in buckets of its own
-        optimizer=optimizer_state_bytes(config, denoiser, encoders, device),
-        ema=adapter if config.use_ema else 0,
-        activations=activations,
-        encoding=encoding,
-        cached=cached,
+        adapters=adapters,
+        phases=tuple(made),
+        memory=tuple(rows),
+        gradients=whole,
+        cached=data.cached,
     )
 
 
-def _component_plan(name: str, model: nn.Module, in_steps: bool) -> ComponentPlan:
+def _models_there(
+    phase: str, config: TrainingConfig, family: ModelFamily, trained: Sequence[str]
+) -> set[str]:
+    """The models that a run has on another device than the CPU in a phase."""
+    encoders = set(family.all_text_encoders)
+    if phase != "steps":
+        return {"vae"} if phase == "pictures" else encoders
+    stay = encoders if config.train_text_encoder else set()
+    return {*trained, *stay, *(() if config.cache_latents else ("vae",))}
+
+
+def _base_row(name: str, model: nn.Module) -> tuple[str, int]:
+    """A label that tells parameters and their usual dtype, and the bytes."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype] += parameter.numel()
     dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
-    return ComponentPlan(name, dtype, counts.total(), bytes_of(tensors_of(model)), in_steps)
+    label = f"{name}, {counts.total() / 1e6:,.1f} M parameters, {dtype}"
+    return label, bytes_of(tensors_of(model))
 
 
 def _adapter_plan(
@@ -216,5 +227,5 @@ def _adapter_plan(
             kind += f", scaling {layer.scaling[adapter_name]:g}"
             layers.setdefault(kind, []).append(name)
     layers = dict(sorted(layers.items(), key=lambda entry: -len(entry[1])))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return AdapterPlan(component, trained, layers)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdapterPlan(component, sum(p.numel() for p in trained), bytes_of(trained), layers)

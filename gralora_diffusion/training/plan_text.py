@@ -44,7 +44,7 @@ def plan_text(plan: Plan) -> str:
             "Layers to be adapted",
             *layers,
             f"  trained parameters: {plan.trained_parameters:,}; "
-            f"adapter file: {plan.adapter / 1e6:,.{3 if plan.adapter < 1e6 else 1}f} MB",
+            f"adapter file: {plan.file / 1e6:,.{3 if plan.file < 1e6 else 1}f} MB",
             "",
             *_memory(plan),
         ]
@@ -74,41 +74,31 @@ def _adapter_lines(adapter: AdapterPlan) -> list[str]:
     return lines
 
 
+def optimizer_label(optimizer: str) -> str:
+    """What the state of an optimizer is called."""
+    return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"
+
+
 def _memory(plan: Plan) -> list[str]:
-    unit, divisor = ("GiB", 2**30) if plan.peak >= 2**30 else ("MiB", 2**20)
-    where = f"{plan.device} of each process" if plan.processes > 1 else plan.device
+    peaks = [plan.peak(phase) for phase in plan.phases]
+    unit, divisor = ("GiB", 2**30) if max(peaks) >= 2**30 else ("MiB", 2**20)
 
     def shown(count: int | None) -> str:
         return "" if count is None else f"{count / divisor:,.2f}"
 
-    optimizer, here = plan.config.optimizer, plan.cached_here or None
-    rows: list[tuple[str, int | None, int | None]] = [
-        *(
-            (
-                f"{part.name}, {part.parameters / 1e6:,.1f} M parameters, {part.dtype}",
-                part.bytes,
-                part.bytes if part.in_steps else None,
-            )
-            for part in plan.components
-        ),
-        ("adapter, float32", plan.adapter, plan.adapter),
-        (f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}", None, plan.optimizer),
-        ("average of the adapter (EMA)", None, plan.ema or None),
-        ("gradients on their way between processes", None, plan.buckets or None),
-        ("encoded pictures and prompts", here, here),
-        ("activations", plan.encoding, plan.activations),
-        (f"gradients by then (in the end {shown(plan.gradients)})", None, plan.gradients_then),
-        ("peak", plan.peak_of_encoding, plan.peak_of_steps),
-    ]
-    lines = [
-        (f"  {name}", shown(encoding), shown(steps))
-        for name, encoding, steps in rows
-        if encoding is not None or steps is not None
-    ]
-    table = _columns([(f"Memory in {unit} ({where})", "encoding", "steps"), *lines], "lrr")
-    if plan.cached and not plan.cached_here:
-        table.append(f"and on the cpu encoded pictures and prompts: {shown(plan.cached)} {unit}")
-    return table
+    where = f"{plan.device} of each process" if plan.processes > 1 else plan.device
+    heads = {"pictures": "encoding pictures", "prompts": "encoding prompts", "steps": "steps"}
+    table = [(f"Memory in {unit} ({where})", *(heads[phase] for phase in plan.phases))]
+    for row in plan.memory:
+        label = f"  {row.label}"
+        if row.name == "gradients":
+            label += f" (in the end {shown(plan.gradients)})"
+        table.append((label, *(shown(row.bytes.get(phase)) for phase in plan.phases)))
+    table.append(("  peak", *map(shown, peaks)))
+    lines = _columns(table, "l" + "r" * len(peaks))
+    if plan.device != "cpu":
+        lines.append(f"and on the cpu, pictures and prompts encoded: {shown(plan.cached)}")
+    return lines
 
 
 def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:

@@ -24,6 +24,10 @@ from .objectives import DDPM
 from .pictures import CropPlan
 from .step import DenoisingStep, RowMaker
 
+#: Stands for every prompt: encoded, all have one shape. Pipelines look at what of a long one they
+#: cut off, which cannot be done without values.
+_PROMPT = "a"
+
 
 class ImaginedData(Batches):
     """The data of a run as far as a step sees it, of the right shapes and without content."""
@@ -39,6 +43,7 @@ class ImaginedData(Batches):
         self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher = None
+        self.cached = 0  # bytes
         assert config.resolution is not None
         #: height and width of the largest picture
         self.picture_size = (config.resolution, config.resolution)
@@ -54,37 +59,40 @@ class ImaginedData(Batches):
         captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
         self.captions = len(captions)
 
-    def encode(self, pipe: Any) -> tuple[int, int]:
+    def encode(self, pipe: Any) -> dict[str, int]:
         """Encode as a run does before its first step.
 
-        Returns the bytes that it makes at most, and those of what is kept in the machine's memory.
+        Returns what it makes at most, in bytes, of encoding "pictures" and "prompts", if it does.
         """
-        config, kept = self.config, 0
-        meter = _meter(pipe, self.accelerator.device)
-        with torch.no_grad(), meter:
-            if config.cache_latents:
+        config, made = self.config, {}
+        if config.cache_latents:
+            with torch.no_grad(), _meter(pipe, self.accelerator.device) as meter:
                 latents = self.encode_images(self._pixels(self.crops_at_once))
-                self.latents = [part[:1].cpu() for part in latents]
-                del latents
-                if not config.latent_cache_dir:
-                    kept += self.crops * bytes_of(self.latents)
-
-            def encode(prompts: list[str]) -> Any:
-                return self.family.encode_prompts(pipe, prompts)
-
-            if self.prompts is not None:
-                self.prompts.fill([_prompt(number) for number in range(self.captions)], encode)
-                kept += self.captions * bytes_of(self.prompts.batch([_prompt(0)]).values())
-            if config.with_prior_preservation and config.prior_source == "teacher":
-                self.teacher = {key: value.cpu() for key, value in encode([_prompt(0)]).items()}
-        return meter.peak, kept
+            self.latents = [part[:1].cpu() for part in latents]
+            made["pictures"] = meter.peak
+            if not config.latent_cache_dir:
+                self.cached += self.crops * bytes_of(self.latents)
+        teaches = config.with_prior_preservation and config.prior_source == "teacher"
+        if self.prompts is None and not teaches:
+            return made
+        at_once = 1 if self.prompts is None else min(16, self.captions)
+        with torch.no_grad(), _meter(pipe, self.accelerator.device) as meter:
+            encoded = self.family.encode_prompts(pipe, [_PROMPT] * at_once)
+        made["prompts"] = meter.peak
+        row = {key: value[:1].cpu() for key, value in encoded.items()}
+        if self.prompts is not None:
+            self.prompts.fill([_PROMPT], lambda _: row)
+            self.cached += self.captions * bytes_of(row.values())
+        if teaches:
+            self.teacher = row
+        return made
 
     def batch(self) -> dict[str, Any]:
         """As ``samples.collate`` makes it."""
         count = self.config.train_batch_size
         batch: dict[str, Any] = {
             "positions": list(range(count)),
-            "prompts": [_prompt(0)] * count,
+            "prompts": [_PROMPT] * count,
             "content_keys": [""] * count,
             "original_sizes": torch.tensor([self.picture_size] * count),
             "crop_top_lefts": torch.zeros(count, 2, dtype=torch.long),
@@ -113,7 +121,7 @@ def measure_step(
     step = DenoisingStep(pipe, family, objective, trained)
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
-    imagined = replace(config, class_prompt=_prompt(0))
+    imagined = replace(config, class_prompt=_PROMPT)
     rows_of = RowMaker(step, data, imagined, accelerator.device, dtype)
     with_classes = config.with_prior_preservation and config.prior_source == "images"
     meter = _meter(pipe, accelerator.device)
@@ -130,11 +138,6 @@ def measure_step(
             loss.backward()
             del rows, losses, loss
     return meter.peak - meter.noted_at_peak, meter.noted_at_peak
-
-
-def _prompt(number: int) -> str:
-    """Stands for a caption: encoded, all have one shape, but what is cut off is compared first."""
-    return str(number)
 
 
 def _meter(pipe: Any, device: torch.device) -> MemoryMeter:

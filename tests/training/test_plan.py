@@ -28,7 +28,7 @@ from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.main import main
-from gralora_diffusion.training.plan import Plan, _adapter_plan, plan_run
+from gralora_diffusion.training.plan import Plan, _adapter_plan, _models_there, plan_run
 from gralora_diffusion.training.plan_text import _adapter_lines
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.training.ldm import save_single_file
@@ -113,6 +113,10 @@ def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
     return [t for state in states for t in state.values() if isinstance(t, Tensor)]
 
 
+def in_steps(plan: Plan, name: str) -> int:
+    return sum(row.bytes["steps"] for row in plan.memory if row.name == name)
+
+
 TEACHER = {"with_prior_preservation": True, "class_prompt": "a dog", "prior_source": "teacher"}
 
 
@@ -153,11 +157,13 @@ def test_a_step_takes_what_was_planned(
         cached = trainer.data.cache._memory.values() if trainer.data.cache else ()
         cached_bytes = bytes_in([t for pair in cached for t in pair])
     assert plan.trained_parameters == sum(p.numel() for p in trainer.parameters)
-    assert plan.base + plan.adapter == bytes_in(base)
-    assert (plan.optimizer, plan.ema) == (state, bytes_in(average))
-    assert plan.activations + plan.gradients_then == pytest.approx(made, rel=WITHIN)
+    models = (*models_of(trainer.pipe), "adapter")
+    assert sum(in_steps(plan, name) for name in models) == bytes_in(base)
+    assert (in_steps(plan, "optimizer"), in_steps(plan, "ema")) == (state, bytes_in(average))
+    planned = in_steps(plan, "activations") + in_steps(plan, "gradients")
+    assert planned == pytest.approx(made, rel=WITHIN)
     measured = made + bytes_in(base) + state + bytes_in(average) + cached_bytes
-    assert plan.peak_of_steps == pytest.approx(measured, rel=WITHIN)
+    assert plan.peak("steps") == pytest.approx(measured, rel=WITHIN)
 
 
 def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
@@ -170,11 +176,22 @@ def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
         made = most_made(lambda: Batches(chosen, trainer.family, pipe, pictures, [], accelerator))
         latents = trainer.data.cache._memory.values()
         prompts = trainer.data.prompts._encoded.values()
-    assert plan.cached == bytes_in([t for pair in latents for t in pair]) + bytes_in(
-        [t for row in prompts for t in row.values()]
+        cached = [
+            *(tensor for pair in latents for tensor in pair),
+            *(tensor for row in prompts for tensor in row.values()),
+        ]
+        base = [t for m in models_of(pipe).values() for t in (*m.parameters(), *m.buffers())]
+    assert plan.cached == bytes_in(cached)
+    assert max(plan.peak(phase) for phase in ("pictures", "prompts")) == pytest.approx(
+        bytes_in(base) + made, rel=WITHIN
     )
-    assert plan.encoding + plan.cached == pytest.approx(made, rel=WITHIN)
-    assert plan.peak == max(plan.peak_of_encoding, plan.peak_of_steps)
+    activations = next(row.bytes for row in plan.memory if row.name == "activations")
+    assert activations["pictures"] + plan.cached == pytest.approx(made, rel=WITHIN)
+
+    prompt = [chosen.instance_prompt]
+    with torch.no_grad():
+        made = most_made(lambda: trainer.family.encode_prompts(pipe, prompt))
+    assert activations["prompts"] == pytest.approx(made, rel=WITHIN)
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
@@ -264,9 +281,10 @@ def test_another_vae_is_planned(base: Path, pictures: Path, tmp_path: Path) -> N
         pretrained_vae_model_name_or_path=without_weights(tmp_path / "vae", tmp_path / "bare"),
         mixed_precision="bf16",
     )
-    part = next(part for part in plan.components if part.name == "vae")
-    assert part.parameters == sum(p.numel() for p in larger.parameters())
-    assert (part.dtype, part.bytes) == ("float32", 4 * part.parameters)
+    row = next(row for row in plan.memory if row.name == "vae")
+    parameters = sum(p.numel() for p in larger.parameters())
+    assert row.label == f"vae, {parameters / 1e6:.1f} M parameters, float32"
+    assert row.bytes["pictures"] == 4 * parameters
 
 
 @pytest.mark.parametrize(
@@ -317,27 +335,29 @@ def test_layers_that_differ_are_named() -> None:
     assert second.endswith(f"{layers[4].module_name} and 2 more")
 
 
-def test_a_gpu_of_two(base: Path, pictures: Path, tmp_path: Path) -> None:
-    """What only such a run has is in its table, and in its peak."""
-    here = plan_of(
-        pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
-        output_dir=tmp_path / "out",
-    )
-    parts = [replace(part, in_steps=part.name == "unet") for part in here.components]
-    plan = replace(
-        here, device="cuda", processes=2, components=tuple(parts), buckets=here.gradients
-    )
-    rested = sum(part.bytes for part in parts if part.name != "unet")
-    assert plan.peak_of_steps == here.peak_of_steps - rested - here.cached + here.gradients
-    assert plan.peak_of_encoding == here.peak_of_encoding - here.cached
-    lines = {line.split("  ")[1]: line.split() for line in str(plan).splitlines() if "  " in line}
-    assert lines["gradients on their way between processes"][-1] == f"{here.gradients / 2**20:.2f}"
-    assert lines["peak"][1:] == [
-        f"{peak / 2**20:.2f}" for peak in (plan.peak_of_encoding, plan.peak_of_steps)
-    ]
-    assert "(cuda of each process)" in str(plan)
-    assert f"prompts: {here.cached / 2**20:.2f} MiB" in str(plan)
+def test_what_is_elsewhere_is_not_counted(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """A GPU of two, as far as the CPU can tell: what is on it, and what is said of it."""
+    shared = {"instance_data_dir": pictures, "output_dir": tmp_path / "out"}
+    here = plan_of(pretrained_model_name_or_path=base, **shared, use_ema=True)
+    models = [row for row in here.memory if row.name in ("unet", "vae", "text_encoder")]
+    assert [tuple(row.bytes) for row in models] == [("pictures", "prompts", "steps")] * 3
+    chosen, family = here.config, get_family("stable-diffusion")
+
+    def there(phase: str, **changes: Any) -> set[str]:
+        return _models_there(phase, replace(chosen, **changes), family, ["unet"])
+
+    assert (there("pictures"), there("prompts")) == ({"vae"}, {"text_encoder"})
+    assert there("steps") == {"unet"}
+    assert there("steps", cache_latents=False) == {"unet", "vae"}
+    assert there("steps", train_text_encoder=True) == {"unet", "text_encoder"}
+
+    plan = replace(here, device="cuda", processes=2)
+    lines = str(plan).splitlines()
+    assert lines[-1].startswith("and on the cpu, pictures and prompts encoded: 0.0")
+    assert any(line.startswith("Memory in MiB (cuda of each process)") for line in lines)
+    peaks = next(line.split()[1:] for line in lines if line.startswith("  peak"))
+    assert peaks == [f"{plan.peak(phase) / 2**20:.2f}" for phase in plan.phases]
+    assert next(line for line in lines if "EMA" in line).endswith("0.03")
 
 
 def test_a_base_that_decides_by_values_is_refused(
@@ -388,9 +408,12 @@ def test_stable_diffusion_of_its_real_size(pictures: Path, tmp_path: Path) -> No
         rank=16,
         train_batch_size=1,
     )
-    parameters = {part.name: part.parameters for part in plan.components}
-    assert parameters["unet"] == 859_520_964
-    assert parameters["text_encoder"] == 123_060_480
+    sizes = {name: in_steps(plan, name) for name in ("unet", "text_encoder", "adapter")}
+    assert sizes == {
+        "unet": 4 * 859_520_964,
+        "text_encoder": 4 * 123_060_480 + 8 * 77,  # with the numbers of the positions
+        "adapter": 4 * 3_188_736,
+    }
     assert plan.trained_parameters == 3_188_736
     assert plan.picture_size == (128, 128)  # 64 latents a side; the tiny VAE shrinks by 2
     assert "adapter file: 12.8 MB" in str(plan)
@@ -416,4 +439,4 @@ def test_cuda_takes_what_was_planned(options: dict[str, Any], changes: dict[str,
     card = (folder / "README.md").read_text(encoding="utf-8")
     found = re.search(r"peak memory of the steps, GiB \| ([\d.]+)", card)
     assert found is not None
-    assert plan.peak_of_steps / 2**30 == pytest.approx(float(found[1]), rel=WITHIN)
+    assert plan.peak("steps") / 2**30 == pytest.approx(float(found[1]), rel=WITHIN)
