@@ -31,7 +31,7 @@ from .loop import checkpoint_gradients
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
 from .plan_text import optimizer_label, plan_text
 from .prior import class_pictures_there
-from .rehearsal import ImaginedData, measure_step
+from .rehearsal import ImaginedData, imagined_objective, measure_step
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,14 @@ def plan_run(
     optimizer = optimizer_state_bytes(
         config, named[0], [entry for group in named[1:] for entry in group], device
     )
+    objective = imagined_objective(config, family, pipe)
     data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
                 materialize(model, device)
             made = data.encode(pipe)
-            made["steps"], gradients = measure_step(config, family, pipe, trained, data)
+            made["steps"], gradients = measure_step(config, family, pipe, trained, data, objective)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import nn
+from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..families import ModelFamily
 from .acceleration import DTYPES
@@ -20,7 +21,7 @@ from .caching import PromptCache
 from .config import TrainingConfig
 from .data import Example
 from .memory import MemoryMeter, bytes_of, tensors_of
-from .objectives import DDPM
+from .objectives import DDPM, Objective
 from .pictures import CropPlan
 from .step import DenoisingStep, RowMaker
 
@@ -106,18 +107,36 @@ class ImaginedData(Batches):
         return torch.empty(count, 3, *self.picture_size)
 
 
+def imagined_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
+    """The objective of the run, to be made before fake tensors are: it looks into its tables.
+
+    For the same reason it draws real numbers, of which the shapes are passed on.
+    """
+    del family
+    objective = DDPM(
+        pipe.scheduler.config, config.prediction_type, config.snr_gamma, config.noise_offset
+    )
+    draw = objective.draw
+
+    def shapes_of_draws(seed: int, positions: Sequence[int], shape: torch.Size) -> Any:
+        with unset_fake_temporarily():
+            drawn = draw(seed, positions, shape)
+        return tuple(torch.empty(part.shape, dtype=part.dtype) for part in drawn)
+
+    objective.draw = shapes_of_draws  # type: ignore[method-assign]
+    return objective
+
+
 def measure_step(
     config: TrainingConfig,
     family: ModelFamily,
     pipe: Any,
     trained: Sequence[str],
     data: ImaginedData,
+    objective: Objective,
 ) -> tuple[int, int]:
     """Bytes of activations at the peak of a step, and of gradients that are there by then."""
     accelerator = data.accelerator
-    objective = DDPM(
-        pipe.scheduler.config, config.prediction_type, config.snr_gamma, config.noise_offset
-    )
     step = DenoisingStep(pipe, family, objective, trained)
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
