@@ -14,6 +14,11 @@ from accelerate.state import AcceleratorState
 torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

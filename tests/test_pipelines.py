@@ -27,7 +27,7 @@ from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
 
 from . import models
 from .models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
-from .reference import relative_error
+from .reference import dense_update, relative_error
 from .test_injection import lora
 
 BOTH = ["unet", "text_encoder"]

@@ -56,6 +56,25 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+class PeakMemory:
+    """The most bytes that tensors held on a CUDA device at once, of the times it was entered.
+
+    The CPU has no such counter: there it is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
 @contextmanager
 def accelerate_left_as_it_was() -> Iterator[None]:
     """Let a program train again with other settings: accelerate keeps the first ones for good."""

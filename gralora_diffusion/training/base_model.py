@@ -122,11 +122,16 @@ def load_base(
         raise ConfigError(
             [f"--pretrained_model_name_or_path {base} cannot be used: {error}{hint}"]
         ) from error
+    freeze(pipe)
+    return pipe
+
+
+def freeze(pipe: Any) -> None:
+    """Have no weight of the base trained, and all compute what they compute in the pipeline."""
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
             _remove_dropout(component)
-    return pipe
 
 
 def present(pipe: Any, names: Iterable[str]) -> list[nn.Module]:
@@ -142,13 +147,17 @@ def _remove_dropout(model: nn.Module) -> None:
             setattr(module, attribute, 0.0)
 
 
+def vae_class(pipeline_class: type) -> Any:
+    """Return the class of VAE that a pipeline was written for, by its annotation."""
+    return get_type_hints(pipeline_class.__init__)["vae"]  # type: ignore[misc]
+
+
 def _vae(config: TrainingConfig, pipeline_class: type, dtype: torch.dtype) -> dict[str, Any]:
     """The VAE that takes the place of the base's, if there is to be one."""
     source = config.pretrained_vae_model_name_or_path
     if not source:
         return {}
-    # the annotation is the class that the pipeline was written for
-    wanted = get_type_hints(pipeline_class.__init__)["vae"]  # type: ignore[misc]
+    wanted = vae_class(pipeline_class)
     option = f"--pretrained_vae_model_name_or_path {source}"
     try:
         found = wanted.load_config(source, cache_dir=config.cache_dir).get("_class_name")

@@ -226,6 +226,11 @@ class LengthOptions:
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Attention of xformers in place of torch's own"
     )
+    dry_run: bool = option(
+        False,
+        "Check everything, print what would be trained and the memory that it would take, and end; "
+        "no weights are loaded and nothing is written",
+    )
     dataloader_num_workers: int = option(0, "Processes that decode pictures; 0: in the main one")
     local_rank: int = option(-1, "Set by launchers; not for people")
 

@@ -19,6 +19,7 @@ from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
 from .acceleration import (
     DTYPES,
+    PeakMemory,
     accelerate_left_as_it_was,
     make_accelerator,
     trackable,
@@ -51,6 +52,8 @@ class TrainingDiverged(RuntimeError):
 def train(config: TrainingConfig) -> Path:
     """Train an adapter as ``config`` says; return the output folder.
 
+    With ``dry_run`` only say what would be trained and what memory it would take; see ``plan``.
+
     Raises:
         ConfigError: something in the options or the base is wrong; nothing was written.
         DataError: the same of the pictures and captions.
@@ -67,6 +70,13 @@ def train(config: TrainingConfig) -> Path:
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
+        if config.dry_run:
+            from .plan import plan_run  # which itself looks at how a run goes
+
+            plan = plan_run(config, family, pictures, class_pictures, accelerator)
+            if accelerator.is_main_process:
+                print(plan)
+            return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
         trainer = Trainer(config, family, pictures, class_pictures, accelerator, store)
@@ -107,7 +117,7 @@ class Trainer:
         components = add_adapters(self.pipe, family, config)
         if config.gradient_checkpointing:
             for name in components:
-                _checkpoint_gradients(getattr(self.pipe, name))
+                checkpoint_gradients(getattr(self.pipe, name))
         if config.enable_xformers_memory_efficient_attention:
             getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
         if draw_class_images(config, family, accelerator):
@@ -195,12 +205,13 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        began = time.perf_counter()
+        began, memory = time.perf_counter(), PeakMemory(accelerator.device)
         batches = self.data.steps(first_step, self.max_steps)
         with bar:  # an error comes after it, on its own line
             self._validate_if_due()
             while state.step < self.max_steps:
-                loss = self._optimizer_step(batches)
+                with memory:
+                    loss = self._optimizer_step(batches)
                 lr = self.optimizer.param_groups[0]["lr"]
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
@@ -229,6 +240,8 @@ class Trainer:
                 "device": _device_name(accelerator.device),
                 "precision": accelerator.mixed_precision,
             }
+            if memory.bytes is not None:
+                facts["peak memory of the steps, GiB"] = round(memory.bytes / 2**30, 3)
             finish(folder, config, self.family.name, metrics.read(), facts, grid)
 
     def _optimizer_step(self, batches: Iterator[Any]) -> float:
@@ -301,7 +314,8 @@ def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[in
     return found
 
 
-def _checkpoint_gradients(model: Any) -> None:
+def checkpoint_gradients(model: Any) -> None:
+    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
     else:

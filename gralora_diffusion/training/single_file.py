@@ -122,24 +122,13 @@ class SingleFile:
         Raises:
             ConfigError: something lacks here and there, or the weights are not of the family.
         """
-        source = self._source_of_the_rest(config, family)
-        try:
-            index = PipelineIndex("base_config", source, config.cache_dir)
-        except ConfigError as error:
-            if config.base_config:
-                raise
-            raise self.error(
-                f"what it lacks would come from {source}, as nothing else was given. Offline, give "
-                f"a folder with a pipeline of the same kind as --base_config. {error.problems[0]}"
-            ) from error
-        folder = source
+        index, parts = self.rest(config, family, given)
+        folder = source = index.source
         if not Path(source).is_dir():
             folder = snapshot_download(
                 source, cache_dir=config.cache_dir, allow_patterns=["*.json"]
             )
-        prefixes: dict[str, str | tuple[str, ...]] = {"vae": VAES, **family.single_file_prefixes}
-        held = {name: start for name, start in prefixes.items() if self._begins_with(start)}
-        parts = self._left_out(config, family, index, held, given)
+        held = self._held(family)
         read = [name for name in held if name not in given and name not in parts]
 
         checkpoint = load_file(self.path)
@@ -160,10 +149,35 @@ class SingleFile:
             )
         return source, parts
 
+    def rest(
+        self, config: TrainingConfig, family: ModelFamily, given: Collection[str]
+    ) -> tuple[PipelineIndex, dict[str, Any]]:
+        """Return the pipeline that completes the file, and component -> None for what it lacks too.
+
+        Raises:
+            ConfigError: there is no such pipeline, or something else lacks here and there.
+        """
+        source = self._source_of_the_rest(config, family)
+        try:
+            index = PipelineIndex("base_config", source, config.cache_dir)
+        except ConfigError as error:
+            if config.base_config:
+                raise
+            raise self.error(
+                f"what it lacks would come from {source}, as nothing else was given. Offline, give "
+                f"a folder with a pipeline of the same kind as --base_config. {error.problems[0]}"
+            ) from error
+        return index, self._left_out(config, family, index, self._held(family), given)
+
     # -- the header --------------------------------------------------------------------------------
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
+
+    def _held(self, family: ModelFamily) -> dict[str, str | tuple[str, ...]]:
+        """VAE and text encoders that the file holds -> how their keys begin."""
+        prefixes: dict[str, str | tuple[str, ...]] = {"vae": VAES, **family.single_file_prefixes}
+        return {name: start for name, start in prefixes.items() if self._begins_with(start)}
 
     def _begins_with(self, start: str | tuple[str, ...]) -> bool:
         return any(key.startswith(start) for key in self.keys)

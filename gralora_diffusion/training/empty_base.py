@@ -1,0 +1,113 @@
+"""The base without its weights: every model in its shape, on the meta device.
+
+Only configurations are read, and fetched where the base is on the Hub; tokenizers and the scheduler
+come with them, for they are small.
+"""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..families import ModelFamily
+from .base_model import freeze, vae_class
+from .config import TrainingConfig
+from .config_checks import ConfigError
+from .single_file import SingleFile, without_text_encoder
+
+
+def empty_base(
+    config: TrainingConfig,
+    family: ModelFamily,
+    dtype: torch.dtype,
+    vae_dtype: torch.dtype = torch.float32,
+) -> Any:
+    """Return what ``load_base`` would, with its models on the meta device.
+
+    Raises:
+        ConfigError: a configuration is missing, or the base is not one to train.
+    """
+    base = where = config.pretrained_model_name_or_path
+    hub: dict[str, Any] = {"cache_dir": config.cache_dir}
+    try:
+        # a component that is given is not loaded from the base, nor downloaded
+        given: dict[str, Any] = dict(family.load_options)
+        for name in config.leave_out_text_encoders or ():
+            given |= without_text_encoder(name)
+        if Path(base).is_file():
+            rest, left_out = SingleFile(Path(base)).rest(config, family, given)
+            where, given = rest.source, {**left_out, **given}
+        else:
+            hub["revision"] = config.revision
+        pipeline_class = getattr(diffusers, family.pipeline_classes[0])
+        index = pipeline_class.load_config(where, **hub)
+        for name, (library, class_name) in _components(index, pipeline_class):
+            if name not in given and library is not None:
+                model = _empty_model(simple_get_class_obj(library, class_name), where, name, hub)
+                if model is not None:
+                    given[name] = model
+        vae = config.pretrained_vae_model_name_or_path
+        if vae:
+            with init_empty_weights():
+                wanted = vae_class(pipeline_class)
+                given["vae"] = wanted.from_config(
+                    wanted.load_config(vae, cache_dir=config.cache_dir)
+                )
+        pipe = pipeline_class.from_pretrained(where, **hub, **given)
+        family.check_base(pipe)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            [
+                f"--pretrained_model_name_or_path {base} cannot be planned: {error}. It is the "
+                f"configuration of {where} that is read; for a single file another one can be "
+                "given with --base_config"
+            ]
+        ) from error
+    for name, component in pipe.components.items():
+        if isinstance(component, nn.Module):
+            _cast(component, vae_dtype if name == "vae" else dtype)
+    freeze(pipe)
+    return pipe
+
+
+def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, Any]]:
+    """The entries of a pipeline's index that are components which the pipeline takes."""
+    taken = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
+    return [(k, v) for k, v in index.items() if k in taken and isinstance(v, (list, tuple))]
+
+
+def _empty_model(cls: Any, where: str, name: str, hub: dict[str, Any]) -> Any:
+    """A model on the meta device by its configuration; None for what is no model."""
+    if issubclass(cls, ModelMixin):
+        settings = cls.load_config(where, subfolder=name, **hub)
+        with init_empty_weights():
+            return cls.from_config(settings)
+    if issubclass(cls, PreTrainedModel):
+        settings = cls.config_class.from_pretrained(where, subfolder=name, **hub)
+        with torch.device("meta"):  # accelerate's way would untie weights that are tied
+            return cls(settings)
+    return None
+
+
+def _cast(model: Any, dtype: torch.dtype) -> None:
+    """Bring weights to ``dtype`` as ``from_pretrained(dtype=...)`` does."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    # transformers' second list is for fp16 alone
+    if isinstance(model, ModelMixin) or dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            here = torch.float32 if kept & set(name.split(".")) else dtype
+            tensor.data = tensor.data.to(here)

@@ -1,0 +1,161 @@
+"""Bytes: of models, of an optimizer's state, of what a computation makes at the most.
+
+A computation is measured on fake tensors (``torch._subclasses.FakeTensorMode``), which have shape,
+dtype and device and take no memory: the program itself runs, and nothing need be known about it.
+torch's own ``MemTracker`` cannot be used here: it puts hooks on weights that need no gradient.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .config import TrainingConfig
+from .optimizers import build_optimizer
+
+#: What the allocator of a CUDA device rounds up to.
+_CUDA_BLOCK = 512
+
+
+class MemoryMeter(TorchDispatchMode):
+    """Counts the storages that operations make while it is entered, until they are freed.
+
+    Args:
+        device: only storages there count.
+        known: tensors that were there before.
+
+    Attributes:
+        now: bytes that are held.
+        peak: the most that there ever were.
+        noted_at_peak: bytes of gradients that :meth:`note` had been told of by then.
+    """
+
+    def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
+        super().__init__()
+        self.device, self.now, self.peak = device, 0, 0
+        self._noted: set[Tensor] = set()
+        self.noted = self.noted_at_peak = 0
+        self._seen = WeakIdKeyDictionary({tensor.untyped_storage(): 0 for tensor in known})
+
+    def __enter__(self) -> MemoryMeter:
+        super().__enter__()
+        return self
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        if storage in self._seen:
+            return
+        size = storage.nbytes()
+        if self.device.type == "cuda":
+            size += -size % _CUDA_BLOCK
+        self._seen[storage] = size
+        self.now += size
+        if self.now > self.peak:
+            self.peak, self.noted_at_peak = self.now, self.noted
+        weakref.finalize(storage, self._free, size)
+
+    def note(self, parameter: Tensor) -> None:
+        """Take down that a parameter has its gradient; a hook for after it was accumulated."""
+        if parameter not in self._noted and parameter.grad is not None:
+            self._noted.add(parameter)
+            self.noted += bytes_of([parameter.grad])
+
+    def _free(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
+    """Parameters and buffers, each once."""
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the elements of ``tensors``, on whatever device."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def materialize(module: nn.Module, device: torch.device) -> None:
+    """Give a module on the meta device fake tensors on ``device``; call it in a fake mode.
+
+    ``Module.to_empty`` cannot: it does not take fake tensors in the place of others.
+    """
+    made: dict[Tensor, Parameter] = {}  # a tied weight stays tied
+    for part in module.modules():
+        for name, parameter in part._parameters.items():
+            if parameter is None:
+                continue
+            if parameter not in made:
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                made[parameter] = Parameter(empty, parameter.requires_grad)
+            part._parameters[name] = made[parameter]
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+
+
+def optimizer_state_bytes(
+    config: TrainingConfig,
+    denoiser: Sequence[tuple[str, Tensor]],
+    text_encoders: Sequence[tuple[str, Tensor]],
+    device: torch.device,
+) -> int:
+    """Bytes of the optimizer's state after its first step, for these (name, parameter).
+
+    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
+    what is kept for a parameter from what is shared by all.
+    """
+    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
+    groups = [
+        Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
+        for group in (denoiser, text_encoders)
+    ]
+    stand_ins = [
+        [(kind, _stand_in(*kind, device)) for kind in group for _ in range(2)] for group in groups
+    ]
+    optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
+    optimizer.step()
+    holders: Counter[int] = Counter()
+    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
+    for counts, group in zip(groups, stand_ins, strict=True):
+        for kind, parameter in group:
+            tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
+            holders.update({t.untyped_storage().data_ptr() for t in tensors})
+            kept.append((counts[kind], tensors))
+    shared = {
+        pointer: tensor.nbytes
+        for _, tensors in kept
+        for tensor in tensors
+        if holders[pointer := tensor.untyped_storage().data_ptr()] > 1
+    }
+    own = sum(
+        count * sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
+        for count, tensors in kept
+    )
+    return own // 2 + sum(shared.values())
+
+
+def _stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool, device: torch.device
+) -> Parameter:
+    make = torch.zeros if is_zero else torch.ones
+    parameter = Parameter(make(shape, dtype=dtype, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter

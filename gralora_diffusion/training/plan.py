@@ -1,0 +1,232 @@
+"""``--dry_run``: what a run would train, and the memory it would take, without its weights.
+
+The base is there in its shapes alone, and its step is rehearsed on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from ..families import ModelFamily
+from ..layers import GraloraLayer
+from .acceleration import DTYPES
+from .adapters import ADAPTER_NAME, add_adapters
+from .config import TrainingConfig
+from .config_checks import ConfigError
+from .data import Example
+from .empty_base import empty_base
+from .loop import checkpoint_gradients
+from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
+from .plan_text import optimizer_label, plan_text
+from .prior import class_pictures_there
+from .rehearsal import ImaginedData, imagined_objective, measure_step
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The adapter of a component."""
+
+    component: str
+    parameters: int
+    bytes: int
+    #: "rank 16, k 2" -> paths of the layers that have it; the most usual first
+    layers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Something that takes memory on the device.
+
+    Attributes:
+        name: attribute of the pipeline, or what else it is; ``label`` is for people.
+        bytes: phase -> bytes at the phase's peak; it is absent in phases that lack.
+    """
+
+    name: str
+    label: str
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and the bytes it would take on its device. ``str`` of it is for people.
+
+    Attributes:
+        config: with the family's defaults.
+        processes: how many; each takes what ``memory`` says.
+        rows: of a forward pass.
+        phases: those there are of encoding "pictures", encoding "prompts", and "steps".
+        gradients: bytes at the end of a step; at the peak of memory they are fewer.
+        cached: bytes of encoded pictures and prompts; they lie in the machine's memory.
+    """
+
+    config: TrainingConfig
+    family: str
+    device: str
+    processes: int
+    pictures: int
+    class_pictures: int
+    picture_size: tuple[int, int]  # height, width of the largest
+    rows: int
+    steps: int
+    adapters: tuple[AdapterPlan, ...]
+    phases: tuple[str, ...]
+    memory: tuple[MemoryRow, ...]
+    gradients: int
+    cached: int
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(adapter.parameters for adapter in self.adapters)
+
+    @property
+    def file(self) -> int:
+        """Bytes of the tensors in the adapter's file."""
+        return sum(adapter.bytes for adapter in self.adapters)
+
+    def peak(self, phase: str) -> int:
+        """Bytes on the device at the peak of a phase."""
+        return sum(row.bytes.get(phase, 0) for row in self.memory)
+
+    def __str__(self) -> str:
+        return plan_text(self)
+
+
+def plan_run(
+    config: TrainingConfig,
+    family: ModelFamily,
+    pictures: Sequence[Example],
+    class_pictures: Sequence[Example],
+    accelerator: Accelerator,
+) -> Plan:
+    """Plan the run that ``loop.train`` would make of the same arguments.
+
+    Raises:
+        ConfigError: as the run would before it loads weights.
+    """
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    pipe = empty_base(config, family, dtype)
+    config = config.with_defaults(
+        {
+            **family.training_defaults,
+            "resolution": family.native_resolution(pipe),
+            "mixed_precision": accelerator.mixed_precision,
+        }
+    )
+    models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    base = {name: _base_row(name, model) for name, model in models.items()}
+    with torch.device("meta"):
+        trained = add_adapters(pipe, family, config)
+    if config.gradient_checkpointing:
+        for name in trained:
+            checkpoint_gradients(models[name])
+    adapters = tuple(_adapter_plan(name, models[name]) for name in trained)
+    named = [[(n, p) for n, p in models[c].named_parameters() if p.requires_grad] for c in trained]
+    optimizer = optimizer_state_bytes(
+        config, named[0], [entry for group in named[1:] for entry in group], device
+    )
+    objective = imagined_objective(config, family, pipe)
+    data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for model in models.values():
+                materialize(model, device)
+            made = data.encode(pipe)
+            made["steps"], gradients = measure_step(config, family, pipe, trained, data, objective)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            [
+                f"--dry_run: a model of this base decides by values that only weights give "
+                f"({error}), so it cannot be planned. Leave out --dry_run"
+            ]
+        ) from error
+
+    on_cpu = device.type == "cpu"  # where all goes that leaves another device
+    there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
+    adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
+    whole, processes = adapter["steps"], accelerator.num_processes
+    rows = [
+        *(
+            MemoryRow(name, label, {p: size for p in made if name in there[p]})
+            for name, (label, size) in base.items()
+        ),
+        MemoryRow("adapter", "adapter, float32", adapter),
+        MemoryRow("optimizer", optimizer_label(config.optimizer), {"steps": optimizer}),
+    ]
+    if config.use_ema:
+        rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
+    if processes > 1:  # DDP gathers gradients in buckets of its own
+        label = "gradients on their way between processes"
+        rows.append(MemoryRow("exchange", label, {"steps": whole}))
+    if on_cpu:
+        label = "encoded pictures and prompts"
+        rows.append(MemoryRow("cached", label, dict.fromkeys(made, data.cached)))
+    rows.append(MemoryRow("activations", "activations", made))
+    rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
+    samples = config.train_batch_size * config.gradient_accumulation_steps * processes
+    epoch = math.ceil(len(pictures) * config.repeats / samples)
+    return Plan(
+        config=config,
+        family=family.name,
+        device=device.type,
+        processes=processes,
+        pictures=len(pictures),
+        class_pictures=class_pictures_there(config),
+        picture_size=data.picture_size,
+        rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
+        steps=config.max_train_steps or config.num_train_epochs * epoch,
+        adapters=adapters,
+        phases=tuple(made),
+        memory=tuple(rows),
+        gradients=whole,
+        cached=data.cached,
+    )
+
+
+def _models_there(
+    phase: str, config: TrainingConfig, family: ModelFamily, trained: Sequence[str]
+) -> set[str]:
+    """The models that a run has on another device than the CPU in a phase."""
+    encoders = set(family.all_text_encoders)
+    if phase != "steps":
+        return {"vae"} if phase == "pictures" else encoders
+    stay = encoders if config.train_text_encoder else set()
+    return {*trained, *stay, *(() if config.cache_latents else ("vae",))}
+
+
+def _base_row(name: str, model: nn.Module) -> tuple[str, int]:
+    """A label that tells parameters and their usual dtype, and the bytes."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    label = f"{name}, {counts.total() / 1e6:,.1f} M parameters, {dtype}"
+    return label, bytes_of(tensors_of(model))
+
+
+def _adapter_plan(
+    component: str, model: nn.Module, adapter_name: str = ADAPTER_NAME
+) -> AdapterPlan:
+    layers: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, GraloraLayer):
+            rank, hybrid = layer.r[adapter_name], layer.hybrid_r[adapter_name]
+            kind = f"rank {rank}" + (f" + {hybrid}" if hybrid else "")
+            kind += f", k {layer.gralora_k[adapter_name]}"
+            kind += f", scaling {layer.scaling[adapter_name]:g}"
+            layers.setdefault(kind, []).append(name)
+    layers = dict(sorted(layers.items(), key=lambda entry: -len(entry[1])))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdapterPlan(component, sum(p.numel() for p in trained), bytes_of(trained), layers)

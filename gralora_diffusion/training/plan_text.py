@@ -1,0 +1,113 @@
+"""A plan as text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .plan import AdapterPlan, Plan
+
+#: Layers that differ from most are named up to so many.
+MAX_NAMES = 5
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw8bit": "8-bit AdamW",
+    "prodigy": "Prodigy",
+    "adafactor": "Adafactor",
+    "schedulefree": "schedule-free AdamW",
+}
+
+
+def plan_text(plan: Plan) -> str:
+    """Return the plan as it is printed."""
+    config = plan.config
+    height, width = plan.picture_size
+    samples = config.train_batch_size * config.gradient_accumulation_steps * plan.processes
+    facts = [
+        ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
+        ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
+        ("pictures", f"{plan.pictures}, trained at up to {width} x {height} pixels"),
+        ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
+    ]
+    if config.with_prior_preservation and config.prior_source == "images":
+        lacking = max(0, config.num_class_images - plan.class_pictures)
+        text = f"{plan.class_pictures} there" + (f", {lacking} to be drawn" if lacking else "")
+        facts.insert(3, ("class pictures", text))
+    layers = [line for adapter in plan.adapters for line in _adapter_lines(adapter)]
+    return "\n".join(
+        [
+            "Plan of the run; no weights were loaded, nothing was written.",
+            "",
+            *_columns(facts, "ll"),
+            "",
+            "Layers to be adapted",
+            *layers,
+            f"  trained parameters: {plan.trained_parameters:,}; "
+            f"adapter file: {plan.file / 1e6:,.{3 if plan.file < 1e6 else 1}f} MB",
+            "",
+            *_memory(plan),
+        ]
+    )
+
+
+def _passes(plan: Plan) -> str:
+    config = plan.config
+    text = f"{plan.rows} rows per pass"
+    if config.with_prior_preservation:
+        text += " with the prior's"
+    if config.gradient_accumulation_steps > 1:
+        text += f", {config.gradient_accumulation_steps} passes per step"
+    if plan.processes > 1:
+        text += f", {plan.processes} processes"
+    return text + (", gradient checkpointing" if config.gradient_checkpointing else "")
+
+
+def _adapter_lines(adapter: AdapterPlan) -> list[str]:
+    count = sum(len(names) for names in adapter.layers.values())
+    (usual, _), *others = adapter.layers.items()
+    numbers = f"{count} layers, {adapter.parameters:,} parameters"
+    lines = [f"  {adapter.component}: {numbers}; {usual}"]
+    for kind, names in others:
+        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
+        lines.append(f"    but {kind} in {len(names)}: {', '.join(names[:MAX_NAMES])}{more}")
+    return lines
+
+
+def optimizer_label(optimizer: str) -> str:
+    """What the state of an optimizer is called."""
+    return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"
+
+
+def _memory(plan: Plan) -> list[str]:
+    peaks = [plan.peak(phase) for phase in plan.phases]
+    unit, divisor = ("GiB", 2**30) if max(peaks) >= 2**30 else ("MiB", 2**20)
+
+    def shown(count: int | None) -> str:
+        return "" if count is None else f"{count / divisor:,.2f}"
+
+    where = f"{plan.device} of each process" if plan.processes > 1 else plan.device
+    heads = {"pictures": "encoding pictures", "prompts": "encoding prompts", "steps": "steps"}
+    table = [(f"Memory in {unit} ({where})", *(heads[phase] for phase in plan.phases))]
+    for row in plan.memory:
+        label = f"  {row.label}"
+        if row.name == "gradients":
+            label += f" (in the end {shown(plan.gradients)})"
+        table.append((label, *(shown(row.bytes.get(phase)) for phase in plan.phases)))
+    table.append(("  peak", *map(shown, peaks)))
+    lines = _columns(table, "l" + "r" * len(peaks))
+    if plan.device != "cpu":
+        lines.append(f"and on the cpu, pictures and prompts encoded: {shown(plan.cached)}")
+    return lines
+
+
+def _columns(rows: Sequence[Sequence[str]], alignment: str) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(alignment))]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.ljust(width) if side == "l" else cell.rjust(width)
+            for cell, width, side in zip(row, widths, alignment, strict=True)
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return lines
