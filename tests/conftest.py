@@ -24,3 +24,8 @@ def _fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the settings of its first use for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")

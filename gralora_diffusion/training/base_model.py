@@ -15,6 +15,7 @@ from torch import nn
 from ..families import ModelFamily, find_family, get_family, list_families
 from .config import TrainingConfig
 from .config_checks import ConfigError
+from .quantization import check_computing_dtype, loading_arguments
 
 
 def find_base_family(config: TrainingConfig) -> ModelFamily:
@@ -102,9 +103,11 @@ def load_base(
                 revision=config.revision,
                 cache_dir=config.cache_dir,
                 **given,
+                **loading_arguments(config, family, dtype),
             )
+        check_computing_dtype(pipe, dtype)
         family.check_base(pipe)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         hint = ""
         if Path(base).is_file() and config.base_config is None:
             hint = (

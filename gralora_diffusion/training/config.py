@@ -36,11 +36,14 @@ NOT_CARRIED = {
     "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline does it",
     "validation_images": "only text-to-image bases are trained",
     "class_labels_conditioning": "only text-to-image bases are trained",
+    "do_fp8_training": "no fp8 products are computed; --quantization torchao-fp8 stores the frozen "
+    "base in fp8",
 }
 PATHS = (
     "config",
     "pretrained_model_name_or_path",
     "base_config",
+    "bnb_quantization_config_path",
     "pretrained_vae_model_name_or_path",
     "cache_dir",
     "dataset_name",

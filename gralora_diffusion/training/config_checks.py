@@ -19,6 +19,7 @@ import torch
 
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
+from .quantization import check_quantization
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -109,6 +110,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
     checks = (
         _values,
         check_base,
+        check_quantization,
         check_data,
         _prior,
         _adapter,
