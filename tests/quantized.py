@@ -30,9 +30,9 @@ def pipeline() -> StableDiffusionPipeline:
 def quantize(model: nn.Module, kind: str, **changes: Any) -> nn.Module:
     """Quantize the linear layers of a model on the CPU, in place; return the model.
 
-    bitsandbytes' layers stay in training mode, in which it multiplies by the dequantized weight on
-    the CPU. In evaluation it rounds the input to int8, and packs 4-bit weights anew, with a loss,
-    on processors that know AVX-512 BF16.
+    bitsandbytes' layers are kept to multiplying by the dequantized weight, as they do in training.
+    In evaluation, on the CPU, LLM.int8 rounds the input too, so the layers stay in training mode;
+    and 4-bit weights are packed anew, with a loss, on processors that know AVX-512 BF16.
 
     Args:
         changes: further arguments of ``BitsAndBytesConfig``.
@@ -53,6 +53,7 @@ def quantize(model: nn.Module, kind: str, **changes: Any) -> nn.Module:
             arguments = vars(layer.weight)
             new = type(layer.weight)(weights[f"{name}.weight"], requires_grad=False, **arguments)
             layer.weight = new.to("cpu")  # which quantizes
+            layer.support_avx512bf16_for_cpu = False
             if layer.bias is not None:
                 layer.bias = nn.Parameter(weights[f"{name}.bias"], requires_grad=False)
     return model.requires_grad_(False)

@@ -397,4 +397,4 @@ def test_on_a_gpu(kind, dtype, folder, tmp_path) -> None:
     pipe.enable_model_cpu_offload()
     assert torch.isfinite(picture()).all()
     pipe.unload_gralora_weights()
-    assert torch.equal(picture(), base)
+    assert relative_error(picture(), base) < 1e-2
