@@ -247,6 +247,10 @@ class TestPipelines:
         assert identical(stored(pipe.unet, pipe.text_encoder), before)
         assert not pipe.fused_loras
         assert torch.equal(draw(pipe), picture)
+        with pytest.raises(ValueError, match=text):
+            pipe.fuse_lora(components=["unet"])  # diffusers' own, after some convolutions
+        pipe.unfuse_gralora()
+        assert relative_error(draw(pipe), picture) < 1e-4
 
     def test_fuse_first_then_quantize(self, kind, folder):
         """What the refusal advises."""
