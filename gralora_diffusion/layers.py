@@ -22,7 +22,7 @@ from transformers.pytorch_utils import Conv1D
 from . import blockwise
 from .config import invalid_values, layer_settings
 from .factors import FactorDict, Projection
-from .targets import layer_shape, unsuitable
+from .targets import layer_shape, quantization_of, unsuitable
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -285,16 +285,18 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         return total
 
     def _mergeable_weight(self) -> Tensor:
-        weight: Tensor = self.get_base_layer().weight
+        layer = self.get_base_layer()
+        if kind := quantization_of(layer):
+            raise ValueError(
+                f"{self.module_name}: cannot merge into a base weight stored as {kind}. Load the "
+                "unquantized base (fp32, bf16 or fp16), load the adapter, fuse it, and only then "
+                "quantize or cast."
+            )
+        weight: Tensor = layer.weight
         if weight.is_meta:
             raise ValueError(
                 f"{self.module_name}: the base weight is not in memory (offloaded). Remove the "
                 "offloading hooks before merging, or use `pipe.fuse_gralora()`, which does."
-            )
-        if not weight.is_floating_point() or weight.dtype.itemsize < 2:
-            raise ValueError(
-                f"{self.module_name}: cannot merge into a base weight stored as {weight.dtype}. "
-                "Merge into the unquantized base (fp32, bf16 or fp16), then quantize or cast."
             )
         return weight
 

@@ -13,7 +13,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config import describe_unused, layer_settings, unused_patterns
@@ -82,6 +82,23 @@ def lowered_k(model: nn.Module, config: GraloraConfig) -> dict[str, int]:
         if unsupported(layer) is None and r % k == 0 and unsuitable(layer, r, k):
             lowered[path] = max(fit for fit in fitting_k([layer], [r]) if fit < k)
     return lowered
+
+
+def quantization_of(layer: nn.Module) -> str | None:
+    """Say how a layer's weight is stored if an update cannot be added to it; None if it can.
+
+    The class of the weight tells: each library that quantizes has one of its own, while the dtype
+    of torchao's tensors is that they compute in, and bitsandbytes packs 4 bits into any dtype. A
+    weight of torch's own class is plain unless its dtype is an integer's or fp8.
+    """
+    weight = getattr(layer, "weight", None)
+    if not isinstance(weight, Tensor):
+        return None
+    library = type(weight).__module__.partition(".")[0]
+    if library != "torch":
+        return f"{library} {type(weight).__name__}"
+    plain = weight.is_floating_point() and weight.dtype.itemsize >= 2
+    return None if plain else str(weight.dtype)
 
 
 def base_of(module: nn.Module) -> nn.Module:

@@ -33,7 +33,7 @@ BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 #: The picture of the README, made by the demo.
 MADE_LATER = "docs/images/demo_grid.png"
 #: What a machine may lack on which a right command is checked.
-OF_THE_MACHINE = ("needs a GPU", "pip install")
+OF_THE_MACHINE = ("needs a GPU", "pip install", "cannot be used on this machine")
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def test_sampling_command(command, reader):
 FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
-WRONG_FLAGS = {"--ranks", "--tokenizer_name"}
+WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
 
 
 @pytest.mark.parametrize(
@@ -313,6 +313,8 @@ def _is_explained(message: str) -> bool:
         "--with_prior_preservation --class_data_dir c",
         "--ranks 8",
         "--tokenizer_name x",
+        "--do_fp8_training",
+        "--quantization torchao-fp8 --bnb_quantization_config_path bnb.json",
         "--lr_scheduler cosine --lr_warmup_steps 5 --max_train_steps 2",
         "--output_dir my_adapter",
     ],

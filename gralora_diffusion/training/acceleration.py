@@ -15,6 +15,8 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     ProjectConfiguration,
 )
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -73,6 +75,15 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
+def share_only_what_is_trained(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending the frozen weights to every process.
+
+    Each has loaded the same ones; to send them takes long, and torchao's tensors cannot be sent.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from ..families import ModelFamily, get_family, list_families
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .pipeline_index import PipelineIndex
+from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder
 
 LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
@@ -108,7 +109,9 @@ def load_base(
             revision=revision,
             cache_dir=config.cache_dir,
             **given,
+            **loading_arguments(config, family, dtype),
         )
+        check_computing_dtype(pipe, dtype)
         family.check_base(pipe)
     except ConfigError:
         raise

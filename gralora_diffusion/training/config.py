@@ -47,11 +47,14 @@ NOT_CARRIED = {
     "use_dora": "the adapter is GraLoRA",
     "enable_npu_flash_attention": "torch's own attention is used",
     "fsdp_text_encoder": "text encoders are used once and then leave the device",
+    "do_fp8_training": "no fp8 products are computed; --quantization torchao-fp8 stores the frozen "
+    "base in fp8",
 }
 PATHS = (
     "config",
     "pretrained_model_name_or_path",
     "base_config",
+    "bnb_quantization_config_path",
     "pretrained_vae_model_name_or_path",
     "cache_dir",
     "dataset_name",

@@ -20,6 +20,7 @@ import torch
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_plans import check_patterns
+from .quantization import check_quantization
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -114,6 +115,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
     checks = (
         _values,
         check_base,
+        check_quantization,
         check_data,
         _prior,
         _adapter,

@@ -49,6 +49,14 @@ class BaseModelOptions:
     family: str | None = option(
         None, "Model family of the base, such as stable-diffusion (default: found from the base)"
     )
+    quantization: Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None = option(
+        None,
+        "Store the frozen denoiser in 8 or 4 bits (needs bitsandbytes and a GPU, or torchao)",
+    )
+    quantize_text_encoders: bool = option(False, "The same for the text encoders")
+    bnb_quantization_config_path: str | None = option(
+        None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
+    )
 
 
 @dataclass(kw_only=True)

@@ -22,6 +22,7 @@ from .acceleration import (
     PeakMemory,
     accelerate_left_as_it_was,
     make_accelerator,
+    share_only_what_is_trained,
     trackable,
 )
 from .adapters import adapter_parameters, add_adapters, weights_for_use
@@ -145,6 +146,7 @@ class Trainer:
         self.steps_per_epoch = math.ceil(len(data) / data.samples_per_step)
         self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
+        share_only_what_is_trained(step)
         # the loader and the schedule are ours alone: both already know of processes and steps
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.rows = RowMaker(step, data, config, device, dtype)

@@ -316,7 +316,7 @@ def test_another_vae_is_planned(base: Path, pictures: Path, tmp_path: Path) -> N
     "changes",
     [
         {"rank": 6, "gralora_k": 4, "resolution": 17},
-        {"rank": 6, "gralora_k": 3},
+        {"lora_layers": "to_z"},
         {"target_preset": "atention"},
         {"lora_layers": "to_q,to_nothing"},
         {"instance_data_dir": "nowhere"},

@@ -1,0 +1,195 @@
+"""A quantized frozen base: the kinds there are, what each needs, how the libraries are told.
+
+The base is quantized as it is loaded, by diffusers and transformers, and the adapter is put on
+afterwards: it is fp32 whatever the base is stored in.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+import diffusers
+import torch
+import transformers
+from diffusers.quantizers import DiffusersAutoQuantizer
+from torch import nn
+
+from ..families import ModelFamily
+from ..targets import quantization_of
+
+if TYPE_CHECKING:
+    from .config import TrainingConfig
+
+#: --quantization -> the package that does it.
+PACKAGES = {
+    "bnb-nf4": "bitsandbytes",
+    "bnb-int8": "bitsandbytes",
+    "torchao-fp8": "torchao",
+    "torchao-int8": "torchao",
+}
+
+
+def check_quantization(config: TrainingConfig) -> Iterator[str]:
+    """Yield what is wrong with the options about quantization, or with this machine for them."""
+    if config.quantization and config.bnb_quantization_config_path:
+        yield (
+            "--quantization and --bnb_quantization_config_path exclude each other: both say how "
+            "the base is quantized. Leave one out"
+        )
+        return
+    if not (flag := _flag(config)):
+        if config.quantize_text_encoders:
+            yield (
+                "--quantize_text_encoders needs --quantization or --bnb_quantization_config_path, "
+                "which say how"
+            )
+        return
+    package = PACKAGES.get(config.quantization or "bnb-nf4")
+    if package is None:
+        return  # no such choice, which is said elsewhere
+    if Path(config.pretrained_model_name_or_path).is_file():
+        yield (
+            f"{flag} needs a base in diffusers' folder layout, for diffusers quantizes no single "
+            "file as it loads it. Load the file once in Python, by from_single_file of its "
+            "pipeline, write it by save_pretrained, and give that folder"
+        )
+    if importlib.util.find_spec(package) is None:
+        yield f"{flag} needs: pip install {package}"
+        return
+    try:
+        wanted = _model_config(config, diffusers, torch.float32)
+    except (OSError, ValueError, TypeError) as error:
+        yield f"{flag}: {error}"
+        return
+    try:
+        # diffusers' own look at packages, versions and devices
+        DiffusersAutoQuantizer.from_config(wanted, pre_quantized=False).validate_environment()
+    except (ImportError, RuntimeError, ValueError) as error:
+        advice = "" if package == "torchao" else " torchao's kinds work without a GPU"
+        yield f"{flag} cannot be used on this machine: {error}{advice}"
+
+
+def loading_arguments(
+    config: TrainingConfig, family: ModelFamily, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Return the arguments by which ``from_pretrained`` of the family's pipeline quantizes.
+
+    Args:
+        dtype: what the base computes in.
+
+    Raises:
+        ValueError: the base is quantized already.
+    """
+    if not (flag := _flag(config)):
+        return {}
+    _refuse_quantized(config, family, flag)
+    names = [family.denoiser]
+    if config.quantize_text_encoders:
+        pipeline_class = getattr(diffusers, family.pipeline_classes[0])
+        parameters = inspect.signature(pipeline_class.__init__).parameters
+        names += [name for name in parameters if name.startswith("text_encoder")]
+    mapping = {
+        name: _model_config(config, diffusers if name == family.denoiser else transformers, dtype)
+        for name in names
+    }
+    # LLM.int8 computes in fp16 whatever it is given, and says so of every product
+    logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
+    return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
+
+
+def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
+    """Refuse a base that was quantized by torchao from another precision: it computes in that.
+
+    Raises:
+        ValueError: names the component and the precision to take.
+    """
+    for name, component in pipe.components.items():
+        for layer in component.modules() if isinstance(component, nn.Module) else ():
+            quantized = (quantization_of(layer) or "").startswith("torchao")
+            if quantized and layer.weight.dtype != dtype:
+                theirs = str(layer.weight.dtype).removeprefix("torch.")
+                flags = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
+                flag = flags.get(theirs, theirs)
+                raise ValueError(
+                    f"its {name} was quantized from {theirs} and computes in nothing else, but "
+                    f"{str(dtype).removeprefix('torch.')} is asked for. Give --mixed_precision "
+                    f"{flag}, and the same to --prior_generation_precision if class pictures are "
+                    "drawn"
+                )
+
+
+def _flag(config: TrainingConfig) -> str | None:
+    """The option that asks for quantization, with its value."""
+    if config.quantization:
+        return f"--quantization {config.quantization}"
+    if config.bnb_quantization_config_path:
+        return f"--bnb_quantization_config_path {config.bnb_quantization_config_path}"
+    return None
+
+
+def _model_config(config: TrainingConfig, library: ModuleType, dtype: torch.dtype) -> Any:
+    """The config of one model, of the class that its library (diffusers, transformers) has."""
+    if PACKAGES.get(config.quantization or "") == "torchao":
+        from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
+
+        fp8 = config.quantization == "torchao-fp8"
+        return library.TorchAoConfig(Float8WeightOnlyConfig() if fp8 else Int8WeightOnlyConfig())
+    if config.quantization == "bnb-int8":
+        arguments: dict[str, Any] = {"load_in_8bit": True}
+    elif config.quantization == "bnb-nf4":
+        arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    else:
+        arguments = _read_arguments(Path(str(config.bnb_quantization_config_path)))
+    if arguments.get("load_in_4bit"):  # as diffusers' scripts do, whatever a file says
+        arguments["bnb_4bit_compute_dtype"] = dtype
+    return library.BitsAndBytesConfig(**arguments)
+
+
+def _read_arguments(path: Path) -> dict[str, Any]:
+    """Read a file of arguments for diffusers' ``BitsAndBytesConfig``.
+
+    Raises:
+        ValueError: not such a file; says what is wrong with it.
+    """
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror or error}") from error
+    except ValueError as error:
+        raise ValueError(f"not a JSON file: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError("must hold a JSON object, the arguments of BitsAndBytesConfig")
+    parameters = inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters
+    # what a config writes of itself, besides its arguments
+    written = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
+    known = parameters.keys() - {"self", "kwargs"}
+    if unknown := sorted(arguments.keys() - known - written):
+        raise ValueError(
+            f"BitsAndBytesConfig has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
+        )
+    if not (arguments.get("load_in_4bit") or arguments.get("load_in_8bit")):
+        raise ValueError('neither "load_in_4bit" nor "load_in_8bit" is true, so nothing would be')
+    return {name: value for name, value in arguments.items() if name in known}
+
+
+def _refuse_quantized(config: TrainingConfig, family: ModelFamily, flag: str) -> None:
+    """Raise ValueError if the denoiser on disk is quantized: diffusers would leave it so."""
+    theirs = diffusers.AutoModel.load_config(
+        config.pretrained_model_name_or_path,
+        subfolder=family.denoiser,
+        revision=config.revision,
+        cache_dir=config.cache_dir,
+    ).get("quantization_config")
+    if theirs:
+        method = theirs.get("quant_method", "some method")
+        raise ValueError(
+            f"its {family.denoiser} is quantized already ({method}), so {flag} has no use. Leave "
+            "it out, or give the unquantized base"
+        )
