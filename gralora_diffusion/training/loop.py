@@ -37,7 +37,7 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
-from .step import DenoisingStep, RowMaker
+from .step import DenoisingStep, RowMaker, mean_loss
 from .streams import seed_from
 from .validation import draw_validation
 
@@ -241,8 +241,7 @@ class Trainer:
                 # dropout, the only draw from the global generator, depends on the step alone
                 process = accelerator.process_index
                 torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
-                losses = self.step(rows)
-                loss = (losses * rows.weights).sum() / rows.instances
+                loss = mean_loss(self.step(rows), rows)
                 accelerator.backward(loss)
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
