@@ -83,6 +83,8 @@ class TrainingConfig(
         self.optimizer = self.optimizer.lower()
         if self.use_8bit_adam and self.optimizer == "adamw":
             self.optimizer = "adamw8bit"
+        if self.aspect_ratio_buckets is not None:
+            self.use_aspect_ratio_buckets = True
         for name in PATHS:  # the shell expands ~ only on the command line, not in a YAML file
             value = getattr(self, name)
             if value and value.startswith("~"):

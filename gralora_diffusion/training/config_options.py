@@ -117,6 +117,16 @@ class ImageOptions:
     resolution: int | None = option(
         None, "Side of the training pictures in pixels (default: the family's)"
     )
+    use_aspect_ratio_buckets: bool = option(
+        False,
+        "Train each picture at the nearest of eleven shapes from 1:2 to 2:1 with about as many "
+        "pixels as the square; a picture with fewer pixels in a shape of its own size",
+    )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Train each picture at the nearest of these sizes, 'height,width;height,width;...', in "
+        "place of those shapes; smaller pictures are enlarged. Implies --use_aspect_ratio_buckets",
+    )
     center_crop: bool = option(False, "Crop the middle instead of a random part")
     random_flip: bool = option(False, "Mirror at random")
     image_interpolation_mode: Literal[

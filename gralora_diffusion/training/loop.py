@@ -28,7 +28,7 @@ from .base_model import find_base_family, load_base, present
 from .batches import Batches, find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
-from .config_checks import ConfigError
+from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .family_options import check_family_options
 from .objectives import make_objective
@@ -104,6 +104,7 @@ class Trainer:
                 "mixed_precision": accelerator.mixed_precision,
             }
         )
+        check_sizes(config, family.size_divisor(self.pipe))
         components = add_adapters(self.pipe, family, config)
         if config.gradient_checkpointing:
             for name in components:
