@@ -15,20 +15,29 @@ from transformers import HfArgumentParser
 
 from .config_checks import ConfigError, choices_of, find_problems, find_remarks
 from .config_options import (
-    OPTION_GROUPS,
     AdapterOptions,
     BaseModelOptions,
-    DataOptions,
-    ImageOptions,
     LengthOptions,
     LossOptions,
     OptimizerOptions,
     OutputOptions,
-    PriorOptions,
     ValidationOptions,
 )
+from .config_picture_options import DataOptions, ImageOptions, PriorOptions
 from .config_plans import layer_patterns
 
+OPTION_GROUPS: tuple[type, ...] = (
+    BaseModelOptions,
+    DataOptions,
+    PriorOptions,
+    ImageOptions,
+    LossOptions,
+    AdapterOptions,
+    LengthOptions,
+    OptimizerOptions,
+    OutputOptions,
+    ValidationOptions,
+)
 # diffusers' options that we have no use for, and what takes their place
 NOT_CARRIED = {
     "tokenizer_name": "the tokenizer is always the base's",
