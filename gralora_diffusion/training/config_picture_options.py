@@ -1,4 +1,4 @@
-"""The training options of the pictures: where they are, what they become, and those of the class."""
+"""The training options of the pictures: where they are, what becomes of them, and of the class."""
 
 from __future__ import annotations
 

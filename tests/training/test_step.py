@@ -149,14 +149,19 @@ def test_loss_and_gradient_of_a_step(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True}], ids=["plain", "text"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train_text_encoder": True}, {"aspect_ratio_buckets": "16,32"}],
+    ids=["plain", "text", "wide"],
+)
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_loss_and_gradient_of_every_family(
     pictures: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """Against the pipeline's own call, with its scheduler's noise, a sample at a time."""
     family = get_family(name)
-    if options and not family.text_encoders:
+    trains_text = "train_text_encoder" in options
+    if trains_text and not family.text_encoders:
         pytest.skip("its text encoder stays frozen")
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     with accelerate_left_as_it_was():
@@ -166,7 +171,7 @@ def test_loss_and_gradient_of_every_family(
             output_dir=tmp_path / "out",
             cache_latents=False,
             seed=7,
-            text_encoders=list(family.text_encoders) if options else None,
+            text_encoders=list(family.text_encoders) if trains_text else None,
             weighting_scheme="cosmap" if family.objective == "flow_matching" else None,
             **options,
         )
@@ -213,7 +218,13 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed
         call["crops_coords_top_left"] = tuple(batch["crop_top_lefts"][row].tolist())
     if trainer.family.name == "flux":
         noisy, target = (pipe._pack_latents(x, *x.shape) for x in (noisy, target))
-    prediction = predicted(pipe, trainer.family.denoiser, batch["prompts"][row], noisy, call)
+    prediction = predicted(
+        pipe,
+        trainer.family.denoiser,
+        batch["prompts"][row],
+        noisy,
+        {**call, "height": height, "width": width},
+    )
     if trainer.family.name.startswith("flux2"):
         target = pipe._pack_latents(target)
     return weight * (prediction - target).square().mean()
@@ -243,7 +254,7 @@ def predicted(pipe: Any, denoiser: str, prompt: str, latents: Tensor, call: dict
     try:
         # undecorated, for the pipelines forbid gradients
         type(pipe).__call__.__wrapped__(
-            pipe, prompt=prompt, latents=latents, height=16, width=16, output_type="latent", **call
+            pipe, prompt=prompt, latents=latents, output_type="latent", **call
         )
     finally:
         hook.remove()
