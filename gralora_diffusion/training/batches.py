@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from ..families import Conditioning, ModelFamily
 from .base_model import present
+from .buckets import Buckets, listed_buckets
 from .caching import LatentCache, PromptCache, vae_fingerprint
 from .config import TrainingConfig
 from .data import Example, find_dataset_examples, find_examples
@@ -89,16 +90,28 @@ class Batches:
         self.config, self.accelerator = config, accelerator
         self.family, self.vae = family, pipe.vae
         assert config.resolution is not None
+        buckets = None
+        if config.use_aspect_ratio_buckets:
+            buckets = Buckets(
+                config.resolution,
+                family.size_divisor(pipe),
+                listed_buckets(config.aspect_ratio_buckets),
+            )
         plan = CropPlan(
             config.resolution,
             config.center_crop,
             config.random_flip,
             config.image_interpolation_mode,
+            buckets,
         )
         self.cache = None
         if config.cache_latents:
             self.cache = LatentCache(plan, vae_fingerprint(pipe.vae), config.latent_cache_dir)
-        shared: dict[str, Any] = {"cache": self.cache, "cached_crops": config.cached_crops}
+        shared: dict[str, Any] = {
+            "batch_size": config.train_batch_size,
+            "cache": self.cache,
+            "cached_crops": config.cached_crops,
+        }
         self.instance = TrainingSet(
             pictures,
             plan,
@@ -128,7 +141,7 @@ class Batches:
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
-        """Samples in an epoch, over all processes."""
+        """Samples in an epoch, over all processes, with those that pad out buckets."""
         return len(self.instance)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

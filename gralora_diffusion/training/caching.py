@@ -65,8 +65,8 @@ class LatentCache:
         """Hash all that the latents depend on."""
         parts = [
             content_key,
-            [variant.left, variant.top, variant.flip],
-            [self.plan.resolution, self.plan.interpolation],
+            [variant.left, variant.top, variant.height, variant.width, variant.flip],
+            self.plan.interpolation,
             self.fingerprint,
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

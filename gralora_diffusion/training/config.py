@@ -15,20 +15,29 @@ from transformers import HfArgumentParser
 
 from .config_checks import ConfigError, choices_of, find_problems, find_remarks
 from .config_options import (
-    OPTION_GROUPS,
     AdapterOptions,
     BaseModelOptions,
-    DataOptions,
-    ImageOptions,
     LengthOptions,
     LossOptions,
     OptimizerOptions,
     OutputOptions,
-    PriorOptions,
     ValidationOptions,
 )
+from .config_picture_options import DataOptions, ImageOptions, PriorOptions
 from .config_plans import layer_patterns
 
+OPTION_GROUPS: tuple[type, ...] = (
+    BaseModelOptions,
+    DataOptions,
+    PriorOptions,
+    ImageOptions,
+    LossOptions,
+    AdapterOptions,
+    LengthOptions,
+    OptimizerOptions,
+    OutputOptions,
+    ValidationOptions,
+)
 # diffusers' options that we have no use for, and what takes their place
 NOT_CARRIED = {
     "tokenizer_name": "the tokenizer is always the base's",
@@ -86,6 +95,8 @@ class TrainingConfig(
         self.optimizer = self.optimizer.lower()
         if self.use_8bit_adam and self.optimizer == "adamw":
             self.optimizer = "adamw8bit"
+        if self.aspect_ratio_buckets is not None:
+            self.use_aspect_ratio_buckets = True
         for name in PATHS:  # the shell expands ~ only on the command line, not in a YAML file
             value = getattr(self, name)
             if value and value.startswith("~"):

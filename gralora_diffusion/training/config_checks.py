@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
 
 import torch
 
+from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_plans import check_patterns
@@ -127,6 +128,19 @@ def find_problems(config: TrainingConfig) -> list[str]:
     return [problem for check in checks for problem in check(config)]
 
 
+def check_sizes(config: TrainingConfig, divisor: int) -> None:
+    """Check resolution and buckets again, once the base is known.
+
+    Args:
+        divisor: what the base needs heights and widths to be multiples of.
+
+    Raises:
+        ConfigError: with all sizes that are not.
+    """
+    if problems := list(size_problems(config, divisor)):
+        raise ConfigError(problems)
+
+
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
     """Return name -> allowed values of the fields of a dataclass that have such a list."""
     choices = {}
@@ -154,12 +168,7 @@ def _values(config: TrainingConfig) -> Iterator[str]:
         value = getattr(config, name)
         if value is not None and value not in allowed_values:
             yield f"--{name} is {value!r}; it must be one of {', '.join(allowed_values)}"
-    if config.resolution is not None and (config.resolution < 8 or config.resolution % 8):
-        nearest = max(8, round(config.resolution / 8) * 8)
-        yield (
-            f"--resolution is {config.resolution}; it must be a multiple of 8, as the VAE shrinks "
-            f"by 8. The nearest is {nearest}"
-        )
+    yield from size_problems(config)
     if not 0 <= config.seed < 2**32:
         yield f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}"
 
@@ -299,6 +308,8 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
             yield f"with --prior_source teacher there is no use for {', '.join(idle)}"
     if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
         yield "--lora_layers takes the place of --target_preset"
+    if config.aspect_ratio_buckets is not None and config.resolution is not None:
+        yield "with --aspect_ratio_buckets, --resolution is the size of validation pictures only"
     if config.max_train_steps and config.num_train_epochs != defaults["num_train_epochs"]:
         yield "--max_train_steps wins over --num_train_epochs"
     no_warmup = config.lr_scheduler in ("constant", "piecewise_constant")

@@ -1,5 +1,7 @@
 """Every training option: its name, type, default and help, grouped by topic.
 
+Those of the pictures are in ``config_picture_options``.
+
 Names are those of diffusers' DreamBooth scripts where the feature is theirs. ``None`` means: no
 such thing, or the default of the model family, found once the base is known (the help says which).
 What each group's options mean together is checked in ``config_checks``.
@@ -56,86 +58,6 @@ class BaseModelOptions:
     quantize_text_encoders: bool = option(False, "The same for the text encoders")
     bnb_quantization_config_path: str | None = option(
         None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
-    )
-
-
-@dataclass(kw_only=True)
-class DataOptions:
-    """The pictures of the subject and their captions."""
-
-    _argument_group_name: ClassVar[str] = "Pictures and captions"
-
-    instance_data_dir: str | None = option(
-        None,
-        "Folder with the pictures to learn. Captions: .txt files beside them, or metadata.jsonl",
-    )
-    dataset_name: str | None = option(
-        None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"
-    )
-    dataset_config_name: str | None = option(None, "Configuration of that dataset")
-    image_column: str = option("image", "Column with the pictures")
-    caption_column: str | None = option(
-        None, "Column with the captions (default: --instance_prompt for every picture)"
-    )
-    instance_prompt: str | None = option(
-        None, "Prompt for pictures that have no caption, such as 'a photo of sks dog'"
-    )
-    repeats: int = option(1, "How many times each picture counts in an epoch")
-    max_sequence_length: int | None = option(
-        None, "Tokens of a prompt at most, where the base leaves it open (T5, FLUX.2)"
-    )
-    caption_dropout: float = option(0.0, "Share of samples that train with an empty caption")
-    skip_bad_images: bool = option(
-        False, "Train without the pictures that cannot be decoded instead of stopping"
-    )
-
-
-@dataclass(kw_only=True)
-class PriorOptions:
-    """Keeping what the base knows of the subject's class."""
-
-    _argument_group_name: ClassVar[str] = "Prior preservation"
-
-    with_prior_preservation: bool = option(
-        False, "Also train on the subject's class, so that the class does not turn into the subject"
-    )
-    prior_source: Literal["images", "teacher"] = option(
-        "images",
-        "images: class pictures that the base draws first; teacher: the predictions of the frozen "
-        "base on the class prompt, without class pictures",
-    )
-    class_prompt: str | None = option(None, "Prompt of the class, such as 'a photo of a dog'")
-    class_data_dir: str | None = option(
-        None, "Folder of the class pictures; those that lack are drawn into it"
-    )
-    num_class_images: int = option(100, "How many class pictures there shall be")
-    prior_loss_weight: float = option(1.0, "Weight of the class's loss")
-    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "Precision for drawing class pictures (default: fp16 on a GPU, else fp32)"
-    )
-    sample_batch_size: int = option(4, "Class pictures drawn at once")
-
-
-@dataclass(kw_only=True)
-class ImageOptions:
-    """From picture to latents."""
-
-    _argument_group_name: ClassVar[str] = "Image size, crops and caches"
-
-    resolution: int | None = option(
-        None, "Side of the training pictures in pixels (default: the family's)"
-    )
-    center_crop: bool = option(False, "Crop the middle instead of a random part")
-    random_flip: bool = option(False, "Mirror at random")
-    image_interpolation_mode: Literal[
-        "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"
-    ] = option("lanczos", "How pictures are resized")
-    cache_latents: bool = option(True, "Encode each picture once")
-    cached_crops: int = option(
-        8, "Random crops kept per picture by the latent cache; each sample draws one of them"
-    )
-    latent_cache_dir: str | None = option(
-        None, "Folder that keeps the latents for the next run (default: in memory)"
     )
 
 
@@ -348,17 +270,3 @@ class ValidationOptions:
     )
     validation_inference_steps: int = option(30, "Inference steps")
     skip_final_inference: bool = option(False, "Draw nothing at the end")
-
-
-OPTION_GROUPS: tuple[type, ...] = (
-    BaseModelOptions,
-    DataOptions,
-    PriorOptions,
-    ImageOptions,
-    LossOptions,
-    AdapterOptions,
-    LengthOptions,
-    OptimizerOptions,
-    OutputOptions,
-    ValidationOptions,
-)

@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .captions import METADATA_NAME, one_line, read_caption, read_metadata
-from .pictures import decode, picture_extensions
+from .pictures import CropPlan, decode, picture_extensions
 
 logger = logging.getLogger(__name__)
 
@@ -199,14 +199,15 @@ def find_dataset_examples(
     return _check_pictures(found, place, problems, advice, skip_bad_images)
 
 
-def warn_of_small_pictures(examples: Iterable[Example], resolution: int) -> None:
-    """Log which pictures have a side below ``resolution`` pixels; they are enlarged."""
+def warn_of_small_pictures(examples: Iterable[Example], plan: CropPlan) -> None:
+    """Log which pictures are smaller than what they are trained at; they are enlarged."""
     small = [
         f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
         for e in examples
-        if min(e.size) < resolution
+        if plan.enlarges(e.size)
     ]
-    _warn(f"--resolution {resolution}", "smaller pictures, enlarged for training", small)
+    place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
+    _warn(place, "smaller pictures, enlarged for training", small)
 
 
 def _picture_names(folder: Path, listed: Iterable[str], place: str) -> list[str]:

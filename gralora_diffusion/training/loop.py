@@ -30,7 +30,7 @@ from .base_model import find_base_family, load_base, present
 from .batches import Batches, find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
-from .config_checks import ConfigError
+from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .family_options import check_family_options
 from .objectives import make_objective
@@ -39,7 +39,7 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
-from .step import DenoisingStep, RowMaker
+from .step import DenoisingStep, RowMaker, mean_loss
 from .streams import seed_from
 from .validation import draw_validation
 
@@ -115,6 +115,7 @@ class Trainer:
                 "mixed_precision": accelerator.mixed_precision,
             }
         )
+        check_sizes(config, family.size_divisor(self.pipe))
         components = add_adapters(self.pipe, family, config)
         if config.gradient_checkpointing:
             for name in components:
@@ -256,8 +257,7 @@ class Trainer:
                 # dropout, the only draw from the global generator, depends on the step alone
                 process = accelerator.process_index
                 torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
-                losses = self.step(rows)
-                loss = (losses * rows.weights).sum() / rows.instances
+                loss = mean_loss(self.step(rows), rows)
                 accelerator.backward(loss)
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:

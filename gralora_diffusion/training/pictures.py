@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from .buckets import Buckets
 from .streams import generator, seed_from
 
 WHITE = (255, 255, 255, 255)
@@ -65,35 +66,52 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to cut a square out of a picture whose short side is resized to the resolution.
+    """One way to cut ``height`` times ``width`` pixels out of a picture resized to cover them.
 
     ``left`` and ``top`` are pixels in the resized picture, after mirroring it if ``flip`` is set.
     """
 
     left: int
     top: int
+    height: int
+    width: int
     flip: bool
 
 
 @dataclass(frozen=True)
 class CropPlan:
-    """How pictures become squares of ``resolution`` pixels.
+    """How pictures become squares of ``resolution`` pixels, or what their bucket wants.
 
-    The short side is resized to ``resolution``, smaller pictures upwards. Then a square is cut out
-    of the middle (``center_crop``) or at random, and mirrored at random if ``random_flip`` is set.
-    ``interpolation`` is a name of ``PIL.Image.Resampling`` in lower case.
+    A picture is resized until it just covers its target size, smaller pictures upwards. What is
+    left over on one of the axes is cut off on both sides alike (``center_crop``) or at random, and
+    the rest is mirrored at random if ``random_flip`` is set. ``interpolation`` is a name of
+    ``PIL.Image.Resampling`` in lower case.
     """
 
     resolution: int
     center_crop: bool = False
     random_flip: bool = False
     interpolation: str = "lanczos"
+    buckets: Buckets | None = None
+
+    def target_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Height and width that a picture of ``size`` (width, height) is trained at."""
+        if self.buckets is None:
+            return self.resolution, self.resolution
+        width, height = size
+        return self.buckets.nearest(height, width)
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Width and height of a picture of ``size`` (width, height) after resizing."""
-        short = min(size)
-        width, height = (round(side * self.resolution / short) for side in size)
-        return width, height
+        width, height = size
+        target_height, target_width = self.target_size(size)
+        if width * target_height >= height * target_width:  # the picture is the wider one
+            return round(width * target_height / height), target_height
+        return target_width, round(height * target_width / width)
+
+    def enlarges(self, size: tuple[int, int]) -> bool:
+        """Whether a picture of ``size`` (width, height) has fewer pixels than are trained on."""
+        return any(after > before for after, before in zip(self.resized(size), size, strict=True))
 
     def draw(self, size: tuple[int, int], random: torch.Generator) -> Variant:
         """Draw any variant of a picture of ``size`` (width, height)."""
@@ -128,20 +146,27 @@ class CropPlan:
         )
 
     def pixel_values(self, image: Image.Image, variant: Variant) -> Tensor:
-        """Return the variant of an RGB picture as (3, resolution, resolution) floats in [-1, 1]."""
+        """Return the variant of an RGB picture as (3, height, width) floats in [-1, 1]."""
         image = image.resize(self.resized(image.size), Image.Resampling[self.interpolation.upper()])
         if variant.flip:
             image = ImageOps.mirror(image)
-        right, bottom = variant.left + self.resolution, variant.top + self.resolution
+        right, bottom = variant.left + variant.width, variant.top + variant.height
         pixels = np.array(image.crop((variant.left, variant.top, right, bottom)))
         return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
 
     def _places(self, size: tuple[int, int]) -> int:
-        """How many squares of ``resolution`` fit: only the long side leaves a choice."""
-        return 1 if self.center_crop else max(self.resized(size)) - self.resolution + 1
+        """How many crops there are to choose from."""
+        return 1 if self.center_crop else sum(self._left_over(size)) + 1
 
     def _variant(self, size: tuple[int, int], place: int, flip: bool) -> Variant:
-        width, height = self.resized(size)
+        across, down = self._left_over(size)
         if self.center_crop:
-            place = (max(width, height) - self.resolution) // 2
-        return Variant(place, 0, flip) if width > height else Variant(0, place, flip)
+            place = (across + down) // 2
+        left, top = (place, 0) if across else (0, place)
+        return Variant(left, top, *self.target_size(size), flip)
+
+    def _left_over(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Pixels of the resized picture beyond its target, across and down; one of them is 0."""
+        width, height = self.resized(size)
+        target_height, target_width = self.target_size(size)
+        return width - target_width, height - target_height

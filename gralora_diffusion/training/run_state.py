@@ -104,8 +104,8 @@ class RunState:
         self._set_rates(rates)
         if digest != self.data_digest:
             logger.warning(
-                "the pictures, captions, batch size or seed are not those of the checkpoint: the "
-                "run goes on, but will not end as an uninterrupted one would"
+                "the pictures, captions, sizes, batch size or seed are not those of the "
+                "checkpoint: the run goes on, but will not end as an uninterrupted one would"
             )
         logger.info("resuming from %s at step %d", path, self.step)
 

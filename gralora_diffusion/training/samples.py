@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,15 +17,19 @@ from .data import Example, warn_of_small_pictures
 from .pictures import CropPlan, Variant
 from .streams import SampleStream, generator
 
+logger = logging.getLogger(__name__)
+
 
 class TrainingSet(Dataset[dict[str, Any]]):
     """Maps a position of the sample stream to a sample: ``training_set[position]``, without end.
 
-    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; int tensors of
-    shape (2,): ``original_size`` (height, width) of the picture before resizing, ``crop_top_left``
-    of the square after it, and ``target_size`` (height, width) of the square; and either ``mean``
-    and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``, (3,
-    resolution, resolution), decoded now.
+    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; ``original_size``
+    (height, width) of the picture before resizing, ``crop_top_left`` of the part that is cut out
+    after it and ``target_size`` (height, width) of that part, all int tensors of shape (2,); and
+    either ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or
+    ``pixel_values``, (3, height, width), decoded now.
+
+    The samples at ``batch_size`` positions from a multiple of it on have one target size.
 
     All of it is a function of the arguments and the position, so any worker may make any sample.
     Prior preservation takes a second set with another ``name``: it goes through all class pictures
@@ -34,6 +40,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         seed: of the run.
         name: of the stream.
         repeats: how many times each picture counts in an epoch.
+        batch_size: of the micro-batches.
         caption_dropout: share of samples with an empty prompt.
         cache: where latents are kept; :meth:`fill_cache` must have been called. None: no cache, and
             each sample draws any crop there is.
@@ -48,6 +55,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         *,
         name: str = "instance",
         repeats: int = 1,
+        batch_size: int = 1,
         caption_dropout: float = 0.0,
         cache: LatentCache | None = None,
         cached_crops: int = 8,
@@ -57,17 +65,21 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.seed = seed
         self.caption_dropout = caption_dropout
         self.cache = cache
-        self.stream = SampleStream(len(self.examples) * repeats, seed, name)
+        self.targets = [plan.target_size(example.size) for example in self.examples]
+        items = len(self.examples) * repeats
+        self.stream = SampleStream(items, seed, name, self.targets * repeats, batch_size)
         self._kept: list[tuple[Variant, ...]] = []
         if cache is not None:
             self._kept = [
                 plan.kept(example.size, example.content_key, cached_crops, seed)
                 for example in self.examples
             ]
-        warn_of_small_pictures(self.examples, plan.resolution)
+        warn_of_small_pictures(self.examples, plan)
+        if plan.buckets is not None:
+            self._tell_buckets()
 
     def __len__(self) -> int:
-        """Positions in an epoch."""
+        """Positions in an epoch, with those that pad out buckets."""
         return self.stream.length
 
     @property
@@ -78,9 +90,12 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """Hash of the pictures, their captions and their order: with it a resumed run can tell
+        """Hash of the pictures, their captions, buckets and order: with it a resumed run can tell
         whether its data changed."""
-        parts = [len(self), [[example.content_key, example.caption] for example in self.examples]]
+        pictures = [[example.content_key, example.caption] for example in self.examples]
+        parts: list[Any] = [len(self), pictures]
+        if self.plan.buckets is not None:
+            parts += [self.targets, self.stream.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fill_cache(self, encode: ImageEncoder, batch_size: int = 4, progress: bool = True) -> int:
@@ -108,9 +123,28 @@ class TrainingSet(Dataset[dict[str, Any]]):
             "content_key": example.content_key,
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
-            "target_size": torch.tensor([self.plan.resolution, self.plan.resolution]),
+            "target_size": torch.tensor([variant.height, variant.width]),
             **picture,
         }
+
+    def _tell_buckets(self) -> None:
+        """Log how many pictures each bucket has, and how many fill up its last batch."""
+        counts, padding = Counter(self.targets), self.stream.padding
+        logger.info(
+            "%s pictures by aspect-ratio bucket (height,width): %s",
+            self.stream.name,
+            "; ".join(
+                f"{height},{width}: {count}"
+                + (f" (+{more} repeated in each epoch)" if (more := padding[height, width]) else "")
+                for (height, width), count in sorted(counts.items())
+            ),
+        )
+        if any(padding.values()):
+            logger.info(
+                "pictures are repeated where a bucket's last batch of %d lacks some; a smaller "
+                "--train_batch_size repeats fewer",
+                self.stream.batch_size,
+            )
 
     def _drops_caption(self, position: int) -> bool:
         draw = torch.rand((), generator=self._generator("caption dropout", position))

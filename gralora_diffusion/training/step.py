@@ -19,7 +19,7 @@ from .streams import generator, seed_from
 
 @dataclass
 class Rows:
-    """A batch as the denoiser sees it. Prior rows follow the instance rows."""
+    """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""
 
     noisy_latents: Tensor  # (rows, C, h, w)
     timesteps: Tensor  # (rows,)
@@ -28,10 +28,10 @@ class Rows:
     pictures: Conditioning  # what depends on the picture and not on the prompt
     encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
-    instances: int
+    instances: int  # how many of the rows, the first ones, are not the prior's
 
     def __add__(self, other: Rows) -> Rows:
-        """Append ``other``'s rows; the instance rows stay those of ``self``."""
+        """Append prior rows of the same shape."""
         encoded = None
         if self.encoded is not None and other.encoded is not None:
             encoded = _joined(self.encoded, other.encoded)
@@ -51,11 +51,21 @@ def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
     return {key: torch.cat([value, second[key]]) for key, value in first.items()}
 
 
+def mean_loss(losses: Tensor, groups: Sequence[Rows]) -> Tensor:
+    """Return the loss of a step: the weighted losses of all rows, per instance row.
+
+    ``losses`` (rows of all groups,) are what :class:`DenoisingStep` gives.
+    """
+    weights = torch.cat([rows.weights for rows in groups])
+    return (losses * weights).sum() / sum(rows.instances for rows in groups)
+
+
 class DenoisingStep(nn.Module):
-    """Everything that is trained, as one module: ``forward(rows)`` gives the loss of each row.
+    """Everything that is trained, as one module: ``forward(groups)`` gives the loss of each row.
 
     One module, so that gradients of denoiser and text encoders are synchronized, clipped and
-    autocast together.
+    autocast together. For the same reason rows of several shapes, a group for each, go through one
+    ``forward``, though each needs a pass of its own through the denoiser.
     """
 
     def __init__(
@@ -71,7 +81,10 @@ class DenoisingStep(nn.Module):
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
         self.pipe, self.family, self.objective = pipe, family, objective
 
-    def forward(self, rows: Rows) -> Tensor:
+    def forward(self, groups: Sequence[Rows]) -> Tensor:
+        return torch.cat([self._losses(rows) for rows in groups])
+
+    def _losses(self, rows: Rows) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
             encoded = self.family.encode_prompts(self.pipe, rows.prompts, self.max_sequence_length)
@@ -106,14 +119,23 @@ class RowMaker:
         self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
 
-    def rows(self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None) -> Rows:
-        """Make the rows of a batch, with the prior's rows if there is a prior."""
+    def rows(
+        self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
+    ) -> list[Rows]:
+        """Make the rows of a batch, with the prior's rows if there is a prior.
+
+        They are one group, or two if the class pictures have another shape.
+        """
         rows = self._rows(instance, self.seed, 1.0)
-        if classes is not None:
-            rows = rows + self._rows(classes, seed_from(self.seed, "class"), self.prior_weight)
         if self.data.teacher is not None:
             rows = rows + self._teacher_rows(rows, self.data.teacher)
-        return rows
+        if classes is None:
+            return [rows]
+        prior = self._rows(classes, seed_from(self.seed, "class"), self.prior_weight)
+        prior.instances = 0
+        if prior.target.shape[1:] == rows.target.shape[1:]:
+            return [rows + prior]
+        return [rows, prior]
 
     def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> Rows:
         objective = self.step.objective

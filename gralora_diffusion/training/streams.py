@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Hashable, Iterator, Sequence
+from itertools import cycle, islice
 
 import torch
 from torch.utils.data import Sampler
@@ -33,23 +35,49 @@ def generator(seed: int, purpose: str, position: int) -> torch.Generator:
 
 
 class SampleStream:
-    """An endless stream over ``length`` items: each epoch is a new permutation of all of them.
+    """An endless stream over items 0, 1, 2, ...: each epoch is a new permutation of all of them.
+
+    Items may be in groups, of which no batch may mix two. Then an epoch is a new permutation within
+    each group, cut into batches, and a new order of all batches. Where the last batch of a group
+    lacks items, the group's first ones of that epoch come once more: each item comes at least once
+    an epoch, and ``length`` is the same for all epochs. A batch of one needs none of this.
 
     Args:
-        length: items per epoch.
+        items: how many.
         seed: of the run.
         name: tells streams of the same run apart; each has its own permutations.
+        groups: the group of each item; None: all are of one.
+        batch_size: positions in a batch; batch b has those from b * ``batch_size`` on.
+
+    Attributes:
+        length: positions in an epoch; a multiple of ``batch_size`` if there are several groups.
+        batch_size: 1 if no batch could mix groups: the order does not depend on it.
+        padding: group -> how many of its items come once more in an epoch.
 
     Raises:
-        ValueError: there is no item.
+        ValueError: there is no item, or not one group for each.
     """
 
-    def __init__(self, length: int, seed: int, name: str) -> None:
-        if length < 1:
-            raise ValueError(f"the stream {name!r} needs at least one item, got {length}")
-        self.length = length
+    def __init__(
+        self,
+        items: int,
+        seed: int,
+        name: str,
+        groups: Sequence[Hashable] | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        if items < 1:
+            raise ValueError(f"the stream {name!r} needs at least one item, got {items}")
+        self.groups = [None] * items if groups is None else list(groups)
+        if len(self.groups) != items:
+            raise ValueError(f"{len(self.groups)} groups for {items} items of the stream {name!r}")
+        counts = Counter(self.groups)
+        self.items = items
         self.seed = seed
         self.name = name
+        self.batch_size = batch_size if len(counts) > 1 else 1
+        self.padding = {group: -count % self.batch_size for group, count in counts.items()}
+        self.length = items + sum(self.padding.values())
         self._epoch = -1
         self._order: list[int] = []
 
@@ -59,10 +87,23 @@ class SampleStream:
             raise IndexError(f"position {position} in the stream {self.name!r}")
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            order = generator(self.seed, f"order of {self.name}", epoch)
-            self._order = torch.randperm(self.length, generator=order).tolist()
+            self._order = self._draw(epoch)
             self._epoch = epoch
         return self._order[place]
+
+    def _draw(self, epoch: int) -> list[int]:
+        random = generator(self.seed, f"order of {self.name}", epoch)
+        order = torch.randperm(self.items, generator=random).tolist()
+        if self.batch_size == 1:
+            return order
+        batches: list[list[int]] = []
+        for group, padding in self.padding.items():
+            members = [item for item in order if self.groups[item] == group]
+            padded = list(islice(cycle(members), len(members) + padding))
+            starts = range(0, len(padded), self.batch_size)
+            batches += [padded[start : start + self.batch_size] for start in starts]
+        chosen = torch.randperm(len(batches), generator=random).tolist()
+        return [item for batch in chosen for item in batches[batch]]
 
     def indices(self, start: int, count: int) -> list[int]:
         """Return the items at ``count`` positions from ``start`` on, across epochs."""

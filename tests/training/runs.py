@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +38,15 @@ USUAL: dict[str, Any] = {
 
 def make_pictures(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:
     """Write pictures of noise that are wider than high."""
+    return make_shapes(folder, [(side + 7, side)] * count, seed)
+
+
+def make_shapes(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Path:
+    """Write a picture of noise of each size (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed)
-    for number in range(count):
-        pixels = noise.integers(0, 256, (side, side + 7, 3), dtype=np.uint8)
+    for number, (width, height) in enumerate(sizes):
+        pixels = noise.integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{number}.png")
     return folder
 

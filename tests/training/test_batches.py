@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures
 from tests.models import stable_diffusion
-from tests.training.runs import config, make_pictures
+from tests.training.runs import config, make_pictures, make_shapes
 
 FAMILY = get_family("stable-diffusion")
 
@@ -77,6 +77,48 @@ def test_class_pictures_have_their_own_stream(pictures: Path, tmp_path: Path) ->
     assert {prompt for batch in seen if batch for prompt in batch["prompts"]} == {"a dog"}
 
 
+#: As (width, height), with what --aspect_ratio_buckets "16,24;16,16;24,16" makes of them.
+WIDE, SQUARE, TALL = (30, 20), (21, 20), (20, 33)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_buckets_leave_out_no_picture_of_subject_or_class(tmp_path: Path, cached: bool) -> None:
+    classes = make_shapes(tmp_path / "class", [TALL] * 5 + [SQUARE] * 4 + [WIDE], seed=3)
+    data = batches(
+        make_shapes(tmp_path / "instance", [WIDE, WIDE, SQUARE]),
+        aspect_ratio_buckets="16,24;16,16;24,16",
+        cache_latents=cached,
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=classes,
+        num_class_images=10,
+    )
+    assert len(data) == 4
+    seen: tuple[set[str], set[str]] = (set(), set())
+    shapes = set()
+    for pair in data.steps(0, 6):  # of two pictures each: an epoch of the class, three of instances
+        for batch, keys in zip(pair, seen, strict=True):
+            assert batch is not None
+            pixels = batch["mean" if cached else "pixel_values"]
+            ((height, width),) = {tuple(size) for size in batch["target_sizes"].tolist()}
+            shrunk = 2 if cached else 1  # by the tiny VAE
+            assert pixels.shape[2:] == (height // shrunk, width // shrunk)
+            keys.update(batch["content_keys"])
+        shapes.add(tuple(tuple(batch["target_sizes"][0].tolist()) for batch in pair if batch))
+    assert (len(seen[0]), len(seen[1])) == (3, 10)
+    assert any(instance != other for instance, other in shapes)
+
+
+def test_shapes_are_made_from_the_resolution_and_the_families_divisor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(type(FAMILY), "size_divisor", lambda self, pipe: 4)
+    folder = make_shapes(tmp_path, [(320, 160), (100, 100), (9, 16)])
+    data = batches(folder, use_aspect_ratio_buckets=True)
+    # 2:1 with 16 * 16 pixels is 22.6 x 11.3; 9:16 with 12 * 12 is 9 x 16
+    assert data.instance.targets == [(12, 24), (16, 16), (16, 8)]
+
+
 def test_digest_follows_what_decides_the_samples(pictures: Path, tmp_path: Path) -> None:
     usual = batches(pictures).digest
     assert batches(pictures, learning_rate=1).digest == usual
@@ -85,7 +127,9 @@ def test_digest_follows_what_decides_the_samples(pictures: Path, tmp_path: Path)
         {"train_batch_size": 3},
         {"seed": 1},
         {"random_flip": True},
+        {"use_aspect_ratio_buckets": True},
+        {"aspect_ratio_buckets": "16,24;24,16"},
     ]
     digests = [batches(pictures, **options).digest for options in changed]
     digests.append(batches(make_pictures(tmp_path / "others", seed=9)).digest)
-    assert len({usual, *digests}) == 6
+    assert len({usual, *digests}) == 8

@@ -125,21 +125,24 @@ def test_same_picture_twice_is_encoded_once(vae, examples):
 
 def test_what_was_never_filled_is_not_found(examples, tmp_path):
     with pytest.raises(KeyError):
-        LatentCache(PLAN, "vae").get(examples[0].content_key, Variant(0, 0, False))
+        LatentCache(PLAN, "vae").get(examples[0].content_key, Variant(0, 0, 16, 16, False))
     with pytest.raises(DataError, match="Start again"):
-        LatentCache(PLAN, "vae", tmp_path).get(examples[0].content_key, Variant(0, 0, False))
+        LatentCache(PLAN, "vae", tmp_path).get(
+            examples[0].content_key, Variant(0, 0, 16, 16, False)
+        )
 
 
 def test_key_depends_on_all_that_the_latents_depend_on():
     keys = [
         LatentCache(plan, fingerprint).key(content, variant)
-        for plan in (PLAN, CropPlan(24), CropPlan(16, interpolation="box"))
+        for plan in (PLAN, CropPlan(16, interpolation="box"))
         for fingerprint in ("vae", "other vae")
         for content in ("picture", "other picture")
         for place in ((0, 0), (1, 0), (0, 1))
-        for variant in (Variant(*place, False), Variant(*place, True))
+        for size in ((16, 16), (24, 16), (16, 24))
+        for variant in (Variant(*place, *size, False), Variant(*place, *size, True))
     ]
-    assert len(set(keys)) == len(keys) == 3 * 2 * 2 * 6
+    assert len(set(keys)) == len(keys) == 2 * 2 * 2 * 3 * 3 * 2
 
 
 def test_fingerprint_follows_parameters_dtype_and_config_but_not_the_place(tmp_path):

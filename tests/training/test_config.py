@@ -14,7 +14,13 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from gralora_diffusion.training.config import TrainingConfig, options_table, parse_config
-from gralora_diffusion.training.config_checks import NEEDS, ConfigError, choices_of
+from gralora_diffusion.training.config_checks import (
+    NEEDS,
+    ConfigError,
+    check_sizes,
+    choices_of,
+    find_problems,
+)
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,6 +45,8 @@ DIFFUSERS_SD = [
     ("--output_dir out", "out"),
     ("--seed 42", 42),
     ("--resolution 512", 512),
+    ("--use_aspect_ratio_buckets", True),  # of train_dreambooth_lora_flux2_klein.py, like the next
+    ("--aspect_ratio_buckets 512,512;640,384", "512,512;640,384"),
     ("--center_crop", True),
     ("--train_batch_size 1", 1),
     ("--sample_batch_size 2", 2),
@@ -355,6 +363,23 @@ BASE = "--pretrained_model_name_or_path"
         ("--ema_decay 1", "--ema_decay is 1.0; it must be at least 0 and below 1"),
         ("--caption_dropout 1", "--caption_dropout is 1.0; it must be at least 0 and below 1"),
         ("--resolution 4", "--resolution is 4; it must be a multiple of 8"),
+        (
+            "--aspect_ratio_buckets 512,512;512x640",
+            "--aspect_ratio_buckets is '512,512;512x640': Invalid bucket format: '512x640'. "
+            "Expected 'height,width'. Give 'height,width' with ; between, such as",
+        ),
+        ("--aspect_ratio_buckets=", "--aspect_ratio_buckets is '': Bucket string cannot be empty."),
+        ("--aspect_ratio_buckets 0,512", "Bucket dimensions must be positive integers. Give"),
+        (
+            "--aspect_ratio_buckets 512,512;500,644",
+            "--aspect_ratio_buckets holds 500,644; height and width must be multiples of 8, as the "
+            "VAE shrinks by 8. The nearest is 496,640",
+        ),
+        (
+            "--aspect_ratio_buckets 512,640;768,960",
+            "--aspect_ratio_buckets holds 512,640 and 768,960, which are of one shape",
+        ),
+        ("--aspect_ratio_buckets 64,64;64,64", "holds 64,64 and 64,64, which are of one shape"),
         ("--seed -1", "--seed is -1; it must be from 0 to 4294967295"),
         # the base
         (f"{BASE}=", f"{BASE} is missing. Give a diffusers folder, a Hub id"),
@@ -591,6 +616,10 @@ def test_no_problem(good: list[str], arguments: str) -> None:
             "--lora_layers to_q --target_preset all",
             "--lora_layers takes the place of --target_preset",
         ),
+        (
+            "--aspect_ratio_buckets 512,640;640,512 --resolution 512",
+            "with --aspect_ratio_buckets, --resolution is the size of validation pictures only",
+        ),
         ("--optimizer prodigy --learning_rate 1e-4", "with Prodigy 1.0 is usual"),
         ("--resume_from_checkpoint latest", "holds no checkpoint, so this run starts from the"),
         (
@@ -606,6 +635,20 @@ def test_no_problem(good: list[str], arguments: str) -> None:
 def test_remark(good: list[str], arguments: str, remark: str) -> None:
     (found,) = parse_config([*good, *arguments.split()]).validate()
     assert remark in found
+
+
+def test_sizes_are_checked_again_once_the_base_is_known() -> None:
+    config = TrainingConfig(resolution=520, aspect_ratio_buckets="512,640;648,512;8,24")
+    assert not any("multiple" in problem for problem in find_problems(config))
+    check_sizes(config, 8)
+    with pytest.raises(ConfigError) as caught:
+        check_sizes(config, 16)
+    several = "height and width must be multiples of 16 for this base"
+    assert caught.value.problems == [
+        "--resolution is 520; it must be a multiple of 16 for this base. The nearest is 512",
+        f"--aspect_ratio_buckets holds 648,512; {several}. The nearest is 640,512",
+        f"--aspect_ratio_buckets holds 8,24; {several}. The nearest is 16,32",
+    ]
 
 
 def test_names_in_the_tables_are_options() -> None:
@@ -627,6 +670,15 @@ def test_family_defaults_fill_only_what_is_open() -> None:
     assert (config.learning_rate, config.text_encoder_lr) == (1.0, 1.0)
     with pytest.raises(KeyError, match="resolutoin"):
         TrainingConfig().with_defaults({"resolutoin": 512})
+
+
+def test_listed_buckets_imply_their_use(tmp_path: Path) -> None:
+    config = parse_config(["--aspect_ratio_buckets", "512,512;640,384"])
+    assert config.use_aspect_ratio_buckets
+    assert not TrainingConfig().use_aspect_ratio_buckets
+    (tmp_path / "run.yaml").write_text(config.to_yaml())
+    again = parse_config(["--config", str(tmp_path / "run.yaml")])
+    assert again.aspect_ratio_buckets == "512,512;640,384"
 
 
 def test_alpha_and_targets() -> None:

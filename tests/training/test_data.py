@@ -12,12 +12,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.data import (
     DataError,
     find_dataset_examples,
     find_examples,
     warn_of_small_pictures,
 )
+from gralora_diffusion.training.pictures import CropPlan
 
 
 def picture(seed=0, size=(12, 8)):
@@ -240,11 +242,23 @@ def test_small_pictures_are_reported(tmp_path, caplog):
     fill(tmp_path, ["1.png"], (12, 8))
     fill(tmp_path, ["2.png"], (9, 9))
     examples = find_examples(tmp_path, "prompt")
-    warn_of_small_pictures(examples, 8)
+    warn_of_small_pictures(examples, CropPlan(8))
     assert not caplog.records
-    warn_of_small_pictures(examples, 9)
+    warn_of_small_pictures(examples, CropPlan(9))
     assert (
         "--resolution 9: smaller pictures, enlarged for training (1): 1.png (12x8)" in caplog.text
+    )
+
+
+def test_pictures_smaller_than_their_bucket_are_reported(tmp_path, caplog):
+    fill(tmp_path, ["1.png"], (12, 8))
+    fill(tmp_path, ["2.png"], (9, 9))
+    examples = find_examples(tmp_path, "prompt")
+    warn_of_small_pictures(examples, CropPlan(99, buckets=Buckets(99, 1, ((8, 12), (9, 9)))))
+    assert not caplog.records
+    warn_of_small_pictures(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
+    assert "aspect-ratio buckets: smaller pictures, enlarged for training (1): 2.png (9x9)" in (
+        caplog.text
     )
 
 

@@ -21,6 +21,7 @@ from tests.training.runs import (
     assert_close,
     assert_same_run,
     make_pictures,
+    make_shapes,
     run,
     run_script,
 )
@@ -61,9 +62,10 @@ def test_run_with_class_pictures_resumed_and_loaded(
         pictures,
         with_prior_preservation=True,
         class_prompt="a dog",
-        class_data_dir=make_pictures(tmp_path / "class", 2, seed=1),
+        class_data_dir=make_shapes(tmp_path / "class", [(27, 20), (20, 40)], seed=1),
         num_class_images=3 if family.objective == "ddpm" else 2,  # drawing takes long with Flux
         sample_batch_size=1,
+        aspect_ratio_buckets="32,48;32,32;48,32",  # class pictures as wide as the others, and not
         validation_prompt="a sks dog",
         validation_steps=2,
         num_validation_images=1,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +12,19 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
+from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.loop import Trainer, TrainingDiverged
 from gralora_diffusion.training.pictures import CropPlan
+from gralora_diffusion.training.step import RowMaker
 from tests.training.runs import (
     ROOT,
     adapter,
     assert_close,
     assert_same_run,
+    make_shapes,
     metrics,
     run,
     run_script,
@@ -193,6 +197,97 @@ def test_it_learns(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
     loss = held_out_losses(base, data["instance_data_dir"], "a sks dog", 16)
     before, after = loss(None), loss(tmp_path / "out")
     assert after < 0.95 * before
+
+
+# -- pictures of several shapes --------------------------------------------------------------------
+
+
+@pytest.fixture
+def shapes(base: Path, tmp_path: Path) -> dict[str, Any]:
+    """Wide, square and tall pictures of the subject; of the class taller ones and one wide one."""
+    instance = [(30, 20), (30, 20), (31, 20), (20, 20), (21, 30)]
+    classes = [(20, 40), (20, 40), (20, 41), (40, 20)]
+    return {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": make_shapes(tmp_path / "instance", instance),
+        "class_data_dir": make_shapes(tmp_path / "class", classes, seed=1),
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "num_class_images": 4,
+        "use_aspect_ratio_buckets": True,
+    }
+
+
+def test_an_epoch_trains_on_every_picture_in_its_own_shape(
+    shapes: dict[str, Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    seen: list[tuple[Any, Any, list[Any]]] = []
+    original = RowMaker.rows
+
+    def watched(self: RowMaker, instance: Any, classes: Any = None) -> Any:
+        groups = original(self, instance, classes)
+        seen.append((instance, classes, groups))
+        return groups
+
+    monkeypatch.setattr(RowMaker, "rows", watched)
+    options = {**shapes, "max_train_steps": None, "num_train_epochs": 2}
+    with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
+        out = run(output_dir=tmp_path / "out", **options)
+    # 16 x 16 pixels as 3:2, 1:1 and 2:3, batches of two: 2 + 1 + 1; of the class as 1:2: 2, 2:1: 1
+    wide, tall, taller, wider = (14, 20), (20, 14), (22, 12), (12, 22)
+    assert len(metrics(out)) == len(seen) == 2 * 4
+    for epoch in (seen[:4], seen[4:]):
+        instance = Counter(key for batch, _, _ in epoch for key in batch["content_keys"])
+        assert len(instance) == 5
+        assert sorted(instance.values()) == [1, 1, 2, 2, 2]
+        sizes = Counter(tuple(batch["target_sizes"][0].tolist()) for batch, _, _ in epoch)
+        assert sizes == {wide: 2, (16, 16): 1, tall: 1}
+    classes = [batch for _, batch, _ in seen[:3]]  # an epoch of them
+    assert len({key for batch in classes for key in batch["content_keys"]}) == 4
+    sizes = Counter(tuple(batch["target_sizes"][0].tolist()) for batch in classes)
+    assert sizes == {taller: 2, wider: 1}
+    assert {len(groups) for _, _, groups in seen} == {2}
+    assert "14,20: 3 (+1 repeated in each epoch); 16,16: 1 (+1 repeated" in caplog.text
+    assert "class pictures by aspect-ratio bucket (height,width): 12,22: 1 (+1" in caplog.text
+
+
+def test_accumulation_and_processes_share_out_the_same_buckets(
+    shapes: dict[str, Any], tmp_path: Path
+) -> None:
+    one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **shapes)
+    two = tmp_path / "two"
+    result = run_script(processes=2, output_dir=two, **shapes)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(one, two, 1e-3)
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (one, two)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
+
+
+def test_buckets_with_and_without_a_cache(shapes: dict[str, Any], tmp_path: Path) -> None:
+    options = {"center_crop": True, **shapes}
+    run(output_dir=tmp_path / "cached", **options)
+    run(output_dir=tmp_path / "fresh", cache_latents=False, dataloader_num_workers=1, **options)
+    run(output_dir=tmp_path / "on_disk", latent_cache_dir=tmp_path / "latents", **options)
+    assert_same_run(tmp_path / "cached", tmp_path / "on_disk")
+    assert_close(tmp_path / "cached", tmp_path / "fresh", 1e-3)
+
+
+def test_one_bucket_is_no_bucket(data: dict[str, Any], tmp_path: Path) -> None:
+    run(output_dir=tmp_path / "square", **data)
+    run(output_dir=tmp_path / "bucket", aspect_ratio_buckets="16,16", **data)
+    assert_same_run(tmp_path / "square", tmp_path / "bucket")
+
+
+def test_sizes_that_the_base_does_not_take_are_refused(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ModelFamily, "size_divisor", lambda self, pipe: 16)
+    with pytest.raises(ConfigError, match=r"holds 24,16; .*16 for this base. The nearest is 32,16"):
+        run(output_dir=tmp_path / "out", aspect_ratio_buckets="16,16;24,16", **data)
+    assert not (tmp_path / "out").exists()
 
 
 # -- a run that is to go on, or goes wrong ---------------------------------------------------------

@@ -24,6 +24,7 @@ from tests.training.runs import (
     command,
     environment,
     make_pictures,
+    make_shapes,
     run,
     run_script,
 )
@@ -182,10 +183,13 @@ def test_full_disk_outside_of_checkpoints(
     assert "--resume_from_checkpoint latest" in got
 
 
-def test_killed_at_any_moment_and_resumed(base: Path, pictures: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("buckets", [False, True])
+def test_killed_at_any_moment_and_resumed(base: Path, tmp_path: Path, buckets: bool) -> None:
+    sizes = [(30, 20), (20, 30), (20, 20), (40, 20), (31, 21)] if buckets else [(27, 20)] * 3
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": make_shapes(tmp_path / "pictures", sizes),
+        "use_aspect_ratio_buckets": buckets,
         "max_train_steps": 40,
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 2,
@@ -193,6 +197,10 @@ def test_killed_at_any_moment_and_resumed(base: Path, pictures: Path, tmp_path: 
         "lora_dropout": 0.1,
         "use_ema": True,
     }
+    if buckets:
+        options |= {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 4}
+        shapes = [(20, 40), (20, 40), (20, 40), (40, 20)]
+        options["class_data_dir"] = make_shapes(tmp_path / "class", shapes, seed=1)
     whole = run(output_dir=tmp_path / "whole", **options)
     options |= {"output_dir": tmp_path / "out", "resume_from_checkpoint": "latest"}
     process = subprocess.Popen(

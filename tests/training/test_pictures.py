@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.pictures import CropPlan, Variant, decode, picture_extensions
 from gralora_diffusion.training.streams import generator
 
@@ -124,7 +125,7 @@ def by_hand(array, left, top, side, flip):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("left", [0, 2, 3])
 def test_crop_without_resizing_is_a_slice(left, flip):
-    got = CropPlan(6).pixel_values(Image.fromarray(NOISE), Variant(left, 0, flip))
+    got = CropPlan(6).pixel_values(Image.fromarray(NOISE), Variant(left, 0, 6, 6, flip))
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, by_hand(NOISE, left, 0, 6, flip), rtol=0, atol=1e-6)
     assert got.min() >= -1
@@ -148,18 +149,18 @@ def test_short_side_is_resized_to_the_resolution(size, resized, interpolation):
 
 def test_centre_crop_has_one_place_and_both_directions():
     plan = CropPlan(6, center_crop=True)
-    assert plan.kept((10, 6), "key", 8, seed=0) == (Variant(2, 0, False),)
-    assert plan.kept((6, 10), "key", 8, seed=0) == (Variant(0, 2, False),)
+    assert plan.kept((10, 6), "key", 8, seed=0) == (Variant(2, 0, 6, 6, False),)
+    assert plan.kept((6, 10), "key", 8, seed=0) == (Variant(0, 2, 6, 6, False),)
     mirrored = CropPlan(6, center_crop=True, random_flip=True)
     for count in (1, 8):
         kept = mirrored.kept((10, 6), "key", count, seed=0)
-        assert kept == (Variant(2, 0, False), Variant(2, 0, True))
+        assert kept == (Variant(2, 0, 6, 6, False), Variant(2, 0, 6, 6, True))
 
 
 def test_a_square_picture_has_one_crop():
-    assert CropPlan(6).kept((30, 30), "key", 8, seed=0) == (Variant(0, 0, False),)
+    assert CropPlan(6).kept((30, 30), "key", 8, seed=0) == (Variant(0, 0, 6, 6, False),)
     both = CropPlan(6, random_flip=True).kept((30, 30), "key", 8, seed=0)
-    assert both == (Variant(0, 0, False), Variant(0, 0, True))
+    assert both == (Variant(0, 0, 6, 6, False), Variant(0, 0, 6, 6, True))
 
 
 def test_all_variants_are_kept_when_there_are_few():
@@ -185,4 +186,86 @@ def test_drawn_variants_reach_every_place():
     drawn = {plan.draw((9, 6), generator(0, "variant", t)) for t in range(200)}
     assert drawn == set(plan.kept((9, 6), "key", 99, seed=0))
     never = {CropPlan(6).draw((6, 9), generator(0, "variant", t)) for t in range(100)}
-    assert never == {Variant(0, top, False) for top in range(4)}
+    assert never == {Variant(0, top, 6, 6, False) for top in range(4)}
+
+
+# -- aspect-ratio buckets --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "bucket"),
+    [
+        ((2000, 2000), (512, 512)),
+        ((1600, 900), (384, 680)),  # 512 / sqrt(16/9) = 384, 512 * sqrt(16/9) = 682.7
+        ((900, 1600), (680, 384)),
+        ((3000, 2000), (416, 624)),  # 418.0 and 627.1
+        ((5000, 500), (360, 728)),  # a panorama; 2:1 is the widest: 362.04 and 724.08
+        ((200, 400), (400, 200)),  # as many pixels as a square of 283: 400.2 and 200.1
+        ((302, 302), (304, 304)),
+        ((3, 2), (8, 8)),
+    ],
+)
+def test_a_picture_gets_the_nearest_shape_and_no_more_pixels_than_it_has(size, bucket):
+    plan = CropPlan(512, buckets=Buckets(512, 8))
+    assert plan.target_size(size) == bucket
+    height, width = CropPlan(512, buckets=Buckets(512, 64)).target_size(size)
+    assert height % 64 == width % 64 == 0
+
+
+def test_listed_buckets_are_all_there_is():
+    plan = CropPlan(512, buckets=Buckets(512, 8, ((512, 512), (384, 640))))
+    sizes = {(900, 900): (512, 512), (1500, 900): (384, 640), (50, 90): (512, 512),
+             (90, 50): (384, 640), (9000, 50): (384, 640)}  # fmt: skip
+    assert {size: plan.target_size(size) for size in sizes} == sizes
+
+
+@pytest.mark.parametrize(
+    ("size", "resized", "places"),
+    [
+        ((9, 6), (15, 10), [(0, 0), (1, 0), (2, 0), (3, 0)]),  # more is left on the sides
+        ((6, 6), (12, 12), [(0, 0), (0, 1), (0, 2)]),  # above and below
+        ((24, 20), (12, 10), [(0, 0)]),
+    ],
+)
+@pytest.mark.parametrize("flip", [False, True])
+def test_a_picture_covers_its_bucket_and_what_is_left_over_is_cut_off(size, resized, places, flip):
+    plan = CropPlan(8, random_flip=flip, buckets=Buckets(8, 1, ((10, 12),)))
+    image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
+    assert plan.resized(size) == resized
+    kept = plan.kept(size, "key", 99, seed=0)
+    directions = (False, True) if flip else (False,)
+    every = [(left, top, side) for left, top in places for side in directions]
+    assert sorted((v.left, v.top, v.flip) for v in kept) == every
+    drawn = {plan.draw(size, generator(0, "variant", t)) for t in range(100)}
+    assert drawn == set(kept)
+    whole = np.asarray(image.resize(resized, Image.Resampling.LANCZOS))
+    for variant in kept:
+        turned = whole[:, ::-1] if variant.flip else whole
+        cut = turned[variant.top : variant.top + 10, variant.left : variant.left + 12]
+        expected = torch.tensor(cut.transpose(2, 0, 1) / 127.5 - 1.0, dtype=torch.float32)
+        got = plan.pixel_values(image, variant)
+        assert got.shape == (3, 10, 12)
+        torch.testing.assert_close(got, expected, rtol=0, atol=1e-6)
+
+
+def test_the_middle_of_what_covers_the_bucket():
+    plan = CropPlan(8, center_crop=True, buckets=Buckets(8, 1, ((10, 12),)))
+    assert plan.kept((90, 60), "key", 8, seed=0) == (Variant(1, 0, 10, 12, False),)  # of 15 x 10
+    assert plan.kept((60, 60), "key", 8, seed=0) == (Variant(0, 1, 10, 12, False),)  # of 12 x 12
+
+
+@pytest.mark.parametrize("buckets", [None, Buckets(64, 8), Buckets(64, 8, ((64, 96), (96, 56)))])
+def test_every_size_is_covered_exactly_on_one_axis(buckets):
+    plan = CropPlan(64, buckets=buckets)
+    for width in range(1, 140, 3):
+        for height in range(1, 140, 7):
+            target_height, target_width = plan.target_size((width, height))
+            resized = plan.resized((width, height))
+            over = resized[0] - target_width, resized[1] - target_height
+            assert min(over) == 0
+            # and the same factor on both axes, but for rounding to whole pixels
+            factor = max(target_width / width, target_height / height)
+            assert abs(resized[0] - width * factor) <= 0.5
+            assert abs(resized[1] - height * factor) <= 0.5
+            larger = plan.enlarges((width, height))
+            assert larger == (factor > 1)

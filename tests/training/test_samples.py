@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
+from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.caching import LatentCache
 from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.pictures import CropPlan
@@ -76,6 +78,7 @@ def test_sample_is_the_variant_that_it_tells(examples):
             source = next(e.source for e in examples if e.content_key == sample["content_key"])
             whole = np.asarray(Image.open(source))
             assert sample["original_size"].tolist() == list(whole.shape[:2])
+            assert sample["target_size"].tolist() == [8, 8]
             top, left = sample["crop_top_left"].tolist()
             candidates = [
                 torch.tensor(np.array(side[top : top + 8, left : left + 8])).permute(2, 0, 1)
@@ -143,6 +146,65 @@ def test_caption_dropout_drops_its_share_and_is_reproducible(examples):
     assert all(prompt == full for prompt, full in kept)
 
 
+SHAPES = CropPlan(8, random_flip=True, buckets=Buckets(8, 1, ((8, 16), (16, 8), (12, 12))))
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_micro_batches_have_one_shape_and_hold_every_picture(examples, cached):
+    """Three wide pictures and two tall ones, in batches of two."""
+    cache = LatentCache(SHAPES, "identity") if cached else None
+    training_set = TrainingSet(examples, SHAPES, 0, batch_size=2, cache=cache)
+    if cached:
+        training_set.fill_cache(identity, progress=False)
+    assert len(training_set) == 6
+    name = "mean" if cached else "pixel_values"
+    for epoch in range(4):
+        seen = Counter()
+        for start in range(epoch * 6, epoch * 6 + 6, 2):
+            batch = collate([training_set[start], training_set[start + 1]])
+            (size,) = {tuple(size) for size in batch["target_sizes"].tolist()}
+            assert batch[name].shape == (2, 3, *size)
+            assert size == tuple(batch["original_sizes"][0].tolist())
+            for picture, prompt in zip(batch[name], batch["prompts"], strict=True):
+                assert shade_of(picture) == SHADES[prompt]
+            seen.update(batch["prompts"])
+        assert set(seen) == set(SHADES)
+        assert sorted(seen.values()) == [1, 1, 1, 1, 2]
+
+
+def test_repeats_fill_up_a_bucket_without_padding(examples):
+    training_set = TrainingSet(examples, SHAPES, 0, repeats=2, batch_size=2)
+    assert len(training_set) == 10
+    seen = Counter(training_set[t]["prompt"] for t in range(10))
+    assert seen == dict.fromkeys(SHADES, 2)
+
+
+def test_the_user_is_told_of_buckets_and_padding(examples, caplog):
+    with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
+        TrainingSet(examples, PLAN, 0, batch_size=2)
+        assert not caplog.records
+        TrainingSet(examples, SHAPES, 0, batch_size=2)
+        first, second = (record.getMessage() for record in caplog.records)
+        assert first == (
+            "instance pictures by aspect-ratio bucket (height,width): "
+            "8,16: 3 (+1 repeated in each epoch); 16,8: 2"
+        )
+        assert "last batch of 2" in second
+        caplog.clear()
+        TrainingSet(examples, SHAPES, 0, name="class")
+        (only,) = (record.getMessage() for record in caplog.records)
+        assert only == "class pictures by aspect-ratio bucket (height,width): 8,16: 3; 16,8: 2"
+
+
+def test_digest_follows_buckets_and_the_batches_they_make(examples):
+    others = CropPlan(8, buckets=Buckets(8, 1, ((8, 16), (12, 12))))
+    digests = [TrainingSet(examples, plan, 0, batch_size=2).digest for plan in (SHAPES, others)]
+    digests += [TrainingSet(examples, PLAN, 0, batch_size=size).digest for size in (2, 3)]
+    digests.append(TrainingSet(examples, SHAPES, 0, batch_size=3).digest)
+    assert digests[2] == digests[3]
+    assert len(set(digests)) == 4
+
+
 def test_digest_follows_pictures_captions_and_repeats(examples):
     digest = TrainingSet(examples, PLAN, 0).digest
     assert TrainingSet(list(examples), PLAN, 5).digest == digest
@@ -165,6 +227,7 @@ def test_loader_with_workers_gives_the_samples_of_the_positions(examples, worker
         assert batch["prompts"] == [sample["prompt"] for sample in samples]
         assert batch["content_keys"] == [sample["content_key"] for sample in samples]
         for many, one in (("mean", "mean"), ("std", "std"), ("original_sizes", "original_size"),
-                          ("crop_top_lefts", "crop_top_left")):  # fmt: skip
+                          ("crop_top_lefts", "crop_top_left"),
+                          ("target_sizes", "target_size")):  # fmt: skip
             assert torch.equal(batch[many], torch.stack([sample[one] for sample in samples]))
     assert "pixel_values" not in batch

@@ -19,9 +19,10 @@ from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.step import mean_loss
 from gralora_diffusion.training.streams import generator, seed_from
 from tests.models import PIPELINES, stable_diffusion
-from tests.training.runs import config, make_pictures
+from tests.training.runs import config, make_shapes
 
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
 
@@ -82,8 +83,9 @@ def expected_loss(
         {"prior": "images", "snr_gamma": 3},
         {"prior": "teacher", "train_text_encoder": True},
         {"zero_terminal": True, "snr_gamma": 3},
+        {"prior": "images", "aspect_ratio_buckets": "16,24;24,16", "train_text_encoder": True},
     ],
-    ids=["plain", "snr-offset-text", "images", "teacher", "zero-terminal-snr"],
+    ids=["plain", "snr-offset-text", "images", "teacher", "zero-terminal-snr", "two-shapes"],
 )
 def test_loss_and_gradient_of_a_step(
     base: Path, pictures: Path, tmp_path: Path, prediction: str, options: dict[str, Any]
@@ -103,7 +105,7 @@ def test_loss_and_gradient_of_a_step(
         }
         options["class_prompt"] = "a dog"
     if prior == "images":
-        options["class_data_dir"] = make_pictures(tmp_path / "class", 3, seed=4)
+        options["class_data_dir"] = make_shapes(tmp_path / "class", [(20, 27)] * 3, seed=4)
         options["num_class_images"] = 3
     with accelerate_left_as_it_was():
         trainer = make_trainer(
@@ -116,8 +118,11 @@ def test_loss_and_gradient_of_a_step(
             **options,
         )
         instance, classes = next(trainer.data.steps(0, 1))
-        rows = trainer.rows.rows(instance, classes)
-        loss = (trainer.step(rows) * rows.weights).sum() / rows.instances
+        groups = trainer.rows.rows(instance, classes)
+        two = "aspect_ratio_buckets" in options
+        shapes = [(8, 12), (12, 8)] if two else [(8, 8)]
+        assert [tuple(rows.noisy_latents.shape[2:]) for rows in groups] == shapes
+        loss = mean_loss(trainer.step(groups), groups)
         gradient = torch.autograd.grad(loss, trainer.parameters)
 
     scheduler = DDPMScheduler.from_pretrained(
@@ -144,14 +149,19 @@ def test_loss_and_gradient_of_a_step(
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
-@pytest.mark.parametrize("options", [{}, {"train_text_encoder": True}], ids=["plain", "text"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"train_text_encoder": True}, {"aspect_ratio_buckets": "16,32"}],
+    ids=["plain", "text", "wide"],
+)
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_loss_and_gradient_of_every_family(
     pictures: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """Against the pipeline's own call, with its scheduler's noise, a sample at a time."""
     family = get_family(name)
-    if options and not family.text_encoders:
+    trains_text = "train_text_encoder" in options
+    if trains_text and not family.text_encoders:
         pytest.skip("its text encoder stays frozen")
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     with accelerate_left_as_it_was():
@@ -161,7 +171,7 @@ def test_loss_and_gradient_of_every_family(
             output_dir=tmp_path / "out",
             cache_latents=False,
             seed=7,
-            text_encoders=list(family.text_encoders) if options else None,
+            text_encoders=list(family.text_encoders) if trains_text else None,
             weighting_scheme="cosmap" if family.objective == "flow_matching" else None,
             **options,
         )
@@ -208,7 +218,13 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed
         call["crops_coords_top_left"] = tuple(batch["crop_top_lefts"][row].tolist())
     if trainer.family.name == "flux":
         noisy, target = (pipe._pack_latents(x, *x.shape) for x in (noisy, target))
-    prediction = predicted(pipe, trainer.family.denoiser, batch["prompts"][row], noisy, call)
+    prediction = predicted(
+        pipe,
+        trainer.family.denoiser,
+        batch["prompts"][row],
+        noisy,
+        {**call, "height": height, "width": width},
+    )
     if trainer.family.name.startswith("flux2"):
         target = pipe._pack_latents(target)
     return weight * (prediction - target).square().mean()
@@ -238,7 +254,7 @@ def predicted(pipe: Any, denoiser: str, prompt: str, latents: Tensor, call: dict
     try:
         # undecorated, for the pipelines forbid gradients
         type(pipe).__call__.__wrapped__(
-            pipe, prompt=prompt, latents=latents, height=16, width=16, output_type="latent", **call
+            pipe, prompt=prompt, latents=latents, output_type="latent", **call
         )
     finally:
         hook.remove()
@@ -264,7 +280,7 @@ def test_teacher_rows_are_the_bases_predictions_whatever_the_adapter(
             for parameter in trainer.parameters:
                 parameter.zero_()
             rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
-            assert torch.equal(trainer.step(rows)[rows.instances :], torch.zeros(2))
+            assert torch.equal(trainer.step(rows)[rows[0].instances :], torch.zeros(2))
 
 
 def test_stable_diffusion_2_trains(pictures: Path, tmp_path: Path) -> None:

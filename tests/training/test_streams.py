@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 
 import pytest
 import torch
@@ -61,6 +62,67 @@ def test_stream_of_nothing_and_negative_positions_are_refused():
         SampleStream(0, seed=0, name="instance")
     with pytest.raises(IndexError):
         SampleStream(1, seed=0, name="instance").index(-1)
+
+
+GROUPS = ["wide"] * 5 + ["square"] + ["tall"] * 4
+
+
+@pytest.mark.parametrize(
+    ("groups", "batch_size"), [(None, 4), (["one"] * 10, 4), (GROUPS, 1)], ids=str
+)
+def test_order_is_the_usual_one_where_no_batch_could_mix_groups(groups, batch_size):
+    usual = SampleStream(10, seed=0, name="instance")
+    stream = SampleStream(10, 0, "instance", groups, batch_size)
+    assert stream.length == usual.length == 10
+    assert stream.indices(0, 100) == usual.indices(0, 100)
+    assert not any(stream.padding.values())
+
+
+@pytest.mark.parametrize(
+    ("batch_size", "padding"),
+    [
+        (2, {"wide": 1, "square": 1, "tall": 0}),
+        (3, {"wide": 1, "square": 2, "tall": 2}),
+        (7, {"wide": 2, "square": 6, "tall": 3}),
+    ],
+)
+def test_batches_are_of_one_group_and_no_item_is_left_out(batch_size, padding):
+    stream = SampleStream(10, 0, "instance", GROUPS, batch_size)
+    assert stream.padding == padding
+    assert stream.length == 10 + sum(padding.values())
+    orders, shapes, extra = set(), set(), Counter()
+    for epoch in range(60):
+        order = stream.indices(epoch * stream.length, stream.length)
+        for start in range(0, stream.length, batch_size):
+            batch = order[start : start + batch_size]
+            assert len({GROUPS[item] for item in batch}) == 1
+            shapes.add((start, GROUPS[batch[0]]))
+        seen = Counter(order)
+        assert set(seen) == set(range(10))
+        for group, more in padding.items():
+            counts = [seen[item] for item in range(10) if GROUPS[item] == group]
+            assert sum(counts) == len(counts) + more
+            assert max(counts) - min(counts) <= 1
+        extra.update(seen)
+        orders.add(tuple(order))
+    assert len(orders) == 60
+    assert len(shapes) == 3 * stream.length // batch_size  # the order of the batches changes too
+    for group in padding:  # and which items come once more: in the end all alike
+        counts = [extra[item] for item in range(10) if GROUPS[item] == group]
+        assert max(counts) - min(counts) < 30
+
+
+def test_grouped_positions_may_be_asked_in_any_order():
+    order = SampleStream(10, 3, "instance", GROUPS, 2).indices(0, 60)
+    stream = SampleStream(10, 3, "instance", GROUPS, 2)
+    assert [stream.index(position) for position in reversed(range(60))] == order[::-1]
+    assert order != SampleStream(10, 3, "class", GROUPS, 2).indices(0, 60)
+    assert order != SampleStream(10, 4, "instance", GROUPS, 2).indices(0, 60)
+
+
+def test_a_group_for_each_item_is_wanted():
+    with pytest.raises(ValueError, match="10 groups for 9 items of the stream 'class'"):
+        SampleStream(9, 0, "class", GROUPS, 2)
 
 
 def steps_of(samplers, accumulation):
