@@ -67,6 +67,22 @@ def find_class_pictures(config: TrainingConfig) -> list[Example]:
     )
 
 
+def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
+    """Return how the pictures of a run are cropped; ``size_divisor`` is the family's."""
+    assert config.resolution is not None
+    buckets = None
+    if config.use_aspect_ratio_buckets:
+        listed = listed_buckets(config.aspect_ratio_buckets)
+        buckets = Buckets(config.resolution, size_divisor, listed)
+    return CropPlan(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        buckets,
+    )
+
+
 class Batches:
     """The training data of this process, encoded once where nothing changes.
 
@@ -89,21 +105,7 @@ class Batches:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.family, self.vae = family, pipe.vae
-        assert config.resolution is not None
-        buckets = None
-        if config.use_aspect_ratio_buckets:
-            buckets = Buckets(
-                config.resolution,
-                family.size_divisor(pipe),
-                listed_buckets(config.aspect_ratio_buckets),
-            )
-        plan = CropPlan(
-            config.resolution,
-            config.center_crop,
-            config.random_flip,
-            config.image_interpolation_mode,
-            buckets,
-        )
+        plan = crop_plan(config, family.size_divisor(pipe))
         self.cache = None
         if config.cache_latents:
             self.cache = LatentCache(plan, vae_fingerprint(pipe.vae), config.latent_cache_dir)

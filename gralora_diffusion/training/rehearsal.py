@@ -5,6 +5,7 @@ Nothing here knows a model or a family: the trainer's own parts run, under the r
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -16,14 +17,13 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from ..families import ModelFamily
 from .acceleration import DTYPES
-from .batches import Batches
+from .batches import Batches, crop_plan
 from .caching import PromptCache
 from .config import TrainingConfig
 from .data import Example
 from .memory import MemoryMeter, bytes_of, tensors_of
 from .objectives import Objective, make_objective
-from .pictures import CropPlan
-from .step import DenoisingStep, RowMaker
+from .step import DenoisingStep, RowMaker, mean_loss
 
 #: Stands for every prompt: encoded, all have one shape. Pipelines look at what of a long one they
 #: cut off, which cannot be done without values.
@@ -45,10 +45,9 @@ class ImaginedData(Batches):
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher = None
         self.cached = 0  # bytes
-        assert config.resolution is not None
+        plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest picture
-        self.picture_size = (config.resolution, config.resolution)
-        plan = CropPlan(config.resolution, config.center_crop, config.random_flip)
+        self.picture_size = max((plan.target_size(p.size) for p in pictures), key=math.prod)
         crops = [
             len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
             for p in pictures
@@ -153,7 +152,7 @@ def measure_step(
             rows = rows_of.rows(data.batch(), data.batch() if with_classes else None)
             with accelerator.autocast():
                 losses = step(rows)
-            loss = (losses * rows.weights).sum() / rows.instances
+            loss = mean_loss(losses, rows)
             loss.backward()
             del rows, losses, loss
     return meter.peak - meter.noted_at_peak, meter.noted_at_peak
