@@ -52,7 +52,7 @@ def tiny(family):
 
 #: Of each kind of layer, some. In a UNet, a transformer, CLIP and T5:
 KINDS = ("to_q", "conv1", "ff.net.2", "to_qkv_mlp_proj", "proj_mlp")
-TEXT_KINDS = ("q_proj", "fc2", "SelfAttention.q", "DenseReluDense.wo")
+TEXT_KINDS = ("q_proj", "v_proj", "fc2", "SelfAttention.q", "DenseReluDense.wo")
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,8 @@ def test_picture_by_picture(name, saved):
         call = inspect.signature(type(pipe).__call__).parameters
         argument = next((name for name in SCALE_ARGUMENTS if name in call), None)
         if argument and name != "CycleDiffusionPipeline":  # scales one of its two prompts
-            scaled = SCALED.get(name, get_family(family).components)
+            trained = get_family(family).denoiser, *get_family(family).text_encoders
+            scaled = SCALED.get(name, trained)  # FLUX.2 scales no language model
             pipe.set_adapters(
                 "a", {c: 2.0 if c in scaled else 1.0 for c in pipe.get_list_adapters()}
             )

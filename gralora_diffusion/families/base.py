@@ -26,6 +26,12 @@ T5_PRESETS = {
         *("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
     ),
 }
+_LANGUAGE_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
+#: Presets of transformers' language models such as Mistral and Qwen, not of what sees pictures.
+LANGUAGE_MODEL_PRESETS = {
+    "attention": _LANGUAGE_ATTENTION,
+    "attention+ff": (*_LANGUAGE_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
+}
 #: Attention in transformers of two streams, picture and text.
 JOINT_ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
@@ -57,7 +63,8 @@ class ModelFamily(ABC):
 
     #: Of ``text_encoders``, those that training adapts unless told which; all if empty.
     usual_text_encoders: tuple[str, ...] = ()
-    #: Attributes that hold text encoders too large to be trained.
+    #: Attributes that hold text encoders too large for the trainer. An adapter may lie in them all
+    #: the same: injected by hand, it is loaded, saved and fused like the others.
     frozen_text_encoders: tuple[str, ...] = ()
     #: Text encoders without which the pipeline works, too.
     optional_text_encoders: tuple[str, ...] = ()
@@ -84,7 +91,7 @@ class ModelFamily(ABC):
     @property
     def components(self) -> tuple[str, ...]:
         """Attributes of the pipeline that an adapter may live in, the denoiser first."""
-        return (self.denoiser, *self.text_encoders)
+        return (self.denoiser, *self.all_text_encoders)
 
     @property
     def all_text_encoders(self) -> tuple[str, ...]:

@@ -12,7 +12,13 @@ from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from .base import JOINT_ATTENTION, Conditioning, ModelFamily, check_channels
+from .base import (
+    JOINT_ATTENTION,
+    LANGUAGE_MODEL_PRESETS,
+    Conditioning,
+    ModelFamily,
+    check_channels,
+)
 
 #: In single blocks one layer makes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
@@ -36,6 +42,7 @@ class Flux2(ModelFamily):
                 "single_stream_modulation.linear",
             ),
         },
+        "text_encoder": LANGUAGE_MODEL_PRESETS,
     }
     default_resolution = 1024
     max_sequence_length = 512

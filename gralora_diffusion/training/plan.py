@@ -23,8 +23,9 @@ from ..families import ModelFamily
 from ..layers import GraloraLayer
 from .acceleration import DTYPES
 from .adapters import ADAPTER_NAME, add_adapters
+from .batches import crop_plan
 from .config import TrainingConfig
-from .config_checks import ConfigError
+from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .empty_base import empty_base
 from .loop import checkpoint_gradients
@@ -33,6 +34,7 @@ from .plan_text import optimizer_label, plan_text
 from .prior import class_pictures_there
 from .quantization import quantize_empty
 from .rehearsal import ImaginedData, imagined_objective, measure_step
+from .samples import TrainingSet
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ def plan_run(
             "mixed_precision": accelerator.mixed_precision,
         }
     )
+    check_sizes(config, family.size_divisor(pipe))
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base = {}
     for name, model in models.items():
@@ -180,7 +183,14 @@ def plan_run(
     rows.append(MemoryRow("activations", "activations", made))
     rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
-    epoch = math.ceil(len(pictures) * config.repeats / samples)
+    stream = TrainingSet(
+        pictures,
+        crop_plan(config, family.size_divisor(pipe)),
+        config.seed,
+        repeats=config.repeats,
+        batch_size=config.train_batch_size,
+    )
+    epoch = math.ceil(len(stream) / samples)  # with what pads out aspect-ratio buckets
     return Plan(
         config=config,
         family=family.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shutil
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from gralora_diffusion.families import get_family
+from gralora_diffusion.families import ModelFamily, get_family
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.state import WEIGHTS_NAME
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
@@ -32,7 +33,7 @@ from gralora_diffusion.training.plan import Plan, _adapter_plan, _models_there, 
 from gralora_diffusion.training.plan_text import _adapter_lines
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.originals import ORIGINALS, write
-from tests.training.runs import arguments, config, make_pictures, run
+from tests.training.runs import arguments, config, make_pictures, make_shapes, run
 
 #: What is promised of the plan.
 WITHIN = 0.15
@@ -355,6 +356,27 @@ def test_errors_are_those_of_the_run(
         told.append((caught.value.code, text[text.index("error: ") :]))
     assert told[0] == told[1]
     assert told[0][0] == 2
+
+
+def test_buckets_are_planned_as_they_are_trained(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": make_shapes(tmp_path / "pictures", [(30, 20), (20, 20), (20, 40)]),
+        "output_dir": tmp_path / "out",
+        "aspect_ratio_buckets": "16,24;16,16;32,16",
+        "num_train_epochs": 2,
+        "max_train_steps": None,
+    }
+    plan = plan_of(**options)
+    with accelerate_left_as_it_was():
+        trainer = trainer_of(**options)
+    assert plan.steps == trainer.max_steps == 2 * 3  # each of three buckets fills a batch of two
+    assert plan.picture_size == max(trainer.data.instance.targets, key=math.prod) == (32, 16)
+    monkeypatch.setattr(ModelFamily, "size_divisor", lambda self, pipe: 16)
+    with pytest.raises(ConfigError, match=r"holds 16,24; .*multiples of 16 for this base"):
+        plan_of(**options)
 
 
 def test_layers_that_differ_are_named() -> None:
