@@ -21,7 +21,7 @@ from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_plans import check_patterns
-from .quantization import check_quantization
+from .quantization import check_quantization, quantization_remarks
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -288,7 +288,7 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
 
 def find_remarks(config: TrainingConfig) -> list[str]:
     """Return what the user should know about options that have no effect, or an unusual value."""
-    return [*_without_effect(config), *_unusual(config)]
+    return [*_without_effect(config), *_unusual(config), *quantization_remarks(config)]
 
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:

@@ -82,9 +82,12 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each once."""
-    yield from module.parameters()
-    yield from module.buffers()
+    """Parameters and buffers, each once, and of quantized ones what they are stored in."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        if hasattr(tensor, "__tensor_flatten__"):
+            yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
+        else:
+            yield tensor
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
@@ -103,12 +106,19 @@ def materialize(module: nn.Module, device: torch.device) -> None:
             if parameter is None:
                 continue
             if parameter not in made:
-                empty = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-                made[parameter] = Parameter(empty, parameter.requires_grad)
+                made[parameter] = Parameter(_empty(parameter, device), parameter.requires_grad)
             part._parameters[name] = made[parameter]
         for name, buffer in part._buffers.items():
             if buffer is not None:
-                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype, device=device)
+                part._buffers[name] = _empty(buffer, device)
+
+
+def _empty(tensor: Any, device: torch.device) -> Tensor:
+    if not hasattr(tensor, "__tensor_flatten__"):
+        return torch.empty(tensor.shape, dtype=tensor.dtype, device=device)
+    names, others = tensor.__tensor_flatten__()  # a quantized weight: each of its parts
+    parts = {name: _empty(getattr(tensor, name), device) for name in names}
+    return type(tensor).__tensor_unflatten__(parts, others, tensor.shape, tensor.stride())
 
 
 def optimizer_state_bytes(

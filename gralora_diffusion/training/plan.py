@@ -32,6 +32,7 @@ from .loop import checkpoint_gradients
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
 from .plan_text import optimizer_label, plan_text
 from .prior import class_pictures_there
+from .quantization import quantize_empty
 from .rehearsal import ImaginedData, imagined_objective, measure_step
 from .samples import TrainingSet
 
@@ -129,7 +130,10 @@ def plan_run(
     )
     check_sizes(config, family.size_divisor(pipe))
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    base = {name: _base_row(name, model) for name, model in models.items()}
+    base = {}
+    for name, model in models.items():
+        surplus = quantize_empty(config, family, name, model, dtype)
+        base[name] = _base_row(name, model, surplus)
     with torch.device("meta"):
         trained = add_adapters(pipe, family, config)
     if config.gradient_checkpointing:
@@ -216,14 +220,17 @@ def _models_there(
     return {*trained, *stay, *(() if config.cache_latents else ("vae",))}
 
 
-def _base_row(name: str, model: nn.Module) -> tuple[str, int]:
-    """A label that tells parameters and their usual dtype, and the bytes."""
+def _base_row(name: str, model: nn.Module, surplus: int) -> tuple[str, int]:
+    """A label that tells parameters and their usual dtype, and the bytes less ``surplus``."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype] += parameter.numel()
     dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
     label = f"{name}, {counts.total() / 1e6:,.1f} M parameters, {dtype}"
-    return label, bytes_of(tensors_of(model))
+    size = bytes_of(tensors_of(model)) - surplus
+    if size < sum(parameter.nbytes for parameter in model.parameters()):
+        label += ", quantized"
+    return label, size
 
 
 def _adapter_plan(

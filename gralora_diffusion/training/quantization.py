@@ -90,18 +90,59 @@ def loading_arguments(
     if not (flag := _flag(config)):
         return {}
     _refuse_quantized(config, family, flag)
-    names = [family.denoiser]
-    if config.quantize_text_encoders:
-        pipeline_class = getattr(diffusers, family.pipeline_classes[0])
-        parameters = inspect.signature(pipeline_class.__init__).parameters
-        names += [name for name in parameters if name.startswith("text_encoder")]
     mapping = {
         name: _model_config(config, diffusers if name == family.denoiser else transformers, dtype)
-        for name in names
+        for name in _quantized_components(config, family)
     }
     # LLM.int8 computes in fp16 whatever it is given, and says so of every product
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
+
+
+def quantization_remarks(config: TrainingConfig) -> Iterator[str]:
+    """Yield what the user should know about how a quantized base trains."""
+    if PACKAGES.get(config.quantization or "") == "torchao" and not config.gradient_checkpointing:
+        yield (
+            f"{_flag(config)} without --gradient_checkpointing: torchao keeps each layer's weight "
+            "in the computing precision until the backward pass, which takes more memory than it "
+            "saves"
+        )
+
+
+def quantize_empty(
+    config: TrainingConfig, family: ModelFamily, name: str, model: nn.Module, dtype: torch.dtype
+) -> int:
+    """Quantize a model on the meta device as it would be on loading, as far as that can be done.
+
+    Torchao's tensors can be made there. What bitsandbytes makes cannot: its layers stay as they
+    are, and compute the same shapes.
+
+    Args:
+        name: the model's attribute of the pipeline.
+
+    Returns:
+        The bytes that the model as it is now has too many.
+    """
+    wanted: Any = None
+    theirs = getattr(getattr(model, "config", None), "quantization_config", None)
+    if _flag(config) and name in _quantized_components(config, family):
+        wanted = _model_config(config, diffusers, dtype)
+    elif theirs and name == family.denoiser:  # it is quantized on disk
+        wanted = DiffusersAutoQuantizer.from_dict(dict(theirs))
+    if isinstance(wanted, diffusers.TorchAoConfig):
+        from torchao.quantization import quantize_
+
+        quantize_(model, wanted.quant_type)
+        model.requires_grad_(False)
+    if not isinstance(wanted, diffusers.BitsAndBytesConfig):
+        return 0
+    # 4 bits, and a scale of fp32 for 64 weights, or one of 8 bits with a scale of its own for 256
+    scale = 1 / 64 + 4 / (64 * 256) if wanted.bnb_4bit_use_double_quant else 4 / 64
+    per_weight = 0.5 + scale if wanted.load_in_4bit else 1.0
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    numbers = sum(layer.weight.numel() for layer in layers)
+    scales = 0 if wanted.load_in_4bit else 4 * sum(layer.out_features for layer in layers)
+    return sum(layer.weight.nbytes for layer in layers) - int(numbers * per_weight) - scales
 
 
 def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
@@ -132,6 +173,11 @@ def _flag(config: TrainingConfig) -> str | None:
     if config.bnb_quantization_config_path:
         return f"--bnb_quantization_config_path {config.bnb_quantization_config_path}"
     return None
+
+
+def _quantized_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
+    encoders = family.all_text_encoders if config.quantize_text_encoders else ()
+    return (family.denoiser, *encoders)
 
 
 def _model_config(config: TrainingConfig, library: ModuleType, dtype: torch.dtype) -> Any:

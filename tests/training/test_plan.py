@@ -105,6 +105,12 @@ def bytes_in(tensors: Iterator[Tensor] | list[Tensor]) -> int:
     return sum({t.untyped_storage().data_ptr(): t.nbytes for t in tensors}.values())
 
 
+def stored_in(tensor: Any) -> list[Tensor]:
+    """The tensor, or those that torchao makes of it."""
+    parts = [getattr(tensor, name, None) for name in ("qdata", "scale", "zero_point")]
+    return [part for part in parts if part is not None] or [tensor]
+
+
 def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
 
@@ -133,6 +139,9 @@ TEACHER = {"with_prior_preservation": True, "class_prompt": "a dog", "prior_sour
         {"prior": "images", "optimizer": "prodigy", "use_ema": True},
         {"gradient_accumulation_steps": 2, "target_preset": "all", "rank": 64},
         {"cache_latents": False, "optimizer": "schedulefree", "hybrid_rank": 2},
+        {"quantization": "torchao-fp8"},
+        {"quantization": "torchao-int8", "mixed_precision": "bf16", "gradient_checkpointing": True},
+        {"quantization": "torchao-int8", "quantize_text_encoders": True, **TEACHER},
     ],
     ids=lambda changes: "-".join(changes),
 )
@@ -151,7 +160,10 @@ def test_a_step_takes_what_was_planned(
         trainer._optimizer_step(batches)  # from the second step on there is an optimizer's state
         made = most_made(lambda: trainer._optimizer_step(batches))
         base = [
-            t for m in models_of(trainer.pipe).values() for t in (*m.parameters(), *m.buffers())
+            part
+            for model in models_of(trainer.pipe).values()
+            for tensor in (*model.parameters(), *model.buffers())
+            for part in stored_in(tensor)
         ]
         state = bytes_in(optimizer_tensors(trainer))
         average = trainer.ema.shadow_params if trainer.ema else []

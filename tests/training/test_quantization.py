@@ -26,9 +26,10 @@ from gralora_diffusion.training import loop, prior
 from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.quantization import loading_arguments
-from tests.models import draw
+from gralora_diffusion.training.quantization import loading_arguments, quantize_empty
+from tests.models import PIPELINES, draw
 from tests.originals import ORIGINALS, write
 from tests.quantized import KINDS, dequantized, identical, pipeline, quantize, stored
 from tests.reference import relative_error
@@ -191,6 +192,48 @@ def test_what_the_libraries_are_told(data: dict[str, Any], tmp_path: Path) -> No
     assert read.to_dict() == {**own.to_dict(), "bnb_4bit_compute_dtype": "bfloat16"}
 
 
+def test_torchao_without_gradient_checkpointing_is_remarked(data: dict[str, Any]) -> None:
+    (remark,) = config(**data, quantization="torchao-int8").validate()
+    assert "--quantization torchao-int8 without --gradient_checkpointing" in remark
+    chosen = config(**data, quantization="torchao-int8", gradient_checkpointing=True)
+    assert chosen.validate() == []
+
+
+@pytest.mark.parametrize(
+    ("which", "changes"),
+    [
+        ("bnb-nf4", {}),
+        ("bnb-nf4", {"bnb_4bit_use_double_quant": True}),
+        ("bnb-int8", {}),
+    ],
+)
+def test_what_bitsandbytes_saves(
+    data: dict[str, Any], tmp_path: Path, which: str, changes: dict[str, Any]
+) -> None:
+    """Counted on the meta device, against the stored tensors."""
+    options: dict[str, Any] = {"quantization": which}
+    if changes:
+        arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", **changes}
+        (tmp_path / "bnb.json").write_text(json.dumps(arguments), encoding="utf-8")
+        options = {"bnb_quantization_config_path": tmp_path / "bnb.json"}
+    chosen, dtype = config(**data, **options), torch.bfloat16
+    empty = empty_base(chosen, FAMILY, dtype)
+    surplus = quantize_empty(chosen, FAMILY, "unet", empty.unet, dtype)
+    assert quantize_empty(chosen, FAMILY, "text_encoder", empty.text_encoder, dtype) == 0
+    real = quantize(pipeline().unet.to(dtype), which, **changes)
+    kept = 0
+    for layer in real.modules():
+        if isinstance(layer, nn.Linear):
+            kept += layer.weight.nbytes
+            state = getattr(layer.weight, "quant_state", None)
+            if state is None:
+                kept += layer.weight.SCB.nbytes
+            else:
+                kept += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
+    dense = sum(m.weight.nbytes for m in empty.unet.modules() if isinstance(m, nn.Linear))
+    assert dense - surplus == pytest.approx(kept, rel=1e-3)
+
+
 # -- runs ------------------------------------------------------------------------------------------
 
 
@@ -219,7 +262,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     original = Trainer.run
 
     def watched(self: Trainer) -> None:
-        seen["pipe"], seen["before"] = self.pipe, stored(self.pipe.unet, self.pipe.text_encoder)
+        denoiser = getattr(self.pipe, self.family.denoiser)
+        seen["pipe"], seen["before"] = self.pipe, stored(denoiser, self.pipe.text_encoder)
         original(self)
 
     monkeypatch.setattr(Trainer, "run", watched)
@@ -325,6 +369,37 @@ def test_text_encoders(
         {"unet", "text_encoder"} if trained else {"unet"}
     )
     assert all(tensor.abs().max() > 0 for tensor in saved.values())
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_every_family(pictures: Path, seen: dict[str, Any], tmp_path: Path, name: str) -> None:
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": tmp_path / "base",
+        "instance_data_dir": pictures,
+        "max_train_steps": 2,
+        "gradient_checkpointing": True,
+    }
+    plain = run(output_dir=tmp_path / "plain", **options)
+    out = run(
+        output_dir=tmp_path / "out",
+        quantization="torchao-fp8",
+        quantize_text_encoders=True,
+        validation_prompt="a dog",
+        validation_inference_steps=1,
+        num_validation_images=1,
+        **options,
+    )
+    family, pipe = get_family(name), seen["pipe"]
+    for component in (family.denoiser, *family.all_text_encoders):
+        model = getattr(pipe, component)
+        assert any(quantization_of(layer) for layer in model.modules()), component
+    # of some layers the denoiser drops the output
+    moved, expected = (
+        {k for k, t in adapter(folder).items() if t.any()} for folder in (out, plain)
+    )
+    assert moved == expected
+    assert len(moved) > 0.8 * len(adapter(out))
 
 
 @pytest.mark.parametrize("which", TORCHAO)
