@@ -85,7 +85,7 @@ def draw_class_images(
     numbers = set(itertools.islice(lacking, count))
     size = config.sample_batch_size
     batches = sorted({number // size for number in numbers})
-    dtype = _generation_dtype(config, accelerator)
+    dtype = _generation_dtype(config, family, accelerator.device)
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
     pipe.to(accelerator.device)
     pipe.set_progress_bar_config(disable=True)
@@ -112,7 +112,9 @@ def _class_image_name(number: int) -> str:
     return f"class-{number:05d}.png"
 
 
-def _generation_dtype(config: TrainingConfig, accelerator: Accelerator) -> torch.dtype:
+def _generation_dtype(
+    config: TrainingConfig, family: ModelFamily, device: torch.device
+) -> torch.dtype:
     if config.prior_generation_precision:
         return _PRECISIONS[config.prior_generation_precision]
-    return torch.float16 if accelerator.device.type == "cuda" else torch.float32
+    return family.drawing_dtype if device.type == "cuda" else torch.float32

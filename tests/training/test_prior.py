@@ -10,10 +10,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gralora_diffusion.families import get_family
+from gralora_diffusion.families import get_family, list_families
 from gralora_diffusion.training.batches import find_class_pictures
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.prior import (
+    _generation_dtype,
     class_pictures_there,
     draw_class_images,
     frozen_base,
@@ -94,6 +95,16 @@ def test_precision_of_drawing(
 ) -> None:
     chosen = prior(base, tmp_path, prior_generation_precision=precision, num_class_images=1)
     assert draw_class_images(chosen, FAMILY, accelerator)
+
+
+@pytest.mark.parametrize("name", list_families())
+def test_precision_of_drawing_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """In fp16 T5 and FLUX's activations are clipped, and no VAE but SDXL's is spared it."""
+    family, cuda = get_family(name), torch.device("cuda")
+    wanted = torch.float16 if family.objective == "ddpm" else torch.bfloat16
+    assert _generation_dtype(prior(tmp_path, tmp_path), family, cuda) == wanted
+    chosen = prior(tmp_path, tmp_path, prior_generation_precision="fp32")
+    assert _generation_dtype(chosen, family, cuda) == torch.float32
 
 
 def test_frozen_base_predicts_without_the_adapter() -> None:
