@@ -85,6 +85,8 @@ class ModelFamily(ABC):
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
+    #: In which class pictures are drawn on a GPU, unless the user says.
+    drawing_dtype: torch.dtype = torch.float16
     #: Training options -> values that suit this family, where the user leaves them open.
     training_defaults: Mapping[str, Any] = MappingProxyType({})
 

@@ -69,6 +69,7 @@ class Flux(ModelFamily):
     single_file_prefixes = MappingProxyType(
         {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."}
     )
+    drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(

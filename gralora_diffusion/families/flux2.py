@@ -51,6 +51,7 @@ class Flux2(ModelFamily):
         "single_stream_modulation.lin.weight",
         "guidance_in.in_layer.weight",
     )
+    drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from .base import (
@@ -61,6 +62,7 @@ class StableDiffusion3(ModelFamily):
             "text_encoder_3": "text_encoders.t5xxl.",
         }
     )
+    drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})
 
     def encode_prompts(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,16 @@ class PeakMemory:
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
             self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
+def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autocast leaves T5 and VAEs what they keep in fp32: they overflow in fp16.
+
+    bf16 has the range of fp32, so it stays.
+    """
+    kind = device.type
+    fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.autocast(kind, enabled=False) if fp16 else nullcontext()
 
 
 def share_only_what_is_trained(model: nn.Module) -> None:

@@ -83,7 +83,10 @@ def load_base(
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Load the base as a text-to-image pipeline, all its weights frozen.
+    """Load the base as a text-to-image pipeline, all its weights frozen, on the CPU.
+
+    bitsandbytes quantizes on the GPU: 4 bits are brought back, so that only those models are there
+    that compute. Of 8 bits a copy would stay there, and come to be two.
 
     The denoiser and the text encoders come in ``dtype``. The VAE of a training is fp32: its
     half-precision latents are wrong in some bases, and each picture passes through it once.
@@ -126,6 +129,9 @@ def load_base(
             [f"--pretrained_model_name_or_path {base} cannot be used: {error}{hint}"]
         ) from error
     freeze(pipe)
+    for component in pipe.components.values():
+        if getattr(component, "is_loaded_in_4bit", False):
+            component.to("cpu")
     return pipe
 
 

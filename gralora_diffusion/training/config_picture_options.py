@@ -60,7 +60,9 @@ class PriorOptions:
     num_class_images: int = option(100, "How many class pictures there shall be")
     prior_loss_weight: float = option(1.0, "Weight of the class's loss")
     prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
-        None, "Precision for drawing class pictures (default: fp16 on a GPU, else fp32)"
+        None,
+        "Precision for drawing class pictures (default: on a GPU fp16, or bf16 for Stable "
+        "Diffusion 3 and FLUX, else fp32)",
     )
     sample_batch_size: int = option(4, "Class pictures drawn at once")
 

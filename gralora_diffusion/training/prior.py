@@ -11,6 +11,7 @@ import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from ..layers import GraloraLayer
 from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
+from .memory import bytes_of, tensors_of
 from .pictures import picture_extensions
 from .streams import generator
 
@@ -85,9 +87,9 @@ def draw_class_images(
     numbers = set(itertools.islice(lacking, count))
     size = config.sample_batch_size
     batches = sorted({number // size for number in numbers})
-    dtype = _generation_dtype(config, accelerator)
+    dtype = _generation_dtype(config, family, accelerator.device)
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
-    pipe.to(accelerator.device)
+    _place(pipe, accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     accelerator.wait_for_everyone()  # all have counted before anybody draws
     for batch in tqdm(
@@ -112,7 +114,24 @@ def _class_image_name(number: int) -> str:
     return f"class-{number:05d}.png"
 
 
-def _generation_dtype(config: TrainingConfig, accelerator: Accelerator) -> torch.dtype:
+def _generation_dtype(
+    config: TrainingConfig, family: ModelFamily, device: torch.device
+) -> torch.dtype:
     if config.prior_generation_precision:
         return _PRECISIONS[config.prior_generation_precision]
-    return torch.float16 if accelerator.device.type == "cuda" else torch.float32
+    return family.drawing_dtype if device.type == "cuda" else torch.float32
+
+
+def _place(pipe: Any, device: torch.device) -> None:
+    """Put a pipeline on the device, or have each of its models there only while it computes, if
+    all together would take more than half of what is free."""
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    # of 8 bits by bitsandbytes a copy stays on the GPU, whatever is moved
+    movable = not any(getattr(model, "is_loaded_in_8bit", False) for model in models)
+    if device.type == "cuda" and movable:
+        free_memory()
+        free, _ = torch.cuda.mem_get_info(device)
+        if 2 * sum(bytes_of(tensors_of(model)) for model in models) > free:
+            pipe.enable_model_cpu_offload(device=device)
+            return
+    pipe.to(device)

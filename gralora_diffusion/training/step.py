@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..families import Conditioning, ModelFamily
+from .acceleration import without_fp16_autocast
 from .batches import Batches
 from .config import TrainingConfig
 from .objectives import Objective
@@ -87,7 +88,10 @@ class DenoisingStep(nn.Module):
     def _losses(self, rows: Rows) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
-            encoded = self.family.encode_prompts(self.pipe, rows.prompts, self.max_sequence_length)
+            with without_fp16_autocast(rows.noisy_latents.device):
+                encoded = self.family.encode_prompts(
+                    self.pipe, rows.prompts, self.max_sequence_length
+                )
         prediction = self.family.predict(
             self.trained[self.family.denoiser],
             rows.noisy_latents,

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory, offload_models
 from diffusers.utils import make_image_grid
 from PIL import Image
+from torch import Tensor, nn
 
 from ..families import ModelFamily
 from ..sampling import draw
+from .acceleration import without_fp16_autocast
 from .base_model import present
 from .config import TrainingConfig
 
@@ -25,12 +29,11 @@ def draw_validation(
 ) -> Path:
     """Draw the validation prompts with the weights as they are; return the grid's path.
 
-    VAE and text encoders that rest on the CPU are on the device for that time only. Nothing that
-    training depends on is changed.
+    Nothing that training depends on is changed.
     """
     prompts = config.validation_prompt or []
-    resting = present(pipe, ("vae", *family.all_text_encoders))
-    with offload_models(*resting, device=accelerator.device), accelerator.autocast():
+    encoders = present(pipe, family.all_text_encoders)
+    with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
         images = draw(
             pipe,
             prompts,
@@ -44,6 +47,34 @@ def draw_validation(
     free_memory()
     folder = Path(config.output_dir) / FOLDER_NAME
     return save_and_track(images, prompts, folder, step, accelerator)
+
+
+@contextmanager
+def encoding_apart(
+    pipe: Any, encoders: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Inside, text encoders and VAE that rest on the CPU are on the device only while they compute.
+
+    Each prompt is encoded once. Neither is under autocast to fp16.
+    """
+    encode, decode, encoded = pipe.encode_prompt, pipe.vae.decode, {}
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        key = repr((args, kwargs))
+        if key not in encoded:
+            with offload_models(*encoders, device=device), without_fp16_autocast(device):
+                encoded[key] = encode(*args, **kwargs)
+        return encoded[key]
+
+    def decode_latents(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with offload_models(pipe.vae, device=device), without_fp16_autocast(device):
+            return decode(latents.to(pipe.vae.dtype), *args, **kwargs)
+
+    pipe.encode_prompt, pipe.vae.decode = encode_prompt, decode_latents
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt, pipe.vae.decode
 
 
 def save_and_track(

@@ -297,3 +297,31 @@ def test_stable_diffusion_2_trains(pictures: Path, tmp_path: Path) -> None:
         assert trainer.rows.step.objective.prediction_type == "v_prediction"
         rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
         assert trainer.step(rows).isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_prompts_are_not_encoded_under_fp16_autocast(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For T5's sake, which overflows in fp16 wherever autocast takes its fp32 weights there."""
+    PIPELINES["flux"]().save_pretrained(tmp_path / "base")
+    make_shapes(tmp_path / "pictures", [(32, 32)])
+    with accelerate_left_as_it_was():
+        trainer = make_trainer(
+            pretrained_model_name_or_path=tmp_path / "base",
+            instance_data_dir=tmp_path / "pictures",
+            output_dir=tmp_path / "out",
+            train_text_encoder=True,
+            resolution=32,
+        )
+        autocasts, encode = [], trainer.family.encode_prompts
+
+        def spy(*args: Any) -> Any:
+            autocasts.append(torch.is_autocast_enabled("cpu"))
+            return encode(*args)
+
+        monkeypatch.setattr(type(trainer.family), "encode_prompts", lambda _, *args: spy(*args))
+        with torch.autocast("cpu", dtype=dtype):
+            losses = trainer.step(trainer.rows.rows(*next(trainer.data.steps(0, 1))))
+    assert losses.isfinite().all()
+    assert autocasts == [dtype == torch.bfloat16]

@@ -1,0 +1,71 @@
+"""Drawing in the middle of a training: where the encoders are, and in which precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import chain
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from gralora_diffusion.families import get_family
+from gralora_diffusion.sampling import draw
+from gralora_diffusion.training import validation
+from gralora_diffusion.training.base_model import present
+from gralora_diffusion.training.validation import encoding_apart
+from tests.models import PIPELINES
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_encoders_are_on_the_device_only_while_they_compute(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, events = PIPELINES[name](), []
+
+    @contextmanager
+    def moved(*models: nn.Module, device: Any) -> Iterator[None]:
+        assert device == CPU
+        events.append(models)
+        yield
+
+    monkeypatch.setattr(validation, "offload_models", moved)
+    encoders = present(pipe, get_family(name).all_text_encoders)
+    options: dict[str, Any] = {"size": 32, "inference_steps": 2}
+    expected = draw(pipe, ["a dog", "a cat"], 2, **options)
+    with encoding_apart(pipe, encoders, CPU):
+        drawn = draw(pipe, ["a dog", "a cat"], 2, **options)
+    for ours, theirs in zip(chain(*drawn), chain(*expected), strict=True):
+        assert ours.tobytes() == theirs.tobytes()
+    # each prompt once, klein's empty one too, and each picture
+    assert events.count((pipe.vae,)) == 4
+    assert events.count(tuple(encoders)) == (3 if name == "flux2-klein" else 2)
+    assert "encode_prompt" not in vars(pipe)
+    assert "decode" not in vars(pipe.vae)
+
+
+def test_what_overflows_in_fp16_is_not_under_its_autocast() -> None:
+    """T5's ``wo``, which transformers keeps in fp32 for that, and the VAE, which is fp32."""
+    pipe = PIPELINES["flux"]()
+    pipe.text_encoder.half()
+    pipe.text_encoder_2.half()
+    with torch.no_grad():
+        for name, module in pipe.text_encoder_2.named_modules():
+            if name.endswith(".wo"):
+                module.float().weight.mul_(1e7)
+        pipe.vae.decoder.conv_in.weight.mul_(1e6)
+        latents = torch.randn(1, 4, 4, 4, dtype=torch.float16)
+        prompts: dict[str, Any] = {"prompt": ["a dog"], "prompt_2": None, "max_sequence_length": 8}
+        embeddings = pipe.encode_prompt(**prompts)[0]
+        picture = pipe.vae.decode(latents.float()).sample
+        assert embeddings.isfinite().all()
+        with torch.autocast("cpu", dtype=torch.float16):
+            assert not torch.equal(pipe.encode_prompt(**prompts)[0], embeddings)
+            assert not pipe.vae.decode(latents).sample.isfinite().all()
+            with encoding_apart(pipe, [], CPU):
+                assert torch.equal(pipe.encode_prompt(**prompts)[0], embeddings)
+                assert torch.equal(pipe.vae.decode(latents).sample, picture)
