@@ -83,7 +83,8 @@ def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
     bf16 has the range of fp32, so it stays.
     """
     kind = device.type
-    fp16 = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    fp16 = on and torch.get_autocast_dtype(kind) == torch.float16
     return torch.autocast(kind, enabled=False) if fp16 else nullcontext()
 
 

@@ -68,7 +68,8 @@ def encoding_apart(
 
     def decode_latents(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         with offload_models(pipe.vae, device=device), without_fp16_autocast(device):
-            return decode(latents.to(pipe.vae.dtype), *args, **kwargs)
+            # some pipelines bring them to where the VAE rests
+            return decode(latents.to(device, pipe.vae.dtype), *args, **kwargs)
 
     pipe.encode_prompt, pipe.vae.decode = encode_prompt, decode_latents
     try:
