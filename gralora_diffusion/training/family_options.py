@@ -48,6 +48,14 @@ def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]
             f"--text_encoders names {', '.join(unknown)}; {family.name} has "
             f"{', '.join(family.text_encoders)}"
         )
+    elif both := set(trained_components(config, family)) & set(
+        config.leave_out_text_encoders or ()
+    ):
+        yield (
+            f"--leave_out_text_encoders leaves out {', '.join(sorted(both))}, which "
+            "--train_text_encoder is to adapt. Leave out one of them, or name others with "
+            "--text_encoders"
+        )
 
 
 def _presets(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:

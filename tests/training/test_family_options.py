@@ -44,6 +44,13 @@ def test_text_encoders() -> None:
         assert denoiser == tuple(expected[:1])
     text = problem("flux", train_text_encoder=True, text_encoders=["text_encoder_3"])
     assert "--text_encoders names text_encoder_3; flux has text_encoder, text_encoder_2" in text
+    clash = problem(
+        "stable-diffusion-3",
+        train_text_encoder=True,
+        text_encoders=["text_encoder", "text_encoder_3"],
+        leave_out_text_encoders=["text_encoder_3"],
+    )
+    assert "--leave_out_text_encoders leaves out text_encoder_3, which --train_text" in clash
     assert "flux2-klein is a large language model" in problem(
         "flux2-klein", train_text_encoder=True
     )
