@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
     ProjectConfiguration,
 )
 from torch import nn
@@ -41,7 +43,9 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         # of some text encoders the pipelines do not read the last layer
         kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
+            DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder),
+            # the others wait for the one that draws or encodes, longer than NCCL's ten minutes
+            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
         ],
         log_with=None if config.report_to == "none" else config.report_to,
         project_config=ProjectConfiguration(
@@ -92,8 +96,11 @@ def share_only_what_is_trained(model: nn.Module) -> None:
     """Keep DistributedDataParallel from sending the frozen weights to every process.
 
     Each has loaded the same ones; to send them takes long, and torchao's tensors cannot be sent.
+    Nor do buffers, all of them the base's, which would be sent before every pass: in Stable
+    Diffusion 3.5 medium the table of positions is 450 MB.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
 
 
