@@ -120,7 +120,7 @@ def describe_unused(unused: Mapping[str, Collection[str]], paths: Collection[str
                     f"has no effect: earlier ones take all {count} layers that it matches. Put "
                     "what is for fewer layers first"
                 )
-            problems.append(f"{name} {key!r} {reason}.")
+            problems.append(f"{name} '{key}' {reason}.")
     return problems
 
 

@@ -123,6 +123,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     if args.compare and not args.adapter:
         parser.error("--compare needs --adapter to compare with")
+    _check(args, parser)
 
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
@@ -153,6 +154,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output.parent.mkdir(parents=True, exist_ok=True)
     labelled_grid(rows, args.prompt).save(args.output)
     print(args.output)
+
+
+def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Stop at what cannot be done before a model is loaded."""
+    known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
+    if args.output.is_dir() or args.output.suffix.lower() not in known:
+        parser.error(f"--output is '{args.output}'; it must be a picture file, such as grid.png")
+    for name in ("images_per_prompt", "num_inference_steps"):
+        if (value := getattr(args, name)) < 1:
+            parser.error(f"--{name} is {value}; it must be at least 1")
+    if args.size is not None and (args.size < 8 or args.size % 8):
+        parser.error(
+            f"--size is {args.size}; it must be a multiple of 8. The nearest is "
+            f"{max(8, 8 * round(args.size / 8))}"
+        )
 
 
 def _pictures(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:

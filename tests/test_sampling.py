@@ -81,6 +81,11 @@ def test_command_compares(files: Path) -> None:
         (["--compare"], "--compare needs --adapter"),
         (["--reference", "nowhere"], "--reference nowhere: no folder with pictures"),
         (["--adapter", "./nowhere"], "--adapter ./nowhere"),
+        (["--output", "out.text"], "--output is 'out.text'; it must be a picture file, such as"),
+        (["--output", "."], "--output is '.'; it must be a picture file"),
+        (["--images_per_prompt", "0"], "--images_per_prompt is 0; it must be at least 1"),
+        (["--num_inference_steps", "0"], "--num_inference_steps is 0; it must be at least 1"),
+        (["--size", "31"], "--size is 31; it must be a multiple of 8. The nearest is 32"),
     ],
 )
 def test_errors_of_the_command(

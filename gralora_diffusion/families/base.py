@@ -70,6 +70,8 @@ class ModelFamily(ABC):
     optional_text_encoders: tuple[str, ...] = ()
     #: Tokens of a prompt at most, as the pipeline has it; None: the tokenizer's own length.
     max_sequence_length: int | None = None
+    #: More tokens than that are refused by the family's pipelines; None: they take any number.
+    longest_sequence: int | None = None
     #: Latents per side of what the denoiser takes as one token.
     patch_size: int = 1
 

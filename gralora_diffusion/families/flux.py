@@ -63,6 +63,7 @@ class Flux(ModelFamily):
     }
     default_resolution = 1024
     max_sequence_length = 512
+    longest_sequence = 512
     patch_size = 2
     single_file_types = ("flux-dev", "flux-schnell")
     single_file_keys = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")

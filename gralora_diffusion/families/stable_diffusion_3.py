@@ -52,6 +52,7 @@ class StableDiffusion3(ModelFamily):
     }
     default_resolution = 1024
     max_sequence_length = 256
+    longest_sequence = 512
     patch_size = 2
     single_file_types = ("sd3", "sd35_large", "sd35_medium")
     single_file_keys = ("joint_blocks.0.x_block.attn.qkv.weight",)

@@ -192,7 +192,8 @@ def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
         )
         if part is None or differing or set(adapter.components) != set(components):
             what = ", ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in differing)
-            what = what or f"it adapts {', '.join(adapter.components)}"
+            if set(adapter.components) != set(components):
+                what = f"it adapts {', '.join(adapter.components)}, not {', '.join(components)}"
             raise CheckpointError(
                 f"{path} is of another run ({what}). Resume with that run's options."
             )

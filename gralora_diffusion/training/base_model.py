@@ -64,7 +64,7 @@ def _told_family(config: TrainingConfig, index: PipelineIndex | None) -> ModelFa
         raise ConfigError(
             [
                 f"--family {config.family}, but --{index.option} is {index.family.name} "
-                f"({index.pipeline_class})"
+                f"({index.pipeline_class}). Leave out --family, or give a base of {config.family}"
             ]
         )
     if not (chosen or index.family):

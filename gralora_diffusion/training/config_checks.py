@@ -191,6 +191,14 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
         )
     elif Path(config.class_data_dir).exists() and not Path(config.class_data_dir).is_dir():
         yield f"--class_data_dir is {config.class_data_dir!r}: this is a file. Give a folder"
+    elif (
+        config.instance_data_dir
+        and Path(config.class_data_dir).resolve() == Path(config.instance_data_dir).resolve()
+    ):
+        yield (
+            f"--class_data_dir is {config.class_data_dir!r}, which is --instance_data_dir too: the "
+            "subject's pictures are none of its class in general. Give another folder"
+        )
 
 
 def _adapter(config: TrainingConfig) -> Iterator[str]:

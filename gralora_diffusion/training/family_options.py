@@ -29,7 +29,11 @@ def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[st
     Raises:
         ConfigError: with every problem; names the flag and the family's choices.
     """
-    problems = [*_text_encoders(config, family), *_presets(config, family)]
+    problems = [
+        *_text_encoders(config, family),
+        *_presets(config, family),
+        *_sequence(config, family),
+    ]
     if problems:
         raise ConfigError(problems)
     return list(_without_effect(config, family))
@@ -55,6 +59,15 @@ def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]
             f"--leave_out_text_encoders leaves out {', '.join(sorted(both))}, which "
             "--train_text_encoder is to adapt. Leave out one of them, or name others with "
             "--text_encoders"
+        )
+
+
+def _sequence(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    wanted, longest = config.max_sequence_length, family.longest_sequence
+    if wanted is not None and longest is not None and wanted > longest:
+        yield (
+            f"--max_sequence_length is {wanted}; the pipelines of {family.name} take {longest} at "
+            f"most. Give a number up to {longest}"
         )
 
 

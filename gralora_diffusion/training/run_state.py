@@ -24,8 +24,8 @@ logger = logging.getLogger(__name__)
 
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 PROGRESS_NAME = "progress.json"
-#: Options that decide what a checkpoint holds.
-STRUCTURE = ("optimizer", "use_ema")
+#: Options that decide what a checkpoint holds, and what it was trained over.
+STRUCTURE = ("optimizer", "use_ema", "quantization")
 
 
 class RunState:

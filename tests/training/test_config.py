@@ -417,6 +417,10 @@ BASE = "--pretrained_model_name_or_path"
             "--with_prior_preservation --class_prompt c --class_data_dir pictures/1.png",
             "--class_data_dir is 'pictures/1.png': this is a file. Give a folder",
         ),
+        (
+            "--with_prior_preservation --class_prompt c --class_data_dir ./pictures",
+            "--class_data_dir is './pictures', which is --instance_data_dir too",
+        ),
         # the adapter
         ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these for --gralora_k: 1, 3"),
         ("--lora_layers re:to_(q", "--lora_layers is 're:to_(q': not a regular expression"),

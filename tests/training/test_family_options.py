@@ -83,3 +83,10 @@ def test_options_of_another_objective_are_remarked() -> None:
         get_family("stable-diffusion-xl"),
     )
     assert "no use for --weighting_scheme, --flow_shift, --max_sequence_length" in remark
+
+
+def test_prompts_longer_than_the_pipelines_take() -> None:
+    for family in ("flux", "stable-diffusion-3"):
+        assert check_family_options(config(max_sequence_length=512), get_family(family)) == []
+        assert f"pipelines of {family} take 512" in problem(family, max_sequence_length=513)
+    assert check_family_options(config(max_sequence_length=600), get_family("flux2")) == []

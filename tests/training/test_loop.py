@@ -315,6 +315,8 @@ def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
         run(**again, optimizer="adafactor")
     with pytest.raises(CheckpointError, match="--use_ema False there, True here"):
         run(**again, use_ema=True)
+    with pytest.raises(CheckpointError, match="--quantization None there, torchao-fp8 here"):
+        run(**again, quantization="torchao-fp8")
     with pytest.raises(CheckpointError, match="r: 4 there, 8 here"):
         run(**again, rank=8)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
