@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from .base import (
     CLIP_PRESETS,
     JOINT_ATTENTION,
+    JOINT_FEED_FORWARD,
     T5_PRESETS,
     Conditioning,
     ModelFamily,
     check_channels,
 )
 
-_FEED_FORWARD = (
-    *("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+_ATTENTION_FF = (
+    *(*JOINT_ATTENTION, *JOINT_FEED_FORWARD),
     # in single blocks the second one is the attention's output and the feed-forward's in one
     *("proj_mlp", "single_transformer_blocks.*.proj_out"),
 )
@@ -52,9 +53,9 @@ class Flux(ModelFamily):
     target_presets: ClassVar = {
         "transformer": {
             "attention": JOINT_ATTENTION,
-            "attention+ff": (*JOINT_ATTENTION, *_FEED_FORWARD),
+            "attention+ff": _ATTENTION_FF,
             "attention+ff+modulation": (
-                *(*JOINT_ATTENTION, *_FEED_FORWARD),
+                *_ATTENTION_FF,
                 *("norm1.linear", "norm1_context.linear", "norm.linear"),
             ),
         },

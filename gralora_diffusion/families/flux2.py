@@ -22,7 +22,10 @@ from .base import (
 
 #: In single blocks one layer makes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
-_FEED_FORWARD = ("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out")
+_ATTENTION_FF = (
+    *_ATTENTION,
+    *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+)
 
 
 class Flux2(ModelFamily):
@@ -35,9 +38,9 @@ class Flux2(ModelFamily):
     target_presets: ClassVar = {
         "transformer": {
             "attention": _ATTENTION,
-            "attention+ff": (*_ATTENTION, *_FEED_FORWARD),
+            "attention+ff": _ATTENTION_FF,
             "attention+ff+modulation": (
-                *(*_ATTENTION, *_FEED_FORWARD),
+                *_ATTENTION_FF,
                 *("double_stream_modulation_img.linear", "double_stream_modulation_txt.linear"),
                 "single_stream_modulation.linear",
             ),

@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from .base import (
     CLIP_PRESETS,
     JOINT_ATTENTION,
+    JOINT_FEED_FORWARD,
     T5_PRESETS,
     Conditioning,
     ModelFamily,
     check_channels,
 )
 
-_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+_ATTENTION_FF = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD)
 
 
 class StableDiffusion3(ModelFamily):
@@ -40,11 +41,8 @@ class StableDiffusion3(ModelFamily):
     target_presets: ClassVar = {
         "transformer": {
             "attention": JOINT_ATTENTION,
-            "attention+ff": (*JOINT_ATTENTION, *_FEED_FORWARD),
-            "attention+ff+modulation": (
-                *(*JOINT_ATTENTION, *_FEED_FORWARD),
-                *("norm1.linear", "norm1_context.linear"),
-            ),
+            "attention+ff": _ATTENTION_FF,
+            "attention+ff+modulation": (*_ATTENTION_FF, "norm1.linear", "norm1_context.linear"),
         },
         "text_encoder": CLIP_PRESETS,
         "text_encoder_2": CLIP_PRESETS,
