@@ -25,8 +25,7 @@ def find_base_family(config: TrainingConfig) -> ModelFamily:
     """Tell the family of the base from its index or its keys, before any weight is loaded.
 
     Raises:
-        ConfigError: the base is not there, not readable, or of no supported family, or the family
-            has no such text encoder to leave out.
+        ConfigError: the base is not there, not readable, or of no supported family.
     """
     base = config.pretrained_model_name_or_path
     if config.family and config.family not in list_families():
@@ -44,14 +43,6 @@ def find_base_family(config: TrainingConfig) -> ModelFamily:
     if Path(base).is_file():
         family = SingleFile(Path(base)).find_family(family)
     assert family is not None
-    allowed = family.optional_text_encoders
-    if wrong := [name for name in config.leave_out_text_encoders or () if name not in allowed]:
-        raise ConfigError(
-            [
-                f"--leave_out_text_encoders is {' '.join(wrong)}; the text encoders that "
-                f"{family.name} can do without are: {', '.join(allowed) or 'none'}"
-            ]
-        )
     return family
 
 

@@ -30,6 +30,7 @@ def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[st
         ConfigError: with every problem; names the flag and the family's choices.
     """
     problems = [
+        *_left_out(config, family),
         *_text_encoders(config, family),
         *_presets(config, family),
         *_sequence(config, family),
@@ -37,6 +38,15 @@ def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[st
     if problems:
         raise ConfigError(problems)
     return list(_without_effect(config, family))
+
+
+def _left_out(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    allowed = family.optional_text_encoders
+    if wrong := [name for name in config.leave_out_text_encoders or () if name not in allowed]:
+        yield (
+            f"--leave_out_text_encoders is {' '.join(wrong)}; the text encoders that {family.name} "
+            f"can do without are: {', '.join(allowed) or 'none'}"
+        )
 
 
 def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:

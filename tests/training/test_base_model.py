@@ -16,6 +16,7 @@ from transformers import CLIPImageProcessor
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.training.family_options import check_family_options
 from tests.models import PIPELINES, stable_diffusion, vae
 from tests.training.runs import config
 
@@ -138,8 +139,14 @@ def test_a_library_that_is_not_there(tmp_path: Path) -> None:
 
 def problem_of(base: Path | str, **options: Any) -> str:
     chosen = config(pretrained_model_name_or_path=base, **options)
+
+    def load() -> None:
+        family = find_base_family(chosen)
+        check_family_options(chosen, family)
+        load_base(chosen, family, torch.float32)
+
     with pytest.raises(ConfigError) as caught:
-        load_base(chosen, find_base_family(chosen), torch.float32)
+        load()
     return str(caught.value)
 
 
