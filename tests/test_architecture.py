@@ -10,7 +10,7 @@ from gralora_diffusion import get_family, list_families
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
     *(["blockwise"], ["factors"], ["config"], ["targets"], ["tensor_files"], ["layers"]),
-    *(["injection"], ["state"], ["families"], ["compatibility"], ["bookkeeping"]),
+    *(["injection"], ["state"], ["layouts"], ["families"], ["compatibility"], ["bookkeeping"]),
     *(["pipelines"], ["sampling", "export"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]

@@ -174,10 +174,13 @@ class SingleFile:
     def error(self, problem: str) -> ConfigError:
         return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
 
-    def _held(self, family: ModelFamily) -> dict[str, str | tuple[str, ...]]:
+    def _held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
         """VAE and text encoders that the file holds -> how their keys begin."""
-        prefixes: dict[str, str | tuple[str, ...]] = {"vae": VAES, **family.single_file_prefixes}
-        return {name: start for name, start in prefixes.items() if self._begins_with(start)}
+        held: dict[str, tuple[str, ...]] = {"vae": VAES}
+        for name, layouts in family.original_layouts.items():
+            if name in family.all_text_encoders:
+                held[name] = tuple(prefix for layout in layouts for prefix in layout.prefixes)
+        return {name: starts for name, starts in held.items() if self._begins_with(starts)}
 
     def _begins_with(self, start: str | tuple[str, ...]) -> bool:
         return any(key.startswith(start) for key in self.keys)
