@@ -10,8 +10,8 @@ from gralora_diffusion import get_family, list_families
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
     *(["blockwise"], ["factors"], ["config"], ["targets"], ["tensor_files"], ["layers"]),
-    *(["injection"], ["state"], ["layouts"], ["families"], ["compatibility"], ["bookkeeping"]),
-    *(["pipelines"], ["sampling", "export"]),
+    *(["injection"], ["state"], ["layouts"], ["families"], ["original_file"]),
+    *(["compatibility"], ["bookkeeping"], ["pipelines"], ["sampling", "export"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
