@@ -9,7 +9,8 @@ from gralora_diffusion import get_family, list_families
 
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
-    *(["blockwise"], ["factors"], ["config"], ["targets"], ["tensor_files"], ["layers"]),
+    *(["blockwise"], ["low_rank"], ["factors"], ["config"], ["targets"]),
+    *(["tensor_files"], ["layers"]),
     *(["injection"], ["state"], ["families"], ["compatibility"], ["bookkeeping"]),
     *(["pipelines"], ["sampling", "export"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
