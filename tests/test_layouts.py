@@ -39,15 +39,9 @@ def tiny(family: str) -> Any:
     return pipe
 
 
-def layout_of(family: str, component: str, model: Any) -> Layout:
-    shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    layouts = get_family(family).original_layouts[component]
-    return next(layout for layout in layouts if layout.fits(shapes))
-
-
 def laid_out(family: str, component: str, model: Any) -> dict[str, OriginalTensor]:
-    layout = layout_of(family, component, model)
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
+    layout = get_family(family).find_layout(component, shapes)
     return {layout.prefixes[0] + tensor.key: tensor for tensor in layout.lay_out(shapes)}
 
 

@@ -161,6 +161,14 @@ def test_rows_joined(kernel):
     assert torch.equal(dense(down, up), torch.cat([dense(*each) for each in pairs]))
 
 
+def test_rows_joined_of_a_layer_without_an_update():
+    down, up = pair(24, 8, 3)
+    nothing = (torch.zeros(0, 24), torch.zeros(16, 0))
+    joined = low_rank.join_rows([nothing, (down, up), nothing])
+    expected = torch.cat([torch.zeros(16, 24), dense(down, up), torch.zeros(16, 24)])
+    assert torch.equal(dense(*joined), expected)
+
+
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 def test_sum(kernel):
     pairs = [pair(24, 40, rank, kernel, seed=rank) for rank in (2, 5)]

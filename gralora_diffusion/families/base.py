@@ -12,7 +12,7 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
-from ..layouts import Layout
+from ..layouts import Layout, Shape
 
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
 Conditioning = dict[str, Tensor]
@@ -135,6 +135,15 @@ class ModelFamily(ABC):
                 f"{', '.join(presets[preset])}. Name its layers with target_modules."
             )
         return found
+
+    def find_layout(self, component: str, shapes: Mapping[str, Shape]) -> Layout | None:
+        """Return how a component with tensors of these shapes is written in single files.
+
+        Args:
+            shapes: by key, in diffusers' names; of some layers is enough.
+        """
+        layouts = self.original_layouts.get(component, ())
+        return next((layout for layout in layouts if layout.fits(shapes)), None)
 
     @abstractmethod
     def encode_prompts(

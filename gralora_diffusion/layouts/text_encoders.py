@@ -28,6 +28,12 @@ _OPEN_CLIP = (
     rename(f"{_LAYER}.mlp.fc1", f"{_BLOCK}.mlp.c_fc"),
     rename(f"{_LAYER}.mlp.fc2", f"{_BLOCK}.mlp.c_proj"),
 )
+#: Weights that tell the width, and the axis that has it.
+_WIDTHS = {
+    **{f"self_attn.{name}_proj.weight": 1 for name in ("q", "k", "v", "out")},
+    "mlp.fc1.weight": 1,
+    "mlp.fc2.weight": 0,
+}
 
 
 def with_level(key: str) -> str:
@@ -48,8 +54,12 @@ def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> Layou
     """CLIP in the names of OpenCLIP; if ``width`` is given, encoders of that width only."""
 
     def fits(shapes: Mapping[str, Shape]) -> bool:
-        names = {with_level(key): shape for key, shape in shapes.items()}
-        return width is None or names["text_model.final_layer_norm.weight"] == (width,)
+        return width is None or any(
+            shape[axis] == width
+            for key, shape in shapes.items()
+            for ending, axis in _WIDTHS.items()
+            if key.endswith(ending)
+        )
 
     return Layout((prefix,), _OPEN_CLIP, with_level, _POSITION_IDS, fits, comfyui_name)
 
