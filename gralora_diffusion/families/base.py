@@ -145,6 +145,14 @@ class ModelFamily(ABC):
         layouts = self.original_layouts.get(component, ())
         return next((layout for layout in layouts if layout.fits(shapes)), None)
 
+    def canonical(self, component: str, key: str) -> str:
+        """Return a key or path, as a file or a model has it, in the form of the layout's rules.
+
+        It is the same for all versions of a library that name the same tensor differently.
+        """
+        layouts = self.original_layouts.get(component)
+        return layouts[0].canonical(key) if layouts else key
+
     @abstractmethod
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -87,6 +88,12 @@ class Flux2(ModelFamily):
     kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
+
+    def canonical(self, component: str, key: str) -> str:
+        # transformers writes the language model's levels in the other order than it has them
+        return (
+            re.sub(r"^(model\.|language_model\.)+", "", key) if component != "transformer" else key
+        )
 
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
