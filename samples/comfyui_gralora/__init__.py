@@ -1,4 +1,4 @@
-"""ComfyUI nodes that load a native GraLoRA file. Put this folder into ComfyUI's ``custom_nodes``."""
+"""ComfyUI nodes that load a native GraLoRA file: a folder for ComfyUI's ``custom_nodes``."""
 
 from __future__ import annotations
 

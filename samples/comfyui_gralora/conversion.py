@@ -190,10 +190,10 @@ def _lora_pair(
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return up (out, k r) and down (k r, in, *kernel) with exactly the update of A and B, unscaled.
+    """Return up (out, k r) and down (k r, in, *kernel) with the very update of A and B, unscaled.
 
-    Block (j, n) of the update is ``(A[n][:, chunk j] @ B[j][chunk n]).T``: row (n, j, s) of ``down``
-    reads input block n, the same column of ``up`` feeds output block j.
+    Block (j, n) of the update is ``(A[n][:, chunk j] @ B[j][chunk n]).T``: row (n, j, s) of
+    ``down`` reads input block n, the same column of ``up`` feeds output block j.
 
     Args:
         A: (k, in / k, r, *kernel), one slice per input block n.
@@ -268,14 +268,14 @@ def lora_for(
     lora: dict[str, Tensor] = {}
     unknown, misfits = [], []
     for layer in layers:
+        path = f"{layer.component}.{layer.path}"
         name = next((n for n in comfyui_names(layer.component, layer.path) if n in targets), None)
         if name is None:
-            unknown.append(f"{layer.component}.{layer.path}")
+            unknown.append(path)
             continue
-        want = _matrix_shape(targets[name], shapes)
-        got = (len(layer.up), layer.down[0].numel())
+        want, got = _matrix_shape(targets[name], shapes), (len(layer.up), layer.down[0].numel())
         if want is not None and want != got:
-            misfits.append(f"{layer.component}.{layer.path}: {want} in the model, {got} in the file")
+            misfits.append(f"{path}: {want} in the model, {got} in the file")
             continue
         lora[f"{name}.lora_up.weight"] = layer.up
         lora[f"{name}.lora_down.weight"] = layer.down
