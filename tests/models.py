@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gralora_diffusion import GraloraConfig, inject
+from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.state import read_adapter
 
 from .reference import dense_update
@@ -18,6 +18,7 @@ from .tiny.stable_diffusion import build as stable_diffusion
 __all__ = [
     "PIPELINES",
     "adapt",
+    "adapt_everywhere",
     "config",
     "draw",
     "merged",
@@ -52,6 +53,26 @@ def adapt(pipe: Any, name: str = "a", seed: int = 1, **changes: Any) -> Any:
     torch.manual_seed(seed)
     inject(pipe.unet, config(hybrid_r=2, **changes), name)
     inject(pipe.text_encoder, config(TEXT_TARGETS, **changes), name)
+    return pipe
+
+
+def adapt_everywhere(
+    pipe: Any, components: Iterable[str] = (), name: str = "a", seed: int = 1, **changes: Any
+) -> Any:
+    """Inject an adapter into denoiser and text encoders of any family, by its largest presets.
+
+    On a UNet convolutions are among its layers, on transformers modulation. ``components``: all if
+    empty.
+    """
+    family = get_family(pipe)
+    torch.manual_seed(seed)
+    for component in components or family.components:
+        model = getattr(pipe, component)
+        preset = list(family.target_presets[component])[-1]
+        targets = family.resolve_preset(component, preset, model)
+        hybrid_rank = 2 if component == family.denoiser else 0
+        values = {"r": 4, "gralora_k": 2, "hybrid_r": hybrid_rank, **changes}
+        inject(model, config(targets, **values), name)
     return pipe
 
 

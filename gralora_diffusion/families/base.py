@@ -12,6 +12,8 @@ import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from torch import Tensor, nn
 
+from ..layouts import Layout, Shape
+
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
 Conditioning = dict[str, Tensor]
 
@@ -82,9 +84,13 @@ class ModelFamily(ABC):
     #: Keys that the denoiser has in every single file of this family. If those of several families
     #: are there, the one with the most of them is meant.
     single_file_keys: tuple[str, ...] = ()
-    #: text encoder -> how its keys begin in a single file; one that lacks is left out or taken
-    #: from another base.
-    single_file_prefixes: Mapping[str, str] = MappingProxyType({})
+    #: component -> how it is written in a single file; of several layouts the first one that fits.
+    #: A component that lacks there is left out or taken from another base.
+    original_layouts: Mapping[str, Sequence[Layout]] = MappingProxyType({})
+    #: component -> how the names of its layers begin in LoRA files of kohya's sd-scripts.
+    kohya_prefixes: Mapping[str, str] = MappingProxyType({})
+    #: Whether sd-scripts calls the denoiser's layers as the original layout does.
+    kohya_original_names: bool = True
     #: Whether the pipeline that diffusers knows for such a file is of this family.
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
@@ -129,6 +135,15 @@ class ModelFamily(ABC):
                 f"{', '.join(presets[preset])}. Name its layers with target_modules."
             )
         return found
+
+    def find_layout(self, component: str, shapes: Mapping[str, Shape]) -> Layout | None:
+        """Return how a component with tensors of these shapes is written in single files.
+
+        Args:
+            shapes: by key, in diffusers' names; of some layers is enough.
+        """
+        layouts = self.original_layouts.get(component, ())
+        return next((layout for layout in layouts if layout.fits(shapes)), None)
 
     @abstractmethod
     def encode_prompts(

@@ -13,6 +13,7 @@ import torch
 from diffusers import FluxPipeline
 from torch import Tensor, nn
 
+from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
     CLIP_PRESETS,
     JOINT_ATTENTION,
@@ -27,6 +28,58 @@ _ATTENTION_FF = (
     *(*JOINT_ATTENTION, *JOINT_FEED_FORWARD),
     # in single blocks the second one is the attention's output and the feed-forward's in one
     *("proj_mlp", "single_transformer_blocks.*.proj_out"),
+)
+_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+#: Names in the file that Black Forest Labs published; what FLUX.2 shares first.
+ORIGINAL_ENDS = (
+    rename("x_embedder", "img_in"),
+    rename("context_embedder", "txt_in"),
+    swap("norm_out.linear", "final_layer.adaLN_modulation.1"),
+    rename("proj_out", "final_layer.linear"),
+)
+ORIGINAL_DOUBLE_ATTENTION = (
+    join([f"{_DOUBLE}.attn.to_{n}" for n in "qkv"], "double_blocks.*.img_attn.qkv"),
+    join([f"{_DOUBLE}.attn.add_{n}_proj" for n in "qkv"], "double_blocks.*.txt_attn.qkv"),
+    rename(f"{_DOUBLE}.attn.to_out.0", "double_blocks.*.img_attn.proj"),
+    rename(f"{_DOUBLE}.attn.to_add_out", "double_blocks.*.txt_attn.proj"),
+)
+ORIGINAL_NORMS = tuple(
+    rename(f"{name}.weight", f"{original}.{leaf}")
+    # ComfyUI writes them with the second ending
+    for leaf in ("scale", "weight")
+    for name, original in (
+        (f"{_DOUBLE}.attn.norm_q", "double_blocks.*.img_attn.norm.query_norm"),
+        (f"{_DOUBLE}.attn.norm_k", "double_blocks.*.img_attn.norm.key_norm"),
+        (f"{_DOUBLE}.attn.norm_added_q", "double_blocks.*.txt_attn.norm.query_norm"),
+        (f"{_DOUBLE}.attn.norm_added_k", "double_blocks.*.txt_attn.norm.key_norm"),
+        (f"{_SINGLE}.attn.norm_q", "single_blocks.*.norm.query_norm"),
+        (f"{_SINGLE}.attn.norm_k", "single_blocks.*.norm.key_norm"),
+    )
+)
+_ORIGINAL = (
+    *(*ORIGINAL_ENDS, *ORIGINAL_DOUBLE_ATTENTION, *ORIGINAL_NORMS),
+    *(
+        rename(f"time_text_embed.{embedder}.linear_{number}", f"{original}.{layer}_layer")
+        for embedder, original in (
+            ("timestep_embedder", "time_in"),
+            ("text_embedder", "vector_in"),
+            ("guidance_embedder", "guidance_in"),
+        )
+        for number, layer in ((1, "in"), (2, "out"))
+    ),
+    rename(f"{_DOUBLE}.norm1.linear", "double_blocks.*.img_mod.lin"),
+    rename(f"{_DOUBLE}.norm1_context.linear", "double_blocks.*.txt_mod.lin"),
+    rename(f"{_DOUBLE}.ff.net.0.proj", "double_blocks.*.img_mlp.0"),
+    rename(f"{_DOUBLE}.ff.net.2", "double_blocks.*.img_mlp.2"),
+    rename(f"{_DOUBLE}.ff_context.net.0.proj", "double_blocks.*.txt_mlp.0"),
+    rename(f"{_DOUBLE}.ff_context.net.2", "double_blocks.*.txt_mlp.2"),
+    join(
+        [*(f"{_SINGLE}.attn.to_{n}" for n in "qkv"), f"{_SINGLE}.proj_mlp"],
+        "single_blocks.*.linear1",
+        sizes=(1, 1, 1, 4),
+    ),
+    rename(f"{_SINGLE}.proj_out", "single_blocks.*.linear2"),
+    rename(f"{_SINGLE}.norm.linear", "single_blocks.*.modulation.lin"),
 )
 
 
@@ -68,8 +121,17 @@ class Flux(ModelFamily):
     patch_size = 2
     single_file_types = ("flux-dev", "flux-schnell")
     single_file_keys = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
-    single_file_prefixes = MappingProxyType(
-        {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."}
+    original_layouts = MappingProxyType(
+        {
+            "transformer": (Layout((DENOISER, ""), _ORIGINAL),),
+            "vae": (autoencoder("vae.", "first_stage_model."),),
+            "text_encoder": (clip("text_encoders.clip_l.", "clip_l"),),
+            "text_encoder_2": (t5("text_encoders.t5xxl.", "t5xxl"),),
+        }
+    )
+    kohya_prefixes = MappingProxyType(
+        # as sd-scripts has it, and ComfyUI reads it: the second is not there
+        {"transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}
     )
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})

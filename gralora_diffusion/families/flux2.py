@@ -12,6 +12,7 @@ from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
+from ..layouts import DENOISER, Layout, rename
 from .base import (
     JOINT_ATTENTION,
     LANGUAGE_MODEL_PRESETS,
@@ -19,12 +20,40 @@ from .base import (
     ModelFamily,
     check_channels,
 )
+from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
 
 #: In single blocks one layer makes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
 _ATTENTION_FF = (
     *_ATTENTION,
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
+)
+_DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
+#: Names in the file that Black Forest Labs published: of the transformer alone.
+_ORIGINAL = (
+    *(*ORIGINAL_ENDS, *ORIGINAL_DOUBLE_ATTENTION, *ORIGINAL_NORMS),
+    *(
+        rename(f"time_guidance_embed.{embedder}.linear_{number}", f"{original}.{layer}_layer")
+        for embedder, original in (
+            ("timestep_embedder", "time_in"),
+            ("guidance_embedder", "guidance_in"),
+        )
+        for number, layer in ((1, "in"), (2, "out"))
+    ),
+    *(
+        rename(f"{stream}.linear", f"{stream}.lin")
+        for stream in (
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        )
+    ),
+    rename(f"{_DOUBLE}.ff.linear_in", "double_blocks.*.img_mlp.0"),
+    rename(f"{_DOUBLE}.ff.linear_out", "double_blocks.*.img_mlp.2"),
+    rename(f"{_DOUBLE}.ff_context.linear_in", "double_blocks.*.txt_mlp.0"),
+    rename(f"{_DOUBLE}.ff_context.linear_out", "double_blocks.*.txt_mlp.2"),
+    rename(f"{_SINGLE}.attn.to_qkv_mlp_proj", "single_blocks.*.linear1"),
+    rename(f"{_SINGLE}.attn.to_out", "single_blocks.*.linear2"),
 )
 
 
@@ -54,6 +83,8 @@ class Flux2(ModelFamily):
         "single_stream_modulation.lin.weight",
         "guidance_in.in_layer.weight",
     )
+    original_layouts = MappingProxyType({"transformer": (Layout(("", DENOISER), _ORIGINAL),)})
+    kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 

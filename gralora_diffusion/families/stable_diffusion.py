@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from ..layouts import UNET, Layout, autoencoder, clip, open_clip
 from .base import CLIP_PRESETS, Conditioning, ModelFamily, check_channels
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
@@ -64,9 +65,20 @@ class StableDiffusion(ModelFamily):
     default_resolution = 512
     single_file_types: tuple[str, ...] = ("v1", "v2")
     single_file_keys: tuple[str, ...] = ("input_blocks.0.0.weight",)
-    single_file_prefixes: Mapping[str, str] = MappingProxyType(
-        {"text_encoder": "cond_stage_model."}
+    original_layouts: Mapping[str, Sequence[Layout]] = MappingProxyType(
+        {
+            "unet": (UNET,),
+            "vae": (autoencoder("first_stage_model."),),
+            "text_encoder": (
+                open_clip("cond_stage_model.model.", "clip_h", width=1024),
+                clip("cond_stage_model.", "clip_l"),
+            ),
+        }
     )
+    kohya_prefixes: Mapping[str, str] = MappingProxyType(
+        {"unet": "lora_unet", "text_encoder": "lora_te"}
+    )
+    kohya_original_names = False
     load_options: Mapping[str, Any] = MappingProxyType(
         {"safety_checker": None, "requires_safety_checker": False}
     )

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
     CLIP_PRESETS,
     JOINT_ATTENTION,
@@ -20,6 +21,41 @@ from .base import (
 )
 
 _ATTENTION_FF = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD)
+_BLOCK = "transformer_blocks.*"
+_PICTURE, _TEXT = "joint_blocks.*.x_block", "joint_blocks.*.context_block"
+#: Names in the file that Stability AI published.
+_ORIGINAL = (
+    rename("pos_embed.pos_embed", "pos_embed"),
+    rename("pos_embed.proj", "x_embedder.proj"),
+    rename("time_text_embed.timestep_embedder.linear_1", "t_embedder.mlp.0"),
+    rename("time_text_embed.timestep_embedder.linear_2", "t_embedder.mlp.2"),
+    rename("time_text_embed.text_embedder.linear_1", "y_embedder.mlp.0"),
+    rename("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
+    rename("context_embedder", "context_embedder"),
+    *(
+        join([f"{_BLOCK}.{attention}.to_{n}" for n in "qkv"], f"{_PICTURE}.{attention}.qkv")
+        for attention in ("attn", "attn2")
+    ),
+    join([f"{_BLOCK}.attn.add_{n}_proj" for n in "qkv"], f"{_TEXT}.attn.qkv"),
+    rename(f"{_BLOCK}.attn.to_out.0", f"{_PICTURE}.attn.proj"),
+    rename(f"{_BLOCK}.attn2.to_out.0", f"{_PICTURE}.attn2.proj"),
+    rename(f"{_BLOCK}.attn.to_add_out", f"{_TEXT}.attn.proj"),
+    *(
+        rename(f"{_BLOCK}.{attention}.norm_{n}", f"{_PICTURE}.{attention}.ln_{n}")
+        for attention in ("attn", "attn2")
+        for n in "qk"
+    ),
+    *(rename(f"{_BLOCK}.attn.norm_added_{n}", f"{_TEXT}.attn.ln_{n}") for n in "qk"),
+    rename(f"{_BLOCK}.norm1.linear", f"{_PICTURE}.adaLN_modulation.1"),
+    # of the last block, which does not go on with the text, shift comes before scale
+    swap(f"{_BLOCK}.norm1_context.linear", f"{_TEXT}.adaLN_modulation.1"),
+    rename(f"{_BLOCK}.ff.net.0.proj", f"{_PICTURE}.mlp.fc1"),
+    rename(f"{_BLOCK}.ff.net.2", f"{_PICTURE}.mlp.fc2"),
+    rename(f"{_BLOCK}.ff_context.net.0.proj", f"{_TEXT}.mlp.fc1"),
+    rename(f"{_BLOCK}.ff_context.net.2", f"{_TEXT}.mlp.fc2"),
+    swap("norm_out.linear", "final_layer.adaLN_modulation.1"),
+    rename("proj_out", "final_layer.linear"),
+)
 
 
 class StableDiffusion3(ModelFamily):
@@ -54,11 +90,21 @@ class StableDiffusion3(ModelFamily):
     patch_size = 2
     single_file_types = ("sd3", "sd35_large", "sd35_medium")
     single_file_keys = ("joint_blocks.0.x_block.attn.qkv.weight",)
-    single_file_prefixes = MappingProxyType(
+    original_layouts = MappingProxyType(
         {
-            "text_encoder": "text_encoders.clip_l.",
-            "text_encoder_2": "text_encoders.clip_g.",
-            "text_encoder_3": "text_encoders.t5xxl.",
+            "transformer": (Layout((DENOISER, ""), _ORIGINAL),),
+            "vae": (autoencoder("first_stage_model."),),
+            "text_encoder": (clip("text_encoders.clip_l.", "clip_l"),),
+            "text_encoder_2": (clip("text_encoders.clip_g.", "clip_g"),),
+            "text_encoder_3": (t5("text_encoders.t5xxl.", "t5xxl"),),
+        }
+    )
+    kohya_prefixes = MappingProxyType(
+        {
+            "transformer": "lora_unet",
+            "text_encoder": "lora_te1",
+            "text_encoder_2": "lora_te2",
+            "text_encoder_3": "lora_te3",
         }
     )
     drawing_dtype = torch.bfloat16

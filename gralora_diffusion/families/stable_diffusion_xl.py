@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..layouts import UNET, autoencoder, clip, open_clip
 from .base import CLIP_PRESETS, Conditioning
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
@@ -46,12 +47,18 @@ class StableDiffusionXL(StableDiffusion):
     default_resolution = 1024
     single_file_types = ("xl_base",)
     single_file_keys = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
-    single_file_prefixes = MappingProxyType(
+    original_layouts = MappingProxyType(
         {
-            "text_encoder": "conditioner.embedders.0.",
-            "text_encoder_2": "conditioner.embedders.1.",
+            "unet": (UNET,),
+            "vae": (autoencoder("first_stage_model."),),
+            "text_encoder": (clip("conditioner.embedders.0.", "clip_l"),),
+            "text_encoder_2": (open_clip("conditioner.embedders.1.model.", "clip_g"),),
         }
     )
+    kohya_prefixes = MappingProxyType(
+        {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+    )
+    kohya_original_names = True
     load_options = MappingProxyType({"add_watermarker": False})
 
     def encode_prompts(

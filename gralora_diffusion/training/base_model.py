@@ -41,7 +41,7 @@ def find_base_family(config: TrainingConfig) -> ModelFamily:
         index = PipelineIndex("base_config", config.base_config, config.cache_dir)
     family = _told_family(config, index)
     if Path(base).is_file():
-        family = SingleFile(Path(base)).find_family(family)
+        family = SingleFile(Path(base)).family_told(family)
     assert family is not None
     return family
 

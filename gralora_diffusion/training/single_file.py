@@ -18,61 +18,39 @@ from diffusers.loaders.single_file_utils import (
     DIFFUSERS_DEFAULT_PIPELINE_PATHS,
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
-    infer_diffusers_model_type,
 )
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..families import ModelFamily, get_family, list_families
+from ..families import ModelFamily
+from ..layouts import DENOISER
+from ..original_file import OriginalFile
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .pipeline_index import PipelineIndex
 
 logger = logging.getLogger(__name__)
 
-DENOISER = "model.diffusion_model."
 VAES = ("first_stage_model.", "vae.")
-#: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
-UNKNOWN = "v1"
 TEXT_ENCODERS = {
     "CLIPTextModel": create_diffusers_clip_model_from_ldm,
     "CLIPTextModelWithProjection": create_diffusers_clip_model_from_ldm,
     "T5EncoderModel": create_diffusers_t5_model_from_checkpoint,
 }
-# ends of keys that only quantized files have: numbers without which the weights are not theirs
-QUANTIZED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".absmax", ".comfy_quant")
 
 
-class SingleFile:
-    """An original checkpoint. Only its header is read until :meth:`load`.
+class SingleFile(OriginalFile):
+    """An original checkpoint as a base. Only its header is read until :meth:`load`.
 
     Raises:
         ConfigError: not a whole .safetensors file.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        try:
-            with safe_open(path, framework="pt") as file:
-                # only names and shapes are needed, so a meta tensor stands for each
-                header = {
-                    key: torch.empty(file.get_slice(key).get_shape(), device="meta")
-                    for key in file.keys()  # noqa: SIM118
-                }
-        except (SafetensorError, OSError) as error:
-            problem = f"not a whole .safetensors file ({error}). Other formats (.ckpt, .gguf) must"
-            raise self.error(f"{problem} be converted first") from error
-        self.keys = frozenset(header)
-        prefixed = any(key.startswith(DENOISER) for key in header)
-        self._prefix = DENOISER if prefixed else ""
-        try:
-            self._kind = infer_diffusers_model_type(header)
-        except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
-            self._kind = UNKNOWN
+    def error(self, problem: str) -> ConfigError:
+        return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
 
-    def find_family(self, told: ModelFamily | None) -> ModelFamily:
+    def family_told(self, told: ModelFamily | None) -> ModelFamily:
         """Return the family of this file.
 
         Args:
@@ -81,23 +59,10 @@ class SingleFile:
         Raises:
             ConfigError: no base of a supported family, or another one than told.
         """
-        families = [get_family(name) for name in list_families()]
-        fitting = [f for f in families if f.single_file_keys and self._holds(f.single_file_keys)]
-        family = max(fitting, key=lambda f: len(f.single_file_keys), default=None)
-        if family is None:
-            raise self.error(self._not_a_base())
-        if self._kind not in (*family.single_file_types, UNKNOWN):
-            raise self.error(
-                f"diffusers takes this single file for {self._kind!r}, which is of no supported "
-                f"family ({', '.join(list_families())}). Train on the text-to-image base"
-            )
+        family = self.find_family()
         if told and told is not family:
             raise self.error(
                 f"this single file is {family.name}, but --family or --base_config says {told.name}"
-            )
-        if quantized := sorted(key for key in self.keys if key.endswith(QUANTIZED)):
-            raise self.error(
-                f"a quantized file ({quantized[0]}), which cannot be read. Give the one in 16 bits"
             )
         return family
 
@@ -133,8 +98,8 @@ class SingleFile:
 
         checkpoint = load_file(self.path)
         models = _Models(self, index, folder)
-        tensors = _taken(checkpoint, self._prefix)
-        parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self._prefix, dtype)
+        tensors = _taken(checkpoint, self.prefix)
+        parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self.prefix, dtype)
         for name in read:
             tensors = _taken(checkpoint, held[name])
             if name == "vae":
@@ -171,42 +136,21 @@ class SingleFile:
 
     # -- the header --------------------------------------------------------------------------------
 
-    def error(self, problem: str) -> ConfigError:
-        return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
-
-    def _held(self, family: ModelFamily) -> dict[str, str | tuple[str, ...]]:
+    def _held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
         """VAE and text encoders that the file holds -> how their keys begin."""
-        prefixes: dict[str, str | tuple[str, ...]] = {"vae": VAES, **family.single_file_prefixes}
-        return {name: start for name, start in prefixes.items() if self._begins_with(start)}
-
-    def _begins_with(self, start: str | tuple[str, ...]) -> bool:
-        return any(key.startswith(start) for key in self.keys)
-
-    def _holds(self, denoiser_keys: Collection[str]) -> bool:
-        return all(self._prefix + key in self.keys for key in denoiser_keys)
-
-    def _not_a_base(self) -> str:
-        what = f"this single file is of no supported family ({', '.join(list_families())})"
-        if any("lora" in key.lower() for key in self.keys):
-            return f"{what}: it is a LoRA. Give the base that it belongs to"
-        if self._begins_with(("down_blocks.", "transformer_blocks.", "encoder.down_blocks.")):
-            return (
-                f"{what}: its keys are those of one model in diffusers' layout. Give the folder of "
-                "the whole pipeline, with model_index.json"
-            )
-        some = ", ".join(sorted(self.keys)[:3])
-        return (
-            f"{what}: it holds none of their denoisers (its keys: {some}, ...). A VAE or a text "
-            "encoder alone is no base"
-        )
+        held: dict[str, tuple[str, ...]] = {"vae": VAES}
+        for name, layouts in family.original_layouts.items():
+            if name in family.all_text_encoders:
+                held[name] = tuple(prefix for layout in layouts for prefix in layout.prefixes)
+        return {name: starts for name, starts in held.items() if self.begins_with(starts)}
 
     # -- what lacks --------------------------------------------------------------------------------
 
     def _source_of_the_rest(self, config: TrainingConfig, family: ModelFamily) -> str:
         if config.base_config:
             return config.base_config
-        if self._kind in family.single_file_types and family.single_file_default:
-            return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self._kind]["pretrained_model_name_or_path"]
+        if self.kind in family.single_file_types and family.single_file_default:
+            return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self.kind]["pretrained_model_name_or_path"]
         raise self.error(
             f"this single file is {family.name}, but which of them cannot be told from it. Give "
             "the pipeline that it belongs to, a folder or a Hub id, as --base_config"

@@ -1,0 +1,181 @@
+"""An adapter as export sees it: scaled updates of layers, by component and path. No model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import PurePath
+
+import torch
+from torch import Tensor
+
+from ..blockwise import lora_factors
+from ..config import layer_settings
+from ..families import ModelFamily, get_family
+from ..layouts import Shape
+from ..state import DENOISER, Adapter, ComponentAdapter
+from ..targets import layer_of
+from ..tensor_files import AdapterFileError
+
+_FACTORS = ("gralora_A", "gralora_B")
+_GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
+
+
+@dataclass(frozen=True)
+class LayerUpdate:
+    """The update of one layer: ``scaling`` times what the factors make.
+
+    Attributes:
+        A: (k, in/k, r[, h, w]).
+        B: (k, r, out/k).
+        general: the hybrid's plain LoRA, (hybrid_r, in[, h, w]) and (out, hybrid_r[, 1, 1]).
+        scaling: alpha / (r + hybrid_r) times the user's scale.
+    """
+
+    A: Tensor
+    B: Tensor
+    general: tuple[Tensor, Tensor] | None
+    scaling: float
+
+    @property
+    def shape(self) -> Shape:
+        """Shape of the layer's weight."""
+        k, i, _, *kernel = self.A.shape
+        return (k * self.B.shape[2], k * i, *kernel)
+
+    @property
+    def rank(self) -> int:
+        """Rank of the LoRA with the same update: k * r + hybrid_r."""
+        general = self.general[0].shape[0] if self.general else 0
+        return self.A.shape[0] * self.A.shape[2] + general
+
+    def lora_pair(self) -> tuple[Tensor, Tensor]:
+        """Return the LoRA with the very same update, scaling folded in, in fp32.
+
+        ``down`` is (rank, in[, h, w]), ``up`` (out, rank).
+        """
+        down, up = lora_factors(self.A.float(), self.B.float())
+        if self.general:
+            plain_down, plain_up = (factor.float() for factor in self.general)
+            down = torch.cat([down, plain_down])
+            up = torch.cat([up, plain_up.flatten(1)], dim=1)
+        return down, up * self.scaling
+
+
+@dataclass(frozen=True)
+class AdapterLayers:
+    """All that an adapter has for one component, by canonical name (see ``layouts``)."""
+
+    updates: dict[str, LayerUpdate] = field(default_factory=dict)
+    #: Trained biases and whole modules: key of the model -> the value that takes its place.
+    replaced: dict[str, Tensor] = field(default_factory=dict)
+
+
+def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
+    """Return the family that an adapter is for, which its file says or the caller.
+
+    Raises:
+        AdapterFileError: they do not agree, or neither does.
+    """
+    if adapter.family and told and adapter.family != told:
+        raise AdapterFileError(
+            f"{adapter.source}: trained for {adapter.family}, but {told} was asked for. Give a "
+            f"base of {adapter.family}."
+        )
+    name = adapter.family or told
+    if name is None:
+        raise AdapterFileError(
+            f"{adapter.source}: the file does not say for which family of base models it is. Give "
+            "the base, or the family."
+        )
+    return get_family(name)
+
+
+def adapter_layers(
+    adapter: Adapter, family: ModelFamily, scale: float = 1.0
+) -> dict[str, AdapterLayers]:
+    """Sort the tensors of an adapter into updates and replaced values, by component.
+
+    Args:
+        scale: the user's, multiplied into the scaling of each layer.
+
+    Raises:
+        AdapterFileError: something is missing, unexpected, misshapen or not finite; all is named.
+    """
+    if not math.isfinite(scale):
+        raise ValueError(f"scale is {scale}; it must be a finite number")
+    parts, problems = {}, []
+    for component, part in adapter.components.items():
+        name = component
+        if name == DENOISER:
+            folder = PurePath(adapter.source).name
+            name = folder if folder in family.components else family.denoiser
+        if name not in family.components:
+            known = ", ".join(family.components)
+            problems.append(f"weights for {name!r}, which {family.name} does not have ({known})")
+            continue
+        canonical = canonical_name(family, name)
+        parts[name], found = _sorted_out(part, canonical, scale)
+        problems += [f"{name}: {problem}" for problem in found]
+    if not problems and not any(p.updates or p.replaced for p in parts.values()):
+        problems.append("no weights at all")
+    if problems:
+        lines = "\n".join(f"  {problem}" for problem in problems)
+        raise AdapterFileError(f"{adapter.source} cannot be exported:\n{lines}")
+    return parts
+
+
+def canonical_name(family: ModelFamily, component: str) -> Callable[[str], str]:
+    """Return what brings a path or key of a component into the form of its layout."""
+    layouts = family.original_layouts.get(component, ())
+    return layouts[0].canonical if layouts else str
+
+
+def _sorted_out(
+    part: ComponentAdapter, canonical: Callable[[str], str], scale: float
+) -> tuple[AdapterLayers, list[str]]:
+    layers, problems = AdapterLayers(), []
+    factors: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in part.tensors.items():
+        if not torch.isfinite(tensor).all():
+            problems.append(f"{key} has NaN or infinite values")
+        if ".gralora_" in key:
+            path = layer_of(key)
+            factors.setdefault(path, {})[key.removeprefix(f"{path}.")] = tensor
+        else:
+            layers.replaced[canonical(key.replace(".base_layer.", "."))] = tensor
+    hybrid_rank = part.config.hybrid_r
+    expected = {*_FACTORS, *(_GENERAL if hybrid_rank else ())}
+    for path, held in factors.items():
+        if problem := _problem(held, expected, *layer_settings(part.config, path)[:2], hybrid_rank):
+            problems.append(f"{path}: {problem}")
+            continue
+        rank, _, alpha = layer_settings(part.config, path)
+        general = (held[_GENERAL[0]], held[_GENERAL[1]]) if hybrid_rank else None
+        scaling = scale * alpha / (rank + hybrid_rank)
+        layers.updates[canonical(path)] = LayerUpdate(
+            held["gralora_A"], held["gralora_B"], general, scaling
+        )
+    return layers, problems
+
+
+def _problem(
+    held: dict[str, Tensor], expected: set[str], rank: int, k: int, hybrid_rank: int
+) -> str | None:
+    if set(held) != expected:
+        missing, more = sorted(expected - set(held)), sorted(set(held) - expected)
+        return (
+            f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(more) or 'nothing'}"
+        )
+    A, B = held["gralora_A"], held["gralora_B"]
+    fits = A.dim() in (3, 5) and B.dim() == 3 and A.shape[0] == B.shape[0] == k
+    fits = fits and A.shape[2] == B.shape[1] == rank and rank % k == 0
+    if fits and hybrid_rank:
+        down, up = held[_GENERAL[0]], held[_GENERAL[1]]
+        fits = down.shape == (hybrid_rank, k * A.shape[1], *A.shape[3:])
+        fits = fits and up.shape[:2] == (k * B.shape[2], hybrid_rank)
+    if fits:
+        return None
+    shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in held.items())
+    return f"{shapes} do not fit together, or not rank {rank} and k {k} of the config"

@@ -1,0 +1,221 @@
+"""The base that an adapter is fused into: an original single file, or a folder of diffusers'."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+from diffusers.utils.hub_utils import _add_variant
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX_NAME
+from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
+
+from ..families import ModelFamily, find_family, list_families
+from ..layouts import Layout, Shape
+from ..original_file import OriginalFile
+from ..state import looks_like_hub_id
+from .streaming import StoredTensor, read_header
+
+_INDEX = "model_index.json"
+_NAMES = (
+    (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
+    (TRANSFORMERS_WEIGHTS_NAME, TRANSFORMERS_INDEX_NAME),
+)
+
+
+class BaseError(ValueError):
+    """A base that nothing can be fused into."""
+
+
+@dataclass(frozen=True)
+class FileBase:
+    """An original single file.
+
+    Attributes:
+        tensors: as they lie in the file, by key.
+        layouts: of the components that it holds.
+        prefixes: how their keys begin.
+    """
+
+    path: Path
+    family: ModelFamily
+    tensors: dict[str, StoredTensor]
+    metadata: dict[str, str]
+    layouts: dict[str, Layout] = field(default_factory=dict)
+    prefixes: dict[str, str] = field(default_factory=dict)
+
+    def shapes(self, component: str) -> dict[str, Shape]:
+        """Shapes of a component's tensors, by key without the prefix."""
+        prefix = self.prefixes[component]
+        return {
+            key.removeprefix(prefix): tensor.shape
+            for key, tensor in self.tensors.items()
+            if key.startswith(prefix)
+        }
+
+    @property
+    def lacks(self) -> str:
+        """What to do about a component that it does not hold."""
+        return (
+            f"{self.path} holds only {', '.join(self.layouts)}: a file of parts alone? Give the "
+            "full checkpoint, or the folder or Hub id of the pipeline"
+        )
+
+
+@dataclass(frozen=True)
+class FolderBase:
+    """A pipeline in diffusers' layout.
+
+    Attributes:
+        tensors: component -> its tensors, of all shards, by the keys of the files.
+        files: component -> weight files, and the index of shards if there is one.
+    """
+
+    path: Path
+    family: ModelFamily
+    tensors: dict[str, dict[str, StoredTensor]]
+    files: dict[str, list[Path]]
+
+    @property
+    def lacks(self) -> str:
+        """What to do about a component that it does not hold."""
+        return f"{self.path} holds only {', '.join(self.tensors)}. Give the whole pipeline"
+
+
+Base = FileBase | FolderBase
+
+
+def open_base(
+    source: str | os.PathLike[str],
+    *,
+    variant: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> Base:
+    """Read the headers of a base: a single file, a diffusers folder or a Hub id.
+
+    Args:
+        variant: of the weight files in a folder, such as fp16.
+
+    Raises:
+        BaseError: nothing there, not of a supported family, without safetensors, or quantized.
+        OriginalFileError: a single file that is no base.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _open_file(path)
+    if not path.exists():
+        if not looks_like_hub_id(str(source)):
+            raise BaseError(f"{source}: no such file or folder")
+        path = _download(str(source), variant, revision, cache_dir)
+    return _open_folder(path, variant)
+
+
+def _open_file(path: Path) -> FileBase:
+    file = OriginalFile(path)
+    family = file.find_family()
+    tensors, metadata = read_header(path)
+    base = FileBase(path, family, tensors, metadata)
+    for component, layouts in family.original_layouts.items():
+        starts = [file.prefix] if component == family.denoiser else None
+        for layout in layouts:
+            prefix = file.prefix if starts else layout.begins(tensors)
+            if prefix is not None:
+                base.layouts[component], base.prefixes[component] = layout, prefix
+                break
+    return base
+
+
+def _open_folder(path: Path, variant: str | None) -> FolderBase:
+    if not (path / _INDEX).is_file():
+        raise BaseError(
+            f"{path}: no {_INDEX} there. Give the folder of a whole pipeline as save_pretrained "
+            "writes it, or an original .safetensors file"
+        )
+    index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+    pipeline = getattr(diffusers, str(index.get("_class_name")), None)
+    family = find_family(pipeline) if pipeline else None
+    if family is None:
+        raise BaseError(
+            f"{path}: {index.get('_class_name')} is of no supported family "
+            f"({', '.join(list_families())})"
+        )
+    base = FolderBase(path, family, {}, {})
+    for name, value in index.items():
+        present = isinstance(value, list) and None not in value and (path / name).is_dir()
+        if present and name in (*family.components, "vae"):
+            files = _weight_files(path / name, variant)
+            base.files[name] = files
+            base.tensors[name] = {}
+            for file in files:
+                if file.suffix == ".safetensors":
+                    base.tensors[name] |= read_header(file)[0]
+    if family.denoiser not in base.tensors:
+        raise BaseError(f"{path}: it has no {family.denoiser}")
+    return base
+
+
+def _weight_files(folder: Path, variant: str | None) -> list[Path]:
+    """The weight files of a component, all shards of it."""
+    config = _json(folder / "config.json")
+    if "quantization_config" in config:
+        raise BaseError(
+            f"{folder}: a quantized base; what is added to it would be rounded away. Give the one "
+            "in 16 or 32 bits: the adapter fits it too"
+        )
+    for weights, index in _NAMES:
+        if (file := folder / _add_variant(weights, variant)).is_file():
+            return [file]
+        if (file := folder / _add_variant(index, variant)).is_file():
+            shards = sorted(set(_json(file)["weight_map"].values()))
+            if absent := [shard for shard in shards if not (folder / shard).is_file()]:
+                raise BaseError(f"{folder}: {', '.join(absent)} of {file.name} is not there")
+            return [*(folder / shard for shard in shards), file]
+    there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    raise BaseError(
+        f"{folder}: no {' or '.join(_add_variant(names[0], variant) for names in _NAMES)}"
+        + (f" (there are: {', '.join(there)}; is it another --variant?)" if there else "")
+        + ". Weights must be safetensors: load the pipeline once and save_pretrained it"
+    )
+
+
+def _json(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def _download(
+    repository: str, variant: str | None, revision: str | None, cache_dir: str | None
+) -> Path:
+    """Fetch a pipeline's configs and tokenizers, then the weights of this variant alone."""
+
+    def fetch(patterns: Iterable[str]) -> Path:
+        try:
+            return Path(
+                snapshot_download(
+                    repository,
+                    allow_patterns=list(patterns),
+                    revision=revision,
+                    cache_dir=cache_dir,
+                )
+            )
+        except (OSError, HfHubHTTPError, HFValidationError) as error:
+            raise BaseError(
+                f"{repository}: neither a local path nor a pipeline on the Hub that could be "
+                f"fetched: {error}"
+            ) from error
+
+    fetch([_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
+    ending = f".{variant}" if variant else ""
+    stems = [name.removesuffix(".safetensors") for name, _ in _NAMES]
+    return fetch(
+        pattern
+        for stem in stems
+        for pattern in (f"*/{stem}{ending}.safetensors", f"*/{stem}{ending}-*-of-*.safetensors")
+    )

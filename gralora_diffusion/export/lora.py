@@ -1,0 +1,187 @@
+"""The adapter as an ordinary LoRA file, exact or truncated, in the names of each reader."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import diffusers
+import torch
+from torch import Tensor
+
+from ..families import ModelFamily
+from ..layouts import Layout
+from ..low_rank import truncate
+from ..state import Adapter, read_adapter
+from ..tensor_files import AdapterFileError, write_safetensors
+from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
+from .bases import Base, FileBase, FolderBase, open_base
+from .names import STYLES, Names, Pair, StyleError, find_names
+
+LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass
+class LoraReport:
+    """What a LoRA file holds.
+
+    Attributes:
+        ranks: name in the file -> rank.
+        errors: component and path -> what truncation left out, relative to the layer's update
+            (Frobenius norms). Zero where nothing was.
+    """
+
+    path: Path
+    style: str
+    ranks: dict[str, int] = field(default_factory=dict)
+    errors: dict[str, float] = field(default_factory=dict)
+
+
+def export_lora(
+    adapter: Adapter | str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    style: str = "comfyui",
+    dtype: str = "keep",
+    scale: float = 1.0,
+    rank: int | None = None,
+    energy: float | None = None,
+    base: str | os.PathLike[str] | None = None,
+    family: str | None = None,
+    metadata: Mapping[str, str] | None = None,
+) -> LoraReport:
+    """Write an adapter as a LoRA file with the very same update, or the nearest of lower rank.
+
+    The exact one has rank k * r + hybrid_r in every layer. The scaling and ``scale`` lie in the
+    factors, and alpha is the rank: so a reader that passes over alpha is right, too.
+
+    Args:
+        adapter: or where :func:`read_adapter` finds it.
+        output: the file.
+        style: whose names the layers have: comfyui, kohya or diffusers.
+        dtype: of the factors: keep (the adapter's), fp32, bf16 or fp16.
+        rank: truncate each layer to this rank.
+        energy: truncate to the smallest rank that keeps this part of the squared norm.
+        base: a base that tells what the adapter alone may not: the family, the number of layers
+            per block of a UNet, the kind of text encoder.
+        family: where neither adapter nor base tells it.
+        metadata: further strings for the header.
+
+    Raises:
+        AdapterFileError: the adapter is not whole, or has what a LoRA cannot hold.
+        StyleError: the style has no names for a component. Nothing is written.
+        ValueError: an impossible option.
+    """
+    if style not in STYLES:
+        raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
+    read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
+    opened = open_base(base) if base else None
+    found = find_adapter_family(read, opened.family.name if opened else family)
+    parts = adapter_layers(read, found, scale)
+    names = component_names(found, parts, style, opened)
+    report = LoraReport(Path(output), style)
+    target = _lora_dtype(dtype, parts)
+    tensors: dict[str, Tensor] = {}
+    for component, layers in parts.items():
+        pairs: dict[str, Pair] = {}
+        for path, update in layers.updates.items():
+            pair, error = update.lora_pair(), 0.0
+            if rank or energy:
+                *pair, error = truncate(*pair, rank=rank, energy=energy)  # type: ignore[assignment]
+            report.errors[f"{component}.{path}"] = error
+            pairs[path] = (pair[0], pair[1])
+        for name, (down, up) in names[component].pairs(pairs).items():
+            report.ranks[name] = len(down)
+            tensors |= _tensors(name, down, up, style, target)
+    Path(output).parent.mkdir(parents=True, exist_ok=True)
+    write_safetensors(tensors, Path(output), {"format": "pt", **(metadata or {})})
+    return report
+
+
+def component_names(
+    family: ModelFamily, parts: Mapping[str, AdapterLayers], style: str, base: Base | None
+) -> dict[str, Names]:
+    """Return component -> names of its layers. All that a file in this style cannot hold is told.
+
+    Raises:
+        StyleError: there is something of that kind.
+    """
+    names, problems = {}, []
+    for component, layers in parts.items():
+        if layers.replaced:
+            some = ", ".join(list(layers.replaced)[:3])
+            problems.append(
+                f"{component}: {len(layers.replaced)} trained biases or whole modules ({some}), "
+                "which are no LoRA. Export a checkpoint or a diffusers folder"
+            )
+        layout, keys = _known(base, family, component, layers)
+        if style == "diffusers" and component not in _read_by_diffusers(family):
+            problems.append(
+                f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
+                "Use style comfyui or kohya, or fuse"
+            )
+            continue
+        try:
+            names[component] = find_names(family, component, style, keys, layout)
+            for path in layers.updates:
+                names[component].name(path)
+        except StyleError as error:
+            problems.append(f"{component}: {error}")
+    if problems:
+        raise StyleError("\n".join(["this adapter cannot be written so:", *problems]))
+    return names
+
+
+def _known(
+    base: Base | None, family: ModelFamily, component: str, layers: AdapterLayers
+) -> tuple[Layout | None, list[str]]:
+    """The layout of a component, and canonical keys: of all its tensors if there is a base."""
+    if isinstance(base, FileBase) and component in base.layouts:
+        read = base.layouts[component].read(base.shapes(component))
+        return base.layouts[component], [part.key for tensor in read for part in tensor.parts]
+    shapes = {f"{path}.weight": update.shape for path, update in layers.updates.items()}
+    if isinstance(base, FolderBase) and component in base.tensors:
+        shapes = {key: tensor.shape for key, tensor in base.tensors[component].items()}
+    layout = family.find_layout(component, shapes)
+    return layout, [layout.canonical(key) for key in shapes] if layout else []
+
+
+def _read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
+    pipeline = getattr(diffusers, family.pipeline_classes[0])
+    return tuple(getattr(pipeline, "_lora_loadable_modules", ()))
+
+
+def _lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
+    if dtype == "keep":
+        updates = [update for part in parts.values() for update in part.updates.values()]
+        return updates[0].A.dtype
+    if dtype not in LORA_DTYPES:
+        raise ValueError(
+            f"dtype is {dtype!r}; for a LoRA it must be keep or one of {', '.join(LORA_DTYPES)}"
+        )
+    return LORA_DTYPES[dtype]
+
+
+def _tensors(
+    name: str, down: Tensor, up: Tensor, style: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
+    rounded = {"down": down.to(dtype).contiguous(), "up": up.to(dtype).contiguous()}
+    for factor in rounded.values():
+        if not torch.isfinite(factor).all():
+            raise AdapterFileError(
+                f"{name}: its factors are too large for {dtype}. Take bf16 or fp32"
+            )
+    if style == "diffusers":
+        return {
+            f"{name}.lora_A.weight": rounded["down"],
+            f"{name}.lora_B.weight": rounded["up"],
+        }
+    return {
+        f"{name}.lora_down.weight": rounded["down"],
+        f"{name}.lora_up.weight": rounded["up"],
+        # fp32 holds every rank; in bf16 515 would become 516
+        f"{name}.alpha": torch.tensor(float(len(down))),
+    }

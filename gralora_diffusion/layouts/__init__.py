@@ -1,0 +1,37 @@
+"""The layouts of original single files, and how their tensors are made of diffusers' ones."""
+
+from .latent_diffusion import DENOISER, UNET, autoencoder
+from .layout import (
+    Layout,
+    LayoutError,
+    Location,
+    OriginalTensor,
+    Part,
+    Rule,
+    Shape,
+    join,
+    locate,
+    rename,
+    swap,
+)
+from .text_encoders import clip, open_clip, t5
+
+__all__ = [
+    "DENOISER",
+    "UNET",
+    "Layout",
+    "LayoutError",
+    "Location",
+    "OriginalTensor",
+    "Part",
+    "Rule",
+    "Shape",
+    "autoencoder",
+    "clip",
+    "join",
+    "locate",
+    "open_clip",
+    "rename",
+    "swap",
+    "t5",
+]

@@ -1,0 +1,138 @@
+"""The UNet and the autoencoder in the names of latent-diffusion (CompVis, later Stability AI)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+
+from .layout import Layout, Rule, rename
+
+DENOISER = "model.diffusion_model."
+_RESNET = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+}
+_UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "class_embedding.linear_1": "label_emb.0.0",
+    "class_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+#: Of published bases; taken where an adapter's layers do not tell.
+USUAL_LAYERS_PER_BLOCK = 2
+
+
+def unet_rules(keys: Iterable[str], original: bool) -> list[Rule]:
+    """Return the rules for a UNet, whose blocks are numbered through in the original.
+
+    Args:
+        keys: of the whole model or, in diffusers' names, of some layers of it: then the number of
+            layers per block is that of published bases unless a layer in ``up_blocks`` tells it.
+        original: whether the keys are the original's.
+    """
+    keys = list(keys)
+    levels, layers = _original_shape(keys) if original else _shape(keys)
+    rules = [rename(name, theirs) for name, theirs in _UNET_ENDS.items()]
+    rules += _resnet("mid_block.resnets.0", "middle_block.0")
+    rules.append(rename("mid_block.attentions.0", "middle_block.1"))
+    rules += _resnet("mid_block.resnets.1", "middle_block.2")
+    for level in range(levels):
+        first = 1 + level * (layers + 1)
+        for layer in range(layers):
+            down, block = f"down_blocks.{level}", f"input_blocks.{first + layer}"
+            rules += _resnet(f"{down}.resnets.{layer}", f"{block}.0")
+            rules.append(rename(f"{down}.attentions.{layer}", f"{block}.1"))
+        sampler = f"input_blocks.{first + layers}.0.op"
+        rules.append(rename(f"down_blocks.{level}.downsamplers.0.conv", sampler))
+        first = level * (layers + 1)
+        for layer in range(layers + 1):
+            up, block = f"up_blocks.{level}", f"output_blocks.{first + layer}"
+            rules += _resnet(f"{up}.resnets.{layer}", f"{block}.0")
+        sampler, last = f"up_blocks.{level}.upsamplers.0.conv", f"output_blocks.{first + layers}"
+        attends = any(
+            key.startswith((f"{last}.1.transformer_blocks.", f"up_blocks.{level}.attentions."))
+            for key in keys
+        )
+        rules.append(rename(sampler, f"{last}.{2 if attends else 1}.conv"))
+        for layer in range(layers + 1):
+            here = f"up_blocks.{level}.attentions.{layer}"
+            rules.append(rename(here, f"output_blocks.{first + layer}.1"))
+    return rules
+
+
+def _resnet(name: str, original: str) -> list[Rule]:
+    return [rename(f"{name}.{n}", f"{original}.{theirs}") for n, theirs in _RESNET.items()]
+
+
+def _shape(keys: list[str]) -> tuple[int, int]:
+    """How many levels a UNet has, and layers in each, from keys in diffusers' names."""
+    levels = {int(n) for key in keys for n in re.findall(r"^(?:down|up)_blocks\.(\d+)\.", key)}
+    ups = {int(n) for key in keys for n in re.findall(r"^up_blocks\.\d+\.\w+\.(\d+)\.", key)}
+    downs = {int(n) for key in keys for n in re.findall(r"^down_blocks\.\d+\.\w+\.(\d+)\.", key)}
+    told = max([*ups, *(n + 1 for n in downs)], default=0)
+    whole = "conv_out.weight" in keys
+    return max(levels, default=0) + 1, told if whole else max(told, USUAL_LAYERS_PER_BLOCK)
+
+
+def _original_shape(keys: list[str]) -> tuple[int, int]:
+    """The same from the original's keys: a level ends with what makes the picture smaller."""
+    ends = {int(n) for key in keys for n in re.findall(r"^input_blocks\.(\d+)\.0\.op\.", key)}
+    blocks = {int(n) for key in keys for n in re.findall(r"^input_blocks\.(\d+)\.", key)}
+    return len(ends) + 1, (min(ends) if ends else max(blocks, default=0) + 1) - 1
+
+
+UNET = Layout((DENOISER,), unet_rules)
+
+_VAE_ATTENTION = {
+    "group_norm": "norm",
+    "to_q": "q",
+    "to_k": "k",
+    "to_v": "v",
+    "to_out.0": "proj_out",
+    # what diffusers called them until 2023, as many files still do
+    "query": "q",
+    "key": "k",
+    "value": "v",
+    "proj_attn": "proj_out",
+}
+_VAE_BLOCK = ("norm1", "conv1", "norm2", "conv2")
+
+
+def _vae_rules(keys: Iterable[str], original: bool) -> list[Rule]:
+    pattern = r"^decoder\.up\.(\d+)\." if original else r"^decoder\.up_blocks\.(\d+)\."
+    levels = max((int(n) for key in keys for n in re.findall(pattern, key)), default=0) + 1
+    rules = []
+    for side in ("encoder", "decoder"):
+        rules.append(rename(f"{side}.conv_norm_out", f"{side}.norm_out"))
+        for number in range(2):
+            here = f"{side}.mid_block.resnets.{number}"
+            rules.append(rename(here, f"{side}.mid.block_{number + 1}"))
+        for name, theirs in _VAE_ATTENTION.items():
+            here, there = f"{side}.mid_block.attentions.0.{name}", f"{side}.mid.attn_1.{theirs}"
+            rules.append(Rule((here,), there, convolution=name != "group_norm"))
+    for level in range(levels):
+        sides = (
+            ("encoder.down_blocks", "encoder.down", level, "down"),
+            ("decoder.up_blocks", "decoder.up", levels - 1 - level, "up"),
+        )
+        for name, theirs, number, way in sides:
+            here, there = f"{name}.{level}", f"{theirs}.{number}"
+            for old, new in (("conv_shortcut", "nin_shortcut"), *((n, n) for n in _VAE_BLOCK)):
+                rules.append(rename(f"{here}.resnets.*.{old}", f"{there}.block.*.{new}"))
+            rules.append(rename(f"{here}.{way}samplers.0", f"{there}.{way}sample"))
+    ends = [f"{side}.{name}" for side in ("encoder", "decoder") for name in ("conv_in", "conv_out")]
+    return rules + [rename(name, name) for name in (*ends, "quant_conv", "post_quant_conv")]
+
+
+def autoencoder(*prefixes: str) -> Layout:
+    """An ``AutoencoderKL``; the first prefix is written."""
+    return Layout(prefixes, _vae_rules)

@@ -1,0 +1,239 @@
+"""The mathematics of low-rank pairs, the form that every LoRA has; the dense update is never made.
+
+A pair is ``down`` (R, in), or (R, in, h, w) for a convolution, and ``up`` (out, R); its update of a
+weight is ``up @ down``, (out, in) or (out, in, h, w). In what follows c is in, or in * h * w.
+
+All is computed in float64, from thin QR decompositions of both and a small matrix between them::
+
+    up = Q_up R_up,  down^T = Q_down R_down,  up @ down = Q_up (R_up R_down^T) Q_down^T
+
+The matrix in the middle, at most R x R, has the singular values of the update: O((out + c) R^2)
+operations, where a decomposition of the update itself takes O(out c min(out, c)). What is returned
+is in float32, or in float64 if the pair is, for the caller to round once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+Pair = tuple[Tensor, Tensor]
+
+
+def truncate(
+    down: Tensor, up: Tensor, rank: int | None = None, energy: float | None = None
+) -> tuple[Tensor, Tensor, float]:
+    """Return the best pair of lower rank (Eckart-Young), and what it leaves out.
+
+    Each singular value is split evenly between both, which keeps them in the range of half
+    precision.
+
+    Args:
+        rank: the largest rank of the new pair. If it is not below the pair's own, the pair is
+            returned as it is.
+        energy: in (0, 1]; the smallest rank that keeps this part of the squared Frobenius norm. If
+            ``rank`` is given too, the smaller of both counts.
+
+    Returns:
+        ``down``, ``up`` and the Frobenius norm of what is left out over that of the whole. An
+        update of zeros makes a pair of rank 1, or ``rank`` if that is what it has; error 0.
+
+    Raises:
+        ValueError: neither rank nor energy or impossible ones; shapes that make no pair; NaN or
+            infinity.
+    """
+    if rank is None and energy is None:
+        raise ValueError("truncate: give rank, energy or both")
+    if rank is not None and rank < 1:
+        raise ValueError(f"truncate: rank should be at least 1 but is {rank}")
+    if energy is not None and not 0.0 < energy <= 1.0:
+        raise ValueError(f"truncate: energy should be in (0, 1] but is {energy}")
+    matrix = _matrix(down, up)
+    if energy is None and rank is not None and rank >= len(down):
+        return _rounded(down, down), _rounded(up, down), 0.0
+    U, values, V = _decompose(matrix, up)
+    kept = len(values) if energy is None else _rank_of_energy(values, energy)
+    kept = min(kept, rank or kept)
+    if not values.any():
+        kept = 1
+    new_down, new_up = _balanced(U[:, :kept], values[:kept], V[:, :kept])
+    new_down = new_down.reshape(kept, *down.shape[1:])
+    return _rounded(new_down, down), _rounded(new_up, down), _relative(values[kept:], values)
+
+
+def singular_values(down: Tensor, up: Tensor) -> Tensor:
+    """Return the update's singular values in float64, largest first: at most min(R, out, c).
+
+    Those left out are zero. An update of a convolution counts as a matrix (out, c).
+    """
+    return torch.linalg.svdvals(_core(_matrix(down, up), up)[1])
+
+
+def norm(down: Tensor, up: Tensor) -> float:
+    """Return the Frobenius norm of the update."""
+    return float(torch.linalg.matrix_norm(_core(_matrix(down, up), up)[1]))
+
+
+def effective_rank(values: Tensor) -> float:
+    """Return exp(-sum p ln p), where p are the singular values over their sum.
+
+    Between 1 and the rank: n equal singular values give n. No update at all gives 0. That is the
+    definition of Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
+    EUSIPCO 2007: of the values themselves, not of their squares.
+    """
+    total = values.sum()
+    if not total > 0:
+        return 0.0
+    return float(torch.special.entr(values / total).sum().exp())
+
+
+def join_rows(pairs: Sequence[Pair]) -> Pair:
+    """Return the pair of a layer whose outputs are those of several layers of the same input.
+
+    So queries, keys and values that were adapted one by one become one layer: ``down`` (sum of R,
+    in, ...) stacked, ``up`` (sum of out, sum of R) block-diagonal. Exact. A layer without an update
+    is a pair of rank 0.
+
+    Raises:
+        ValueError: inputs or kernels differ, or there are no pairs.
+    """
+    _check_alike("join_rows", [down.shape[1:] for down, _ in pairs])
+    for down, up in pairs:
+        if len(down) or up.shape[1]:
+            _matrix(down, up)
+    return torch.cat([down for down, _ in pairs]), torch.block_diag(*[up for _, up in pairs])
+
+
+def add(pairs: Sequence[Pair]) -> Pair:
+    """Return the pair whose update is the sum of the pairs' updates, of the sum of their ranks.
+
+    Raises:
+        ValueError: they are not of the same layer, or there are none.
+    """
+    _check_alike("add", [(*down.shape[1:], up.shape[0]) for down, up in pairs])
+    for down, up in pairs:
+        _matrix(down, up)
+    return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
+
+
+def split(down: Tensor, up: Tensor, rank: int) -> tuple[Pair, Pair]:
+    """Return two pairs whose sum is the pair, the first of this rank with most of the update.
+
+    That is the update's largest singular values; the second has the rest.
+    """
+    U, values, V = _decompose(_matrix(down, up), up)
+    halves = []
+    for part in (slice(None, rank), slice(rank, None)):
+        d, u = _balanced(U[:, part], values[part], V[:, part])
+        halves.append((_rounded(d.reshape(-1, *down.shape[1:]), down), _rounded(u, down)))
+    return halves[0], halves[1]
+
+
+def gralora_factors(down: Tensor, up: Tensor, rank: int, k: int) -> tuple[Tensor, Tensor, float]:
+    """Return the pair in GraLoRA's layout (:mod:`gralora_diffusion.blockwise`), unscaled.
+
+    Block (j, n) of the update is the j-th of k parts of ``up``'s rows times the n-th of ``down``'s
+    columns, a pair of rank R, and GraLoRA has room for rank / k there. If that is at least R, the
+    parts are copied as they are: exact. Else each block is truncated to its best approximation of
+    that rank. Room that is left holds zeros, in A and in B.
+
+    Returns:
+        A (k, in / k, rank, ...), B (k, rank, out / k), and the Frobenius norm of what is left out
+        of all blocks over that of the update.
+
+    Raises:
+        ValueError: k does not divide in, out and rank; shapes that make no pair; NaN or infinity.
+    """
+    matrix = _matrix(down, up)
+    (own, width, *kernel), height = down.shape, len(up)
+    numbers = {"in": width, "out": height, "rank": rank}
+    wrong = [f"{name}={number}" for name, number in numbers.items() if number % k or number < k]
+    if wrong:
+        raise ValueError(f"gralora_factors: {', '.join(wrong)} not divisible by k={k}")
+    s = rank // k
+    downs = matrix.unflatten(1, (k, -1)).transpose(0, 1)  # (n, R, c / k)
+    ups = up.unflatten(0, (k, -1))  # (j, o, R)
+    # for every block (j, n): (j, n, q, c / k) and (j, n, o, q)
+    if own <= s:
+        block_downs = downs.expand(k, *downs.shape)
+        block_ups = ups.unsqueeze(1).expand(k, k, -1, -1)
+        error = 0.0
+    else:
+        U, values, V = _decompose(downs.unsqueeze(0), ups.unsqueeze(1))
+        block_downs, block_ups = _balanced(U[..., :s], values[..., :s], V[..., :s])
+        error = _relative(values[..., s:], values)
+    q = block_downs.shape[2]
+    A = block_downs.new_zeros(k, width // k, *kernel, k, s)
+    A[..., :q] = block_downs.permute(1, 3, 0, 2).reshape(*A.shape[:-1], q)
+    B = block_ups.new_zeros(k, k, s, height // k)
+    B[:, :, :q] = block_ups.mT
+    A = A.flatten(-2).movedim(-1, 2).contiguous()
+    return _rounded(A, down), _rounded(B.flatten(1, 2), down), error
+
+
+# -- decompositions --------------------------------------------------------------------------------
+
+
+def _core(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Q_up (..., out, m), the matrix in the middle (..., m, l), Q_down (..., c, l).
+
+    ``down`` is (..., R, c) and ``up`` (..., out, R).
+    """
+    Q_up, R_up = torch.linalg.qr(up.double())
+    Q_down, R_down = torch.linalg.qr(down.double().mT)
+    return Q_up, R_up @ R_down.mT, Q_down
+
+
+def _decompose(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U (..., out, q), singular values (..., q) and V (..., c, q): the update is U diag(s) V^T."""
+    Q_up, core, Q_down = _core(down, up)
+    U, values, Vh = torch.linalg.svd(core, full_matrices=False)
+    return Q_up @ U, values, Q_down @ Vh.mT
+
+
+def _balanced(U: Tensor, values: Tensor, V: Tensor) -> Pair:
+    """The pair of U (..., out, q), values and V (..., c, q): a root of each value on each side."""
+    roots = values.sqrt().unsqueeze(-2)
+    return (V * roots).mT, U * roots
+
+
+def _relative(left_out: Tensor, values: Tensor) -> float:
+    whole = float(torch.linalg.vector_norm(values))
+    return float(torch.linalg.vector_norm(left_out)) / whole if whole else 0.0
+
+
+def _rank_of_energy(values: Tensor, energy: float) -> int:
+    squares = values.square().cumsum(0)
+    return min(int((squares < energy * squares[-1]).sum()) + 1, len(values))
+
+
+def _rounded(factor: Tensor, given: Tensor) -> Tensor:
+    """In the dtype of the pair that was given, float32 at least."""
+    return factor.to(torch.promote_types(given.dtype, torch.float32))
+
+
+# -- what makes a pair -----------------------------------------------------------------------------
+
+
+def _matrix(down: Tensor, up: Tensor) -> Tensor:
+    """``down`` as (R, c), if the two make a pair.
+
+    Raises:
+        ValueError: they do not, or hold NaN or infinity.
+    """
+    if down.dim() < 2 or up.dim() != 2 or len(down) != up.shape[1] or not len(down):
+        raise ValueError(
+            f"down {tuple(down.shape)} and up {tuple(up.shape)} are no pair: expected (R, in) or "
+            "(R, in, height, width), and (out, R)"
+        )
+    if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
+        raise ValueError("the pair holds NaN or infinite values")
+    return down.flatten(1)
+
+
+def _check_alike(function: str, shapes: Sequence[Sequence[int]]) -> None:
+    if len({tuple(shape) for shape in shapes}) != 1:
+        text = ", ".join(str(tuple(shape)) for shape in shapes) or "none"
+        raise ValueError(f"{function}: expected pairs of layers of one shape, got {text}")

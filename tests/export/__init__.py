@@ -1,0 +1,1 @@
+"""Tests of ``gralora_diffusion.export``."""

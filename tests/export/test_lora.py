@@ -1,0 +1,220 @@
+"""LoRA files, read by diffusers' own loaders or compared with original files made elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gralora_diffusion import AdapterFileError, get_family, inject
+from gralora_diffusion.export import export_lora
+from gralora_diffusion.export.names import StyleError
+
+from ..models import PIPELINES, adapt_everywhere, config, merged
+from ..originals import ORIGINALS
+from ..reference import relative_error
+from ..tiny.parts import text_encoder_with_projection
+
+
+def saved(name: str, folder: Path, components: Iterable[str] = (), **changes: Any) -> Path:
+    """An adapter on every component of a tiny pipeline, or on these."""
+    adapt_everywhere(PIPELINES[name](), components, **changes).save_gralora_weights(folder)
+    return folder
+
+
+def products(file: Path) -> dict[str, Tensor]:
+    """Name -> update, as ComfyUI and sd-scripts compute it."""
+    tensors, updates = load_file(file), {}
+    for key, down in tensors.items():
+        if key.endswith(".lora_down.weight"):
+            name = key.removesuffix(".lora_down.weight")
+            up, alpha = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.alpha"]
+            assert alpha.dtype == torch.float32
+            assert alpha.item() == len(down)
+            dense = up.double().flatten(1) @ down.double().flatten(1)
+            updates[name] = (dense * alpha.item() / len(down)).reshape(len(up), *down.shape[1:])
+    assert 3 * len(updates) == len(tensors)
+    return updates
+
+
+def read_by_diffusers(name: str) -> list[str]:
+    loadable = getattr(diffusers, get_family(name).pipeline_classes[0])._lora_loadable_modules
+    return [c for c in get_family(name).components if c in loadable]
+
+
+def weights(pipe: Any, components: Iterable[str]) -> dict[str, Tensor]:
+    return {f"{c}.{key}": t for c in components for key, t in getattr(pipe, c).state_dict().items()}
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_stock_diffusers_fuses_the_same_update(name, tmp_path):
+    components = read_by_diffusers(name)
+    adapter = saved(name, tmp_path / "adapter", components)
+    report = export_lora(adapter, tmp_path / "lora.safetensors", style="diffusers")
+    pipe = PIPELINES[name]()
+    base = weights(pipe, components)
+    base = {key: tensor.clone() for key, tensor in base.items()}
+    pipe.load_lora_weights(tmp_path / "lora.safetensors")
+    pipe.fuse_lora(components=components)
+    pipe.unload_lora_weights()
+    expected = weights(merged([(adapter, 1.0)], PIPELINES[name]()), components)
+    fused = weights(pipe, components)
+    changed = [key for key in expected if not torch.equal(expected[key], base[key])]
+    assert len(changed) == len(report.ranks)
+    for key, value in expected.items():
+        if key in changed:
+            assert relative_error(fused[key] - base[key], value - base[key]) < 1e-4, key
+        else:
+            assert torch.equal(fused[key], value), key
+
+
+def updates_of_the_original(name: str, adapter: Path) -> dict[str, Tensor]:
+    """Key of the original file -> what the adapter adds to it, by independent writers."""
+    pipes = [PIPELINES[name](), merged([(adapter, 1.0)], PIPELINES[name]())]
+    for pipe in pipes if name == "stable-diffusion-3" else ():
+        torch.manual_seed(0)
+        pipe.text_encoder = text_encoder_with_projection(32, 32)  # see tests/originals
+        pipe.text_encoder.text_projection.weight.data.copy_(torch.eye(32))
+    before, after = (ORIGINALS[name](pipe) for pipe in pipes)
+    changed = [key for key in before if not torch.equal(after[key], before[key])]
+    return {key: after[key].double() - before[key] for key in changed}
+
+
+def updates_of_the_model(name: str, adapter: Path, components: list[str]) -> dict[str, Tensor]:
+    """Component and key of the model -> what the adapter adds to it."""
+    pipes = [PIPELINES[name](), merged([(adapter, 1.0)], PIPELINES[name]())]
+    before, after = (weights(pipe, components) for pipe in pipes)
+    changed = [key for key in before if not torch.equal(after[key], before[key])]
+    return {key: after[key].double() - before[key] for key in changed}
+
+
+DENOISERS = [(name, style) for name in PIPELINES for style in ("kohya", "comfyui")]
+#: Where the names are those of diffusers.
+OF_DIFFUSERS = [
+    ("stable-diffusion", "kohya"),
+    *((name, "comfyui") for name in PIPELINES if get_family(name).denoiser == "transformer"),
+]
+
+
+@pytest.mark.parametrize(("name", "style"), DENOISERS)
+def test_names_and_rows_of_the_denoiser(name, style, tmp_path):
+    denoiser = get_family(name).denoiser
+    adapter = saved(name, tmp_path / "adapter", [denoiser])
+    base = PIPELINES[name]()
+    base.save_pretrained(tmp_path / "base")
+    export_lora(adapter, tmp_path / "lora.safetensors", style=style, base=tmp_path / "base")
+    if (name, style) in OF_DIFFUSERS:
+        updates = updates_of_the_model(name, adapter, [denoiser])
+        prefix = f"{denoiser}."
+    else:
+        updates = updates_of_the_original(name, adapter)
+        prefix = "model.diffusion_model."
+    paths = {key.removeprefix(prefix).removesuffix(".weight"): u for key, u in updates.items()}
+    if style == "kohya":
+        expected = {f"lora_unet_{path.replace('.', '_')}": u for path, u in paths.items()}
+    else:
+        start = "transformer" if denoiser == "transformer" else "diffusion_model"
+        expected = {f"{start}.{path}": u for path, u in paths.items()}
+    found = products(tmp_path / "lora.safetensors")
+    assert set(found) == set(expected)
+    for key, value in expected.items():
+        assert relative_error(found[key], value) < 1e-4, key
+
+
+TEXT_ENCODERS = [  # names in sd-scripts, in ComfyUI
+    ("stable-diffusion", "text_encoder", "lora_te", "clip_l"),
+    ("stable-diffusion-xl", "text_encoder", "lora_te1", "clip_l"),
+    ("stable-diffusion-xl", "text_encoder_2", "lora_te2", "clip_g"),
+    ("stable-diffusion-3", "text_encoder", "lora_te1", "clip_l"),
+    ("stable-diffusion-3", "text_encoder_2", "lora_te2", "clip_g"),
+    ("stable-diffusion-3", "text_encoder_3", "lora_te3", "t5xxl"),
+    ("flux", "text_encoder", "lora_te1", "clip_l"),
+    ("flux", "text_encoder_2", "lora_te3", "t5xxl"),
+]
+
+
+@pytest.mark.parametrize(("name", "component", "kohya", "comfyui"), TEXT_ENCODERS)
+def test_names_of_text_encoders(name, component, kohya, comfyui, tmp_path):
+    adapter = saved(name, tmp_path / "adapter", [component])
+    paths = {}
+    for key, update in updates_of_the_model(name, adapter, [component]).items():
+        path = key.removeprefix(f"{component}.").removesuffix(".weight")
+        if "t5" not in comfyui and not path.startswith("text_model."):
+            path = f"text_model.{path}"
+        paths[path] = update
+    names = {
+        "kohya": lambda path: f"{kohya}_{path.replace('.', '_')}",
+        "comfyui": lambda path: f"text_encoders.{comfyui}.transformer.{path}",
+    }
+    for style, named in names.items():
+        export_lora(adapter, tmp_path / f"{style}.safetensors", style=style)
+        found = products(tmp_path / f"{style}.safetensors")
+        assert set(found) == {named(path) for path in paths}
+        for path, update in paths.items():
+            assert relative_error(found[named(path)], update) < 1e-4, path
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
+def test_kohya_names_read_by_diffusers(name, tmp_path):
+    components = read_by_diffusers(name)
+    adapter = saved(name, tmp_path / "adapter", components)
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    file = tmp_path / "lora.safetensors"
+    export_lora(adapter, file, style="kohya", base=tmp_path / "base")
+    pipe = PIPELINES[name]()
+    pipe.load_lora_weights(file)
+    pipe.fuse_lora(components=components)
+    pipe.unload_lora_weights()
+    expected = weights(merged([(adapter, 1.0)], PIPELINES[name]()), components)
+    for key, value in weights(pipe, components).items():
+        assert torch.allclose(value, expected[key], rtol=1e-6, atol=1e-7), key
+
+
+def test_scale_dtype_truncation(tmp_path):
+    adapter = saved("stable-diffusion", tmp_path / "adapter", ["text_encoder"], r=8, gralora_k=4)
+    files = {name: tmp_path / f"{name}.safetensors" for name in ("exact", "half", "cut", "energy")}
+    export_lora(adapter, files["exact"])
+    export_lora(adapter, files["half"], scale=0.5, dtype="fp16")
+    cut = export_lora(adapter, files["cut"], rank=3)
+    energy = export_lora(adapter, files["energy"], energy=0.9)
+    exact = products(files["exact"])
+    assert {t.dtype for k, t in load_file(files["half"]).items() if ".lora_" in k} == {torch.half}
+    for name, update in products(files["half"]).items():
+        assert relative_error(update, 0.5 * exact[name]) < 2e-3
+    assert set(cut.ranks.values()) == {3}
+    assert 3 < max(energy.ranks.values()) < 32
+    for file, report in ((files["cut"], cut), (files["energy"], energy)):
+        for name, update in products(file).items():
+            path = name.removeprefix("text_encoders.clip_l.transformer.")
+            left_out = torch.linalg.matrix_norm(exact[name] - update)
+            error = left_out / torch.linalg.matrix_norm(exact[name])
+            assert report.errors[f"text_encoder.{path}"] == pytest.approx(float(error), rel=1e-3)
+            values = torch.linalg.svdvals(exact[name])
+            best = values[report.ranks[name] :].square().sum().sqrt() / values.square().sum().sqrt()
+            assert float(error) == pytest.approx(float(best), rel=1e-3)
+            if file == files["energy"]:
+                assert error**2 <= 0.1
+
+
+def test_what_a_style_cannot_hold_is_named_and_nothing_is_written(tmp_path):
+    adapter = saved("stable-diffusion-3", tmp_path / "adapter", ["transformer", "text_encoder_3"])
+    file = tmp_path / "lora.safetensors"
+    with pytest.raises(StyleError, match="text_encoder_3: diffusers' load_lora"):
+        export_lora(adapter, file, style="diffusers")
+    pipe = PIPELINES["stable-diffusion"]()
+    inject(pipe.unet, config(bias="all"), "a")
+    pipe.save_gralora_weights(tmp_path / "biased")
+    with pytest.raises(StyleError, match=r"biases or whole modules(.|\n)*a checkpoint"):
+        export_lora(tmp_path / "biased", file)
+    for option, value in (("style", "webui"), ("dtype", "fp8_e4m3"), ("scale", float("nan"))):
+        with pytest.raises(ValueError, match=option):
+            export_lora(adapter, file, **{option: value})
+    with pytest.raises(AdapterFileError, match="trained for stable-diffusion-3, but flux"):
+        export_lora(adapter, file, family="flux")
+    assert not file.exists()
