@@ -13,6 +13,7 @@ from gralora_diffusion.cli import main
         (["--help"], "train"),
         (["train", "--help"], "--instance_data_dir"),
         (["sample", "--help"], "--compare"),
+        (["inspect", "--help"], "--json"),
     ],
 )
 def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +30,7 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         (["trian"], "invalid choice: 'trian'"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
+        (["inspect"], "required: FILE"),
     ],
 )
 def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

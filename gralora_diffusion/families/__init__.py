@@ -7,13 +7,24 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Mapping
 from functools import cache
 
 from diffusers import DiffusionPipeline
 
-from .base import Conditioning, ModelFamily
+from .base import Conditioning, LayerMark, ModelFamily
 
-__all__ = ["Conditioning", "ModelFamily", "find_family", "get_family", "list_families"]
+__all__ = [
+    "Conditioning",
+    "LayerMark",
+    "ModelFamily",
+    "families_of_layers",
+    "family_called",
+    "find_family",
+    "get_family",
+    "list_families",
+]
 
 
 @cache
@@ -50,6 +61,41 @@ def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
             if cls.__name__ in family.pipeline_classes:
                 return family
     return None
+
+
+def family_called(text: str) -> ModelFamily | None:
+    """Return the family that a file's metadata means, such as ``stable-diffusion-xl-v1-base/lora``.
+
+    That is the one that has the longest beginning of the text in its ``known_as``.
+    """
+    plain = re.sub(r"[._ ]", "-", text.lower())
+    known = [(len(k), f) for f in _families().values() for k in f.known_as if plain.startswith(k)]
+    return max(known, key=lambda entry: entry[0], default=(0, None))[1]
+
+
+def families_of_layers(layers: Mapping[str, tuple[int, int]]) -> list[ModelFamily]:
+    """Return the families by whose marks most of these layers are known; none if no layer is.
+
+    Args:
+        layers: path with ``_`` for every dot -> inputs and outputs.
+    """
+    counts = {
+        family.name: sum(
+            any(_bears(mark, path, *widths) for mark in family.layer_marks)
+            for path, widths in layers.items()
+        )
+        for family in _families().values()
+    }
+    most = max(counts.values())
+    return [get_family(name) for name, count in counts.items() if count == most > 0]
+
+
+def _bears(mark: LayerMark, path: str, inputs: int, outputs: int) -> bool:
+    return (
+        re.search(mark.pattern, path) is not None
+        and (not mark.inputs or inputs in mark.inputs)
+        and (not mark.outputs or outputs in mark.outputs)
+    )
 
 
 def get_family(which: str | DiffusionPipeline) -> ModelFamily:

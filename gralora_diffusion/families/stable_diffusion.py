@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from .base import CLIP_PRESETS, Conditioning, ModelFamily, check_channels
+from .base import CLIP_PRESETS, Conditioning, LayerMark, ModelFamily, check_channels
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTION_FF = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -67,6 +67,11 @@ class StableDiffusion(ModelFamily):
     single_file_prefixes: Mapping[str, str] = MappingProxyType(
         {"text_encoder": "cond_stage_model."}
     )
+    known_as: tuple[str, ...] = (
+        *("stable-diffusion-1", "stable-diffusion-2", "stable-diffusion-v1", "stable-diffusion-v2"),
+        *("sd-1", "sd-2", "sd-v1", "sd-v2", "sd1", "sd2"),
+    )
+    layer_marks: tuple[LayerMark, ...] = (LayerMark(r"_attn2_to_[kv]$", inputs=(768, 1024)),)
     load_options: Mapping[str, Any] = MappingProxyType(
         {"safety_checker": None, "requires_safety_checker": False}
     )

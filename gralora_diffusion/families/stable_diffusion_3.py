@@ -15,6 +15,7 @@ from .base import (
     JOINT_FEED_FORWARD,
     T5_PRESETS,
     Conditioning,
+    LayerMark,
     ModelFamily,
     check_channels,
 )
@@ -60,6 +61,13 @@ class StableDiffusion3(ModelFamily):
             "text_encoder_2": "text_encoders.clip_g.",
             "text_encoder_3": "text_encoders.t5xxl.",
         }
+    )
+    known_as = ("stable-diffusion-3", "stable-diffusion-v3", "sd-3", "sd3")
+    layer_marks = (
+        LayerMark(r"joint_blocks_\d+_"),
+        LayerMark(
+            r"^transformer_blocks_\d+_attn2?_(to_[qkv]|add_[qkv]_proj)$", inputs=(1536, 2432)
+        ),
     )
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})

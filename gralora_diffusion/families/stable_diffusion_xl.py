@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .base import CLIP_PRESETS, Conditioning
+from .base import CLIP_PRESETS, Conditioning, LayerMark
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
 
@@ -51,6 +51,13 @@ class StableDiffusionXL(StableDiffusion):
             "text_encoder": "conditioner.embedders.0.",
             "text_encoder_2": "conditioner.embedders.1.",
         }
+    )
+    known_as = ("stable-diffusion-xl", "sd-xl", "sdxl")
+    layer_marks = (
+        LayerMark(r"_attn2_to_[kv]$", inputs=(2048,)),
+        # only its attentions have more than one of these blocks
+        LayerMark(r"(attentions_\d|put_blocks_\d_1|middle_block_1)_transformer_blocks_[1-9]_"),
+        LayerMark(r"^(add_embedding|label_emb)_"),
     )
     load_options = MappingProxyType({"add_watermarker": False})
 
