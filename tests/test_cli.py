@@ -14,6 +14,7 @@ from gralora_diffusion.cli import main
         (["train", "--help"], "--instance_data_dir"),
         (["sample", "--help"], "--compare"),
         (["inspect", "--help"], "--json"),
+        (["import", "--help"], "--gralora_k"),
     ],
 )
 def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -31,6 +32,7 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
+        (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )
 def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

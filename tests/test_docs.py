@@ -22,7 +22,7 @@ from gralora_diffusion import AdapterFileError, cli, families, get_family
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import ConfigError, find_problems
-from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.loop import trainfrom gralora_diffusion.warm_start import main as importing
 
 from . import models
 
@@ -148,7 +148,7 @@ def test_sampling_command(command, reader):
 
 
 #: Commands whose parsers can be had without what they work on.
-PARSERS = {"inspect": inspecting.parser}
+PARSERS = {"inspect": inspecting.parser, "import": importing.parser}
 FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}

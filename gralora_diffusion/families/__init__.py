@@ -21,10 +21,15 @@ __all__ = [
     "ModelFamily",
     "families_of_layers",
     "family_called",
+    "family_of_metadata",
     "find_family",
+    "find_pipeline_family",
     "get_family",
     "list_families",
 ]
+
+#: Fields of a header that name the base, in the order in which they are believed.
+_NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 
 
 @cache
@@ -57,10 +62,15 @@ def list_families() -> list[str]:
 def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
     """Return the family whose pipeline classes this pipeline (or class) is of, if any."""
     for cls in (pipe if isinstance(pipe, type) else type(pipe)).__mro__:
-        for family in _families().values():
-            if cls.__name__ in family.pipeline_classes:
-                return family
+        if family := find_pipeline_family(cls.__name__):
+            return family
     return None
+
+
+def find_pipeline_family(class_name: str) -> ModelFamily | None:
+    """Return the family of the pipeline class of that name, if any."""
+    families = _families().values()
+    return next((f for f in families if class_name in f.pipeline_classes), None)
 
 
 def family_called(text: str) -> ModelFamily | None:
@@ -71,6 +81,14 @@ def family_called(text: str) -> ModelFamily | None:
     plain = re.sub(r"[._ ]", "-", text.lower())
     known = [(len(k), f) for f in _families().values() for k in f.known_as if plain.startswith(k)]
     return max(known, key=lambda entry: entry[0], default=(0, None))[1]
+
+
+def family_of_metadata(metadata: Mapping[str, str]) -> tuple[ModelFamily, str] | None:
+    """Return the family that a file's metadata means, and the field that says so."""
+    for name in _NAMES_OF_THE_BASE:
+        if (text := metadata.get(name)) and (family := family_called(text)):
+            return family, name
+    return None
 
 
 def families_of_layers(layers: Mapping[str, tuple[int, int]]) -> list[ModelFamily]:

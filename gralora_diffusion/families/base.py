@@ -103,6 +103,9 @@ class ModelFamily(ABC):
     known_as: tuple[str, ...] = ()
     #: What tells adapters for this family's denoiser, where their metadata does not.
     layer_marks: tuple[LayerMark, ...] = ()
+    #: Arguments for ``lora_state_dict`` of the pipeline class besides the file: what the names of
+    #: its layers do not tell in some LoRA files, as the published models have it.
+    lora_options: Mapping[str, Any] = MappingProxyType({})
     #: Whether the pipeline that diffusers knows for such a file is of this family.
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.

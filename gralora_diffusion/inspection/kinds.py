@@ -11,7 +11,8 @@ from typing import Any
 from ..families import (
     ModelFamily,
     families_of_layers,
-    family_called,
+    family_of_metadata,
+    find_pipeline_family,
     get_family,
     list_families,
 )
@@ -21,8 +22,6 @@ from .source import Source
 
 #: In front of the denoiser's keys in a single file of several models.
 _DENOISER = "model.diffusion_model."
-#: Fields of a header that name the architecture or base, in the order in which they are believed.
-_NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version", "base_model")
 _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -121,9 +120,8 @@ def _model(source: Source) -> Kind:
 
 
 def _named(kind: Kind, class_name: str) -> Kind:
-    families = [get_family(name) for name in list_families()]
-    kind.families = [f for f in families if class_name in f.pipeline_classes]
-    kind.told_by = "the pipeline's class" if kind.families else ""
+    if family := find_pipeline_family(class_name):
+        kind.families, kind.told_by = [family], "the pipeline's class"
     return kind
 
 
@@ -131,9 +129,8 @@ def _families(source: Source, kind: Kind) -> tuple[list[ModelFamily], str]:
     told = described(source.metadata).get("family")
     if told in list_families():
         return [get_family(told)], "its metadata"
-    for name in _NAMES_OF_THE_BASE:
-        if (text := source.metadata.get(name)) and (family := family_called(text)):
-            return [family], name
+    if named := family_of_metadata(source.metadata):
+        return [named[0]], named[1]
     widths = {
         layer.plain_name: found
         for layer in kind.layers.values()
