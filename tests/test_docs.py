@@ -22,7 +22,8 @@ from gralora_diffusion import AdapterFileError, cli, families, get_family
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import ConfigError, find_problems
-from gralora_diffusion.training.loop import trainfrom gralora_diffusion.warm_start import main as importing
+from gralora_diffusion.training.loop import train
+from gralora_diffusion.warm_start import main as importing
 
 from . import models
 
