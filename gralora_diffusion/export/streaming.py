@@ -204,7 +204,8 @@ class _Job:
             update.add_to(total, first)
         generator = self.rounding.generator(self.output.key, block)
         scaled = total if scale == 1.0 else total / scale
-        rounded = self.buffers.take("rounded", *base.shape, dtype=dtype)
+        rows, columns = base.shape
+        rounded = self.buffers.take("rounded", rows, columns, dtype)
         round_to(scaled, rounded, generator)
         back = self.buffers.take("back", *base.shape).copy_(rounded)
         if not math.isfinite(float(back.sum())):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .flux2 import Flux2
+from .flux2 import Flux2, layer_marks
 
 
 class Flux2Klein(Flux2):
@@ -16,6 +16,8 @@ class Flux2Klein(Flux2):
     # kleins, which keys do not tell apart
     single_file_keys = ("single_stream_modulation.lin.weight",)
     single_file_default = False
+    known_as = ("flux-2-klein", "flux2-klein")
+    layer_marks = layer_marks(3072, 4096)  # 4B and 9B
 
 
 FAMILY = Flux2Klein()
