@@ -11,9 +11,16 @@ from functools import cache
 
 from diffusers import DiffusionPipeline
 
-from .base import Conditioning, ModelFamily
+from .base import Conditioning, ModelFamily, PublishedNames
 
-__all__ = ["Conditioning", "ModelFamily", "find_family", "get_family", "list_families"]
+__all__ = [
+    "Conditioning",
+    "ModelFamily",
+    "PublishedNames",
+    "find_family",
+    "get_family",
+    "list_families",
+]
 
 
 @cache

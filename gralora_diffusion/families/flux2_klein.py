@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from .base import UNKNOWN, PublishedNames
 from .flux2 import Flux2
 
 
@@ -16,6 +20,12 @@ class Flux2Klein(Flux2):
     # kleins, which keys do not tell apart
     single_file_keys = ("single_stream_modulation.lin.weight",)
     single_file_default = False
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        sizes = {24: "klein-4b", 32: "klein-9b"}
+        return self._names(sizes.get(denoiser.get("num_attention_heads", 0), "klein"))
 
 
 FAMILY = Flux2Klein()

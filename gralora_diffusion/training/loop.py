@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .config import TrainingConfig
 from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .family_options import check_family_options
+from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, start
@@ -166,6 +168,7 @@ class Trainer:
             self.ema,
             accelerator,
             data.digest,
+            partial(training_metadata, config, family, self.pipe, data, self.max_steps),
         )
 
     def resume(self, step: int, path: Path) -> None:
@@ -208,7 +211,7 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        began, memory = time.perf_counter(), PeakMemory(accelerator.device)
+        started, began, memory = time.time(), time.perf_counter(), PeakMemory(accelerator.device)
         batches = self.data.steps(first_step, self.max_steps)
         with bar:  # an error comes after it, on its own line
             self._validate_if_due()
@@ -232,7 +235,9 @@ class Trainer:
         seconds = time.perf_counter() - began
         with weights_for_use(self.parameters, self.optimizer, self.ema):
             if accelerator.is_main_process:
-                save_adapter(state.adapter(), folder / WEIGHTS_NAME)
+                adapter = state.adapter()
+                adapter.metadata |= time_metadata(started)
+                save_adapter(adapter, folder / WEIGHTS_NAME)
             grid = None if config.skip_final_inference else self._draw_validation()
         if accelerator.is_main_process:
             facts = {
