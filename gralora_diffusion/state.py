@@ -59,6 +59,15 @@ class Adapter:
     metadata: dict[str, str] = field(default_factory=dict)
     source: str = "state dict"
 
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All of them on the CPU, by the keys of the native file."""
+        return {
+            f"{component}.{key}": tensor.detach().to("cpu").contiguous()
+            for component, part in self.components.items()
+            for key, tensor in part.tensors.items()
+        }
+
 
 # -- writing ---------------------------------------------------------------------------------------
 
@@ -66,11 +75,6 @@ class Adapter:
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
     """Write the native file. It appears under its name only when it is whole. Returns the path."""
     path = Path(path)
-    tensors = {
-        f"{component}.{key}": tensor.detach().to("cpu").contiguous()
-        for component, part in adapter.components.items()
-        for key, tensor in part.tensors.items()
-    }
     parts = sorted(adapter.components.items())
     description = {
         "components": {name: config_to_dict(part.config) for name, part in parts},
@@ -83,7 +87,7 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         METADATA_KEY: json.dumps(description, indent=2),
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, path, metadata)
+    write_safetensors(adapter.tensors, path, metadata)
     return path
 
 

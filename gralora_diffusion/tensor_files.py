@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -11,6 +12,15 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+#: Fields of the metadata that are hashes of the tensors -> room for them; see ``file_hashes``.
+HASH_FIELDS = {
+    "modelspec.hash_sha256": "0x" + "0" * 64,
+    "sshs_model_hash": "0" * 64,
+    "sshs_legacy_hash": "0" * 8,
+}
+#: The bytes of a file that its legacy hash is of.
+_LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
 
 class AdapterFileError(ValueError):
@@ -22,26 +32,70 @@ def write_safetensors(
 ) -> None:
     """Write the file; it appears under its name only when it is whole.
 
-    The same content makes the same bytes.
+    The same content makes the same bytes. Of ``HASH_FIELDS``, those that the metadata has get their
+    values here.
     """
+    metadata = {**metadata, **{key: HASH_FIELDS[key] for key in HASH_FIELDS if key in metadata}}
     with replacing(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode
-        save_file(dict(tensors), temporary, metadata=dict(metadata))
+        save_file(dict(tensors), temporary, metadata=metadata)
         temporary.chmod(mode)  # the usual one, where safetensors makes the file private
-        _sort_header(temporary)
+        finish_header(temporary)
 
 
-def _sort_header(path: Path) -> None:
-    """Put the metadata in order, which safetensors writes in a random one."""
+def finish_header(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes in a random one, and fill in the hashes.
+
+    The file is not longer afterwards: ``HASH_FIELDS`` kept room for them.
+    """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+        metadata = header["__metadata__"]
+        if HASH_FIELDS.keys() & metadata.keys():
+            hashes = file_hashes(path)
+            metadata |= {key: hashes[key] for key in HASH_FIELDS if key in metadata}
+        header["__metadata__"] = dict(sorted(metadata.items()))
+        text = _as_text(header)
         if len(text) <= size:  # the same text in another order; the rest is padding
             file.seek(8)
             file.write(text.ljust(size))
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """Return ``HASH_FIELDS`` of a safetensors file, which depend on its tensors alone.
+
+    Two are sha256 of all behind the header: ``modelspec.hash_sha256`` (Stability AI's ModelSpec
+    1.0.1) and ``sshs_model_hash`` (kohya's sd-scripts, ``addnet_hash_safetensors``).
+    ``sshs_legacy_hash`` is of 64 KiB from 1 MiB on, in a file of the same tensors with no metadata
+    but what begins with "ss_" (``precalculate_safetensors_hashes``, ``addnet_hash_legacy``): for
+    smaller files, of nothing.
+    """
+    whole = hashlib.sha256()
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        while chunk := file.read(1 << 20):
+            whole.update(chunk)
+        metadata = header.get("__metadata__", {})
+        header["__metadata__"] = {k: v for k, v in metadata.items() if k.startswith("ss_")}
+        text = _as_text(header)
+        text += b" " * (-len(text) % 8)  # as safetensors pads it
+        front = len(text).to_bytes(8, "little") + text
+        legacy = front[_LEGACY_START:_LEGACY_END]
+        file.seek(8 + size + max(0, _LEGACY_START - len(front)))
+        legacy += file.read(_LEGACY_END - _LEGACY_START - len(legacy))
+    return {
+        "modelspec.hash_sha256": f"0x{whole.hexdigest()}",
+        "sshs_model_hash": whole.hexdigest(),
+        "sshs_legacy_hash": hashlib.sha256(legacy).hexdigest()[:8],
+    }
+
+
+def _as_text(header: Mapping[str, object]) -> bytes:
+    """A header as safetensors writes it."""
+    return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @contextmanager

@@ -219,3 +219,42 @@ def unpacked(tokens: Tensor, family: ModelFamily, pipe: Any) -> Tensor:
             part = grid[..., 2 * row + column :: 4]
             latents[:, :, row::2, column::2] = part.permute(0, 3, 1, 2)
     return latents
+
+
+@pytest.mark.parametrize(
+    ("name", "denoiser", "scheduler", "architecture", "version"),
+    [
+        ("stable-diffusion", {}, {}, "stable-diffusion-v1", "sd_v1"),
+        ("stable-diffusion", {"cross_attention_dim": 768}, {}, "stable-diffusion-v1", "sd_v1"),
+        (
+            *("stable-diffusion", {"cross_attention_dim": 1024}, {"prediction_type": "epsilon"}),
+            *("stable-diffusion-v2-512", "sd_v2"),
+        ),
+        (
+            *("stable-diffusion", {"cross_attention_dim": 1024}),
+            *({"prediction_type": "v_prediction"}, "stable-diffusion-v2-768-v", "sd_v2_v"),
+        ),
+        ("stable-diffusion-xl", {}, {}, "stable-diffusion-xl-v1-base", "sdxl_base_v1-0"),
+        ("stable-diffusion-3", {}, {}, "stable-diffusion-v3", "sd3"),
+        ("stable-diffusion-3", {"qk_norm": None}, {}, "stable-diffusion-v3-medium", "sd3-medium"),
+        (
+            *("stable-diffusion-3", {"qk_norm": "rms_norm", "dual_attention_layers": ()}, {}),
+            *("stable-diffusion-v3.5-large", "sd3-5-large"),
+        ),
+        (
+            *("stable-diffusion-3", {"qk_norm": "rms_norm", "dual_attention_layers": (0, 1)}, {}),
+            *("stable-diffusion-v3.5-medium", "sd3-5-medium"),
+        ),
+        ("flux", {}, {}, "flux-1", "flux1"),
+        ("flux", {"guidance_embeds": True}, {}, "flux-1-dev", "flux1"),
+        ("flux", {"guidance_embeds": False}, {}, "flux-1-schnell", "flux1"),
+        ("flux2", {}, {}, "Flux.2-dev", "flux_2_dev"),
+        ("flux2-klein", {}, {}, "Flux.2-klein", "flux_2_klein"),
+        ("flux2-klein", {"num_attention_heads": 24}, {}, "Flux.2-klein-4b", "flux_2_klein_4b"),
+        ("flux2-klein", {"num_attention_heads": 32}, {}, "Flux.2-klein-9b", "flux_2_klein_9b"),
+    ],
+)
+def test_names_that_other_programs_know(name, denoiser, scheduler, architecture, version):
+    names = get_family(name).published_names(denoiser, scheduler)
+    assert (names.architecture, names.version) == (architecture, version)
+    assert names.is_v2 == version.startswith("sd_v2")

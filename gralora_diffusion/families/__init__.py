@@ -13,12 +13,13 @@ from functools import cache
 
 from diffusers import DiffusionPipeline
 
-from .base import Conditioning, LayerMark, ModelFamily
+from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
 
 __all__ = [
     "Conditioning",
     "LayerMark",
     "ModelFamily",
+    "PublishedNames",
     "families_of_layers",
     "family_called",
     "family_of_metadata",

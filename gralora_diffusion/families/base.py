@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
@@ -16,6 +17,11 @@ from ..layouts import Layout, Shape
 
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
 Conditioning = dict[str, Tensor]
+#: A config that is not known.
+UNKNOWN: Mapping[str, Any] = MappingProxyType({})
+
+#: ``modelspec.implementation`` of Stability AI's original files, as sd-scripts writes it.
+STABILITY_AI = "https://github.com/Stability-AI/generative-models"
 
 _CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _T5_ATTENTION = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o")
@@ -54,6 +60,36 @@ class LayerMark(NamedTuple):
     pattern: str
     inputs: tuple[int, ...] = ()
     outputs: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class PublishedNames:
+    """What other programs call a kind of base model in the metadata of files.
+
+    Attributes:
+        architecture: ``modelspec.architecture``, as SwarmUI and ComfyUI have it.
+        version: ``ss_base_model_version``, as kohya's sd-scripts and musubi-tuner have it.
+        implementation: ``modelspec.implementation`` of original files: whose names their keys are.
+        lora_module: ``ss_network_module`` of a LoRA in kohya's names.
+        is_v2: ``ss_v2``, by which AUTOMATIC1111 tells Stable Diffusion 2 from 1.
+    """
+
+    architecture: str
+    version: str
+    implementation: str = "diffusers"
+    lora_module: str = "networks.lora"
+    is_v2: bool = False
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """What all files for such a base say, following ModelSpec 1.0.1 and sd-scripts."""
+        return {
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": self.architecture,
+            "modelspec.implementation": self.implementation,
+            "ss_base_model_version": self.version,
+            "ss_v2": str(self.is_v2),
+        }
 
 
 class ModelFamily(ABC):
@@ -260,6 +296,18 @@ class ModelFamily(ABC):
     def size_divisor(self, pipe: Any) -> int:
         """Return what height and width of a picture must be multiples of, in pixels."""
         return int(pipe.vae_scale_factor) * self.patch_size
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        """Return what other programs call such a base; by default the family's own name.
+
+        Args:
+            denoiser: its config. What tells no known variant is called by the most general name.
+            scheduler: its config.
+        """
+        del denoiser, scheduler
+        return PublishedNames(self.name, self.name)
 
     def check_base(self, pipe: Any) -> None:
         """Raise ValueError if this base cannot be trained, before anything is done with it."""

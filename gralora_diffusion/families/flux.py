@@ -5,7 +5,7 @@ Kontext and Fill are loaded, fused and exported like the others; training is for
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -19,9 +19,11 @@ from .base import (
     JOINT_ATTENTION,
     JOINT_FEED_FORWARD,
     T5_PRESETS,
+    UNKNOWN,
     Conditioning,
     LayerMark,
     ModelFamily,
+    PublishedNames,
     check_channels,
 )
 
@@ -184,6 +186,15 @@ class Flux(ModelFamily):
         )[0]
         # sizes in pixels of a VAE that shrinks by one
         return FluxPipeline._unpack_latents(prediction, height, width, 1)
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        kind = "flux-1"
+        if "guidance_embeds" in denoiser:
+            kind += "-dev" if denoiser["guidance_embeds"] else "-schnell"
+        code = "https://github.com/black-forest-labs/flux"
+        return PublishedNames(kind, "flux1", code, "networks.lora_flux")
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -17,9 +17,11 @@ from ..layouts import DENOISER, Layout, rename
 from .base import (
     JOINT_ATTENTION,
     LANGUAGE_MODEL_PRESETS,
+    UNKNOWN,
     Conditioning,
     LayerMark,
     ModelFamily,
+    PublishedNames,
     check_channels,
 )
 from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
@@ -158,6 +160,16 @@ class Flux2(ModelFamily):
 
     def size_divisor(self, pipe: Any) -> int:
         return 2 * int(pipe.vae_scale_factor)
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        return self._names("dev")
+
+    def _names(self, kind: str) -> PublishedNames:
+        code = "https://github.com/black-forest-labs/flux2"
+        version = f"flux_2_{kind.replace('-', '_')}"
+        return PublishedNames(f"Flux.2-{kind}", version, code, "networks.lora_flux_2")
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)

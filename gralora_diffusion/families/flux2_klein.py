@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
+from .base import UNKNOWN, PublishedNames
 from .flux2 import Flux2, layer_marks
 
 
@@ -18,6 +22,12 @@ class Flux2Klein(Flux2):
     single_file_default = False
     known_as = ("flux-2-klein", "flux2-klein")
     layer_marks = layer_marks(3072, 4096)  # 4B and 9B
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        sizes = {24: "klein-4b", 32: "klein-9b"}
+        return self._names(sizes.get(denoiser.get("num_attention_heads", 0), "klein"))
 
 
 FAMILY = Flux2Klein()

@@ -9,7 +9,16 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from ..layouts import UNET, Layout, autoencoder, clip, open_clip
-from .base import CLIP_PRESETS, Conditioning, LayerMark, ModelFamily, check_channels
+from .base import (
+    CLIP_PRESETS,
+    STABILITY_AI,
+    UNKNOWN,
+    Conditioning,
+    LayerMark,
+    ModelFamily,
+    PublishedNames,
+    check_channels,
+)
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTION_FF = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -113,6 +122,15 @@ class StableDiffusion(ModelFamily):
         return denoiser(
             noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False
         )[0]
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        if denoiser.get("cross_attention_dim") != 1024:
+            return PublishedNames("stable-diffusion-v1", "sd_v1", STABILITY_AI)
+        if scheduler.get("prediction_type") == "v_prediction":
+            return PublishedNames("stable-diffusion-v2-768-v", "sd_v2_v", STABILITY_AI, is_v2=True)
+        return PublishedNames("stable-diffusion-v2-512", "sd_v2", STABILITY_AI, is_v2=True)
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)

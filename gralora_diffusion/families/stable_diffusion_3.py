@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -14,10 +14,13 @@ from .base import (
     CLIP_PRESETS,
     JOINT_ATTENTION,
     JOINT_FEED_FORWARD,
+    STABILITY_AI,
     T5_PRESETS,
+    UNKNOWN,
     Conditioning,
     LayerMark,
     ModelFamily,
+    PublishedNames,
     check_channels,
 )
 
@@ -145,6 +148,21 @@ class StableDiffusion3(ModelFamily):
             pooled_projections=conditioning["pooled_prompt_embeds"],
             return_dict=False,
         )[0]
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        if not denoiser:
+            kind, version = "v3", "sd3"
+        elif not denoiser.get("qk_norm"):
+            kind, version = "v3-medium", "sd3-medium"
+        elif denoiser.get("dual_attention_layers"):
+            kind, version = "v3.5-medium", "sd3-5-medium"
+        else:
+            kind, version = "v3.5-large", "sd3-5-large"
+        return PublishedNames(
+            f"stable-diffusion-{kind}", version, STABILITY_AI, "networks.lora_sd3"
+        )
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.transformer.config.in_channels, pipe.vae.config.latent_channels)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import UNET, autoencoder, clip, open_clip
-from .base import CLIP_PRESETS, Conditioning, LayerMark
+from .base import CLIP_PRESETS, STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
 
@@ -108,6 +108,11 @@ class StableDiffusionXL(StableDiffusion):
             },
             return_dict=False,
         )[0]
+
+    def published_names(
+        self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
+    ) -> PublishedNames:
+        return PublishedNames("stable-diffusion-xl-v1-base", "sdxl_base_v1-0", STABILITY_AI)
 
     def check_base(self, pipe: Any) -> None:
         super().check_base(pipe)

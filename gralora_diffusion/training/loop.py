@@ -6,6 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values, set_initial_values
+from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, start
@@ -173,6 +175,7 @@ class Trainer:
             self.ema,
             accelerator,
             data.digest,
+            partial(training_metadata, config, family, self.pipe, data, self.max_steps),
         )
 
     def resume(self, step: int, path: Path) -> None:
@@ -215,7 +218,7 @@ class Trainer:
             unit="step",
             disable=not accelerator.is_local_main_process,
         )
-        began, memory = time.perf_counter(), PeakMemory(accelerator.device)
+        started, began, memory = time.time(), time.perf_counter(), PeakMemory(accelerator.device)
         batches = self.data.steps(first_step, self.max_steps)
         with bar:  # an error comes after it, on its own line
             self._validate_if_due()
@@ -239,7 +242,9 @@ class Trainer:
         seconds = time.perf_counter() - began
         with weights_for_use(self.parameters, self.optimizer, self.ema):
             if accelerator.is_main_process:
-                save_adapter(state.adapter(), folder / WEIGHTS_NAME)
+                adapter = state.adapter()
+                adapter.metadata |= time_metadata(started)
+                save_adapter(adapter, folder / WEIGHTS_NAME)
             grid = None if config.skip_final_inference else self._draw_validation()
         if accelerator.is_main_process:
             facts = {

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class RunState:
         optimizer: as prepared by ``accelerator``.
         ema: average of the adapter, if there is one.
         data_digest: tells which samples each step gets.
+        describe: step -> what the adapter's file says of itself.
     """
 
     def __init__(
@@ -51,11 +53,13 @@ class RunState:
         ema: EMAModel | None,
         accelerator: Accelerator,
         data_digest: str,
+        describe: Callable[[int], dict[str, str]],
     ) -> None:
         self.step = 0  # optimizer steps done
         self.config, self.pipe, self.family, self.components = config, pipe, family, components
         self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
         self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
+        self.describe = describe
         for part in (lr_scheduler, ema):
             if part is not None:
                 accelerator.register_for_checkpointing(part)
@@ -64,7 +68,8 @@ class RunState:
 
     def adapter(self) -> Adapter:
         """Copy the adapter's present weights out of the models."""
-        return read_out(self.pipe, self.family, self.components)
+        adapter = read_out(self.pipe, self.family, self.components)
+        return replace(adapter, metadata=self.describe(self.step))
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint into an empty folder. Every process calls it."""

@@ -1,0 +1,156 @@
+"""What an exported file says of itself to interfaces: ``modelspec.*``, ``ss_*``, and its origin.
+
+Sources: Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec); kohya's sd-scripts
+(``library/sai_model_spec.py``, ``train_network.py``, ``networks/resize_lora.py``). Readers: SwarmUI
+takes the class of a model from ``modelspec.architecture``, AUTOMATIC1111 a LoRA's base from
+``ss_base_model_version`` and ``ss_v2``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from safetensors.torch import save
+
+from ..config import PATTERNS
+from ..families import ModelFamily, PublishedNames
+from ..state import Adapter
+from ..tensor_files import HASH_FIELDS
+
+#: What people may say of a file, each a field ``modelspec.<name>``.
+SAID = (
+    *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),
+    *("resolution", "date"),
+)
+SOURCE_KEY = "gralora_source"
+
+Kind = Literal["checkpoint", "lora", "diff"]
+
+#: What a fused file keeps of its base's metadata, where it says so: how to compute with it, and
+#: under which terms. Title, date, author, hash and picture are those of another model.
+_KEPT_OF_BASE = (
+    *("architecture", "implementation", "implementation_version", "resolution", "license"),
+    *("prediction_type", "encoder_layer", "timestep_range", "unet_dtype", "vae_dtype"),
+    "predict_key",  # ComfyUI's name for prediction_type
+)
+
+
+def export_metadata(
+    adapter: Adapter,
+    *,
+    kind: Kind,
+    family: ModelFamily,
+    original_names: bool = True,
+    ranks: Iterable[int] = (),
+    scale: float = 1.0,
+    names: PublishedNames | None = None,
+    base_metadata: Mapping[str, str] | None = None,
+    base_name: str | None = None,
+    made: Mapping[str, Any] | None = None,
+    **said: str | None,
+) -> dict[str, str]:
+    """Return the metadata of a file that an adapter was exported to.
+
+    What the adapter's own file says is carried over and corrected for the new file. Nothing in it
+    depends on the time, so that the same export makes the same bytes.
+
+    Args:
+        kind: a fused checkpoint, a LoRA, or a file of dense ``.diff`` updates.
+        original_names: whether keys are those of the original layout or kohya's, not diffusers'.
+        ranks: of the LoRA's layers.
+        scale: that is folded in.
+        names: of the base, if it is known; else what the adapter's file says, or the family's.
+        base_metadata: of the single file that the adapter was fused into.
+        base_name: its name, without a folder.
+        made: more to note of how the file was made, ready for JSON, such as ``{"energy": 0.95}``.
+        said: any of ``SAID``; wins over what the adapter says.
+
+    Raises:
+        ValueError: something else was said.
+    """
+    if unknown := sorted(set(said) - set(SAID)):
+        raise ValueError(f"no field {', '.join(unknown)}; there are {', '.join(SAID)}")
+    carried = {k: v for k, v in adapter.metadata.items() if not _is_hash(k) and k != SOURCE_KEY}
+    names = names or _names_of(carried, family)
+    fields = carried | names.fields
+    if not original_names:
+        fields["modelspec.implementation"] = "diffusers"
+    fields.setdefault("modelspec.title", f"GraLoRA for {names.architecture}")
+    network = {key: fields.pop(key) for key in list(fields) if key.startswith("ss_network_")}
+    if kind == "checkpoint":
+        fields |= _of_base(base_metadata or {})
+        base_title = (base_metadata or {}).get("modelspec.title", base_name)
+        merged = [name for name in (base_title, carried.get("modelspec.title")) if name]
+        if merged:
+            fields["modelspec.merged_from"] = ", ".join(merged)
+    else:
+        fields["modelspec.architecture"] += "/lora"
+        if dropout := network.get("ss_network_dropout"):
+            fields["ss_network_dropout"] = dropout
+        fields |= _lora_fields(names, ranks) if kind == "lora" else _DIFF_FIELDS
+    fields |= {f"modelspec.{name}": value for name, value in said.items() if value is not None}
+    return {**fields, SOURCE_KEY: _source(adapter, scale, made or {}), **HASH_FIELDS}
+
+
+#: LyCORIS calls a file of dense updates so (``lycoris/modules/full.py``).
+_DIFF_FIELDS = {
+    "ss_network_module": "lycoris.kohya",
+    "ss_network_args": json.dumps({"algo": "full"}),
+}
+
+
+def _lora_fields(names: PublishedNames, ranks: Iterable[int]) -> dict[str, str]:
+    different = set(ranks)
+    rank = different.pop() if len(different) == 1 else None
+    return {
+        "ss_network_module": names.lora_module,
+        "ss_network_dim": "Dynamic" if rank is None else str(rank),
+        "ss_network_alpha": "Dynamic" if rank is None else str(float(rank)),
+        "ss_network_args": "{}",
+    }
+
+
+def _names_of(carried: Mapping[str, str], family: ModelFamily) -> PublishedNames:
+    """The names in an adapter's own file, and what it lacks from the family."""
+    general = family.published_names()
+    return PublishedNames(
+        carried.get("modelspec.architecture", general.architecture).partition("/")[0],
+        carried.get("ss_base_model_version", general.version),
+        general.implementation,
+        general.lora_module,
+        carried["ss_v2"] == "True" if "ss_v2" in carried else general.is_v2,
+    )
+
+
+def _of_base(metadata: Mapping[str, str]) -> dict[str, str]:
+    keys = [f"modelspec.{name}" for name in _KEPT_OF_BASE]
+    return {key: metadata[key] for key in keys if key in metadata}
+
+
+def _is_hash(key: str) -> bool:
+    return key.startswith(("modelspec.hash_", "sshs_"))
+
+
+def _source(adapter: Adapter, scale: float, made: Mapping[str, Any]) -> str:
+    """JSON: which adapter it was, in its own terms, and what was made of it."""
+    components = {}
+    for name, part in sorted(adapter.components.items()):
+        fields = ("r", "gralora_k", "alpha", "hybrid_r", *PATTERNS)
+        values = {field: getattr(part.config, field, None) for field in fields}
+        components[name] = {k: v for k, v in values.items() if v or k not in PATTERNS}
+    source = {
+        "adapter": {"family": adapter.family, "hash_sha256": adapter_hash(adapter)},
+        "components": components,
+        "scale": scale,
+        **made,
+    }
+    return json.dumps(source, ensure_ascii=False)
+
+
+def adapter_hash(adapter: Adapter) -> str:
+    """Return ``modelspec.hash_sha256`` of the native file that ``save_adapter`` would write."""
+    data = save(adapter.tensors)
+    return "0x" + hashlib.sha256(data[8 + int.from_bytes(data[:8], "little") :]).hexdigest()
