@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, get_family, inject
-from gralora_diffusion.export import export_lora
+from gralora_diffusion.export import export_diff, export_lora
 from gralora_diffusion.export.names import StyleError
 
 from ..models import PIPELINES, adapt_everywhere, config, merged
@@ -94,37 +94,51 @@ def updates_of_the_model(name: str, adapter: Path, components: list[str]) -> dic
     return {key: after[key].double() - before[key] for key in changed}
 
 
-DENOISERS = [(name, style) for name in PIPELINES for style in ("kohya", "comfyui")]
-#: Where the names are those of diffusers.
-OF_DIFFUSERS = [
-    ("stable-diffusion", "kohya"),
-    *((name, "comfyui") for name in PIPELINES if get_family(name).denoiser == "transformer"),
-]
-
-
-@pytest.mark.parametrize(("name", "style"), DENOISERS)
-def test_names_and_rows_of_the_denoiser(name, style, tmp_path):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
     denoiser = get_family(name).denoiser
     adapter = saved(name, tmp_path / "adapter", [denoiser])
-    base = PIPELINES[name]()
-    base.save_pretrained(tmp_path / "base")
-    export_lora(adapter, tmp_path / "lora.safetensors", style=style, base=tmp_path / "base")
-    if (name, style) in OF_DIFFUSERS:
-        updates = updates_of_the_model(name, adapter, [denoiser])
-        prefix = f"{denoiser}."
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    file = tmp_path / "lora.safetensors"
+    export_lora(adapter, file, style="kohya", base=tmp_path / "base")
+    if name == "stable-diffusion":  # where sd-scripts has diffusers' names
+        updates, prefix = updates_of_the_model(name, adapter, [denoiser]), "unet."
     else:
-        updates = updates_of_the_original(name, adapter)
-        prefix = "model.diffusion_model."
+        updates, prefix = updates_of_the_original(name, adapter), "model.diffusion_model."
     paths = {key.removeprefix(prefix).removesuffix(".weight"): u for key, u in updates.items()}
-    if style == "kohya":
-        expected = {f"lora_unet_{path.replace('.', '_')}": u for path, u in paths.items()}
-    else:
-        start = "transformer" if denoiser == "transformer" else "diffusion_model"
-        expected = {f"{start}.{path}": u for path, u in paths.items()}
-    found = products(tmp_path / "lora.safetensors")
+    expected = {f"lora_unet_{path.replace('.', '_')}": u for path, u in paths.items()}
+    found = products(file)
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert relative_error(found[key], value) < 1e-4, key
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_comfyui_names_and_rows_of_the_denoiser(name, kind, tmp_path):
+    denoiser = get_family(name).denoiser
+    adapter = saved(name, tmp_path / "adapter", [denoiser])
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    file = tmp_path / "lora.safetensors"
+    if kind == "lora":
+        export_lora(adapter, file, style="comfyui", base=tmp_path / "base")
+        found = products(file)
+    else:
+        export_diff(adapter, file, base=tmp_path / "base", progress=False)
+        found = {key.removesuffix(".diff"): tensor for key, tensor in load_file(file).items()}
+    of_model = updates_of_the_model(name, adapter, [denoiser])
+    of_original = {
+        f"{key.removeprefix('model.').removesuffix('.weight')}": update
+        for key, update in updates_of_the_original(name, adapter).items()
+    }
+    assert len(found) == len(of_model)
+    for key, value in found.items():
+        split = key.startswith("transformer.")
+        expected = of_model[f"{key}.weight"] if split else of_original.pop(key)
+        assert relative_error(value, expected) < 1e-4, key
+    # the others are made of several layers of diffusers, which the file has one by one
+    joined = ("qkv", "linear1") if name == "flux" else ("qkv",)
+    assert all(key.endswith(joined) for key in of_original)
 
 
 TEXT_ENCODERS = [  # names in sd-scripts, in ComfyUI
