@@ -124,6 +124,33 @@ def delta_weight(A: Tensor, B: Tensor) -> Tensor:
     return delta.reshape(k * o, k * i, *kernel)
 
 
+def row_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return A and B as :func:`add_delta_rows` takes them: (n, r, i * h * w) and (j, r, o)."""
+    k, _, r = A.shape[:3]
+    return A.transpose(1, 2).reshape(k, r, -1).contiguous(), B.contiguous()
+
+
+def add_delta_rows(
+    target: Tensor, rows_A: Tensor, rows_B: Tensor, start: int, scaling: float = 1.0
+) -> None:
+    """Add ``scaling`` times rows ``start``... of the dense update to ``target``, in place.
+
+    Costs what the blocks cost, r / k multiplications per value, and makes no temporary.
+
+    Args:
+        target: (rows, in * h * w), the weight's rows from ``start`` on.
+        rows_A, rows_B: of :func:`row_factors`.
+    """
+    (k, r, i), o = rows_A.shape, rows_B.shape[2]
+    s, stop = r // k, start + len(target)
+    for j in range(start // o, (stop - 1) // o + 1):
+        first, last = max(start, j * o), min(stop, (j + 1) * o)
+        here = target[first - start : last - start]
+        for n in range(k):
+            up = rows_B[j, n * s : (n + 1) * s, first - j * o : last - j * o]
+            here[:, n * i : (n + 1) * i].addmm_(up.T, rows_A[n, j * s : (j + 1) * s], alpha=scaling)
+
+
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ordinary LoRA pair with exactly the same update, of rank k * r.
 

@@ -16,6 +16,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train", add_help=False, help="train an adapter (the same options as the training script)"
     )
     commands.add_parser("sample", add_help=False, help="draw pictures with a base and an adapter")
+    commands.add_parser("import", add_help=False, help="make an adapter of an existing LoRA")
+    commands.add_parser("inspect", add_help=False, help="say what a file is, and what is in it")
     # each command parses its own options, so that its --help is its own
     command = parser.parse_args(arguments[:1]).command
     rest = arguments[1:]
@@ -27,6 +29,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .sampling import main as sample
 
         sample(rest)
+    elif command == "import":
+        from .warm_start.main import main as import_lora
+
+        import_lora(rest)
+    elif command == "inspect":
+        from .inspection.main import main as inspect
+
+        inspect(rest)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .blockwise import delta_weight
+
 Pair = tuple[Tensor, Tensor]
 
 
@@ -69,6 +71,29 @@ def singular_values(down: Tensor, up: Tensor) -> Tensor:
     Those left out are zero. An update of a convolution counts as a matrix (out, c).
     """
     return torch.linalg.svdvals(_core(_matrix(down, up), up)[1])
+
+
+def gralora_singular_values(A: Tensor, B: Tensor, general: Pair | None = None) -> Tensor:
+    """Return those of a GraLoRA update, unscaled, in float64, largest first.
+
+    As :func:`singular_values` of the pair that ``blockwise.lora_factors`` returns, but from a
+    matrix of k (r + hybrid) rows and columns that costs k times fewer operations to make: input
+    and output blocks do not overlap, so each has a basis of its own.
+
+    Args:
+        A, B: see :mod:`gralora_diffusion.blockwise`.
+        general: the hybrid's pair, (hybrid, in, ...) and (out, hybrid).
+    """
+    (k, _, r), o = A.shape[:3], B.shape[2]
+    inputs, outputs = A.movedim(2, -1).flatten(1, -2).double(), B.mT.double()
+    if general:
+        down, up = general
+        inputs = torch.cat([inputs, down.flatten(1).mT.unflatten(0, (k, -1)).double()], dim=-1)
+        outputs = torch.cat([outputs, up.unflatten(0, (k, o)).double()], dim=-1)
+    inputs, outputs = torch.linalg.qr(inputs, mode="r").R, torch.linalg.qr(outputs, mode="r").R
+    core = delta_weight(inputs[..., :r], outputs[..., :r].mT)
+    core += outputs[..., r:].flatten(0, 1) @ inputs[..., r:].flatten(0, 1).mT
+    return torch.linalg.svdvals(core)
 
 
 def norm(down: Tensor, up: Tensor) -> float:

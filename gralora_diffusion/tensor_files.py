@@ -99,16 +99,21 @@ def _as_text(header: Mapping[str, object]) -> bytes:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """Give a name beside ``path`` to write to, and rename it into place if all went well.
 
     So neither a kill nor a full disk harms what was there.
+
+    Args:
+        sync: wait for the disk, so that a loss of power does not harm it either. That takes long
+            for gigabytes.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield temporary
-        with open(temporary, "rb") as file:
-            os.fsync(file.fileno())
+        if sync:
+            with open(temporary, "rb") as file:
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -13,6 +13,8 @@ from gralora_diffusion.cli import main
         (["--help"], "train"),
         (["train", "--help"], "--instance_data_dir"),
         (["sample", "--help"], "--compare"),
+        (["inspect", "--help"], "--json"),
+        (["import", "--help"], "--gralora_k"),
     ],
 )
 def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -29,6 +31,8 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         (["trian"], "invalid choice: 'trian'"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
+        (["inspect"], "required: FILE"),
+        (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )
 def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,9 +19,11 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import ConfigError, find_problems
 from gralora_diffusion.training.loop import train
+from gralora_diffusion.warm_start import main as importing
 
 from . import models
 
@@ -134,6 +136,8 @@ def test_command(command, workplace):
         assert [p for p in problems if not any(known in p for known in OF_THE_MACHINE)] == []
     elif command[0].startswith("./"):
         assert os.access(command[0], os.X_OK)
+    elif command[0] == "gralora" and command[1] in PARSERS:
+        PARSERS[command[1]]().parse_args(command[2:])
     else:
         assert command[:2] in (["pip", "install"], ["gralora", "sample"])
 
@@ -144,7 +148,10 @@ def test_sampling_command(command, reader):
     assert Image.open("grid.png").size[0] > 192
 
 
+#: Commands whose parsers can be had without what they work on.
+PARSERS = {"inspect": inspecting.parser, "import": importing.parser}
 FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
+FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
 WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}

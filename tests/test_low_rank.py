@@ -147,6 +147,24 @@ def test_singular_values_norm_and_effective_rank(shape):
     assert low_rank.effective_rank(values) == pytest.approx(math.exp(entropy), rel=1e-9)
 
 
+@pytest.mark.parametrize("shape", [(24, 40, 8, 4), (40, 24, 12, 4), (12, 18, 6, 2), (7, 11, 3, 1)])
+@pytest.mark.parametrize("kernel", [(), (3, 3)])
+@pytest.mark.parametrize("hybrid", [0, 3])
+def test_singular_values_of_gralora(shape, kernel, hybrid):
+    width, height, r, k = shape
+    A, B = blockwise.init_factors(width, height, r, k, kernel, zero_update=False)
+    whole, general = dense_update(A, B), None
+    if hybrid:
+        general = pair(width, height, hybrid, kernel)
+        whole += dense(*general)
+    expected = torch.linalg.svdvals(whole.flatten(1))
+    values = low_rank.gralora_singular_values(A, B, general)
+    most = min(len(values), len(expected))
+    torch.testing.assert_close(values[:most], expected[:most], rtol=1e-11, atol=1e-11)
+    assert not values[most:].gt(1e-11).any()
+    assert not expected[most:].gt(1e-11).any()
+
+
 def test_effective_rank_of_equal_values_is_their_number():
     assert low_rank.effective_rank(torch.full((5,), 0.3)) == pytest.approx(5, rel=1e-6)
     assert low_rank.effective_rank(torch.tensor([2.0, 0.0, 0.0])) == 1.0

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import PurePath
 
 import torch
 from torch import Tensor
 
-from ..blockwise import lora_factors
+from ..blockwise import add_delta_rows, lora_factors, row_factors
 from ..config import layer_settings
 from ..families import ModelFamily, get_family
 from ..layouts import Shape
@@ -49,6 +50,17 @@ class LayerUpdate:
         """Rank of the LoRA with the same update: k * r + hybrid_r."""
         general = self.general[0].shape[0] if self.general else 0
         return self.A.shape[0] * self.A.shape[2] + general
+
+    def add_to(self, target: Tensor, start: int) -> None:
+        """Add rows ``start``... of the update to ``target`` (rows, in * h * w), fp32, in place."""
+        add_delta_rows(target, *self._rows, start, self.scaling)
+        if self.general:
+            down, up = (factor.float().flatten(1) for factor in self.general)
+            target.addmm_(up[start : start + len(target)], down, alpha=self.scaling)
+
+    @cached_property
+    def _rows(self) -> tuple[Tensor, Tensor]:
+        return row_factors(self.A.float(), self.B.float())
 
     def lora_pair(self) -> tuple[Tensor, Tensor]:
         """Return the LoRA with the very same update, scaling folded in, in fp32.
@@ -115,8 +127,7 @@ def adapter_layers(
             known = ", ".join(family.components)
             problems.append(f"weights for {name!r}, which {family.name} does not have ({known})")
             continue
-        canonical = canonical_name(family, name)
-        parts[name], found = _sorted_out(part, canonical, scale)
+        parts[name], found = _sorted_out(part, partial(family.canonical, name), scale)
         problems += [f"{name}: {problem}" for problem in found]
     if not problems and not any(p.updates or p.replaced for p in parts.values()):
         problems.append("no weights at all")
@@ -124,12 +135,6 @@ def adapter_layers(
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise AdapterFileError(f"{adapter.source} cannot be exported:\n{lines}")
     return parts
-
-
-def canonical_name(family: ModelFamily, component: str) -> Callable[[str], str]:
-    """Return what brings a path or key of a component into the form of its layout."""
-    layouts = family.original_layouts.get(component, ())
-    return layouts[0].canonical if layouts else str
 
 
 def _sorted_out(

@@ -21,7 +21,7 @@ from ..families import ModelFamily, find_family, list_families
 from ..layouts import Layout, Shape
 from ..original_file import OriginalFile
 from ..state import looks_like_hub_id
-from .streaming import StoredTensor, read_header
+from .tensor_bytes import StoredTensor, read_header
 
 _INDEX = "model_index.json"
 _NAMES = (

@@ -7,20 +7,30 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
+from collections.abc import Mapping
 from functools import cache
 
 from diffusers import DiffusionPipeline
 
-from .base import Conditioning, ModelFamily, PublishedNames
+from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
 
 __all__ = [
     "Conditioning",
+    "LayerMark",
     "ModelFamily",
     "PublishedNames",
+    "families_of_layers",
+    "family_called",
+    "family_of_metadata",
     "find_family",
+    "find_pipeline_family",
     "get_family",
     "list_families",
 ]
+
+#: Fields of a header that name the base, in the order in which they are believed.
+_NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 
 
 @cache
@@ -53,10 +63,58 @@ def list_families() -> list[str]:
 def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
     """Return the family whose pipeline classes this pipeline (or class) is of, if any."""
     for cls in (pipe if isinstance(pipe, type) else type(pipe)).__mro__:
-        for family in _families().values():
-            if cls.__name__ in family.pipeline_classes:
-                return family
+        if family := find_pipeline_family(cls.__name__):
+            return family
     return None
+
+
+def find_pipeline_family(class_name: str) -> ModelFamily | None:
+    """Return the family of the pipeline class of that name, if any."""
+    families = _families().values()
+    return next((f for f in families if class_name in f.pipeline_classes), None)
+
+
+def family_called(text: str) -> ModelFamily | None:
+    """Return the family that a file's metadata means, such as ``stable-diffusion-xl-v1-base/lora``.
+
+    That is the one that has the longest beginning of the text in its ``known_as``.
+    """
+    plain = re.sub(r"[._ ]", "-", text.lower())
+    known = [(len(k), f) for f in _families().values() for k in f.known_as if plain.startswith(k)]
+    return max(known, key=lambda entry: entry[0], default=(0, None))[1]
+
+
+def family_of_metadata(metadata: Mapping[str, str]) -> tuple[ModelFamily, str] | None:
+    """Return the family that a file's metadata means, and the field that says so."""
+    for name in _NAMES_OF_THE_BASE:
+        if (text := metadata.get(name)) and (family := family_called(text)):
+            return family, name
+    return None
+
+
+def families_of_layers(layers: Mapping[str, tuple[int, int]]) -> list[ModelFamily]:
+    """Return the families by whose marks most of these layers are known; none if no layer is.
+
+    Args:
+        layers: path with ``_`` for every dot -> inputs and outputs.
+    """
+    counts = {
+        family.name: sum(
+            any(_bears(mark, path, *widths) for mark in family.layer_marks)
+            for path, widths in layers.items()
+        )
+        for family in _families().values()
+    }
+    most = max(counts.values())
+    return [get_family(name) for name, count in counts.items() if count == most > 0]
+
+
+def _bears(mark: LayerMark, path: str, inputs: int, outputs: int) -> bool:
+    return (
+        re.search(mark.pattern, path) is not None
+        and (not mark.inputs or inputs in mark.inputs)
+        and (not mark.outputs or outputs in mark.outputs)
+    )
 
 
 def get_family(which: str | DiffusionPipeline) -> ModelFamily:

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
@@ -47,6 +47,19 @@ JOINT_ATTENTION = (
 )
 #: Feed-forward layers of such transformers' blocks of two streams.
 JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
+
+
+class LayerMark(NamedTuple):
+    """Layers of a denoiser by which an adapter's family can be told.
+
+    Attributes:
+        pattern: regular expression for their paths, in any layout, with ``_`` for every dot.
+        inputs, outputs: widths that they have in the published models; any if empty.
+    """
+
+    pattern: str
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -127,6 +140,14 @@ class ModelFamily(ABC):
     kohya_prefixes: Mapping[str, str] = MappingProxyType({})
     #: Whether sd-scripts calls the denoiser's layers as the original layout does.
     kohya_original_names: bool = True
+    #: How ``modelspec.architecture`` and ``ss_base_model_version`` begin in files for this family,
+    #: in lower case and with ``-`` for dots, spaces and underscores.
+    known_as: tuple[str, ...] = ()
+    #: What tells adapters for this family's denoiser, where their metadata does not.
+    layer_marks: tuple[LayerMark, ...] = ()
+    #: Arguments for ``lora_state_dict`` of the pipeline class besides the file: what the names of
+    #: its layers do not tell in some LoRA files, as the published models have it.
+    lora_options: Mapping[str, Any] = MappingProxyType({})
     #: Whether the pipeline that diffusers knows for such a file is of this family.
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
@@ -180,6 +201,14 @@ class ModelFamily(ABC):
         """
         layouts = self.original_layouts.get(component, ())
         return next((layout for layout in layouts if layout.fits(shapes)), None)
+
+    def canonical(self, component: str, key: str) -> str:
+        """Return a key or path, as a file or a model has it, in the form of the layout's rules.
+
+        It is the same for all versions of a library that name the same tensor differently.
+        """
+        layouts = self.original_layouts.get(component)
+        return layouts[0].canonical(key) if layouts else key
 
     @abstractmethod
     def encode_prompts(

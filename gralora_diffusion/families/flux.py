@@ -21,6 +21,7 @@ from .base import (
     T5_PRESETS,
     UNKNOWN,
     Conditioning,
+    LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
@@ -134,6 +135,18 @@ class Flux(ModelFamily):
     kohya_prefixes = MappingProxyType(
         # as sd-scripts has it, and ComfyUI reads it: the second is not there
         {"transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}
+    )
+    known_as = ("flux-1", "flux1", "flux-dev", "flux-schnell")
+    layer_marks = (
+        LayerMark(r"single_transformer_blocks_\d+_(proj_mlp|proj_out|norm_linear|attn_to_[qkv])$"),
+        LayerMark(
+            r"^transformer_blocks_\d+_(norm1(_context)?_linear|ff_net_2)$", inputs=(3072, 12288)
+        ),
+        LayerMark(r"^transformer_blocks_\d+_attn_(to_[qkv]|add_[qkv]_proj)$", inputs=(3072,)),
+        LayerMark(r"double_blocks_\d+_(img|txt)_mod_lin$|single_blocks_\d+_modulation_lin$"),
+        LayerMark(r"double_blocks_\d+_(img|txt)_mlp_0$", outputs=(12288,)),
+        LayerMark(r"double_blocks_\d+_(img|txt)_attn_qkv$", inputs=(3072,)),
+        LayerMark(r"single_blocks_\d+_linear1$", outputs=(21504,)),
     )
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
@@ -18,6 +19,7 @@ from .base import (
     LANGUAGE_MODEL_PRESETS,
     UNKNOWN,
     Conditioning,
+    LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
@@ -59,6 +61,20 @@ _ORIGINAL = (
 )
 
 
+def layer_marks(*widths: int) -> tuple[LayerMark, ...]:
+    """What tells adapters for transformers of these widths."""
+    return (
+        LayerMark(r"single_transformer_blocks_\d+_attn_to_qkv_mlp_proj$", inputs=widths),
+        LayerMark(r"^transformer_blocks_\d+_ff(_context)?_linear_in$", inputs=widths),
+        LayerMark(r"^transformer_blocks_\d+_attn_(to_[qkv]|add_[qkv]_proj)$", inputs=widths),
+        LayerMark(
+            r"double_blocks_\d+_(img|txt)_mlp_0$", outputs=tuple(6 * width for width in widths)
+        ),
+        LayerMark(r"double_blocks_\d+_(img|txt)_attn_qkv$", inputs=widths),
+        LayerMark(r"single_blocks_\d+_linear1$", outputs=tuple(9 * width for width in widths)),
+    )
+
+
 class Flux2(ModelFamily):
     name = "flux2"
     pipeline_classes: tuple[str, ...] = ("Flux2Pipeline",)
@@ -87,8 +103,16 @@ class Flux2(ModelFamily):
     )
     original_layouts = MappingProxyType({"transformer": (Layout(("", DENOISER), _ORIGINAL),)})
     kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
+    known_as: tuple[str, ...] = ("flux-2", "flux2")
+    layer_marks: tuple[LayerMark, ...] = layer_marks(6144)
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
+
+    def canonical(self, component: str, key: str) -> str:
+        # transformers writes the language model's levels in the other order than it has them
+        return (
+            re.sub(r"^(model\.|language_model\.)+", "", key) if component != "transformer" else key
+        )
 
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .base import UNKNOWN, PublishedNames
-from .flux2 import Flux2
+from .flux2 import Flux2, layer_marks
 
 
 class Flux2Klein(Flux2):
@@ -20,6 +20,8 @@ class Flux2Klein(Flux2):
     # kleins, which keys do not tell apart
     single_file_keys = ("single_stream_modulation.lin.weight",)
     single_file_default = False
+    known_as = ("flux-2-klein", "flux2-klein")
+    layer_marks = layer_marks(3072, 4096)  # 4B and 9B
 
     def published_names(
         self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN

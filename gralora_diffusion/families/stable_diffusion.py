@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
@@ -14,6 +14,7 @@ from .base import (
     STABILITY_AI,
     UNKNOWN,
     Conditioning,
+    LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
@@ -87,6 +88,14 @@ class StableDiffusion(ModelFamily):
         {"unet": "lora_unet", "text_encoder": "lora_te"}
     )
     kohya_original_names = False
+    known_as: tuple[str, ...] = (
+        *("stable-diffusion-1", "stable-diffusion-2", "stable-diffusion-v1", "stable-diffusion-v2"),
+        *("sd-1", "sd-2", "sd-v1", "sd-v2", "sd1", "sd2"),
+    )
+    layer_marks: tuple[LayerMark, ...] = (LayerMark(r"_attn2_to_[kv]$", inputs=(768, 1024)),)
+    lora_options: Mapping[str, Any] = MappingProxyType(
+        {"unet_config": SimpleNamespace(layers_per_block=2)}
+    )
     load_options: Mapping[str, Any] = MappingProxyType(
         {"safety_checker": None, "requires_safety_checker": False}
     )

@@ -18,6 +18,7 @@ from .base import (
     T5_PRESETS,
     UNKNOWN,
     Conditioning,
+    LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
@@ -109,6 +110,13 @@ class StableDiffusion3(ModelFamily):
             "text_encoder_2": "lora_te2",
             "text_encoder_3": "lora_te3",
         }
+    )
+    known_as = ("stable-diffusion-3", "stable-diffusion-v3", "sd-3", "sd3")
+    layer_marks = (
+        LayerMark(r"joint_blocks_\d+_"),
+        LayerMark(
+            r"^transformer_blocks_\d+_attn2?_(to_[qkv]|add_[qkv]_proj)$", inputs=(1536, 2432)
+        ),
     )
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})

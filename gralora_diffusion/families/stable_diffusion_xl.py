@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import UNET, autoencoder, clip, open_clip
-from .base import CLIP_PRESETS, STABILITY_AI, UNKNOWN, Conditioning, PublishedNames
+from .base import CLIP_PRESETS, STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
 
@@ -59,6 +59,13 @@ class StableDiffusionXL(StableDiffusion):
         {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     )
     kohya_original_names = True
+    known_as = ("stable-diffusion-xl", "sd-xl", "sdxl")
+    layer_marks = (
+        LayerMark(r"_attn2_to_[kv]$", inputs=(2048,)),
+        # only its attentions have more than one of these blocks
+        LayerMark(r"(attentions_\d|put_blocks_\d_1|middle_block_1)_transformer_blocks_[1-9]_"),
+        LayerMark(r"^(add_embedding|label_emb)_"),
+    )
     load_options = MappingProxyType({"add_watermarker": False})
 
     def encode_prompts(

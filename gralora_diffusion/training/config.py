@@ -72,6 +72,7 @@ PATHS = (
     "latent_cache_dir",
     "output_dir",
     "resume_from_checkpoint",
+    "initial_adapter",
     "logging_dir",
 )
 

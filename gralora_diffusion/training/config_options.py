@@ -129,6 +129,12 @@ class AdapterOptions:
     alpha_pattern: list[str] | None = option(  # noqa: RUF009
         None, "The same for alpha: REGEX=ALPHA (default: as --lora_alpha says)"
     )
+    initial_adapter: str | None = option(
+        None,
+        "GraLoRA file, folder or Hub id whose values the run starts from, in place of random ones. "
+        "Rank, k, alpha and layers must be those of the options. gralora import makes one of a "
+        "LoRA. A checkpoint that is resumed wins over it",
+    )
     train_text_encoder: bool = option(False, "Adapt the text encoders too")
     text_encoders: list[str] | None = option(  # noqa: RUF009
         None,

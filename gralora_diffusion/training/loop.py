@@ -34,6 +34,7 @@ from .config import TrainingConfig
 from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .family_options import check_family_options
+from .initial_adapter import InitialValues, find_initial_values, set_initial_values
 from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
@@ -73,6 +74,10 @@ def train(config: TrainingConfig) -> Path:
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
+        initial: InitialValues = {}
+        if resume is None:
+            dtype = DTYPES[accelerator.mixed_precision]
+            initial = find_initial_values(config, family, dtype)
         if config.dry_run:
             from .plan import plan_run  # which itself looks at how a run goes
 
@@ -82,7 +87,7 @@ def train(config: TrainingConfig) -> Path:
             return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
-        trainer = Trainer(config, family, pictures, class_pictures, accelerator, store)
+        trainer = Trainer(config, family, pictures, class_pictures, accelerator, store, initial)
         if resume is not None:
             trainer.resume(*resume)
         elif accelerator.is_main_process:
@@ -104,6 +109,7 @@ class Trainer:
         class_pictures: list[Example],
         accelerator: Accelerator,
         store: CheckpointStore,
+        initial: InitialValues | None = None,
     ) -> None:
         self.family, self.accelerator, self.store = family, accelerator, store
         device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
@@ -119,6 +125,7 @@ class Trainer:
         )
         check_sizes(config, family.size_divisor(self.pipe))
         components = add_adapters(self.pipe, family, config)
+        set_initial_values(self.pipe, initial or {})
         if config.gradient_checkpointing:
             for name in components:
                 checkpoint_gradients(getattr(self.pipe, name))

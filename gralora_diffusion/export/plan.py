@@ -1,0 +1,237 @@
+"""Which tensors a fused file has, and of what each is made: from headers alone.
+
+Whatever does not fit together is told here, before a weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..layouts import LayoutError, Part, Shape
+from ..tensor_files import AdapterFileError
+from .adapter_layers import AdapterLayers, LayerUpdate
+from .bases import BaseError, FileBase, FolderBase
+from .streaming import OutputTensor, Piece, RowUpdate
+from .tensor_bytes import StoredTensor
+
+#: (component, key in the output without prefix, tensor of the base) -> dtype in the output
+ChooseDtype = Callable[[str, str, StoredTensor], torch.dtype]
+
+
+@dataclass(frozen=True)
+class UpdateRows:
+    """A layer's update, or its transpose, from row ``first`` on. Made anew for each use of it."""
+
+    update: LayerUpdate
+    first: int
+    transposed: bool
+
+    def add_to(self, target: Tensor, start: int) -> None:
+        if not self.transposed:
+            self.update.add_to(target, self.first + start)
+            return
+        whole = torch.zeros(self.update.shape)
+        self.update.add_to(whole, 0)
+        first = self.first + start
+        target += whole.mT[first : first + len(target)]
+
+
+@dataclass
+class Planner:
+    """Puts an adapter's values into pieces of the output, and knows which it has put where.
+
+    Attributes:
+        layers: component -> what the adapter has for it.
+        used: component -> names that found their place.
+        problems: what did not fit.
+    """
+
+    layers: Mapping[str, AdapterLayers]
+    dtype: ChooseDtype
+    used: dict[str, set[str]] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+
+    def piece(
+        self, component: str, name: str, part: Part, full: Shape, source: StoredTensor, start: int
+    ) -> Piece:
+        """Return the piece for a part of an original tensor.
+
+        Args:
+            name: canonical key of the diffusers tensor.
+            part: which rows of it; if transposed and ``source`` is too, there is nothing to turn.
+            full: shape of the diffusers tensor.
+            source: what holds these rows, from row ``start`` on.
+        """
+        layers = self.layers.get(component, AdapterLayers())
+        stop = start + part.stop - part.start
+        turned = part.transposed and source.shape == full
+        if name in layers.replaced:
+            self.used.setdefault(component, set()).add(name)
+            value = layers.replaced[name]
+            if tuple(value.shape) != full:
+                self.problems.append(
+                    f"{component}: {name} is {tuple(value.shape)}, in the base it is {full}"
+                )
+            value = value.mT if part.transposed else value
+            return Piece(value, part.start, part.stop)
+        path = name.removesuffix(".weight")
+        update = layers.updates.get(path) if path != name else None
+        if update is None:
+            return Piece(source, start, stop, turned)
+        self.used.setdefault(component, set()).add(path)
+        if update.shape != full:
+            self.problems.append(
+                f"{component}: {path} has an update of {update.shape}, its weight in the base is "
+                f"{full}"
+            )
+
+        def make() -> RowUpdate:
+            # a copy, for what it computes once is to go with it
+            return UpdateRows(replace(update), part.start, part.transposed)
+
+        return Piece(source, start, stop, turned, make)
+
+    def check(self, where: str, lacks: Mapping[str, str]) -> None:
+        """Raise AdapterFileError unless all of the adapter was used and fits.
+
+        Args:
+            lacks: component that is not there -> what to do about it.
+        """
+        for component, layers in self.layers.items():
+            if component in lacks:
+                self.problems.append(f"the adapter has weights for {component}. {lacks[component]}")
+                continue
+            unused = {*layers.updates, *layers.replaced} - self.used.get(component, set())
+            if unused:
+                some = ", ".join(sorted(unused)[:5])
+                more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
+                self.problems.append(f"{component}: the base has no {some}{more}")
+        if self.problems:
+            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            raise AdapterFileError(f"the adapter does not fit {where}:\n{lines}")
+
+
+def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> list[OutputTensor]:
+    """Return the tensors of a file of the same kind as the base."""
+    outputs: list[OutputTensor] = []
+    places: dict[str, tuple[str, list[tuple[Part, Shape]]]] = {}
+    for component, layout in base.layouts.items():
+        shapes, prefix = base.shapes(component), base.prefixes[component]
+        for tensor in layout.read(shapes):
+            rows: dict[str, int] = {}
+            for part in tensor.parts:
+                rows[part.key] = max(rows.get(part.key, 0), part.stop)
+            rest = tensor.shape[1:]
+            places[prefix + tensor.key] = (
+                component,
+                [
+                    (part, (*rest, rows[part.key]) if part.transposed else (rows[part.key], *rest))
+                    for part in tensor.parts
+                ],
+            )
+    denoiser = base.family.denoiser
+    start = base.prefixes[denoiser]
+    for key, stored in base.tensors.items():
+        component, parts = places.get(key, (_owner(base, key), []))
+        if denoiser_only and component != denoiser:
+            continue
+        pieces, first = [], 0
+        for part, full in parts:
+            pieces.append(planner.piece(component, part.key, part, full, stored, first))
+            first += part.stop - part.start
+        if not pieces:
+            pieces = [Piece(stored, 0, stored.shape[0] if stored.shape else 1)]
+        name = key.removeprefix(start) if denoiser_only else key
+        dtype = planner.dtype(component, key.removeprefix(base.prefixes.get(component, "")), stored)
+        outputs.append(OutputTensor(name, stored.shape, dtype, tuple(pieces)))
+    absent = set(base.family.components) - set(base.layouts)
+    planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
+    return outputs
+
+
+def _owner(base: FileBase, key: str) -> str:
+    """The component whose prefix a key has; the longest one counts. "" if there is none."""
+    owners = [(len(p), name) for name, p in base.prefixes.items() if p and key.startswith(p)]
+    return max(owners)[1] if owners else ""
+
+
+def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> list[OutputTensor]:
+    """Return the tensors of an original file for a pipeline in diffusers' layout.
+
+    Raises:
+        BaseError: the original layout has no place for something, or a component lacks.
+    """
+    family, outputs = base.family, []
+    components = [family.denoiser] if denoiser_only else list(family.original_layouts)
+    lacking = [name for name in components if name not in base.tensors]
+    if needed := [name for name in lacking if name not in family.optional_text_encoders]:
+        raise BaseError(
+            f"{base.path}: no {', '.join(needed)} there, which a full file holds. Give the whole "
+            "pipeline, or export the denoiser alone"
+        )
+    for component in components:
+        stored = base.tensors.get(component)
+        if stored is None:
+            continue
+        shapes = {key: tensor.shape for key, tensor in stored.items()}
+        layout = family.find_layout(component, shapes)
+        if layout is None:
+            raise BaseError(f"{base.path}: no original layout is known for this {component}")
+        try:
+            tensors = layout.lay_out(shapes)
+        except LayoutError as error:
+            raise BaseError(
+                f"{base.path}: this {component} cannot be written in the original layout: {error}"
+            ) from error
+        prefix = "" if denoiser_only else layout.prefixes[0]
+        for tensor in tensors:
+            pieces = tuple(
+                planner.piece(
+                    component,
+                    layout.canonical(part.key),
+                    part,
+                    shapes[part.key],
+                    stored[part.key],
+                    part.start,
+                )
+                for part in tensor.parts
+            )
+            dtype = planner.dtype(component, tensor.key, stored[tensor.parts[0].key])
+            outputs.append(OutputTensor(prefix + tensor.key, tensor.shape, dtype, pieces))
+    lacks = dict.fromkeys(set(family.components) - set(components), _NOT_HELD)
+    lacks |= dict.fromkeys(lacking, base.lacks)
+    planner.check(str(base.path), lacks)
+    return outputs
+
+
+_NOT_HELD = (
+    "This file would not hold it: export a diffusers folder, a LoRA, or an adapter without it"
+)
+
+
+def plan_folder(
+    base: FolderBase, planner: Planner
+) -> Iterator[tuple[str, Path, list[OutputTensor]]]:
+    """Give component, weight file and its tensors, for every shard, in diffusers' layout."""
+    planned = []
+    for component, files in base.files.items():
+        for file in files:
+            outputs = []
+            for key, stored in base.tensors[component].items():
+                if stored.path != file:
+                    continue
+                part = Part(key, 0, stored.shape[0] if stored.shape else 1)
+                name = base.family.canonical(component, key)
+                piece = planner.piece(component, name, part, stored.shape, stored, 0)
+                dtype = planner.dtype(component, key, stored)
+                outputs.append(OutputTensor(key, stored.shape, dtype, (piece,)))
+            if outputs:
+                planned.append((component, file, outputs))
+    absent = set(base.family.components) - set(base.files)
+    planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
+    return iter(planned)

@@ -1,0 +1,264 @@
+"""Write a large safetensors file tensor by tensor, from stored ones with updates added.
+
+Only a few blocks of rows are in memory at a time. What is not changed is copied byte for byte.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ..layouts import Shape
+from ..tensor_files import replacing
+from .rounding import NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
+from .tensor_bytes import Files, StoredTensor, as_bytes, check_space, count, make_header
+
+#: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
+_BLOCK = 1 << 18
+_FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
+
+
+class RowUpdate(Protocol):
+    """What is added to the rows of a piece."""
+
+    def add_to(self, target: Tensor, start: int) -> None:
+        """Add rows ``start``... of the update to ``target`` (rows, columns), fp32, in place."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Consecutive rows (first axis) of an output tensor.
+
+    Args:
+        source: stored, or in memory.
+        start, stop: rows of the source, as it is after transposing.
+        transposed: the source is the transpose.
+        update: makes what is added, when it is wanted: so factors are not held for all layers.
+            Its rows count from the piece's first one.
+    """
+
+    source: StoredTensor | Tensor
+    start: int
+    stop: int
+    transposed: bool = False
+    update: Callable[[], RowUpdate] | None = None
+
+
+@dataclass(frozen=True)
+class OutputTensor:
+    """A tensor of the output.
+
+    Args:
+        scale_key: the values are stored divided by a scale of the tensor, which is written under
+            this key.
+    """
+
+    key: str
+    shape: Shape
+    dtype: torch.dtype
+    pieces: tuple[Piece, ...]
+    scale_key: str | None = None
+
+
+def write_streamed(
+    path: Path,
+    outputs: Sequence[OutputTensor],
+    metadata: Mapping[str, str],
+    rounding: Rounding,
+    *,
+    progress: bool = True,
+    workers: int | None = None,
+) -> dict[str, RoundingLoss]:
+    """Write a safetensors file; it appears under its name only when it is whole.
+
+    Args:
+        progress: show a bar.
+        workers: threads; as many as there are cores if None.
+
+    Returns:
+        Key -> what rounding cost, of each tensor that something was added to.
+
+    Raises:
+        RoundingError: a value that the dtype cannot hold, or NaN or infinity.
+        OSError: no space.
+    """
+    tensors = [(o.key, o.dtype, o.shape) for o in outputs]
+    tensors += [(o.scale_key, torch.float32, ()) for o in outputs if o.scale_key]
+    header, offsets, total = make_header(tensors, metadata)
+    check_space(path, total)
+    threads = torch.get_num_threads()
+    workers = workers or os.cpu_count()
+    losses: dict[str, RoundingLoss] = {}
+    try:
+        torch.set_num_threads(1)  # a tensor per thread, and none of torch's beside them
+        with (
+            replacing(path, sync=False) as temporary,
+            Files(temporary, total) as files,
+            tqdm(total=total, unit="B", unit_scale=True, disable=not progress) as bar,
+            ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        ):
+            files.write(header, 0)
+            buffers = _Buffers()
+            bar.update(len(header))
+            jobs = [
+                pool.submit(_Job(output, offsets, files, rounding, buffers, bar).run)
+                for output in outputs
+            ]
+            done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
+            for job in waiting:
+                job.cancel()
+            for job, output in zip(jobs, outputs, strict=True):
+                if job in done and (loss := job.result()):
+                    losses[output.key] = loss
+    finally:
+        torch.set_num_threads(threads)
+    return losses
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One tensor of the output."""
+
+    output: OutputTensor
+    offsets: Mapping[str, int]
+    files: Files
+    rounding: Rounding
+    buffers: _Buffers
+    bar: tqdm
+
+    def run(self) -> RoundingLoss | None:
+        """Write it; what rounding cost if something was added."""
+        columns = count(self.output.shape[1:])
+        offset = self.offsets[self.output.key]
+        scale = self._scale() if self.output.scale_key else 1.0
+        loss, block = None, 0
+        for piece in self.output.pieces:
+            nbytes = (piece.stop - piece.start) * columns * self.output.dtype.itemsize
+            if self._is_copied(piece):
+                assert isinstance(piece.source, StoredTensor)
+                start = piece.source.offset + piece.start * columns * self.output.dtype.itemsize
+                self.files.copy(piece.source.path, start, offset, nbytes)
+            else:
+                update = piece.update() if piece.update else None
+                at = offset
+                for first, base in self._blocks(piece, columns):
+                    here, rounded = self._rounded(base, update, first, scale, block)
+                    loss = (loss or RoundingLoss()) + here if here else loss
+                    self.files.write(as_bytes(rounded), at)
+                    at += rounded.numel() * rounded.element_size()
+                    block += 1
+            offset += nbytes
+            self.bar.update(nbytes)
+        if self.output.scale_key:
+            one = as_bytes(torch.tensor(scale))
+            self.files.write(one, self.offsets[self.output.scale_key])
+        return loss
+
+    def _is_copied(self, piece: Piece) -> bool:
+        source = piece.source
+        as_it_is = not (piece.update or piece.transposed or self.output.scale_key)
+        return as_it_is and isinstance(source, StoredTensor) and source.dtype == self.output.dtype
+
+    def _blocks(self, piece: Piece, columns: int) -> Iterator[tuple[int, Tensor]]:
+        """Give blocks of rows in their own dtype, each with its first row within the piece.
+
+        A block is to be used before the next one is asked for.
+        """
+        rows = max(1, _BLOCK // max(1, columns))
+        source = piece.source
+        if isinstance(source, Tensor) or piece.transposed:
+            if isinstance(source, StoredTensor):
+                stored, source = source, torch.empty(source.shape, dtype=source.dtype)
+                self.files.read(stored.path, stored.offset, as_bytes(source))
+            whole = source.mT if piece.transposed else source
+            whole = whole[piece.start : piece.stop].reshape(-1, columns)
+            for first in range(0, len(whole), rows):
+                yield first, whole[first : first + rows]
+            return
+        for first in range(piece.start, piece.stop, rows):
+            base = self.buffers.take("base", min(rows, piece.stop - first), columns, source.dtype)
+            at = source.offset + first * columns * source.dtype.itemsize
+            self.files.read(source.path, at, as_bytes(base))
+            yield first - piece.start, base
+
+    def _rounded(
+        self, base: Tensor, update: RowUpdate | None, first: int, scale: float, block: int
+    ) -> tuple[RoundingLoss | None, Tensor]:
+        """A block as it is written, and what rounding cost if something was added."""
+        dtype = self.output.dtype
+        if not dtype.is_floating_point:
+            return None, base.to(dtype)
+        values = self.buffers.take("values", *base.shape).copy_(base)
+        total = self.buffers.take("total", *base.shape).copy_(values)
+        if update:
+            update.add_to(total, first)
+        generator = self.rounding.generator(self.output.key, block)
+        scaled = total if scale == 1.0 else total / scale
+        rows, columns = base.shape
+        rounded = self.buffers.take("rounded", rows, columns, dtype)
+        round_to(scaled, rounded, generator)
+        back = self.buffers.take("back", *base.shape).copy_(rounded)
+        if not math.isfinite(float(back.sum())):
+            self._refuse(back, scaled)
+        if update is None:
+            return None, rounded
+        before = values
+        if base.dtype != dtype:
+            before = (values / scale).to(dtype).float().nan_to_num_() * scale
+        back = back if scale == 1.0 else back.mul_(scale)
+        return measure(values, before, total, back), rounded
+
+    def _refuse(self, rounded: Tensor, values: Tensor) -> None:
+        """Raise RoundingError if the dtype has not held the values."""
+        if torch.isfinite(rounded).all():
+            return
+        worst = float(values.abs().nan_to_num(nan=math.inf).max())
+        if math.isinf(worst):
+            raise RoundingError(
+                f"{self.output.key}: NaN or infinite values, in the base or with the adapter added"
+            )
+        name = NAMES[self.output.dtype]
+        raise RoundingError(
+            f"{self.output.key}: it has a value of {worst:.4g}, and {name} ends at "
+            f"{torch.finfo(self.output.dtype).max:.4g}. Take bf16 or fp32"
+            + (", or fp8 with scales" if self.output.dtype.itemsize == 1 else "")
+        )
+
+    def _scale(self) -> float:
+        """The scale with which the largest value is the largest of the dtype."""
+        columns, largest = count(self.output.shape[1:]), 0.0
+        for piece in self.output.pieces:
+            update = piece.update() if piece.update else None
+            for first, base in self._blocks(piece, columns):
+                total = self.buffers.take("total", *base.shape).copy_(base)
+                if update:
+                    update.add_to(total, first)
+                largest = max(largest, float(total.abs().max()))
+        return largest / _FP8_MAX if math.isfinite(largest) and largest else 1.0
+
+
+class _Buffers(threading.local):
+    """Tensors that each thread uses again and again: new ones cost more than what is done."""
+
+    def __init__(self) -> None:
+        self.held: dict[tuple[str, torch.dtype], Tensor] = {}
+
+    def take(
+        self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
+    ) -> Tensor:
+        """Return a tensor (rows, columns) of any values."""
+        wanted = rows * columns
+        held = self.held.get((name, dtype))
+        if held is None or held.numel() < wanted:
+            held = self.held[name, dtype] = torch.empty(max(wanted, _BLOCK), dtype=dtype)
+        return held[:wanted].view(rows, columns)

@@ -1,0 +1,192 @@
+"""Safetensors files by their bytes: where tensors lie, reading and writing at any place."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+import torch
+from safetensors.torch import _TYPES
+from torch import Tensor
+
+from ..layouts import Shape
+from ..tensor_files import AdapterFileError
+
+_COPY_BYTES = 1 << 26
+_BINARY = getattr(os, "O_BINARY", 0)
+_TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a safetensors file; ``offset`` is the first byte in the file."""
+
+    path: Path
+    key: str
+    dtype: torch.dtype
+    shape: Shape
+    offset: int
+
+    @property
+    def nbytes(self) -> int:
+        return count(self.shape) * self.dtype.itemsize
+
+
+def count(shape: Shape) -> int:
+    """How many values a tensor of this shape has."""
+    return math.prod(shape)
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, in their order there, and its metadata.
+
+    Raises:
+        AdapterFileError: truncated, or not safetensors.
+    """
+    size = path.stat().st_size
+    try:
+        with open(path, "rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size:
+                raise ValueError("no header")
+            header = json.loads(file.read(length))
+        metadata = header.pop("__metadata__", {})
+        tensors = {
+            key: StoredTensor(
+                path,
+                key,
+                _TYPES[entry["dtype"]],
+                tuple(entry["shape"]),
+                8 + length + entry["data_offsets"][0],
+            )
+            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
+        }
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: not a safetensors file ({error!r})") from error
+    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
+    if end > size:
+        raise AdapterFileError(
+            f"{path}: not a whole file: {size:,} bytes of {end:,}. Fetch or copy it again"
+        )
+    return tensors, metadata
+
+
+def make_header(
+    tensors: Sequence[tuple[str, torch.dtype, Shape]], metadata: Mapping[str, str]
+) -> tuple[bytes, dict[str, int], int]:
+    """Return a header as safetensors writes it, where each tensor begins, and the file's size.
+
+    Args:
+        tensors: key, dtype and shape.
+    """
+    if len({key for key, *_ in tensors}) < len(tensors):
+        raise ValueError("two tensors of one name")
+    entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    begin, offsets = 0, {}
+    # wide dtypes first, so that each value lies at a multiple of its size
+    for key, dtype, shape in sorted(tensors, key=lambda tensor: (-tensor[1].itemsize, tensor[0])):
+        end = begin + count(shape) * dtype.itemsize
+        entries[key] = {
+            "dtype": _TYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [begin, end],
+        }
+        offsets[key], begin = begin, end
+    text = json.dumps(entries, ensure_ascii=False, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    header = len(text).to_bytes(8, "little") + text
+    offsets = {key: len(header) + offset for key, offset in offsets.items()}
+    return header, offsets, len(header) + begin
+
+
+def check_space(path: Path, total: int) -> None:
+    """Raise OSError if a file of so many bytes does not fit where it is to lie."""
+    free = shutil.disk_usage(path.parent).free
+    if free < total:
+        raise OSError(
+            f"{path}: {total / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free there"
+        )
+
+
+class Files:
+    """An output of a known size and its sources, at any place and by several threads at once."""
+
+    def __init__(self, path: Path, total: int) -> None:
+        self.path, self.total = path, total
+        self.sources: dict[Path, int] = {}
+        self.lock = Lock()
+
+    def __enter__(self) -> Files:
+        self.output = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
+        os.ftruncate(self.output, self.total)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in (self.output, *self.sources.values()):
+            os.close(file)
+
+    def _source(self, path: Path) -> int:
+        with self.lock:
+            if path not in self.sources:
+                self.sources[path] = os.open(path, os.O_RDONLY | _BINARY)
+            return self.sources[path]
+
+    def read(self, path: Path, offset: int, buffer: memoryview) -> None:
+        """Fill the buffer from a source."""
+        source = self._source(path)
+        while buffer:
+            if hasattr(os, "preadv"):
+                count = os.preadv(source, [buffer], offset)
+            else:
+                with self.lock:
+                    os.lseek(source, offset, os.SEEK_SET)
+                    data = os.read(source, len(buffer))
+                count = len(data)
+                buffer[:count] = data
+            if not count:
+                raise AdapterFileError(f"{path}: it became shorter while it was read")
+            buffer, offset = buffer[count:], offset + count
+
+    def write(self, data: bytes | memoryview, offset: int) -> None:
+        """Write to the output."""
+        rest = memoryview(data)
+        while rest:
+            if hasattr(os, "pwrite"):
+                count = os.pwrite(self.output, rest, offset)
+            else:
+                with self.lock:
+                    os.lseek(self.output, offset, os.SEEK_SET)
+                    count = os.write(self.output, rest)
+            rest, offset = rest[count:], offset + count
+
+    def copy(self, path: Path, start: int, offset: int, count: int) -> None:
+        """Copy bytes of a source to the output, by the kernel where it can."""
+        source = self._source(path)
+        while count and hasattr(os, "copy_file_range"):
+            try:
+                done = os.copy_file_range(source, self.output, count, start, offset)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+                break  # not between these file systems
+            if not done:
+                break
+            start, offset, count = start + done, offset + done, count - done
+        buffer = memoryview(bytearray(min(count, _COPY_BYTES)))
+        while count:
+            here = buffer[:count]
+            self.read(path, start, here)
+            self.write(here, offset)
+            start, offset, count = start + len(here), offset + len(here), count - len(here)
+
+
+def as_bytes(tensor: Tensor) -> memoryview:
+    """The memory of a tensor in one piece."""
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,0 +1,164 @@
+"""What a file is, as its keys, metadata and config files tell, and for which family of models."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..families import (
+    ModelFamily,
+    families_of_layers,
+    family_of_metadata,
+    find_pipeline_family,
+    get_family,
+    list_families,
+)
+from ..lora_keys import Layer, group_layers
+from ..state import METADATA_KEY
+from .source import Source
+
+#: In front of the denoiser's keys in a single file of several models.
+_DENOISER = "model.diffusion_model."
+_MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")
+
+
+@dataclass
+class Kind:
+    """What a source is.
+
+    Attributes:
+        title: in words.
+        adapter: the kinds of its layers (GraLoRA, LoRA, LoHa, ...) with how many there are; empty
+            if it is no adapter.
+        style: whose names its layers have, if it is an adapter.
+        layers: the adapter's layers by name.
+        others: keys of an adapter file that belong to no layer.
+        families: those it may be for; more than one where it cannot be told.
+        told_by: what the families were told by.
+    """
+
+    title: str
+    adapter: Counter[str] = field(default_factory=Counter)
+    style: str | None = None
+    layers: dict[str, Layer] = field(default_factory=dict)
+    others: list[str] = field(default_factory=list)
+    families: list[ModelFamily] = field(default_factory=list)
+    told_by: str = ""
+
+
+def find_kind(source: Source) -> Kind:
+    """Tell what ``source`` is.
+
+    Raises:
+        AdapterFileError: none of the kinds that are known.
+    """
+    layers, others = group_layers(source.headers)
+    if METADATA_KEY in source.metadata or any("peft_type" in c for c in source.configs.values()):
+        kind = _described_adapter(source, layers, others)
+    elif len(layers) and sum(len(layer.parts) for layer in layers.values()) > len(others):
+        kind = _adapter(layers, others)
+    else:
+        kind = _model(source)
+    if not kind.families:
+        kind.families, kind.told_by = _families(source, kind)
+    return kind
+
+
+def _described_adapter(source: Source, layers: dict[str, Layer], others: list[str]) -> Kind:
+    kind = _adapter(layers, others)
+    if METADATA_KEY in source.metadata:
+        kind.title, kind.style = "GraLoRA adapter, native file", None
+    else:
+        types = sorted({str(c.get("peft_type")) for c in source.configs.values()})
+        named = " and ".join(kind.adapter) or ", ".join(types)
+        kind.title, kind.style = f"{named} adapter, PEFT folder", "PEFT"
+    return kind
+
+
+def _adapter(layers: dict[str, Layer], others: list[str]) -> Kind:
+    kinds = Counter(layer.kind for layer in layers.values())
+    styles = Counter(layer.style for layer in layers.values())
+    style = styles.most_common(1)[0][0] if styles else "bare"
+    what = " and ".join(kinds)
+    if "GraLoRA" in kinds:
+        title = "GraLoRA weights without their config, which rank and alpha cannot be told from"
+    elif set(kinds) == {"difference"}:
+        title = f"differences of whole weights (.diff), {style} names"
+    else:
+        title = f"{what} file, {style} names"
+    return Kind(title, kinds, style, layers, others)
+
+
+def _model(source: Source) -> Kind:
+    name = str(source.configs.get("", {}).get("_class_name", ""))
+    if source.is_pipeline:
+        return _named(Kind(f"pipeline in diffusers' layout ({name})"), name)
+    keys = set(source.headers)
+    prefix = _DENOISER if any(key.startswith(_DENOISER) for key in keys) else ""
+    families = [get_family(family) for family in list_families()]
+    fitting = [
+        family
+        for family in families
+        if family.single_file_keys and {prefix + key for key in family.single_file_keys} <= keys
+    ]
+    if fitting:
+        most = max(len(family.single_file_keys) for family in fitting)
+        alone = "" if prefix else " of the denoiser alone"
+        kind = Kind(f"original single-file checkpoint{alone}")
+        kind.families = [f for f in fitting if len(f.single_file_keys) == most]
+        kind.told_by = "its keys"
+        return kind
+    if name or any(key.startswith(_MODELS_OF_DIFFUSERS) for key in keys):
+        return Kind(f"one model in diffusers' layout{f' ({name})' if name else ''}")
+    some, known = ", ".join(sorted(keys)[:3]), ", ".join(list_families())
+    raise source.error(
+        f"nothing that is known here: no adapter, and no base of {known} (its keys: {some}, ...)"
+    )
+
+
+def _named(kind: Kind, class_name: str) -> Kind:
+    if family := find_pipeline_family(class_name):
+        kind.families, kind.told_by = [family], "the pipeline's class"
+    return kind
+
+
+def _families(source: Source, kind: Kind) -> tuple[list[ModelFamily], str]:
+    told = described(source.metadata).get("family")
+    if told in list_families():
+        return [get_family(told)], "its metadata"
+    if named := family_of_metadata(source.metadata):
+        return [named[0]], named[1]
+    widths = {
+        layer.plain_name: found
+        for layer in kind.layers.values()
+        if not layer.text_encoder and (found := layer_widths(layer, source))
+    }
+    families = families_of_layers(widths)
+    return families, "names and shapes of its layers" if families else ""
+
+
+def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
+    """Inputs and outputs of an adapted layer, if its parts' shapes tell."""
+    shapes = {part: source.headers[key].shape for part, key in layer.parts.items()}
+    if {"down", "up"} <= set(shapes):
+        return shapes["down"][1], shapes["up"][0]
+    if {"gralora_A", "gralora_B"} <= set(shapes):
+        (k, i, *_), o = shapes["gralora_A"], shapes["gralora_B"][-1]
+        return k * i, k * o
+    if {"hada_w1_a", "hada_w1_b"} <= set(shapes) and "hada_t1" not in shapes:
+        return shapes["hada_w1_b"][1], shapes["hada_w1_a"][0]
+    if "diff" in shapes and len(shapes["diff"]) > 1:
+        return shapes["diff"][1], shapes["diff"][0]
+    return None
+
+
+def described(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """Return what the metadata of a native file says; nothing if it is damaged."""
+    try:
+        values = json.loads(metadata.get(METADATA_KEY, "{}"))
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -1,0 +1,159 @@
+"""Facts of one adapted layer of each kind, from its factors: the dense update is never made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config import layer_settings
+from ..lora_keys import Layer, LoraScaling, lora_scalings
+from ..low_rank import effective_rank, gralora_singular_values, singular_values
+from ..state import METADATA_KEY, PEFT_PREFIX, config_from_dict
+from .facts import LayerFacts
+from .kinds import Kind, described, layer_widths
+from .source import Source
+
+
+class Settings:
+    """What a source says of rank, k and alpha besides its tensors.
+
+    Raises:
+        AdapterFileError: the config of a GraLoRA adapter is damaged.
+    """
+
+    def __init__(self, source: Source) -> None:
+        self._gralora = {
+            name: config_from_dict(values, f"{source.path}, {name}")
+            for name, values in described(source.metadata).get("components", {}).items()
+        }
+        try:
+            self._lora = lora_scalings(source.metadata)
+        except (ValueError, TypeError, AttributeError) as error:
+            raise source.error(f"its metadata is damaged: {error}") from error
+        for name, values in source.configs.items():
+            if str(values.get("peft_type")).endswith("GRALORA"):
+                self._gralora[name] = config_from_dict(values, f"{source.path}, {name}")
+            elif "lora_alpha" in values:
+                self._lora[name] = LoraScaling(values)
+        if METADATA_KEY in source.metadata and not self._gralora:
+            raise source.error(f"its metadata {METADATA_KEY} is damaged")
+
+    def gralora(self, name: str) -> dict[str, float]:
+        """Alpha and scaling of a GraLoRA layer, if a config says them."""
+        component, path = _of_a_component(name, self._gralora)
+        if component is None:
+            return {}
+        config = self._gralora[component]
+        r, _, alpha = layer_settings(config, path)
+        return {"alpha": float(alpha), "scaling": alpha / (r + config.hybrid_r)}
+
+    def alpha(self, name: str, rank: int) -> float | None:
+        """Alpha of a LoRA layer that has no tensor for it."""
+        component, path = _of_a_component(name, self._lora)
+        return None if component is None else self._lora[component].alpha(path, rank)
+
+
+def _of_a_component(name: str, components: Mapping[str, Any]) -> tuple[str | None, str]:
+    component, _, path = name.partition(".")
+    if component not in components:
+        component, path = "", name
+    return (component if component in components else None), path.removeprefix(PEFT_PREFIX)
+
+
+def layer_facts(
+    layer: Layer, component: str, source: Source, settings: Settings, tensors: dict[str, Tensor]
+) -> LayerFacts:
+    """Return the facts of a layer whose tensors, by part, were read."""
+    facts = LayerFacts(
+        path=layer.name.replace(PEFT_PREFIX, "", 1),
+        component=component,
+        kind=layer.kind,
+        parameters=sum(t.numel() for part, t in tensors.items() if part != "alpha"),
+    )
+    widths = layer_widths(layer, source)
+    facts.inputs, facts.outputs = widths or (None, None)
+    if layer.kind == "GraLoRA":
+        _describe_gralora(facts, tensors, settings.gralora(layer.name))
+    else:
+        _describe_other(facts, tensors, settings)
+    if all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
+        _measure(facts, {part: tensor.double() for part, tensor in tensors.items()})
+    return facts
+
+
+def _describe_gralora(
+    facts: LayerFacts, tensors: dict[str, Tensor], told: dict[str, float]
+) -> None:
+    A = tensors["gralora_A"]
+    facts.k, facts.rank, facts.kernel = A.shape[0], A.shape[2], list(A.shape[3:])
+    general = tensors.get("gralora_A_general")
+    facts.hybrid_rank = 0 if general is None else len(general)
+    facts.alpha, facts.scaling = told.get("alpha"), told.get("scaling")
+
+
+def _describe_other(facts: LayerFacts, tensors: dict[str, Tensor], settings: Settings) -> None:
+    for part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
+        if part in tensors:
+            facts.rank = len(tensors[part])
+            break
+    kernel = tensors.get("mid", tensors.get("down", tensors.get("diff")))
+    facts.kernel = [] if kernel is None else list(kernel.shape[2:])
+    if "alpha" in tensors:
+        facts.alpha = float(tensors["alpha"].reshape(-1)[0])
+    elif facts.rank is not None and "down" in tensors:
+        facts.alpha = settings.alpha(facts.path, facts.rank)
+    has_scale = facts.rank is not None and facts.alpha is not None
+    facts.scaling = facts.alpha / facts.rank if has_scale else 1.0  # type: ignore[operator]
+
+
+def _measure(facts: LayerFacts, tensors: dict[str, Tensor]) -> None:
+    if "diff" in tensors:
+        facts.norm = float(tensors["diff"].norm())
+        return
+    values = _singular_values(tensors)
+    if values is None:
+        return
+    facts.effective_rank = effective_rank(values)
+    if facts.scaling is not None:
+        facts.norm = abs(facts.scaling) * float(values.norm())
+
+
+def _singular_values(tensors: dict[str, Tensor]) -> Tensor | None:
+    """Those of the update, unscaled; None where they would need the dense update."""
+    if {"gralora_A", "gralora_B"} <= set(tensors):
+        general = None
+        if {"gralora_A_general", "gralora_B_general"} <= set(tensors):
+            general = tensors["gralora_A_general"], tensors["gralora_B_general"].flatten(1)
+        return gralora_singular_values(tensors["gralora_A"], tensors["gralora_B"], general)
+    if {"down", "up"} <= set(tensors):
+        down, up = tensors["down"], tensors["up"].flatten(1)
+        if "mid" in tensors:  # Tucker's form, of convolutions
+            down = torch.einsum("srhw,ri->sihw", tensors["mid"], down.flatten(1))
+        return singular_values(down, up)
+    first, second = _kronecker_factor(tensors, "lokr_w1"), _kronecker_factor(tensors, "lokr_w2")
+    if first is None or second is None or "lokr_t2" in tensors:
+        return None
+    values = [torch.linalg.svdvals(factor.flatten(1)) for factor in (first, second)]
+    return torch.outer(*values).flatten().sort(descending=True).values
+
+
+def _kronecker_factor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
+    if {f"{name}_a", f"{name}_b"} <= set(tensors):
+        return tensors[f"{name}_a"] @ tensors[f"{name}_b"].flatten(1)
+    return tensors.get(name)
+
+
+def component_of(layer: Layer, kind: Kind, source: Source) -> str:
+    """Return the part of the pipeline that a layer is in, by the pipeline's attribute if told."""
+    first = layer.name.partition(".")[0]
+    if first in source.configs or first in {f.denoiser for f in kind.families}:
+        return first
+    if layer.name.startswith("text_encoders."):
+        return ".".join(layer.name.split(".")[:2])
+    if layer.text_encoder:
+        return layer.text_encoder
+    denoisers = {family.denoiser for family in kind.families}
+    return denoisers.pop() if len(denoisers) == 1 else "denoiser"

@@ -1,0 +1,102 @@
+"""The command ``gralora import``."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+
+from ..families import ModelFamily, find_pipeline_family, get_family, list_families
+from ..state import WEIGHTS_NAME, save_adapter
+from . import ImportedLayer, gralora_from_lora, overall_error
+
+#: Layers with the largest errors that are listed.
+LISTED = 20
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    result = argparse.ArgumentParser(
+        prog="gralora import",
+        description="Make a GraLoRA adapter of a LoRA: exactly, where hybrid_rank + rank / k is at "
+        "least the LoRA's rank, else the nearest one, with what is left out. To go on training, "
+        "give it to gralora train as --initial_adapter.",
+    )
+    result.add_argument("--lora", required=True, help="file, PEFT folder or Hub id of the LoRA")
+    base = result.add_mutually_exclusive_group(required=True)
+    base.add_argument("--family", choices=list_families(), help="family of its base")
+    base.add_argument("--base", help="the base itself, in diffusers' layout: folder or Hub id")
+    result.add_argument("--rank", type=int, required=True, help="rank of the new adapter")
+    result.add_argument("--gralora_k", type=int, required=True, help="blocks per side")
+    result.add_argument("--hybrid_rank", type=int, default=0, help="rank of the general pair")
+    result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
+    result.add_argument("--weight_name", help="which file in a folder or repository")
+    result.add_argument("--output", required=True, type=Path, help="file, or folder for the file")
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the command."""
+    command = parser()
+    options = command.parse_args(argv)
+    output: Path = options.output
+    if output.suffix != ".safetensors":
+        output /= WEIGHTS_NAME
+    try:
+        family, unet_config = _base(options)
+        adapter, layers = gralora_from_lora(
+            options.lora,
+            family,
+            options.rank,
+            options.gralora_k,
+            options.hybrid_rank,
+            options.lora_alpha,
+            unet_config=unet_config,
+            weight_name=options.weight_name,
+        )
+        save_adapter(adapter, output)
+    except (OSError, ValueError) as error:
+        command.exit(2, f"{command.prog}: error: {error}\n")
+    print(_report(layers))
+    print(output)
+
+
+def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
+    """The family, and the config of the UNet if there is one."""
+    if options.family:
+        return get_family(options.family), None
+    try:
+        name = DiffusionPipeline.load_config(options.base)["_class_name"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ValueError(
+            f"--base {options.base}: no diffusers pipeline there ({error}). For another form of "
+            "base give --family"
+        ) from error
+    family = find_pipeline_family(name)
+    if family is None:
+        raise ValueError(
+            f"--base {options.base}: {name} is of no supported family "
+            f"({', '.join(list_families())})"
+        )
+    if "unet_config" not in family.lora_options:
+        return family, None
+    return family, FrozenDict(UNet2DConditionModel.load_config(options.base, subfolder="unet"))
+
+
+def _report(layers: Mapping[str, ImportedLayer]) -> str:
+    exact = sum(layer.error == 0 for layer in layers.values())
+    lines = [f"{exact} of {len(layers)} layers came over exactly"]
+    lossy = sorted(layers.items(), key=lambda item: -item[1].error * item[1].norm)
+    lossy = [(name, layer) for name, layer in lossy if layer.error]
+    if lossy:
+        lines.append(f"{'left out':>8}  rank  k  layer")
+    for name, layer in lossy[:LISTED]:
+        lines.append(f"{layer.error:>8.2%}  {layer.rank:>4}  {layer.k}  {name}")
+    if len(lossy) > LISTED:
+        lines.append(f"... and {len(lossy) - LISTED} more")
+    lines.append(f"left out of the whole update: {overall_error(layers):.3%}")
+    return "\n".join(lines)

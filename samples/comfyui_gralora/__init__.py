@@ -1,0 +1,122 @@
+"""ComfyUI nodes that load a native GraLoRA file: a folder for ComfyUI's ``custom_nodes``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, ClassVar
+
+import comfy.lora
+import comfy.sd
+import folder_paths
+
+from .conversion import (
+    DENOISERS,
+    GraloraError,
+    GraloraFile,
+    check_family,
+    lora_for,
+    read_gralora,
+)
+
+_STRENGTH = ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01})
+
+
+def _version(path: str) -> tuple[str, int, int]:
+    status = os.stat(path)
+    return path, status.st_mtime_ns, status.st_size
+
+
+class GraloraLoader:
+    """Puts a GraLoRA on a model and its text encoders, as the exact LoRA that it is."""
+
+    RETURN_TYPES: ClassVar = ("MODEL", "CLIP")
+    FUNCTION = "load"
+    CATEGORY = "loaders"
+    DESCRIPTION = "Loads a GraLoRA file of gralora_diffusion from the loras folder."
+
+    def __init__(self) -> None:
+        self._read: tuple[tuple[str, int, int], GraloraFile] | None = None
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        return {
+            "required": {
+                "model": ("MODEL",),
+                "clip": ("CLIP",),
+                "gralora_name": (folder_paths.get_filename_list("loras"),),
+                "strength_model": _STRENGTH,
+                "strength_clip": _STRENGTH,
+            }
+        }
+
+    @classmethod
+    def IS_CHANGED(cls, gralora_name: str, **_: Any) -> str:
+        """A file that was trained anew under the same name is loaded anew."""
+        return str(_version(folder_paths.get_full_path_or_raise("loras", gralora_name)))
+
+    def load(
+        self, model: Any, clip: Any, gralora_name: str, strength_model: float, strength_clip: float
+    ) -> tuple[Any, Any]:
+        if strength_model == 0 and strength_clip == 0:
+            return model, clip
+        file = self._file(gralora_name)
+        check_family(file, [c.__name__ for c in type(model.model.model_config).__mro__])
+        if strength_model:
+            targets = comfy.lora.model_lora_keys_unet(model.model, {})
+            layers = [layer for layer in file.layers if layer.component in DENOISERS]
+            lora = lora_for(layers, targets, _shapes(model.model))
+            if lora:
+                model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength_model, 0)
+        if strength_clip:
+            encoders = clip.cond_stage_model
+            targets = comfy.lora.model_lora_keys_clip(encoders, {})
+            layers = [layer for layer in file.layers if layer.component not in DENOISERS]
+            lora = lora_for(layers, targets, _shapes(encoders))
+            if lora:
+                _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, strength_clip)
+        return model, clip
+
+    def _file(self, name: str) -> GraloraFile:
+        version = _version(folder_paths.get_full_path_or_raise("loras", name))
+        if self._read is None or self._read[0] != version:
+            self._read = None  # not two files in memory at once
+            self._read = version, read_gralora(version[0])
+        return self._read[1]
+
+
+class GraloraLoaderModelOnly(GraloraLoader):
+    """The same for a file without text encoders."""
+
+    RETURN_TYPES: ClassVar = ("MODEL",)
+    FUNCTION = "load_model_only"
+
+    @classmethod
+    def INPUT_TYPES(cls) -> dict[str, Any]:
+        required = super().INPUT_TYPES()["required"]
+        left_out = ("clip", "strength_clip")
+        return {"required": {key: v for key, v in required.items() if key not in left_out}}
+
+    def load_model_only(self, model: Any, gralora_name: str, strength_model: float) -> tuple[Any]:
+        if strength_model == 0:
+            return (model,)
+        text = sorted({x.component for x in self._file(gralora_name).layers} - set(DENOISERS))
+        if text:
+            raise GraloraError(
+                f"{gralora_name} adapts {', '.join(text)} too, which this node would leave out. "
+                "Use Load GraLoRA; with strength_clip 0 it does without them."
+            )
+        return (self.load(model, None, gralora_name, strength_model, 0)[0],)
+
+
+def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
+    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
+
+
+NODE_CLASS_MAPPINGS = {
+    "GraloraLoader": GraloraLoader,
+    "GraloraLoaderModelOnly": GraloraLoaderModelOnly,
+}
+NODE_DISPLAY_NAME_MAPPINGS = {
+    "GraloraLoader": "Load GraLoRA",
+    "GraloraLoaderModelOnly": "Load GraLoRA (Model Only)",
+}
