@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,7 @@ def draw(
         options["max_sequence_length"] = max_sequence_length
     if size is not None:
         options.update(height=size, width=size)
-    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
-    with ExitStack() as stack:
-        for module in modules:
-            stack.callback(module.train, module.training)
-            module.eval()
-        stack.callback(pipe.set_progress_bar_config, **getattr(pipe, "_progress_bar_config", {}))
-        pipe.set_progress_bar_config(disable=True)
+    with drawing_mode(pipe):
         return [
             [
                 # by name, for in some pipelines a picture comes before the prompt
@@ -59,6 +53,19 @@ def draw(
             ]
             for prompt in prompts
         ]
+
+
+@contextmanager
+def drawing_mode(pipe: Any) -> Iterator[None]:
+    """Inside, no module is in training mode and there is no progress bar."""
+    modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
+    with ExitStack() as stack:
+        for module in modules:
+            stack.callback(module.train, module.training)
+            module.eval()
+        stack.callback(pipe.set_progress_bar_config, **getattr(pipe, "_progress_bar_config", {}))
+        pipe.set_progress_bar_config(disable=True)
+        yield
 
 
 def labelled_grid(
