@@ -152,7 +152,7 @@ def component_names(
                 f"{component}: {len(layers.replaced)} trained biases or whole modules ({some}), "
                 "which are no LoRA. Export a checkpoint or a diffusers folder"
             )
-        if style == "diffusers" and component not in _read_by_diffusers(family):
+        if style == "diffusers" and component not in read_by_diffusers(family):
             problems.append(
                 f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
                 "Use style comfyui or kohya, or fuse"
@@ -177,7 +177,8 @@ def component_names(
     return names
 
 
-def _read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
+def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
+    """Return the components that diffusers' ``load_lora_weights`` takes a LoRA for."""
     pipeline = getattr(diffusers, family.pipeline_classes[0])
     return tuple(getattr(pipeline, "_lora_loadable_modules", ()))
 
