@@ -56,19 +56,27 @@ class Planner:
     problems: list[str] = field(default_factory=list)
 
     def piece(
-        self, component: str, name: str, part: Part, full: Shape, source: StoredTensor, start: int
+        self,
+        component: str,
+        name: str,
+        part: Part,
+        full: Shape,
+        source: StoredTensor,
+        start: int | None = None,
     ) -> Piece:
         """Return the piece for a part of an original tensor.
 
         Args:
             name: canonical key of the diffusers tensor.
-            part: which rows of it; if transposed and ``source`` is too, there is nothing to turn.
+            part: which rows of it.
             full: shape of the diffusers tensor.
-            source: what holds these rows, from row ``start`` on.
+            source: what holds these rows: the diffusers tensor, or the original one.
+            start: in the original one, the first of these rows. None: it is the diffusers tensor.
         """
         layers = self.layers.get(component, AdapterLayers())
+        turned = part.transposed and start is None
+        start = part.start if start is None else start
         stop = start + part.stop - part.start
-        turned = part.transposed and source.shape == full
         if name in layers.replaced:
             self.used.setdefault(component, set()).add(name)
             value = layers.replaced[name]
@@ -184,7 +192,6 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
                     part,
                     shapes[part.key],
                     stored[part.key],
-                    part.start,
                 )
                 for part in tensor.parts
             )
@@ -209,7 +216,7 @@ def plan_folder(base: FolderBase, planner: Planner) -> dict[Path, list[Owned]]:
         for key, stored in tensors.items():
             part = Part(key, 0, stored.shape[0] if stored.shape else 1)
             name = base.family.canonical(component, key)
-            piece = planner.piece(component, name, part, stored.shape, stored, 0)
+            piece = planner.piece(component, name, part, stored.shape, stored)
             output = OutputTensor(key, stored.shape, stored.dtype, (piece,))
             planned.setdefault(stored.path, []).append((component, output))
     absent = set(base.family.components) - set(base.files)

@@ -234,7 +234,8 @@ class _Job:
         total = self.buffers.take("total", *base.shape).copy_(values)
         if update:
             update.add_to(total, first)
-        generator = self.rounding.generator(self.output.key, block)
+        # by chance only where there is something to keep; the base's own values stay nearest
+        generator = self.rounding.generator(self.output.key, block) if update else None
         scaled = total if scale == 1.0 else total / scale
         rows, columns = base.shape
         rounded = self.buffers.take("rounded", rows, columns, dtype)
