@@ -113,8 +113,12 @@ class FolderBase:
     def published_names(self) -> PublishedNames:
         """What other programs call this base."""
         denoiser = _json(self.path / self.family.denoiser / "config.json")
-        scheduler = _json(self.path / "scheduler" / "scheduler_config.json")
-        return self.family.published_names(denoiser, scheduler)
+        return self.family.published_names(denoiser, self.scheduler)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return _json(self.path / "scheduler" / "scheduler_config.json")
 
     def canonical_shapes(self, component: str) -> dict[str, Shape]:
         """Shapes of a component's tensors by diffusers' canonical keys."""

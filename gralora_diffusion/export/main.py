@@ -27,11 +27,11 @@ _ONLY = {
 }
 
 
-def make_parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    parser = argparse.ArgumentParser(prog="gralora export", description=__doc__)
-    parser.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
-    parser.add_argument(
+    command = argparse.ArgumentParser(prog="gralora export", description=__doc__)
+    command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
+    command.add_argument(
         "--format",
         required=True,
         choices=(*FORMATS, "lora", "diff"),
@@ -39,30 +39,30 @@ def make_parser() -> argparse.ArgumentParser:
         "ComfyUI reads it. diffusers: the same as a folder. lora: an ordinary LoRA with the very "
         "same update. diff: the dense update, for ComfyUI",
     )
-    parser.add_argument("--output", required=True, type=Path, help="file, or folder for diffusers")
-    parser.add_argument(
+    command.add_argument("--output", required=True, type=Path, help="file, or folder for diffusers")
+    command.add_argument(
         "--base",
         help="original .safetensors file, diffusers folder or Hub id. Needed for checkpoint, "
         "diffusers and --verify; else it only checks that the adapter fits",
     )
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
-    parser.add_argument(
+    command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    command.add_argument(
         "--dtype",
         default="keep",
         choices=CHOICES,
         help="of what is written; keep: the base's, or the adapter's for lora and diff",
     )
-    parser.add_argument("--overwrite", action="store_true", help="replace what is at --output")
-    parser.add_argument(
+    command.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    command.add_argument(
         "--family", choices=list_families(), help="of the base, where neither file says it"
     )
 
-    group = parser.add_argument_group("lora")
+    group = command.add_argument_group("lora")
     group.add_argument("--style", choices=STYLES, help="whose names (default: comfyui)")
     group.add_argument("--rank", type=int, help="truncate to this rank")
     group.add_argument("--energy", type=float, help="truncate, keep this part of the squared norm")
 
-    group = parser.add_argument_group("checkpoint and diffusers")
+    group = command.add_argument_group("checkpoint and diffusers")
     group.add_argument(
         "--denoiser_only", action="store_true", help='a file for "Load Diffusion Model"'
     )
@@ -76,11 +76,11 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
     group.add_argument("--cache_dir", help="folder for what is downloaded")
 
-    group = parser.add_argument_group("what the file says of itself")
+    group = command.add_argument_group("what the file says of itself")
     for name in SAID:
         group.add_argument(f"--{name}", help=f"modelspec.{name}")
 
-    group = parser.add_argument_group("verification")
+    group = command.add_argument_group("verification")
     group.add_argument(
         "--verify",
         action="store_true",
@@ -96,45 +96,45 @@ def make_parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--base_config", help="pipeline that completes a base in one file, for --verify"
     )
-    return parser
+    return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """``gralora export``."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    _check(args, parser)
+    command = parser()
+    args = command.parse_args(argv)
+    _check(args, command)
     try:
         print(_export(args))
     except (ParityError, OSError, ValueError) as error:
-        raise SystemExit(f"gralora export: error: {error}") from error
+        command.exit(2, f"{command.prog}: error: {error}\n")
 
 
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
     """Stop at options that do not go together, before anything is read."""
     fused = args.format in FORMATS
     if fused and not args.base:
-        parser.error(f"--format {args.format} needs --base: what the adapter is added to")
+        command.error(f"--format {args.format} needs --base: what the adapter is added to")
     if args.verify and not args.base:
-        parser.error("--verify needs --base: what it draws with")
+        command.error("--verify needs --base: what it draws with")
     if args.verify and args.format == "diff":
-        parser.error(
+        command.error(
             "--verify is for checkpoint, diffusers and lora; diffusers reads no .diff file"
         )
     for format, options in _ONLY.items():
         given = [f"--{name}" for name in options if getattr(args, name) not in (None, False)]
         if given and args.format != format:
-            parser.error(f"{', '.join(given)}: for --format {format} alone")
+            command.error(f"{', '.join(given)}: for --format {format} alone")
     if args.style and args.format != "lora":
-        parser.error("--style: for --format lora alone")
+        command.error("--style: for --format lora alone")
     if args.stochastic_rounding and not fused:
-        parser.error("--stochastic_rounding: for --format checkpoint or diffusers alone")
+        command.error("--stochastic_rounding: for --format checkpoint or diffusers alone")
     if args.rank is not None and args.rank < 1:
-        parser.error(f"--rank is {args.rank}; it must be at least 1")
+        command.error(f"--rank is {args.rank}; it must be at least 1")
     if args.energy is not None and not 0 < args.energy <= 1:
-        parser.error(f"--energy is {args.energy}; it must be above 0 and at most 1")
+        command.error(f"--energy is {args.energy}; it must be above 0 and at most 1")
     if args.format != "diffusers" and args.output.suffix != ".safetensors":
-        parser.error(f"--output is '{args.output}'; it must be a file that ends in .safetensors")
+        command.error(f"--output is '{args.output}'; it must be a file that ends in .safetensors")
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:

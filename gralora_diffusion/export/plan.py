@@ -198,6 +198,9 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
             dtype = stored[tensor.parts[0].key].dtype
             output = OutputTensor(prefix + tensor.key, tensor.shape, dtype, pieces)
             outputs.append((component, output))
+    empty = Piece(torch.empty(0), 0, 0)
+    for key in family.original_marks(base.scheduler):
+        outputs.append(("", OutputTensor(key, (0,), torch.float32, (empty,))))
     lacks = dict.fromkeys(set(family.components) - set(components), _NOT_HELD)
     lacks |= dict.fromkeys(lacking, base.lacks)
     planner.check(str(base.path), lacks)

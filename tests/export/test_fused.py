@@ -114,6 +114,32 @@ def test_a_diffusers_folder(case, tmp_path):
     }
 
 
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
+def test_diffusers_reads_the_file_as_the_fused_pipeline(name, tmp_path):
+    """By its own ``from_single_file``; the other families' need their full widths, and in
+    test_layouts every row of those goes through the same converters."""
+    pipe = tiny(name)
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    read = type(pipe).from_single_file(
+        str(tmp_path / "fused.safetensors"), config=str(tmp_path / "base")
+    )
+    expected = merged([(tmp_path / "adapter", 1.0)], tiny(name))
+    for component in (*get_family(name).components, "vae"):
+        agree(getattr(read, component).state_dict(), getattr(expected, component).state_dict())
+
+
+def test_a_base_that_predicts_v_says_so_in_the_file(tmp_path):
+    pipe = PIPELINES["stable-diffusion-xl"]()
+    pipe.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe, ["unet"]).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    found = load_file(tmp_path / "fused.safetensors")
+    assert found["v_pred"].numel() == found["ztsnr"].numel() == 0
+
+
 @pytest.mark.parametrize("source", ["base", "base.safetensors"])
 def test_a_square_projection_that_the_original_has_transposed(source, tmp_path):
     def build() -> Any:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_diff, export_lora
-from gralora_diffusion.export.names import StyleError
+from gralora_diffusion.export.names import StyleError, find_names
 
 from ..models import PIPELINES, adapt_everywhere, config, merged
 from ..originals import ORIGINALS
@@ -172,6 +172,24 @@ def test_names_of_text_encoders(name, component, kohya, comfyui, tmp_path):
         assert set(found) == {named(path) for path in paths}
         for path, update in paths.items():
             assert relative_error(found[named(path)], update) < 1e-4, path
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "name"),
+    [
+        ("flux2", 5120, "mistral3_24b"),
+        ("flux2-klein", 2560, "qwen3_4b"),
+        ("flux2-klein", 4096, "qwen3_8b"),
+    ],
+)
+def test_comfyui_names_of_language_models(family, width, name):
+    shapes = {"layers.0.self_attn.q_proj.weight": (4096, width)}
+    expected = f"text_encoders.{name}.transformer.model."
+    assert get_family(family).comfyui_prefix("text_encoder", shapes) == expected
+    names = find_names(get_family(family), "text_encoder", "comfyui", shapes)
+    path = "layers.0.self_attn.q_proj"
+    for own in (f"model.language_model.{path}", f"model.{path}", f"language_model.model.{path}"):
+        assert names.name(get_family(family).canonical("text_encoder", own)) == expected + path
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])

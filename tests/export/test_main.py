@@ -68,11 +68,12 @@ def test_from_a_single_file_and_dense_updates(place, tmp_path):
             torch.testing.assert_close(after[key] - before[key], update, rtol=1e-4, atol=1e-6)
 
 
-def test_a_file_that_draws_something_else_does_not_appear(place, tmp_path):
+def test_a_file_that_draws_something_else_does_not_appear(place, tmp_path, capsys):
     lora = tmp_path / "l.safetensors"
     options = ["--base", str(place / "base"), "--verify", "--verify_size", "32", "--rank", "1"]
-    with pytest.raises(SystemExit, match="does not draw what the adapter draws"):
+    with pytest.raises(SystemExit):
         export(place, lora, "--format", "lora", *options)
+    assert "does not draw what the adapter draws" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors.parity.json"]
     assert "failed" in json.loads((tmp_path / "l.safetensors.parity.json").read_text())["verdict"]
 
@@ -104,14 +105,15 @@ def test_output_must_be_free_and_named_as_a_file(place, tmp_path, capsys):
     assert "ends in .safetensors" in capsys.readouterr().err
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")
-    with pytest.raises(SystemExit, match="it exists already. Give another, or --overwrite"):
+    with pytest.raises(SystemExit):
         export(place, taken, "--format", "lora")
+    assert "it exists already. Give another, or --overwrite" in capsys.readouterr().err
     assert taken.read_text() == "mine"
     export(place, taken, "--format", "lora", "--overwrite")
     assert load_file(taken)
 
 
-def test_other_errors_say_what_to_do(place, tmp_path):
+def test_other_errors_say_what_to_do(place, tmp_path, capsys):
     output = tmp_path / "x.safetensors"
     for base, message in (
         (place / "nothing", "no such file or folder"),
@@ -121,6 +123,7 @@ def test_other_errors_say_what_to_do(place, tmp_path):
         ),
         (place / "adapter", "no model_index.json"),
     ):
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit):
             export(place, output, "--format", "checkpoint", "--base", str(base))
+        assert message in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
