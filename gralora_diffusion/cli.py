@@ -16,6 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "train", add_help=False, help="train an adapter (the same options as the training script)"
     )
     commands.add_parser("sample", add_help=False, help="draw pictures with a base and an adapter")
+    commands.add_parser(
+        "export", add_help=False, help="write a checkpoint, a LoRA or a folder for other programs"
+    )
     commands.add_parser("import", add_help=False, help="make an adapter of an existing LoRA")
     commands.add_parser("inspect", add_help=False, help="say what a file is, and what is in it")
     # each command parses its own options, so that its --help is its own
@@ -29,6 +32,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .sampling import main as sample
 
         sample(rest)
+    elif command == "export":
+        from .export.main import main as export
+
+        export(rest)
     elif command == "import":
         from .warm_start.main import main as import_lora
 

@@ -88,7 +88,7 @@ class OriginalFile:
     def _not_a_base(self) -> str:
         what = f"this single file is of no supported family ({', '.join(list_families())})"
         if any("lora" in key.lower() for key in self.keys):
-            return f"{what}: it is a LoRA. Give the base that it belongs to"
+            return f"{what}: it is an adapter. Give the base that it belongs to"
         if self.begins_with(("down_blocks.", "transformer_blocks.", "encoder.down_blocks.")):
             return (
                 f"{what}: its keys are those of one model in diffusers' layout. Give the folder of "

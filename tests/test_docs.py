@@ -19,6 +19,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import ConfigError, find_problems
@@ -149,7 +150,11 @@ def test_sampling_command(command, reader):
 
 
 #: Commands whose parsers can be had without what they work on.
-PARSERS = {"inspect": inspecting.parser, "import": importing.parser}
+PARSERS = {
+    "export": exporting.parser,
+    "inspect": inspecting.parser,
+    "import": importing.parser,
+}
 FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}

@@ -17,8 +17,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX_NAME
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 
-from ..families import ModelFamily, find_family, list_families
-from ..layouts import Layout, Shape
+from ..families import ModelFamily, PublishedNames, find_family, list_families
+from ..layouts import Layout, OriginalTensor, Shape
 from ..original_file import OriginalFile
 from ..state import looks_like_hub_id
 from .tensor_bytes import StoredTensor, read_header
@@ -60,6 +60,31 @@ class FileBase:
             if key.startswith(prefix)
         }
 
+    def read(self, component: str) -> list[tuple[OriginalTensor, list[Shape]]]:
+        """The tensors of a component, and the whole shape of the diffusers tensor of each part."""
+        tensors = []
+        for tensor in self.layouts[component].read(self.shapes(component)):
+            rows: dict[str, int] = {}
+            for part in tensor.parts:
+                rows[part.key] = max(rows.get(part.key, 0), part.stop)
+            rest = tensor.shape[1:]
+            full = [
+                (*rest, rows[part.key]) if part.transposed else (rows[part.key], *rest)
+                for part in tensor.parts
+            ]
+            tensors.append((tensor, full))
+        return tensors
+
+    def canonical_shapes(self, component: str) -> dict[str, Shape]:
+        """Shapes of a component's tensors by diffusers' canonical keys."""
+        if component not in self.layouts:
+            return {}
+        return {
+            part.key: shape
+            for tensor, full in self.read(component)
+            for part, shape in zip(tensor.parts, full, strict=True)
+        }
+
     @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
@@ -76,12 +101,29 @@ class FolderBase:
     Attributes:
         tensors: component -> its tensors, of all shards, by the keys of the files.
         files: component -> weight files, and the index of shards if there is one.
+        index: what ``model_index.json`` says.
     """
 
     path: Path
     family: ModelFamily
+    index: dict[str, Any]
     tensors: dict[str, dict[str, StoredTensor]]
     files: dict[str, list[Path]]
+
+    def published_names(self) -> PublishedNames:
+        """What other programs call this base."""
+        denoiser = _json(self.path / self.family.denoiser / "config.json")
+        return self.family.published_names(denoiser, self.scheduler)
+
+    @property
+    def scheduler(self) -> dict[str, Any]:
+        """The scheduler's config."""
+        return _json(self.path / "scheduler" / "scheduler_config.json")
+
+    def canonical_shapes(self, component: str) -> dict[str, Shape]:
+        """Shapes of a component's tensors by diffusers' canonical keys."""
+        held = self.tensors.get(component, {})
+        return {self.family.canonical(component, key): t.shape for key, t in held.items()}
 
     @property
     def lacks(self) -> str:
@@ -147,7 +189,7 @@ def _open_folder(path: Path, variant: str | None) -> FolderBase:
             f"{path}: {index.get('_class_name')} is of no supported family "
             f"({', '.join(list_families())})"
         )
-    base = FolderBase(path, family, {}, {})
+    base = FolderBase(path, family, index, {}, {})
     for name, value in index.items():
         present = isinstance(value, list) and None not in value and (path / name).is_dir()
         if present and name in (*family.components, "vae"):

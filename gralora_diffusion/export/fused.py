@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import torch
+from typing import Any
 
 from ..state import Adapter, read_adapter
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, finish_header
 from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
-from .plan import Planner, plan_folder, plan_from_file, plan_original
+from .dtypes import CHOICES, converted
+from .metadata import export_metadata
+from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
 from .rounding import Rounding, RoundingLoss
 from .staging import check_output, staged
-from .streaming import OutputTensor, write_streamed
-from .tensor_bytes import StoredTensor
+from .streaming import OutputTensor, sample_remedies, write_streamed
 
+#: Part of the update that may be lost before it is warned.
+BOUND = 0.1
+_SHOWN, _SAMPLED = 5, 3
 FORMATS = ("checkpoint", "diffusers")
 
 
@@ -31,12 +34,52 @@ class FusedReport:
         family: of base and adapter.
         layers: component -> how many of its layers something was added to.
         losses: tensor of the output -> what rounding cost of the update.
+        remedies: another way of rounding -> what it would have cost, if this one cost much.
     """
 
     path: Path
     family: str
     layers: dict[str, int] = field(default_factory=dict)
     losses: dict[str, RoundingLoss] = field(default_factory=dict)
+    remedies: dict[str, RoundingLoss] = field(default_factory=dict)
+
+    @property
+    def loss(self) -> RoundingLoss:
+        """What rounding cost over all layers."""
+        return sum(self.losses.values(), start=RoundingLoss())
+
+    def note_costly(
+        self,
+        losses: Mapping[str, RoundingLoss],
+        outputs: Sequence[OutputTensor],
+        rounding: Rounding,
+    ) -> None:
+        """Measure what other ways of rounding would cost, if more was lost than the bound."""
+        costly = {key: loss for key, loss in losses.items() if loss.error > BOUND}
+        worst = sorted(costly, key=lambda key: -costly[key].difference)[:_SAMPLED]
+        for output in outputs:
+            if output.key in worst:
+                for name, loss in sample_remedies(output, rounding).items():
+                    self.remedies[name] = self.remedies.get(name, RoundingLoss()) + loss
+
+    def __str__(self) -> str:
+        total = ", ".join(f"{count} layers of {name}" for name, count in self.layers.items())
+        lines = [f"{self.path}: {self.family}, the update added to {total}"]
+        if not self.losses:
+            return lines[0]
+        lines.append(f"rounding, over all layers: {self.loss}")
+        costly = {key: loss for key, loss in self.losses.items() if loss.error > BOUND}
+        worst = sorted(self.losses, key=lambda key: -self.losses[key].error)[:_SHOWN]
+        lines += [f"  {self.losses[key]}  {key}" for key in worst]
+        if len(self.losses) > _SHOWN:
+            lines.append(f"  {len(self.losses) - _SHOWN} layers lose less")
+        if costly:
+            lines.append(
+                f"WARNING: {len(costly)} of {len(self.losses)} layers lose more than {BOUND:.0%} "
+                "of their update. Measured on rows of the worst:"
+            )
+            lines += [f"  {loss}  with {name}" for name, loss in self.remedies.items()]
+        return "\n".join(lines)
 
 
 def export_fused(
@@ -55,7 +98,9 @@ def export_fused(
     revision: str | None = None,
     cache_dir: str | None = None,
     metadata: Mapping[str, str] | None = None,
+    hashes: bool = False,
     overwrite: bool = False,
+    progress: bool = True,
     verify: Callable[[Path], None] | None = None,
 ) -> FusedReport:
     """Write the base with the adapter added to it, tensor by tensor, each rounded once.
@@ -72,7 +117,10 @@ def export_fused(
         fp8_scale: store fp8 with a scale per tensor.
         denoiser_only: a checkpoint of the denoiser alone, for "Load Diffusion Model".
         variant: of the weight files of a folder, such as fp16.
+        metadata: what is to be said of the file, see ``metadata.SAID``.
+        hashes: put ``modelspec.hash_sha256`` and the like into the header. Takes a reading of all.
         overwrite: replace what exists.
+        progress: show a bar.
         verify: called with what was written, before it appears under its name; may raise.
 
     Raises:
@@ -86,51 +134,89 @@ def export_fused(
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     if format == "diffusers" and denoiser_only:
         raise ValueError("a diffusers folder is of the whole pipeline; denoiser_only is for files")
-    choose = _dtype_chooser(dtype)
-    rounding = Rounding(stochastic=stochastic, seed=seed)
+    if dtype not in CHOICES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(CHOICES)}")
+    if format == "diffusers" and dtype == "fp8_e4m3":
+        raise ValueError("fp8_e4m3 is for checkpoints; diffusers reads no such folder")
+    path, rounding = Path(output), Rounding(stochastic, seed)
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     opened = open_base(base, variant=variant, revision=revision, cache_dir=cache_dir)
     family = find_adapter_family(read, opened.family.name)
     layers = adapter_layers(read, family, scale)
     _check_scale(layers, scale)
-    path = Path(output)
     check_output(path, overwrite, [opened.path])
-    planner = Planner(layers, choose)
-    report = FusedReport(
-        path, family.name, {name: len(part.updates) for name, part in layers.items()}
-    )
-    if format == "diffusers":
-        if not isinstance(opened, FolderBase):
-            raise BaseError(
-                f"{opened.path}: an original file, and a diffusers folder is wanted. Give the "
-                "folder or Hub id of the pipeline as base, or export a checkpoint"
-            )
-        files = list(plan_folder(opened, planner))
-        with staged(path) as target:
-            _copy_rest(opened, target)
-            for component, file, outputs in files:
-                name = f"{component}/{file.name}"
-                losses = write_streamed(target / name, outputs, {"format": "pt"}, rounding)
-                report.losses |= {f"{component}.{key}": loss for key, loss in losses.items()}
-            if verify:
-                verify(target)
-        return report
-    outputs, kept = _plan(opened, planner, denoiser_only)
+    report = FusedReport(path, family.name, {n: len(part.updates) for n, part in layers.items()})
+    files = _plan(opened, Planner(layers), format, denoiser_only)
+    denoiser = family.denoiser
+    scale_prefix = _scale_prefix(opened, denoiser_only) if fp8_scale else None
     with staged(path) as target:
-        everything = {"format": "pt", **kept, **(metadata or {})}
-        report.losses = write_streamed(target, outputs, everything, rounding)
+        if isinstance(opened, FolderBase) and format == "diffusers":
+            _copy_rest(opened, target)
+        for name, planned in files.items():
+            outputs = converted(planned, dtype, denoiser, scale_prefix)
+            said = _metadata(read, opened, scale, format, dtype, stochastic, dict(metadata or {}))
+            here = target / name if name else target
+            losses = write_streamed(here, outputs, said, rounding, progress=progress)
+            component = f"{planned[0][0]}." if name else ""
+            report.losses |= {component + key: loss for key, loss in losses.items()}
+            report.note_costly(losses, outputs, rounding)
+            if hashes and not name:
+                finish_header(here)
         if verify:
             verify(target)
     return report
 
 
-def _plan(
-    base: Base, planner: Planner, denoiser_only: bool
-) -> tuple[list[OutputTensor], dict[str, str]]:
-    """The tensors of the original file, and what of the base's metadata holds for it."""
+def _plan(base: Base, planner: Planner, format: str, denoiser_only: bool) -> dict[str, list[Owned]]:
+    """File within the output -> its tensors; "" where the output is the file."""
+    if format == "checkpoint":
+        if isinstance(base, FileBase):
+            return {"": plan_from_file(base, planner, denoiser_only)}
+        return {"": plan_original(base, planner, denoiser_only)}
     if isinstance(base, FileBase):
-        return plan_from_file(base, planner, denoiser_only), base.metadata
-    return plan_original(base, planner, denoiser_only), {}
+        raise BaseError(
+            f"{base.path}: an original file, and a diffusers folder is wanted. Give the folder or "
+            "Hub id of the pipeline as base, or export a checkpoint"
+        )
+    planned = plan_folder(base, planner)
+    return {f"{file.parent.name}/{file.name}": outputs for file, outputs in planned.items()}
+
+
+def _scale_prefix(base: Base, denoiser_only: bool) -> str:
+    """How keys of the denoiser begin in the output."""
+    if denoiser_only:
+        return ""
+    if isinstance(base, FileBase):
+        return base.prefixes[base.family.denoiser]
+    return base.family.original_layouts[base.family.denoiser][0].prefixes[0]
+
+
+def _metadata(
+    adapter: Adapter,
+    base: Base,
+    scale: float,
+    format: str,
+    dtype: str,
+    stochastic: bool,
+    said: dict[str, Any],
+) -> dict[str, str]:
+    """What the header says; that of a diffusers folder's files is theirs."""
+    if format == "diffusers":
+        return {"format": "pt"}
+    made = {"dtype": dtype, "rounding": "stochastic" if stochastic else "nearest"}
+    single = isinstance(base, FileBase)
+    fields = export_metadata(
+        adapter,
+        kind="checkpoint",
+        family=base.family,
+        scale=scale,
+        names=None if isinstance(base, FileBase) else base.published_names(),
+        base_metadata=base.metadata if isinstance(base, FileBase) else None,
+        base_name=base.path.stem if single else base.path.name,
+        made=made,
+        **said,
+    )
+    return {"format": "pt", **fields}
 
 
 def _check_scale(layers: Mapping[str, AdapterLayers], scale: float) -> None:
@@ -142,19 +228,21 @@ def _check_scale(layers: Mapping[str, AdapterLayers], scale: float) -> None:
         )
 
 
-def _dtype_chooser(dtype: str) -> Callable[[str, str, StoredTensor], torch.dtype]:
-    def choose(component: str, key: str, stored: StoredTensor) -> torch.dtype:
-        return stored.dtype
-
-    return choose
-
-
 def _copy_rest(base: FolderBase, target: Path) -> None:
-    """Copy all of a pipeline's folder but the weights that are written anew."""
-    written = {file for files in base.files.values() for file in files}
-    indexes = {file for file in written if file.suffix == ".json"}
+    """Copy what makes up the pipeline, but for the weights that are written anew."""
+    for entry in sorted(base.path.iterdir()):
+        if entry.is_file() and entry.suffix in (".json", ".md", ".txt"):
+            target.mkdir(exist_ok=True)
+            shutil.copy(entry, target / entry.name)
+        elif entry.is_dir() and entry.name in base.index:
+            files = base.files.get(entry.name)
+            shutil.copytree(entry, target / entry.name, ignore=_weights if files else None)
+            for index in files or ():
+                if index.suffix == ".json":
+                    shutil.copy(index, target / entry.name / index.name)
 
-    def passed_over(folder: str, names: list[str]) -> set[str]:
-        return {name for name in names if Path(folder) / name in written - indexes}
 
-    shutil.copytree(base.path, target, ignore=passed_over)
+def _weights(folder: str, names: list[str]) -> set[str]:
+    """Weight files and their indexes, of any variant and library."""
+    endings = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb")
+    return {name for name in names if name.endswith(endings) or ".index." in name}

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
 from torch import Tensor
 
 from ..families import ModelFamily
-from ..layouts import Layout
 from ..low_rank import truncate
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, write_safetensors
 from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
-from .bases import Base, FileBase, FolderBase, open_base
+from .bases import Base, FolderBase, open_base
+from .metadata import export_metadata
 from .names import STYLES, Names, Pair, StyleError, find_names
+from .staging import check_output, staged
 
 LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -38,6 +40,21 @@ class LoraReport:
     ranks: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        size = self.path.stat().st_size / 2**20
+        lines = [f"{self.path}: {len(self.ranks)} layers in {self.style} names, {size:.1f} MiB"]
+        different = sorted({rank for rank in self.ranks.values() if rank})
+        if different:
+            text = f"{different[0]}" + (f" to {different[-1]}" if len(different) > 1 else "")
+            lines[0] += f", rank {text}"
+        if worst := max(self.errors.values(), default=0.0):
+            lines.append("left out by truncation, relative to each layer's update:")
+            lines += [f"  {error:8.2%}  {layer}" for layer, error in self.errors.items()]
+            lines.append(f"  {worst:8.2%}  at most")
+        elif self.errors:
+            lines.append("exact: the very same update")
+        return "\n".join(lines)
+
 
 def export_lora(
     adapter: Adapter | str | os.PathLike[str],
@@ -50,7 +67,9 @@ def export_lora(
     energy: float | None = None,
     base: str | os.PathLike[str] | None = None,
     family: str | None = None,
-    metadata: Mapping[str, str] | None = None,
+    metadata: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+    verify: Callable[[Path], None] | None = None,
 ) -> LoraReport:
     """Write an adapter as a LoRA file with the very same update, or the nearest of lower rank.
 
@@ -67,11 +86,14 @@ def export_lora(
         base: a base that tells what the adapter alone may not: the family, the number of layers
             per block of a UNet, the kind of text encoder.
         family: where neither adapter nor base tells it.
-        metadata: further strings for the header.
+        metadata: what is to be said of the file, see ``metadata.SAID``.
+        overwrite: replace what exists.
+        verify: called with the file before it appears under its name; may raise.
 
     Raises:
         AdapterFileError: the adapter is not whole, or has what a LoRA cannot hold.
         StyleError: the style has no names for a component. Nothing is written.
+        OutputError: the output is there already.
         ValueError: an impossible option.
     """
     if style not in STYLES:
@@ -81,8 +103,9 @@ def export_lora(
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, style, opened)
+    check_output(Path(output), overwrite, [])
     report = LoraReport(Path(output), style)
-    target = _lora_dtype(dtype, parts)
+    target = lora_dtype(dtype, parts)
     tensors: dict[str, Tensor] = {}
     for component, layers in parts.items():
         pairs: dict[str, Pair] = {}
@@ -95,8 +118,21 @@ def export_lora(
         for name, (down, up) in names[component].pairs(pairs).items():
             report.ranks[name] = len(down)
             tensors |= _tensors(name, down, up, style, target)
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    write_safetensors(tensors, Path(output), {"format": "pt", **(metadata or {})})
+    said = export_metadata(
+        read,
+        kind="lora",
+        family=found,
+        original_names=style != "diffusers",
+        ranks=report.ranks.values(),
+        scale=scale,
+        names=opened.published_names() if isinstance(opened, FolderBase) else None,
+        made={"rank": rank, "energy": energy} if rank or energy else {},
+        **dict(metadata or {}),
+    )
+    with staged(Path(output)) as temporary:
+        write_safetensors(tensors, temporary, {"format": "pt", **said})
+        if verify:
+            verify(temporary)
     return report
 
 
@@ -106,7 +142,7 @@ def component_names(
     """Return component -> names of its layers. All that a file in this style cannot hold is told.
 
     Raises:
-        StyleError: there is something of that kind.
+        StyleError: there is something of that kind, or a layer that the base does not have.
     """
     names, problems = {}, []
     for component, layers in parts.items():
@@ -116,15 +152,22 @@ def component_names(
                 f"{component}: {len(layers.replaced)} trained biases or whole modules ({some}), "
                 "which are no LoRA. Export a checkpoint or a diffusers folder"
             )
-        layout, keys = _known(base, family, component, layers)
-        if style == "diffusers" and component not in _read_by_diffusers(family):
+        if style == "diffusers" and component not in read_by_diffusers(family):
             problems.append(
                 f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
                 "Use style comfyui or kohya, or fuse"
             )
             continue
+        own = {f"{path}.weight": update.shape for path, update in layers.updates.items()}
+        known = base.canonical_shapes(component) if base else own
+        for key, shape in own.items():
+            if known.get(key) != shape:
+                problems.append(
+                    f"{component}: {key} has an update of {shape}, the base has "
+                    f"{known.get(key, 'no such layer')}"
+                )
         try:
-            names[component] = find_names(family, component, style, keys, layout)
+            names[component] = find_names(family, component, style, known)
             for path in layers.updates:
                 names[component].name(path)
         except StyleError as error:
@@ -134,26 +177,14 @@ def component_names(
     return names
 
 
-def _known(
-    base: Base | None, family: ModelFamily, component: str, layers: AdapterLayers
-) -> tuple[Layout | None, list[str]]:
-    """The layout of a component, and canonical keys: of all its tensors if there is a base."""
-    if isinstance(base, FileBase) and component in base.layouts:
-        read = base.layouts[component].read(base.shapes(component))
-        return base.layouts[component], [part.key for tensor in read for part in tensor.parts]
-    shapes = {f"{path}.weight": update.shape for path, update in layers.updates.items()}
-    if isinstance(base, FolderBase) and component in base.tensors:
-        shapes = {key: tensor.shape for key, tensor in base.tensors[component].items()}
-    layout = family.find_layout(component, shapes)
-    return layout, [layout.canonical(key) for key in shapes] if layout else []
-
-
-def _read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
+def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
+    """Return the components that diffusers' ``load_lora_weights`` takes a LoRA for."""
     pipeline = getattr(diffusers, family.pipeline_classes[0])
     return tuple(getattr(pipeline, "_lora_loadable_modules", ()))
 
 
-def _lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
+def lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
+    """Return the dtype of an option's value; keep is the adapter's own."""
     if dtype == "keep":
         updates = [update for part in parts.values() for update in part.updates.values()]
         return updates[0].A.dtype

@@ -7,14 +7,14 @@ sd-scripts (``networks/lora*.py``); ComfyUI (``comfy/lora.py``, ``model_lora_key
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ..families import ModelFamily
-from ..layouts import Layout, Rule, locate
+from ..layouts import Rule, Shape, locate
 from ..low_rank import join_rows
 
 STYLES = ("comfyui", "kohya", "diffusers")
@@ -32,12 +32,15 @@ class Names:
     Args:
         prefix: what each name begins with, its separator included.
         separator: between the parts of a path.
-        rules: if given, names are the original layout's, and layers that are one there are joined.
+        rules: if given, names are the original layout's.
+        split_prefix: if given, layers that are one in the original stay apart, with diffusers'
+            names behind this prefix; else they are joined.
     """
 
     prefix: str
     separator: str = "."
     rules: tuple[Rule, ...] | None = None
+    split_prefix: str | None = None
 
     def name(self, path: str) -> str:
         """Return the layer's name.
@@ -49,6 +52,8 @@ class Names:
             location = locate(path, self.rules)
             if location is None:
                 raise StyleError(f"{path} has no name in the original layout")
+            if self.split_prefix is not None and len(location.rule.names) > 1:
+                return self.split_prefix + path
             path = location.original
         return self.prefix + path.replace(".", self.separator)
 
@@ -63,7 +68,7 @@ class Names:
             name, location = self.name(path), locate(path, self.rules)
             assert location is not None  # or there would be no name
             rule = location.rule
-            if len(rule.names) > 1:
+            if len(rule.names) > 1 and self.split_prefix is None:
                 joined.setdefault(name, {})[location.part] = (down, up)
                 of_name[name] = rule
             elif rule.halves_swapped and up.shape[0] == 2 * down.shape[1]:
@@ -89,35 +94,30 @@ def _joined(parts: Mapping[int, Pair], rule: Rule) -> Pair:
 
 
 def find_names(
-    family: ModelFamily,
-    component: str,
-    style: str,
-    keys: Iterable[str],
-    layout: Layout | None,
+    family: ModelFamily, component: str, style: str, shapes: Mapping[str, Shape]
 ) -> Names:
     """Return the names of a component's layers in a style.
 
     Args:
-        keys: canonical, of the weights of all layers that will be named, or of the whole model
-            where it is known.
-        layout: that of the component, if it has one.
+        shapes: by canonical key, of the weights that will be named, or of the whole model where it
+            is known.
 
     Raises:
         StyleError: the style has no names for this component.
     """
+    layout, prefix = family.find_layout(component, shapes), None
     if style == "diffusers":
         return Names(f"{component}.")
-    if layout is None:
-        raise StyleError(f"style {style} has no names for {component} of {family.name}")
-    rules = tuple(layout.rules_of(keys))
-    if component != family.denoiser:
-        if style == "comfyui":
-            return Names(f"text_encoders.{layout.comfyui_name}.transformer.")
-        return Names(f"{family.kohya_prefixes[component]}_", "_")
-    if style == "kohya":
-        prefix = f"{family.kohya_prefixes[component]}_"
-        return Names(prefix, "_", rules if family.kohya_original_names else None)
-    if any(len(rule.names) > 1 for rule in rules):
-        # ComfyUI finds the rows of each itself: a third of the size of what joined ones take
-        return Names(f"{component}.")
-    return Names("diffusion_model.", ".", rules)
+    if component != family.denoiser and style == "comfyui":
+        prefix = family.comfyui_prefix(component, shapes)
+    elif component in family.kohya_prefixes:
+        prefix = family.kohya_prefixes[component] + "_"
+    if component == family.denoiser and layout:
+        rules = tuple(layout.rules_of(shapes))
+        if style == "kohya" and prefix:
+            return Names(prefix, "_", rules if family.kohya_original_names else None)
+        # ComfyUI finds the rows of split ones itself: a third of the size of what joined ones take
+        return Names("diffusion_model.", ".", rules, f"{component}.")
+    if prefix is None:
+        raise StyleError(f"style {style} has no names for this {component} of {family.name}")
+    return Names(prefix, "_" if style == "kohya" else ".")

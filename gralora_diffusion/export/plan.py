@@ -5,7 +5,7 @@ Whatever does not fit together is told here, before a weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -19,8 +19,8 @@ from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
 from .tensor_bytes import StoredTensor
 
-#: (component, key in the output without prefix, tensor of the base) -> dtype in the output
-ChooseDtype = Callable[[str, str, StoredTensor], torch.dtype]
+#: A tensor of the output and the component that it belongs to; "" if to none.
+Owned = tuple[str, OutputTensor]
 
 
 @dataclass(frozen=True)
@@ -52,24 +52,31 @@ class Planner:
     """
 
     layers: Mapping[str, AdapterLayers]
-    dtype: ChooseDtype
     used: dict[str, set[str]] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
 
     def piece(
-        self, component: str, name: str, part: Part, full: Shape, source: StoredTensor, start: int
+        self,
+        component: str,
+        name: str,
+        part: Part,
+        full: Shape,
+        source: StoredTensor,
+        start: int | None = None,
     ) -> Piece:
         """Return the piece for a part of an original tensor.
 
         Args:
             name: canonical key of the diffusers tensor.
-            part: which rows of it; if transposed and ``source`` is too, there is nothing to turn.
+            part: which rows of it.
             full: shape of the diffusers tensor.
-            source: what holds these rows, from row ``start`` on.
+            source: what holds these rows: the diffusers tensor, or the original one.
+            start: in the original one, the first of these rows. None: it is the diffusers tensor.
         """
         layers = self.layers.get(component, AdapterLayers())
+        turned = part.transposed and start is None
+        start = part.start if start is None else start
         stop = start + part.stop - part.start
-        turned = part.transposed and source.shape == full
         if name in layers.replaced:
             self.used.setdefault(component, set()).add(name)
             value = layers.replaced[name]
@@ -116,39 +123,27 @@ class Planner:
             raise AdapterFileError(f"the adapter does not fit {where}:\n{lines}")
 
 
-def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> list[OutputTensor]:
+def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> list[Owned]:
     """Return the tensors of a file of the same kind as the base."""
-    outputs: list[OutputTensor] = []
-    places: dict[str, tuple[str, list[tuple[Part, Shape]]]] = {}
-    for component, layout in base.layouts.items():
-        shapes, prefix = base.shapes(component), base.prefixes[component]
-        for tensor in layout.read(shapes):
-            rows: dict[str, int] = {}
-            for part in tensor.parts:
-                rows[part.key] = max(rows.get(part.key, 0), part.stop)
-            rest = tensor.shape[1:]
-            places[prefix + tensor.key] = (
-                component,
-                [
-                    (part, (*rest, rows[part.key]) if part.transposed else (rows[part.key], *rest))
-                    for part in tensor.parts
-                ],
-            )
+    outputs: list[Owned] = []
+    places = {
+        base.prefixes[component] + tensor.key: (component, tensor.parts, full)
+        for component in base.layouts
+        for tensor, full in base.read(component)
+    }
     denoiser = base.family.denoiser
-    start = base.prefixes[denoiser]
     for key, stored in base.tensors.items():
-        component, parts = places.get(key, (_owner(base, key), []))
+        component, parts, shapes = places.get(key, (_owner(base, key), (), []))
         if denoiser_only and component != denoiser:
             continue
         pieces, first = [], 0
-        for part, full in parts:
+        for part, full in zip(parts, shapes, strict=True):
             pieces.append(planner.piece(component, part.key, part, full, stored, first))
             first += part.stop - part.start
         if not pieces:
             pieces = [Piece(stored, 0, stored.shape[0] if stored.shape else 1)]
-        name = key.removeprefix(start) if denoiser_only else key
-        dtype = planner.dtype(component, key.removeprefix(base.prefixes.get(component, "")), stored)
-        outputs.append(OutputTensor(name, stored.shape, dtype, tuple(pieces)))
+        name = key.removeprefix(base.prefixes[denoiser]) if denoiser_only else key
+        outputs.append((component, OutputTensor(name, stored.shape, stored.dtype, tuple(pieces))))
     absent = set(base.family.components) - set(base.layouts)
     planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
     return outputs
@@ -156,17 +151,17 @@ def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> lis
 
 def _owner(base: FileBase, key: str) -> str:
     """The component whose prefix a key has; the longest one counts. "" if there is none."""
-    owners = [(len(p), name) for name, p in base.prefixes.items() if p and key.startswith(p)]
+    owners = [(len(p), name) for name, p in base.prefixes.items() if key.startswith(p)]
     return max(owners)[1] if owners else ""
 
 
-def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> list[OutputTensor]:
+def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> list[Owned]:
     """Return the tensors of an original file for a pipeline in diffusers' layout.
 
     Raises:
         BaseError: the original layout has no place for something, or a component lacks.
     """
-    family, outputs = base.family, []
+    family, outputs = base.family, list[Owned]()
     components = [family.denoiser] if denoiser_only else list(family.original_layouts)
     lacking = [name for name in components if name not in base.tensors]
     if needed := [name for name in lacking if name not in family.optional_text_encoders]:
@@ -197,12 +192,15 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
                     part,
                     shapes[part.key],
                     stored[part.key],
-                    part.start,
                 )
                 for part in tensor.parts
             )
-            dtype = planner.dtype(component, tensor.key, stored[tensor.parts[0].key])
-            outputs.append(OutputTensor(prefix + tensor.key, tensor.shape, dtype, pieces))
+            dtype = stored[tensor.parts[0].key].dtype
+            output = OutputTensor(prefix + tensor.key, tensor.shape, dtype, pieces)
+            outputs.append((component, output))
+    empty = Piece(torch.empty(0), 0, 0)
+    for key in family.original_marks(base.scheduler):
+        outputs.append(("", OutputTensor(key, (0,), torch.float32, (empty,))))
     lacks = dict.fromkeys(set(family.components) - set(components), _NOT_HELD)
     lacks |= dict.fromkeys(lacking, base.lacks)
     planner.check(str(base.path), lacks)
@@ -214,24 +212,16 @@ _NOT_HELD = (
 )
 
 
-def plan_folder(
-    base: FolderBase, planner: Planner
-) -> Iterator[tuple[str, Path, list[OutputTensor]]]:
-    """Give component, weight file and its tensors, for every shard, in diffusers' layout."""
-    planned = []
-    for component, files in base.files.items():
-        for file in files:
-            outputs = []
-            for key, stored in base.tensors[component].items():
-                if stored.path != file:
-                    continue
-                part = Part(key, 0, stored.shape[0] if stored.shape else 1)
-                name = base.family.canonical(component, key)
-                piece = planner.piece(component, name, part, stored.shape, stored, 0)
-                dtype = planner.dtype(component, key, stored)
-                outputs.append(OutputTensor(key, stored.shape, dtype, (piece,)))
-            if outputs:
-                planned.append((component, file, outputs))
+def plan_folder(base: FolderBase, planner: Planner) -> dict[Path, list[Owned]]:
+    """Return weight file -> its tensors, for every shard of a folder in diffusers' layout."""
+    planned: dict[Path, list[Owned]] = {}
+    for component, tensors in base.tensors.items():
+        for key, stored in tensors.items():
+            part = Part(key, 0, stored.shape[0] if stored.shape else 1)
+            name = base.family.canonical(component, key)
+            piece = planner.piece(component, name, part, stored.shape, stored)
+            output = OutputTensor(key, stored.shape, stored.dtype, (piece,))
+            planned.setdefault(stored.path, []).append((component, output))
     absent = set(base.family.components) - set(base.files)
     planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
-    return iter(planned)
+    return planned

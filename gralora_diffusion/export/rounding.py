@@ -65,6 +65,12 @@ class RoundingLoss:
         """<O - W, dW> / |dW|^2: how strong the update still is; 1 if noise has no bias."""
         return self.agreement / self.update if self.update else 1.0
 
+    def __str__(self) -> str:
+        return (
+            f"{self.error:6.1%} of the update lost, strength {self.gain:.3f}, "
+            f"|dW|/|W| {self.ratio:.4f}"
+        )
+
     @property
     def ratio(self) -> float:
         """|dW| / |W|."""

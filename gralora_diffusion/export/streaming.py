@@ -10,7 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..layouts import Shape
 from ..tensor_files import replacing
-from .rounding import NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
+from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
 from .tensor_bytes import Files, StoredTensor, as_bytes, check_space, count, make_header
 
 #: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
@@ -125,6 +125,27 @@ def write_streamed(
     return losses
 
 
+def sample_remedies(output: OutputTensor, rounding: Rounding) -> dict[str, RoundingLoss]:
+    """Measure, on the first block of rows of each piece, what other ways of rounding would cost.
+
+    Returns:
+        Name of the way, the present one first -> its cost.
+    """
+    name = NAMES[output.dtype]
+    ways = {name: (output, rounding)}
+    if not rounding.stochastic:
+        by_chance = replace(rounding, stochastic=True)
+        ways[f"{name} and stochastic rounding"] = (output, by_chance)
+    for other, dtype in DTYPES.items():
+        if torch.finfo(dtype).eps < torch.finfo(output.dtype).eps:
+            ways[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
+    with Files() as files, tqdm(disable=True) as bar:
+        return {
+            way: _Job(tensor, {}, files, how, _Buffers(), bar).sample()
+            for way, (tensor, how) in ways.items()
+        }
+
+
 @dataclass(frozen=True)
 class _Job:
     """One tensor of the output."""
@@ -164,6 +185,17 @@ class _Job:
             self.files.write(one, self.offsets[self.output.scale_key])
         return loss
 
+    def sample(self) -> RoundingLoss:
+        """What rounding costs in the first block of each piece; nothing is written."""
+        columns = count(self.output.shape[1:])
+        scale = self._scale() if self.output.scale_key else 1.0
+        total = RoundingLoss()
+        for piece in self.output.pieces:
+            if piece.update:
+                first, base = next(self._blocks(piece, columns))
+                total += self._rounded(base, piece.update(), first, scale, 0)[0] or RoundingLoss()
+        return total
+
     def _is_copied(self, piece: Piece) -> bool:
         source = piece.source
         as_it_is = not (piece.update or piece.transposed or self.output.scale_key)
@@ -202,7 +234,8 @@ class _Job:
         total = self.buffers.take("total", *base.shape).copy_(values)
         if update:
             update.add_to(total, first)
-        generator = self.rounding.generator(self.output.key, block)
+        # by chance only where there is something to keep; the base's own values stay nearest
+        generator = self.rounding.generator(self.output.key, block) if update else None
         scaled = total if scale == 1.0 else total / scale
         rows, columns = base.shape
         rounded = self.buffers.take("rounded", rows, columns, dtype)

@@ -116,20 +116,24 @@ def check_space(path: Path, total: int) -> None:
 
 
 class Files:
-    """An output of a known size and its sources, at any place and by several threads at once."""
+    """An output of a known size and its sources, at any place and by several threads at once.
 
-    def __init__(self, path: Path, total: int) -> None:
+    Without a path there are sources only.
+    """
+
+    def __init__(self, path: Path | None = None, total: int = 0) -> None:
         self.path, self.total = path, total
         self.sources: dict[Path, int] = {}
         self.lock = Lock()
 
     def __enter__(self) -> Files:
-        self.output = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
-        os.ftruncate(self.output, self.total)
+        if self.path:
+            self.output = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_TRUNC | _BINARY, 0o666)
+            os.ftruncate(self.output, self.total)
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in (self.output, *self.sources.values()):
+        for file in (*([self.output] if self.path else []), *self.sources.values()):
             os.close(file)
 
     def _source(self, path: Path) -> int:

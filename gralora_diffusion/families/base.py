@@ -202,6 +202,24 @@ class ModelFamily(ABC):
         layouts = self.original_layouts.get(component, ())
         return next((layout for layout in layouts if layout.fits(shapes)), None)
 
+    def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        """Return keys of empty tensors by which a single file says how it is to be sampled.
+
+        Args:
+            scheduler: its config.
+        """
+        del scheduler
+        return ()
+
+    def comfyui_prefix(self, component: str, shapes: Mapping[str, Shape]) -> str | None:
+        """Return how ComfyUI begins the names of a text encoder's layers in LoRA files, if it does.
+
+        Args:
+            shapes: as for :meth:`find_layout`.
+        """
+        layout = self.find_layout(component, shapes)
+        return f"text_encoders.{layout.comfyui_name}.transformer." if layout else None
+
     def canonical(self, component: str, key: str) -> str:
         """Return a key or path, as a file or a model has it, in the form of the layout's rules.
 

@@ -13,7 +13,7 @@ from diffusers import Flux2Pipeline
 from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 from torch import Tensor, nn
 
-from ..layouts import DENOISER, Layout, rename
+from ..layouts import DENOISER, Layout, Shape, rename
 from .base import (
     JOINT_ATTENTION,
     LANGUAGE_MODEL_PRESETS,
@@ -32,6 +32,8 @@ _ATTENTION_FF = (
     *_ATTENTION,
     *("ff.linear_in", "ff.linear_out", "ff_context.linear_in", "ff_context.linear_out"),
 )
+#: Width of the language model -> ComfyUI's name for it (comfy/text_encoders/flux.py).
+_COMFYUI_NAMES = {5120: "mistral3_24b", 2560: "qwen3_4b", 4096: "qwen3_8b"}
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
 #: Names in the file that Black Forest Labs published: of the transformer alone.
 _ORIGINAL = (
@@ -107,6 +109,11 @@ class Flux2(ModelFamily):
     layer_marks: tuple[LayerMark, ...] = layer_marks(6144)
     drawing_dtype = torch.bfloat16
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
+
+    def comfyui_prefix(self, component: str, shapes: Mapping[str, Shape]) -> str | None:
+        widths = [shape[1] for key, shape in shapes.items() if key.endswith("q_proj.weight")]
+        name = _COMFYUI_NAMES.get(max(widths, default=0))
+        return name and f"text_encoders.{name}.transformer.model."
 
     def canonical(self, component: str, key: str) -> str:
         # transformers writes the language model's levels in the other order than it has them

@@ -68,6 +68,12 @@ class StableDiffusionXL(StableDiffusion):
     )
     load_options = MappingProxyType({"add_watermarker": False})
 
+    def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
+        # without them ComfyUI takes it for one that predicts noise (comfy/supported_models.py)
+        if scheduler.get("prediction_type") != "v_prediction":
+            return ()
+        return ("v_pred", "ztsnr") if scheduler.get("rescale_betas_zero_snr") else ("v_pred",)
+
     def encode_prompts(
         self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
     ) -> Conditioning:

@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
+from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gralora_diffusion import get_family
+from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_fused
+from gralora_diffusion.export.bases import BaseError
+from gralora_diffusion.export.lora import read_by_diffusers
+from gralora_diffusion.export.parity import ParityError
+from gralora_diffusion.export.staging import OutputError
+from gralora_diffusion.export.verification import Verification
+from gralora_diffusion.state import read_adapter
 
-from ..models import PIPELINES, adapt_everywhere, merged
-from ..originals import ORIGINALS, transformer_alone, write
+from ..models import PIPELINES, adapt_everywhere, config, merged
+from ..originals import ORIGINALS, ldm, transformer_alone, write
 from ..tiny.parts import text_encoder_with_projection
 
 
@@ -104,3 +112,172 @@ def test_a_diffusers_folder(case, tmp_path):
     assert names == {
         str(p.relative_to(tmp_path / "fused")) for p in (tmp_path / "fused").rglob("*")
     }
+
+
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
+def test_diffusers_reads_the_file_as_the_fused_pipeline(name, tmp_path):
+    """By its own ``from_single_file``; the other families' need their full widths, and in
+    test_layouts every row of those goes through the same converters."""
+    pipe = tiny(name)
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    read = type(pipe).from_single_file(
+        str(tmp_path / "fused.safetensors"), config=str(tmp_path / "base")
+    )
+    expected = merged([(tmp_path / "adapter", 1.0)], tiny(name))
+    for component in (*get_family(name).components, "vae"):
+        agree(getattr(read, component).state_dict(), getattr(expected, component).state_dict())
+
+
+def test_a_base_that_predicts_v_says_so_in_the_file(tmp_path):
+    pipe = PIPELINES["stable-diffusion-xl"]()
+    pipe.scheduler.register_to_config(prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe, ["unet"]).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    found = load_file(tmp_path / "fused.safetensors")
+    assert found["v_pred"].numel() == found["ztsnr"].numel() == 0
+
+
+@pytest.mark.parametrize("source", ["base", "base.safetensors"])
+def test_a_square_projection_that_the_original_has_transposed(source, tmp_path):
+    def build() -> Any:
+        pipe = PIPELINES["stable-diffusion-xl"]()
+        torch.manual_seed(0)
+        pipe.text_encoder_2 = text_encoder_with_projection(24, 24)
+        return pipe
+
+    build().save_pretrained(tmp_path / "base")
+    write(ORIGINALS["stable-diffusion-xl"](build()), tmp_path / "base.safetensors")
+    pipe = build()
+    inject(pipe.text_encoder_2, config(["text_projection"], hybrid_r=2), "a")
+    pipe.save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / source, tmp_path / "fused.safetensors")
+    expected = ORIGINALS["stable-diffusion-xl"](merged([(tmp_path / "adapter", 1.0)], build()))
+    found = load_file(tmp_path / "fused.safetensors")
+    agree(found, {key: tensor for key, tensor in expected.items() if key in found})
+
+
+def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
+    pipe = PIPELINES["stable-diffusion"]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe).save_gralora_weights(tmp_path / "adapter")
+    output = tmp_path / "fused.safetensors"
+    alone = transformer_alone(ORIGINALS["stable-diffusion"](PIPELINES["stable-diffusion"]()))
+    write(alone, tmp_path / "unet.safetensors")
+    with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*full checkpoint"):
+        export_fused(tmp_path / "adapter", tmp_path / "unet.safetensors", output)
+    with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
+        export_fused(tmp_path / "adapter", tmp_path / "base", output, denoiser_only=True)
+    PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
+    with pytest.raises(AdapterFileError, match="trained for stable-diffusion, but flux"):
+        export_fused(tmp_path / "adapter", tmp_path / "flux", output)
+    other = dict(list(alone.items())[:-3])
+    other = {key: tensor for key, tensor in other.items() if ".attn1.to_q." not in key}
+    write(other, tmp_path / "less.safetensors")
+    adapt_everywhere(PIPELINES["stable-diffusion"](), ["unet"]).save_gralora_weights(
+        tmp_path / "unet_adapter"
+    )
+    with pytest.raises(AdapterFileError, match=r"unet: the base has no .*attn1\.to_q"):
+        export_fused(tmp_path / "unet_adapter", tmp_path / "less.safetensors", output)
+    config = json.loads((tmp_path / "base/unet/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "base/unet/config.json").write_text(json.dumps(config))
+    with pytest.raises(BaseError, match="a quantized base"):
+        export_fused(tmp_path / "adapter", tmp_path / "base", output)
+    assert not output.exists()
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def test_the_base_is_never_replaced(tmp_path):
+    pipe = PIPELINES["stable-diffusion"]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe, ["unet"]).save_gralora_weights(tmp_path / "adapter")
+    base = write(
+        ORIGINALS["stable-diffusion"](tiny("stable-diffusion")), tmp_path / "b.safetensors"
+    )
+    before = base.read_bytes()
+    with pytest.raises(OutputError, match="which is read"):
+        export_fused(tmp_path / "adapter", base, base, overwrite=True)
+    with pytest.raises(OutputError, match="which is read"):
+        export_fused(
+            tmp_path / "adapter",
+            tmp_path / "base",
+            tmp_path / "base",
+            format="diffusers",
+            overwrite=True,
+        )
+    assert base.read_bytes() == before
+
+
+def test_biases_and_shards(tmp_path):
+    """Trained biases take the base's place; a sharded base is read through its index."""
+    pipe = PIPELINES["stable-diffusion"]()
+    torch.manual_seed(3)
+    inject(pipe.unet, config(bias="all"), "a")
+    for name, parameter in pipe.unet.named_parameters():
+        if name.endswith("bias"):
+            parameter.data += 0.5
+    pipe.save_gralora_weights(tmp_path / "adapter")
+    base = PIPELINES["stable-diffusion"]()
+    base.save_pretrained(tmp_path / "base", max_shard_size="60KB")
+    assert len(list((tmp_path / "base/unet").glob("*-of-*.safetensors"))) > 2
+    pipe.fuse_gralora()
+    pipe.unload_gralora_weights()
+    expected = pipe.unet.state_dict()
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused", format="diffusers")
+    agree(DiffusionPipeline.from_pretrained(tmp_path / "fused").unet.state_dict(), expected)
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    agree(load_file(tmp_path / "fused.safetensors"), ldm.unet_tensors(pipe.unet))
+    with pytest.raises(AdapterFileError, match="cannot be scaled"):
+        export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "x.safetensors", scale=0.5)
+
+
+@pytest.mark.parametrize("scaled", [True, False])
+def test_fp8_of_the_denoiser_alone(scaled, tmp_path):
+    pipe = PIPELINES["flux"]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe, ["transformer"]).save_gralora_weights(tmp_path / "adapter")
+    exact, small = tmp_path / "exact.safetensors", tmp_path / "small.safetensors"
+    export_fused(tmp_path / "adapter", tmp_path / "base", exact)
+    report = export_fused(
+        tmp_path / "adapter", tmp_path / "base", small, dtype="fp8_e4m3", fp8_scale=scaled
+    )
+    exact, small = load_file(exact), load_file(small)
+    start, fp8 = "model.diffusion_model.", torch.float8_e4m3fn
+    matrices = {k for k, t in exact.items() if k.startswith(start) and t.dim() == 2}
+    assert {key for key, t in small.items() if t.dtype == fp8 and t.dim() == 2} == matrices
+    assert (f"{start}scaled_fp8" in small) == scaled
+    for key, value in exact.items():
+        if key not in matrices:
+            assert torch.equal(small[key], value)
+            continue
+        scale = torch.tensor(1.0)
+        if scaled:
+            scale = small[key.removesuffix("weight") + "scale_weight"]
+            assert scale == value.abs().max() / 448
+        assert torch.equal(small[key].float(), (value / scale).to(fp8).float())
+    assert report.loss.error > 0.02
+    assert "bf16" in report.remedies or not report.remedies
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_verification(name, tmp_path):
+    """Right files of every family pass, one without the adapter's update does not."""
+    family = get_family(name)
+    pipe = PIPELINES[name]()
+    pipe.save_pretrained(tmp_path / "base")
+    components = [c for c in held(name) if c in read_by_diffusers(family)]
+    adapt_everywhere(pipe, components).save_gralora_weights(tmp_path / "adapter")
+    verification = Verification(
+        read_adapter(tmp_path / "adapter"), tmp_path / "base", tmp_path / "out", steps=2, size=32
+    )
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "fused.safetensors")
+    verification.check_fused(tmp_path / "fused.safetensors")
+    told = json.loads((tmp_path / "out.parity.json").read_text())
+    assert set(told["ways"]) == {"fused weights", "LoRA by load_lora_weights"}
+    assert all(way["relative"] < 1e-4 for way in told["ways"].values())
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "none.safetensors", scale=0.0)
+    with pytest.raises(ParityError, match="failed: fused weights"):
+        verification.check_fused(tmp_path / "none.safetensors")

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, get_family, inject
-from gralora_diffusion.export import export_lora
-from gralora_diffusion.export.names import StyleError
+from gralora_diffusion.export import export_diff, export_lora
+from gralora_diffusion.export.names import StyleError, find_names
 
 from ..models import PIPELINES, adapt_everywhere, config, merged
 from ..originals import ORIGINALS
@@ -94,37 +94,51 @@ def updates_of_the_model(name: str, adapter: Path, components: list[str]) -> dic
     return {key: after[key].double() - before[key] for key in changed}
 
 
-DENOISERS = [(name, style) for name in PIPELINES for style in ("kohya", "comfyui")]
-#: Where the names are those of diffusers.
-OF_DIFFUSERS = [
-    ("stable-diffusion", "kohya"),
-    *((name, "comfyui") for name in PIPELINES if get_family(name).denoiser == "transformer"),
-]
-
-
-@pytest.mark.parametrize(("name", "style"), DENOISERS)
-def test_names_and_rows_of_the_denoiser(name, style, tmp_path):
+@pytest.mark.parametrize("name", PIPELINES)
+def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
     denoiser = get_family(name).denoiser
     adapter = saved(name, tmp_path / "adapter", [denoiser])
-    base = PIPELINES[name]()
-    base.save_pretrained(tmp_path / "base")
-    export_lora(adapter, tmp_path / "lora.safetensors", style=style, base=tmp_path / "base")
-    if (name, style) in OF_DIFFUSERS:
-        updates = updates_of_the_model(name, adapter, [denoiser])
-        prefix = f"{denoiser}."
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    file = tmp_path / "lora.safetensors"
+    export_lora(adapter, file, style="kohya", base=tmp_path / "base")
+    if name == "stable-diffusion":  # where sd-scripts has diffusers' names
+        updates, prefix = updates_of_the_model(name, adapter, [denoiser]), "unet."
     else:
-        updates = updates_of_the_original(name, adapter)
-        prefix = "model.diffusion_model."
+        updates, prefix = updates_of_the_original(name, adapter), "model.diffusion_model."
     paths = {key.removeprefix(prefix).removesuffix(".weight"): u for key, u in updates.items()}
-    if style == "kohya":
-        expected = {f"lora_unet_{path.replace('.', '_')}": u for path, u in paths.items()}
-    else:
-        start = "transformer" if denoiser == "transformer" else "diffusion_model"
-        expected = {f"{start}.{path}": u for path, u in paths.items()}
-    found = products(tmp_path / "lora.safetensors")
+    expected = {f"lora_unet_{path.replace('.', '_')}": u for path, u in paths.items()}
+    found = products(file)
     assert set(found) == set(expected)
     for key, value in expected.items():
         assert relative_error(found[key], value) < 1e-4, key
+
+
+@pytest.mark.parametrize("kind", ["lora", "diff"])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_comfyui_names_and_rows_of_the_denoiser(name, kind, tmp_path):
+    denoiser = get_family(name).denoiser
+    adapter = saved(name, tmp_path / "adapter", [denoiser])
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    file = tmp_path / "lora.safetensors"
+    if kind == "lora":
+        export_lora(adapter, file, style="comfyui", base=tmp_path / "base")
+        found = products(file)
+    else:
+        export_diff(adapter, file, base=tmp_path / "base", progress=False)
+        found = {key.removesuffix(".diff"): tensor for key, tensor in load_file(file).items()}
+    of_model = updates_of_the_model(name, adapter, [denoiser])
+    of_original = {
+        f"{key.removeprefix('model.').removesuffix('.weight')}": update
+        for key, update in updates_of_the_original(name, adapter).items()
+    }
+    assert len(found) == len(of_model)
+    for key, value in found.items():
+        split = key.startswith("transformer.")
+        expected = of_model[f"{key}.weight"] if split else of_original.pop(key)
+        assert relative_error(value, expected) < 1e-4, key
+    # the others are made of several layers of diffusers, which the file has one by one
+    joined = ("qkv", "linear1") if name == "flux" else ("qkv",)
+    assert all(key.endswith(joined) for key in of_original)
 
 
 TEXT_ENCODERS = [  # names in sd-scripts, in ComfyUI
@@ -158,6 +172,24 @@ def test_names_of_text_encoders(name, component, kohya, comfyui, tmp_path):
         assert set(found) == {named(path) for path in paths}
         for path, update in paths.items():
             assert relative_error(found[named(path)], update) < 1e-4, path
+
+
+@pytest.mark.parametrize(
+    ("family", "width", "name"),
+    [
+        ("flux2", 5120, "mistral3_24b"),
+        ("flux2-klein", 2560, "qwen3_4b"),
+        ("flux2-klein", 4096, "qwen3_8b"),
+    ],
+)
+def test_comfyui_names_of_language_models(family, width, name):
+    shapes = {"layers.0.self_attn.q_proj.weight": (4096, width)}
+    expected = f"text_encoders.{name}.transformer.model."
+    assert get_family(family).comfyui_prefix("text_encoder", shapes) == expected
+    names = find_names(get_family(family), "text_encoder", "comfyui", shapes)
+    path = "layers.0.self_attn.q_proj"
+    for own in (f"model.language_model.{path}", f"model.{path}", f"language_model.model.{path}"):
+        assert names.name(get_family(family).canonical("text_encoder", own)) == expected + path
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])

@@ -394,8 +394,11 @@ def test_families_told_by_full_size_headers(
 @pytest.mark.parametrize(
     ("problem", "shapes"),
     [
-        ("it is a LoRA", {"lora_unet_down_blocks_0.lora_down.weight": (4, 320)}),
-        ("it is a LoRA", {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)}),
+        ("it is an adapter", {"lora_unet_down_blocks_0.lora_down.weight": (4, 320)}),
+        (
+            "it is an adapter",
+            {"transformer.transformer_blocks.0.attn.to_q.lora_A.weight": (4, 3072)},
+        ),
         ("those of one model in diffusers' layout", {"down_blocks.0.resnets.0.conv1.bias": (320,)}),
         ("(its keys: decoder.conv_in.bias, ...)", {"decoder.conv_in.bias": (512,)}),
         ("of no supported family", {"first_stage_model.decoder.conv_in.bias": (512,)}),

@@ -1,0 +1,195 @@
+"""``gralora export``: an adapter in the forms that others read."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from ..families import list_families
+from ..state import read_adapter
+from .diff import export_diff
+from .dtypes import CHOICES
+from .fused import FORMATS, FusedReport, export_fused
+from .lora import LoraReport, export_lora
+from .metadata import SAID
+from .names import STYLES
+from .parity import ParityError
+from .staging import check_output
+from .verification import Verification
+
+#: Options that only these formats take.
+_ONLY = {
+    "lora": ("rank", "energy"),
+    "checkpoint": ("denoiser_only", "no_fp8_scale", "hash"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the command's options."""
+    command = argparse.ArgumentParser(prog="gralora export", description=__doc__)
+    command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
+    command.add_argument(
+        "--format",
+        required=True,
+        choices=(*FORMATS, "lora", "diff"),
+        help="checkpoint: the base with the adapter in it, one file in the original layout, as "
+        "ComfyUI reads it. diffusers: the same as a folder. lora: an ordinary LoRA with the very "
+        "same update. diff: the dense update, for ComfyUI",
+    )
+    command.add_argument("--output", required=True, type=Path, help="file, or folder for diffusers")
+    command.add_argument(
+        "--base",
+        help="original .safetensors file, diffusers folder or Hub id. Needed for checkpoint, "
+        "diffusers and --verify; else it only checks that the adapter fits",
+    )
+    command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    command.add_argument(
+        "--dtype",
+        default="keep",
+        choices=CHOICES,
+        help="of what is written; keep: the base's, or the adapter's for lora and diff",
+    )
+    command.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    command.add_argument(
+        "--family", choices=list_families(), help="of the base, where neither file says it"
+    )
+
+    group = command.add_argument_group("lora")
+    group.add_argument("--style", choices=STYLES, help="whose names (default: comfyui)")
+    group.add_argument("--rank", type=int, help="truncate to this rank")
+    group.add_argument("--energy", type=float, help="truncate, keep this part of the squared norm")
+
+    group = command.add_argument_group("checkpoint and diffusers")
+    group.add_argument(
+        "--denoiser_only", action="store_true", help='a file for "Load Diffusion Model"'
+    )
+    group.add_argument(
+        "--stochastic_rounding", action="store_true", help="round up or down by chance"
+    )
+    group.add_argument("--seed", type=int, default=0, help="of that chance, and of --verify")
+    group.add_argument("--no_fp8_scale", action="store_true", help="fp8 without scales")
+    group.add_argument("--hash", action="store_true", help="write hashes; takes one more reading")
+    group.add_argument("--variant", help="of the base's weight files, such as fp16")
+    group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
+    group.add_argument("--cache_dir", help="folder for what is downloaded")
+
+    group = command.add_argument_group("what the file says of itself")
+    for name in SAID:
+        group.add_argument(f"--{name}", help=f"modelspec.{name}")
+
+    group = command.add_argument_group("verification")
+    group.add_argument(
+        "--verify",
+        action="store_true",
+        help="draw latents with the attached adapter and with what was exported; fail, and write "
+        "nothing, if they differ",
+    )
+    group.add_argument("--verify_prompt", nargs="+", default=["a photo"], metavar="PROMPT")
+    group.add_argument("--verify_steps", type=int, default=4)
+    group.add_argument("--verify_size", type=int, help="pixels per side (default: the base's)")
+    group.add_argument(
+        "--verify_bound", type=float, help="largest difference, in units of the adapter's effect"
+    )
+    group.add_argument(
+        "--base_config", help="pipeline that completes a base in one file, for --verify"
+    )
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``gralora export``."""
+    command = parser()
+    args = command.parse_args(argv)
+    _check(args, command)
+    try:
+        print(_export(args))
+    except (ParityError, OSError, ValueError) as error:
+        command.exit(2, f"{command.prog}: error: {error}\n")
+
+
+def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
+    """Stop at options that do not go together, before anything is read."""
+    fused = args.format in FORMATS
+    if fused and not args.base:
+        command.error(f"--format {args.format} needs --base: what the adapter is added to")
+    if args.verify and not args.base:
+        command.error("--verify needs --base: what it draws with")
+    if args.verify and args.format == "diff":
+        command.error(
+            "--verify is for checkpoint, diffusers and lora; diffusers reads no .diff file"
+        )
+    for format, options in _ONLY.items():
+        given = [f"--{name}" for name in options if getattr(args, name) not in (None, False)]
+        if given and args.format != format:
+            command.error(f"{', '.join(given)}: for --format {format} alone")
+    if args.style and args.format != "lora":
+        command.error("--style: for --format lora alone")
+    if args.stochastic_rounding and not fused:
+        command.error("--stochastic_rounding: for --format checkpoint or diffusers alone")
+    if args.rank is not None and args.rank < 1:
+        command.error(f"--rank is {args.rank}; it must be at least 1")
+    if args.energy is not None and not 0 < args.energy <= 1:
+        command.error(f"--energy is {args.energy}; it must be above 0 and at most 1")
+    if args.format != "diffusers" and args.output.suffix != ".safetensors":
+        command.error(f"--output is '{args.output}'; it must be a file that ends in .safetensors")
+
+
+def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
+    check_output(args.output, args.overwrite, [])  # before anything is downloaded
+    adapter = read_adapter(args.adapter)
+    said = {name: getattr(args, name) for name in SAID if getattr(args, name) is not None}
+    common: dict[str, Any] = {
+        "dtype": args.dtype,
+        "scale": args.scale,
+        "metadata": said,
+        "overwrite": args.overwrite,
+    }
+    download = {"variant": args.variant, "revision": args.revision, "cache_dir": args.cache_dir}
+    verification = Verification(
+        adapter,
+        args.base,
+        args.output,
+        scale=args.scale,
+        prompts=args.verify_prompt,
+        seed=args.seed,
+        steps=args.verify_steps,
+        size=args.verify_size,
+        bound=args.verify_bound,
+        base_config=args.base_config,
+        open_options=download,
+    )
+    if args.format in FORMATS:
+        return export_fused(
+            adapter,
+            args.base,
+            args.output,
+            format=args.format,
+            stochastic=args.stochastic_rounding,
+            seed=args.seed,
+            fp8_scale=not args.no_fp8_scale,
+            denoiser_only=args.denoiser_only,
+            hashes=args.hash,
+            verify=partial(verification.check_fused, denoiser_only=args.denoiser_only)
+            if args.verify
+            else None,
+            **download,
+            **common,
+        )
+    if args.format == "diff":
+        return export_diff(adapter, args.output, base=args.base, family=args.family, **common)
+    style = args.style or "comfyui"
+    truncation = {"rank": args.rank, "energy": args.energy}
+    check = partial(verification.check_lora, style=style, dtype=args.dtype, **truncation)
+    return export_lora(
+        adapter,
+        args.output,
+        style=style,
+        base=args.base,
+        family=args.family,
+        verify=check if args.verify else None,
+        **truncation,
+        **common,
+    )

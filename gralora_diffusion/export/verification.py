@@ -1,0 +1,189 @@
+"""``--verify``: what was exported draws what the adapter draws, or the export fails."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+
+from ..families import ModelFamily
+from ..state import Adapter
+from .bases import Base, FileBase, FolderBase, open_base
+from .lora import LORA_DTYPES, export_lora, read_by_diffusers
+from .parity import Way, compare, fused_folder, fused_in_place, lora_file
+from .rounding import DTYPES
+from .tensor_bytes import read_header
+
+_FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
+
+
+@dataclass
+class Verification:
+    """Draws latents with the base, the adapter and what was exported, and compares them.
+
+    Writes ``<output>.parity.json`` beside the output.
+
+    Args:
+        base: as for ``export_fused``.
+        base_config: folder or Hub id of a pipeline that completes a base in a single file.
+        bound: see ``parity.compare``.
+    """
+
+    adapter: Adapter
+    base: str | os.PathLike[str]
+    output: Path
+    scale: float = 1.0
+    prompts: Sequence[str] = ("a photo",)
+    seed: int = 0
+    steps: int = 4
+    size: int | None = None
+    bound: float | None = None
+    base_config: str | None = None
+    open_options: dict[str, Any] = field(default_factory=dict)
+
+    def check_fused(self, exported: Path, denoiser_only: bool = False) -> None:
+        """Compare a fused file or folder, and the exact LoRA, with the attached adapter.
+
+        Raises:
+            ParityError: they do not draw the same.
+        """
+        opened = open_base(self.base, **self.open_options)
+        if exported.is_dir():
+            way, dtype = fused_folder(exported), None
+        else:
+            file = _as_base(exported, opened, denoiser_only)
+            dtype = max(
+                (t.dtype for t in file.tensors.values() if t.dtype in DTYPES.values()),
+                key=lambda dtype: torch.finfo(dtype).eps,
+            )
+            components = [name for name in self.adapter.components if name in file.layouts]
+            names = components or [opened.family.denoiser]
+            way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
+        self._compare(opened, exported, {_FUSED: way}, dtype)
+
+    def check_lora(self, exported: Path, style: str, dtype: str, **options: Any) -> None:
+        """Compare a LoRA file with the attached adapter.
+
+        One in other names than diffusers' is written once more in those, from the same factors.
+
+        Raises:
+            ParityError: it does not draw the same.
+        """
+        opened = open_base(self.base, **self.open_options)
+        self._compare(
+            opened,
+            exported,
+            {},
+            LORA_DTYPES.get(dtype),
+            exported if style == "diffusers" else None,
+            dtype=dtype,
+            **options,
+        )
+
+    def _compare(
+        self,
+        opened: Base,
+        exported: Path,
+        ways: dict[str, Way],
+        stored: torch.dtype | None,
+        lora: Path | None = None,
+        **options: Any,
+    ) -> None:
+        with ExitStack() as stack:
+            if set(self.adapter.components) <= {"denoiser", *read_by_diffusers(opened.family)}:
+                if lora is None:
+                    folder = stack.enter_context(TemporaryDirectory())
+                    lora = Path(folder) / "lora.safetensors"
+                    export_lora(
+                        self.adapter,
+                        lora,
+                        style="diffusers",
+                        scale=self.scale,
+                        family=opened.family.name,
+                        **options,
+                    )
+                ways = {**ways, _LORA: lora_file(lora)}
+            if not ways:
+                raise ValueError(
+                    "--verify: diffusers loads no LoRA on these text encoders, so there is nothing "
+                    "to compare. Leave out --verify, or export a checkpoint"
+                )
+            report = compare(
+                self._pipeline(opened),
+                self.adapter,
+                ways,
+                prompts=self.prompts,
+                scale=self.scale,
+                seed=self.seed,
+                steps=self.steps,
+                size=self.size,
+                stored=stored,
+                bound=self.bound,
+            )
+        path = self.output.with_name(self.output.name + ".parity.json")
+        names = {"base": Path(self.base).name, "adapter": Path(self.adapter.source).name}
+        report.write(path, exported, file=self.output.name, **names)
+        print(report)
+        report.check()
+
+    def _pipeline(self, opened: Base) -> Any:
+        on_gpu = torch.cuda.is_available()
+        options: dict[str, Any] = {"torch_dtype": "auto" if on_gpu else torch.float32}
+        if isinstance(opened, FolderBase):
+            options["variant"] = self.open_options.get("variant")
+            pipe = DiffusionPipeline.from_pretrained(opened.path, **options)
+        else:
+            pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
+            options = {} if on_gpu else options
+            path = str(opened.path)
+            pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
+        return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:
+    """The exported file with the layouts that it was written in."""
+    family = base.family
+    tensors, metadata = read_header(exported)
+    if isinstance(base, FileBase):
+        layouts, prefixes = base.layouts, base.prefixes
+    else:
+        found = {
+            name: family.find_layout(name, base.canonical_shapes(name)) for name in base.tensors
+        }
+        layouts = {name: layout for name, layout in found.items() if layout}
+        prefixes = {name: layout.prefixes[0] for name, layout in layouts.items()}
+    if denoiser_only:
+        layouts, prefixes = {family.denoiser: layouts[family.denoiser]}, {family.denoiser: ""}
+    return FileBase(exported, family, tensors, metadata, layouts, prefixes)
+
+
+def _set_weights(pipe: Any, file: FileBase, components: Sequence[str]) -> None:
+    """Put the weights of an original file into the models of a pipeline."""
+    family: ModelFamily = file.family
+    with safe_open(file.path, framework="pt") as held, torch.no_grad():
+        for component in components:
+            state = getattr(pipe, component).state_dict()
+            own = {family.canonical(component, key): tensor for key, tensor in state.items()}
+            prefix = file.prefixes[component]
+            for tensor, _ in file.read(component):
+                value, first = held.get_tensor(prefix + tensor.key).float(), 0
+                scale = prefix + tensor.key.removesuffix("weight") + "scale_weight"
+                if scale in file.tensors:
+                    value = value * held.get_tensor(scale)
+                for part in tensor.parts:
+                    rows = value[first : first + part.stop - part.start]
+                    first += part.stop - part.start
+                    if part.key in own:
+                        target = own[part.key]
+                        rows = rows.mT if part.transposed else rows
+                        target = target if part.transposed else target[part.start : part.stop]
+                        target.copy_(rows.reshape(target.shape))

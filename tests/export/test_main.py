@@ -1,0 +1,129 @@
+"""``gralora export`` from its options to its files, on a tiny pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from gralora_diffusion.cli import main
+
+from ..models import adapt_everywhere, merged, stable_diffusion
+from ..originals import ORIGINALS, write
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A base as folder and as file, and an adapter on UNet and text encoder."""
+    folder = tmp_path_factory.mktemp("export")
+    stable_diffusion().save_pretrained(folder / "base")
+    write(ORIGINALS["stable-diffusion"](stable_diffusion()), folder / "base.safetensors")
+    adapt_everywhere(stable_diffusion()).save_gralora_weights(folder / "adapter")
+    return folder
+
+
+def export(place: Path, output: Path, *options: str) -> None:
+    main(["export", "--adapter", str(place / "adapter"), "--output", str(output), *options])
+
+
+def test_every_format_verified(place, tmp_path, capsys):
+    base = ["--base", str(place / "base"), "--verify", "--verify_size", "32"]
+    lora, model, folder = (tmp_path / n for n in ("l.safetensors", "m.safetensors", "pipeline"))
+    export(place, lora, "--format", "lora", "--trigger_phrase", "sks cat", *base)
+    export(place, model, "--format", "checkpoint", *base, "--hash")
+    export(place, folder, "--format", "diffusers", *base)
+    told = capsys.readouterr().out
+    assert "exact: the very same update" in told
+    assert told.count("passed\n") == 3
+    for output in (lora, model, folder):
+        report = json.loads((tmp_path / f"{output.name}.parity.json").read_text())
+        assert report["verdict"] == "passed"
+        assert report["ways"]["LoRA by load_lora_weights"]["relative"] < 1e-4
+        if output != lora:
+            assert report["ways"]["fused weights"]["relative"] < 1e-4
+    with safe_open(lora, "pt") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks cat"
+        assert file.metadata()["modelspec.architecture"].endswith("/lora")
+    with safe_open(model, "pt") as file:
+        assert file.metadata()["modelspec.hash_sha256"].startswith("0x")
+    fused = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
+    expected = merged([(place / "adapter", 1.0)]).unet.state_dict()
+    assert all(torch.allclose(fused[k], t, rtol=1e-6, atol=1e-7) for k, t in expected.items())
+
+
+def test_from_a_single_file_and_dense_updates(place, tmp_path):
+    model, diff = tmp_path / "m.safetensors", tmp_path / "d.safetensors"
+    base = str(place / "base.safetensors")
+    export(place, model, "--format", "checkpoint", "--base", base, "--scale", "0.5")
+    export(place, diff, "--format", "diff", "--base", base, "--scale", "0.5")
+    before, after, updates = load_file(base), load_file(model), load_file(diff)
+    for name, update in updates.items():
+        if name.startswith("diffusion_model."):
+            key = f"model.{name.removesuffix('.diff')}.weight"
+            torch.testing.assert_close(after[key] - before[key], update, rtol=1e-4, atol=1e-6)
+
+
+def test_a_file_that_draws_something_else_does_not_appear(place, tmp_path, capsys):
+    lora = tmp_path / "l.safetensors"
+    options = ["--base", str(place / "base"), "--verify", "--verify_size", "32", "--rank", "1"]
+    with pytest.raises(SystemExit):
+        export(place, lora, "--format", "lora", *options)
+    assert "does not draw what the adapter draws" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors.parity.json"]
+    assert "failed" in json.loads((tmp_path / "l.safetensors.parity.json").read_text())["verdict"]
+
+
+WRONG = [
+    (["--format", "checkpoint"], "needs --base"),
+    (["--format", "lora", "--verify"], "--verify needs --base"),
+    (["--format", "lora", "--denoiser_only"], "--denoiser_only: for --format checkpoint"),
+    (["--format", "diff", "--rank", "4"], "--rank: for --format lora"),
+    (["--format", "diff", "--style", "kohya"], "--style: for --format lora"),
+    (["--format", "lora", "--stochastic_rounding"], "--stochastic_rounding: for --format"),
+    (["--format", "lora", "--energy", "1.5"], "--energy is 1.5"),
+    (["--format", "lora", "--rank", "0"], "--rank is 0"),
+    (["--format", "onnx"], "invalid choice: 'onnx'"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG)
+def test_options_that_do_not_go_together(options, message, place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(place, tmp_path / "x.safetensors", *options)
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_output_must_be_free_and_named_as_a_file(place, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        export(place, tmp_path / "x.ckpt", "--format", "lora")
+    assert "ends in .safetensors" in capsys.readouterr().err
+    taken = tmp_path / "taken.safetensors"
+    taken.write_text("mine")
+    with pytest.raises(SystemExit):
+        export(place, taken, "--format", "lora")
+    assert "it exists already. Give another, or --overwrite" in capsys.readouterr().err
+    assert taken.read_text() == "mine"
+    export(place, taken, "--format", "lora", "--overwrite")
+    assert load_file(taken)
+
+
+def test_other_errors_say_what_to_do(place, tmp_path, capsys):
+    output = tmp_path / "x.safetensors"
+    for base, message in (
+        (place / "nothing", "no such file or folder"),
+        (
+            place / "adapter" / "pytorch_gralora_weights.safetensors",
+            "it is an adapter. Give",
+        ),
+        (place / "adapter", "no model_index.json"),
+    ):
+        with pytest.raises(SystemExit):
+            export(place, output, "--format", "checkpoint", "--base", str(base))
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
