@@ -19,9 +19,10 @@ from ..families import ModelFamily
 from ..state import Adapter
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import LORA_DTYPES, export_lora, read_by_diffusers
-from .parity import Way, compare, fused_folder, fused_in_place, lora_file
+from .parity import compare
 from .rounding import DTYPES
 from .tensor_bytes import read_header
+from .ways import Way, fused_folder, fused_in_place, lora_file
 
 _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
 

@@ -79,12 +79,12 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
     report = compare(pipe, adapter, ways, prompts=PROMPTS, scale=0.5, steps=2)
     assert state_of(pipe) == before
     assert report.effect.mean > 1e-3 * report.latents
-    assert max(w.relative for w in report.ways.values() if w.relative is not None) < 1e-5
+    assert max(w.relative for w in report.ways.values() if w.relative is not None) < 1e-4
     report.check()
     ways = {"fused": fused_folder(tmp_path / "fused whole")}
     report = compare(pipe, whole, ways, prompts=PROMPTS, scale=0.5, steps=2)
     assert report.ways["fused"].relative is not None
-    assert report.ways["fused"].relative < 1e-5
+    assert report.ways["fused"].relative < 1e-4
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"])
@@ -124,7 +124,7 @@ def test_weights_set_in_place_are_taken_out_again(adapter: Path, pipe: Any) -> N
     ways = {"fused": fused_in_place(load, ["unet", "text_encoder"])}
     report = compare(pipe, adapter, ways, prompts=PROMPTS)
     assert report.ways["fused"].relative is not None
-    assert report.ways["fused"].relative < 1e-5
+    assert report.ways["fused"].relative < 1e-4
     assert all(torch.equal(t, before[k]) for k, t in pipe.unet.state_dict().items())
 
     def fail(pipe: Any) -> None:
