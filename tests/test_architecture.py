@@ -12,7 +12,7 @@ ROWS = [
     *(["blockwise"], ["low_rank"], ["factors"], ["config"], ["targets"]),
     *(["tensor_files"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
     *(["layouts"], ["families"], ["original_file"], ["compatibility"], ["bookkeeping"]),
-    *(["pipelines"], ["sampling", "export", "inspection", "warm_start"]),
+    *(["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
