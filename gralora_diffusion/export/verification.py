@@ -18,9 +18,8 @@ from safetensors import safe_open
 from ..families import ModelFamily
 from ..state import Adapter
 from .bases import Base, FileBase, FolderBase, open_base
-from .lora import LORA_DTYPES, export_lora, read_by_diffusers
-from .parity import compare
-from .rounding import DTYPES
+from .lora import export_lora, read_by_diffusers
+from .parity import STORED_BOUNDS, compare
 from .tensor_bytes import read_header
 from .ways import Way, fused_folder, fused_in_place, lora_file
 
@@ -59,17 +58,13 @@ class Verification:
         """
         opened = open_base(self.base, **self.open_options)
         if exported.is_dir():
-            way, dtype = fused_folder(exported), None
+            way = fused_folder(exported)
         else:
             file = _as_base(exported, opened, denoiser_only)
-            dtype = max(
-                (t.dtype for t in file.tensors.values() if t.dtype in DTYPES.values()),
-                key=lambda dtype: torch.finfo(dtype).eps,
-            )
             components = [name for name in self.adapter.components if name in file.layouts]
             names = components or [opened.family.denoiser]
             way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
-        self._compare(opened, exported, {_FUSED: way}, dtype)
+        self._compare(opened, exported, {_FUSED: way})
 
     def check_lora(self, exported: Path, style: str, dtype: str, **options: Any) -> None:
         """Compare a LoRA file with the attached adapter.
@@ -84,7 +79,6 @@ class Verification:
             opened,
             exported,
             {},
-            LORA_DTYPES.get(dtype),
             exported if style == "diffusers" else None,
             dtype=dtype,
             **options,
@@ -95,7 +89,6 @@ class Verification:
         opened: Base,
         exported: Path,
         ways: dict[str, Way],
-        stored: torch.dtype | None,
         lora: Path | None = None,
         **options: Any,
     ) -> None:
@@ -127,7 +120,7 @@ class Verification:
                 seed=self.seed,
                 steps=self.steps,
                 size=self.size,
-                stored=stored,
+                stored=_coarsest_dtype(exported),
                 bound=self.bound,
             )
         path = self.output.with_name(self.output.name + ".parity.json")
@@ -148,6 +141,13 @@ class Verification:
             path = str(opened.path)
             pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
         return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def _coarsest_dtype(exported: Path) -> torch.dtype:
+    """The coarsest dtype of the weights in a file or folder."""
+    files = exported.rglob("*.safetensors") if exported.is_dir() else [exported]
+    dtypes = {tensor.dtype for file in files for tensor in read_header(file)[0].values()}
+    return max(dtypes & STORED_BOUNDS.keys(), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:

@@ -76,13 +76,13 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
         "lora": lora_file(exact_lora(adapter, tmp_path / "a file of any name", 0.5)),
         "fused": fused_folder(tmp_path / "fused adapter"),
     }
-    report = compare(pipe, adapter, ways, prompts=PROMPTS, scale=0.5, steps=2)
+    report = compare(pipe, adapter, ways, prompts=["a cat"], scale=0.5, steps=2)
     assert state_of(pipe) == before
     assert report.effect.mean > 1e-3 * report.latents
     assert max(w.relative for w in report.ways.values() if w.relative is not None) < 1e-4
     report.check()
     ways = {"fused": fused_folder(tmp_path / "fused whole")}
-    report = compare(pipe, whole, ways, prompts=PROMPTS, scale=0.5, steps=2)
+    report = compare(pipe, whole, ways, prompts=["a cat"], scale=0.5, steps=2)
     assert report.ways["fused"].relative is not None
     assert report.ways["fused"].relative < 1e-4
 
@@ -172,7 +172,7 @@ def test_differences_are_those_of_the_latents(adapter: Path, pipe: Any, tmp_path
     assert way.relative == pytest.approx(float(relative), rel=1e-3)
     assert report.failed == ["wrong"]
     with pytest.raises(
-        ParityError, match=r"does not draw.*\n.*\nwrong: mean diff.*bound 0.0001"
+        ParityError, match=r"does not draw.*\n.*\nwrong: mean diff.*bound 0.001"
     ) as e:
         report.check()
     assert e.value.report is report
