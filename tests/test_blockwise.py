@@ -88,6 +88,31 @@ def test_lora_factors_are_exact_in_single_precision():
     assert torch.equal(blockwise.delta_weight(A, B).double(), dense_update(A, B))
 
 
+ROW_SHAPES = [*SHAPES, (32, 56, 8, 8)]
+
+
+@pytest.mark.parametrize("shape", ROW_SHAPES)
+@pytest.mark.parametrize("kernel", [(), (1, 1), (3, 3), (3, 1)])
+@pytest.mark.parametrize("scaling", [1.0, -0.3])
+def test_add_delta_rows_adds_rows_of_the_dense_update(shape, kernel, scaling):
+    """Row ranges within a block, across one border and several, the whole, and none."""
+    A, B = factors(*shape, kernel)
+    rows, factor_rows = shape[1], blockwise.row_factors(A, B)
+    o = rows // shape[3]
+    expected = scaling * dense_update(A, B).flatten(1)
+    ranges = {(0, rows), (0, 1), (rows - 1, rows), (o - 1, min(o + 1, rows)), (1, rows - 1)}
+    ranges |= {(o, min(2 * o, rows)) if o < rows else (0, o), (o // 2, rows - o // 2), (o, o)}
+    for start, stop in ranges:
+        base = torch.randn(stop - start, expected.shape[1], dtype=torch.float64)
+        target = base.clone()
+        blockwise.add_delta_rows(target, *factor_rows, start, scaling)
+        torch.testing.assert_close(target, base + expected[start:stop], rtol=0, atol=1e-13)
+    A, B = A.float(), B.float()
+    whole = torch.zeros(expected.shape)
+    blockwise.add_delta_rows(whole, *blockwise.row_factors(A, B), 0, scaling)
+    assert relative_error(whole, expected) < 1e-6
+
+
 def test_gradients():
     A, B = (factor.requires_grad_() for factor in factors(8, 12, 4, 4))
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)

@@ -40,10 +40,13 @@ def staged(output: Path) -> Iterator[Path]:
     """
     output.parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    made, replaced = folder / output.name, folder / f".{output.name}"
     try:
-        yield folder / output.name
+        yield made
         if output.is_dir():  # a folder cannot be replaced in one go
-            os.replace(output, folder / "replaced")
-        os.replace(folder / output.name, output)
+            os.replace(output, replaced)
+        os.replace(made, output)
     finally:
+        if replaced.exists() and not output.exists():
+            os.replace(replaced, output)
         shutil.rmtree(folder, ignore_errors=True)

@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -139,11 +140,12 @@ def sample_remedies(output: OutputTensor, rounding: Rounding) -> dict[str, Round
     for other, dtype in DTYPES.items():
         if torch.finfo(dtype).eps < torch.finfo(output.dtype).eps:
             ways[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
+    costs = {}
     with Files() as files, tqdm(disable=True) as bar:
-        return {
-            way: _Job(tensor, {}, files, how, _Buffers(), bar).sample()
-            for way, (tensor, how) in ways.items()
-        }
+        for way, (tensor, how) in ways.items():
+            with suppress(RoundingError):  # no remedy where it cannot hold the values
+                costs[way] = _Job(tensor, {}, files, how, _Buffers(), bar).sample()
+    return costs
 
 
 @dataclass(frozen=True)
@@ -213,7 +215,7 @@ class _Job:
                 stored, source = source, torch.empty(source.shape, dtype=source.dtype)
                 self.files.read(stored.path, stored.offset, as_bytes(source))
             whole = source.mT if piece.transposed else source
-            whole = whole[piece.start : piece.stop].reshape(-1, columns)
+            whole = whole.reshape(-1, columns)[piece.start : piece.stop]
             for first in range(0, len(whole), rows):
                 yield first, whole[first : first + rows]
             return
@@ -240,30 +242,34 @@ class _Job:
         rows, columns = base.shape
         rounded = self.buffers.take("rounded", rows, columns, dtype)
         round_to(scaled, rounded, generator)
-        back = self.buffers.take("back", *base.shape).copy_(rounded)
-        if not math.isfinite(float(back.sum())):
-            self._refuse(back, scaled)
+        self._check(scaled)
         if update is None:
             return None, rounded
+        back = self.buffers.take("back", *base.shape).copy_(rounded)
         before = values
-        if base.dtype != dtype:
+        if base.dtype != dtype or scale != 1.0:
             before = (values / scale).to(dtype).float().nan_to_num_() * scale
         back = back if scale == 1.0 else back.mul_(scale)
         return measure(values, before, total, back), rounded
 
-    def _refuse(self, rounded: Tensor, values: Tensor) -> None:
-        """Raise RoundingError if the dtype has not held the values."""
-        if torch.isfinite(rounded).all():
+    def _check(self, values: Tensor) -> None:
+        """Raise RoundingError if the dtype does not hold the values.
+
+        They are looked at before they are rounded: some versions of torch make infinity the largest
+        value of fp8, others NaN.
+        """
+        info = torch.finfo(self.output.dtype)
+        low, high = (float(end) for end in values.aminmax())
+        worst = max(-low, high)
+        if worst <= info.max * (1 + info.eps / 4):  # up to there it is rounded to the largest
             return
-        worst = float(values.abs().nan_to_num(nan=math.inf).max())
-        if math.isinf(worst):
+        if not math.isfinite(worst):
             raise RoundingError(
                 f"{self.output.key}: NaN or infinite values, in the base or with the adapter added"
             )
-        name = NAMES[self.output.dtype]
         raise RoundingError(
-            f"{self.output.key}: it has a value of {worst:.4g}, and {name} ends at "
-            f"{torch.finfo(self.output.dtype).max:.4g}. Take bf16 or fp32"
+            f"{self.output.key}: it has a value of {worst:.4g}, and {NAMES[self.output.dtype]} "
+            f"ends at {info.max:.4g}. Take bf16 or fp32"
             + (", or fp8 with scales" if self.output.dtype.itemsize == 1 else "")
         )
 

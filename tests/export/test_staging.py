@@ -1,0 +1,226 @@
+"""Outputs appear whole or not at all; a killed or refused export harms nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from gralora_diffusion.export import export_fused
+from gralora_diffusion.export.rounding import RoundingError
+from gralora_diffusion.export.staging import OutputError, check_output, staged
+
+from ..models import PIPELINES, adapt_everywhere
+from ..originals import ORIGINALS, transformer_alone, write
+
+if sys.platform == "linux":
+    import resource
+
+
+def names(folder) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def folder_of(path, *files: str):
+    path.mkdir()
+    for name in files:
+        (path / name).write_text(f"{path.name} {name}")
+    return path
+
+
+def test_a_file_appears_whole(tmp_path):
+    output = tmp_path / "deep" / "out.safetensors"
+    with staged(output) as path:
+        assert path.name == output.name
+        path.write_text("half")
+        assert not output.exists()
+        path.write_text("whole")
+    assert output.read_text() == "whole"
+    assert names(output.parent) == {output.name}
+
+
+def test_a_folder_takes_the_place_of_another(tmp_path):
+    output = folder_of(tmp_path / "out", "model_index.json", "old")
+    with staged(output) as path:
+        folder_of(path, "model_index.json", "new")
+        assert names(output) == {"model_index.json", "old"}
+    assert names(output) == {"model_index.json", "new"}
+    assert names(tmp_path) == {"out"}
+
+
+def write_half(output, made: str | None) -> None:
+    with staged(output) as path:
+        if made == "file":
+            path.write_text("half")
+        elif made == "folder":
+            folder_of(path, "half")
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("made", [None, "file", "folder"])
+def test_what_was_there_stays_when_something_goes_wrong(made, tmp_path):
+    folder = folder_of(tmp_path / "folder", "model_index.json")
+    file = tmp_path / "file"
+    file.write_text("precious")
+    for output in (folder, file, tmp_path / "new"):
+        with pytest.raises(KeyboardInterrupt):
+            write_half(output, made)
+    assert names(tmp_path) == {"folder", "file"}
+    assert names(folder) == {"model_index.json"}
+    assert file.read_text() == "precious"
+
+
+def test_a_folder_that_was_not_written_does_not_remove_the_old_one(tmp_path):
+    output = folder_of(tmp_path / "out", "model_index.json")
+    with pytest.raises(FileNotFoundError), staged(output):
+        pass
+    assert names(tmp_path) == {"out"}
+    assert names(output) == {"model_index.json"}
+
+
+def test_outputs_that_are_refused(tmp_path):
+    base, other = folder_of(tmp_path / "base", "model_index.json"), folder_of(tmp_path / "other")
+    file = tmp_path / "file"
+    file.write_text("base")
+    link = tmp_path / "link"
+    link.symlink_to(file)
+    for output in (base, base / "unet", base / "a" / "b"):
+        with pytest.raises(OutputError, match="which is read"):
+            check_output(output, True, [base])
+    for output in (file, link, tmp_path / "other" / ".." / "file"):
+        with pytest.raises(OutputError, match="which is read"):
+            check_output(output, True, [file])
+    with pytest.raises(OutputError, match="exists already"):
+        check_output(file, False, [base])
+    with pytest.raises(OutputError, match="no pipeline that may be replaced"):
+        check_output(other, True, [base])
+    check_output(tmp_path / "new", False, [base])
+    check_output(file, True, [base])
+    check_output(tmp_path / "bases", False, [base])
+
+
+QUIET = {"progress": False, "overwrite": True}
+
+
+def forked(call: Callable[..., Any], *arguments: Any, **options: Any) -> BaseProcess:
+    """A started process that has all that was imported here."""
+    process = multiprocessing.get_context("fork").Process(
+        target=call, args=arguments, kwargs=options, daemon=True
+    )
+    process.start()
+    return process
+
+
+def wide_flux():
+    """A transformer of 200 MB in bf16."""
+    pipe = PIPELINES["flux"](
+        num_layers=2,
+        num_single_layers=3,
+        attention_head_dim=128,
+        num_attention_heads=8,
+        axes_dims_rope=(32, 48, 48),
+    )
+    pipe.transformer.to(torch.bfloat16)
+    return pipe
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks and kills")
+def test_killed_at_random_moments(tmp_path):
+    """No damaged file under the final name: none, or what was there, or the whole new one."""
+    pipe = wide_flux()
+    base = write(transformer_alone(ORIGINALS["flux"](pipe)), tmp_path / "base.safetensors")
+    assert base.stat().st_size > 150e6
+    adapt_everywhere(pipe, ["transformer"]).save_gralora_weights(tmp_path / "adapter")
+    del pipe
+    before = base.read_bytes()
+    export_fused(tmp_path / "adapter", base, tmp_path / "whole", progress=False)
+    expected = (tmp_path / "whole").read_bytes()
+    output, chance = tmp_path / "out", random.Random(0)
+    seconds, killed = 0.0, 0
+    for number in range(12):
+        if number == 6:
+            output.write_bytes(b"what was there")
+        held = output.read_bytes() if output.exists() else None
+        start = time.monotonic()
+        process = forked(export_fused, tmp_path / "adapter", base, output, **QUIET)
+        if number:
+            process.join(chance.uniform(0, 1.1 * seconds))
+            process.kill()
+        process.join()
+        if not number:
+            seconds = time.monotonic() - start
+        finished = process.exitcode == 0
+        killed += not finished
+        found = output.read_bytes() if output.exists() else None
+        assert found == expected or (found == held and not finished)
+        if found == expected:
+            output.unlink()
+        assert base.read_bytes() == before
+    assert killed > 3
+    # nor does what was left beside it keep a later export from its work
+    export_fused(tmp_path / "adapter", base, output, **QUIET)
+    assert output.read_bytes() == expected
+
+
+def export_limited(*arguments, **options) -> None:
+    """Export with a limit on the size of files, as a disk with little space has it."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000,) * 2)
+    with pytest.raises(OSError, match="File too large"):
+        export_fused(*arguments, **options)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="forks, limits files as Linux does")
+def test_a_full_disk_leaves_what_was_there_and_nothing_else(tmp_path):
+    pipe = PIPELINES["stable-diffusion"]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", tmp_path / "base", tmp_path / "file", progress=False)
+    export_fused(
+        tmp_path / "adapter",
+        tmp_path / "base",
+        tmp_path / "folder",
+        format="diffusers",
+        progress=False,
+    )
+    before = load_file(tmp_path / "file")
+    assert (tmp_path / "file").stat().st_size > 200_000
+    held = names(tmp_path)
+    for name, kind in (("file", "checkpoint"), ("folder", "diffusers"), ("new", "diffusers")):
+        places = [tmp_path / part for part in ("adapter", "base", name)]
+        process = forked(export_limited, *places, format=kind, **QUIET)
+        process.join()
+        assert process.exitcode == 0
+        assert names(tmp_path) == held
+    found = load_file(tmp_path / "file")
+    assert all(torch.equal(found[key], tensor) for key, tensor in before.items())
+    PIPELINES["stable-diffusion"]().from_pretrained(tmp_path / "folder")
+
+
+def test_a_refused_value_leaves_what_was_there(tmp_path):
+    pipe = PIPELINES["stable-diffusion"]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe).save_gralora_weights(tmp_path / "adapter")
+    output = tmp_path / "out"
+    output.write_bytes(b"precious")
+    held = names(tmp_path)
+    with pytest.raises(RoundingError, match=r"^model\.diffusion_model\.[\w.]+: .*fp16 ends at"):
+        export_fused(
+            tmp_path / "adapter",
+            tmp_path / "base",
+            output,
+            dtype="fp16",
+            scale=1e7,
+            **QUIET,
+        )
+    assert output.read_bytes() == b"precious"
+    assert names(tmp_path) == held
