@@ -92,8 +92,8 @@ def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
     """
     if adapter.family and told and adapter.family != told:
         raise AdapterFileError(
-            f"{adapter.source}: trained for {adapter.family}, but {told} was asked for. Give a "
-            f"base of {adapter.family}."
+            f"{adapter.source}: trained for {adapter.family}, but the base is {told}. Give a base "
+            f"of {adapter.family}."
         )
     name = adapter.family or told
     if name is None:

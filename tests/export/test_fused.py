@@ -171,7 +171,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
         export_fused(tmp_path / "adapter", tmp_path / "base", output, denoiser_only=True)
     PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
-    with pytest.raises(AdapterFileError, match="trained for stable-diffusion, but flux"):
+    with pytest.raises(AdapterFileError, match="trained for stable-diffusion, but the base is flux"):
         export_fused(tmp_path / "adapter", tmp_path / "flux", output)
     other = dict(list(alone.items())[:-3])
     other = {key: tensor for key, tensor in other.items() if ".attn1.to_q." not in key}
