@@ -145,10 +145,11 @@ def add_delta_rows(
     s, stop = r // k, start + len(target)
     for j in range(start // o, (stop - 1) // o + 1):
         first, last = max(start, j * o), min(stop, (j + 1) * o)
-        here = target[first - start : last - start]
+        here = target[first - start : last - start].split(i, dim=1)
+        up = rows_B[j, :, first - j * o : last - j * o].T.split(s, dim=1)
+        down = rows_A[:, j * s : (j + 1) * s].unbind()
         for n in range(k):
-            up = rows_B[j, n * s : (n + 1) * s, first - j * o : last - j * o]
-            here[:, n * i : (n + 1) * i].addmm_(up.T, rows_A[n, j * s : (j + 1) * s], alpha=scaling)
+            here[n].addmm_(up[n], down[n], alpha=scaling)
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -125,18 +125,14 @@ def measure(base: Tensor, base_rounded: Tensor, total: Tensor, rounded: Tensor) 
         total: base + update. Overwritten.
         rounded: O. Overwritten.
     """
-    error = rounded.sub_(total)
+    error = rounded.sub_(total).view(-1)
     if base_rounded is not base:
-        error += base - base_rounded
-    update = total.sub_(base)
-
-    def product(one: Tensor, other: Tensor) -> float:
-        return float(one.flatten().dot(other.flatten()))
-
-    squared = product(update, update)
+        error += (base - base_rounded).view(-1)
+    update, weight = total.sub_(base).view(-1), base_rounded.reshape(-1)
+    squared = float(update.dot(update))
     return RoundingLoss(
-        product(base_rounded, base_rounded),
+        float(weight.dot(weight)),
         squared,
-        product(error, error),
-        squared + product(error, update),
+        float(error.dot(error)),
+        squared + float(error.dot(update)),
     )

@@ -25,7 +25,7 @@ from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, meas
 from .tensor_bytes import Files, StoredTensor, as_bytes, check_space, count, make_header
 
 #: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
-_BLOCK = 1 << 18
+_BLOCK = 1 << 19
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
@@ -220,7 +220,8 @@ class _Job:
                 yield first, whole[first : first + rows]
             return
         for first in range(piece.start, piece.stop, rows):
-            base = self.buffers.take("base", min(rows, piece.stop - first), columns, source.dtype)
+            shape = (min(rows, piece.stop - first), columns)
+            base = self.buffers.take("base", shape, source.dtype)
             at = source.offset + first * columns * source.dtype.itemsize
             self.files.read(source.path, at, as_bytes(base))
             yield first - piece.start, base
@@ -232,25 +233,29 @@ class _Job:
         dtype = self.output.dtype
         if not dtype.is_floating_point:
             return None, base.to(dtype)
-        values = self.buffers.take("values", *base.shape).copy_(base)
-        total = self.buffers.take("total", *base.shape).copy_(values)
+        take = self.buffers.take
+        values = take("values", base.shape).copy_(base)
+        total = take("total", base.shape).copy_(values)
         if update:
             update.add_to(total, first)
         # by chance only where there is something to keep; the base's own values stay nearest
         generator = self.rounding.generator(self.output.key, block) if update else None
         scaled = total if scale == 1.0 else total / scale
-        rows, columns = base.shape
-        rounded = self.buffers.take("rounded", rows, columns, dtype)
+        if update is None or dtype.itemsize == 1:
+            self._check(scaled)
+        rounded = take("rounded", base.shape, dtype)
         round_to(scaled, rounded, generator)
-        self._check(scaled)
         if update is None:
             return None, rounded
-        back = self.buffers.take("back", *base.shape).copy_(rounded)
+        back = take("back", base.shape).copy_(rounded)
         before = values
         if base.dtype != dtype or scale != 1.0:
             before = (values / scale).to(dtype).float().nan_to_num_() * scale
         back = back if scale == 1.0 else back.mul_(scale)
-        return measure(values, before, total, back), rounded
+        loss = measure(values, before, total, back)
+        if not math.isfinite(loss.difference):  # a value that became infinite, or was
+            self._check(values.add_(total))
+        return loss, rounded
 
     def _check(self, values: Tensor) -> None:
         """Raise RoundingError if the dtype does not hold the values.
@@ -279,7 +284,7 @@ class _Job:
         for piece in self.output.pieces:
             update = piece.update() if piece.update else None
             for first, base in self._blocks(piece, columns):
-                total = self.buffers.take("total", *base.shape).copy_(base)
+                total = self.buffers.take("total", base.shape).copy_(base)
                 if update:
                     update.add_to(total, first)
                 largest = max(largest, float(total.abs().max()))
@@ -291,13 +296,16 @@ class _Buffers(threading.local):
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, Shape], Tensor] = {}
 
-    def take(
-        self, name: str, rows: int, columns: int, dtype: torch.dtype = torch.float32
-    ) -> Tensor:
-        """Return a tensor (rows, columns) of any values."""
-        wanted = rows * columns
-        held = self.held.get((name, dtype))
-        if held is None or held.numel() < wanted:
-            held = self.held[name, dtype] = torch.empty(max(wanted, _BLOCK), dtype=dtype)
-        return held[:wanted].view(rows, columns)
+    def take(self, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a tensor of any values."""
+        view = self.views.get((name, dtype, shape))
+        if view is None:
+            held = self.held.get((name, dtype))
+            if held is None or held.numel() < count(shape):
+                held = torch.empty(max(count(shape), _BLOCK), dtype=dtype)
+                self.held[name, dtype] = held
+                self.views = {k: v for k, v in self.views.items() if k[:2] != (name, dtype)}
+            view = self.views[name, dtype, shape] = held[: count(shape)].view(shape)
+        return view
