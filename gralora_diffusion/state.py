@@ -293,10 +293,12 @@ def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any("gralora_" in key for key in tensors):
         if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors):
             return (
-                f"{path}: a LoRA, not a GraLoRA file. Load it with `pipe.load_lora_weights(...)`."
+                f"{path}: a LoRA, not a GraLoRA file. `gralora import` makes one of it, "
+                "`pipe.load_lora_weights(...)` loads it as it is."
             )
-        first = next(iter(tensors), None)
-        return f"{path}: no GraLoRA weights in this file (first key: {first!r})."
+        return (
+            f"{path}: no GraLoRA weights in this file (first key: {next(iter(tensors), None)!r})."
+        )
     return (
         f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. "
         "Pass the state dict with its config: "

@@ -23,9 +23,9 @@ from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_ad
 from gralora_diffusion.warm_start import gralora_from_lora, overall_error
 from gralora_diffusion.warm_start.main import main
 from tests import models
-from tests.models import PIPELINES, adapt_everywhere
+from tests.models import PIPELINES, adapt_everywhere, dense_updates
 from tests.originals import ORIGINALS
-from tests.reference import dense_update, relative_error
+from tests.reference import relative_error
 
 from .loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
 
@@ -36,21 +36,11 @@ TEXT_ENDINGS = ("q_proj", "out_proj", "fc1")
 
 def updates(adapter: Adapter) -> dict[str, Tensor]:
     """component.path -> dense update with its scaling, by the definition."""
-    found = {}
-    for component, part in adapter.components.items():
-        for key, A in part.tensors.items():
-            if not key.endswith("gralora_A"):
-                continue
-            path = key.removesuffix(".gralora_A")
-            update = dense_update(A, part.tensors[f"{path}.gralora_B"])
-            if part.config.hybrid_r:
-                down = part.tensors[f"{path}.gralora_A_general.weight"].double()
-                up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
-                update += torch.einsum("or,ri...->oi...", up, down)
-            r, k, alpha = layer_settings(part.config, path)
-            assert A.shape[:3:2] == (k, r)
-            found[f"{component}.{path}"] = update * alpha / (r + part.config.hybrid_r)
-    return found
+    return {
+        f"{component}.{path}": update
+        for component, part in adapter.components.items()
+        for path, update in dense_updates(part).items()
+    }
 
 
 def check(adapter: Adapter, expected: dict[str, Tensor], within: float = 1e-6) -> None:
