@@ -117,21 +117,21 @@ def round_to(values: Tensor, out: Tensor, generator: torch.Generator | None) -> 
 
 
 def measure(base: Tensor, base_rounded: Tensor, total: Tensor, rounded: Tensor) -> RoundingLoss:
-    """Return what rounding costs of the update of a block of values. All in fp32.
+    """Return what rounding costs of the update of a block of values, one row of them in fp32.
 
     Args:
         base: W before it is rounded.
         base_rounded: W; the same tensor where the base is of the output's dtype.
-        total: base + update. Overwritten.
+        total: base + update. The update takes its place.
         rounded: O. Overwritten.
     """
-    error = rounded.sub_(total).view(-1)
+    error = rounded.sub_(total)
     if base_rounded is not base:
-        error += (base - base_rounded).view(-1)
-    update, weight = total.sub_(base).view(-1), base_rounded.reshape(-1)
+        error += base - base_rounded
+    update = total.sub_(base)
     squared = float(update.dot(update))
     return RoundingLoss(
-        float(weight.dot(weight)),
+        float(base_rounded.dot(base_rounded)),
         squared,
         float(error.dot(error)),
         squared + float(error.dot(update)),

@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -111,16 +111,15 @@ def write_streamed(
             files.write(header, 0)
             buffers = _Buffers()
             bar.update(len(header))
-            jobs = [
-                pool.submit(_Job(output, offsets, files, rounding, buffers, bar).run)
+            jobs = {
+                pool.submit(_Job(output, offsets, files, rounding, buffers, bar).run): output.key
                 for output in outputs
-            ]
-            done, waiting = wait(jobs, return_when=FIRST_EXCEPTION)
-            for job in waiting:
-                job.cancel()
-            for job, output in zip(jobs, outputs, strict=True):
-                if job in done and (loss := job.result()):
-                    losses[output.key] = loss
+            }
+            try:
+                done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
+                losses |= {jobs[job]: loss for job in done if (loss := job.result())}
+            finally:  # after an error or an interrupt, none is begun any more
+                pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)
     return losses
@@ -175,10 +174,10 @@ class _Job:
                 update = piece.update() if piece.update else None
                 at = offset
                 for first, base in self._blocks(piece, columns):
-                    here, rounded = self._rounded(base, update, first, scale, block)
+                    here, data = self._rounded(base, update, first, scale, block)
                     loss = (loss or RoundingLoss()) + here if here else loss
-                    self.files.write(as_bytes(rounded), at)
-                    at += rounded.numel() * rounded.element_size()
+                    self.files.write(data, at)
+                    at += len(data)
                     block += 1
             offset += nbytes
             self.bar.update(nbytes)
@@ -221,41 +220,42 @@ class _Job:
             return
         for first in range(piece.start, piece.stop, rows):
             shape = (min(rows, piece.stop - first), columns)
-            base = self.buffers.take("base", shape, source.dtype)
+            base, _, data = self.buffers.take("base", shape, source.dtype)
             at = source.offset + first * columns * source.dtype.itemsize
-            self.files.read(source.path, at, as_bytes(base))
+            self.files.read(source.path, at, data)
             yield first - piece.start, base
 
     def _rounded(
         self, base: Tensor, update: RowUpdate | None, first: int, scale: float, block: int
-    ) -> tuple[RoundingLoss | None, Tensor]:
+    ) -> tuple[RoundingLoss | None, memoryview]:
         """A block as it is written, and what rounding cost if something was added."""
         dtype = self.output.dtype
         if not dtype.is_floating_point:
-            return None, base.to(dtype)
-        take = self.buffers.take
-        values = take("values", base.shape).copy_(base)
-        total = take("total", base.shape).copy_(values)
+            return None, as_bytes(base.to(dtype))
+        total = self.buffers.take("total", base.shape)
+        total.rows.copy_(base)
         if update:
-            update.add_to(total, first)
+            update.add_to(total.rows, first)
         # by chance only where there is something to keep; the base's own values stay nearest
         generator = self.rounding.generator(self.output.key, block) if update else None
-        scaled = total if scale == 1.0 else total / scale
+        scaled = total.rows if scale == 1.0 else total.rows / scale
         if update is None or dtype.itemsize == 1:
             self._check(scaled)
-        rounded = take("rounded", base.shape, dtype)
-        round_to(scaled, rounded, generator)
+        rounded = self.buffers.take("rounded", base.shape, dtype)
+        round_to(scaled, rounded.rows, generator)
         if update is None:
-            return None, rounded
-        back = take("back", base.shape).copy_(rounded)
-        before = values
+            return None, rounded.data
+        values, back = (self.buffers.take(name, base.shape) for name in ("values", "back"))
+        values.rows.copy_(base)
+        back.rows.copy_(rounded.rows)
+        before = values.flat
         if base.dtype != dtype or scale != 1.0:
-            before = (values / scale).to(dtype).float().nan_to_num_() * scale
-        back = back if scale == 1.0 else back.mul_(scale)
-        loss = measure(values, before, total, back)
+            before = (values.flat / scale).to(dtype).float().nan_to_num_() * scale
+            back.flat.mul_(scale)
+        loss = measure(values.flat, before, total.flat, back.flat)
         if not math.isfinite(loss.difference):  # a value that became infinite, or was
-            self._check(values.add_(total))
-        return loss, rounded
+            self._check(values.flat.add_(total.flat))
+        return loss, rounded.data
 
     def _check(self, values: Tensor) -> None:
         """Raise RoundingError if the dtype does not hold the values.
@@ -284,28 +284,41 @@ class _Job:
         for piece in self.output.pieces:
             update = piece.update() if piece.update else None
             for first, base in self._blocks(piece, columns):
-                total = self.buffers.take("total", base.shape).copy_(base)
+                total = self.buffers.take("total", base.shape).rows.copy_(base)
                 if update:
                     update.add_to(total, first)
                 largest = max(largest, float(total.abs().max()))
         return largest / _FP8_MAX if math.isfinite(largest) and largest else 1.0
 
 
+class _Buffer(NamedTuple):
+    """One memory as rows and columns, as values and as bytes."""
+
+    rows: Tensor
+    flat: Tensor
+    data: memoryview
+
+
 class _Buffers(threading.local):
-    """Tensors that each thread uses again and again: new ones cost more than what is done."""
+    """Memory that each thread uses again and again: new one costs more than what is done with it.
+
+    So do views of it: each is a moment in which a thread may wait for another one's Python.
+    """
 
     def __init__(self) -> None:
         self.held: dict[tuple[str, torch.dtype], Tensor] = {}
-        self.views: dict[tuple[str, torch.dtype, Shape], Tensor] = {}
+        self.views: dict[tuple[str, torch.dtype, Shape], _Buffer] = {}
 
-    def take(self, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a tensor of any values."""
-        view = self.views.get((name, dtype, shape))
-        if view is None:
+    def take(self, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> _Buffer:
+        """Return memory for (rows, columns), of any values."""
+        buffer = self.views.get((name, dtype, shape))
+        if buffer is None:
             held = self.held.get((name, dtype))
             if held is None or held.numel() < count(shape):
                 held = torch.empty(max(count(shape), _BLOCK), dtype=dtype)
                 self.held[name, dtype] = held
                 self.views = {k: v for k, v in self.views.items() if k[:2] != (name, dtype)}
-            view = self.views[name, dtype, shape] = held[: count(shape)].view(shape)
-        return view
+            flat = held[: count(shape)]
+            buffer = _Buffer(flat.view(shape), flat, as_bytes(flat))
+            self.views[name, dtype, shape] = buffer
+        return buffer

@@ -2,8 +2,8 @@
 
 A base in bf16 whose every matrix is adapted, in the widths of FLUX.1. In each round: ``cp`` of the
 base, the matrix products alone (every block of every update, added to zeros in the cache), and the
-export. Printed are medians and ratios of the same round. Peak memory is that of the process beyond
-pages of files (RssAnon of /proc/self/status).
+export. Printed are medians, and the median of the ratios within a round, which a busy machine moves
+less. Peak memory is that of the process beyond pages of files (RssAnon of /proc/self/status).
 """
 
 from __future__ import annotations
@@ -93,6 +93,13 @@ def copy(base: Path, output: Path) -> float:
     return time.perf_counter() - start
 
 
+def processor() -> str:
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.partition(":")[2].strip()
+    return platform.machine()
+
+
 def anonymous_mib() -> float:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("RssAnon:"):
@@ -128,17 +135,20 @@ def main() -> None:
             row = [copy(base, output)]
             output.unlink()
             row.append(products(made))
+            used = time.process_time()
             row.append(export(base, output, made))
+            row.append(time.process_time() - used)
             output.unlink()
             rows.append(row)
             print("  " + "  ".join(f"{seconds:6.2f}" for seconds in row), file=sys.stderr)
         done.set()
         watcher.join()
-    cp, matrix, whole = (statistics.median(column) for column in zip(*rows, strict=True))
-    ratio = statistics.median(e / (2 * c + p) for c, p, e in rows)
-    print(f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    cp, matrix, whole, used = (statistics.median(column) for column in zip(*rows, strict=True))
+    ratio = statistics.median(e / (2 * c + p) for c, p, e, _ in rows)
+    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}")
     print(f"{len(made)} matrices, {args.gigabytes} GB bf16, rank {args.rank}, k {args.gralora_k}")
     print(f"cp {cp:.2f} s, products {matrix:.2f} s, export {whole:.2f} s (medians)")
+    print(f"the export's seconds of processor, over all cores: {used:.2f}")
     print(f"export / (2 cp + products) {ratio:.2f} (median of ratios; the goal is at most 1)")
     print(f"anonymous memory: {before:.0f} MiB before, {peak[0]:.0f} MiB at the peak")
 

@@ -126,6 +126,12 @@ def direct(base: Tensor, base_rounded: Tensor, total: Tensor, out: Tensor) -> Ro
     )
 
 
+def cost(base: Tensor, base_rounded: Tensor, total: Tensor, out: Tensor) -> RoundingLoss:
+    base = base.flatten()
+    before = base if torch.equal(base, base_rounded.flatten()) else base_rounded.flatten()
+    return measure(base, before, total.flatten().clone(), out.flatten().clone())
+
+
 def close(found: RoundingLoss, expected: RoundingLoss) -> None:
     for name in ("weight", "update", "difference"):
         assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-5), name
@@ -142,7 +148,7 @@ def test_loss_is_its_definition(dtype, same):
     total = base + 0.05 * torch.randn(50, 70)
     out = rounded(total, dtype).float()
     expected = direct(base, before, total, out)
-    found = measure(base, before, total.clone(), out.clone())
+    found = cost(base, before, total, out)
     close(found, expected)
     assert found.error == pytest.approx(math.sqrt(expected.difference / expected.update), rel=1e-4)
     assert found.gain == pytest.approx(expected.agreement / expected.update, rel=1e-4)
@@ -154,7 +160,7 @@ def test_losses_add_up():
     total = base + 0.02 * torch.randn(60, 64)
     out = rounded(total, torch.bfloat16).float()
     parts = [slice(0, 10), slice(10, 41), slice(41, 60)]
-    losses = [measure(base[p], base[p], total[p].clone(), out[p].clone()) for p in parts]
+    losses = [cost(base[p], base[p], total[p], out[p]) for p in parts]
     close(sum(losses, start=RoundingLoss()), direct(base, base, total, out))
 
 
@@ -174,7 +180,7 @@ def test_what_small_updates_lose(ratio, dtype, lost):
     base = (0.04 * torch.randn(1000, 1000)).to(DTYPES[dtype]).float()
     total = base + ratio * 0.04 * torch.randn(1000, 1000)
     out = rounded(total, DTYPES[dtype]).float()
-    loss = measure(base, base, total.clone(), out)
+    loss = cost(base, base, total, out)
     assert loss.ratio == pytest.approx(ratio, rel=0.02)
     assert loss.error == pytest.approx(lost, abs=0.01)
     assert f"{loss.error:.1%} of the update lost" in str(loss)
@@ -183,5 +189,5 @@ def test_what_small_updates_lose(ratio, dtype, lost):
 def test_nothing_and_exactly_kept():
     assert (RoundingLoss().error, RoundingLoss().gain, RoundingLoss().ratio) == (0, 1, math.inf)
     base, total = torch.randn(8, 8), torch.randn(8, 8)
-    loss = measure(base, base, total.clone(), total.clone())
+    loss = cost(base, base, total, total)
     assert (loss.error, loss.gain) == (0, pytest.approx(1))
