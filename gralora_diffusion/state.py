@@ -135,8 +135,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
     kind = str(values.get("peft_type", "GRALORA")).split(".")[-1]
     if kind != "GRALORA":
         raise AdapterFileError(
-            f"{where}: this is a {kind} adapter, not GraLoRA. Load a LoRA with "
-            "`pipe.load_lora_weights(...)`."
+            f"{where}: a {kind} adapter, not GraLoRA. LoRAs load by `pipe.load_lora_weights(...)`."
         )
     known = set(GraloraConfig.__dataclass_fields__)
     if unknown := sorted(set(values) - known):
@@ -293,12 +292,11 @@ def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any("gralora_" in key for key in tensors):
         if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors):
             return (
-                f"{path}: a LoRA, not a GraLoRA file. `gralora import` makes one of it, "
-                "`pipe.load_lora_weights(...)` loads it as it is."
+                f"{path}: a LoRA, not a GraLoRA file: `pipe.load_lora_weights(...)` loads it, "
+                "`gralora import` makes an adapter of it."
             )
-        return (
-            f"{path}: no GraLoRA weights in this file (first key: {next(iter(tensors), None)!r})."
-        )
+        first = next(iter(tensors), None)
+        return f"{path}: no GraLoRA weights in this file (first key: {first!r})."
     return (
         f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. "
         "Pass the state dict with its config: "
