@@ -23,7 +23,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser("inspect", add_help=False, help="say what a file is, and what is in it")
     # each command parses its own options, so that its --help is its own
     command = parser.parse_args(arguments[:1]).command
-    rest = arguments[1:]
+    try:
+        _run(command, arguments[1:])
+    except KeyboardInterrupt:
+        parser.exit(130, f"\ngralora {command}: interrupted\n")
+
+
+def _run(command: str, rest: Sequence[str]) -> None:
     if command == "train":
         from .training.main import main as train
 

@@ -56,8 +56,11 @@ class OriginalFile:
     def error(self, problem: str) -> ValueError:
         return OriginalFileError(f"{self.path}: {problem}")
 
-    def find_family(self) -> ModelFamily:
+    def find_family(self, any_task: bool = False) -> ModelFamily:
         """Return the family of this file.
+
+        Args:
+            any_task: whether bases for inpainting, editing and so on are taken, too.
 
         Raises:
             OriginalFileError: no base of a supported family, or a quantized one.
@@ -67,7 +70,7 @@ class OriginalFile:
         family = max(fitting, key=lambda f: len(f.single_file_keys), default=None)
         if family is None:
             raise self.error(self._not_a_base())
-        if self.kind not in (*family.single_file_types, _UNKNOWN):
+        if not any_task and self.kind not in (*family.single_file_types, _UNKNOWN):
             raise self.error(
                 f"diffusers takes this single file for {self.kind!r}, which is of no supported "
                 f"family ({', '.join(list_families())}). Give the text-to-image base"

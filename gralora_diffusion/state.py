@@ -135,8 +135,7 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
     kind = str(values.get("peft_type", "GRALORA")).split(".")[-1]
     if kind != "GRALORA":
         raise AdapterFileError(
-            f"{where}: this is a {kind} adapter, not GraLoRA. Load a LoRA with "
-            "`pipe.load_lora_weights(...)`."
+            f"{where}: a {kind} adapter, not GraLoRA. LoRAs load by `pipe.load_lora_weights(...)`."
         )
     known = set(GraloraConfig.__dataclass_fields__)
     if unknown := sorted(set(values) - known):
@@ -293,7 +292,8 @@ def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any("gralora_" in key for key in tensors):
         if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors):
             return (
-                f"{path}: a LoRA, not a GraLoRA file. Load it with `pipe.load_lora_weights(...)`."
+                f"{path}: a LoRA, not a GraLoRA file: `pipe.load_lora_weights(...)` loads it, "
+                "`gralora import` makes an adapter of it."
             )
         first = next(iter(tensors), None)
         return f"{path}: no GraLoRA weights in this file (first key: {first!r})."

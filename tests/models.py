@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from gralora_diffusion import GraloraConfig, get_family, inject
-from gralora_diffusion.state import read_adapter
+from gralora_diffusion.config import layer_settings
+from gralora_diffusion.state import ComponentAdapter, read_adapter
 
 from .reference import dense_update
 from .tiny import PIPELINES
@@ -20,6 +21,7 @@ __all__ = [
     "adapt",
     "adapt_everywhere",
     "config",
+    "dense_updates",
     "draw",
     "merged",
     "stable_diffusion",
@@ -76,6 +78,24 @@ def adapt_everywhere(
     return pipe
 
 
+def dense_updates(part: ComponentAdapter) -> dict[str, Tensor]:
+    """Path -> update with its scaling, by the definition, in float64."""
+    found = {}
+    for key, A in part.tensors.items():
+        if not key.endswith("gralora_A"):
+            continue
+        path = key.removesuffix(".gralora_A")
+        update = dense_update(A, part.tensors[f"{path}.gralora_B"])
+        if part.config.hybrid_r:
+            down = part.tensors[f"{path}.gralora_A_general.weight"].double()
+            up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
+            update += torch.einsum("or,ri...->oi...", up, down)
+        r, k, alpha = layer_settings(part.config, path)
+        assert A.shape[:3:2] == (k, r)
+        found[path] = update * alpha / (r + part.config.hybrid_r)
+    return found
+
+
 def merged(adapters: Iterable[tuple[Path, float | Mapping[str, float]]], pipe: Any = None) -> Any:
     """A bare pipeline with updates by the definition added to its weights, in float64.
 
@@ -84,20 +104,10 @@ def merged(adapters: Iterable[tuple[Path, float | Mapping[str, float]]], pipe: A
     pipe = pipe or stable_diffusion()
     for folder, weight in adapters:
         for component, part in read_adapter(folder).components.items():
-            rank = part.config.r + part.config.hybrid_r
-            for key, A in part.tensors.items():
-                if not key.endswith("gralora_A"):
-                    continue
-                path = key.removesuffix(".gralora_A")
-                update = dense_update(A, part.tensors[f"{path}.gralora_B"])
-                if part.config.hybrid_r:
-                    down = part.tensors[f"{path}.gralora_A_general.weight"].double()
-                    up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
-                    update += torch.einsum("or,ri...->oi...", up, down)
-                scale = weight.get(component, 1.0) if isinstance(weight, Mapping) else weight
+            scale = weight.get(component, 1.0) if isinstance(weight, Mapping) else weight
+            for path, update in dense_updates(part).items():
                 base = getattr(pipe, component).get_submodule(path).weight
-                update *= part.config.alpha / rank * scale
-                base.data = (base.double() + update).to(base.dtype)
+                base.data = (base.double() + update * scale).to(base.dtype)
     return pipe
 
 

@@ -10,9 +10,9 @@ from gralora_diffusion import get_family, list_families
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
     *(["blockwise"], ["low_rank"], ["factors"], ["config"], ["targets"]),
-    *(["tensor_files"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
+    *(["tensor_files"], ["staging"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
     *(["layouts"], ["families"], ["original_file"], ["compatibility"], ["bookkeeping"]),
-    *(["pipelines"], ["sampling", "export", "inspection", "warm_start"]),
+    *(["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}

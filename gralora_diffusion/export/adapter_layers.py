@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 
 import torch
 from torch import Tensor
@@ -92,8 +92,8 @@ def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
     """
     if adapter.family and told and adapter.family != told:
         raise AdapterFileError(
-            f"{adapter.source}: trained for {adapter.family}, but {told} was asked for. Give a "
-            f"base of {adapter.family}."
+            f"{adapter.source}: trained for {adapter.family}, but the base is {told}. Give a base "
+            f"of {adapter.family}."
         )
     name = adapter.family or told
     if name is None:
@@ -102,6 +102,12 @@ def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
             "the base, or the family."
         )
     return get_family(name)
+
+
+def adapter_path(adapter: Adapter) -> list[Path]:
+    """Return where the adapter was read from, if that is a file or folder here."""
+    path = Path(adapter.source).expanduser()
+    return [path] if path.exists() else []
 
 
 def adapter_layers(

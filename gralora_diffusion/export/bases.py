@@ -162,7 +162,7 @@ def open_base(
 
 def _open_file(path: Path) -> FileBase:
     file = OriginalFile(path)
-    family = file.find_family()
+    family = file.find_family(any_task=True)
     tensors, metadata = read_header(path)
     base = FileBase(path, family, tensors, metadata)
     for component, layouts in family.original_layouts.items():

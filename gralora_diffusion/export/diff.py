@@ -11,15 +11,15 @@ from typing import Any
 import torch
 
 from ..layouts import locate
+from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
-from .adapter_layers import LayerUpdate, adapter_layers, find_adapter_family
+from .adapter_layers import LayerUpdate, adapter_layers, adapter_path, find_adapter_family
 from .bases import open_base
 from .lora import LoraReport, component_names, lora_dtype
 from .metadata import export_metadata
 from .names import Names
 from .plan import UpdateRows
 from .rounding import Rounding
-from .staging import check_output, staged
 from .streaming import OutputTensor, Piece, write_streamed
 
 
@@ -47,7 +47,7 @@ def export_diff(
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, "comfyui", opened)
-    check_output(path, overwrite, [])
+    check_output(path, overwrite, adapter_path(read))
     target = lora_dtype(dtype, parts)
     outputs = [
         _output(names[component], layer, update, target)

@@ -9,15 +9,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, finish_header
-from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
+from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .dtypes import CHOICES, converted
 from .metadata import export_metadata
 from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
 from .rounding import Rounding, RoundingLoss
-from .staging import check_output, staged
 from .streaming import OutputTensor, sample_remedies, write_streamed
 
 #: Part of the update that may be lost before it is warned.
@@ -144,7 +144,7 @@ def export_fused(
     family = find_adapter_family(read, opened.family.name)
     layers = adapter_layers(read, family, scale)
     _check_scale(layers, scale)
-    check_output(path, overwrite, [opened.path])
+    check_output(path, overwrite, [opened.path, *adapter_path(read)])
     report = FusedReport(path, family.name, {n: len(part.updates) for n, part in layers.items()})
     files = _plan(opened, Planner(layers), format, denoiser_only)
     denoiser = family.denoiser

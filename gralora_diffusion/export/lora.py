@@ -14,14 +14,16 @@ from torch import Tensor
 
 from ..families import ModelFamily
 from ..low_rank import truncate
+from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, write_safetensors
-from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
+from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
 from .bases import Base, FolderBase, open_base
 from .metadata import export_metadata
 from .names import STYLES, Names, Pair, StyleError, find_names
-from .staging import check_output, staged
+from .rounding import NAMES
 
+_SHOWN = 20
 LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -33,12 +35,14 @@ class LoraReport:
         ranks: name in the file -> rank.
         errors: component and path -> what truncation left out, relative to the layer's update
             (Frobenius norms). Zero where nothing was.
+        dtype: of the factors.
     """
 
     path: Path
     style: str
     ranks: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
+    dtype: torch.dtype = torch.float32
 
     def __str__(self) -> str:
         size = self.path.stat().st_size / 2**20
@@ -48,11 +52,20 @@ class LoraReport:
             text = f"{different[0]}" + (f" to {different[-1]}" if len(different) > 1 else "")
             lines[0] += f", rank {text}"
         if worst := max(self.errors.values(), default=0.0):
-            lines.append("left out by truncation, relative to each layer's update:")
-            lines += [f"  {error:8.2%}  {layer}" for layer, error in self.errors.items()]
-            lines.append(f"  {worst:8.2%}  at most")
+            some = sorted(self.errors.items(), key=lambda item: -item[1])
+            mean = sum(self.errors.values()) / len(self.errors)
+            lines.append(
+                f"left out by truncation, relative to each layer's update: {worst:.2%} at most, "
+                f"{mean:.2%} in the mean of {len(self.errors)} layers"
+            )
+            lines += [f"  {error:8.2%}  {layer}" for layer, error in some[:_SHOWN]]
+            if len(some) > _SHOWN:
+                lines.append(f"  {len(some) - _SHOWN} layers lose less")
         elif self.errors:
             lines.append("exact: the very same update")
+        if self.dtype != torch.float32 and self.errors:
+            rounded = torch.finfo(self.dtype).eps / 2
+            lines[-1] += f", but for factors rounded to {NAMES[self.dtype]} (each to {rounded:.1g})"
         return "\n".join(lines)
 
 
@@ -103,9 +116,9 @@ def export_lora(
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, style, opened)
-    check_output(Path(output), overwrite, [])
+    check_output(Path(output), overwrite, adapter_path(read))
     report = LoraReport(Path(output), style)
-    target = lora_dtype(dtype, parts)
+    target = report.dtype = lora_dtype(dtype, parts)
     tensors: dict[str, Tensor] = {}
     for component, layers in parts.items():
         pairs: dict[str, Pair] = {}

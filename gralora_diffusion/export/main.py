@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..families import list_families
+from ..staging import check_output
 from ..state import read_adapter
 from .diff import export_diff
 from .dtypes import CHOICES
@@ -17,9 +18,12 @@ from .lora import LoraReport, export_lora
 from .metadata import SAID
 from .names import STYLES
 from .parity import ParityError
-from .staging import check_output
-from .verification import Verification
+from .verification import Verification, parity_path
 
+_FP8 = (
+    "This file is for ComfyUI: diffusers passes over the scales and would draw noise. For a file "
+    "that both read take --no_fp8_scale."
+)
 #: Options that only these formats take.
 _ONLY = {
     "lora": ("rank", "energy"),
@@ -103,9 +107,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     """``gralora export``."""
     command = parser()
     args = command.parse_args(argv)
+    args.output = args.output.expanduser()
     _check(args, command)
     try:
         print(_export(args))
+        if not args.verify:  # a report on what was there before
+            parity_path(args.output).unlink(missing_ok=True)
+        if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
+            print(_FP8)
     except (ParityError, OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
 
@@ -129,6 +138,20 @@ def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
         command.error("--style: for --format lora alone")
     if args.stochastic_rounding and not fused:
         command.error("--stochastic_rounding: for --format checkpoint or diffusers alone")
+    if args.family and fused:
+        command.error("--family: for --format lora or diff alone; the base says it here")
+    if args.no_fp8_scale and args.dtype != "fp8_e4m3":
+        command.error("--no_fp8_scale: for --dtype fp8_e4m3 alone")
+    if args.verify_steps < 1:
+        command.error(f"--verify_steps is {args.verify_steps}; it must be at least 1")
+    if args.verify_size is not None and (args.verify_size < 8 or args.verify_size % 8):
+        command.error(
+            f"--verify_size is {args.verify_size}; it must be a multiple of 8, such as 512"
+        )
+    if args.verify_bound is not None and not args.verify_bound > 0:
+        command.error(f"--verify_bound is {args.verify_bound}; it must be above 0")
+    if not args.adapter:
+        command.error("--adapter is empty; it must be a file, a folder or a Hub id")
     if args.rank is not None and args.rank < 1:
         command.error(f"--rank is {args.rank}; it must be at least 1")
     if args.energy is not None and not 0 < args.energy <= 1:

@@ -19,6 +19,7 @@ from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
 from .tensor_bytes import StoredTensor
 
+_SHOWN = 8
 #: A tensor of the output and the component that it belongs to; "" if to none.
 Owned = tuple[str, OutputTensor]
 
@@ -119,7 +120,9 @@ class Planner:
                 more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
                 self.problems.append(f"{component}: the base has no {some}{more}")
         if self.problems:
-            lines = "\n".join(f"  {problem}" for problem in self.problems)
+            lines = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN])
+            if len(self.problems) > _SHOWN:
+                lines += f"\n  and {len(self.problems) - _SHOWN} more: a base of other widths?"
             raise AdapterFileError(f"the adapter does not fit {where}:\n{lines}")
 
 

@@ -18,10 +18,10 @@ from safetensors import safe_open
 from ..families import ModelFamily
 from ..state import Adapter
 from .bases import Base, FileBase, FolderBase, open_base
-from .lora import LORA_DTYPES, export_lora, read_by_diffusers
-from .parity import Way, compare, fused_folder, fused_in_place, lora_file
-from .rounding import DTYPES
+from .lora import export_lora, read_by_diffusers
+from .parity import STORED_BOUNDS, compare
 from .tensor_bytes import read_header
+from .ways import Way, fused_folder, fused_in_place, lora_file
 
 _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
 
@@ -58,17 +58,13 @@ class Verification:
         """
         opened = open_base(self.base, **self.open_options)
         if exported.is_dir():
-            way, dtype = fused_folder(exported), None
+            way = fused_folder(exported)
         else:
             file = _as_base(exported, opened, denoiser_only)
-            dtype = max(
-                (t.dtype for t in file.tensors.values() if t.dtype in DTYPES.values()),
-                key=lambda dtype: torch.finfo(dtype).eps,
-            )
             components = [name for name in self.adapter.components if name in file.layouts]
             names = components or [opened.family.denoiser]
             way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
-        self._compare(opened, exported, {_FUSED: way}, dtype)
+        self._compare(opened, exported, {_FUSED: way})
 
     def check_lora(self, exported: Path, style: str, dtype: str, **options: Any) -> None:
         """Compare a LoRA file with the attached adapter.
@@ -83,23 +79,27 @@ class Verification:
             opened,
             exported,
             {},
-            LORA_DTYPES.get(dtype),
             exported if style == "diffusers" else None,
             dtype=dtype,
             **options,
         )
+
+    def _is_lora(self, family: ModelFamily) -> bool:
+        """Whether diffusers takes a LoRA for all that the adapter has."""
+        keys = [key for part in self.adapter.components.values() for key in part.tensors]
+        read = {"denoiser", *read_by_diffusers(family)}
+        return set(self.adapter.components) <= read and all(".gralora_" in key for key in keys)
 
     def _compare(
         self,
         opened: Base,
         exported: Path,
         ways: dict[str, Way],
-        stored: torch.dtype | None,
         lora: Path | None = None,
         **options: Any,
     ) -> None:
         with ExitStack() as stack:
-            if set(self.adapter.components) <= {"denoiser", *read_by_diffusers(opened.family)}:
+            if self._is_lora(opened.family):
                 if lora is None:
                     folder = stack.enter_context(TemporaryDirectory())
                     lora = Path(folder) / "lora.safetensors"
@@ -114,8 +114,8 @@ class Verification:
                 ways = {**ways, _LORA: lora_file(lora)}
             if not ways:
                 raise ValueError(
-                    "--verify: diffusers loads no LoRA on these text encoders, so there is nothing "
-                    "to compare. Leave out --verify, or export a checkpoint"
+                    "--verify: diffusers loads no LoRA for all that this adapter has, so there is "
+                    "nothing to compare. Leave out --verify, or export a checkpoint"
                 )
             report = compare(
                 self._pipeline(opened),
@@ -126,14 +126,15 @@ class Verification:
                 seed=self.seed,
                 steps=self.steps,
                 size=self.size,
-                stored=stored,
+                stored=_coarsest_dtype(exported),
                 bound=self.bound,
             )
-        path = self.output.with_name(self.output.name + ".parity.json")
+        report.check()
+        path = parity_path(self.output)
         names = {"base": Path(self.base).name, "adapter": Path(self.adapter.source).name}
         report.write(path, exported, file=self.output.name, **names)
         print(report)
-        report.check()
+        print(path)
 
     def _pipeline(self, opened: Base) -> Any:
         on_gpu = torch.cuda.is_available()
@@ -145,14 +146,34 @@ class Verification:
             pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
             options = {} if on_gpu else options
             path = str(opened.path)
-            pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
+            try:
+                pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
+            except (OSError, ValueError) as error:
+                raise ValueError(
+                    f"--verify: {path} is a single file, and the pipeline that completes it is not "
+                    f"to be had. Give a folder or Hub id as --base_config. ({error})"
+                ) from error
         return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def parity_path(output: Path) -> Path:
+    """Where the report on an output lies."""
+    return output.with_name(output.name + ".parity.json")
+
+
+def _coarsest_dtype(exported: Path) -> torch.dtype:
+    """The coarsest dtype of the weights in a file or folder."""
+    files = exported.rglob("*.safetensors") if exported.is_dir() else [exported]
+    dtypes = {tensor.dtype for file in files for tensor in read_header(file)[0].values()}
+    return max(dtypes & STORED_BOUNDS.keys(), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:
     """The exported file with the layouts that it was written in."""
     family = base.family
     tensors, metadata = read_header(exported)
+    # what belongs to fp8 is not of the layout
+    tensors = {k: t for k, t in tensors.items() if not k.endswith(("scale_weight", "scaled_fp8"))}
     if isinstance(base, FileBase):
         layouts, prefixes = base.layouts, base.prefixes
     else:
@@ -170,6 +191,7 @@ def _set_weights(pipe: Any, file: FileBase, components: Sequence[str]) -> None:
     """Put the weights of an original file into the models of a pipeline."""
     family: ModelFamily = file.family
     with safe_open(file.path, framework="pt") as held, torch.no_grad():
+        keys = set(held.keys())
         for component in components:
             state = getattr(pipe, component).state_dict()
             own = {family.canonical(component, key): tensor for key, tensor in state.items()}
@@ -177,7 +199,7 @@ def _set_weights(pipe: Any, file: FileBase, components: Sequence[str]) -> None:
             for tensor, _ in file.read(component):
                 value, first = held.get_tensor(prefix + tensor.key).float(), 0
                 scale = prefix + tensor.key.removesuffix("weight") + "scale_weight"
-                if scale in file.tensors:
+                if scale in keys:
                     value = value * held.get_tensor(scale)
                 for part in tensor.parts:
                     rows = value[first : first + part.stop - part.start]

@@ -139,4 +139,7 @@ def _trigger(metadata: Mapping[str, str]) -> str | None:
             counts.update(tags)
     except (ValueError, TypeError, AttributeError):
         return None
-    return counts.most_common(1)[0][0].strip() if counts else None
+    most = counts.most_common(2)
+    if not most or (len(most) > 1 and most[0][1] == most[1][1]):
+        return None  # none is more frequent than the others
+    return most[0][0].strip()

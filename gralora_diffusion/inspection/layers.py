@@ -153,6 +153,9 @@ def component_of(layer: Layer, kind: Kind, source: Source) -> str:
         return first
     if layer.name.startswith("text_encoders."):
         return ".".join(layer.name.split(".")[:2])
+    prefixes = {f"{p}_": c for family in kind.families for c, p in family.kohya_prefixes.items()}
+    if told := next((c for prefix, c in prefixes.items() if layer.name.startswith(prefix)), None):
+        return told
     if layer.text_encoder:
         return layer.text_encoder
     denoisers = {family.denoiser for family in kind.families}

@@ -1,6 +1,6 @@
 """The layouts of original single files, and how their tensors are made of diffusers' ones."""
 
-from .latent_diffusion import DENOISER, UNET, autoencoder
+from .latent_diffusion import DENOISER, UNET, USUAL_LAYERS_PER_BLOCK, autoencoder
 from .layout import (
     Layout,
     LayoutError,
@@ -19,6 +19,7 @@ from .text_encoders import clip, open_clip, t5
 __all__ = [
     "DENOISER",
     "UNET",
+    "USUAL_LAYERS_PER_BLOCK",
     "Layout",
     "LayoutError",
     "Location",

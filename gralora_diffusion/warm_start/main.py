@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from ..families import ModelFamily, find_pipeline_family, get_family, list_families
+from ..staging import check_output
 from ..state import WEIGHTS_NAME, save_adapter
 from . import ImportedLayer, gralora_from_lora, overall_error
 
@@ -35,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hybrid_rank", type=int, default=0, help="rank of the general pair")
     result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
     result.add_argument("--weight_name", help="which file in a folder or repository")
+    result.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     result.add_argument("--output", required=True, type=Path, help="file, or folder for the file")
     return result
 
@@ -46,7 +48,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     output: Path = options.output
     if output.suffix != ".safetensors":
         output /= WEIGHTS_NAME
+    output = output.expanduser()
+    source = Path(options.lora).expanduser()
     try:
+        check_output(output, options.overwrite, [source] if source.exists() else [])
         family, unet_config = _base(options)
         adapter, layers = gralora_from_lora(
             options.lora,

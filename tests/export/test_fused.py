@@ -16,8 +16,8 @@ from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.bases import BaseError
 from gralora_diffusion.export.lora import read_by_diffusers
 from gralora_diffusion.export.parity import ParityError
-from gralora_diffusion.export.staging import OutputError
 from gralora_diffusion.export.verification import Verification
+from gralora_diffusion.staging import OutputError
 from gralora_diffusion.state import read_adapter
 
 from ..models import PIPELINES, adapt_everywhere, config, merged
@@ -171,7 +171,9 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
         export_fused(tmp_path / "adapter", tmp_path / "base", output, denoiser_only=True)
     PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
-    with pytest.raises(AdapterFileError, match="trained for stable-diffusion, but flux"):
+    with pytest.raises(
+        AdapterFileError, match="trained for stable-diffusion, but the base is flux"
+    ):
         export_fused(tmp_path / "adapter", tmp_path / "flux", output)
     other = dict(list(alone.items())[:-3])
     other = {key: tensor for key, tensor in other.items() if ".attn1.to_q." not in key}

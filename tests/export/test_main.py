@@ -74,8 +74,7 @@ def test_a_file_that_draws_something_else_does_not_appear(place, tmp_path, capsy
     with pytest.raises(SystemExit):
         export(place, lora, "--format", "lora", *options)
     assert "does not draw what the adapter draws" in capsys.readouterr().err
-    assert [path.name for path in tmp_path.iterdir()] == ["l.safetensors.parity.json"]
-    assert "failed" in json.loads((tmp_path / "l.safetensors.parity.json").read_text())["verdict"]
+    assert not list(tmp_path.iterdir())
 
 
 WRONG = [
@@ -87,6 +86,11 @@ WRONG = [
     (["--format", "lora", "--stochastic_rounding"], "--stochastic_rounding: for --format"),
     (["--format", "lora", "--energy", "1.5"], "--energy is 1.5"),
     (["--format", "lora", "--rank", "0"], "--rank is 0"),
+    (["--format", "lora", "--verify_steps", "0"], "--verify_steps is 0"),
+    (["--format", "lora", "--verify_size", "100"], "--verify_size is 100; it must be a multiple"),
+    (["--format", "lora", "--verify_bound", "-1"], "--verify_bound is -1.0"),
+    (["--format", "checkpoint", "--base", "b", "--no_fp8_scale"], "for --dtype fp8_e4m3 alone"),
+    (["--format", "checkpoint", "--base", "b", "--family", "flux"], "--family: for --format lora"),
     (["--format", "onnx"], "invalid choice: 'onnx'"),
 ]
 
@@ -111,6 +115,39 @@ def test_output_must_be_free_and_named_as_a_file(place, tmp_path, capsys):
     assert taken.read_text() == "mine"
     export(place, taken, "--format", "lora", "--overwrite")
     assert load_file(taken)
+
+
+def test_what_is_read_is_never_replaced(place, tmp_path, capsys):
+    adapter = tmp_path / "adapter.safetensors"
+    adapter.write_bytes((place / "adapter/pytorch_gralora_weights.safetensors").read_bytes())
+    before = adapter.read_bytes()
+    options = ["--adapter", str(adapter), "--output", str(adapter), "--overwrite"]
+    with pytest.raises(SystemExit):
+        main(["export", "--format", "lora", *options])
+    assert "which is read. Give another" in capsys.readouterr().err
+    assert adapter.read_bytes() == before
+
+
+def test_a_folder_with_other_things_is_not_replaced(place, tmp_path, capsys):
+    folder, base = tmp_path / "pipeline", ["--format", "diffusers", "--base", str(place / "base")]
+    export(place, folder, *base)
+    (folder / "notes.txt").write_text("mine")
+    with pytest.raises(SystemExit):
+        export(place, folder, *base, "--overwrite")
+    assert "also holds notes.txt, which would be lost" in capsys.readouterr().err
+    (folder / "notes.txt").unlink()
+    export(place, folder, *base, "--overwrite")
+    assert (folder / "model_index.json").is_file()
+
+
+def test_scaled_fp8_is_verified(place, tmp_path, capsys):
+    base = ["--format", "checkpoint", "--base", str(place / "base"), "--dtype", "fp8_e4m3"]
+    export(place, tmp_path / "x.safetensors", *base, "--verify", "--verify_size", "32")
+    assert "diffusers passes over the scales" in capsys.readouterr().out
+    report = json.loads((tmp_path / "x.safetensors.parity.json").read_text())
+    assert 0 < report["ways"]["fused weights"]["relative"] < 0.5
+    export(place, tmp_path / "x.safetensors", *base, "--overwrite")
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
 
 
 def test_other_errors_say_what_to_do(place, tmp_path, capsys):

@@ -6,6 +6,7 @@ import json
 import math
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -13,16 +14,18 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gralora_diffusion import AdapterFileError, blockwise, cli
+from gralora_diffusion import AdapterFileError, blockwise, cli, get_family
 from gralora_diffusion.config import layer_settings
+from gralora_diffusion.export import export_lora
+from gralora_diffusion.export.names import STYLES
 from gralora_diffusion.low_rank import truncate
 from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.warm_start import gralora_from_lora, overall_error
 from gralora_diffusion.warm_start.main import main
 from tests import models
-from tests.models import PIPELINES
+from tests.models import PIPELINES, adapt_everywhere, dense_updates
 from tests.originals import ORIGINALS
-from tests.reference import dense_update, relative_error
+from tests.reference import relative_error
 
 from .loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
 
@@ -33,21 +36,11 @@ TEXT_ENDINGS = ("q_proj", "out_proj", "fc1")
 
 def updates(adapter: Adapter) -> dict[str, Tensor]:
     """component.path -> dense update with its scaling, by the definition."""
-    found = {}
-    for component, part in adapter.components.items():
-        for key, A in part.tensors.items():
-            if not key.endswith("gralora_A"):
-                continue
-            path = key.removesuffix(".gralora_A")
-            update = dense_update(A, part.tensors[f"{path}.gralora_B"])
-            if part.config.hybrid_r:
-                down = part.tensors[f"{path}.gralora_A_general.weight"].double()
-                up = part.tensors[f"{path}.gralora_B_general.weight"].double().flatten(1)
-                update += torch.einsum("or,ri...->oi...", up, down)
-            r, k, alpha = layer_settings(part.config, path)
-            assert A.shape[:3:2] == (k, r)
-            found[f"{component}.{path}"] = update * alpha / (r + part.config.hybrid_r)
-    return found
+    return {
+        f"{component}.{path}": update
+        for component, part in adapter.components.items()
+        for path, update in dense_updates(part).items()
+    }
 
 
 def check(adapter: Adapter, expected: dict[str, Tensor], within: float = 1e-6) -> None:
@@ -268,6 +261,41 @@ def test_flux(style):
         assert relative_error(blockwise.linear_update(x, A, B, alpha / r), y) < 1e-6, path
 
 
+@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("style", STYLES)
+def test_what_was_exported_comes_back(name, style, tmp_path):
+    """The styles of three programs, with layers joined, halves exchanged and T5."""
+    family = get_family(name)
+    encoders = family.text_encoders
+    if style == "diffusers":  # which reads no more
+        loadable = getattr(diffusers, family.pipeline_classes[0])._lora_loadable_modules
+        encoders = tuple(encoder for encoder in encoders if encoder in loadable)
+    adapt_everywhere(PIPELINES[name](), [family.denoiser, *encoders]).save_gralora_weights(tmp_path)
+    export_lora(tmp_path, tmp_path / "lora.safetensors", style=style)
+    native = read_adapter(tmp_path)
+    expected = {
+        f"{c}.{family.canonical(c, p)}": update
+        for (c, p), update in ((k.split(".", 1), u) for k, u in updates(native).items())
+    }
+    adapter, layers = gralora_from_lora(tmp_path / "lora.safetensors", name, 4, 4, 40)
+    check(adapter, expected)
+    assert overall_error(layers) == 0.0
+
+
+@pytest.mark.parametrize("prefix", ["", "diffusion_model.", "base_model.model."])
+@pytest.mark.parametrize(
+    "path", ["transformer_blocks.0.attn.to_q", "double_blocks.0.img_attn.proj"]
+)
+def test_other_beginnings_of_names(prefix, path):
+    tensors = {
+        f"{prefix}{path}.lora_A.weight": torch.randn(2, 16),
+        f"{prefix}{path}.lora_B.weight": torch.randn(16, 2),
+    }
+    adapter, _ = gralora_from_lora(tensors, "flux", 8, 4)
+    there = path.replace("double_blocks.0.img_attn.proj", "transformer_blocks.0.attn.to_out.0")
+    check(adapter, {f"transformer.{there}": dense(*tensors.values())})
+
+
 # -- pictures --------------------------------------------------------------------------------------
 
 
@@ -411,15 +439,24 @@ def loha(name: str) -> dict[str, Tensor]:
             "stable-diffusion-xl",
         ),
         (
-            lora("lora_unet_joint_blocks_0_x_block_attn_qkv", 8, 24),
+            lora("lycoris_transformer_blocks_0_attn_to_q"),
             "stable-diffusion-3",
-            "does not read names such as lora_unet_joint_blocks_0_x_block_attn_qkv",
+            "does not read names such as lycoris_transformer_blocks_0_attn_to_q",
         ),
         (
-            lora("lora_unet_double_blocks_0_img_attn_proj", 3072, 3072)
-            | lora("text_encoders.t5xxl.transformer.encoder.block.0.layer.0.SelfAttention.q"),
+            lora("lora_te1_text_model_embeddings_token_embedding"),
             "flux",
-            r"passes over 1 of 2 layers .*: text_encoders.t5xxl.*SelfAttention.q",
+            "no such layers in flux: text_encoder.text_model.embeddings.token.embedding",
+        ),
+        (
+            lora("unet.down_blocks.0.attentions.0.attn5"),
+            "stable-diffusion-3",
+            "no such layers in stable-diffusion-3: transformer.unet.down_blocks",
+        ),
+        (
+            lora("transformer.proj_out", 8, 8) | lora("diffusion_model.final_layer.linear", 8, 8),
+            "flux",
+            "two layers of the file are transformer.proj_out",
         ),
         (
             lora(UNET) | lora("lora_unet_input_blocks_1_1_proj_in"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ def check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
         overwrite: what exists may be replaced.
         sources: files and folders that are read.
     """
+    if output.parent.exists() and not output.parent.is_dir():
+        raise OutputError(f"--output {output}: {output.parent} is a file, no folder")
     resolved = output.resolve()
     for source in sources:
         inside = source.is_dir() and source.resolve() in (resolved, *resolved.parents)
@@ -28,8 +31,21 @@ def check_output(output: Path, overwrite: bool, sources: list[Path]) -> None:
             raise OutputError(f"--output {output}: that is {source}, which is read. Give another")
     if output.exists() and not overwrite:
         raise OutputError(f"--output {output}: it exists already. Give another, or --overwrite")
-    if overwrite and output.is_dir() and not (output / "model_index.json").is_file():
+    if output.is_dir():
+        _check_folder(output)
+
+
+def _check_folder(output: Path) -> None:
+    """Raise OutputError unless the folder is a pipeline and nothing else."""
+    index = output / "model_index.json"
+    if not index.is_file():
         raise OutputError(f"--output {output}: a folder, but no pipeline that may be replaced")
+    parts = {index.name, "README.md", *json.loads(index.read_text(encoding="utf-8"))}
+    if others := sorted(entry.name for entry in output.iterdir() if entry.name not in parts):
+        raise OutputError(
+            f"--output {output}: the folder also holds {', '.join(others[:3])}, which would be "
+            "lost. Give another"
+        )
 
 
 @contextmanager
@@ -38,8 +54,11 @@ def staged(output: Path) -> Iterator[Path]:
 
     Whatever goes wrong before, nothing is left behind and what was there is as it was.
     """
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
+    except OSError as error:
+        raise OutputError(f"--output {output}: cannot be written to ({error.strerror})") from error
     made, replaced = folder / output.name, folder / f".{output.name}"
     try:
         yield made

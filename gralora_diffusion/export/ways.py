@@ -1,0 +1,121 @@
+"""Ways to draw with a file that was exported: what a user of it would call.
+
+A way is called with the base's pipeline and gives a context; the pipeline that it gives draws, and
+the base's is as it was afterwards.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from ..compatibility import component_models
+from ..state import DENOISER, Adapter
+
+Way = Callable[[Any], AbstractContextManager[Any]]
+
+_ADAPTER_NAME = "gralora_parity"
+
+
+def attached_adapter(adapter: Adapter | str | os.PathLike[str], scale: float = 1.0) -> Way:
+    """The adapter itself, attached by ``load_gralora_weights``."""
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        source: Any = adapter
+        options: dict[str, Any] = {}
+        if isinstance(adapter, Adapter):
+            denoiser, parts = next(iter(component_models(pipe))), adapter.components
+            parts = {denoiser if name == DENOISER else name: part for name, part in parts.items()}
+            source = Adapter(parts).tensors
+            options["config"] = {name: part.config for name, part in parts.items()}
+        pipe.load_gralora_weights(source, _ADAPTER_NAME, **options)
+        try:
+            pipe.set_adapters(_ADAPTER_NAME, scale)
+            yield pipe
+        finally:
+            pipe.unload_gralora_weights()
+
+    return way
+
+
+def lora_file(path: Path) -> Way:
+    """A LoRA file, by diffusers' own ``load_lora_weights``; its name may be any."""
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        # as tensors, for diffusers goes by the ending of a file's name
+        pipe.load_lora_weights(load_file(path), adapter_name=_ADAPTER_NAME)
+        try:
+            yield pipe
+        finally:
+            pipe.unload_lora_weights()
+
+    return way
+
+
+def fused_folder(path: Path) -> Way:
+    """A fused pipeline in diffusers' layout, loaded beside the base."""
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        fused = type(pipe).from_pretrained(path, dtype=computing_dtype(pipe))
+        yield fused.to(pipe.device)
+
+    return way
+
+
+def fused_file(
+    path: Path, config: str | os.PathLike[str], borrowed: Sequence[str] = (), **options: Any
+) -> Way:
+    """A fused original single file, by diffusers' ``from_single_file``; it ends in .safetensors.
+
+    It is loaded beside the base.
+
+    Args:
+        config: folder or Hub id of a pipeline of the same kind.
+        borrowed: components that the file does not hold, to be taken from the base.
+        options: more for ``from_single_file``, such as a family's ``load_options``.
+    """
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        fused = type(pipe).from_single_file(
+            str(path),
+            config=str(config),
+            torch_dtype=computing_dtype(pipe),
+            **{name: getattr(pipe, name) for name in borrowed},
+            **options,
+        )
+        yield fused.to(pipe.device)
+
+    return way
+
+
+def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> Way:
+    """Fused weights that ``load`` sets in the components of the pipeline, which get theirs back."""
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        models = [getattr(pipe, name) for name in components]
+        kept = [{key: t.clone() for key, t in model.state_dict().items()} for model in models]
+        try:
+            load(pipe)
+            yield pipe
+        finally:
+            for model, state in zip(models, kept, strict=True):
+                model.load_state_dict(state)
+
+    return way
+
+
+def computing_dtype(pipe: Any) -> torch.dtype:
+    """The denoiser's dtype; others, such as the VAE, may be of another."""
+    dtype: torch.dtype = next(iter(component_models(pipe).values())).dtype
+    return dtype

@@ -1,0 +1,105 @@
+"""Files of LoRAs: what they hold and say, wherever they lie."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from torch import Tensor
+
+from ..families import ModelFamily
+from ..lora_keys import LoraScaling, lora_scalings
+from ..state import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
+from ..tensor_files import AdapterFileError, read_safetensors
+
+
+@dataclass(frozen=True)
+class LoraFile:
+    """Tensors, the header's metadata, component -> scaling of PEFT's config, and the name."""
+
+    tensors: dict[str, Tensor]
+    metadata: dict[str, str] = field(default_factory=dict)
+    scalings: dict[str, LoraScaling] = field(default_factory=dict)
+    name: str = "state dict"
+
+
+def read_file(
+    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    family: ModelFamily,
+    weight_name: str | None = None,
+) -> LoraFile:
+    """Read a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
+
+    Raises:
+        AdapterFileError: nothing there, several files, not a whole safetensors file.
+    """
+    if isinstance(source, Mapping):
+        return LoraFile(dict(source))
+    path = Path(source).expanduser()
+    if not path.exists() and isinstance(source, str) and looks_like_hub_id(source):
+        path = _download(source, weight_name)
+    if path.name == PEFT_WEIGHTS_NAME and path.with_name(PEFT_CONFIG_NAME).is_file():
+        path = path.parent
+    if path.is_dir() and (configs := _peft_configs(path, family)):
+        tensors: dict[str, Tensor] = {}
+        scalings = {}
+        for component, config in configs.items():
+            part, _ = read_safetensors(config.with_name(PEFT_WEIGHTS_NAME))
+            tensors |= {f"{component}.{k.removeprefix(PEFT_PREFIX)}": t for k, t in part.items()}
+            scalings[component] = LoraScaling(_lora_config(config))
+        return LoraFile(tensors, {}, scalings, str(source))
+    if path.is_dir():
+        path = _only_file(path, weight_name)
+    if not path.is_file():
+        raise AdapterFileError(f"{source}: no such file or folder.")
+    tensors, metadata = read_safetensors(path)
+    try:
+        return LoraFile(tensors, metadata, lora_scalings(metadata), str(path))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise AdapterFileError(f"{path}: its metadata is damaged: {error}") from error
+
+
+def _peft_configs(folder: Path, family: ModelFamily) -> dict[str, Path]:
+    if (folder / PEFT_CONFIG_NAME).is_file():
+        name = folder.name if folder.name in family.components else family.denoiser
+        return {name: folder / PEFT_CONFIG_NAME}
+    return {path.parent.name: path for path in sorted(folder.glob(f"*/{PEFT_CONFIG_NAME}"))}
+
+
+def _lora_config(path: Path) -> dict[str, Any]:
+    try:
+        config = dict(json.loads(path.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error
+    if (kind := config.get("peft_type")) != "LORA":
+        raise AdapterFileError(f"{path}: a {kind} adapter, not a LoRA.")
+    return config
+
+
+def _only_file(folder: Path, weight_name: str | None) -> Path:
+    if weight_name:
+        return folder / weight_name
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) != 1:
+        names = ", ".join(file.name for file in files) or "none"
+        raise AdapterFileError(
+            f"{folder}: expected one .safetensors file, found {names}. Name it with weight_name."
+        )
+    return files[0]
+
+
+def _download(repository: str, weight_name: str | None) -> Path:
+    patterns = [weight_name or "*.safetensors", f"*{PEFT_CONFIG_NAME}"]
+    try:
+        return Path(snapshot_download(repository, allow_patterns=patterns))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        raise AdapterFileError(
+            f"{repository}: neither a local path nor a repository on the Hub that could be "
+            f"fetched: {error}"
+        ) from error

@@ -1,0 +1,176 @@
+"""Names of layers in LoRA files that follow a base's original layout, as diffusers has them.
+
+Those of ComfyUI, and of kohya's sd-scripts for transformers and text encoders. diffusers reads but
+some of them, FLUX.1's in its published width alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..families import ModelFamily
+from ..layouts import Layout, Shape, locate
+from ..low_rank import Pair
+
+#: How names of the denoiser's layers may begin, whichever layout follows.
+_DENOISER = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "")
+_KOHYA_DENOISER = "lora_unet_"
+_COMFYUI_ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
+_KOHYA_ENCODER = re.compile(r"(lora_te\d?)_(.+)")
+#: Parts of paths in CLIP and T5 that have an underscore of their own.
+_WORDS = re.compile(r"text_model|text_projection|self_attn|(?:q|k|v|out)_proj|wi_[01]")
+#: Paths of layers in them that can be adapted.
+_ENCODER_LAYER = re.compile(
+    r"(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
+    r"|text_projection"
+    r"|encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.(?:wi(_[01])?|wo))"
+)
+#: What ComfyUI calls T5, and how the paths of its layers begin.
+_T5, _T5_BLOCKS = "t5xxl", "encoder.block."
+
+
+@dataclass(frozen=True)
+class Place:
+    """A layer of diffusers, and the rows of the LoRA's layer that make it up, in their order."""
+
+    component: str
+    path: str
+    rows: tuple[slice, ...]
+
+    def pair_of(self, down: Tensor, up: Tensor) -> Pair:
+        """Return the layer's pair of that of the LoRA's layer, (R, in, ...) and (out, R).
+
+        Of layers that were adapted one by one and then joined, ``up`` is block-diagonal: what is
+        for the others alone is left out.
+        """
+        up = torch.cat([up[rows] for rows in self.rows])
+        used = up.any(dim=0)
+        return (down[used], up[:, used]) if used.any() else (down, up)
+
+
+class OriginalNames:
+    """The names of one family.
+
+    Args:
+        names: of all layers of the LoRA.
+        layers_per_block: of the base's UNet, if it has one.
+    """
+
+    def __init__(self, family: ModelFamily, names: Iterable[str], layers_per_block: int) -> None:
+        self._family = family
+        layouts = family.original_layouts.get(family.denoiser, ())
+        self._layout = layouts[0] if layouts else Layout(("",), ())
+        self._rules = self._layout.rules_of(_telling_keys(names, layers_per_block))
+        # rules of a UNet stand for blocks, and what follows cannot be told apart without dots
+        whole = not callable(self._layout.rules)
+        self._flat = [(_flat(rule.original), rule) for rule in self._rules if whole]
+
+    def places(self, name: str, shape: Shape) -> list[Place]:
+        """Return the layers of diffusers that a layer is; none if its name is of another style.
+
+        Args:
+            shape: of its update, (out, in, ...).
+        """
+        if match := _COMFYUI_ENCODER.fullmatch(name):
+            return self._in_text_encoder(self._called(match[1]), match[2])
+        if match := _KOHYA_ENCODER.fullmatch(name):
+            path = _dotted(match[2])
+            return self._in_text_encoder(self._numbered(match[1], path), path)
+        if name.startswith(_KOHYA_DENOISER):
+            for pattern, rule in self._flat:
+                if match := pattern.fullmatch(name.removeprefix(_KOHYA_DENOISER)):
+                    return self._in_denoiser(_filled(rule.original, match), shape)
+            return []
+        for start in _DENOISER:
+            if name.startswith(start):
+                return self._in_denoiser(name.removeprefix(start), shape)
+        return []
+
+    def knows(self, component: str, path: str) -> bool:
+        """Whether a component of the family may have a layer with this path in diffusers."""
+        if not self._family.original_layouts.get(component):
+            return True
+        if component == self._family.denoiser:
+            return locate(path, self._layout.rules_of([path])) is not None
+        return _ENCODER_LAYER.fullmatch(path) is not None
+
+    def _in_denoiser(self, path: str, shape: Shape) -> list[Place]:
+        """By the original's name, or diffusers' own where that stands alone."""
+        component, key = self._family.denoiser, f"{path}.weight"
+        original = Layout(self._layout.prefixes, self._rules).read({key: shape})
+        if not original:
+            whole = (slice(None),)
+            return [Place(component, path, whole)] if locate(path, self._rules) else []
+        rows: dict[str, list[tuple[int, slice]]] = {}
+        start = 0
+        for part in original[0].parts:
+            stop = start + part.stop - part.start
+            name = part.key.removesuffix(".weight")
+            rows.setdefault(name, []).append((part.start, slice(start, stop)))
+            start = stop
+        return [
+            Place(component, name, tuple(piece for _, piece in sorted(pieces, key=lambda p: p[0])))
+            for name, pieces in rows.items()
+        ]
+
+    def _in_text_encoder(self, component: str | None, path: str) -> list[Place]:
+        known = component is not None and self.knows(component, path)
+        return [Place(component or "", path, (slice(None),))] if known else []
+
+    def _called(self, name: str) -> str | None:
+        """The text encoder of that name in ComfyUI."""
+        return next(
+            (
+                component
+                for component in self._family.all_text_encoders
+                for layout in self._family.original_layouts.get(component, ())
+                if layout.comfyui_name == name
+            ),
+            None,
+        )
+
+    def _numbered(self, prefix: str, path: str) -> str | None:
+        """The text encoder under that prefix in sd-scripts; T5 has several."""
+        if path.startswith(_T5_BLOCKS):
+            return self._called(_T5)
+        prefixes = {start: c for c, start in self._family.kohya_prefixes.items()}
+        alone = {"lora_te": "text_encoder", "lora_te1": "text_encoder"}
+        component = {**alone, **prefixes}.get(prefix)
+        return component if component in self._family.all_text_encoders else None
+
+
+def _telling_keys(names: Iterable[str], layers_per_block: int) -> list[str]:
+    """Keys in diffusers' names that tell the rules of a UNet whose original names these are.
+
+    More levels than there are do no harm: blocks are numbered through.
+    """
+    names = [name.removeprefix(start) for name in names for start in _DENOISER[:1]]
+    blocks = [int(n) for name in names for n in re.findall(r"(?:input|output)_blocks\.(\d+)", name)]
+    levels = max(blocks, default=0) // (layers_per_block + 1) + 1
+    # a sampler comes third in a block that attends
+    attending = [int(n) for name in names for n in re.findall(r"output_blocks\.(\d+)\.2\.", name)]
+    return [
+        *(f"up_blocks.{level}.resnets.{layers_per_block}.conv1" for level in range(levels)),
+        *(f"up_blocks.{n // (layers_per_block + 1)}.attentions.0.norm" for n in attending),
+    ]
+
+
+def _flat(original: str) -> re.Pattern[str]:
+    """The pattern of a name whose dots are underscores."""
+    return re.compile(re.escape(original.replace(".", "_")).replace(re.escape("*"), r"(\d+)"))
+
+
+def _filled(name: str, match: re.Match[str]) -> str:
+    numbers = iter(match.groups())
+    return re.sub(r"\*", lambda _: next(numbers), name)
+
+
+def _dotted(name: str) -> str:
+    """A path in CLIP or T5 with its dots again."""
+    kept = _WORDS.sub(lambda match: match[0].replace("_", "\0"), name)
+    return kept.replace("_", ".").replace("\0", "_")
