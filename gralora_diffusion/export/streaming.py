@@ -238,7 +238,9 @@ class _Job:
             update.add_to(total.rows, first)
         # by chance only where there is something to keep; the base's own values stay nearest
         generator = self.rounding.generator(self.output.key, block) if update else None
-        scaled = total.rows if scale == 1.0 else total.rows / scale
+        scaled = total.rows
+        if scale != 1.0:
+            scaled = torch.div(scaled, scale, out=self.buffers.take("scaled", base.shape).rows)
         if update is None or dtype.itemsize == 1:
             self._check(scaled)
         rounded = self.buffers.take("rounded", base.shape, dtype)
@@ -250,12 +252,21 @@ class _Job:
         back.rows.copy_(rounded.rows)
         before = values.flat
         if base.dtype != dtype or scale != 1.0:
-            before = (values.flat / scale).to(dtype).float().nan_to_num_() * scale
+            before = self._base_rounded(values.rows, scale).flat
             back.flat.mul_(scale)
         loss = measure(values.flat, before, total.flat, back.flat)
         if not math.isfinite(loss.difference):  # a value that became infinite, or was
             self._check(values.flat.add_(total.flat))
         return loss, rounded.data
+
+    def _base_rounded(self, values: Tensor, scale: float) -> _Buffer:
+        """The base's values in the dtype of the output, the largest of it where they are larger."""
+        dtype, largest = self.output.dtype, torch.finfo(self.output.dtype).max
+        before = self.buffers.take("before", values.shape)
+        torch.div(values, scale, out=before.rows).clamp_(-largest, largest)
+        before.rows.copy_(self.buffers.take("cast", values.shape, dtype).rows.copy_(before.rows))
+        before.flat.mul_(scale)
+        return before
 
     def _check(self, values: Tensor) -> None:
         """Raise RoundingError if the dtype does not hold the values.
