@@ -1,6 +1,7 @@
 """README and docs: every command is parsed, every Python block compiles or runs, every link leads
 somewhere, and the tree in architecture.md is the tree."""
 
+import importlib
 import os
 import re
 import shlex
@@ -139,6 +140,8 @@ def test_command(command, workplace):
         assert os.access(command[0], os.X_OK)
     elif command[0] == "gralora" and command[1] in PARSERS:
         PARSERS[command[1]]().parse_args(command[2:])
+    elif command[:2] == ["python", "-m"] and command[2].startswith("tests.benchmarks."):
+        importlib.import_module(command[2]).build_parser().parse_args(command[3:])
     else:
         assert command[:2] in (["pip", "install"], ["gralora", "sample"])
 

@@ -107,14 +107,18 @@ def anonymous_mib() -> float:
     return float("nan")
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
     parser.add_argument("--rank", type=int, default=32)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the files are made")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         base = Path(name) / "base.safetensors"
         # made by another process, so that it does not count in this one's memory
