@@ -105,15 +105,13 @@ def round_to(values: Tensor, out: Tensor, generator: torch.Generator | None) -> 
     nearest, dtype = out.copy_(values), out.dtype
     if generator is None or dtype == torch.float32:
         return
-    error = values - nearest.float()
-    bits = nearest.view(_BITS[dtype.itemsize])
-    # a float's bits are its magnitude: one more is the next value away from zero
-    away = torch.where(error > 0, 1, -1) * torch.where(bits < 0, -1, 1)
-    sign = torch.where(error > 0, 0, torch.iinfo(bits.dtype).min)
-    other = torch.where(nearest.float() == 0, sign + 1, bits + away).to(bits.dtype).view(dtype)
-    gap = (other.float() - nearest.float()).abs()
+    rounded, bits = nearest.float(), nearest.view(_BITS[dtype.itemsize])
+    error = values - rounded
+    # a float's bits are its magnitude: one more is the next value away from zero, one less towards
+    step = (torch.signbit(error) == torch.signbit(rounded)).to(bits.dtype).mul_(2).sub_(1)
+    gap = (bits + step).view(dtype).float().sub_(rounded).abs_()
     chance = torch.rand(values.shape, generator=generator)
-    bits.copy_(torch.where(chance * gap < error.abs(), other.view(bits.dtype), bits))
+    bits += step.mul_(chance.mul_(gap) < error.abs_())
 
 
 def measure(base: Tensor, base_rounded: Tensor, total: Tensor, rounded: Tensor) -> RoundingLoss:

@@ -518,6 +518,15 @@ def test_command(tmp_path, capsys):
     check(adapter, expected)
     assert adapter.family == "stable-diffusion"
     assert adapter.metadata == {"modelspec.trigger_phrase": "sks dog"}
+    before = path.read_bytes()
+    for again in (line, line.replace(f"{tmp_path}/new", str(path)) + " --overwrite"):
+        with pytest.raises(SystemExit):  # neither what was there nor the LoRA itself is lost
+            cli.main(["import", *again.split()])
+    told = capsys.readouterr().err
+    assert "it exists already" in told
+    assert "which is read" in told
+    assert path.read_bytes() == before
+    cli.main(["import", *line.split(), "--overwrite"])
 
 
 def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
