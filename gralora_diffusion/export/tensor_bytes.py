@@ -13,6 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
 
@@ -22,6 +23,11 @@ from ..tensor_files import AdapterFileError
 _COPY_BYTES = 1 << 26
 _BINARY = getattr(os, "O_BINARY", 0)
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
+#: In the order in which safetensors lays out their tensors: the widest first.
+_ORDER = (
+    *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
+    *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,7 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return the tensors of a safetensors file, in their order there, and its metadata.
 
     Raises:
-        AdapterFileError: truncated, or not safetensors.
+        AdapterFileError: truncated, not safetensors, or of a header that contradicts itself.
     """
     size = path.stat().st_size
     try:
@@ -75,7 +81,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         raise AdapterFileError(
             f"{path}: not a whole file: {size:,} bytes of {end:,}. Fetch or copy it again"
         )
-    return tensors, metadata
+    try:
+        with safe_open(path, framework="pt"):  # its own reader checks shapes, gaps and overlaps
+            return tensors, metadata
+    except SafetensorError as error:
+        raise AdapterFileError(f"{path}: not a safetensors file ({error})") from error
 
 
 def make_header(
@@ -91,7 +101,8 @@ def make_header(
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     begin, offsets = 0, {}
     # wide dtypes first, so that each value lies at a multiple of its size
-    for key, dtype, shape in sorted(tensors, key=lambda tensor: (-tensor[1].itemsize, tensor[0])):
+    order = {_TYPES[name]: number for number, name in enumerate(_ORDER)}
+    for key, dtype, shape in sorted(tensors, key=lambda tensor: (order[tensor[1]], tensor[0])):
         end = begin + count(shape) * dtype.itemsize
         entries[key] = {
             "dtype": _TYPE_NAMES[dtype],

@@ -258,7 +258,7 @@ def test_fp8_of_the_denoiser_alone(scaled, tmp_path):
         scale = torch.tensor(1.0)
         if scaled:
             scale = small[key.removesuffix("weight") + "scale_weight"]
-            assert scale == value.abs().max() / 448
+            assert 224 < value.abs().max() / scale <= 448
         assert torch.equal(small[key].float(), (value / scale).to(fp8).float())
     assert report.loss.error > 0.02
     assert "bf16" in report.remedies or not report.remedies

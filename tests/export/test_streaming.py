@@ -170,16 +170,16 @@ def test_pieces_joined_sliced_turned_and_in_memory(tmp_path):
 
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16, FP8])
 def test_fp8_with_a_scale(held, tmp_path):
-    """value / scale, rounded once; the largest value is the dtype's largest."""
+    """value / scale, rounded once; the scale is the smallest power of two with which it fits."""
     base, update = (3 * torch.randn(50, 40)).to(held), 0.3 * torch.randn(50, 40)
     stored = source(tmp_path / "base.safetensors", {"a.weight": base})["a.weight"]
     output = whole(stored, update=lambda: Dense(update))
     output = replace(output, dtype=FP8, scale_key="a.scale_weight")
     found, losses = written(tmp_path / "out.safetensors", [output])
     total = base.float() + update
-    scale = total.abs().max() / 448
-    assert torch.equal(found["a.scale_weight"], scale)
-    assert found["a.weight"].float().abs().max() == 448
+    scale = found["a.scale_weight"]
+    assert torch.frexp(scale).mantissa == 0.5
+    assert 224 < total.abs().max() / scale <= 448
     nearest = (total.double() / scale.double()).float().to(FP8)
     assert same({"a": found["a.weight"]}, {"a": nearest})
     before = (base.double() / scale).float().to(FP8).double() * scale
@@ -201,9 +201,23 @@ def test_fp8_with_a_scale_of_zeros_and_untouched(tmp_path):
     assert found["zero.weight.scale"] == 1
     assert not found["zero.weight"].float().any()
     scale, one = found["one.weight.scale"], tensors["one.weight"].float()
-    assert scale == one.abs().max() / 448
+    assert 224 < one.abs().max() / scale <= 448
     assert same({"a": found["one.weight"]}, {"a": (one / scale).to(FP8)})
     assert losses == {}
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-4, 0.01, 1.0, 300.0])
+@pytest.mark.parametrize("computed", [torch.bfloat16, torch.float16])
+def test_scaled_fp8_is_read_exactly_in_half_precision(size, computed, tmp_path):
+    """ComfyUI 0.3.64 multiplies there, ``weight * scale_weight.to(weight.dtype)`` in ``ops.py``."""
+    stored = source(tmp_path / "base.safetensors", {"a.weight": size * torch.randn(30, 40)})
+    output = replace(whole(stored["a.weight"]), dtype=FP8, scale_key="a.scale_weight")
+    found, _ = written(tmp_path / "out.safetensors", [output])
+    weight, scale = found["a.weight"], found["a.scale_weight"]
+    exact = weight.double() * scale.double()
+    assert torch.equal(scale.to(computed).double(), scale.double())
+    if computed == torch.bfloat16 or size >= 0.01:  # what is below fp16's range cannot be there
+        assert torch.equal((weight.to(computed) * scale.to(computed)).double(), exact)
 
 
 @pytest.mark.parametrize(

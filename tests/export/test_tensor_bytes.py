@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import _TYPES, load_file, save_file
 
 from gralora_diffusion import AdapterFileError
 from gralora_diffusion.export import tensor_bytes
@@ -75,6 +75,21 @@ def test_a_header_says_what_safetensors_writes(tmp_path):
     assert again == (header, offsets, total)
 
 
+def test_tensors_lie_as_safetensors_lays_them(tmp_path):
+    """Of every dtype: so that hashes of the data are those of a file that was saved again."""
+    path = tmp_path / "theirs.safetensors"
+    tensors = {
+        f"{'zmbq'[number % 4]}.{len(shape)}.{number}": torch.zeros(shape, dtype=dtype)
+        for number, dtype in enumerate(_TYPES.values())
+        for shape in ((3, 5), (), (0, 4))
+    }
+    save_file(tensors, path, metadata={"format": "pt"})
+    described = [(key, t.dtype, tuple(t.shape)) for key, t in tensors.items()]
+    header, _, total = make_header(described, {"format": "pt"})
+    assert path.read_bytes()[: len(header)] == header
+    assert path.stat().st_size == total
+
+
 def test_two_tensors_of_one_name():
     with pytest.raises(ValueError, match="two tensors of one name"):
         make_header([("a", torch.half, (1,)), ("a", torch.half, (2,))], {})
@@ -114,6 +129,25 @@ def test_what_is_not_safetensors_is_refused(data, tmp_path):
     path = tmp_path / "a.safetensors"
     path.write_bytes(data)
     with pytest.raises(AdapterFileError, match="not a safetensors file"):
+        read_header(path)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"a": ("F32", [2], 0, 4)},  # another size than its shape's
+        {"a": ("F32", [1], 0, 4), "b": ("F32", [1], 2, 6)},  # one over the other
+        {"a": ("F32", [1], 0, 4)},  # and bytes that belong to none
+    ],
+)
+def test_a_header_that_contradicts_itself_is_refused(entries, tmp_path):
+    header = {
+        key: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        for key, (dtype, shape, begin, end) in entries.items()
+    }
+    text, path = json.dumps(header).encode(), tmp_path / "a.safetensors"
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(8))
+    with pytest.raises(AdapterFileError, match=r"a\.safetensors: not a safetensors file"):
         read_header(path)
 
 
