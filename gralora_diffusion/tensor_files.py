@@ -112,7 +112,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     try:
         yield temporary
         if sync:
-            with open(temporary, "rb") as file:
+            with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
