@@ -17,6 +17,8 @@ from . import ImportedLayer, gralora_from_lora, overall_error
 
 #: Layers with the largest errors that are listed.
 LISTED = 20
+#: What is left out of a layer where only the last bits differ.
+ROUNDING = 1e-6
 
 
 def parser() -> argparse.ArgumentParser:
@@ -93,10 +95,10 @@ def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
 
 
 def _report(layers: Mapping[str, ImportedLayer]) -> str:
-    exact = sum(layer.error == 0 for layer in layers.values())
+    exact = sum(layer.error < ROUNDING for layer in layers.values())
     lines = [f"{exact} of {len(layers)} layers came over exactly"]
     lossy = sorted(layers.items(), key=lambda item: -item[1].error * item[1].norm)
-    lossy = [(name, layer) for name, layer in lossy if layer.error]
+    lossy = [(name, layer) for name, layer in lossy if layer.error >= ROUNDING]
     if lossy:
         lines.append(f"{'left out':>8}  rank  k  layer")
     for name, layer in lossy[:LISTED]:
