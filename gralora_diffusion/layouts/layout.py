@@ -117,6 +117,7 @@ class Layout:
         canonical: brings a diffusers key, of a file or of an adapter, into the form of the rules.
         passed_over: diffusers keys that the original does without, as a regular expression.
         fits: whether a model with these tensors is written in this layout, where there are several.
+        copies: original key and diffusers key of what is written twice.
         comfyui_name: what ComfyUI calls a text encoder in the keys of LoRA files.
     """
 
@@ -126,6 +127,7 @@ class Layout:
     passed_over: str = r"(?!)"
     fits: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
     comfyui_name: str | None = None
+    copies: tuple[tuple[str, str], ...] = ()
 
     def rules_of(self, keys: Iterable[str], original: bool = False) -> Sequence[Rule]:
         """Return the rules for a model that has these keys."""
@@ -177,6 +179,10 @@ class Layout:
             )
         if problems:
             raise LayoutError("\n".join(problems))
+        for key, name in self.copies:
+            if name in canonical:
+                shape = canonical[name]
+                tensors.append(OriginalTensor(key, shape, (Part(own[name], 0, shape[0]),)))
         return tensors
 
     def read(self, shapes: Mapping[str, Shape]) -> list[OriginalTensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 
 from .layout import Layout, Rule, Shape, join, rename
@@ -65,10 +66,16 @@ def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> Layou
 
 
 def t5(prefix: str, comfyui_name: str) -> Layout:
-    """T5's encoder, without the copy of its embedding."""
+    """T5's encoder. Its embedding is written twice: diffusers' reader does not tie the copy."""
     rules = (
         rename("encoder", "transformer.encoder"),
         rename("shared", "transformer.shared"),
     )
-    copy = r"encoder\.embed_tokens\.weight"
-    return Layout((prefix,), rules, passed_over=copy, comfyui_name=comfyui_name)
+    copy = "encoder.embed_tokens.weight"
+    return Layout(
+        (prefix,),
+        rules,
+        passed_over=re.escape(copy),
+        comfyui_name=comfyui_name,
+        copies=((f"transformer.{copy}", "shared.weight"),),
+    )
