@@ -91,7 +91,7 @@ def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> d
     fits: dict[str, Fit] = {}
     problems = [] if adapter.components else ["no weights at all"]
     for component, part in adapter.components.items():
-        name = _component_of(component, adapter, tuple(models))
+        name = component_of(component, adapter, tuple(models))
         if name not in models:
             left_out = getattr(pipe, name, models) is None
             remedy = f" Load the pipeline with its {name}." if left_out else ""
@@ -111,8 +111,12 @@ def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> d
     return {name: fits[name] for name in models if name in fits}
 
 
-def _component_of(component: str, adapter: Adapter, names: Sequence[str]) -> str:
-    """Which component a part is for. A lone PEFT folder tells it by its own name, if at all."""
+def component_of(component: str, adapter: Adapter, names: Sequence[str]) -> str:
+    """Which component a part is for. A lone PEFT folder tells it by its own name, if at all.
+
+    Args:
+        names: of the components there are, the denoiser first.
+    """
     if component != DENOISER:
         return component
     folder = PurePath(adapter.source).name

@@ -6,16 +6,17 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path, PurePath
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..blockwise import add_delta_rows, lora_factors, row_factors
+from ..compatibility import component_of
 from ..config import layer_settings
 from ..families import ModelFamily, get_family
 from ..layouts import Shape
-from ..state import DENOISER, Adapter, ComponentAdapter
+from ..state import Adapter, ComponentAdapter
 from ..targets import layer_of
 from ..tensor_files import AdapterFileError
 
@@ -44,12 +45,6 @@ class LayerUpdate:
         """Shape of the layer's weight."""
         k, i, _, *kernel = self.A.shape
         return (k * self.B.shape[2], k * i, *kernel)
-
-    @property
-    def rank(self) -> int:
-        """Rank of the LoRA with the same update: k * r + hybrid_r."""
-        general = self.general[0].shape[0] if self.general else 0
-        return self.A.shape[0] * self.A.shape[2] + general
 
     def add_to(self, target: Tensor, start: int) -> None:
         """Add rows ``start``... of the update to ``target`` (rows, in * h * w), fp32, in place."""
@@ -125,10 +120,7 @@ def adapter_layers(
         raise ValueError(f"scale is {scale}; it must be a finite number")
     parts, problems = {}, []
     for component, part in adapter.components.items():
-        name = component
-        if name == DENOISER:
-            folder = PurePath(adapter.source).name
-            name = folder if folder in family.components else family.denoiser
+        name = component_of(component, adapter, family.components)
         if name not in family.components:
             known = ", ".join(family.components)
             problems.append(f"weights for {name!r}, which {family.name} does not have ({known})")
@@ -159,10 +151,10 @@ def _sorted_out(
     hybrid_rank = part.config.hybrid_r
     expected = {*_FACTORS, *(_GENERAL if hybrid_rank else ())}
     for path, held in factors.items():
-        if problem := _problem(held, expected, *layer_settings(part.config, path)[:2], hybrid_rank):
+        rank, k, alpha = layer_settings(part.config, path)
+        if problem := _problem(held, expected, rank, k, hybrid_rank):
             problems.append(f"{path}: {problem}")
             continue
-        rank, _, alpha = layer_settings(part.config, path)
         general = (held[_GENERAL[0]], held[_GENERAL[1]]) if hybrid_rank else None
         scaling = scale * alpha / (rank + hybrid_rank)
         layers.updates[canonical(path)] = LayerUpdate(

@@ -166,9 +166,9 @@ def _open_file(path: Path) -> FileBase:
     tensors, metadata = read_header(path)
     base = FileBase(path, family, tensors, metadata)
     for component, layouts in family.original_layouts.items():
-        starts = [file.prefix] if component == family.denoiser else None
         for layout in layouts:
-            prefix = file.prefix if starts else layout.begins(tensors)
+            is_denoiser = component == family.denoiser
+            prefix = file.prefix if is_denoiser else layout.begins(tensors)
             if prefix is not None:
                 base.layouts[component], base.prefixes[component] = layout, prefix
                 break

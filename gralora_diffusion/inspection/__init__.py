@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from ..layouts import DENOISER
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, find_kind
 from .layers import Settings, component_of, layer_facts
@@ -19,7 +20,6 @@ from .source import Source
 __all__ = ["ComponentFacts", "Inspection", "LayerFacts", "inspect_file"]
 
 _VAES = ("first_stage_model.", "vae.")
-_DENOISER = "model.diffusion_model."
 _FIRST = ("unet", "transformer", "denoiser", "model")
 
 
@@ -114,7 +114,7 @@ def _part_of_a_model(key: str, source: Source, kind: Kind) -> str:
     if source.is_pipeline:
         return key.partition(".")[0]
     denoiser = kind.families[0].denoiser if kind.families else "model"
-    if key.startswith(_DENOISER):
+    if key.startswith(DENOISER):
         return denoiser
     if key.startswith(_VAES):
         return "vae"
@@ -123,7 +123,7 @@ def _part_of_a_model(key: str, source: Source, kind: Kind) -> str:
             prefixes = [p for one in family.original_layouts.get(name, ()) for p in one.prefixes]
             if key.startswith(tuple(prefixes)):
                 return name
-    whole = any(other.startswith(_DENOISER) for other in source.headers)
+    whole = any(other.startswith(DENOISER) for other in source.headers)
     return "other" if whole else denoiser
 
 

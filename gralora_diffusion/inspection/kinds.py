@@ -16,12 +16,11 @@ from ..families import (
     get_family,
     list_families,
 )
+from ..layouts import DENOISER
 from ..lora_keys import Layer, group_layers
 from ..state import METADATA_KEY
 from .source import Source
 
-#: In front of the denoiser's keys in a single file of several models.
-_DENOISER = "model.diffusion_model."
 _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")
 
 
@@ -97,7 +96,7 @@ def _model(source: Source) -> Kind:
     if source.is_pipeline:
         return _named(Kind(f"pipeline in diffusers' layout ({name})"), name)
     keys = set(source.headers)
-    prefix = _DENOISER if any(key.startswith(_DENOISER) for key in keys) else ""
+    prefix = DENOISER if any(key.startswith(DENOISER) for key in keys) else ""
     families = [get_family(family) for family in list_families()]
     fitting = [
         family
