@@ -108,10 +108,10 @@ def conv2d_update(
     k, i, r, *kernel = A.shape
     s, o = r // k, B.shape[2]
     down = A.transpose(1, 2).reshape(k * r, i, *kernel)
-    up = B.transpose(1, 2).reshape(k * o, r, 1, 1)
+    up = scaling * B.transpose(1, 2).reshape(k * o, r, 1, 1)
     hidden = F.conv2d(x, down, None, stride, padding, dilation, groups=k)
     hidden = hidden.unflatten(-3, (k, k, s)).transpose(-5, -4).flatten(-5, -3)
-    return F.conv2d(hidden, up, groups=k) * scaling
+    return F.conv2d(hidden, up, groups=k)
 
 
 def delta_weight(A: Tensor, B: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""GraLoRA adapter layers: a frozen layer plus a granular low-rank update of its weight.
+"""What GraLoRA layers share: a frozen layer plus a granular low-rank update of its weight.
 
-The layers subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
+They subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
 adapter management (switching, deleting, state dicts) works on them unchanged. They add what PEFT's
-own layer lacks: the run-time scale that diffusers needs, and convolutions.
+own layer lacks: the run-time scale that diffusers needs, and merging that is exact and checked.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft import GraloraConfig
 from peft.tuners.gralora.layer import GraloraLayer as PeftGraloraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import blockwise
-from .config import invalid_values, layer_settings
-from .factors import FactorDict, Projection
-from .targets import layer_shape, quantization_of, unsuitable
+from .. import blockwise
+from ..config import invalid_values, layer_settings
+from ..factors import FactorDict, Projection
+from ..targets import layer_shape, quantization_of, unsuitable
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -174,26 +173,36 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = [] if self.disable_adapters else self._active_here()
+        names = [name for name in names if name not in self.merged_adapters]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of these adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        for adapter in self._active_here():
-            if adapter not in self.merged_adapters:
-                for update in self._updates(x, adapter):
-                    result = result + update.to(result.dtype)
+        for name in names:
+            dropped = self.gralora_dropout[name](x)  # one mask for both branches
+            result = result + self._update(dropped, name).to(result.dtype)
         return result
 
-    def _updates(self, x: Tensor, adapter: str) -> list[Tensor]:
-        """The adapter's scaled contributions to the output, computed in the adapter's dtype.
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        """The adapter's scaled contribution to the output."""
+        raise NotImplementedError
 
-        Under autocast the products choose the dtype themselves. ``cast_input_dtype_enabled`` is not
-        asked: the factors are never held in a storage dtype such as fp8, so the cast loses nothing.
+    def _product_dtype(self, x: Tensor, adapter: str) -> torch.dtype:
+        """The dtype that an update is computed in: autocast's, or that of its factors.
+
+        ``cast_input_dtype_enabled`` is not asked: the factors are never held in a storage dtype
+        such as fp8, so the cast loses nothing.
         """
-        factors = self._factors(adapter)
-        if not _autocasts(x.device.type):
-            x = x.to(factors[0][0].dtype)
-        x = self.gralora_dropout[adapter](x)  # one mask for both branches
-        return [self._apply_update(x, A, B, self.scaling[adapter]) for A, B in factors]
+        if autocasts(x):
+            return torch.get_autocast_dtype(x.device.type)
+        return self._factor_dtype(adapter)
+
+    def _factor_dtype(self, adapter: str) -> torch.dtype:
+        return self.gralora_A[adapter].dtype
 
     def _factors(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
         """A and B of the granular part and, if hybrid, of the plain part: GraLoRA with k=1."""
@@ -202,9 +211,6 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             down, up = self.gralora_A_general[adapter](), self.gralora_B_general[adapter]()
             factors.append((down.transpose(0, 1)[None], up.flatten(1).T[None]))
         return factors
-
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        raise NotImplementedError
 
     # -- weights -----------------------------------------------------------------------------------
 
@@ -304,29 +310,11 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         return "gralora." + super().__repr__()
 
 
-class GraloraLinear(GraloraLayer):
-    """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out)."""
-
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return blockwise.linear_update(x, A, B, scaling)
-
-
-class GraloraConv2d(GraloraLayer):
-    """GraLoRA around ``nn.Conv2d``. Input (batch, in, height, width), or without batch.
-
-    A has the layer's kernel, (k, in / k, r, h, w); B is 1 x 1 and keeps its shape (k, r, out / k).
-    """
-
-    groups = 1  # PEFT's LoRA asks for it when it is put around this layer
-
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        conv: nn.Conv2d = self.get_base_layer()
-        padding: Any = conv.padding
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
-        return blockwise.conv2d_update(x, A, B, scaling, conv.stride, padding, conv.dilation)
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def autocasts(x: Tensor) -> bool:
+    """Whether products with ``x`` are computed in autocast's dtype; those of float64 are not."""
+    device = x.device.type
+    return (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    )
