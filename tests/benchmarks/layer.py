@@ -3,8 +3,8 @@
 Within a round every method runs on the same frozen weights, in an order drawn anew; an overhead is
 the median over the rounds of the ratio to the frozen module, minus one, with half the distance of
 the quartiles. ``forward`` is without gradients, ``training`` forward and backward of a random
-gradient, to the input too, as in the middle of a network. ``delta``, ``merge`` and ``unmerge`` are
-those of single layers.
+gradient, to the input too, as in the middle of a network; ``memory`` is that of ``training``.
+``weight`` is the dense update of a single layer, and merging it and back.
 
 Dtypes: ``fp32``; ``bf16-autocast``, a bf16 base under autocast, as the trainer runs it; ``bf16``, a
 bf16 base and fp32 adapter without autocast. The bounds are explained in ``cost.py``.
@@ -13,10 +13,10 @@ bf16 base and fp32 adapter without autocast. The bounds are explained in ``cost.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -46,7 +46,7 @@ DTYPES = {
     "bf16-autocast": (torch.bfloat16, True),
     "bf16": (torch.bfloat16, False),
 }
-MEASURES = ("forward", "training", "weight")
+MEASURES = ("forward", "training", "memory", "weight")
 FROZEN = "frozen"
 
 
@@ -57,93 +57,101 @@ class Row:
     shape: str
     dtype: str
     measure: str
-    frozen_ms: float
     rounds: int
+    frozen_ms: float
+    frozen_operations: int
     overhead: dict[str, float]
     spread: dict[str, float]
     ours_over_lora: float | None
     ours_over_gralora: float | None
-    frozen_operations: int
     least_operations: float
     least_passes: float
-    extra_peak_mib: dict[str, float]
-    extra_saved_mib: dict[str, float]
 
 
-def measure_block(
-    shape: Shape,
-    modules: dict[str, nn.Module],
-    dtype: str,
-    backward: bool,
-    peak: Peak,
-    args: argparse.Namespace,
-) -> Row:
-    device, autocast = torch.device(args.device), DTYPES[dtype][1]
-    first = shape.inputs[0].detach().requires_grad_(backward)
-    inputs = (first, *shape.inputs[1:])
+@dataclass
+class MemoryRow:
+    """MiB of forward and backward beyond the frozen module's, by method."""
 
-    def forward(module: nn.Module) -> list[Tensor]:
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.set_grad_enabled(backward))
-            if autocast:
-                stack.enter_context(torch.autocast(device.type, torch.bfloat16))
-            result = module(*inputs)
+    shape: str
+    dtype: str
+    peak: dict[str, float]
+    saved: dict[str, float]
+    ours_over_lora: float | None
+
+
+class Calls:
+    """Calls of a frozen module and its adapted copies, with or without a backward pass."""
+
+    def __init__(
+        self, shape: Shape, modules: dict[str, nn.Module], autocast: bool, backward: bool
+    ) -> None:
+        self.modules, self.backward = modules, backward
+        self.first = shape.inputs[0].detach().requires_grad_(backward)
+        self.inputs = (self.first, *shape.inputs[1:])
+        self.device, self.autocast = self.first.device, autocast
+        self.gradients = [torch.randn_like(output) for output in self.forward(shape.module)]
+        self.runs: dict[str, Run] = {
+            name: partial(self._train if backward else self.forward, module)
+            for name, module in modules.items()
+        }
+
+    def forward(self, module: nn.Module) -> list[Tensor]:
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast)
+        with torch.set_grad_enabled(self.backward), autocast:
+            result = module(*self.inputs)
         return [result] if isinstance(result, Tensor) else list(result)
 
-    gradients = [torch.randn_like(output) for output in forward(shape.module)]
+    def _train(self, module: nn.Module) -> None:
+        torch.autograd.backward(self.forward(module), self.gradients)
+        self.first.grad = None
+        module.zero_grad()
 
-    def run_of(module: nn.Module) -> Run:
-        trained = [p for p in (first, *module.parameters()) if p.requires_grad]
+    def saved_mib(self, module: nn.Module) -> float:
+        known = [*module.parameters(), self.first]
+        return saved_bytes(lambda: self.forward(module), known) / 2**20
 
-        def training() -> None:
-            torch.autograd.backward(forward(module), gradients)
-            for parameter in trained:
-                parameter.grad = None
 
-        return training if backward else lambda: forward(module)
-
-    runs = {name: run_of(module) for name, module in modules.items()}
-    times = interleaved(runs, device, args.rounds, args.seconds)
+def measure_time(
+    shape: Shape, calls: Calls, dtype: str, peak: Peak, args: argparse.Namespace
+) -> Row:
+    runs = calls.runs
+    times = interleaved(runs, calls.device, args.rounds, args.seconds)
     over = {name: ratios(times[name], times[FROZEN]) for name in runs if name != FROZEN}
     overhead = {name: 100 * (median(values) - 1) for name, values in over.items()}
-
     paths = adapted_paths(shape.module, TARGETS)
-    layers = uses(shape.module, paths, lambda: forward(shape.module))
+    layers = uses(shape.module, paths, lambda: calls.forward(shape.module))
     itemsize = 4 if dtype == "fp32" else 2
-    least = least_seconds(layers, args.rank, peak, itemsize, backward)
+    operations, passes = least_seconds(layers, args.rank, peak, itemsize, calls.backward)
     frozen = median(times[FROZEN])
-
-    extra_peak, extra_saved = {}, {}
-    if backward:
-        peaks = {name: peak_bytes(run, device) / 2**20 for name, run in runs.items()}
-        saved = {}
-        for name, module in modules.items():
-            known = [*module.parameters(), first]
-            saved[name] = saved_bytes(lambda module=module: forward(module), known) / 2**20
-        extra_peak = {name: peaks[name] - peaks[FROZEN] for name in over}
-        extra_saved = {name: saved[name] - saved[FROZEN] for name in over}
     return Row(
         shape.name,
         dtype,
-        "training" if backward else "forward",
-        1e3 * frozen,
+        "training" if calls.backward else "forward",
         len(times[FROZEN]),
+        1e3 * frozen,
+        operations_of(runs[FROZEN]),
         overhead,
         {name: 100 * spread(values) for name, values in over.items()},
         _over(overhead, "peft-lora"),
         _over(overhead, "peft-gralora"),
-        operations_of(runs[FROZEN]),
-        100 * least[0] / frozen,
-        100 * least[1] / frozen,
-        extra_peak,
-        extra_saved,
+        100 * operations / frozen,
+        100 * passes / frozen,
     )
 
 
-def _over(overhead: dict[str, float], peer: str) -> float | None:
-    if "ours" not in overhead or peer not in overhead:
-        return None
-    return overhead["ours"] / overhead[peer]
+def measure_memory(shape: Shape, calls: Calls, dtype: str) -> MemoryRow:
+    peaks, saved = {}, {}
+    for name, module in calls.modules.items():
+        calls.runs[name]()  # what is made once and kept does not count
+        peaks[name] = peak_bytes(calls.runs[name], calls.device) / 2**20
+        saved[name] = calls.saved_mib(module)
+    extra = {name: value - peaks[FROZEN] for name, value in peaks.items() if name != FROZEN}
+    extra_saved = {name: saved[name] - saved[FROZEN] for name in extra}
+    return MemoryRow(shape.name, dtype, extra, extra_saved, _over(extra, "peft-lora"))
+
+
+def _over(extra: dict[str, float], peer: str) -> float | None:
+    return extra["ours"] / extra[peer] if "ours" in extra and extra.get(peer) else None
 
 
 WEIGHT_METHODS = ("peft-lora", "peft-gralora", "ours")
@@ -210,7 +218,7 @@ def make_modules(shape: Shape, args: argparse.Namespace) -> dict[str, nn.Module]
     return modules
 
 
-def block_table(rows: list[Row], methods: list[str], markdown: bool) -> str:
+def time_table(rows: list[Row], methods: list[str], markdown: bool) -> str:
     head = ["shape", "dtype", "measure", "frozen ms", *methods]
     head += ["ours/LoRA", "ours/GraLoRA", "operations", "passes"]
     lines = []
@@ -222,14 +230,14 @@ def block_table(rows: list[Row], methods: list[str], markdown: bool) -> str:
     return table(head, lines, markdown)
 
 
-def memory_table(rows: list[Row], methods: list[str], markdown: bool) -> str:
+def memory_table(rows: list[MemoryRow], methods: list[str], markdown: bool) -> str:
     lines = [
         [row.shape, row.dtype]
-        + [f"{row.extra_peak_mib[m]:.2f} / {row.extra_saved_mib[m]:.2f}" for m in methods]
+        + [f"{row.peak[m]:.2f} / {row.saved[m]:.2f}" for m in methods]
+        + [_ratio(row.ours_over_lora)]
         for row in rows
-        if row.extra_peak_mib
     ]
-    return table(["shape", "dtype", *methods], lines, markdown)
+    return table(["shape", "dtype", *methods, "ours/LoRA"], lines, markdown)
 
 
 def weight_table(rows: list[WeightRow], markdown: bool) -> str:
@@ -287,6 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     print(where)
     sizes = f"rank {args.rank}, k {args.gralora_k}, hybrid rank {args.hybrid_rank}"
     rows: list[Row] = []
+    memory_rows: list[MemoryRow] = []
     weight_rows: list[WeightRow] = []
     peaks = {}
     for dtype in args.dtypes:
@@ -300,25 +309,29 @@ def main(arguments: list[str] | None = None) -> None:
             shape = make_shape(name, device, base_dtype)
             modules = make_modules(shape, args)
             for backward in (False, True):
-                if MEASURES[backward] in args.measures:
-                    row = measure_block(shape, modules, dtype, backward, peak, args)
-                    print(block_table([row], args.methods, False), file=sys.stderr)
+                calls = Calls(shape, modules, autocast, backward)
+                if ("training" if backward else "forward") in args.measures:
+                    row = measure_time(shape, calls, dtype, peak, args)
+                    print(time_table([row], args.methods, False), file=sys.stderr)
                     rows.append(row)
+                if backward and "memory" in args.measures:
+                    memory_rows.append(measure_memory(shape, calls, dtype))
             if "weight" in args.measures and isinstance(shape.module, Layer) and not autocast:
                 weight_rows += measure_weight(shape, modules, dtype, args)
     if rows:
         print(f"\nOverhead in %, {sizes}; bounds in % of the frozen module")
-        print(block_table(rows, args.methods, args.markdown))
-    if "training" in args.measures:
+        print(time_table(rows, args.methods, args.markdown))
+    if memory_rows:
         print("\nMemory of training beyond the frozen module's, MiB: peak / saved for backward")
-        print(memory_table(rows, args.methods, args.markdown))
+        print(memory_table(memory_rows, args.methods, args.markdown))
     if weight_rows:
         print(f"\nMilliseconds, {sizes}")
         print(weight_table(weight_rows, args.markdown))
     results = {
         "peaks": {name: asdict(peak) for name, peak in peaks.items()},
-        "blocks": [asdict(row) for row in rows],
-        "weights": [asdict(row) for row in weight_rows],
+        "time": [asdict(row) for row in rows],
+        "memory": [asdict(row) for row in memory_rows],
+        "weight": [asdict(row) for row in weight_rows],
     }
     write_json(args, where, results)
 

@@ -28,6 +28,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler says of each 
 
 #: A call that takes less than this is repeated until it does not.
 _SHORTEST = 0.01
+_LONGEST_WARM_UP = 1.0
 #: Rounds that are made even if the time is up.
 _FEWEST_ROUNDS = 3
 
@@ -49,17 +50,17 @@ def interleaved(
     device: torch.device,
     rounds: int,
     seconds: float = float("inf"),
-    warm_up: int = 2,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each of ``runs``, by round.
 
     Args:
         rounds: at most as many; fewer, but at least three, once ``seconds`` have passed.
-        warm_up: calls of each beforehand that do not count.
     """
     calls = {}
     for name, run in runs.items():
-        took = [timed(run, device) for _ in range(warm_up + 1)]
+        took = [timed(run, device)]  # these are to warm up
+        while len(took) < 3 and sum(took) < _LONGEST_WARM_UP:
+            took.append(timed(run, device))
         calls[name] = max(1, round(_SHORTEST / min(took)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, draw, end = list(runs), random.Random(0), time.perf_counter() + seconds
@@ -96,9 +97,9 @@ def _synchronize(device: torch.device) -> None:
 def peak_bytes(run: Run, device: torch.device) -> int:
     """Return the most bytes that ``run`` holds beyond what was there before.
 
-    On CUDA the allocator knows; on the CPU torch's profiler writes down each allocation.
+    On CUDA the allocator knows; on the CPU torch's profiler writes down each allocation. What
+    ``run`` makes at its first call and keeps must be there already.
     """
-    run()  # what is made once and kept does not count
     if device.type == "cuda":
         _synchronize(device)
         before = torch.cuda.memory_allocated(device)
