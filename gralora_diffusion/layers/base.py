@@ -216,17 +216,22 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled update in the shape of the base weight, in the adapter's dtype."""
-        delta = self._delta_weight(adapter, self.scaling[adapter])
-        return delta.to(self.gralora_A[adapter].dtype)
+        A = self.gralora_A[adapter]
+        # in fp32 or better: half precision would round it twice
+        delta = torch.zeros(
+            self.get_base_layer().weight.shape,
+            dtype=torch.promote_types(A.dtype, torch.float32),
+            device=A.device,
+        )
+        self._add_update(delta, adapter, self.scaling[adapter])
+        return delta.to(A.dtype)
 
-    def _delta_weight(self, adapter: str, scaling: float) -> Tensor:
-        """As :meth:`get_delta_weight`, in fp32 or better: half precision would round it twice."""
-        dtype = torch.promote_types(self.gralora_A[adapter].dtype, torch.float32)
-        parts = [
-            blockwise.delta_weight(A.to(dtype), B.to(dtype)) for A, B in self._factors(adapter)
-        ]
-        delta = sum(parts[1:], parts[0]) * scaling
-        return delta.T if self.fan_in_fan_out else delta
+    def _add_update(self, weight: Tensor, adapter: str, scaling: float) -> None:
+        """Add an update to ``weight``, contiguous and of the base weight's shape, in place."""
+        rows = weight.T if self.fan_in_fan_out else weight.flatten(1)
+        for A, B in self._factors(adapter):
+            factors = blockwise.row_factors(A.to(weight), B.to(weight))
+            blockwise.add_delta_rows(rows, *factors, 0, scaling)
 
     @torch.no_grad()
     def merge(
@@ -249,15 +254,16 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         names = check_adapters_to_merge(self, adapter_names) or []
         scalings = {n: scale * self.scaling[n] for n in names if n in self.gralora_A}
         if scalings:
-            weight = self._plus(scalings, check=safe_merge)
-            self.get_base_layer().weight.data.copy_(weight)
+            weight = self._mergeable_weight()
+            weight.copy_(self._sum(weight, scalings, check=safe_merge))
             self.merged_adapters.extend(scalings)
             self._merged_scaling.update(scalings)
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], scale: float = 1.0) -> None:
         """Raise what :meth:`merge` with ``safe_merge`` would raise; nothing is changed."""
-        self._plus({n: scale * self.scaling[n] for n in adapter_names}, check=True)
+        scalings = {n: scale * self.scaling[n] for n in adapter_names}
+        self._sum(self._mergeable_weight(), scalings, check=True)
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
@@ -269,20 +275,26 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        weight = self._plus({n: -self._merged_scaling[n] for n in names}, check=False)
-        self.get_base_layer().weight.data.copy_(weight)
+        weight = self._mergeable_weight()
+        weight.copy_(self._sum(weight, {n: -self._merged_scaling[n] for n in names}))
         for name in names:
             self.merged_adapters.remove(name)
             self._merged_scaling.pop(name)
 
-    def _plus(self, scalings: dict[str, float], check: bool) -> Tensor:
-        """The base weight, in its dtype, plus updates at these scalings."""
-        weight = self._mergeable_weight()
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
+    def _sum(self, weight: Tensor, scalings: dict[str, float], check: bool = False) -> Tensor:
+        """The base weight plus updates at these scalings, in fp32 or better.
+
+        That is ``weight`` itself, changed, if it is of such a dtype and nothing is checked; what is
+        checked is whether the sum is finite in the dtype of the weight.
+        """
+        total = weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if check or dtype != weight.dtype or not weight.is_contiguous():
+            total = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
         for name, scaling in scalings.items():
-            total += self._delta_weight(name, scaling).to(total.device)
-        total = total.to(weight.dtype)
-        if check and not torch.isfinite(total).all():
+            self._add_update(total, name, scaling)
+        # NaN and infinite extremes show in the least and the largest value
+        if check and not torch.stack(total.aminmax()).to(weight.dtype).isfinite().all():
             raise ValueError(
                 f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or infinite "
                 f"weights in {weight.dtype}; the base weight was left as it is. Either the adapter "
@@ -304,7 +316,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
                 f"{self.module_name}: the base weight is not in memory (offloaded). Remove the "
                 "offloading hooks before merging, or use `pipe.fuse_gralora()`, which does."
             )
-        return weight
+        return weight.detach()
 
     def __repr__(self) -> str:
         return "gralora." + super().__repr__()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import blockwise
-from ..fused_linear import Update, adapted_linear
+from ..fused_linear import Update, adapted_linear, choose_way
 from .base import GraloraLayer, autocasts
 
 #: Modules of the tensor classes whose values torch's own products read.
@@ -18,24 +18,27 @@ _PLAIN = {"torch", "torch.nn.parameter", "torch._subclasses.fake_tensor"}
 class GraloraLinear(GraloraLayer):
     """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out).
 
-    The base layer's product and the updates are one function with one buffer each for output and
-    input gradient, unless there is a reason against it. ``separate_because`` keeps that of the last
-    forward, None if there was none. What is separate costs a pass over the output, and the input's
-    gradient is summed from parts.
+    ``way`` keeps how the last forward was computed. "added" and "merged" are those of
+    :mod:`gralora_diffusion.fused_linear`, which compute the base layer's product too, with one
+    buffer each for the output and the input's gradient. "separate: ..." gives the reason against
+    them; it costs a pass over the output, and the input's gradient is summed from parts.
     """
 
-    separate_because: str | None = None
+    way: str | None = None
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         if torch.compiler.is_compiling():
             return super()._adapted(x, names, *args, **kwargs)
-        self.separate_because = self._why_separate(x, names)
-        if self.separate_because:
+        if reason := self._why_separate(x, names):
+            self.way = f"separate: {reason}"
             return super()._adapted(x, names, *args, **kwargs)
         base: Any = self.base_layer
         updates = [update for name in names for update in self._updates(name)]
         dtype = self._product_dtype(x, names[0])
-        return adapted_linear(x, updates, base.weight, base.bias, dtype)
+        self.way = way = choose_way(
+            x.numel() // x.shape[-1], updates, dtype, torch.is_grad_enabled()
+        )
+        return adapted_linear(x, updates, base.weight, base.bias, dtype, way)
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         dtype, updates = self._product_dtype(x, adapter), self._updates(adapter)
