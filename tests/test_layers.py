@@ -252,36 +252,41 @@ class TestPrecision:
             assert inject(ConvNet(), config(targets=["conv"]))(image).shape == (2, 12, 6, 6)
 
 
+def hooked(net):
+    net.up.base_layer.register_forward_hook(lambda *_: None)
+    return net
+
+
+def offloaded(net):
+    add_hook_to_module(net.up.base_layer, ModelHook())
+    return net
+
+
+def trained(net):
+    net.up.base_layer.weight.requires_grad_(True)
+    return net
+
+
+def under_lora(net):
+    net.up.base_layer = LoraLinear(net.up.base_layer, "lora", LoraConfig(r=2), r=2)
+    return net.requires_grad_(True)
+
+
 class TestWays:
     """How a forward is computed, and that its result and gradients do not depend on it."""
 
-    def hooked(net):
-        net.up.base_layer.register_forward_hook(lambda *_: None)
-        return net
-
-    def offloaded(net):
-        return add_hook_to_module(net.up.base_layer, ModelHook()) and net
-
-    def trained(net):
-        net.up.base_layer.weight.requires_grad_(True)
-        return net
-
-    def under_lora(net):
-        net.up.base_layer = LoraLinear(net.up.base_layer, "lora", LoraConfig(r=2), r=2)
-        return net.requires_grad_(True)
-
-    CASES = {
-        "added": (lambda net: net, "added"),
-        "hooked": (hooked, "separate: .*hooks"),
-        "offloaded": (offloaded, "separate: .*forward"),
-        "trained": (trained, "separate: .*trained"),
-        "under LoRA": (under_lora, "separate: .*Linear"),
-    }
-
-    @pytest.mark.parametrize("case", CASES)
+    @pytest.mark.parametrize(
+        ("change", "way"),
+        [
+            (lambda net: net, "added"),
+            (hooked, "separate: .*hooks"),
+            (offloaded, "separate: .*forward"),
+            (trained, "separate: .*trained"),
+            (under_lora, "separate: .*Linear"),
+        ],
+    )
     @pytest.mark.parametrize("hybrid_r", [0, 2])
-    def test_every_way_is_the_same(self, case, hybrid_r):
-        change, way = self.CASES[case]
+    def test_every_way_is_the_same(self, change, way, hybrid_r):
         net = pair(hybrid_r=hybrid_r)[1]
         inject(net, config(alpha=5), "second")
         net.up.set_adapter(["default", "second"])
