@@ -1,1 +1,1 @@
-"""Does GraLoRA draw better than LoRA? Trained, drawn and judged side by side: `gralora benchmark`."""
+"""Does GraLoRA draw better than LoRA? Both trained, drawn with and judged side by side."""

@@ -121,14 +121,18 @@ def write_result(result: UnitResult, folder: Path) -> Path:
     """Write ``result.json`` into the unit's folder; it appears when it is whole.
 
     Raises:
-        ResultFileError: the result could not be read back: a value is missing, no number, or NaN.
+        ResultFileError: the result could not be read back; a score is NaN, for example.
     """
-    content = {"format": FORMAT, **_plain(result)}
     path = folder / RESULT_NAME
-    _result(json.loads(json.dumps(content)), path)
+    content = {"format": FORMAT, **_plain(result)}
+    _result(content, path)
+    try:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultFileError(f"{path}: settings cannot be written as JSON ({error})") from error
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     return path
 
 

@@ -28,15 +28,16 @@ _KNOWN = (
     Score("clip_i", "CLIP-I", True, "similarity", "to the real pictures, CLIP's image encoder"),
     Score("clip_t", "CLIP-T", True, "other", "of the pictures to their prompts, CLIP"),
     Score("div", "DIV", True, "other", "how much pictures of one prompt differ from each other"),
-    Score("drift", "drift", False, "drift", "1 - similarity with and without adapter, other prompts"),
+    Score(
+        "drift", "drift", False, "drift", "1 - similarity with and without adapter, other prompts"
+    ),
     Score("pres", "PRES", False, "drift", "how much class pictures look like the subject"),
     Score("prior", "prior drift", False, "drift", "how far pictures of the class have moved"),
 )
 
 
 def score_named(name: str) -> Score:
-    """Return what is known of a score. ``drift_dinov2`` is a ``drift``; others are told nothing of.
-    """
+    """Return what is known of a score; ``drift_dinov2`` is a ``drift``, of others nothing is."""
     for score in _KNOWN:
         if name == score.name:
             return score

@@ -9,8 +9,8 @@ those farther out that make up for a small number of subjects ("expanded percent
 Hesterberg, What Teachers Should Know about the Bootstrap, arXiv 1411.5279, section 4.2).
 
 Below ``MIN_SUBJECTS`` no bootstrap tells how subjects vary. If there are enough seeds, the interval
-is then over seeds alone, drawn within each subject, and holds for these subjects only; if not, there
-is none.
+is then over seeds alone, drawn within each subject, and holds for these subjects only; if not,
+there is none.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean: of the subjects' means, each of its seeds' values, so that every subject weighs alike.
+    """A mean: of the subjects' means, each of its seeds' values, so that all subjects weigh alike.
 
     Attributes:
         low, high: the 95% interval, None if there are too few units for one.
@@ -58,8 +58,8 @@ class Estimate:
         if self.over is None:
             return (
                 f"no interval: {_counted(self.subjects, 'subject')}, "
-                f"{_counted(self.units, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds of "
-                f"each and {self.subjects + MIN_FREEDOM} units"
+                f"{_counted(self.units, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds "
+                f"of each and {self.subjects + MIN_FREEDOM} units"
             )
         if self.over == "seeds":
             return (
