@@ -168,10 +168,10 @@ def _protocol(
                 reference: {
                     method: comparison
                     for method, v in values.items()
-                    if method != reference
+                    if method not in references[: place + 1]  # each pair of references once
                     and (comparison := compare(v, values[reference], better, resamples, seed))
                 }
-                for reference in references
+                for place, reference in enumerate(references)
                 if reference in values
             },
         )

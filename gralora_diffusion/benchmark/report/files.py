@@ -76,7 +76,7 @@ def _protocol(protocol: ProtocolContent) -> dict[str, Any]:
         for name, content in protocol.scores.items()
     }
     return {
-        "headlines": headlines(protocol),
+        "headlines": [str(found) for found in headlines(protocol)],
         "subjects": protocol.subjects,
         "seeds": protocol.seeds,
         "methods": {method: asdict(costs) for method, costs in protocol.methods.items()},

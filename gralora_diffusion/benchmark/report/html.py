@@ -58,9 +58,13 @@ def _found(content: Content) -> str:
     parts = [table(tables.overview(content))]
     for protocol in content.protocols:
         if found := headlines(protocol):
-            parts += [f"<h3>Protocol {escape(protocol.name)}</h3>", _list(found)]
-    if found := cautions(content):
-        parts.append(f'<div class="note"><h3>To be kept in mind</h3>{_list(found)}</div>')
+            parts.append(f"<h3>Protocol {escape(protocol.name)}</h3>")
+            parts += [
+                f"<p><b>{escape(headline.about)}</b></p>{_list(headline.findings)}"
+                for headline in found
+            ]
+    if kept := cautions(content):
+        parts.append(f'<div class="note"><h3>To be kept in mind</h3>{_list(kept)}</div>')
     return "".join(parts)
 
 

@@ -18,7 +18,7 @@ def as_markdown(content: Content) -> str:
     blocks = [f"# {escaped(content.title)}", table(tables.overview(content))]
     for protocol in content.protocols:
         blocks.append(f"## Protocol {escaped(protocol.name)}")
-        blocks += [f"- {escaped(sentence)}" for sentence in headlines(protocol)]
+        blocks += [f"- {escaped(str(found))}" for found in headlines(protocol)]
     if found := cautions(content):
         blocks += ["## To be kept in mind", *(f"- {escaped(caution)}" for caution in found)]
     for protocol in content.protocols:

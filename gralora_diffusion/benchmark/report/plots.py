@@ -49,7 +49,7 @@ def differences(content: ScoreContent, reference: str, colour: Mapping[str, int]
     if not rows:
         return None
     better = {True: "better →", False: "← better", None: ""}[content.score.higher_is_better]
-    axis = f"difference from {reference}   {better}".rstrip()
+    axis = ", ".join(filter(None, (f"difference from {reference}", better)))
     return interval_plot(f"{content.score.label}: against {reference}", rows, axis, zero=True)
 
 

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from ..scores import Score
 from ..statistics import Comparison, Estimate
 from .content import Content, ProtocolContent
 
+#: Verdicts in the order in which they are told.
+_VERDICTS = {
+    "better": "Better",
+    "worse": "Worse",
+    "higher": "Higher",
+    "lower": "Lower",
+    "open": "Nothing can be told, the interval includes zero",
+    "too few": "Nothing can be told, there are too few units for an interval",
+}
 #: How far chance reaches, said once.
 _CHANCE = (
     "{} differences have an interval. Where there is no difference at all, about one in twenty "
@@ -15,8 +25,19 @@ _CHANCE = (
 )
 
 
-def headlines(protocol: ProtocolContent) -> list[str]:
-    """One sentence per score and reference: who wins, who loses, of whom nothing can be told."""
+@dataclass(frozen=True)
+class Headline:
+    """What was found in one score against one reference: who wins and who loses."""
+
+    about: str
+    findings: list[str]
+
+    def __str__(self) -> str:
+        return f"{self.about}. {' '.join(self.findings)}"
+
+
+def headlines(protocol: ProtocolContent) -> list[Headline]:
+    """One per score and reference: who wins, who loses, of whom nothing can be told."""
     return [
         headline(content.score, reference, comparisons)
         for content in protocol.scores.values()
@@ -25,29 +46,21 @@ def headlines(protocol: ProtocolContent) -> list[str]:
     ]
 
 
-def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]) -> str:
+def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]) -> Headline:
     """Say how the methods stand to the reference in this score."""
-    by_verdict: dict[str, list[str]] = {}
+    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for method, comparison in comparisons.items():
         text = f"{method} ({difference_text(comparison.difference)})"
-        by_verdict.setdefault(comparison.verdict, []).append(text)
-    clauses = [
-        f"{verdict} with {_listed(by_verdict[verdict])}"
-        for verdict in ("better", "worse", "higher", "lower")
-        if verdict in by_verdict
+        by_verdict[comparison.verdict].append(text)
+    always = () if score.higher_is_better is None else ("better", "worse")
+    findings = [
+        f"{_VERDICTS[verdict]}: {', '.join(found) or 'none'}."
+        for verdict, found in by_verdict.items()
+        if found or verdict in always
     ]
-    parts = ["it is " + "; ".join(clauses)] if clauses else []
-    if not clauses and "open" in by_verdict:
-        parts.append("no method is seen to differ")
-    if "open" in by_verdict:
-        found = _listed(by_verdict["open"])
-        parts.append(f"nothing can be told of {found}: the interval includes zero")
-    if "too few" in by_verdict:
-        found = _listed(by_verdict["too few"])
-        parts.append(f"nothing can be told of {found}: there are too few units for an interval")
-    alone = {c.difference.over for c in comparisons.values()} == {"seeds"}
-    scope = " This holds for the subjects of this run only." if alone else ""
-    return f"{score.label} ({direction(score)}), against {reference}: {'; '.join(parts)}.{scope}"
+    if {c.difference.over for c in comparisons.values()} == {"seeds"}:
+        findings.append("This holds for the subjects of this run only.")
+    return Headline(f"{score.label}, against {reference} ({direction(score)})", findings)
 
 
 def cautions(content: Content) -> list[str]:
@@ -100,9 +113,9 @@ def method_note(content: Content) -> str:
         f"subjects, each with all of its seeds, {content.resamples:,} resamples, random seed "
         f"{content.bootstrap_seed} (Davison and Hinkley 1997, section 3.8; Field and Welsh 2007), "
         "percentiles expanded for small numbers (Hesterberg, arXiv 1411.5279). Difference: of "
-        "units of the same subject and seed. Win rate: units in which the method is better, and half of "
-        "those in which both are equal, of all that both have. A method is called better or worse "
-        "if the interval of its difference does not include zero."
+        "units of the same subject and seed. Win rate: units in which the method is better, and "
+        "half of those in which both are equal, of all that both have. A method is called better "
+        "or worse if the interval of its difference does not include zero."
     )
 
 
@@ -116,9 +129,11 @@ def direction(score: Score) -> str:
 def difference_text(difference: Estimate) -> str:
     """A difference with its sign and interval."""
     if difference.low is None or difference.high is None:
-        return f"{difference.mean:+.4f}"
-    return f"{difference.mean:+.4f} [{difference.low:+.4f}, {difference.high:+.4f}]"
+        return signed(difference.mean)
+    low, high = signed(difference.low), signed(difference.high)
+    return f"{signed(difference.mean)} [{low}, {high}]"
 
 
-def _listed(items: list[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+def signed(value: float) -> str:
+    """Four decimals; more where a value beside zero would look like zero."""
+    return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.1e}"

@@ -55,8 +55,8 @@ def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False
     for number, row in enumerate(rows):
         top, middle = number * _ROW + 16, number * _ROW + 28
         room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(row.text) - 1
-        parts.append(_text(_MARGIN, top, _cut(row.label, room), "bold"))
-        parts.append(_text(WIDTH - _MARGIN, top, row.text, "end"))
+        parts.append(_text(_MARGIN, top, _cut(row.label, room), "bold halo"))
+        parts.append(_text(WIDTH - _MARGIN, top, row.text, "end halo"))
         if row.low is not None and row.high is not None:
             ends = place(row.low), place(row.high)
             parts.append(_line(ends[0], middle, ends[1], middle, f"c{row.colour} thick"))
@@ -123,8 +123,8 @@ def strips(
         median = sorted(found)[len(found) // 2]
         text = f"median {median:.4g} of {len(found)} layers"
         room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(text) - 1
-        parts.append(_text(_MARGIN, top, _cut(label, room), "bold"))
-        parts.append(_text(WIDTH - _MARGIN, top, text, "end small"))
+        parts.append(_text(_MARGIN, top, _cut(label, room), "bold halo"))
+        parts.append(_text(WIDTH - _MARGIN, top, text, "end small halo"))
         parts += [_dot(place(v), middle, colour, 3, f"{v:.4g}", " pale") for v in found]
         parts.append(_line(place(median), middle - 7, place(median), middle + 7, "ink thick"))
     return _svg(title, bottom + 40, parts)

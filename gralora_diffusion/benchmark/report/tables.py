@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from ..results import UnitResult
@@ -10,7 +10,7 @@ from ..scores import score_named, score_order
 from ..statistics import Estimate
 from .content import Content, ProtocolContent, Spread
 from .mechanism import MechanismContent
-from .sentences import direction
+from .sentences import direction, signed
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,11 @@ class Table:
 
 def overview(content: Content) -> Table:
     """What was run."""
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for protocol in content.protocols:
         done = sum(unit.protocol == protocol.name for unit in content.units)
         missing = sum(key.protocol == protocol.name for key in content.missing)
-        seeds: list[str | Number] = [p for s in protocol.seeds for p in (", ", Number(s, f"{s}"))]
+        seeds: list[str | Number] = [p for s in protocol.seeds for p in (", ", _name(s))]
         numbers = (len(protocol.subjects), len(protocol.methods), done, missing)
         cells = [(count(number),) for number in numbers]
         rows.append(((protocol.name,), *cells, tuple(seeds[1:])))
@@ -53,7 +53,7 @@ def scores(protocol: ProtocolContent) -> Table:
     """Means and intervals, a row per method."""
     head = ["method", "units"]
     head += [f"{s.score.label} ({_arrow(s.score.name)})" for s in protocol.scores.values()]
-    rows = []
+    rows: list[tuple[Cell, ...]] = []
     for method, costs in protocol.methods.items():
         means = [score.means.get(method) for score in protocol.scores.values()]
         cells = [interval(mean) if mean else ("-",) for mean in means]
@@ -74,7 +74,7 @@ def comparisons(protocol: ProtocolContent, reference: str) -> Table:
                 (
                     (label,),
                     (method,),
-                    interval(found.difference, sign="+"),
+                    interval(found.difference, signed),
                     (verdict or found.verdict,),
                     ("-",) if rate is None else (Number(rate, f"{100 * rate:.0f}%"),),
                     ("-",) if found.wins is None else (count(found.wins),),
@@ -145,7 +145,7 @@ def units(results: Sequence[UnitResult]) -> Table:
         rows.append(
             (
                 *((name,) for name in (r.protocol, r.subject, r.method)),
-                (count(r.seed),),
+                (_name(r.seed),),
                 (count(r.parameters),),
                 ("full",) if r.update_rank is None else (count(r.update_rank),),
                 (count(r.steps),),
@@ -161,7 +161,7 @@ def units(results: Sequence[UnitResult]) -> Table:
 def missing(content: Content) -> Table:
     """Units without a result."""
     rows: list[tuple[Cell, ...]] = [
-        (*((name,) for name in key[:3]), (count(key.seed),)) for key in content.missing
+        (*((name,) for name in key[:3]), (_name(key.seed),)) for key in content.missing
     ]
     return Table("Missing units", ("protocol", "subject", "method", "seed"), rows, labels=3)
 
@@ -197,13 +197,18 @@ def count(value: int) -> Number:
     return Number(value, f"{value:,}")
 
 
-def interval(mean: Estimate, sign: str = "") -> Cell:
+def interval(mean: Estimate, shown: Callable[[float], str] = "{:.4f}".format) -> Cell:
     """A mean and its interval; a star where there is something to know about it."""
-    parts: list[str | Number] = [Number(mean.mean, f"{mean.mean:{sign}.4f}")]
+    parts: list[str | Number] = [Number(mean.mean, shown(mean.mean))]
     if mean.low is not None and mean.high is not None:
-        low, high = (Number(value, f"{value:{sign}.4f}") for value in (mean.low, mean.high))
+        low, high = (Number(value, shown(value)) for value in (mean.low, mean.high))
         parts += [" [", low, ", ", high, "]"]
     return (*parts, "*") if mean.over != "subjects" else tuple(parts)
+
+
+def _name(seed: int) -> Number:
+    """A number that is a name: without commas."""
+    return Number(seed, f"{seed}")
 
 
 def _arrow(name: str) -> str:
