@@ -88,12 +88,18 @@ def _numbers(content: Content, protocol: ProtocolContent, colour: dict[str, int]
         parts.append(_figures(found))
         for plot in protocol.pareto:
             front = ", ".join(plot.front)
-            parts.append(
-                f"<p>{escape(plots.pareto_title(plot))}: bettered by none: {escape(front)}.</p>"
-            )
-        parts.append('<p class="soft">Filled: no other method is better in both.</p>')
+            title = plots.pareto_title(plot)
+            parts.append(f"<p>{escape(title)}, the front: {escape(front)}.</p>")
+        parts.append(
+            '<p class="soft">The front, filled: methods whose means no other betters in both. '
+            "Pale: the intervals of the means.</p>"
+        )
     figures = [(s.score.label, plots.means(s, colour)) for s in protocol.scores.values()]
     parts += ["<h3>Means</h3>", _figures(figures)]
+    parts.append(
+        '<p class="soft">These intervals hold how subjects differ, which is the same for all '
+        "methods: whether methods differ is told by the differences above.</p>"
+    )
     parts += ["<h3>Time and memory</h3>", table(tables.costs(protocol))]
     return "".join(parts)
 

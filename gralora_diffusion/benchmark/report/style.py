@@ -42,7 +42,7 @@ pre { background: var(--panel); padding: .8rem; border-radius: 8px; overflow-x: 
 figure { margin: 0; min-width: 0; } .plots figure { background: var(--panel); border-radius: 8px;
   padding: .6rem; }
 .pictures { display: grid; gap: .5rem; margin: .3rem 0 1rem;
-  grid-template-columns: repeat(auto-fill, minmax(128px, 1fr)); }
+  grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); }
 .pictures figure { max-width: 256px; }
 .pictures img { width: 100%; display: block; border-radius: 4px; }
 img.small { image-rendering: pixelated; }
@@ -50,13 +50,14 @@ img.small { image-rendering: pixelated; }
   color: var(--soft); font-size: .85rem; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
-svg text.small { font-size: 11px; fill: var(--soft); } svg text.bold { font-weight: 600; }
+svg text.small { font-size: 11px; fill: var(--soft); } svg text.tiny { font-size: 10px; } svg text.bold { font-weight: 600; }
 svg text.end { text-anchor: end; } svg text.middle { text-anchor: middle; }
 svg text.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; fill: var(--ink); }
 svg line { stroke: var(--line); } svg line.ink { stroke: var(--ink); }
 svg .dashed { stroke-dasharray: 3 3; } svg line.thick { stroke-width: 2; }
-svg line.thin { stroke-width: 1; opacity: .6; }
-svg .pale { fill-opacity: .35; stroke: none; } svg .hollow { fill: var(--panel); stroke-width: 2; }
+svg line.thin { stroke-width: 1; opacity: .45; } svg line.pale { stroke-width: 4; opacity: .2; }
+svg circle.pale { fill-opacity: .35; stroke: none; }
+svg .hollow { fill: var(--panel); stroke-width: 2; }
 svg .front { fill: none; stroke: var(--soft); stroke-dasharray: 4 3; }
 svg rect { stroke: var(--panel); }
 """ + "\n".join(

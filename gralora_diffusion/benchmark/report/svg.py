@@ -15,6 +15,8 @@ WIDTH = 400
 COLOURS = 8
 _MARGIN = 12
 _ROW = 36
+#: Where the names of a scatter plot begin.
+_NAMES = 268
 #: Letters of the plots' size that fit into one pixel of width, about.
 _LETTERS = 1 / 6.4
 
@@ -73,7 +75,7 @@ def scatter(
     front: Sequence[str] = (),
     log_x: bool = False,
 ) -> str:
-    """Draw labelled points; those named in ``front`` are filled and joined by a line.
+    """Draw labelled points; those named in ``front`` are filled and joined.
 
     Args:
         log_x: a logarithmic axis; every x must be positive.
@@ -82,12 +84,12 @@ def scatter(
     ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
     left, top, bottom = 52, 26, 286
     (x_low, x_high), (y_low, y_high) = _log_range(xs) if log_x else _range(xs), _range(ys)
-    x_place = (_logarithmic if log_x else _linear)(x_low, x_high, left + 8, WIDTH - 16)
+    x_place = (_logarithmic if log_x else _linear)(x_low, x_high, left + 8, _NAMES - 24)
     y_place = _linear(y_low, y_high, bottom - 8, top + 8)
     ticks = _log_ticks(x_low, x_high) if log_x else _ticks(x_low, x_high)
     parts = _x_axis(ticks, x_place, top, bottom, x_axis)
     for tick, text in _ticks(y_low, y_high):
-        parts.append(_line(left, y_place(tick), WIDTH - _MARGIN, y_place(tick), "faint"))
+        parts.append(_line(left, y_place(tick), _NAMES - 12, y_place(tick), "faint"))
         parts.append(_text(left - 5, y_place(tick) + 4, text, "end small"))
     parts.append(_text(_MARGIN, 14, y_axis, ""))
     places = {p.label: (x_place(p.x), y_place(p.y)) for p in points}
@@ -95,17 +97,18 @@ def scatter(
     if len(joined) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in joined)
         parts.append(f'<polyline class="front" points="{path}"/>')
+    parts += _labels(points, places)
     for p in points:
         x, y = places[p.label]
         if p.x_interval:
-            parts.append(_line(*_ends(x_place, p.x_interval, y), f"c{p.colour} thin"))
+            parts.append(_line(*_ends(x_place, p.x_interval, y), f"c{p.colour} pale"))
         if p.y_interval:
             y0, y1 = (y_place(value) for value in p.y_interval)
-            parts.append(_line(x, y0, x, y1, f"c{p.colour} thin"))
+            parts.append(_line(x, y0, x, y1, f"c{p.colour} pale"))
         hollow = "" if p.label in front else " hollow"
         parts.append(_dot(x, y, p.colour, 5, f"{p.label}: {p.x:g}, {p.y:g}", hollow))
-    parts += _labels(places, bottom)
-    return _svg(title, bottom + 40, parts)
+    height = max(bottom, 26 + 15 * len(points)) + 40
+    return _svg(title, height, parts)
 
 
 def strips(
@@ -144,12 +147,12 @@ def heat_map(title: str, values: Sequence[Sequence[float]], rows: str, columns: 
             x, y = left + n * cell, top + j * cell
             parts.append(
                 f'<rect class="c0" x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
-                f'fill-opacity="{0.04 + 0.8 * value / largest:.3f}">'
+                f'fill-opacity="{0.04 + 0.56 * value / largest:.3f}">'
                 f"<title>{escape(f'{rows} {j + 1}, {columns} {n + 1}: {value:.4g}')}</title></rect>"
             )
             if k <= 8:
                 text = f"{100 * value:.3g}%" if k <= 4 else f"{100 * value:.2g}"
-                size = "middle halo" if k <= 4 else "middle halo small"
+                size = "middle" if k <= 4 else "middle tiny"
                 parts.append(_text(x + cell / 2, y + cell / 2 + 4, text, size))
     return _svg(title, top + side + 8, parts, left + side + 14)
 
@@ -187,15 +190,15 @@ def _ends(
     return place(interval[0]), y, place(interval[1]), y
 
 
-def _labels(places: dict[str, tuple[float, float]], bottom: float) -> list[str]:
-    """Names beside their points, on the side with room, moved apart where they would overlap."""
-    parts, lowest = [], {"": -math.inf, "end": -math.inf}
-    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
-        side = "" if x < (WIDTH + 52) / 2 else "end"
-        level = max(y + 4, lowest[side] + 12)
-        lowest[side] = level
-        shown = _cut(name, int((x - 60 if side else WIDTH - x - 20) * _LETTERS))
-        parts.append(_text(x - 9 if side else x + 9, min(level, bottom - 2), shown, f"halo {side}"))
+def _labels(points: Sequence[Point], places: dict[str, tuple[float, float]]) -> list[str]:
+    """Names in a column at the right, in the order of the points' heights, a line to each point."""
+    parts, level = [], -math.inf
+    for point in sorted(points, key=lambda p: places[p.label][1]):
+        x, y = places[point.label]
+        level = max(y, level + 15)
+        parts.append(_line(x, y, _NAMES - 4, level, f"c{point.colour} thin"))
+        shown = _cut(point.label, int((WIDTH - _NAMES) * _LETTERS))
+        parts.append(_text(_NAMES, level + 4, shown, "halo"))
     return parts
 
 
@@ -247,7 +250,9 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     few = high / low < 30
     ticks = [f * 10.0**power for power in powers for f in ((1, 2, 5) if few else (1,))]
-    shown = [tick for tick in ticks if low <= tick <= high] or [math.sqrt(low * high)]
+    shown = [tick for tick in ticks if low <= tick <= high]
+    if len(shown) < 2:
+        shown = [tick for tick, _ in _ticks(low, high)]
     return [(tick, _short(tick)) for tick in shown[:: math.ceil(len(shown) / 6)]]
 
 
