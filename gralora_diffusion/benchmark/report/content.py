@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -106,7 +107,8 @@ def content_of(
     """
     units = {result.key: result for result in results}
     if len(units) < len(results):
-        twice = sorted({str(r.key) for r in results if units[r.key] is not r})
+        counts = Counter(str(result.key) for result in results)
+        twice = [name for name, count in counts.items() if count > 1]
         raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each unit once")
     order = _method_order(units, expected)
     if references is None:

@@ -75,7 +75,7 @@ def embedded(
         uris = _uris([path for sheet in chosen for path in sheet.paths], side, budget)
         if uris is not None:
             return Embedded(chosen, uris, side)
-    return Embedded(sheets(content, real_pictures, 0), {}, 0)
+    return Embedded(chosen, {}, 0)
 
 
 def sheets(

@@ -50,7 +50,8 @@ img.small { image-rendering: pixelated; }
   color: var(--soft); font-size: .85rem; border-radius: 4px; }
 svg { display: block; width: 100%; height: auto; }
 svg text { fill: var(--ink); font: 12px system-ui, sans-serif; }
-svg text.small { font-size: 11px; fill: var(--soft); } svg text.tiny { font-size: 10px; } svg text.bold { font-weight: 600; }
+svg text.small { font-size: 11px; fill: var(--soft); } svg text.tiny { font-size: 10px; }
+svg text.bold { font-weight: 600; }
 svg text.end { text-anchor: end; } svg text.middle { text-anchor: middle; }
 svg text.halo { paint-order: stroke; stroke: var(--panel); stroke-width: 3px; fill: var(--ink); }
 svg line { stroke: var(--line); } svg line.ink { stroke: var(--ink); }
