@@ -5,11 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,8 +44,8 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
-from .step import DenoisingStep, RowMaker, mean_loss
-from .streams import seed_from
+from .step import DenoisingStep, RowMaker, Rows, mean_loss
+from .streams import Ahead, seed_from
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
@@ -251,6 +250,7 @@ class Trainer:
         """
         accelerator, state = self.accelerator, self.state
         batches = self.data.steps(state.step, self.max_steps)
+        rows = Ahead(self.rows.rows(*batch) for batch in batches)
         bar = tqdm(
             initial=state.step,
             total=self.max_steps,
@@ -261,7 +261,7 @@ class Trainer:
         with bar:  # an error comes after it, on its own line
             while state.step < self.max_steps:
                 with self.memory:
-                    loss = self._optimizer_step(batches)
+                    loss = self._optimizer_step(rows)
                 lr = self.optimizer.param_groups[0]["lr"]
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
@@ -271,17 +271,18 @@ class Trainer:
                 if metrics is not None:
                     metrics.add({"step": state.step, "loss": loss, "lr": lr})
                 accelerator.log({"loss": loss, "lr": lr}, step=state.step)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
+                # without drawing it, which update does now and then
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
                 bar.update()
                 yield state.step
 
-    def _optimizer_step(self, batches: Iterator[Any]) -> float:
+    def _optimizer_step(self, ahead: Ahead[list[Rows]]) -> float:
         """Forward and backward passes of one step; returns the mean loss over all processes."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.step):
-                rows = self.rows.rows(*next(batches))
+                rows = next(ahead)
                 # dropout, the only draw from the global generator, depends on the step alone
                 process = accelerator.process_index
                 torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
@@ -290,6 +291,8 @@ class Trainer:
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                ahead.prepare()  # while the device still computes; to read the loss is to wait
+                if accelerator.sync_gradients:
                     mean = self._checked(total, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()

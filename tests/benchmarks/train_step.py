@@ -31,6 +31,7 @@ from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.optimizers import build_optimizer
 from gralora_diffusion.training.records import MetricsFile
 
 from ..tiny.stable_diffusion import build
@@ -50,7 +51,7 @@ from .peers import Sizes, adapted
 
 ROOT = Path(__file__).parents[2]
 TRAINER = "trainer"
-#: What the bare loop trains, by PEER's name; ours is the measure.
+#: What the bare loop trains, by the names of ``peers``.
 METHODS = ("ours", "peft-lora", "peft-gralora")
 #: Base -> side of the pictures.
 BASES = {"tiny": 64, "bundled": 64, "medium": 64}
@@ -105,9 +106,7 @@ def bare_loop(trainer: Trainer, denoiser: nn.Module, device: torch.device) -> Ru
     """One step of a plain loop, with the trainer's latents, prompts and settings."""
     family, config, data = trainer.family, trainer.config, trainer.data
     parameters = [p for p in denoiser.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(
-        parameters, config.learning_rate, weight_decay=config.adam_weight_decay or 0.0
-    )
+    optimizer = build_optimizer(config, parameters)
     stored = [data.instance[position] for position in range(8)]
     latents = torch.stack([sample["mean"] for sample in stored]).to(device).float()
     assert data.prompts is not None
@@ -184,7 +183,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
-    parser.add_argument("--profile", type=int, default=0, help="print as many lines of a profile")
     parser.add_argument("--markdown", action="store_true")
     add_measuring_options(parser, rounds=61, seconds=60)
     return parser
