@@ -3,7 +3,7 @@
 A transformer with all blocks of FLUX.1, 19 double and 38 single, but narrow by default, so that
 what is measured is not the copying of weights. In each round ``load_gralora_weights`` and
 diffusers' ``load_lora_weights``, each from a file with the same layers and the same number of
-parameters, and each followed by unloading. Times are the processor's.
+parameters, and each followed by unloading.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import cProfile
 import pstats
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -129,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
 
             runs = {"gralora": load_gralora, "lora": load_lora}
             undo = {"gralora": pipe.unload_gralora_weights, "lora": pipe.unload_lora_weights}
-            times = interleaved(runs, device, args.rounds, args.seconds, undo, time.process_time)
+            times = interleaved(runs, device, args.rounds, args.seconds, undo)
             if args.profile:
                 for name, run in runs.items():
                     print_profile(run, args.profile)
