@@ -114,11 +114,11 @@ def conv2d_update(
     return F.conv2d(hidden, up, groups=k)
 
 
-def delta_weight(A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
-    """Return ``scaling`` times the dense update: (out, in), or (out, in, h, w) of a convolution."""
+def delta_weight(A: Tensor, B: Tensor) -> Tensor:
+    """Return the dense update, unscaled: (out, in), or (out, in, h, w) for a convolution."""
     k, i, _, *kernel = A.shape
     delta = A.new_zeros(k * B.shape[2], k * i * math.prod(kernel))
-    add_delta_rows(delta, *row_factors(A, B), 0, scaling)
+    add_delta_rows(delta, *row_factors(A, B), 0)
     return delta.view(-1, k * i, *kernel)
 
 

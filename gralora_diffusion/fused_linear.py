@@ -36,8 +36,8 @@ from .blockwise import add_delta_rows, row_factors
 
 Way = Literal["added", "merged"]
 
-#: From how many operations saved, in those of forming a merged weight, merging pays. Measured: the
-#: blocks of an update are thin products, of about half the speed of others (docs/performance.md).
+#: How many operations must be saved for each that forms merged weights. Measured: the blocks of an
+#: update are thin products, and the weight is copied (docs/performance.md).
 _WORTH_MERGING = 3.0
 
 
@@ -59,13 +59,12 @@ def choose_way(
     """
     if dtype.itemsize < 4:
         return "added"
-    saved = forming = 0.0
+    saved = forming = 0  # operations
     for A, B, _ in updates:
-        k, i, r = A.shape
-        o = B.shape[2]
-        saved += tokens * r * k * (i + o)
-        forming += k * i * o * r * (1.0 if differentiable else 0.5)
-    return "merged" if saved > 2 * _WORTH_MERGING * forming else "added"
+        (k, i, r), o = A.shape, B.shape[2]
+        saved += 2 * tokens * r * k * (i + o)
+        forming += 2 * k * i * o * r * (2 if differentiable else 1)
+    return "merged" if saved > _WORTH_MERGING * forming else "added"
 
 
 def adapted_linear(

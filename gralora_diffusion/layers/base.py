@@ -8,7 +8,7 @@ own layer lacks: the run-time scale that diffusers needs, and merging that is ex
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,6 +22,9 @@ from .. import blockwise
 from ..config import invalid_values, layer_settings
 from ..factors import FactorDict, Projection
 from ..targets import layer_shape, quantization_of, unsuitable
+
+#: Values of a weight that are merged at once: 2 MiB in fp32.
+_VALUES_AT_ONCE = 2**19
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -218,20 +221,14 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         """Return the scaled update in the shape of the base weight, in the adapter's dtype."""
         A = self.gralora_A[adapter]
         # in fp32 or better: half precision would round it twice
+        dtype = torch.promote_types(A.dtype, torch.float32)
         delta = torch.zeros(
-            self.get_base_layer().weight.shape,
-            dtype=torch.promote_types(A.dtype, torch.float32),
-            device=A.device,
+            self.out_features, self.in_features, *self.kernel_size, dtype=dtype, device=A.device
         )
-        self._add_update(delta, adapter, self.scaling[adapter])
-        return delta.to(A.dtype)
-
-    def _add_update(self, weight: Tensor, adapter: str, scaling: float) -> None:
-        """Add an update to ``weight``, contiguous and of the base weight's shape, in place."""
-        rows = weight.T if self.fan_in_fan_out else weight.flatten(1)
         for A, B in self._factors(adapter):
-            factors = blockwise.row_factors(A.to(weight), B.to(weight))
-            blockwise.add_delta_rows(rows, *factors, 0, scaling)
+            rows = blockwise.row_factors(A.to(dtype), B.to(dtype))
+            blockwise.add_delta_rows(delta.flatten(1), *rows, 0, self.scaling[adapter])
+        return (delta.T if self.fan_in_fan_out else delta).to(self._factor_dtype(adapter))
 
     @torch.no_grad()
     def merge(
@@ -254,8 +251,10 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         names = check_adapters_to_merge(self, adapter_names) or []
         scalings = {n: scale * self.scaling[n] for n in names if n in self.gralora_A}
         if scalings:
-            weight = self._mergeable_weight()
-            weight.copy_(self._sum(weight, scalings, check=safe_merge))
+            if safe_merge:
+                self.check_merge(scalings, scale)
+            for rows, total in self._sums(scalings, in_place=True):
+                rows.copy_(total)
             self.merged_adapters.extend(scalings)
             self._merged_scaling.update(scalings)
 
@@ -263,7 +262,14 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def check_merge(self, adapter_names: Iterable[str], scale: float = 1.0) -> None:
         """Raise what :meth:`merge` with ``safe_merge`` would raise; nothing is changed."""
         scalings = {n: scale * self.scaling[n] for n in adapter_names}
-        self._sum(self._mergeable_weight(), scalings, check=True)
+        for rows, total in self._sums(scalings, in_place=False):
+            # NaN and what is too large for the dtype show in the least and the largest value
+            if not torch.stack(total.aminmax()).to(rows.dtype).isfinite().all():
+                raise ValueError(
+                    f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or "
+                    f"infinite weights in {rows.dtype}; the base weight was left as it is. Either "
+                    "the adapter is broken or its scale is too large for the dtype."
+                )
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
@@ -275,32 +281,40 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        weight = self._mergeable_weight()
-        weight.copy_(self._sum(weight, {n: -self._merged_scaling[n] for n in names}))
+        scalings = {n: -self._merged_scaling[n] for n in names}
+        for rows, total in self._sums(scalings, in_place=True):
+            rows.copy_(total)
         for name in names:
             self.merged_adapters.remove(name)
             self._merged_scaling.pop(name)
 
-    def _sum(self, weight: Tensor, scalings: dict[str, float], check: bool = False) -> Tensor:
-        """The base weight plus updates at these scalings, in fp32 or better.
+    def _sums(self, scalings: dict[str, float], in_place: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows of the base weight, as a view, and their sum with updates at these scalings.
 
-        That is ``weight`` itself, changed, if it is of such a dtype and nothing is checked; what is
-        checked is whether the sum is finite in the dtype of the weight.
+        The sum is in fp32 or better, for the caller to round once; ``in_place``, it may be the rows
+        themselves. A few rows at a time stay in the processor's cache, and no temporary has the
+        size of the weight.
         """
-        total = weight
+        weight = self._mergeable_weight()
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        if check or dtype != weight.dtype or not weight.is_contiguous():
-            total = weight.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        for name, scaling in scalings.items():
-            self._add_update(total, name, scaling)
-        # NaN and infinite extremes show in the least and the largest value
-        if check and not torch.stack(total.aminmax()).to(weight.dtype).isfinite().all():
-            raise ValueError(
-                f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or infinite "
-                f"weights in {weight.dtype}; the base weight was left as it is. Either the adapter "
-                "is broken or its scale is too large for the dtype."
+        factors = [
+            (
+                *blockwise.row_factors(A.to(weight.device, dtype), B.to(weight.device, dtype)),
+                scaling,
             )
-        return total
+            for name, scaling in scalings.items()
+            for A, B in self._factors(name)
+        ]
+        by_outputs = weight.T if self.fan_in_fan_out else weight
+        step = max(1, _VALUES_AT_ONCE // max(1, by_outputs[0].numel()))
+        for start in range(0, len(by_outputs), step):
+            rows = by_outputs[start : start + step]
+            total = rows
+            if not (in_place and rows.dtype == dtype and rows.is_contiguous()):
+                total = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for rows_A, rows_B, scaling in factors:
+                blockwise.add_delta_rows(total.flatten(1), rows_A, rows_B, start, scaling)
+            yield rows, total
 
     def _mergeable_weight(self) -> Tensor:
         layer = self.get_base_layer()
