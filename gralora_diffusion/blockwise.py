@@ -40,20 +40,18 @@ def init_factors(
     linear layer the same seed gives the factors that PEFT draws.
     """
     i, o = in_features // k, out_features // k
-    blocks_a, blocks_b = [], []
-    for _ in range(k):
+    A, B = torch.empty(k, i, rank, *kernel_size), torch.empty(k, rank, o)
+    if A.is_meta:  # no values to draw, and to pretend takes long
+        return A, B
+    for n in range(k):
         a, b = torch.empty(rank, i, *kernel_size), torch.empty(o, rank)
         nn.init.kaiming_uniform_(a, a=math.sqrt(5))
         if zero_update:
             nn.init.zeros_(b)
         else:
             nn.init.kaiming_uniform_(b, a=math.sqrt(5))
-        blocks_a.append(a)
-        blocks_b.append(b)
-    return (
-        torch.stack(blocks_a).transpose(1, 2).contiguous(),
-        torch.stack(blocks_b).transpose(1, 2).contiguous(),
-    )
+        A[n], B[n] = a.transpose(0, 1), b.T
+    return A, B
 
 
 def init_plain_factors(
@@ -70,6 +68,8 @@ def init_plain_factors(
     """
     down = torch.empty(rank, in_features, *kernel_size)
     up = torch.empty(out_features, rank, *[1] * len(kernel_size))
+    if down.is_meta:
+        return down, up
     for factor in (down, up, down) if zero_update else (down, up, down, up):
         nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
     return down, up.zero_() if zero_update else up

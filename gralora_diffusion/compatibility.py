@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -27,6 +26,7 @@ from .targets import (
     layer_shape,
     misfits,
 )
+from .tensor_files import is_finite
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
@@ -171,7 +171,7 @@ def _problems(fit: Fit) -> list[str]:
     ]
     if misshapen:
         problems.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}")
-    broken = [key for key, t in fit.tensors.items() if not torch.isfinite(t.float()).all()]
+    broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
         problems.append(f"{len(broken)} tensors with NaN or infinite values: {_some(broken)}")
     return problems
@@ -225,14 +225,54 @@ def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
 def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
     """Copy tensors, by the keys that they have in a file, into an adapter of the model.
 
+    Factors that :func:`inject` left on the meta device come to that of their base layer.
+
     Raises:
         AdapterFileError: a key that the adapter does not have.
     """
+    # the factors themselves rather than by a state dict of the whole model, which takes longer
+    # than all else that loading does
+    places = _places(model, adapter_name)
+    rest = {key: tensor for key, tensor in tensors.items() if key not in places}
+    for key, place in places.items():
+        if key in tensors:
+            _fill(*place, tensors[key])
+    if not rest:
+        return
     here = _tensors(model, adapter_name)
-    named = {here[key][0] if key in here else key: tensor for key, tensor in tensors.items()}
+    named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
     result = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
         raise AdapterFileError(f"no place in the model for: {_some(result.unexpected_keys)}")
+
+
+def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:
+    """Key in a file -> the layer, what holds the factor there, and its name in that."""
+    places: dict[str, tuple[GraloraLayer, nn.Module, str]] = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, GraloraLayer):
+            path = path.replace(".base_layer", "")
+            for name in layer.adapter_layer_names:
+                factors = getattr(layer, name)
+                if adapter_name not in factors:
+                    continue
+                if isinstance(factors, nn.ParameterDict):
+                    places[f"{path}.{name}"] = layer, factors, adapter_name
+                else:
+                    places[f"{path}.{name}.weight"] = layer, factors[adapter_name], "weight"
+    return places
+
+
+def _fill(layer: GraloraLayer, holder: nn.Module, name: str, tensor: Tensor) -> None:
+    factor = getattr(holder, name)
+    if not factor.is_meta:
+        factor.detach().copy_(tensor)
+        return
+    device, _ = layer._get_base_layer_device_and_dtype(layer.get_base_layer())
+    if device is None or device.type == "meta":
+        device = tensor.device
+    values = tensor.detach().to(device, factor.dtype, copy=True)
+    setattr(holder, name, nn.Parameter(values, requires_grad=factor.requires_grad))
 
 
 def _tensors(model: Any, adapter_name: str) -> dict[str, tuple[str, Tensor]]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
+import torch
 from peft import GraloraConfig, GraloraModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
@@ -42,6 +43,7 @@ class GraloraTuner(GraloraModel):
         state_dict: dict[str, Tensor] | None = None,
     ) -> None:
         self._keys = None if state_dict is None else list(state_dict)
+        self._device = torch.device("meta") if low_cpu_mem_usage else nullcontext()
         with unchanged_on_error([model], adapter_name), _merged_kept(model):
             refuse(model, invalid_values(self.peft_config[adapter_name]))
             super().inject_adapter(
@@ -62,13 +64,21 @@ class GraloraTuner(GraloraModel):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        if isinstance(target, GraloraLayer):
-            target.update_layer(adapter_name, current_key, gralora_config)
-            return
-        new_module = self._create_new_module(gralora_config, adapter_name, target, current_key)
+        with self._device:
+            if isinstance(target, GraloraLayer):
+                target.update_layer(adapter_name, current_key, gralora_config)
+                return
+            new_module = self._create_new_module(gralora_config, adapter_name, target, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)
+
+    def _replace_module(
+        self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
+    ) -> None:
+        # PEFT's also moves the layer, which already lies where its base layer does, and cannot do
+        # so on the meta device
+        setattr(parent, child_name, new_module)
 
     @staticmethod
     def _create_new_module(

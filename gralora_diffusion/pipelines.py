@@ -274,7 +274,15 @@ def install() -> None:
 
 def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
     fit.config.inference_mode = True
-    inject(fit.model, fit.config, adapter_name, state_dict=fit.tensors)
+    # what the file has values for is not drawn; PEFT would leave modules_to_save without them too
+    is_whole = not fit.config.modules_to_save
+    inject(
+        fit.model,
+        fit.config,
+        adapter_name,
+        low_cpu_mem_usage=is_whole,
+        state_dict=fit.tensors,
+    )
     dtype = dtype or getattr(fit.model, "dtype", None)
     for layer in gralora_layers(fit.model):
         # after disable_lora() the new layers would work and the old ones not; and enable_adapters

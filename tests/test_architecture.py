@@ -9,7 +9,7 @@ from gralora_diffusion import get_family, list_families
 
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
-    *(["blockwise"], ["low_rank"], ["factors"], ["config"], ["targets"]),
+    *(["blockwise"], ["fused_linear"], ["low_rank"], ["factors"], ["config"], ["targets"]),
     *(["tensor_files"], ["staging"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
     *(["layouts"], ["families"], ["original_file"], ["compatibility"], ["bookkeeping"]),
     *(["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),

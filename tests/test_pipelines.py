@@ -230,6 +230,25 @@ class TestLoad:
         assert pipe.get_active_adapters() == ["a cat's"]
         assert same(draw(pipe), adapted)
 
+    def test_nothing_is_drawn_and_the_state_dict_stays_the_callers(self, pipe, folder):
+        part = read_adapter(folder).components["unet"]
+        given = {key: tensor.clone() for key, tensor in part.tensors.items()}
+        state = torch.get_rng_state()
+        pipe.load_gralora_weights(given, config=part.config)
+        assert torch.equal(torch.get_rng_state(), state)
+        with torch.no_grad():
+            for layer in gralora_layers(pipe.unet):
+                for parameter in layer.parameters():
+                    parameter.zero_()
+        assert all(torch.equal(given[key], tensor) for key, tensor in part.tensors.items())
+
+    def test_on_a_base_without_values(self, folder):
+        pipe = stable_diffusion()
+        pipe.unet.to("meta")
+        pipe.load_gralora_weights(folder)
+        factor = gralora_layers(pipe.unet)[0].gralora_A["default"]
+        assert factor.device.type == "cpu"
+
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_half_precision(self, folder, dtype, adapted):
         pipe = stable_diffusion().to(dtype)

@@ -1,4 +1,4 @@
-"""Hashes in the header, against ModelSpec's reference reader and sd-scripts' definition."""
+"""Hashes in the header, against ModelSpec's reference reader and sd-scripts' definition; NaN."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes, write_safetensors
+from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes, is_finite, write_safetensors
 
 
 def modelspec_hash(path: Path) -> str:
@@ -64,3 +64,16 @@ def test_an_old_hash_is_replaced_and_none_is_added(tmp_path):
     text = path.read_bytes()
     header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
     assert header["__metadata__"] == {"modelspec.hash_sha256": modelspec_hash(path), "x": "y"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_a_tensor_is_finite_if_all_its_elements_are(dtype):
+    largest = torch.full((3, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert is_finite(largest)  # the sum is not
+    for wrong in (torch.nan, torch.inf, -torch.inf):
+        largest[1, 2] = wrong
+        assert not is_finite(largest)
+    largest[0, 0], largest[1, 2] = torch.inf, -torch.inf
+    assert not is_finite(largest)
+    assert is_finite(torch.ones(4).to(torch.float8_e4m3fn))
+    assert not is_finite(torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn))

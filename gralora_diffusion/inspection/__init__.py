@@ -9,9 +9,8 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-import torch
-
 from ..layouts import DENOISER
+from ..tensor_files import is_finite
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, find_kind
 from .layers import Settings, component_of, layer_facts
@@ -76,14 +75,12 @@ def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[st
         tensors = {part: source.read(key) for part, key in layer.parts.items()}
         component = component_of(layer, kind, source)
         layers.append(layer_facts(layer, component, source, settings, tensors))
-        non_finite += [
-            layer.parts[part] for part, t in tensors.items() if not torch.isfinite(t.float()).all()
-        ]
+        non_finite += [layer.parts[part] for part, t in tensors.items() if not is_finite(t)]
     return layers, non_finite
 
 
 def _non_finite(source: Source, keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not torch.isfinite(source.read(key).float()).all()]
+    return [key for key in keys if not is_finite(source.read(key))]
 
 
 def _counts(key: str) -> bool:

@@ -12,6 +12,7 @@ from ..config import layer_settings
 from ..lora_keys import Layer, LoraScaling, lora_scalings
 from ..low_rank import effective_rank, gralora_singular_values, singular_values
 from ..state import METADATA_KEY, PEFT_PREFIX, config_from_dict
+from ..tensor_files import is_finite
 from .facts import LayerFacts
 from .kinds import Kind, described, layer_widths
 from .source import Source
@@ -79,7 +80,7 @@ def layer_facts(
         _describe_gralora(facts, tensors, settings.gralora(layer.name))
     else:
         _describe_other(facts, tensors, settings)
-    if all(torch.isfinite(tensor.float()).all() for tensor in tensors.values()):
+    if all(is_finite(tensor) for tensor in tensors.values()):
         _measure(facts, {part: tensor.double() for part, tensor in tensors.items()})
     return facts
 

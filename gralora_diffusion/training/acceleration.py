@@ -81,6 +81,18 @@ class PeakMemory:
             self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
 def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Inside, autocast leaves T5 and VAEs what they keep in fp32: they overflow in fp16.
 

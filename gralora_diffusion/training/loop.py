@@ -5,10 +5,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
+from contextlib import closing
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,8 @@ from .acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
+    checkpoint_gradients,
+    device_name,
     make_accelerator,
     share_only_what_is_trained,
     trackable,
@@ -42,8 +44,8 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
-from .step import DenoisingStep, RowMaker, mean_loss
-from .streams import seed_from
+from .step import DenoisingStep, RowMaker, Rows, mean_loss
+from .streams import Ahead, seed_from
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
@@ -160,6 +162,7 @@ class Trainer:
         # the loader and the schedule are ours alone: both already know of processes and steps
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
         self.rows = RowMaker(step, data, config, device, dtype)
+        self.memory = PeakMemory(device)
         self.ema = None
         if config.use_ema:
             self.ema = EMAModel(self.parameters, decay=config.ema_decay)
@@ -206,38 +209,18 @@ class Trainer:
         """Train to the end, then write the adapter, its pictures and its card."""
         config, accelerator, state = self.config, self.accelerator, self.state
         folder, first_step = Path(config.output_dir), state.step
+        metrics = None
         if accelerator.is_main_process:
             start(folder, config)
             self.store.clean()
             metrics = MetricsFile(folder, first_step)
         accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
-        bar = tqdm(
-            initial=first_step,
-            total=self.max_steps,
-            desc="training",
-            unit="step",
-            disable=not accelerator.is_local_main_process,
-        )
-        started, began, memory = time.time(), time.perf_counter(), PeakMemory(accelerator.device)
-        batches = self.data.steps(first_step, self.max_steps)
-        with bar:  # an error comes after it, on its own line
-            self._validate_if_due()
-            while state.step < self.max_steps:
-                with memory:
-                    loss = self._optimizer_step(batches)
-                lr = self.optimizer.param_groups[0]["lr"]
-                if self.lr_scheduler is not None:
-                    self.lr_scheduler.step()
-                if self.ema is not None:
-                    self.ema.step(self.parameters)
-                state.step += 1
-                if accelerator.is_main_process:
-                    metrics.add({"step": state.step, "loss": loss, "lr": lr})
-                accelerator.log({"loss": loss, "lr": lr}, step=state.step)
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}")
-                bar.update()
-                if state.step % config.checkpointing_steps == 0:
-                    self.store.write(state.step, state.save, accelerator.is_main_process)
+        started, began = time.time(), time.perf_counter()
+        self._validate_if_due()
+        with closing(self.steps(metrics)) as steps:
+            for step in steps:
+                if step % config.checkpointing_steps == 0:
+                    self.store.write(step, state.save, accelerator.is_main_process)
                 self._validate_if_due()
         seconds = time.perf_counter() - began
         with weights_for_use(self.parameters, self.optimizer, self.ema):
@@ -246,26 +229,60 @@ class Trainer:
                 adapter.metadata |= time_metadata(started)
                 save_adapter(adapter, folder / WEIGHTS_NAME)
             grid = None if config.skip_final_inference else self._draw_validation()
-        if accelerator.is_main_process:
+        if metrics is not None:
             facts = {
                 "steps": state.step,
                 "samples per step": self.data.samples_per_step,
                 "trained parameters": sum(p.numel() for p in self.parameters),
                 "seconds per step": round(seconds / max(1, state.step - first_step), 3),
-                "device": _device_name(accelerator.device),
+                "device": device_name(accelerator.device),
                 "precision": accelerator.mixed_precision,
             }
-            if memory.bytes is not None:
-                facts["peak memory of the steps, GiB"] = round(memory.bytes / 2**30, 3)
+            if self.memory.bytes is not None:
+                facts["peak memory of the steps, GiB"] = round(self.memory.bytes / 2**30, 3)
             finish(folder, config, self.family.name, metrics.read(), facts, grid)
 
-    def _optimizer_step(self, batches: Iterator[Any]) -> float:
+    def steps(self, metrics: MetricsFile | None = None) -> Generator[int, None, None]:
+        """Make the optimizer steps that are left, one at a time; yield how many are done by then.
+
+        Args:
+            metrics: what is written down; the other processes write nothing.
+        """
+        accelerator, state = self.accelerator, self.state
+        batches = self.data.steps(state.step, self.max_steps)
+        rows = Ahead(self.rows.rows(*batch) for batch in batches)
+        bar = tqdm(
+            initial=state.step,
+            total=self.max_steps,
+            desc="training",
+            unit="step",
+            disable=not accelerator.is_local_main_process,
+        )
+        with bar:  # an error comes after it, on its own line
+            while state.step < self.max_steps:
+                with self.memory:
+                    loss = self._optimizer_step(rows)
+                lr = self.optimizer.param_groups[0]["lr"]
+                if self.lr_scheduler is not None:
+                    self.lr_scheduler.step()
+                if self.ema is not None:
+                    self.ema.step(self.parameters)
+                state.step += 1
+                if metrics is not None:
+                    metrics.add({"step": state.step, "loss": loss, "lr": lr})
+                accelerator.log({"loss": loss, "lr": lr}, step=state.step)
+                # without drawing it, which update does now and then
+                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+                bar.update()
+                yield state.step
+
+    def _optimizer_step(self, ahead: Ahead[list[Rows]]) -> float:
         """Forward and backward passes of one step; returns the mean loss over all processes."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.step):
-                rows = self.rows.rows(*next(batches))
+                rows = next(ahead)
                 # dropout, the only draw from the global generator, depends on the step alone
                 process = accelerator.process_index
                 torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
@@ -274,6 +291,8 @@ class Trainer:
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
+                ahead.prepare()  # while the device still computes; to read the loss is to wait
+                if accelerator.sync_gradients:
                     mean = self._checked(total, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -326,15 +345,3 @@ def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[in
             ]
         )
     return found
-
-
-def checkpoint_gradients(model: Any) -> None:
-    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
-    if hasattr(model, "enable_gradient_checkpointing"):
-        model.enable_gradient_checkpointing()
-    else:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-
-
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -21,14 +21,13 @@ from torch._subclasses.fake_tensor import (
 
 from ..families import ModelFamily
 from ..layers import GraloraLayer
-from .acceleration import DTYPES
+from .acceleration import DTYPES, checkpoint_gradients
 from .adapters import ADAPTER_NAME, add_adapters
 from .batches import crop_plan
 from .config import TrainingConfig
 from .config_checks import ConfigError, check_sizes
 from .data import Example
 from .empty_base import empty_base
-from .loop import checkpoint_gradients
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
 from .plan_text import optimizer_label, plan_text
 from .prior import class_pictures_there

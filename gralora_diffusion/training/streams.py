@@ -11,12 +11,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import cycle, islice
+from typing import TypeVar
 
 import torch
 from torch.utils.data import Sampler
+
+Item = TypeVar("Item")
 
 
 def seed_from(*parts: int | str) -> int:
@@ -164,3 +167,21 @@ class StreamBatchSampler(Sampler[list[int]]):
         for number in range(first, first + len(self)):
             start = number * micro_batch + self.process_index * self.batch_size
             yield list(range(start, start + self.batch_size))
+
+
+class Ahead(Iterator[Item]):
+    """An iterator of which the next item can be made before it is wanted."""
+
+    def __init__(self, items: Iterator[Item]) -> None:
+        self._items, self._made = items, deque[Item]()
+
+    def prepare(self) -> None:
+        """Make the next item, if there is one and it is not made yet."""
+        if not self._made:
+            self._made.extend(islice(self._items, 1))
+
+    def __next__(self) -> Item:
+        self.prepare()
+        if not self._made:
+            raise StopIteration
+        return self._made.popleft()

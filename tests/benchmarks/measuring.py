@@ -35,17 +35,24 @@ _FEWEST_ROUNDS = 3
 # -- time ------------------------------------------------------------------------------------------
 
 
-def timed(run: Run, device: torch.device, calls: int = 1) -> float:
-    """Seconds per call: of the processor if this process has one thread, else of the clock."""
+def timed(run: Run, device: torch.device, calls: int = 1, undo: Run | None = None) -> float:
+    """Seconds per call: of the processor if this process has one thread, else of the clock.
+
+    ``undo``, after each call, does not count.
+    """
     # one thread's own time does not count when others had its core
     alone = device.type == "cpu" and torch.get_num_threads() == 1
-    clock = time.process_time if alone else time.perf_counter
-    _synchronize(device)
-    start = clock()
-    for _ in range(calls):
-        run()
-    _synchronize(device)
-    return (clock() - start) / calls
+    clock, seconds = time.process_time if alone else time.perf_counter, 0.0
+    for _ in range(1 if undo is None else calls):
+        _synchronize(device)
+        start = clock()
+        for _ in range(calls if undo is None else 1):
+            run()
+        _synchronize(device)
+        seconds += clock() - start
+        if undo is not None:
+            undo()
+    return seconds / calls
 
 
 def interleaved(
@@ -53,17 +60,19 @@ def interleaved(
     device: torch.device,
     rounds: int,
     seconds: float = float("inf"),
+    undo: Mapping[str, Run] | None = None,
 ) -> dict[str, list[float]]:
     """Return the seconds per call of each of ``runs``, by round.
 
     Args:
         rounds: at most as many; fewer, but at least three, once ``seconds`` have passed.
+        undo: by name, what takes back what a call did; it does not count.
     """
-    calls = {}
+    calls, undo = {}, undo or {}
     for name, run in runs.items():
-        took = [timed(run, device)]  # these are to warm up
+        took = [timed(run, device, 1, undo.get(name))]  # these are to warm up
         while len(took) < 3 and sum(took) < _LONGEST_WARM_UP:
-            took.append(timed(run, device))
+            took.append(timed(run, device, 1, undo.get(name)))
         calls[name] = max(1, round(_SHORTEST / min(took)))
     times: dict[str, list[float]] = {name: [] for name in runs}
     order, draw, end = list(runs), random.Random(0), time.perf_counter() + seconds
@@ -72,7 +81,7 @@ def interleaved(
             break
         draw.shuffle(order)
         for name in order:
-            times[name].append(timed(runs[name], device, calls[name]))
+            times[name].append(timed(runs[name], device, calls[name], undo.get(name)))
     return times
 
 

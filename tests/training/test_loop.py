@@ -57,6 +57,26 @@ def test_accelerates_environment_does_not_change_accumulation(
     assert_same_run(tmp_path / "a", tmp_path / "b")
 
 
+def test_the_next_rows_are_made_before_the_loss_is_waited_for(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    events: list[str] = []
+    make, read = RowMaker.rows, Trainer._checked
+
+    def rows(self: RowMaker, *batch: Any) -> Any:
+        events.append("rows")
+        return make(self, *batch)
+
+    def checked(self: Trainer, *values: Any) -> float:
+        events.append("loss")
+        return read(self, *values)
+
+    monkeypatch.setattr(RowMaker, "rows", rows)
+    monkeypatch.setattr(Trainer, "_checked", checked)
+    run(output_dir=tmp_path / "a", max_train_steps=3, **data)
+    assert events == ["rows", "rows", "loss", "rows", "loss", "loss"]
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from gralora_diffusion.training.streams import (
+    Ahead,
     SampleStream,
     StreamBatchSampler,
     generator,
@@ -195,3 +196,29 @@ def test_starting_later_goes_on_where_the_whole_run_would():
 def test_impossible_arguments_are_refused(wrong):
     with pytest.raises(ValueError, match=r"process|must be"):
         StreamBatchSampler(**{"start_step": 0, "max_steps": 6, "batch_size": 2, **wrong})
+
+
+def test_ahead_makes_an_item_early_and_gives_each_once():
+    made = []
+
+    def items():
+        for item in range(4):
+            made.append(item)
+            yield item
+
+    ahead = Ahead(items())
+    assert next(ahead) == 0
+    assert made == [0]
+    ahead.prepare()
+    ahead.prepare()
+    assert made == [0, 1]
+    assert list(ahead) == [1, 2, 3]
+    ahead.prepare()  # there is no more
+    assert list(ahead) == []
+
+
+def test_ahead_passes_errors_on():
+    ahead = Ahead(1 // number for number in (1, 0))
+    assert next(ahead) == 1
+    with pytest.raises(ZeroDivisionError):
+        ahead.prepare()
