@@ -31,9 +31,12 @@ _KNOWN = (
     Score(
         "drift", "drift", False, "drift", "1 - similarity with and without adapter, other prompts"
     ),
-    Score("pres", "PRES", False, "drift", "how much class pictures look like the subject"),
-    Score("prior", "prior drift", False, "drift", "how far pictures of the class have moved"),
+    Score("pres", "PRES", False, "other", "how much class pictures look like the subject"),
+    Score("prior", "prior drift", False, "other", "how far pictures of the class have moved"),
 )
+
+#: By whose eyes a score was seen.
+_EYES = {"dinov2": "DINOv2", "dino": "DINO", "clip_i": "CLIP"}
 
 
 def score_named(name: str) -> Score:
@@ -42,7 +45,8 @@ def score_named(name: str) -> Score:
         if name == score.name:
             return score
         if name.startswith(f"{score.name}_"):
-            label = f"{score.label} ({name.removeprefix(score.name + '_')})"
+            eyes = name.removeprefix(f"{score.name}_")
+            label = f"{score.label} ({_EYES.get(eyes, eyes)})"
             return Score(name, label, score.higher_is_better, score.kind, score.meaning)
     return Score(name, name, None, "other", "")
 

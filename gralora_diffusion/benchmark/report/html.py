@@ -100,6 +100,7 @@ def _numbers(content: Content, protocol: ProtocolContent, colour: dict[str, int]
         '<p class="soft">These intervals hold how subjects differ, which is the same for all '
         "methods: whether methods differ is told by the differences above.</p>"
     )
+    parts.append(table(tables.meanings(protocol)))
     parts += ["<h3>Time and memory</h3>", table(tables.costs(protocol))]
     return "".join(parts)
 

@@ -28,7 +28,7 @@ def as_markdown(content: Content) -> str:
         for reference in content.references:
             against = tables.comparisons(protocol, reference)
             blocks += [table(against)] if against.rows else []
-        blocks.append(table(tables.costs(protocol)))
+        blocks += [table(tables.costs(protocol)), table(tables.meanings(protocol))]
         for method, mechanism in protocol.mechanism.items():
             blocks += [table(tables.shares(method, k, mechanism)) for k in mechanism.mean_share]
     blocks += ["## How it was computed", escaped(method_note(content))]

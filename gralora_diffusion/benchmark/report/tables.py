@@ -49,6 +49,15 @@ def overview(content: Content) -> Table:
     return Table("What was run", head, rows)
 
 
+def meanings(protocol: ProtocolContent) -> Table:
+    """What each score is."""
+    rows: list[tuple[Cell, ...]] = [
+        ((s.score.label,), (s.score.name,), (s.score.meaning or "-",), (direction(s.score),))
+        for s in protocol.scores.values()
+    ]
+    return Table("The scores", ("score", "name", "what it is", "direction"), rows, labels=4)
+
+
 def scores(protocol: ProtocolContent) -> Table:
     """Means and intervals, a row per method."""
     head = ["method", "units"]
