@@ -245,8 +245,11 @@ def test_hostile_text_is_only_text(tmp_path):
     outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
     assert "<script" not in outside
     assert outside.count("&lt;script&gt;") >= 4
-    for line in outside.splitlines():
-        assert not line.startswith("|") or line.endswith(" |")
+    grids = re.findall(r"(?:^\|.*\n)+", outside, re.MULTILINE)
+    assert len(grids) >= 8
+    for grid in grids:
+        columns = {len(re.findall(r"(?<!\\)\|", line)) for line in grid.splitlines()}
+        assert len(columns) == 1, grid
     json.loads((tmp_path / "report/report.json").read_text(), parse_constant=pytest.fail)
 
 

@@ -147,3 +147,17 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, change):
         write_result(replace(first, **change), tmp_path)
     assert read_result(path) == first
     assert os.listdir(tmp_path) == [RESULT_NAME]
+
+
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
+    first = unit(KEY)
+    path = write_result(first, tmp_path)
+
+    def full(*_):
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_result(replace(first, steps=5), tmp_path)
+    assert read_result(path) == first
+    assert os.listdir(tmp_path) == [RESULT_NAME]
