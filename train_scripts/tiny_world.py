@@ -2,8 +2,10 @@
 
 A picture is one object in one colour on one background, 64x64 pixels, drawn four times larger with
 Pillow and reduced; it is a pure function of a `random.Random`. What can be drawn is in
-`tiny_drawings.py`. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their
-pictures and captions are written by
+`tiny_objects.py`, `tiny_scenes.py` and `tiny_subjects.py`. For each object and colour one
+background is left out of training (`left_out`), so that a base can be asked for what it has never
+seen. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their pictures and
+captions are written by
 
     python train_scripts/tiny_world.py --subjects samples/subjects
 """
@@ -15,7 +17,9 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny_drawings  # noqa: F401  fills the registries
+import tiny_objects  # noqa: F401  fills a registry, as the next two do
+import tiny_scenes  # noqa: F401
+import tiny_subjects  # noqa: F401
 from PIL import Image, ImageDraw
 from tiny_pen import (
     BACKGROUNDS,
@@ -42,8 +46,10 @@ __all__ = [
     "SUBJECTS",
     "Picture",
     "caption",
+    "combination",
     "compose",
     "describe",
+    "left_out",
     "sample",
     "sample_shapes",
     "write_subject",
@@ -99,10 +105,22 @@ def describe(name: str, colour: str, background: str, rng: random.Random) -> str
     return caption(*words)
 
 
+def left_out(name: str, colour: str) -> str:
+    """The one background on which training never shows this object in this colour."""
+    index = list(OBJECTS).index(name) + list(COLOURS).index(colour)
+    return list(BACKGROUNDS)[-index % len(BACKGROUNDS)]
+
+
+def combination(rng: random.Random) -> tuple[str, str, str]:
+    """Object, colour and background of a random picture of the training world."""
+    name, colour = rng.choice(sorted(OBJECTS)), rng.choice(sorted(COLOURS))
+    allowed = sorted(set(BACKGROUNDS) - {left_out(name, colour)})
+    return name, colour, rng.choice(allowed)
+
+
 def sample(rng: random.Random) -> Picture:
     """A random picture of the training world."""
-    name, colour = rng.choice(sorted(OBJECTS)), rng.choice(sorted(COLOURS))
-    background = rng.choice(sorted(BACKGROUNDS))
+    name, colour, background = combination(rng)
     image = compose(OBJECTS[name], COLOURS[colour], background, rng)
     return Picture(image, describe(name, colour, background, rng), name, colour, background)
 
