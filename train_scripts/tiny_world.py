@@ -21,9 +21,9 @@ import tiny_objects  # noqa: F401  fills a registry, as the next two do
 import tiny_scenes  # noqa: F401
 import tiny_subjects  # noqa: F401
 from PIL import Image, ImageDraw
+from tiny_instances import any_colour, random_shapes
 from tiny_pen import (
     BACKGROUNDS,
-    BLACK,
     CANVAS,
     COLOURS,
     OBJECTS,
@@ -31,7 +31,6 @@ from tiny_pen import (
     RGB,
     SIZE,
     SUBJECTS,
-    WHITE,
     Drawing,
     Pen,
 )
@@ -125,44 +124,12 @@ def sample(rng: random.Random) -> Picture:
     return Picture(image, describe(name, colour, background, rng), name, colour, background)
 
 
-def _any_colour(rng: random.Random) -> RGB:
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-
-def _random_shapes(p: Pen, rng: random.Random) -> None:
-    """Seven to thirteen shapes of every sort and colour, the later the smaller, as in toys."""
-    count = rng.randint(7, 13)
-    for index in range(count):
-        x, y = rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8)
-        big = 1 - 0.8 * index / count
-        rx, ry = (max(0.16, rng.uniform(0.35, 0.95) * big) for _ in range(2))
-        fill, outlined = _any_colour(rng), rng.random() < 0.7
-        kind = rng.randrange(7)
-        if kind == 0:
-            p.ellipse(x, y, rx, rng.choice((rx, ry)), fill, outlined)
-        elif kind in (1, 2):
-            corner = rng.choice((0, 0.06, 0.1))
-            p.box(x - rx, y - ry, x + rx, y + ry, fill, outlined, corner)
-        elif kind == 3:
-            points = [(x + rng.uniform(-1, 1) * rx, y + rng.uniform(-1, 1) * ry) for _ in range(3)]
-            p.polygon(points, fill, outlined)
-        elif kind == 4:
-            p.line([(x, y), (x + rng.choice((-rx, rx, 0)), y + ry)], rng.uniform(0.08, 0.16), fill)
-        elif kind == 5:  # a bar, such as a mouth
-            p.box(x - rx, y - 0.05, x + rx, y + 0.05, rng.choice((fill, BLACK)), outline=False)
-        else:  # eyes or buttons
-            size, gap = rng.uniform(0.12, 0.24), rng.uniform(0.44, 0.7)
-            for side in range(rng.choice((1, 2, 2))):
-                p.ellipse(x + side * gap, y, size, size, rng.choice((WHITE, fill)), outlined)
-                p.ellipse(x + side * gap, y, size * 0.5, size * 0.5, BLACK, outline=False)
-
-
 def sample_shapes(rng: random.Random) -> Image.Image:
     """A picture for the autoencoder alone: any shapes and colours, as new subjects have."""
     background = rng.choice(sorted(BACKGROUNDS))
     if rng.random() < 0.8:
-        return compose(lambda p: _random_shapes(p, rng), _any_colour(rng), background, rng)
-    return compose(OBJECTS[rng.choice(sorted(OBJECTS))], _any_colour(rng), background, rng)
+        return compose(lambda p: random_shapes(p, rng), any_colour(rng), background, rng)
+    return compose(OBJECTS[rng.choice(sorted(OBJECTS))], any_colour(rng), background, rng)
 
 
 def write_subject(name: str, folder: Path, seed: int = 0) -> None:
