@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("samples/tiny-encoders"))
     parser.add_argument("--subjects", type=Path, default=Path("samples/subjects"))
     parser.add_argument("--encoders", nargs="+", choices=("dino", "clip"), default=["dino", "clip"])
-    parser.add_argument("--steps", type=int, default=1_200, help="of each, 128 pictures a step")
+    parser.add_argument("--steps", type=int, default=1_000, help="of each, 128 pictures a step")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
