@@ -108,20 +108,18 @@ def conv2d_update(
     k, i, r, *kernel = A.shape
     s, o = r // k, B.shape[2]
     down = A.transpose(1, 2).reshape(k * r, i, *kernel)
-    up = B.transpose(1, 2).reshape(k * o, r, 1, 1)
+    up = scaling * B.transpose(1, 2).reshape(k * o, r, 1, 1)
     hidden = F.conv2d(x, down, None, stride, padding, dilation, groups=k)
     hidden = hidden.unflatten(-3, (k, k, s)).transpose(-5, -4).flatten(-5, -3)
-    return F.conv2d(hidden, up, groups=k) * scaling
+    return F.conv2d(hidden, up, groups=k)
 
 
 def delta_weight(A: Tensor, B: Tensor) -> Tensor:
     """Return the dense update, unscaled: (out, in), or (out, in, h, w) for a convolution."""
-    k, i, r, *kernel = A.shape
-    s, o = r // k, B.shape[2]
-    chunks_a = A.reshape(k, i, k, s, -1)  # the kernel's positions as one axis, p
-    chunks_b = B.reshape(k, k, s, o)
-    delta = torch.einsum("nijsp,jnso->jonip", chunks_a, chunks_b)
-    return delta.reshape(k * o, k * i, *kernel)
+    k, i, _, *kernel = A.shape
+    delta = A.new_zeros(k * B.shape[2], k * i * math.prod(kernel))
+    add_delta_rows(delta, *row_factors(A, B), 0)
+    return delta.view(-1, k * i, *kernel)
 
 
 def row_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
@@ -145,11 +143,11 @@ def add_delta_rows(
     s, stop = r // k, start + len(target)
     for j in range(start // o, (stop - 1) // o + 1):
         first, last = max(start, j * o), min(stop, (j + 1) * o)
-        here = target[first - start : last - start].split(i, dim=1)
-        up = rows_B[j, :, first - j * o : last - j * o].T.split(s, dim=1)
-        down = rows_A[:, j * s : (j + 1) * s].unbind()
+        here = target[first - start : last - start]
+        up = rows_B[j, :, first - j * o : last - j * o].T
         for n in range(k):
-            here[n].addmm_(up[n], down[n], alpha=scaling)
+            block, chunk = here[:, n * i : (n + 1) * i], slice(n * s, (n + 1) * s)
+            block.addmm_(up[:, chunk], rows_A[n, j * s : (j + 1) * s], alpha=scaling)
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

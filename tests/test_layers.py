@@ -2,13 +2,20 @@
 
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import GraloraConfig, LoraConfig, inject_adapter_in_model
+from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from transformers.pytorch_utils import Conv1D
 
@@ -62,6 +69,16 @@ def conv(names=("default",), base: nn.Module | None = None, **changes) -> nn.Mod
     for name in names:
         inject(net, config(targets=["conv"], **changes), name)
     return net.eval()
+
+
+@pytest.fixture
+def process_group():
+    """A mesh of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield init_device_mesh("cpu", (1,))
+    torch.distributed.destroy_process_group()
 
 
 def factors(layer, name="default"):
@@ -233,6 +250,113 @@ class TestPrecision:
             assert net.to(torch.bfloat16)(torch.empty(5, 24, dtype=torch.float16)).is_meta
             image = torch.empty(2, 8, 6, 6)
             assert inject(ConvNet(), config(targets=["conv"]))(image).shape == (2, 12, 6, 6)
+
+
+def hooked(net):
+    net.up.base_layer.register_forward_hook(lambda *_: None)
+    return net
+
+
+def offloaded(net):
+    add_hook_to_module(net.up.base_layer, ModelHook())
+    return net
+
+
+def trained(net):
+    net.up.base_layer.weight.requires_grad_(True)
+    return net
+
+
+def under_lora(net):
+    net.up.base_layer = LoraLinear(net.up.base_layer, "lora", LoraConfig(r=2), r=2)
+    return net.requires_grad_(True)
+
+
+class TestWays:
+    """How a forward is computed, and that its result and gradients do not depend on it."""
+
+    @pytest.mark.parametrize(
+        ("change", "way"),
+        [
+            (lambda net: net, "added"),
+            (hooked, "separate: .*hooks"),
+            (offloaded, "separate: .*forward"),
+            (trained, "separate: .*trained"),
+            (under_lora, "separate: .*Linear"),
+        ],
+    )
+    @pytest.mark.parametrize("hybrid_r", [0, 2])
+    def test_every_way_is_the_same(self, change, way, hybrid_r):
+        net = pair(hybrid_r=hybrid_r)[1]
+        inject(net, config(alpha=5), "second")
+        net.up.set_adapter(["default", "second"])
+        x = torch.randn(2, 5, 24, requires_grad=True)
+        whole = net.up.get_base_layer().weight.double()
+        for name in ("default", "second"):
+            whole = whole + net.up.scaling[name] * dense(net.up, name)
+        expected = F.linear(x.double(), whole, net.up.get_base_layer().bias.double())
+        (exact,) = torch.autograd.grad(expected.square().sum(), x)
+        layer = change(net).up
+        actual = layer(x)
+        assert re.match(way, layer.way)
+        assert relative_error(actual, expected) < 1e-5
+        (gradient,) = torch.autograd.grad(actual.square().sum(), x)
+        assert relative_error(gradient, exact) < 1e-5
+
+    def test_merged_with_many_tokens_in_fp32(self):
+        layer = pair(hybrid_r=2)[1].up
+        few, many = torch.randn(5, 24), torch.randn(3, 200, 24)
+        for x, way in ((few, "added"), (many, "merged")):
+            update = x.double() @ (1.2 * dense(layer)).T
+            assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
+            assert layer.way == way
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(many)
+        assert layer.way == "added"
+
+    def test_other_reasons(self):
+        layer, x = pair(gralora_dropout=0.5)[1].up, torch.randn(5, 24)
+        layer.train()(x)
+        assert "dropout" in layer.way
+        layer.eval()(x)
+        assert layer.way == "added"
+        layer.to(torch.bfloat16).cast_adapter("default", torch.float32)
+        layer(x.bfloat16())
+        assert "another dtype" in layer.way
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        assert layer.way == "added"
+        layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.float8_e4m3fn)
+        layer.base_layer.forward = lambda x: x @ layer.base_layer.weight.to(x.dtype).T
+        layer(x.bfloat16())
+        assert layer.way.startswith("separate")
+
+    def test_autocast_converts_no_input_twice(self):
+        """Nothing of the size of input or output is converted, but what the products need."""
+        layer = pair(hybrid_r=2)[1].up
+        layer.base_layer.to(torch.bfloat16)
+
+        class Conversions(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                result = function(*args, **(kwargs or {}))
+                if function is torch.ops.aten._to_copy.default and result.numel() >= 50 * 24:
+                    seen.append((args[0].dtype, result.dtype))
+                return result
+
+        half, single = torch.bfloat16, torch.float32
+        for dtype, conversions in ((half, []), (single, [(single, half)])):
+            x = torch.randn(50, 24, dtype=dtype, requires_grad=True)
+            seen: list = []
+            with torch.autocast("cpu", half), Conversions():
+                result = layer(x)
+            assert seen == conversions
+            seen.clear()
+            with Conversions():
+                result.backward(torch.ones_like(result))
+            # backwards the input again, which was kept as it came, and the gradient to its dtype
+            assert sorted(map(str, seen)) == sorted(
+                map(str, conversions + [pair[::-1] for pair in conversions])
+            )
 
 
 class TestScale:
@@ -444,6 +568,33 @@ class TestTorchMachinery:
         torch.testing.assert_close(compiled(x), net(x))
         compiled(x).sum().backward()
         assert all(p.grad is not None for p in net.parameters() if p.requires_grad)
+
+    @pytest.mark.parametrize("autocast", [False, True])
+    @pytest.mark.parametrize("wrap", [DistributedDataParallel, fully_shard])
+    def test_distributed(self, process_group, wrap, autocast):
+        """In one process: gathering weights and averaging gradients must leave them as they are."""
+        alone = pair(hybrid_r=2)[1]
+        net = copy.deepcopy(alone)
+        if wrap is fully_shard:
+            for layer in net.children():
+                fully_shard(layer, mesh=process_group)
+            wrapped = fully_shard(net, mesh=process_group)
+        else:
+            wrapped = wrap(net)
+        x = torch.randn(5, 24)
+        for model in (alone, wrapped):
+            for _ in range(2):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    result = model(x)
+                result.float().square().mean().backward()
+        theirs = dict(net.named_parameters())
+        trained = {n: p.grad for n, p in alone.named_parameters() if p.requires_grad}
+        assert len(trained) == 8
+        for name, gradient in trained.items():
+            given = theirs[name].grad
+            given = given.full_tensor() if wrap is fully_shard else given
+            assert relative_error(given, gradient) < 1e-6, name
+        assert net.up.way == "added"
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_are_whole_and_independent(self, duplicate):

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -27,6 +26,8 @@ from gralora_diffusion.export.adapter_layers import LayerUpdate
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import _BLOCK, OutputTensor, Piece, write_streamed
 from gralora_diffusion.export.tensor_bytes import read_header
+
+from .measuring import anonymous_mib, machine
 
 #: (out, in) of the layers of a block of FLUX.1: one of two streams and two single ones.
 SHAPES = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)]
@@ -93,20 +94,6 @@ def copy(base: Path, output: Path) -> float:
     return time.perf_counter() - start
 
 
-def processor() -> str:
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            return line.partition(":")[2].strip()
-    return platform.machine()
-
-
-def anonymous_mib() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return float("nan")
-
-
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, default=4.0)
@@ -149,7 +136,7 @@ def main() -> None:
         watcher.join()
     cp, matrix, whole, used = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = statistics.median(e / (2 * c + p) for c, p, e, _ in rows)
-    print(f"{processor()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    print(machine(torch.device("cpu")))
     print(f"{len(made)} matrices, {args.gigabytes} GB bf16, rank {args.rank}, k {args.gralora_k}")
     print(f"cp {cp:.2f} s, products {matrix:.2f} s, export {whole:.2f} s (medians)")
     print(f"the export's seconds of processor, over all cores: {used:.2f}")

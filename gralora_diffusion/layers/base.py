@@ -1,28 +1,30 @@
-"""GraLoRA adapter layers: a frozen layer plus a granular low-rank update of its weight.
+"""What GraLoRA layers share: a frozen layer plus a granular low-rank update of its weight.
 
-The layers subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
+They subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
 adapter management (switching, deleting, state dicts) works on them unchanged. They add what PEFT's
-own layer lacks: the run-time scale that diffusers needs, and convolutions.
+own layer lacks: the run-time scale that diffusers needs, and merging that is exact and checked.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from peft import GraloraConfig
 from peft.tuners.gralora.layer import GraloraLayer as PeftGraloraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from . import blockwise
-from .config import invalid_values, layer_settings
-from .factors import FactorDict, Projection
-from .targets import layer_shape, quantization_of, unsuitable
+from .. import blockwise
+from ..config import invalid_values, layer_settings
+from ..factors import FactorDict, Projection
+from ..targets import layer_shape, quantization_of, unsuitable
+
+#: Values of a weight that are merged at once: 2 MiB in fp32.
+_VALUES_AT_ONCE = 2**19
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
@@ -174,26 +176,36 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:
             self.unmerge()
+        names = [] if self.disable_adapters else self._active_here()
+        names = [name for name in names if name not in self.merged_adapters]
+        if not names:
+            return self.base_layer(x, *args, **kwargs)
+        return self._adapted(x, names, *args, **kwargs)
+
+    def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus the updates of these adapters."""
         result = self.base_layer(x, *args, **kwargs)
-        if self.disable_adapters:
-            return result
-        for adapter in self._active_here():
-            if adapter not in self.merged_adapters:
-                for update in self._updates(x, adapter):
-                    result = result + update.to(result.dtype)
+        for name in names:
+            dropped = self.gralora_dropout[name](x)  # one mask for both branches
+            result = result + self._update(dropped, name).to(result.dtype)
         return result
 
-    def _updates(self, x: Tensor, adapter: str) -> list[Tensor]:
-        """The adapter's scaled contributions to the output, computed in the adapter's dtype.
+    def _update(self, x: Tensor, adapter: str) -> Tensor:
+        """The adapter's scaled contribution to the output."""
+        raise NotImplementedError
 
-        Under autocast the products choose the dtype themselves. ``cast_input_dtype_enabled`` is not
-        asked: the factors are never held in a storage dtype such as fp8, so the cast loses nothing.
+    def _product_dtype(self, x: Tensor, adapter: str) -> torch.dtype:
+        """The dtype that an update is computed in: autocast's, or that of its factors.
+
+        ``cast_input_dtype_enabled`` is not asked: the factors are never held in a storage dtype
+        such as fp8, so the cast loses nothing.
         """
-        factors = self._factors(adapter)
-        if not _autocasts(x.device.type):
-            x = x.to(factors[0][0].dtype)
-        x = self.gralora_dropout[adapter](x)  # one mask for both branches
-        return [self._apply_update(x, A, B, self.scaling[adapter]) for A, B in factors]
+        if autocasts(x):
+            return torch.get_autocast_dtype(x.device.type)
+        return self._factor_dtype(adapter)
+
+    def _factor_dtype(self, adapter: str) -> torch.dtype:
+        return self.gralora_A[adapter].dtype
 
     def _factors(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
         """A and B of the granular part and, if hybrid, of the plain part: GraLoRA with k=1."""
@@ -203,24 +215,20 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             factors.append((down.transpose(0, 1)[None], up.flatten(1).T[None]))
         return factors
 
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        raise NotImplementedError
-
     # -- weights -----------------------------------------------------------------------------------
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled update in the shape of the base weight, in the adapter's dtype."""
-        delta = self._delta_weight(adapter, self.scaling[adapter])
-        return delta.to(self.gralora_A[adapter].dtype)
-
-    def _delta_weight(self, adapter: str, scaling: float) -> Tensor:
-        """As :meth:`get_delta_weight`, in fp32 or better: half precision would round it twice."""
-        dtype = torch.promote_types(self.gralora_A[adapter].dtype, torch.float32)
-        parts = [
-            blockwise.delta_weight(A.to(dtype), B.to(dtype)) for A, B in self._factors(adapter)
-        ]
-        delta = sum(parts[1:], parts[0]) * scaling
-        return delta.T if self.fan_in_fan_out else delta
+        A = self.gralora_A[adapter]
+        # in fp32 or better: half precision would round it twice
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        delta = torch.zeros(
+            self.out_features, self.in_features, *self.kernel_size, dtype=dtype, device=A.device
+        )
+        for A, B in self._factors(adapter):
+            rows = blockwise.row_factors(A.to(dtype), B.to(dtype))
+            blockwise.add_delta_rows(delta.flatten(1), *rows, 0, self.scaling[adapter])
+        return (delta.T if self.fan_in_fan_out else delta).to(self._factor_dtype(adapter))
 
     @torch.no_grad()
     def merge(
@@ -243,15 +251,25 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         names = check_adapters_to_merge(self, adapter_names) or []
         scalings = {n: scale * self.scaling[n] for n in names if n in self.gralora_A}
         if scalings:
-            weight = self._plus(scalings, check=safe_merge)
-            self.get_base_layer().weight.data.copy_(weight)
+            if safe_merge:
+                self.check_merge(scalings, scale)
+            for rows, total in self._sums(scalings, in_place=True):
+                rows.copy_(total)
             self.merged_adapters.extend(scalings)
             self._merged_scaling.update(scalings)
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], scale: float = 1.0) -> None:
         """Raise what :meth:`merge` with ``safe_merge`` would raise; nothing is changed."""
-        self._plus({n: scale * self.scaling[n] for n in adapter_names}, check=True)
+        scalings = {n: scale * self.scaling[n] for n in adapter_names}
+        for rows, total in self._sums(scalings, in_place=False):
+            # NaN and what is too large for the dtype show in the least and the largest value
+            if not torch.stack(total.aminmax()).to(rows.dtype).isfinite().all():
+                raise ValueError(
+                    f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or "
+                    f"infinite weights in {rows.dtype}; the base weight was left as it is. Either "
+                    "the adapter is broken or its scale is too large for the dtype."
+                )
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
@@ -263,26 +281,40 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         names = list(self.merged_adapters if adapter_names is None else adapter_names)
-        weight = self._plus({n: -self._merged_scaling[n] for n in names}, check=False)
-        self.get_base_layer().weight.data.copy_(weight)
+        scalings = {n: -self._merged_scaling[n] for n in names}
+        for rows, total in self._sums(scalings, in_place=True):
+            rows.copy_(total)
         for name in names:
             self.merged_adapters.remove(name)
             self._merged_scaling.pop(name)
 
-    def _plus(self, scalings: dict[str, float], check: bool) -> Tensor:
-        """The base weight, in its dtype, plus updates at these scalings."""
+    def _sums(self, scalings: dict[str, float], in_place: bool) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield rows of the base weight, as a view, and their sum with updates at these scalings.
+
+        The sum is in fp32 or better, for the caller to round once; ``in_place``, it may be the rows
+        themselves. A few rows at a time stay in the processor's cache, and no temporary has the
+        size of the weight.
+        """
         weight = self._mergeable_weight()
-        total = weight.to(torch.promote_types(weight.dtype, torch.float32), copy=True)
-        for name, scaling in scalings.items():
-            total += self._delta_weight(name, scaling).to(total.device)
-        total = total.to(weight.dtype)
-        if check and not torch.isfinite(total).all():
-            raise ValueError(
-                f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or infinite "
-                f"weights in {weight.dtype}; the base weight was left as it is. Either the adapter "
-                "is broken or its scale is too large for the dtype."
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        factors = [
+            (
+                *blockwise.row_factors(A.to(weight.device, dtype), B.to(weight.device, dtype)),
+                scaling,
             )
-        return total
+            for name, scaling in scalings.items()
+            for A, B in self._factors(name)
+        ]
+        by_outputs = weight.T if self.fan_in_fan_out else weight
+        step = max(1, _VALUES_AT_ONCE // max(1, by_outputs[0].numel()))
+        for start in range(0, len(by_outputs), step):
+            rows = by_outputs[start : start + step]
+            total = rows
+            if not (in_place and rows.dtype == dtype and rows.is_contiguous()):
+                total = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
+            for rows_A, rows_B, scaling in factors:
+                blockwise.add_delta_rows(total.flatten(1), rows_A, rows_B, start, scaling)
+            yield rows, total
 
     def _mergeable_weight(self) -> Tensor:
         layer = self.get_base_layer()
@@ -298,35 +330,17 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
                 f"{self.module_name}: the base weight is not in memory (offloaded). Remove the "
                 "offloading hooks before merging, or use `pipe.fuse_gralora()`, which does."
             )
-        return weight
+        return weight.detach()
 
     def __repr__(self) -> str:
         return "gralora." + super().__repr__()
 
 
-class GraloraLinear(GraloraLayer):
-    """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out)."""
-
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        return blockwise.linear_update(x, A, B, scaling)
-
-
-class GraloraConv2d(GraloraLayer):
-    """GraLoRA around ``nn.Conv2d``. Input (batch, in, height, width), or without batch.
-
-    A has the layer's kernel, (k, in / k, r, h, w); B is 1 x 1 and keeps its shape (k, r, out / k).
-    """
-
-    groups = 1  # PEFT's LoRA asks for it when it is put around this layer
-
-    def _apply_update(self, x: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
-        conv: nn.Conv2d = self.get_base_layer()
-        padding: Any = conv.padding
-        if conv.padding_mode != "zeros":
-            x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
-            padding = 0
-        return blockwise.conv2d_update(x, A, B, scaling, conv.stride, padding, conv.dilation)
-
-
-def _autocasts(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+def autocasts(x: Tensor) -> bool:
+    """Whether products with ``x`` are computed in autocast's dtype; those of float64 are not."""
+    device = x.device.type
+    return (
+        torch.amp.is_autocast_available(device)
+        and torch.is_autocast_enabled(device)
+        and x.dtype != torch.float64
+    )

@@ -1,0 +1,76 @@
+"""The benchmarks run, on little; what they measure is nobody's business here."""
+
+import json
+
+import pytest
+import torch
+
+from .benchmarks import cost, layer, measuring, peers, shapes
+
+SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
+
+
+@pytest.mark.parametrize("name", ["sd15-320@16", "64x32@16"])
+def test_layer_benchmark(name, tmp_path, capsys):
+    options = ["--shapes", name, "--json", str(tmp_path / "all.json"), *SHORT]
+    options += ["--methods", "peft-lora", "peft-gralora", "ours"]
+    layer.main([*options, "--dtypes", "fp32", "bf16-autocast"])
+    found = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert [(row["dtype"], row["measure"]) for row in found["time"]] == [
+        (dtype, measure)
+        for dtype in ("fp32", "bf16-autocast")
+        for measure in ("forward", "training")
+    ]
+    assert all(row["least_passes"] >= row["least_operations"] > 0 for row in found["time"])
+    assert len(found["memory"]) == 2
+    weights = [row["measure"] for row in found["weight"]]
+    assert weights == (["delta_weight", "merge + unmerge"] if name == "64x32@16" else [])
+    assert name in capsys.readouterr().out
+
+
+def test_methods_share_the_frozen_weights_and_count_the_same_parameters():
+    shape = shapes.make_shape("sd15-320@16", torch.device("cpu"), torch.float32)
+    targets = peers.adapted_paths(shape.module, shapes.TARGETS)
+    assert len(targets) == 8
+    counts, outputs = set(), []
+    for method in ("peft-lora", "peft-gralora", "ours"):
+        changed = peers.adapted(shape.module, method, targets, peers.Sizes(8, 2))
+        shared = {id(parameter) for parameter in shape.module.parameters()}
+        counts.add(sum(p.numel() for p in changed.parameters() if id(p) not in shared))
+        assert shared <= {id(parameter) for parameter in changed.parameters()}
+        outputs.append(changed(*shape.inputs))
+    assert counts == {8 * (8 * 320 + 6 * 320 + 2 * 768)}
+    assert not any(torch.equal(output, shape.module(*shape.inputs)) for output in outputs)
+
+
+def test_shapes_of_the_default():
+    for name in (*shapes.BLOCKS, *shapes.LAYERS):
+        kind, _, tokens = name.partition("@")
+        assert tokens.isdigit()
+        assert kind in shapes._BLOCKS or len(kind.split("x")) == 2
+    with pytest.raises(ValueError, match="sd15-320"):
+        shapes.make_shape("sd15@8", torch.device("cpu"), torch.float32)
+    with pytest.raises(ValueError, match="lacks its number of tokens"):
+        shapes.make_shape("8x8", torch.device("cpu"), torch.float32)
+
+
+def test_memory_is_what_was_allocated():
+    def run():
+        first = torch.ones(1000)
+        second = first + 1
+        del first
+        return second + torch.ones(500).sum()
+
+    # the second and third at once, or first and second; the third is as large
+    assert 8000 <= measuring.peak_bytes(run, torch.device("cpu")) <= 8000 + 1024
+
+    x, w = torch.ones(10, 20, requires_grad=True), torch.ones(20, 20)
+    assert measuring.saved_bytes(lambda: (x @ w).exp(), [w]) == 4 * 10 * 20  # exp's result
+
+
+def test_bounds():
+    use, peak = cost.Use(tokens=100, inputs=30, outputs=20), cost.Peak(operations=1e3, bytes=1e9)
+    operations, passes = cost.least_seconds([use, use], 4, peak, 2, backward=True)
+    assert operations == passes == pytest.approx(2 * 3 * 2 * 100 * 4 * (30 + 20) / 1e3)
+    _, passes = cost.least_seconds([use], 4, cost.Peak(1e12, 1.0), 2, backward=False)
+    assert passes == 2 * (3000 + 120 + 400 + 400 + 80 + 4000)

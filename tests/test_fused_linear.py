@@ -1,0 +1,176 @@
+"""The fused product and its gradients against autograd through the reference and the definition."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from gralora_diffusion import blockwise
+from gralora_diffusion.fused_linear import Update, adapted_linear, choose_way
+
+from .reference import dense_update, relative_error
+
+IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
+WAYS = ("added", "merged")
+
+
+def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True):
+    """x, weight, bias and an update for each (r, k)."""
+    draw = torch.Generator().manual_seed(0)
+
+    def random(*shape):
+        return torch.randn(shape, generator=draw, dtype=torch.float64).to(dtype)
+
+    updates = []
+    for number, (r, k) in enumerate(sizes):
+        A, B = random(k, IN // k, r) / IN**0.5, random(k, r, OUT // k) / r**0.5
+        updates.append(Update(A.requires_grad_(grad), B.requires_grad_(grad), 0.7 + number))
+    x = random(*leading, IN).requires_grad_(grad)
+    return x, random(OUT, IN) / IN**0.5, random(OUT), updates
+
+
+def leaves(x, updates):
+    return [x, *(factor for update in updates for factor in update[:2])]
+
+
+def expected(x, weight, bias, updates):
+    whole = weight.double()
+    for A, B, scaling in updates:
+        whole = whole + scaling * dense_update(A.detach(), B.detach())
+    return F.linear(x.double(), whole, None if bias is None else bias.double())
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("sizes", [((8, 4),), ((8, 2), (2, 1)), ((4, 1), (16, 8), (8, 4))])
+@pytest.mark.parametrize("leading", [(3, 5), (7,), (), (0,), (2, 0), (2, 3, 4)])
+def test_is_the_product_with_the_weight_and_its_updates(way, with_bias, sizes, leading):
+    x, weight, bias, updates = make(sizes=sizes, leading=leading)
+    bias = bias if with_bias else None
+    actual = adapted_linear(x, updates, weight, bias, way=way)
+    torch.testing.assert_close(actual, expected(x, weight, bias, updates), rtol=0, atol=1e-13)
+    with torch.no_grad():
+        assert torch.equal(adapted_linear(x, updates, weight, bias, way=way), actual)
+
+
+def test_without_a_weight_it_is_the_updates_alone():
+    x, weight, _, updates = make()
+    actual = adapted_linear(x, updates)
+    whole = expected(x, torch.zeros_like(weight), None, updates)
+    torch.testing.assert_close(actual, whole, rtol=0, atol=1e-13)
+    assert torch.autograd.gradcheck(
+        lambda x, *f: adapted_linear(x, [Update(*f[:2], 0.7), Update(*f[2:], 2.0)]),
+        leaves(x, updates),
+    )
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_gradients_are_those_of_finite_differences(way):
+    x, weight, bias, updates = make()
+
+    def function(x, A, B, down, up):
+        pairs = [Update(A, B, 0.7), Update(down, up, -1.3)]
+        return adapted_linear(x, pairs, weight, bias, way=way)
+
+    assert torch.autograd.gradcheck(function, leaves(x, updates))
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("wanted", [w for w in itertools.product([0, 1], repeat=3) if any(w)])
+def test_only_the_gradients_that_are_wanted(way, wanted):
+    x, weight, bias, (update,) = make(torch.float32, sizes=((8, 4),))
+    for tensor, needed in zip((x, update.A, update.B), wanted, strict=True):
+        tensor.requires_grad_(bool(needed))
+    adapted_linear(x, [update], weight, bias, way=way).square().sum().backward()
+    actual = [tensor.grad for tensor in (x, update.A, update.B)]
+    for tensor in (x, update.A, update.B):
+        tensor.grad = None
+    result = F.linear(x, weight, bias) + blockwise.linear_update(x, *update)
+    result.square().sum().backward()
+    for gradient, tensor, needed in zip(actual, (x, update.A, update.B), wanted, strict=True):
+        assert (gradient is not None) == bool(needed)
+        if needed:
+            assert relative_error(gradient, tensor.grad) < 1e-5
+
+
+@pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_products_of_fp32_factors(dtype, x_dtype):
+    """Every product is rounded once; the gradients come in the dtype of what they belong to."""
+    x, weight, bias, updates = make(torch.float32)
+    x = x.detach().to(x_dtype).requires_grad_()
+    actual = adapted_linear(x, updates, weight, bias, dtype)
+    assert actual.dtype == dtype
+    actual.backward(torch.ones_like(actual))
+    exact = [t.detach().double().requires_grad_() for t in leaves(x, updates)]
+    whole = F.linear(exact[0], weight.double(), bias.double())
+    for number, update in enumerate(updates):
+        A, B = exact[1 + 2 * number : 3 + 2 * number]
+        whole = whole + blockwise.linear_update(exact[0], A, B, update.scaling)
+    whole.sum().backward()
+    bound = 4 * torch.finfo(dtype).eps
+    assert relative_error(actual, whole) < bound
+    for tensor, twin in zip(leaves(x, updates), exact, strict=True):
+        assert tensor.grad.dtype == tensor.dtype
+        assert relative_error(tensor.grad, twin.grad) < bound
+
+
+@pytest.mark.parametrize("leading", [(5,), (2, 5)])
+def test_strided_inputs_and_gradients(leading):
+    x, weight, bias, updates = make(leading=leading)
+    wide = torch.stack([x.detach(), -x.detach()], dim=-1)[..., 0]
+    turned = x.detach().T.contiguous().T if x.dim() == 2 else x.detach()[:, ::2]
+    for strided in (wide.requires_grad_(), turned.requires_grad_()):
+        result = adapted_linear(strided, updates, weight, bias)
+        whole = expected(strided, weight, bias, updates)
+        torch.testing.assert_close(result, whole, rtol=0, atol=1e-13)
+        gradient = torch.ones(1, dtype=torch.float64).expand_as(result)
+        (given,) = torch.autograd.grad(result, strided, gradient)
+        (exact,) = torch.autograd.grad(whole, strided, gradient)
+        torch.testing.assert_close(given, exact, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keeps_the_input_as_it_came_and_the_hidden_tensors(dtype):
+    x, weight, bias, updates = make(torch.float32)
+    weight = weight.to(dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted_linear(x, updates, weight, bias, dtype)
+    known = {t.data_ptr() for t in (*leaves(x, updates), weight)}
+    new = [t for t in kept if t.data_ptr() not in known]
+    assert [(t.shape, t.dtype) for t in new] == [((4, 15, 8), dtype), ((1, 15, 2), dtype)]
+    kept.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        adapted_linear(x, updates, weight.float(), bias, way="merged")
+    assert {tuple(t.shape) for t in kept} == {tuple(t.shape) for t in (weight, *leaves(x, updates))}
+
+
+def test_differentiates_once():
+    x, weight, bias, updates = make()
+    result = adapted_linear(x, updates, weight, bias).square().sum()
+    (gradient,) = torch.autograd.grad(result, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
+
+
+class TestWay:
+    def way(self, tokens, width=640, r=32, k=2, dtype=torch.float32, differentiable=True):
+        pair = torch.empty(k, width // k, r), torch.empty(k, r, width // k)
+        return choose_way(tokens, [Update(*pair, 1.0)], dtype, differentiable)
+
+    def test_merges_in_fp32_where_tokens_are_many(self):
+        assert self.way(4096) == self.way(1024) == "merged"
+        assert self.way(77) == "added"
+        assert self.way(1024, width=3072) == "added"
+        assert self.way(1024, width=1280) == "added"
+        assert self.way(1024, width=1280, k=8) == "merged"
+
+    def test_without_a_backward_pass_the_weight_is_formed_once(self):
+        assert self.way(600) == "added"
+        assert self.way(600, differentiable=False) == "merged"
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_never_rounds_the_sum_to_half_precision(self, dtype):
+        assert self.way(10**6, dtype=dtype) == "added"
