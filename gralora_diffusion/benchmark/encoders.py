@@ -91,10 +91,8 @@ class Encoder:
             DataError: a file cannot be read as a picture; its name comes first.
             ValueError: no pictures.
         """
-        files = [isinstance(picture, (str, Path)) for picture in pictures]
         keys = [
-            _content_key(picture) if keep and is_file else None
-            for picture, is_file in zip(pictures, files, strict=True)
+            _content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in pictures
         ]
         rows = {n: self._kept[key] for n, key in enumerate(keys) if key in self._kept}
         lacking = [n for n in range(len(pictures)) if n not in rows]
@@ -102,7 +100,7 @@ class Encoder:
             read = [read_picture(pictures[n]) for n in batch]
             embeddings = self._embed_images(read)
             rows.update(zip(batch, embeddings, strict=True))
-        self._kept |= {key: rows[n] for n, key in enumerate(keys) if key is not None}
+        self._kept |= {key: rows[n] for n, key in enumerate(keys) if key}
         return _stacked(rows[n] for n in range(len(pictures)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
@@ -213,25 +211,26 @@ def read_picture(picture: Picture) -> Image.Image:
     Raises:
         DataError: it cannot be; for a file, its name comes first.
     """
+    found = picture if isinstance(picture, Image.Image) else _read_bytes(picture)
     try:
-        if isinstance(picture, Image.Image):
-            return upright_rgb(picture)
-        return decode(Path(picture).read_bytes())
+        return decode(found) if isinstance(found, bytes) else upright_rgb(found)
     except UnidentifiedImageError as error:
-        problem = "cannot be decoded: it is no picture of a kind that Pillow knows"
-        raise DataError(str(picture), [problem]) from error
-    except FileNotFoundError as error:
-        raise DataError(str(picture), ["there is no such picture"]) from error
+        problem = "it is no picture of a kind that Pillow knows"
+        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
     except Exception as error:  # Pillow raises almost any kind on a damaged file
-        problem = f"cannot be decoded: {str(error) or type(error).__name__}"
-        raise DataError(str(picture), [problem]) from error
+        problem = str(error) or type(error).__name__
+        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
 
 
-def _content_key(picture: Any) -> str:
+def _read_bytes(path: str | Path) -> bytes:
     try:
-        return hashlib.sha256(Path(picture).read_bytes()).hexdigest()
+        return Path(path).read_bytes()
     except OSError as error:
-        raise DataError(str(picture), [f"cannot be read: {error.strerror}"]) from error
+        raise DataError(str(path), [f"cannot be read: {error.strerror}"]) from error
+
+
+def _content_key(path: str | Path) -> str:
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
 
 
 def _squeezes_to_224(processor: Any) -> bool:

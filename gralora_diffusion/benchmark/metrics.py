@@ -193,8 +193,9 @@ def score_prior(
 
     ``pres_*``: the mean similarity over all pairs of class pictures and real pictures of the
     subject, PRES in the DreamBooth paper (its ablation of prior preservation, with DINO): the more,
-    the more has the class become the subject. ``prior_*``: 1 - similarity of each class picture and the one that the base
-    draws from the same noise, the language drift. ``div_*``: 1 - similarity among them.
+    the more has the class become the subject. ``prior_*``: 1 - similarity of each class picture and
+    the one that the base draws from the same noise, the language drift. ``div_*``: 1 - similarity
+    among them.
 
     Args:
         adapted: pictures of the class ("a dog") drawn with the adapter; at least two.
