@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from .benchmarks import cost, layer, measuring, peers, shapes
+from .benchmarks import attach, cost, layer, measuring, peers, shapes, train_step
 
 SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
 
@@ -74,3 +74,31 @@ def test_bounds():
     assert operations == passes == pytest.approx(2 * 3 * 2 * 100 * 4 * (30 + 20) / 1e3)
     _, passes = cost.least_seconds([use], 4, cost.Peak(1e12, 1.0), 2, backward=False)
     assert passes == 2 * (3000 + 120 + 400 + 400 + 80 + 4000)
+
+
+def test_attach_benchmark(tmp_path, capsys):
+    options = ["--double_blocks", "1", "--single_blocks", "2", "--json", str(tmp_path / "all.json")]
+    attach.main([*options, *SHORT])
+    found = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert {row["preset"]: row["layers"] for row in found} == {
+        "attention": 8 + 2 * 3,
+        "attention+ff": 12 + 2 * 5,
+    }
+    assert "load_lora_weights" in capsys.readouterr().out
+
+
+def test_train_step_benchmark(tmp_path, capsys):
+    options = ["--bases", "tiny", "--batch_size", "1", "--json", str(tmp_path / "all.json")]
+    train_step.main([*options, *SHORT])
+    (row,) = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert row["layers"] == 32
+    assert set(row["ms"]) == {*train_step.METHODS, train_step.TRAINER}
+    assert "trainer / bare, ours" in capsys.readouterr().out
+
+
+def test_undo_is_called_after_each_call_and_does_not_count():
+    calls = []
+    measuring.timed(
+        lambda: calls.append("run"), torch.device("cpu"), 2, lambda: calls.append("undo")
+    )
+    assert calls == ["run", "undo", "run", "undo"]

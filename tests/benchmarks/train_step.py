@@ -6,7 +6,7 @@ forward, loss, backward, clipping, AdamW. The bare loop also with PEFT's adapter
 and with as many parameters.
 
 Bases: ``tiny`` is the one of the tests, ``bundled`` is samples/tiny-base, ``medium`` a UNet of
-Stable Diffusion's kind with 37 million weights on latents of 32 x 32.
+Stable Diffusion's kind with 34 million weights on latents of 32 x 32.
 """
 
 from __future__ import annotations
