@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 
@@ -107,6 +108,37 @@ def test_text_longer_than_clip_reads(clip, caplog):
     assert [r.getMessage() for r in caplog.records] == [
         f"a text of 28 tokens is cut off after 16: {text}"
     ]
+
+
+def rewrite(folder, name, **fields):
+    path = folder / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+@torch.no_grad()
+def test_files_as_they_were_written_years_ago(tmp_path, dino, clip, drawn):
+    """As on the Hub: sizes as numbers, extractors of features, the wrong end of a text."""
+    old_dino, old_clip = (
+        shutil.copytree(folder, tmp_path / name)
+        for folder, name in ((dino, "dino"), (clip, "clip"))
+    )
+    extractor = {"do_normalize": True, "do_resize": True, "image_mean": judges.MEAN}
+    extractor |= {"image_std": judges.STD, "feature_extractor_type": "ViTFeatureExtractor"}
+    path = old_dino / "preprocessor_config.json"
+    path.write_text(json.dumps({**extractor, "resample": 2, "size": 224}))
+    expected = load_encoder(dino).embed_images(drawn)
+    assert torch.equal(load_encoder(old_dino).embed_images(drawn), expected)
+
+    path = old_clip / "preprocessor_config.json"
+    extractor = {k: v for k, v in json.loads(path.read_text()).items() if k != "crop_size"}
+    del extractor["image_processor_type"]
+    extractor |= {"feature_extractor_type": "CLIPFeatureExtractor", "size": 32, "crop_size": 32}
+    path.write_text(json.dumps(extractor))
+    text = json.loads((old_clip / "config.json").read_text())["text_config"]
+    rewrite(old_clip, "config.json", text_config={**text, "eos_token_id": 2})
+    new, old = load_encoder(clip), load_encoder(old_clip)
+    assert torch.equal(old.embed_images(drawn), new.embed_images(drawn))
+    close(old.embed_texts(["a dog", "x"]), new.embed_texts(["a dog", "x"]))
 
 
 # -- order, batches, devices -----------------------------------------------------------------------
