@@ -1,0 +1,1 @@
+"""Does GraLoRA draw better than LoRA? Both trained, drawn with and judged side by side."""
