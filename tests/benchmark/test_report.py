@@ -1,0 +1,327 @@
+"""The report: its numbers, its sentences, and that it holds whatever the units hold."""
+
+import csv
+import json
+import os
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from gralora_diffusion.benchmark.report import write_report
+from gralora_diffusion.benchmark.results import Unreadable
+from gralora_diffusion.staging import OutputError
+
+from .pages import Page
+from .units import METHODS, SUBJECTS, keys, unit, written
+
+FILES = {"index.html", "report.md", "scores.csv", "report.json"}
+#: What could break out of HTML, an attribute, Markdown or a table.
+HOSTILE = (
+    "</style></pre><script>alert('x')</script><img src=x onerror=\"y\"> | a_b *c* `d` & \n"
+    "\\| [e](f)"
+)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A report of seven subjects, four methods and two seeds; two units are missing."""
+    output = tmp_path_factory.mktemp("run")
+    expected = keys()
+    results = written(output, [unit(key, mechanism=True) for key in expected[:-2]])
+    broken = Unreadable(output / "units/x/result.json", "not readable as JSON")
+    write_report(
+        results,
+        output / "report",
+        title="Made-up numbers",
+        expected=expected,
+        unreadable=[broken],
+        settings={"methods": list(METHODS), "steps": 800},
+        resamples=2000,
+    )
+    return results, output / "report"
+
+
+@pytest.fixture(scope="module")
+def page(made):
+    return Page((made[1] / "index.html").read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def content(made):
+    return json.loads((made[1] / "report.json").read_text(encoding="utf-8"))
+
+
+def numbers(value):
+    """Every number of a JSON value."""
+    if isinstance(value, dict):
+        return [n for item in value.values() for n in numbers(item)]
+    if isinstance(value, list):
+        return [n for item in value for n in numbers(item)]
+    return [value] if isinstance(value, (int, float)) and not isinstance(value, bool) else []
+
+
+def test_four_files_and_nothing_else(made):
+    assert set(os.listdir(made[1])) == FILES
+
+
+def test_the_page_needs_nothing_beside_itself(page):
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {t for t, _ in page.tags}
+    for _, attributes in page.tags:
+        for name, value in attributes.items():
+            assert not name.startswith("on")
+            if name in ("src", "href", "srcset", "xlink:href", "action", "poster"):
+                assert value.startswith(("data:image/", "#"))
+    style = re.findall(r"<style>(.*?)</style>", "".join(page.rawdata), re.DOTALL)
+    assert not re.search(r"url\(|@import|https?:", "".join(style))
+    policy = next(m for m in page.of("meta") if m.get("http-equiv") == "Content-Security-Policy")
+    assert "default-src 'none'" in policy["content"]
+
+
+def test_links_lead_to_sections(page):
+    names = {attributes.get("id") for attributes in page.of("section")}
+    links = {attributes["href"].removeprefix("#") for attributes in page.of("a")}
+    assert links == names
+    assert len(links) == 6
+
+
+def test_every_number_of_the_json_is_in_the_tables(page, content):
+    shown = set(page.numbers)
+    wanted = numbers(content["protocols"]) + numbers(content["units"]) + numbers(content["missing"])
+    assert len(wanted) > 900
+    assert [n for n in wanted if float(n) not in shown] == []
+
+
+def test_means_and_differences_are_those_of_the_units(made, content):
+    results, _ = made
+    found = content["protocols"]["subject"]["scores"]
+    values = {
+        score: {(r.method, r.subject, r.seed): r.scores[score] for r in results}
+        for score in ("dinov2", "clip_t", "drift")
+    }
+    for score, by_unit in values.items():
+        for method in METHODS:
+            places = {s: [k[2] for k in by_unit if k[:2] == (method, s)] for s in SUBJECTS}
+            means = [np.mean([by_unit[method, s, n] for n in ns]) for s, ns in places.items() if ns]
+            assert found[score]["means"][method]["mean"] == pytest.approx(np.mean(means), rel=1e-12)
+            if method != "lora-r32":
+                gains = [
+                    np.mean([by_unit[method, s, n] - by_unit["lora-r32", s, n] for n in ns])
+                    for s, ns in places.items()
+                    if ns
+                ]
+                difference = found[score]["comparisons"]["lora-r32"][method]["difference"]
+                assert difference["mean"] == pytest.approx(np.mean(gains), rel=1e-9)
+
+
+def test_who_wins_loses_or_neither_is_said(content, page):
+    """By how the units were made: k2 gains and drifts more, dora loses, k4 goes either way."""
+    sentences = content["protocols"]["subject"]["headlines"]
+    about = {s.split(",")[0]: s for s in sentences}
+    similarity, drift, clip = about["DINOv2 similarity"], about["drift"], about["CLIP-T"]
+    assert re.search(r"Better: gralora-r32-k2 \([^)]*\)\.", similarity)
+    assert re.search(r"Worse: dora-r32 \([^)]*\)\.", similarity)
+    assert re.search(r"Nothing can be told, the interval includes zero: gralora-r32-k4", similarity)
+    assert re.search(r"Better: dora-r32 \([^)]*\)\. Worse: gralora-r32-k2 \([^)]*\)\.", drift)
+    assert "(lower is better)" in drift
+    assert "Better: none. Worse: none." in clip
+    for sentence in sentences:
+        for part in re.split(r"(?<=\.) (?=[A-Z])", sentence):
+            assert part.rstrip(".") in page.text or part in page.text
+
+
+def test_the_tables_of_page_and_markdown_are_the_same(made, page):
+    text = (made[1] / "report.md").read_text(encoding="utf-8")
+    found = {}
+    for title, body in re.findall(r"^\*\*(.*)\*\*\n\n((?:\|.*\n?)+)", text, re.MULTILINE):
+        rows = [re.split(r"(?<!\\)\|", line)[1:-1] for line in body.strip().splitlines()]
+        cells = [[re.sub(r"\\(.)", r"\1", cell).strip() for cell in row] for row in rows]
+        found[title] = [cells[0], *cells[2:]]
+    assert len(found) >= 12
+    for title, rows in found.items():
+        assert rows == page.tables[title]
+    assert {len(row) for rows in found.values() for row in rows if not rows[0]} == set()
+    assert all(len({len(row) for row in rows}) == 1 for rows in found.values())
+
+
+def test_the_csv_has_every_unit(made):
+    results, folder = made
+    with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    found = {(r["protocol"], r["subject"], r["method"], int(r["seed"])): r for r in rows}
+    assert len(rows) == len(results) == 54
+    for result in results:
+        row = found[result.key]
+        assert {s: float(row[s]) for s in result.scores} == dict(result.scores)
+        assert float(row["train_seconds"]) == result.train_seconds
+        assert int(row["update_rank"]) == result.update_rank
+
+
+def test_what_is_missing_is_named(page, content):
+    wanted = [["subject", SUBJECTS[-1], METHODS[-1], seed] for seed in ("0", "1")]
+    assert page.tables["Missing units"][1:] == wanted
+    assert page.tables["Result files that were left out"][1][1] == "not readable as JSON"
+    assert "2 of 56 units are missing" in page.text
+    assert "not all methods have the same units" in page.text
+    assert len(content["missing"]) == 2
+
+
+def test_the_mechanism_is_the_mean_of_its_units(made, content):
+    results, _ = made
+    found = content["protocols"]["subject"]["mechanism"]["gralora-r32-k4"]
+    logs = [r.mechanism for r in results if r.method == "gralora-r32-k4"]
+    layer = "blocks.3.attn.to_v"
+    squares = [np.square(log.gradient_norms[layer]["norms"]) for log in logs]
+    shares = np.concatenate([s / s.sum(axis=(1, 2), keepdims=True) for s in squares])
+    assert found["concentration"][layer] == pytest.approx(16 * shares.mean(0).max(), rel=1e-12)
+    rank = np.mean([log.effective_rank[layer] for log in logs])
+    assert found["effective_rank"][layer] == pytest.approx(rank, rel=1e-12)
+    assert np.sum(found["mean_share"]["4"]) == pytest.approx(1, rel=1e-12)
+    assert np.shape(found["mean_share"]["4"]) == (4, 4)
+
+
+def test_a_heat_map_is_as_dark_as_its_shares(page, content):
+    share = content["protocols"]["subject"]["mechanism"]["gralora-r32-k2"]["mean_share"]["2"]
+    start = page.tags.index(
+        next(
+            (tag, a)
+            for tag, a in page.tags
+            if tag == "svg" and a["aria-label"] == "gralora-r32-k2: mean of 12 layers, k = 2"
+        )
+    )
+    cells = [a for tag, a in page.tags[start:] if tag == "rect"][:4]
+    opacity = np.array([float(a["fill-opacity"]) for a in cells]).reshape(2, 2)
+    assert np.allclose(opacity, 0.04 + 0.56 * np.array(share) / np.max(share), atol=1e-3)
+    corners = [(float(a["x"]), float(a["y"])) for a in cells]
+    assert corners[0][1] == corners[1][1]  # a row is an output block
+    assert corners[0][0] == corners[2][0]
+
+
+def test_an_interval_plot_is_to_scale(page, content):
+    """Places of points and ends are a straight line over their values."""
+    means = content["protocols"]["subject"]["scores"]["drift"]["means"]
+    start = page.tags.index(
+        next((t, a) for t, a in page.tags if t == "svg" and a["aria-label"] == "drift: means")
+    )
+    after = page.tags[start + 1 :]
+    drawing = after[: next(i for i, (tag, _) in enumerate(after) if tag == "svg")]
+    dots = [float(a["cx"]) for tag, a in drawing if tag == "circle"]
+    lines = [a for tag, a in drawing if tag == "line" and "thick" in a["class"]]
+    bars = [(float(a["x1"]), float(a["x2"])) for a in lines if a["y1"] == a["y2"]]
+    values = [v for m in means.values() for v in (m["mean"], m["low"], m["high"])]
+    places = [x for dot, bar in zip(dots, bars, strict=True) for x in (dot, *bar)]
+    slope, offset = np.polyfit(values, places, 1)
+    assert slope > 0
+    assert np.allclose(np.array(values) * slope + offset, places, atol=0.11)
+
+
+def test_hostile_text_is_only_text(tmp_path):
+    expected = keys(SUBJECTS[:2], ("lora-r32", "<i>gralora & 'co'\" |"), seeds=(0,))
+    results = [
+        unit(
+            key,
+            prompts=(replace(unit(key).prompts[0], prompt=HOSTILE, pictures=("no.png",)),),
+            settings={HOSTILE: HOSTILE, "same": 1},
+            versions={HOSTILE: HOSTILE + key.subject},
+            scores={"dinov2": 0.5, "</text></svg><b>": 0.1},
+            folder=tmp_path,
+        )
+        for key in expected
+    ]
+    write_report(
+        results,
+        tmp_path / "report",
+        title=HOSTILE,
+        unreadable=[Unreadable(tmp_path / "<b>.json", HOSTILE)],
+        settings={HOSTILE: [HOSTILE], "path": tmp_path, "nan": float("inf")},
+    )
+    page = Page((tmp_path / "report/index.html").read_text(encoding="utf-8"))
+    assert not {"script", "i"} & {tag for tag, _ in page.tags}
+    assert all("onerror" not in attributes for _, attributes in page.tags)
+    assert page.text.count(HOSTILE) >= 8  # title twice, prompts, settings, versions, the reason
+    assert "<i>gralora & 'co'\" |" in page.text
+    text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
+    outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert "<script" not in outside
+    assert outside.count("&lt;script&gt;") >= 4
+    for line in outside.splitlines():
+        assert not line.startswith("|") or line.endswith(" |")
+    json.loads((tmp_path / "report/report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_the_same_units_in_any_order_make_the_same_bytes(made, tmp_path):
+    results, _ = made
+    for name, order in (("a", results), ("b", results[::-1])):
+        write_report(order, tmp_path / name, resamples=500)
+    for name in FILES:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+
+
+def test_one_subject_and_one_seed_tell_nothing_and_it_is_said(tmp_path):
+    write_report([unit(key) for key in keys(SUBJECTS[:1], seeds=(0,))], tmp_path)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert re.search(r"too few units for an interval: dora-r32 \(.*gralora-r32-k2 \(", page.text)
+    assert "no interval: 1 subject, 1 unit" in page.text
+    rows = page.tables["Against lora-r32: differences, unit by unit"][1:]
+    assert {row[3] for row in rows} == {"too few units"}
+    assert all("[" not in row[2] and row[2].endswith("*") for row in rows)
+
+
+def test_two_references_are_compared_once(tmp_path):
+    methods = ("lora-r32", "lora-r64", "gralora-r32-k2")
+    write_report([unit(key) for key in keys(methods=methods)], tmp_path, resamples=200)
+    found = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]["scores"]
+    compared = {a: list(b) for a, b in found["dinov2"]["comparisons"].items()}
+    assert compared == {
+        "lora-r32": ["gralora-r32-k2", "lora-r64"],
+        "lora-r64": ["gralora-r32-k2"],
+    }
+
+
+def test_a_score_of_which_nothing_is_known_has_no_winner(tmp_path):
+    results = [unit(key) for key in keys()]
+    results = [replace(r, scores={"news": r.scores["dinov2"]}) for r in results]
+    write_report(results, tmp_path, resamples=500)
+    found = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]
+    assert "Higher: gralora-r32-k2" in found["headlines"][0]
+    assert "Better" not in found["headlines"][0]
+    assert found["scores"]["news"]["comparisons"]["lora-r32"]["dora-r32"]["win_rate"] is None
+
+
+def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
+    results = [unit(key) for key in keys()]
+    odd = replace(results[3], settings={**results[3].settings, "learning_rate": 5e-4})
+    odd = replace(odd, versions={**odd.versions, "torch": "2.8.0"})
+    write_report([*results[:3], odd, *results[4:]], tmp_path, resamples=200)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert (
+        "learning_rate differs within gralora-r32-k2: 0.0001 in 55 units, 0.0005 in 1" in page.text
+    )
+    assert "not made with the same torch: 2.7.0 in 55 units, 2.8.0 in 1 units" in page.text.replace(
+        "Not all units were made", "not made"
+    )
+    assert page.tables["Settings by method"][1] == ["method.name", *sorted(METHODS)]
+
+
+def test_before_the_first_result_there_is_a_report_too(tmp_path):
+    write_report([], tmp_path, expected=keys())
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert "There is no result yet." in page.text
+    assert len(page.tables["Missing units"]) == 57
+    write_report([], tmp_path)
+    assert set(os.listdir(tmp_path)) == FILES
+
+
+def test_wrong_arguments_leave_the_old_report(tmp_path):
+    results = [unit(key) for key in keys(SUBJECTS[:2])]
+    write_report(results, tmp_path, resamples=100)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(ValueError, match="more than one of subject, made-up ant, lora-r32, seed 0"):
+        write_report([*results, results[0]], tmp_path)
+    with pytest.raises(ValueError, match="references: lora-r9, but there are dora-r32, gralora"):
+        write_report(results, tmp_path, references=["lora-r9"])
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    with pytest.raises(OutputError):
+        write_report(results, tmp_path / "notes.txt")

@@ -1,0 +1,126 @@
+"""The page in a real browser: nothing fails, nothing is fetched, nothing is cut off on a phone."""
+
+import html
+import json
+import os
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from gralora_diffusion.benchmark.report import write_report
+
+from .pages import Page
+from .units import keys, unit, written
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
+pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
+
+#: Runs in a copy of the page that may run scripts, and tells the page around it what it saw.
+PROBE = """<script>
+addEventListener("load", async () => {
+  document.querySelectorAll("details").forEach(d => d.open = true);
+  const images = [...document.images];
+  images.forEach(i => i.loading = "eager");
+  await Promise.all(images.map(i => i.decode().catch(() => null)));
+  const cut = [...document.querySelectorAll("svg text")].filter(t => {
+    const a = t.getBoundingClientRect(), b = t.closest("svg").getBoundingClientRect();
+    return a.left < b.left - 1 || a.right > b.right + 1 || a.top < b.top - 1
+      || a.bottom > b.bottom + 1;
+  });
+  const wide = [...document.querySelectorAll("body *")].filter(e =>
+    !e.closest(".wide") && e.getBoundingClientRect().right > innerWidth + 1);
+  parent.postMessage(JSON.stringify({
+    width: innerWidth, scroll: document.documentElement.scrollWidth, images: images.length,
+    broken: images.filter(i => !i.naturalWidth).length, cut: cut.map(t => t.textContent),
+    wide: wide.map(e => e.outerHTML.slice(0, 80)), plots: document.querySelectorAll("svg").length,
+    flat: [...document.querySelectorAll("svg")].filter(s => s.clientHeight < 40).length,
+    fetched: performance.getEntriesByType("resource").filter(r => !r.name.startsWith("data:"))
+      .map(r => r.name),
+  }), "*");
+});
+</script>"""
+FRAME = """<!DOCTYPE html><p id="seen"></p><script>
+addEventListener("message", e => { document.getElementById("seen").textContent = e.data; });
+</script><iframe src="probed.html" style="width:%dpx;height:900px;border:0"></iframe>"""
+
+
+def browse(tmp_path, *options):
+    """Run the browser once; give what it printed and what it complained of."""
+    command = [BROWSER, "--headless", "--disable-gpu", "--hide-scrollbars", "--no-first-run"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr"]
+    command += ["--no-sandbox"] if os.geteuid() == 0 else []
+    done = subprocess.run(
+        [*command, *options], capture_output=True, timeout=120, text=True, check=True
+    )
+    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    output = tmp_path_factory.mktemp("run")
+    methods = ("lora-r32", "lora-r64", "gralora-r32-k4", "a-method-with-a-rather-long-name-r32-k8")
+    expected = keys(methods=methods)
+    results = written(output, [unit(key, mechanism=True) for key in expected[:-1]], size=150)
+    real = {result.subject: [result.folder / "pictures/000_0.png"] for result in results}
+    return write_report(
+        results, output / "report", expected=expected, real_pictures=real, resamples=500
+    )
+
+
+def test_it_opens_without_a_complaint_and_with_all_it_has(report, tmp_path):
+    printed, complaints = browse(tmp_path, "--dump-dom", report.as_uri())
+    assert complaints == []
+    seen, written_page = Page(printed), Page(report.read_text(encoding="utf-8"))
+    for tag in ("table", "tr", "td", "data", "svg", "circle", "img", "figure", "details"):
+        assert len(seen.of(tag)) == len(written_page.of(tag)), tag
+    assert seen.numbers == written_page.numbers
+    assert seen.tables == written_page.tables
+
+
+@pytest.mark.parametrize("width", [360, 1200])
+def test_nothing_is_cut_off_fetched_or_broken(report, tmp_path, width):
+    text = report.read_text(encoding="utf-8")
+    text = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    (tmp_path / "probed.html").write_text(text.replace("</body>", f"{PROBE}</body>"), "utf-8")
+    (tmp_path / "frame.html").write_text(FRAME % width, "utf-8")
+    frame = (tmp_path / "frame.html").as_uri()
+    printed, _ = browse(tmp_path, "--virtual-time-budget=20000", "--window-size=1300,1000",
+                        "--dump-dom", frame)  # fmt: skip
+    found = re.search(r'<p id="seen">(.*?)</p>', printed, re.DOTALL)
+    seen = json.loads(html.unescape(found[1]))
+    assert seen["width"] == width
+    assert seen["scroll"] <= width
+    assert seen["wide"] == []
+    assert seen["cut"] == []
+    assert seen["fetched"] == []
+    assert (seen["broken"], seen["flat"]) == (0, 0)
+    assert seen["images"] > 80
+    assert seen["plots"] > 15
+
+
+def test_it_is_light_or_dark_as_the_reader_has_it(report, tmp_path):
+    brightness = {}
+    for name, scheme in (("light", 1), ("dark", 0)):
+        picture = tmp_path / f"{name}.png"
+        browse(
+            tmp_path,
+            f"--blink-settings=preferredColorScheme={scheme}",
+            "--window-size=800,1500",
+            f"--screenshot={picture}",
+            report.as_uri(),
+        )
+        with Image.open(picture) as taken:
+            pixels = np.sort(np.asarray(taken.convert("L")).ravel())
+        brightness[name] = pixels[len(pixels) // 2], pixels[len(pixels) // 500]
+        brightness[name] += (pixels[-len(pixels) // 500],)
+    paper, ink, _ = brightness["light"]
+    assert paper > 240
+    assert ink < 90
+    paper, _, ink = brightness["dark"]
+    assert paper < 40
+    assert ink > 190
