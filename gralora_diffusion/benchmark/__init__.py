@@ -1,0 +1,1 @@
+"""The image-generation benchmark: GraLoRA beside other methods, on the same data and noise."""
