@@ -1,1 +1,1 @@
-"""The image-generation benchmark: GraLoRA beside other methods, on the same data and noise."""
+"""Does GraLoRA draw better than LoRA? Both trained, drawn with and judged side by side."""

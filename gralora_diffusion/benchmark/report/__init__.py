@@ -1,0 +1,82 @@
+"""One page, Markdown, CSV and JSON from the results of a benchmark."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...staging import staged
+from ..results import UnitKey, UnitResult, Unreadable
+from ..statistics import RESAMPLES
+from .content import content_of
+from .files import as_csv, as_json
+from .html import as_html
+from .markdown import as_markdown
+from .pictures import embedded
+
+__all__ = ["write_report"]
+
+PAGE_NAME, MARKDOWN_NAME = "index.html", "report.md"
+CSV_NAME, JSON_NAME = "scores.csv", "report.json"
+
+
+def write_report(
+    results: Sequence[UnitResult],
+    folder: Path,
+    *,
+    title: str = "GraLoRA benchmark",
+    references: Sequence[str] | None = None,
+    expected: Sequence[UnitKey] = (),
+    unreadable: Sequence[Unreadable] = (),
+    real_pictures: Mapping[str, Sequence[Path]] | None = None,
+    settings: Mapping[str, Any] | None = None,
+    picture_mib: float = 12.0,
+    resamples: int = RESAMPLES,
+    bootstrap_seed: int = 0,
+) -> Path:
+    """Write index.html, report.md, scores.csv and report.json; return the page.
+
+    Everything is computed before the first file is written, and each file appears when it is whole.
+    The same results make the same bytes.
+
+    Args:
+        results: of finished units, each once; there may be none.
+        folder: made if it is not there; other files in it stay.
+        references: methods that all others are compared with, by default those whose name begins
+            with "lora".
+        expected: all units of the run; those without a result are listed as missing, and methods
+            are shown in their order.
+        unreadable: result files that were left out, listed.
+        real_pictures: subject -> pictures to show beside those drawn.
+        settings: of the run, shown as given.
+        picture_mib: what the pictures may take of the page, in MiB; they are made smaller, then
+            fewer, until they fit.
+
+    Raises:
+        ValueError: more than one result of a unit, or a reference that no unit is of.
+        OutputError: the folder cannot be written to.
+    """
+    content = content_of(
+        results,
+        title=title,
+        references=references,
+        expected=expected,
+        unreadable=unreadable,
+        # as JSON and YAML can hold it
+        settings=json.loads(json.dumps(settings or {}, default=str), parse_constant=str),
+        resamples=resamples,
+        bootstrap_seed=bootstrap_seed,
+    )
+    pictures = embedded(content, real_pictures or {}, int(picture_mib * 2**20))
+    texts = {
+        CSV_NAME: as_csv(content.units),
+        JSON_NAME: as_json(content),
+        MARKDOWN_NAME: as_markdown(content),
+        PAGE_NAME: as_html(content, pictures),
+    }
+    for name, text in texts.items():
+        with staged(folder / name) as path:
+            path.write_text(text, encoding="utf-8", errors="replace", newline="\n")
+    return folder / PAGE_NAME

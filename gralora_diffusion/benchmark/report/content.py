@@ -1,0 +1,225 @@
+"""What a report says, as values: computed once, then written as a page, as tables and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..results import UnitKey, UnitResult, Unreadable
+from ..scores import Score, score_named, score_order
+from ..statistics import Comparison, Estimate, Place, compare, estimate, pareto_front, spread
+from .mechanism import MechanismContent, mechanism_of
+from .provenance import Provenance, provenance_of
+
+#: (mean, least, greatest)
+Spread = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class MethodContent:
+    """What a method costs, over its units of a protocol; parameters are those of the largest."""
+
+    units: int
+    parameters: int
+    update_rank: int | None
+    steps: int
+    train_seconds: Spread
+    draw_seconds: Spread
+    peak_memory_gib: Spread | None
+
+
+@dataclass(frozen=True)
+class ScoreContent:
+    """One score: means by method, and comparisons by reference and method."""
+
+    score: Score
+    means: dict[str, Estimate]
+    comparisons: dict[str, dict[str, Comparison]]
+
+
+@dataclass(frozen=True)
+class ParetoContent:
+    """Similarity against what it costs. points: method -> (cost, similarity)."""
+
+    x: str
+    y: str
+    points: dict[str, tuple[float, float]]
+    front: list[str]
+
+
+@dataclass(frozen=True)
+class ProtocolContent:
+    """All of one protocol. ``methods`` are in the order in which they are shown."""
+
+    name: str
+    subjects: list[str]
+    seeds: list[int]
+    methods: dict[str, MethodContent]
+    scores: dict[str, ScoreContent]
+    pareto: list[ParetoContent]
+    mechanism: dict[str, MechanismContent]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A whole report, but for the pictures."""
+
+    title: str
+    protocols: list[ProtocolContent]
+    references: list[str]
+    units: list[UnitResult]
+    missing: list[UnitKey]
+    unreadable: list[Unreadable]
+    provenance: Provenance
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    resamples: int = 0
+    bootstrap_seed: int = 0
+
+    @property
+    def comparisons(self) -> int:
+        """How many differences have an interval, of which chance alone moves some off zero."""
+        return sum(
+            comparison.difference.over is not None
+            for protocol in self.protocols
+            for score in protocol.scores.values()
+            for comparisons in score.comparisons.values()
+            for comparison in comparisons.values()
+        )
+
+
+def content_of(
+    results: Sequence[UnitResult],
+    *,
+    title: str,
+    references: Sequence[str] | None,
+    expected: Sequence[UnitKey],
+    unreadable: Sequence[Unreadable],
+    settings: Mapping[str, Any],
+    resamples: int,
+    bootstrap_seed: int,
+) -> Content:
+    """Compute what the report says; see ``write_report`` for the arguments.
+
+    Raises:
+        ValueError: two results of the same unit, or a reference that no unit is of.
+    """
+    units = {result.key: result for result in results}
+    if len(units) < len(results):
+        twice = sorted({str(r.key) for r in results if units[r.key] is not r})
+        raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each unit once")
+    order = _method_order(units, expected)
+    if references is None:
+        references = [name for name in order if name.startswith("lora")]
+    elif unknown := [name for name in references if name not in order]:
+        raise ValueError(f"references: {', '.join(unknown)}, but there are {', '.join(order)}")
+    ordered = sorted(results, key=lambda r: (r.protocol, r.subject, order[r.method], r.seed))
+    protocols = dict.fromkeys([*(key.protocol for key in expected), *(r.protocol for r in ordered)])
+
+    def one(name: str) -> ProtocolContent:
+        found = [result for result in ordered if result.protocol == name]
+        return _protocol(name, found, order, references, resamples, bootstrap_seed)
+
+    return Content(
+        title=title,
+        protocols=[one(name) for name in protocols],
+        references=list(references),
+        units=ordered,
+        missing=[key for key in dict.fromkeys(expected) if key not in units],
+        unreadable=list(unreadable),
+        provenance=provenance_of(ordered),
+        settings=settings,
+        resamples=resamples,
+        bootstrap_seed=bootstrap_seed,
+    )
+
+
+def _method_order(
+    units: Mapping[UnitKey, UnitResult], expected: Sequence[UnitKey]
+) -> dict[str, int]:
+    """Methods as the settings have them; what is not in those follows by name."""
+    names = [key.method for key in expected] + sorted(key.method for key in units)
+    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+
+
+def _protocol(
+    name: str,
+    results: Sequence[UnitResult],
+    order: Mapping[str, int],
+    references: Sequence[str],
+    resamples: int,
+    seed: int,
+) -> ProtocolContent:
+    by_method = {m: [r for r in results if r.method == m] for m in order}
+    by_method = {method: found for method, found in by_method.items() if found}
+    names = sorted({score for result in results for score in result.scores}, key=score_order)
+    scores = {}
+    for score in names:
+        values: dict[str, dict[Place, float]] = {
+            method: {(r.subject, r.seed): r.scores[score] for r in found if score in r.scores}
+            for method, found in by_method.items()
+        }
+        values = {method: found for method, found in values.items() if found}
+        better = score_named(score).higher_is_better
+        scores[score] = ScoreContent(
+            score=score_named(score),
+            means={m: estimate(v, resamples, seed) for m, v in values.items()},
+            comparisons={
+                reference: {
+                    method: comparison
+                    for method, v in values.items()
+                    if method not in references[: place + 1]  # each pair of references once
+                    and (comparison := compare(v, values[reference], better, resamples, seed))
+                }
+                for place, reference in enumerate(references)
+                if reference in values
+            },
+        )
+    methods = {method: _method(found) for method, found in by_method.items()}
+    return ProtocolContent(
+        name=name,
+        subjects=sorted({r.subject for r in results}),
+        seeds=sorted({r.seed for r in results}),
+        methods=methods,
+        scores=scores,
+        pareto=_pareto(scores, methods),
+        mechanism={m: c for m, found in by_method.items() if (c := mechanism_of(found))},
+    )
+
+
+def _method(results: Sequence[UnitResult]) -> MethodContent:
+    train = spread(r.train_seconds for r in results)
+    draw = spread(r.draw_seconds for r in results)
+    if train is None or draw is None:
+        raise ValueError("a method without a unit")
+    ranks = [r.update_rank for r in results]
+    return MethodContent(
+        units=len(results),
+        parameters=max(r.parameters for r in results),
+        update_rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
+        steps=max(r.steps for r in results),
+        train_seconds=train,
+        draw_seconds=draw,
+        peak_memory_gib=spread(r.peak_memory_gib for r in results if r.peak_memory_gib is not None),
+    )
+
+
+def _pareto(
+    scores: Mapping[str, ScoreContent], methods: Mapping[str, MethodContent]
+) -> list[ParetoContent]:
+    """The first similarity there is against every drift, and against parameters."""
+    similar = next((s for s in scores.values() if s.score.kind == "similarity"), None)
+    if similar is None:
+        return []
+    costs = {
+        score.score.name: {method: mean.mean for method, mean in score.means.items()}
+        for score in scores.values()
+        if score.score.kind == "drift"
+    }
+    costs["parameters"] = {method: float(m.parameters) for method, m in methods.items()}
+    plots = []
+    for cost, values in costs.items():
+        points = {m: (values[m], e.mean) for m, e in similar.means.items() if m in values}
+        if points:
+            plots.append(ParetoContent(cost, similar.score.name, points, pareto_front(points)))
+    return plots

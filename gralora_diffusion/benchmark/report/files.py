@@ -1,0 +1,95 @@
+"""A report as JSON and as CSV. Pure."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from ..results import UnitResult
+from ..scores import score_order
+from .content import Content, ProtocolContent
+from .sentences import cautions, headlines, method_note
+
+_UNIT = (
+    *("protocol", "subject", "method", "seed", "parameters", "update_rank", "steps"),
+    *("train_seconds", "draw_seconds", "peak_memory_gib"),
+)
+
+
+def as_json(content: Content) -> str:
+    """All numbers of the report. Prompts and logs of single units stay in their own results."""
+    return json.dumps(
+        {
+            "format": 1,
+            "title": content.title,
+            "cautions": cautions(content),
+            "statistics": method_note(content),
+            "references": content.references,
+            "protocols": {protocol.name: _protocol(protocol) for protocol in content.protocols},
+            "units": [
+                {**{name: getattr(unit, name) for name in _UNIT}, "scores": dict(unit.scores)}
+                for unit in content.units
+            ],
+            "missing": [key._asdict() for key in content.missing],
+            "unreadable": [
+                {"path": str(file.path), "reason": file.reason} for file in content.unreadable
+            ],
+            "settings": content.settings,
+            "provenance": asdict(content.provenance),
+        },
+        indent=1,
+        ensure_ascii=False,
+        allow_nan=False,
+    )
+
+
+def as_csv(results: Sequence[UnitResult]) -> str:
+    """A row per unit, a column per score; what was not measured is empty."""
+    names = sorted({name for result in results for name in result.scores}, key=score_order)
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow([*_UNIT, *names])
+    for result in results:
+        values = [getattr(result, name) for name in _UNIT]
+        writer.writerow([*values, *(result.scores.get(name) for name in names)])
+    return file.getvalue()
+
+
+def _protocol(protocol: ProtocolContent) -> dict[str, Any]:
+    scores = {
+        name: {
+            "label": content.score.label,
+            "higher_is_better": content.score.higher_is_better,
+            "means": {method: asdict(mean) for method, mean in content.means.items()},
+            "comparisons": {
+                reference: {
+                    method: {**asdict(comparison), "win_rate": comparison.win_rate}
+                    for method, comparison in comparisons.items()
+                }
+                for reference, comparisons in content.comparisons.items()
+            },
+        }
+        for name, content in protocol.scores.items()
+    }
+    return {
+        "headlines": [str(found) for found in headlines(protocol)],
+        "subjects": protocol.subjects,
+        "seeds": protocol.seeds,
+        "methods": {method: asdict(costs) for method, costs in protocol.methods.items()},
+        "scores": scores,
+        "pareto": [asdict(plot) for plot in protocol.pareto],
+        "mechanism": {
+            method: {
+                "units": found.units,
+                "mean_share": found.mean_share,
+                "effective_rank": found.effective_rank,
+                "input_outliers": found.input_outliers,
+                "concentration": {layer: found.concentration(layer) for layer in found.layers},
+            }
+            for method, found in protocol.mechanism.items()
+        },
+    }

@@ -1,0 +1,79 @@
+"""What was logged of the mechanism, over the units of a method."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..results import UnitResult
+
+Map = list[list[float]]
+
+
+@dataclass(frozen=True)
+class MechanismContent:
+    """Means over units (and steps).
+
+    Attributes:
+        units: that have a mechanism.
+        gradient_share: layer -> k x k: the share that each block has in the squared norm of the
+            gradient; all shares of a layer sum to one. Row: output block, column: input block.
+        mean_share: k -> the mean over layers with this k.
+        effective_rank, input_outliers: layer -> value.
+    """
+
+    units: int
+    gradient_share: dict[str, Map]
+    mean_share: dict[int, Map]
+    effective_rank: dict[str, float]
+    input_outliers: dict[str, float]
+
+    @property
+    def layers(self) -> list[str]:
+        """All layers of which something is known."""
+        kinds = (self.gradient_share, self.effective_rank, self.input_outliers)
+        return sorted({layer for kind in kinds for layer in kind})
+
+    def concentration(self, layer: str) -> float | None:
+        """The largest share over an even one: 1 if all blocks get alike, k² if one gets all."""
+        share = self.gradient_share.get(layer)
+        return None if share is None else float(np.max(share)) * np.size(share)
+
+
+def mechanism_of(results: Sequence[UnitResult]) -> MechanismContent | None:
+    """Gather the mechanism of a method's units; None if none has any."""
+    logged = [result.mechanism for result in results if result.mechanism]
+    if not logged:
+        return None
+    shares: dict[str, list[np.ndarray]] = defaultdict(list)
+    ranks: dict[str, list[float]] = defaultdict(list)
+    outliers: dict[str, list[float]] = defaultdict(list)
+    for mechanism in logged:
+        for layer, log in mechanism.gradient_norms.items():
+            squares = np.square(np.array(log["norms"], dtype=np.float64))
+            shares[layer] += [step / step.sum() for step in squares if step.sum()]
+        for layer, rank in mechanism.effective_rank.items():
+            ranks[layer].append(rank)
+        for layer, outlier in mechanism.input_outliers.items():
+            outliers[layer].append(outlier)
+    means = {
+        layer: np.mean(maps, axis=0)
+        for layer, maps in sorted(shares.items())
+        if len({len(blocks) for blocks in maps}) == 1  # units of another k are not averaged with
+    }
+    sizes = sorted({len(share) for share in means.values()})
+    return MechanismContent(
+        units=len(logged),
+        gradient_share={layer: share.tolist() for layer, share in means.items()},
+        mean_share={
+            k: np.mean([share for share in means.values() if len(share) == k], axis=0).tolist()
+            for k in sizes
+        },
+        effective_rank={layer: float(np.mean(values)) for layer, values in sorted(ranks.items())},
+        input_outliers={
+            layer: float(np.mean(values)) for layer, values in sorted(outliers.items())
+        },
+    )

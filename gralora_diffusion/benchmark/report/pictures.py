@@ -1,0 +1,160 @@
+"""Which pictures a report shows, and how they get into the page within a budget of bytes."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+from ..results import UnitResult
+from .content import Content
+
+#: Pixels of the longer side and prompts of a subject, from the best to the least.
+SIZES = ((256, 6), (192, 6), (128, 6), (128, 3), (96, 2), (96, 1), (64, 1))
+_REAL = 6
+_QUALITY = 85
+#: Pictures of up to so many pixels a side stay as they are.
+_SMALL = 128
+
+
+@dataclass(frozen=True)
+class SheetRow:
+    """Pictures of one prompt: by method, None where a method has none; ``real``: its own one."""
+
+    prompt: str
+    real: Path | None
+    pictures: dict[str, Path | None]
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """What a person judges a subject by: the same prompts and seed for every method."""
+
+    protocol: str
+    subject: str
+    seed: int
+    real: list[Path]
+    rows: list[SheetRow]
+    prompts: int
+
+    @property
+    def paths(self) -> list[Path]:
+        found = [row.real for row in self.rows]
+        found += [path for row in self.rows for path in row.pictures.values()]
+        return [*self.real, *(path for path in found if path)]
+
+
+@dataclass(frozen=True)
+class Embedded:
+    """Sheets and their pictures as data URIs.
+
+    Attributes:
+        uris: of the pictures that could be read.
+        side: pixels of the longer side at most; 0: no size would have kept to the budget.
+    """
+
+    sheets: list[Sheet]
+    uris: dict[Path, str]
+    side: int
+
+
+def embedded(
+    content: Content, real_pictures: Mapping[str, Sequence[Path]], budget: int
+) -> Embedded:
+    """Choose the sheets and make their pictures as large, and the prompts as many, as fit.
+
+    Args:
+        budget: bytes of all data URIs together at most.
+    """
+    for side, prompts in SIZES:
+        chosen = sheets(content, real_pictures, prompts)
+        uris = _uris([path for sheet in chosen for path in sheet.paths], side, budget)
+        if uris is not None:
+            return Embedded(chosen, uris, side)
+    return Embedded(sheets(content, real_pictures, 0), {}, 0)
+
+
+def sheets(
+    content: Content, real_pictures: Mapping[str, Sequence[Path]], prompts: int
+) -> list[Sheet]:
+    """Choose pictures by a rule, not by looks.
+
+    Of each subject, the seed that most methods have (of several the lowest), prompts evenly over
+    the list, and the first picture of each.
+    """
+    found = []
+    for protocol in content.protocols:
+        for subject in protocol.subjects:
+            units = [
+                unit
+                for unit in content.units
+                if (unit.protocol, unit.subject) == (protocol.name, subject)
+            ]
+            seeds = [unit.seed for unit in units]
+            seed = min(seeds, key=lambda s: (-seeds.count(s), s))
+            chosen = {unit.method: unit for unit in units if unit.seed == seed}
+            names = list(dict.fromkeys(p.prompt for u in chosen.values() for p in u.prompts))
+            shown = [names[i * len(names) // prompts] for i in range(min(prompts, len(names)))]
+            if prompts > len(names):
+                shown = names
+            rows = [_row(name, list(protocol.methods), chosen) for name in shown]
+            real = list(real_pictures.get(subject, ()))[:_REAL]
+            if rows:
+                found.append(Sheet(protocol.name, subject, seed, real, rows, len(names)))
+    return found
+
+
+def _row(prompt: str, methods: Sequence[str], units: Mapping[str, UnitResult]) -> SheetRow:
+    pictures: dict[str, Path | None] = dict.fromkeys(methods)
+    real = None
+    for method, unit in units.items():
+        for entry in unit.prompts:
+            if entry.prompt == prompt and unit.folder is not None:
+                if entry.pictures:
+                    pictures[method] = unit.folder / entry.pictures[0]
+                if entry.real and real is None:
+                    real = unit.folder / entry.real
+    return SheetRow(prompt, real, pictures)
+
+
+def _uris(paths: Sequence[Path], side: int, budget: int) -> dict[Path, str] | None:
+    """Data URIs of those that can be read; None if they are too large together."""
+    uris: dict[Path, str] = {}
+    for path in dict.fromkeys(paths):
+        uri = data_uri(path, side)
+        if uri is not None:
+            budget -= len(uri)
+            uris[path] = uri
+        if budget < 0:
+            return None
+    return uris
+
+
+def data_uri(path: Path, side: int) -> str | None:
+    """Return a picture, its longer side at most ``side`` pixels, as a data URI; None if unreadable.
+
+    JPEG, but PNG where the picture is small and stays as it is: there every pixel is looked at.
+    """
+    try:
+        with Image.open(path) as opened:
+            opened.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded smaller, and faster
+            picture = ImageOps.exif_transpose(opened)
+            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
+                picture = picture.convert("RGBA")
+                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            picture = picture.convert("RGB")
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None
+    kept = max(picture.size) <= min(side, _SMALL)
+    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if kept:
+        picture.save(file, "PNG", optimize=True)
+    else:
+        picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
+    kind = "png" if kept else "jpeg"
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -1,0 +1,258 @@
+"""Plots as inline SVG: points with intervals, scatter, strips, heat maps. Pure.
+
+Colours come from the page (classes ``c0`` to ``c7``, ``ink``, ``faint``), so that they suit light
+and dark alike. Plots are as wide as a phone; nothing in them is told by colour alone.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from html import escape
+
+WIDTH = 400
+COLOURS = 8
+_MARGIN = 12
+_ROW = 36
+#: Letters of the plots' size that fit into one pixel of width, about.
+_LETTERS = 1 / 6.4
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an interval plot; ``text`` is what stands at its right."""
+
+    label: str
+    mean: float
+    low: float | None
+    high: float | None
+    colour: int
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point of a scatter plot, with intervals where they are known."""
+
+    label: str
+    x: float
+    y: float
+    colour: int
+    x_interval: tuple[float, float] | None = None
+    y_interval: tuple[float, float] | None = None
+
+
+def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False) -> str:
+    """Draw a point and its interval for each row, all on one axis; with ``zero``, a line there."""
+    values = [v for row in rows for v in (row.mean, row.low, row.high) if v is not None]
+    low, high = _range([*values, 0.0] if zero else values)
+    place = _linear(low, high, _MARGIN + 4, WIDTH - _MARGIN - 4)
+    bottom = len(rows) * _ROW + 8
+    parts = _x_axis(_ticks(low, high), place, 4, bottom, axis)
+    if zero:
+        parts.append(_line(place(0), 4, place(0), bottom, "ink dashed"))
+    for number, row in enumerate(rows):
+        top, middle = number * _ROW + 16, number * _ROW + 28
+        room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(row.text) - 1
+        parts.append(_text(_MARGIN, top, _cut(row.label, room), "bold halo"))
+        parts.append(_text(WIDTH - _MARGIN, top, row.text, "end halo"))
+        if row.low is not None and row.high is not None:
+            ends = place(row.low), place(row.high)
+            parts.append(_line(ends[0], middle, ends[1], middle, f"c{row.colour} thick"))
+            parts += [_line(x, middle - 4, x, middle + 4, f"c{row.colour} thick") for x in ends]
+        parts.append(_dot(place(row.mean), middle, row.colour, 4.5, f"{row.label}: {row.text}"))
+    return _svg(title, bottom + 40, parts)
+
+
+def scatter(
+    title: str,
+    points: Sequence[Point],
+    x_axis: str,
+    y_axis: str,
+    front: Sequence[str] = (),
+    log_x: bool = False,
+) -> str:
+    """Draw labelled points; those named in ``front`` are filled and joined by a line.
+
+    Args:
+        log_x: a logarithmic axis; every x must be positive.
+    """
+    xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
+    ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
+    left, top, bottom = 52, 26, 286
+    (x_low, x_high), (y_low, y_high) = _log_range(xs) if log_x else _range(xs), _range(ys)
+    x_place = (_logarithmic if log_x else _linear)(x_low, x_high, left + 8, WIDTH - 16)
+    y_place = _linear(y_low, y_high, bottom - 8, top + 8)
+    ticks = _log_ticks(x_low, x_high) if log_x else _ticks(x_low, x_high)
+    parts = _x_axis(ticks, x_place, top, bottom, x_axis)
+    for tick, text in _ticks(y_low, y_high):
+        parts.append(_line(left, y_place(tick), WIDTH - _MARGIN, y_place(tick), "faint"))
+        parts.append(_text(left - 5, y_place(tick) + 4, text, "end small"))
+    parts.append(_text(_MARGIN, 14, y_axis, ""))
+    places = {p.label: (x_place(p.x), y_place(p.y)) for p in points}
+    joined = [places[name] for name in front if name in places]
+    if len(joined) > 1:
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in joined)
+        parts.append(f'<polyline class="front" points="{path}"/>')
+    for p in points:
+        x, y = places[p.label]
+        if p.x_interval:
+            parts.append(_line(*_ends(x_place, p.x_interval, y), f"c{p.colour} thin"))
+        if p.y_interval:
+            y0, y1 = (y_place(value) for value in p.y_interval)
+            parts.append(_line(x, y0, x, y1, f"c{p.colour} thin"))
+        hollow = "" if p.label in front else " hollow"
+        parts.append(_dot(x, y, p.colour, 5, f"{p.label}: {p.x:g}, {p.y:g}", hollow))
+    parts += _labels(places, bottom)
+    return _svg(title, bottom + 40, parts)
+
+
+def strips(
+    title: str, rows: Sequence[tuple[str, Sequence[float], int]], axis: str, log: bool = False
+) -> str:
+    """Draw a strip of dots for each row (label, values, colour), and a stroke at their median."""
+    values = [value for _, found, _ in rows for value in found]
+    low, high = _log_range(values) if log else _range(values)
+    place = (_logarithmic if log else _linear)(low, high, _MARGIN + 4, WIDTH - _MARGIN - 4)
+    bottom = len(rows) * _ROW + 8
+    ticks = _log_ticks(low, high) if log else _ticks(low, high)
+    parts = _x_axis(ticks, place, 4, bottom, axis)
+    for number, (label, found, colour) in enumerate(rows):
+        top, middle = number * _ROW + 16, number * _ROW + 28
+        median = sorted(found)[len(found) // 2]
+        text = f"median {median:.4g} of {len(found)} layers"
+        room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(text) - 1
+        parts.append(_text(_MARGIN, top, _cut(label, room), "bold halo"))
+        parts.append(_text(WIDTH - _MARGIN, top, text, "end small halo"))
+        parts += [_dot(place(v), middle, colour, 3, f"{v:.4g}", " pale") for v in found]
+        parts.append(_line(place(median), middle - 7, place(median), middle + 7, "ink thick"))
+    return _svg(title, bottom + 40, parts)
+
+
+def heat_map(title: str, values: Sequence[Sequence[float]], rows: str, columns: str) -> str:
+    """Draw a k x k map: the darker the more, from zero to the largest; with numbers up to k = 8."""
+    k, largest = len(values), max(max(row) for row in values) or 1.0
+    left, top, side = 26, 22, 200
+    cell = side / k
+    parts = [
+        _text(left, 14, f"{columns} →", "small"),
+        f'<g transform="translate(14 {top + side}) rotate(-90)">{_text(0, 0, f"← {rows}")}</g>',
+    ]
+    for j, row in enumerate(values):
+        for n, value in enumerate(row):
+            x, y = left + n * cell, top + j * cell
+            parts.append(
+                f'<rect class="c0" x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
+                f'fill-opacity="{0.04 + 0.8 * value / largest:.3f}">'
+                f"<title>{escape(f'{rows} {j + 1}, {columns} {n + 1}: {value:.4g}')}</title></rect>"
+            )
+            if k <= 8:
+                text = f"{100 * value:.3g}%" if k <= 4 else f"{100 * value:.2g}"
+                size = "middle halo" if k <= 4 else "middle halo small"
+                parts.append(_text(x + cell / 2, y + cell / 2 + 4, text, size))
+    return _svg(title, top + side + 8, parts, left + side + 14)
+
+
+def _svg(title: str, height: float, parts: Sequence[str], width: int = WIDTH) -> str:
+    name = escape(title)
+    return (
+        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{name}" '
+        f'style="max-width:{1.25 * width:.0f}px">' + "".join(parts) + "</svg>"
+    )
+
+
+def _text(x: float, y: float, text: str, style: str = "small") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+
+
+def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> str:
+    return f'<line class="{style}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+
+
+def _dot(x: float, y: float, colour: int, size: float, title: str, style: str = "") -> str:
+    return (
+        f'<circle class="c{colour}{style}" cx="{x:.1f}" cy="{y:.1f}" r="{size}">'
+        f"<title>{escape(title)}</title></circle>"
+    )
+
+
+def _cut(text: str, letters: int) -> str:
+    return text if len(text) <= letters else text[: max(1, letters - 1)] + "…"
+
+
+def _ends(
+    place: Callable[[float], float], interval: tuple[float, float], y: float
+) -> tuple[float, float, float, float]:
+    return place(interval[0]), y, place(interval[1]), y
+
+
+def _labels(places: dict[str, tuple[float, float]], bottom: float) -> list[str]:
+    """Names beside their points, on the side with room, moved apart where they would overlap."""
+    parts, lowest = [], {"": -math.inf, "end": -math.inf}
+    for name, (x, y) in sorted(places.items(), key=lambda item: item[1][1]):
+        side = "" if x < (WIDTH + 52) / 2 else "end"
+        level = max(y + 4, lowest[side] + 12)
+        lowest[side] = level
+        shown = _cut(name, int((x - 60 if side else WIDTH - x - 20) * _LETTERS))
+        parts.append(_text(x - 9 if side else x + 9, min(level, bottom - 2), shown, f"halo {side}"))
+    return parts
+
+
+def _x_axis(
+    ticks: Sequence[tuple[float, str]],
+    place: Callable[[float], float],
+    top: float,
+    bottom: float,
+    label: str,
+) -> list[str]:
+    parts = [_line(place(tick), top, place(tick), bottom, "faint") for tick, _ in ticks]
+    parts += [_text(place(tick), bottom + 14, text, "middle small") for tick, text in ticks]
+    return [*parts, _text(WIDTH / 2, bottom + 32, label, "middle")]
+
+
+def _range(values: Sequence[float]) -> tuple[float, float]:
+    """From least to greatest with some room; never empty."""
+    low, high = min(values), max(values)
+    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    return low - room, high + room
+
+
+def _log_range(values: Sequence[float]) -> tuple[float, float]:
+    low, high = _range([math.log10(value) for value in values])
+    return 10**low, 10**high
+
+
+def _linear(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    return lambda value: start + (end - start) * (value - low) / (high - low)
+
+
+def _logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
+    inner = _linear(math.log10(low), math.log10(high), start, end)
+    return lambda value: inner(math.log10(value))
+
+
+def _ticks(low: float, high: float, wanted: int = 4) -> list[tuple[float, str]]:
+    """Round values from low to high, 1, 2 or 5 times a power of ten apart, and their texts."""
+    rough = (high - low) / wanted
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough)
+    decimals = max(0, -math.floor(math.log10(step) + 1e-9))
+    first, last = math.ceil(low / step), math.floor(high / step)
+    ticks = [number * step for number in range(first, last + 1)]
+    return [(tick, f"{tick:,.{decimals}f}") for tick in ticks]
+
+
+def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
+    powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+    few = high / low < 30
+    ticks = [f * 10.0**power for power in powers for f in ((1, 2, 5) if few else (1,))]
+    shown = [tick for tick in ticks if low <= tick <= high] or [math.sqrt(low * high)]
+    return [(tick, _short(tick)) for tick in shown[:: math.ceil(len(shown) / 6)]]
+
+
+def _short(value: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"

@@ -1,0 +1,226 @@
+"""The tables of a report, for whatever they are written as. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ..results import UnitResult
+from ..scores import score_named, score_order
+from ..statistics import Estimate
+from .content import Content, ProtocolContent, Spread
+from .mechanism import MechanismContent
+from .sentences import direction, signed
+
+
+@dataclass(frozen=True)
+class Number:
+    """A value, and the text that it is shown as."""
+
+    value: float
+    text: str
+
+
+#: Texts and numbers that stand one after the other in a cell.
+Cell = tuple[str | Number, ...]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of cells under a head; the first ``labels`` columns are names, the others numbers."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[tuple[Cell, ...]]
+    labels: int = 1
+
+
+def overview(content: Content) -> Table:
+    """What was run."""
+    rows: list[tuple[Cell, ...]] = []
+    for protocol in content.protocols:
+        done = sum(unit.protocol == protocol.name for unit in content.units)
+        missing = sum(key.protocol == protocol.name for key in content.missing)
+        seeds: list[str | Number] = [p for s in protocol.seeds for p in (", ", _name(s))]
+        numbers = (len(protocol.subjects), len(protocol.methods), done, missing)
+        cells = [(count(number),) for number in numbers]
+        rows.append(((protocol.name,), *cells, tuple(seeds[1:])))
+    head = ("protocol", "subjects", "methods", "units done", "units missing", "seeds")
+    return Table("What was run", head, rows)
+
+
+def scores(protocol: ProtocolContent) -> Table:
+    """Means and intervals, a row per method."""
+    head = ["method", "units"]
+    head += [f"{s.score.label} ({_arrow(s.score.name)})" for s in protocol.scores.values()]
+    rows: list[tuple[Cell, ...]] = []
+    for method, costs in protocol.methods.items():
+        means = [score.means.get(method) for score in protocol.scores.values()]
+        cells = [interval(mean) if mean else ("-",) for mean in means]
+        rows.append(((method,), (count(costs.units),), *cells))
+    return Table("Means with 95% intervals", tuple(head), rows)
+
+
+def comparisons(protocol: ProtocolContent, reference: str) -> Table:
+    """Differences from a reference, a row per score and method."""
+    head = ("score", "method", "difference", "verdict", "win rate", "won", "tied", "lost")
+    rows = []
+    for content in protocol.scores.values():
+        label = f"{content.score.label} ({_arrow(content.score.name)})"
+        for method, found in content.comparisons.get(reference, {}).items():
+            verdict = {"open": "includes zero", "too few": "too few units"}.get(found.verdict)
+            rate = found.win_rate
+            rows.append(
+                (
+                    (label,),
+                    (method,),
+                    interval(found.difference, signed),
+                    (verdict or found.verdict,),
+                    ("-",) if rate is None else (Number(rate, f"{100 * rate:.0f}%"),),
+                    ("-",) if found.wins is None else (count(found.wins),),
+                    (count(found.ties),),
+                    ("-",) if found.losses is None else (count(found.losses),),
+                )
+            )
+    return Table(f"Against {reference}: differences, unit by unit", head, rows, labels=2)
+
+
+def costs(protocol: ProtocolContent) -> Table:
+    """Time and memory, a row per method: mean (least to greatest)."""
+    head = (
+        *("method", "parameters", "rank of the update", "steps"),
+        *("training, s", "drawing, s", "peak memory, GiB"),
+    )
+    rows = []
+    for method, found in protocol.methods.items():
+        rank = found.update_rank
+        rows.append(
+            (
+                (method,),
+                (count(found.parameters),),
+                ("full",) if rank is None else (count(rank),),
+                (count(found.steps),),
+                _spread(found.train_seconds, 1),
+                _spread(found.draw_seconds, 1),
+                _spread(found.peak_memory_gib, 2),
+            )
+        )
+    return Table("Size, time and memory of a unit: mean (least to greatest)", head, rows)
+
+
+def mechanism(method: str, content: MechanismContent) -> Table:
+    """A row per layer."""
+    head = ("layer", "blocks per side", "concentration", "effective rank", "input outliers")
+    rows = []
+    for layer in content.layers:
+        share = content.gradient_share.get(layer)
+        concentration = content.concentration(layer)
+        values = (concentration, content.effective_rank.get(layer))
+        cells = [_optional(value) for value in (*values, content.input_outliers.get(layer))]
+        rows.append(((layer,), ("-",) if share is None else (count(len(share)),), *cells))
+    return Table(f"{method}: layers, means of {content.units} units", head, rows)
+
+
+def shares(method: str, k: int, content: MechanismContent) -> Table:
+    """A heat map in numbers."""
+    head = ("output block", *(f"input block {n + 1}" for n in range(k)))
+    rows: list[tuple[Cell, ...]] = [
+        ((f"{j + 1}",), *((Number(value, f"{value:.4f}"),) for value in row))
+        for j, row in enumerate(content.mean_share[k])
+    ]
+    return Table(f"{method}: share of the squared gradient norm, mean of layers", head, rows)
+
+
+def units(results: Sequence[UnitResult]) -> Table:
+    """Every unit with its scores."""
+    names = sorted({name for result in results for name in result.scores}, key=score_order)
+    head = (
+        *("protocol", "subject", "method", "seed", "parameters", "rank of the update", "steps"),
+        *("training, s", "drawing, s", "peak memory, GiB"),
+    )
+    rows = []
+    for r in results:
+        found = [r.scores.get(name) for name in names]
+        memory = r.peak_memory_gib
+        rows.append(
+            (
+                *((name,) for name in (r.protocol, r.subject, r.method)),
+                (_name(r.seed),),
+                (count(r.parameters),),
+                ("full",) if r.update_rank is None else (count(r.update_rank),),
+                (count(r.steps),),
+                (Number(r.train_seconds, f"{r.train_seconds:,.1f}"),),
+                (Number(r.draw_seconds, f"{r.draw_seconds:,.1f}"),),
+                ("-",) if memory is None else (Number(memory, f"{memory:.2f}"),),
+                *(("-",) if v is None else (Number(v, f"{v:.4f}"),) for v in found),
+            )
+        )
+    return Table("All units", (*head, *(score_named(n).label for n in names)), rows, labels=3)
+
+
+def missing(content: Content) -> Table:
+    """Units without a result."""
+    rows: list[tuple[Cell, ...]] = [
+        (*((name,) for name in key[:3]), (_name(key.seed),)) for key in content.missing
+    ]
+    return Table("Missing units", ("protocol", "subject", "method", "seed"), rows, labels=3)
+
+
+def unreadable(content: Content) -> Table:
+    """Result files that were left out."""
+    rows: list[tuple[Cell, ...]] = [((str(u.path),), (u.reason,)) for u in content.unreadable]
+    return Table("Result files that were left out", ("file", "why"), rows, labels=2)
+
+
+def settings(content: Content) -> list[Table]:
+    """Settings and versions, as far as there are any."""
+    found = content.provenance
+    tables = []
+    if found.by_method:
+        head = ("setting", *dict.fromkeys(unit.method for unit in content.units))
+        rows: list[tuple[Cell, ...]] = [
+            ((name,), *((by_method[method],) for method in head[1:]))
+            for name, by_method in found.by_method.items()
+        ]
+        tables.append(Table("Settings by method", head, rows, labels=len(head)))
+    if found.common:
+        rows = [((name,), (value,)) for name, value in found.common.items()]
+        tables.append(Table("Settings of all units", ("setting", "value"), rows, labels=2))
+    if found.versions:
+        rows = [((name,), (value,)) for name, value in found.versions.items()]
+        tables.append(Table("Versions", ("program", "version"), rows, labels=2))
+    return tables
+
+
+def count(value: int) -> Number:
+    """A whole number."""
+    return Number(value, f"{value:,}")
+
+
+def interval(mean: Estimate, shown: Callable[[float], str] = "{:.4f}".format) -> Cell:
+    """A mean and its interval; a star where there is something to know about it."""
+    parts: list[str | Number] = [Number(mean.mean, shown(mean.mean))]
+    if mean.low is not None and mean.high is not None:
+        low, high = (Number(value, shown(value)) for value in (mean.low, mean.high))
+        parts += [" [", low, ", ", high, "]"]
+    return (*parts, "*") if mean.over != "subjects" else tuple(parts)
+
+
+def _name(seed: int) -> Number:
+    """A number that is a name: without commas."""
+    return Number(seed, f"{seed}")
+
+
+def _arrow(name: str) -> str:
+    return direction(score_named(name)).removesuffix(" is better")
+
+
+def _optional(value: float | None) -> Cell:
+    return ("-",) if value is None else (Number(value, f"{value:.4g}"),)
+
+
+def _spread(found: Spread | None, decimals: int) -> Cell:
+    if found is None:
+        return ("-",)
+    mean, least, greatest = (Number(value, f"{value:,.{decimals}f}") for value in found)
+    return (mean, " (", least, " to ", greatest, ")")

@@ -1,0 +1,294 @@
+"""What one unit of the benchmark left: its ``result.json``, written whole, read with suspicion."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path, PurePosixPath
+from typing import Any, NamedTuple
+
+from ..tensor_files import replacing
+
+FORMAT = 1
+RESULT_NAME = "result.json"
+UNITS_FOLDER = "units"
+
+
+class ResultFileError(ValueError):
+    """A result file that cannot be used; says where and what is wrong with it."""
+
+
+class UnitKey(NamedTuple):
+    """What tells a unit from all others: it was trained and drawn once."""
+
+    protocol: str
+    subject: str
+    method: str
+    seed: int
+
+    @property
+    def path(self) -> PurePosixPath:
+        """Its folder within the folder of a run."""
+        return PurePosixPath(
+            UNITS_FOLDER, self.protocol, self.subject, self.method, f"seed{self.seed}"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.protocol}, {self.subject}, {self.method}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """The pictures of one prompt.
+
+    Attributes:
+        pictures: files, relative to the unit's folder and within it.
+        scores: means over these pictures.
+        real: the real picture that the prompt is the caption of, relative to the unit's folder or
+            absolute; None where there is none.
+    """
+
+    prompt: str
+    pictures: tuple[str, ...]
+    scores: Mapping[str, float] = field(default_factory=dict)
+    real: str | None = None
+
+
+@dataclass(frozen=True)
+class Mechanism:
+    """What the paper's claim is about, logged while a unit was trained.
+
+    Attributes:
+        gradient_norms: layer -> {"steps": [s], "norms": [s][k][k]}: at each of these steps, the
+            Frobenius norms of the k x k blocks of the gradient of the dense update; row: output
+            block, column: input block.
+        effective_rank: layer -> effective rank of the learned update.
+        input_outliers: layer -> the largest norm of an input channel over the median one.
+    """
+
+    gradient_norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    effective_rank: Mapping[str, float] = field(default_factory=dict)
+    input_outliers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """A unit that was trained, drawn and scored.
+
+    Attributes:
+        parameters: trained.
+        update_rank: the largest that the method's update of a layer can have; None: a full one.
+        steps: optimizer steps.
+        train_seconds, draw_seconds: wall clock.
+        peak_memory_gib: of the device, None where it was not measured.
+        scores: name -> value; which there are depends on protocol and options.
+        folder: where it lies; not part of the file.
+    """
+
+    protocol: str
+    subject: str
+    method: str
+    seed: int
+    parameters: int
+    update_rank: int | None
+    steps: int
+    train_seconds: float
+    draw_seconds: float
+    peak_memory_gib: float | None
+    scores: Mapping[str, float]
+    prompts: tuple[PromptResult, ...] = ()
+    mechanism: Mechanism | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    versions: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = field(default=None, compare=False)
+
+    @property
+    def key(self) -> UnitKey:
+        return UnitKey(self.protocol, self.subject, self.method, self.seed)
+
+
+@dataclass(frozen=True)
+class Unreadable:
+    """A result file that counts for nothing: the unit is to be done again."""
+
+    path: Path
+    reason: str
+
+
+def write_result(result: UnitResult, folder: Path) -> Path:
+    """Write ``result.json`` into the unit's folder; it appears when it is whole.
+
+    Raises:
+        ResultFileError: the result could not be read back; a score is NaN, for example.
+    """
+    path = folder / RESULT_NAME
+    content = {"format": FORMAT, **_plain(result)}
+    _result(content, path)
+    try:
+        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultFileError(f"{path}: settings cannot be written as JSON ({error})") from error
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    return path
+
+
+def read_result(path: Path) -> UnitResult:
+    """Read one ``result.json``.
+
+    Raises:
+        ResultFileError: not there, cut off, or not what a result has in it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ResultFileError(f"{path}: not readable as JSON ({error})") from error
+    return _result(content, path)
+
+
+def read_results(output: Path) -> tuple[list[UnitResult], list[Unreadable]]:
+    """Read all units of a run's folder: those that can be used, and the files that cannot.
+
+    A file that says it is of another unit than its folder cannot be used either, so that a folder
+    that was copied is not counted twice. Units without a file are not finished and not named.
+    """
+    results, unreadable = [], []
+    for path in sorted((output / UNITS_FOLDER).glob(f"*/*/*/*/{RESULT_NAME}")):
+        try:
+            result = read_result(path)
+            place = PurePosixPath(path.parent.relative_to(output).as_posix())
+            if result.key.path != place:
+                raise ResultFileError(f"{path}: is of another unit ({result.key}) than its folder")
+        except ResultFileError as error:
+            unreadable.append(Unreadable(path, str(error).removeprefix(f"{path}: ")))
+        else:
+            results.append(result)
+    return results, unreadable
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as dictionaries, tuples as lists; the folder goes."""
+    if isinstance(value, (UnitResult, PromptResult, Mechanism)):
+        names = [f.name for f in fields(value) if f.name != "folder"]
+        return {name: _plain(getattr(value, name)) for name in names}
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+class _Reader:
+    """Takes the entries of one JSON object, each of the kind that it must be."""
+
+    def __init__(self, content: Any, path: Path, where: str = "") -> None:
+        self.path, self.where = path, where
+        self.content: dict[str, Any] = content
+        if not isinstance(content, dict):
+            raise self.error("", "an object", content)
+
+    def error(self, name: str, wanted: str, got: Any) -> ResultFileError:
+        place = f"{self.where}.{name}".strip(".") or "the file"
+        return ResultFileError(f"{self.path}: {place} must be {wanted}, but is {got!r:.80}")
+
+    def take(self, name: str) -> Any:
+        if name not in self.content:
+            place = f"{self.where}.{name}".strip(".")
+            raise ResultFileError(f"{self.path}: {place} is missing")
+        return self.content[name]
+
+    def text(self, name: str) -> str:
+        if not isinstance(value := self.take(name), str) or not value:
+            raise self.error(name, "a text", value)
+        return value
+
+    def count(self, name: str) -> int:
+        value = self.take(name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+            raise self.error(name, "a whole number that is not negative", value)
+        return value
+
+    def number(self, name: str) -> float:
+        if not _is_number(value := self.take(name)):
+            raise self.error(name, "a finite number", value)
+        return float(value)
+
+    def numbers(self, name: str) -> dict[str, float]:
+        inner = self.inside(name)
+        return {key: inner.number(key) for key in inner.content}
+
+    def inside(self, name: str) -> _Reader:
+        return _Reader(self.take(name), self.path, f"{self.where}.{name}".strip("."))
+
+    def items(self, name: str) -> list[Any]:
+        if not isinstance(value := self.take(name), list):
+            raise self.error(name, "a list", value)
+        return value
+
+
+def _result(content: Any, path: Path) -> UnitResult:
+    reader = _Reader(content, path)
+    if (version := reader.take("format")) != FORMAT:
+        raise reader.error("format", f"{FORMAT}, which this version reads", version)
+    names = {name: reader.text(name) for name in ("protocol", "subject", "method")}
+    for name, value in names.items():
+        if value in (".", "..") or "/" in value or "\\" in value:
+            raise reader.error(name, "the name of a folder", value)
+    optional = {name: reader.take(name) for name in ("update_rank", "peak_memory_gib", "mechanism")}
+    prompts = enumerate(reader.items("prompts"))
+    versions = reader.inside("versions")
+    return UnitResult(
+        **names,
+        seed=reader.count("seed"),
+        parameters=reader.count("parameters"),
+        update_rank=None if optional["update_rank"] is None else reader.count("update_rank"),
+        steps=reader.count("steps"),
+        train_seconds=reader.number("train_seconds"),
+        draw_seconds=reader.number("draw_seconds"),
+        peak_memory_gib=(
+            None if optional["peak_memory_gib"] is None else reader.number("peak_memory_gib")
+        ),
+        scores=reader.numbers("scores"),
+        prompts=tuple(_prompt(_Reader(item, path, f"prompts[{i}]")) for i, item in prompts),
+        mechanism=None if optional["mechanism"] is None else _mechanism(reader.inside("mechanism")),
+        settings=reader.inside("settings").content,
+        versions={name: versions.text(name) for name in versions.content},
+        folder=path.parent,
+    )
+
+
+def _prompt(reader: _Reader) -> PromptResult:
+    pictures = reader.items("pictures")
+    for name in pictures:
+        parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
+        if not parts or ".." in parts or PurePosixPath(name).is_absolute():
+            raise reader.error("pictures", "files within the unit's folder", name)
+    real = reader.text("real") if reader.content.get("real") is not None else None
+    return PromptResult(reader.text("prompt"), tuple(pictures), reader.numbers("scores"), real)
+
+
+def _mechanism(reader: _Reader) -> Mechanism:
+    layers = reader.inside("gradient_norms")
+    norms = {}
+    for layer in layers.content:
+        inner = layers.inside(layer)
+        steps, maps = inner.items("steps"), inner.items("norms")
+        if len(steps) != len(maps) or not all(map(_is_number, steps)):
+            raise inner.error("steps", "a number for each of norms", steps)
+        sizes = {len(rows) if isinstance(rows, list) else 0 for rows in maps}
+        if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
+            raise inner.error("norms", "k x k finite numbers for each step", maps)
+        norms[layer] = {"steps": steps, "norms": maps}
+    return Mechanism(norms, reader.numbers("effective_rank"), reader.numbers("input_outliers"))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _is_square(rows: Any) -> bool:
+    return isinstance(rows, list) and all(
+        isinstance(row, Sequence) and len(row) == len(rows) and all(map(_is_number, row))
+        for row in rows
+    )
