@@ -81,11 +81,14 @@ def claim(
         if _age(heir) > patience:  # it died in turn, between here and the end of this function
             heir.unlink(missing_ok=True)
         return None
-    fresh = folder / f".{CLAIM_NAME}.{token}"
-    _make(fresh, token)
-    os.replace(fresh, path)
+    # the claim may have had an heir already, who was done with that file when it was made anew
+    inherits = _read(path).get("token") == theirs.get("token")
+    if inherits:
+        fresh = folder / f".{CLAIM_NAME}.{token}"
+        _make(fresh, token)
+        os.replace(fresh, path)
     heir.unlink(missing_ok=True)
-    return Claim(folder, token, touch_seconds)
+    return Claim(folder, token, touch_seconds) if inherits else None
 
 
 def claimant(folder: Path) -> str | None:
