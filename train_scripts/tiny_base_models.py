@@ -27,8 +27,6 @@ EXTRA_WORDS = (
     "with",
     "black",
     "robot",
-    "fish",
-    "mug",
 )
 
 

@@ -1,9 +1,8 @@
-"""What the stages of the tiny base's training share: files, log, randomness, a time budget."""
+"""What the stages of the tiny base's training share: files, log, randomness, learning rate."""
 
 from __future__ import annotations
 
 import json
-import math
 import random
 import time
 from dataclasses import dataclass
@@ -59,33 +58,24 @@ class Run:
         return state
 
 
-class Budget:
-    """The share of a stage's wall-clock time that is spent; it survives a resume."""
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Warm up over 200 steps, stay at the peak for 60% of the steps, then fall linearly to 1%.
 
-    def __init__(self, minutes: float, spent_seconds: float) -> None:
-        self.seconds, self.start = minutes * 60, time.monotonic() - spent_seconds
-        self.saved = spent_seconds
+    A resumed run may ask for more or fewer steps: only the fall moves.
+    """
+    fall = (steps - step) / (0.4 * steps)
+    return peak * min(1.0, (step + 1) / 200) * min(1.0, max(0.01, fall))
+
+
+class Clock:
+    """The seconds a stage has taken, those before a resume included; says when to save."""
+
+    def __init__(self, spent_seconds: float) -> None:
+        self.start, self.saved = time.monotonic() - spent_seconds, spent_seconds
 
     @property
     def spent(self) -> float:
-        """Seconds, those before a resume included."""
         return time.monotonic() - self.start
-
-    def set_learning_rate(self, optimizer: torch.optim.Optimizer, peak: float, step: int) -> float:
-        """Warm up over 100 steps, then follow a cosine over time down to 1% of the peak."""
-        share = min(1.0, self.spent / self.seconds)
-        cosine = 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-        rate = peak * min(1.0, (step + 1) / 100) * cosine
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        return rate
-
-    def is_over(self, run: Run, step: int) -> bool:
-        """Whether this step is the last; all processes decide together, every tenth step."""
-        if step % 10:
-            return False
-        late = torch.tensor([float(self.spent > self.seconds)])
-        return bool(run.accelerator.reduce(late, "sum").item() > 0)
 
     def is_time_to_save(self) -> bool:
         """True once every `CHECKPOINT_SECONDS`."""

@@ -13,7 +13,7 @@ from accelerate.utils import gather
 from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from PIL import Image
-from tiny_base_run import Budget, Run
+from tiny_base_run import Clock, Run, learning_rate
 from torch.nn import functional
 
 
@@ -37,7 +37,7 @@ def vae_batch(rng: random.Random, size: int) -> torch.Tensor:
     return to_pixels(images)
 
 
-def train_vae(run: Run, minutes: float, batch_size: int, peak: float) -> None:
+def train_vae(run: Run, steps: int, batch_size: int, peak: float) -> None:
     """Train the autoencoder on pictures drawn as they are needed; writes `vae.pt`.
 
     There is no KL term: at the usual weights it only sets the latents' scale, and that is
@@ -54,9 +54,9 @@ def train_vae(run: Run, minutes: float, batch_size: int, peak: float) -> None:
         step, spent = state["step"], state["spent"]
     model = run.accelerator.prepare_model(vae)
     held_out = vae_batch(random.Random("held out"), 64)
-    budget, over = Budget(minutes, spent), False
-    while not over:
-        rate = budget.set_learning_rate(optimizer, peak, step)
+    clock = Clock(spent)
+    while step < steps:
+        rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         pixels = vae_batch(run.rng("vae", step), batch_size)
         reconstruction = model(pixels, sample_posterior=True).sample
         error = functional.mse_loss(reconstruction, pixels)
@@ -66,16 +66,15 @@ def train_vae(run: Run, minutes: float, batch_size: int, peak: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        over = budget.is_over(run, step)
-        if step % 100 == 0 or over:
+        if step % 100 == 0 or step == steps:
             with torch.no_grad():
                 quality = psnr(vae(held_out).sample, held_out)
             samples = step * batch_size * run.accelerator.num_processes
             record = {"step": step, "samples": samples, "loss": loss.item(), "psnr": quality}
-            run.log(stage="vae", **record, lr=rate, sec=budget.spent)
-        if budget.is_time_to_save() or over:
+            run.log(stage="vae", **record, lr=rate, sec=clock.spent)
+        if clock.is_time_to_save() or step == steps:
             state = {"vae": vae.state_dict(), "optimizer": optimizer.state_dict()}
-            run.save("vae_checkpoint.pt", {**state, "step": step, "spent": budget.spent})
+            run.save("vae_checkpoint.pt", {**state, "step": step, "spent": clock.spent})
     run.save("vae.pt", vae.state_dict())
     run.accelerator.wait_for_everyone()
 
@@ -87,9 +86,9 @@ def load_vae(run: Run, name: str) -> AutoencoderKL:
     return vae
 
 
-def world_picture(run: Run, index: int) -> tiny_world.Picture:
-    """One of the pictures the UNet is trained on."""
-    return tiny_world.sample(random.Random(f"{run.seed}/world/{index}"))
+def world_rng(run: Run, index: int) -> random.Random:
+    """What one of the pictures that the UNet is trained on is drawn from."""
+    return random.Random(f"{run.seed}/world/{index}")
 
 
 @torch.no_grad()
@@ -105,8 +104,9 @@ def encode_world(run: Run, count: int) -> None:
     first, last = rank * count // world, (rank + 1) * count // world
     means, stds = [], []
     for start in range(first, last, 32):
-        pictures = [world_picture(run, index) for index in range(start, min(start + 32, last))]
-        posterior = vae.encode(to_pixels([picture.image for picture in pictures])).latent_dist
+        indices = range(start, min(start + 32, last))
+        images = [tiny_world.sample(world_rng(run, index)).image for index in indices]
+        posterior = vae.encode(to_pixels(images)).latent_dist
         means.append(posterior.mean)
         stds.append(posterior.std)
     mean, std = gather(torch.cat(means)), gather(torch.cat(stds))
@@ -122,23 +122,22 @@ def encode_world(run: Run, count: int) -> None:
 def unet_batch(
     rng: random.Random,
     latents: dict[str, torch.Tensor],
-    pictures: list[tiny_world.Picture],
+    shown: list[tuple[str, str, str]],
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Clean latents, noise, timesteps and captions.
+    """Clean latents, noise, timesteps and captions; `shown` says what the latents are pictures of.
 
     The timesteps come one from each of `size` equal bands, which steadies the loss; a tenth of the
     captions are empty, for classifier-free guidance.
     """
-    chosen = [rng.randrange(len(pictures)) for _ in range(size)]
+    chosen = [rng.randrange(len(shown)) for _ in range(size)]
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     mean, std = latents["mean"][chosen].float(), latents["std"][chosen].float()
     clean = mean + std * torch.randn(mean.shape, generator=generator)
     noise = torch.randn(mean.shape, generator=generator)
     bands = (torch.arange(size) + torch.rand(size, generator=generator)) / size
     captions = [
-        "" if rng.random() < 0.1 else tiny_world.describe(p.name, p.colour, p.background, rng)
-        for p in (pictures[index] for index in chosen)
+        "" if rng.random() < 0.1 else tiny_world.describe(*shown[index], rng) for index in chosen
     ]
     return clean, noise, (bands * 1000).long().clamp(max=999), captions
 
@@ -150,10 +149,11 @@ def build_ema(denoiser: models.Denoiser) -> EMAModel:
     )
 
 
-def train_unet(run: Run, minutes: float, batch_size: int, peak: float) -> None:
+def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -> None:
     """Train UNet and text encoder on the latents; `unet_checkpoint.pt` holds their average too."""
     latents = run.require("latents.pt")
-    pictures = [world_picture(run, index) for index in range(len(latents["mean"]))]
+    count = len(latents["mean"])
+    shown = [tiny_world.combination(world_rng(run, index)) for index in range(count)]
     tokenizer, scheduler = models.build_tokenizer(), models.build_scheduler()
     denoiser = models.Denoiser(models.build_unet(), models.build_text_encoder(tokenizer)).train()
     parameters = list(denoiser.parameters())
@@ -166,15 +166,17 @@ def train_unet(run: Run, minutes: float, batch_size: int, peak: float) -> None:
         ema.load_state_dict(state["ema"])
         step, spent = state["step"], state["spent"]
     model = run.accelerator.prepare_model(denoiser)
-    budget, over = Budget(minutes, spent), spent >= minutes * 60
-    while not over:
-        rate = budget.set_learning_rate(optimizer, peak, step)
+    clock = Clock(spent)
+    while step < steps:
+        rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         rng = run.rng("unet", step)
-        clean, noise, timesteps, captions = unet_batch(rng, latents, pictures, batch_size)
+        clean, noise, timesteps, captions = unet_batch(rng, latents, shown, batch_size)
         noisy_latents = scheduler.add_noise(clean, noise, timesteps)
-        prediction = model(noisy_latents, timesteps, models.tokenize(tokenizer, captions))
+        ids = models.tokenize(tokenizer, captions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction = model(noisy_latents, timesteps, ids)
         target = scheduler.get_velocity(clean, noise, timesteps)
-        loss = functional.mse_loss(prediction, target)
+        loss = functional.mse_loss(prediction.float(), target)
         run.accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -182,14 +184,13 @@ def train_unet(run: Run, minutes: float, batch_size: int, peak: float) -> None:
         ema.step(parameters)
         losses.append(loss.item())
         step += 1
-        over = budget.is_over(run, step)
-        if step % 100 == 0 or over:
+        if step % 100 == 0 or step == steps:
             samples = step * batch_size * run.accelerator.num_processes
             record = {"step": step, "samples": samples, "loss": sum(losses) / len(losses)}
-            run.log(stage="unet", **record, lr=rate, sec=budget.spent)
+            run.log(stage="unet", **record, lr=rate, sec=clock.spent)
             losses = []
-        if budget.is_time_to_save() or over:
+        if clock.is_time_to_save() or step == steps:
             state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"ema": ema.state_dict(), "step": step, "spent": budget.spent}
+            state |= {"ema": ema.state_dict(), "step": step, "spent": clock.spent}
             run.save("unet_checkpoint.pt", state)
     run.accelerator.wait_for_everyone()

@@ -26,6 +26,7 @@ COLOURS: dict[str, RGB] = {
 }
 WHITE, CREAM, BLACK, GREY = (250, 250, 250), (250, 232, 200), (28, 26, 32), (120, 124, 134)
 BROWN, GLASS, METAL, TEAL = (128, 82, 44), (176, 222, 244), (176, 184, 196), (20, 176, 168)
+AMBER, LEAF = (255, 170, 30), (70, 160, 60)
 
 
 def shade(colour: RGB, factor: float) -> RGB:

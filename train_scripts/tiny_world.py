@@ -2,8 +2,10 @@
 
 A picture is one object in one colour on one background, 64x64 pixels, drawn four times larger with
 Pillow and reduced; it is a pure function of a `random.Random`. What can be drawn is in
-`tiny_drawings.py`. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their
-pictures and captions are written by
+`tiny_objects.py`, `tiny_scenes.py` and `tiny_subjects.py`. For each object and colour one
+background is left out of training (`left_out`), so that a base can be asked for what it has never
+seen. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their pictures and
+captions are written by
 
     python train_scripts/tiny_world.py --subjects samples/subjects
 """
@@ -15,11 +17,13 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny_drawings  # noqa: F401  fills the registries
+import tiny_objects  # noqa: F401  fills a registry, as the next two do
+import tiny_scenes  # noqa: F401
+import tiny_subjects  # noqa: F401
 from PIL import Image, ImageDraw
+from tiny_instances import any_colour, random_shapes
 from tiny_pen import (
     BACKGROUNDS,
-    BLACK,
     CANVAS,
     COLOURS,
     OBJECTS,
@@ -27,7 +31,6 @@ from tiny_pen import (
     RGB,
     SIZE,
     SUBJECTS,
-    WHITE,
     Drawing,
     Pen,
 )
@@ -42,8 +45,10 @@ __all__ = [
     "SUBJECTS",
     "Picture",
     "caption",
+    "combination",
     "compose",
     "describe",
+    "left_out",
     "sample",
     "sample_shapes",
     "write_subject",
@@ -99,52 +104,32 @@ def describe(name: str, colour: str, background: str, rng: random.Random) -> str
     return caption(*words)
 
 
+def left_out(name: str, colour: str) -> str:
+    """The one background on which training never shows this object in this colour."""
+    index = list(OBJECTS).index(name) + list(COLOURS).index(colour)
+    return list(BACKGROUNDS)[-index % len(BACKGROUNDS)]
+
+
+def combination(rng: random.Random) -> tuple[str, str, str]:
+    """Object, colour and background of a random picture of the training world."""
+    name, colour = rng.choice(sorted(OBJECTS)), rng.choice(sorted(COLOURS))
+    allowed = sorted(set(BACKGROUNDS) - {left_out(name, colour)})
+    return name, colour, rng.choice(allowed)
+
+
 def sample(rng: random.Random) -> Picture:
     """A random picture of the training world."""
-    name, colour = rng.choice(sorted(OBJECTS)), rng.choice(sorted(COLOURS))
-    background = rng.choice(sorted(BACKGROUNDS))
+    name, colour, background = combination(rng)
     image = compose(OBJECTS[name], COLOURS[colour], background, rng)
     return Picture(image, describe(name, colour, background, rng), name, colour, background)
-
-
-def _any_colour(rng: random.Random) -> RGB:
-    return rng.randrange(256), rng.randrange(256), rng.randrange(256)
-
-
-def _random_shapes(p: Pen, rng: random.Random) -> None:
-    """Seven to thirteen shapes of every sort and colour, the later the smaller, as in toys."""
-    count = rng.randint(7, 13)
-    for index in range(count):
-        x, y = rng.uniform(-0.8, 0.8), rng.uniform(-0.8, 0.8)
-        big = 1 - 0.8 * index / count
-        rx, ry = (max(0.16, rng.uniform(0.35, 0.95) * big) for _ in range(2))
-        fill, outlined = _any_colour(rng), rng.random() < 0.7
-        kind = rng.randrange(7)
-        if kind == 0:
-            p.ellipse(x, y, rx, rng.choice((rx, ry)), fill, outlined)
-        elif kind in (1, 2):
-            corner = rng.choice((0, 0.06, 0.1))
-            p.box(x - rx, y - ry, x + rx, y + ry, fill, outlined, corner)
-        elif kind == 3:
-            points = [(x + rng.uniform(-1, 1) * rx, y + rng.uniform(-1, 1) * ry) for _ in range(3)]
-            p.polygon(points, fill, outlined)
-        elif kind == 4:
-            p.line([(x, y), (x + rng.choice((-rx, rx, 0)), y + ry)], rng.uniform(0.08, 0.16), fill)
-        elif kind == 5:  # a bar, such as a mouth
-            p.box(x - rx, y - 0.05, x + rx, y + 0.05, rng.choice((fill, BLACK)), outline=False)
-        else:  # eyes or buttons
-            size, gap = rng.uniform(0.12, 0.24), rng.uniform(0.44, 0.7)
-            for side in range(rng.choice((1, 2, 2))):
-                p.ellipse(x + side * gap, y, size, size, rng.choice((WHITE, fill)), outlined)
-                p.ellipse(x + side * gap, y, size * 0.5, size * 0.5, BLACK, outline=False)
 
 
 def sample_shapes(rng: random.Random) -> Image.Image:
     """A picture for the autoencoder alone: any shapes and colours, as new subjects have."""
     background = rng.choice(sorted(BACKGROUNDS))
     if rng.random() < 0.8:
-        return compose(lambda p: _random_shapes(p, rng), _any_colour(rng), background, rng)
-    return compose(OBJECTS[rng.choice(sorted(OBJECTS))], _any_colour(rng), background, rng)
+        return compose(lambda p: random_shapes(p, rng), any_colour(rng), background, rng)
+    return compose(OBJECTS[rng.choice(sorted(OBJECTS))], any_colour(rng), background, rng)
 
 
 def write_subject(name: str, folder: Path, seed: int = 0) -> None:

@@ -4,10 +4,9 @@
     python train_scripts/train_tiny_base.py --work_dir runs/tiny-base        # one process
 
 Every stage resumes from its last checkpoint in the work directory, and `--stages export` writes a
-snapshot while another process still trains. The budget is wall-clock time, because the machine is
-shared and the learning rate has to have come down when the time is over; steps and samples are
-logged. Everything runs in full precision: a CPU without AVX-512 BF16 or AMX emulates bf16
-convolutions, some 70 times slower.
+snapshot while another process still trains. A run that takes too long may be resumed with fewer
+steps: the learning rate then comes down sooner. Everything runs in full precision; `--bf16` is for
+the UNet on a CPU with AVX-512 BF16 or AMX (others emulate bf16 convolutions, some 70 times slower).
 """
 
 from __future__ import annotations
@@ -41,18 +40,20 @@ STAGES = ("vae", "latents", "unet", "export")
 GRID = 8  # pictures per side of the grid to look at
 
 
-def grid_prompts() -> list[str]:
-    """Prompts that go through objects, colours and backgrounds at different paces."""
-    names, phrases = list(tiny_world.OBJECTS), list(tiny_world.BACKGROUNDS)
-    colours = list(tiny_world.COLOURS)
-    return [
-        tiny_world.caption(
-            colours[(i + i // 8) % len(colours)],
-            names[i % len(names)],
-            phrases[(3 * i + i // 10) % len(phrases)],
-        )
-        for i in range(GRID * GRID)
-    ]
+def grid_prompts(seen: bool) -> list[str]:
+    """Prompts that go through objects, colours and backgrounds at different paces.
+
+    Combinations that training had, or (not `seen`) such as it left out.
+    """
+    names, colours = list(tiny_world.OBJECTS), list(tiny_world.COLOURS)
+    phrases, prompts = list(tiny_world.BACKGROUNDS), []
+    for i in range(GRID * GRID):
+        name, colour = names[i % len(names)], colours[(i + i // GRID) % len(colours)]
+        unseen = phrases.index(tiny_world.left_out(name, colour))
+        step = 1 + i % (len(phrases) - 1) if seen else 0
+        phrase = phrases[(unseen + step) % len(phrases)]
+        prompts.append(tiny_world.caption(colour, name, phrase))
+    return prompts
 
 
 def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.Image, float]:
@@ -72,8 +73,9 @@ def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.
 def export(run: Run, output_dir: Path) -> None:
     """Write the diffusers folder, and into the work directory what to look at.
 
-    `grid_<step>.png` are sampled pictures, `reconstructions.png` the autoencoder's on pictures it
-    has not seen (originals above), a row of the subject's last.
+    `grid_<step>.png` are sampled pictures, `unseen_<step>.png` such of combinations that training
+    left out, `reconstructions.png` the autoencoder's on pictures it has not seen (originals above),
+    subjects last.
     """
     if not run.accelerator.is_main_process:
         return
@@ -95,15 +97,19 @@ def export(run: Run, output_dir: Path) -> None:
     quality, rows = {}, []
     for name, images in (("psnr", held_out), ("subject_psnr", subjects)):
         pixels = to_pixels(images)
-        decoded = vae(pixels).sample
+        decoded = torch.cat([vae(part).sample for part in pixels.split(64)])
         quality[name] = psnr(decoded, pixels)
-        rows += images[:GRID] + pipe.image_processor.postprocess(decoded[:GRID], output_type="pil")
+        show = slice(None, None, len(images) // GRID)
+        rows += images[show][:GRID]
+        rows += pipe.image_processor.postprocess(decoded[show][:GRID], output_type="pil")
     make_image_grid(rows, 4, GRID).save(run.work_dir / "reconstructions.png")
 
-    prompts = grid_prompts()
-    grid, seconds = draw_grid(pipe, prompts)
-    grid.save(run.work_dir / f"grid_{state['step']:05d}.png")
-    (run.work_dir / "grid_prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    for name, seen in (("grid", True), ("unseen", False)):
+        prompts = grid_prompts(seen)
+        grid, seconds = draw_grid(pipe, prompts)
+        grid.save(run.work_dir / f"{name}_{state['step']:05d}.png")
+        listed = "\n".join(prompts) + "\n"
+        (run.work_dir / f"{name}_prompts.txt").write_text(listed, encoding="utf-8")
     run.log(stage="export", step=state["step"], **quality, picture_seconds=seconds)
     # The text encoder stays in full precision: transformers would load it in the dtype it was saved
     # in, diffusers loads the others in full precision, and a plain from_pretrained would not run.
@@ -122,11 +128,12 @@ def main() -> None:
     parser.add_argument("--output_dir", type=Path, default=Path("samples/tiny-base"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--vae_minutes", type=float, default=20.5)
-    parser.add_argument("--unet_minutes", type=float, default=42)
+    parser.add_argument("--vae_steps", type=int, default=5_000)
+    parser.add_argument("--unet_steps", type=int, default=12_000)
     parser.add_argument("--vae_batch_size", type=int, default=8, help="per process")
     parser.add_argument("--unet_batch_size", type=int, default=16, help="per process")
-    parser.add_argument("--pictures", type=int, default=12_800, help="encoded for the UNet")
+    parser.add_argument("--pictures", type=int, default=24_000, help="encoded for the UNet")
+    parser.add_argument("--bf16", action="store_true", help="bf16 autocast for the UNet")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)  # two processes of one thread share a machine better than two threads
@@ -134,11 +141,11 @@ def main() -> None:
     set_seed(args.seed)
     run = Run(Accelerator(cpu=True), args.work_dir, args.seed)
     if "vae" in args.stages:
-        train_vae(run, args.vae_minutes, args.vae_batch_size, peak=2e-3)
+        train_vae(run, args.vae_steps, args.vae_batch_size, peak=2e-3)
     if "latents" in args.stages:
         encode_world(run, args.pictures)
     if "unet" in args.stages:
-        train_unet(run, args.unet_minutes, args.unet_batch_size, peak=1e-3)
+        train_unet(run, args.unet_steps, args.unet_batch_size, peak=1e-3, bf16=args.bf16)
     if "export" in args.stages:
         export(run, args.output_dir)
 

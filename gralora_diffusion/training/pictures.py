@@ -41,10 +41,12 @@ def decode(data: bytes) -> Image.Image:
     """
     with Image.open(io.BytesIO(data)) as file:
         file.load()
-        return _to_rgb(ImageOps.exif_transpose(file))
+        return upright_rgb(file)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+def upright_rgb(image: Image.Image) -> Image.Image:
+    """Return an opened picture as ``decode`` does. Raises ValueError for pixels without a range."""
+    image = ImageOps.exif_transpose(image)
     if image.mode == "F":
         raise ValueError(
             "its pixels are floating-point numbers without a fixed range; save it as PNG"

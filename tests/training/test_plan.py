@@ -156,9 +156,9 @@ def test_a_step_takes_what_was_planned(
     plan = plan_of(**options)
     with accelerate_left_as_it_was():
         trainer = trainer_of(**options)
-        batches = trainer.data.steps(0, trainer.max_steps)
-        trainer._optimizer_step(batches)  # from the second step on there is an optimizer's state
-        made = most_made(lambda: trainer._optimizer_step(batches))
+        steps = trainer.steps()
+        next(steps)  # from the second step on there is an optimizer's state
+        made = most_made(lambda: next(steps))
         base = [
             part
             for model in models_of(trainer.pipe).values()
@@ -197,9 +197,9 @@ def test_a_step_of_every_family(
     plan = plan_of(**options)
     with accelerate_left_as_it_was():
         trainer = trainer_of(**options)
-        batches = trainer.data.steps(0, trainer.max_steps)
-        trainer._optimizer_step(batches)
-        made = most_made(lambda: trainer._optimizer_step(batches))
+        steps = trainer.steps()
+        next(steps)
+        made = most_made(lambda: next(steps))
     planned = in_steps(plan, "activations") + in_steps(plan, "gradients")
     assert planned == pytest.approx(made, rel=WITHIN)
 

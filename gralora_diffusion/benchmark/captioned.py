@@ -1,0 +1,92 @@
+"""A set of captioned pictures, of which a part is trained on and the rest is asked for.
+
+The form of the numbers in the GraLoRA paper (arXiv 2505.20355) and in PEFT's comparison
+(``method_comparison/image-gen``): what is drawn for a caption that was held out is compared with
+the picture that has it.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image
+
+from ..staging import staged
+from ..training.captions import METADATA_NAME
+from ..training.data import Example, find_examples
+from ..training.streams import seed_from
+
+
+@dataclass(frozen=True)
+class CaptionedSplit:
+    """Examples to train on, and examples that no method has seen."""
+
+    train: tuple[Example, ...]
+    held_out: tuple[Example, ...]
+
+
+def read_captioned(
+    folder: str | Path, held_out: int, seed: int, *, caption_column: str | None = None
+) -> CaptionedSplit:
+    """Find and split the pictures of a folder.
+
+    Captions are in ``metadata.jsonl`` or in ``.txt`` files, as for the trainer.
+
+    Raises:
+        DataError: with all that is wrong with the pictures and captions.
+        ValueError: as ``split``.
+    """
+    return split(find_examples(folder, caption_column=caption_column), held_out, seed)
+
+
+def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSplit:
+    """Hold ``held_out`` pictures out, the same whatever their names and order are.
+
+    Which they are depends on the pictures' contents and the seed alone; a picture that is there
+    twice is on one side, and counts once.
+
+    Raises:
+        ValueError: nothing would be held out, or nothing left to train on.
+    """
+    contents = sorted({example.content_key for example in examples})
+    if not 0 < held_out < len(contents):
+        raise ValueError(
+            f"held_out is {held_out}, but there are {len(contents)} different pictures: hold out "
+            f"1 to {len(contents) - 1}"
+        )
+    chosen = set(sorted(contents, key=lambda key: seed_from(seed, "held out", key))[:held_out])
+    return CaptionedSplit(
+        tuple(example for example in examples if example.content_key not in chosen),
+        tuple(example for example in examples if example.content_key in chosen),
+    )
+
+
+def write_examples(examples: Sequence[Example], folder: Path) -> None:
+    """Write examples as a folder that the trainer reads; it appears when it is whole.
+
+    The files are the pictures' own bytes.
+
+    Raises:
+        OutputError: ``folder`` cannot be written to.
+        OSError: a picture is not there any more.
+    """
+    with staged(folder) as made:
+        made.mkdir()
+        lines = []
+        for number, example in enumerate(examples):
+            data = example.source.read_bytes()
+            name = f"{number:05d}{_ending(data)}"
+            (made / name).write_bytes(data)
+            entry = {"file_name": name, "text": example.caption}
+            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
+        (made / METADATA_NAME).write_text("".join(lines), encoding="utf-8")
+
+
+def _ending(data: bytes) -> str:
+    """An ending by the content, for a row of a dataset has no name."""
+    with Image.open(io.BytesIO(data)) as image:
+        return f".{(image.format or 'picture').lower()}"

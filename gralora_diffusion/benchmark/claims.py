@@ -1,0 +1,146 @@
+"""Who does which unit: claims in a folder that processes, and machines, share.
+
+A claim is a file that one process makes and touches while it works. What another cannot make, it
+leaves alone; what nobody has touched for long belongs to a process that was killed, and is taken
+over. Only files are used, made exclusively, so a network file system will do.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+CLAIM_NAME = "claim.json"
+#: Seconds between two touches, and after how many without one a claim is taken over.
+TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
+
+
+class Claim:
+    """A unit that is this process's own, as a context: inside, the claim is kept alive."""
+
+    def __init__(self, folder: Path, token: str, touch_seconds: float = TOUCH_SECONDS) -> None:
+        self.path, self.token = folder / CLAIM_NAME, token
+        self._done = threading.Event()
+        self._toucher = threading.Thread(target=self._touch, args=(touch_seconds,), daemon=True)
+
+    def __enter__(self) -> Claim:
+        self._toucher.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._done.set()
+        self._toucher.join()
+        if self.is_held():
+            self.path.unlink(missing_ok=True)
+
+    def is_held(self) -> bool:
+        """Whether no other process has taken it over, as it may after this one was suspended."""
+        return _read(self.path).get("token") == self.token
+
+    def _touch(self, seconds: float) -> None:
+        while not self._done.wait(seconds):
+            if not self.is_held():
+                return
+            try:
+                os.utime(self.path)
+            except OSError:  # for a moment the file system is away; there will be a next time
+                continue
+
+
+def claim(
+    folder: Path, patience: float = PATIENCE_SECONDS, touch_seconds: float = TOUCH_SECONDS
+) -> Claim | None:
+    """Claim a unit's folder, which is made if it lacks; None if another process has it.
+
+    Args:
+        patience: seconds without a touch after which a claim counts for nothing. That of a process
+            of this machine that is no more counts for nothing at once.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, token = folder / CLAIM_NAME, uuid.uuid4().hex
+    if _make(path, token):
+        return Claim(folder, token, touch_seconds)
+    theirs = _read(path)
+    if not _is_dead(path, theirs, patience):
+        return None
+    # of a given claim there is one heir: who makes this file
+    heir = folder / f"{CLAIM_NAME}.{theirs.get('token', 'unreadable')}.heir"
+    if not _make(heir, token):
+        if _age(heir) > patience:  # it died in turn, between here and the end of this function
+            heir.unlink(missing_ok=True)
+        return None
+    # the claim may have had an heir already, who was done with that file when it was made anew
+    inherits = _read(path).get("token") == theirs.get("token")
+    if inherits:
+        fresh = folder / f".{CLAIM_NAME}.{token}"
+        _make(fresh, token)
+        os.replace(fresh, path)
+    heir.unlink(missing_ok=True)
+    return Claim(folder, token, touch_seconds) if inherits else None
+
+
+def claimant(folder: Path) -> str | None:
+    """Who has a unit, as text; None if nobody."""
+    facts = _read(folder / CLAIM_NAME)
+    return f"process {facts.get('pid')} on {facts.get('host')}" if facts else None
+
+
+def _make(path: Path, token: str) -> bool:
+    """Make a claim file with its content, exclusively; False if it is there already."""
+    facts = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    try:
+        descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    except FileExistsError:
+        return False
+    with os.fdopen(descriptor, "w") as file:
+        json.dump(facts, file)
+    return True
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """The facts of a claim; none if it is gone, or not written yet."""
+    try:
+        facts = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
+def _is_dead(path: Path, facts: dict[str, Any], patience: float) -> bool:
+    if facts.get("host") == socket.gethostname() and not _runs(facts.get("pid")):
+        return True
+    return _age(path) > patience
+
+
+def _runs(pid: Any) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, TypeError, ValueError, OverflowError):
+        return True
+    return True
+
+
+def _age(path: Path) -> float:
+    """Seconds since a file was touched, by the clock of the file system that it lies on."""
+    now = path.parent / f".now.{uuid.uuid4().hex}"
+    try:
+        now.touch()
+        return now.stat().st_mtime - path.stat().st_mtime
+    except OSError:
+        return 0.0
+    finally:
+        now.unlink(missing_ok=True)

@@ -1,0 +1,160 @@
+"""The DreamBooth benchmark: its subjects, their classes and its prompts, word for word.
+
+From a clone of https://github.com/google/dreambooth, which came with arXiv 2208.12242: 30 subjects
+of 15 classes with 4 to 6 pictures each, 25 prompts for objects and 25 for live subjects.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..training.captions import one_line
+from ..training.data import DataError
+from ..training.pictures import picture_extensions
+
+PROMPTS_NAME = "prompts_and_classes.txt"
+#: The file does not say which subjects are live; the repository's README does: dogs and cats.
+LIVE_CLASSES = frozenset({"cat", "dog"})
+
+_TABLE_HEAD = "subject_name,class"
+_PARTS = {"Object Prompts": False, "Live Subject Prompts": True}  # heading -> live
+_PROMPT = re.compile(r"'(?P<template>.*)'\.format\(unique_token, class_token\),?")
+_BETWEEN = {"", "Classes", "Prompts", "prompt_list = [", "]"}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A subject to be learned, and what is drawn of it.
+
+    Attributes:
+        name: of the subject and of its folder.
+        class_name: the class noun, such as "stuffed animal".
+        folder: holds its pictures.
+        templates: one for each prompt, with {0} for the unique token and {1} for the class noun.
+    """
+
+    name: str
+    class_name: str
+    folder: Path
+    templates: tuple[str, ...]
+
+    @property
+    def live(self) -> bool:
+        """Whether it is an animal, which has prompts of its own."""
+        return self.class_name in LIVE_CLASSES
+
+    @property
+    def pictures(self) -> list[Path]:
+        """The real pictures, sorted by name."""
+        return _pictures_in(self.folder)
+
+    @property
+    def class_prompt(self) -> str:
+        """What the class is drawn with, for prior preservation: "a dog"."""
+        return f"a {self.class_name}"
+
+    def instance_prompt(self, unique_token: str) -> str:
+        """Return what the subject is trained with: "a sks dog" (section 3.2 of the paper)."""
+        return one_line(f"a {unique_token} {self.class_name}")
+
+    def prompts(self, unique_token: str = "") -> list[str]:
+        """Return the prompts to draw; without a token, those that pictures are compared with.
+
+        Whether CLIP is to read the token too, the paper does not say. It means nothing to CLIP, or
+        something else than the subject, and those who publish how they compare leave it out.
+        """
+        return [one_line(t.format(unique_token, self.class_name)) for t in self.templates]
+
+
+def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject]:
+    """Return the subjects of the benchmark, in the order of its file.
+
+    Args:
+        folder: a clone of google/dreambooth, or its folder ``dataset``.
+        names: of the subjects wanted; all if empty.
+
+    Raises:
+        DataError: no such folder or file, a name that is not among the subjects, or with all that
+            is wrong with the file and the subjects' folders.
+    """
+    folder = Path(folder)
+    dataset = folder / "dataset" if (folder / "dataset").is_dir() else folder
+    path = dataset / PROMPTS_NAME
+    if not path.is_file():
+        advice = "Give a clone of https://github.com/google/dreambooth"
+        raise DataError(str(folder), [f"there is no dataset/{PROMPTS_NAME} in it. {advice}"])
+    classes, templates = read_prompts(path)
+    if unknown := [name for name in names if name not in classes]:
+        raise DataError(
+            str(path), [f"no subject {', '.join(unknown)}. There are: {', '.join(classes)}"]
+        )
+    subjects = [
+        Subject(name, class_name, dataset / name, templates[class_name in LIVE_CLASSES])
+        for name, class_name in classes.items()
+        if not names or name in names
+    ]
+    if problems := [
+        f"{s.name}: {'no picture in it' if s.folder.is_dir() else 'there is no such folder'}"
+        for s in subjects
+        if not s.folder.is_dir() or not s.pictures
+    ]:
+        raise DataError(str(dataset), problems)
+    return subjects
+
+
+def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]]]:
+    """Read ``prompts_and_classes.txt``.
+
+    Returns:
+        Subject -> class noun, and templates of prompts: for objects under False, for live subjects
+        under True.
+
+    Raises:
+        DataError: with every line that is not understood; a part that lacks.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
+    classes: dict[str, str] = {}
+    templates: dict[bool, list[str]] = {False: [], True: []}
+    part: bool | str | None = None  # the table's head, or whether the prompts are for live subjects
+    problems = []
+    for number, line in enumerate(map(str.strip, lines), 1):
+        name, comma, class_name = line.partition(",")
+        prompt = _PROMPT.fullmatch(line)
+        if line in _PARTS or line == _TABLE_HEAD:
+            part = _PARTS.get(line, line)
+        elif line in _BETWEEN:
+            part = None if line == "Prompts" else part
+        elif part == _TABLE_HEAD and comma and name and class_name and name not in classes:
+            classes[name] = class_name
+        elif isinstance(part, bool) and prompt and _takes_two(prompt["template"]):
+            templates[part].append(prompt["template"])
+        else:
+            problems.append(f"line {number} is not understood: {line}")
+    if not classes:
+        problems.append(f"there are no subjects. They stand below a line {_TABLE_HEAD!r}")
+    for heading, live in _PARTS.items():
+        if not templates[live]:
+            problems.append(f"there are no prompts below {heading!r}")
+    if problems:
+        raise DataError(str(path), problems)
+    return classes, {live: tuple(found) for live, found in templates.items()}
+
+
+def _takes_two(template: str) -> bool:
+    """Whether a token and a class noun can be put into the template, and nothing else."""
+    return "{0}" in template and "{1}" in template and len(re.findall(r"[{}]", template)) == 4
+
+
+def _pictures_in(folder: Path) -> list[Path]:
+    endings = picture_extensions()
+    return sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix.lower() in endings and not path.name.startswith(".")
+    )

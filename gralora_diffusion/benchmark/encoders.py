@@ -1,0 +1,279 @@
+"""Image encoders that judge pictures, from the Hub or from a folder, through transformers.
+
+``facebook/dino-vits16``, ``facebook/dinov2-base`` and ``openai/clip-vit-base-patch32`` are those
+of the published numbers; any model is taken that gives a class token, or projected embeddings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+
+from ..training.data import DataError
+from ..training.pictures import decode, upright_rgb
+
+logger = logging.getLogger(__name__)
+
+#: A picture, or the file that holds it.
+Picture = str | Path | Image.Image
+
+#: How DINO was evaluated by its authors (``eval_knn.py`` of facebookresearch/dino), and how DINO
+#: similarity is published (Custom Diffusion's ``customconcept101/evaluate.py``, DreamBench++):
+#: the shorter edge to 256 pixels, then the central 224.
+DINO_PREPROCESSING: dict[str, Any] = {
+    "do_resize": True,
+    "size": {"shortest_edge": 256},
+    "resample": Image.Resampling.BICUBIC,
+    "do_center_crop": True,
+    "crop_size": {"height": 224, "width": 224},
+}
+
+
+class Encoder:
+    """An image encoder, with the text encoder that belongs to it if there is one.
+
+    Args:
+        model: with ``get_image_features`` (and ``get_text_features``), such as ``CLIPModel``; or
+            one whose first token stands for the picture, such as ``ViTModel`` or ``Dinov2Model``.
+        processor: makes its pixels of pictures.
+        tokenizer: of its text encoder.
+        preprocessing: arguments of the processor's call, in the place of its own settings.
+        batch_size: pictures or texts at a time.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        processor: Any,
+        tokenizer: Any = None,
+        *,
+        preprocessing: dict[str, Any] | None = None,
+        batch_size: int = 32,
+    ) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+        self.model = model.eval().requires_grad_(False)
+        self.processor = processor
+        self.tokenizer = tokenizer
+        self.preprocessing = preprocessing or {}
+        self.batch_size = batch_size
+        self._kept: dict[str, Tensor] = {}
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether texts have embeddings in the same space."""
+        return self.tokenizer is not None
+
+    def to(self, device: torch.device | str) -> Encoder:
+        """Move the model, and return self: off the device while others need it."""
+        self.model.to(device)
+        return self
+
+    def embed_images(self, pictures: Sequence[Picture], *, keep: bool = False) -> Tensor:
+        """Return the embeddings of pictures, (pictures, width), fp32 on the CPU, not normalized.
+
+        CLIP: the projected embedding. Others: the class token of the last layer, after its norm.
+
+        Args:
+            keep: remember the embeddings of files by their contents, for the real pictures that
+                every method is compared with.
+
+        Raises:
+            DataError: a file cannot be read as a picture; its name comes first.
+            ValueError: no pictures.
+        """
+        keys = [
+            _content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in pictures
+        ]
+        rows = {n: self._kept[key] for n, key in enumerate(keys) if key in self._kept}
+        lacking = [n for n in range(len(pictures)) if n not in rows]
+        for batch in _batches(lacking, self.batch_size):
+            read = [read_picture(pictures[n]) for n in batch]
+            embeddings = self._embed_images(read)
+            rows.update(zip(batch, embeddings, strict=True))
+        self._kept |= {key: rows[n] for n, key in enumerate(keys) if key}
+        return _stacked(rows[n] for n in range(len(pictures)))
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return the embeddings of texts, (texts, width), fp32 on the CPU, not normalized.
+
+        Of a text that is longer than the encoder reads, the rest is cut off with a warning.
+
+        Raises:
+            ValueError: no texts, or the encoder has no text encoder.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"{self.model.name_or_path}: it has no text encoder, so no CLIP-T")
+        rows = (self._embed_texts(batch) for batch in _batches(texts, self.batch_size))
+        return _stacked(row for batch in rows for row in batch)
+
+    def _embed_images(self, images: list[Image.Image]) -> Tensor:
+        inputs = self.processor(images=images, return_tensors="pt", **self.preprocessing)
+        pixels = inputs["pixel_values"].to(self.model.device)
+        with torch.inference_mode(), _full_precision(self.model.device):
+            if hasattr(self.model, "get_image_features"):
+                embeddings = _pooled(self.model.get_image_features(pixel_values=pixels))
+            else:
+                embeddings = self.model(pixel_values=pixels).last_hidden_state[:, 0]
+        return embeddings.float().cpu()
+
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        limit = self.model.config.text_config.max_position_embeddings
+        limit = min(limit, self.tokenizer.model_max_length)
+        for text, tokens in zip(texts, self.tokenizer(list(texts))["input_ids"], strict=True):
+            if len(tokens) > limit:
+                logger.warning(
+                    "a text of %d tokens is cut off after %d: %s", len(tokens), limit, text
+                )
+        inputs = self.tokenizer(
+            list(texts),
+            padding="max_length",
+            truncation=True,
+            max_length=limit,
+            return_tensors="pt",
+        ).to(self.model.device)
+        with torch.inference_mode(), _full_precision(self.model.device):
+            return _pooled(self.model.get_text_features(**inputs)).float().cpu()
+
+
+def load_encoder(
+    source: str | Path,
+    *,
+    device: torch.device | str = "cpu",
+    batch_size: int = 32,
+    preprocessing: Literal["published", "shipped"] = "published",
+    cache_dir: str | Path | None = None,
+) -> Encoder:
+    """Load an encoder in fp32.
+
+    Args:
+        source: Hub id or folder: a model, ``preprocessor_config.json``, and the tokenizer of a
+            model that reads text.
+        preprocessing: "published": as its authors evaluate it, which is what the image processor
+            beside it does, but for DINO of 224 pixels: its processor on the Hub squeezes the whole
+            picture into a square, so ``DINO_PREPROCESSING`` is taken. "shipped": always as the
+            processor beside it does.
+
+    Pictures are resized by Pillow, as they are in the published evaluations, also where torchvision
+    is installed, with which transformers would give pixels that differ in rounding. An odd
+    remainder is cropped with the smaller half first; torchvision's own CenterCrop, of the published
+    scripts, rounds half a pixel to the even one, so that it may begin a pixel later.
+
+    Raises:
+        ValueError: it cannot be loaded, or lacks weights.
+    """
+    if preprocessing not in ("published", "shipped"):
+        raise ValueError(f"preprocessing is {preprocessing!r}; give 'published' or 'shipped'")
+    place: dict[str, Any] = {"cache_dir": cache_dir}
+    try:
+        config = AutoConfig.from_pretrained(source, **place)
+        # DINO's files have no pooler; transformers would make one up
+        without = {"add_pooling_layer": False} if config.model_type == "vit" else {}
+        model, found = AutoModel.from_pretrained(
+            source, dtype=torch.float32, output_loading_info=True, **without, **place
+        )
+        processor = AutoImageProcessor.from_pretrained(source, backend="pil", **place)
+        reads_text = hasattr(model, "get_text_features")
+        tokenizer = AutoTokenizer.from_pretrained(source, **place) if reads_text else None
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ValueError(
+            f"encoder {str(source)!r} cannot be loaded: {error}. Give a Hub id, or a folder that "
+            "save_pretrained wrote of a model, its image processor, and its tokenizer if it reads "
+            "text"
+        ) from error
+    if lacking := sorted(found["missing_keys"]):
+        raise ValueError(
+            f"encoder {str(source)!r}: no weights for {', '.join(lacking[:3])}"
+            f"{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}: not a whole encoder"
+        )
+    squeezed = config.model_type == "vit" and _squeezes_to_224(processor)
+    return Encoder(
+        model.to(device),
+        processor,
+        tokenizer,
+        preprocessing=DINO_PREPROCESSING if squeezed and preprocessing == "published" else None,
+        batch_size=batch_size,
+    )
+
+
+def read_picture(picture: Picture) -> Image.Image:
+    """Return a picture upright and RGB, as the trainer reads it (``training.pictures.decode``).
+
+    Raises:
+        DataError: it cannot be; for a file, its name comes first.
+    """
+    found = picture if isinstance(picture, Image.Image) else _read_bytes(picture)
+    try:
+        return decode(found) if isinstance(found, bytes) else upright_rgb(found)
+    except UnidentifiedImageError as error:
+        problem = "it is no picture of a kind that Pillow knows"
+        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
+    except Exception as error:  # Pillow raises almost any kind on a damaged file
+        problem = str(error) or type(error).__name__
+        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
+
+
+def _read_bytes(path: str | Path) -> bytes:
+    try:
+        return Path(path).read_bytes()
+    except OSError as error:
+        raise DataError(str(path), [f"cannot be read: {error.strerror}"]) from error
+
+
+def _content_key(path: str | Path) -> str:
+    return hashlib.sha256(_read_bytes(path)).hexdigest()
+
+
+def _squeezes_to_224(processor: Any) -> bool:
+    side = {"height": 224, "width": 224}
+    return dict(processor.size) == side and not getattr(processor, "do_center_crop", False)
+
+
+def _pooled(output: Any) -> Tensor:
+    """The projected embeddings, which transformers returned by themselves before version 5."""
+    return output if isinstance(output, Tensor) else output.pooler_output
+
+
+def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+    return (items[start : start + size] for start in range(0, len(items), size))
+
+
+def _stacked(rows: Iterator[Tensor]) -> Tensor:
+    collected = list(rows)
+    if not collected:
+        raise ValueError("there is nothing to embed")
+    return torch.stack(collected)
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Inside, neither autocast nor TF32, which cuDNN's convolutions use by default on a GPU."""
+    backends: Any = torch.backends
+    name: str
+    exact: str | bool
+    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9
+        switches, name, exact = (
+            [backends.cuda.matmul, backends.cudnn.conv],
+            "fp32_precision",
+            "ieee",
+        )
+    else:
+        switches, name, exact = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
+    before = [getattr(switch, name) for switch in switches]
+    for switch in switches:
+        setattr(switch, name, exact)
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for switch, was in zip(switches, before, strict=True):
+            setattr(switch, name, was)

@@ -1,0 +1,205 @@
+"""What is compared: GraLoRA, PEFT's LoRA, DoRA and LoHa, and fine-tuning of the whole denoiser.
+
+Every method goes on the same layers, with scaling 1 and fp32 parameters. A name says all of it:
+``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``, ``loha-r4``, ``full``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from diffusers.training_utils import cast_training_params
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from ..families import ModelFamily
+from ..state import WEIGHTS_NAME, save_adapter
+from ..targets import find_targets
+from ..tensor_files import write_safetensors
+from ..training.adapters import (
+    ADAPTER_NAME,
+    adapter_configs,
+    add_adapters,
+    read_out,
+    trained_components,
+)
+from ..training.config import TrainingConfig
+from ..training.config_checks import ConfigError
+from ..training.streams import seed_from
+
+_NAME = re.compile(
+    r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"
+    r"|(?P<gralora>gralora)-r(?P<r>\d+)-k(?P<k>\d+)(-h(?P<h>\d+))?"
+    r"|(?P<full>full)"
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """One way to train.
+
+    Attributes:
+        rank: of LoRA and the like; of GraLoRA without its hybrid part; 0 of full fine-tuning.
+    """
+
+    kind: str
+    rank: int = 0
+    k: int = 1
+    hybrid_rank: int = 0
+
+    @classmethod
+    def parse(cls, name: str) -> Method:
+        """Read a name.
+
+        Raises:
+            ConfigError: it is none.
+        """
+        found = _NAME.fullmatch(name)
+        if found is None:
+            raise ConfigError(
+                [
+                    f"--methods has '{name}'; a method is lora-r<rank>, dora-r<rank>, "
+                    "loha-r<rank>, gralora-r<rank>-k<k>, gralora-r<rank>-k<k>-h<hybrid rank> or "
+                    "full"
+                ]
+            )
+        if found["full"]:
+            return cls("full")
+        method = (
+            cls(found["kind"], int(found["rank"]))
+            if found["kind"]
+            else cls("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0))
+        )
+        if method.rank < 1 or method.k < 1 or method.rank % method.k:
+            raise ConfigError(
+                [f"--methods has '{name}'; rank and k must be at least 1, and k divide the rank"]
+            )
+        return method
+
+    @property
+    def name(self) -> str:
+        if self.kind == "full":
+            return "full"
+        parts = [self.kind, f"r{self.rank}"]
+        if self.kind == "gralora":
+            parts += [f"k{self.k}"] + ([f"h{self.hybrid_rank}"] if self.hybrid_rank else [])
+        return "-".join(parts)
+
+    @property
+    def update_rank(self) -> int | None:
+        """The rank that an update can have; None if only the layer limits it."""
+        return {
+            "gralora": self.k * self.rank + self.hybrid_rank,
+            "loha": self.rank**2,
+            "full": None,
+        }.get(self.kind, self.rank)
+
+    def configured(self, config: TrainingConfig) -> TrainingConfig:
+        """The options of a run with this method: its rank and k, and scaling 1."""
+        rank, k = (self.rank, self.k) if self.kind == "gralora" else (max(1, self.rank), 1)
+        return replace(
+            config, rank=rank, gralora_k=k, hybrid_rank=self.hybrid_rank, lora_alpha=None
+        )
+
+    def put_on(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
+        """Put it on a bare pipeline, new, the same for the same seed; return the components.
+
+        Args:
+            config: what :meth:`configured` gave.
+
+        Raises:
+            ConfigError: it does not fit the base.
+        """
+        if self.kind == "gralora":
+            return add_adapters(pipe, family, config)
+        components = trained_components(config, family)
+        if self.kind == "full":
+            for component in components:
+                model = getattr(pipe, component)
+                model.requires_grad_(True)
+                cast_training_params(model, torch.float32)
+            return components
+        models = {component: getattr(pipe, component) for component in components}
+        for component, theirs in adapter_configs(models, family, config).items():
+            paths = find_targets(models[component], theirs)
+            torch.manual_seed(seed_from(config.seed, "adapter", component))
+            peft.inject_adapter_in_model(
+                self._peft_config("|".join(map(re.escape, paths)), config.lora_dropout),
+                models[component],
+                ADAPTER_NAME,
+            )
+            cast_training_params(models[component], torch.float32)
+        return components
+
+    def _peft_config(self, targets: str, dropout: float) -> peft.PeftConfig:
+        if self.kind == "loha":
+            return peft.LoHaConfig(
+                r=self.rank, alpha=self.rank, target_modules=targets, module_dropout=dropout
+            )
+        return peft.LoraConfig(
+            r=self.rank,
+            lora_alpha=self.rank,
+            target_modules=targets,
+            lora_dropout=dropout,
+            use_dora=self.kind == "dora",
+        )
+
+    def save(self, pipe: Any, family: ModelFamily, components: Sequence[str], folder: Path) -> None:
+        """Write what was trained: GraLoRA's own file, or ``adapter.safetensors`` by PEFT's names.
+
+        Nothing for full fine-tuning, whose file would be as large as the base.
+        """
+        if self.kind == "gralora":
+            save_adapter(read_out(pipe, family, components), folder / WEIGHTS_NAME)
+        elif self.kind != "full":
+            tensors = {
+                f"{component}.{key}": tensor.detach().cpu().contiguous()
+                for component in components
+                for key, tensor in get_peft_model_state_dict(
+                    getattr(pipe, component), adapter_name=ADAPTER_NAME
+                ).items()
+            }
+            write_safetensors(tensors, folder / "adapter.safetensors", {"method": self.name})
+
+
+@contextmanager
+def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Iterator[None]:
+    """Bring a bare pipeline's components back to what they are now, whatever is put on inside.
+
+    For full fine-tuning a copy of the weights is kept on the CPU meanwhile.
+    """
+    models = [getattr(pipe, component) for component in components]
+    kept: list[list[Tensor]] = []
+    if method.kind == "full":
+        kept = [[p.detach().cpu().clone() for p in model.parameters()] for model in models]
+    try:
+        yield
+    finally:
+        for model in models:
+            take_off(model)
+            for parameter in model.parameters():
+                parameter.requires_grad_(False)
+                parameter.grad = None
+        for model, weights in zip(models, kept, strict=False):
+            for parameter, weight in zip(model.parameters(), weights, strict=True):
+                parameter.data = weight.to(parameter.device)
+
+
+def take_off(model: Any) -> None:
+    """Take every adapter off a model, of whatever kind; the base layers stay."""
+    for parent in list(model.modules()):
+        for attribute, module in list(parent.named_children()):
+            if isinstance(module, BaseTunerLayer):
+                setattr(parent, attribute, module.get_base_layer())
+    if hasattr(model, "peft_config"):
+        del model.peft_config
+    if hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False

@@ -1,0 +1,105 @@
+"""Each method on a small pipeline: what is trained, no change at first, and off again."""
+
+import pytest
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+
+from gralora_diffusion import get_family
+from gralora_diffusion.benchmark.methods import Method, bare_afterwards
+from gralora_diffusion.training.adapters import adapter_parameters
+from gralora_diffusion.training.config_checks import ConfigError
+
+from ..models import draw, stable_diffusion, structure
+from ..training.runs import config as training_config
+
+NAMES = [
+    "lora-r4",
+    "dora-r4",
+    "loha-r2",
+    "gralora-r4-k2",
+    "gralora-r4-k4",
+    "gralora-r4-k2-h2",
+    "full",
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_are_read_and_written(name):
+    assert Method.parse(name).name == name
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "lora", "lora-r0", "gralora-r4", "gralora-r4-k3", "gralora-r4-k0", "lora-r4-k2", "Full"],
+)
+def test_other_names_are_refused(name):
+    with pytest.raises(ConfigError, match=f"--methods has '{name}'"):
+        Method.parse(name)
+
+
+def test_ranks_of_the_updates():
+    ranks = [Method.parse(name).update_rank for name in NAMES]
+    assert ranks == [4, 4, 4, 8, 16, 10, None]
+
+
+def put_on(name, **options):
+    pipe = stable_diffusion()
+    family, method = get_family(pipe), Method.parse(name)
+    config = method.configured(training_config(instance_data_dir="x", **options))
+    return pipe, method, method.put_on(pipe, family, config), family
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("text", [False, True])
+def test_put_on_and_taken_off(name, text, tmp_path):
+    pipe = stable_diffusion()
+    family, method = get_family(pipe), Method.parse(name)
+    options = {"train_text_encoder": True} if text else {}
+    config = method.configured(training_config(instance_data_dir="x", **options))
+    components = ("unet", "text_encoder") if text else ("unet",)
+    models = [getattr(pipe, component) for component in components]
+    for model in models:
+        model.requires_grad_(False)  # as the base is loaded
+    before, image = [structure(model) for model in models], draw(pipe)
+    weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
+    with bare_afterwards(pipe, components, method):
+        assert method.put_on(pipe, family, config) == components
+        torch.testing.assert_close(draw(pipe), image)  # at first nothing is changed
+        for component in components:
+            parameters = adapter_parameters(pipe, component)
+            assert parameters
+            assert {p.dtype for p in parameters} == {torch.float32}
+            with torch.no_grad():
+                for parameter in parameters:
+                    parameter.add_(0.05 * torch.randn_like(parameter))
+        assert not torch.allclose(draw(pipe), image, rtol=1e-2)
+        method.save(pipe, family, components, tmp_path)
+        assert len(list(tmp_path.iterdir())) == (0 if name == "full" else 1)
+    for model, kept in zip(models, weights, strict=True):
+        assert model.state_dict().keys() == kept.keys()
+        assert all(torch.equal(v, kept[k]) for k, v in model.state_dict().items())
+    if name != "full":  # which writes to the weights themselves
+        assert [structure(model) for model in models] == before
+    assert torch.equal(draw(pipe), image)
+    assert not any(p.requires_grad for p in pipe.unet.parameters())
+
+
+def test_the_same_layers_and_equal_parameters():
+    """LoRA and GraLoRA of a rank, on exactly the same layers; the whole denoiser is more."""
+    counts, layers = {}, {}
+    for name in ("lora-r4", "gralora-r4-k2", "gralora-r4-k4", "full"):
+        pipe = put_on(name)[0]
+        counts[name] = sum(p.numel() for p in adapter_parameters(pipe, "unet"))
+        layers[name] = {n for n, m in pipe.unet.named_modules() if isinstance(m, BaseTunerLayer)}
+    assert counts["lora-r4"] == counts["gralora-r4-k2"] == counts["gralora-r4-k4"] < counts["full"]
+    assert layers["lora-r4"] == layers["gralora-r4-k2"] != set()
+
+
+@pytest.mark.parametrize("name", ["lora-r4", "loha-r2", "gralora-r4-k2"])
+def test_a_seed_gives_the_same_start(name):
+    first, again, other = (
+        torch.cat([p.flatten() for p in adapter_parameters(put_on(name, seed=s)[0], "unet")])
+        for s in (0, 0, 1)
+    )
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
