@@ -96,9 +96,10 @@ def test_only_the_gradients_that_are_wanted(way, wanted):
 
 @pytest.mark.parametrize("x_dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_products_of_fp32_factors(dtype, x_dtype):
+@pytest.mark.parametrize("tokens", [15, 300])
+def test_half_precision_products_of_fp32_factors(dtype, x_dtype, tokens):
     """Every product is rounded once; the gradients come in the dtype of what they belong to."""
-    x, weight, bias, updates = make(torch.float32)
+    x, weight, bias, updates = make(torch.float32, leading=(tokens,))
     x = x.detach().to(x_dtype).requires_grad_()
     actual = adapted_linear(x, updates, weight, bias, dtype)
     assert actual.dtype == dtype
