@@ -118,8 +118,16 @@ def delta_weight(A: Tensor, B: Tensor) -> Tensor:
     """Return the dense update, unscaled: (out, in), or (out, in, h, w) for a convolution."""
     k, i, _, *kernel = A.shape
     delta = A.new_zeros(k * B.shape[2], k * i * math.prod(kernel))
-    add_delta_rows(delta, *row_factors(A, B), 0)
+    add_delta(delta, A, B)
     return delta.view(-1, k * i, *kernel)
+
+
+def add_delta(target: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> None:
+    """Add ``scaling`` times the dense update to ``target`` (out, in * h * w), in place.
+
+    In the target's dtype, to which A and B are converted; see :func:`add_delta_rows`.
+    """
+    add_delta_rows(target, *row_factors(A.to(target.dtype), B.to(target.dtype)), 0, scaling)
 
 
 def row_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:

@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .blockwise import add_delta_rows, row_factors
+from .blockwise import add_delta
 
 Way = Literal["added", "merged"]
 
@@ -194,8 +194,7 @@ class _Call(NamedTuple):
             return weight
         weight = weight.clone()
         for A, B, scaling in zip(factors[::2], factors[1::2], self.scalings, strict=True):
-            rows_A, rows_B = row_factors(A.to(weight.dtype), B.to(weight.dtype))
-            add_delta_rows(weight, rows_A, rows_B, 0, scaling)
+            add_delta(weight, A, B, scaling)
         return weight
 
 

@@ -226,8 +226,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             self.out_features, self.in_features, *self.kernel_size, dtype=dtype, device=A.device
         )
         for A, B in self._factors(adapter):
-            rows = blockwise.row_factors(A.to(dtype), B.to(dtype))
-            blockwise.add_delta_rows(delta.flatten(1), *rows, 0, self.scaling[adapter])
+            blockwise.add_delta(delta.flatten(1), A, B, self.scaling[adapter])
         return (delta.T if self.fan_in_fan_out else delta).to(self._factor_dtype(adapter))
 
     @torch.no_grad()
