@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..training.captions import one_line
 from ..training.data import DataError
-from ..training.pictures import picture_extensions
+from ..training.pictures import is_picture
 
 PROMPTS_NAME = "prompts_and_classes.txt"
 #: The file does not say which subjects are live; the repository's README does: dogs and cats.
@@ -49,7 +49,7 @@ class Subject:
     @property
     def pictures(self) -> list[Path]:
         """The real pictures, sorted by name."""
-        return _pictures_in(self.folder)
+        return sorted(path for path in self.folder.iterdir() if is_picture(path))
 
     @property
     def class_prompt(self) -> str:
@@ -149,12 +149,3 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
 def _takes_two(template: str) -> bool:
     """Whether a token and a class noun can be put into the template, and nothing else."""
     return "{0}" in template and "{1}" in template and len(re.findall(r"[{}]", template)) == 4
-
-
-def _pictures_in(folder: Path) -> list[Path]:
-    endings = picture_extensions()
-    return sorted(
-        path
-        for path in folder.iterdir()
-        if path.suffix.lower() in endings and not path.name.startswith(".")
-    )

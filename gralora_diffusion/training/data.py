@@ -18,7 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from .captions import METADATA_NAME, one_line, read_caption, read_metadata
-from .pictures import CropPlan, decode, picture_extensions
+from .pictures import CropPlan, decode, is_picture
 
 logger = logging.getLogger(__name__)
 
@@ -214,8 +214,7 @@ def _picture_names(folder: Path, listed: Iterable[str], place: str) -> list[str]
     """Return the pictures' names, sorted; report the other files and sub-folders."""
     visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry.name for entry in visible if not entry.is_dir()]
-    endings = picture_extensions()
-    names = {*listed, *(name for name in files if Path(name).suffix.lower() in endings)}
+    names = {*listed, *(name for name in files if is_picture(Path(name)))}
     used = {METADATA_NAME, *names, *(Path(name).with_suffix(".txt").name for name in names)}
     _warn(place, "other files, passed over", [name for name in files if name not in used])
     read = {Path(name).parts[0] for name in names}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,17 +18,23 @@ from .streams import generator, seed_from
 WHITE = (255, 255, 255, 255)
 
 
-def picture_extensions() -> set[str]:
+def is_picture(path: Path) -> bool:
+    """Whether a file is taken for a picture, by its name; hidden ones are not."""
+    return path.suffix.lower() in picture_extensions() and not path.name.startswith(".")
+
+
+@cache
+def picture_extensions() -> frozenset[str]:
     """Endings, lower case and with the dot, of the files that are taken for pictures.
 
     Those of Pillow's formats, without the videos and documents among them (.mpg, .pdf, .eps).
     """
     extensions = Image.registered_extensions()
-    return {
+    return frozenset(
         ending
         for ending, file_format in extensions.items()
         if Image.MIME.get(file_format, "image/").startswith("image/")
-    }
+    )
 
 
 def decode(data: bytes) -> Image.Image:

@@ -25,7 +25,7 @@ from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
 from .memory import bytes_of, tensors_of
-from .pictures import picture_extensions
+from .pictures import is_picture
 from .streams import generator
 
 _PRECISIONS = {
@@ -57,9 +57,8 @@ def class_pictures_there(config: TrainingConfig) -> int:
     if not config.with_prior_preservation or config.prior_source != "images":
         return 0
     folder = Path(config.class_data_dir or "")
-    known = picture_extensions()
     present = folder.iterdir() if folder.is_dir() else ()
-    return sum(1 for f in present if f.suffix.lower() in known and not f.name.startswith("."))
+    return sum(map(is_picture, present))
 
 
 def draw_class_images(
