@@ -31,10 +31,9 @@ from .measuring import (
     interleaved,
     machine,
     prepare,
+    print_results,
     ratios,
     spread,
-    table,
-    write_json,
 )
 
 PRESETS = tuple(get_family("flux").target_presets["transformer"])
@@ -103,7 +102,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--profile", type=int, default=0, help="print as many lines of a profile")
-    parser.add_argument("--markdown", action="store_true")
     add_measuring_options(parser, rounds=21, seconds=60)
     return parser
 
@@ -156,9 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
         ]
         for row in results
     ]
-    print(where)
-    print(table(head, lines, args.markdown))
-    write_json(args, where, results)
+    print_results(args, where, head, lines, results)
 
 
 if __name__ == "__main__":

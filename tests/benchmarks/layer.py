@@ -272,7 +272,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; parameters are equal")
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--hybrid_rank", type=int, default=0, help="plain part of --rank")
-    parser.add_argument("--markdown", action="store_true")
     add_measuring_options(parser, rounds=21, seconds=30)
     return parser
 

@@ -197,6 +197,7 @@ def add_measuring_options(parser: argparse.ArgumentParser, rounds: int, seconds:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help="(default here: %(default)s)")
     parser.add_argument("--threads", type=int, help="of the CPU (default: torch's own)")
+    parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
 
 
@@ -224,3 +225,16 @@ def write_json(args: argparse.Namespace, where: str, results: Any) -> None:
     if args.json:
         facts = {"machine": where, "options": vars(args), "results": results}
         Path(args.json).write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+
+def print_results(
+    args: argparse.Namespace,
+    where: str,
+    head: Sequence[str],
+    rows: Sequence[Sequence[str]],
+    results: Any,
+) -> None:
+    """Print the machine and a table; write ``results`` too, if the options want that."""
+    print(where)
+    print(table(head, rows, args.markdown))
+    write_json(args, where, results)

@@ -42,10 +42,9 @@ from .measuring import (
     interleaved,
     machine,
     prepare,
+    print_results,
     ratios,
     spread,
-    table,
-    write_json,
 )
 from .peers import Sizes, adapted
 
@@ -183,7 +182,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
-    parser.add_argument("--markdown", action="store_true")
     add_measuring_options(parser, rounds=61, seconds=60)
     return parser
 
@@ -201,9 +199,7 @@ def main(arguments: list[str] | None = None) -> None:
         + [f"{row['trainer_over'][m]:.3f} ± {row['spread'][m]:.3f}" for m in METHODS]
         for row in results
     ]
-    print(where)
-    print(table(head, lines, args.markdown))
-    write_json(args, where, results)
+    print_results(args, where, head, lines, results)
 
 
 if __name__ == "__main__":
