@@ -92,8 +92,8 @@ class _Parser(HfArgumentParser):
         name = name.replace("-", "_")
         if name in self.not_carried:
             return f"{spelled} {self.not_carried[name]}"
-        nearest = difflib.get_close_matches(name, self.names, n=3)
-        advice = f"Did you mean {' or '.join(nearest)}?" if nearest else "See --help for all options"
+        nearest = " or ".join(difflib.get_close_matches(name, self.names, n=3))
+        advice = f"Did you mean {nearest}?" if nearest else "See --help for all options"
         return f"{spelled} is not an option. {advice}"
 
 
