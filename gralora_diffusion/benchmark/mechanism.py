@@ -11,6 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from copy import deepcopy
 from functools import partial
 from typing import Any
 
@@ -94,7 +95,7 @@ class MechanismLog:
     def result(self) -> Mechanism:
         """What was logged so far; the effective rank once :meth:`watch` is over."""
         outliers = {path: _outliers(squares) for path, squares in self._squares.items()}
-        return Mechanism(self._norms, _finite(self._ranks), _finite(outliers))
+        return Mechanism(deepcopy(self._norms), _finite(self._ranks), _finite(outliers))
 
     def _logs_now(self) -> bool:
         return self._done + 1 in self._steps
@@ -138,20 +139,22 @@ class DenseUpdate(nn.Module):
 
     def __init__(self, layer: nn.Module) -> None:
         super().__init__()
-        self.layer: Any = layer
+        self.layer = layer
         self._start: Any = None
         if not isinstance(layer, BaseTunerLayer):
-            self._start = self.layer.weight.detach().to("cpu", copy=True)
+            weight: Any = layer.weight
+            self._start = weight.detach().to("cpu", copy=True)
 
     def forward(self) -> Tensor:
+        layer: Any = self.layer
         if self._start is not None:
-            weight: Tensor = self.layer.weight
-            return weight - self._start.to(weight.device, weight.dtype)
-        delta: Tensor = self.layer.get_delta_weight(ADAPTER_NAME)
-        dora = _dora_of(self.layer)
+            weight: Tensor = layer.weight
+            return weight - self._start.to(weight)
+        delta: Tensor = layer.get_delta_weight(ADAPTER_NAME)
+        dora = _dora_of(layer)
         if dora is None:
             return delta
-        base = dequantize_module_weight(self.layer.get_base_layer()).to(delta)
+        base = dequantize_module_weight(layer.get_base_layer()).to(delta)
         norm = dora.get_weight_norm(base, delta, scaling=1)
         magnitude = (dora.weight / norm).view(-1, *[1] * (base.ndim - 1))
         return (magnitude - 1) * base + magnitude * delta  # as PEFT adds it: without a step, zero
@@ -182,17 +185,15 @@ class DenseUpdate(nn.Module):
 
         From the factors where the update is no more than their product.
         """
-        layer, name = self.layer, ADAPTER_NAME
+        layer: Any = self.layer
+        name = ADAPTER_NAME
         if not all(p.isfinite().all() for p in self.parameters() if p.requires_grad):
             return math.nan
         if isinstance(layer, GraloraLayer):
             general = None
             if name in layer.gralora_A_general:
-                down, up = (
-                    layer.gralora_A_general[name].weight,
-                    layer.gralora_B_general[name].weight,
-                )
-                general = down, up.flatten(1)
+                pair: Any = (layer.gralora_A_general[name], layer.gralora_B_general[name])
+                general = pair[0].weight, pair[1].weight.flatten(1)
             values = gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
         elif isinstance(layer, LoraLayer) and _dora_of(layer) is None:
             down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
@@ -229,8 +230,8 @@ def _unloggable(layer: nn.Module | None) -> str | None:
 
 def _dora_of(layer: Any) -> Any:
     """PEFT's module that holds DoRA's magnitude and computes its norm; None of other adapters."""
-    magnitudes = getattr(layer, "lora_magnitude_vector", {})
-    return magnitudes[ADAPTER_NAME] if ADAPTER_NAME in magnitudes else None
+    magnitudes = getattr(layer, "lora_magnitude_vector", None)
+    return magnitudes[ADAPTER_NAME] if magnitudes else None
 
 
 def _precise(tensor: Tensor) -> Tensor:
