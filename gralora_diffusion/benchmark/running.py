@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
@@ -40,7 +39,7 @@ from .methods import Method, bare_afterwards
 from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
 from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
-from .tasks import Task
+from .tasks import Task, folder_name
 
 PICTURES, BASE_FOLDER = "pictures", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
@@ -141,7 +140,7 @@ class Runner:
             put_on=method.put_on,
         )
         components = tuple(trainer.state.components)
-        log = self._mechanism_log(layers)
+        log = self._mechanism_log(layers, trainer.max_steps)
         with ExitStack() as stack:
             if log is not None:
                 stack.enter_context(log.watch(trainer.optimizer))
@@ -166,11 +165,11 @@ class Runner:
         name, model = self.family.denoiser, self._denoiser
         return list(find_targets(model, adapter_configs({name: model}, self.family, config)[name]))
 
-    def _mechanism_log(self, layers: Sequence[str]) -> MechanismLog | None:
+    def _mechanism_log(self, layers: Sequence[str], max_steps: int) -> MechanismLog | None:
         every = self.settings.mechanism_steps
         if every is None:
             return None
-        steps = range(1, sys.maxsize, every)
+        steps = range(1, max_steps + 1, every)
         return MechanismLog(self._denoiser, layers, self.settings.mechanism_k, steps)
 
     @property
@@ -232,7 +231,7 @@ class Runner:
         if "drift-" in wanted:
             found |= self._draw({"drift-": wanted["drift-"]}, config, folder)
         if "class-" in wanted:
-            of_class = folder / Path(str(config.class_data_dir)).name
+            of_class = folder / folder_name(task.class_prompt)
             found |= self._draw({"class-": wanted["class-"]}, config, of_class)
         return found
 

@@ -159,7 +159,8 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         }
         for name in ("suite", "retry_failed", "report_only"):  # of a command, not of a run
             own.pop(name, None)
-        return {**own, **yaml.safe_load(self.training.to_yaml())}
+        training = yaml.safe_load(self.training.to_yaml())
+        return own | {k: v for k, v in training.items() if k not in SET_BY_THE_BENCHMARK}
 
     def write_down(self) -> None:
         """Keep the options in the run's folder, to be read again with ``--config``.

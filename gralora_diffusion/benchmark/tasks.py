@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -68,17 +69,21 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
     return tasks
 
 
+def folder_name(text: str) -> str:
+    """A prompt as the name of a folder."""
+    return re.sub(r"\W+", "_", text).strip("_")
+
+
 def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
     config = replace(
         settings.training,
         instance_data_dir=str(subject.folder),
         instance_prompt=subject.instance_prompt(settings.unique_token),
-        class_prompt=subject.class_prompt,
-        class_data_dir=str(
-            settings.folder / CLASS_FOLDER / subject.class_name.replace(" ", "_").replace("/", "_")
-        ),
         output_dir=str(settings.folder),
     )
+    if config.with_prior_preservation:
+        drawn = settings.folder / CLASS_FOLDER / folder_name(subject.class_prompt)
+        config = replace(config, class_prompt=subject.class_prompt, class_data_dir=str(drawn))
     number = settings.max_prompts
     return Task(
         "subject",
