@@ -21,6 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands.add_parser("import", add_help=False, help="make an adapter of an existing LoRA")
     commands.add_parser("inspect", add_help=False, help="say what a file is, and what is in it")
+    commands.add_parser(
+        "benchmark", add_help=False, help="train methods side by side, judge and compare them"
+    )
     # each command parses its own options, so that its --help is its own
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -50,6 +53,10 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from .inspection.main import main as inspect
 
         inspect(rest)
+    elif command == "benchmark":
+        from .benchmark.main import main as benchmark
+
+        benchmark(rest)
 
 
 if __name__ == "__main__":

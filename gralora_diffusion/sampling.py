@@ -24,6 +24,7 @@ def draw(
     guidance_scale: float | None = None,
     inference_steps: int = 30,
     max_sequence_length: int | None = None,
+    batch_size: int = 1,
 ) -> list[list[Image.Image]]:
     """Draw pictures, a list per prompt. Picture i of each prompt starts from noise of ``seed + i``.
 
@@ -34,6 +35,7 @@ def draw(
         size: pixels per side, the pipeline's own if None.
         guidance_scale: the pipeline's own if None.
         max_sequence_length: tokens of a prompt at most, for pipelines that take it.
+        batch_size: pictures at once, of one prompt or several.
     """
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
     if guidance_scale is not None:
@@ -42,17 +44,16 @@ def draw(
         options["max_sequence_length"] = max_sequence_length
     if size is not None:
         options.update(height=size, width=size)
+    wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
+    images: list[Image.Image] = []
     with drawing_mode(pipe):
-        return [
-            [
-                # by name, for in some pipelines a picture comes before the prompt
-                pipe(
-                    prompt=prompt, generator=torch.Generator().manual_seed(seed + i), **options
-                ).images[0]
-                for i in range(images_per_prompt)
-            ]
-            for prompt in prompts
-        ]
+        for start in range(0, len(wanted), batch_size):
+            batch, seeds = zip(*wanted[start : start + batch_size], strict=True)
+            generators = [torch.Generator().manual_seed(s) for s in seeds]
+            # by name, for in some pipelines a picture comes before the prompt
+            images += pipe(prompt=list(batch), generator=generators, **options).images
+    starts = range(0, len(images), images_per_prompt)
+    return [images[start : start + images_per_prompt] for start in starts]
 
 
 @contextmanager

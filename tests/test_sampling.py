@@ -23,6 +23,18 @@ def test_pictures_depend_on_their_own_seed_only() -> None:
     assert len({image.tobytes() for row in both for image in row}) == 4
 
 
+def test_pictures_are_the_same_in_batches() -> None:
+    """But for rounding, whatever of several prompts is drawn at once."""
+    pipe = stable_diffusion()
+    options = {"size": 16, "inference_steps": 2, "seed": 3}
+    single = draw(pipe, ["a cat", "a dog"], 3, **options)
+    batched = draw(pipe, ["a cat", "a dog"], 3, batch_size=4, **options)
+    assert [len(row) for row in batched] == [3, 3]
+    for one, other in zip(single, batched, strict=True):
+        for a, b in zip(one, other, strict=True):
+            assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
+
+
 def test_drawing_leaves_modes_and_random_state_alone() -> None:
     pipe = stable_diffusion()
     pipe.unet.train()

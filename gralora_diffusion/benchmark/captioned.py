@@ -17,7 +17,7 @@ from PIL import Image
 
 from ..staging import staged
 from ..training.captions import METADATA_NAME
-from ..training.data import Example, find_examples
+from ..training.data import Example
 from ..training.streams import seed_from
 
 
@@ -27,20 +27,6 @@ class CaptionedSplit:
 
     train: tuple[Example, ...]
     held_out: tuple[Example, ...]
-
-
-def read_captioned(
-    folder: str | Path, held_out: int, seed: int, *, caption_column: str | None = None
-) -> CaptionedSplit:
-    """Find and split the pictures of a folder.
-
-    Captions are in ``metadata.jsonl`` or in ``.txt`` files, as for the trainer.
-
-    Raises:
-        DataError: with all that is wrong with the pictures and captions.
-        ValueError: as ``split``.
-    """
-    return split(find_examples(folder, caption_column=caption_column), held_out, seed)
 
 
 def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSplit:
@@ -65,25 +51,36 @@ def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSpl
     )
 
 
-def write_examples(examples: Sequence[Example], folder: Path) -> None:
-    """Write examples as a folder that the trainer reads; it appears when it is whole.
+def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
+    """Write examples as a folder that the trainer reads; return the pictures' files, in order.
 
-    The files are the pictures' own bytes.
+    The folder appears when it is whole; one that holds them already, as another process may have
+    written it, stays as it is. The files are the pictures' own bytes.
 
     Raises:
         OutputError: ``folder`` cannot be written to.
-        OSError: a picture is not there any more.
+        DataError: a picture is not there any more, or is another one.
     """
-    with staged(folder) as made:
-        made.mkdir()
-        lines = []
-        for number, example in enumerate(examples):
-            data = example.source.read_bytes()
-            name = f"{number:05d}{_ending(data)}"
-            (made / name).write_bytes(data)
-            entry = {"file_name": name, "text": example.caption}
-            lines.append(json.dumps(entry, ensure_ascii=False) + "\n")
-        (made / METADATA_NAME).write_text("".join(lines), encoding="utf-8")
+    files = {}
+    for number, example in enumerate(examples):
+        data = example.read_bytes()
+        files[f"{number:05d}{_ending(data)}"] = data
+    entries = [
+        {"file_name": name, "text": example.caption}
+        for name, example in zip(files, examples, strict=True)
+    ]
+    lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
+    files[METADATA_NAME] = "".join(lines).encode()
+    if not _holds(folder, files):
+        with staged(folder) as made:
+            made.mkdir()
+            for name, data in files.items():
+                (made / name).write_bytes(data)
+    return [folder / name for name in files if name != METADATA_NAME]
+
+
+def _holds(folder: Path, files: dict[str, bytes]) -> bool:
+    return all((folder / n).is_file() and (folder / n).read_bytes() == files[n] for n in files)
 
 
 def _ending(data: bytes) -> str:

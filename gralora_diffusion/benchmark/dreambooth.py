@@ -32,7 +32,8 @@ class Subject:
     Attributes:
         name: of the subject and of its folder.
         class_name: the class noun, such as "stuffed animal".
-        folder: holds its pictures.
+        folder: holds the pictures to learn.
+        held_out: holds other pictures of it, if there are such.
         templates: one for each prompt, with {0} for the unique token and {1} for the class noun.
     """
 
@@ -40,6 +41,7 @@ class Subject:
     class_name: str
     folder: Path
     templates: tuple[str, ...]
+    held_out: Path | None = None
 
     @property
     def live(self) -> bool:
@@ -48,8 +50,16 @@ class Subject:
 
     @property
     def pictures(self) -> list[Path]:
-        """The real pictures, sorted by name."""
-        return sorted(path for path in self.folder.iterdir() if is_picture(path))
+        """The pictures to learn, sorted by name."""
+        return _pictures(self.folder)
+
+    @property
+    def real(self) -> list[Path]:
+        """What drawn pictures are compared with: those held out, or else those that were learned.
+
+        DreamBooth (section 4.1) compares with the latter, having no others.
+        """
+        return _pictures(self.held_out or self.folder)
 
     @property
     def class_prompt(self) -> str:
@@ -72,6 +82,9 @@ class Subject:
 def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject]:
     """Return the subjects of the benchmark, in the order of its file.
 
+    A subject's folder holds its pictures; in a set with pictures held out, which the published one
+    is not, it holds the folders ``train`` and ``held_out``.
+
     Args:
         folder: a clone of google/dreambooth, or its folder ``dataset``.
         names: of the subjects wanted; all if empty.
@@ -92,17 +105,27 @@ def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject
             str(path), [f"no subject {', '.join(unknown)}. There are: {', '.join(classes)}"]
         )
     subjects = [
-        Subject(name, class_name, dataset / name, templates[class_name in LIVE_CLASSES])
+        _subject(dataset / name, class_name, templates[class_name in LIVE_CLASSES])
         for name, class_name in classes.items()
         if not names or name in names
     ]
     if problems := [
         f"{s.name}: {'no picture in it' if s.folder.is_dir() else 'there is no such folder'}"
         for s in subjects
-        if not s.folder.is_dir() or not s.pictures
+        if not s.folder.is_dir() or not s.pictures or not s.real
     ]:
         raise DataError(str(dataset), problems)
     return subjects
+
+
+def _subject(folder: Path, class_name: str, templates: tuple[str, ...]) -> Subject:
+    split = (folder / "train").is_dir() and (folder / "held_out").is_dir()
+    train, held_out = (folder / "train", folder / "held_out") if split else (folder, None)
+    return Subject(folder.name, class_name, train, templates, held_out)
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.iterdir() if is_picture(path))
 
 
 def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]]]:

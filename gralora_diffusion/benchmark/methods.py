@@ -1,7 +1,8 @@
 """What is compared: GraLoRA, PEFT's LoRA, DoRA and LoHa, and fine-tuning of the whole denoiser.
 
 Every method goes on the same layers, with scaling 1 and fp32 parameters. A name says all of it:
-``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``, ``loha-r4``, ``full``.
+``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``, ``loha-r4``, ``full``; with a
+learning rate of its own ``full-lr1e-5``. ``base`` is the base as it is, with nothing trained.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _NAME = re.compile(
     r"|(?P<gralora>gralora)-r(?P<r>\d+)-k(?P<k>\d+)(-h(?P<h>\d+))?"
     r"|(?P<full>full)"
 )
+_LEARNING_RATE = re.compile(r"(?P<name>.*?)-lr(?P<rate>\d+(\.\d+)?(e-?\d+)?)")
 
 
 @dataclass(frozen=True)
@@ -48,12 +50,14 @@ class Method:
 
     Attributes:
         rank: of LoRA and the like; of GraLoRA without its hybrid part; 0 of full fine-tuning.
+        learning_rate: as it is written in the name; "": that of the run.
     """
 
     kind: str
     rank: int = 0
     k: int = 1
     hybrid_rank: int = 0
+    learning_rate: str = ""
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -62,21 +66,26 @@ class Method:
         Raises:
             ConfigError: it is none.
         """
-        found = _NAME.fullmatch(name)
-        if found is None:
+        if name == "base":
+            return cls("base")
+        own = _LEARNING_RATE.fullmatch(name)
+        found = _NAME.fullmatch(own["name"] if own else name)
+        if found is None or (own and not float(own["rate"])):
             raise ConfigError(
                 [
                     f"--methods has '{name}'; a method is lora-r<rank>, dora-r<rank>, "
                     "loha-r<rank>, gralora-r<rank>-k<k>, gralora-r<rank>-k<k>-h<hybrid rank> or "
-                    "full"
+                    "full, with -lr<learning rate> behind it if it is to have one of its own; or "
+                    "base"
                 ]
             )
+        rate = own["rate"] if own else ""
         if found["full"]:
-            return cls("full")
+            return cls("full", learning_rate=rate)
         method = (
-            cls(found["kind"], int(found["rank"]))
+            cls(found["kind"], int(found["rank"]), learning_rate=rate)
             if found["kind"]
-            else cls("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0))
+            else cls("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0), rate)
         )
         if method.rank < 1 or method.k < 1 or method.rank % method.k:
             raise ConfigError(
@@ -86,12 +95,12 @@ class Method:
 
     @property
     def name(self) -> str:
-        if self.kind == "full":
-            return "full"
-        parts = [self.kind, f"r{self.rank}"]
+        parts = [self.kind]
+        if self.rank:
+            parts.append(f"r{self.rank}")
         if self.kind == "gralora":
             parts += [f"k{self.k}"] + ([f"h{self.hybrid_rank}"] if self.hybrid_rank else [])
-        return "-".join(parts)
+        return "-".join(parts) + (f"-lr{self.learning_rate}" if self.learning_rate else "")
 
     @property
     def update_rank(self) -> int | None:
@@ -100,13 +109,20 @@ class Method:
             "gralora": self.k * self.rank + self.hybrid_rank,
             "loha": self.rank**2,
             "full": None,
+            "base": 0,
         }.get(self.kind, self.rank)
 
     def configured(self, config: TrainingConfig) -> TrainingConfig:
-        """The options of a run with this method: its rank and k, and scaling 1."""
+        """The options of a run with this method: rank, k, learning rate, and scaling 1."""
         rank, k = (self.rank, self.k) if self.kind == "gralora" else (max(1, self.rank), 1)
+        rate = float(self.learning_rate) if self.learning_rate else config.learning_rate
         return replace(
-            config, rank=rank, gralora_k=k, hybrid_rank=self.hybrid_rank, lora_alpha=None
+            config,
+            rank=rank,
+            gralora_k=k,
+            hybrid_rank=self.hybrid_rank,
+            lora_alpha=None,
+            learning_rate=rate,
         )
 
     def put_on(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:

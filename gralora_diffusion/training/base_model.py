@@ -13,7 +13,7 @@ from torch import nn
 
 from ..families import ModelFamily, get_family, list_families
 from .config import TrainingConfig
-from .config_checks import ConfigError
+from .config_checks import ConfigError, check_sizes
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder
@@ -124,6 +124,28 @@ def load_base(
         if getattr(component, "is_loaded_in_4bit", False):
             component.to("cpu")
     return pipe
+
+
+def completed(
+    config: TrainingConfig, family: ModelFamily, pipe: Any, precision: str
+) -> TrainingConfig:
+    """Return the options with a value for each that was left to the family and the base.
+
+    Args:
+        precision: what accelerate is set to: no, fp16 or bf16.
+
+    Raises:
+        ConfigError: sizes that the base cannot take.
+    """
+    config = config.with_defaults(
+        {
+            **family.training_defaults,
+            "resolution": family.native_resolution(pipe),
+            "mixed_precision": precision,
+        }
+    )
+    check_sizes(config, family.size_divisor(pipe))
+    return config
 
 
 def freeze(pipe: Any) -> None:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
-import sys
-from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from .config_checks import ConfigError, choices_of, find_problems, find_remarks
 from .config_options import (
@@ -25,6 +21,7 @@ from .config_options import (
 )
 from .config_picture_options import DataOptions, ImageOptions, PriorOptions
 from .config_plans import layer_patterns
+from .option_parsing import parse_options
 
 OPTION_GROUPS: tuple[type, ...] = (
     BaseModelOptions,
@@ -188,18 +185,9 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
             or the YAML file cannot be read. What values mean together is for ``validate``.
     """
-    parser = _Parser(OPTION_GROUPS, allow_abbrev=False, formatter_class=_HelpFormatter)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    config = _parse(parser, arguments)
-    if config.config is None:
-        return config
-    path = Path(config.config)
-    try:
-        from_file = _yaml_to_arguments(parser, path)
-        _parse(parser, from_file)  # alone, so that an error in the file is known to be the file's
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
-    return _parse(parser, from_file + arguments)
+    theirs = "is an option of diffusers' scripts, not of this one:"
+    said = {name: f"{theirs} {reason}" for name, reason in NOT_CARRIED.items()}
+    return TrainingConfig(**parse_options(OPTION_GROUPS, argv, not_carried=said))
 
 
 def options_table() -> str:
@@ -209,105 +197,20 @@ def options_table() -> str:
         "Made from the options themselves by `gralora_diffusion.training.config.options_table`. "
         "Each is given as `--name value` or as `name: value` in the file of `--config`; the "
         "command line wins. A yes-or-no option is switched on by `--name`, off by `--name false`.",
+        *map(group_table, OPTION_GROUPS),
     ]
-    for group in OPTION_GROUPS:
-        rows = ["| option | default | |", "|---|---|---|"]
-        for f in fields(group):
-            default = "" if f.default in (None, "") else f"`{str(f.default).lower()}`"
-            choices = choices_of(TrainingConfig).get(f.name)
-            help = f.metadata["help"] + (f". One of {', '.join(choices)}" if choices else "")
-            rows.append(f"| `--{f.name}` | {default} | {help} |")
-        parts += [f"## {group._argument_group_name}", "\n".join(rows)]  # type: ignore[attr-defined]
     return "\n\n".join(parts) + "\n"
 
 
-class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help only where there is one."""
-
-    def _get_help_string(self, action: Action) -> str | None:
-        if action.option_strings and action.option_strings[0].startswith("--no_"):
-            return f"Switch --{action.dest} off"
-        return action.help if action.default in (None, "") else super()._get_help_string(action)
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])  # rather than a page of usage and the end of the process
-
-    def action_of(self, name: str) -> Action | None:
-        """The argparse action of the option ``name``, None for an unknown one."""
-        return self._option_string_actions.get(f"--{name}") if name in _option_names() else None
-
-
-def _parse(parser: _Parser, arguments: list[str]) -> TrainingConfig:
-    *groups, unknown = parser.parse_args_into_dataclasses(
-        arguments, return_remaining_strings=True, look_for_args_file=False
-    )
-    if unknown:
-        flags = [text.split("=")[0][2:] for text in unknown if text.startswith("--")]
-        stray = (
-            f"{unknown[0]!r} belongs to no option. If it is part of a text, put the text in quotes"
-        )
-        raise ConfigError([_unknown_option(f"--{flag}", flag) for flag in flags] or [stray])
-    return TrainingConfig(**{k: v for group in groups for k, v in vars(group).items()})
-
-
-def _unknown_option(spelled: str, name: str) -> str:
-    name = name.replace("-", "_")
-    if name in NOT_CARRIED:
-        return f"{spelled} is an option of diffusers' scripts, not of this one: {NOT_CARRIED[name]}"
-    nearest = difflib.get_close_matches(name, _option_names(), n=3)
-    advice = f"Did you mean {' or '.join(nearest)}?" if nearest else "See --help for all options"
-    return f"{spelled} is not an option. {advice}"
-
-
-def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
-    """Turn a flat YAML mapping into command-line arguments, to be checked by the same parser.
-
-    The texts of the values are passed on as they are written, for YAML would read ``no`` as false
-    and ``1e-4`` as a string. A value left empty (or ``null``) leaves the default.
-    """
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-    except OSError as error:
-        raise ConfigError([f"--config cannot be read: {error.strerror or error}"]) from error
-    except UnicodeDecodeError as error:
-        raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
-    except yaml.YAMLError as error:
-        raise ConfigError([f"--config is not YAML: {' '.join(str(error).split())}"]) from error
-    if root is None:
-        return []
-    if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(["--config must hold `name: value` lines"])
-
-    arguments: list[str] = []
-    problems: list[str] = []
-    seen: set[str] = set()
-    for key, value in root.value:
-        where = f"line {key.start_mark.line + 1}: "
-        name = str(key.value).replace("-", "_")
-        action = parser.action_of(name)
-        if name == "config":
-            problems.append(f"{where}config is for the command line; a file cannot name another")
-        elif action is None:
-            problems.append(where + _unknown_option(str(key.value), name))
-        elif name in seen:
-            problems.append(f"{where}{name} is given twice. Keep one")
-        elif isinstance(value, yaml.SequenceNode):
-            if action.nargs != "+":
-                problems.append(f"{where}{name} takes one value, not a list")
-            elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
-                problems.append(f"{where}{name} takes a list of plain values, one at least")
-            else:
-                arguments += [f"--{name}", *(item.value for item in value.value)]
-        elif isinstance(value, yaml.MappingNode):
-            problems.append(f"{where}{name} takes a plain value. Options are not nested")
-        elif value.tag != "tag:yaml.org,2002:null":
-            arguments.append(f"--{name}={value.value}")  # with = a value may begin with a hyphen
-        seen.add(name)
-    if problems:
-        raise ConfigError(problems)
-    return arguments
+def group_table(group: Any) -> str:
+    """Return the options of a group as a Markdown table under its heading."""
+    rows = ["| option | default | |", "|---|---|---|"]
+    choices = choices_of(group)
+    for f in fields(group):
+        default = "" if f.default in (None, "") else f"`{str(f.default).lower()}`"
+        allowed = f". One of {', '.join(choices[f.name])}" if choices.get(f.name) else ""
+        rows.append(f"| `--{f.name}` | {default} | {f.metadata['help']}{allowed} |")
+    return "\n\n".join([f"## {group._argument_group_name}", "\n".join(rows)])
 
 
 def _option_names() -> set[str]:

@@ -75,13 +75,21 @@ class Example:
         Raises:
             DataError: it is not there any more, or is another one than when it was found.
         """
+        return decode(self.read_bytes())
+
+    def read_bytes(self) -> bytes:
+        """Return the picture's file.
+
+        Raises:
+            DataError: as ``load``.
+        """
         try:
             data = self.source.read_bytes()
         except OSError as error:
             raise DataError(str(self.source), [f"cannot be read any more: {error}"]) from error
         if hashlib.sha256(data).hexdigest() != self.content_key:
             raise DataError(str(self.source), ["was changed since the start. Start again"])
-        return decode(data)
+        return data
 
 
 def find_examples(

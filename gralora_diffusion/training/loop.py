@@ -5,10 +5,11 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from contextlib import closing
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -29,11 +30,11 @@ from .acceleration import (
     trackable,
 )
 from .adapters import adapter_parameters, add_adapters, weights_for_use
-from .base_model import find_base_family, load_base, present
+from .base_model import completed, find_base_family, load_base, present
 from .batches import Batches, find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
-from .config_checks import ConfigError, check_sizes
+from .config_checks import ConfigError
 from .data import Example
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values, set_initial_values
@@ -101,7 +102,12 @@ def train(config: TrainingConfig) -> Path:
 
 
 class Trainer:
-    """A run, ready to go: base, adapter, data, optimizer."""
+    """A run, ready to go: base, adapter, data, optimizer.
+
+    Args:
+        pipe: the base if it is loaded already, bare and frozen; by default it is loaded.
+        put_on: puts what is to be trained on it, and returns the components that have it.
+    """
 
     def __init__(
         self,
@@ -112,21 +118,17 @@ class Trainer:
         accelerator: Accelerator,
         store: CheckpointStore,
         initial: InitialValues | None = None,
+        *,
+        pipe: Any = None,
+        put_on: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
     ) -> None:
         self.family, self.accelerator, self.store = family, accelerator, store
         device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
 
         # --- the frozen base, the adapter on it, and what the base draws of the class
-        self.pipe = load_base(config, family, dtype)
-        self.config = config = config.with_defaults(
-            {
-                **family.training_defaults,
-                "resolution": family.native_resolution(self.pipe),
-                "mixed_precision": accelerator.mixed_precision,
-            }
-        )
-        check_sizes(config, family.size_divisor(self.pipe))
-        components = add_adapters(self.pipe, family, config)
+        self.pipe = load_base(config, family, dtype) if pipe is None else pipe
+        self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
+        components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
         if config.gradient_checkpointing:
             for name in components:
@@ -203,8 +205,6 @@ class Trainer:
                 step,
             )
 
-    # -- the recipe --------------------------------------------------------------------------------
-
     def run(self) -> None:
         """Train to the end, then write the adapter, its pictures and its card."""
         config, accelerator, state = self.config, self.accelerator, self.state
@@ -242,11 +242,14 @@ class Trainer:
                 facts["peak memory of the steps, GiB"] = round(self.memory.bytes / 2**30, 3)
             finish(folder, config, self.family.name, metrics.read(), facts, grid)
 
-    def steps(self, metrics: MetricsFile | None = None) -> Generator[int, None, None]:
+    def steps(
+        self, metrics: MetricsFile | None = None, *, progress: bool = True
+    ) -> Generator[int, None, None]:
         """Make the optimizer steps that are left, one at a time; yield how many are done by then.
 
         Args:
             metrics: what is written down; the other processes write nothing.
+            progress: show a bar.
         """
         accelerator, state = self.accelerator, self.state
         batches = self.data.steps(state.step, self.max_steps)
@@ -256,7 +259,7 @@ class Trainer:
             total=self.max_steps,
             desc="training",
             unit="step",
-            disable=not accelerator.is_local_main_process,
+            disable=not (progress and accelerator.is_local_main_process),
         )
         with bar:  # an error comes after it, on its own line
             while state.step < self.max_steps:

@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..families import ModelFamily
-from ..layers import GraloraLayer
 from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
@@ -38,8 +38,8 @@ _PRECISIONS = {
 
 @contextmanager
 def frozen_base(*models: nn.Module) -> Iterator[None]:
-    """Inside, the models predict as if they had no GraLoRA adapter. No gradient is recorded."""
-    layers = [m for model in models for m in model.modules() if isinstance(m, GraloraLayer)]
+    """Inside, the models predict as if they had no adapter. No gradient is recorded."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, BaseTunerLayer)]
     # PEFT's enable_adapters would also flip requires_grad, which DDP does not allow midway
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:

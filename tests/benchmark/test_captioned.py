@@ -8,7 +8,7 @@ import datasets
 import pytest
 from PIL import Image
 
-from gralora_diffusion.benchmark.captioned import read_captioned, split, write_examples
+from gralora_diffusion.benchmark.captioned import split, write_examples
 from gralora_diffusion.training.data import (
     DataError,
     DatasetRow,
@@ -23,6 +23,10 @@ def captioned(folder, count=8):
     for number, path in enumerate(judges.draw(folder, count)):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
     return folder
+
+
+def read_captioned(folder, held_out, seed):
+    return split(find_examples(folder), held_out, seed)
 
 
 def facts(examples):
@@ -85,7 +89,11 @@ def test_written_examples_are_read_by_the_trainer(tmp_path):
     Image.new("RGB", (20, 10), "red").save(jpeg)
     (folder / "8.txt").write_text('"Größe" — 犬', encoding="utf-8")
     examples = find_examples(folder)
-    write_examples(examples[3:], tmp_path / "new" / "to")
+    files = write_examples(examples[3:], tmp_path / "new" / "to")
+    assert [f.read_bytes() for f in files] == [e.source.read_bytes() for e in examples[3:]]
+    before = [f.stat().st_mtime_ns for f in files]
+    assert write_examples(examples[3:], tmp_path / "new" / "to") == files
+    assert [f.stat().st_mtime_ns for f in files] == before  # another process may be reading them
     back = find_examples(tmp_path / "new" / "to")
     assert [(e.content_key, e.caption, e.size) for e in back] == [
         (e.content_key, e.caption, e.size) for e in examples[3:]
@@ -108,6 +116,6 @@ def test_rows_of_a_dataset_are_written(tmp_path):
 def test_nothing_half_written_is_left(tmp_path):
     examples = find_examples(captioned(tmp_path / "from", 3))
     gone = Example(tmp_path / "gone.png", "gone", "0", (1, 1))
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(DataError, match=r"gone\.png"):
         write_examples([*examples, gone], tmp_path / "new" / "to")
-    assert list((tmp_path / "new").iterdir()) == []
+    assert not (tmp_path / "new").exists()

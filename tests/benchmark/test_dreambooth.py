@@ -52,7 +52,7 @@ def test_subjects(tmp_path):
     assert [s.live for s in (bear, cat, dog)] == [False, True, True]
     assert [len(s.pictures) for s in (bear, cat, dog)] == [2, 3, 4]
     assert cat.folder == tmp_path / "dataset" / "cat2"
-    assert cat.pictures == [cat.folder / f"{n}.png" for n in range(3)]
+    assert cat.pictures == cat.real == [cat.folder / f"{n}.png" for n in range(3)]
     assert bear.prompts("sks") == [
         "a sks stuffed animal on top of pink fabric",
         "a sks stuffed animal with the Eiffel Tower in the background",
@@ -135,3 +135,12 @@ def test_file_that_is_no_text(tmp_path):
     (folder / "dataset" / "prompts_and_classes.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(DataError, match="UTF-8"):
         read_subjects(folder)
+
+
+def test_pictures_held_out(tmp_path):
+    clone(tmp_path)
+    for part, count in (("train", 2), ("held_out", 3)):
+        judges.draw(tmp_path / "dataset/dog" / part, count)
+    dog = read_subjects(tmp_path, ["dog"])[0]
+    assert dog.pictures == [tmp_path / f"dataset/dog/train/{n}.png" for n in range(2)]
+    assert dog.real == [tmp_path / f"dataset/dog/held_out/{n}.png" for n in range(3)]

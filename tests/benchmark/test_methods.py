@@ -23,14 +23,29 @@ NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [*NAMES, "base", "full-lr1e-5", "lora-r4-lr0.003", "gralora-r4-k2-h2-lr3e-4"]
+)
 def test_names_are_read_and_written(name):
     assert Method.parse(name).name == name
 
 
 @pytest.mark.parametrize(
     "name",
-    ["", "lora", "lora-r0", "gralora-r4", "gralora-r4-k3", "gralora-r4-k0", "lora-r4-k2", "Full"],
+    [
+        "",
+        "lora",
+        "lora-r0",
+        "gralora-r4",
+        "gralora-r4-k3",
+        "gralora-r4-k0",
+        "lora-r4-k2",
+        "Full",
+        "base-lr1",
+        "lora-r4-lr",
+        "lora-r4-lr0",
+        "-lr1",
+    ],
 )
 def test_other_names_are_refused(name):
     with pytest.raises(ConfigError, match=f"--methods has '{name}'"):
@@ -40,6 +55,12 @@ def test_other_names_are_refused(name):
 def test_ranks_of_the_updates():
     ranks = [Method.parse(name).update_rank for name in NAMES]
     assert ranks == [4, 4, 4, 8, 16, 10, None]
+
+
+def test_a_learning_rate_of_its_own():
+    config = training_config(instance_data_dir="x", learning_rate=1e-4)
+    assert Method.parse("full-lr1e-5").configured(config).learning_rate == 1e-5
+    assert Method.parse("full").configured(config).learning_rate == 1e-4
 
 
 def put_on(name, **options):

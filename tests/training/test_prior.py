@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 from accelerate import Accelerator
@@ -138,12 +139,19 @@ def test_drawing_with_little_memory(
     assert calls == [("offload" if offloads else "to", device)]
 
 
-def test_frozen_base_predicts_without_the_adapter() -> None:
+def lora(pipe) -> None:
+    """PEFT's LoRA on the UNet, which changes what it predicts."""
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, pipe.unet)
+
+
+@pytest.mark.parametrize("adapted", [adapt, lora])
+def test_frozen_base_predicts_without_the_adapter(adapted) -> None:
     pipe = stable_diffusion()
     inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 16, 32))
     with torch.no_grad():
         expected = pipe.unet(*inputs).sample
-    adapt(pipe)
+    adapted(pipe)
     with frozen_base(pipe.unet):
         assert torch.equal(pipe.unet(*inputs).sample, expected)
     after = pipe.unet(*inputs).sample

@@ -1,0 +1,249 @@
+"""``gralora benchmark``: every unit once, by as many processes as there are, then the report."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm.auto import tqdm
+
+from ..staging import OutputError
+from ..tensor_files import replacing
+from ..training.acceleration import accelerate_left_as_it_was
+from ..training.config_checks import ConfigError
+from ..training.data import DataError
+from .claims import Claim, claim, claimant
+from .methods import Method
+from .report import write_report
+from .results import (
+    RESULT_NAME,
+    UNITS_FOLDER,
+    ResultFileError,
+    UnitKey,
+    Unreadable,
+    read_result,
+    read_results,
+    write_result,
+)
+from .running import Runner
+from .settings import BenchmarkSettings, parse_settings
+from .tasks import Task, read_tasks
+
+logger = logging.getLogger(__name__)
+
+FAILURE_NAME, REPORT_FOLDER = "failed.json", "report"
+#: Seconds between two looks at what other processes do.
+WAIT_SECONDS = 5.0
+
+
+class Unit(NamedTuple):
+    """A method, a task and a seed: trained, drawn and judged once."""
+
+    task: Task
+    method: Method
+    seed: int
+
+    @property
+    def key(self) -> UnitKey:
+        return UnitKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark as the command line says.
+
+    Exits with 2 for wrong options or data, 1 if a unit failed.
+    """
+    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    logging.getLogger("gralora_diffusion").setLevel(logging.INFO if first else logging.ERROR)
+    try:
+        failed = benchmark(parse_settings(argv))
+    except (ConfigError, DataError, OutputError) as error:
+        if first:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        print(f"error: {error}. The same command goes on.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted. The same command goes on.", file=sys.stderr)
+        sys.exit(130)
+    if failed:
+        if first:
+            print(f"error: {failed} units failed; see the report", file=sys.stderr)
+        sys.exit(1)
+
+
+def benchmark(settings: BenchmarkSettings) -> int:
+    """Do all units that are left, and write the report; return how many failed.
+
+    Raises:
+        ConfigError, DataError: before any unit is begun.
+    """
+    settings.check()
+    if settings.report_only:
+        return _report(settings, _tasks_if_there(settings))
+    tasks = read_tasks(settings)
+    settings.write_down()
+    with _alone() as rank, accelerate_left_as_it_was():
+        units = [
+            # whatever it is stopped at, methods have as many units as each other
+            Unit(task, method, seed)
+            for seed in settings.seeds or ()
+            for task in tasks
+            for method in settings.parsed_methods
+        ]
+        if settings.retry_failed:
+            Ledger(settings.folder).forget_failures(units)
+        _run_all(settings, units, show=rank == 0)
+        return _report(settings, tasks) if rank == 0 else 0
+
+
+@contextmanager
+def _alone() -> Iterator[int]:
+    """Inside, this process is none of several, but on a device of its own; gives its number.
+
+    Units are shared out by files. Processes that launchers start together would wait for each
+    other, and one that ends would take the others with it.
+    """
+    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.pop(name) for name in names if name in os.environ}
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local % torch.cuda.device_count())
+    try:
+        yield rank
+    finally:
+        os.environ.update(before)
+
+
+def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> None:
+    """Do what nobody has done, and wait for what others are doing."""
+    ledger = Ledger(settings.folder)
+    runner: Runner | None = None
+    bar = tqdm(
+        initial=len(units) - len(ledger.left(units)),
+        total=len(units),
+        desc="benchmark",
+        unit="unit",
+        smoothing=0,  # the estimate is by all units of this run
+        disable=not show,
+    )
+    with bar:
+        while left := ledger.left(units):
+            idle = True
+            for unit in left:
+                mine = claim(ledger.folder(unit))
+                if mine is None:
+                    continue
+                with mine:
+                    if ledger.left([unit]):  # not done between the look and the claim
+                        idle = False
+                        bar.set_postfix_str(str(unit.key))
+                        runner = runner or Runner(settings, unit.task.config)
+                        _do(runner, unit, ledger, mine)
+                bar.update(len(units) - len(ledger.left(units)) - bar.n)
+            if idle and (waiting := ledger.left(units)):
+                bar.set_postfix_str(f"waiting for {claimant(ledger.folder(waiting[0]))}")
+                time.sleep(WAIT_SECONDS)
+
+
+class Ledger:
+    """Which units are done, by the files in a run's folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self._told: set[Path] = set()
+
+    def folder(self, unit: Unit) -> Path:
+        return self.output / unit.key.path
+
+    def left(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those that have neither a result that can be read nor failed."""
+        return [unit for unit in units if not self._is_over(self.folder(unit))]
+
+    def fail(self, unit: Unit, error: Exception) -> None:
+        """Keep why a unit failed; nobody tries again until asked to."""
+        facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with replacing(self.folder(unit) / FAILURE_NAME) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def failures(self) -> list[Unreadable]:
+        """Which units failed, and why."""
+        return [
+            Unreadable(path, f"the unit failed: {json.loads(path.read_text('utf-8'))['error']}")
+            for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
+        ]
+
+    def forget_failures(self, units: Sequence[Unit]) -> None:
+        for unit in units:
+            (self.folder(unit) / FAILURE_NAME).unlink(missing_ok=True)
+
+    def _is_over(self, folder: Path) -> bool:
+        if (folder / FAILURE_NAME).exists():
+            return True
+        path = folder / RESULT_NAME
+        if not path.exists():
+            return False
+        try:
+            read_result(path)
+        except ResultFileError as error:
+            if path not in self._told:
+                logger.warning("%s. The unit is done again", error)
+                self._told.add(path)
+            return False
+        return True
+
+
+def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
+    """Do a unit; what goes wrong with it is kept, and the others go on."""
+    try:
+        result = runner.run(unit.task, unit.method, unit.seed, ledger.folder(unit))
+        if mine.is_held():
+            write_result(result, ledger.folder(unit))
+    except OSError:
+        raise  # a full disk, or one that is gone: it will not be better with the next unit
+    except Exception as error:
+        ledger.fail(unit, error)
+        logger.error("%s failed: %s", unit.key, error)
+
+
+def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
+    """Write the report of all units in the run's folder; return how many failed."""
+    results, unreadable = read_results(settings.folder)
+    failures = Ledger(settings.folder).failures()
+    expected = [
+        UnitKey(task.protocol, task.subject, method.name, seed)
+        for seed in settings.seeds or ()
+        for task in tasks
+        for method in settings.parsed_methods
+    ]
+    page = write_report(
+        results,
+        settings.folder / REPORT_FOLDER,
+        title=settings.title,
+        expected=expected,
+        unreadable=[*unreadable, *failures],
+        real_pictures={task.subject: task.real for task in tasks if task.protocol == "subject"},
+        settings=settings.record(),
+    )
+    print(page)
+    return len(failures)
+
+
+def _tasks_if_there(settings: BenchmarkSettings) -> list[Task]:
+    """The tasks, for a report of results that may have been brought here without the pictures."""
+    try:
+        return read_tasks(settings)
+    except (ConfigError, DataError) as error:
+        logger.warning("the real pictures are not shown: %s", error)
+        return []

@@ -1,0 +1,304 @@
+"""One unit: a method put on the base, trained, drawn with, judged, and taken off again."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import accelerate
+import diffusers
+import peft
+import torch
+import transformers
+import yaml
+from diffusers.training_utils import free_memory
+
+from .. import __version__
+from ..sampling import draw
+from ..targets import find_targets
+from ..tensor_files import replacing
+from ..training.acceleration import DTYPES, device_name, make_accelerator
+from ..training.adapters import adapter_configs, trained_components, weights_for_use
+from ..training.base_model import completed, find_base_family, load_base, present
+from ..training.batches import find_class_pictures
+from ..training.checkpoint import CheckpointStore
+from ..training.config import PATHS, TrainingConfig
+from ..training.family_options import check_family_options
+from ..training.loop import Trainer
+from ..training.validation import encoding_apart
+from .encoders import load_encoder
+from .mechanism import MechanismLog
+from .methods import Method, bare_afterwards
+from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
+from .results import PromptResult, UnitResult
+from .settings import BenchmarkSettings
+from .tasks import Task
+
+PICTURES, BASE_FOLDER = "pictures", "base"
+#: Units of different seeds draw from different noise, those of a seed from the same.
+_NOISES_PER_SEED = 10_000
+
+#: The files of each prompt.
+Drawn = list[list[Path]]
+
+
+class Runner:
+    """What all units of a process share: the base, bare between them, and the encoders.
+
+    Raises:
+        ConfigError, ValueError: the base or an encoder cannot be loaded.
+    """
+
+    def __init__(self, settings: BenchmarkSettings, config: TrainingConfig) -> None:
+        """``config``: the trainer's options of any unit."""
+        self.settings = settings
+        self.accelerator = make_accelerator(config)
+        self.device = self.accelerator.device
+        self.encoders = {
+            name: load_encoder(
+                source,
+                device=self.device,
+                preprocessing=settings.preprocessing,
+                cache_dir=config.cache_dir,
+            )
+            for name, source in settings.encoder_sources.items()
+        }
+        self.family = find_base_family(config)
+        check_family_options(config, self.family)
+        self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
+        self._denoiser.to(self.device)
+
+    def run(self, task: Task, method: Method, seed: int, folder: Path) -> UnitResult:
+        """Do a unit; its pictures and adapter are in ``folder`` afterwards.
+
+        The base is as before, whatever happens.
+
+        Raises:
+            ConfigError: the method does not fit the base.
+            TrainingDiverged: the loss is no number any more.
+        """
+        for name in (PICTURES, "adapter"):  # of an attempt that was killed
+            shutil.rmtree(folder / name, ignore_errors=True)
+        config = method.configured(replace(task.config, seed=seed))
+        config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
+        components = trained_components(config, self.family)
+        unmoved = self._pictures_of_the_base(task, config)
+        try:
+            with bare_afterwards(self.pipe, components, method), ExitStack() as use:
+                facts = self._train(task, method, config, folder, use)
+                began = time.perf_counter()
+                drawn = self._draw(self._wanted(task), config, folder / PICTURES)
+                seconds = time.perf_counter() - began
+        finally:
+            self.accelerator.free_memory()
+            free_memory()
+        scores, prompts = self._judge(task, drawn, unmoved, folder)
+        return UnitResult(
+            task.protocol,
+            task.subject,
+            method.name,
+            seed,
+            update_rank=method.update_rank,
+            draw_seconds=seconds,
+            scores=scores,
+            prompts=prompts,
+            settings=self._told(config),
+            versions=_versions(),
+            folder=folder,
+            **facts,
+        )
+
+    def _train(
+        self,
+        task: Task,
+        method: Method,
+        config: TrainingConfig,
+        folder: Path,
+        use: ExitStack,
+    ) -> dict[str, Any]:
+        """Train; in ``use`` the weights are those to draw with. Returns what there is to tell."""
+        if method.kind == "base":
+            nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
+            return {**nothing, "peak_memory_gib": None}
+        began = time.perf_counter()
+        layers = self._target_layers(config)
+        trainer = Trainer(
+            config,
+            self.family,
+            list(task.examples),
+            find_class_pictures(config),
+            self.accelerator,
+            CheckpointStore(folder),
+            pipe=self.pipe,
+            put_on=method.put_on,
+        )
+        components = tuple(trainer.state.components)
+        log = self._mechanism_log(layers)
+        with ExitStack() as stack:
+            if log is not None:
+                stack.enter_context(log.watch(trainer.optimizer))
+            for _ in stack.enter_context(closing(trainer.steps(progress=False))):
+                pass
+        seconds = time.perf_counter() - began
+        use.enter_context(weights_for_use(trainer.parameters, trainer.optimizer, trainer.ema))
+        if self.settings.keep_adapters and method.kind != "full":
+            folder.joinpath("adapter").mkdir(parents=True)
+            method.save(self.pipe, self.family, components, folder / "adapter")
+        peak = trainer.memory.bytes
+        return {
+            "parameters": sum(p.numel() for p in trainer.parameters),
+            "steps": trainer.state.step,
+            "train_seconds": seconds,
+            "peak_memory_gib": None if peak is None else peak / 2**30,
+            "mechanism": None if log is None else log.result(),
+        }
+
+    def _target_layers(self, config: TrainingConfig) -> list[str]:
+        """Paths in the bare denoiser of what every method but full fine-tuning adapts."""
+        name, model = self.family.denoiser, self._denoiser
+        return list(find_targets(model, adapter_configs({name: model}, self.family, config)[name]))
+
+    def _mechanism_log(self, layers: Sequence[str]) -> MechanismLog | None:
+        every = self.settings.mechanism_steps
+        if every is None:
+            return None
+        steps = range(1, sys.maxsize, every)
+        return MechanismLog(self._denoiser, layers, self.settings.mechanism_k, steps)
+
+    @property
+    def _denoiser(self) -> Any:
+        return getattr(self.pipe, self.family.denoiser)
+
+    # -- pictures ----------------------------------------------------------------------------------
+
+    def _wanted(self, task: Task) -> dict[str, tuple[tuple[str, ...], int]]:
+        """What is drawn: the beginning of the files' names -> prompts, pictures of each."""
+        settings, protocols = self.settings, self.settings.protocols or ()
+        wanted = {"": (task.prompts, settings.images_per_prompt)}
+        if "drift" in protocols:
+            wanted["drift-"] = (tuple(settings.drift_prompts or ()), settings.drift_images)
+        if "prior" in protocols:
+            wanted["class-"] = ((task.class_prompt,), settings.prior_images)
+        return wanted
+
+    def _draw(
+        self, wanted: dict[str, tuple[tuple[str, ...], int]], config: TrainingConfig, folder: Path
+    ) -> dict[str, Drawn]:
+        """Draw into ``folder`` what is not there yet; return the files of each prompt."""
+        files = {
+            kind: [
+                [folder / f"{kind}{row:03d}_{column}.png" for column in range(count)]
+                for row in range(len(prompts))
+            ]
+            for kind, (prompts, count) in wanted.items()
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        encoders = present(self.pipe, self.family.all_text_encoders)
+        limit = self.family.max_sequence_length and config.max_sequence_length
+        with self.accelerator.autocast(), encoding_apart(self.pipe, encoders, self.device):
+            for kind, (prompts, count) in wanted.items():
+                if all(file.exists() for row in files[kind] for file in row):
+                    continue
+                images = draw(
+                    self.pipe,
+                    prompts,
+                    count,
+                    seed=_NOISES_PER_SEED * config.seed,
+                    size=config.resolution,
+                    guidance_scale=self.settings.drawing_guidance_scale,
+                    inference_steps=self.settings.inference_steps,
+                    max_sequence_length=limit,
+                    batch_size=self.settings.drawing_batch_size,
+                )
+                for row, pictures in zip(files[kind], images, strict=True):
+                    for file, picture in zip(row, pictures, strict=True):
+                        with replacing(file) as temporary:
+                            picture.save(temporary, format="PNG")
+        return files
+
+    def _pictures_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Drawn]:
+        """What the base draws where an adapter should change nothing: drawn once for each seed."""
+        folder = self.settings.folder / BASE_FOLDER / f"seed{config.seed}"
+        wanted = self._wanted(task)
+        found: dict[str, Drawn] = {}
+        if "drift-" in wanted:
+            found |= self._draw({"drift-": wanted["drift-"]}, config, folder)
+        if "class-" in wanted:
+            of_class = folder / Path(str(config.class_data_dir)).name
+            found |= self._draw({"class-": wanted["class-"]}, config, of_class)
+        return found
+
+    # -- scores ------------------------------------------------------------------------------------
+
+    def _judge(
+        self, task: Task, drawn: dict[str, Drawn], unmoved: dict[str, Drawn], folder: Path
+    ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
+        """Score the pictures; the scores of the unit, and those of each prompt."""
+        encoders, wanted = self.encoders, self._wanted(task)
+        if task.protocol == "captioned":
+            scores = {"": score_captioned(encoders, drawn[""], task.texts, task.real)}
+        else:
+            diversity = self.settings.diversity
+            scores = {
+                "": score_subject(
+                    encoders, drawn[""], task.texts, task.real, with_diversity=diversity
+                )
+            }
+        if "drift-" in drawn:
+            scores["drift-"] = score_drift(encoders, drawn["drift-"], unmoved["drift-"])
+        overall = {name: value for part in scores.values() for name, value in part.overall.items()}
+        if "class-" in drawn:
+            (after,), (before,) = drawn["class-"], unmoved["class-"]
+            of_class = score_prior(encoders, after, before, task.real)
+            scores["class-"] = Scores(of_class, [of_class])
+            overall |= of_class
+        paired = task.real if task.protocol == "captioned" else ()
+        prompts = [
+            PromptResult(
+                prompt,
+                tuple(file.relative_to(folder).as_posix() for file in row),
+                values,
+                os.path.relpath(paired[number], folder) if paired and kind == "" else None,
+            )
+            for kind, (texts, _) in wanted.items()
+            for number, (prompt, row, values) in enumerate(
+                zip(texts, drawn[kind], scores[kind].by_prompt, strict=True)
+            )
+        ]
+        return overall, tuple(prompts)
+
+    def _told(self, config: TrainingConfig) -> dict[str, Any]:
+        """The settings of a unit; of files and folders only the names."""
+        settings = self.settings
+        training = {
+            name: Path(value).name if name in PATHS and value and Path(value).exists() else value
+            for name, value in yaml.safe_load(config.to_yaml()).items()
+            if name not in ("output_dir", "class_data_dir", "report_to")
+        }
+        names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
+        return {
+            "training": training,
+            "drawing": {name: getattr(settings, name) for name in names.split()},
+            "judges": {
+                name: Path(source).name if Path(source).exists() else source
+                for name, source in settings.encoder_sources.items()
+            },
+            "device": device_name(self.device),
+        }
+
+
+def _versions() -> dict[str, str]:
+    modules = (torch, diffusers, transformers, peft, accelerate)
+    return {
+        "gralora_diffusion": __version__,
+        "python": platform.python_version(),
+        **{module.__name__: module.__version__ for module in modules},
+    }

@@ -1,0 +1,266 @@
+"""The benchmark's options as one object: read, checked, written down, compared with a run's."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..tensor_files import replacing
+from ..training.config import TrainingConfig, group_table
+from ..training.config_checks import ConfigError
+from ..training.option_parsing import parse_options
+from .methods import Method
+from .options import (
+    BENCHMARK_GROUPS,
+    SET_BY_THE_BENCHMARK,
+    ComparedOptions,
+    DrawingOptions,
+    JudgingOptions,
+    RunOptions,
+    training_groups,
+)
+
+SETTINGS_NAME = "benchmark.yaml"
+ROOT = Path(__file__).parents[2]
+SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
+ENCODERS = (
+    "dinov2=facebook/dinov2-base",
+    "dino=facebook/dino-vits16",
+    "clip=openai/clip-vit-base-patch32",
+)
+DRIFT_PROMPTS = (
+    "a photo of a red bicycle leaning on a wall",
+    "a bowl of fruit on a wooden table",
+    "a mountain lake at sunrise",
+    "a portrait of an old fisherman",
+    "a busy street in Tokyo at night",
+    "a watercolor painting of tulips",
+    "a steam train crossing a bridge",
+    "a cup of coffee beside an open book",
+    "an astronaut standing on the moon",
+    "a black and white photo of a city skyline",
+    "a cottage in a snowy forest",
+    "a sailing boat on a stormy sea",
+)
+#: What may differ between two commands of one run: they add units to it, or change none.
+_FREE = {
+    *("methods", "seeds", "subjects", "title", "keep_adapters", "retry_failed", "report_only"),
+    *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
+}
+_AT_LEAST_ONE = ["held_out", "images_per_prompt", "max_prompts", "drift_images", "inference_steps"]
+_AT_LEAST_ONE += ["drawing_batch_size", "mechanism_steps", "mechanism_k"]
+
+
+@dataclass(kw_only=True)
+class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOptions):
+    """All options; ``training`` has those of the trainer. Call :meth:`check`."""
+
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+
+    def __post_init__(self) -> None:
+        if not self.protocols:
+            captioned = self.captioned_dir or self.training.dataset_name
+            self.protocols = ["captioned", "drift"] if captioned else ["subject", "drift", "prior"]
+        self.methods = self.methods or ["lora-r32", "lora-r64", "gralora-r32-k2"]
+        self.seeds = [0] if self.seeds is None else self.seeds
+        self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
+        self.encoders = self.encoders or list(ENCODERS)
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.output_dir)
+
+    @property
+    def parsed_methods(self) -> list[Method]:
+        return [Method.parse(name) for name in self.methods or ()]
+
+    @property
+    def encoder_sources(self) -> dict[str, str]:
+        """Name of an encoder -> Hub id or folder."""
+        pairs = (text.partition("=") for text in self.encoders or ())
+        return {name: source for name, _, source in pairs}
+
+    def check(self) -> None:
+        """Check all that can be checked before data or models are looked at.
+
+        Raises:
+            ConfigError: with every problem.
+        """
+        problems = [*self._problems()]
+        for name in self.methods or ():
+            try:
+                Method.parse(name)
+            except ConfigError as error:
+                problems += error.problems
+        if problems:
+            raise ConfigError(problems)
+
+    def _problems(self) -> list[str]:
+        problems = [
+            f"--{name} is {value}; it must be at least 1"
+            for name in _AT_LEAST_ONE
+            if (value := getattr(self, name)) is not None and value < 1
+        ]
+        protocols, training = self.protocols or [], self.training
+        known = ("subject", "captioned", "drift", "prior")
+        if unknown := [p for p in protocols if p not in known]:
+            problems.append(f"--protocols has {', '.join(unknown)}; there are {', '.join(known)}")
+        elif ("subject" in protocols) == ("captioned" in protocols):
+            problems.append("--protocols needs one of subject and captioned, and not both")
+        if "prior" in protocols:
+            if "subject" not in protocols:
+                problems.append("--protocols has prior, which needs subject: it is of its class")
+            if self.prior_images < 2:
+                problems.append(f"--prior_images is {self.prior_images}; it must be at least 2")
+        if "subject" in protocols and not self.dreambooth_dir:
+            problems.append(
+                "--dreambooth_dir is missing. Give a clone of https://github.com/google/dreambooth"
+            )
+        if "captioned" in protocols and bool(self.captioned_dir) == bool(training.dataset_name):
+            problems.append("--protocols captioned needs --captioned_dir or --dataset_name")
+        if "subject" in protocols and (self.captioned_dir or training.dataset_name):
+            problems.append(
+                "--captioned_dir and --dataset_name are for --protocols captioned, not for subject"
+            )
+        for name in ("methods", "seeds", "subjects"):
+            given = getattr(self, name) or []
+            if twice := sorted({str(v) for v in given if given.count(v) > 1}):
+                problems.append(f"--{name} has {', '.join(twice)} twice. Keep one")
+        if negative := [seed for seed in self.seeds or () if seed < 0]:
+            problems.append(f"--seeds has {negative[0]}; a seed is not negative")
+        for text in self.encoders or ():
+            name, equals, source = text.partition("=")
+            if not (equals and source and name.isidentifier()):
+                problems.append(
+                    f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
+                )
+        teacher = training.with_prior_preservation and training.prior_source == "teacher"
+        if teacher and any(m.startswith("full") for m in self.methods or ()):
+            problems.append(
+                "--methods has full, which has no frozen base to be taught by: leave it out, or "
+                "give --prior_source images"
+            )
+        return problems
+
+    def record(self) -> dict[str, Any]:
+        """The options that differ from the defaults, in their groups' order."""
+        default = BenchmarkSettings()
+        always = ("output_dir", "methods", "seeds")
+        own = {
+            f.name: getattr(self, f.name)
+            for group in BENCHMARK_GROUPS
+            for f in fields(group)
+            if f.name in always or getattr(self, f.name) != getattr(default, f.name)
+        }
+        for name in ("suite", "retry_failed", "report_only"):  # of a command, not of a run
+            own.pop(name, None)
+        return {**own, **yaml.safe_load(self.training.to_yaml())}
+
+    def write_down(self) -> None:
+        """Keep the options in the run's folder, to be read again with ``--config``.
+
+        Raises:
+            ConfigError: units of other options are there, which would be mixed with new ones.
+        """
+        path, record = self.folder / SETTINGS_NAME, self.record()
+        if path.exists():
+            earlier = parse_settings(["--config", str(path)]).record()
+            differing = sorted(
+                name
+                for name in {*earlier, *record} - _FREE
+                if earlier.get(name) != record.get(name)
+            )
+            if differing:
+                raise ConfigError(
+                    [
+                        f"--{name} is {record.get(name, 'its default')}, but "
+                        f"{earlier.get(name, 'its default')} in {path}: units of both would be "
+                        "mixed. Give another --output_dir, or the same option"
+                        for name in differing
+                    ]
+                )
+            for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
+                record[name] = _union(earlier.get(name), record.get(name))
+            record = {name: value for name, value in record.items() if value is not None}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+
+
+def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:
+    """Both, in order; None, which stands for all, if one is None."""
+    if before is None or now is None:
+        return None
+    return [*before, *(value for value in now if value not in before)]
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
+    """Read the options from a command line, a suite, and the YAML file of ``--config``.
+
+    Raises:
+        ConfigError: see ``option_parsing.parse_options``; a suite that is not there.
+    """
+    groups = (*BENCHMARK_GROUPS, *training_groups())
+    said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
+    options = parse_options(groups, argv, not_carried=said)
+    if options["suite"]:
+        options = parse_options(
+            groups, argv, not_carried=said, before=_suite_arguments(groups, options["suite"])
+        )
+    if options["report_only"] and options["config"] is None:
+        kept = Path(options["output_dir"]) / SETTINGS_NAME
+        if not kept.is_file():
+            raise ConfigError([f"--report_only: there is no {kept}. Give a run's --output_dir"])
+        again = ["--config", str(kept), "--output_dir", options["output_dir"], "--report_only"]
+        options = parse_options(groups, again)
+    own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
+    training = {name: value for name, value in options.items() if name not in own}
+    return BenchmarkSettings(
+        **{name: value for name, value in options.items() if name in own},
+        training=TrainingConfig(**training, report_to="none"),
+    )
+
+
+def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
+    """The options of a suite, its paths from wherever the command is run."""
+    path = ROOT / SUITES[name]
+    if not path.is_file():
+        raise ConfigError(
+            [
+                f"--suite {name}: there is no {path}. It is part of the repository, not of the "
+                "installed package: clone it, and install it by `pip install -e .`"
+            ]
+        )
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))
+    arguments = []
+    for option_name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        arguments += [f"--{option_name}", *(_from_here(str(v)) for v in values)]
+    return arguments
+
+
+def _from_here(text: str) -> str:
+    """A path below samples/, also as the source of an encoder, from the folder one is in."""
+    name, equals, source = text.rpartition("=")
+    is_path = source.startswith("samples/")
+    return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text
+
+
+def options_table() -> str:
+    """Return ``docs/benchmark_options.md``: the benchmark's own options in Markdown tables."""
+    parts = [
+        "# Options of the benchmark",
+        "Made from the options themselves by `gralora_diffusion.benchmark.settings.options_table`. "
+        "Each is given as `--name value` or as `name: value` in the file of `--config`; the "
+        "command line wins. [The trainer's options](options.md) are given beside them, but for: "
+        + ", ".join(f"`{name}`" for name in SET_BY_THE_BENCHMARK)
+        + ".",
+        *map(group_table, BENCHMARK_GROUPS),
+    ]
+    return "\n\n".join(parts) + "\n"

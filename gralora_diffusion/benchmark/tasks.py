@@ -1,0 +1,120 @@
+"""What there is to learn and to draw: a task for each subject, or one for a captioned set."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..training.batches import find_pictures
+from ..training.config import TrainingConfig
+from ..training.config_checks import ConfigError
+from ..training.data import DataError, Example
+from .captioned import split, write_examples
+from .dreambooth import Subject, read_subjects
+from .settings import BenchmarkSettings
+
+logger = logging.getLogger(__name__)
+
+#: Folder of class pictures and of held-out pictures, within that of the run.
+CLASS_FOLDER, HELD_OUT_FOLDER = "class_pictures", "held_out"
+
+
+@dataclass(frozen=True)
+class Task:
+    """Something that each method learns with each seed.
+
+    Attributes:
+        protocol: "subject" or "captioned".
+        subject: its name, which is that of a folder.
+        config: the trainer's options but for method and seed.
+        examples: what is trained on.
+        prompts: what is drawn.
+        texts: what CLIP compares the pictures with, one for each prompt.
+        real: pictures to compare with: of the subject, or the one of each caption.
+        class_prompt: "" for a captioned set.
+    """
+
+    protocol: str
+    subject: str
+    config: TrainingConfig
+    examples: tuple[Example, ...]
+    prompts: tuple[str, ...]
+    texts: tuple[str, ...]
+    real: tuple[Path, ...]
+    class_prompt: str = ""
+
+
+def read_tasks(settings: BenchmarkSettings) -> list[Task]:
+    """Find all that is learned, and decode every picture once.
+
+    Raises:
+        DataError: with all that is wrong with the files, of all subjects.
+        ConfigError: the trainer's options have problems.
+    """
+    if "captioned" in (settings.protocols or ()):
+        return [_captioned(settings)]
+    subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or ())
+    tasks, problems = [], []
+    for subject in subjects:
+        try:
+            tasks.append(_subject(settings, subject))
+        except DataError as error:
+            problems += [f"{subject.name}: {problem}" for problem in error.problems]
+    if problems:
+        raise DataError(str(settings.dreambooth_dir), problems)
+    for remark in tasks[0].config.validate():
+        logger.warning(remark)
+    return tasks
+
+
+def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
+    config = replace(
+        settings.training,
+        instance_data_dir=str(subject.folder),
+        instance_prompt=subject.instance_prompt(settings.unique_token),
+        class_prompt=subject.class_prompt,
+        class_data_dir=str(
+            settings.folder / CLASS_FOLDER / subject.class_name.replace(" ", "_").replace("/", "_")
+        ),
+        output_dir=str(settings.folder),
+    )
+    number = settings.max_prompts
+    return Task(
+        "subject",
+        subject.name,
+        config,
+        tuple(find_pictures(config)),
+        tuple(subject.prompts(settings.unique_token)[:number]),
+        tuple(subject.prompts()[:number]),
+        tuple(subject.real),
+        subject.class_prompt,
+    )
+
+
+def _captioned(settings: BenchmarkSettings) -> Task:
+    config = replace(
+        settings.training,
+        instance_data_dir=settings.captioned_dir,
+        output_dir=str(settings.folder),
+    )
+    for remark in config.validate():
+        logger.warning(remark)
+    try:
+        # the same for every seed of the training: they are compared with each other
+        parts = split(find_pictures(config), settings.held_out, seed=0)
+    except ValueError as error:
+        if isinstance(error, DataError):
+            raise
+        raise ConfigError([f"--{error}"]) from error
+    captions = tuple(example.caption for example in parts.held_out)
+    folder = settings.folder / HELD_OUT_FOLDER
+    return Task(
+        "captioned",
+        Path(str(settings.captioned_dir or config.dataset_name)).name,
+        config,
+        parts.train,
+        captions,
+        captions,
+        tuple(write_examples(parts.held_out, folder)),
+    )

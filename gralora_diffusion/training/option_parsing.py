@@ -1,0 +1,146 @@
+"""Options that dataclasses describe, from a command line and from the YAML file that it names."""
+
+from __future__ import annotations
+
+import difflib
+import sys
+from argparse import Action, ArgumentDefaultsHelpFormatter
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers import HfArgumentParser
+
+from .config_checks import ConfigError
+
+
+def parse_options(
+    groups: Sequence[type],
+    argv: Sequence[str] | None = None,
+    *,
+    not_carried: Mapping[str, str] | None = None,
+    before: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Read options from a command line, and from the YAML file that its ``--config`` names.
+
+    Args:
+        groups: dataclasses of fields made by ``config_options.option``.
+        argv: the arguments without the program's name; those of this process by default.
+        not_carried: names that a user may take for options -> what is said of them, after the name.
+        before: arguments that the file and the command line win over.
+
+    Returns:
+        Every option's value by its name.
+
+    Raises:
+        ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
+            or the YAML file cannot be read.
+    """
+    parser = _Parser(groups, not_carried or {})
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    options = parser.read([*before, *arguments])
+    if options["config"] is None:
+        return options
+    path = Path(options["config"])
+    try:
+        from_file = _yaml_to_arguments(parser, path)
+        parser.read(from_file)  # alone, so that an error in the file is known to be the file's
+    except ConfigError as error:
+        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
+    return parser.read([*before, *from_file, *arguments])
+
+
+class _HelpFormatter(ArgumentDefaultsHelpFormatter):
+    """Adds the default to the help only where there is one."""
+
+    def _get_help_string(self, action: Action) -> str | None:
+        if action.option_strings and action.option_strings[0].startswith("--no_"):
+            return f"Switch --{action.dest} off"
+        return action.help if action.default in (None, "") else super()._get_help_string(action)
+
+
+class _Parser(HfArgumentParser):
+    def __init__(self, groups: Sequence[type], not_carried: Mapping[str, str]) -> None:
+        super().__init__(groups, allow_abbrev=False, formatter_class=_HelpFormatter)
+        self.names = {f.name for group in groups for f in fields(group)}
+        self.not_carried = not_carried
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError([message])  # rather than a page of usage and the end of the process
+
+    def action_of(self, name: str) -> Action | None:
+        """The argparse action of the option ``name``, None for an unknown one."""
+        return self._option_string_actions.get(f"--{name}") if name in self.names else None
+
+    def read(self, arguments: list[str]) -> dict[str, Any]:
+        *groups, unknown = self.parse_args_into_dataclasses(
+            arguments, return_remaining_strings=True, look_for_args_file=False
+        )
+        if unknown:
+            flags = [text.split("=")[0][2:] for text in unknown if text.startswith("--")]
+            stray = (
+                f"{unknown[0]!r} belongs to no option. If it is part of a text, put the text in "
+                "quotes"
+            )
+            raise ConfigError([self.unknown(f"--{flag}", flag) for flag in flags] or [stray])
+        return {name: value for group in groups for name, value in vars(group).items()}
+
+    def unknown(self, spelled: str, name: str) -> str:
+        """What is to be said of an option that is none."""
+        name = name.replace("-", "_")
+        if name in self.not_carried:
+            return f"{spelled} {self.not_carried[name]}"
+        nearest = " or ".join(difflib.get_close_matches(name, self.names, n=3))
+        advice = f"Did you mean {nearest}?" if nearest else "See --help for all options"
+        return f"{spelled} is not an option. {advice}"
+
+
+def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
+    """Turn a flat YAML mapping into command-line arguments, to be checked by the same parser.
+
+    The texts of the values are passed on as they are written, for YAML would read ``no`` as false
+    and ``1e-4`` as a string. A value left empty (or ``null``) leaves the default.
+    """
+    try:
+        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError([f"--config cannot be read: {error.strerror or error}"]) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
+    except yaml.YAMLError as error:
+        raise ConfigError([f"--config is not YAML: {' '.join(str(error).split())}"]) from error
+    if root is None:
+        return []
+    if not isinstance(root, yaml.MappingNode):
+        raise ConfigError(["--config must hold `name: value` lines"])
+
+    arguments: list[str] = []
+    problems: list[str] = []
+    seen: set[str] = set()
+    for key, value in root.value:
+        where = f"line {key.start_mark.line + 1}: "
+        name = str(key.value).replace("-", "_")
+        action = parser.action_of(name)
+        if name == "config":
+            problems.append(f"{where}config is for the command line; a file cannot name another")
+        elif action is None:
+            problems.append(where + parser.unknown(str(key.value), name))
+        elif name in seen:
+            problems.append(f"{where}{name} is given twice. Keep one")
+        elif isinstance(value, yaml.SequenceNode):
+            if action.nargs != "+":
+                problems.append(f"{where}{name} takes one value, not a list")
+            elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
+                problems.append(f"{where}{name} takes a list of plain values, one at least")
+            else:
+                arguments += [f"--{name}", *(item.value for item in value.value)]
+        elif isinstance(value, yaml.MappingNode):
+            problems.append(f"{where}{name} takes a plain value. Options are not nested")
+        elif value.tag != "tag:yaml.org,2002:null":
+            arguments.append(f"--{name}={value.value}")  # with = a value may begin with a hyphen
+        seen.add(name)
+    if problems:
+        raise ConfigError(problems)
+    return arguments
