@@ -42,8 +42,8 @@ class MechanismLog:
         layers: paths of target layers in it, as ``targets.find_targets`` gives them.
         k: blocks per side, the same for all methods that are to be compared. Where it does not
             divide a layer's widths, its largest divisor that does.
-        steps: which steps of the optimizer are logged, the first is 1; a ``range``, for example.
-            The others cost next to nothing.
+        steps: which steps of the optimizer are logged, the first is 1; a ``range`` as long as
+            you like, for example. The others cost next to nothing.
 
     Raises:
         ValueError: k is below 1, or a layer is not there, of another kind, or not trained.
@@ -60,7 +60,7 @@ class MechanismLog:
                 raise ValueError(f"the mechanism's log cannot take the layer '{path}': {problem}")
         self._layers = {path: modules[path] for path in layers}
         self._k = {path: max(fitting_k([base_of(modules[path])], [k])) for path in layers}
-        self._steps = frozenset(steps)
+        self._steps = steps  # as it is: a range may have no end in sight
         self._forget()
 
     def _forget(self) -> None:

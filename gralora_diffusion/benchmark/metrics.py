@@ -194,17 +194,16 @@ def score_prior(
     ``pres_*``: the mean similarity over all pairs of class pictures and real pictures of the
     subject, PRES in the DreamBooth paper (its ablation of prior preservation, with DINO): the more,
     the more has the class become the subject. ``prior_*``: 1 - similarity of each class picture and
-    the one that the base draws from the same noise, the language drift. ``div_*``: 1 - similarity
-    among them.
+    the one that the base draws from the same noise, the language drift.
 
     Args:
-        adapted: pictures of the class ("a dog") drawn with the adapter; at least two.
+        adapted: pictures of the class ("a dog") drawn with the adapter.
         base: the same without it, from the same noise; their embeddings are kept.
         real: the subject's pictures; their embeddings are kept.
 
     Raises:
         DataError: a picture cannot be read; its name comes first.
-        ValueError: unequal numbers of pictures with and without the adapter, or too few.
+        ValueError: unequal numbers of pictures with and without the adapter, or none.
     """
     scores = {}
     for name, encoder in encoders.items():
@@ -214,7 +213,6 @@ def score_prior(
         known = encoder.embed_images(real, keep=True)
         scores[f"pres_{seen}"] = pairwise_similarity(drawn, known)
         scores[f"prior_{seen}"] = 1 - paired_similarity(drawn, before)
-        scores[f"div_{seen}"] = diversity(drawn)
     return scores
 
 

@@ -9,18 +9,13 @@ import time
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import accelerate
-import diffusers
-import peft
-import torch
-import transformers
 import yaml
 from diffusers.training_utils import free_memory
 
-from .. import __version__
 from ..sampling import draw
 from ..targets import find_targets
 from ..tensor_files import replacing
@@ -295,9 +290,5 @@ class Runner:
 
 
 def _versions() -> dict[str, str]:
-    modules = (torch, diffusers, transformers, peft, accelerate)
-    return {
-        "gralora_diffusion": __version__,
-        "python": platform.python_version(),
-        **{module.__name__: module.__version__ for module in modules},
-    }
+    names = ("gralora-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

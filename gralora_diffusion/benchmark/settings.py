@@ -53,7 +53,7 @@ _FREE = {
     *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
 }
 _AT_LEAST_ONE = ["held_out", "images_per_prompt", "max_prompts", "drift_images", "inference_steps"]
-_AT_LEAST_ONE += ["drawing_batch_size", "mechanism_steps", "mechanism_k"]
+_AT_LEAST_ONE += ["prior_images", "drawing_batch_size", "mechanism_steps", "mechanism_k"]
 
 
 @dataclass(kw_only=True)
@@ -108,25 +108,23 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         ]
         protocols, training = self.protocols or [], self.training
         known = ("subject", "captioned", "drift", "prior")
+        captioned = bool(self.captioned_dir), bool(training.dataset_name)
         if unknown := [p for p in protocols if p not in known]:
             problems.append(f"--protocols has {', '.join(unknown)}; there are {', '.join(known)}")
         elif ("subject" in protocols) == ("captioned" in protocols):
             problems.append("--protocols needs one of subject and captioned, and not both")
-        if "prior" in protocols:
-            if "subject" not in protocols:
-                problems.append("--protocols has prior, which needs subject: it is of its class")
-            if self.prior_images < 2:
-                problems.append(f"--prior_images is {self.prior_images}; it must be at least 2")
-        if "subject" in protocols and not self.dreambooth_dir:
-            problems.append(
-                "--dreambooth_dir is missing. Give a clone of https://github.com/google/dreambooth"
-            )
-        if "captioned" in protocols and bool(self.captioned_dir) == bool(training.dataset_name):
-            problems.append("--protocols captioned needs --captioned_dir or --dataset_name")
-        if "subject" in protocols and (self.captioned_dir or training.dataset_name):
+        elif "captioned" in protocols and sum(captioned) != 1:
+            problems.append("--protocols captioned needs one of --captioned_dir and --dataset_name")
+        elif "subject" in protocols and any(captioned):
             problems.append(
                 "--captioned_dir and --dataset_name are for --protocols captioned, not for subject"
             )
+        elif "subject" in protocols and not self.dreambooth_dir:
+            problems.append(
+                "--dreambooth_dir is missing. Give a clone of https://github.com/google/dreambooth"
+            )
+        if "prior" in protocols and "subject" not in protocols:
+            problems.append("--protocols has prior, which needs subject: it is of its class")
         for name in ("methods", "seeds", "subjects"):
             given = getattr(self, name) or []
             if twice := sorted({str(v) for v in given if given.count(v) > 1}):
@@ -224,7 +222,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     training = {name: value for name, value in options.items() if name not in own}
     return BenchmarkSettings(
         **{name: value for name, value in options.items() if name in own},
-        training=TrainingConfig(**training, report_to="none"),
+        training=TrainingConfig(**{**training, "config": None}, report_to="none"),
     )
 
 

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.benchmark import judges
+from tests.benchmark import judges, runs
+from tests.models import stable_diffusion
 
 
 @pytest.fixture(scope="session")
@@ -32,3 +33,14 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture(scope="session")
 def real(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return judges.draw(tmp_path_factory.mktemp("real"), 3, seed=2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory, dinov2: Path, clip: Path) -> Path:
+    """A base, encoders and a small DreamBooth benchmark, for ``runs``."""
+    folder = tmp_path_factory.mktemp("world")
+    stable_diffusion().save_pretrained(folder / "base")
+    (folder / "dinov2").symlink_to(dinov2)
+    (folder / "clip").symlink_to(clip)
+    runs.clone(folder / "dreambooth")
+    return folder

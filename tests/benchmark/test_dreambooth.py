@@ -7,42 +7,7 @@ import pytest
 from gralora_diffusion.benchmark.dreambooth import read_prompts, read_subjects
 from gralora_diffusion.training.data import DataError
 from tests.benchmark import judges
-
-#: As the public file is written, but shorter.
-TEXT = """\
-Classes
-
-subject_name,class
-bear_plushie,stuffed animal
-cat2,cat
-dog,dog
-
-Prompts
-
-Object Prompts
-
-prompt_list = [
-'a {0} {1} on top of pink fabric'.format(unique_token, class_token),
-'a {0} {1} with the Eiffel Tower in the background'.format(unique_token, class_token),
-'a cube shaped {0} {1}'.format(unique_token, class_token)
-]
-
-Live Subject Prompts
-
-prompt_list = [
-'a {0} {1} wearing a santa hat'.format(unique_token, class_token),
-'a red {0} {1}'.format(unique_token, class_token)
-]
-"""
-
-
-def clone(folder, text=TEXT):
-    dataset = folder / "dataset"
-    for number, name in enumerate(["bear_plushie", "cat2", "dog"]):
-        judges.draw(dataset / name, 2 + number)
-    (dataset / "prompts_and_classes.txt").write_text(text, encoding="utf-8")
-    (dataset / "references_and_licenses.txt").write_text("links", encoding="utf-8")
-    return folder
+from tests.benchmark.runs import TEXT, clone
 
 
 def test_subjects(tmp_path):

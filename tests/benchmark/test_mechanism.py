@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -217,7 +219,7 @@ def test_norms_of_the_steps_that_are_wanted(method: str, tmp_path: Path) -> None
     model, paths = put_on(method)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     # first, so that the hooks of the log are not copied with the model
-    log = MechanismLog(model, paths, 2, steps=range(1, 10, 2))
+    log = MechanismLog(model, paths, 2, steps=range(1, sys.maxsize, 2))
     with gradients_of_steps(model, paths, optimizer) as gradients, log.watch(optimizer):
         train(model, optimizer, 4)
     mechanism = log.result()
