@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
@@ -20,7 +21,12 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
-from gralora_diffusion.benchmark.settings import SUITES, BenchmarkSettings, parse_settings
+from gralora_diffusion.benchmark.settings import (
+    SETTINGS_NAME,
+    SUITES,
+    BenchmarkSettings,
+    parse_settings,
+)
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
@@ -92,6 +98,9 @@ def workplace(tmp_path, monkeypatch):
     for block in BLOCKS:  # a file that the text has the reader write says its name
         if block.info == "yaml" and (named := re.match(r"# (\w+\.yaml)\n", block.text)):
             (tmp_path / named[1]).write_text(block.text, encoding="utf-8")
+            run = tmp_path / yaml.safe_load(block.text)["output_dir"]  # what it was run with
+            run.mkdir()
+            (run / SETTINGS_NAME).write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -132,11 +141,11 @@ def _program(command: list[str]) -> tuple[str, list[str]]:
     program, *rest = [word for word in command if not re.match(r"[A-Z_]+=", word)]
     if (program, *rest[:1]) == ("accelerate", "launch"):
         launch = launch_command_parser().parse_args(rest[1:])
-        assert launch.module == (launch.training_script == BENCHMARK)
+        assert bool(launch.module) == (launch.training_script == BENCHMARK)
         program, rest = launch.training_script, launch.training_script_args
     elif program == "torchrun":
         launch = torchrun_parser().parse_args(rest)
-        assert launch.module == (launch.training_script == BENCHMARK)
+        assert bool(launch.module) == (launch.training_script == BENCHMARK)
         program, rest = launch.training_script, launch.training_script_args
     elif (program, *rest[:1]) == ("python", "-m"):
         program, *rest = rest[1:]

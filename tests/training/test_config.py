@@ -721,5 +721,5 @@ def test_patterns() -> None:
 )
 def test_the_table_in_the_docs_is_up_to_date(page: str, module: str) -> None:
     table = importlib.import_module(module).options_table()
-    remake = f"from {module} import options_table; print(options_table(), end=\"\")"
+    remake = f'from {module} import options_table; print(options_table(), end="")'
     assert (ROOT / page).read_text() == table, f"remake it with: python -c '{remake}' > {page}"
