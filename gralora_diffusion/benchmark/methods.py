@@ -104,10 +104,14 @@ class Method:
 
     @property
     def update_rank(self) -> int | None:
-        """The rank that an update can have; None if only the layer limits it."""
+        """The rank that an update can have; None if only the layer limits it.
+
+        DoRA's also scales the rows of the base's weight.
+        """
         return {
             "gralora": self.k * self.rank + self.hybrid_rank,
             "loha": self.rank**2,
+            "dora": None,
             "full": None,
             "base": 0,
         }.get(self.kind, self.rank)

@@ -1,0 +1,166 @@
+"""The command: every unit once, whatever happens on the way."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from gralora_diffusion.benchmark.main import FAILURE_NAME, benchmark, main
+from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
+from tests.benchmark import judges, runs
+from tests.training.runs import environment
+
+UNITS = [
+    ("subject", subject, method, 0)
+    for subject in ("cat2", "dog")
+    for method in ("gralora-r4-k2", "lora-r4")
+]
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    """An uninterrupted run in this process."""
+    output = tmp_path_factory.mktemp("whole")
+    assert benchmark(runs.settings(world, output)) == 0
+    return output
+
+
+def scores(output):
+    """Unit -> its scores; every result file can be read."""
+    results, unreadable = read_results(output)
+    assert unreadable == []
+    return {tuple(result.key): dict(result.scores) for result in results}
+
+
+def result_files(output):
+    return sorted(output.rglob(RESULT_NAME))
+
+
+def test_every_unit_and_the_report(whole):
+    assert sorted(scores(whole)) == UNITS
+    report = json.loads((whole / "report" / "report.json").read_text())
+    assert set(report["protocols"]) == {"subject"}
+    page = (whole / "report" / "index.html").read_text()
+    assert "gralora-r4-k2" in page
+    assert not list(whole.rglob("claim.json*"))
+
+
+def test_finished_units_are_not_repeated(whole, world):
+    before = {path: path.stat().st_mtime_ns for path in result_files(whole)}
+    (whole / "report" / "index.html").unlink()
+    assert benchmark(runs.settings(world, whole)) == 0
+    assert {path: path.stat().st_mtime_ns for path in result_files(whole)} == before
+    assert (whole / "report" / "index.html").exists()
+
+
+def test_the_report_alone(whole, tmp_path, capsys):
+    """Also where the pictures and the base are not."""
+    moved = tmp_path / "moved"
+    subprocess.run(["cp", "-r", whole, moved], check=True)
+    config = moved / "benchmark.yaml"
+    config.write_text(config.read_text().replace("/dreambooth", "/nowhere"))
+    (moved / "report" / "report.md").unlink()
+    main(["--report_only", "--output_dir", str(moved)])
+    assert (moved / "report" / "report.md").is_file()
+    assert str(moved / "report" / "index.html") in capsys.readouterr().out
+
+
+def test_an_unreadable_result_is_made_again(whole, world, tmp_path):
+    output = tmp_path / "out"
+    subprocess.run(["cp", "-r", whole, output], check=True)
+    broken, *others = result_files(output)
+    broken.write_text(broken.read_text()[:200])
+    settings = runs.settings(world, output)
+    before = {path: path.stat().st_mtime_ns for path in others}
+    assert benchmark(settings) == 0
+    assert scores(output) == scores(whole)
+    assert {path: path.stat().st_mtime_ns for path in others} == before
+
+
+def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
+    options = {"methods": ["lora-r4-lr1e30", "lora-r4"], "subjects": ["dog"]}
+    line = runs.arguments(world, tmp_path, **options)
+    with pytest.raises(SystemExit) as caught:
+        main(line)
+    assert caught.value.code == 1
+    assert "1 units failed" in capsys.readouterr().err
+    assert [key[2] for key in scores(tmp_path)] == ["lora-r4"]
+    (failure,) = tmp_path.rglob(FAILURE_NAME)
+    assert "TrainingDiverged" in json.loads(failure.read_text())["error"]
+    assert "TrainingDiverged" in (tmp_path / "report" / "report.md").read_text()
+    when = failure.stat().st_mtime_ns
+    assert benchmark(runs.settings(world, tmp_path, **options)) == 1
+    assert failure.stat().st_mtime_ns == when
+    assert benchmark(runs.settings(world, tmp_path, retry_failed=True, **options)) == 1
+    assert failure.stat().st_mtime_ns > when
+
+
+def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, capsys):
+    folder = runs.clone(tmp_path / "broken")
+    (folder / "dataset" / "dog" / "2.png").write_bytes(b"half")
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, tmp_path / "out", dreambooth_dir=folder))
+    assert caught.value.code == 2
+    assert "2.png" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_options_in_the_same_folder_are_refused(whole, world, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, whole, max_train_steps=4))
+    assert caught.value.code == 2
+    assert "--max_train_steps is 4, but 3 in" in capsys.readouterr().err
+
+
+def test_killed_and_started_again(whole, world, tmp_path):
+    process = runs.start(world, tmp_path)
+    until(lambda: result_files(tmp_path), process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.stat().st_mtime_ns for path in result_files(tmp_path)}
+    assert benchmark(runs.settings(world, tmp_path)) == 0
+    assert scores(tmp_path) == scores(whole)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+    assert not list(tmp_path.rglob("claim.json*"))
+
+
+def test_two_processes_at_once(whole, world, tmp_path):
+    """As a launcher starts them; each claims what the other has not."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    launcher += ["--nproc_per_node", "2", "-m", "gralora_diffusion.benchmark"]
+    done = subprocess.run(
+        [*launcher, *runs.arguments(world, tmp_path)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert scores(tmp_path) == scores(whole)
+    assert done.stdout.count("index.html") == 1
+    assert not list(tmp_path.rglob("claim.json*"))
+
+
+def test_captioned_from_the_command(world, tmp_path):
+    for number, path in enumerate(judges.draw(tmp_path / "set", 5)):
+        path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
+    options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
+    output = tmp_path / "out"
+    options |= {"subjects": None, "methods": ["gralora-r4-k2", "base"]}
+    assert benchmark(runs.settings(world, output, **options)) == 0
+    assert {key[:3] for key in scores(output)} == {
+        ("captioned", "set", "gralora-r4-k2"),
+        ("captioned", "set", "base"),
+    }
+
+
+def until(happened, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not happened():
+        assert process.poll() is None, process.stdout.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)

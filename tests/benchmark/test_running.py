@@ -1,0 +1,174 @@
+"""Units on a tiny base: what they leave is what can be computed anew from it."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+from gralora_diffusion.benchmark.encoders import load_encoder
+from gralora_diffusion.benchmark.methods import Method
+from gralora_diffusion.benchmark.metrics import score_drift, score_prior, score_subject
+from gralora_diffusion.benchmark.running import Runner
+from gralora_diffusion.benchmark.tasks import read_tasks
+from gralora_diffusion.sampling import draw
+from gralora_diffusion.training.loop import train
+from tests.benchmark import judges, runs
+from tests.training.runs import adapter
+
+METHODS = ["lora-r4", "dora-r4", "loha-r2", "gralora-r4-k2", "gralora-r4-k2-h2", "full", "base"]
+
+
+def made(world, output, **options):
+    settings = runs.settings(world, output, **{"subjects": ["dog"], **options})
+    (task,) = read_tasks(settings)
+    return Runner(settings, task.config), task
+
+
+@pytest.fixture(scope="module")
+def run(world, tmp_path_factory):
+    """Each method's unit, done one after the other on one base; the weights before and after."""
+    output = tmp_path_factory.mktemp("run")
+    runner, task = made(world, output, mechanism_steps=2, mechanism_k=2)
+    weights = {k: v.clone() for k, v in runner.pipe.unet.state_dict().items()}
+    results = {}
+    for name in METHODS:
+        results[name] = runner.run(task, Method.parse(name), 0, output / name)
+        after = runner.pipe.unet.state_dict()
+        assert after.keys() == weights.keys()
+        assert all(torch.equal(after[k], weights[k]) for k in weights), name
+    return runner, task, results
+
+
+def files(result, beginning=""):
+    return [
+        [result.folder / name for name in prompt.pictures]
+        for prompt in result.prompts
+        if prompt.pictures[0].startswith(f"pictures/{beginning}")
+    ]
+
+
+def test_what_is_told(run):
+    runner, task, results = run
+    result = results["gralora-r4-k2"]
+    assert (result.protocol, result.subject, result.method) == ("subject", "dog", "gralora-r4-k2")
+    assert (result.seed, result.steps, result.update_rank) == (0, 3, 8)
+    assert [prompt.prompt for prompt in result.prompts] == [
+        *task.prompts,
+        "a car",
+        "a tree",
+        "a dog",
+    ]
+    assert [len(prompt.pictures) for prompt in result.prompts] == [2, 2, 1, 1, 2]
+    assert result.settings["training"]["max_train_steps"] == 3
+    assert result.settings["drawing"]["inference_steps"] == 2
+    assert result.versions["torch"] == torch.__version__
+    assert result.train_seconds > 0 < result.draw_seconds
+    assert results["lora-r4"].parameters == result.parameters > 0
+    assert results["base"].parameters == results["base"].steps == 0
+    everything = sum(p.numel() for p in runner.pipe.unet.parameters())
+    assert results["full"].parameters == everything
+
+
+def test_scores_are_those_of_the_pictures(run, world):
+    runner, task, results = run
+    encoders = {name: load_encoder(world / name) for name in ("dinov2", "clip")}
+    base = runner.settings.folder / "base" / "seed0"
+    for result in results.values():
+        expected = score_subject(encoders, files(result, "0"), task.texts, task.real).overall
+        unmoved = [[base / f"drift-{row:03d}_0.png"] for row in range(2)]
+        expected |= score_drift(encoders, files(result, "drift-"), unmoved).overall
+        class_base = [base / "a_dog" / f"class-000_{n}.png" for n in range(2)]
+        (class_drawn,) = files(result, "class-")
+        expected |= score_prior(encoders, class_drawn, class_base, task.real)
+        assert result.scores == pytest.approx(expected, abs=1e-6)
+    nothing = results["base"].scores
+    assert [nothing[f"{n}_dinov2"] for n in ("drift", "prior")] == pytest.approx([0, 0], abs=1e-6)
+    assert all(r.scores["drift_dinov2"] > 1e-4 for name, r in results.items() if name != "base")
+
+
+def test_pictures_are_those_of_the_adapter(run, world):
+    """The file that is left, loaded as a user does, draws what the unit drew."""
+    _, task, results = run
+    result = results["gralora-r4-k2"]
+    pipe = DiffusionPipeline.from_pretrained(world / "base")
+    pipe.load_gralora_weights(result.folder / "adapter")
+    images = draw(pipe, task.prompts, 2, size=16, inference_steps=2, batch_size=4)
+    for row, paths in zip(images, files(result, "0"), strict=True):
+        for image, path in zip(row, paths, strict=True):
+            with Image.open(path) as kept:
+                assert image.tobytes() == kept.tobytes()
+
+
+def test_a_unit_is_the_trainers_run(run, world, tmp_path):
+    """Bit for bit, though the base was loaded once and has been trained with other methods."""
+    _, task, results = run
+    for name in ("gralora-r4-k2", "gralora-r4-k2-h2"):
+        config = Method.parse(name).configured(task.config)
+        folder = train(replace(config, output_dir=str(tmp_path / name)))
+        kept = load_file(results[name].folder / "adapter" / "pytorch_gralora_weights.safetensors")
+        trained = adapter(folder)
+        assert trained.keys() == kept.keys()
+        assert all(torch.equal(trained[key], kept[key]) for key in kept)
+
+
+def test_the_mechanism_is_logged(run):
+    results = run[2]
+    assert results["base"].mechanism is None
+    layers = set(results["lora-r4"].mechanism.gradient_norms)
+    for name in METHODS[:-1]:
+        mechanism = results[name].mechanism
+        assert set(mechanism.gradient_norms) == layers != set()
+        assert {tuple(log["steps"]) for log in mechanism.gradient_norms.values()} == {(1, 3)}
+        assert set(mechanism.effective_rank) <= layers
+        assert max(mechanism.effective_rank.values()) <= (results[name].update_rank or 1e9) + 1e-3
+
+
+def test_what_a_killed_attempt_left_is_gone(world, tmp_path):
+    runner, task = made(world, tmp_path)
+    folder = tmp_path / "unit"
+    judges.draw(folder / "pictures", 3)
+    (folder / "pictures" / "000_0.png").write_bytes(b"half a picture")
+    result = runner.run(task, Method.parse("lora-r4"), 1, folder)
+    named = {name for prompt in result.prompts for name in prompt.pictures}
+    assert {f"pictures/{path.name}" for path in (folder / "pictures").iterdir()} == named
+    for name in named:
+        with Image.open(folder / name) as picture:
+            assert picture.size == (16, 16)
+
+
+def test_text_encoders_prior_and_averages(world, tmp_path):
+    """The trainer's options that touch more of the base than the denoiser."""
+    runner, task = made(
+        world,
+        tmp_path,
+        train_text_encoder=True,
+        use_ema=True,
+        with_prior_preservation=True,
+        num_class_images=2,
+        prior_images=None,
+        protocols=["subject", "drift"],
+    )
+    texts = {k: v.clone() for k, v in runner.pipe.text_encoder.state_dict().items()}
+    for name in ("lora-r4", "gralora-r4-k2"):
+        result = runner.run(task, Method.parse(name), 0, tmp_path / name)
+        assert "drift_dinov2" in result.scores
+        after = runner.pipe.text_encoder.state_dict()
+        assert all(torch.equal(after[k], texts[k]) for k in texts)
+    assert len(list((tmp_path / "class_pictures" / "a_dog").iterdir())) == 2
+    kept = load_file(tmp_path / "gralora-r4-k2" / "adapter" / "pytorch_gralora_weights.safetensors")
+    assert any(key.startswith("text_encoder.") for key in kept)
+
+
+def test_captioned(world, tmp_path):
+    for number, path in enumerate(judges.draw(tmp_path / "set", 6)):
+        path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
+    options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
+    runner, task = made(world, tmp_path / "out", subjects=None, **options)
+    result = runner.run(task, Method.parse("gralora-r4-k2"), 0, tmp_path / "out" / "a" / "b")
+    assert set(result.scores) == {"dinov2", "clip_i", "clip_t", "drift_dinov2", "drift_clip_i"}
+    for prompt, real in zip(result.prompts, task.real, strict=False):
+        assert (result.folder / prompt.real).resolve() == real.resolve()
+    assert [prompt.real for prompt in result.prompts[2:]] == [None, None]
