@@ -27,6 +27,7 @@ from ..training.checkpoint import CheckpointStore
 from ..training.config import PATHS, TrainingConfig
 from ..training.family_options import check_family_options
 from ..training.loop import Trainer
+from ..training.prior import draw_class_images
 from ..training.validation import encoding_apart
 from .encoders import load_encoder
 from .mechanism import MechanismLog
@@ -122,6 +123,8 @@ class Runner:
         if method.kind == "base":
             nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
             return {**nothing, "peak_memory_gib": None}
+        # the same ones for all seeds, and whoever comes first
+        draw_class_images(replace(config, seed=0), self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._target_layers(config)
         trainer = Trainer(

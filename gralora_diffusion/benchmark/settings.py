@@ -137,6 +137,8 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 problems.append(
                     f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
                 )
+        if training.with_prior_preservation and "captioned" in protocols:
+            problems.append("--with_prior_preservation is for --protocols subject, not captioned")
         teacher = training.with_prior_preservation and training.prior_source == "teacher"
         if teacher and any(m.startswith("full") for m in self.methods or ()):
             problems.append(

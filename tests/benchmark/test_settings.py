@@ -61,6 +61,10 @@ def test_unknown_options(line, text):
         ("--captioned_dir x --protocols captioned prior", ["prior, which needs subject"]),
         ("--protocols captioned", ["needs one of --captioned_dir and"]),
         ("--captioned_dir x --protocols subject", ["are for --protocols captioned"]),
+        (
+            "--captioned_dir x --with_prior_preservation",
+            ["--with_prior_preservation is for --protocols subject"],
+        ),
         ("--seeds -1", ["--seeds has -1"]),
         ("--encoders dinov2", ["--encoders has 'dinov2'; it must be NAME=SOURCE"]),
         ("--images_per_prompt 0 --mechanism_steps 0", ["--images_per_prompt is 0", "steps is 0"]),
