@@ -20,7 +20,6 @@ from gralora_diffusion.training.loop import Trainer, TrainingDiverged
 from gralora_diffusion.training.pictures import CropPlan
 from gralora_diffusion.training.step import RowMaker
 from tests.training.runs import (
-    ROOT,
     adapter,
     assert_close,
     assert_same_run,
@@ -29,8 +28,6 @@ from tests.training.runs import (
     run,
     run_script,
 )
-
-BUNDLED = ROOT / "samples" / "tiny-base"
 
 
 @pytest.fixture
@@ -190,26 +187,6 @@ def held_out_losses(base: Path, folder: Path, prompt: str | None, resolution: in
         ) / len(examples)
 
     return loss
-
-
-@pytest.mark.skipif(not BUNDLED.exists(), reason="the bundled base is not there")
-def test_it_learns_the_bundled_subject_on_the_bundled_base(tmp_path: Path) -> None:
-    subject = ROOT / "samples" / "subjects" / "robot"
-    run(
-        output_dir=tmp_path,
-        pretrained_model_name_or_path=BUNDLED,
-        instance_data_dir=subject / "train",
-        resolution=None,
-        rank=16,
-        target_preset="all",
-        learning_rate=3e-3,
-        train_batch_size=4,
-        max_train_steps=30,
-        checkpointing_steps=1000,
-    )
-    loss = held_out_losses(BUNDLED, subject / "held_out", None, 64)
-    before, after = loss(None), loss(tmp_path)
-    assert after < 0.9 * before
 
 
 def test_it_learns(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
