@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers.training_utils import free_memory
 
@@ -25,10 +26,13 @@ from ..training.base_model import completed, find_base_family, load_base, presen
 from ..training.batches import find_class_pictures
 from ..training.checkpoint import CheckpointStore
 from ..training.config import PATHS, TrainingConfig
+from ..training.config_checks import ConfigError
+from ..training.data import DataError
 from ..training.family_options import check_family_options
 from ..training.loop import Trainer
 from ..training.validation import encoding_apart
-from .encoders import load_encoder
+from .class_pictures import draw_class_pictures
+from .encoders import Encoder, load_encoder, read_picture
 from .mechanism import MechanismLog
 from .methods import Method, bare_afterwards
 from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
@@ -48,7 +52,7 @@ class Runner:
     """What all units of a process share: the base, bare between them, and the encoders.
 
     Raises:
-        ConfigError, ValueError: the base or an encoder cannot be loaded.
+        ConfigError: the base or an encoder cannot be loaded.
     """
 
     def __init__(self, settings: BenchmarkSettings, config: TrainingConfig) -> None:
@@ -56,15 +60,7 @@ class Runner:
         self.settings = settings
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
-        self.encoders = {
-            name: load_encoder(
-                source,
-                device=self.device,
-                preprocessing=settings.preprocessing,
-                cache_dir=config.cache_dir,
-            )
-            for name, source in settings.encoder_sources.items()
-        }
+        self.encoders = _load_encoders(settings, config, self.device)
         self.family = find_base_family(config)
         check_family_options(config, self.family)
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
@@ -84,6 +80,7 @@ class Runner:
         config = method.configured(replace(task.config, seed=seed))
         config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
+        draw_class_pictures(config, self.family, self.accelerator)
         unmoved = self._pictures_of_the_base(task, config)
         try:
             with bare_afterwards(self.pipe, components, method), ExitStack() as use:
@@ -92,7 +89,9 @@ class Runner:
                 drawn = self._draw(self._wanted(task), config, folder / PICTURES)
                 seconds = time.perf_counter() - began
         finally:
+            # a new one, for it keeps the schedule, its optimizer, the average and fp16's scale
             self.accelerator.free_memory()
+            self.accelerator = make_accelerator(config)
             free_memory()
         scores, prompts = self._judge(task, drawn, unmoved, folder)
         return UnitResult(
@@ -199,7 +198,7 @@ class Runner:
         limit = self.family.max_sequence_length and config.max_sequence_length
         with self.accelerator.autocast(), encoding_apart(self.pipe, encoders, self.device):
             for kind, (prompts, count) in wanted.items():
-                if all(file.exists() for row in files[kind] for file in row):
+                if all(_is_whole(file) for row in files[kind] for file in row):
                     continue
                 images = draw(
                     self.pipe,
@@ -287,6 +286,34 @@ class Runner:
             },
             "device": device_name(self.device),
         }
+
+
+def _load_encoders(
+    settings: BenchmarkSettings, config: TrainingConfig, device: torch.device
+) -> dict[str, Encoder]:
+    try:
+        return {
+            name: load_encoder(
+                source,
+                device=device,
+                preprocessing=settings.preprocessing,
+                cache_dir=config.cache_dir,
+            )
+            for name, source in settings.encoder_sources.items()
+        }
+    except ValueError as error:
+        raise ConfigError([f"--encoders: {error}"]) from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a picture is there and can be read: what a broken disk left is drawn again."""
+    if not file.exists():
+        return False
+    try:
+        read_picture(file)
+    except DataError:
+        return False
+    return True
 
 
 def _versions() -> dict[str, str]:
