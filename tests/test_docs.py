@@ -6,11 +6,12 @@ import os
 import re
 import shlex
 import shutil
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
 from PIL import Image
@@ -20,6 +21,13 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion.benchmark.settings import (
+    SETTINGS_NAME,
+    SUITES,
+    BenchmarkSettings,
+    parse_settings,
+)
+from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
@@ -31,11 +39,17 @@ from . import models
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-CONFIGS = sorted((ROOT / "samples/configs").glob("*.yaml"))
+BENCHMARK_CONFIGS = sorted((ROOT / "samples/configs").glob("benchmark_*.yaml"))
+CONFIGS = sorted({*(ROOT / "samples/configs").glob("*.yaml")} - {*BENCHMARK_CONFIGS})
 SCRIPT = "train_scripts/train_dreambooth_gralora.py"
+BENCHMARK = "gralora_diffusion.benchmark"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-#: The picture of the README, made by the demo.
-MADE_LATER = "docs/images/demo_grid.png"
+#: The picture of the README, made by the demo; the report of the tiny suite.
+MADE_LATER = {
+    "docs/images/demo_grid.png",
+    "docs/benchmark_tiny/report.md",
+    "docs/benchmark_tiny/index.html",
+}
 #: What a machine may lack on which a right command is checked.
 OF_THE_MACHINE = ("needs a GPU", "pip install", "cannot be used on this machine")
 
@@ -81,6 +95,12 @@ def workplace(tmp_path, monkeypatch):
     (tmp_path / "my_pictures").mkdir()
     for i in range(3):
         Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / f"my_pictures/{i}.jpg")
+    for block in BLOCKS:  # a file that the text has the reader write says its name
+        if block.info == "yaml" and (named := re.match(r"# (\w+\.yaml)\n", block.text)):
+            (tmp_path / named[1]).write_text(block.text, encoding="utf-8")
+            run = tmp_path / yaml.safe_load(block.text)["output_dir"]  # what it was run with
+            run.mkdir()
+            (run / SETTINGS_NAME).write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -116,34 +136,54 @@ def reader(workplace, trained):
 # -- shell -----------------------------------------------------------------------------------------
 
 
-def _training_arguments(command: list[str]) -> list[str] | None:
-    """The trainer's arguments in a command line; None if it is about something else."""
+def _program(command: list[str]) -> tuple[str, list[str]]:
+    """What a command line starts, by whatever launcher, and the arguments of that."""
     program, *rest = [word for word in command if not re.match(r"[A-Z_]+=", word)]
-    if program == "accelerate" and rest[0] == "launch":
+    if (program, *rest[:1]) == ("accelerate", "launch"):
         launch = launch_command_parser().parse_args(rest[1:])
-        assert launch.training_script == SCRIPT
-        return launch.training_script_args
-    if program == "torchrun":
+        assert bool(launch.module) == (launch.training_script == BENCHMARK)
+        program, rest = launch.training_script, launch.training_script_args
+    elif program == "torchrun":
         launch = torchrun_parser().parse_args(rest)
-        assert launch.training_script == SCRIPT
-        return launch.training_script_args
-    return rest[1:] if program == "gralora" and rest[0] == "train" else None
+        assert bool(launch.module) == (launch.training_script == BENCHMARK)
+        program, rest = launch.training_script, launch.training_script_args
+    elif (program, *rest[:1]) == ("python", "-m"):
+        program, *rest = rest[1:]
+    elif program == "gralora":
+        program, *rest = f"gralora {rest[0]}", *rest[1:]
+    return program, rest
+
+
+def _problems(config: TrainingConfig) -> list[str]:
+    """What is wrong with the trainer's options, wherever they are used."""
+    problems = find_problems(config)
+    return [p for p in problems if not any(known in p for known in OF_THE_MACHINE)]
+
+
+def _benchmark_problems(settings: BenchmarkSettings) -> list[str]:
+    """The same for the benchmark's, whose check raises for those of its own."""
+    settings.check()
+    config = settings.training
+    if not config.dataset_name:  # the benchmark says what is trained on
+        config = replace(config, instance_data_dir="my_pictures", instance_prompt="a sks dog")
+    return _problems(config)
 
 
 @pytest.mark.parametrize("command", SHELL)
 def test_command(command, workplace):
-    arguments = _training_arguments(command)
-    if arguments is not None:
-        problems = find_problems(parse_config(arguments))
-        assert [p for p in problems if not any(known in p for known in OF_THE_MACHINE)] == []
-    elif command[0].startswith("./"):
-        assert os.access(command[0], os.X_OK)
-    elif command[0] == "gralora" and command[1] in PARSERS:
-        PARSERS[command[1]]().parse_args(command[2:])
-    elif command[:2] == ["python", "-m"] and command[2].startswith("tests.benchmarks."):
-        importlib.import_module(command[2]).build_parser().parse_args(command[3:])
+    program, arguments = _program(command)
+    if program in (SCRIPT, "gralora train"):
+        assert _problems(parse_config(arguments)) == []
+    elif program in (BENCHMARK, "gralora benchmark"):
+        assert _benchmark_problems(parse_settings(arguments)) == []
+    elif program.startswith("./"):
+        assert os.access(program, os.X_OK)
+    elif program in PARSERS:
+        PARSERS[program]().parse_args(arguments)
+    elif program.startswith("tests.benchmarks."):
+        importlib.import_module(program).build_parser().parse_args(arguments)
     else:
-        assert command[:2] in (["pip", "install"], ["gralora", "sample"])
+        assert command[:2] in (["pip", "install"], ["git", "clone"], ["gralora", "sample"])
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c.values[0][:2] == ["gralora", "sample"]])
@@ -154,11 +194,11 @@ def test_sampling_command(command, reader):
 
 #: Commands whose parsers can be had without what they work on.
 PARSERS = {
-    "export": exporting.parser,
-    "inspect": inspecting.parser,
-    "import": importing.parser,
+    "gralora export": exporting.parser,
+    "gralora inspect": inspecting.parser,
+    "gralora import": importing.parser,
 }
-FLAGS = {f"--{f.name}" for f in fields(TrainingConfig)}
+FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
@@ -166,7 +206,7 @@ WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
 
 
 @pytest.mark.parametrize(
-    "path", [path for path in DOCS if path.name != "options.md"], ids=lambda path: path.name
+    "path", [path for path in DOCS if "options" not in path.name], ids=lambda path: path.name
 )
 def test_flags_in_the_text_exist(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -179,8 +219,15 @@ def test_sample_config(path, workplace):
     config = parse_config(["--config", str(path), "--output_dir", "new"])
     if config.instance_data_dir is None:  # what is the user's to say
         config.instance_data_dir, config.instance_prompt = "my_pictures", "a photo of sks dog"
-    problems = find_problems(config)
-    assert [p for p in problems if not any(known in p for known in OF_THE_MACHINE)] == []
+    assert _problems(config) == []
+
+
+@pytest.mark.parametrize("path", BENCHMARK_CONFIGS, ids=lambda path: path.name)
+def test_benchmark_config(path, workplace):
+    settings = parse_settings(["--config", str(path), "--output_dir", "new"])
+    assert _benchmark_problems(settings) == []
+    assert {task.subject for task in read_tasks(settings)} == {*settings.subjects}
+    assert path.relative_to(ROOT).as_posix() in SUITES.values()
 
 
 # -- Python ----------------------------------------------------------------------------------------
@@ -415,11 +462,11 @@ def _anchors(path: Path) -> set[str]:
 def test_links(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" in target or (target == MADE_LATER and not (ROOT / target).exists()):
+        if "://" in target:
             continue
         name, _, anchor = target.partition("#")
         file = path.parent / name if name else path
-        assert file.exists(), target
+        assert file.exists() or file.relative_to(ROOT).as_posix() in MADE_LATER, target
         assert not anchor or anchor in _anchors(file), target
 
 

@@ -33,7 +33,8 @@ class Subject:
         name: of the subject and of its folder.
         class_name: the class noun, such as "stuffed animal".
         folder: holds the pictures to learn.
-        held_out: holds other pictures of it, if there are such.
+        held_out: holds other pictures of it, to compare drawn ones with. If there are none such,
+            that is done with those that were learned, as in DreamBooth (section 4.1).
         templates: one for each prompt, with {0} for the unique token and {1} for the class noun.
     """
 
@@ -52,14 +53,6 @@ class Subject:
     def pictures(self) -> list[Path]:
         """The pictures to learn, sorted by name."""
         return _pictures(self.folder)
-
-    @property
-    def real(self) -> list[Path]:
-        """What drawn pictures are compared with: those held out, or else those that were learned.
-
-        DreamBooth (section 4.1) compares with the latter, having no others.
-        """
-        return _pictures(self.held_out or self.folder)
 
     @property
     def class_prompt(self) -> str:
@@ -112,7 +105,7 @@ def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject
     if problems := [
         f"{s.name}: {'no picture in it' if s.folder.is_dir() else 'there is no such folder'}"
         for s in subjects
-        if not s.folder.is_dir() or not s.pictures or not s.real
+        if not s.folder.is_dir() or not s.pictures
     ]:
         raise DataError(str(dataset), problems)
     return subjects

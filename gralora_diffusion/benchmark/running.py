@@ -6,8 +6,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -80,7 +80,6 @@ class Runner:
         config = method.configured(replace(task.config, seed=seed))
         config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
-        draw_class_pictures(config, self.family, self.accelerator)
         unmoved = self._pictures_of_the_base(task, config)
         try:
             with bare_afterwards(self.pipe, components, method), ExitStack() as use:
@@ -121,6 +120,7 @@ class Runner:
         if method.kind == "base":
             nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
             return {**nothing, "peak_memory_gib": None}
+        draw_class_pictures(config, self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._target_layers(config)
         trainer = Trainer(
@@ -196,7 +196,10 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         encoders = present(self.pipe, self.family.all_text_encoders)
         limit = self.family.max_sequence_length and config.max_sequence_length
-        with self.accelerator.autocast(), encoding_apart(self.pipe, encoders, self.device):
+        with ExitStack() as stack:
+            stack.enter_context(self.accelerator.autocast())
+            stack.enter_context(encoding_apart(self.pipe, encoders, self.device))
+            stack.enter_context(_decoding_one_by_one(self.pipe.vae))
             for kind, (prompts, count) in wanted.items():
                 if all(_is_whole(file) for row in files[kind] for file in row):
                     continue
@@ -314,6 +317,17 @@ def _is_whole(file: Path) -> bool:
     except DataError:
         return False
     return True
+
+
+@contextmanager
+def _decoding_one_by_one(vae: Any) -> Iterator[None]:
+    """At 1024 pixels, to decode four pictures at once takes more memory than all else."""
+    before = vae.use_slicing
+    vae.use_slicing = True
+    try:
+        yield
+    finally:
+        vae.use_slicing = before
 
 
 def _versions() -> dict[str, str]:

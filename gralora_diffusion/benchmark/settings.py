@@ -157,6 +157,8 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 "--methods has full, which cannot train the weights of a quantized base: leave it "
                 "out, or --quantization"
             )
+        if training.with_prior_preservation and "captioned" in protocols:
+            problems.append("--with_prior_preservation is for --protocols subject, not captioned")
         teacher = training.with_prior_preservation and training.prior_source == "teacher"
         if teacher and full:
             problems.append(

@@ -12,7 +12,7 @@ from pathlib import Path
 from ..training.batches import find_pictures
 from ..training.config import TrainingConfig
 from ..training.config_checks import ConfigError
-from ..training.data import DataError, Example
+from ..training.data import DataError, Example, find_examples
 from .captioned import split, write_examples
 from .dreambooth import Subject, read_subjects
 from .settings import BenchmarkSettings
@@ -90,14 +90,18 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
         drawn = settings.folder / CLASS_FOLDER / folder_name(subject.class_prompt)
         config = replace(config, class_prompt=subject.class_prompt, class_data_dir=str(drawn))
     number = settings.max_prompts
+    examples = real = find_pictures(config)
+    if subject.held_out is not None:
+        skip = config.skip_bad_images
+        real = find_examples(subject.held_out, config.instance_prompt, skip_bad_images=skip)
     return Task(
         "subject",
         subject.name,
         config,
-        tuple(find_pictures(config)),
+        tuple(examples),
         tuple(subject.prompts(settings.unique_token)[:number]),
         tuple(subject.prompts()[:number]),
-        tuple(subject.real),
+        tuple(Path(str(example.source)) for example in real),
         subject.class_prompt,
     )
 

@@ -207,9 +207,11 @@ def group_table(group: Any) -> str:
     rows = ["| option | default | |", "|---|---|---|"]
     choices = choices_of(group)
     for f in fields(group):
-        default = "" if f.default in (None, "") else f"`{str(f.default).lower()}`"
+        value = str(f.default).lower() if isinstance(f.default, bool) else f.default
+        default = "" if value in (None, "") else f"`{value}`"
+        text = f.metadata["help"].replace("<", "\\<")  # Markdown would take it for a tag
         allowed = f". One of {', '.join(choices[f.name])}" if choices.get(f.name) else ""
-        rows.append(f"| `--{f.name}` | {default} | {f.metadata['help']}{allowed} |")
+        rows.append(f"| `--{f.name}` | {default} | {text}{allowed} |")
     return "\n\n".join([f"## {group._argument_group_name}", "\n".join(rows)])
 
 

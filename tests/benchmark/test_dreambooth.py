@@ -16,8 +16,9 @@ def test_subjects(tmp_path):
     assert [s.class_name for s in (bear, cat, dog)] == ["stuffed animal", "cat", "dog"]
     assert [s.live for s in (bear, cat, dog)] == [False, True, True]
     assert [len(s.pictures) for s in (bear, cat, dog)] == [2, 3, 4]
+    assert cat.held_out is None
     assert cat.folder == tmp_path / "dataset" / "cat2"
-    assert cat.pictures == cat.real == [cat.folder / f"{n}.png" for n in range(3)]
+    assert cat.pictures == [cat.folder / f"{n}.png" for n in range(3)]
     assert bear.prompts("sks") == [
         "a sks stuffed animal on top of pink fabric",
         "a sks stuffed animal with the Eiffel Tower in the background",
@@ -110,4 +111,4 @@ def test_pictures_held_out(tmp_path):
         judges.draw(tmp_path / "dataset/dog" / part, count)
     dog = read_subjects(tmp_path, ["dog"])[0]
     assert dog.pictures == [tmp_path / f"dataset/dog/train/{n}.png" for n in range(2)]
-    assert dog.real == [tmp_path / f"dataset/dog/held_out/{n}.png" for n in range(3)]
+    assert dog.held_out == tmp_path / "dataset/dog/held_out"

@@ -63,6 +63,10 @@ def test_unknown_options(line, text):
         ("--captioned_dir x --protocols subject", ["are for --protocols captioned"]),
         ("--methods full --quantization torchao-int8", ["full, which cannot train the weights"]),
         ("--methods lora-r4-lr1e-3 lora-r4-lr0.001", ["lora-r4-lr1e-3 and lora-r4-lr0.001, the"]),
+        (
+            "--captioned_dir x --with_prior_preservation",
+            ["--with_prior_preservation is for --protocols subject"],
+        ),
         ("--seeds -1", ["--seeds has -1"]),
         ("--encoders dinov2", ["--encoders has 'dinov2'; it must be NAME=SOURCE"]),
         ("--images_per_prompt 0 --mechanism_steps 0", ["--images_per_prompt is 0", "steps is 0"]),

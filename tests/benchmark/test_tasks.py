@@ -21,6 +21,20 @@ def test_subjects(world, tmp_path):
     assert cat.config.class_prompt is None
 
 
+def test_pictures_held_out_are_compared_with(world, tmp_path):
+    folder = runs.clone(tmp_path)
+    for part, count in (("train", 2), ("held_out", 3)):
+        judges.draw(folder / "dataset/dog" / part, count)
+    (folder / "dataset/dog/held_out/3.png").write_bytes(b"no picture")
+    options = {"dreambooth_dir": folder, "subjects": ["dog"]}
+    with pytest.raises(DataError, match=r"3\.png"):
+        read_tasks(runs.settings(world, tmp_path / "out", **options))
+    (task,) = read_tasks(runs.settings(world, tmp_path / "out", skip_bad_images=True, **options))
+    assert [e.source.parent.name for e in task.examples] == ["train"] * 2
+    assert [path.name for path in task.real] == ["0.png", "1.png", "2.png"]
+    assert {path.parent.name for path in task.real} == {"held_out"}
+
+
 def test_class_pictures_are_shared_by_subjects_of_a_class(world, tmp_path):
     prior = {"with_prior_preservation": True, "num_class_images": 2}
     bear, *_ = read_tasks(runs.settings(world, tmp_path, subjects=["bear_plushie"], **prior))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from dataclasses import fields
@@ -13,7 +14,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 from PIL import Image
 
-from gralora_diffusion.training.config import TrainingConfig, options_table, parse_config
+from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import (
     NEEDS,
     ConfigError,
@@ -711,9 +712,14 @@ def test_patterns() -> None:
     assert TrainingConfig().patterns == nothing
 
 
-def test_the_table_in_the_docs_is_up_to_date() -> None:
-    remake = (
-        "python -c 'from gralora_diffusion.training.config import options_table; "
-        'print(options_table(), end="")\' > docs/options.md'
-    )
-    assert (ROOT / "docs/options.md").read_text() == options_table(), f"remake it with: {remake}"
+@pytest.mark.parametrize(
+    ("page", "module"),
+    [
+        ("docs/options.md", "gralora_diffusion.training.config"),
+        ("docs/benchmark_options.md", "gralora_diffusion.benchmark.settings"),
+    ],
+)
+def test_the_table_in_the_docs_is_up_to_date(page: str, module: str) -> None:
+    table = importlib.import_module(module).options_table()
+    remake = f'from {module} import options_table; print(options_table(), end="")'
+    assert (ROOT / page).read_text() == table, f"remake it with: python -c '{remake}' > {page}"
