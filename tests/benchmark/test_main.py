@@ -155,7 +155,9 @@ def test_killed_and_started_again(whole, world, tmp_path):
     assert benchmark(runs.settings(world, tmp_path)) == 0
     assert scores(tmp_path) == scores(whole)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert not list(tmp_path.rglob("claim.json*"))
+    # killed between the result and the end of its claim, a unit that is done keeps both
+    kept = [path for path in tmp_path.rglob("claim.json*") if path.parent / RESULT_NAME not in done]
+    assert kept == []
 
 
 def test_two_processes_at_once(whole, world, tmp_path):
