@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,7 +110,8 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         sync: wait for the disk, so that a loss of power does not harm it either. That takes long
             for gigabytes.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    # on a folder that machines share, processes of two of them may have the same number
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     try:
         yield temporary
         if sync:

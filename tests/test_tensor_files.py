@@ -10,7 +10,13 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes, is_finite, write_safetensors
+from gralora_diffusion.tensor_files import (
+    HASH_FIELDS,
+    file_hashes,
+    is_finite,
+    replacing,
+    write_safetensors,
+)
 
 
 def modelspec_hash(path: Path) -> str:
@@ -64,6 +70,16 @@ def test_an_old_hash_is_replaced_and_none_is_added(tmp_path):
     text = path.read_bytes()
     header = json.loads(text[8 : 8 + int.from_bytes(text[:8], "little")])
     assert header["__metadata__"] == {"modelspec.hash_sha256": modelspec_hash(path), "x": "y"}
+
+
+def test_two_writers_do_not_share_a_temporary_file(tmp_path):
+    """Of two machines their processes may have the same number."""
+    path = tmp_path / "file"
+    with replacing(path) as first, replacing(path) as second:
+        first.write_text("first")
+        second.write_text("second")
+    assert path.read_text() == "first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])

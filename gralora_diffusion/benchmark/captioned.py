@@ -71,11 +71,15 @@ def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
     ]
     lines = [json.dumps(entry, ensure_ascii=False) + "\n" for entry in entries]
     files[METADATA_NAME] = "".join(lines).encode()
-    if not _holds(folder, files):
-        with staged(folder) as made:
-            made.mkdir()
-            for name, data in files.items():
-                (made / name).write_bytes(data)
+    try:
+        if not _holds(folder, files):
+            with staged(folder) as made:
+                made.mkdir()
+                for name, data in files.items():
+                    (made / name).write_bytes(data)
+    except OSError:
+        if not _holds(folder, files):  # unless another process was quicker
+            raise
     return [folder / name for name in files if name != METADATA_NAME]
 
 

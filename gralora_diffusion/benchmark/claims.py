@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 import uuid
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,6 +21,8 @@ from typing import Any
 CLAIM_NAME = "claim.json"
 #: Seconds between two touches, and after how many without one a claim is taken over.
 TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
+#: Seconds between two looks at what other processes do.
+WAIT_SECONDS = 5.0
 
 
 class Claim:
@@ -51,7 +54,7 @@ class Claim:
 
     def _touch(self, seconds: float) -> None:
         while not self._done.wait(seconds):
-            if not self.is_held():
+            if _read(self.path).get("token", self.token) != self.token:
                 return
             try:
                 os.utime(self.path)
@@ -78,7 +81,7 @@ def claim(
     # of a given claim there is one heir: who makes this file
     heir = folder / f"{CLAIM_NAME}.{theirs.get('token', 'unreadable')}.heir"
     if not _make(heir, token):
-        if _age(heir) > patience:  # it died in turn, between here and the end of this function
+        if age(heir) > patience:  # it died in turn, between here and the end of this function
             heir.unlink(missing_ok=True)
         return None
     # the claim may have had an heir already, who was done with that file when it was made anew
@@ -99,7 +102,13 @@ def claimant(folder: Path) -> str | None:
 
 def _make(path: Path, token: str) -> bool:
     """Make a claim file with its content, exclusively; False if it is there already."""
-    facts = {"token": token, "host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}
+    facts = {
+        "token": token,
+        "host": socket.gethostname(),
+        "machine": _machine(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
     try:
         descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
@@ -119,9 +128,22 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _is_dead(path: Path, facts: dict[str, Any], patience: float) -> bool:
-    if facts.get("host") == socket.gethostname() and not _runs(facts.get("pid")):
+    if facts.get("machine") == _machine() and not _runs(facts.get("pid")):
         return True
-    return _age(path) > patience
+    return age(path) > patience
+
+
+@cache
+def _machine() -> str:
+    """What tells within which numbers of processes are one another's.
+
+    Names of hosts do not: containers, and machines of a cluster, often go by the same one.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+        return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:  # no Linux
+        return f"{socket.gethostname()} {uuid.getnode():x}"
 
 
 def _runs(pid: Any) -> bool:
@@ -134,8 +156,8 @@ def _runs(pid: Any) -> bool:
     return True
 
 
-def _age(path: Path) -> float:
-    """Seconds since a file was touched, by the clock of the file system that it lies on."""
+def age(path: Path) -> float:
+    """Return the seconds since a file was touched, by the clock of its file system; 0 if gone."""
     now = path.parent / f".now.{uuid.uuid4().hex}"
     try:
         now.touch()

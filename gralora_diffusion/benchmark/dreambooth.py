@@ -140,13 +140,13 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
     part: bool | str | None = None  # the table's head, or whether the prompts are for live subjects
     problems = []
     for number, line in enumerate(map(str.strip, lines), 1):
-        name, comma, class_name = line.partition(",")
+        name, _, class_name = line.partition(",")
         prompt = _PROMPT.fullmatch(line)
         if line in _PARTS or line == _TABLE_HEAD:
             part = _PARTS.get(line, line)
         elif line in _BETWEEN:
             part = None if line == "Prompts" else part
-        elif part == _TABLE_HEAD and comma and name and class_name and name not in classes:
+        elif part == _TABLE_HEAD and class_name and _is_folder(name) and name not in classes:
             classes[name] = class_name
         elif isinstance(part, bool) and prompt and _takes_two(prompt["template"]):
             templates[part].append(prompt["template"])
@@ -160,6 +160,11 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
     if problems:
         raise DataError(str(path), problems)
     return classes, {live: tuple(found) for live, found in templates.items()}
+
+
+def _is_folder(name: str) -> bool:
+    """Whether a subject's name can be that of one folder, here and in a run's folder."""
+    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
 
 
 def _takes_two(template: str) -> bool:

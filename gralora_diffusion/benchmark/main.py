@@ -21,7 +21,7 @@ from ..tensor_files import replacing
 from ..training.acceleration import accelerate_left_as_it_was
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
-from .claims import Claim, claim, claimant
+from .claims import WAIT_SECONDS, Claim, age, claim, claimant
 from .methods import Method
 from .report import write_report
 from .results import (
@@ -41,8 +41,6 @@ from .tasks import Task, read_tasks
 logger = logging.getLogger(__name__)
 
 FAILURE_NAME, REPORT_FOLDER = "failed.json", "report"
-#: Seconds between two looks at what other processes do.
-WAIT_SECONDS = 5.0
 
 
 class Unit(NamedTuple):
@@ -89,6 +87,7 @@ def benchmark(settings: BenchmarkSettings) -> int:
     Raises:
         ConfigError, DataError: before any unit is begun.
     """
+    began = time.monotonic()
     settings.check()
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
@@ -103,7 +102,7 @@ def benchmark(settings: BenchmarkSettings) -> int:
             for method in settings.parsed_methods
         ]
         if settings.retry_failed:
-            Ledger(settings.folder).forget_failures(units)
+            Ledger(settings.folder).forget_failures(units, time.monotonic() - began)
         _run_all(settings, units, show=rank == 0)
         return _report(settings, tasks) if rank == 0 else 0
 
@@ -163,13 +162,15 @@ class Ledger:
     def __init__(self, output: Path) -> None:
         self.output = output
         self._told: set[Path] = set()
+        #: Result files that were read, by what tells that they are still the same.
+        self._good: dict[Path, tuple[int, int]] = {}
 
     def folder(self, unit: Unit) -> Path:
         return self.output / unit.key.path
 
     def left(self, units: Sequence[Unit]) -> list[Unit]:
         """Those that have neither a result that can be read nor failed."""
-        return [unit for unit in units if not self._is_over(self.folder(unit))]
+        return [unit for unit in units if not self._is_over(unit)]
 
     def fail(self, unit: Unit, error: Exception) -> None:
         """Keep why a unit failed; nobody tries again until asked to."""
@@ -180,51 +181,77 @@ class Ledger:
     def failures(self) -> list[Unreadable]:
         """Which units failed, and why."""
         return [
-            Unreadable(path, f"the unit failed: {json.loads(path.read_text('utf-8'))['error']}")
+            Unreadable(path, f"the unit failed: {_why(path)}")
             for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
         ]
 
-    def forget_failures(self, units: Sequence[Unit]) -> None:
+    def forget_failures(self, units: Sequence[Unit], before: float) -> None:
+        """Forget those that are older than ``before`` seconds: others may have failed anew."""
         for unit in units:
-            (self.folder(unit) / FAILURE_NAME).unlink(missing_ok=True)
+            path = self.folder(unit) / FAILURE_NAME
+            if path.exists() and age(path) > before:
+                path.unlink(missing_ok=True)
 
-    def _is_over(self, folder: Path) -> bool:
-        if (folder / FAILURE_NAME).exists():
-            return True
-        path = folder / RESULT_NAME
-        if not path.exists():
-            return False
+    def _is_over(self, unit: Unit) -> bool:
+        folder = self.folder(unit)
+        return self._has_result(unit, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
+
+    def _has_result(self, unit: Unit, path: Path) -> bool:
         try:
-            read_result(path)
+            facts = path.stat()
+        except OSError:
+            return False
+        same = facts.st_mtime_ns, facts.st_size
+        if self._good.get(path) == same:
+            return True
+        try:
+            if (key := read_result(path).key) != unit.key:
+                raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
         except ResultFileError as error:
             if path not in self._told:
                 logger.warning("%s. The unit is done again", error)
                 self._told.add(path)
             return False
+        self._good[path] = same
         return True
+
+
+def _why(path: Path) -> str:
+    """What a unit failed with, by its file."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "it is not known why, for the file cannot be read"
 
 
 def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
     """Do a unit; what goes wrong with it is kept, and the others go on."""
+    folder = ledger.folder(unit)
     try:
-        result = runner.run(unit.task, unit.method, unit.seed, ledger.folder(unit))
+        result = runner.run(unit.task, unit.method, unit.seed, folder)
         if mine.is_held():
-            write_result(result, ledger.folder(unit))
-    except OSError:
-        raise  # a full disk, or one that is gone: it will not be better with the next unit
+            write_result(result, folder)
+            (folder / FAILURE_NAME).unlink(missing_ok=True)
     except Exception as error:
-        ledger.fail(unit, error)
-        logger.error("%s failed: %s", unit.key, error)
+        if not mine.is_held():
+            logger.warning("%s was taken over by %s", unit.key, claimant(folder) or "another")
+        elif isinstance(error, OSError):
+            raise  # a full disk, or one that is gone: it will not be better with the next unit
+        else:
+            ledger.fail(unit, error)
+            logger.error("%s failed: %s", unit.key, error)
 
 
 def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
     """Write the report of all units in the run's folder; return how many failed."""
     results, unreadable = read_results(settings.folder)
     failures = Ledger(settings.folder).failures()
+    # without the pictures it is not known of which subjects all is missing
+    learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
-        UnitKey(task.protocol, task.subject, method.name, seed)
+        UnitKey(protocol, subject, method.name, seed)
         for seed in settings.seeds or ()
-        for task in tasks
+        for protocol, subject in dict.fromkeys(learned)
         for method in settings.parsed_methods
     ]
     page = write_report(

@@ -91,6 +91,8 @@ class Method:
             raise ConfigError(
                 [f"--methods has '{name}'; rank and k must be at least 1, and k divide the rank"]
             )
+        if method.name != name:  # else a unit would have two folders, or two units one
+            raise ConfigError([f"--methods has '{name}'; write {method.name}"])
         return method
 
     @property

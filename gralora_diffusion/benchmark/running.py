@@ -13,6 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from diffusers.training_utils import free_memory
 
@@ -25,11 +26,13 @@ from ..training.base_model import completed, find_base_family, load_base, presen
 from ..training.batches import find_class_pictures
 from ..training.checkpoint import CheckpointStore
 from ..training.config import PATHS, TrainingConfig
+from ..training.config_checks import ConfigError
+from ..training.data import DataError
 from ..training.family_options import check_family_options
 from ..training.loop import Trainer
-from ..training.prior import draw_class_images
 from ..training.validation import encoding_apart
-from .encoders import load_encoder
+from .class_pictures import draw_class_pictures
+from .encoders import Encoder, load_encoder, read_picture
 from .mechanism import MechanismLog
 from .methods import Method, bare_afterwards
 from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
@@ -49,7 +52,7 @@ class Runner:
     """What all units of a process share: the base, bare between them, and the encoders.
 
     Raises:
-        ConfigError, ValueError: the base or an encoder cannot be loaded.
+        ConfigError: the base or an encoder cannot be loaded.
     """
 
     def __init__(self, settings: BenchmarkSettings, config: TrainingConfig) -> None:
@@ -57,15 +60,7 @@ class Runner:
         self.settings = settings
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
-        self.encoders = {
-            name: load_encoder(
-                source,
-                device=self.device,
-                preprocessing=settings.preprocessing,
-                cache_dir=config.cache_dir,
-            )
-            for name, source in settings.encoder_sources.items()
-        }
+        self.encoders = _load_encoders(settings, config, self.device)
         self.family = find_base_family(config)
         check_family_options(config, self.family)
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
@@ -93,7 +88,9 @@ class Runner:
                 drawn = self._draw(self._wanted(task), config, folder / PICTURES)
                 seconds = time.perf_counter() - began
         finally:
+            # a new one, for it keeps the schedule, its optimizer, the average and fp16's scale
             self.accelerator.free_memory()
+            self.accelerator = make_accelerator(config)
             free_memory()
         scores, prompts = self._judge(task, drawn, unmoved, folder)
         return UnitResult(
@@ -123,8 +120,7 @@ class Runner:
         if method.kind == "base":
             nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
             return {**nothing, "peak_memory_gib": None}
-        # the same ones for all seeds, and whoever comes first
-        draw_class_images(replace(config, seed=0), self.family, self.accelerator)
+        draw_class_pictures(config, self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._target_layers(config)
         trainer = Trainer(
@@ -205,7 +201,7 @@ class Runner:
             stack.enter_context(encoding_apart(self.pipe, encoders, self.device))
             stack.enter_context(_decoding_one_by_one(self.pipe.vae))
             for kind, (prompts, count) in wanted.items():
-                if all(file.exists() for row in files[kind] for file in row):
+                if all(_is_whole(file) for row in files[kind] for file in row):
                     continue
                 images = draw(
                     self.pipe,
@@ -293,6 +289,34 @@ class Runner:
             },
             "device": device_name(self.device),
         }
+
+
+def _load_encoders(
+    settings: BenchmarkSettings, config: TrainingConfig, device: torch.device
+) -> dict[str, Encoder]:
+    try:
+        return {
+            name: load_encoder(
+                source,
+                device=device,
+                preprocessing=settings.preprocessing,
+                cache_dir=config.cache_dir,
+            )
+            for name, source in settings.encoder_sources.items()
+        }
+    except ValueError as error:
+        raise ConfigError([f"--encoders: {error}"]) from error
+
+
+def _is_whole(file: Path) -> bool:
+    """Whether a picture is there and can be read: what a broken disk left is drawn again."""
+    if not file.exists():
+        return False
+    try:
+        read_picture(file)
+    except DataError:
+        return False
+    return True
 
 
 @contextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +89,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         """Check all that can be checked before data or models are looked at.
 
         Raises:
-            ConfigError: with every problem.
+            ConfigError: with every problem; units of other options are in the run's folder.
         """
         problems = [*self._problems()]
         for name in self.methods or ():
@@ -97,8 +97,22 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 Method.parse(name)
             except ConfigError as error:
                 problems += error.problems
+        if not problems:
+            problems += self._same_methods()
         if problems:
             raise ConfigError(problems)
+        self._earlier()
+
+    def _same_methods(self) -> list[str]:
+        """Methods that are written in two ways, and would count as two."""
+        names: dict[Method, str] = {}
+        problems = []
+        for method in self.parsed_methods:
+            rate = str(float(method.learning_rate)) if method.learning_rate else ""
+            first = names.setdefault(replace(method, learning_rate=rate), method.name)
+            if first != method.name:
+                problems.append(f"--methods has {first} and {method.name}, the same. Keep one")
+        return problems
 
     def _problems(self) -> list[str]:
         problems = [
@@ -137,10 +151,16 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 problems.append(
                     f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
                 )
+        full = any(m.startswith("full") for m in self.methods or ())
+        if full and (training.quantization or training.bnb_quantization_config_path):
+            problems.append(
+                "--methods has full, which cannot train the weights of a quantized base: leave it "
+                "out, or --quantization"
+            )
         if training.with_prior_preservation and "captioned" in protocols:
             problems.append("--with_prior_preservation is for --protocols subject, not captioned")
         teacher = training.with_prior_preservation and training.prior_source == "teacher"
-        if teacher and any(m.startswith("full") for m in self.methods or ()):
+        if teacher and full:
             problems.append(
                 "--methods has full, which has no frozen base to be taught by: leave it out, or "
                 "give --prior_source images"
@@ -166,32 +186,46 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         """Keep the options in the run's folder, to be read again with ``--config``.
 
         Raises:
-            ConfigError: units of other options are there, which would be mixed with new ones.
+            ConfigError: units of other options are there, which would be mixed with new ones; the
+                folder cannot be written to.
         """
         path, record = self.folder / SETTINGS_NAME, self.record()
-        if path.exists():
-            earlier = parse_settings(["--config", str(path)]).record()
-            differing = sorted(
-                name
-                for name in {*earlier, *record} - _FREE
-                if earlier.get(name) != record.get(name)
-            )
-            if differing:
-                raise ConfigError(
-                    [
-                        f"--{name} is {record.get(name, 'its default')}, but "
-                        f"{earlier.get(name, 'its default')} in {path}: units of both would be "
-                        "mixed. Give another --output_dir, or the same option"
-                        for name in differing
-                    ]
-                )
+        if earlier := self._earlier():
             for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
                 record[name] = _union(earlier.get(name), record.get(name))
             record = {name: value for name, value in record.items() if value is not None}
-        self.folder.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
-        with replacing(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as temporary:
+                temporary.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise ConfigError(
+                [f"--output_dir {self.folder} cannot be written to ({error}). Give another"]
+            ) from error
+
+    def _earlier(self) -> dict[str, Any]:
+        """The options kept in the run's folder; none if there are none.
+
+        Raises:
+            ConfigError: they are others than these.
+        """
+        path, record = self.folder / SETTINGS_NAME, self.record()
+        if not path.exists():
+            return {}
+        earlier = parse_settings(["--config", str(path)]).record()
+        if differing := sorted(
+            name for name in {*earlier, *record} - _FREE if earlier.get(name) != record.get(name)
+        ):
+            raise ConfigError(
+                [
+                    f"--{name} is {record.get(name, 'its default')}, but "
+                    f"{earlier.get(name, 'its default')} in {path}: units of both would be "
+                    "mixed. Give another --output_dir, or the same option"
+                    for name in differing
+                ]
+            )
+        return earlier
 
 
 def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:

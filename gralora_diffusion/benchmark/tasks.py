@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import os
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +72,11 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
 
 
 def folder_name(text: str) -> str:
-    """A prompt as the name of a folder."""
-    return re.sub(r"\W+", "_", text).strip("_")
+    """A prompt as the name of a folder, which no other prompt has."""
+    name = re.sub(r"\W+", "_", text).strip("_")
+    if name.replace("_", " ") == text:
+        return name
+    return f"{name}_{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
@@ -120,7 +125,8 @@ def _captioned(settings: BenchmarkSettings) -> Task:
     folder = settings.folder / HELD_OUT_FOLDER
     return Task(
         "captioned",
-        Path(str(settings.captioned_dir or config.dataset_name)).name,
+        # absolute, for . and .. are no names of folders
+        Path(os.path.abspath(str(settings.captioned_dir or config.dataset_name))).name or "set",
         config,
         parts.train,
         captions,

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -81,6 +82,15 @@ def test_a_claim_of_another_machine_is_kept_while_it_is_touched(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_host_of_the_same_name_is_not_this_machine(tmp_path):
+    """Its processes are not ours: that we have none of this number says nothing of it."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    facts = {"token": "theirs", "host": os.uname().nodename, "pid": ended.pid}
+    (tmp_path / CLAIM_NAME).write_text(json.dumps({**facts, "machine": "another"}))
+    assert claim(tmp_path, patience=60) is None
+
+
 def test_one_that_is_not_readable_waits_for_its_age(tmp_path):
     path = tmp_path / CLAIM_NAME
     path.write_text('{"tok')
@@ -92,6 +102,21 @@ def test_one_that_is_not_readable_waits_for_its_age(tmp_path):
 
 def test_is_touched_while_the_work_goes_on(tmp_path):
     with claim(tmp_path, touch_seconds=0.05) as held:
+        os.utime(held.path, (0, 0))
+        deadline = time.time() + 10
+        while held.path.stat().st_mtime < 1 and time.time() < deadline:
+            time.sleep(0.02)
+        assert held.path.stat().st_mtime > 1
+
+
+def test_is_touched_also_after_it_could_not_be_read(tmp_path, monkeypatch):
+    """As when a file system is away for a moment."""
+    away = threading.Event()
+    read = claims._read
+    monkeypatch.setattr(claims, "_read", lambda path: away.set() or {})
+    with claim(tmp_path, touch_seconds=0.05) as held:
+        assert away.wait(10)
+        monkeypatch.setattr(claims, "_read", read)
         os.utime(held.path, (0, 0))
         deadline = time.time() + 10
         while held.path.stat().st_mtime < 1 and time.time() < deadline:

@@ -10,6 +10,7 @@ import pytest
 
 from gralora_diffusion.benchmark.main import FAILURE_NAME, benchmark, main
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
+from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs
 from tests.training.runs import environment
 
@@ -63,8 +64,12 @@ def test_the_report_alone(whole, tmp_path, capsys):
     config = moved / "benchmark.yaml"
     config.write_text(config.read_text().replace("/dreambooth", "/nowhere"))
     (moved / "report" / "report.md").unlink()
+    (lost := result_files(moved)[0]).unlink()
     main(["--report_only", "--output_dir", str(moved)])
     assert (moved / "report" / "report.md").is_file()
+    key = lost.parent.relative_to(moved / "units").parts
+    report = json.loads((moved / "report" / "report.json").read_text())
+    assert [tuple(missing.values())[:3] for missing in report["missing"]] == [key[:3]]
     assert str(moved / "report" / "index.html") in capsys.readouterr().out
 
 
@@ -115,6 +120,32 @@ def test_other_options_in_the_same_folder_are_refused(whole, world, capsys):
     assert "--max_train_steps is 4, but 3 in" in capsys.readouterr().err
 
 
+def test_an_encoder_that_is_not_there(world, tmp_path, capsys):
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, tmp_path, encoders=["dinov2=nobody/nothing"]))
+    assert caught.value.code == 2
+    said = capsys.readouterr().err
+    assert "--encoders: encoder 'nobody/nothing' cannot be loaded" in said
+    assert "Give a Hub id, or a folder" in said
+    assert not list(tmp_path.rglob("claim.json*"))
+
+
+def test_a_run_that_is_refused_leaves_the_pictures_held_out(world, tmp_path, capsys):
+    """Units that are there, or under way, are compared with them."""
+    for number, path in enumerate(judges.draw(tmp_path / "set", 5)):
+        path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
+    options = {"dreambooth_dir": None, "subjects": None, "captioned_dir": tmp_path / "set"}
+    settings = runs.settings(world, tmp_path / "out", held_out=2, **options)
+    (task,) = read_tasks(settings)
+    settings.write_down()
+    before = [path.read_bytes() for path in task.real]
+    with pytest.raises(SystemExit):
+        main(runs.arguments(world, tmp_path / "out", held_out=3, **options))
+    assert "--held_out is 3, but 2 in" in capsys.readouterr().err
+    assert [path.read_bytes() for path in task.real] == before
+    assert len(list((tmp_path / "out" / "held_out").iterdir())) == 3
+
+
 def test_killed_and_started_again(whole, world, tmp_path):
     process = runs.start(world, tmp_path)
     until(lambda: result_files(tmp_path), process)
@@ -124,7 +155,9 @@ def test_killed_and_started_again(whole, world, tmp_path):
     assert benchmark(runs.settings(world, tmp_path)) == 0
     assert scores(tmp_path) == scores(whole)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    assert not list(tmp_path.rglob("claim.json*"))
+    # killed between the result and the end of its claim, a unit that is done keeps both
+    kept = [path for path in tmp_path.rglob("claim.json*") if path.parent / RESULT_NAME not in done]
+    assert kept == []
 
 
 def test_two_processes_at_once(whole, world, tmp_path):

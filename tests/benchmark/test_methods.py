@@ -52,6 +52,14 @@ def test_other_names_are_refused(name):
         Method.parse(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "said"), [("lora-r04", "lora-r4"), ("gralora-r4-k2-h0", "gralora-r4-k2")]
+)
+def test_one_method_has_one_name(name, said):
+    with pytest.raises(ConfigError, match=f"--methods has '{name}'; write {said}"):
+        Method.parse(name)
+
+
 def test_ranks_of_the_updates():
     ranks = [Method.parse(name).update_rank for name in NAMES]
     assert ranks == [4, None, 4, 8, 16, 10, None]

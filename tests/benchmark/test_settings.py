@@ -61,6 +61,8 @@ def test_unknown_options(line, text):
         ("--captioned_dir x --protocols captioned prior", ["prior, which needs subject"]),
         ("--protocols captioned", ["needs one of --captioned_dir and"]),
         ("--captioned_dir x --protocols subject", ["are for --protocols captioned"]),
+        ("--methods full --quantization torchao-int8", ["full, which cannot train the weights"]),
+        ("--methods lora-r4-lr1e-3 lora-r4-lr0.001", ["lora-r4-lr1e-3 and lora-r4-lr0.001, the"]),
         (
             "--captioned_dir x --with_prior_preservation",
             ["--with_prior_preservation is for --protocols subject"],
@@ -107,11 +109,23 @@ def test_a_run_may_grow_but_not_change(tmp_path):
     parse_settings([*GOOD, "--output_dir", str(tmp_path)]).write_down()
     assert "subjects" not in yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
     before = (tmp_path / SETTINGS_NAME).read_bytes()
+    other = parse_settings([*line, "--learning_rate", "1", "--max_prompts", "3"])
+    with pytest.raises(ConfigError, match="--learning_rate is 1"):
+        other.check()
     with pytest.raises(ConfigError) as caught:
-        parse_settings([*line, "--learning_rate", "1", "--max_prompts", "3"]).write_down()
+        other.write_down()
     assert len(caught.value.problems) == 2
     assert "--learning_rate is 1.0, but its default in" in caught.value.problems[0]
     assert (tmp_path / SETTINGS_NAME).read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    settings = parse_settings([*GOOD, "--output_dir", str(tmp_path / "file" / "run")])
+    with pytest.raises(
+        ConfigError, match=r"--output_dir .*run cannot be written to .*Give another"
+    ):
+        settings.write_down()
 
 
 def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -1,0 +1,34 @@
+"""Class pictures of prior preservation, drawn once for all units."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from ..families import ModelFamily
+from ..training.config import TrainingConfig
+from ..training.prior import class_pictures_there, draw_class_images
+from .claims import WAIT_SECONDS, claim
+
+
+def draw_class_pictures(
+    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
+) -> None:
+    """Draw the class pictures that lack, if there are to be any.
+
+    One process draws them while the others wait, which would otherwise train on a part of them, or
+    on none. Their noise is not of the unit's seed: which of the seeds comes first is chance.
+    """
+    if not config.with_prior_preservation or config.prior_source != "images":
+        return
+    folder = Path(config.class_data_dir or "")
+    while class_pictures_there(config) < config.num_class_images:
+        mine = claim(folder.with_name(f".{folder.name}"))
+        if mine is None:
+            time.sleep(WAIT_SECONDS)
+            continue
+        with mine:
+            draw_class_images(replace(config, seed=0), family, accelerator)

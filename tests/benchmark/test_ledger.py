@@ -1,0 +1,119 @@
+"""Which units are done, failed or left, by the files in a run's folder; nothing is trained."""
+
+import os
+import shutil
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from gralora_diffusion.benchmark import main
+from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
+from gralora_diffusion.benchmark.main import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.methods import Method
+from gralora_diffusion.benchmark.results import read_result, write_result
+
+from .units import unit as result_of
+
+DOG = SimpleNamespace(protocol="subject", subject="dog")
+
+
+def unit(seed=0):
+    return Unit(DOG, Method.parse("lora-r4"), seed)
+
+
+def fail(ledger, which, error="ValueError: no"):
+    ledger.folder(which).mkdir(parents=True, exist_ok=True)
+    try:
+        raise ValueError(error)
+    except ValueError as caught:
+        ledger.fail(which, caught)
+    return ledger.folder(which) / FAILURE_NAME
+
+
+def finish(ledger, which):
+    return write_result(result_of(which.key), ledger.folder(which))
+
+
+def test_a_folder_that_was_copied_is_done_again(tmp_path):
+    """The report leaves it out, so that it must not count as done either."""
+    ledger = Ledger(tmp_path)
+    finish(ledger, unit(0))
+    shutil.copytree(ledger.folder(unit(0)), ledger.folder(unit(1)))
+    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+
+
+def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
+    """A log of many layers takes megabytes, and every process looks after each unit."""
+    ledger, read = Ledger(tmp_path), []
+    path = finish(ledger, unit())
+    monkeypatch.setattr(main, "read_result", lambda p: read.append(p) or read_result(p))
+    assert ledger.left([unit()]) == ledger.left([unit()]) == []
+    assert read == [path]
+    path.write_text(path.read_text()[:100])
+    assert ledger.left([unit()]) == [unit()]
+    finish(ledger, unit())
+    assert ledger.left([unit()]) == []
+
+
+def test_only_old_failures_are_forgotten(tmp_path):
+    """Of processes that start together one may be at work when another begins to look."""
+    ledger = Ledger(tmp_path)
+    old, new = fail(ledger, unit(0)), fail(ledger, unit(1))
+    before = time.time() - 60
+    os.utime(old, (before, before))
+    ledger.forget_failures([unit(0), unit(1), unit(2)], before=30)
+    assert (old.exists(), new.exists()) == (False, True)
+    assert ledger.left([unit(0), unit(1)]) == [unit(0)]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"error"', "null"])
+def test_a_failure_that_cannot_be_read_is_one(tmp_path, content):
+    ledger = Ledger(tmp_path)
+    fail(ledger, unit()).write_text(content)
+    (failure,) = ledger.failures()
+    assert "cannot be read" in failure.reason
+    assert ledger.left([unit()]) == []
+
+
+class Worker:
+    """In the place of a runner: ends a unit with an error, or with a result."""
+
+    def __init__(self, then, error=None):
+        self.then, self.error = then, error
+
+    def run(self, task, method, seed, folder):
+        self.then(folder)
+        if self.error:
+            raise self.error
+        return result_of(Unit(task, method, seed).key)
+
+
+def taken_over(folder):
+    (folder / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
+
+
+@pytest.mark.parametrize("error", [None, ValueError("no"), FileNotFoundError("gone")])
+def test_a_process_that_woke_too_late_leaves_nothing(tmp_path, error):
+    """Neither a result nor a failure, and it goes on with other units."""
+    ledger = Ledger(tmp_path)
+    with claim(ledger.folder(unit())) as mine:
+        main._do(Worker(taken_over, error), unit(), ledger, mine)
+    assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
+
+
+def test_a_disk_that_fails_ends_the_process(tmp_path):
+    ledger = Ledger(tmp_path)
+    error = OSError("no space left on device")
+    with pytest.raises(OSError, match="no space"), claim(ledger.folder(unit())) as mine:
+        main._do(Worker(lambda folder: None, error), unit(), ledger, mine)
+    assert ledger.left([unit()]) == [unit()]
+
+
+def test_what_came_out_well_is_no_failure_any_more(tmp_path):
+    ledger = Ledger(tmp_path)
+    with claim(ledger.folder(unit())) as mine:
+        fail(ledger, unit())
+        main._do(Worker(lambda folder: None), unit(), ledger, mine)
+    assert ledger.left([unit()]) == []
+    assert ledger.failures() == []
