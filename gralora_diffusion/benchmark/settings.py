@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -252,8 +253,8 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
         kept = Path(options["output_dir"]) / SETTINGS_NAME
         if not kept.is_file():
             raise ConfigError([f"--report_only: there is no {kept}. Give a run's --output_dir"])
-        again = ["--config", str(kept), "--output_dir", options["output_dir"], "--report_only"]
-        options = parse_options(groups, again)
+        given = list(sys.argv[1:] if argv is None else argv)
+        options = parse_options(groups, ["--config", str(kept), *given], not_carried=said)
     own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
     training = {name: value for name, value in options.items() if name not in own}
     return BenchmarkSettings(

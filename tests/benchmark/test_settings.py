@@ -96,7 +96,9 @@ def test_written_down_and_read_again(tmp_path):
     settings.write_down()
     again = parse_settings(["--config", str(tmp_path / SETTINGS_NAME)])
     assert again == settings
-    assert parse_settings(["--report_only", "--output_dir", str(tmp_path)]).title == settings.title
+    report = ["--report_only", "--output_dir", str(tmp_path)]
+    assert parse_settings(report).title == settings.title
+    assert parse_settings([*report, "--title", "another"]).title == "another"
 
 
 def test_a_run_may_grow_but_not_change(tmp_path):
