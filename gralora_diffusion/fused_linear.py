@@ -39,6 +39,8 @@ Way = Literal["added", "merged"]
 #: How many operations must be saved for each that forms merged weights. Measured: the blocks of an
 #: update are thin products, and the weight is copied (docs/performance.md).
 _WORTH_MERGING = 3.0
+#: And how many at least: in small layers the calls that form weights cost more than they save.
+_WORTH_CALLING = 20e6
 
 
 class Update(NamedTuple):
@@ -64,7 +66,7 @@ def choose_way(
         (k, i, r), o = A.shape, B.shape[2]
         saved += 2 * tokens * r * k * (i + o)
         forming += 2 * k * i * o * r * (2 if differentiable else 1)
-    return "merged" if saved > _WORTH_MERGING * forming else "added"
+    return "merged" if saved > max(_WORTH_MERGING * forming, _WORTH_CALLING) else "added"
 
 
 def adapted_linear(
@@ -141,12 +143,12 @@ class _Call(NamedTuple):
         """
         inputs, result, hidden = _as_rows(x, self.dtype), None, []
         if weight is not None:
-            weight = weight.to(self.dtype)
-            bias = None if bias is None else bias.to(self.dtype)
+            weight = _as(weight, self.dtype)
+            bias = None if bias is None else _as(bias, self.dtype)
             result = F.linear(inputs, self._whole(weight, factors), bias)
         if self.way == "added":
             for A, B, scaling in zip(factors[::2], factors[1::2], self.scalings, strict=True):
-                hidden.append(_exchanged(inputs, A.to(self.dtype)))
+                hidden.append(_exchanged(inputs, _as(A, self.dtype)))
                 result = _add_products(result, hidden[-1], _scaled(B, scaling, self.dtype))
         assert result is not None
         return result.view(*x.shape[:-1], result.shape[1]), weight, hidden
@@ -179,13 +181,15 @@ class _Call(NamedTuple):
             if needs_A:
                 gradient_A = _transposed_products(gradient_hidden, inputs, A.dtype).mT
             if needs_B:
-                h = hidden[u] if hidden else _exchanged(inputs, A.to(self.dtype))
-                gradient_B = _transposed_products(h, gradient, B.dtype).mul_(scaling)
+                h = hidden[u] if hidden else _exchanged(inputs, _as(A, self.dtype))
+                gradient_B = _transposed_products(h, gradient, B.dtype)
+                if scaling != 1.0:
+                    gradient_B.mul_(scaling)
             if adds_to_x:
-                gradient_x = _add_products(gradient_x, gradient_hidden, A.to(self.dtype).mT)
+                gradient_x = _add_products(gradient_x, gradient_hidden, _as(A, self.dtype).mT)
             gradients += [gradient_A, gradient_B]
         if gradient_x is not None:
-            gradient_x = gradient_x.view(x.shape).to(x.dtype)
+            gradient_x = _as(gradient_x.view(x.shape), x.dtype)
         return gradient_x, gradients
 
     def _whole(self, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
@@ -200,11 +204,17 @@ class _Call(NamedTuple):
 
 def _as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """(..., features) as (tokens, features) in this dtype; a view where it can be one."""
-    return x.to(dtype).reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    x = _as(x, dtype)
+    return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """``x.to(dtype)``, but for the call where nothing is to be done: layers are many, and small."""
+    return x if x.dtype is dtype else x.to(dtype)
 
 
 def _scaled(B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    return (B if scaling == 1.0 else B * scaling).to(dtype)
+    return _as(B if scaling == 1.0 else B * scaling, dtype)
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:
@@ -260,7 +270,7 @@ def _transposed_products(hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Tenso
     k, _, r = hidden.shape
     blocks = _blocks(x, k)
     if not _loops(x):
-        return torch.bmm(hidden.mT, blocks).to(dtype)
+        return _as(torch.bmm(hidden.mT, blocks), dtype)
     products = x.new_empty(k, r, blocks.shape[2], dtype=dtype)
     for n in range(k):
         products[n] = hidden[n].T @ blocks[n]

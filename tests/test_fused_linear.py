@@ -167,6 +167,7 @@ class TestWay:
         assert self.way(1024, width=3072) == "added"
         assert self.way(1024, width=1280) == "added"
         assert self.way(1024, width=1280, k=8) == "merged"
+        assert self.way(1024, width=64) == "added"
 
     def test_without_a_backward_pass_the_weight_is_formed_once(self):
         assert self.way(600) == "added"

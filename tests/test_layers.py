@@ -305,7 +305,7 @@ class TestWays:
 
     def test_merged_with_many_tokens_in_fp32(self):
         layer = pair(hybrid_r=2)[1].up
-        few, many = torch.randn(5, 24), torch.randn(3, 200, 24)
+        few, many = torch.randn(5, 24), torch.randn(3, 20_000, 24)
         for x, way in ((few, "added"), (many, "merged")):
             update = x.double() @ (1.2 * dense(layer)).T
             assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
