@@ -44,12 +44,6 @@ CONFIGS = sorted({*(ROOT / "samples/configs").glob("*.yaml")} - {*BENCHMARK_CONF
 SCRIPT = "train_scripts/train_dreambooth_gralora.py"
 BENCHMARK = "gralora_diffusion.benchmark"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-#: The picture of the README, made by the demo; the report of the tiny suite.
-MADE_LATER = {
-    "docs/images/demo_grid.png",
-    "docs/benchmark_tiny/report.md",
-    "docs/benchmark_tiny/index.html",
-}
 #: What a machine may lack on which a right command is checked.
 OF_THE_MACHINE = ("needs a GPU", "pip install", "cannot be used on this machine")
 
@@ -466,7 +460,7 @@ def test_links(path):
             continue
         name, _, anchor = target.partition("#")
         file = path.parent / name if name else path
-        assert file.exists() or file.relative_to(ROOT).as_posix() in MADE_LATER, target
+        assert file.exists(), target
         assert not anchor or anchor in _anchors(file), target
 
 
