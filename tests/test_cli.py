@@ -15,6 +15,7 @@ from gralora_diffusion.cli import main
         (["sample", "--help"], "--compare"),
         (["inspect", "--help"], "--json"),
         (["import", "--help"], "--gralora_k"),
+        (["benchmark", "--help"], "usage: gralora benchmark"),
     ],
 )
 def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -32,6 +33,7 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
+        (["benchmark", "--rank", "4"], "--rank is not for the benchmark"),
         (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -244,17 +245,16 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     """
     groups = (*BENCHMARK_GROUPS, *training_groups())
     said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
-    options = parse_options(groups, argv, not_carried=said)
+    parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
+    options = parse(argv)
     if options["suite"]:
-        options = parse_options(
-            groups, argv, not_carried=said, before=_suite_arguments(groups, options["suite"])
-        )
+        options = parse(argv, before=_suite_arguments(options["suite"]))
     if options["report_only"] and options["config"] is None:
         kept = Path(options["output_dir"]) / SETTINGS_NAME
         if not kept.is_file():
             raise ConfigError([f"--report_only: there is no {kept}. Give a run's --output_dir"])
         given = list(sys.argv[1:] if argv is None else argv)
-        options = parse_options(groups, ["--config", str(kept), *given], not_carried=said)
+        options = parse(["--config", str(kept), *given])
     own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
     training = {name: value for name, value in options.items() if name not in own}
     return BenchmarkSettings(
@@ -263,7 +263,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     )
 
 
-def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
+def _suite_arguments(name: str) -> list[str]:
     """The options of a suite, its paths from wherever the command is run."""
     path = ROOT / SUITES[name]
     if not path.is_file():

@@ -22,6 +22,7 @@ def parse_options(
     *,
     not_carried: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
+    prog: str | None = None,
 ) -> dict[str, Any]:
     """Read options from a command line, and from the YAML file that its ``--config`` names.
 
@@ -30,6 +31,7 @@ def parse_options(
         argv: the arguments without the program's name; those of this process by default.
         not_carried: names that a user may take for options -> what is said of them, after the name.
         before: arguments that the file and the command line win over.
+        prog: how the program is called, for ``--help``.
 
     Returns:
         Every option's value by its name.
@@ -38,7 +40,7 @@ def parse_options(
         ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
             or the YAML file cannot be read.
     """
-    parser = _Parser(groups, not_carried or {})
+    parser = _Parser(groups, not_carried or {}, prog)
     arguments = list(sys.argv[1:] if argv is None else argv)
     options = parser.read([*before, *arguments])
     if options["config"] is None:
@@ -62,8 +64,10 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 
 class _Parser(HfArgumentParser):
-    def __init__(self, groups: Sequence[type], not_carried: Mapping[str, str]) -> None:
-        super().__init__(groups, allow_abbrev=False, formatter_class=_HelpFormatter)
+    def __init__(
+        self, groups: Sequence[type], not_carried: Mapping[str, str], prog: str | None
+    ) -> None:
+        super().__init__(groups, prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.names = {f.name for group in groups for f in fields(group)}
         self.not_carried = not_carried
 
