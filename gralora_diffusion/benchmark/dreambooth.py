@@ -90,8 +90,13 @@ def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject
     dataset = folder / "dataset" if (folder / "dataset").is_dir() else folder
     path = dataset / PROMPTS_NAME
     if not path.is_file():
-        advice = "Give a clone of https://github.com/google/dreambooth"
-        raise DataError(str(folder), [f"there is no dataset/{PROMPTS_NAME} in it. {advice}"])
+        advice = (
+            "Give a clone of https://github.com/google/dreambooth, or a folder like its dataset"
+        )
+        lacking = (
+            f"there is no {PROMPTS_NAME} in it" if folder.is_dir() else "there is no such folder"
+        )
+        raise DataError(str(folder), [f"{lacking}. {advice}"])
     classes, templates = read_prompts(path)
     if unknown := [name for name in names if name not in classes]:
         raise DataError(

@@ -92,7 +92,6 @@ def benchmark(settings: BenchmarkSettings) -> int:
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
     tasks = read_tasks(settings)
-    settings.write_down()
     with _alone() as rank, accelerate_left_as_it_was():
         units = [
             # whatever it is stopped at, methods have as many units as each other
@@ -148,7 +147,9 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
                     if ledger.left([unit]):  # not done between the look and the claim
                         idle = False
                         bar.set_postfix_str(str(unit.key))
-                        runner = runner or Runner(settings, unit.task.config)
+                        if runner is None:
+                            runner = Runner(settings, unit.task.config)
+                            settings.write_down()  # now that base and encoders are there
                         _do(runner, unit, ledger, mine)
                 bar.update(len(units) - len(ledger.left(units)) - bar.n)
             if idle and (waiting := ledger.left(units)):

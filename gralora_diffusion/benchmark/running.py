@@ -44,6 +44,12 @@ PICTURES, BASE_FOLDER = "pictures", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
 _NOISES_PER_SEED = 10_000
 
+#: Settings that a reader wants to know also where they are the defaults.
+_ALWAYS_TOLD = (
+    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+    *("optimizer", "resolution", "mixed_precision", "target_preset"),
+)
+
 #: The files of each prompt.
 Drawn = list[list[Path]]
 
@@ -274,9 +280,10 @@ class Runner:
     def _told(self, config: TrainingConfig) -> dict[str, Any]:
         """The settings of a unit; of files and folders only the names."""
         settings = self.settings
+        told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
         training = {
             name: Path(value).name if name in PATHS and value and Path(value).exists() else value
-            for name, value in yaml.safe_load(config.to_yaml()).items()
+            for name, value in (told | yaml.safe_load(config.to_yaml())).items()
             if name not in ("output_dir", "class_data_dir", "report_to")
         }
         names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"

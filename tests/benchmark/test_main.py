@@ -113,6 +113,19 @@ def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, caps
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("option", ["pretrained_model_name_or_path", "encoders"])
+def test_a_misspelt_base_or_encoder_does_not_bind_the_folder(world, tmp_path, option):
+    wrong = {
+        "pretrained_model_name_or_path": world / "bse",
+        "encoders": f"dinov2={world / 'dinov'}",
+    }
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, tmp_path, **{option: wrong[option]}))
+    assert caught.value.code == 2
+    runs.settings(world, tmp_path).check()
+    assert not list(tmp_path.rglob("claim.json*"))
+
+
 def test_other_options_in_the_same_folder_are_refused(whole, world, capsys):
     with pytest.raises(SystemExit) as caught:
         main(runs.arguments(world, whole, max_train_steps=4))
