@@ -77,7 +77,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(130)
     if failed:
         if first:
-            print(f"error: {failed} units failed; see the report", file=sys.stderr)
+            advice = "Why is in the report; --retry_failed does them again"
+            print(f"error: units that failed: {failed}. {advice}", file=sys.stderr)
         sys.exit(1)
 
 

@@ -91,7 +91,7 @@ def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(line)
     assert caught.value.code == 1
-    assert "1 units failed" in capsys.readouterr().err
+    assert "units that failed: 1" in capsys.readouterr().err
     assert [key[2] for key in scores(tmp_path)] == ["lora-r4"]
     (failure,) = tmp_path.rglob(FAILURE_NAME)
     assert "TrainingDiverged" in json.loads(failure.read_text())["error"]
