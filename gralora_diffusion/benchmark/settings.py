@@ -15,7 +15,7 @@ import yaml
 from ..tensor_files import replacing
 from ..training.config import TrainingConfig, group_table
 from ..training.config_checks import ConfigError
-from ..training.option_parsing import parse_options
+from ..training.option_parsing import arguments_of, parse_options
 from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,
@@ -248,7 +248,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
     options = parse(argv)
     if options["suite"]:
-        options = parse(argv, before=_suite_arguments(options["suite"]))
+        options = parse(argv, before=_suite_arguments(groups, options["suite"]))
     if options["report_only"] and options["config"] is None:
         kept = Path(options["output_dir"]) / SETTINGS_NAME
         if not kept.is_file():
@@ -263,7 +263,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     )
 
 
-def _suite_arguments(name: str) -> list[str]:
+def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
     """The options of a suite, its paths from wherever the command is run."""
     path = ROOT / SUITES[name]
     if not path.is_file():
@@ -273,16 +273,11 @@ def _suite_arguments(name: str) -> list[str]:
                 "installed package: clone it, and install it by `pip install -e .`"
             ]
         )
-    options = yaml.safe_load(path.read_text(encoding="utf-8"))
-    arguments = []
-    for option_name, value in options.items():
-        values = value if isinstance(value, list) else [value]
-        arguments += [f"--{option_name}", *(_from_here(str(v)) for v in values)]
-    return arguments
+    return [_from_here(argument) for argument in arguments_of(groups, path)]
 
 
 def _from_here(text: str) -> str:
-    """A path below samples/, also as the source of an encoder, from the folder one is in."""
+    """A path below samples/, also behind the name of an option or encoder, from where one is."""
     name, equals, source = text.rpartition("=")
     is_path = source.startswith("samples/")
     return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text

@@ -54,6 +54,15 @@ def parse_options(
     return parser.read([*before, *from_file, *arguments])
 
 
+def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
+    """Return the options of a YAML file as command-line arguments; lists as several values.
+
+    Raises:
+        ConfigError: as ``parse_options`` of the file.
+    """
+    return _yaml_to_arguments(_Parser(groups, {}, None), path)
+
+
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Adds the default to the help only where there is one."""
 
