@@ -10,7 +10,7 @@ from accelerate import Accelerator
 
 from ..families import ModelFamily
 from ..training.config import TrainingConfig
-from ..training.prior import class_pictures_there, draw_class_images
+from ..training.prior import class_pictures_lacking, draw_class_images
 from .claims import WAIT_SECONDS, claim
 
 
@@ -22,10 +22,8 @@ def draw_class_pictures(
     One process draws them while the others wait, which would otherwise train on a part of them, or
     on none. Their noise is not of the unit's seed: which of the seeds comes first is chance.
     """
-    if not config.with_prior_preservation or config.prior_source != "images":
-        return
     folder = Path(config.class_data_dir or "")
-    while class_pictures_there(config) < config.num_class_images:
+    while class_pictures_lacking(config):
         mine = claim(folder.with_name(f".{folder.name}"))
         if mine is None:
             time.sleep(WAIT_SECONDS)

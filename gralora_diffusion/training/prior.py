@@ -52,13 +52,23 @@ def frozen_base(*models: nn.Module) -> Iterator[None]:
             layer._disable_adapters = was
 
 
+def _drawn_prior(config: TrainingConfig) -> bool:
+    return config.with_prior_preservation and config.prior_source == "images"
+
+
 def class_pictures_there(config: TrainingConfig) -> int:
     """How many class pictures ``class_data_dir`` holds, whoever made them; 0 if none are wanted."""
-    if not config.with_prior_preservation or config.prior_source != "images":
+    if not _drawn_prior(config):
         return 0
     folder = Path(config.class_data_dir or "")
     present = folder.iterdir() if folder.is_dir() else ()
     return sum(map(is_picture, present))
+
+
+def class_pictures_lacking(config: TrainingConfig) -> int:
+    """How many are still to be drawn; 0 if none are wanted."""
+    there = class_pictures_there(config)
+    return max(0, config.num_class_images - there) if _drawn_prior(config) else 0
 
 
 def draw_class_images(
@@ -76,9 +86,8 @@ def draw_class_images(
     Returns:
         Whether any lacked.
     """
-    wanted = config.with_prior_preservation and config.prior_source == "images"
-    count = config.num_class_images - class_pictures_there(config) if wanted else 0
-    if count <= 0:
+    count = class_pictures_lacking(config)
+    if not count:
         return False
     folder = Path(config.class_data_dir or "")
     folder.mkdir(parents=True, exist_ok=True)
