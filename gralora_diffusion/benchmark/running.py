@@ -128,7 +128,7 @@ class Runner:
             return {**nothing, "peak_memory_gib": None}
         draw_class_pictures(config, self.family, self.accelerator)
         began = time.perf_counter()
-        layers = self._target_layers(config)
+        layers = self._watched_layers(config)
         trainer = Trainer(
             config,
             self.family,
@@ -139,7 +139,6 @@ class Runner:
             pipe=self.pipe,
             put_on=method.put_on,
         )
-        components = tuple(trainer.state.components)
         log = self._mechanism_log(layers, trainer.max_steps)
         with ExitStack() as stack:
             if log is not None:
@@ -150,7 +149,7 @@ class Runner:
         use.enter_context(weights_for_use(trainer.parameters, trainer.optimizer, trainer.ema))
         if self.settings.keep_adapters and method.kind != "full":
             folder.joinpath("adapter").mkdir(parents=True)
-            method.save(self.pipe, self.family, components, folder / "adapter")
+            method.save(self.pipe, self.family, trainer.state.components, folder / "adapter")
         peak = trainer.memory.bytes
         return {
             "parameters": sum(p.numel() for p in trainer.parameters),
@@ -160,8 +159,13 @@ class Runner:
             "mechanism": None if log is None else log.result(),
         }
 
-    def _target_layers(self, config: TrainingConfig) -> list[str]:
-        """Paths in the bare denoiser of what every method but full fine-tuning adapts."""
+    def _watched_layers(self, config: TrainingConfig) -> list[str]:
+        """Paths in the bare denoiser of what every method but full fine-tuning adapts.
+
+        Not looked for if no mechanism is logged.
+        """
+        if self.settings.mechanism_steps is None:
+            return []
         name, model = self.family.denoiser, self._denoiser
         return list(find_targets(model, adapter_configs({name: model}, self.family, config)[name]))
 
