@@ -139,7 +139,7 @@ def inject(
             low_cpu_mem_usage=low_cpu_mem_usage,
             state_dict=dict(state_dict) if state_dict is not None else None,
         )
-    _mark_adapted(model, True)
+    mark_adapted(model, True)
     return model
 
 
@@ -191,7 +191,7 @@ def eject(model: nn.Module, *adapter_names: str) -> None:
             configs.pop(name, None)
         if not configs:
             del model.peft_config
-            _mark_adapted(model, False)
+            mark_adapted(model, False)
 
 
 @contextmanager
@@ -229,7 +229,7 @@ def _merged_kept(model: nn.Module) -> Iterator[None]:
             layer.merged_adapters = names
 
 
-def _mark_adapted(model: Any, adapted: bool) -> None:
+def mark_adapted(model: Any, adapted: bool) -> None:
     """Tell the adapter methods of diffusers and transformers whether there are adapters."""
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = adapted

@@ -22,6 +22,7 @@ from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
 from ..families import ModelFamily
+from ..injection import mark_adapted
 from ..state import WEIGHTS_NAME, save_adapter
 from ..targets import find_targets
 from ..tensor_files import write_safetensors
@@ -223,5 +224,4 @@ def take_off(model: Any) -> None:
                 setattr(parent, attribute, module.get_base_layer())
     if hasattr(model, "peft_config"):
         del model.peft_config
-    if hasattr(model, "_hf_peft_config_loaded"):
-        model._hf_peft_config_loaded = False
+    mark_adapted(model, False)
