@@ -104,6 +104,8 @@ class RunState:
                 f"{path} cannot be resumed from: {error}. It is damaged or of another version; "
                 "take an earlier checkpoint."
             ) from error
+        # passes, by which it tells the last of a step; another accumulation counts them otherwise
+        self.accelerator.step = 0
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
         self._set_rates(rates)
