@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,8 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training import loop, prior
+from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
@@ -91,6 +94,48 @@ def test_validation_does_not_disturb_training(
     run(output_dir=tmp_path / "without", **without, **data)
     run(output_dir=tmp_path / "with", **options, **drawing, **data)
     assert_same_run(tmp_path / "without", tmp_path / "with")
+
+
+def test_one_base_at_a_time(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws class pictures is gone when the base is loaded that is trained."""
+    alive: list[int] = []
+    loaded: list[weakref.ref[Any]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(base() is not None for base in loaded))
+        pipe = load_base(*arguments, **options)
+        loaded.append(weakref.ref(pipe.unet))
+        return pipe
+
+    for module in (prior, loop):
+        monkeypatch.setattr(module, "load_base", watched)
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    run(output_dir=tmp_path / "out", class_data_dir=tmp_path / "class", **classes, **data)
+    assert alive == [0, 0]
+    assert len(list((tmp_path / "class").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lora_layers": "to_nothing"}, "do not fit the base"),
+        ({"rank_pattern": ["nowhere=8"]}, "--rank_pattern"),
+        ({"resolution": 17}, "--resolution is 17"),
+    ],
+)
+def test_class_pictures_are_drawn_for_nothing_that_fails(
+    data: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    with pytest.raises(ConfigError, match=said):
+        run(
+            output_dir=tmp_path / "out",
+            class_data_dir=tmp_path / "class",
+            **{**classes, **data, **wrong},
+        )
+    assert not (tmp_path / "class").exists()
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
