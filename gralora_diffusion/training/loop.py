@@ -171,7 +171,7 @@ class Trainer:
         self.memory = PeakMemory(device)
         self.ema = None
         if config.use_ema:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
             self.ema.to(device)
         self.state = RunState(
             config,

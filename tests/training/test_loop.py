@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training import loop, prior
@@ -21,6 +22,7 @@ from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.loop import Trainer, TrainingDiverged
 from gralora_diffusion.training.pictures import CropPlan
+from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
 from gralora_diffusion.training.step import RowMaker
 from tests.training.runs import (
     adapter,
@@ -348,6 +350,16 @@ def test_another_learning_rate_on_resume(data: dict[str, Any], tmp_path: Path) -
     options = {"resume_from_checkpoint": "latest", "learning_rate": 1e-4, **data}
     run(output_dir=tmp_path / "out", max_train_steps=4, **options)
     assert [row["lr"] for row in metrics(tmp_path / "out")] == [1e-2, 1e-2, 1e-4, 1e-4]
+
+
+def test_another_decay_of_the_average_on_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    out = run(output_dir=tmp_path / "out", max_train_steps=4, use_ema=True, **data)
+    options = {"resume_from_checkpoint": "latest", "use_ema": True, **data}
+    run(output_dir=out, max_train_steps=6, ema_decay=0.0, **options)
+    trained = load_file(out / "checkpoint-6" / TRAINING_WEIGHTS_NAME)
+    averaged = adapter(out)
+    for key, tensor in trained.items():
+        torch.testing.assert_close(averaged[key], tensor, msg=key)
 
 
 def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
