@@ -25,7 +25,7 @@ from ..training.adapters import adapter_configs, trained_components, weights_for
 from ..training.base_model import completed, find_base_family, load_base, present
 from ..training.batches import find_class_pictures
 from ..training.checkpoint import CheckpointStore
-from ..training.config import PATHS, TrainingConfig
+from ..training.config import TrainingConfig, public_name
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
 from ..training.family_options import check_family_options
@@ -286,8 +286,8 @@ class Runner:
         settings = self.settings
         told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
         training = {
-            name: Path(value).name if name in PATHS and value and Path(value).exists() else value
-            for name, value in (told | yaml.safe_load(config.to_yaml())).items()
+            name: value
+            for name, value in (told | yaml.safe_load(config.to_yaml(public=True))).items()
             if name not in ("output_dir", "class_data_dir", "report_to")
         }
         names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
@@ -295,8 +295,7 @@ class Runner:
             "training": training,
             "drawing": {name: getattr(settings, name) for name in names.split()},
             "judges": {
-                name: Path(source).name if Path(source).exists() else source
-                for name, source in settings.encoder_sources.items()
+                name: public_name(source) for name, source in settings.encoder_sources.items()
             },
             "device": device_name(self.device),
         }
