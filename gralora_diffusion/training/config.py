@@ -19,8 +19,8 @@ from .config_options import (
     OutputOptions,
     ValidationOptions,
 )
+from .config_patterns import layer_patterns
 from .config_picture_options import DataOptions, ImageOptions, PriorOptions
-from .config_plans import layer_patterns
 from .option_parsing import parse_options
 
 OPTION_GROUPS: tuple[type, ...] = (

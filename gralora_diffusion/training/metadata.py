@@ -19,7 +19,7 @@ from ..tensor_files import HASH_FIELDS
 from .batches import Batches
 from .captions import one_line
 from .config import TrainingConfig, public_name
-from .config_plans import given_patterns
+from .config_patterns import given_patterns
 from .samples import TrainingSet
 
 #: ``prediction_type`` of schedulers -> ModelSpec's.

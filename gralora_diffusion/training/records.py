@@ -18,7 +18,7 @@ from PIL import Image
 from ..tensor_files import replacing
 from .acceleration import DTYPES
 from .config import TrainingConfig
-from .config_plans import given_patterns
+from .config_patterns import given_patterns
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
