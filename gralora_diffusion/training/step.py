@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..families import Conditioning, ModelFamily
 from .acceleration import without_fp16_autocast
-from .batches import Batches
+from .caching import PromptCache
 from .config import TrainingConfig
 from .objectives import Objective
 from .prior import frozen_base
@@ -116,19 +117,34 @@ class DenoisingStep(nn.Module):
         return self.objective.loss(prediction, rows.target, rows.timesteps)
 
 
+class Encodings(Protocol):
+    """What rows are made of besides a batch.
+
+    Attributes:
+        prompts: encoded prompts, or None if text encoders are trained and encode at each step.
+        teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
+    """
+
+    accelerator: Accelerator
+    prompts: PromptCache | None
+    teacher: Conditioning | None
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
+
+
 class RowMaker:
     """Turns collated samples into :class:`Rows` on the device.
 
     Args:
         step: the unwrapped :class:`DenoisingStep`.
-        data: what encodes pictures and knows encoded prompts.
         dtype: of noisy latents, the denoiser's.
     """
 
     def __init__(
         self,
         step: DenoisingStep,
-        data: Batches,
+        data: Encodings,
         config: TrainingConfig,
         device: torch.device,
         dtype: torch.dtype,
