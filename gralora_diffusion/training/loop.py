@@ -23,9 +23,9 @@ from .acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
-    checkpoint_gradients,
     device_name,
     make_accelerator,
+    make_cheaper,
     share_only_what_is_trained,
     trackable,
 )
@@ -130,11 +130,8 @@ class Trainer:
         self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
         components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
-        if config.gradient_checkpointing:
-            for name in components:
-                checkpoint_gradients(getattr(self.pipe, name))
-        if config.enable_xformers_memory_efficient_attention:
-            getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
+        models = [getattr(self.pipe, name) for name in components]
+        make_cheaper(config, getattr(self.pipe, family.denoiser), models, device)
         if draw_class_images(config, family, accelerator):
             class_pictures = find_class_pictures(config)
 
