@@ -2,57 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from ..staging import OutputError
-from ..tensor_files import replacing
 from ..training.acceleration import accelerate_left_as_it_was
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
-from .claims import WAIT_SECONDS, Claim, age, claim, claimant
-from .methods import Method
+from .claims import WAIT_SECONDS, Claim, claim, claimant
+from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
-from .results import (
-    RESULT_NAME,
-    UNITS_FOLDER,
-    ResultFileError,
-    UnitKey,
-    Unreadable,
-    read_result,
-    read_results,
-    write_result,
-)
+from .results import UnitKey, read_results, write_result
 from .running import Runner
 from .settings import BenchmarkSettings, parse_settings
 from .tasks import Task, read_tasks
 
 logger = logging.getLogger(__name__)
 
-FAILURE_NAME, REPORT_FOLDER = "failed.json", "report"
-
-
-class Unit(NamedTuple):
-    """A method, a task and a seed: trained, drawn and judged once."""
-
-    task: Task
-    method: Method
-    seed: int
-
-    @property
-    def key(self) -> UnitKey:
-        return UnitKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
+REPORT_FOLDER = "report"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -94,13 +68,7 @@ def benchmark(settings: BenchmarkSettings) -> int:
         return _report(settings, _tasks_if_there(settings))
     tasks = read_tasks(settings)
     with _alone() as rank, accelerate_left_as_it_was():
-        units = [
-            # whatever it is stopped at, methods have as many units as each other
-            Unit(task, method, seed)
-            for seed in settings.seeds or ()
-            for task in tasks
-            for method in settings.parsed_methods
-        ]
+        units = [Unit(*found) for found in in_order(settings, tasks)]
         if settings.retry_failed:
             Ledger(settings.folder).forget_failures(units, time.monotonic() - began)
         _run_all(settings, units, show=rank == 0)
@@ -158,74 +126,6 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
                 time.sleep(WAIT_SECONDS)
 
 
-class Ledger:
-    """Which units are done, by the files in a run's folder."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self._told: set[Path] = set()
-        #: Result files that were read, by what tells that they are still the same.
-        self._good: dict[Path, tuple[int, int]] = {}
-
-    def folder(self, unit: Unit) -> Path:
-        return self.output / unit.key.path
-
-    def left(self, units: Sequence[Unit]) -> list[Unit]:
-        """Those that have neither a result that can be read nor failed."""
-        return [unit for unit in units if not self._is_over(unit)]
-
-    def fail(self, unit: Unit, error: Exception) -> None:
-        """Keep why a unit failed; nobody tries again until asked to."""
-        facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        with replacing(self.folder(unit) / FAILURE_NAME) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-    def failures(self) -> list[Unreadable]:
-        """Which units failed, and why."""
-        return [
-            Unreadable(path, f"the unit failed: {_why(path)}")
-            for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
-        ]
-
-    def forget_failures(self, units: Sequence[Unit], before: float) -> None:
-        """Forget those that are older than ``before`` seconds: others may have failed anew."""
-        for unit in units:
-            path = self.folder(unit) / FAILURE_NAME
-            if path.exists() and age(path) > before:
-                path.unlink(missing_ok=True)
-
-    def _is_over(self, unit: Unit) -> bool:
-        folder = self.folder(unit)
-        return self._has_result(unit, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
-
-    def _has_result(self, unit: Unit, path: Path) -> bool:
-        try:
-            facts = path.stat()
-        except OSError:
-            return False
-        same = facts.st_mtime_ns, facts.st_size
-        if self._good.get(path) == same:
-            return True
-        try:
-            if (key := read_result(path).key) != unit.key:
-                raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
-        except ResultFileError as error:
-            if path not in self._told:
-                logger.warning("%s. The unit is done again", error)
-                self._told.add(path)
-            return False
-        self._good[path] = same
-        return True
-
-
-def _why(path: Path) -> str:
-    """What a unit failed with, by its file."""
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "it is not known why, for the file cannot be read"
-
-
 def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
     """Do a unit; what goes wrong with it is kept, and the others go on."""
     folder = ledger.folder(unit)
@@ -251,10 +151,8 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
     # without the pictures it is not known of which subjects all is missing
     learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
-        UnitKey(protocol, subject, method.name, seed)
-        for seed in settings.seeds or ()
-        for protocol, subject in dict.fromkeys(learned)
-        for method in settings.parsed_methods
+        UnitKey(*place, method.name, seed)
+        for place, method, seed in in_order(settings, dict.fromkeys(learned))
     ]
     page = write_report(
         results,

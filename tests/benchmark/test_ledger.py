@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
+from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
 from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
-from gralora_diffusion.benchmark.main import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import read_result, write_result
 
@@ -47,7 +48,7 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """A log of many layers takes megabytes, and every process looks after each unit."""
     ledger, read = Ledger(tmp_path), []
     path = finish(ledger, unit())
-    monkeypatch.setattr(main, "read_result", lambda p: read.append(p) or read_result(p))
+    monkeypatch.setattr(ledgers, "read_result", lambda p: read.append(p) or read_result(p))
     assert ledger.left([unit()]) == ledger.left([unit()]) == []
     assert read == [path]
     path.write_text(path.read_text()[:100])

@@ -8,7 +8,9 @@ import time
 
 import pytest
 
-from gralora_diffusion.benchmark.main import FAILURE_NAME, benchmark, main
+from gralora_diffusion.benchmark import main as command
+from gralora_diffusion.benchmark.ledger import FAILURE_NAME
+from gralora_diffusion.benchmark.main import benchmark, main
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
 from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs
@@ -101,6 +103,29 @@ def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     assert failure.stat().st_mtime_ns == when
     assert benchmark(runs.settings(world, tmp_path, retry_failed=True, **options)) == 1
     assert failure.stat().st_mtime_ns > when
+
+
+def test_the_report_has_the_units_in_the_order_in_which_they_are_done(world, tmp_path, monkeypatch):
+    """Seed by seed, so that methods have as many as each other whenever it is stopped."""
+    done = []
+
+    def fail(runner, unit, ledger, mine):
+        done.append(tuple(unit.key))
+        ledger.fail(unit, ValueError("no"))
+
+    monkeypatch.setattr(command, "Runner", lambda *_: None)
+    monkeypatch.setattr(command, "_do", fail)
+    methods = ["lora-r8", "base", "lora-r4"]
+    settings = runs.settings(world, tmp_path, methods=methods, seeds=[2, 0])
+    assert benchmark(settings) == 12
+    assert done == [
+        ("subject", subject, method, seed)
+        for seed in (2, 0)
+        for subject in ("cat2", "dog")
+        for method in methods
+    ]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [tuple(missing.values()) for missing in report["missing"]] == done
 
 
 def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, capsys):
