@@ -17,11 +17,12 @@ from ..training.acceleration import accelerate_left_as_it_was
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
 from .claims import WAIT_SECONDS, Claim, claim, claimant
+from .kept import check_same_run, parse_settings, write_down
 from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
 from .results import UnitKey, read_results, write_result
 from .running import Runner
-from .settings import BenchmarkSettings, parse_settings
+from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def benchmark(settings: BenchmarkSettings) -> int:
     """
     began = time.monotonic()
     settings.check()
+    check_same_run(settings)
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
     tasks = read_tasks(settings)
@@ -118,7 +120,7 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
                         bar.set_postfix_str(str(unit.key))
                         if runner is None:
                             runner = Runner(settings, unit.task.config)
-                            settings.write_down()  # now that base and encoders are there
+                            write_down(settings)  # now that base and encoders are there
                         _do(runner, unit, ledger, mine)
                 bar.update(len(units) - len(ledger.left(units)) - bar.n)
             if idle and (waiting := ledger.left(units)):

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from gralora_diffusion.benchmark import main as command
+from gralora_diffusion.benchmark.kept import check_same_run, write_down
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME
 from gralora_diffusion.benchmark.main import benchmark, main
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
@@ -147,7 +148,7 @@ def test_a_misspelt_base_or_encoder_does_not_bind_the_folder(world, tmp_path, op
     with pytest.raises(SystemExit) as caught:
         main(runs.arguments(world, tmp_path, **{option: wrong[option]}))
     assert caught.value.code == 2
-    runs.settings(world, tmp_path).check()
+    check_same_run(runs.settings(world, tmp_path))
     assert not list(tmp_path.rglob("claim.json*"))
 
 
@@ -175,7 +176,7 @@ def test_a_run_that_is_refused_leaves_the_pictures_held_out(world, tmp_path, cap
     options = {"dreambooth_dir": None, "subjects": None, "captioned_dir": tmp_path / "set"}
     settings = runs.settings(world, tmp_path / "out", held_out=2, **options)
     (task,) = read_tasks(settings)
-    settings.write_down()
+    write_down(settings)
     before = [path.read_bytes() for path in task.real]
     with pytest.raises(SystemExit):
         main(runs.arguments(world, tmp_path / "out", held_out=3, **options))
