@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import fields
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from ..training.config_checks import ConfigError
 from ..training.option_parsing import arguments_of, parse_options
 from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
 from .settings import BenchmarkSettings
+
+logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = "benchmark.yaml"
 ROOT = Path(__file__).parents[2]
@@ -32,27 +35,62 @@ _FREE = {
 def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     """Read the options from a command line, a suite, and the YAML file of ``--config``.
 
+    Methods and seeds that none of them names are those that the run's folder has kept.
+
     Raises:
         ConfigError: see ``option_parsing.parse_options``; a suite that is not there.
     """
+    options = _parsed(argv)
+    path = Path(options["output_dir"]) / SETTINGS_NAME
+    if options["report_only"] and options["config"] is None:
+        if not path.is_file():
+            raise ConfigError([f"--report_only: there is no {path}. Give a run's --output_dir"])
+        given = list(sys.argv[1:] if argv is None else argv)
+        options = _parsed(["--config", str(path), *given])
+    lacking = [name for name in ("methods", "seeds") if options[name] is None]
+    if lacking and (kept := _kept_in(path)):
+        options |= {name: list(getattr(kept, name)) for name in lacking}
+        some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in lacking)
+        logger.info("as kept in %s: %s", path, some)
+    return _settings(options)
+
+
+def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Every option's value by its name, from a command line and the files that it names."""
     groups = (*BENCHMARK_GROUPS, *training_groups())
     said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
     parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
     options = parse(argv)
     if options["suite"]:
         options = parse(argv, before=_suite_arguments(groups, options["suite"]))
-    if options["report_only"] and options["config"] is None:
-        kept = Path(options["output_dir"]) / SETTINGS_NAME
-        if not kept.is_file():
-            raise ConfigError([f"--report_only: there is no {kept}. Give a run's --output_dir"])
-        given = list(sys.argv[1:] if argv is None else argv)
-        options = parse(["--config", str(kept), *given])
+    return options
+
+
+def _settings(options: dict[str, Any]) -> BenchmarkSettings:
     own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
     training = {name: value for name, value in options.items() if name not in own}
     return BenchmarkSettings(
         **{name: value for name, value in options.items() if name in own},
         training=TrainingConfig(**{**training, "config": None}, report_to="none"),
     )
+
+
+def _kept_in(path: Path) -> BenchmarkSettings | None:
+    """The options kept in this file; None if it is not there.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return _read(path.absolute(), (facts.st_ino, facts.st_mtime_ns, facts.st_size))
+
+
+@lru_cache(maxsize=1)  # a command asks several times, and another may have written meanwhile
+def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
+    return _settings(_parsed(["--config", str(path)]))
 
 
 def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
@@ -112,10 +150,11 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
     Raises:
         ConfigError: they are others than these.
     """
-    path, record = settings.folder / SETTINGS_NAME, settings.record()
-    if not path.exists():
+    path = settings.folder / SETTINGS_NAME
+    kept = _kept_in(path)
+    if kept is None:
         return {}
-    earlier = parse_settings(["--config", str(path)]).record()
+    earlier, record = kept.record(), settings.record()
     if differing := sorted(
         name for name in {*earlier, *record} - _FREE if earlier.get(name) != record.get(name)
     ):

@@ -1,8 +1,11 @@
 """Options of a run: read, written down, compared with those that its folder has."""
 
+import logging
+
 import pytest
 import yaml
 
+from gralora_diffusion.benchmark import kept
 from gralora_diffusion.benchmark.kept import (
     ROOT,
     SETTINGS_NAME,
@@ -11,6 +14,7 @@ from gralora_diffusion.benchmark.kept import (
     write_down,
 )
 from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.training.option_parsing import parse_options
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 
@@ -46,9 +50,9 @@ def test_a_run_may_grow_but_not_change(tmp_path):
     line = [*GOOD, "--output_dir", str(tmp_path), "--subjects", "dog"]
     write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
     write_down(parse_settings([*line, "--methods", "lora-r8", "--seeds", "1", "0"]))
-    kept = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
-    assert kept["methods"] == ["lora-r4", "lora-r8"]
-    assert kept["seeds"] == [0, 1]
+    record = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
+    assert record["methods"] == ["lora-r4", "lora-r8"]
+    assert record["seeds"] == [0, 1]
     write_down(parse_settings([*GOOD, "--output_dir", str(tmp_path)]))
     assert "subjects" not in yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
     before = (tmp_path / SETTINGS_NAME).read_bytes()
@@ -60,6 +64,56 @@ def test_a_run_may_grow_but_not_change(tmp_path):
     assert len(caught.value.problems) == 2
     assert "--learning_rate is 1.0, but its default in" in caught.value.problems[0]
     assert (tmp_path / SETTINGS_NAME).read_bytes() == before
+
+
+def test_methods_and_seeds_that_are_not_given_are_those_of_the_run(tmp_path, caplog):
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    assert parse_settings(line).methods == ["lora-r32", "lora-r64", "gralora-r32-k2"]
+    write_down(parse_settings([*line, "--methods", "lora-r4", "base", "--seeds", "3"]))
+    with caplog.at_level(logging.INFO, "gralora_diffusion"):
+        again = parse_settings(line)
+    assert (again.methods, again.seeds) == (["lora-r4", "base"], [3])
+    path = tmp_path / SETTINGS_NAME
+    assert caplog.messages == [f"as kept in {path}: methods lora-r4 base; seeds 3"]
+    write_down(again)
+    assert yaml.safe_load(path.read_text())["methods"] == ["lora-r4", "base"]
+    # what is given is done, and added to what is kept
+    more = parse_settings([*line, "--methods", "full"])
+    assert (more.methods, more.seeds) == (["full"], [3])
+    write_down(more)
+    assert parse_settings(line).methods == ["lora-r4", "base", "full"]
+    (tmp_path / "options.yaml").write_text("seeds: [5]")
+    assert parse_settings([*line, "--config", str(tmp_path / "options.yaml")]).seeds == [5]
+
+
+def test_a_file_of_options_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / SETTINGS_NAME).write_text("methods: [lora-r4\n")
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match=rf"{SETTINGS_NAME}: --config is not YAML"):
+        parse_settings(line)
+    with pytest.raises(ConfigError, match=rf"{SETTINGS_NAME}: --config is not YAML"):
+        check_same_run(parse_settings([*line, "--methods", "base", "--seeds", "0"]))
+
+
+def test_one_without_methods_has_the_usual_ones(tmp_path):
+    (tmp_path / SETTINGS_NAME).write_text("dreambooth_dir: db\n")
+    assert parse_settings([*GOOD, "--output_dir", str(tmp_path)]).methods[0] == "lora-r32"
+
+
+def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_path, monkeypatch):
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
+    parsed = []
+    monkeypatch.setattr(
+        kept, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
+    )
+    ours = parse_settings(line)
+    check_same_run(ours)
+    write_down(ours)
+    assert parsed == [line, ["--config", str(tmp_path / SETTINGS_NAME)]]
+    write_down(parse_settings([*line, "--methods", "lora-r8"]))
+    write_down(ours)
+    assert parse_settings(line).methods == ["lora-r4", "lora-r8"]
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
