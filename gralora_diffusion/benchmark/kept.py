@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 
 from ..tensor_files import replacing
-from ..training.config import TrainingConfig
+from ..training.config import PATHS, TrainingConfig
 from ..training.config_checks import ConfigError
 from ..training.option_parsing import arguments_of, parse_options
 from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
@@ -30,6 +30,9 @@ _FREE = {
     *("methods", "seeds", "subjects", "title", "keep_adapters", "retry_failed", "report_only"),
     *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
 }
+#: Options that are a file or folder, and those of them that never are a Hub id.
+_PATHS = {*PATHS, "dreambooth_dir", "captioned_dir"}
+_LOCAL = {"output_dir", "cache_dir", "latent_cache_dir", "dreambooth_dir", "captioned_dir"}
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
@@ -123,12 +126,12 @@ def check_same_run(settings: BenchmarkSettings) -> None:
 
 
 def write_down(settings: BenchmarkSettings) -> None:
-    """Keep the options in the run's folder, to be read again with ``--config``.
+    """Keep the options in the run's folder, to be read again with ``--config`` from anywhere.
 
     Raises:
         ConfigError: as ``check_same_run``; the folder cannot be written to.
     """
-    folder, record = settings.folder, settings.record()
+    folder, record = settings.folder, _placed(settings.record())
     if earlier := _earlier(settings):
         for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
             record[name] = _union(earlier.get(name), record.get(name))
@@ -154,9 +157,11 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
     kept = _kept_in(path)
     if kept is None:
         return {}
-    earlier, record = kept.record(), settings.record()
+    earlier, record = kept.record(), _placed(settings.record())
     if differing := sorted(
-        name for name in {*earlier, *record} - _FREE if earlier.get(name) != record.get(name)
+        name
+        for name in {*earlier, *record} - _FREE
+        if not _same(name, earlier.get(name), record.get(name))
     ):
         raise ConfigError(
             [
@@ -167,6 +172,37 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
             ]
         )
     return earlier
+
+
+def _placed(record: dict[str, Any]) -> dict[str, Any]:
+    """The options with files and folders from the root, so that they are the same everywhere."""
+
+    def placed(name: str, value: str) -> str:
+        return os.path.abspath(value) if name in _LOCAL or os.path.exists(value) else value
+
+    record = {k: placed(k, v) if v and k in _PATHS else v for k, v in record.items()}
+    if "encoders" in record:
+        pairs = (text.partition("=") for text in record["encoders"])
+        record["encoders"] = [f"{n}={placed('encoders', source)}" for n, _, source in pairs]
+    return record
+
+
+def _same(name: str, kept: Any, given: Any) -> bool:
+    """Whether two values of an option mean the same; ``given`` is as :func:`_placed` has it."""
+    if name == "encoders" and kept and given and len(kept) == len(given):
+        pairs = [(k.partition("="), g.partition("=")) for k, g in zip(kept, given, strict=True)]
+        return all(k[0] == g[0] and _same_place(k[2], g[2]) for k, g in pairs)
+    if name in _PATHS and kept and given:
+        return _same_place(kept, given)
+    return bool(kept == given)
+
+
+def _same_place(kept: str, given: str) -> bool:
+    there, here = Path(kept), Path(given)
+    if kept == given or there.resolve() == here.resolve():
+        return True
+    # kept on another machine, or moved since: by what it is called, as results tell it
+    return there.is_absolute() and not there.exists() and here.exists() and there.name == here.name
 
 
 def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:

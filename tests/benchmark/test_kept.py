@@ -36,6 +36,7 @@ def test_unknown_options(line, text):
 
 def test_written_down_and_read_again(tmp_path):
     line = [*GOOD, "--output_dir", str(tmp_path), "--methods", "full"]
+    line += ["--dreambooth_dir", str(tmp_path / "db")]
     line += ["--encoders", "dino=x", "--snr_gamma", "5", "--title", "It's: a title"]
     settings = parse_settings(line)
     write_down(settings)
@@ -114,6 +115,71 @@ def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_pa
     write_down(parse_settings([*line, "--methods", "lora-r8"]))
     write_down(ours)
     assert parse_settings(line).methods == ["lora-r4", "lora-r8"]
+
+
+def places(folder):
+    """A base, a clone and an encoder, of which nothing but the place matters here."""
+    for name in ("base", "db", "judge"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+RELATIVE = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
+RELATIVE += ["--encoders", "dino=judge", "clip=openai/clip-vit-base-patch32"]
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
+    """The same files by other paths are the same; the same paths to other files are not."""
+    monkeypatch.chdir(places(tmp_path / "one"))
+    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    places(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    monkeypatch.chdir(tmp_path / "other")
+    for way in ("../one/", f"{tmp_path}/one/", "../link/"):
+        line = ["--dreambooth_dir", f"{way}db", "--pretrained_model_name_or_path", f"{way}base"]
+        line += ["--encoders", f"dino={way}judge", "clip=openai/clip-vit-base-patch32"]
+        check_same_run(parse_settings([*line, "--output_dir", "../run"]))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        *("--dreambooth_dir", "--encoders", "--pretrained_model_name_or_path")
+    ]
+    said = caught.value.problems[0]
+    assert f"is {tmp_path}/other/db, but {tmp_path}/one/db in" in said
+
+
+def test_what_is_kept_is_read_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(places(tmp_path / "one"))
+    given = parse_settings([*RELATIVE, "--output_dir", "run", "--latent_cache_dir", "latents"])
+    write_down(given)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = parse_settings(["--config", "../one/run/benchmark.yaml"])
+    check_same_run(again)
+    one = f"{tmp_path}/one/"
+    assert (again.output_dir, again.dreambooth_dir) == (f"{one}run", f"{one}db")
+    assert again.training.pretrained_model_name_or_path == f"{one}base"
+    assert again.training.latent_cache_dir == f"{one}latents"
+    clip = "openai/clip-vit-base-patch32"
+    assert again.encoder_sources == {"dino": f"{one}judge", "clip": clip}
+    # the report shows them as they were given
+    assert given.record()["dreambooth_dir"] == "db"
+
+
+def test_files_that_were_moved_are_known_by_their_names(tmp_path, monkeypatch):
+    """As on another machine, that has them elsewhere."""
+    monkeypatch.chdir(places(tmp_path / "one"))
+    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
+    check_same_run(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    (tmp_path / "two/db").rename(tmp_path / "two/db2")
+    other = [word.replace("db", "db2") for word in RELATIVE]
+    with pytest.raises(ConfigError, match=r"--dreambooth_dir is .*two/db2, but .*one/db in"):
+        check_same_run(parse_settings([*other, "--output_dir", "../run"]))
+    hub = [word.replace("=judge", "=nobody/judge") for word in RELATIVE]
+    with pytest.raises(ConfigError, match=r"--encoders is .*nobody/judge"):
+        check_same_run(parse_settings([*hub, "--output_dir", "../run"]))
 
 
 def test_a_folder_that_cannot_be_written_to(tmp_path):
