@@ -10,6 +10,7 @@ import yaml
 
 from ..training.config import TrainingConfig, group_table
 from ..training.config_checks import ConfigError
+from .encoders import source_problem
 from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,
@@ -57,6 +58,11 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         self.seeds = [0] if self.seeds is None else self.seeds
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
+        # the shell expands ~ only at the beginning of a word, and not in a YAML file
+        for name in ("output_dir", "dreambooth_dir", "captioned_dir"):
+            if value := getattr(self, name):
+                setattr(self, name, _from_home(value))
+        self.encoders = ["=".join(map(_from_home, text.split("=", 1))) for text in self.encoders]
 
     @property
     def folder(self) -> Path:
@@ -137,6 +143,9 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 problems.append(
                     f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
                 )
+            # a report alone is made also where they are not
+            elif not self.report_only and (problem := source_problem(source)):
+                problems.append(f"--encoders has {text!r}: {problem}")
         full = any(m.startswith("full") for m in self.methods or ())
         if full and (training.quantization or training.bnb_quantization_config_path):
             problems.append(
@@ -167,6 +176,10 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
         return own | {k: v for k, v in training.items() if k not in SET_BY_THE_BENCHMARK}
+
+
+def _from_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def options_table() -> str:

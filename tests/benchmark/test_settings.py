@@ -71,3 +71,24 @@ def test_problems(line, texts):
 def test_subject_needs_a_folder():
     with pytest.raises(ConfigError, match="--dreambooth_dir is missing"):
         parse_settings(["--pretrained_model_name_or_path", "base"]).check()
+
+
+def test_encoders_are_looked_for_before_anything_is_done(dinov2, tmp_path):
+    line = [*GOOD, "--encoders", f"a={dinov2}", f"b={tmp_path}/lost", f"c={tmp_path}"]
+    with pytest.raises(ConfigError) as caught:
+        parse_settings(line).check()
+    lost, empty = caught.value.problems
+    assert lost.startswith(f"--encoders has 'b={tmp_path}/lost': there is no such file or folder")
+    assert empty.startswith(f"--encoders has 'c={tmp_path}': this folder has no config.json. Give")
+    settings = parse_settings(line)
+    settings.report_only = True  # which takes none
+    settings.check()
+
+
+def test_the_home_directory_in_a_file_of_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = "output_dir: ~/run\ndreambooth_dir: ~/db\nencoders: [a=~/dino, b=x/y]\n"
+    (tmp_path / "options.yaml").write_text(options)
+    settings = parse_settings(["--config", str(tmp_path / "options.yaml")])
+    assert (settings.output_dir, settings.dreambooth_dir) == ("/home/me/run", "/home/me/db")
+    assert settings.encoders == ["a=/home/me/dino", "b=x/y"]
