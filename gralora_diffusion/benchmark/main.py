@@ -68,6 +68,8 @@ def benchmark(settings: BenchmarkSettings) -> int:
     check_same_run(settings)
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
+    for remark in settings.remarks():
+        logger.warning(remark)
     tasks = read_tasks(settings)
     with _alone() as rank, accelerate_left_as_it_was():
         units = [Unit(*found) for found in in_order(settings, tasks)]

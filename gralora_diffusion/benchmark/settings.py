@@ -162,6 +162,16 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             )
         return problems
 
+    def remarks(self) -> list[str]:
+        """What the user should know of options that have no effect."""
+        if "captioned" not in (self.protocols or ()):
+            return []
+        idle = [f"--{name}" for name in ("dreambooth_dir", "subjects") if getattr(self, name)]
+        theirs = f", also where --suite {self.suite} has them" if self.suite else ""
+        learned = "--captioned_dir" if self.captioned_dir else "--dataset_name"
+        use = f"{learned} is what is learned, so there is no use for {' and '.join(idle)}{theirs}"
+        return [use] if idle else []
+
     def record(self) -> dict[str, Any]:
         """The options that differ from the defaults, in their groups' order."""
         default = BenchmarkSettings()

@@ -57,7 +57,9 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
     """
     if "captioned" in (settings.protocols or ()):
         return [_captioned(settings)]
-    subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or ())
+    # a suite has subjects of its own, which stay wanted in another folder
+    names_from = f"--suite {settings.suite}, or --subjects," if settings.suite else "--subjects"
+    subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or (), names_from)
     tasks, problems = [], []
     for subject in subjects:
         try:

@@ -217,13 +217,14 @@ def test_two_processes_at_once(whole, world, tmp_path):
     assert not list(tmp_path.rglob("claim.json*"))
 
 
-def test_captioned_from_the_command(world, tmp_path):
+def test_captioned_from_the_command(world, tmp_path, caplog):
     for number, path in enumerate(judges.draw(tmp_path / "set", 5)):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
-    options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
+    options = {"captioned_dir": tmp_path / "set", "held_out": 2}
     output = tmp_path / "out"
-    options |= {"subjects": None, "methods": ["gralora-r4-k2", "base"]}
+    options |= {"methods": ["gralora-r4-k2", "base"]}
     assert benchmark(runs.settings(world, output, **options)) == 0
+    assert "there is no use for --dreambooth_dir and --subjects" in caplog.text
     assert {key[:3] for key in scores(output)} == {
         ("captioned", "set", "gralora-r4-k2"),
         ("captioned", "set", "base"),

@@ -68,6 +68,18 @@ def test_problems(line, texts):
         assert any(text in problem for problem in caught.value.problems), text
 
 
+def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
+    """The suite's, whose base and encoders one may want for pictures of one's own, too."""
+    assert parse_settings(GOOD).remarks() == parse_settings(["--suite", "tiny"]).remarks() == []
+    (remark,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).remarks()
+    assert remark == (
+        "--captioned_dir is what is learned, so there is no use for --dreambooth_dir and "
+        "--subjects, also where --suite tiny has them"
+    )
+    dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).remarks()
+    assert dataset == ["--dataset_name is what is learned, so there is no use for --dreambooth_dir"]
+
+
 def test_subject_needs_a_folder():
     with pytest.raises(ConfigError, match="--dreambooth_dir is missing"):
         parse_settings(["--pretrained_model_name_or_path", "base"]).check()

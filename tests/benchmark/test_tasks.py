@@ -2,6 +2,7 @@
 
 import pytest
 
+from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.tasks import folder_name, read_tasks
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import DataError
@@ -37,6 +38,20 @@ def test_pictures_held_out_are_compared_with(world, tmp_path):
     assert [e.source.parent.name for e in task.examples] == ["train"] * 2
     assert [path.name for path in task.real] == ["0.png", "1.png", "2.png"]
     assert {path.parent.name for path in task.real} == {"held_out"}
+
+
+def test_the_subjects_of_a_suite_in_another_folder(world):
+    line = ["--suite", "tiny", "--dreambooth_dir", str(world / "dreambooth")]
+    with pytest.raises(DataError) as caught:
+        read_tasks(parse_settings(line))
+    (problem,) = caught.value.problems
+    assert problem.startswith("there is no subject robot, owl, teapot")
+    assert problem.endswith(
+        "which --suite tiny, or --subjects, asks for. There are: bear_plushie, cat2, dog. Give "
+        "some of these as --subjects"
+    )
+    (task,) = read_tasks(parse_settings([*line, "--subjects", "dog"]))
+    assert task.subject == "dog"
 
 
 def test_class_pictures_are_shared_by_subjects_of_a_class(world, tmp_path):
