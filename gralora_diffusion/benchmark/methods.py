@@ -129,6 +129,16 @@ class Method:
             learning_rate=rate,
         )
 
+    def told(self, config: TrainingConfig) -> dict[str, Any]:
+        """Those of these options that the method has, with their values; None for the others."""
+        gralora = self.kind == "gralora"
+        return {
+            "rank": self.rank or None,
+            "gralora_k": self.k if gralora else None,
+            "hybrid_rank": self.hybrid_rank if gralora else None,
+            "learning_rate": None if self.kind == "base" else config.learning_rate,
+        }
+
     def put_on(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
         """Put it on a bare pipeline, new, the same for the same seed; return the components.
 

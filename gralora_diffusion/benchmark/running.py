@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import os
-import platform
 import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers.training_utils import free_memory
 
 from ..sampling import draw
 from ..targets import find_targets
 from ..tensor_files import replacing
-from ..training.acceleration import DTYPES, device_name, make_accelerator
+from ..training.acceleration import DTYPES, make_accelerator
 from ..training.adapters import adapter_configs, trained_components, weights_for_use
 from ..training.base_model import completed, find_base_family, load_base, present
 from ..training.batches import find_class_pictures
 from ..training.checkpoint import CheckpointStore
-from ..training.config import PATHS, TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
 from ..training.family_options import check_family_options
 from ..training.loop import Trainer
+from ..training.step import TrainingDiverged
 from ..training.validation import encoding_apart
 from .class_pictures import draw_class_pictures
 from .encoders import Encoder, load_encoder, read_picture
@@ -39,16 +37,11 @@ from .metrics import Scores, score_captioned, score_drift, score_prior, score_su
 from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
+from .told import told_settings, versions
 
 PICTURES, BASE_FOLDER = "pictures", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
 _NOISES_PER_SEED = 10_000
-
-#: Settings that a reader wants to know also where they are the defaults.
-_ALWAYS_TOLD = (
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
-    *("optimizer", "resolution", "mixed_precision", "target_preset"),
-)
 
 #: The files of each prompt.
 Drawn = list[list[Path]]
@@ -108,8 +101,8 @@ class Runner:
             draw_seconds=seconds,
             scores=scores,
             prompts=prompts,
-            settings=self._told(config),
-            versions=_versions(),
+            settings=told_settings(self.settings, method, config, self.pipe, self.device),
+            versions=versions(),
             folder=folder,
             **facts,
         )
@@ -143,8 +136,11 @@ class Runner:
         with ExitStack() as stack:
             if log is not None:
                 stack.enter_context(log.watch(trainer.optimizer))
-            for _ in stack.enter_context(closing(trainer.steps(progress=False))):
-                pass
+            try:
+                for _ in stack.enter_context(closing(trainer.steps(progress=False))):
+                    pass
+            except TrainingDiverged as error:
+                raise TrainingDiverged(error.args[0], _after_divergence(method, config)) from None
         seconds = time.perf_counter() - began
         use.enter_context(weights_for_use(trainer.parameters, trainer.optimizer, trainer.ema))
         if self.settings.keep_adapters and method.kind != "full":
@@ -281,26 +277,6 @@ class Runner:
         ]
         return overall, tuple(prompts)
 
-    def _told(self, config: TrainingConfig) -> dict[str, Any]:
-        """The settings of a unit; of files and folders only the names."""
-        settings = self.settings
-        told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
-        training = {
-            name: Path(value).name if name in PATHS and value and Path(value).exists() else value
-            for name, value in (told | yaml.safe_load(config.to_yaml())).items()
-            if name not in ("output_dir", "class_data_dir", "report_to")
-        }
-        names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
-        return {
-            "training": training,
-            "drawing": {name: getattr(settings, name) for name in names.split()},
-            "judges": {
-                name: Path(source).name if Path(source).exists() else source
-                for name, source in settings.encoder_sources.items()
-            },
-            "device": device_name(self.device),
-        }
-
 
 def _load_encoders(
     settings: BenchmarkSettings, config: TrainingConfig, device: torch.device
@@ -317,6 +293,15 @@ def _load_encoders(
         }
     except ValueError as error:
         raise ConfigError([f"--encoders: {error}"]) from error
+
+
+def _after_divergence(method: Method, config: TrainingConfig) -> str:
+    """What to do, by the options of the benchmark rather than the trainer's."""
+    plain = replace(method, learning_rate="").name
+    text = f"Give --methods {plain}-lr<rate> with a lower rate (it is {config.learning_rate:g})"
+    if config.mixed_precision == "fp16":
+        text += ", or --mixed_precision bf16 and another --output_dir"
+    return f"{text}."
 
 
 def _is_whole(file: Path) -> bool:
@@ -339,8 +324,3 @@ def _decoding_one_by_one(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = before
-
-
-def _versions() -> dict[str, str]:
-    names = ("gralora-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
