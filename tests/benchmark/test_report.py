@@ -307,6 +307,21 @@ def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
     assert page.tables["Settings by method"][1] == ["method.name", *sorted(METHODS)]
 
 
+def test_what_a_method_does_not_have_is_a_dash(tmp_path):
+    ranks = {"lora-r32": 32, "full": None, "base": None}
+    results = [
+        unit(key, settings={"rank": ranks[key.method], "unset": None})
+        for key in keys(methods=tuple(ranks), seeds=(0,))
+    ]
+    write_report(results, tmp_path, expected=[r.key for r in results], resamples=100)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.tables["Settings by method"] == [
+        ["setting", "lora-r32", "full", "base"],
+        ["rank", "32", "-", "-"],
+    ]
+    assert page.tables["Settings of all units"][1:] == [["unset", "-"]]
+
+
 def test_before_the_first_result_there_is_a_report_too(tmp_path):
     write_report([], tmp_path, expected=keys())
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
