@@ -37,7 +37,7 @@ from .metrics import Scores, score_captioned, score_drift, score_prior, score_su
 from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
-from .told import told_settings, versions
+from .told import told_layers, told_settings, versions
 
 PICTURES, BASE_FOLDER = "pictures", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
@@ -132,6 +132,7 @@ class Runner:
             pipe=self.pipe,
             put_on=method.put_on,
         )
+        told = told_layers(method, (getattr(self.pipe, name) for name in trainer.state.components))
         log = self._mechanism_log(layers, trainer.max_steps)
         with ExitStack() as stack:
             if log is not None:
@@ -153,6 +154,7 @@ class Runner:
             "train_seconds": seconds,
             "peak_memory_gib": None if peak is None else peak / 2**30,
             "mechanism": None if log is None else log.result(),
+            **told,
         }
 
     def _watched_layers(self, config: TrainingConfig) -> list[str]:

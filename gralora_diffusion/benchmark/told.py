@@ -1,17 +1,23 @@
-"""What a unit's result tells of how the unit was made: settings and versions."""
+"""What a unit's result tells of how the unit was made: settings, adapted layers, versions."""
 
 from __future__ import annotations
 
 import inspect
 import platform
+from collections import Counter
+from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
 
+from ..layers import GraloraLayer
 from ..training.acceleration import device_name
+from ..training.adapters import ADAPTER_NAME
 from ..training.config import PATHS, TrainingConfig
 from .methods import Method
 from .settings import BenchmarkSettings
@@ -53,6 +59,16 @@ def told_settings(
             for name, source in settings.encoder_sources.items()
         },
         "device": device_name(device),
+    }
+
+
+def told_layers(method: Method, models: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layers`` and ``lowered_k`` of the result, of models that the method is put on."""
+    modules = [module for model in models for module in model.modules()]
+    ks = Counter(m.gralora_k[ADAPTER_NAME] for m in modules if isinstance(m, GraloraLayer))
+    return {
+        "layers": sum(isinstance(module, BaseTunerLayer) for module in modules) or None,
+        "lowered_k": {k: count for k, count in sorted(ks.items()) if k != method.k},
     }
 
 

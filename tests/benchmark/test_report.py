@@ -307,6 +307,24 @@ def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
     assert page.tables["Settings by method"][1] == ["method.name", *sorted(METHODS)]
 
 
+def test_layers_with_a_lower_k_are_told(tmp_path):
+    of_k4 = {"layers": 1032, "lowered_k": {1: 4, 2: 3}}
+    results = [
+        unit(key, **(of_k4 if key.method == "gralora-r32-k4" else {"layers": 1032}))
+        for key in keys(methods=("lora-r32", "gralora-r32-k4"))
+    ]
+    write_report(results, tmp_path, resamples=100)
+    said = "gralora-r32-k4: k 1 in 4 and k 2 in 3 of 1,032 layers, for their widths."
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert said in page.text
+    assert said in (tmp_path / "report.md").read_text()
+    head, k4, lora = page.tables["Size, time and memory of a unit: mean (least to greatest)"]
+    assert head[2:4] == ["layers", "lower k, in layers"]
+    assert (k4[2:4], lora[2:4]) == (["1,032", "1 in 4, 2 in 3"], ["1,032", "-"])
+    methods = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]["methods"]
+    assert methods["gralora-r32-k4"]["lowered_k"] == {"1": 4, "2": 3}
+
+
 def test_what_a_method_does_not_have_is_a_dash(tmp_path):
     ranks = {"lora-r32": 32, "full": None, "base": None}
     results = [

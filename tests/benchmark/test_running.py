@@ -67,6 +67,8 @@ def test_what_is_told(run):
     assert result.versions["torch"] == torch.__version__
     assert result.train_seconds > 0 < result.draw_seconds
     assert results["lora-r4"].parameters == result.parameters > 0
+    assert results["lora-r4"].layers == result.layers == len(result.mechanism.effective_rank)
+    assert results["full"].layers is results["base"].layers is None
     assert results["base"].parameters == results["base"].steps == 0
     everything = sum(p.numel() for p in runner.pipe.unet.parameters())
     assert results["full"].parameters == everything
@@ -161,6 +163,14 @@ def test_text_encoders_prior_and_averages(world, tmp_path):
     assert len(list((tmp_path / "class_pictures" / "a_dog").iterdir())) == 2
     kept = load_file(tmp_path / "gralora-r4-k2" / "adapter" / "pytorch_gralora_weights.safetensors")
     assert any(key.startswith("text_encoder.") for key in kept)
+
+
+def test_a_lower_k_is_told(world, tmp_path):
+    """Where a width asks for it, as that of conv_in with its 4 channels."""
+    runner, task = made(world, tmp_path, lora_layers="to_q,conv_in", mechanism_steps=3)
+    result = runner.run(task, Method.parse("gralora-r8-k8"), 0, tmp_path / "unit")
+    assert result.lowered_k == {4: 1}
+    assert result.layers == len(result.mechanism.gradient_norms) > 1
 
 
 def test_captioned(world, tmp_path):

@@ -5,13 +5,15 @@ import platform
 import pytest
 import torch
 
+from gralora_diffusion import get_family
 from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.told import told_settings, versions
+from gralora_diffusion.benchmark.told import told_layers, told_settings, versions
 from gralora_diffusion.training.config import TrainingConfig
 
 from ..models import stable_diffusion
 
+LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 CPU = torch.device("cpu")
 
 
@@ -62,6 +64,27 @@ def test_of_files_only_the_names(tmp_path):
     assert found["training"]["pretrained_model_name_or_path"] == "base"
     assert found["judges"] == {"a": tmp_path.name, "b": "facebook/dinov2-base"}
     assert str(tmp_path) not in str(found)
+
+
+@pytest.mark.parametrize(
+    ("name", "lowered"),
+    [("gralora-r16-k16", {4: 2}), ("gralora-r16-k4", {}), ("lora-r16", {}), ("loha-r2", {})],
+)
+def test_layers_with_a_lower_k(name, lowered):
+    """conv_in and conv_out have 4 channels on one side; the rest is 16 or 32 wide."""
+    pipe, method = stable_diffusion(), Method.parse(name)
+    layers = "to_q,to_k,conv1,conv_in,conv_out"
+    config = method.configured(TrainingConfig(lora_layers=layers))
+    method.put_on(pipe, get_family(pipe), config)
+    names = [n for n, m in stable_diffusion().unet.named_modules() if isinstance(m, LAYERS)]
+    wanted = [n for n in names if n.rpartition(".")[2] in layers.split(",")]
+    assert told_layers(method, [pipe.unet]) == {"layers": len(wanted), "lowered_k": lowered}
+
+
+@pytest.mark.parametrize("name", ["full", "base"])
+def test_of_methods_that_adapt_no_layer(name):
+    told = told_layers(Method.parse(name), [stable_diffusion().unet])
+    assert told == {"layers": None, "lowered_k": {}}
 
 
 def test_versions():

@@ -97,16 +97,19 @@ def comparisons(protocol: ProtocolContent, reference: str) -> Table:
 def costs(protocol: ProtocolContent) -> Table:
     """Time and memory, a row per method: mean (least to greatest)."""
     head = (
-        *("method", "parameters", "rank of the update", "steps"),
+        *("method", "parameters", "layers", "lower k, in layers", "rank of the update", "steps"),
         *("training, s", "drawing, s", "peak memory, GiB"),
     )
     rows = []
     for method, found in protocol.methods.items():
         rank = found.update_rank
+        lowered = [p for k, n in found.lowered_k.items() for p in (", ", f"{k} in ", count(n))]
         rows.append(
             (
                 (method,),
                 (count(found.parameters),),
+                ("-",) if found.layers is None else (count(found.layers),),
+                tuple(lowered[1:]) or ("-",),
                 ("full",) if rank is None else (count(rank),),
                 (count(found.steps),),
                 _spread(found.train_seconds, 1),
