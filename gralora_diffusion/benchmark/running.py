@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +135,17 @@ class Runner:
         )
         told = told_layers(method, (getattr(self.pipe, name) for name in trainer.state.components))
         log = self._mechanism_log(layers, trainer.max_steps)
+        in_use = partial(weights_for_use, trainer.parameters, trainer.optimizer, trainer.ema)
         with ExitStack() as stack:
             if log is not None:
-                stack.enter_context(log.watch(trainer.optimizer))
+                stack.enter_context(log.watch(trainer.optimizer, in_use))
             try:
                 for _ in stack.enter_context(closing(trainer.steps(progress=False))):
                     pass
             except TrainingDiverged as error:
                 raise TrainingDiverged(error.args[0], _after_divergence(method, config)) from None
         seconds = time.perf_counter() - began
-        use.enter_context(weights_for_use(trainer.parameters, trainer.optimizer, trainer.ema))
+        use.enter_context(in_use())
         if self.settings.keep_adapters and method.kind != "full":
             folder.joinpath("adapter").mkdir(parents=True)
             method.save(self.pipe, self.family, trainer.state.components, folder / "adapter")

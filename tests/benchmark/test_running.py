@@ -165,6 +165,19 @@ def test_text_encoders_prior_and_averages(world, tmp_path):
     assert any(key.startswith("text_encoder.") for key in kept)
 
 
+def test_the_rank_is_of_the_average_that_is_drawn_with(world, tmp_path):
+    """By the file that is left of it."""
+    runner, task = made(world, tmp_path, use_ema=True, mechanism_steps=1)
+    result = runner.run(task, Method.parse("lora-r4"), 0, tmp_path / "unit")
+    tensors = load_file(result.folder / "adapter" / "adapter.safetensors")
+    assert len(result.mechanism.effective_rank) == len(tensors) / 2 > 1
+    for layer, rank in result.mechanism.effective_rank.items():
+        down, up = (tensors[f"unet.{layer}.lora_{part}.weight"].double() for part in "AB")
+        p = torch.linalg.svdvals(up @ down)
+        p = p[p > 1e-9 * p[0]] / p.sum()
+        assert rank == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-4), layer
+
+
 def test_a_lower_k_is_told(world, tmp_path):
     """Where a width asks for it, as that of conv_in with its 4 channels."""
     runner, task = made(world, tmp_path, lora_layers="to_q,conv_in", mechanism_steps=3)
