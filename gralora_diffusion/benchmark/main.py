@@ -21,7 +21,7 @@ from .kept import check_same_run, parse_settings, write_down
 from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
 from .results import UnitKey, read_results, write_result
-from .running import Runner
+from .running import ADAPTER, PICTURES, Runner
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
 
@@ -134,8 +134,9 @@ def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
     """Do a unit; what goes wrong with it is kept, and the others go on."""
     folder = ledger.folder(unit)
     try:
-        result = runner.run(unit.task, unit.method, unit.seed, folder)
+        result = runner.run(unit.task, unit.method, unit.seed, mine.work, folder)
         if mine.is_held():
+            mine.hand_over(PICTURES, ADAPTER)
             write_result(result, folder)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
     except Exception as error:

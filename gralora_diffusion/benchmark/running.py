@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
@@ -40,7 +39,7 @@ from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
 from .told import told_layers, told_settings, versions
 
-PICTURES, BASE_FOLDER = "pictures", "base"
+PICTURES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
 _NOISES_PER_SEED = 10_000
 
@@ -66,17 +65,21 @@ class Runner:
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
         self._denoiser.to(self.device)
 
-    def run(self, task: Task, method: Method, seed: int, folder: Path) -> UnitResult:
+    def run(
+        self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
+    ) -> UnitResult:
         """Do a unit; its pictures and adapter are in ``folder`` afterwards.
 
         The base is as before, whatever happens.
+
+        Args:
+            folder: without any of them.
+            home: where they will be moved, if they will; paths in the result are from there.
 
         Raises:
             ConfigError: the method does not fit the base.
             TrainingDiverged: the loss is no number any more.
         """
-        for name in (PICTURES, "adapter"):  # of an attempt that was killed
-            shutil.rmtree(folder / name, ignore_errors=True)
         config = method.configured(replace(task.config, seed=seed))
         config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
@@ -92,7 +95,8 @@ class Runner:
             self.accelerator.free_memory()
             self.accelerator = make_accelerator(config)
             free_memory()
-        scores, prompts = self._judge(task, drawn, unmoved, folder)
+        home = home or folder
+        scores, prompts = self._judge(task, drawn, unmoved, folder, home)
         return UnitResult(
             task.protocol,
             task.subject,
@@ -104,7 +108,7 @@ class Runner:
             prompts=prompts,
             settings=told_settings(self.settings, method, config, self.pipe, self.device),
             versions=versions(),
-            folder=folder,
+            folder=home,
             **facts,
         )
 
@@ -147,8 +151,8 @@ class Runner:
         seconds = time.perf_counter() - began
         use.enter_context(in_use())
         if self.settings.keep_adapters and method.kind != "full":
-            folder.joinpath("adapter").mkdir(parents=True)
-            method.save(self.pipe, self.family, trainer.state.components, folder / "adapter")
+            folder.joinpath(ADAPTER).mkdir(parents=True)
+            method.save(self.pipe, self.family, trainer.state.components, folder / ADAPTER)
         peak = trainer.memory.bytes
         return {
             "parameters": sum(p.numel() for p in trainer.parameters),
@@ -245,7 +249,12 @@ class Runner:
     # -- scores ------------------------------------------------------------------------------------
 
     def _judge(
-        self, task: Task, drawn: dict[str, Drawn], unmoved: dict[str, Drawn], folder: Path
+        self,
+        task: Task,
+        drawn: dict[str, Drawn],
+        unmoved: dict[str, Drawn],
+        folder: Path,
+        home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
         """Score the pictures; the scores of the unit, and those of each prompt."""
         encoders, wanted = self.encoders, self._wanted(task)
@@ -272,7 +281,7 @@ class Runner:
                 prompt,
                 tuple(file.relative_to(folder).as_posix() for file in row),
                 values,
-                os.path.relpath(paired[number], folder) if paired and kind == "" else None,
+                os.path.relpath(paired[number], home) if paired and kind == "" else None,
             )
             for kind, (texts, _) in wanted.items()
             for number, (prompt, row, values) in enumerate(

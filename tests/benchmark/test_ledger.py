@@ -3,6 +3,7 @@
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
@@ -12,7 +13,8 @@ from gralora_diffusion.benchmark import main
 from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.results import read_result, write_result
+from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
+from gralora_diffusion.benchmark.running import ADAPTER, PICTURES
 
 from .units import unit as result_of
 
@@ -83,15 +85,15 @@ class Worker:
     def __init__(self, then, error=None):
         self.then, self.error = then, error
 
-    def run(self, task, method, seed, folder):
-        self.then(folder)
+    def run(self, task, method, seed, folder, home):
+        self.then(folder, home)
         if self.error:
             raise self.error
         return result_of(Unit(task, method, seed).key)
 
 
-def taken_over(folder):
-    (folder / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
+def taken_over(folder, home):
+    (home / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no"), FileNotFoundError("gone")])
@@ -103,11 +105,50 @@ def test_a_process_that_woke_too_late_leaves_nothing(tmp_path, error):
     assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
 
 
+def picture(folder, text):
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    (folder / PICTURES / text).write_text(text)
+
+
+def test_two_that_take_a_unit_over_from_each_other_do_not_mix(tmp_path):
+    """One was suspended while it drew, and wakes while, or after, the other draws."""
+    ledger = Ledger(tmp_path)
+    home = ledger.folder(unit())
+    theirs = ExitStack()
+
+    def draw_and_sleep(folder, home):
+        picture(folder, "of the first")
+        old = time.time() - 999
+        os.utime(home / CLAIM_NAME, (old, old))
+        other = theirs.enter_context(claim(home))
+        picture(other.work, "of the second")
+        picture(folder, "of the first, awake")
+        other.hand_over(PICTURES)
+
+    with claim(home) as mine:
+        main._do(Worker(draw_and_sleep), unit(), ledger, mine)
+    with theirs:
+        assert [path.name for path in (home / PICTURES).iterdir()] == ["of the second"]
+    assert sorted(path.name for path in home.iterdir()) == [PICTURES]
+
+
+def test_what_another_attempt_left_is_gone(tmp_path):
+    ledger = Ledger(tmp_path)
+    home = ledger.folder(unit())
+    home.mkdir(parents=True)
+    picture(home, "of a killed attempt")
+    (home / ADAPTER).mkdir()
+    with claim(home) as mine:
+        main._do(Worker(lambda folder, home: picture(folder, "new")), unit(), ledger, mine)
+    assert [path.name for path in (home / PICTURES).iterdir()] == ["new"]
+    assert sorted(path.name for path in home.iterdir()) == [PICTURES, RESULT_NAME]
+
+
 def test_a_disk_that_fails_ends_the_process(tmp_path):
     ledger = Ledger(tmp_path)
     error = OSError("no space left on device")
     with pytest.raises(OSError, match="no space"), claim(ledger.folder(unit())) as mine:
-        main._do(Worker(lambda folder: None, error), unit(), ledger, mine)
+        main._do(Worker(lambda folder, home: None, error), unit(), ledger, mine)
     assert ledger.left([unit()]) == [unit()]
 
 
@@ -115,6 +156,6 @@ def test_what_came_out_well_is_no_failure_any_more(tmp_path):
     ledger = Ledger(tmp_path)
     with claim(ledger.folder(unit())) as mine:
         fail(ledger, unit())
-        main._do(Worker(lambda folder: None), unit(), ledger, mine)
+        main._do(Worker(lambda folder, home: None), unit(), ledger, mine)
     assert ledger.left([unit()]) == []
     assert ledger.failures() == []

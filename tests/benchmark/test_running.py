@@ -129,19 +129,6 @@ def test_the_mechanism_is_logged(run):
         assert max(mechanism.effective_rank.values()) <= (results[name].update_rank or 1e9) + 1e-3
 
 
-def test_what_a_killed_attempt_left_is_gone(world, tmp_path):
-    runner, task = made(world, tmp_path)
-    folder = tmp_path / "unit"
-    judges.draw(folder / "pictures", 3)
-    (folder / "pictures" / "000_0.png").write_bytes(b"half a picture")
-    result = runner.run(task, Method.parse("lora-r4"), 1, folder)
-    named = {name for prompt in result.prompts for name in prompt.pictures}
-    assert {f"pictures/{path.name}" for path in (folder / "pictures").iterdir()} == named
-    for name in named:
-        with Image.open(folder / name) as picture:
-            assert picture.size == (16, 16)
-
-
 def test_text_encoders_prior_and_averages(world, tmp_path):
     """The trainer's options that touch more of the base than the denoiser."""
     runner, task = made(
@@ -191,7 +178,10 @@ def test_captioned(world, tmp_path):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
     options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
     runner, task = made(world, tmp_path / "out", subjects=None, **options)
-    result = runner.run(task, Method.parse("gralora-r4-k2"), 0, tmp_path / "out" / "a" / "b")
+    folder = tmp_path / "out" / "a" / ".work" / "b"
+    home = tmp_path / "out" / "a"
+    result = runner.run(task, Method.parse("gralora-r4-k2"), 0, folder, home)
+    assert result.folder == home
     assert set(result.scores) == {"dinov2", "clip_i", "clip_t", "drift_dinov2", "drift_clip_i"}
     for prompt, real in zip(result.prompts, task.real, strict=False):
         assert (result.folder / prompt.real).resolve() == real.resolve()
