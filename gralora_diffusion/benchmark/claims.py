@@ -43,10 +43,10 @@ class Claim:
         self._toucher = threading.Thread(target=self._touch, args=(touch_seconds,), daemon=True)
 
     def __enter__(self) -> Claim:
-        self._toucher.start()
         for left in self.folder.glob(f"{WORK_NAME}*"):
             shutil.rmtree(left, ignore_errors=True)
         self.work.mkdir()
+        self._toucher.start()
         return self
 
     def __exit__(
