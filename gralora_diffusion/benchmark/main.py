@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,7 +34,7 @@ REPORT_FOLDER = "report"
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark as the command line says.
 
-    Exits with 2 for wrong options or data, 1 if a unit failed.
+    Exits with 2 for wrong options or data, 1 if a unit failed, or the disk or the device.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -46,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}. The same command goes on.", file=sys.stderr)
+        sys.exit(1)
+    except DeviceBroken as error:
+        print(f"error: {error}.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted. The same command goes on.", file=sys.stderr)
@@ -131,7 +135,12 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
 
 
 def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
-    """Do a unit; what goes wrong with it is kept, and the others go on."""
+    """Do a unit; what goes wrong with it is kept, and the others go on.
+
+    Raises:
+        OSError: the disk is full, or gone.
+        DeviceBroken: the device cannot be used any more. The unit counts as failed.
+    """
     folder = ledger.folder(unit)
     try:
         result = runner.run(unit.task, unit.method, unit.seed, mine.work, folder)
@@ -143,10 +152,36 @@ def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
         if not mine.is_held():
             logger.warning("%s was taken over by %s", unit.key, claimant(folder) or "another")
         elif isinstance(error, OSError):
-            raise  # a full disk, or one that is gone: it will not be better with the next unit
+            raise  # it will not be better with the next unit
         else:
             ledger.fail(unit, error)
             logger.error("%s failed: %s", unit.key, error)
+        if broken := device_error(error):
+            raise DeviceBroken(
+                f"{unit.key}: {str(broken).splitlines()[0]}. After that this process cannot use "
+                "the device any more. The same command goes on with the other units, and with "
+                "--retry_failed does this one again"
+            ) from error
+
+
+class DeviceBroken(RuntimeError):
+    """An error of the device, after which all that a process wants of it fails."""
+
+
+def device_error(error: BaseException | None) -> BaseException | None:
+    """Return the first error of CUDA (or HIP) among an error and those that it came from.
+
+    None if there is none, or if there was no more than too little memory.
+    """
+    while error is not None:
+        text = str(error)
+        is_of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or (  # torch 2.8
+            isinstance(error, RuntimeError) and text.startswith(("CUDA error", "HIP error"))
+        )
+        if is_of_device and not re.search("out of memory|ALLOC_FAILED", text):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:

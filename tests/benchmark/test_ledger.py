@@ -7,11 +7,13 @@ from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
 from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
 from gralora_diffusion.benchmark.running import ADAPTER, PICTURES
@@ -150,6 +152,72 @@ def test_a_disk_that_fails_ends_the_process(tmp_path):
     with pytest.raises(OSError, match="no space"), claim(ledger.folder(unit())) as mine:
         main._do(Worker(lambda folder, home: None, error), unit(), ledger, mine)
     assert ledger.left([unit()]) == [unit()]
+
+
+CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+
+
+def wrapped(error, how):
+    """Another error, raised because of this one or while it was dealt with."""
+    try:
+        try:
+            raise error
+        except RuntimeError:
+            if how == "cause":
+                raise ValueError("no") from error
+            raise ValueError("no")  # noqa: B904
+    except ValueError as caught:
+        return caught
+
+
+BREAKING = [
+    RuntimeError(CUDA),
+    RuntimeError("HIP error: unspecified launch failure"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    wrapped(RuntimeError(CUDA), "cause"),
+    wrapped(RuntimeError(CUDA), "context"),
+]
+HARMLESS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError(CUDA),
+]
+if hasattr(torch, "AcceleratorError"):
+    BREAKING.append(torch.AcceleratorError("an illegal memory access was encountered"))
+    HARMLESS.append(torch.AcceleratorError("CUDA error: out of memory"))
+
+
+@pytest.mark.parametrize("error", BREAKING, ids=repr)
+def test_a_device_that_breaks_ends_the_process(tmp_path, error):
+    """All other units would fail as well; of them nothing is kept."""
+    ledger = Ledger(tmp_path)
+    worker = Worker(lambda folder, home: None, error)
+    with pytest.raises(DeviceBroken) as caught, claim(ledger.folder(unit(0))) as mine:
+        main._do(worker, unit(0), ledger, mine)
+    said = str(caught.value)
+    assert said.startswith("subject, dog, lora-r4, seed 0: ")
+    assert "kernel errors might" not in said
+    assert "The same command goes on with the other units, and with --retry_failed" in said
+    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+    assert list(ledger.folder(unit(0)).iterdir()) == [ledger.folder(unit(0)) / FAILURE_NAME]
+
+
+@pytest.mark.parametrize("error", HARMLESS, ids=repr)
+def test_other_errors_are_of_their_unit(tmp_path, error):
+    ledger = Ledger(tmp_path)
+    with claim(ledger.folder(unit(0))) as mine:
+        main._do(Worker(lambda folder, home: None, error), unit(0), ledger, mine)
+    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+
+
+def test_a_device_that_breaks_after_the_unit_was_taken_over(tmp_path):
+    """Nothing is kept of the unit, which is the other's, and the process ends all the same."""
+    ledger = Ledger(tmp_path)
+    with pytest.raises(DeviceBroken), claim(ledger.folder(unit())) as mine:
+        main._do(Worker(taken_over, RuntimeError(CUDA)), unit(), ledger, mine)
+    assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
 
 
 def test_what_came_out_well_is_no_failure_any_more(tmp_path):

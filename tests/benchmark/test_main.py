@@ -131,6 +131,24 @@ def test_the_report_has_the_units_in_the_order_in_which_they_are_done(world, tmp
     assert [tuple(missing.values()) for missing in report["missing"]] == done
 
 
+def test_a_device_that_breaks_ends_the_command(world, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, *_):
+            pass
+
+        def run(self, *_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(command, "Runner", Broken)
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, tmp_path))
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: subject, cat2, lora-r4, seed 0: CUDA error: an illegal memory access" in said
+    assert len(list(tmp_path.rglob(FAILURE_NAME))) == 1
+    assert not list(tmp_path.rglob("claim.json*"))
+
+
 def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, capsys):
     folder = runs.clone(tmp_path / "broken")
     (folder / "dataset" / "dog" / "2.png").write_bytes(b"half")
