@@ -308,7 +308,7 @@ class Trainer:
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
             f"{float(gradient_norm):g}; stopped before that reached the adapter.",
-            f"Last checkpoint, from before that: {kept}. Give a lower --learning_rate (it is "
+            f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
             f"{self.config.learning_rate:g}) or --mixed_precision bf16 in place of fp16, and start "
             "again or resume.",
         )

@@ -19,7 +19,10 @@ from .streams import generator, seed_from
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite: what happened, and what to do."""
+    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that.
+
+    Its arguments are what happened, and what to do.
+    """
 
     def __str__(self) -> str:
         return " ".join(self.args)
