@@ -234,9 +234,7 @@ class ModelFamily(ABC):
     ) -> Conditioning:
         """Encode prompts as the pipeline does, with gradients if they are enabled.
 
-        An empty prompt is that which the pipeline's guidance starts from if there is no negative
-        one: a caption that is dropped in training teaches just this.
-
+        An empty one is what the pipeline's guidance starts from without a negative prompt.
         ``max_sequence_length`` takes the place of the family's.
         """
 
