@@ -1,4 +1,4 @@
-"""Captions of the pictures in a folder: ``metadata.jsonl`` and ``.txt`` files.
+"""Captions of the pictures in a folder: ``metadata.jsonl``, ``.txt`` and ``.caption`` files.
 
 What is wrong with them is appended to a list of problems, so that all of it can be told at once.
 """
@@ -9,6 +9,8 @@ import json
 from pathlib import Path
 
 METADATA_NAME = "metadata.jsonl"
+#: Endings of files with a picture's caption beside it; the first that is there counts.
+CAPTION_ENDINGS = (".txt", ".caption")
 #: Columns of metadata.jsonl that may hold the caption; the first that a line has is taken.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 
@@ -66,8 +68,12 @@ def read_metadata(folder: Path, column: str | None, problems: list[str]) -> dict
     return captions
 
 
-def read_caption(path: Path, problems: list[str]) -> str:
-    """Return the caption in a ``.txt`` file, as one line."""
+def caption_beside(picture: Path, problems: list[str]) -> str:
+    """Return the caption in the file beside a picture, as one line; "" if there is none."""
+    beside = (picture.with_suffix(ending) for ending in CAPTION_ENDINGS)
+    path = next((path for path in beside if path.is_file()), None)
+    if path is None:
+        return ""
     try:
         return one_line(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

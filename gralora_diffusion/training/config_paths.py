@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
+from .captions import CAPTION_ENDINGS, METADATA_NAME
 from .checkpoint import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -118,7 +119,7 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         yield f"--instance_data_dir is {folder!r}: {problem}"
     elif not config.instance_prompt and not _has_captions(Path(folder)):
         yield (
-            f"--instance_prompt is missing, and {folder!r} holds no .txt file and no "
+            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file and no "
             "metadata.jsonl with captions. Give a prompt such as "
             "--instance_prompt 'a photo of sks dog'"
         )
@@ -145,7 +146,8 @@ def _folder_problem(path: Path) -> str | None:
 
 
 def _has_captions(folder: Path) -> bool:
-    return any(True for _ in folder.rglob("*.txt")) or any(folder.rglob("metadata.jsonl"))
+    patterns = (METADATA_NAME, *(f"*{ending}" for ending in CAPTION_ENDINGS))
+    return any(any(folder.rglob(pattern)) for pattern in patterns)
 
 
 def check_output(config: TrainingConfig) -> Iterator[str]:

@@ -1,8 +1,8 @@
 """Finding the pictures to train on, with their captions, and refusing what cannot be trained on.
 
-A picture's caption is, in this order: its line in ``metadata.jsonl``, the ``.txt`` file beside it,
-the prompt for all pictures. All pictures are decoded once to know that they can be; afterwards only
-their paths, captions and hashes are kept.
+A picture's caption is, in this order: its line in ``metadata.jsonl``, the ``.txt`` or ``.caption``
+file beside it, the prompt for all pictures. All pictures are decoded once to know that they can be;
+afterwards only their paths, captions and hashes are kept.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from .captions import METADATA_NAME, one_line, read_caption, read_metadata
+from .captions import CAPTION_ENDINGS, METADATA_NAME, caption_beside, one_line, read_metadata
 from .pictures import CropPlan, decode, is_picture
 
 logger = logging.getLogger(__name__)
@@ -129,9 +129,8 @@ def find_examples(
         )
     found = []
     for name in names:
-        sidecar = (folder / name).with_suffix(".txt")
-        beside = read_caption(sidecar, problems) if sidecar.is_file() else ""
-        found.append((name, folder / name, listed.get(name) or beside or one_line(prompt)))
+        caption = listed.get(name) or caption_beside(folder / name, problems) or one_line(prompt)
+        found.append((name, folder / name, caption))
     advice = (
         f"Give --{role}_prompt for all pictures without one, write a .txt file beside it, or name "
         f"it in {METADATA_NAME}"
@@ -223,7 +222,8 @@ def _picture_names(folder: Path, listed: Iterable[str], place: str) -> list[str]
     visible = sorted(entry for entry in folder.iterdir() if not entry.name.startswith("."))
     files = [entry.name for entry in visible if not entry.is_dir()]
     names = {*listed, *(name for name in files if is_picture(Path(name)))}
-    used = {METADATA_NAME, *names, *(Path(name).with_suffix(".txt").name for name in names)}
+    beside = {Path(name).with_suffix(end).name for name in names for end in CAPTION_ENDINGS}
+    used = {METADATA_NAME, *names, *beside}
     _warn(place, "other files, passed over", [name for name in files if name not in used])
     read = {Path(name).parts[0] for name in names}
     unread = [entry.name for entry in visible if entry.is_dir() and entry.name not in read]

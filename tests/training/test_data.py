@@ -81,6 +81,14 @@ def test_captions_metadata_then_text_file_then_prompt(tmp_path):
     }
 
 
+def test_caption_files_of_either_ending(tmp_path, caplog):
+    fill(tmp_path, ["1.png", "2.png"])
+    for name, text in {"1.caption": "a", "2.caption": "b", "2.txt": "c", "3.caption": "d"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert captions(find_examples(tmp_path)) == {"1.png": "a", "2.png": "c"}
+    assert "other files, passed over (1): 3.caption" in caplog.text
+
+
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_metadata_columns(tmp_path, column):
     fill(tmp_path, ["1.png"])
