@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ from .pictures import CropPlan, decode, is_picture
 logger = logging.getLogger(__name__)
 
 MAX_NAMES = 10
+#: So many pictures are decoded at once to be checked.
+AT_ONCE = 8
 #: Checking fewer pictures is over before a progress bar could be read.
 MIN_FOR_PROGRESS = 50
 
@@ -246,18 +249,21 @@ def _check_pictures(
     """
     examples, bad = [], []
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: unless there is no terminal
-    for name, source, caption in tqdm(found, desc="Checking pictures", unit="", disable=quiet):
-        try:
-            data = source.read_bytes()
-            size = decode(data).size
-        except UnidentifiedImageError:
-            bad.append(f"{name} cannot be decoded: it is no picture of a kind that Pillow knows")
-        except Exception as error:  # Pillow raises almost any kind on a damaged file
-            bad.append(f"{name} cannot be decoded: {str(error) or type(error).__name__}")
-        else:
+    pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
+    try:
+        looked = pool.map(_look_at, (source for _, source, _ in found))
+        bar = tqdm(looked, "Checking pictures", len(found), unit="", disable=quiet)
+        for (name, source, caption), seen in zip(found, bar, strict=True):
+            if isinstance(seen, UnidentifiedImageError):
+                seen = ValueError("it is no picture of a kind that Pillow knows")
+            if isinstance(seen, Exception):
+                bad.append(f"{name} cannot be decoded: {str(seen) or type(seen).__name__}")
+                continue
             if not caption:
                 problems.append(f"{name} has no caption. {caption_advice}")
-            examples.append(Example(source, caption, hashlib.sha256(data).hexdigest(), size))
+            examples.append(Example(source, caption, *seen))
+    finally:
+        pool.shutdown(cancel_futures=True)
     if bad and not skip_bad_images:
         problems += bad
         problems.append("To train without what cannot be decoded, give --skip_bad_images")
@@ -267,6 +273,15 @@ def _check_pictures(
         raise DataError(place, [*bad, "no picture is left"] if bad else ["it has no rows"])
     _warn(place, "cannot be decoded, left out", bad)
     return examples
+
+
+def _look_at(source: Path | DatasetRow) -> tuple[str, tuple[int, int]] | Exception:
+    """Hash and size of a picture, or why it cannot be decoded."""
+    try:
+        data = source.read_bytes()
+        return hashlib.sha256(data).hexdigest(), decode(data).size
+    except Exception as error:  # Pillow raises almost any kind on a damaged file
+        return error
 
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:

@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import sys
+import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -227,6 +229,21 @@ def test_a_picture_that_changes_after_the_start_is_noticed(tmp_path):
     (tmp_path / "1.png").unlink()
     with pytest.raises(DataError, match="cannot be read any more"):
         example.load()
+
+
+def test_pictures_are_decoded_at_once_and_kept_in_order(tmp_path, monkeypatch):
+    fill(tmp_path, [f"{number}.png" for number in range(8)])
+    together, read = threading.Barrier(8), Path.read_bytes
+
+    def read_bytes(path):
+        together.wait(timeout=20)  # for the others, or it breaks
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    examples = find_examples(tmp_path, "prompt")
+    assert [example.source.name for example in examples] == [f"{n}.png" for n in range(8)]
+    for example in examples:
+        assert example.content_key == hashlib.sha256(read(example.source)).hexdigest()
 
 
 def test_all_kinds_of_files_load_upright_in_rgb(tmp_path):
