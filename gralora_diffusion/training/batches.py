@@ -18,7 +18,8 @@ from .base_model import present
 from .buckets import Buckets, listed_buckets
 from .caching import LatentCache, PromptCache, vae_fingerprint
 from .config import TrainingConfig
-from .data import Example, find_dataset_examples, find_examples
+from .data import Example, find_examples
+from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
 from .samples import TrainingSet, collate

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
-from .captions import CAPTION_ENDINGS, METADATA_NAME
+from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(Path(folder)):
         yield f"--instance_data_dir is {folder!r}: {problem}"
-    elif not config.instance_prompt and not _has_captions(Path(folder)):
+    elif not (
+        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
+    ):
         yield (
             f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file and no "
             "metadata.jsonl with captions. Give a prompt such as "

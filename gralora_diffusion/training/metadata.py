@@ -20,6 +20,7 @@ from .batches import Batches
 from .captions import one_line
 from .config import TrainingConfig, public_name
 from .config_patterns import given_patterns
+from .data import Example
 from .samples import TrainingSet
 
 #: ``prediction_type`` of schedulers -> ModelSpec's.
@@ -130,10 +131,19 @@ def _data_fields(
     config: TrainingConfig, instance: TrainingSet, classes: TrainingSet | None
 ) -> dict[str, Any]:
     folder = public_name(config.instance_data_dir or str(config.dataset_name))
-    directory = {folder: {"n_repeats": config.repeats, "img_count": len(instance.examples)}}
-    captions = [example.caption for example in instance.examples]
+    folders: dict[str, list[Example]] = {}
+    for example in instance.examples:
+        folders.setdefault(example.concept or folder, []).append(example)
+    directories = {
+        name: {"n_repeats": config.repeats * examples[0].repeats, "img_count": len(examples)}
+        for name, examples in folders.items()
+    }
+    tags = {
+        name: tag_frequency(example.caption for example in examples)
+        for name, examples in folders.items()
+    }
     fields: dict[str, Any] = {
-        "ss_num_train_images": len(instance.examples) * config.repeats,
+        "ss_num_train_images": sum(e.repeats for e in instance.examples) * config.repeats,
         "ss_num_reg_images": len(classes.examples) if classes else 0,
         "ss_resolution": (config.resolution, config.resolution),
         "ss_enable_bucket": instance.plan.buckets is not None,
@@ -141,8 +151,8 @@ def _data_fields(
         "ss_flip_aug": config.random_flip,
         "ss_cache_latents": config.cache_latents,
         "ss_caption_dropout_rate": config.caption_dropout,
-        "ss_dataset_dirs": _text(directory),
-        "ss_tag_frequency": _text({folder: tag_frequency(captions)}),
+        "ss_dataset_dirs": _text(directories),
+        "ss_tag_frequency": _text(tags),
     }
     if instance.plan.buckets is not None:
         counts = Counter(instance.targets)

@@ -15,12 +15,8 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.training.buckets import Buckets
-from gralora_diffusion.training.data import (
-    DataError,
-    find_dataset_examples,
-    find_examples,
-    warn_of_small_pictures,
-)
+from gralora_diffusion.training.data import DataError, find_examples, warn_of_small_pictures
+from gralora_diffusion.training.dataset_rows import find_dataset_examples
 from gralora_diffusion.training.pictures import CropPlan
 
 
@@ -185,6 +181,28 @@ def test_no_folder_empty_folder_and_folder_of_folders(tmp_path):
     fill(tmp_path, ["deep/1.png"])
     with pytest.raises(DataError, match="no picture in it, and sub-folders are not read"):
         find_examples(tmp_path, "prompt")
+
+
+def test_folders_of_a_concept_each(tmp_path, caplog):
+    fill(tmp_path, ["10_sks dog/b.png", "10_sks dog/a.png", "2_zwx_cat/1.png", "0_none/1.png"])
+    (tmp_path / "10_sks dog" / "a.caption").write_text("a sks dog asleep", encoding="utf-8")
+    write_metadata(tmp_path / "2_zwx_cat", {"file_name": "1.png", "text": "a cat"})
+    (tmp_path / "sample.txt").write_text("words", encoding="utf-8")
+    found = find_examples(tmp_path, "unused")
+    assert [(e.source.name, e.caption, e.repeats, e.concept) for e in found] == [
+        ("a.png", "a sks dog asleep", 10, "10_sks dog"),
+        ("b.png", "sks dog", 10, "10_sks dog"),
+        ("1.png", "a cat", 2, "2_zwx_cat"),
+    ]
+    assert "folders, passed over (2): 0_none, sample.txt" in caplog.text
+    (tmp_path / "3_empty").mkdir()
+    with pytest.raises(DataError, match="there is no picture in 3_empty"):
+        find_examples(tmp_path)
+    fill(tmp_path, ["own.png"])  # with pictures of its own a folder is read as any other
+    assert captions(find_examples(tmp_path, "prompt")) == {"own.png": "prompt"}
+    (tmp_path / "own.png").unlink()
+    with pytest.raises(DataError, match="no picture in it, and sub-folders are not read"):
+        find_examples(tmp_path, "prompt", role="class")
 
 
 def damage(folder):
