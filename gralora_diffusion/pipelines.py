@@ -8,15 +8,12 @@ it too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import GraloraConfig
 from torch import Tensor, nn
 
@@ -32,6 +29,7 @@ from .compatibility import (
 )
 from .families import find_family
 from .injection import eject, inject, unchanged_on_error
+from .offloading import without_offloading
 from .state import (
     WEIGHTS_NAME,
     Adapter,
@@ -116,7 +114,7 @@ def load_gralora_weights(
         adapter_name = _free_name(component_models(pipe).values())
     fits = check_fit(pipe, adapter, adapter_name)
     models = [fit.model for fit in fits.values()]
-    with _without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
+    with without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
         for fit in fits.values():
             _attach(fit, adapter_name, adapter_dtype)
     note_components(pipe)
@@ -161,7 +159,7 @@ def save_gralora_weights(
     name = _one_adapter(models.values(), adapter_name)
     models = {c: m for c, m in models.items() if name in _adapter_names([m])}
     parts = {}
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for component, model in models.items():
             tensors = adapter_tensors(model, name)
             if dtype is not None:
@@ -214,7 +212,7 @@ def fuse_gralora(
             f"already fused: {', '.join(fused)}. Call `unfuse_gralora()` before fusing at another "
             "scale, or name others with adapter_names."
         )
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for layer, chosen in names.items():
             layer.check_merge(chosen, scale)
         try:
@@ -235,7 +233,7 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
     The weights return to within one rounding of their dtype. Returns the components' names.
     """
     models = _models_with_layers(pipe, components)
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for model in models.values():
             for layer in gralora_layers(model):
                 if layer.merged:
@@ -253,7 +251,7 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     """
     models = component_models(pipe)
     removed = _adapter_names(models.values())
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for model in models.values():
             eject(model, *removed)
     note_components(pipe)
@@ -292,23 +290,6 @@ def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
         if adapter_name in layer.gralora_A and dtype is not None and dtype.itemsize >= 2:
             layer.cast_adapter(adapter_name, dtype)
     set_adapter_tensors(fit.model, adapter_name, fit.tensors)
-
-
-@contextmanager
-def _without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Take accelerate's offloading hooks off while layers change; put them back afterwards."""
-    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipe)
-    device = getattr(pipe, "_offload_device", None)
-    try:
-        yield
-    finally:
-        if model_offload:
-            pipe.enable_model_cpu_offload(device=device)
-        elif sequential_offload:
-            pipe.enable_sequential_cpu_offload(device=device)
-        elif group_offload:
-            for model in models:
-                _maybe_remove_and_reapply_group_offloading(model)
 
 
 def _models_with_layers(

@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UNet2DModel,
 )
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import apply_layerwise_casting
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -27,6 +27,7 @@ from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
 
 from . import models
 from .models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
+from .offloading import offload_groups, two_memories
 from .reference import dense_update, relative_error
 from .test_injection import lora
 
@@ -822,32 +823,47 @@ class TestPlacement:
         assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
         assert same(draw(pipe), adapted)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"offload_type": "leaf_level"},
-            {"offload_type": "block_level", "num_blocks_per_group": 1},
-        ],
-    )
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("when", ["before", "after"])
-    def test_group_offloading(self, pipe, folder, base, adapted, options, when):
-        cpu = torch.device("cpu")
-
+    def test_group_offloading(self, pipe, folder, base, adapted, level, stream, when, tmp_path):
         def enable():
-            pipe.unet.enable_group_offload(cpu, cpu, **options)
-            apply_group_offloading(pipe.text_encoder, cpu, cpu, **options)
+            offload_groups(pipe.unet, level, stream)
+            offload_groups(pipe.text_encoder, level, stream)
+
+        def drawn():
+            with two_memories():
+                return draw(pipe)
 
         if when == "before":
             enable()
         pipe.load_gralora_weights(folder)
         if when == "after":
             enable()
-        assert same(draw(pipe), adapted)
+        assert same(drawn(), adapted)
+        assert_stored_as(pipe.save_gralora_weights(tmp_path), folder)
         pipe.fuse_gralora()
-        assert same(draw(pipe), adapted)
+        assert same(drawn(), adapted)
         pipe.unfuse_gralora()
         pipe.unload_gralora_weights()
-        assert same(draw(pipe), base)
+        assert same(drawn(), base)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_group_offloading_on_a_gpu(self, pipe, folder, level, stream, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        whole = stable_diffusion().to("cuda")
+        whole.load_gralora_weights(folder)
+        expected = draw(whole).cpu()
+        pipe.load_gralora_weights(folder)
+        pipe.enable_group_offload(
+            torch.device("cuda"), offload_type=level, num_blocks_per_group=1, use_stream=stream
+        )
+        for _ in range(2):
+            assert same(draw(pipe).cpu(), expected)
+        pipe.fuse_gralora()
+        assert same(draw(pipe).cpu(), expected)
 
 
 def edit(change):
