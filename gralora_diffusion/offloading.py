@@ -27,6 +27,9 @@ def without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> 
 
     They are put back afterwards. Meanwhile every weight can be read and changed, on the host or on
     the device, wherever it happened to lie.
+
+    Raises:
+        ValueError: one of these models is offloaded to disk. Nothing is touched then.
     """
     groups = {m: config for m in models if (config := _group_config(m))}
     model_offload, sequential_offload, _ = _func_optionally_disable_offloading(pipe)
@@ -47,4 +50,11 @@ def without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> 
 
 def _group_config(model: nn.Module) -> GroupOffloadingConfig | None:
     hook = _get_top_level_group_offload_hook(model)
+    if hook and (folder := hook.config.offload_to_disk_path):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded to disk (group offloading with "
+            f"offload_to_disk_path={folder!r}): its weights are not in memory, and the files there "
+            "are of its layers as they were. Load the pipeline anew, load and fuse what is wanted, "
+            "and only then offload it, into an empty folder."
+        )
     return hook.config if hook else None

@@ -92,7 +92,7 @@ def load_gralora_weights(
     Raises:
         AdapterFileError: the file is not whole, has no config, was trained for another family, has
             missing, unexpected, misshapen or non-finite tensors. The pipeline is left as it was.
-        ValueError: the adapter name is taken.
+        ValueError: the adapter name is taken, or a model is offloaded to disk.
     """
     names = component_names(pipe)
     if isinstance(source, Mapping):
@@ -190,7 +190,8 @@ def fuse_gralora(
         Names of the components that were fused.
 
     Raises:
-        ValueError: nothing to fuse, already fused, not finite, or a quantized or fp8 base weight.
+        ValueError: nothing to fuse, already fused, not finite, a quantized or fp8 base weight, or
+            a model that is offloaded to disk.
     """
     wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     models = _models_with_layers(pipe, components)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
@@ -57,7 +58,9 @@ class Stream:
         pass
 
 
-def offload_groups(model: nn.Module, level: str, stream: bool = False) -> None:
+def offload_groups(
+    model: nn.Module, level: str, stream: bool = False, disk: Path | None = None
+) -> None:
     """As ``apply_group_offloading``, which refuses streams on a CPU.
 
     With one, diffusers notes the order of the first pass; from then on each group brings the next.
@@ -71,5 +74,6 @@ def offload_groups(model: nn.Module, level: str, stream: bool = False) -> None:
         low_cpu_mem_usage=True,
         num_blocks_per_group=1,
         stream=Stream() if stream else None,
+        offload_to_disk_path=str(disk) if disk else None,
     )
     _apply_group_offloading(model, config)

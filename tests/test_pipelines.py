@@ -848,6 +848,30 @@ class TestPlacement:
         pipe.unload_gralora_weights()
         assert same(drawn(), base)
 
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    def test_group_offloading_to_disk(self, pipe, folder, adapted, level, tmp_path):
+        """After it, nothing can be read or changed: diffusers leaves memory of any content."""
+        refused = pytest.raises(ValueError, match="UNet2DConditionModel is offloaded to disk")
+        pipe.load_gralora_weights(folder)
+        offload_groups(pipe.unet, level, disk=tmp_path / "loaded")
+        assert same(draw(pipe), adapted)
+        for call in (
+            pipe.fuse_gralora,
+            pipe.unfuse_gralora,
+            pipe.unload_gralora_weights,
+            lambda: pipe.save_gralora_weights(tmp_path),
+            lambda: pipe.load_gralora_weights(folder, "b"),
+        ):
+            with refused:
+                call()
+        assert not list(tmp_path.glob("*.safetensors"))
+        assert same(draw(pipe), adapted)
+
+        bare = stable_diffusion()
+        offload_groups(bare.unet, level, disk=tmp_path / "bare")
+        with refused:
+            bare.load_gralora_weights(folder)
+
     @pytest.mark.gpu
     @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
     @pytest.mark.parametrize("stream", [False, True])
