@@ -19,7 +19,7 @@ from ..families import ModelFamily
 from ..state import Adapter
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import export_lora, read_by_diffusers
-from .parity import STORED_BOUNDS, compare
+from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
 from .tensor_bytes import read_header
 from .ways import Way, fused_folder, fused_in_place, lora_file
 
@@ -138,22 +138,28 @@ class Verification:
 
     def _pipeline(self, opened: Base) -> Any:
         on_gpu = torch.cuda.is_available()
-        options: dict[str, Any] = {"torch_dtype": "auto" if on_gpu else torch.float32}
+        dtype = _computed_in(opened.denoiser_dtype) if on_gpu else torch.float32
         if isinstance(opened, FolderBase):
-            options["variant"] = self.open_options.get("variant")
-            pipe = DiffusionPipeline.from_pretrained(opened.path, **options)
+            variant = self.open_options.get("variant")
+            pipe = DiffusionPipeline.from_pretrained(opened.path, dtype=dtype, variant=variant)
         else:
             pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
-            options = {} if on_gpu else options
             path = str(opened.path)
             try:
-                pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
+                pipe = pipeline_class.from_single_file(path, config=self.base_config, dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"--verify: {path} is a single file, and the pipeline that completes it is not "
                     f"to be had. Give a folder or Hub id as --base_config. ({error})"
                 ) from error
         return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def _computed_in(stored: torch.dtype) -> torch.dtype:
+    """The dtype that a base stored in this one computes in: of fp8, which none does, bf16."""
+    if stored in COMPUTED_BOUNDS:
+        return stored
+    return torch.bfloat16 if stored.itemsize == 1 else torch.float32
 
 
 def parity_path(output: Path) -> Path:
