@@ -292,6 +292,18 @@ def test_rounding_by_chance_needs_its_seed_alone(tmp_path):
     assert all(not torch.equal(found[k], (t + update).bfloat16()) for k, t in tensors.items())
 
 
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_fp64_holds_every_sum(stochastic, tmp_path):
+    """Sums are formed in fp32; there is nothing to round, by chance or to nearest."""
+    base, update = steps(10, 24).double(), torch.randn(10, 24)
+    stored = source(tmp_path / "base.safetensors", {"a": base})["a"]
+    output = whole(stored, update=lambda: Dense(update))
+    found, losses = written(tmp_path / "out.safetensors", [output], Rounding(stochastic))
+    assert same(found, {"a": (base.float() + update).double()})
+    assert losses["a"].error < 1e-6
+    assert set(sample_remedies(output, Rounding(True))) == {"fp64"}
+
+
 def test_remedies_are_what_the_other_ways_cost(tmp_path):
     """Small enough for one block, so that the sample is the whole."""
     base, update = steps(10, 24).bfloat16(), 0.002 * torch.randn(10, 24)
