@@ -250,13 +250,14 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     have the base back. So do biases that an adapter with ``bias`` other than "none" brought.
     Returns the names of the adapters removed.
     """
-    models = component_models(pipe)
-    removed = _adapter_names(models.values())
-    with without_offloading(pipe, models.values()):
-        for model in models.values():
-            eject(model, *removed)
+    models = component_models(pipe).values()
+    # model by model, for on another one a name may be a LoRA's
+    attached = {model: _adapter_names([model]) for model in models if gralora_layers(model)}
+    with without_offloading(pipe, attached):
+        for model, names in attached.items():
+            eject(model, *names)
     note_components(pipe)
-    return removed
+    return sorted({name for names in attached.values() for name in names})
 
 
 def install() -> None:

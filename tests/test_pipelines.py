@@ -565,6 +565,20 @@ class TestBesideLora:
         pipe.unload_lora_weights()
         assert same(draw(pipe), base)
 
+    def test_a_lora_of_the_same_name_elsewhere(self, pipe):
+        """On another component it is another adapter, and stays whole."""
+        pipe.text_encoder.add_adapter(lora(target_modules=["q_proj"]), "dog")
+        alone, record = draw(pipe), pipe.text_encoder.peft_config["dog"]
+        inject(pipe.unet, config(), "dog")
+        assert not same(draw(pipe), alone)
+        assert pipe.unload_gralora_weights() == ["dog"]
+        assert pipe.text_encoder.peft_config == {"dog": record}
+        assert not getattr(pipe.unet, "peft_config", None)
+        assert same(draw(pipe), alone)
+        pipe.set_adapters("dog", 0.5)
+        pipe.delete_adapters("dog")
+        assert not any("lora" in name for name, _ in pipe.text_encoder.named_parameters())
+
 
 class TestDiffusersMethods:
     @pytest.fixture
