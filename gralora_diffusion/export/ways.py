@@ -71,33 +71,6 @@ def fused_folder(path: Path) -> Way:
     return way
 
 
-def fused_file(
-    path: Path, config: str | os.PathLike[str], borrowed: Sequence[str] = (), **options: Any
-) -> Way:
-    """A fused original single file, by diffusers' ``from_single_file``; it ends in .safetensors.
-
-    It is loaded beside the base.
-
-    Args:
-        config: folder or Hub id of a pipeline of the same kind.
-        borrowed: components that the file does not hold, to be taken from the base.
-        options: more for ``from_single_file``, such as a family's ``load_options``.
-    """
-
-    @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
-        fused = type(pipe).from_single_file(
-            str(path),
-            config=str(config),
-            torch_dtype=computing_dtype(pipe),
-            **{name: getattr(pipe, name) for name in borrowed},
-            **options,
-        )
-        yield fused.to(pipe.device)
-
-    return way
-
-
 def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> Way:
     """Fused weights that ``load`` sets in the components of the pipeline, which get theirs back."""
 
