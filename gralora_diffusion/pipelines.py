@@ -58,7 +58,7 @@ class LoadReport:
 
 def load_gralora_weights(
     pipe: DiffusionPipeline,
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | Adapter,
     adapter_name: str | None = None,
     *,
     config: GraloraConfig | Mapping[str, GraloraConfig] | None = None,
@@ -74,7 +74,8 @@ def load_gralora_weights(
     """Attach a GraLoRA adapter to the pipeline and make it the active one.
 
     Args:
-        source: a file, a folder, a PEFT folder, a repository on the Hub, or a state dict.
+        source: a file, a folder, a PEFT folder, a repository on the Hub, a state dict, or an
+            ``Adapter`` in memory.
         adapter_name: name to address it by; chosen if None.
         config: for a state dict: its config, or a config per component.
         weight_name: which file in a folder or repository.
@@ -97,9 +98,11 @@ def load_gralora_weights(
     names = component_names(pipe)
     if isinstance(source, Mapping):
         adapter = adapter_from_state_dict(source, config, names)
+    elif config is not None:
+        raise ValueError("`config` goes with a state dict; a file brings its own.")
+    elif isinstance(source, Adapter):
+        adapter = source
     else:
-        if config is not None:
-            raise ValueError("`config` goes with a state dict; a file brings its own.")
         adapter = read_adapter(
             source,
             weight_name=weight_name,

@@ -127,6 +127,7 @@ class TestLoad:
             ((tmp_path,), {"weight_name": "cat.safetensors"}),
             ((tmp_path,), {"subfolder": "peft"}),
             ((state,), {"config": configs}),
+            ((read_adapter(folder),), {}),
             (("me/cat",), hub),
         ]:
             pipe = stable_diffusion()

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..compatibility import component_of
 from ..families import ModelFamily
 from ..state import Adapter
 from .bases import Base, FileBase, FolderBase, open_base
@@ -61,8 +62,8 @@ class Verification:
             way = fused_folder(exported)
         else:
             file = _as_base(exported, opened, denoiser_only)
-            components = [name for name in self.adapter.components if name in file.layouts]
-            names = components or [opened.family.denoiser]
+            adapted = self._components(opened.family)
+            names = [name for name in adapted if name in file.layouts] or [opened.family.denoiser]
             way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
         self._compare(opened, exported, {_FUSED: way})
 
@@ -87,8 +88,13 @@ class Verification:
     def _is_lora(self, family: ModelFamily) -> bool:
         """Whether diffusers takes a LoRA for all that the adapter has."""
         keys = [key for part in self.adapter.components.values() for key in part.tensors]
-        read = {"denoiser", *read_by_diffusers(family)}
-        return set(self.adapter.components) <= read and all(".gralora_" in key for key in keys)
+        read = set(read_by_diffusers(family))
+        return self._components(family) <= read and all(".gralora_" in key for key in keys)
+
+    def _components(self, family: ModelFamily) -> set[str]:
+        """The components that the adapter has something for."""
+        parts = self.adapter.components
+        return {component_of(name, self.adapter, family.components) for name in parts}
 
     def _compare(
         self,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..compatibility import component_models
-from ..state import DENOISER, Adapter
+from ..state import Adapter
 
 Way = Callable[[Any], AbstractContextManager[Any]]
 
@@ -28,14 +28,7 @@ def attached_adapter(adapter: Adapter | str | os.PathLike[str], scale: float = 1
 
     @contextmanager
     def way(pipe: Any) -> Iterator[Any]:
-        source: Any = adapter
-        options: dict[str, Any] = {}
-        if isinstance(adapter, Adapter):
-            denoiser, parts = next(iter(component_models(pipe))), adapter.components
-            parts = {denoiser if name == DENOISER else name: part for name, part in parts.items()}
-            source = Adapter(parts).tensors
-            options["config"] = {name: part.config for name, part in parts.items()}
-        pipe.load_gralora_weights(source, _ADAPTER_NAME, **options)
+        pipe.load_gralora_weights(adapter, _ADAPTER_NAME)
         try:
             pipe.set_adapters(_ADAPTER_NAME, scale)
             yield pipe

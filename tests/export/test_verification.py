@@ -1,7 +1,8 @@
-"""The base that ``--verify`` draws with, as it is loaded for a GPU."""
+"""What ``--verify`` draws with: the base in its dtype, the adapter where it belongs."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-from gralora_diffusion.export import verification
+from gralora_diffusion.export import export_fused, verification
 from gralora_diffusion.export.verification import Verification
-from gralora_diffusion.state import Adapter
+from gralora_diffusion.state import Adapter, read_adapter
 
-from ..models import stable_diffusion
+from ..models import adapt_everywhere, stable_diffusion
 from ..originals import ORIGINALS, write
 
 
@@ -74,3 +75,17 @@ def test_a_base_stored_in_fp8_computes_in_bf16(tmp_path: Path) -> None:
 def test_on_a_cpu_it_computes_in_fp32(tmp_path: Path) -> None:
     stable_diffusion().to(torch.bfloat16).save_pretrained(tmp_path)
     assert opened_pipeline(tmp_path).unet.dtype == torch.float32
+
+
+def test_a_lone_peft_folder_is_of_the_component_that_it_is_named_after(tmp_path: Path) -> None:
+    """It says nowhere else of which it is; the denoiser, if its name tells nothing."""
+    stable_diffusion().save_pretrained(tmp_path / "base")
+    pipe = adapt_everywhere(stable_diffusion(), ["text_encoder"])
+    pipe.save_gralora_weights(tmp_path / "adapter", peft_format=True)
+    adapter = read_adapter(tmp_path / "adapter" / "text_encoder")
+    output = tmp_path / "fused.safetensors"
+    check = Verification(adapter, tmp_path / "base", output, steps=2, size=32)
+    export_fused(adapter, tmp_path / "base", output, verify=check.check_fused)
+    told = json.loads((tmp_path / "fused.safetensors.parity.json").read_text())
+    assert {"fused weights", "LoRA by load_lora_weights"} == set(told["ways"])
+    assert all(way["relative"] < 1e-4 for way in told["ways"].values())
