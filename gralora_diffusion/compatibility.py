@@ -217,9 +217,14 @@ def _is_copy(key: str) -> bool:
     return ".original_module." in key or ".modules_to_save." in key
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's tensors as they lie in the model, by the keys that they have in a file."""
-    return {name: tensor for name, (_, tensor) in _tensors(model, adapter_name).items()}
+    places = _places(model, adapter_name)
+    tensors = {key: getattr(holder, name).detach() for key, (_, holder, name) in places.items()}
+    config = model.peft_config[adapter_name]
+    if config.bias != "none" or config.modules_to_save:
+        tensors |= {key: tensor for key, (_, tensor) in _tensors(model, adapter_name).items()}
+    return tensors
 
 
 def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -230,8 +235,6 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     Raises:
         AdapterFileError: a key that the adapter does not have.
     """
-    # the factors themselves rather than by a state dict of the whole model, which takes longer
-    # than all else that loading does
     places = _places(model, adapter_name)
     rest = {key: tensor for key, tensor in tensors.items() if key not in places}
     for key, place in places.items():
@@ -247,10 +250,13 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
 
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:
-    """Key in a file -> the layer, what holds the factor there, and its name in that."""
+    """Key in a file -> the layer, what holds the factor there, and its name in that.
+
+    PEFT goes by a state dict of the whole model, which takes several times as long.
+    """
     places: dict[str, tuple[GraloraLayer, nn.Module, str]] = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, GraloraLayer):
+        if isinstance(layer, GraloraLayer) and not _is_copy(f"{path}."):
             path = path.replace(".base_layer", "")
             for name in layer.adapter_layer_names:
                 factors = getattr(layer, name)
