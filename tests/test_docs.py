@@ -21,12 +21,13 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
-from gralora_diffusion.benchmark.settings import (
+from gralora_diffusion.benchmark.kept import (
     SETTINGS_NAME,
     SUITES,
-    BenchmarkSettings,
+    check_same_run,
     parse_settings,
 )
+from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
@@ -157,6 +158,7 @@ def _problems(config: TrainingConfig) -> list[str]:
 def _benchmark_problems(settings: BenchmarkSettings) -> list[str]:
     """The same for the benchmark's, whose check raises for those of its own."""
     settings.check()
+    check_same_run(settings)
     config = settings.training
     if not config.dataset_name:  # the benchmark says what is trained on
         config = replace(config, instance_data_dir="my_pictures", instance_prompt="a sks dog")

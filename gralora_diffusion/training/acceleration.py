@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -22,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .config import TrainingConfig
 from .config_checks import ConfigError
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -83,6 +86,51 @@ class PeakMemory:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def make_cheaper(
+    config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
+) -> None:
+    """Set up what ``config`` asks for to spare memory and time; ``trained`` are all models."""
+    if config.gradient_checkpointing:
+        for model in trained:
+            checkpoint_gradients(model)
+    if config.enable_xformers_memory_efficient_attention:
+        denoiser.enable_xformers_memory_efficient_attention()
+    if config.torch_compile:
+        if problem := compiler_problem(device):
+            logger.warning("--torch_compile: goes on without compiling. %s", problem)
+        else:
+            compile_repeated_blocks(denoiser)
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Return why torch.compile does not work here, or None: it compiles something small.
+
+    On CUDA it needs Triton, on the CPU a C++ compiler.
+    """
+    config: Any = torch._dynamo.config
+    try:
+        with config.patch(suppress_errors=False):
+            torch.compile(lambda x: x.sin() + x.cos())(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler, or its absence, raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def compile_repeated_blocks(model: Any) -> None:
+    """Compile the blocks of a denoiser in place, each kind of block once for all of its kind.
+
+    As diffusers does it, but where a model does not say which blocks repeat, those that it does not
+    want split are taken. A block that cannot be compiled is computed as ever, and torch says so.
+    """
+    config: Any = torch._dynamo.config
+    config.suppress_errors = True
+    # one for each width of a UNet's blocks, and each of them with and without gradients
+    config.recompile_limit = max(config.recompile_limit, 64)
+    if not getattr(model, "_repeated_blocks", None):
+        model._repeated_blocks = list(model._no_split_modules)
+    model.compile_repeated_blocks()
 
 
 def checkpoint_gradients(model: Any) -> None:

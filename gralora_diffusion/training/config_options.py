@@ -162,6 +162,9 @@ class LengthOptions:
     enable_xformers_memory_efficient_attention: bool = option(
         False, "Attention of xformers in place of torch's own"
     )
+    torch_compile: bool = option(
+        False, "Compile the denoiser's repeated blocks: a slower first step, faster ones after it"
+    )
     dry_run: bool = option(
         False,
         "Check everything, print what would be trained and the memory that it would take, and end; "

@@ -36,19 +36,28 @@ def check_base(config: TrainingConfig) -> Iterator[str]:
         )
     for name, (index, single_file) in MODEL_FOLDERS.items():
         value = getattr(config, name)
-        if value and (problem := _model_problem(value, index, single_file)):
+        if value and (problem := model_problem(value, index, single_file)):
             yield f"--{name} is {value!r}: {problem}"
 
 
-def _model_problem(value: str, index: str, single_file: bool) -> str | None:
+def model_problem(
+    value: str, index: str, single_file: bool = False, library: str = "diffusers"
+) -> str | None:
+    """Say why a file, folder or Hub id cannot be a model; None if it may be one.
+
+    Args:
+        index: the file that shows that a folder is a model of ``library``.
+        single_file: whether a single file will do.
+    """
+    wanted = f"Give a {library} folder, which holds {index}, or a Hub id"
     path = Path(value)
     if path.is_dir():
-        return None if (path / index).is_file() else f"this folder has no {index}. {_wanted(index)}"
+        return None if (path / index).is_file() else f"this folder has no {index}. {wanted}"
     if path.is_file():
         if not single_file:
-            return f"this is a file. {_wanted(index)}"
+            return f"this is a file. {wanted}"
         if path.suffix != ".safetensors":
-            return f"a single file must be a .safetensors file. Convert it. {_wanted(index)}"
+            return f"a single file must be a .safetensors file. Convert it. {wanted}"
         return None
     if "://" in value:
         return "this is an address. Give the Hub id (owner/name), or download the file and name it"
@@ -59,12 +68,9 @@ def _model_problem(value: str, index: str, single_file: bool) -> str | None:
         or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
     )
     if looks_local:
-        return f"there is no such file or folder{nearby(path)}"
+        problem = f"there is no such file or folder{nearby(path)}"
+        return problem if problem.endswith("?") else f"{problem}. {wanted}"
     return _repo_id_problem(value)
-
-
-def _wanted(index: str) -> str:
-    return f"Give a diffusers folder, which holds {index}, or a Hub id"
 
 
 def _repo_id_problem(value: str) -> str | None:

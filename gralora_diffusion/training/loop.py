@@ -23,9 +23,9 @@ from .acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
-    checkpoint_gradients,
     device_name,
     make_accelerator,
+    make_cheaper,
     share_only_what_is_trained,
     trackable,
 )
@@ -45,15 +45,11 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
-from .step import DenoisingStep, RowMaker, Rows, mean_loss
+from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that."""
 
 
 def train(config: TrainingConfig) -> Path:
@@ -130,11 +126,8 @@ class Trainer:
         self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
         components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
-        if config.gradient_checkpointing:
-            for name in components:
-                checkpoint_gradients(getattr(self.pipe, name))
-        if config.enable_xformers_memory_efficient_attention:
-            getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
+        models = [getattr(self.pipe, name) for name in components]
+        make_cheaper(config, getattr(self.pipe, family.denoiser), models, device)
         if draw_class_images(config, family, accelerator):
             class_pictures = find_class_pictures(config)
 
@@ -311,9 +304,10 @@ class Trainer:
         kept = str(whole[-1][1]) if whole else "none was written yet"
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
-            f"{float(gradient_norm):g}; stopped before that reached the adapter. Last checkpoint: "
-            f"{kept}. Give a lower --learning_rate (it is {self.config.learning_rate:g}) or "
-            "--mixed_precision bf16 in place of fp16, and start again or resume."
+            f"{float(gradient_norm):g}; stopped before that reached the adapter.",
+            f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
+            f"{self.config.learning_rate:g}) or --mixed_precision bf16 in place of fp16, and start "
+            "again or resume.",
         )
 
     def _validate_if_due(self) -> None:

@@ -14,7 +14,8 @@ from .checkpoint import CheckpointError
 from .config import parse_config
 from .config_checks import ConfigError
 from .data import DataError
-from .loop import TrainingDiverged, train
+from .loop import train
+from .step import TrainingDiverged
 
 
 def main(argv: Sequence[str] | None = None) -> None:

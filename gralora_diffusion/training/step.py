@@ -18,6 +18,16 @@ from .prior import frozen_base
 from .streams import generator, seed_from
 
 
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that.
+
+    Its arguments are what happened, and what to do.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
 @dataclass
 class Rows:
     """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""

@@ -16,9 +16,9 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
-from gralora_diffusion.training.loop import Trainer, TrainingDiverged
+from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan
-from gralora_diffusion.training.step import RowMaker
+from gralora_diffusion.training.step import RowMaker, TrainingDiverged
 from tests.training.runs import (
     adapter,
     assert_close,
