@@ -26,7 +26,7 @@ from .targets import (
     layer_shape,
     misfits,
 )
-from .tensor_files import is_finite
+from .tensor_files import is_finite, some
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
@@ -163,23 +163,18 @@ def _problems(fit: Fit) -> list[str]:
     unexpected = sorted(set(fit.tensors) - set(expected))
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
-            problems.append(f"{len(keys)} {kind} keys: {_some(keys)}")
+            problems.append(f"{len(keys)} {kind} keys: {some(keys)}")
     misshapen = [
         f"{key} has shape {tuple(tensor.shape)}, this base needs {expected[key]}"
         for key, tensor in fit.tensors.items()
         if key in expected and tuple(tensor.shape) != expected[key]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}")
+        problems.append(f"{len(misshapen)} tensors of another shape: {some(misshapen)}")
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
-        problems.append(f"{len(broken)} tensors with NaN or infinite values: {_some(broken)}")
+        problems.append(f"{len(broken)} tensors with NaN or infinite values: {some(broken)}")
     return problems
-
-
-def _some(items: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def _expected_shapes(
@@ -246,7 +241,7 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
     result = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
-        raise AdapterFileError(f"no place in the model for: {_some(result.unexpected_keys)}")
+        raise AdapterFileError(f"no place in the model for: {some(result.unexpected_keys)}")
 
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,6 +27,12 @@ _LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
 class AdapterFileError(ValueError):
     """An adapter file that cannot be used; says where, what was found and what to do."""
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """Name the first of them in a message, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
 
 
 def write_safetensors(

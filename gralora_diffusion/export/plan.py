@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..layouts import LayoutError, Part, Shape
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, some
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
@@ -116,9 +116,7 @@ class Planner:
                 continue
             unused = {*layers.updates, *layers.replaced} - self.used.get(component, set())
             if unused:
-                some = ", ".join(sorted(unused)[:5])
-                more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-                self.problems.append(f"{component}: the base has no {some}{more}")
+                self.problems.append(f"{component}: the base has no {some(sorted(unused))}")
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN])
             if len(self.problems) > _SHOWN:

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from ..tensor_files import some
 from .captions import METADATA_NAME, one_line, read_caption, read_metadata
 from .pictures import CropPlan, decode, is_picture
 
@@ -271,6 +272,4 @@ def _check_pictures(
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        listed = ", ".join(names[:MAX_NAMES])
-        logger.warning("%s: %s (%d): %s%s", place, what, len(names), listed, more)
+        logger.warning("%s: %s (%d): %s", place, what, len(names), some(names, MAX_NAMES))
