@@ -23,7 +23,8 @@ from ..families import ModelFamily, PublishedNames, find_family, list_families
 from ..layouts import Layout, OriginalTensor, Shape
 from ..original_file import OriginalFile
 from ..state import looks_like_hub_id
-from .tensor_bytes import StoredTensor, count, read_header
+from ..tensor_files import StoredTensor, read_header
+from .tensor_bytes import count
 
 _INDEX = "model_index.json"
 _NAMES = (
@@ -183,12 +184,11 @@ def open_base(
 def _open_file(path: Path) -> FileBase:
     file = OriginalFile(path)
     family = file.find_family(any_task=True)
-    tensors, metadata = read_header(path)
-    base = FileBase(path, family, tensors, metadata)
+    base = FileBase(path, family, file.tensors, file.metadata)
     for component, layouts in family.original_layouts.items():
         for layout in layouts:
             is_denoiser = component == family.denoiser
-            prefix = file.prefix if is_denoiser else layout.begins(tensors)
+            prefix = file.prefix if is_denoiser else layout.begins(file.tensors)
             if prefix is not None:
                 base.layouts[component], base.prefixes[component] = layout, prefix
                 break

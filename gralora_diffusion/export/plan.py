@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..layouts import LayoutError, Part, Shape
-from ..tensor_files import AdapterFileError, some
+from ..tensor_files import AdapterFileError, StoredTensor, some
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
-from .tensor_bytes import StoredTensor
 
 _SHOWN = 8
 #: A tensor of the output and the component that it belongs to; "" if to none.

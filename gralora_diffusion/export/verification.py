@@ -18,10 +18,10 @@ from safetensors import safe_open
 from ..compatibility import component_of
 from ..families import ModelFamily
 from ..state import Adapter
+from ..tensor_files import read_header
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
-from .tensor_bytes import read_header
 from .ways import Way, fused_folder, fused_in_place, lora_file
 
 _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
