@@ -8,10 +8,10 @@ from pathlib import Path
 
 import torch
 from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-from safetensors import SafetensorError, safe_open
 
 from .families import ModelFamily, get_family, list_families
 from .layouts import DENOISER
+from .tensor_files import AdapterFileError, read_header
 
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"
@@ -27,7 +27,8 @@ class OriginalFile:
     """An original checkpoint. Only its header is read.
 
     Attributes:
-        shapes: of its tensors, by key.
+        tensors: what the header says of them, by key.
+        metadata: what it says besides.
         prefix: how the denoiser's keys begin; empty in a file of the denoiser alone.
         kind: what diffusers takes it for.
 
@@ -38,16 +39,13 @@ class OriginalFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            with safe_open(self.path, framework="pt") as file:
-                keys = file.keys()
-                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        except (SafetensorError, OSError) as error:
-            problem = f"not a whole .safetensors file ({error}). Other formats (.ckpt, .gguf) must"
-            raise self.error(f"{problem} be converted first") from error
-        self.keys = frozenset(self.shapes)
+            self.tensors, self.metadata = read_header(self.path)
+        except AdapterFileError as error:
+            raise self.error(str(error).removeprefix(f"{self.path}: ")) from error
+        self.keys = frozenset(self.tensors)
         self.prefix = DENOISER if self.begins_with(DENOISER) else ""
         # only names and shapes are needed, so a meta tensor stands for each
-        header = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
+        header = {key: torch.empty(t.shape, device="meta") for key, t in self.tensors.items()}
         try:
             self.kind = infer_diffusers_model_type(header)
         except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not

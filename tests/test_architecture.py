@@ -12,7 +12,7 @@ ROWS = [
     *(["blockwise"], ["fused_linear"], ["low_rank"], ["factors"], ["config"], ["targets"]),
     *(["tensor_files"], ["staging"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
     *(["layouts"], ["families"], ["original_file"], ["compatibility"], ["bookkeeping"]),
-    *(["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),
+    *(["offloading"], ["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),
     *(["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}

@@ -37,6 +37,7 @@ from gralora_diffusion.training.loop import train
 from gralora_diffusion.warm_start import main as importing
 
 from . import models
+from .offloading import offload_groups
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -435,6 +436,9 @@ def test_other_errors_of_pipelines_are_explained(reader):
     pipe.load_gralora_weights("my_adapter", "dog")
     refused(pipe.load_gralora_weights, "my_adapter", "dog")
     refused(pipe.set_lora_device, ["dog"], "cpu")
+    offloaded = models.stable_diffusion()
+    offload_groups(offloaded.unet, "leaf_level", disk=Path("offloaded"))
+    refused(offloaded.load_gralora_weights, "my_adapter")
     pipe.fuse_gralora()
     refused(pipe.fuse_gralora)
     pipe.unfuse_gralora()

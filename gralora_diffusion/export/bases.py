@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import torch
 from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
@@ -21,7 +23,8 @@ from ..families import ModelFamily, PublishedNames, find_family, list_families
 from ..layouts import Layout, OriginalTensor, Shape
 from ..original_file import OriginalFile
 from ..state import looks_like_hub_id
-from .tensor_bytes import StoredTensor, read_header
+from ..tensor_files import StoredTensor, read_header
+from .tensor_bytes import count
 
 _INDEX = "model_index.json"
 _NAMES = (
@@ -86,6 +89,12 @@ class FileBase:
         }
 
     @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """The dtype of most of the denoiser's values."""
+        prefix = self.prefixes[self.family.denoiser]
+        return _most_common_dtype(t for key, t in self.tensors.items() if key.startswith(prefix))
+
+    @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
         return (
@@ -126,12 +135,24 @@ class FolderBase:
         return {self.family.canonical(component, key): t.shape for key, t in held.items()}
 
     @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """The dtype of most of the denoiser's values."""
+        return _most_common_dtype(self.tensors[self.family.denoiser].values())
+
+    @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
         return f"{self.path} holds only {', '.join(self.tensors)}. Give the whole pipeline"
 
 
 Base = FileBase | FolderBase
+
+
+def _most_common_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += count(tensor.shape)
+    return counts.most_common(1)[0][0]
 
 
 def open_base(
@@ -163,12 +184,11 @@ def open_base(
 def _open_file(path: Path) -> FileBase:
     file = OriginalFile(path)
     family = file.find_family(any_task=True)
-    tensors, metadata = read_header(path)
-    base = FileBase(path, family, tensors, metadata)
+    base = FileBase(path, family, file.tensors, file.metadata)
     for component, layouts in family.original_layouts.items():
         for layout in layouts:
             is_denoiser = component == family.denoiser
-            prefix = file.prefix if is_denoiser else layout.begins(tensors)
+            prefix = file.prefix if is_denoiser else layout.begins(file.tensors)
             if prefix is not None:
                 base.layouts[component], base.prefixes[component] = layout, prefix
                 break

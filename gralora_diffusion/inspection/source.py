@@ -1,4 +1,4 @@
-"""What lies at a path: safetensors files with their headers, or why it cannot be looked at."""
+"""What lies at a path: safetensors files with their headers."""
 
 from __future__ import annotations
 
@@ -7,43 +7,19 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from ..state import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, StoredTensor, read_header
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
 #: How the index of a model in several files ends.
 SHARD_INDEX = ".safetensors.index.json"
 _CANONICAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-_PICKLE = (
-    "a pickle (.ckpt, .pt, .bin), which may run any program when it is read, so it was not read. "
-    "Convert it to .safetensors in a place where that does no harm"
-)
-#: How files begin that are something else.
-_OTHER_FILES = {
-    b"PK\x03\x04": _PICKLE,
-    b"\x80\x02": _PICKLE,
-    b"\x80\x04": _PICKLE,
-    b"GGUF": "a GGUF file, whose weights are quantized: they can be neither adapted nor fused. "
-    "Give the .safetensors file that it was made of",
-    b"<": "a web page in place of the file. Download it again, logged in if the site asks for it",
-    b"version https://git-lfs": "a pointer of Git LFS in place of the file. Fetch it with "
-    "`git lfs pull`",
-}
-
-
-class Header(NamedTuple):
-    """What a file says of one tensor: where it is, its key there, its dtype and shape."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Source:
@@ -64,7 +40,7 @@ class Source:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
-        self.headers: dict[str, Header] = {}
+        self.headers: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.is_pipeline = False
@@ -81,7 +57,7 @@ class Source:
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
         header = self.headers[key]
-        tensor: Tensor = self._opened[header.file].get_tensor(header.key)
+        tensor: Tensor = self._opened[header.path].get_tensor(header.key)
         return tensor
 
     def sha256(self) -> dict[str, str]:
@@ -169,31 +145,7 @@ class Source:
     # -- headers -----------------------------------------------------------------------------------
 
     def _open(self, file: Path, prefix: str) -> None:
-        try:
-            opened = safe_open(file, framework="pt")
-            metadata = opened.metadata()
-            for key in opened.keys():  # noqa: SIM118
-                tensor = opened.get_slice(key)
-                header = Header(file, key, tensor.get_dtype(), tuple(tensor.get_shape()))
-                self.headers[prefix + key] = header
-        except (SafetensorError, OSError) as error:
-            raise AdapterFileError(f"{file}: {self._why_unreadable(file, error)}.") from error
-        self._opened[file] = opened
-        self.metadata |= metadata or {}
-
-    def _why_unreadable(self, file: Path, error: Exception) -> str:
-        size = file.stat().st_size
-        if not size:
-            return "an empty file"
-        with open(file, "rb") as opened:
-            beginning = opened.read(64)
-        for start, what in _OTHER_FILES.items():
-            if beginning.startswith(start):
-                return what
-        declared = int.from_bytes(beginning[:8], "little")
-        if beginning[8:9] == b"{" and declared < 1 << 30:
-            return (
-                f"a damaged or truncated .safetensors file of {size:,} bytes ({error}). Fetch or "
-                "copy it again"
-            )
-        return f"not a .safetensors file ({size:,} bytes; {error})"
+        tensors, metadata = read_header(file)
+        self.headers |= {prefix + key: tensor for key, tensor in tensors.items()}
+        self.metadata |= metadata
+        self._opened[file] = safe_open(file, framework="pt")

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
+from ..state import looks_like_hub_id
 from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
@@ -62,13 +63,7 @@ def model_problem(
         return None
     if "://" in value:
         return "this is an address. Give the Hub id (owner/name), or download the file and name it"
-    looks_local = (
-        value.startswith((".", "/", "~"))
-        or value.count("/") > 1
-        or "\\" in value
-        or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
-    )
-    if looks_local:
+    if not looks_like_hub_id(value):
         problem = f"there is no such file or folder{nearby(path)}"
         return problem if problem.endswith("?") else f"{problem}. {wanted}"
     return _repo_id_problem(value)

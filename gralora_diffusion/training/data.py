@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from ..tensor_files import some
 from .captions import (
     CAPTION_ENDINGS,
     METADATA_NAME,
@@ -241,6 +242,4 @@ def _look_at(source: Path | DatasetRow) -> tuple[str, tuple[int, int]] | Excepti
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:
     if names:
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        listed = ", ".join(names[:MAX_NAMES])
-        logger.warning("%s: %s (%d): %s%s", place, what, len(names), listed, more)
+        logger.warning("%s: %s (%d): %s", place, what, len(names), some(names, MAX_NAMES))

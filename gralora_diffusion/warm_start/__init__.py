@@ -17,6 +17,7 @@ from ..config import GraloraConfig, exact_pattern
 from ..families import ModelFamily, get_family
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter
+from ..targets import common_divisors
 from .reading import read_lora
 
 __all__ = ["ImportedLayer", "gralora_from_lora", "overall_error"]
@@ -89,7 +90,8 @@ def gralora_from_lora(
             ks = {}
             for path, (down, up) in sorted(pairs[component].items()):
                 unscaled = (up.double() * (rank + hybrid_rank) / alpha).to(up)
-                ks[path] = fit = _fitting_k(down.shape[1], len(up), rank, k)
+                fits = common_divisors((down.shape[1], len(up), rank))
+                ks[path] = fit = max(each for each in fits if each <= k)
                 factors, error = _layer(down, unscaled, rank, fit, hybrid_rank)
                 tensors |= {f"{path}.{name}": factor for name, factor in factors.items()}
                 size = norm(down, up)
@@ -124,10 +126,6 @@ def _check(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> None:
         problems.append(f"alpha should be a number other than zero but is {alpha}")
     if problems:
         raise ValueError("; ".join(problems))
-
-
-def _fitting_k(inputs: int, outputs: int, rank: int, k: int) -> int:
-    return max(f for f in range(1, k + 1) if not (inputs % f or outputs % f or rank % f))
 
 
 def _layer(
