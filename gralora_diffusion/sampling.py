@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -20,7 +21,8 @@ def draw(
     images_per_prompt: int = 1,
     *,
     seed: int = 0,
-    size: int | None = None,
+    size: int | tuple[int, int] | None = None,
+    negative_prompt: str | None = None,
     guidance_scale: float | None = None,
     inference_steps: int = 30,
     max_sequence_length: int | None = None,
@@ -32,7 +34,8 @@ def draw(
     is used: drawing in the middle of a training changes nothing in it.
 
     Args:
-        size: pixels per side, the pipeline's own if None.
+        size: pixels per side, or height and width; the pipeline's own if None.
+        negative_prompt: what guidance leads away from, for pipelines that take it.
         guidance_scale: the pipeline's own if None.
         max_sequence_length: tokens of a prompt at most, for pipelines that take it.
         batch_size: pictures at once, of one prompt or several.
@@ -43,17 +46,28 @@ def draw(
     if max_sequence_length is not None:
         options["max_sequence_length"] = max_sequence_length
     if size is not None:
-        options.update(height=size, width=size)
+        options["height"], options["width"] = (size, size) if isinstance(size, int) else size
     wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
     images: list[Image.Image] = []
     with drawing_mode(pipe):
         for start in range(0, len(wanted), batch_size):
             batch, seeds = zip(*wanted[start : start + batch_size], strict=True)
             generators = [torch.Generator().manual_seed(s) for s in seeds]
+            if negative_prompt:
+                options["negative_prompt"] = [negative_prompt] * len(batch)
             # by name, for in some pipelines a picture comes before the prompt
             images += pipe(prompt=list(batch), generator=generators, **options).images
     starts = range(0, len(images), images_per_prompt)
     return [images[start : start + images_per_prompt] for start in starts]
+
+
+def takes_negative_prompt(pipeline_class: type) -> bool:
+    """Whether a negative prompt has an effect in a pipeline of this class as :func:`draw` calls it.
+
+    Some, such as those of FLUX.1, take it for a guidance of its own (``true_cfg_scale``) alone.
+    """
+    parameters = inspect.signature(pipeline_class.__call__).parameters
+    return "negative_prompt" in parameters and "true_cfg_scale" not in parameters
 
 
 @contextmanager
@@ -119,6 +133,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
     parser.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
     parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
+    parser.add_argument("--negative_prompt", help="what the pictures shall not be, for all prompts")
     parser.add_argument("--output", required=True, type=Path, help="picture file for the grid")
     parser.add_argument("--compare", action="store_true", help="draw the base alone, too")
     parser.add_argument("--reference", type=Path, help="folder of pictures to show on top")
@@ -140,11 +155,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe = DiffusionPipeline.from_pretrained(args.base)
     except (OSError, ValueError) as error:
         parser.error(f"--base {args.base}: no diffusers pipeline there ({error})")
+    if args.negative_prompt and not takes_negative_prompt(type(pipe)):
+        parser.error(f"--negative_prompt: {type(pipe).__name__} takes none. Leave it out")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
         "seed": args.seed,
         "size": args.size,
+        "negative_prompt": args.negative_prompt,
         "guidance_scale": args.guidance_scale,
         "inference_steps": args.num_inference_steps,
     }

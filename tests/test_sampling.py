@@ -35,6 +35,24 @@ def test_pictures_are_the_same_in_batches() -> None:
             assert np.abs(np.asarray(a).astype(int) - np.asarray(b).astype(int)).max() <= 1
 
 
+def test_size_and_negative_prompt() -> None:
+    pipe = stable_diffusion()
+    options = {"size": (24, 16), "inference_steps": 2, "negative_prompt": "snow"}
+    ((drawn, other),) = draw(pipe, ["a cat"], 2, batch_size=2, **options)
+    seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
+    expected = pipe(
+        ["a cat"] * 2,
+        height=24,
+        width=16,
+        num_inference_steps=2,
+        negative_prompt=["snow"] * 2,
+        generator=seeds,
+    ).images
+    assert [drawn.tobytes(), other.tobytes()] == [picture.tobytes() for picture in expected]
+    ((without, _),) = draw(pipe, ["a cat"], 2, batch_size=2, **{**options, "negative_prompt": None})
+    assert without.tobytes() != drawn.tobytes()
+
+
 def test_drawing_leaves_modes_and_random_state_alone() -> None:
     pipe = stable_diffusion()
     pipe.unet.train()

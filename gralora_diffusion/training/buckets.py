@@ -61,11 +61,10 @@ def listed_buckets(text: str | None) -> tuple[tuple[int, int], ...]:
 def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
     """Tell which sizes a base cannot take whose heights and widths are multiples of ``divisor``."""
     wanted = "8, as the VAE shrinks by 8" if divisor == 8 else f"{divisor} for this base"
-    if config.resolution is not None and config.resolution != _multiple(config.resolution, divisor):
-        yield (
-            f"--resolution is {config.resolution}; it must be a multiple of {wanted}. The nearest "
-            f"is {_multiple(config.resolution, divisor)}"
-        )
+    for name in ("resolution", "validation_height", "validation_width"):
+        side = getattr(config, name)
+        if side is not None and side != (nearest := _multiple(side, divisor)):
+            yield f"--{name} is {side}; it must be a multiple of {wanted}. The nearest is {nearest}"
     try:
         sizes = listed_buckets(config.aspect_ratio_buckets)
     except ValueError as error:
@@ -76,11 +75,11 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
         return
     shapes: dict[float, tuple[int, int]] = {}
     for height, width in sizes:
-        nearest = _multiple(height, divisor), _multiple(width, divisor)
-        if (height, width) != nearest:
+        near = _multiple(height, divisor), _multiple(width, divisor)
+        if (height, width) != near:
             yield (
                 f"--aspect_ratio_buckets holds {height},{width}; height and width must be "
-                f"multiples of {wanted}. The nearest is {nearest[0]},{nearest[1]}"
+                f"multiples of {wanted}. The nearest is {near[0]},{near[1]}"
             )
         if earlier := shapes.get(height / width):
             yield (

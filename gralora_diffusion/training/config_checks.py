@@ -92,8 +92,9 @@ NEEDS = {
     "adam_weight_decay_text_encoder",
     "with_prior_preservation": "class_prompt class_data_dir num_class_images prior_source "
     "prior_loss_weight prior_generation_precision sample_batch_size",
-    "validation_prompt": "num_validation_images validation_epochs validation_steps "
-    "validation_guidance_scale validation_inference_steps",
+    "validation_prompt": "validation_negative_prompt num_validation_images validation_height "
+    "validation_width validation_epochs validation_steps validation_guidance_scale "
+    "validation_inference_steps",
     "cache_latents": "cached_crops",
     "dataset_name": "dataset_config_name",
     "push_to_hub": "hub_token hub_model_id",

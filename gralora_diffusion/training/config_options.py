@@ -271,7 +271,12 @@ class ValidationOptions:
     _argument_group_name: ClassVar[str] = "Validation pictures"
 
     validation_prompt: list[str] | None = option(None, "One prompt or several")  # noqa: RUF009
+    validation_negative_prompt: str | None = option(
+        None, "What guidance leads away from in all of these pictures, where the base takes it"
+    )
     num_validation_images: int = option(4, "Pictures per prompt")
+    validation_height: int | None = option(None, "Height in pixels (default: --resolution)")
+    validation_width: int | None = option(None, "Width in pixels (default: --resolution)")
     validation_epochs: int = option(50, "Epochs between validations")
     validation_steps: int | None = option(
         None, "Optimizer steps between validations; wins over --validation_epochs"

@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import fields
 
+import diffusers
+
 from ..families import ModelFamily
+from ..sampling import takes_negative_prompt
 from .adapters import trained_components
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -105,5 +108,7 @@ def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str
     ]
     if family.max_sequence_length is None:
         foreign.append("max_sequence_length")
+    if not takes_negative_prompt(getattr(diffusers, family.pipeline_classes[0])):
+        foreign.append("validation_negative_prompt")
     if idle := [f"--{name}" for name in foreign if getattr(config, name) != defaults[name]]:
         yield f"with a base of {family.name} there is no use for {', '.join(idle)}"

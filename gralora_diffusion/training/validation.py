@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..families import ModelFamily
-from ..sampling import draw
+from ..sampling import draw, takes_negative_prompt
 from .acceleration import without_fp16_autocast
 from .base_model import present
 from .config import TrainingConfig
@@ -31,7 +31,9 @@ def draw_validation(
 
     Nothing that training depends on is changed.
     """
-    prompts = config.validation_prompt or []
+    prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
+    height = config.validation_height or config.resolution
+    width = config.validation_width or config.resolution
     encoders = present(pipe, family.all_text_encoders)
     with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
         images = draw(
@@ -39,7 +41,8 @@ def draw_validation(
             prompts,
             config.num_validation_images,
             seed=config.seed,
-            size=config.resolution,
+            size=(height, width) if height and width else None,
+            negative_prompt=negative if takes_negative_prompt(type(pipe)) else None,
             guidance_scale=config.validation_guidance_scale,
             inference_steps=config.validation_inference_steps,
             max_sequence_length=family.max_sequence_length and config.max_sequence_length,

@@ -362,6 +362,11 @@ BASE = "--pretrained_model_name_or_path"
         ("--adam_beta2 1.5", "--adam_beta2 is 1.5; it must be at least 0 and below 1"),
         ("--prodigy_beta3 -1", "--prodigy_beta3 is -1.0; it must be at least 0 and below 1"),
         ("--ema_decay 1", "--ema_decay is 1.0; it must be at least 0 and below 1"),
+        (
+            "--validation_prompt a --validation_width 100",
+            "--validation_width is 100; it must be a multiple of 8, as the VAE shrinks by 8. The "
+            "nearest is 96",
+        ),
         ("--caption_dropout 1", "--caption_dropout is 1.0; it must be at least 0 and below 1"),
         ("--resolution 4", "--resolution is 4; it must be a multiple of 8"),
         (

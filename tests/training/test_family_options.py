@@ -85,6 +85,14 @@ def test_options_of_another_objective_are_remarked() -> None:
     assert "no use for --weighting_scheme, --flow_shift, --max_sequence_length" in remark
 
 
+def test_negative_prompt_where_no_pipeline_takes_it() -> None:
+    drawing = config(validation_prompt="a dog", validation_negative_prompt="snow")
+    assert check_family_options(drawing, get_family("stable-diffusion-3")) == []
+    for family in ("flux", "flux2", "flux2-klein"):
+        (remark,) = check_family_options(drawing, get_family(family))
+        assert remark.endswith("no use for --validation_negative_prompt")
+
+
 def test_prompts_longer_than_the_pipelines_take() -> None:
     for family in ("flux", "stable-diffusion-3"):
         assert check_family_options(config(max_sequence_length=512), get_family(family)) == []

@@ -5,18 +5,22 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
+from PIL import Image
 from torch import nn
 
 from gralora_diffusion.families import get_family
-from gralora_diffusion.sampling import draw
+from gralora_diffusion.sampling import draw, takes_negative_prompt
 from gralora_diffusion.training import validation
 from gralora_diffusion.training.base_model import present
-from gralora_diffusion.training.validation import encoding_apart
+from gralora_diffusion.training.validation import draw_validation, encoding_apart
 from tests.models import PIPELINES
+from tests.training.runs import config
 
 CPU = torch.device("cpu")
 
@@ -69,3 +73,33 @@ def test_what_overflows_in_fp16_is_not_under_its_autocast() -> None:
             with encoding_apart(pipe, [], CPU):
                 assert torch.equal(pipe.encode_prompt(**prompts)[0], embeddings)
                 assert torch.equal(pipe.vae.decode(latents).sample, picture)
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
+    """As the pipeline draws when it is given them; where it takes no such prompt, without."""
+    pipe, family = PIPELINES[name](), get_family(name)
+    chosen = config(
+        output_dir=tmp_path,
+        validation_prompt=["a dog", "a cat"],
+        validation_negative_prompt="snow",
+        num_validation_images=1,
+        validation_height=48,
+        validation_inference_steps=2,
+        resolution=32,
+    )
+    grid = draw_validation(pipe, family, chosen, 3, Accelerator(cpu=True))
+    takes = name.startswith("stable-diffusion")
+    assert takes_negative_prompt(type(pipe)) == takes
+    for row, prompt in enumerate(("a dog", "a cat")):
+        expected = pipe(
+            prompt=prompt,
+            height=48,
+            width=32,
+            num_inference_steps=2,
+            generator=torch.Generator().manual_seed(chosen.seed),
+            **({"negative_prompt": "snow"} if takes else {}),
+        ).images[0]
+        drawn = Image.open(grid.parent / f"{row:02d}-00.png")
+        assert drawn.size == (32, 48)
+        assert drawn.tobytes() == expected.tobytes()
