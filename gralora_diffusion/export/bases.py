@@ -184,7 +184,7 @@ def open_base(
 def _open_file(path: Path) -> FileBase:
     file = OriginalFile(path)
     family = file.find_family(any_task=True)
-    base = FileBase(path, family, file.tensors, file.metadata)
+    base = FileBase(path, family, dict(file.tensors), file.metadata)
     for component, layouts in family.original_layouts.items():
         for layout in layouts:
             is_denoiser = component == family.denoiser
