@@ -7,7 +7,6 @@ import platform
 from collections import Counter
 from collections.abc import Iterable
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import nn
 from ..layers import GraloraLayer
 from ..training.acceleration import device_name
 from ..training.adapters import ADAPTER_NAME
-from ..training.config import PATHS, TrainingConfig
+from ..training.config import TrainingConfig, public_name
 from .methods import Method
 from .settings import BenchmarkSettings
 
@@ -41,9 +40,10 @@ def told_settings(
     What a method does not have is None.
     """
     told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
+    given = yaml.safe_load(config.to_yaml(public=True))
     training = {
-        name: Path(value).name if name in PATHS and value and Path(value).exists() else value
-        for name, value in (told | yaml.safe_load(config.to_yaml()) | method.told(config)).items()
+        name: value
+        for name, value in (told | given | method.told(config)).items()
         if name not in ("output_dir", "class_data_dir", "report_to")
     }
     names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
@@ -54,10 +54,7 @@ def told_settings(
     return {
         "training": training,
         "drawing": drawing,
-        "judges": {
-            name: Path(source).name if Path(source).exists() else source
-            for name, source in settings.encoder_sources.items()
-        },
+        "judges": {name: public_name(source) for name, source in settings.encoder_sources.items()},
         "device": device_name(device),
     }
 

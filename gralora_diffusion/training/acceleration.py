@@ -17,6 +17,7 @@ from accelerate.utils import (
     GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
+    parse_flag_from_env,
 )
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
@@ -29,32 +30,53 @@ logger = logging.getLogger(__name__)
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+#: What `accelerate launch` tells of ways to train that shard the model -> their names.
+_SHARDED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
 def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Return the accelerator of a run.
 
     Raises:
-        ConfigError: accelerate is set to a precision that the trainer does not know.
+        ConfigError: accelerate is set to what the trainer does not know: a precision, or processes
+            of which each would hold a part of the model.
     """
+    # before accelerate is asked, which would first want their libraries to be installed
+    if sharded := [name for key, name in _SHARDED.items() if parse_flag_from_env(key)]:
+        raise ConfigError([_not_shared(" and ".join(sharded))])
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     folder = Path(config.output_dir)
-    accelerator = Accelerator(
-        # as a plugin, for the plain argument gives way to an environment variable
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
-        mixed_precision=config.mixed_precision,
-        # of some text encoders the pipelines do not read the last layer
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder),
-            # the others wait for the one that draws or encodes, longer than NCCL's ten minutes
-            InitProcessGroupKwargs(timeout=timedelta(hours=6)),
-        ],
-        log_with=None if config.report_to == "none" else config.report_to,
-        project_config=ProjectConfiguration(
-            project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
-        ),
-    )
+    try:
+        accelerator = Accelerator(
+            # as a plugin, for the plain argument gives way to an environment variable
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            mixed_precision=config.mixed_precision,
+            # of some text encoders the pipelines do not read the last layer
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder),
+                # the others wait for the one that draws or encodes, longer than NCCL's ten minutes
+                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+            ],
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
+            ),
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            [
+                f"accelerate cannot be used as it is set: {error}. Change its settings by "
+                "`accelerate config`, or the environment variables that begin with ACCELERATE_"
+            ]
+        ) from error
     if accelerator.mixed_precision not in DTYPES:
         raise ConfigError(
             [
@@ -62,7 +84,24 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
                 f"--mixed_precision {' or '.join(DTYPES)}"
             ]
         )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # there accelerate leaves autocast off, without a word
+        raise ConfigError(
+            ["mixed precision is fp16, which needs a GPU. On the CPU give --mixed_precision bf16"]
+        )
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigError([_not_shared(kind)])
     return accelerator
+
+
+def _not_shared(kind: str) -> str:
+    return (
+        f"accelerate is set to {kind}, which shards the model; here each process holds the whole "
+        "of it, of which only the adapter is trained. Set up one process per GPU without it by "
+        "`accelerate config`, or give `accelerate launch --multi_gpu`. To save memory there are "
+        "--quantization and --gradient_checkpointing"
+    )
 
 
 class PeakMemory:

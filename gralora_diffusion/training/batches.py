@@ -18,7 +18,8 @@ from .base_model import present
 from .buckets import Buckets, listed_buckets
 from .caching import LatentCache, PromptCache, vae_fingerprint
 from .config import TrainingConfig
-from .data import Example, find_dataset_examples, find_examples
+from .data import Example, find_examples
+from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
 from .samples import TrainingSet, collate
@@ -81,6 +82,11 @@ def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
         config.image_interpolation_mode,
         buckets,
     )
+
+
+def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the scaled latents, by the VAE where it is."""
+    return family.encode_images(vae, pixel_values.to(vae.device, vae.dtype))
 
 
 class Batches:
@@ -147,9 +153,8 @@ class Batches:
         return len(self.instance)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
-        pixels = pixel_values.to(self.vae.device, self.vae.dtype)
-        return self.family.encode_images(self.vae, pixels)
+        """See :func:`encode_images`."""
+        return encode_images(self.family, self.vae, pixel_values)
 
     def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield instance and class batch of each micro-batch, the latter None without a class."""

@@ -20,7 +20,7 @@ import torch
 from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_paths import check_base, check_data, check_output, nearby
-from .config_plans import check_patterns
+from .config_patterns import check_patterns
 from .quantization import check_quantization, quantization_remarks
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
 from ..state import looks_like_hub_id
+from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -111,9 +112,11 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(Path(folder)):
         yield f"--instance_data_dir is {folder!r}: {problem}"
-    elif not config.instance_prompt and not _has_captions(Path(folder)):
+    elif not (
+        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
+    ):
         yield (
-            f"--instance_prompt is missing, and {folder!r} holds no .txt file and no "
+            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file and no "
             "metadata.jsonl with captions. Give a prompt such as "
             "--instance_prompt 'a photo of sks dog'"
         )
@@ -140,7 +143,8 @@ def _folder_problem(path: Path) -> str | None:
 
 
 def _has_captions(folder: Path) -> bool:
-    return any(True for _ in folder.rglob("*.txt")) or any(folder.rglob("metadata.jsonl"))
+    patterns = (METADATA_NAME, *(f"*{ending}" for ending in CAPTION_ENDINGS))
+    return any(any(folder.rglob(pattern)) for pattern in patterns)
 
 
 def check_output(config: TrainingConfig) -> Iterator[str]:

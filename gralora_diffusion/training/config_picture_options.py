@@ -16,7 +16,8 @@ class DataOptions:
 
     instance_data_dir: str | None = option(
         None,
-        "Folder with the pictures to learn. Captions: .txt files beside them, or metadata.jsonl",
+        "Folder with the pictures to learn. Captions: .txt or .caption files beside them, "
+        "metadata.jsonl, or sub-folders such as '10_sks dog': repeats and prompt",
     )
     dataset_name: str | None = option(
         None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"

@@ -36,13 +36,14 @@ from .checkpoint import CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
+from .empty_base import check_without_weights
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values, set_initial_values
 from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
-from .outcome import finish, make_repository, start
-from .prior import draw_class_images
+from .outcome import find_checkpoint, finish, make_repository, start
+from .prior import class_pictures_lacking, draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
 from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
@@ -66,7 +67,7 @@ def train(config: TrainingConfig) -> Path:
     for remark in config.validate():
         logger.warning(remark)
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    resume = _find_checkpoint(config, store)
+    resume = find_checkpoint(config, store)
     family = find_base_family(config)
     for remark in check_family_options(config, family):
         logger.warning(remark)
@@ -86,6 +87,11 @@ def train(config: TrainingConfig) -> Path:
             return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
+        if class_pictures_lacking(config):
+            # before the base is loaded to be trained: two of them would be too much for some
+            check_without_weights(config, family, accelerator.mixed_precision)
+            draw_class_images(config, family, accelerator)
+            class_pictures = find_class_pictures(config)
         trainer = Trainer(config, family, pictures, class_pictures, accelerator, store, initial)
         if resume is not None:
             trainer.resume(*resume)
@@ -121,15 +127,13 @@ class Trainer:
         self.family, self.accelerator, self.store = family, accelerator, store
         device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
 
-        # --- the frozen base, the adapter on it, and what the base draws of the class
+        # --- the frozen base, and the adapter on it
         self.pipe = load_base(config, family, dtype) if pipe is None else pipe
         self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
         components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
         models = [getattr(self.pipe, name) for name in components]
         make_cheaper(config, getattr(self.pipe, family.denoiser), models, device)
-        if draw_class_images(config, family, accelerator):
-            class_pictures = find_class_pictures(config)
 
         # --- encode what stays the same; of the encoders only what is needed later stays
         self.data = data = Batches(config, family, self.pipe, pictures, class_pictures, accelerator)
@@ -160,7 +164,7 @@ class Trainer:
         self.memory = PeakMemory(device)
         self.ema = None
         if config.use_ema:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
             self.ema.to(device)
         self.state = RunState(
             config,
@@ -326,19 +330,3 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         return grid
-
-
-def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
-    if not config.resume_from_checkpoint:
-        return None
-    found = store.find(config.resume_from_checkpoint)
-    later = [path.name for step, path in store.list() if found and step > found[0]]
-    if found and later:
-        raise ConfigError(
-            [
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
-                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
-                "away, or give another --output_dir and the checkpoint's path"
-            ]
-        )
-    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training import loop, prior
+from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan
+from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
 from gralora_diffusion.training.step import RowMaker, TrainingDiverged
 from tests.training.runs import (
     adapter,
@@ -91,6 +96,48 @@ def test_validation_does_not_disturb_training(
     run(output_dir=tmp_path / "without", **without, **data)
     run(output_dir=tmp_path / "with", **options, **drawing, **data)
     assert_same_run(tmp_path / "without", tmp_path / "with")
+
+
+def test_one_base_at_a_time(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws class pictures is gone when the base is loaded that is trained."""
+    alive: list[int] = []
+    loaded: list[weakref.ref[Any]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(base() is not None for base in loaded))
+        pipe = load_base(*arguments, **options)
+        loaded.append(weakref.ref(pipe.unet))
+        return pipe
+
+    for module in (prior, loop):
+        monkeypatch.setattr(module, "load_base", watched)
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    run(output_dir=tmp_path / "out", class_data_dir=tmp_path / "class", **classes, **data)
+    assert alive == [0, 0]
+    assert len(list((tmp_path / "class").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lora_layers": "to_nothing"}, "do not fit the base"),
+        ({"rank_pattern": ["nowhere=8"]}, "--rank_pattern"),
+        ({"resolution": 17}, "--resolution is 17"),
+    ],
+)
+def test_class_pictures_are_drawn_for_nothing_that_fails(
+    data: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    with pytest.raises(ConfigError, match=said):
+        run(
+            output_dir=tmp_path / "out",
+            class_data_dir=tmp_path / "class",
+            **{**classes, **data, **wrong},
+        )
+    assert not (tmp_path / "class").exists()
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
@@ -303,6 +350,16 @@ def test_another_learning_rate_on_resume(data: dict[str, Any], tmp_path: Path) -
     options = {"resume_from_checkpoint": "latest", "learning_rate": 1e-4, **data}
     run(output_dir=tmp_path / "out", max_train_steps=4, **options)
     assert [row["lr"] for row in metrics(tmp_path / "out")] == [1e-2, 1e-2, 1e-4, 1e-4]
+
+
+def test_another_decay_of_the_average_on_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    out = run(output_dir=tmp_path / "out", max_train_steps=4, use_ema=True, **data)
+    options = {"resume_from_checkpoint": "latest", "use_ema": True, **data}
+    run(output_dir=out, max_train_steps=6, ema_decay=0.0, **options)
+    trained = load_file(out / "checkpoint-6" / TRAINING_WEIGHTS_NAME)
+    averaged = adapter(out)
+    for key, tensor in trained.items():
+        torch.testing.assert_close(averaged[key], tensor, msg=key)
 
 
 def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
