@@ -94,7 +94,7 @@ NEEDS = {
     "prior_loss_weight prior_generation_precision sample_batch_size",
     "validation_prompt": "num_validation_images validation_epochs validation_steps "
     "validation_guidance_scale validation_inference_steps",
-    "cache_latents": "latent_cache_dir cached_crops",
+    "cache_latents": "cached_crops",
     "dataset_name": "dataset_config_name",
     "push_to_hub": "hub_token hub_model_id",
     "use_ema": "ema_decay",

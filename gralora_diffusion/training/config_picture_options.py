@@ -97,5 +97,7 @@ class ImageOptions:
         8, "Random crops kept per picture by the latent cache; each sample draws one of them"
     )
     latent_cache_dir: str | None = option(
-        None, "Folder that keeps the latents for the next run (default: in memory)"
+        None,
+        "Folder that keeps latents and encoded prompts, for this run and the next (default: each "
+        "process keeps them in memory)",
     )

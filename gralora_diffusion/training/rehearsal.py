@@ -91,7 +91,8 @@ class ImaginedData:
         row = {key: value[:1].cpu() for key, value in encoded.items()}
         if self.prompts is not None:
             self.prompts.fill([_PROMPT], lambda _: row)
-            self.cached += self.captions * bytes_of(row.values())
+            if not config.latent_cache_dir:
+                self.cached += self.captions * bytes_of(row.values())
         if teaches:
             self.teacher = row
         return made

@@ -102,11 +102,13 @@ class TrainingSet(Dataset[dict[str, Any]]):
             parts += [self.targets, self.stream.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def fill_cache(self, encode: ImageEncoder, batch_size: int = 4, progress: bool = True) -> int:
-        """Encode the variants that the cache lacks; see :meth:`LatentCache.fill`."""
+    def fill_cache(
+        self, encode: ImageEncoder, part: slice = slice(None), progress: bool = True
+    ) -> int:
+        """Encode what the cache lacks of these examples; see :meth:`LatentCache.fill`."""
         assert self.cache is not None
-        wanted = zip(self.examples, self._kept, strict=True)
-        return self.cache.fill(wanted, encode, batch_size, progress)
+        wanted = zip(self.examples[part], self._kept[part], strict=True)
+        return self.cache.fill(wanted, encode, progress=progress)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         item = self._items[self.stream.index(position)]

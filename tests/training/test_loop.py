@@ -462,6 +462,24 @@ def test_two_processes_are_one_with_the_larger_batch(data: dict[str, Any], tmp_p
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_two_processes_share_a_cache_folder(data: dict[str, Any], tmp_path: Path) -> None:
+    pictures = make_shapes(tmp_path / "captioned", [(20, 27)] * 5, seed=8)
+    for number in range(5):
+        (pictures / f"{number}.txt").write_text(f"a dog {number}")
+    options = {**data, "instance_data_dir": pictures, "caption_dropout": 0.3}
+    one = run(output_dir=tmp_path / "one", train_batch_size=4, **options)
+    folder, two = tmp_path / "cache", tmp_path / "two"
+    options |= {"latent_cache_dir": folder, "output_dir": two, "train_batch_size": 2}
+    result = run_script(processes=2, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(one, two, 1e-3)
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    kinds = Counter("mean" in load_file(path) for path in files)
+    assert kinds == {True: 5 * 7, False: 5 + 1}  # the crops there are; the captions and none
+    run(overwrite_output_dir=True, **options)
+    assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+
+
 def test_torch_compile_through_accelerate(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -50,6 +50,24 @@ def cached_set(examples, **options):
     return training_set
 
 
+def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
+    """Each a part of the pictures, after which nothing lacks to any of them."""
+    sets = [
+        TrainingSet(examples, PLAN, 0, cache=LatentCache(PLAN, "identity", tmp_path))
+        for _ in range(3)
+    ]
+    done = [
+        own.fill_cache(identity, slice(index, None, 3), progress=False)
+        for index, own in enumerate(sets)
+    ]
+    assert sum(done) == sum(map(len, sets[0]._kept))
+    assert all(done)
+    assert not any(own.fill_cache(identity, progress=False) for own in sets)
+    alone = cached_set(examples)
+    for position in range(10):
+        assert torch.equal(sets[2][position]["mean"], alone[position]["mean"])
+
+
 def shade_of(picture):
     return round(float((picture[0].mean() + 1) * 127.5))
 
