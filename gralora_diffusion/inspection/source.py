@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,14 +11,12 @@ from typing import Any
 from safetensors import safe_open
 from torch import Tensor
 
+from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, read_json, shards, weight_files
 from ..state import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..tensor_files import AdapterFileError, StoredTensor, read_header
 
-#: What diffusers calls the index of a pipeline and the config of a model.
-PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
 #: How the index of a model in several files ends.
 SHARD_INDEX = ".safetensors.index.json"
-_CANONICAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
 
 
 class Source:
@@ -81,9 +78,9 @@ class Source:
         """Yield files and what goes in front of their keys."""
         path = self.path
         if path.is_file():
-            files = self._shards(path) if path.name.endswith(SHARD_INDEX) else [path]
+            files = shards(path) if path.name.endswith(SHARD_INDEX) else [path]
             if (config := path.parent / MODEL_CONFIG).is_file():
-                self.configs[""] = self._json(config)
+                self.configs[""] = read_json(config)
             yield from ((file, "") for file in files)
         elif not path.is_dir():
             raise self.error("no such file or folder")
@@ -96,13 +93,13 @@ class Source:
                 name = config.parent.name
                 yield self._peft(config.parent, name), f"{name}."
         elif (path / PIPELINE_INDEX).is_file():
-            self.is_pipeline, self.configs[""] = True, self._json(path / PIPELINE_INDEX)
+            self.is_pipeline, self.configs[""] = True, read_json(path / PIPELINE_INDEX)
             for name, value in self.configs[""].items():
                 if isinstance(value, list) and (path / name).is_dir():
                     yield from ((file, f"{name}.") for file in self._model(path / name))
         else:
             if (path / MODEL_CONFIG).is_file():
-                self.configs[""] = self._json(path / MODEL_CONFIG)
+                self.configs[""] = read_json(path / MODEL_CONFIG)
             files = self._model(path)
             if not files:
                 raise self.error("no .safetensors file in this folder")
@@ -112,7 +109,7 @@ class Source:
             yield from ((file, "") for file in files)
 
     def _peft(self, folder: Path, name: str) -> Path:
-        self.configs[name] = self._json(folder / PEFT_CONFIG_NAME)
+        self.configs[name] = read_json(folder / PEFT_CONFIG_NAME)
         file = folder / PEFT_WEIGHTS_NAME
         if not file.is_file():
             others = ", ".join(path.name for path in folder.glob("adapter_model.*")) or "nothing"
@@ -121,26 +118,8 @@ class Source:
 
     def _model(self, folder: Path) -> list[Path]:
         """The files of one model; of several variants of it the one without a name of its own."""
-        for index in sorted(folder.glob(f"*{SHARD_INDEX}"), key=lambda path: len(path.name)):
-            return self._shards(index)
-        for name in _CANONICAL:
-            if (folder / name).is_file():
-                return [folder / name]
-        return sorted(folder.glob("*.safetensors"))
-
-    def _shards(self, index: Path) -> list[Path]:
-        names = self._json(index).get("weight_map", {}).values()
-        files = [index.parent / name for name in sorted(set(names))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise self.error(f"{index.name} names files that lack: {', '.join(missing)}")
-        return files
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return dict(values)
-        except (OSError, ValueError, TypeError) as error:
-            raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error
+        files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+        return files or sorted(folder.glob("*.safetensors"))
 
     # -- headers -----------------------------------------------------------------------------------
 
