@@ -14,6 +14,8 @@ from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import nn
 
+from .families import mend_clip_skip
+
 
 def draw(
     pipe: Any,
@@ -26,6 +28,7 @@ def draw(
     guidance_scale: float | None = None,
     inference_steps: int = 30,
     max_sequence_length: int | None = None,
+    clip_skip: int | None = None,
     batch_size: int = 1,
 ) -> list[list[Image.Image]]:
     """Draw pictures, a list per prompt. Picture i of each prompt starts from noise of ``seed + i``.
@@ -38,6 +41,7 @@ def draw(
         negative_prompt: what guidance leads away from, for pipelines that take it.
         guidance_scale: the pipeline's own if None.
         max_sequence_length: tokens of a prompt at most, for pipelines that take it.
+        clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
         batch_size: pictures at once, of one prompt or several.
     """
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
@@ -45,6 +49,9 @@ def draw(
         options["guidance_scale"] = guidance_scale
     if max_sequence_length is not None:
         options["max_sequence_length"] = max_sequence_length
+    if clip_skip is not None:
+        mend_clip_skip(pipe)
+        options["clip_skip"] = clip_skip
     if size is not None:
         options["height"], options["width"] = (size, size) if isinstance(size, int) else size
     wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
@@ -143,6 +150,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
     parser.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
     parser.add_argument("--num_inference_steps", type=int, default=30)
+    parser.add_argument(
+        "--clip_skip",
+        type=int,
+        help="layers to skip at the end of CLIP; 1 is what other programs call clip skip 2",
+    )
     args = parser.parse_args(argv)
     if args.compare and not args.adapter:
         parser.error("--compare needs --adapter to compare with")
@@ -155,8 +167,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         pipe = DiffusionPipeline.from_pretrained(args.base)
     except (OSError, ValueError) as error:
         parser.error(f"--base {args.base}: no diffusers pipeline there ({error})")
-    if args.negative_prompt and not takes_negative_prompt(type(pipe)):
-        parser.error(f"--negative_prompt: {type(pipe).__name__} takes none. Leave it out")
+    taken = {
+        "negative_prompt": takes_negative_prompt(type(pipe)),
+        "clip_skip": "clip_skip" in inspect.signature(pipe.__call__).parameters,
+    }
+    for name in taken:
+        if getattr(args, name) is not None and not taken[name]:
+            parser.error(f"--{name}: {type(pipe).__name__} takes none. Leave it out")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -165,6 +182,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "negative_prompt": args.negative_prompt,
         "guidance_scale": args.guidance_scale,
         "inference_steps": args.num_inference_steps,
+        "clip_skip": args.clip_skip,
     }
     if args.adapter:
         try:
@@ -187,8 +205,8 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
         parser.error(f"--output is '{args.output}'; it must be a picture file, such as grid.png")
-    for name in ("images_per_prompt", "num_inference_steps"):
-        if (value := getattr(args, name)) < 1:
+    for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
+        if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; it must be at least 1")
     if args.size is not None and (args.size < 8 or args.size % 8):
         parser.error(

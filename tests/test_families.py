@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import gralora_diffusion.families as families
 from gralora_diffusion import GraloraConfig, get_family, inject, list_families
-from gralora_diffusion.families import ModelFamily, find_family
+from gralora_diffusion.families import ModelFamily, find_family, mend_clip_skip
 
 from . import models
 
@@ -236,6 +236,34 @@ def test_an_empty_prompt_is_what_the_pipeline_guides_away_from(name, config):
         torch.testing.assert_close(tensor, theirs)  # a batch rounds otherwise
     zeros = all(not tensor[0].any() for tensor in encoded.values())
     assert zeros == config.get("force_zeros_for_empty_prompt", False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", list_families())
+def test_layers_of_clip_are_skipped_as_the_pipeline_skips_them(name):
+    pipe = models.PIPELINES[name]()
+    family, seen = get_family(pipe), []
+    taken = "clip_skip" in inspect.signature(pipe.__call__).parameters
+    assert (family.skipped_layers is not None) == taken
+    plain = family.encode_prompts(pipe, ["a cat"])
+    skipped = family.encode_prompts(pipe, ["a cat"], clip_skip=1)
+    assert torch.equal(plain["prompt_embeds"], skipped["prompt_embeds"]) != taken
+    if not taken:
+        return
+    getattr(pipe, family.denoiser).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
+    )
+    mend_clip_skip(pipe)
+    mend_clip_skip(pipe)
+    for skip, ours in ((None, plain), (1, skipped)):
+        pipe("a cat", num_inference_steps=1, guidance_scale=1.0, clip_skip=skip)
+        assert torch.equal(seen.pop(), ours["prompt_embeds"])
+    # it is counted from what the pipeline reads by itself
+    layers = getattr(pipe, family.text_encoders[0]).config.num_hidden_layers
+    most = layers - family.skipped_layers
+    family.encode_prompts(pipe, ["a cat"], clip_skip=most)
+    with pytest.raises(IndexError):
+        family.encode_prompts(pipe, ["a cat"], clip_skip=layers + 1 - family.skipped_layers)
 
 
 def unpacked(tokens: Tensor, family: ModelFamily, pipe: Any) -> Tensor:

@@ -78,6 +78,20 @@ def test_grid_shows_every_picture_in_its_cell() -> None:
             assert (cell == np.array(picture.getpixel((0, 0)))).all()
 
 
+def test_layers_of_clip_to_skip() -> None:
+    pipe = stable_diffusion()
+    ((drawn,),) = draw(pipe, ["a cat"], size=16, inference_steps=2, clip_skip=1)
+    expected = pipe(
+        "a cat",
+        height=16,
+        width=16,
+        num_inference_steps=2,
+        generator=torch.Generator().manual_seed(0),
+        clip_skip=1,
+    ).images[0]
+    assert drawn.tobytes() == expected.tobytes()
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> Path:
     pipe = stable_diffusion()
@@ -115,6 +129,7 @@ def test_command_compares(files: Path) -> None:
         (["--output", "."], "--output is '.'; it must be a picture file"),
         (["--images_per_prompt", "0"], "--images_per_prompt is 0; it must be at least 1"),
         (["--num_inference_steps", "0"], "--num_inference_steps is 0; it must be at least 1"),
+        (["--clip_skip", "0"], "--clip_skip is 0; it must be at least 1"),
         (["--size", "31"], "--size is 31; it must be a multiple of 8. The nearest is 32"),
     ],
 )

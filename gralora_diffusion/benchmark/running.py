@@ -226,6 +226,7 @@ class Runner:
                     guidance_scale=self.settings.drawing_guidance_scale,
                     inference_steps=self.settings.inference_steps,
                     max_sequence_length=limit,
+                    clip_skip=config.clip_skip,
                     batch_size=self.settings.drawing_batch_size,
                 )
                 for row, pictures in zip(files[kind], images, strict=True):

@@ -13,7 +13,7 @@ from functools import cache
 
 from diffusers import DiffusionPipeline
 
-from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
+from .base import Conditioning, LayerMark, ModelFamily, PublishedNames, mend_clip_skip
 
 __all__ = [
     "Conditioning",
@@ -27,8 +27,11 @@ __all__ = [
     "find_pipeline_family",
     "get_family",
     "list_families",
+    "mend_clip_skip",
 ]
 
+#: Modules of this package that are no family.
+_SHARED = ("base", "presets")
 #: Fields of a header that name the base, in the order in which they are believed.
 _NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 
@@ -38,7 +41,7 @@ def _families() -> dict[str, ModelFamily]:
     found: dict[str, ModelFamily] = {}
     owners: dict[str, str] = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name == "base":
+        if info.name in _SHARED:
             continue
         family: ModelFamily = importlib.import_module(f"{__name__}.{info.name}").FAMILY
         if family.name in found:

@@ -23,31 +23,6 @@ UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 #: ``modelspec.implementation`` of Stability AI's original files, as sd-scripts writes it.
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
 
-_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-_T5_ATTENTION = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o")
-#: Presets of transformers' CLIP and T5 text encoders. T5's feed-forward layers are gated.
-CLIP_PRESETS = {"attention": _CLIP_ATTENTION, "attention+ff": (*_CLIP_ATTENTION, "fc1", "fc2")}
-T5_PRESETS = {
-    "attention": _T5_ATTENTION,
-    "attention+ff": (
-        *_T5_ATTENTION,
-        *("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
-    ),
-}
-_LANGUAGE_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-#: Presets of transformers' language models such as Mistral and Qwen, not of what sees pictures.
-LANGUAGE_MODEL_PRESETS = {
-    "attention": _LANGUAGE_ATTENTION,
-    "attention+ff": (*_LANGUAGE_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-#: Attention in transformers of two streams, picture and text.
-JOINT_ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-)
-#: Feed-forward layers of such transformers' blocks of two streams.
-JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
-
 
 class LayerMark(NamedTuple):
     """Layers of a denoiser by which an adapter's family can be told.
@@ -123,6 +98,8 @@ class ModelFamily(ABC):
     optional_text_encoders: tuple[str, ...] = ()
     #: Tokens of a prompt at most, as the pipeline has it; None: the tokenizer's own length.
     max_sequence_length: int | None = None
+    #: Last layers of CLIP that the pipelines skip unless told; None: they take no ``clip_skip``.
+    skipped_layers: int | None = None
     #: More tokens than that are refused by the family's pipelines; None: they take any number.
     longest_sequence: int | None = None
     #: Latents per side of what the denoiser takes as one token.
@@ -230,12 +207,20 @@ class ModelFamily(ABC):
 
     @abstractmethod
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
         """Encode prompts as the pipeline does, with gradients if they are enabled.
 
         An empty one is what the pipeline's guidance starts from without a negative prompt.
-        ``max_sequence_length`` takes the place of the family's.
+
+        Args:
+            max_sequence_length: in place of the family's.
+            clip_skip: how many layers at the end of CLIP to skip, for families with
+                ``skipped_layers``; others pass over it.
         """
 
     def picture_conditioning(
@@ -348,3 +333,14 @@ def check_channels(taken: int, made: int) -> None:
             "depth, editing or control. Train on the text-to-image base; the adapter can be loaded "
             "into the others' pipelines where widths agree."
         )
+
+
+def mend_clip_skip(pipe: Any) -> None:
+    """Let the pipelines of Stable Diffusion find the norm that they want for ``clip_skip``.
+
+    They look for it in a ``text_model`` that transformers' CLIPTextModel lacks since 5.6
+    (huggingface/diffusers, pull request 14043). Where nothing lacks, nothing is done.
+    """
+    encoder = getattr(pipe, "text_encoder", None)
+    if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model"):
+        vars(encoder)["text_model"] = encoder  # no submodule, or it would hold itself

@@ -15,10 +15,6 @@ from torch import Tensor, nn
 
 from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
-    CLIP_PRESETS,
-    JOINT_ATTENTION,
-    JOINT_FEED_FORWARD,
-    T5_PRESETS,
     UNKNOWN,
     Conditioning,
     LayerMark,
@@ -26,6 +22,7 @@ from .base import (
     PublishedNames,
     check_channels,
 )
+from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
 
 _ATTENTION_FF = (
     *(*JOINT_ATTENTION, *JOINT_FEED_FORWARD),
@@ -152,7 +149,11 @@ class Flux(ModelFamily):
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
         prompt_embeds, pooled, _ = pipe.encode_prompt(
             list(prompts),

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from ..layouts import DENOISER, Layout, Shape, rename
 from .base import (
-    JOINT_ATTENTION,
-    LANGUAGE_MODEL_PRESETS,
     UNKNOWN,
     Conditioning,
     LayerMark,
@@ -25,6 +23,7 @@ from .base import (
     check_channels,
 )
 from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
+from .presets import JOINT_ATTENTION, LANGUAGE_MODEL_PRESETS
 
 #: In single blocks one layer makes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
@@ -122,7 +121,11 @@ class Flux2(ModelFamily):
         )
 
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
         prompt_embeds, _ = pipe.encode_prompt(
             list(prompts),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..layouts import UNET, Layout, autoencoder, clip, open_clip
 from .base import (
-    CLIP_PRESETS,
     STABILITY_AI,
     UNKNOWN,
     Conditioning,
@@ -18,7 +17,9 @@ from .base import (
     ModelFamily,
     PublishedNames,
     check_channels,
+    mend_clip_skip,
 )
+from .presets import CLIP_PRESETS
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTION_FF = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -69,6 +70,7 @@ class StableDiffusion(ModelFamily):
     )
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
+    skipped_layers: int | None = 0
     objective = "ddpm"
     target_presets: ClassVar = {"unet": UNET_PRESETS, "text_encoder": CLIP_PRESETS}
     default_resolution = 512
@@ -101,13 +103,20 @@ class StableDiffusion(ModelFamily):
     )
 
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
+        if clip_skip is not None:
+            mend_clip_skip(pipe)
         prompt_embeds, _ = pipe.encode_prompt(
             list(prompts),
             device=pipe.text_encoder.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
         )
         return {"prompt_embeds": prompt_embeds}
 

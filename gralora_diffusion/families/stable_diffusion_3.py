@@ -11,11 +11,7 @@ from torch import Tensor, nn
 
 from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
-    CLIP_PRESETS,
-    JOINT_ATTENTION,
-    JOINT_FEED_FORWARD,
     STABILITY_AI,
-    T5_PRESETS,
     UNKNOWN,
     Conditioning,
     LayerMark,
@@ -23,6 +19,7 @@ from .base import (
     PublishedNames,
     check_channels,
 )
+from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
 
 _ATTENTION_FF = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD)
 _BLOCK = "transformer_blocks.*"
@@ -75,6 +72,7 @@ class StableDiffusion3(ModelFamily):
     )
     denoiser = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+    skipped_layers = 1
     usual_text_encoders = ("text_encoder", "text_encoder_2")
     optional_text_encoders = ("text_encoder_3",)
     objective = "flow_matching"
@@ -122,7 +120,11 @@ class StableDiffusion3(ModelFamily):
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})
 
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
         prompt_embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts),
@@ -130,6 +132,7 @@ class StableDiffusion3(ModelFamily):
             prompt_3=None,
             device=pipe.text_encoder.device,
             do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
             max_sequence_length=max_sequence_length or self.max_sequence_length,
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..layouts import UNET, autoencoder, clip, open_clip
-from .base import CLIP_PRESETS, STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
+from .base import STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
+from .presets import CLIP_PRESETS
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
 
@@ -39,6 +40,7 @@ class StableDiffusionXL(StableDiffusion):
         "LEditsPPPipelineStableDiffusionXL",
     )
     text_encoders = ("text_encoder", "text_encoder_2")
+    skipped_layers = 1
     target_presets: ClassVar = {
         "unet": UNET_PRESETS,
         "text_encoder": CLIP_PRESETS,
@@ -75,13 +77,18 @@ class StableDiffusionXL(StableDiffusion):
         return ("v_pred", "ztsnr") if scheduler.get("rescale_betas_zero_snr") else ("v_pred",)
 
     def encode_prompts(
-        self, pipe: Any, prompts: Sequence[str], max_sequence_length: int | None = None
+        self,
+        pipe: Any,
+        prompts: Sequence[str],
+        max_sequence_length: int | None = None,
+        clip_skip: int | None = None,
     ) -> Conditioning:
         prompt_embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts),
             device=pipe.text_encoder_2.device,
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
+            clip_skip=clip_skip,
         )
         if pipe.config.force_zeros_for_empty_prompt and not all(prompts):
             # from zeros the pipeline's guidance starts

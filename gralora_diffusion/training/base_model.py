@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -135,7 +136,7 @@ def completed(
         precision: what accelerate is set to: no, fp16 or bf16.
 
     Raises:
-        ConfigError: sizes that the base cannot take.
+        ConfigError: sizes or a ``clip_skip`` that the base cannot take.
     """
     config = config.with_defaults(
         {
@@ -145,7 +146,22 @@ def completed(
         }
     )
     check_sizes(config, family.size_divisor(pipe))
+    if family.skipped_layers is None:
+        return replace(config, clip_skip=None)  # it has no use, which the user was told
+    if problems := list(_clip_skip(config, family, pipe)):
+        raise ConfigError(problems)
     return config
+
+
+def _clip_skip(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Iterator[str]:
+    for name in family.usual_text_encoders or family.text_encoders:
+        layers = getattr(pipe, name).config.num_hidden_layers
+        most = layers - (family.skipped_layers or 0)
+        if config.clip_skip is not None and config.clip_skip > most:
+            yield (
+                f"--clip_skip is {config.clip_skip}, but of the {layers} layers of this base's "
+                f"{name} at most {most} can be skipped; 1 is usual"
+            )
 
 
 def freeze(pipe: Any) -> None:

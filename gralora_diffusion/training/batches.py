@@ -147,6 +147,7 @@ class Batches:
             "cached_crops caption_dropout"
         )
         parts = [sets, self.samples_per_step, *(getattr(config, name) for name in options.split())]
+        parts += [config.clip_skip] if config.clip_skip else []
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -209,7 +210,7 @@ class Batches:
         config, encoders = self.config, present(pipe, self.family.all_text_encoders)
 
         def encode(prompts: list[str]) -> Conditioning:
-            return self.family.encode_prompts(pipe, prompts, config.max_sequence_length)
+            return self.family.encode_prompts(pipe, prompts, **config.encoding)
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:

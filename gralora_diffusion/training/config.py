@@ -114,6 +114,11 @@ class TrainingConfig(
         return layer_patterns(self)
 
     @property
+    def encoding(self) -> dict[str, Any]:
+        """How prompts are encoded, as ``ModelFamily.encode_prompts`` takes it."""
+        return {"max_sequence_length": self.max_sequence_length, "clip_skip": self.clip_skip}
+
+    @property
     def target_modules(self) -> list[str] | str | None:
         """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
         if self.lora_layers is None:

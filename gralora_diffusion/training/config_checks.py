@@ -55,6 +55,7 @@ AT_LEAST_ONE = (
     "validation_steps",
     "validation_inference_steps",
     "max_sequence_length",
+    "clip_skip",
 )
 AT_LEAST_ZERO = (
     "hybrid_rank",

@@ -34,6 +34,11 @@ class DataOptions:
     max_sequence_length: int | None = option(
         None, "Tokens of a prompt at most, where the base leaves it open (T5, FLUX.2)"
     )
+    clip_skip: int | None = option(
+        None,
+        "Layers to skip at the end of CLIP, counted as diffusers does: 1 is what other programs "
+        "call clip skip 2 (Stable Diffusion 1.x, 2.x, XL and 3)",
+    )
     caption_dropout: float = option(0.0, "Share of samples that train with an empty caption")
     skip_bad_images: bool = option(
         False, "Train without the pictures that cannot be decoded instead of stopping"

@@ -108,6 +108,8 @@ def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str
     ]
     if family.max_sequence_length is None:
         foreign.append("max_sequence_length")
+    if family.skipped_layers is None:
+        foreign.append("clip_skip")
     if not takes_negative_prompt(getattr(diffusers, family.pipeline_classes[0])):
         foreign.append("validation_negative_prompt")
     if idle := [f"--{name}" for name in foreign if getattr(config, name) != defaults[name]]:

@@ -146,7 +146,7 @@ class Trainer:
 
         # --- objective and optimizer
         objective = make_objective(config, family, self.pipe)
-        step = DenoisingStep(self.pipe, family, objective, components, config.max_sequence_length)
+        step = DenoisingStep(self.pipe, family, objective, components, config.encoding)
         step.train()
         denoiser, *encoders = (adapter_parameters(self.pipe, name) for name in components)
         encoder_parameters = [parameter for group in encoders for parameter in group]

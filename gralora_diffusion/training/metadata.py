@@ -59,7 +59,7 @@ def training_metadata(
         "ss_sd_model_name": public_name(config.pretrained_model_name_or_path),
         "ss_vae_name": public_name(vae) if vae else None,
         **_network_fields(config),
-        **_data_fields(config, instance, classes),
+        **_data_fields(config, family, instance, classes),
         "ss_num_batches_per_epoch": -(-len(data) // config.train_batch_size),
         "ss_num_epochs": -(-max_steps // steps_per_epoch),
         "ss_max_train_steps": max_steps,
@@ -128,7 +128,10 @@ def _network_fields(config: TrainingConfig) -> dict[str, Any]:
 
 
 def _data_fields(
-    config: TrainingConfig, instance: TrainingSet, classes: TrainingSet | None
+    config: TrainingConfig,
+    family: ModelFamily,
+    instance: TrainingSet,
+    classes: TrainingSet | None,
 ) -> dict[str, Any]:
     folder = public_name(config.instance_data_dir or str(config.dataset_name))
     folders: dict[str, list[Example]] = {}
@@ -151,6 +154,8 @@ def _data_fields(
         "ss_flip_aug": config.random_flip,
         "ss_cache_latents": config.cache_latents,
         "ss_caption_dropout_rate": config.caption_dropout,
+        # which layer is read, counted from the last as 1
+        "ss_clip_skip": config.clip_skip and config.clip_skip + (family.skipped_layers or 0) + 1,
         "ss_dataset_dirs": _text(directories),
         "ss_tag_frequency": _text(tags),
     }

@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..families import ModelFamily
+from ..families import ModelFamily, mend_clip_skip
 from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
@@ -99,6 +99,8 @@ def draw_class_images(
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
     _place(pipe, accelerator.device)
     pipe.set_progress_bar_config(disable=True)
+    options = {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
+    mend_clip_skip(pipe)
     accelerator.wait_for_everyone()  # all have counted before anybody draws
     for batch in tqdm(
         batches[accelerator.process_index :: accelerator.num_processes],
@@ -107,7 +109,7 @@ def draw_class_images(
     ):
         drawn = range(batch * size, (batch + 1) * size)
         rngs = [generator(config.seed, "class image", number) for number in drawn]
-        images = pipe(prompt=[config.class_prompt] * size, generator=rngs).images
+        images = pipe(prompt=[config.class_prompt] * size, generator=rngs, **options).images
         for number, image in zip(drawn, images, strict=True):
             if number in numbers:
                 with replacing(folder / _class_image_name(number)) as temporary:

@@ -104,11 +104,14 @@ def write_card(
         rows = "\n".join(f"- row {i + 1}: {prompt}" for i, prompt in enumerate(prompts))
         parts.append(f"![pictures drawn with the adapter](validation.png)\n\n{rows}")
     source = config.hub_model_id or "path/to/this/folder"
-    prompt = json.dumps(trigger or "your prompt", ensure_ascii=False)
+    arguments = json.dumps(trigger or "your prompt", ensure_ascii=False)
+    arguments += f", clip_skip={config.clip_skip}" if config.clip_skip else ""
+    mending = "from gralora_diffusion.families import mend_clip_skip\n\nmend_clip_skip(pipe)\n"
+    mending = mending if config.clip_skip else ""
     parts.append(
         f"## Use\n\n```python\nimport torch\n{_loading_code(config)}"
-        f'pipe.load_gralora_weights("{source}")\n'
-        f"image = pipe({prompt}).images[0]\n```"
+        f'pipe.load_gralora_weights("{source}")\n{mending}'
+        f"image = pipe({arguments}).images[0]\n```"
     )
     versions = {
         "torch": torch.__version__,

@@ -84,9 +84,7 @@ class ImaginedData:
             return made
         at_once = 1 if self.prompts is None else min(16, self.captions)
         with torch.no_grad(), _meter(pipe, self.accelerator.device) as meter:
-            encoded = self.family.encode_prompts(
-                pipe, [_PROMPT] * at_once, config.max_sequence_length
-            )
+            encoded = self.family.encode_prompts(pipe, [_PROMPT] * at_once, **config.encoding)
         made["prompts"] = meter.peak
         row = {key: value[:1].cpu() for key, value in encoded.items()}
         if self.prompts is not None:
@@ -144,7 +142,7 @@ def measure_step(
 ) -> tuple[int, int]:
     """Bytes of activations at the peak of a step, and of gradients that are there by then."""
     accelerator = data.accelerator
-    step = DenoisingStep(pipe, family, objective, trained, config.max_sequence_length)
+    step = DenoisingStep(pipe, family, objective, trained, config.encoding)
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
     imagined = replace(config, class_prompt=_PROMPT)

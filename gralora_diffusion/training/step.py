@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -101,10 +102,10 @@ class DenoisingStep(nn.Module):
         family: ModelFamily,
         objective: Objective,
         trained: Sequence[str],
-        max_sequence_length: int | None = None,
+        encoding: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.max_sequence_length = max_sequence_length
+        self.encoding = dict(encoding)
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
         self.pipe, self.family, self.objective = pipe, family, objective
 
@@ -115,9 +116,7 @@ class DenoisingStep(nn.Module):
         encoded = rows.encoded
         if encoded is None:
             with without_fp16_autocast(rows.noisy_latents.device):
-                encoded = self.family.encode_prompts(
-                    self.pipe, rows.prompts, self.max_sequence_length
-                )
+                encoded = self.family.encode_prompts(self.pipe, rows.prompts, **self.encoding)
         prediction = self.family.predict(
             self.trained[self.family.denoiser],
             rows.noisy_latents,

@@ -46,6 +46,7 @@ def draw_validation(
             guidance_scale=config.validation_guidance_scale,
             inference_steps=config.validation_inference_steps,
             max_sequence_length=family.max_sequence_length and config.max_sequence_length,
+            clip_skip=config.clip_skip,
         )
     free_memory()
     folder = Path(config.output_dir) / FOLDER_NAME

@@ -9,7 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from gralora_diffusion.families import get_family
+from gralora_diffusion.families import get_family, mend_clip_skip
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures
 from tests.models import stable_diffusion
 from tests.training.runs import config, make_pictures, make_shapes
@@ -61,6 +61,20 @@ def test_prompts_are_encoded_once_unless_the_encoder_trains(pictures: Path) -> N
         encoded = data.prompts.batch([prompt])["prompt_embeds"]
         torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
     assert batches(pictures, train_text_encoder=True).prompts is None
+
+
+def test_prompts_are_encoded_without_the_layers_to_skip(pictures: Path) -> None:
+    pipe = stable_diffusion()
+    mend_clip_skip(pipe)
+    data = batches(pictures, clip_skip=1)
+    assert data.prompts is not None
+    encoded = data.prompts.batch(["a sks dog"])["prompt_embeds"]
+    with torch.no_grad():
+        expected, _ = pipe.encode_prompt(["a sks dog"], "cpu", 1, False, clip_skip=1)
+        whole, _ = pipe.encode_prompt(["a sks dog"], "cpu", 1, False)
+    torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(encoded, whole, atol=1e-2)
+    assert data.digest != batches(pictures).digest
 
 
 def test_class_pictures_have_their_own_stream(pictures: Path, tmp_path: Path) -> None:

@@ -93,6 +93,14 @@ def test_negative_prompt_where_no_pipeline_takes_it() -> None:
         assert remark.endswith("no use for --validation_negative_prompt")
 
 
+def test_layers_of_clip_where_no_pipeline_skips_them() -> None:
+    for family in ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"):
+        assert check_family_options(config(clip_skip=1), get_family(family)) == []
+    for family in ("flux", "flux2", "flux2-klein"):
+        (remark,) = check_family_options(config(clip_skip=1), get_family(family))
+        assert remark.endswith("no use for --clip_skip")
+
+
 def test_prompts_longer_than_the_pipelines_take() -> None:
     for family in ("flux", "stable-diffusion-3"):
         assert check_family_options(config(max_sequence_length=512), get_family(family)) == []

@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file
 
-from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.state import read_adapter
 from gralora_diffusion.training import loop, prior
 from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.checkpoint import CheckpointError
@@ -24,6 +26,8 @@ from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan
 from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
 from gralora_diffusion.training.step import RowMaker, TrainingDiverged
+from gralora_diffusion.training.streams import generator
+from tests.training.cards import draw_by_card
 from tests.training.runs import (
     adapter,
     assert_close,
@@ -47,6 +51,45 @@ def test_accumulation_is_the_larger_batch(data: dict[str, Any], tmp_path: Path) 
         output_dir=tmp_path / "two", train_batch_size=2, gradient_accumulation_steps=2, **options
     )
     assert_close(one, two, 1e-3)
+
+
+def test_layers_of_clip_are_skipped_everywhere(base: Path, tmp_path: Path) -> None:
+    """In training, class and validation pictures, and told in file and card."""
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    mend_clip_skip(pipe)
+    options = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": make_shapes(tmp_path / "pictures", [(20, 27)] * 3),
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "class_data_dir": tmp_path / "class",
+        "num_class_images": 1,
+        "sample_batch_size": 1,
+        "validation_prompt": "a dog",
+        "num_validation_images": 1,
+        "validation_steps": 100,
+        "validation_inference_steps": 2,
+        "clip_skip": 1,
+    }
+    out = run(output_dir=tmp_path / "out", train_text_encoder=True, **options)
+    drawn = Image.open(tmp_path / "class" / "class-00000.png")
+    rng = generator(0, "class image", 0)
+    assert drawn.tobytes() == pipe(["a dog"], generator=[rng], clip_skip=1).images[0].tobytes()
+    drawing = {"num_inference_steps": 2, "height": 16, "width": 16, "clip_skip": 1}
+    first = pipe("a dog", generator=torch.Generator().manual_seed(0), **drawing).images[0]
+    drawn = Image.open(out / "validation" / "step-000000" / "00-00.png")
+    assert drawn.tobytes() == first.tobytes()
+    assert read_adapter(out).metadata["ss_clip_skip"] == "2"
+    text = (out / "README.md").read_text(encoding="utf-8")
+    assert 'pipe("a sks dog", clip_skip=1)' in text
+    draw_by_card(text, {"path/to/base": base, "path/to/this/folder": out})
+    # the encoder's last layer is not read, so its adapter stays what it was
+    trained = adapter(out)
+    moved = {key for key, t in trained.items() if "gralora_B" in key and t.any()}
+    assert any("text_encoder" in key and "layers.0." in key for key in moved)
+    assert not any("text_encoder" in key and "layers.1." in key for key in moved)
+    with pytest.raises(ConfigError, match=r"--clip_skip is 3, but of the 2 layers .* at most 2"):
+        run(output_dir=tmp_path / "much", **{**options, "clip_skip": 3})
 
 
 def test_accelerates_environment_does_not_change_accumulation(

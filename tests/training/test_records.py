@@ -21,6 +21,7 @@ from gralora_diffusion.training.config import parse_config
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.records import MetricsFile, draw_curve
 from tests.originals import ORIGINALS, write
+from tests.training.cards import draw_by_card
 from tests.training.runs import assert_same_run, make_pictures, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
@@ -124,20 +125,8 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert yaml.safe_load(options)["rank"] == 4
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
     assert "(rank 4, k = 2; other values on some layers)" in card.text
-    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    assert "dtype=torch.float32" in code
-    draw_by(code, {"path/to/base": base, "path/to/this/folder": finished})
-
-
-def draw_by(code: str, places: dict[str, Path]) -> Any:
-    """Run the code of a card; returns its pipeline."""
-    for shown, path in places.items():
-        assert f'"{shown}"' in code
-        code = code.replace(f'"{shown}"', f'"{path}"')
-    namespace: dict[str, Any] = {}
-    exec(code, namespace)
-    assert isinstance(namespace["image"], Image.Image)
-    return namespace["pipe"]
+    assert "dtype=torch.float32" in card.text
+    draw_by_card(card.text, {"path/to/base": base, "path/to/this/folder": finished})
 
 
 @pytest.mark.parametrize("single_file", [False, True])
@@ -176,12 +165,11 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "instance_data_dir: pictures\n" in text
     assert f"pretrained_model_name_or_path: {weights['pretrained_model_name_or_path'].name}" in text
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     places = {"path/to/this/folder": folder, "path/to/base": base}
     if single_file:
         places["path/to/base.safetensors"] = tmp_path / "base.safetensors"
         places["path/to/base_config"] = places.pop("path/to/base")
-    pipe = draw_by(code, places)
+    pipe = draw_by_card(text, places)
     assert pipe.unet.dtype == torch.bfloat16
 
 

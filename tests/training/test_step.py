@@ -340,11 +340,11 @@ def test_prompts_are_not_encoded_under_fp16_autocast(
         )
         autocasts, encode = [], trainer.family.encode_prompts
 
-        def spy(*args: Any) -> Any:
+        def spy(_: Any, *args: Any, **options: Any) -> Any:
             autocasts.append(torch.is_autocast_enabled("cpu"))
-            return encode(*args)
+            return encode(*args, **options)
 
-        monkeypatch.setattr(type(trainer.family), "encode_prompts", lambda _, *args: spy(*args))
+        monkeypatch.setattr(type(trainer.family), "encode_prompts", spy)
         with torch.autocast("cpu", dtype=dtype):
             losses = trainer.step(trainer.rows.rows(*next(trainer.data.steps(0, 1))))
     assert losses.isfinite().all()
