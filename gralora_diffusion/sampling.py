@@ -8,10 +8,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
 
 
 def draw(
@@ -37,6 +34,8 @@ def draw(
         max_sequence_length: tokens of a prompt at most, for pipelines that take it.
         batch_size: pictures at once, of one prompt or several.
     """
+    import torch
+
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
@@ -59,6 +58,8 @@ def draw(
 @contextmanager
 def drawing_mode(pipe: Any) -> Iterator[None]:
     """Inside, no module is in training mode and there is no progress bar."""
+    from torch import nn
+
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
     with ExitStack() as stack:
         for module in modules:
@@ -136,6 +137,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
         rows.append(("the subject", _pictures(args.reference, parser)))
+    import torch
+    from diffusers import DiffusionPipeline
+
     try:
         pipe = DiffusionPipeline.from_pretrained(args.base)
     except (OSError, ValueError) as error:

@@ -24,17 +24,20 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
-from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
 from .config import PATTERNS, GraloraConfig, invalid_values
+from .file_names import (
+    METADATA_KEY,
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    looks_like_hub_id,
+)
 from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
-WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
-METADATA_KEY = "gralora_adapter_metadata"
-PEFT_PREFIX = "base_model.model."
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.
 DENOISER = "denoiser"
 
@@ -185,16 +188,6 @@ def read_adapter(
     if not isinstance(source, str) or not looks_like_hub_id(source):
         raise AdapterFileError(f"{source}: no such file or folder.")
     return _read_from_hub(source, weight_name, subfolder, hub_options)
-
-
-def looks_like_hub_id(text: str) -> bool:
-    """Whether a string that is no local path has the form ``name`` or ``owner/name``."""
-    return (
-        text.count("/") <= 1
-        and not text.startswith((".", "/", "~"))
-        and "\\" not in text
-        and not text.endswith((".safetensors", ".bin", ".pt", ".ckpt", "/"))
-    )
 
 
 def _read_folder(folder: Path, weight_name: str | None) -> Adapter:

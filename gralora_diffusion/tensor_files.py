@@ -9,11 +9,12 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Fields of the metadata that are hashes of the tensors -> room for them; see ``file_hashes``.
 HASH_FIELDS = {
@@ -37,6 +38,8 @@ def write_safetensors(
     The same content makes the same bytes. Of ``HASH_FIELDS``, those that the metadata has get their
     values here.
     """
+    from safetensors.torch import save_file
+
     metadata = {**metadata, **{key: HASH_FIELDS[key] for key in HASH_FIELDS if key in metadata}}
     with replacing(path) as temporary:
         temporary.touch()
@@ -147,6 +150,8 @@ def is_finite(tensor: Tensor) -> bool:
     A sum is finite only if its terms are, and to form it takes a tenth of the time that looking at
     each does, which is left to do where large terms sum to infinity.
     """
+    import torch
+
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).all())

@@ -9,11 +9,11 @@ from gralora_diffusion import get_family, list_families
 
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = [
-    *(["blockwise"], ["fused_linear"], ["low_rank"], ["factors"], ["config"], ["targets"]),
-    *(["tensor_files"], ["staging"], ["lora_keys"], ["layers"], ["injection"], ["state"]),
-    *(["layouts"], ["families"], ["original_file"], ["compatibility"], ["bookkeeping"]),
-    *(["pipelines"], ["sampling"], ["export", "inspection", "warm_start"]),
-    *(["training"], ["benchmark"], ["cli"], ["__init__"]),
+    *(["lazy"], ["blockwise"], ["fused_linear"], ["low_rank"], ["factors"], ["config_values"]),
+    *(["config"], ["targets"], ["file_names"], ["tensor_files"], ["staging"], ["lora_keys"]),
+    *(["layers"], ["injection"], ["state"], ["layouts"], ["families"], ["original_file"]),
+    *(["compatibility"], ["bookkeeping"], ["pipelines"], ["pipeline_methods"], ["sampling"]),
+    *(["export", "inspection", "warm_start"], ["training"], ["benchmark"], ["cli"], ["__init__"]),
 ]
 ROW = {name: number for number, names in enumerate(ROWS) for name in names}
 FAMILIES = [get_family(name) for name in list_families()]

@@ -18,9 +18,9 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX_NAM
 from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 
 from ..families import ModelFamily, PublishedNames, find_family, list_families
+from ..file_names import looks_like_hub_id
 from ..layouts import Layout, OriginalTensor, Shape
 from ..original_file import OriginalFile
-from ..state import looks_like_hub_id
 from .tensor_bytes import StoredTensor, read_header
 
 _INDEX = "model_index.json"

@@ -7,13 +7,15 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
-from ..state import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from ..file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..tensor_files import AdapterFileError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
@@ -51,6 +53,7 @@ class Source:
 
     Attributes:
         path: as given.
+        files: those that hold tensors.
         headers: key -> header. In a folder of several models, the name of a model's own folder
             stands in front of the key.
         metadata: what the headers of all files say besides, in one.
@@ -68,20 +71,19 @@ class Source:
         self.metadata: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.is_pipeline = False
+        self.files: list[Path] = []
         self._opened: dict[Path, Any] = {}
         for file, prefix in self._find_files():
             self._open(file, prefix)
         if not self.headers:
             raise self.error("no tensors in it")
 
-    @property
-    def files(self) -> list[Path]:
-        return list(self._opened)
-
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
-        header = self.headers[key]
-        tensor: Tensor = self._opened[header.file].get_tensor(header.key)
+        file, name = self.headers[key][:2]
+        if file not in self._opened:
+            self._opened[file] = safe_open(file, framework="pt")
+        tensor: Tensor = self._opened[file].get_tensor(name)
         return tensor
 
     def sha256(self) -> dict[str, str]:
@@ -170,7 +172,7 @@ class Source:
 
     def _open(self, file: Path, prefix: str) -> None:
         try:
-            opened = safe_open(file, framework="pt")
+            opened = safe_open(file, framework="np")  # torch takes seconds to import
             metadata = opened.metadata()
             for key in opened.keys():  # noqa: SIM118
                 tensor = opened.get_slice(key)
@@ -178,7 +180,7 @@ class Source:
                 self.headers[prefix + key] = header
         except (SafetensorError, OSError) as error:
             raise AdapterFileError(f"{file}: {self._why_unreadable(file, error)}.") from error
-        self._opened[file] = opened
+        self.files.append(file)
         self.metadata |= metadata or {}
 
     def _why_unreadable(self, file: Path, error: Exception) -> str:

@@ -14,8 +14,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ..families import ModelFamily
+from ..file_names import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
 from ..lora_keys import LoraScaling, lora_scalings
-from ..state import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
 from ..tensor_files import AdapterFileError, read_safetensors
 
 

@@ -5,15 +5,14 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
+from typing import TYPE_CHECKING, Any
 
 from ..families import ModelFamily, find_pipeline_family, get_family, list_families
+from ..file_names import WEIGHTS_NAME
 from ..staging import check_output
-from ..state import WEIGHTS_NAME, save_adapter
-from . import ImportedLayer, gralora_from_lora, overall_error
+
+if TYPE_CHECKING:
+    from .conversion import ImportedLayer
 
 #: Layers with the largest errors that are listed.
 LISTED = 20
@@ -54,6 +53,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(options.lora).expanduser()
     try:
         check_output(output, options.overwrite, [source] if source.exists() else [])
+        # only now, for they take seconds
+        from ..state import save_adapter
+        from .conversion import gralora_from_lora
+
         family, unet_config = _base(options)
         adapter, layers = gralora_from_lora(
             options.lora,
@@ -76,6 +79,9 @@ def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
     """The family, and the config of the UNet if there is one."""
     if options.family:
         return get_family(options.family), None
+    from diffusers import DiffusionPipeline, UNet2DConditionModel
+    from diffusers.configuration_utils import FrozenDict
+
     try:
         name = DiffusionPipeline.load_config(options.base)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
@@ -95,6 +101,8 @@ def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
 
 
 def _report(layers: Mapping[str, ImportedLayer]) -> str:
+    from .conversion import overall_error
+
     exact = sum(layer.error < ROUNDING for layer in layers.values())
     lines = [f"{exact} of {len(layers)} layers came over exactly"]
     lossy = sorted(layers.items(), key=lambda item: -item[1].error * item[1].norm)

@@ -19,9 +19,9 @@ from gralora_diffusion.training.config_checks import (
     NEEDS,
     ConfigError,
     check_sizes,
-    choices_of,
     find_problems,
 )
+from gralora_diffusion.training.config_options import choices_of
 
 ROOT = Path(__file__).parents[2]
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gralora_diffusion import AdapterFileError, blockwise, cli, get_family
 from gralora_diffusion.config import layer_settings
 from gralora_diffusion.export import export_lora
-from gralora_diffusion.export.names import STYLES
+from gralora_diffusion.export.choices import STYLES
 from gralora_diffusion.low_rank import truncate
 from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.warm_start import gralora_from_lora, overall_error
