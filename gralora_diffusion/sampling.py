@@ -10,6 +10,8 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .hub import offline_problem
+
 
 def draw(
     pipe: Any,
@@ -143,7 +145,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         pipe = DiffusionPipeline.from_pretrained(args.base)
     except (OSError, ValueError) as error:
-        parser.error(f"--base {args.base}: no diffusers pipeline there ({error})")
+        problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"
+        parser.error(f"--base {args.base}: {problem}")
     pipe.to("cuda" if torch.cuda.is_available() else "cpu")
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,

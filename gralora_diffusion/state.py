@@ -35,6 +35,7 @@ from .file_names import (
     WEIGHTS_NAME,
     looks_like_hub_id,
 )
+from .hub import offline_problem
 from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
@@ -224,10 +225,13 @@ def _read_from_hub(
             if weight_name or any(any(snapshot.glob(pattern)) for pattern in patterns):
                 break
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise AdapterFileError(
-            f"{repository}: neither a local path nor a repository on the Hub that could be "
-            f"fetched: {error}"
-        ) from error
+        problem = offline_problem(
+            error,
+            repository,
+            revision=options.get("revision"),
+            cache_dir=options.get("cache_dir"),
+        ) or (f"neither a local path nor a repository on the Hub that could be fetched: {error}")
+        raise AdapterFileError(f"{repository}: {problem}") from error
     try:
         adapter = _read_folder(snapshot / inside, weight_name)
     except AdapterFileError as error:

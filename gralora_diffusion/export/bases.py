@@ -19,6 +19,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 
 from ..families import ModelFamily, PublishedNames, find_family, list_families
 from ..file_names import looks_like_hub_id
+from ..hub import offline_problem
 from ..layouts import Layout, OriginalTensor, Shape
 from ..original_file import OriginalFile
 from .tensor_bytes import StoredTensor, read_header
@@ -248,10 +249,10 @@ def _download(
                 )
             )
         except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise BaseError(
-                f"{repository}: neither a local path nor a pipeline on the Hub that could be "
-                f"fetched: {error}"
-            ) from error
+            problem = offline_problem(
+                error, repository, revision=revision, cache_dir=cache_dir
+            ) or (f"neither a local path nor a pipeline on the Hub that could be fetched: {error}")
+            raise BaseError(f"{repository}: {problem}") from error
 
     fetch([_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
     ending = f".{variant}" if variant else ""

@@ -17,6 +17,7 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 
+from ..hub import offline_problem
 from .captions import METADATA_NAME, one_line, read_caption, read_metadata
 from .pictures import CropPlan, decode, is_picture
 
@@ -171,7 +172,8 @@ def find_dataset_examples(
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(place, [f"cannot be loaded: {error}"]) from error
+        problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
+        raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):
         if "train" not in loaded and len(loaded) > 1:
             raise DataError(place, [f"it has no split 'train', only {', '.join(loaded)}"])

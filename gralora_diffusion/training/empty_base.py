@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ..families import ModelFamily
+from ..hub import offline_problem
 from .base_model import freeze, vae_class
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -68,12 +69,12 @@ def empty_base(
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = offline_problem(error, where, **hub) or (
+            f"{error}. It is the configuration of {where} that is read; for a single file another "
+            "one can be given with --base_config"
+        )
         raise ConfigError(
-            [
-                f"--pretrained_model_name_or_path {base} cannot be planned: {error}. It is the "
-                f"configuration of {where} that is read; for a single file another one can be "
-                "given with --base_config"
-            ]
+            [f"--pretrained_model_name_or_path {base} cannot be planned: {problem}"]
         ) from error
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):

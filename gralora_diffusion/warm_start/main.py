@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..families import ModelFamily, find_pipeline_family, get_family, list_families
 from ..file_names import WEIGHTS_NAME
+from ..hub import offline_problem
 from ..staging import check_output
 
 if TYPE_CHECKING:
@@ -85,9 +86,9 @@ def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
     try:
         name = DiffusionPipeline.load_config(options.base)["_class_name"]
     except (OSError, ValueError, KeyError) as error:
+        problem = offline_problem(error, options.base) or f"no diffusers pipeline there ({error})"
         raise ValueError(
-            f"--base {options.base}: no diffusers pipeline there ({error}). For another form of "
-            "base give --family"
+            f"--base {options.base}: {problem}. For another form of base give --family"
         ) from error
     family = find_pipeline_family(name)
     if family is None:
