@@ -45,6 +45,7 @@ from .outcome import finish, make_repository, start
 from .prior import draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
+from .same_run import check_options, find_checkpoint
 from .step import DenoisingStep, RowMaker, Rows, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
@@ -70,10 +71,12 @@ def train(config: TrainingConfig) -> Path:
     for remark in config.validate():
         logger.warning(remark)
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    resume = _find_checkpoint(config, store)
+    resume = find_checkpoint(config, store)
     family = find_base_family(config)
     for remark in check_family_options(config, family):
         logger.warning(remark)
+    if resume is not None:
+        check_options(resume[1], config.with_defaults(family.training_defaults))
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
@@ -332,19 +335,3 @@ class Trainer:
             )
         self.accelerator.wait_for_everyone()
         return grid
-
-
-def _find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
-    if not config.resume_from_checkpoint:
-        return None
-    found = store.find(config.resume_from_checkpoint)
-    later = [path.name for step, path in store.list() if found and step > found[0]]
-    if found and later:
-        raise ConfigError(
-            [
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
-                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
-                "away, or give another --output_dir and the checkpoint's path"
-            ]
-        )
-    return found

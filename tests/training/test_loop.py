@@ -314,6 +314,11 @@ def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
         run(**again, use_ema=True)
     with pytest.raises(CheckpointError, match="--quantization None there, torchao-fp8 here"):
         run(**again, quantization="torchao-fp8")
+    with pytest.raises(CheckpointError, match=r"--snr_gamma None there, 5\.0 here"):
+        run(**again, snr_gamma=5)
+    teacher = {"with_prior_preservation": True, "prior_source": "teacher", "class_prompt": "x"}
+    with pytest.raises(CheckpointError, match="--with_prior_preservation False there, True here"):
+        run(**again, **teacher)
     with pytest.raises(CheckpointError, match="r: 4 there, 8 here"):
         run(**again, rank=8)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
