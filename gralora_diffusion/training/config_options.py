@@ -245,7 +245,9 @@ class OutputOptions:
 
     output_dir: str = option("gralora-dreambooth-model", "Folder for everything that comes out")
     overwrite_output_dir: bool = option(
-        False, "Start anew in a folder that holds an earlier run, whose checkpoints are deleted"
+        False,
+        "Start anew in a folder that holds an earlier run: its adapter is replaced, its "
+        "checkpoints are deleted",
     )
     checkpointing_steps: int = option(500, "Optimizer steps between checkpoints")
     checkpoints_total_limit: int | None = option(

@@ -368,6 +368,18 @@ def test_overwriting_starts_anew(data: dict[str, Any], tmp_path: Path) -> None:
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+def test_a_finished_run_without_checkpoints_is_kept(data: dict[str, Any], tmp_path: Path) -> None:
+    options = {"output_dir": tmp_path / "out", "checkpointing_steps": 100, **data}
+    out = run(max_train_steps=1, **options)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for again in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ConfigError, match=r"no checkpoint to go on from\. Give another folder"):
+            run(max_train_steps=1, learning_rate=1.0, **again, **options)
+        assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    run(max_train_steps=2, overwrite_output_dir=True, **options)
+    assert [row["step"] for row in metrics(out)] == [1, 2]
+
+
 # -- two processes ---------------------------------------------------------------------------------
 
 
