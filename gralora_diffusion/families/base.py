@@ -211,6 +211,14 @@ class ModelFamily(ABC):
         ``max_sequence_length`` takes the place of the family's.
         """
 
+    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+        """Return how many tokens the pipeline makes of a prompt before it cuts them to a number.
+
+        Args:
+            tokenizer: any of the pipeline's.
+        """
+        return len(tokenizer(prompt, verbose=False).input_ids)
+
     def picture_conditioning(
         self,
         pipe: Any,

@@ -128,6 +128,15 @@ class Flux2(ModelFamily):
         )
         return {"prompt_embeds": prompt_embeds}
 
+    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+        # the system message before the prompt counts, too
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        encoded = tokenizer.apply_chat_template(
+            format_input([prompt]), add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        return len(encoded["input_ids"][0])
+
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """As the pipeline encodes reference pictures: the posterior's mode, 2 x 2 latents stacked
         as channels, each channel normalized. So the standard deviation is zero."""

@@ -21,6 +21,7 @@ from .config import TrainingConfig
 from .data import Example, find_dataset_examples, find_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
+from .prompt_lengths import cuts_told_already, tell_cut_prompts
 from .samples import TrainingSet, collate
 from .streams import StreamBatchSampler
 
@@ -125,6 +126,8 @@ class Batches:
         self.classes = None
         if class_pictures:
             self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
+        if accelerator.is_main_process:
+            tell_cut_prompts(pipe, family, config, pictures, class_pictures)
         with offload_models(self.vae, device=accelerator.device):
             self._encode_pictures()
         self.prompts = None if config.train_text_encoder else PromptCache()
@@ -197,7 +200,8 @@ class Batches:
         config = self.config
 
         def encode(prompts: list[str]) -> Conditioning:
-            return self.family.encode_prompts(pipe, prompts, config.max_sequence_length)
+            with cuts_told_already(pipe):
+                return self.family.encode_prompts(pipe, prompts, config.max_sequence_length)
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:
