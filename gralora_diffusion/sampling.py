@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from .command_line import quiet_libraries
 from .families import ModelFamily, find_pipeline_family
 from .hub import offline_problem
 
@@ -155,6 +156,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
         rows.append(("the subject", _pictures(args.reference, command)))
+    with quiet_libraries():
+        rows += _drawn(args, command)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(rows, args.prompt).save(args.output)
+    print(args.output)
+
+
+def _drawn(
+    args: argparse.Namespace, command: argparse.ArgumentParser
+) -> list[tuple[str, list[Image.Image]]]:
+    """The rows of the grid that are drawn."""
+    rows: list[tuple[str, list[Image.Image]]] = []
     pipe = _pipeline(args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -173,10 +186,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows += _rows("before", draw(pipe, args.prompt, **options))
     if args.adapter:
         pipe.set_adapters("sampled", args.scale)
-    rows += _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, args.prompt).save(args.output)
-    print(args.output)
+    return rows + _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
 
 
 def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:

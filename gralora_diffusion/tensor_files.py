@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from .unfinished import tidied
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -115,15 +117,12 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """
     # on a folder that machines share, processes of two of them may have the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
+    with tidied(lambda: temporary.unlink(missing_ok=True)):
         yield temporary
         if sync:
             with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

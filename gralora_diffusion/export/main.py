@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..command_line import quiet_libraries, tidied_when_ended
 from ..families import list_families
 from ..staging import OutputError, check_output
 from .choices import DTYPE_CHOICES, FORMATS, SAID, STYLES
@@ -109,17 +110,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_output(args.output, args.overwrite, [])  # before anything is imported or downloaded
     except OutputError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
-    from .parity import ParityError
-    from .verification import parity_path
+    with quiet_libraries():
+        from .parity import ParityError
+        from .verification import parity_path
 
-    try:
-        print(_export(args))
-        if not args.verify:  # a report on what was there before
-            parity_path(args.output).unlink(missing_ok=True)
-        if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
-            print(_FP8)
-    except (ParityError, OSError, ValueError) as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
+        try:
+            with tidied_when_ended():
+                print(_export(args))
+            if not args.verify:  # a report on what was there before
+                parity_path(args.output).unlink(missing_ok=True)
+            if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
+                print(_FP8)
+        except (ParityError, OSError, ValueError) as error:
+            command.exit(2, f"{command.prog}: error: {error}\n")
 
 
 def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:

@@ -17,6 +17,7 @@ from safetensors import safe_open
 
 from ..families import ModelFamily
 from ..state import Adapter
+from ..unfinished import tidied
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import export_lora, read_by_diffusers
 from .parity import STORED_BOUNDS, compare
@@ -101,8 +102,9 @@ class Verification:
         with ExitStack() as stack:
             if self._is_lora(opened.family):
                 if lora is None:
-                    folder = stack.enter_context(TemporaryDirectory())
-                    lora = Path(folder) / "lora.safetensors"
+                    folder = TemporaryDirectory()
+                    stack.enter_context(tidied(folder.cleanup))
+                    lora = Path(folder.name) / "lora.safetensors"
                     export_lora(
                         self.adapter,
                         lora,
@@ -138,7 +140,7 @@ class Verification:
 
     def _pipeline(self, opened: Base) -> Any:
         on_gpu = torch.cuda.is_available()
-        options: dict[str, Any] = {"torch_dtype": "auto" if on_gpu else torch.float32}
+        options: dict[str, Any] = {"dtype": "auto" if on_gpu else torch.float32}
         if isinstance(opened, FolderBase):
             options["variant"] = self.open_options.get("variant")
             pipe = DiffusionPipeline.from_pretrained(opened.path, **options)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
+from ..command_line import quiet_libraries
 from .checkpoint import CheckpointError
 from .config import TrainingConfig, parse_config
 from .config_checks import ConfigError
@@ -25,7 +26,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = parse_config(argv)
         config.validate()  # before seconds go by with imports
-        _train(config, first_process)
+        with quiet_libraries():
+            _train(config, first_process)
     except ConfigError as error:
         _exit(str(error) if first_process else "", 2)
     except KeyboardInterrupt:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..command_line import quiet_libraries, tidied_when_ended
 from ..families import ModelFamily, find_pipeline_family, get_family, list_families
 from ..file_names import WEIGHTS_NAME
 from ..hub import offline_problem
@@ -54,26 +55,31 @@ def main(argv: Sequence[str] | None = None) -> None:
     source = Path(options.lora).expanduser()
     try:
         check_output(output, options.overwrite, [source] if source.exists() else [])
-        # only now, for they take seconds
-        from ..state import save_adapter
-        from .conversion import gralora_from_lora
-
-        family, unet_config = _base(options)
-        adapter, layers = gralora_from_lora(
-            options.lora,
-            family,
-            options.rank,
-            options.gralora_k,
-            options.hybrid_rank,
-            options.lora_alpha,
-            unet_config=unet_config,
-            weight_name=options.weight_name,
-        )
-        save_adapter(adapter, output)
+        with quiet_libraries(), tidied_when_ended():
+            print(_import(options, output))
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
-    print(_report(layers))
     print(output)
+
+
+def _import(options: argparse.Namespace, output: Path) -> str:
+    """Write the adapter; return the report."""
+    from ..state import save_adapter
+    from .conversion import gralora_from_lora
+
+    family, unet_config = _base(options)
+    adapter, layers = gralora_from_lora(
+        options.lora,
+        family,
+        options.rank,
+        options.gralora_k,
+        options.hybrid_rank,
+        options.lora_alpha,
+        unet_config=unet_config,
+        weight_name=options.weight_name,
+    )
+    save_adapter(adapter, output)
+    return _report(layers)
 
 
 def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:

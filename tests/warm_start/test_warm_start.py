@@ -553,7 +553,11 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
     ("line", "text"),
     [
         ("--lora absent.safetensors --family flux", "absent.safetensors: no such file or folder"),
-        ("--lora absent.safetensors --base absent", "--base absent: no diffusers pipeline there"),
+        ("--lora absent.safetensors --base ./absent", "--base ./absent: no diffusers pipeline"),
+        (
+            "--lora absent.safetensors --base absent",
+            "--base absent: there is no such folder, the Hub's cache lacks it",
+        ),
         ("--lora absent.safetensors", "one of the arguments --family --base is required"),
     ],
 )
