@@ -17,6 +17,7 @@ from ..config import GraloraConfig, exact_pattern
 from ..families import ModelFamily, get_family
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter
+from .base import LoraBase
 from .reading import read_lora
 
 
@@ -46,6 +47,7 @@ def gralora_from_lora(
     alpha: float | None = None,
     *,
     unet_config: Any = None,
+    base: LoraBase | None = None,
     weight_name: str | None = None,
     seed: int = 0,
 ) -> tuple[Adapter, dict[str, ImportedLayer]]:
@@ -65,6 +67,7 @@ def gralora_from_lora(
             layers whose widths k does not divide, it is the largest smaller one that does.
         unet_config: config of the base's UNet, for LoRAs in the names of original UNets, where it
             is not the family's usual one.
+        base: the base itself, whose layers the LoRA's must fit.
         weight_name: which file in a folder or repository.
         seed: of the random values.
 
@@ -72,13 +75,17 @@ def gralora_from_lora(
         The adapter, and component.path -> how that layer came over.
 
     Raises:
-        AdapterFileError: no LoRA, or one that cannot be taken over whole; names the keys at fault.
+        AdapterFileError: no LoRA, one that cannot be taken over whole or does not fit the base;
+            names the keys at fault.
         ValueError: rank, k, hybrid_rank or alpha that cannot be.
     """
     _check(rank, k, hybrid_rank, alpha)
     family = get_family(family) if isinstance(family, str) else family
     alpha = rank + hybrid_rank if alpha is None else alpha
     pairs, metadata = read_lora(source, family, unet_config, weight_name)
+    where = "state dict" if isinstance(source, Mapping) else str(source)
+    if base is not None:
+        base.check(pairs, where)
     parts, layers = {}, {}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -102,7 +109,6 @@ def gralora_from_lora(
                 k_pattern=exact_pattern(lowered, list(ks)),
             )
             parts[component] = ComponentAdapter(config, tensors)
-    where = "state dict" if isinstance(source, Mapping) else str(source)
     return Adapter(parts, family.name, _kept(metadata), where), layers
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..command_line import quiet_libraries, tidied_when_ended
-from ..families import ModelFamily, find_pipeline_family, get_family, list_families
+from ..families import list_families
 from ..file_names import WEIGHTS_NAME
-from ..hub import offline_problem
 from ..staging import check_output
 
 if TYPE_CHECKING:
@@ -65,46 +64,23 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _import(options: argparse.Namespace, output: Path) -> str:
     """Write the adapter; return the report."""
     from ..state import save_adapter
+    from .base import LoraBase
     from .conversion import gralora_from_lora
 
-    family, unet_config = _base(options)
+    base = LoraBase(options.base) if options.base else None
     adapter, layers = gralora_from_lora(
         options.lora,
-        family,
+        base.family if base else options.family,
         options.rank,
         options.gralora_k,
         options.hybrid_rank,
         options.lora_alpha,
-        unet_config=unet_config,
+        unet_config=base.unet_config if base else None,
+        base=base,
         weight_name=options.weight_name,
     )
     save_adapter(adapter, output)
     return _report(layers)
-
-
-def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
-    """The family, and the config of the UNet if there is one."""
-    if options.family:
-        return get_family(options.family), None
-    from diffusers import DiffusionPipeline, UNet2DConditionModel
-    from diffusers.configuration_utils import FrozenDict
-
-    try:
-        name = DiffusionPipeline.load_config(options.base)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        problem = offline_problem(error, options.base) or f"no diffusers pipeline there ({error})"
-        raise ValueError(
-            f"--base {options.base}: {problem}. For another form of base give --family"
-        ) from error
-    family = find_pipeline_family(name)
-    if family is None:
-        raise ValueError(
-            f"--base {options.base}: {name} is of no supported family "
-            f"({', '.join(list_families())})"
-        )
-    if "unet_config" not in family.lora_options:
-        return family, None
-    return family, FrozenDict(UNet2DConditionModel.load_config(options.base, subfolder="unet"))
 
 
 def _report(layers: Mapping[str, ImportedLayer]) -> str:
