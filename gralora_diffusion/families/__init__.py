@@ -1,6 +1,7 @@
 """What differs between base models, one file each, found here.
 
 A family is a module of this package that ends in ``FAMILY = Name()`` with a :class:`ModelFamily`.
+Help texts name them all, so torch and diffusers are imported by the methods that compute.
 """
 
 from __future__ import annotations
@@ -10,10 +11,12 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from functools import cache
-
-from diffusers import DiffusionPipeline
+from typing import TYPE_CHECKING
 
 from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
+
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "Conditioning",
@@ -29,6 +32,8 @@ __all__ = [
     "list_families",
 ]
 
+#: Modules of this package that are no family.
+_SHARED = ("base", "presets")
 #: Fields of a header that name the base, in the order in which they are believed.
 _NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 
@@ -38,7 +43,7 @@ def _families() -> dict[str, ModelFamily]:
     found: dict[str, ModelFamily] = {}
     owners: dict[str, str] = {}
     for info in pkgutil.iter_modules(__path__):
-        if info.name == "base":
+        if info.name in _SHARED:
             continue
         family: ModelFamily = importlib.import_module(f"{__name__}.{info.name}").FAMILY
         if family.name in found:

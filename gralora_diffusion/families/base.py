@@ -7,46 +7,20 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from ..layouts import Layout, Shape
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
-Conditioning = dict[str, Tensor]
+Conditioning: TypeAlias = "dict[str, Tensor]"
 #: A config that is not known.
 UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
 #: ``modelspec.implementation`` of Stability AI's original files, as sd-scripts writes it.
 STABILITY_AI = "https://github.com/Stability-AI/generative-models"
-
-_CLIP_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
-_T5_ATTENTION = ("SelfAttention.q", "SelfAttention.k", "SelfAttention.v", "SelfAttention.o")
-#: Presets of transformers' CLIP and T5 text encoders. T5's feed-forward layers are gated.
-CLIP_PRESETS = {"attention": _CLIP_ATTENTION, "attention+ff": (*_CLIP_ATTENTION, "fc1", "fc2")}
-T5_PRESETS = {
-    "attention": _T5_ATTENTION,
-    "attention+ff": (
-        *_T5_ATTENTION,
-        *("DenseReluDense.wi_0", "DenseReluDense.wi_1", "DenseReluDense.wo"),
-    ),
-}
-_LANGUAGE_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-#: Presets of transformers' language models such as Mistral and Qwen, not of what sees pictures.
-LANGUAGE_MODEL_PRESETS = {
-    "attention": _LANGUAGE_ATTENTION,
-    "attention+ff": (*_LANGUAGE_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
-}
-#: Attention in transformers of two streams, picture and text.
-JOINT_ATTENTION = (
-    *("to_q", "to_k", "to_v", "to_out.0"),
-    *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
-)
-#: Feed-forward layers of such transformers' blocks of two streams.
-JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")
 
 
 class LayerMark(NamedTuple):
@@ -152,8 +126,8 @@ class ModelFamily(ABC):
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
-    #: In which class pictures are drawn on a GPU, unless the user says.
-    drawing_dtype: torch.dtype = torch.float16
+    #: In which class pictures are drawn on a GPU, unless the user says: "fp16" or "bf16".
+    drawing_precision: str = "fp16"
     #: Training options -> values that suit this family, where the user leaves them open.
     training_defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -238,6 +212,14 @@ class ModelFamily(ABC):
         ``max_sequence_length`` takes the place of the family's.
         """
 
+    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+        """Return how many tokens the pipeline makes of a prompt before it cuts them to a number.
+
+        Args:
+            tokenizer: any of the pipeline's.
+        """
+        return len(tokenizer(prompt, verbose=False).input_ids)
+
     def picture_conditioning(
         self,
         pipe: Any,
@@ -257,6 +239,8 @@ class ModelFamily(ABC):
             target_sizes: (batch, 2), height and width of the crop.
             guidance_scale: for such a denoiser.
         """
+        import torch
+
         del original_sizes, crop_top_lefts
         if not getattr(getattr(pipe, self.denoiser).config, "guidance_embeds", False):
             return {}
@@ -296,6 +280,8 @@ class ModelFamily(ABC):
         Args:
             latent_shape: (..., height, width) of the latents.
         """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
         config = pipe.scheduler.config
         return float(
             calculate_shift(

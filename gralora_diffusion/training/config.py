@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .config_checks import ConfigError, choices_of, find_problems, find_remarks
+from .config_checks import ConfigError, find_problems, find_remarks
 from .config_options import (
     AdapterOptions,
     BaseModelOptions,
@@ -18,6 +18,7 @@ from .config_options import (
     OptimizerOptions,
     OutputOptions,
     ValidationOptions,
+    choices_of,
 )
 from .config_patterns import layer_patterns
 from .config_picture_options import DataOptions, ImageOptions, PriorOptions
@@ -112,6 +113,13 @@ class TrainingConfig(
         Without ``lora_alpha``, layers of another rank have the alpha that gives scaling 1.
         """
         return layer_patterns(self)
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the options say anything of a base in fewer bits."""
+        return bool(
+            self.quantization or self.bnb_quantization_config_path or self.quantize_text_encoders
+        )
 
     @property
     def target_modules(self) -> list[str] | str | None:

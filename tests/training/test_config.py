@@ -19,9 +19,9 @@ from gralora_diffusion.training.config_checks import (
     NEEDS,
     ConfigError,
     check_sizes,
-    choices_of,
     find_problems,
 )
+from gralora_diffusion.training.config_options import choices_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -498,6 +498,11 @@ BASE = "--pretrained_model_name_or_path"
             "--output_dir is 'done', which holds checkpoint-100 of an earlier run",
         ),
         (
+            "--output_dir finished",
+            "--output_dir is 'finished', which holds pytorch_gralora_weights.safetensors of an",
+        ),
+        ("--output_dir finished --resume_from_checkpoint latest", "no checkpoint to go on from"),
+        (
             "--output_dir done --resume_from_checkpoint latest --overwrite_output_dir",
             "--overwrite_output_dir and --resume_from_checkpoint exclude each other",
         ),
@@ -510,6 +515,8 @@ def test_problem(good: list[str], arguments: str, text: str) -> None:
     Path("texts/notes.doc").touch()
     for step in (100, 90):
         Path(f"done/checkpoint-{step}").mkdir(parents=True)
+    Path("finished").mkdir()
+    Path("finished/pytorch_gralora_weights.safetensors").touch()
     found = [p for p in problems_of([*good, *arguments.split()]) if text in p]
     assert len(found) == 1
 
@@ -583,6 +590,8 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
         "--resume_from_checkpoint done/checkpoint-5",
         "--resume_from_checkpoint latest --output_dir done",
         "--overwrite_output_dir --output_dir done",
+        "--overwrite_output_dir --output_dir finished",
+        "--resume_from_checkpoint done/checkpoint-5 --output_dir finished",
     ],
 )
 def test_no_problem(good: list[str], arguments: str) -> None:
@@ -590,7 +599,10 @@ def test_no_problem(good: list[str], arguments: str) -> None:
     Path("captioned").mkdir()
     Image.new("RGB", (8, 8)).save("captioned/1.jpg")
     Path("captioned/1.txt").write_text("a dog")
-    Path("done/checkpoint-5").mkdir(parents=True)
+    for file in ("done/checkpoint-5/x", "done/pytorch_gralora_weights.safetensors", "finished/x"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    Path("finished/pytorch_gralora_weights.safetensors").touch()
     assert parse_config([*good, *arguments.split()]).validate() == []
 
 
