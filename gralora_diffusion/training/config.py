@@ -124,11 +124,12 @@ class TrainingConfig(
     @property
     def target_modules(self) -> list[str] | str | None:
         """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
-        if self.lora_layers is None:
-            return None
-        if self.lora_layers.startswith("re:"):
-            return self.lora_layers[len("re:") :]
-        return [ending.strip() for ending in self.lora_layers.split(",") if ending.strip()]
+        return _layers(self.lora_layers)
+
+    @property
+    def excluded_modules(self) -> list[str] | str | None:
+        """``exclude_modules`` as PEFT takes it."""
+        return _layers(self.exclude_modules)
 
     def validate(self) -> list[str]:
         """Check all that can be checked before a model is loaded.
@@ -221,6 +222,15 @@ def group_table(group: Any) -> str:
         allowed = f". One of {', '.join(choices[f.name])}" if choices.get(f.name) else ""
         rows.append(f"| `--{f.name}` | {default} | {text}{allowed} |")
     return "\n\n".join([f"## {group._argument_group_name}", "\n".join(rows)])
+
+
+def _layers(text: str | None) -> list[str] | str | None:
+    """Endings of paths, or a regular expression."""
+    if text is None:
+        return None
+    if text.startswith("re:"):
+        return text[len("re:") :]
+    return [ending.strip() for ending in text.split(",") if ending.strip()]
 
 
 def _option_names() -> set[str]:
