@@ -162,3 +162,16 @@ def _invalid_pattern(config: PeftGraloraConfig, name: str) -> list[str]:
 
 def _is_finite(value: object) -> bool:
     return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def check_numbers(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> None:
+    """Raise ValueError with all that is wrong with the numbers of a new adapter."""
+    problems = []
+    if k < 1 or rank < 1 or rank % k:
+        problems.append(f"rank {rank} should be a multiple of k, which is {k}")
+    if hybrid_rank < 0:
+        problems.append(f"hybrid_rank should not be negative but is {hybrid_rank}")
+    if alpha is not None and not (math.isfinite(alpha) and alpha):
+        problems.append(f"alpha should be a number other than zero but is {alpha}")
+    if problems:
+        raise ValueError("; ".join(problems))

@@ -55,6 +55,7 @@ except SystemExit as error:
         ("export --adapter x --format lora --output x.text", 2),
         ("import --help", 0),
         ("import --lora x", 2),
+        ("import --lora x --family flux --rank 6 --gralora_k 4 --output x", 2),
         ("inspect --help", 0),
         ("inspect nowhere", 2),
     ],

@@ -206,15 +206,18 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
             f"--rank is {rank} and --gralora_k is {k}; k must divide the rank. Give --rank "
             f"{nearest}, or one of these for --gralora_k: {divisors}"
         )
-    if isinstance(config.target_modules, str):
-        try:
-            re.compile(config.target_modules)
-        except re.error as error:
-            yield f"--lora_layers is {config.lora_layers!r}: not a regular expression ({error})"
-    if config.lora_layers is not None and not config.target_modules:
-        yield (
-            "--lora_layers is empty. Name layers such as to_q,to_v, or leave it out for the preset"
-        )
+    for name, layers, otherwise in (
+        ("lora_layers", config.target_modules, "for the preset"),
+        ("exclude_modules", config.excluded_modules, "for all"),
+    ):
+        given = getattr(config, name)
+        if isinstance(layers, str):
+            try:
+                re.compile(layers)
+            except re.error as error:
+                yield f"--{name} is {given!r}: not a regular expression ({error})"
+        if given is not None and not layers:
+            yield f"--{name} is empty. Name layers such as to_q,to_v, or leave it out {otherwise}"
 
 
 def _optimizer(config: TrainingConfig) -> Iterator[str]:

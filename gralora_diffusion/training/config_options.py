@@ -130,6 +130,9 @@ class AdapterOptions:
         "Layers to adapt instead: endings of module paths with commas between, or 're:' and a "
         "regular expression for the whole path",
     )
+    exclude_modules: str | None = option(
+        None, "Layers to leave out of those, in text encoders too; written like --lora_layers"
+    )
     rank_pattern: list[str] | None = option(  # noqa: RUF009
         None,
         "Another rank for single layers: REGEX=RANK, one or several. The regular expression is for "

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..blockwise import init_factors, init_plain_factors
 from ..config import GraloraConfig, exact_pattern
+from ..config_values import check_numbers
 from ..families import ModelFamily, get_family
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter
@@ -80,7 +81,7 @@ def gralora_from_lora(
             names the keys at fault.
         ValueError: rank, k, hybrid_rank or alpha that cannot be.
     """
-    _check(rank, k, hybrid_rank, alpha)
+    check_numbers(rank, k, hybrid_rank, alpha)
     family = get_family(family) if isinstance(family, str) else family
     alpha = rank + hybrid_rank if alpha is None else alpha
     pairs, metadata = read_lora(source, family, unet_config, weight_name)
@@ -118,18 +119,6 @@ def overall_error(layers: Mapping[str, ImportedLayer]) -> float:
     """Return the Frobenius norm of all that is left out over that of the whole LoRA."""
     whole = math.hypot(*(layer.norm for layer in layers.values()))
     return math.hypot(*(layer.error * layer.norm for layer in layers.values())) / (whole or 1.0)
-
-
-def _check(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> None:
-    problems = []
-    if k < 1 or rank < 1 or rank % k:
-        problems.append(f"rank {rank} should be a multiple of k, which is {k}")
-    if hybrid_rank < 0:
-        problems.append(f"hybrid_rank should not be negative but is {hybrid_rank}")
-    if alpha is not None and not (math.isfinite(alpha) and alpha):
-        problems.append(f"alpha should be a number other than zero but is {alpha}")
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def _layer(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..command_line import quiet_libraries, tidied_when_ended
+from ..config_values import check_numbers
 from ..families import list_families
 from ..file_names import WEIGHTS_NAME
 from ..staging import check_output
@@ -53,6 +54,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = output.expanduser()
     source = Path(options.lora).expanduser()
     try:
+        check_numbers(options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha)
         check_output(output, options.overwrite, [source] if source.exists() else [])
         with quiet_libraries(), tidied_when_ended():
             print(_import(options, output))

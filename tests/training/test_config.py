@@ -429,6 +429,11 @@ BASE = "--pretrained_model_name_or_path"
         ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these for --gralora_k: 1, 3"),
         ("--lora_layers re:to_(q", "--lora_layers is 're:to_(q': not a regular expression"),
         ("--lora_layers ,", "--lora_layers is empty. Name layers such as to_q,to_v"),
+        ("--exclude_modules re:to_(q", "--exclude_modules is 're:to_(q': not a regular expression"),
+        (
+            "--exclude_modules=",
+            "--exclude_modules is empty. Name layers such as to_q,to_v, or leave",
+        ),
         # single layers
         ("--rank_pattern to_q", "--rank_pattern has 'to_q': it must be REGEX=VALUE, a regular"),
         ("--k_pattern =4", "--k_pattern has '=4': it must be REGEX=VALUE"),
@@ -583,6 +588,8 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
         "--rank_pattern (?!x=1)a=8",
         "--lora_layers to_q,to_v",
         "--lora_layers re:.*to_[qv]",
+        "--exclude_modules to_q --target_preset all",
+        "--exclude_modules re:.*to_[qv] --lora_layers to_q,to_k",
         "--optimizer schedulefree --lr_warmup_steps 10",
         "--lr_scheduler piecewise_constant --lr_step_rules 1:100,.1:200,1e-3",
         "--output_dir a/b/c --latent_cache_dir a/d",
@@ -705,6 +712,9 @@ def test_alpha_and_targets() -> None:
     assert TrainingConfig(rank=16, hybrid_rank=4).alpha == 20
     assert TrainingConfig(rank=16, lora_alpha=32).alpha == 32
     assert TrainingConfig().target_modules is None
+    assert TrainingConfig().excluded_modules is None
+    assert TrainingConfig(exclude_modules="a, b.0,").excluded_modules == ["a", "b.0"]
+    assert TrainingConfig(exclude_modules="re:.*a").excluded_modules == ".*a"
     assert TrainingConfig(lora_layers="to_q, to_out.0,").target_modules == ["to_q", "to_out.0"]
     assert TrainingConfig(lora_layers="re:.*to_[qv]").target_modules == ".*to_[qv]"
 

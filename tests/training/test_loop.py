@@ -334,6 +334,21 @@ def test_sizes_that_the_base_does_not_take_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_excluded_layers_are_left_as_they_are(data: dict[str, Any], tmp_path: Path) -> None:
+    """In the file, when it is loaded, and when the run is resumed."""
+    options = {"exclude_modules": "attn2.to_k", "output_dir": tmp_path / "out", **data}
+    out = run(max_train_steps=2, **options)
+    trained = {key.rpartition(".gralora_")[0] for key in adapter(out)}
+    assert any(path.endswith("attn1.to_k") for path in trained)
+    assert not any(path.endswith("attn2.to_k") for path in trained)
+    pipe = StableDiffusionPipeline.from_pretrained(data["pretrained_model_name_or_path"])
+    assert pipe.load_gralora_weights(out).layers == {"unet": len(trained)}
+    again = {**options, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(CheckpointError, match=r"exclude_modules: \['attn2.to_k'\] there"):
+        run(**{**again, "exclude_modules": "attn2.to_k,attn2.to_v"})
+    run(**again)
+
+
 # -- a run that is to go on, or goes wrong ---------------------------------------------------------
 
 

@@ -558,6 +558,7 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
             "--lora absent.safetensors --base absent",
             "--base absent: there is no such folder, the Hub's cache lacks it",
         ),
+        ("--lora x --family flux --hybrid_rank -1", "hybrid_rank should not be negative but is -1"),
         ("--lora absent.safetensors", "one of the arguments --family --base is required"),
     ],
 )
