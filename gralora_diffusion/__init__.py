@@ -1,16 +1,34 @@
 """GraLoRA (granular low-rank adaptation, arXiv 2505.20355) for image models.
 
 Importing this package gives every diffusers pipeline the methods ``load_gralora_weights``,
-``save_gralora_weights``, ``fuse_gralora``, ``unfuse_gralora`` and ``unload_gralora_weights``.
+``save_gralora_weights``, ``fuse_gralora``, ``unfuse_gralora`` and ``unload_gralora_weights``. It
+takes no time: what needs torch and diffusers is imported when it is first used.
 """
 
-from . import pipelines
-from .config import GraloraConfig
-from .families import get_family, list_families
-from .injection import GraloraTuner, TargetError, eject, inject
-from .layers import GraloraConv2d, GraloraLinear
-from .pipelines import LoadReport
-from .state import AdapterFileError
+from typing import TYPE_CHECKING
+
+from .lazy import lazy_names
+from .pipeline_methods import install
+
+if TYPE_CHECKING:
+    from .config import GraloraConfig
+    from .families import get_family, list_families
+    from .injection import GraloraTuner, TargetError, eject, inject
+    from .layers import GraloraConv2d, GraloraLinear
+    from .pipelines import LoadReport
+    from .tensor_files import AdapterFileError
+else:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "config": ["GraloraConfig"],
+            "families": ["get_family", "list_families"],
+            "injection": ["GraloraTuner", "TargetError", "eject", "inject"],
+            "layers": ["GraloraConv2d", "GraloraLinear"],
+            "pipelines": ["LoadReport"],
+            "tensor_files": ["AdapterFileError"],
+        },
+    )
 
 __version__ = "0.1.0"
 
@@ -28,4 +46,4 @@ __all__ = [
     "list_families",
 ]
 
-pipelines.install()
+install()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from peft.utils.other import get_pattern_key
+from .config_values import pattern_key
 
 #: Key of a header under which diffusers keeps PEFT's config.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -151,7 +151,7 @@ class LoraScaling:
         for.
         """
         pattern = self.config.get("alpha_pattern") or {}
-        key = get_pattern_key(pattern, path)
+        key = pattern_key(pattern, path)
         alpha = float(pattern.get(key, self.config.get("lora_alpha", rank)))
         return alpha * math.sqrt(rank) if self.config.get("use_rslora") else alpha
 

@@ -6,19 +6,16 @@ import json
 from pathlib import Path
 from typing import Any
 
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
-from diffusers.utils.hub_utils import _add_variant
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
-
 from .tensor_files import AdapterFileError
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
-#: What a model's file is called, and the index in its place if there are several.
+#: What a model's file is called, and the index in its place if there are several: by diffusers and
+#: by transformers (``SAFE_WEIGHTS_INDEX_NAME`` in the ``utils`` of either), which take seconds to
+#: import.
 WEIGHT_NAMES = (
-    (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
-    (TRANSFORMERS_WEIGHTS_NAME, TRANSFORMERS_INDEX_NAME),
+    ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
+    ("model.safetensors", "model.safetensors.index.json"),
 )
 
 
@@ -31,11 +28,16 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     Raises:
         AdapterFileError: a shard lacks, or the index cannot be read.
     """
-    for weights, index in WEIGHT_NAMES:
-        if (file := folder / _add_variant(weights, variant)).is_file():
-            return [file]
-        if (file := folder / _add_variant(index, variant)).is_file():
-            return [*shards(file), file]
+    for names in WEIGHT_NAMES:
+        if variant is not None:
+            from diffusers.utils.hub_utils import _add_variant
+
+            names = _add_variant(names[0], variant), _add_variant(names[1], variant)
+        weights, index = folder / names[0], folder / names[1]
+        if weights.is_file():
+            return [weights]
+        if index.is_file():
+            return [*shards(index), index]
     return []
 
 

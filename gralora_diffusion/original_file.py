@@ -7,9 +7,6 @@ from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
-import torch
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-
 from .families import ModelFamily, get_family, list_families
 from .layouts import DENOISER
 from .tensor_files import AdapterFileError, StoredTensor, read_header
@@ -57,10 +54,13 @@ class OriginalHeader:
     @cached_property
     def kind(self) -> str:
         """What diffusers takes it for."""
+        import torch  # both take seconds to import, and not every header is asked
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
         # only names and shapes are needed, so a meta tensor stands for each
         header = {key: torch.empty(t.shape, device="meta") for key, t in self.tensors.items()}
         try:
-            return infer_diffusers_model_type(header)
+            return str(infer_diffusers_model_type(header))
         except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
             return _UNKNOWN
 

@@ -1,6 +1,6 @@
 """GraLoRA on diffusers' pipelines: load, save, fuse, unfuse, unload.
 
-:func:`install` makes these functions methods of ``DiffusionPipeline``. While an adapter is
+``pipeline_methods`` makes these functions methods of ``DiffusionPipeline``. While an adapter is
 attached, diffusers' own methods (``set_adapters``, ``fuse_lora``, ``delete_adapters``, ...) work on
 it too.
 """
@@ -261,18 +261,6 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
             eject(model, *names)
     note_components(pipe)
     return sorted({name for names in attached.values() for name in names})
-
-
-def install() -> None:
-    """Make the functions above methods of every diffusers pipeline."""
-    for function in (
-        load_gralora_weights,
-        save_gralora_weights,
-        fuse_gralora,
-        unfuse_gralora,
-        unload_gralora_weights,
-    ):
-        setattr(DiffusionPipeline, function.__name__, function)
 
 
 def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:

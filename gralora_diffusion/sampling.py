@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from diffusers import DiffusionPipeline
 from PIL import Image, ImageDraw, ImageFont, ImageOps
-from torch import nn
 
-from .families import mend_clip_skip
+from .command_line import quiet_libraries
+from .families import ModelFamily, find_pipeline_family, mend_clip_skip
+from .hub import offline_problem
+
+#: Names of dtypes, as in the other commands -> torch's.
+DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
 def draw(
@@ -44,6 +46,8 @@ def draw(
         clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
         batch_size: pictures at once, of one prompt or several.
     """
+    import torch
+
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
@@ -80,6 +84,8 @@ def takes_negative_prompt(pipeline_class: type) -> bool:
 @contextmanager
 def drawing_mode(pipe: Any) -> Iterator[None]:
     """Inside, no module is in training mode and there is no progress bar."""
+    from torch import nn
+
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
     with ExitStack() as stack:
         for module in modules:
@@ -134,47 +140,60 @@ def _wrapped(text: str, font: Any, width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """``gralora sample``: draw a grid of pictures with a base and an adapter."""
-    parser = argparse.ArgumentParser(prog="gralora sample", description=main.__doc__)
-    parser.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
-    parser.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
-    parser.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
-    parser.add_argument("--negative_prompt", help="what the pictures shall not be, for all prompts")
-    parser.add_argument("--output", required=True, type=Path, help="picture file for the grid")
-    parser.add_argument("--compare", action="store_true", help="draw the base alone, too")
-    parser.add_argument("--reference", type=Path, help="folder of pictures to show on top")
-    parser.add_argument("--images_per_prompt", type=int, default=1)
-    parser.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
-    parser.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
-    parser.add_argument("--num_inference_steps", type=int, default=30)
-    parser.add_argument(
+def parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
+    command = argparse.ArgumentParser(prog="gralora sample", description=main.__doc__)
+    command.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
+    command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
+    command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
+    command.add_argument("--negative_prompt", help="what no picture shall be")
+    command.add_argument("--output", required=True, type=Path, help="picture file for the grid")
+    command.add_argument("--compare", action="store_true", help="draw the base alone, too")
+    command.add_argument("--reference", type=Path, help="folder of pictures to show on top")
+    command.add_argument("--images_per_prompt", type=int, default=1)
+    command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    command.add_argument("--seed", type=int, default=0)
+    command.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
+    command.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
+    command.add_argument("--num_inference_steps", type=int, default=30)
+    command.add_argument(
         "--clip_skip",
         type=int,
         help="layers to skip at the end of CLIP; 1 is what other programs call clip skip 2",
     )
-    args = parser.parse_args(argv)
+    command.add_argument(
+        "--dtype",
+        choices=DTYPES,
+        help="in which is computed (default: fp32 on the CPU; on a GPU fp16, or bf16 for bases "
+        "made for it, such as Stable Diffusion 3 and FLUX)",
+    )
+    return command
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """``gralora sample``: draw a grid of pictures with a base and an adapter."""
+    command = parser()
+    args = command.parse_args(argv)
     if args.compare and not args.adapter:
-        parser.error("--compare needs --adapter to compare with")
-    _check(args, parser)
+        command.error("--compare needs --adapter to compare with")
+    _check(args, command)
 
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
-        rows.append(("the subject", _pictures(args.reference, parser)))
-    try:
-        pipe = DiffusionPipeline.from_pretrained(args.base)
-    except (OSError, ValueError) as error:
-        parser.error(f"--base {args.base}: no diffusers pipeline there ({error})")
-    taken = {
-        "negative_prompt": takes_negative_prompt(type(pipe)),
-        "clip_skip": "clip_skip" in inspect.signature(pipe.__call__).parameters,
-    }
-    for name in taken:
-        if getattr(args, name) is not None and not taken[name]:
-            parser.error(f"--{name}: {type(pipe).__name__} takes none. Leave it out")
-    pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+        rows.append(("the subject", _pictures(args.reference, command)))
+    with quiet_libraries():
+        rows += _drawn(args, command)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    labelled_grid(rows, args.prompt).save(args.output)
+    print(args.output)
+
+
+def _drawn(
+    args: argparse.Namespace, command: argparse.ArgumentParser
+) -> list[tuple[str, list[Image.Image]]]:
+    """The rows of the grid that are drawn."""
+    rows: list[tuple[str, list[Image.Image]]] = []
+    pipe = _pipeline(args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
         "seed": args.seed,
@@ -188,16 +207,60 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             print(pipe.load_gralora_weights(args.adapter, "sampled"))
         except (OSError, ValueError) as error:
-            parser.error(f"--adapter {args.adapter}: {error}")
+            command.error(f"--adapter {args.adapter}: {error}")
     if args.compare:
         pipe.set_adapters("sampled", 0.0)
         rows += _rows("before", draw(pipe, args.prompt, **options))
     if args.adapter:
         pipe.set_adapters("sampled", args.scale)
-    rows += _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, args.prompt).save(args.output)
-    print(args.output)
+    return rows + _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
+
+
+def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
+    """The base, where it computes and in what."""
+    import torch
+    from diffusers import DiffusionPipeline
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        index = DiffusionPipeline.load_config(args.base)
+        _check_taken(args, str(index.get("_class_name")), parser)
+        name = args.dtype or usual_dtype(index, device)
+        pipe = DiffusionPipeline.from_pretrained(args.base, dtype=getattr(torch, DTYPES[name]))
+    except (OSError, ValueError) as error:
+        problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"
+        parser.error(f"--base {args.base}: {problem}")
+    return pipe.to(device)
+
+
+def _check_taken(
+    args: argparse.Namespace, class_name: str, parser: argparse.ArgumentParser
+) -> None:
+    """Stop at options that pipelines of this class do not take."""
+    import diffusers
+
+    pipeline_class = getattr(diffusers, class_name, None)
+    if pipeline_class is None:
+        return
+    taken = {
+        "negative_prompt": takes_negative_prompt(pipeline_class),
+        "clip_skip": "clip_skip" in inspect.signature(pipeline_class.__call__).parameters,
+    }
+    for name in taken:
+        if getattr(args, name) is not None and not taken[name]:
+            parser.error(f"--{name}: {class_name} takes none. Leave it out")
+
+
+def usual_dtype(index: Mapping[str, Any], device: str) -> str:
+    """Return in which of ``DTYPES`` a pipeline draws unless told otherwise.
+
+    Args:
+        index: its ``model_index.json``.
+    """
+    if device == "cpu":
+        return "fp32"
+    family = find_pipeline_family(str(index.get("_class_name")))
+    return family.drawing_precision if family else ModelFamily.drawing_precision
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:

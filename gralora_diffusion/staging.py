@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+
+from .unfinished import tidied
 
 
 class OutputError(ValueError):
@@ -54,18 +56,23 @@ def staged(output: Path) -> Iterator[Path]:
 
     Whatever goes wrong before, nothing is left behind and what was there is as it was.
     """
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        folder = Path(mkdtemp(prefix=f".{output.name}.", dir=output.parent))
-    except OSError as error:
-        raise OutputError(f"--output {output}: cannot be written to ({error.strerror})") from error
+    folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     made, replaced = folder / output.name, folder / f".{output.name}"
-    try:
+
+    def tidy() -> None:
+        if replaced.exists() and not output.exists():
+            os.replace(replaced, output)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    with tidied(tidy):
+        try:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700)
+        except OSError as error:
+            raise OutputError(
+                f"--output {output}: cannot be written to ({error.strerror})"
+            ) from error
         yield made
         if output.is_dir():  # a folder cannot be replaced in one go
             os.replace(output, replaced)
         os.replace(made, output)
-    finally:
-        if replaced.exists() and not output.exists():
-            os.replace(replaced, output)
-        shutil.rmtree(folder, ignore_errors=True)

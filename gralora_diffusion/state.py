@@ -24,17 +24,21 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
-from peft.utils import CONFIG_NAME as PEFT_CONFIG_NAME
-from peft.utils import SAFETENSORS_WEIGHTS_NAME as PEFT_WEIGHTS_NAME
 from torch import Tensor
 
 from .config import PATTERNS, GraloraConfig, invalid_values
+from .file_names import (
+    METADATA_KEY,
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    looks_like_hub_id,
+)
+from .hub import offline_problem
 from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
-WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
-METADATA_KEY = "gralora_adapter_metadata"
-PEFT_PREFIX = "base_model.model."
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.
 DENOISER = "denoiser"
 
@@ -187,16 +191,6 @@ def read_adapter(
     return _read_from_hub(source, weight_name, subfolder, hub_options)
 
 
-def looks_like_hub_id(text: str) -> bool:
-    """Whether a string that is no local path has the form ``name`` or ``owner/name``."""
-    return (
-        text.count("/") <= 1
-        and not text.startswith((".", "/", "~"))
-        and "\\" not in text
-        and not text.endswith((".safetensors", ".bin", ".pt", ".ckpt", "/"))
-    )
-
-
 def _read_folder(folder: Path, weight_name: str | None) -> Adapter:
     if weight_name:
         if not (folder / weight_name).is_file():
@@ -231,10 +225,13 @@ def _read_from_hub(
             if weight_name or any(any(snapshot.glob(pattern)) for pattern in patterns):
                 break
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise AdapterFileError(
-            f"{repository}: neither a local path nor a repository on the Hub that could be "
-            f"fetched: {error}"
-        ) from error
+        problem = offline_problem(
+            error,
+            repository,
+            revision=options.get("revision"),
+            cache_dir=options.get("cache_dir"),
+        ) or (f"neither a local path nor a repository on the Hub that could be fetched: {error}")
+        raise AdapterFileError(f"{repository}: {problem}") from error
     try:
         adapter = _read_folder(snapshot / inside, weight_name)
     except AdapterFileError as error:

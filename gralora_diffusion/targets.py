@@ -226,7 +226,7 @@ def _unmatched(
         problems.append(f"these modules_to_save match no module: {', '.join(absent)}.")
     excluded = getattr(config, "exclude_modules", None) or ()
     if isinstance(excluded, str):
-        absent = [] if any(re.fullmatch(excluded, name) for name in names) else [excluded]
+        absent = [] if any(is_named(name, excluded, True) for name in names) else [excluded]
     else:
         absent = _naming_nothing(excluded, names)
     if absent:
@@ -234,12 +234,19 @@ def _unmatched(
     return problems + describe_unused(unused_patterns(config, targets), targets)
 
 
+def is_named(path: str, entry: str, pattern: bool = False) -> bool:
+    """Whether an entry of ``target_modules`` or ``exclude_modules`` means a layer, as in PEFT.
+
+    Args:
+        pattern: the entry is a regular expression for the whole path, and not an ending of it.
+    """
+    if pattern:
+        return re.fullmatch(entry, path) is not None
+    return path == entry or path.endswith(f".{entry}")
+
+
 def _naming_nothing(endings: Iterable[str], names: Sequence[str]) -> list[str]:
-    return sorted(
-        ending
-        for ending in endings
-        if not any(name == ending or name.endswith(f".{ending}") for name in names)
-    )
+    return sorted(ending for ending in endings if not any(is_named(name, ending) for name in names))
 
 
 def _nothing_matches(model: nn.Module, config: GraloraConfig) -> str:

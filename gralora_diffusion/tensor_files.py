@@ -13,11 +13,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import _TYPES, save_file
-from torch import Tensor
+
+from .unfinished import tidied
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 #: Fields of the metadata that are hashes of the tensors -> room for them; see ``file_hashes``.
 HASH_FIELDS = {
@@ -64,6 +68,8 @@ def write_safetensors(
     The same content makes the same bytes. Of ``HASH_FIELDS``, those that the metadata has get their
     values here.
     """
+    from safetensors.torch import save_file
+
     metadata = {**metadata, **{key: HASH_FIELDS[key] for key in HASH_FIELDS if key in metadata}}
     with replacing(path) as temporary:
         temporary.touch()
@@ -139,15 +145,12 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """
     # on a folder that machines share, processes of two of them may have the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
+    with tidied(lambda: temporary.unlink(missing_ok=True)):
         yield temporary
         if sync:
             with open(temporary, "r+b") as file:
                 os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 @dataclass(frozen=True)
@@ -174,11 +177,14 @@ class StoredTensor:
         Raises:
             AdapterFileError: the format has it, torch has not.
         """
+        from safetensors.torch import _TYPES
+
         if self.dtype_name not in _TYPES:
             raise AdapterFileError(
                 f"{self.path}: {self.key} is stored as {self.dtype_name}, which torch cannot read."
             )
-        return _TYPES[self.dtype_name]
+        dtype: torch.dtype = _TYPES[self.dtype_name]
+        return dtype
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
@@ -188,7 +194,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         AdapterFileError: truncated, not safetensors, or of a header that contradicts itself.
     """
     try:
-        with safe_open(path, framework="pt"):  # checks length, shapes, gaps and overlaps
+        # checks length, shapes, gaps and overlaps; without torch, which takes seconds to import
+        with safe_open(path, framework="np"):
             pass
         with open(path, "rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
@@ -244,6 +251,8 @@ def is_finite(tensor: Tensor) -> bool:
     A sum is finite only if its terms are, and to form it takes a tenth of the time that looking at
     each does, which is left to do where large terms sum to infinity.
     """
+    import torch
+
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).all())

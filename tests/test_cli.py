@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gralora_diffusion.cli import main
@@ -23,6 +25,33 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         main(line)
     assert caught.value.code == 0
     assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "sample --base owner/absent --prompt x --output {}/x.png",
+        "export --adapter owner/absent --format lora --output {}/x.safetensors",
+        "import --lora owner/absent --family flux --rank 4 --gralora_k 2 --output {}/x",
+        "import --lora x --base owner/absent --rank 4 --gralora_k 2 --output {}/x",
+        "train --pretrained_model_name_or_path owner/absent --output_dir {}/x "
+        "--instance_data_dir samples/subjects/owl/train --instance_prompt x",
+    ],
+)
+def test_a_hub_id_that_is_not_cached(
+    line: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(Path(__file__).parent.parent)
+    with pytest.raises(SystemExit) as caught:
+        main(line.format(tmp_path).split())
+    assert caught.value.code == 2
+    told = capsys.readouterr().err
+    assert "owner/absent: there is no such folder, the Hub's cache lacks it or a part" in told
+    assert "HF_HUB_OFFLINE is set. Fetch it where there is a network, by `hf download " in told
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(

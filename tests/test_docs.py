@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
-from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion import AdapterFileError, cli, families, get_family, sampling
 from gralora_diffusion.benchmark.kept import (
     SETTINGS_NAME,
     SUITES,
@@ -180,7 +180,7 @@ def test_command(command, workplace):
     elif program.startswith("tests.benchmarks."):
         importlib.import_module(program).build_parser().parse_args(arguments)
     else:
-        assert command[:2] in (["pip", "install"], ["git", "clone"], ["gralora", "sample"])
+        assert command[:2] in (["pip", "install"], ["git", "clone"])
 
 
 @pytest.mark.parametrize("command", [c for c in SHELL if c.values[0][:2] == ["gralora", "sample"]])
@@ -194,6 +194,7 @@ PARSERS = {
     "gralora export": exporting.parser,
     "gralora inspect": inspecting.parser,
     "gralora import": importing.parser,
+    "gralora sample": sampling.parser,
 }
 FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gralora_diffusion.sampling import draw, labelled_grid, main
+from gralora_diffusion.sampling import DTYPES, draw, labelled_grid, main, usual_dtype
 from tests.models import adapt, stable_diffusion
 
 
@@ -118,9 +118,36 @@ def test_command_compares(files: Path) -> None:
     assert (before[8:200] != after[8:200]).any()
 
 
+@pytest.mark.parametrize("name", [None, "fp32", "bf16", "fp16"])
+def test_dtype(files: Path, name: str | None) -> None:
+    """Without the option, fp32 on the CPU whatever the base is stored in."""
+    line = ["--prompt", "a cat", "--size", "16", "--num_inference_steps", "2", "--seed", "3"]
+    line += ["--base", str(files / "base"), "--output", str(files / "out.png")]
+    pipe = stable_diffusion().to(getattr(torch, DTYPES[name or "fp32"]))
+    pipe.save_pretrained(files / "base", safe_serialization=True)
+    main([*line, *(["--dtype", name] if name else [])])
+    wanted = draw(pipe, ["a cat"], seed=3, size=16, inference_steps=2)[0][0]
+    grid = np.asarray(Image.open(files / "out.png"))
+    assert (grid == np.asarray(labelled_grid([("", [wanted])], ["a cat"]))).all()
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "device", "name"),
+    [
+        ("FluxPipeline", "cpu", "fp32"),
+        ("FluxPipeline", "cuda", "bf16"),
+        ("StableDiffusionXLPipeline", "cuda", "fp16"),
+        ("SanaPipeline", "cuda", "fp16"),
+    ],
+)
+def test_usual_dtype(pipeline: str, device: str, name: str) -> None:
+    assert usual_dtype({"_class_name": pipeline}, device) == name
+
+
 @pytest.mark.parametrize(
     ("options", "text"),
     [
+        (["--dtype", "half"], "invalid choice: 'half'"),
         (["--base", "./nowhere"], "--base ./nowhere: no diffusers pipeline there"),
         (["--compare"], "--compare needs --adapter"),
         (["--reference", "nowhere"], "--reference nowhere: no folder with pictures"),

@@ -475,8 +475,9 @@ class TestHub:
     @pytest.mark.parametrize(
         ("repository", "options", "text"),
         [
-            ("someone/dog", {}, "someone/dog: neither a local path nor a repository"),
-            ("someone/cat", {"revision": "v3"}, "someone/cat: neither a local path"),
+            ("some one/dog", {}, "some one/dog: neither a local path nor a repository"),
+            ("someone/dog", {}, "someone/dog: there is no such folder, the Hub's cache lacks it"),
+            ("someone/cat", {"revision": "v3"}, "`hf download someone/cat --revision v3 --cache"),
             ("someone/cat", {"subfolder": "none"}, "someone/cat on the Hub: .*no GraLoRA adapter"),
             (
                 "someone/cat",

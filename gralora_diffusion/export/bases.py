@@ -16,10 +16,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from ..families import ModelFamily, PublishedNames, find_family, list_families
+from ..file_names import looks_like_hub_id
+from ..hub import offline_problem
 from ..layouts import Layout, OriginalTensor, Shape
 from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, WEIGHT_NAMES, read_json, weight_files
 from ..original_file import OriginalFile
-from ..state import looks_like_hub_id
 from ..tensor_files import StoredTensor, read_header
 from .tensor_bytes import count
 
@@ -253,10 +254,10 @@ def _download(
                 )
             )
         except (OSError, HfHubHTTPError, HFValidationError) as error:
-            raise BaseError(
-                f"{repository}: neither a local path nor a pipeline on the Hub that could be "
-                f"fetched: {error}"
-            ) from error
+            problem = offline_problem(
+                error, repository, revision=revision, cache_dir=cache_dir
+            ) or (f"neither a local path nor a pipeline on the Hub that could be fetched: {error}")
+            raise BaseError(f"{repository}: {problem}") from error
 
     fetch([PIPELINE_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
     ending = f".{variant}" if variant else ""

@@ -11,14 +11,13 @@ from .plan import Owned
 from .rounding import DTYPES
 from .streaming import OutputTensor, Piece
 
-CHOICES = ("keep", *DTYPES)
 _FP8 = DTYPES["fp8_e4m3"]
 
 
 def converted(
     outputs: Sequence[Owned], dtype: str, denoiser: str, scale_prefix: str | None = None
 ) -> list[OutputTensor]:
-    """Return the tensors in a dtype of ``CHOICES``.
+    """Return the tensors in a dtype of ``choices.DTYPE_CHOICES``.
 
     Only floating-point tensors of components are converted. To fp8 go the matrices of the
     denoiser's linear layers alone: norms, biases, convolutions and the other components stay.

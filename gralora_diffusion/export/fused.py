@@ -14,7 +14,8 @@ from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, finish_header
 from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
-from .dtypes import CHOICES, converted
+from .choices import DTYPE_CHOICES, FORMATS
+from .dtypes import converted
 from .metadata import export_metadata
 from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
 from .rounding import NAMES, Rounding, RoundingLoss
@@ -23,7 +24,6 @@ from .streaming import OutputTensor, sample_remedies, write_streamed
 #: Part of the update that may be lost before it is warned.
 BOUND = 0.1
 _SHOWN, _SAMPLED = 5, 3
-FORMATS = ("checkpoint", "diffusers")
 
 
 @dataclass
@@ -117,7 +117,7 @@ def export_fused(
         fp8_scale: store fp8 with a scale per tensor.
         denoiser_only: a checkpoint of the denoiser alone, for "Load Diffusion Model".
         variant: of the weight files of a folder, such as fp16.
-        metadata: what is to be said of the file, see ``metadata.SAID``.
+        metadata: what is to be said of the file, see ``choices.SAID``.
         hashes: put ``modelspec.hash_sha256`` and the like into the header. Takes a reading of all.
         overwrite: replace what exists.
         progress: show a bar.
@@ -134,8 +134,8 @@ def export_fused(
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     if format == "diffusers" and denoiser_only:
         raise ValueError("a diffusers folder is of the whole pipeline; denoiser_only is for files")
-    if dtype not in CHOICES:
-        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(CHOICES)}")
+    if dtype not in DTYPE_CHOICES:
+        raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_CHOICES)}")
     if format == "diffusers" and dtype == "fp8_e4m3":
         raise ValueError("fp8_e4m3 is for checkpoints; diffusers reads no such folder")
     path, rounding = Path(output), Rounding(stochastic, seed)

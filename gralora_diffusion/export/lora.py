@@ -19,8 +19,9 @@ from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, write_safetensors
 from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
 from .bases import Base, FolderBase, open_base
+from .choices import STYLES
 from .metadata import export_metadata
-from .names import STYLES, Names, Pair, StyleError, find_names
+from .names import Names, Pair, StyleError, find_names
 from .rounding import NAMES
 
 _SHOWN = 20
@@ -99,7 +100,7 @@ def export_lora(
         base: a base that tells what the adapter alone may not: the family, the number of layers
             per block of a UNet, the kind of text encoder.
         family: where neither adapter nor base tells it.
-        metadata: what is to be said of the file, see ``metadata.SAID``.
+        metadata: what is to be said of the file, see ``choices.SAID``.
         overwrite: replace what exists.
         verify: called with the file before it appears under its name; may raise.
 

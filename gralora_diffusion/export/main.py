@@ -6,19 +6,16 @@ import argparse
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ..command_line import quiet_libraries, tidied_when_ended
 from ..families import list_families
-from ..staging import check_output
-from ..state import read_adapter
-from .diff import export_diff
-from .dtypes import CHOICES
-from .fused import FORMATS, FusedReport, export_fused
-from .lora import LoraReport, export_lora
-from .metadata import SAID
-from .names import STYLES
-from .parity import ParityError
-from .verification import Verification, parity_path
+from ..staging import OutputError, check_output
+from .choices import DTYPE_CHOICES, FORMATS, SAID, STYLES
+
+if TYPE_CHECKING:
+    from .fused import FusedReport
+    from .lora import LoraReport
 
 _FP8 = (
     "This file is for ComfyUI: diffusers passes over the scales and would draw noise. For a file "
@@ -53,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         default="keep",
-        choices=CHOICES,
+        choices=DTYPE_CHOICES,
         help="of what is written; keep: the base's, or the adapter's for lora and diff",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is at --output")
@@ -110,13 +107,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     args.output = args.output.expanduser()
     _check(args, command)
     try:
-        print(_export(args))
-        if not args.verify:  # a report on what was there before
-            parity_path(args.output).unlink(missing_ok=True)
-        if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
-            print(_FP8)
-    except (ParityError, OSError, ValueError) as error:
+        check_output(args.output, args.overwrite, [])  # before anything is imported or downloaded
+    except OutputError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
+    with quiet_libraries():
+        from .parity import ParityError
+        from .verification import parity_path
+
+        try:
+            with tidied_when_ended():
+                print(_export(args))
+            if not args.verify:  # a report on what was there before
+                parity_path(args.output).unlink(missing_ok=True)
+            if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
+                print(_FP8)
+        except (ParityError, OSError, ValueError) as error:
+            command.exit(2, f"{command.prog}: error: {error}\n")
 
 
 def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
@@ -161,7 +167,12 @@ def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
-    check_output(args.output, args.overwrite, [])  # before anything is downloaded
+    from ..state import read_adapter
+    from .diff import export_diff
+    from .fused import export_fused
+    from .lora import export_lora
+    from .verification import Verification
+
     adapter = read_adapter(args.adapter)
     said = {name: getattr(args, name) for name in SAID if getattr(args, name) is not None}
     common: dict[str, Any] = {

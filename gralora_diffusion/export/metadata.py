@@ -19,12 +19,8 @@ from ..config import PATTERNS
 from ..families import ModelFamily, PublishedNames
 from ..state import Adapter
 from ..tensor_files import HASH_FIELDS
+from .choices import SAID
 
-#: What people may say of a file, each a field ``modelspec.<name>``.
-SAID = (
-    *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),
-    *("resolution", "date"),
-)
 SOURCE_KEY = "gralora_source"
 
 Kind = Literal["checkpoint", "lora", "diff"]
@@ -66,7 +62,7 @@ def export_metadata(
         base_metadata: of the single file that the adapter was fused into.
         base_name: its name, without a folder.
         made: more to note of how the file was made, ready for JSON, such as ``{"energy": 0.95}``.
-        said: any of ``SAID``; wins over what the adapter says.
+        said: any of ``choices.SAID``; wins over what the adapter says.
 
     Raises:
         ValueError: something else was said.

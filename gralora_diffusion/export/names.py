@@ -17,7 +17,6 @@ from ..families import ModelFamily
 from ..layouts import Rule, Shape, locate
 from ..low_rank import join_rows
 
-STYLES = ("comfyui", "kohya", "diffusers")
 Pair = tuple[Tensor, Tensor]
 
 

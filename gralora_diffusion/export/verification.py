@@ -19,6 +19,7 @@ from ..compatibility import component_of
 from ..families import ModelFamily
 from ..state import Adapter
 from ..tensor_files import read_header
+from ..unfinished import tidied
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
@@ -107,8 +108,9 @@ class Verification:
         with ExitStack() as stack:
             if self._is_lora(opened.family):
                 if lora is None:
-                    folder = stack.enter_context(TemporaryDirectory())
-                    lora = Path(folder) / "lora.safetensors"
+                    folder = TemporaryDirectory()
+                    stack.enter_context(tidied(folder.cleanup))
+                    lora = Path(folder.name) / "lora.safetensors"
                     export_lora(
                         self.adapter,
                         lora,

@@ -1,6 +1,7 @@
 """What differs between base models, one file each, found here.
 
 A family is a module of this package that ends in ``FAMILY = Name()`` with a :class:`ModelFamily`.
+Help texts name them all, so torch and diffusers are imported by the methods that compute.
 """
 
 from __future__ import annotations
@@ -10,10 +11,13 @@ import pkgutil
 import re
 from collections.abc import Mapping
 from functools import cache
+from typing import TYPE_CHECKING
 
-from diffusers import DiffusionPipeline
+from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
+from .clip_skip import mend_clip_skip
 
-from .base import Conditioning, LayerMark, ModelFamily, PublishedNames, mend_clip_skip
+if TYPE_CHECKING:
+    from diffusers import DiffusionPipeline
 
 __all__ = [
     "Conditioning",
@@ -31,7 +35,7 @@ __all__ = [
 ]
 
 #: Modules of this package that are no family.
-_SHARED = ("base", "presets")
+_SHARED = ("base", "clip_skip", "presets")
 #: Fields of a header that name the base, in the order in which they are believed.
 _NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 

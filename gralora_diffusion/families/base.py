@@ -7,16 +7,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
-
-import torch
-from diffusers.pipelines.flux.pipeline_flux import calculate_shift
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 from ..layouts import Layout, Shape
 
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
 #: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
-Conditioning = dict[str, Tensor]
+Conditioning: TypeAlias = "dict[str, Tensor]"
 #: A config that is not known.
 UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
@@ -129,8 +128,8 @@ class ModelFamily(ABC):
     single_file_default: bool = True
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
-    #: In which class pictures are drawn on a GPU, unless the user says.
-    drawing_dtype: torch.dtype = torch.float16
+    #: In which class pictures are drawn on a GPU, unless the user says: "fp16" or "bf16".
+    drawing_precision: str = "fp16"
     #: Training options -> values that suit this family, where the user leaves them open.
     training_defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -223,6 +222,14 @@ class ModelFamily(ABC):
                 ``skipped_layers``; others pass over it.
         """
 
+    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+        """Return how many tokens the pipeline makes of a prompt before it cuts them to a number.
+
+        Args:
+            tokenizer: any of the pipeline's.
+        """
+        return len(tokenizer(prompt, verbose=False).input_ids)
+
     def picture_conditioning(
         self,
         pipe: Any,
@@ -242,6 +249,8 @@ class ModelFamily(ABC):
             target_sizes: (batch, 2), height and width of the crop.
             guidance_scale: for such a denoiser.
         """
+        import torch
+
         del original_sizes, crop_top_lefts
         if not getattr(getattr(pipe, self.denoiser).config, "guidance_embeds", False):
             return {}
@@ -281,6 +290,8 @@ class ModelFamily(ABC):
         Args:
             latent_shape: (..., height, width) of the latents.
         """
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift
+
         config = pipe.scheduler.config
         return float(
             calculate_shift(
@@ -333,14 +344,3 @@ def check_channels(taken: int, made: int) -> None:
             "depth, editing or control. Train on the text-to-image base; the adapter can be loaded "
             "into the others' pipelines where widths agree."
         )
-
-
-def mend_clip_skip(pipe: Any) -> None:
-    """Let the pipelines of Stable Diffusion find the norm that they want for ``clip_skip``.
-
-    They look for it in a ``text_model`` that transformers' CLIPTextModel lacks since 5.6
-    (huggingface/diffusers, pull request 14043). Where nothing lacks, nothing is done.
-    """
-    encoder = getattr(pipe, "text_encoder", None)
-    if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model"):
-        vars(encoder)["text_model"] = encoder  # no submodule, or it would hold itself

@@ -7,11 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
-
-import torch
-from diffusers import FluxPipeline
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
@@ -23,6 +19,9 @@ from .base import (
     check_channels,
 )
 from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _ATTENTION_FF = (
     *(*JOINT_ATTENTION, *JOINT_FEED_FORWARD),
@@ -145,7 +144,7 @@ class Flux(ModelFamily):
         LayerMark(r"double_blocks_\d+_(img|txt)_attn_qkv$", inputs=(3072,)),
         LayerMark(r"single_blocks_\d+_linear1$", outputs=(21504,)),
     )
-    drawing_dtype = torch.bfloat16
+    drawing_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(
@@ -170,6 +169,9 @@ class Flux(ModelFamily):
         timesteps: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
+        import torch
+        from diffusers import FluxPipeline
+
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
         prompt_embeds = conditioning["prompt_embeds"]

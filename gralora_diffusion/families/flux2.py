@@ -6,12 +6,7 @@ import inspect
 import re
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
-
-import torch
-from diffusers import Flux2Pipeline
-from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts import DENOISER, Layout, Shape, rename
 from .base import (
@@ -24,6 +19,9 @@ from .base import (
 )
 from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
 from .presets import JOINT_ATTENTION, LANGUAGE_MODEL_PRESETS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 #: In single blocks one layer makes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
@@ -106,7 +104,7 @@ class Flux2(ModelFamily):
     kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
     known_as: tuple[str, ...] = ("flux-2", "flux2")
     layer_marks: tuple[LayerMark, ...] = layer_marks(6144)
-    drawing_dtype = torch.bfloat16
+    drawing_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def comfyui_prefix(self, component: str, shapes: Mapping[str, Shape]) -> str | None:
@@ -134,9 +132,21 @@ class Flux2(ModelFamily):
         )
         return {"prompt_embeds": prompt_embeds}
 
+    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+        # the system message before the prompt counts, too
+        from diffusers.pipelines.flux2.pipeline_flux2 import format_input
+
+        encoded = tokenizer.apply_chat_template(
+            format_input([prompt]), add_generation_prompt=False, tokenize=True, return_dict=True
+        )
+        return len(encoded["input_ids"][0])
+
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """As the pipeline encodes reference pictures: the posterior's mode, 2 x 2 latents stacked
         as channels, each channel normalized. So the standard deviation is zero."""
+        import torch
+        from diffusers import Flux2Pipeline
+
         mode = Flux2Pipeline._patchify_latents(vae.encode(pixel_values).latent_dist.mode())
         statistics = vae.bn
         mean = statistics.running_mean.view(1, -1, 1, 1).to(mode)
@@ -151,6 +161,8 @@ class Flux2(ModelFamily):
         timesteps: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
+        from diffusers import Flux2Pipeline
+
         device, prompt_embeds = noisy_latents.device, conditioning["prompt_embeds"]
         prediction = denoiser(
             hidden_states=Flux2Pipeline._pack_latents(noisy_latents),
@@ -164,6 +176,8 @@ class Flux2(ModelFamily):
         return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
 
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
+        from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
+
         # it also depends on the number of steps: those the pipeline takes unless told otherwise
         steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
         return compute_empirical_mu(self.image_tokens(latent_shape), steps)

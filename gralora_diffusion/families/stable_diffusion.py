@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
-from typing import Any, ClassVar
-
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts import UNET, Layout, autoencoder, clip, open_clip
 from .base import (
@@ -17,9 +15,12 @@ from .base import (
     ModelFamily,
     PublishedNames,
     check_channels,
-    mend_clip_skip,
 )
+from .clip_skip import mend_clip_skip
 from .presets import CLIP_PRESETS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 _ATTENTION_FF = (*_ATTENTION, "ff.net.0.proj", "ff.net.2")

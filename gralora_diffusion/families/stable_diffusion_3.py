@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 from .base import (
@@ -20,6 +17,9 @@ from .base import (
     check_channels,
 )
 from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 _ATTENTION_FF = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD)
 _BLOCK = "transformer_blocks.*"
@@ -116,7 +116,7 @@ class StableDiffusion3(ModelFamily):
             r"^transformer_blocks_\d+_attn2?_(to_[qkv]|add_[qkv]_proj)$", inputs=(1536, 2432)
         ),
     )
-    drawing_dtype = torch.bfloat16
+    drawing_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})
 
     def encode_prompts(

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
-
-import torch
-from torch import Tensor, nn
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ..layouts import UNET, autoencoder, clip, open_clip
 from .base import STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
 from .presets import CLIP_PRESETS
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -92,7 +92,7 @@ class StableDiffusionXL(StableDiffusion):
         )
         if pipe.config.force_zeros_for_empty_prompt and not all(prompts):
             # from zeros the pipeline's guidance starts
-            empty = torch.tensor([not prompt for prompt in prompts], device=pooled.device)
+            empty = pooled.new_tensor([not prompt for prompt in prompts]).bool()
             prompt_embeds = prompt_embeds.masked_fill(empty[:, None, None], 0)
             pooled = pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
@@ -105,6 +105,8 @@ class StableDiffusionXL(StableDiffusion):
         target_sizes: Tensor,
         guidance_scale: float | None,
     ) -> Conditioning:
+        import torch
+
         # arXiv 2307.01952, section 2.2. In fp32: half precision would round sizes above 256
         ids = torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)
         return {"time_ids": ids.float()}

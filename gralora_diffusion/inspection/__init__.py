@@ -12,8 +12,7 @@ from collections.abc import Iterable, Mapping
 from ..layouts import DENOISER
 from ..tensor_files import is_finite
 from .facts import ComponentFacts, Inspection, LayerFacts
-from .kinds import Kind, find_kind
-from .layers import Settings, component_of, layer_facts
+from .kinds import Kind, component_of, find_kind
 from .source import Source
 
 __all__ = ["ComponentFacts", "Inspection", "LayerFacts", "inspect_file"]
@@ -69,6 +68,8 @@ def inspect_file(
 
 
 def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[str]]:
+    from .layers import Settings, layer_facts  # which compute, by torch
+
     settings, layers = Settings(source), []
     non_finite = _non_finite(source, kind.others)
     for layer in kind.layers.values():

@@ -16,9 +16,9 @@ from ..families import (
     get_family,
     list_families,
 )
+from ..file_names import METADATA_KEY
 from ..lora_keys import Layer, group_layers
 from ..original_file import OriginalHeader
-from ..state import METADATA_KEY
 from .source import Source
 
 _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")
@@ -160,3 +160,19 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any]:
     except ValueError:
         return {}
     return values if isinstance(values, dict) else {}
+
+
+def component_of(layer: Layer, kind: Kind, source: Source) -> str:
+    """Return the part of the pipeline that a layer is in, by the pipeline's attribute if told."""
+    first = layer.name.partition(".")[0]
+    if first in source.configs or first in {f.denoiser for f in kind.families}:
+        return first
+    if layer.name.startswith("text_encoders."):
+        return ".".join(layer.name.split(".")[:2])
+    prefixes = {f"{p}_": c for family in kind.families for c, p in family.kohya_prefixes.items()}
+    if told := next((c for prefix, c in prefixes.items() if layer.name.startswith(prefix)), None):
+        return told
+    if layer.text_encoder:
+        return layer.text_encoder
+    denoisers = {family.denoiser for family in kind.families}
+    return denoisers.pop() if len(denoisers) == 1 else "denoiser"

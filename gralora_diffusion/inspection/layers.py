@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..config import layer_settings
+from ..config_values import invalid_values, layer_settings
+from ..file_names import METADATA_KEY, PEFT_PREFIX
 from ..lora_keys import Layer, LoraScaling, lora_scalings
 from ..low_rank import effective_rank, gralora_singular_values, singular_values
-from ..state import METADATA_KEY, PEFT_PREFIX, config_from_dict
 from ..tensor_files import is_finite
 from .facts import LayerFacts
-from .kinds import Kind, described, layer_widths
+from .kinds import described, layer_widths
 from .source import Source
 
 
@@ -27,7 +28,7 @@ class Settings:
 
     def __init__(self, source: Source) -> None:
         self._gralora = {
-            name: config_from_dict(values, f"{source.path}, {name}")
+            name: _config(values, name, source)
             for name, values in described(source.metadata).get("components", {}).items()
         }
         try:
@@ -36,7 +37,7 @@ class Settings:
             raise source.error(f"its metadata is damaged: {error}") from error
         for name, values in source.configs.items():
             if str(values.get("peft_type")).endswith("GRALORA"):
-                self._gralora[name] = config_from_dict(values, f"{source.path}, {name}")
+                self._gralora[name] = _config(values, name, source)
             elif "lora_alpha" in values:
                 self._lora[name] = LoraScaling(values)
         if METADATA_KEY in source.metadata and not self._gralora:
@@ -55,6 +56,30 @@ class Settings:
         """Alpha of a LoRA layer that has no tensor for it."""
         component, path = _of_a_component(name, self._lora)
         return None if component is None else self._lora[component].alpha(path, rank)
+
+
+#: What PEFT's config has where a file leaves it out, of what is looked at here.
+_DEFAULTS = {"hybrid_r": 0, "gralora_dropout": 0.0, "bias": "none"}
+
+
+def _config(values: Any, name: str, source: Source) -> Any:
+    """What a file's config says, with PEFT's names; PEFT's class takes seconds to import.
+
+    A field of a later version does no harm here, where the adapter is only looked at.
+    """
+    if not isinstance(values, Mapping):
+        raise source.error(f"{name}: the adapter's config is not a mapping but {values!r}")
+    config = SimpleNamespace(**_DEFAULTS | dict(values))
+    if missing := [field for field in ("r", "gralora_k", "alpha") if field not in values]:
+        problems = [f"it lacks {', '.join(missing)}"]
+    else:
+        try:
+            problems = invalid_values(config)
+        except TypeError as error:
+            problems = [str(error)]
+    if problems:
+        raise source.error(f"{name}: the adapter's config is not valid: {'; '.join(problems)}")
+    return config
 
 
 def _of_a_component(name: str, components: Mapping[str, Any]) -> tuple[str | None, str]:
@@ -145,19 +170,3 @@ def _kronecker_factor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
     if {f"{name}_a", f"{name}_b"} <= set(tensors):
         return tensors[f"{name}_a"] @ tensors[f"{name}_b"].flatten(1)
     return tensors.get(name)
-
-
-def component_of(layer: Layer, kind: Kind, source: Source) -> str:
-    """Return the part of the pipeline that a layer is in, by the pipeline's attribute if told."""
-    first = layer.name.partition(".")[0]
-    if first in source.configs or first in {f.denoiser for f in kind.families}:
-        return first
-    if layer.name.startswith("text_encoders."):
-        return ".".join(layer.name.split(".")[:2])
-    prefixes = {f"{p}_": c for family in kind.families for c, p in family.kohya_prefixes.items()}
-    if told := next((c for prefix, c in prefixes.items() if layer.name.startswith(prefix)), None):
-        return told
-    if layer.text_encoder:
-        return layer.text_encoder
-    denoisers = {family.denoiser for family in kind.families}
-    return denoisers.pop() if len(denoisers) == 1 else "denoiser"

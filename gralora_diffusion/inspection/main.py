@@ -18,10 +18,12 @@ def parser() -> argparse.ArgumentParser:
         prog="gralora inspect",
         description="Say what a file or folder is: an adapter of this or another program, a "
         "checkpoint, a pipeline. Exit code 1 if a value is NaN or infinite, 2 if it is none of "
-        "these.",
+        "these. Of several, all are looked at, and the worst counts.",
     )
-    result.add_argument("path", metavar="FILE", help="file or folder")
-    result.add_argument("--json", action="store_true", help="print the same facts as JSON")
+    result.add_argument("paths", metavar="FILE", nargs="+", help="files or folders")
+    result.add_argument(
+        "--json", action="store_true", help="print the same facts as JSON; of several, a list"
+    )
     result.add_argument("--all_layers", action="store_true", help="list every layer's update")
     result.add_argument(
         "--check",
@@ -36,13 +38,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     command = parser()
     options = command.parse_args(argv)
-    try:
-        inspection = inspect_file(options.path, check=options.check, sha256=options.sha256)
-    except AdapterFileError as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
-    if options.json:
-        print(json.dumps(inspection.to_dict(), indent=2))
-    else:
-        print(as_text(inspection, options.all_layers))
-    if inspection.non_finite:
-        sys.exit(1)
+    code, facts = 0, []
+    for number, path in enumerate(options.paths):
+        try:
+            inspection = inspect_file(path, check=options.check, sha256=options.sha256)
+        except AdapterFileError as error:
+            print(f"{command.prog}: error: {error}", file=sys.stderr)
+            code = 2
+            continue
+        if inspection.non_finite:
+            code = max(code, 1)
+        facts.append(inspection.to_dict())
+        if not options.json:
+            print("\n" * (number > 0) + as_text(inspection, options.all_layers))
+    if options.json and facts:
+        print(json.dumps(facts if len(options.paths) > 1 else facts[0], indent=2))
+    if code:
+        sys.exit(code)

@@ -6,14 +6,16 @@ import hashlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
-from torch import Tensor
 
+from ..file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, read_json, shards, weight_files
-from ..state import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from ..tensor_files import AdapterFileError, StoredTensor, read_header
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: How the index of a model in several files ends.
 SHARD_INDEX = ".safetensors.index.json"
@@ -24,6 +26,7 @@ class Source:
 
     Attributes:
         path: as given.
+        files: those that hold tensors.
         headers: key -> header. In a folder of several models, the name of a model's own folder
             stands in front of the key.
         metadata: what the headers of all files say besides, in one.
@@ -41,19 +44,18 @@ class Source:
         self.metadata: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.is_pipeline = False
+        self.files: list[Path] = []
         self._opened: dict[Path, Any] = {}
         for file, prefix in self._find_files():
             self._open(file, prefix)
         if not self.headers:
             raise self.error("no tensors in it")
 
-    @property
-    def files(self) -> list[Path]:
-        return list(self._opened)
-
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
         header = self.headers[key]
+        if header.path not in self._opened:
+            self._opened[header.path] = safe_open(header.path, framework="pt")
         tensor: Tensor = self._opened[header.path].get_tensor(header.key)
         return tensor
 
@@ -127,4 +129,4 @@ class Source:
         tensors, metadata = read_header(file)
         self.headers |= {prefix + key: tensor for key, tensor in tensors.items()}
         self.metadata |= metadata
-        self._opened[file] = safe_open(file, framework="pt")
+        self.files.append(file)

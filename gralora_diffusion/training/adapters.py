@@ -19,7 +19,7 @@ from ..families import ModelFamily
 from ..injection import inject
 from ..layers import GraloraLayer
 from ..state import Adapter, ComponentAdapter, config_to_dict, read_adapter
-from ..targets import find_targets, lowered_k
+from ..targets import find_targets, is_named, lowered_k
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -75,7 +75,8 @@ def adapter_configs(
         models: the bare models by component; their weights are not looked at.
 
     Raises:
-        ConfigError: a model has none of the preset's layers, or no layer takes a pattern.
+        ConfigError: a model has none of the preset's layers, or no layer takes a pattern or is left
+            out as the options say.
     """
     try:
         configs = {
@@ -84,6 +85,8 @@ def adapter_configs(
         }
     except ValueError as error:
         raise _misfit(error) from error
+    if config.excluded_modules is not None:
+        _exclude(config.excluded_modules, configs, models)
     targets = {component: find_targets(models[component], c) for component, c in configs.items()}
     if all(targets.values()):  # else there is worse to say
         _check_patterns_used(config, configs, targets)
@@ -116,6 +119,34 @@ def _adapter_config(
         target_modules=targets,
         **patterns,
     )
+
+
+def _exclude(
+    wanted: Sequence[str] | str,
+    configs: Mapping[str, GraloraConfig],
+    models: Mapping[str, nn.Module],
+) -> None:
+    """Give each config what of ``wanted`` is for its targets, and refuse what is for none."""
+    is_regex = isinstance(wanted, str)
+    entries = [wanted] if isinstance(wanted, str) else wanted
+    used: set[str] = set()
+    paths: list[str] = []
+    for component, adapter_config in configs.items():
+        targets = list(find_targets(models[component], adapter_config))
+        mine = {e for e in entries if any(is_named(path, e, is_regex) for path in targets)}
+        if mine:
+            adapter_config.exclude_modules = wanted if isinstance(wanted, str) else mine
+        used |= mine
+        paths += targets
+    if idle := [entry for entry in entries if entry not in used]:
+        some = paths[0] if paths else "none"
+        raise ConfigError(
+            [
+                f"--exclude_modules {entry} is none of the {len(paths)} layers to adapt, such as "
+                f"{some}. Leave it out"
+                for entry in idle
+            ]
+        )
 
 
 def _check_patterns_used(

@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from ..families import ModelFamily, get_family, list_families
+from ..hub import offline_problem
 from .config import TrainingConfig
 from .config_checks import ConfigError, check_sizes
 from .pipeline_index import PipelineIndex
@@ -111,14 +112,17 @@ def load_base(
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        base, hint = config.pretrained_model_name_or_path, ""
+        base = config.pretrained_model_name_or_path
+        problem = offline_problem(
+            error, base, revision=config.revision, cache_dir=config.cache_dir
+        ) or str(error)
         if Path(base).is_file() and config.base_config is None:
-            hint = (
+            problem += (
                 ". What a single file lacks comes from the Hub; offline, give a folder with a "
                 "pipeline of the same kind as --base_config"
             )
         raise ConfigError(
-            [f"--pretrained_model_name_or_path {base} cannot be used: {error}{hint}"]
+            [f"--pretrained_model_name_or_path {base} cannot be used: {problem}"]
         ) from error
     freeze(pipe)
     for component in pipe.components.values():
@@ -205,5 +209,6 @@ def _vae(config: TrainingConfig, pipeline_class: type, dtype: torch.dtype) -> di
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        raise ConfigError([f"{option} cannot be used: {error}"]) from error
+        problem = offline_problem(error, source, cache_dir=config.cache_dir)
+        raise ConfigError([f"{option} cannot be used: {problem or error}"]) from error
     return {"vae": vae}

@@ -23,6 +23,7 @@ from .data import MIN_FOR_PROGRESS, Example, find_examples
 from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
+from .prompt_lengths import cuts_told_already, tell_cut_prompts
 from .samples import TrainingSet, collate
 from .streams import StreamBatchSampler
 
@@ -132,6 +133,8 @@ class Batches:
         self.classes = None
         if class_pictures:
             self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
+        if accelerator.is_main_process:
+            tell_cut_prompts(pipe, family, config, pictures, class_pictures)
         with offload_models(self.vae, device=accelerator.device):
             self._encode_pictures()
         self.prompts: PromptCache | None = None
@@ -210,7 +213,8 @@ class Batches:
         config, encoders = self.config, present(pipe, self.family.all_text_encoders)
 
         def encode(prompts: list[str]) -> Conditioning:
-            return self.family.encode_prompts(pipe, prompts, **config.encoding)
+            with cuts_told_already(pipe):
+                return self.family.encode_prompts(pipe, prompts, **config.encoding)
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:

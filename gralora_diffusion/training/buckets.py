@@ -10,12 +10,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from diffusers.training_utils import (
-    find_nearest_bucket,
-    generate_aspect_ratio_buckets,
-    parse_buckets_string,
-)
-
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
@@ -38,6 +32,8 @@ class Buckets:
 
     def nearest(self, height: int, width: int) -> tuple[int, int]:
         """Return the bucket of a picture, by diffusers' measure of which is the nearest."""
+        from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
+
         sizes = list(self.listed)
         if not sizes:
             own = round((height * width) ** 0.5)
@@ -53,6 +49,8 @@ def listed_buckets(text: str | None) -> tuple[tuple[int, int], ...]:
     """
     if text is None:
         return ()
+    from diffusers.training_utils import parse_buckets_string
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what the sizes must be divisible by is checked below
         return tuple(parse_buckets_string(text))

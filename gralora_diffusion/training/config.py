@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from .config_checks import ConfigError, choices_of, find_problems, find_remarks
+from .config_checks import ConfigError, find_problems, find_remarks
 from .config_options import (
     AdapterOptions,
     BaseModelOptions,
@@ -18,6 +18,7 @@ from .config_options import (
     OptimizerOptions,
     OutputOptions,
     ValidationOptions,
+    choices_of,
 )
 from .config_patterns import layer_patterns
 from .config_picture_options import DataOptions, ImageOptions, PriorOptions
@@ -119,13 +120,21 @@ class TrainingConfig(
         return {"max_sequence_length": self.max_sequence_length, "clip_skip": self.clip_skip}
 
     @property
+    def quantizes(self) -> bool:
+        """Whether the options say anything of a base in fewer bits."""
+        return bool(
+            self.quantization or self.bnb_quantization_config_path or self.quantize_text_encoders
+        )
+
+    @property
     def target_modules(self) -> list[str] | str | None:
         """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
-        if self.lora_layers is None:
-            return None
-        if self.lora_layers.startswith("re:"):
-            return self.lora_layers[len("re:") :]
-        return [ending.strip() for ending in self.lora_layers.split(",") if ending.strip()]
+        return _layers(self.lora_layers)
+
+    @property
+    def excluded_modules(self) -> list[str] | str | None:
+        """``exclude_modules`` as PEFT takes it."""
+        return _layers(self.exclude_modules)
 
     def validate(self) -> list[str]:
         """Check all that can be checked before a model is loaded.
@@ -231,6 +240,15 @@ def public_name(source: str) -> str:
     path = Path(source)
     local = path.exists() or path.is_absolute() or len(path.parts) != 2
     return path.resolve().name if local else source
+
+
+def _layers(text: str | None) -> list[str] | str | None:
+    """Endings of paths, or a regular expression."""
+    if text is None:
+        return None
+    if text.startswith("re:"):
+        return text[len("re:") :]
+    return [ending.strip() for ending in text.split(",") if ending.strip()]
 
 
 def _option_names() -> set[str]:

@@ -13,15 +13,13 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args, get_type_hints
-
-import torch
+from typing import TYPE_CHECKING
 
 from .buckets import size_problems
 from .checkpoint import CheckpointStore
+from .config_options import choices_of
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_patterns import check_patterns
-from .quantization import check_quantization, quantization_remarks
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -118,7 +116,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
     checks = (
         _values,
         check_base,
-        check_quantization,
+        _quantization,
         check_data,
         _prior,
         _adapter,
@@ -143,16 +141,6 @@ def check_sizes(config: TrainingConfig, divisor: int) -> None:
         raise ConfigError(problems)
 
 
-def choices_of(options: type) -> dict[str, tuple[str, ...]]:
-    """Return name -> allowed values of the fields of a dataclass that have such a list."""
-    choices = {}
-    for name, hint in get_type_hints(options).items():
-        for part in (hint, *get_args(hint)):
-            if getattr(part, "__origin__", None) is Literal:
-                choices[name] = get_args(part)
-    return choices
-
-
 def _values(config: TrainingConfig) -> Iterator[str]:
     limits = (
         (AT_LEAST_ONE, "at least 1", lambda v: v >= 1),
@@ -173,6 +161,13 @@ def _values(config: TrainingConfig) -> Iterator[str]:
     yield from size_problems(config)
     if not 0 <= config.seed < 2**32:
         yield f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}"
+
+
+def _quantization(config: TrainingConfig) -> Iterator[str]:
+    if config.quantizes:
+        from .quantization import check_quantization  # and with it the libraries that do it
+
+        yield from check_quantization(config)
 
 
 def _prior(config: TrainingConfig) -> Iterator[str]:
@@ -213,15 +208,18 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
             f"--rank is {rank} and --gralora_k is {k}; k must divide the rank. Give --rank "
             f"{nearest}, or one of these for --gralora_k: {divisors}"
         )
-    if isinstance(config.target_modules, str):
-        try:
-            re.compile(config.target_modules)
-        except re.error as error:
-            yield f"--lora_layers is {config.lora_layers!r}: not a regular expression ({error})"
-    if config.lora_layers is not None and not config.target_modules:
-        yield (
-            "--lora_layers is empty. Name layers such as to_q,to_v, or leave it out for the preset"
-        )
+    for name, layers, otherwise in (
+        ("lora_layers", config.target_modules, "for the preset"),
+        ("exclude_modules", config.excluded_modules, "for all"),
+    ):
+        given = getattr(config, name)
+        if isinstance(layers, str):
+            try:
+                re.compile(layers)
+            except re.error as error:
+                yield f"--{name} is {given!r}: not a regular expression ({error})"
+        if given is not None and not layers:
+            yield f"--{name} is empty. Name layers such as to_q,to_v, or leave it out {otherwise}"
 
 
 def _optimizer(config: TrainingConfig) -> Iterator[str]:
@@ -263,8 +261,11 @@ def _optimizer(config: TrainingConfig) -> Iterator[str]:
                 "--use_ema and --optimizer schedulefree exclude each other: schedule-free saves "
                 "its own average. Leave out --use_ema"
             )
-    if config.mixed_precision == "fp16" and not torch.accelerator.is_available():
-        yield "--mixed_precision is 'fp16', which needs a GPU. On the CPU give bf16 or no"
+    if config.mixed_precision == "fp16":
+        import torch  # takes a second
+
+        if not torch.accelerator.is_available():
+            yield "--mixed_precision is 'fp16', which needs a GPU. On the CPU give bf16 or no"
     if (
         config.enable_xformers_memory_efficient_attention
         and importlib.util.find_spec("xformers") is None
@@ -298,7 +299,12 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
 
 def find_remarks(config: TrainingConfig) -> list[str]:
     """Return what the user should know about options that have no effect, or an unusual value."""
-    return [*_without_effect(config), *_unusual(config), *quantization_remarks(config)]
+    remarks = [*_without_effect(config), *_unusual(config)]
+    if config.quantizes:
+        from .quantization import quantization_remarks
+
+        remarks += quantization_remarks(config)
+    return remarks
 
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:

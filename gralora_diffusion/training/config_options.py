@@ -10,12 +10,22 @@ What each group's options mean together is checked in ``config_checks``.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_type_hints
 
 
 def option(default: Any, help: str, *, secret: bool = False) -> Any:
     """A dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
     return field(default=default, repr=not secret, metadata={"help": help})
+
+
+def choices_of(options: type) -> dict[str, tuple[str, ...]]:
+    """Return name -> allowed values of the fields of a dataclass that have such a list."""
+    choices = {}
+    for name, hint in get_type_hints(options).items():
+        for part in (hint, *get_args(hint)):
+            if getattr(part, "__origin__", None) is Literal:
+                choices[name] = get_args(part)
+    return choices
 
 
 @dataclass(kw_only=True)
@@ -119,6 +129,9 @@ class AdapterOptions:
         None,
         "Layers to adapt instead: endings of module paths with commas between, or 're:' and a "
         "regular expression for the whole path",
+    )
+    exclude_modules: str | None = option(
+        None, "Layers to leave out of those, in text encoders too; written like --lora_layers"
     )
     rank_pattern: list[str] | None = option(  # noqa: RUF009
         None,
@@ -240,7 +253,9 @@ class OutputOptions:
 
     output_dir: str = option("gralora-dreambooth-model", "Folder for everything that comes out")
     overwrite_output_dir: bool = option(
-        False, "Start anew in a folder that holds an earlier run, whose checkpoints are deleted"
+        False,
+        "Start anew in a folder that holds an earlier run: its adapter is replaced, its "
+        "checkpoints are deleted",
     )
     checkpointing_steps: int = option(500, "Optimizer steps between checkpoints")
     checkpoints_total_limit: int | None = option(

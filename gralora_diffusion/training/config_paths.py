@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
-from ..state import looks_like_hub_id
+from ..file_names import WEIGHTS_NAME, looks_like_hub_id
 from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
@@ -164,12 +164,8 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
                 "--overwrite_output_dir and --resume_from_checkpoint exclude each other: what is "
                 "gone on with cannot be replaced. Leave one out"
             )
-    elif not config.overwrite_output_dir and (whole := store.list()):
-        yield (
-            f"--output_dir is {config.output_dir!r}, which holds {whole[-1][1].name} of an earlier "
-            "run. Go on with it by --resume_from_checkpoint latest, give another folder, or "
-            "replace it by --overwrite_output_dir"
-        )
+    if not config.overwrite_output_dir:
+        yield from _earlier_run(config, store)
     if config.report_to in ("tensorboard", "wandb") and not importlib.util.find_spec(
         config.report_to
     ):
@@ -182,6 +178,28 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
             f"--hub_model_id is {config.hub_model_id!r}; it must be owner/name of letters, digits, "
             "'-', '_' and '.'"
         )
+
+
+def _earlier_run(config: TrainingConfig, store: CheckpointStore) -> Iterator[str]:
+    """What would be overwritten."""
+    if whole := store.list():
+        if not config.resume_from_checkpoint:
+            yield (
+                f"--output_dir is {config.output_dir!r}, which holds {whole[-1][1].name} of an "
+                "earlier run. Go on with it by --resume_from_checkpoint latest, give another "
+                "folder, or replace it by --overwrite_output_dir"
+            )
+    elif config.resume_from_checkpoint in (None, "latest") and _has_adapter(config.output_dir):
+        yield (
+            f"--output_dir is {config.output_dir!r}, which holds {WEIGHTS_NAME} of an earlier run, "
+            "and no checkpoint to go on from. Give another folder, or replace it by "
+            "--overwrite_output_dir. To go on from its values, give it as --initial_adapter to a "
+            "run with another folder"
+        )
+
+
+def _has_adapter(folder: str) -> bool:
+    return (Path(folder) / WEIGHTS_NAME).exists()
 
 
 def _unwritable(path: Path) -> str | None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..hub import offline_problem
 from .captions import one_line
 from .data import DataError, Example, Found, check_pictures
 
@@ -62,7 +63,8 @@ def find_dataset_examples(
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(place, [f"cannot be loaded: {error}"]) from error
+        problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
+        raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):
         if "train" not in loaded and len(loaded) > 1:
             raise DataError(place, [f"it has no split 'train', only {', '.join(loaded)}"])

@@ -14,12 +14,12 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from safetensors import SafetensorError
 from torch import nn
-from transformers import PreTrainedModel
 
+from ..empty_models import empty_model
 from ..families import ModelFamily
+from ..hub import offline_problem
 from .acceleration import DTYPES
 from .adapters import add_adapters
 from .base_model import completed, freeze, vae_class
@@ -55,7 +55,7 @@ def empty_base(
         index = pipeline_class.load_config(where, **hub)
         for name, (library, class_name) in _components(index, pipeline_class):
             if name not in given and library is not None:
-                model = _empty_model(simple_get_class_obj(library, class_name), where, name, hub)
+                model = empty_model(library, class_name, where, name, hub)
                 if model is not None:
                     given[name] = model
         vae = config.pretrained_vae_model_name_or_path
@@ -70,12 +70,12 @@ def empty_base(
     except ConfigError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        problem = offline_problem(error, where, **hub) or (
+            f"{error}. It is the configuration of {where} that is read; for a single file another "
+            "one can be given with --base_config"
+        )
         raise ConfigError(
-            [
-                f"--pretrained_model_name_or_path {base} cannot be planned: {error}. It is the "
-                f"configuration of {where} that is read; for a single file another one can be "
-                "given with --base_config"
-            ]
+            [f"--pretrained_model_name_or_path {base} cannot be planned: {problem}"]
         ) from error
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
@@ -102,19 +102,6 @@ def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, 
     """The entries of a pipeline's index that are components which the pipeline takes."""
     taken = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
     return [(k, v) for k, v in index.items() if k in taken and isinstance(v, (list, tuple))]
-
-
-def _empty_model(cls: Any, where: str, name: str, hub: dict[str, Any]) -> Any:
-    """A model on the meta device by its configuration; None for what is no model."""
-    if issubclass(cls, ModelMixin):
-        settings = cls.load_config(where, subfolder=name, **hub)
-        with init_empty_weights():
-            return cls.from_config(settings)
-    if issubclass(cls, PreTrainedModel):
-        settings = cls.config_class.from_pretrained(where, subfolder=name, **hub)
-        with torch.device("meta"):  # accelerate's way would untie weights that are tied
-            return cls(settings)
-    return None
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -42,10 +42,11 @@ from .initial_adapter import InitialValues, find_initial_values, set_initial_val
 from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
-from .outcome import find_checkpoint, finish, make_repository, start
+from .outcome import finish, make_repository, start
 from .prior import class_pictures_lacking, draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
+from .same_run import check_options, find_checkpoint
 from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
@@ -71,6 +72,8 @@ def train(config: TrainingConfig) -> Path:
     family = find_base_family(config)
     for remark in check_family_options(config, family):
         logger.warning(remark)
+    if resume is not None:
+        check_options(resume[1], config.with_defaults(family.training_defaults))
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)

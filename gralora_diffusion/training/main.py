@@ -10,12 +10,10 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
+from ..command_line import quiet_libraries
 from .checkpoint import CheckpointError
-from .config import parse_config
+from .config import TrainingConfig, parse_config
 from .config_checks import ConfigError
-from .data import DataError
-from .loop import train
-from .step import TrainingDiverged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -26,8 +24,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     level = logging.INFO if first_process else logging.ERROR
     logging.getLogger("gralora_diffusion").setLevel(level)
     try:
-        train(parse_config(argv))
-    except (ConfigError, DataError) as error:
+        config = parse_config(argv)
+        config.validate()  # before seconds go by with imports
+        with quiet_libraries():
+            _train(config, first_process)
+    except ConfigError as error:
+        _exit(str(error) if first_process else "", 2)
+    except KeyboardInterrupt:
+        _exit("interrupted. Go on with --resume_from_checkpoint latest.", 130)
+
+
+def _train(config: TrainingConfig, first_process: bool) -> None:
+    from .data import DataError
+    from .loop import train
+    from .step import TrainingDiverged
+
+    try:
+        train(config)
+    except DataError as error:
         _exit(str(error) if first_process else "", 2)
     except (CheckpointError, TrainingDiverged) as error:
         _exit(str(error), 1)
@@ -39,8 +53,6 @@ def main(argv: Sequence[str] | None = None) -> None:
             "with --resume_from_checkpoint latest.",
             1,
         )
-    except KeyboardInterrupt:
-        _exit("interrupted. Go on with --resume_from_checkpoint latest.", 130)
 
 
 def _disk_is_full(error: Exception) -> bool:

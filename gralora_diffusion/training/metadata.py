@@ -114,6 +114,7 @@ def _network_fields(config: TrainingConfig) -> dict[str, Any]:
         "hybrid_rank": config.hybrid_rank,
         "target_preset": config.target_preset if config.lora_layers is None else None,
         "lora_layers": config.lora_layers,
+        "exclude_modules": config.exclude_modules,
         **{key: given or None for key, given in given_patterns(config).items()},
     }
     texts = {k: v if isinstance(v, dict) else str(v) for k, v in arguments.items() if v is not None}

@@ -10,7 +10,6 @@ from typing import Any
 
 from huggingface_hub import create_repo, upload_folder
 
-from .checkpoint import CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .records import CURVE_NAME, draw_curve, write_card
@@ -18,28 +17,6 @@ from .records import CURVE_NAME, draw_curve, write_card
 logger = logging.getLogger(__name__)
 
 CONFIG_NAME = "training_config.yaml"
-
-
-def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
-    """Return step and folder of the checkpoint to go on from, if there is one.
-
-    Raises:
-        CheckpointError: there is no such checkpoint.
-        ConfigError: others in the output folder are later.
-    """
-    if not config.resume_from_checkpoint:
-        return None
-    found = store.find(config.resume_from_checkpoint)
-    later = [path.name for step, path in store.list() if found and step > found[0]]
-    if found and later:
-        raise ConfigError(
-            [
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
-                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
-                "away, or give another --output_dir and the checkpoint's path"
-            ]
-        )
-    return found
 
 
 def make_repository(config: TrainingConfig) -> None:

@@ -10,6 +10,7 @@ import diffusers
 from diffusers import DiffusionPipeline
 
 from ..families import ModelFamily, find_family
+from ..hub import offline_problem
 from .config_checks import ConfigError
 
 
@@ -29,13 +30,11 @@ class PipelineIndex:
         try:
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
         except (OSError, ValueError) as error:
-            raise ConfigError(
-                [
-                    f"--{option} {source}: no diffusers pipeline there ({error}). Give a folder "
-                    "with model_index.json, or a Hub id such as "
-                    "stable-diffusion-v1-5/stable-diffusion-v1-5"
-                ]
-            ) from error
+            problem = offline_problem(error, source, revision=revision, cache_dir=cache_dir) or (
+                f"no diffusers pipeline there ({error}). Give a folder with model_index.json, or a "
+                "Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+            )
+            raise ConfigError([f"--{option} {source}: {problem}"]) from error
         self.option, self.source = option, source
         self.pipeline_class = str(index.get("_class_name"))
         self._components = {

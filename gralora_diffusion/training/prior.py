@@ -127,9 +127,8 @@ def _class_image_name(number: int) -> str:
 def _generation_dtype(
     config: TrainingConfig, family: ModelFamily, device: torch.device
 ) -> torch.dtype:
-    if config.prior_generation_precision:
-        return _PRECISIONS[config.prior_generation_precision]
-    return family.drawing_dtype if device.type == "cuda" else torch.float32
+    usual = family.drawing_precision if device.type == "cuda" else "fp32"
+    return _PRECISIONS[config.prior_generation_precision or usual]
 
 
 def _place(pipe: Any, device: torch.device) -> None:

@@ -20,13 +20,19 @@ from ..state import WEIGHTS_NAME, Adapter, save_adapter
 from .adapters import put_back, read_out, weights_for_use
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
+from .same_run import (
+    PROGRESS_NAME,
+    check_base,
+    check_options,
+    deciding_options,
+    describe_base,
+    read_progress,
+    unreadable,
+)
 
 logger = logging.getLogger(__name__)
 
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
-PROGRESS_NAME = "progress.json"
-#: Options that decide what a checkpoint holds, and what it was trained over.
-STRUCTURE = ("optimizer", "use_ema", "quantization")
 
 
 class RunState:
@@ -60,6 +66,7 @@ class RunState:
         self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
         self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
         self.describe = describe
+        self.base = describe_base(pipe, config)
         for part in (lr_scheduler, ema):
             if part is not None:
                 accelerator.register_for_checkpointing(part)
@@ -87,10 +94,11 @@ class RunState:
         groups = self.optimizer.param_groups
         rates = [(g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups]
         try:
-            progress = json.loads((path / PROGRESS_NAME).read_text(encoding="utf-8"))
-            self._check_structure(path, progress["options"])
+            check_options(path, self.config)
+            progress = read_progress(path)
+            check_base(path, progress, self.base)
             self.accelerator.load_state(str(path))
-            self.step, digest = int(progress["step"]), progress["data_digest"]
+            self.step, digest = progress["step"], progress["data_digest"]
         except CheckpointError:
             raise
         except (
@@ -101,10 +109,7 @@ class RunState:
             EOFError,
             pickle.UnpicklingError,
         ) as error:
-            raise CheckpointError(
-                f"{path} cannot be resumed from: {error}. It is damaged or of another version; "
-                "take an earlier checkpoint."
-            ) from error
+            raise unreadable(path, error) from error
         # passes, by which it tells the last of a step; another accumulation counts them otherwise
         self.accelerator.step = 0
         if self.ema is not None:
@@ -117,18 +122,6 @@ class RunState:
                 "checkpoint: the run goes on, but will not end as an uninterrupted one would"
             )
         logger.info("resuming from %s at step %d", path, self.step)
-
-    def _check_structure(self, path: Path, options: dict[str, Any]) -> None:
-        differing = [
-            f"--{name} {options.get(name)} there, {getattr(self.config, name)} here"
-            for name in STRUCTURE
-            if options.get(name) != getattr(self.config, name)
-        ]
-        if differing:
-            raise CheckpointError(
-                f"{path} is of another run ({'; '.join(differing)}). Resume with the options that "
-                "run was started with."
-            )
 
     def _set_rates(self, rates: Sequence[tuple[float, float]]) -> None:
         groups = self.optimizer.param_groups
@@ -154,7 +147,8 @@ class RunState:
         progress = {
             "step": self.step,
             "data_digest": self.data_digest,
-            "options": {name: getattr(self.config, name) for name in STRUCTURE},
+            "options": deciding_options(self.config),
+            "base": self.base,
         }
         (target / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
 

@@ -18,6 +18,7 @@ from .caching import PromptCache
 from .config import TrainingConfig
 from .objectives import Objective
 from .prior import frozen_base
+from .prompt_lengths import cuts_told_already
 from .streams import generator, seed_from
 
 
@@ -115,7 +116,8 @@ class DenoisingStep(nn.Module):
     def _losses(self, rows: Rows) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
-            with without_fp16_autocast(rows.noisy_latents.device):
+            device = rows.noisy_latents.device
+            with without_fp16_autocast(device), cuts_told_already(self.pipe):
                 encoded = self.family.encode_prompts(self.pipe, rows.prompts, **self.encoding)
         prediction = self.family.predict(
             self.trained[self.family.denoiser],

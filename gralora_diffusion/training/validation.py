@@ -20,6 +20,7 @@ from ..sampling import draw, takes_negative_prompt
 from .acceleration import without_fp16_autocast
 from .base_model import present
 from .config import TrainingConfig
+from .prompt_lengths import cuts_told_already
 
 FOLDER_NAME = "validation"
 
@@ -66,7 +67,11 @@ def encoding_apart(
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         key = repr((args, kwargs))
         if key not in encoded:
-            with offload_models(*encoders, device=device), without_fp16_autocast(device):
+            with (
+                offload_models(*encoders, device=device),
+                without_fp16_autocast(device),
+                cuts_told_already(pipe),
+            ):
                 encoded[key] = encode(*args, **kwargs)
         return encoded[key]
 

@@ -14,8 +14,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from ..families import ModelFamily
+from ..file_names import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
+from ..hub import offline_problem
 from ..lora_keys import LoraScaling, lora_scalings
-from ..state import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
 from ..tensor_files import AdapterFileError, read_safetensors
 
 
@@ -99,7 +100,7 @@ def _download(repository: str, weight_name: str | None) -> Path:
     try:
         return Path(snapshot_download(repository, allow_patterns=patterns))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
-        raise AdapterFileError(
-            f"{repository}: neither a local path nor a repository on the Hub that could be "
-            f"fetched: {error}"
-        ) from error
+        problem = offline_problem(error, repository) or (
+            f"neither a local path nor a repository on the Hub that could be fetched: {error}"
+        )
+        raise AdapterFileError(f"{repository}: {problem}") from error

@@ -5,15 +5,16 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
-from diffusers.configuration_utils import FrozenDict
-
-from ..families import ModelFamily, find_pipeline_family, get_family, list_families
+from ..command_line import quiet_libraries, tidied_when_ended
+from ..config_values import check_numbers
+from ..families import list_families
+from ..file_names import WEIGHTS_NAME
 from ..staging import check_output
-from ..state import WEIGHTS_NAME, save_adapter
-from . import ImportedLayer, gralora_from_lora, overall_error
+
+if TYPE_CHECKING:
+    from .conversion import ImportedLayer
 
 #: Layers with the largest errors that are listed.
 LISTED = 20
@@ -53,48 +54,40 @@ def main(argv: Sequence[str] | None = None) -> None:
     output = output.expanduser()
     source = Path(options.lora).expanduser()
     try:
+        check_numbers(options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha)
         check_output(output, options.overwrite, [source] if source.exists() else [])
-        family, unet_config = _base(options)
-        adapter, layers = gralora_from_lora(
-            options.lora,
-            family,
-            options.rank,
-            options.gralora_k,
-            options.hybrid_rank,
-            options.lora_alpha,
-            unet_config=unet_config,
-            weight_name=options.weight_name,
-        )
-        save_adapter(adapter, output)
+        with quiet_libraries(), tidied_when_ended():
+            print(_import(options, output))
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
-    print(_report(layers))
     print(output)
 
 
-def _base(options: argparse.Namespace) -> tuple[ModelFamily, Any]:
-    """The family, and the config of the UNet if there is one."""
-    if options.family:
-        return get_family(options.family), None
-    try:
-        name = DiffusionPipeline.load_config(options.base)["_class_name"]
-    except (OSError, ValueError, KeyError) as error:
-        raise ValueError(
-            f"--base {options.base}: no diffusers pipeline there ({error}). For another form of "
-            "base give --family"
-        ) from error
-    family = find_pipeline_family(name)
-    if family is None:
-        raise ValueError(
-            f"--base {options.base}: {name} is of no supported family "
-            f"({', '.join(list_families())})"
-        )
-    if "unet_config" not in family.lora_options:
-        return family, None
-    return family, FrozenDict(UNet2DConditionModel.load_config(options.base, subfolder="unet"))
+def _import(options: argparse.Namespace, output: Path) -> str:
+    """Write the adapter; return the report."""
+    from ..state import save_adapter
+    from .base import LoraBase
+    from .conversion import gralora_from_lora
+
+    base = LoraBase(options.base) if options.base else None
+    adapter, layers = gralora_from_lora(
+        options.lora,
+        base.family if base else options.family,
+        options.rank,
+        options.gralora_k,
+        options.hybrid_rank,
+        options.lora_alpha,
+        unet_config=base.unet_config if base else None,
+        base=base,
+        weight_name=options.weight_name,
+    )
+    save_adapter(adapter, output)
+    return _report(layers)
 
 
 def _report(layers: Mapping[str, ImportedLayer]) -> str:
+    from .conversion import overall_error
+
     exact = sum(layer.error < ROUNDING for layer in layers.values())
     lines = [f"{exact} of {len(layers)} layers came over exactly"]
     lossy = sorted(layers.items(), key=lambda item: -item[1].error * item[1].norm)

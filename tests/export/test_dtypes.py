@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gralora_diffusion.export.dtypes import CHOICES, converted
-from gralora_diffusion.export.rounding import Rounding
+from gralora_diffusion.export.choices import DTYPE_CHOICES
+from gralora_diffusion.export.dtypes import converted
+from gralora_diffusion.export.rounding import DTYPES, Rounding
 from gralora_diffusion.export.streaming import OutputTensor, Piece, write_streamed
 
 from .test_streaming import load_file
@@ -65,4 +66,5 @@ def test_fp8_of_the_matrices_of_the_denoiser(prefix, tmp_path):
 
 
 def test_choices():
-    assert CHOICES == ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
+    assert DTYPE_CHOICES == ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
+    assert list(DTYPES) == [name for name in DTYPE_CHOICES if name != "keep"]

@@ -370,6 +370,38 @@ def test_json_has_the_same_facts(adapted, capsys):
     assert len(values["layers"]) == 48
 
 
+def test_several_files(adapted, tmp_path, capsys):
+    broken = lora(KOHYA, 8, 4)
+    broken[f"{KOHYA}.lora_up.weight"][0, 0] = math.nan
+    save_file(broken, tmp_path / "broken.safetensors")
+    right, wrong = str(adapted / "native"), str(tmp_path / "broken.safetensors")
+    cli.main(["inspect", right, right])
+    twice = capsys.readouterr().out
+    cli.main(["inspect", right])
+    once = capsys.readouterr().out
+    assert twice == f"{once}\n{once}"
+    for paths, code in (([right, wrong], 1), ([wrong, "nowhere", right], 2)):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(["inspect", *paths])
+        assert caught.value.code == code
+        told = capsys.readouterr()
+        assert "INFINITE VALUES in 1 tensors" in told.out
+        assert once in told.out
+        refused = "gralora inspect: error: nowhere: no such file or folder.\n"
+        assert told.err == (refused if code == 2 else "")
+
+
+def test_json_of_several_files(adapted, tmp_path, capsys):
+    save_file(lora(KOHYA, 8, 4), tmp_path / "x.safetensors")
+    paths = [adapted / "native", tmp_path / "x.safetensors"]
+    main([*map(str, paths), "--json"])
+    expected = [json.loads(json.dumps(inspect_file(path).to_dict())) for path in paths]
+    assert json.loads(capsys.readouterr().out) == expected
+    with pytest.raises(SystemExit):
+        main(["nowhere", str(paths[1]), "--json"])
+    assert json.loads(capsys.readouterr().out) == expected[1:]
+
+
 def test_tags_stand_for_a_trigger(tmp_path):
     tags = {"ss_tag_frequency": json.dumps({"5_dog": {"grass": 2, " sks dog": 5}})}
     save_file(lora(KOHYA, 8, 4), tmp_path / "x.safetensors", metadata=tags)

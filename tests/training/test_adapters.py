@@ -12,6 +12,8 @@ import pytest
 import torch
 from diffusers.training_utils import EMAModel
 from peft import GraloraConfig as PeftConfig
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 
 from gralora_diffusion import inject
 from gralora_diffusion.families import get_family
@@ -57,6 +59,8 @@ def test_same_seed_same_adapter_and_another_one_for_another_seed() -> None:
         ({"lora_layers": "to_q,conv1"}, {"to_q", "conv1"}),
         ({"lora_layers": "re:down_blocks.*to_k"}, {"to_k"}),
         ({"target_preset": "attention+ff"}, {"to_q", "to_k", "to_v", "0", "proj", "2"}),
+        ({"exclude_modules": "to_q,to_out.0"}, {"to_k", "to_v"}),
+        ({"exclude_modules": "re:.*to_[qk]", "lora_layers": "to_q,to_v,conv1"}, {"to_v", "conv1"}),
     ],
 )
 def test_targets(options: dict[str, Any], endings: set[str]) -> None:
@@ -64,6 +68,40 @@ def test_targets(options: dict[str, Any], endings: set[str]) -> None:
     assert {key.split(".gralora_")[0].split(".")[-1] for key in tensors} == endings
     if "re:" in options.get("lora_layers", ""):
         assert all(key.startswith("down_blocks.") for key in tensors)
+
+
+def test_what_is_excluded_is_so_in_whichever_model_has_it() -> None:
+    """As PEFT does it, which reads the config."""
+    pipe = adapted(exclude_modules="attn2.to_q,k_proj")
+    bare = stable_diffusion()
+    usual = adapted()
+    for part, ending in zip(BOTH, ("attn2.to_q", "k_proj"), strict=True):
+        config = getattr(pipe, part).peft_config["default"]
+        assert config.exclude_modules == {ending}
+        paths = set(layers(getattr(pipe, part)))
+        assert paths == {p for p in layers(getattr(usual, part)) if not p.endswith(ending)}
+        theirs = LoraConfig(
+            target_modules=config.target_modules, exclude_modules=config.exclude_modules
+        )
+        model = inject_adapter_in_model(theirs, getattr(bare, part))
+        assert paths == {p for p, module in model.named_modules() if isinstance(module, LoraLayer)}
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"exclude_modules": "to_qq"}, r"--exclude_modules to_qq is none of the \d+ layers to"),
+        ({"exclude_modules": "to_q,conv1"}, "--exclude_modules conv1 is none of .* such as down_"),
+        ({"exclude_modules": "re:to_q"}, "--exclude_modules to_q is none of"),
+        (
+            {"exclude_modules": "re:.*"},
+            r"with exclude_modules=\.\* not found in the model: no layer",
+        ),
+    ],
+)
+def test_what_cannot_be_excluded(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ConfigError, match=text):
+        adapted(**options)
 
 
 def layers(model: torch.nn.Module) -> dict[str, GraloraLayer]:

@@ -79,6 +79,8 @@ def test_another_vae(base: Path, tmp_path: Path) -> None:
     assert pipe.vae.dtype == torch.float32
     assert torch.equal(pipe.vae.encoder.conv_in.weight, other.encoder.conv_in.weight)
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")
+    vae_problem = problem_of(base, pretrained_vae_model_name_or_path="nobody/vae", cache_dir="c")
+    assert "`hf download nobody/vae --cache-dir c`, or give a folder" in vae_problem
     with pytest.raises(ConfigError, match=r"--pretrained_vae_model_name_or_path .* cannot be used"):
         load_base(chosen, FAMILY, torch.float32)
 
@@ -154,7 +156,9 @@ def test_bases_that_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     assert "it must be one of" in problem_of(base, family="stable-difusion")
     problem = problem_of(base, family="flux")
     assert "--family flux, but --pretrained_model_name_or_path is stable-diffusion" in problem
-    assert "no diffusers pipeline there" in problem_of("nobody/has-this")
+    assert "no diffusers pipeline there" in problem_of("no one/has-this")
+    fetch = "`hf download nobody/has-this --revision v1 --cache-dir c`, or give a folder"
+    assert fetch in problem_of("nobody/has-this", revision="v1", cache_dir="c")
 
     folder = shutil.copytree(base, tmp_path / "cut")
     (folder / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"cut")

@@ -19,9 +19,9 @@ from gralora_diffusion.training.config_checks import (
     NEEDS,
     ConfigError,
     check_sizes,
-    choices_of,
     find_problems,
 )
+from gralora_diffusion.training.config_options import choices_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -434,6 +434,11 @@ BASE = "--pretrained_model_name_or_path"
         ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these for --gralora_k: 1, 3"),
         ("--lora_layers re:to_(q", "--lora_layers is 're:to_(q': not a regular expression"),
         ("--lora_layers ,", "--lora_layers is empty. Name layers such as to_q,to_v"),
+        ("--exclude_modules re:to_(q", "--exclude_modules is 're:to_(q': not a regular expression"),
+        (
+            "--exclude_modules=",
+            "--exclude_modules is empty. Name layers such as to_q,to_v, or leave",
+        ),
         # single layers
         ("--rank_pattern to_q", "--rank_pattern has 'to_q': it must be REGEX=VALUE, a regular"),
         ("--k_pattern =4", "--k_pattern has '=4': it must be REGEX=VALUE"),
@@ -503,6 +508,11 @@ BASE = "--pretrained_model_name_or_path"
             "--output_dir is 'done', which holds checkpoint-100 of an earlier run",
         ),
         (
+            "--output_dir finished",
+            "--output_dir is 'finished', which holds pytorch_gralora_weights.safetensors of an",
+        ),
+        ("--output_dir finished --resume_from_checkpoint latest", "no checkpoint to go on from"),
+        (
             "--output_dir done --resume_from_checkpoint latest --overwrite_output_dir",
             "--overwrite_output_dir and --resume_from_checkpoint exclude each other",
         ),
@@ -515,6 +525,8 @@ def test_problem(good: list[str], arguments: str, text: str) -> None:
     Path("texts/notes.doc").touch()
     for step in (100, 90):
         Path(f"done/checkpoint-{step}").mkdir(parents=True)
+    Path("finished").mkdir()
+    Path("finished/pytorch_gralora_weights.safetensors").touch()
     found = [p for p in problems_of([*good, *arguments.split()]) if text in p]
     assert len(found) == 1
 
@@ -581,6 +593,8 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
         "--rank_pattern (?!x=1)a=8",
         "--lora_layers to_q,to_v",
         "--lora_layers re:.*to_[qv]",
+        "--exclude_modules to_q --target_preset all",
+        "--exclude_modules re:.*to_[qv] --lora_layers to_q,to_k",
         "--optimizer schedulefree --lr_warmup_steps 10",
         "--lr_scheduler piecewise_constant --lr_step_rules 1:100,.1:200,1e-3",
         "--output_dir a/b/c --latent_cache_dir a/d",
@@ -588,6 +602,8 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
         "--resume_from_checkpoint done/checkpoint-5",
         "--resume_from_checkpoint latest --output_dir done",
         "--overwrite_output_dir --output_dir done",
+        "--overwrite_output_dir --output_dir finished",
+        "--resume_from_checkpoint done/checkpoint-5 --output_dir finished",
     ],
 )
 def test_no_problem(good: list[str], arguments: str) -> None:
@@ -595,7 +611,10 @@ def test_no_problem(good: list[str], arguments: str) -> None:
     Path("captioned").mkdir()
     Image.new("RGB", (8, 8)).save("captioned/1.jpg")
     Path("captioned/1.txt").write_text("a dog")
-    Path("done/checkpoint-5").mkdir(parents=True)
+    for file in ("done/checkpoint-5/x", "done/pytorch_gralora_weights.safetensors", "finished/x"):
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).touch()
+    Path("finished/pytorch_gralora_weights.safetensors").touch()
     assert parse_config([*good, *arguments.split()]).validate() == []
 
 
@@ -698,6 +717,9 @@ def test_alpha_and_targets() -> None:
     assert TrainingConfig(rank=16, hybrid_rank=4).alpha == 20
     assert TrainingConfig(rank=16, lora_alpha=32).alpha == 32
     assert TrainingConfig().target_modules is None
+    assert TrainingConfig().excluded_modules is None
+    assert TrainingConfig(exclude_modules="a, b.0,").excluded_modules == ["a", "b.0"]
+    assert TrainingConfig(exclude_modules="re:.*a").excluded_modules == ".*a"
     assert TrainingConfig(lora_layers="to_q, to_out.0,").target_modules == ["to_q", "to_out.0"]
     assert TrainingConfig(lora_layers="re:.*to_[qv]").target_modules == ".*to_[qv]"
 

@@ -377,6 +377,21 @@ def test_sizes_that_the_base_does_not_take_are_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_excluded_layers_are_left_as_they_are(data: dict[str, Any], tmp_path: Path) -> None:
+    """In the file, when it is loaded, and when the run is resumed."""
+    options = {"exclude_modules": "attn2.to_k", "output_dir": tmp_path / "out", **data}
+    out = run(max_train_steps=2, **options)
+    trained = {key.rpartition(".gralora_")[0] for key in adapter(out)}
+    assert any(path.endswith("attn1.to_k") for path in trained)
+    assert not any(path.endswith("attn2.to_k") for path in trained)
+    pipe = StableDiffusionPipeline.from_pretrained(data["pretrained_model_name_or_path"])
+    assert pipe.load_gralora_weights(out).layers == {"unet": len(trained)}
+    again = {**options, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
+    with pytest.raises(CheckpointError, match=r"exclude_modules: \['attn2.to_k'\] there"):
+        run(**{**again, "exclude_modules": "attn2.to_k,attn2.to_v"})
+    run(**again)
+
+
 # -- a run that is to go on, or goes wrong ---------------------------------------------------------
 
 
@@ -414,6 +429,11 @@ def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
         run(**again, use_ema=True)
     with pytest.raises(CheckpointError, match="--quantization None there, torchao-fp8 here"):
         run(**again, quantization="torchao-fp8")
+    with pytest.raises(CheckpointError, match=r"--snr_gamma None there, 5\.0 here"):
+        run(**again, snr_gamma=5)
+    teacher = {"with_prior_preservation": True, "prior_source": "teacher", "class_prompt": "x"}
+    with pytest.raises(CheckpointError, match="--with_prior_preservation False there, True here"):
+        run(**again, **teacher)
     with pytest.raises(CheckpointError, match="r: 4 there, 8 here"):
         run(**again, rank=8)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
@@ -461,6 +481,18 @@ def test_overwriting_starts_anew(data: dict[str, Any], tmp_path: Path) -> None:
     run(output_dir=tmp_path / "out", **options)
     assert [row["step"] for row in metrics(tmp_path / "out")] == [1, 2]
     assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
+
+
+def test_a_finished_run_without_checkpoints_is_kept(data: dict[str, Any], tmp_path: Path) -> None:
+    options = {"output_dir": tmp_path / "out", "checkpointing_steps": 100, **data}
+    out = run(max_train_steps=1, **options)
+    before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
+    for again in ({}, {"resume_from_checkpoint": "latest"}):
+        with pytest.raises(ConfigError, match=r"no checkpoint to go on from\. Give another folder"):
+            run(max_train_steps=1, learning_rate=1.0, **again, **options)
+        assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
+    run(max_train_steps=2, overwrite_output_dir=True, **options)
+    assert [row["step"] for row in metrics(out)] == [1, 2]
 
 
 # -- two processes ---------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from torch import Tensor
 from gralora_diffusion import AdapterFileError, blockwise, cli, get_family
 from gralora_diffusion.config import layer_settings
 from gralora_diffusion.export import export_lora
-from gralora_diffusion.export.names import STYLES
+from gralora_diffusion.export.choices import STYLES
 from gralora_diffusion.low_rank import truncate
 from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.warm_start import gralora_from_lora, overall_error
@@ -553,7 +553,12 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
     ("line", "text"),
     [
         ("--lora absent.safetensors --family flux", "absent.safetensors: no such file or folder"),
-        ("--lora absent.safetensors --base absent", "--base absent: no diffusers pipeline there"),
+        ("--lora absent.safetensors --base ./absent", "--base ./absent: no diffusers pipeline"),
+        (
+            "--lora absent.safetensors --base absent",
+            "--base absent: there is no such folder, the Hub's cache lacks it",
+        ),
+        ("--lora x --family flux --hybrid_rank -1", "hybrid_rank should not be negative but is -1"),
         ("--lora absent.safetensors", "one of the arguments --family --base is required"),
     ],
 )

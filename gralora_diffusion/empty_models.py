@@ -1,0 +1,38 @@
+"""Models of a pipeline by their configuration alone, on the meta device."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from diffusers import ModelMixin
+from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
+from transformers import PreTrainedModel
+
+
+def empty_model(
+    library: str, class_name: str, source: str, name: str, hub: Mapping[str, Any]
+) -> Any:
+    """Return a component of a pipeline without its weights; None for what is no model.
+
+    Args:
+        library, class_name: of the component, as ``model_index.json`` says.
+        source: folder or Hub id of the pipeline.
+        name: the component.
+        hub: ``revision``, ``cache_dir`` and the like, for downloads.
+
+    Raises:
+        OSError, ValueError: it has no configuration there, or one that cannot be used.
+    """
+    cls = simple_get_class_obj(library, class_name)
+    if issubclass(cls, ModelMixin):
+        settings = cls.load_config(source, subfolder=name, **hub)
+        with init_empty_weights():
+            return cls.from_config(settings)
+    if issubclass(cls, PreTrainedModel):
+        settings = cls.config_class.from_pretrained(source, subfolder=name, **hub)
+        with torch.device("meta"):  # accelerate's way would untie weights that are tied
+            return cls(settings)
+    return None

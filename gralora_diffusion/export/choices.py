@@ -1,0 +1,15 @@
+"""What there is to choose from for an export, by name."""
+
+from __future__ import annotations
+
+#: Forms of the adapter added to its base.
+FORMATS = ("checkpoint", "diffusers")
+#: Whose names a LoRA file has.
+STYLES = ("comfyui", "kohya", "diffusers")
+#: Dtypes of what is written; keep: that of what is read.
+DTYPE_CHOICES = ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
+#: What people may say of a file, each a field ``modelspec.<name>``.
+SAID = (
+    *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),
+    *("resolution", "date"),
+)

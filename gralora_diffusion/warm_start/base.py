@@ -1,0 +1,117 @@
+"""The base that a LoRA is for, in diffusers' layout: its family, and which layers it has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers.configuration_utils import FrozenDict
+
+from ..empty_models import empty_model
+from ..families import find_pipeline_family, list_families
+from ..hub import offline_problem
+from ..low_rank import Pair
+from ..targets import layer_shape, unsupported
+from ..tensor_files import AdapterFileError
+from .through_diffusers import some
+
+#: In and out features and kernel of a layer.
+LayerShape = tuple[int, int, tuple[int, ...]]
+
+
+class LoraBase:
+    """A base of which only the configuration is read.
+
+    Args:
+        source: folder or Hub id of a pipeline.
+
+    Attributes:
+        family: its family.
+        unet_config: of its UNet, where that tells which layers the names of a LoRA mean.
+
+    Raises:
+        ValueError: no pipeline there, or of no supported family.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        try:
+            self._index = DiffusionPipeline.load_config(source)
+            name = self._index["_class_name"]
+        except (OSError, ValueError, KeyError) as error:
+            problem = offline_problem(error, source) or f"no diffusers pipeline there ({error})"
+            raise ValueError(
+                f"--base {source}: {problem}. For another form of base give --family"
+            ) from error
+        family = find_pipeline_family(name)
+        if family is None:
+            raise ValueError(
+                f"--base {source}: {name} is of no supported family ({', '.join(list_families())})"
+            )
+        self.family, self.unet_config = family, None
+        if "unet_config" in family.lora_options:
+            with self._reading("unet"):
+                config = UNet2DConditionModel.load_config(source, subfolder="unet")
+            self.unet_config = FrozenDict(config)
+
+    def check(self, pairs: Mapping[str, Mapping[str, Pair]], where: str) -> None:
+        """Compare a LoRA with the base's layers.
+
+        Args:
+            pairs: component -> path of a layer -> its pair, (R, in, ...) and (out, R).
+            where: the LoRA's name, for errors.
+
+        Raises:
+            AdapterFileError: layers that the base lacks or has of other widths; tells some.
+        """
+        count = sum(len(layers) for layers in pairs.values())
+        misfits = []
+        for component, layers in pairs.items():
+            there = self._layers(component)
+            for path, (down, up) in layers.items():
+                shape = down.shape[1], len(up), tuple(down.shape[2:])
+                found = there.get(self.family.canonical(component, path))
+                if found is None or not _same(shape, found):
+                    held = _text(found) if found else "no such layer"
+                    misfits.append(f"{component}.{path} ({_text(shape)} here, {held} there)")
+        if misfits:
+            raise AdapterFileError(
+                f"{where}: does not fit --base {self.source}: {len(misfits)} of {count} layers: "
+                f"{some(misfits, 3)}. Give the base that it was trained for."
+            )
+
+    def _layers(self, component: str) -> dict[str, LayerShape]:
+        """Canonical path -> shape of the layers of a component; none if the base lacks it."""
+        library, class_name = self._index.get(component) or (None, None)
+        if library is None or class_name is None:
+            return {}
+        with self._reading(component):
+            model = empty_model(library, class_name, self.source, component, {})
+        return {
+            self.family.canonical(component, path): layer_shape(module)
+            for path, module in model.named_modules()
+            if not unsupported(module)
+        }
+
+    @contextmanager
+    def _reading(self, component: str) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            problem = offline_problem(error, self.source) or str(error)
+            raise ValueError(
+                f"--base {self.source}: its {component} cannot be read: {problem}"
+            ) from error
+
+
+def _same(one: LayerShape, other: LayerShape) -> bool:
+    """Whether an update of one shape can be added to a layer of the other."""
+    flat = math.prod(one[2]) == math.prod(other[2]) == 1  # a 1 x 1 convolution as a matrix
+    return one[:2] == other[:2] and (flat or one[2] == other[2])
+
+
+def _text(shape: LayerShape) -> str:
+    inputs, outputs, kernel = shape
+    return f"{inputs} -> {outputs}{' ' + 'x'.join(map(str, kernel)) if kernel else ''}"

@@ -1,0 +1,90 @@
+"""What is said where the Hub cannot be asked, and only there."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from diffusers import AutoencoderKL, DiffusionPipeline
+from huggingface_hub import constants, snapshot_download
+from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+
+from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.state import read_adapter
+from gralora_diffusion.tensor_files import AdapterFileError
+
+SET = "and the Hub is not asked, for HF_HUB_OFFLINE is set. Fetch it where there is a network, by "
+UNREACHABLE = "and the Hub cannot be reached from here. Fetch it where there is a network, by "
+CALLS: dict[str, Callable[[str], object]] = {
+    "snapshot": snapshot_download,
+    "index": DiffusionPipeline.load_config,
+    "pipeline": DiffusionPipeline.from_pretrained,
+    "model": AutoencoderKL.load_config,
+}
+
+
+@pytest.fixture
+def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], Exception]:
+    """Call -> what it raises, with an empty cache."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+
+    def error(call: str) -> Exception:
+        with pytest.raises((OSError, ValueError)) as caught:
+            CALLS[call]("owner/absent")
+        return caught.value
+
+    return error
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_offline_mode(call: str, error_of: Callable[[str], Exception]) -> None:
+    text = offline_problem(error_of(call), "owner/absent")
+    assert text is not None
+    assert text.startswith("there is no such folder, the Hub's cache lacks it or a part of it, ")
+    assert text.endswith(f"{SET}`hf download owner/absent`, or give a folder")
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_no_network(
+    call: str, error_of: Callable[[str], Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_address(*args: object, **options: object) -> None:
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", no_address)
+    monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's attempts
+    text = offline_problem(error_of(call), "owner/absent", revision="v 1", cache_dir="/c")
+    assert text is not None
+    command = "`hf download owner/absent --revision 'v 1' --cache-dir /c`, or give a folder"
+    assert text.endswith(UNREACHABLE + command)
+
+
+def test_local_files_only(error_of: object, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(AdapterFileError) as caught:
+        read_adapter("owner/absent", local_files_only=True, revision="v1")
+    reason = "and the Hub is not asked, for only local files are wanted. Fetch it where there is a "
+    assert reason in str(caught.value)
+    assert "`hf download owner/absent --revision v1`" in str(caught.value)
+
+
+def test_a_dataset() -> None:
+    text = offline_problem(ConnectionError("x"), "owner/set", is_dataset=True, cache_dir="/c")
+    assert text is not None
+    command = "hf download owner/set --repo-type dataset --local-dir FOLDER"
+    assert text.endswith(f"{UNREACHABLE}`{command}`, and give that folder")
+
+
+def test_other_errors_are_left_alone(tmp_path: Path) -> None:
+    assert offline_problem(ValueError("x"), "owner/name") is None
+    assert offline_problem(FileNotFoundError("x"), "owner/name") is None
+    assert offline_problem(RepositoryNotFoundError.__new__(RepositoryNotFoundError), "x") is None
+    # of a folder that is there the Hub was not asked
+    assert offline_problem(LocalEntryNotFoundError("x"), tmp_path) is None
+    # and an error that was dealt with is not the cause
+    error = ValueError("y")
+    error.__context__, error.__suppress_context__ = LocalEntryNotFoundError("x"), True
+    assert offline_problem(error, "owner/name") is None
