@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,15 @@ def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) 
         main(line)
     assert caught.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_a_reader_that_has_seen_enough() -> None:
+    """As with ``gralora inspect ... | head -1``."""
+    line = [sys.executable, "-m", "gralora_diffusion.cli", "inspect", "samples/tiny-base"]
+    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*line, *line[-1:] * 3], **pipe) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        _, said = process.communicate()
+    assert said == b""
+    assert process.returncode == 141
