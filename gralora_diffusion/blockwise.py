@@ -78,8 +78,8 @@ def init_plain_factors(
 def linear_update(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Apply ``scaling`` times the update to ``x`` (..., in); returns (..., out).
 
-    Never forms the update: two batched products with an exchange of rank chunks between them. In
-    PEFT's order, which scales last: so the result is that of PEFT's layer to the last bit.
+    Never forms the update: two batched products with an exchange of rank chunks between them. B is
+    scaled, which is small; to scale the result would be one more pass over it and its gradient.
     """
     k, i, r = A.shape
     s, o = r // k, B.shape[2]
@@ -87,8 +87,8 @@ def linear_update(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tens
     hidden = torch.bmm(tokens, A)  # (n, tokens, r = j s)
     # the exchange: chunk j of input block n becomes chunk n of output block j
     hidden = hidden.unflatten(2, (k, s)).permute(2, 1, 0, 3).reshape(k, -1, r)
-    update = torch.bmm(hidden, B)  # (j, tokens, o)
-    return update.transpose(0, 1).reshape(*x.shape[:-1], k * o) * scaling
+    update = torch.bmm(hidden, scaling * B)  # (j, tokens, o)
+    return update.transpose(0, 1).reshape(*x.shape[:-1], k * o)
 
 
 def conv2d_update(

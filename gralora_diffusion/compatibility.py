@@ -26,7 +26,7 @@ from .targets import (
     layer_shape,
     misfits,
 )
-from .tensor_files import is_finite
+from .tensor_files import is_finite, some
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
@@ -163,23 +163,18 @@ def _problems(fit: Fit) -> list[str]:
     unexpected = sorted(set(fit.tensors) - set(expected))
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
-            problems.append(f"{len(keys)} {kind} keys: {_some(keys)}")
+            problems.append(f"{len(keys)} {kind} keys: {some(keys)}")
     misshapen = [
         f"{key} has shape {tuple(tensor.shape)}, this base needs {expected[key]}"
         for key, tensor in fit.tensors.items()
         if key in expected and tuple(tensor.shape) != expected[key]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} tensors of another shape: {_some(misshapen)}")
+        problems.append(f"{len(misshapen)} tensors of another shape: {some(misshapen)}")
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
-        problems.append(f"{len(broken)} tensors with NaN or infinite values: {_some(broken)}")
+        problems.append(f"{len(broken)} tensors with NaN or infinite values: {some(broken)}")
     return problems
-
-
-def _some(items: Sequence[str], most: int = 5) -> str:
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def _expected_shapes(
@@ -217,9 +212,14 @@ def _is_copy(key: str) -> bool:
     return ".original_module." in key or ".modules_to_save." in key
 
 
-def adapter_tensors(model: nn.Module, adapter_name: str) -> dict[str, Tensor]:
+def adapter_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
     """The adapter's tensors as they lie in the model, by the keys that they have in a file."""
-    return {name: tensor for name, (_, tensor) in _tensors(model, adapter_name).items()}
+    places = _places(model, adapter_name)
+    tensors = {key: getattr(holder, name).detach() for key, (_, holder, name) in places.items()}
+    config = model.peft_config[adapter_name]
+    if config.bias != "none" or config.modules_to_save:
+        tensors |= {key: tensor for key, (_, tensor) in _tensors(model, adapter_name).items()}
+    return tensors
 
 
 def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -230,8 +230,6 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     Raises:
         AdapterFileError: a key that the adapter does not have.
     """
-    # the factors themselves rather than by a state dict of the whole model, which takes longer
-    # than all else that loading does
     places = _places(model, adapter_name)
     rest = {key: tensor for key, tensor in tensors.items() if key not in places}
     for key, place in places.items():
@@ -243,14 +241,17 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
     result = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
-        raise AdapterFileError(f"no place in the model for: {_some(result.unexpected_keys)}")
+        raise AdapterFileError(f"no place in the model for: {some(result.unexpected_keys)}")
 
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:
-    """Key in a file -> the layer, what holds the factor there, and its name in that."""
+    """Key in a file -> the layer, what holds the factor there, and its name in that.
+
+    PEFT goes by a state dict of the whole model, which takes several times as long.
+    """
     places: dict[str, tuple[GraloraLayer, nn.Module, str]] = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, GraloraLayer):
+        if isinstance(layer, GraloraLayer) and not _is_copy(f"{path}."):
             path = path.replace(".base_layer", "")
             for name in layer.adapter_layer_names:
                 factors = getattr(layer, name)

@@ -4,10 +4,10 @@
 Where an implementation by autograd makes temporaries of the output's size (the update, the scaled
 update, the sum) and keeps a converted copy of the input,
 
-- the scaling goes into B, which is small, and the factors are converted, not the input;
-- products add into the output and into the input's gradient where those lie;
-- kept for backward are the input as it came, which layers that share it keep once, and the hidden
-  tensor (k r values per token).
+- the factors, which are small, are converted to the input's dtype and not the input to theirs;
+- products add into the output and into the input's gradient where those lie, scaled as they do;
+- kept for backward are the input as it came, which layers that share it keep once, the hidden
+  tensor (k r values per token) and, if they had to be converted, the converted factors.
 
 There are two ways, and :func:`choose_way` tells which one is taken:
 
@@ -110,8 +110,8 @@ class _AdaptedLinear(torch.autograd.Function):
         call: _Call,
         *factors: Tensor,
     ) -> Tensor:
-        result, weight, hidden = call.forward(x, weight, bias, factors)
-        ctx.save_for_backward(x, weight, *factors, *hidden)
+        result, weight, converted, hidden = call.forward(x, weight, bias, factors)
+        ctx.save_for_backward(x, weight, *converted, *hidden)
         ctx.call = call
         return result
 
@@ -136,22 +136,23 @@ class _Call(NamedTuple):
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None, list[Tensor]]:
-        """Return the result and, for backward, the weight and the hidden tensor of each update.
+    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor], list[Tensor]]:
+        """Return the result and, for backward, the weight, the factors and the hidden tensors.
 
-        The weight is in the dtype of the products: the frozen layer's own backward keeps the same.
+        Weight and factors are in the dtype of the products: autograd would keep the same of them.
         """
         inputs, result, hidden = _as_rows(x, self.dtype), None, []
+        factors = [_as(factor, self.dtype) for factor in factors]
         if weight is not None:
             weight = _as(weight, self.dtype)
             bias = None if bias is None else _as(bias, self.dtype)
             result = F.linear(inputs, self._whole(weight, factors), bias)
         if self.way == "added":
             for A, B, scaling in zip(factors[::2], factors[1::2], self.scalings, strict=True):
-                hidden.append(_exchanged(inputs, _as(A, self.dtype)))
-                result = _add_products(result, hidden[-1], _scaled(B, scaling, self.dtype))
+                hidden.append(_exchanged(inputs, A))
+                result = _add_products(result, hidden[-1], B, scaling)
         assert result is not None
-        return result.view(*x.shape[:-1], result.shape[1]), weight, hidden
+        return result.view(*x.shape[:-1], result.shape[1]), weight, factors, hidden
 
     def backward(
         self,
@@ -162,7 +163,10 @@ class _Call(NamedTuple):
         gradient: Tensor,
         needs: Sequence[bool],
     ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of ``x`` and of the factors, of those that ``needs`` asks for."""
+        """Return the gradients of ``x`` and of the factors, of those that ``needs`` asks for.
+
+        All but ``x`` and ``gradient`` are what :meth:`forward` gave.
+        """
         inputs, gradient = _as_rows(x, self.dtype), _as_rows(gradient, self.dtype)
         needs_x, *needs_factors = needs
         gradient_x = None
@@ -177,16 +181,14 @@ class _Call(NamedTuple):
             gradient_A = gradient_B = None
             adds_to_x = needs_x and self.way == "added"
             if needs_A or adds_to_x:
-                gradient_hidden = _exchanged(gradient, _scaled(B, scaling, self.dtype).mT)
+                gradient_hidden = _exchanged(gradient, B.mT)  # but for the scaling
             if needs_A:
-                gradient_A = _transposed_products(gradient_hidden, inputs, A.dtype).mT
+                gradient_A = _transposed_products(gradient_hidden, inputs, scaling).mT
             if needs_B:
-                h = hidden[u] if hidden else _exchanged(inputs, _as(A, self.dtype))
-                gradient_B = _transposed_products(h, gradient, B.dtype)
-                if scaling != 1.0:
-                    gradient_B.mul_(scaling)
+                h = hidden[u] if hidden else _exchanged(inputs, A)
+                gradient_B = _transposed_products(h, gradient, scaling)
             if adds_to_x:
-                gradient_x = _add_products(gradient_x, gradient_hidden, _as(A, self.dtype).mT)
+                gradient_x = _add_products(gradient_x, gradient_hidden, A.mT, scaling)
             gradients += [gradient_A, gradient_B]
         if gradient_x is not None:
             gradient_x = _as(gradient_x.view(x.shape), x.dtype)
@@ -211,10 +213,6 @@ def _as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
     """``x.to(dtype)``, but for the call where nothing is to be done: layers are many, and small."""
     return x if x.dtype is dtype else x.to(dtype)
-
-
-def _scaled(B: Tensor, scaling: float, dtype: torch.dtype) -> Tensor:
-    return _as(B if scaling == 1.0 else B * scaling, dtype)
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:
@@ -248,30 +246,29 @@ def _exchanged(x: Tensor, factor: Tensor) -> Tensor:
     return hidden.view(k, tokens, r)
 
 
-def _add_products(total: Tensor | None, hidden: Tensor, factor: Tensor) -> Tensor:
-    """Add ``hidden @ factor``, (k, tokens, r) and (k, r, o), to ``total`` (tokens, k o), in place.
+def _add_products(total: Tensor | None, hidden: Tensor, factor: Tensor, scaling: float) -> Tensor:
+    """Add ``scaling * hidden @ factor``, (k, tokens, r) and (k, r, o), to (tokens, k o), in place.
 
     Returns ``total``, or a new tensor of the products if it is None.
     """
     k, tokens, _ = hidden.shape
+    beta = 1
     if total is None:
-        total = hidden.new_empty(tokens, k * factor.shape[2])
-        _blocks(total, k).baddbmm_(hidden, factor, beta=0)
-    else:
-        _blocks(total, k).baddbmm_(hidden, factor)
+        total, beta = hidden.new_empty(tokens, k * factor.shape[2]), 0
+    _blocks(total, k).baddbmm_(hidden, factor, beta=beta, alpha=scaling)
     return total
 
 
-def _transposed_products(hidden: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return ``hidden.mT @ blocks of x`` (k, r, features / k), in ``dtype``.
+def _transposed_products(hidden: Tensor, x: Tensor, scaling: float) -> Tensor:
+    """Return ``scaling * hidden.mT @ blocks of x`` (k, r, features / k).
 
-    The gradient of B; and, transposed, that of A.
+    The gradient of B; and, transposed, that of A. Autograd brings it to the factor's dtype.
     """
     k, _, r = hidden.shape
     blocks = _blocks(x, k)
+    products = x.new_empty(k, r, blocks.shape[2])
     if not _loops(x):
-        return _as(torch.bmm(hidden.mT, blocks), dtype)
-    products = x.new_empty(k, r, blocks.shape[2], dtype=dtype)
+        return products.baddbmm_(hidden.mT, blocks, beta=0, alpha=scaling)
     for n in range(k):
-        products[n] = hidden[n].T @ blocks[n]
+        products[n].addmm_(hidden[n].T, blocks[n], beta=0, alpha=scaling)
     return products

@@ -124,23 +124,14 @@ def join_rows(pairs: Sequence[Pair]) -> Pair:
     Raises:
         ValueError: inputs or kernels differ, or there are no pairs.
     """
-    _check_alike("join_rows", [down.shape[1:] for down, _ in pairs])
+    inputs = [tuple(down.shape[1:]) for down, _ in pairs]
+    if len(set(inputs)) != 1:
+        got = ", ".join(map(str, inputs)) or "none"
+        raise ValueError(f"join_rows: expected pairs of layers of one input, got {got}")
     for down, up in pairs:
         if len(down) or up.shape[1]:
             _matrix(down, up)
     return torch.cat([down for down, _ in pairs]), torch.block_diag(*[up for _, up in pairs])
-
-
-def add(pairs: Sequence[Pair]) -> Pair:
-    """Return the pair whose update is the sum of the pairs' updates, of the sum of their ranks.
-
-    Raises:
-        ValueError: they are not of the same layer, or there are none.
-    """
-    _check_alike("add", [(*down.shape[1:], up.shape[0]) for down, up in pairs])
-    for down, up in pairs:
-        _matrix(down, up)
-    return torch.cat([down for down, _ in pairs]), torch.cat([up for _, up in pairs], dim=1)
 
 
 def split(down: Tensor, up: Tensor, rank: int) -> tuple[Pair, Pair]:
@@ -256,9 +247,3 @@ def _matrix(down: Tensor, up: Tensor) -> Tensor:
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
         raise ValueError("the pair holds NaN or infinite values")
     return down.flatten(1)
-
-
-def _check_alike(function: str, shapes: Sequence[Sequence[int]]) -> None:
-    if len({tuple(shape) for shape in shapes}) != 1:
-        text = ", ".join(str(tuple(shape)) for shape in shapes) or "none"
-        raise ValueError(f"{function}: expected pairs of layers of one shape, got {text}")

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Mapping
+from functools import cached_property
 from pathlib import Path
-
-import torch
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type
-from safetensors import SafetensorError, safe_open
 
 from .families import ModelFamily, get_family, list_families
 from .layouts import DENOISER
+from .tensor_files import AdapterFileError, StoredTensor, read_header
 
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"
@@ -23,13 +21,63 @@ class OriginalFileError(ValueError):
     """A single file that is no base, or not a whole one."""
 
 
-class OriginalFile:
+class OriginalHeader:
+    """What the keys and shapes of an original checkpoint tell of it.
+
+    Attributes:
+        tensors: what the header says of them, by key.
+        prefix: how the denoiser's keys begin; empty in a file of the denoiser alone.
+    """
+
+    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
+        self.tensors = tensors
+        self.keys = frozenset(tensors)
+        self.prefix = DENOISER if self.begins_with(DENOISER) else ""
+
+    @property
+    def families(self) -> list[ModelFamily]:
+        """Those that know the denoiser by most keys; none if it is of no supported family."""
+        fitting = [
+            family
+            for family in map(get_family, list_families())
+            if family.single_file_keys
+            and {self.prefix + key for key in family.single_file_keys} <= self.keys
+        ]
+        most = max((len(family.single_file_keys) for family in fitting), default=0)
+        return [family for family in fitting if len(family.single_file_keys) == most]
+
+    @property
+    def quantized(self) -> str | None:
+        """A key that only quantized files have."""
+        return min((key for key in self.keys if key.endswith(_QUANTIZED)), default=None)
+
+    @cached_property
+    def kind(self) -> str:
+        """What diffusers takes it for."""
+        import torch  # both take seconds to import, and not every header is asked
+        from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+
+        # only names and shapes are needed, so a meta tensor stands for each
+        header = {key: torch.empty(t.shape, device="meta") for key, t in self.tensors.items()}
+        try:
+            return str(infer_diffusers_model_type(header))
+        except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
+            return _UNKNOWN
+
+    def other_kind(self, family: ModelFamily) -> str | None:
+        """What diffusers takes it for, if that is no text-to-image base of the family."""
+        return None if self.kind in (*family.single_file_types, _UNKNOWN) else self.kind
+
+    def begins_with(self, start: str | tuple[str, ...]) -> bool:
+        """Whether a key begins so."""
+        return any(key.startswith(start) for key in self.keys)
+
+
+class OriginalFile(OriginalHeader):
     """An original checkpoint. Only its header is read.
 
     Attributes:
-        shapes: of its tensors, by key.
-        prefix: how the denoiser's keys begin; empty in a file of the denoiser alone.
-        kind: what diffusers takes it for.
+        metadata: what the header says besides.
 
     Raises:
         OriginalFileError: not a whole .safetensors file.
@@ -38,20 +86,10 @@ class OriginalFile:
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            with safe_open(self.path, framework="pt") as file:
-                keys = file.keys()
-                self.shapes = {key: tuple(file.get_slice(key).get_shape()) for key in keys}
-        except (SafetensorError, OSError) as error:
-            problem = f"not a whole .safetensors file ({error}). Other formats (.ckpt, .gguf) must"
-            raise self.error(f"{problem} be converted first") from error
-        self.keys = frozenset(self.shapes)
-        self.prefix = DENOISER if self.begins_with(DENOISER) else ""
-        # only names and shapes are needed, so a meta tensor stands for each
-        header = {key: torch.empty(shape, device="meta") for key, shape in self.shapes.items()}
-        try:
-            self.kind = infer_diffusers_model_type(header)
-        except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
-            self.kind = _UNKNOWN
+            tensors, self.metadata = read_header(self.path)
+        except AdapterFileError as error:
+            raise self.error(str(error).removeprefix(f"{self.path}: ")) from error
+        super().__init__(tensors)
 
     def error(self, problem: str) -> ValueError:
         return OriginalFileError(f"{self.path}: {problem}")
@@ -65,28 +103,20 @@ class OriginalFile:
         Raises:
             OriginalFileError: no base of a supported family, or a quantized one.
         """
-        families = [get_family(name) for name in list_families()]
-        fitting = [f for f in families if f.single_file_keys and self._holds(f.single_file_keys)]
-        family = max(fitting, key=lambda f: len(f.single_file_keys), default=None)
-        if family is None:
+        if not self.families:
             raise self.error(self._not_a_base())
-        if not any_task and self.kind not in (*family.single_file_types, _UNKNOWN):
+        family = self.families[0]
+        if not any_task and (kind := self.other_kind(family)):
             raise self.error(
-                f"diffusers takes this single file for {self.kind!r}, which is of no supported "
+                f"diffusers takes this single file for {kind!r}, which is of no supported "
                 f"family ({', '.join(list_families())}). Give the text-to-image base"
             )
-        if quantized := sorted(key for key in self.keys if key.endswith(_QUANTIZED)):
+        if self.quantized:
             raise self.error(
-                f"a quantized file ({quantized[0]}), which cannot be read. Give the one in 16 bits"
+                f"a quantized file ({self.quantized}), which cannot be read. Give the one in 16 "
+                "bits"
             )
         return family
-
-    def begins_with(self, start: str | tuple[str, ...]) -> bool:
-        """Whether a key begins so."""
-        return any(key.startswith(start) for key in self.keys)
-
-    def _holds(self, denoiser_keys: Collection[str]) -> bool:
-        return all(self.prefix + key in self.keys for key in denoiser_keys)
 
     def _not_a_base(self) -> str:
         what = f"this single file is of no supported family ({', '.join(list_families())})"

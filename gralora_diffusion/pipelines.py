@@ -8,15 +8,12 @@ it too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from diffusers.hooks.group_offloading import _maybe_remove_and_reapply_group_offloading
-from diffusers.loaders.lora_base import _func_optionally_disable_offloading
 from peft import GraloraConfig
 from torch import Tensor, nn
 
@@ -32,6 +29,7 @@ from .compatibility import (
 )
 from .families import find_family
 from .injection import eject, inject, unchanged_on_error
+from .offloading import without_offloading
 from .state import (
     WEIGHTS_NAME,
     Adapter,
@@ -60,7 +58,7 @@ class LoadReport:
 
 def load_gralora_weights(
     pipe: DiffusionPipeline,
-    source: str | os.PathLike[str] | Mapping[str, Tensor],
+    source: str | os.PathLike[str] | Mapping[str, Tensor] | Adapter,
     adapter_name: str | None = None,
     *,
     config: GraloraConfig | Mapping[str, GraloraConfig] | None = None,
@@ -76,7 +74,8 @@ def load_gralora_weights(
     """Attach a GraLoRA adapter to the pipeline and make it the active one.
 
     Args:
-        source: a file, a folder, a PEFT folder, a repository on the Hub, or a state dict.
+        source: a file, a folder, a PEFT folder, a repository on the Hub, a state dict, or an
+            ``Adapter`` in memory.
         adapter_name: name to address it by; chosen if None.
         config: for a state dict: its config, or a config per component.
         weight_name: which file in a folder or repository.
@@ -94,14 +93,16 @@ def load_gralora_weights(
     Raises:
         AdapterFileError: the file is not whole, has no config, was trained for another family, has
             missing, unexpected, misshapen or non-finite tensors. The pipeline is left as it was.
-        ValueError: the adapter name is taken.
+        ValueError: the adapter name is taken, or a model is offloaded to disk.
     """
     names = component_names(pipe)
     if isinstance(source, Mapping):
         adapter = adapter_from_state_dict(source, config, names)
+    elif config is not None:
+        raise ValueError("`config` goes with a state dict; a file brings its own.")
+    elif isinstance(source, Adapter):
+        adapter = source
     else:
-        if config is not None:
-            raise ValueError("`config` goes with a state dict; a file brings its own.")
         adapter = read_adapter(
             source,
             weight_name=weight_name,
@@ -116,7 +117,7 @@ def load_gralora_weights(
         adapter_name = _free_name(component_models(pipe).values())
     fits = check_fit(pipe, adapter, adapter_name)
     models = [fit.model for fit in fits.values()]
-    with _without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
+    with without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
         for fit in fits.values():
             _attach(fit, adapter_name, adapter_dtype)
     note_components(pipe)
@@ -161,7 +162,7 @@ def save_gralora_weights(
     name = _one_adapter(models.values(), adapter_name)
     models = {c: m for c, m in models.items() if name in _adapter_names([m])}
     parts = {}
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for component, model in models.items():
             tensors = adapter_tensors(model, name)
             if dtype is not None:
@@ -192,7 +193,8 @@ def fuse_gralora(
         Names of the components that were fused.
 
     Raises:
-        ValueError: nothing to fuse, already fused, not finite, or a quantized or fp8 base weight.
+        ValueError: nothing to fuse, already fused, not finite, a quantized or fp8 base weight, or
+            a model that is offloaded to disk.
     """
     wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     models = _models_with_layers(pipe, components)
@@ -214,7 +216,7 @@ def fuse_gralora(
             f"already fused: {', '.join(fused)}. Call `unfuse_gralora()` before fusing at another "
             "scale, or name others with adapter_names."
         )
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for layer, chosen in names.items():
             layer.check_merge(chosen, scale)
         try:
@@ -235,7 +237,7 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
     The weights return to within one rounding of their dtype. Returns the components' names.
     """
     models = _models_with_layers(pipe, components)
-    with _without_offloading(pipe, models.values()):
+    with without_offloading(pipe, models.values()):
         for model in models.values():
             for layer in gralora_layers(model):
                 if layer.merged:
@@ -251,13 +253,14 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     have the base back. So do biases that an adapter with ``bias`` other than "none" brought.
     Returns the names of the adapters removed.
     """
-    models = component_models(pipe)
-    removed = _adapter_names(models.values())
-    with _without_offloading(pipe, models.values()):
-        for model in models.values():
-            eject(model, *removed)
+    models = component_models(pipe).values()
+    # model by model, for on another one a name may be a LoRA's
+    attached = {model: _adapter_names([model]) for model in models if gralora_layers(model)}
+    with without_offloading(pipe, attached):
+        for model, names in attached.items():
+            eject(model, *names)
     note_components(pipe)
-    return removed
+    return sorted({name for names in attached.values() for name in names})
 
 
 def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
@@ -280,23 +283,6 @@ def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
         if adapter_name in layer.gralora_A and dtype is not None and dtype.itemsize >= 2:
             layer.cast_adapter(adapter_name, dtype)
     set_adapter_tensors(fit.model, adapter_name, fit.tensors)
-
-
-@contextmanager
-def _without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Take accelerate's offloading hooks off while layers change; put them back afterwards."""
-    model_offload, sequential_offload, group_offload = _func_optionally_disable_offloading(pipe)
-    device = getattr(pipe, "_offload_device", None)
-    try:
-        yield
-    finally:
-        if model_offload:
-            pipe.enable_model_cpu_offload(device=device)
-        elif sequential_offload:
-            pipe.enable_sequential_cpu_offload(device=device)
-        elif group_offload:
-            for model in models:
-                _maybe_remove_and_reapply_group_offloading(model)
 
 
 def _models_with_layers(

@@ -66,8 +66,12 @@ def unsuitable(layer: nn.Module, r: int, k: int) -> str | None:
 
 def fitting_k(layers: Iterable[nn.Module], ranks: Collection[int]) -> list[int]:
     """Return every k that divides these ranks and the widths of all these layers; 1 always does."""
-    widths = {width for layer in layers for width in layer_shape(layer)[:2]}
-    return [k for k in range(1, min(ranks) + 1) if not any(n % k for n in {*ranks, *widths})]
+    return common_divisors({*ranks, *(w for layer in layers for w in layer_shape(layer)[:2])})
+
+
+def common_divisors(numbers: Collection[int]) -> list[int]:
+    """Return every number that divides all of these, the smallest first."""
+    return [d for d in range(1, min(numbers) + 1) if not any(number % d for number in numbers)]
 
 
 def lowered_k(model: nn.Module, config: GraloraConfig) -> dict[str, int]:

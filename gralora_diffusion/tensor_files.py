@@ -1,4 +1,7 @@
-"""Safetensors files that are whole: written all or not at all, and refused when they are not."""
+"""Safetensors files that are whole: written all or not at all, and refused when they are not.
+
+Headers, too, are read here, and here alone.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +9,9 @@ import hashlib
 import json
 import os
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from .unfinished import tidied
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
 #: Fields of the metadata that are hashes of the tensors -> room for them; see ``file_hashes``.
@@ -28,8 +33,31 @@ HASH_FIELDS = {
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
 
+_PICKLE = (
+    "a pickle (.ckpt, .pt, .bin), which may run any program when it is read, so it was not read. "
+    "Convert it to .safetensors in a place where that does no harm"
+)
+#: How files begin that are something else.
+_OTHER_FILES = {
+    b"PK\x03\x04": _PICKLE,
+    b"\x80\x02": _PICKLE,
+    b"\x80\x04": _PICKLE,
+    b"GGUF": "a GGUF file, whose weights are quantized: they can be neither adapted nor fused. "
+    "Give the .safetensors file that it was made of",
+    b"<": "a web page in place of the file. Download it again, logged in if the site asks for it",
+    b"version https://git-lfs": "a pointer of Git LFS in place of the file. Fetch it with "
+    "`git lfs pull`",
+}
+
+
 class AdapterFileError(ValueError):
     """An adapter file that cannot be used; says where, what was found and what to do."""
+
+
+def some(items: Sequence[str], most: int = 5) -> str:
+    """Name the first of them in a message, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest
 
 
 def write_safetensors(
@@ -125,6 +153,64 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
         os.replace(temporary, path)
 
 
+@dataclass(frozen=True)
+class StoredTensor:
+    """What the header of a safetensors file says of a tensor, and where it lies.
+
+    Attributes:
+        key: there.
+        dtype_name: as the format calls it, such as "BF16".
+        offset: its first byte, counted from the beginning of the file.
+    """
+
+    path: Path
+    key: str
+    dtype_name: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The same in torch.
+
+        Raises:
+            AdapterFileError: the format has it, torch has not.
+        """
+        from safetensors.torch import _TYPES
+
+        if self.dtype_name not in _TYPES:
+            raise AdapterFileError(
+                f"{self.path}: {self.key} is stored as {self.dtype_name}, which torch cannot read."
+            )
+        dtype: torch.dtype = _TYPES[self.dtype_name]
+        return dtype
+
+
+def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
+    """Return the tensors of a safetensors file, in their order there, and its metadata.
+
+    Raises:
+        AdapterFileError: truncated, not safetensors, or of a header that contradicts itself.
+    """
+    try:
+        # checks length, shapes, gaps and overlaps; without torch, which takes seconds to import
+        with safe_open(path, framework="np"):
+            pass
+        with open(path, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(begin - 8))
+    except (SafetensorError, OSError) as error:
+        raise AdapterFileError(f"{path}: {_why_unreadable(path, error)}") from error
+    metadata = header.pop("__metadata__", None) or {}
+    tensors = {}
+    for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+        start, stop = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        tensors[key] = StoredTensor(path, key, entry["dtype"], shape, begin + start, stop - start)
+    return tensors, metadata
+
+
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file.
 
@@ -136,11 +222,27 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             return tensors, dict(file.metadata() or {})
     except (SafetensorError, OSError) as error:
-        size = path.stat().st_size if path.exists() else 0
-        raise AdapterFileError(
-            f"{path}: not a whole safetensors file ({size:,} bytes): {error}. If it was downloaded "
-            "or copied, fetch it again."
-        ) from error
+        raise AdapterFileError(f"{path}: {_why_unreadable(path, error)}") from error
+
+
+def _why_unreadable(path: Path, error: Exception) -> str:
+    """What a file is that safetensors does not read, and what to do."""
+    if not path.is_file():
+        return f"no such file ({error})"
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        beginning = file.read(64)
+    for start, what in _OTHER_FILES.items():
+        if beginning.startswith(start):
+            return what
+    declared = int.from_bytes(beginning[:8], "little")  # how long the header is
+    if size > 8 and (beginning[8:9] != b"{" or declared > 1 << 30):
+        return f"not a safetensors file ({size:,} bytes): {error}"
+    what = f"damaged or truncated ({error})" if size else "an empty file"
+    return (
+        f"not a whole safetensors file ({size:,} bytes): {what}. If it was downloaded or copied, "
+        "fetch it again"
+    )
 
 
 def is_finite(tensor: Tensor) -> bool:

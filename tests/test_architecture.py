@@ -11,8 +11,8 @@ PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = """
 lazy unfinished command_line blockwise fused_linear low_rank factors config_values config targets
 file_names hub tensor_files staging lora_keys layers injection state layouts families
-empty_models original_file compatibility bookkeeping pipelines pipeline_methods sampling
-export,inspection,warm_start training benchmark cli __init__
+empty_models original_file model_folder compatibility bookkeeping offloading pipelines
+pipeline_methods sampling export,inspection,warm_start training benchmark cli __init__
 """
 ROW = {name: number for number, names in enumerate(ROWS.split()) for name in names.split(",")}
 FAMILIES = [get_family(name) for name in list_families()]

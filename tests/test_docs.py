@@ -21,12 +21,13 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family, sampling
-from gralora_diffusion.benchmark.settings import (
+from gralora_diffusion.benchmark.kept import (
     SETTINGS_NAME,
     SUITES,
-    BenchmarkSettings,
+    check_same_run,
     parse_settings,
 )
+from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
@@ -36,6 +37,7 @@ from gralora_diffusion.training.loop import train
 from gralora_diffusion.warm_start import main as importing
 
 from . import models
+from .offloading import offload_groups
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -157,6 +159,7 @@ def _problems(config: TrainingConfig) -> list[str]:
 def _benchmark_problems(settings: BenchmarkSettings) -> list[str]:
     """The same for the benchmark's, whose check raises for those of its own."""
     settings.check()
+    check_same_run(settings)
     config = settings.training
     if not config.dataset_name:  # the benchmark says what is trained on
         config = replace(config, instance_data_dir="my_pictures", instance_prompt="a sks dog")
@@ -434,6 +437,9 @@ def test_other_errors_of_pipelines_are_explained(reader):
     pipe.load_gralora_weights("my_adapter", "dog")
     refused(pipe.load_gralora_weights, "my_adapter", "dog")
     refused(pipe.set_lora_device, ["dog"], "cpu")
+    offloaded = models.stable_diffusion()
+    offload_groups(offloaded.unet, "leaf_level", disk=Path("offloaded"))
+    refused(offloaded.load_gralora_weights, "my_adapter")
     pipe.fuse_gralora()
     refused(pipe.fuse_gralora)
     pipe.unfuse_gralora()

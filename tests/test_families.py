@@ -205,6 +205,39 @@ def test_predict_gives_the_denoiser_what_the_pipeline_gives(name, dtype):
         torch.testing.assert_close(prediction, theirs_predicted if packed is None else packed)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "config"),
+    [
+        ("stable-diffusion", {}),
+        ("stable-diffusion-xl", {"force_zeros_for_empty_prompt": True}),
+        ("stable-diffusion-xl", {"force_zeros_for_empty_prompt": False}),
+        ("stable-diffusion-3", {}),
+    ],
+)
+def test_an_empty_prompt_is_what_the_pipeline_guides_away_from(name, config):
+    """Without a negative prompt; of Flux there is a distilled guidance or no such thing."""
+    pipe = models.PIPELINES[name]()
+    pipe.register_to_config(**config)
+    family, seen = get_family(pipe), []
+    getattr(pipe, family.denoiser).register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(flat(kwargs)), with_kwargs=True
+    )
+    pipe("a cat", height=32, width=16, num_inference_steps=1, guidance_scale=3.0)
+    names = {  # in the pipeline's call of the denoiser
+        "prompt_embeds": ("encoder_hidden_states",),
+        "pooled_prompt_embeds": ("added_cond_kwargs.text_embeds", "pooled_projections"),
+    }
+    encoded = family.encode_prompts(pipe, ["", "a cat"])
+    alone = [family.encode_prompts(pipe, [prompt]) for prompt in ("", "a cat")]
+    for key, tensor in encoded.items():
+        (theirs,) = [seen[0][n] for n in names[key] if n in seen[0]]
+        assert torch.equal(torch.cat([part[key] for part in alone]), theirs), key
+        torch.testing.assert_close(tensor, theirs)  # a batch rounds otherwise
+    zeros = all(not tensor[0].any() for tensor in encoded.values())
+    assert zeros == config.get("force_zeros_for_empty_prompt", False)
+
+
 def unpacked(tokens: Tensor, family: ModelFamily, pipe: Any) -> Tensor:
     """Tokens (batch, h w, channels) as latents, of 32 x 16 pixels, written out plainly."""
     batch, count, channels = tokens.shape

@@ -187,13 +187,6 @@ def test_rows_joined_of_a_layer_without_an_update():
     assert torch.equal(dense(*joined), expected)
 
 
-@pytest.mark.parametrize("kernel", [(), (3, 3)])
-def test_sum(kernel):
-    pairs = [pair(24, 40, rank, kernel, seed=rank) for rank in (2, 5)]
-    expected = sum(dense(*each) for each in pairs)
-    assert relative_error(dense(*low_rank.add(pairs)), expected) < 1e-14
-
-
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank", [1, 4])
 def test_split(shape, rank):
@@ -285,8 +278,7 @@ def test_zeros_in_blocks():
         (lambda d, u: low_rank.gralora_factors(d, u, 6, 4), "rank=6 not divisible by k=4"),
         (lambda d, u: low_rank.gralora_factors(d, u, 15, 5), "in=24 not divisible by k=5"),
         (lambda d, u: low_rank.join_rows([(d, u), (d[:, :8], u)]), r"got \(24,\), \(8,\)"),
-        (lambda d, u: low_rank.add([(d, u), (d, u[:8])]), r"got \(24, 40\), \(24, 8\)"),
-        (lambda d, u: low_rank.add([]), "got none"),
+        (lambda d, u: low_rank.join_rows([]), "got none"),
     ],
 )
 def test_refused(call, text):

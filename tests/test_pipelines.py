@@ -13,7 +13,7 @@ from diffusers import (
     StableDiffusionInpaintPipeline,
     UNet2DModel,
 )
-from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
+from diffusers.hooks import apply_layerwise_casting
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -27,6 +27,7 @@ from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
 
 from . import models
 from .models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
+from .offloading import offload_groups, two_memories
 from .reference import dense_update, relative_error
 from .test_injection import lora
 
@@ -126,6 +127,7 @@ class TestLoad:
             ((tmp_path,), {"weight_name": "cat.safetensors"}),
             ((tmp_path,), {"subfolder": "peft"}),
             ((state,), {"config": configs}),
+            ((read_adapter(folder),), {}),
             (("me/cat",), hub),
         ]:
             pipe = stable_diffusion()
@@ -564,6 +566,20 @@ class TestBesideLora:
         pipe.unload_lora_weights()
         assert same(draw(pipe), base)
 
+    def test_a_lora_of_the_same_name_elsewhere(self, pipe):
+        """On another component it is another adapter, and stays whole."""
+        pipe.text_encoder.add_adapter(lora(target_modules=["q_proj"]), "dog")
+        alone, record = draw(pipe), pipe.text_encoder.peft_config["dog"]
+        inject(pipe.unet, config(), "dog")
+        assert not same(draw(pipe), alone)
+        assert pipe.unload_gralora_weights() == ["dog"]
+        assert pipe.text_encoder.peft_config == {"dog": record}
+        assert not getattr(pipe.unet, "peft_config", None)
+        assert same(draw(pipe), alone)
+        pipe.set_adapters("dog", 0.5)
+        pipe.delete_adapters("dog")
+        assert not any("lora" in name for name, _ in pipe.text_encoder.named_parameters())
+
 
 class TestDiffusersMethods:
     @pytest.fixture
@@ -822,32 +838,71 @@ class TestPlacement:
         assert {p.device.type for p in pipe.unet.parameters()} == {"meta"}
         assert same(draw(pipe), adapted)
 
-    @pytest.mark.parametrize(
-        "options",
-        [
-            {"offload_type": "leaf_level"},
-            {"offload_type": "block_level", "num_blocks_per_group": 1},
-        ],
-    )
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    @pytest.mark.parametrize("stream", [False, True])
     @pytest.mark.parametrize("when", ["before", "after"])
-    def test_group_offloading(self, pipe, folder, base, adapted, options, when):
-        cpu = torch.device("cpu")
-
+    def test_group_offloading(self, pipe, folder, base, adapted, level, stream, when, tmp_path):
         def enable():
-            pipe.unet.enable_group_offload(cpu, cpu, **options)
-            apply_group_offloading(pipe.text_encoder, cpu, cpu, **options)
+            offload_groups(pipe.unet, level, stream)
+            offload_groups(pipe.text_encoder, level, stream)
+
+        def drawn():
+            with two_memories():
+                return draw(pipe)
 
         if when == "before":
             enable()
         pipe.load_gralora_weights(folder)
         if when == "after":
             enable()
-        assert same(draw(pipe), adapted)
+        assert same(drawn(), adapted)
+        assert_stored_as(pipe.save_gralora_weights(tmp_path), folder)
         pipe.fuse_gralora()
-        assert same(draw(pipe), adapted)
+        assert same(drawn(), adapted)
         pipe.unfuse_gralora()
         pipe.unload_gralora_weights()
-        assert same(draw(pipe), base)
+        assert same(drawn(), base)
+
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    def test_group_offloading_to_disk(self, pipe, folder, adapted, level, tmp_path):
+        """After it, nothing can be read or changed: diffusers leaves memory of any content."""
+        refused = pytest.raises(ValueError, match="UNet2DConditionModel is offloaded to disk")
+        pipe.load_gralora_weights(folder)
+        offload_groups(pipe.unet, level, disk=tmp_path / "loaded")
+        assert same(draw(pipe), adapted)
+        for call in (
+            pipe.fuse_gralora,
+            pipe.unfuse_gralora,
+            pipe.unload_gralora_weights,
+            lambda: pipe.save_gralora_weights(tmp_path),
+            lambda: pipe.load_gralora_weights(folder, "b"),
+        ):
+            with refused:
+                call()
+        assert not list(tmp_path.glob("*.safetensors"))
+        assert same(draw(pipe), adapted)
+
+        bare = stable_diffusion()
+        offload_groups(bare.unet, level, disk=tmp_path / "bare")
+        with refused:
+            bare.load_gralora_weights(folder)
+
+    @pytest.mark.gpu
+    @pytest.mark.parametrize("level", ["leaf_level", "block_level"])
+    @pytest.mark.parametrize("stream", [False, True])
+    def test_group_offloading_on_a_gpu(self, pipe, folder, level, stream, monkeypatch):
+        monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+        whole = stable_diffusion().to("cuda")
+        whole.load_gralora_weights(folder)
+        expected = draw(whole).cpu()
+        pipe.load_gralora_weights(folder)
+        pipe.enable_group_offload(
+            torch.device("cuda"), offload_type=level, num_blocks_per_group=1, use_stream=stream
+        )
+        for _ in range(2):
+            assert same(draw(pipe).cpu(), expected)
+        pipe.fuse_gralora()
+        assert same(draw(pipe).cpu(), expected)
 
 
 def edit(change):

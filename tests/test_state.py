@@ -344,7 +344,7 @@ REFUSED = [
     (truncated, r"not a whole safetensors file \([\d,]+ bytes\)"),
     (cut_short, "not a whole safetensors file"),
     (emptied, r"not a whole safetensors file \(0 bytes\)"),
-    (pickled, "not a whole safetensors file"),
+    (pickled, "a pickle .* which may run any program when it is read, so it was not read"),
     (without_metadata, "no `gralora_adapter_metadata`.*Pass the state dict with its config"),
     (a_lora, "a LoRA, not a GraLoRA file"),
     (something_else, "no GraLoRA weights in this file .first key: 'conv.weight'"),

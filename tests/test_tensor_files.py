@@ -1,4 +1,4 @@
-"""Hashes in the header, against ModelSpec's reference reader and sd-scripts' definition; NaN."""
+"""Headers and hashes, against safetensors, ModelSpec's reference reader and sd-scripts; NaN."""
 
 import hashlib
 import json
@@ -12,8 +12,11 @@ from safetensors import safe_open
 
 from gralora_diffusion.tensor_files import (
     HASH_FIELDS,
+    AdapterFileError,
     file_hashes,
     is_finite,
+    read_header,
+    read_safetensors,
     replacing,
     write_safetensors,
 )
@@ -93,3 +96,99 @@ def test_a_tensor_is_finite_if_all_its_elements_are(dtype):
     assert not is_finite(largest)
     assert is_finite(torch.ones(4).to(torch.float8_e4m3fn))
     assert not is_finite(torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn))
+
+
+# -- headers ---------------------------------------------------------------------------------------
+
+STORED = {
+    "b.half": torch.randn(3, 5).half(),
+    "a.brain": torch.randn(7).bfloat16(),
+    "ä.single": torch.randn(2, 3, 1, 1),
+    "small": torch.randn(5, 3).to(torch.float8_e4m3fn),
+    "steps": torch.arange(5),
+    "nothing": torch.empty(0, 4),
+}
+
+
+def by_hand(path: Path, entries: dict[str, tuple[str, list[int], int, int]], size: int) -> Path:
+    """A file with such a header and so many bytes behind it."""
+    header = {
+        key: {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+        for key, (dtype, shape, begin, end) in entries.items()
+    }
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(size))
+    return path
+
+
+def test_a_header_says_where_tensors_lie(tmp_path):
+    path = tmp_path / "a.safetensors"
+    metadata = {"format": "pt", "title": 'Zoë\n "quoted" \\'}
+    safetensors.torch.save_file(STORED, path, metadata=metadata)
+    found, said = read_header(path)
+    assert said == metadata
+    assert found.keys() == STORED.keys()
+    assert sorted(found, key=lambda key: found[key].offset) == list(found)
+    data = path.read_bytes()
+    for key, tensor in STORED.items():
+        stored = found[key]
+        assert (stored.path, stored.key) == (path, key)
+        assert (stored.dtype, stored.shape) == (tensor.dtype, tuple(tensor.shape))
+        raw = data[stored.offset : stored.offset + stored.nbytes]
+        assert raw == bytes(tensor.contiguous().view(-1).view(torch.uint8).tolist())
+    safetensors.torch.save_file(STORED, path)
+    assert read_header(path)[1] == {}
+
+
+def test_a_dtype_that_torch_has_not_is_told_when_it_is_asked_for(tmp_path):
+    """Scales of quantized files; the header is read all the same."""
+    path = by_hand(tmp_path / "a.safetensors", {"a.scale": ("F8_E8M0", [4], 0, 4)}, 4)
+    stored = read_header(path)[0]["a.scale"]
+    assert (stored.dtype_name, stored.shape, stored.nbytes) == ("F8_E8M0", (4,), 4)
+    with pytest.raises(AdapterFileError, match=r"a\.scale is stored as F8_E8M0, which"):
+        _ = stored.dtype
+
+
+@pytest.mark.parametrize("read", [read_header, read_safetensors])
+class TestUnreadable:
+    @pytest.mark.parametrize("cut", [0, 4, 30, -1])
+    def test_not_whole(self, read, cut, tmp_path):
+        path = tmp_path / "a.safetensors"
+        safetensors.torch.save_file(STORED, path)
+        path.write_bytes(path.read_bytes()[:cut])
+        size = path.stat().st_size
+        text = rf"a\.safetensors: not a whole safetensors file \({size} bytes\): .* fetch it again"
+        with pytest.raises(AdapterFileError, match=text):
+            read(path)
+
+    @pytest.mark.parametrize(
+        ("data", "text"),
+        [
+            (b"PK\x03\x04" + bytes(100), "a pickle"),
+            (b"GGUF" + bytes(100), "a GGUF file"),
+            (b"\x02" + bytes(7) + b"[]", r"not a safetensors file \(10 bytes\)"),
+            (b"\x05" + bytes(7) + b'{"a":1}', "damaged or truncated"),
+        ],
+    )
+    def test_not_safetensors(self, read, data, text, tmp_path):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(data)
+        with pytest.raises(AdapterFileError, match=rf"a\.safetensors: .*{text}"):
+            read(path)
+
+    @pytest.mark.parametrize(
+        "entries",
+        [
+            {"a": ("F32", [2], 0, 4)},  # another size than its shape's
+            {"a": ("F32", [1], 0, 4), "b": ("F32", [1], 2, 6)},  # one over the other
+            {"a": ("F32", [1], 0, 4)},  # and bytes that belong to none
+        ],
+    )
+    def test_a_header_that_contradicts_itself(self, read, entries, tmp_path):
+        path = by_hand(tmp_path / "a.safetensors", entries, 8)
+        with pytest.raises(AdapterFileError, match=r"a\.safetensors: .*damaged or truncated"):
+            read(path)
+
+    def test_nothing_there(self, read, tmp_path):
+        with pytest.raises(AdapterFileError, match="no such file"):
+            read(tmp_path / "a.safetensors")

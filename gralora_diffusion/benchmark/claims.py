@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import threading
 import time
@@ -18,7 +19,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-CLAIM_NAME = "claim.json"
+#: A claim's file, and the beginning of the name of its folder.
+CLAIM_NAME, WORK_NAME = "claim.json", ".work."
 #: Seconds between two touches, and after how many without one a claim is taken over.
 TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
 #: Seconds between two looks at what other processes do.
@@ -26,14 +28,24 @@ WAIT_SECONDS = 5.0
 
 
 class Claim:
-    """A unit that is this process's own, as a context: inside, the claim is kept alive."""
+    """A unit that is this process's own, as a context: inside, the claim is kept alive.
+
+    Attributes:
+        folder: of the unit.
+        work: a folder in it of this claim alone, empty at first, gone with the claim. What others
+            left of theirs goes at the beginning.
+    """
 
     def __init__(self, folder: Path, token: str, touch_seconds: float = TOUCH_SECONDS) -> None:
-        self.path, self.token = folder / CLAIM_NAME, token
+        self.folder, self.path, self.token = folder, folder / CLAIM_NAME, token
+        self.work = folder / f"{WORK_NAME}{token}"
         self._done = threading.Event()
         self._toucher = threading.Thread(target=self._touch, args=(touch_seconds,), daemon=True)
 
     def __enter__(self) -> Claim:
+        for left in self.folder.glob(f"{WORK_NAME}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        self.work.mkdir()
         self._toucher.start()
         return self
 
@@ -45,12 +57,23 @@ class Claim:
     ) -> None:
         self._done.set()
         self._toucher.join()
+        shutil.rmtree(self.work, ignore_errors=True)
         if self.is_held():
             self.path.unlink(missing_ok=True)
 
     def is_held(self) -> bool:
         """Whether no other process has taken it over, as it may after this one was suspended."""
         return _read(self.path).get("token") == self.token
+
+    def hand_over(self, *names: str) -> None:
+        """Move these of the work to the unit, in place of what it has of these names.
+
+        What the work lacks, the unit lacks then, too.
+        """
+        for name in names:
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # of another attempt
+            if (self.work / name).exists():
+                os.replace(self.work / name, self.folder / name)
 
     def _touch(self, seconds: float) -> None:
         while not self._done.wait(seconds):

@@ -72,7 +72,9 @@ class Subject:
         return [one_line(t.format(unique_token, self.class_name)) for t in self.templates]
 
 
-def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject]:
+def read_subjects(
+    folder: str | Path, names: Sequence[str] = (), names_from: str = "--subjects"
+) -> list[Subject]:
     """Return the subjects of the benchmark, in the order of its file.
 
     A subject's folder holds its pictures; in a set with pictures held out, which the published one
@@ -81,6 +83,7 @@ def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject
     Args:
         folder: a clone of google/dreambooth, or its folder ``dataset``.
         names: of the subjects wanted; all if empty.
+        names_from: where they come from, for the error about one that is not there.
 
     Raises:
         DataError: no such folder or file, a name that is not among the subjects, or with all that
@@ -100,7 +103,11 @@ def read_subjects(folder: str | Path, names: Sequence[str] = ()) -> list[Subject
     classes, templates = read_prompts(path)
     if unknown := [name for name in names if name not in classes]:
         raise DataError(
-            str(path), [f"no subject {', '.join(unknown)}. There are: {', '.join(classes)}"]
+            str(path),
+            [
+                f"there is no subject {', '.join(unknown)}, which {names_from} asks for. There "
+                f"are: {', '.join(classes)}. Give some of these as --subjects"
+            ],
         )
     subjects = [
         _subject(dataset / name, class_name, templates[class_name in LIVE_CLASSES])

@@ -17,7 +17,17 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers.utils import (
+    CONFIG_NAME,
+    IMAGE_PROCESSOR_NAME,
+    PROCESSOR_NAME,
+    SAFE_WEIGHTS_INDEX_NAME,
+    SAFE_WEIGHTS_NAME,
+    WEIGHTS_INDEX_NAME,
+    WEIGHTS_NAME,
+)
 
+from ..training.config_paths import model_problem
 from ..training.data import DataError
 from ..training.pictures import decode, upright_rgb
 
@@ -36,6 +46,12 @@ DINO_PREPROCESSING: dict[str, Any] = {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
 }
+
+#: What an encoder is loaded from.
+_WANTED = (
+    "Give a Hub id, or a folder that save_pretrained wrote of a model, its image processor, and "
+    "its tokenizer if it reads text"
+)
 
 
 class Encoder:
@@ -145,6 +161,26 @@ class Encoder:
             return _pooled(self.model.get_text_features(**inputs)).float().cpu()
 
 
+def source_problem(source: str | Path) -> str | None:
+    """Say why no encoder can be loaded from a folder or Hub id; None if one may be.
+
+    Only names of files are looked at, and nothing is downloaded.
+    """
+    if problem := model_problem(str(source), CONFIG_NAME, library="transformers"):
+        return problem
+    folder = Path(source)
+    if not folder.is_dir():
+        return None
+    needed = {
+        "weights": (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
+        "image processor": (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME),
+    }
+    for what, names in needed.items():
+        if not any((folder / name).is_file() for name in names):
+            return f"this folder has no {what}, {' or '.join(names)}. {_WANTED}"
+    return None
+
+
 def load_encoder(
     source: str | Path,
     *,
@@ -173,6 +209,8 @@ def load_encoder(
     """
     if preprocessing not in ("published", "shipped"):
         raise ValueError(f"preprocessing is {preprocessing!r}; give 'published' or 'shipped'")
+    if problem := source_problem(source):
+        raise ValueError(f"encoder {str(source)!r} cannot be loaded: {problem}")
     place: dict[str, Any] = {"cache_dir": cache_dir}
     try:
         config = AutoConfig.from_pretrained(source, **place)
@@ -185,11 +223,7 @@ def load_encoder(
         reads_text = hasattr(model, "get_text_features")
         tokenizer = AutoTokenizer.from_pretrained(source, **place) if reads_text else None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ValueError(
-            f"encoder {str(source)!r} cannot be loaded: {error}. Give a Hub id, or a folder that "
-            "save_pretrained wrote of a model, its image processor, and its tokenizer if it reads "
-            "text"
-        ) from error
+        raise ValueError(f"encoder {str(source)!r} cannot be loaded: {error}. {_WANTED}") from error
     if lacking := sorted(found["missing_keys"]):
         raise ValueError(
             f"encoder {str(source)!r}: no weights for {', '.join(lacking[:3])}"

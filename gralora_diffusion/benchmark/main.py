@@ -2,63 +2,39 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
+import re
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from tqdm.auto import tqdm
 
 from ..staging import OutputError
-from ..tensor_files import replacing
 from ..training.acceleration import accelerate_left_as_it_was
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
-from .claims import WAIT_SECONDS, Claim, age, claim, claimant
-from .methods import Method
+from .claims import WAIT_SECONDS, Claim, claim, claimant
+from .kept import check_same_run, parse_settings, write_down
+from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
-from .results import (
-    RESULT_NAME,
-    UNITS_FOLDER,
-    ResultFileError,
-    UnitKey,
-    Unreadable,
-    read_result,
-    read_results,
-    write_result,
-)
-from .running import Runner
-from .settings import BenchmarkSettings, parse_settings
+from .results import UnitKey, read_results, write_result
+from .running import ADAPTER, PICTURES, Runner
+from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
 
 logger = logging.getLogger(__name__)
 
-FAILURE_NAME, REPORT_FOLDER = "failed.json", "report"
-
-
-class Unit(NamedTuple):
-    """A method, a task and a seed: trained, drawn and judged once."""
-
-    task: Task
-    method: Method
-    seed: int
-
-    @property
-    def key(self) -> UnitKey:
-        return UnitKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
+REPORT_FOLDER = "report"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the benchmark as the command line says.
 
-    Exits with 2 for wrong options or data, 1 if a unit failed.
+    Exits with 2 for wrong options or data, 1 if a unit failed, or the disk or the device.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -71,6 +47,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         sys.exit(2)
     except OSError as error:
         print(f"error: {error}. The same command goes on.", file=sys.stderr)
+        sys.exit(1)
+    except DeviceBroken as error:
+        print(f"error: {error}.", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("interrupted. The same command goes on.", file=sys.stderr)
@@ -90,17 +69,14 @@ def benchmark(settings: BenchmarkSettings) -> int:
     """
     began = time.monotonic()
     settings.check()
+    check_same_run(settings)
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
+    for remark in settings.remarks():
+        logger.warning(remark)
     tasks = read_tasks(settings)
     with _alone() as rank, accelerate_left_as_it_was():
-        units = [
-            # whatever it is stopped at, methods have as many units as each other
-            Unit(task, method, seed)
-            for seed in settings.seeds or ()
-            for task in tasks
-            for method in settings.parsed_methods
-        ]
+        units = [Unit(*found) for found in in_order(settings, tasks)]
         if settings.retry_failed:
             Ledger(settings.folder).forget_failures(units, time.monotonic() - began)
         _run_all(settings, units, show=rank == 0)
@@ -150,7 +126,7 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
                         bar.set_postfix_str(str(unit.key))
                         if runner is None:
                             runner = Runner(settings, unit.task.config)
-                            settings.write_down()  # now that base and encoders are there
+                            write_down(settings)  # now that base and encoders are there
                         _do(runner, unit, ledger, mine)
                 bar.update(len(units) - len(ledger.left(units)) - bar.n)
             if idle and (waiting := ledger.left(units)):
@@ -158,90 +134,54 @@ def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> 
                 time.sleep(WAIT_SECONDS)
 
 
-class Ledger:
-    """Which units are done, by the files in a run's folder."""
-
-    def __init__(self, output: Path) -> None:
-        self.output = output
-        self._told: set[Path] = set()
-        #: Result files that were read, by what tells that they are still the same.
-        self._good: dict[Path, tuple[int, int]] = {}
-
-    def folder(self, unit: Unit) -> Path:
-        return self.output / unit.key.path
-
-    def left(self, units: Sequence[Unit]) -> list[Unit]:
-        """Those that have neither a result that can be read nor failed."""
-        return [unit for unit in units if not self._is_over(unit)]
-
-    def fail(self, unit: Unit, error: Exception) -> None:
-        """Keep why a unit failed; nobody tries again until asked to."""
-        facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        with replacing(self.folder(unit) / FAILURE_NAME) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
-
-    def failures(self) -> list[Unreadable]:
-        """Which units failed, and why."""
-        return [
-            Unreadable(path, f"the unit failed: {_why(path)}")
-            for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
-        ]
-
-    def forget_failures(self, units: Sequence[Unit], before: float) -> None:
-        """Forget those that are older than ``before`` seconds: others may have failed anew."""
-        for unit in units:
-            path = self.folder(unit) / FAILURE_NAME
-            if path.exists() and age(path) > before:
-                path.unlink(missing_ok=True)
-
-    def _is_over(self, unit: Unit) -> bool:
-        folder = self.folder(unit)
-        return self._has_result(unit, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
-
-    def _has_result(self, unit: Unit, path: Path) -> bool:
-        try:
-            facts = path.stat()
-        except OSError:
-            return False
-        same = facts.st_mtime_ns, facts.st_size
-        if self._good.get(path) == same:
-            return True
-        try:
-            if (key := read_result(path).key) != unit.key:
-                raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
-        except ResultFileError as error:
-            if path not in self._told:
-                logger.warning("%s. The unit is done again", error)
-                self._told.add(path)
-            return False
-        self._good[path] = same
-        return True
-
-
-def _why(path: Path) -> str:
-    """What a unit failed with, by its file."""
-    try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return "it is not known why, for the file cannot be read"
-
-
 def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
-    """Do a unit; what goes wrong with it is kept, and the others go on."""
+    """Do a unit; what goes wrong with it is kept, and the others go on.
+
+    Raises:
+        OSError: the disk is full, or gone.
+        DeviceBroken: the device cannot be used any more. The unit counts as failed.
+    """
     folder = ledger.folder(unit)
     try:
-        result = runner.run(unit.task, unit.method, unit.seed, folder)
+        result = runner.run(unit.task, unit.method, unit.seed, mine.work, folder)
         if mine.is_held():
+            mine.hand_over(PICTURES, ADAPTER)
             write_result(result, folder)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
     except Exception as error:
         if not mine.is_held():
             logger.warning("%s was taken over by %s", unit.key, claimant(folder) or "another")
         elif isinstance(error, OSError):
-            raise  # a full disk, or one that is gone: it will not be better with the next unit
+            raise  # it will not be better with the next unit
         else:
             ledger.fail(unit, error)
             logger.error("%s failed: %s", unit.key, error)
+        if broken := device_error(error):
+            raise DeviceBroken(
+                f"{unit.key}: {str(broken).splitlines()[0]}. After that this process cannot use "
+                "the device any more. The same command goes on with the other units, and with "
+                "--retry_failed does this one again"
+            ) from error
+
+
+class DeviceBroken(RuntimeError):
+    """An error of the device, after which all that a process wants of it fails."""
+
+
+def device_error(error: BaseException | None) -> BaseException | None:
+    """Return the first error of CUDA (or HIP) among an error and those that it came from.
+
+    None if there is none, or if there was no more than too little memory.
+    """
+    while error is not None:
+        text = str(error)
+        is_of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or (  # torch 2.8
+            isinstance(error, RuntimeError) and text.startswith(("CUDA error", "HIP error"))
+        )
+        if is_of_device and not re.search("out of memory|ALLOC_FAILED", text):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
@@ -251,10 +191,8 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
     # without the pictures it is not known of which subjects all is missing
     learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
-        UnitKey(protocol, subject, method.name, seed)
-        for seed in settings.seeds or ()
-        for protocol, subject in dict.fromkeys(learned)
-        for method in settings.parsed_methods
+        UnitKey(*place, method.name, seed)
+        for place, method, seed in in_order(settings, dict.fromkeys(learned))
     ]
     page = write_report(
         results,

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -70,13 +70,21 @@ class MechanismLog:
         self._ranks: dict[str, float] = {}
 
     @contextmanager
-    def watch(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    def watch(
+        self,
+        optimizer: torch.optim.Optimizer,
+        in_use: Callable[[], AbstractContextManager[None]] | None = None,
+    ) -> Iterator[None]:
         """Log the steps that this optimizer, or the one that accelerate wraps, makes inside.
 
         Gradients are taken right before the step: accumulated, clipped and without fp16's scale.
         Inputs are those of the logged steps' forward passes that have gradients. The effective rank
         is measured at the end, of the weights to use, unless an error ends it. Each call starts
         the log anew.
+
+        Args:
+            in_use: gives a context inside which the parameters are those to use, as
+                ``weights_for_use`` does; by default the optimizer's own, of schedule-free.
         """
         self._forget()
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -89,7 +97,7 @@ class MechanismLog:
             before = partial(self._before_step, updates)
             hooks.enter_context(inner.register_step_pre_hook(before))
             yield
-        with evaluating(optimizer):
+        with evaluating(optimizer) if in_use is None else in_use():
             self._ranks = {path: update.effective_rank() for path, update in updates.items()}
 
     def result(self) -> Mechanism:

@@ -7,6 +7,7 @@ learning rate of its own ``full-lr1e-5``. ``base`` is the base as it is, with no
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -44,6 +45,13 @@ _NAME = re.compile(
 )
 _LEARNING_RATE = re.compile(r"(?P<name>.*?)-lr(?P<rate>\d+(\.\d+)?(e-?\d+)?)")
 
+#: What a name may be.
+FORMS = (
+    "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
+    "gralora-r<rank>-k<k>-h<hybrid rank> or full, with -lr<learning rate> behind it if it is to "
+    "have one of its own; or base"
+)
+
 
 @dataclass(frozen=True)
 class Method:
@@ -67,34 +75,23 @@ class Method:
         Raises:
             ConfigError: it is none.
         """
-        if name == "base":
-            return cls("base")
-        own = _LEARNING_RATE.fullmatch(name)
-        found = _NAME.fullmatch(own["name"] if own else name)
-        if found is None or (own and not float(own["rate"])):
-            raise ConfigError(
-                [
-                    f"--methods has '{name}'; a method is lora-r<rank>, dora-r<rank>, "
-                    "loha-r<rank>, gralora-r<rank>-k<k>, gralora-r<rank>-k<k>-h<hybrid rank> or "
-                    "full, with -lr<learning rate> behind it if it is to have one of its own; or "
-                    "base"
-                ]
-            )
-        rate = own["rate"] if own else ""
-        if found["full"]:
-            return cls("full", learning_rate=rate)
-        method = (
-            cls(found["kind"], int(found["rank"]), learning_rate=rate)
-            if found["kind"]
-            else cls("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0), rate)
-        )
-        if method.rank < 1 or method.k < 1 or method.rank % method.k:
+        method = _read(name)
+        if method is None:
+            raise ConfigError([f"--methods has '{name}'. {_nearest(name)}A method is {FORMS}"])
+        if not method.is_sound:
             raise ConfigError(
                 [f"--methods has '{name}'; rank and k must be at least 1, and k divide the rank"]
             )
         if method.name != name:  # else a unit would have two folders, or two units one
             raise ConfigError([f"--methods has '{name}'; write {method.name}"])
         return method
+
+    @property
+    def is_sound(self) -> bool:
+        """Whether k divides the rank, of methods that have one."""
+        if self.kind in ("full", "base"):
+            return True
+        return self.rank >= 1 and self.k >= 1 and self.rank % self.k == 0
 
     @property
     def name(self) -> str:
@@ -131,6 +128,16 @@ class Method:
             lora_alpha=None,
             learning_rate=rate,
         )
+
+    def told(self, config: TrainingConfig) -> dict[str, Any]:
+        """Those of these options that the method has, with their values; None for the others."""
+        gralora = self.kind == "gralora"
+        return {
+            "rank": self.rank or None,
+            "gralora_k": self.k if gralora else None,
+            "hybrid_rank": self.hybrid_rank if gralora else None,
+            "learning_rate": None if self.kind == "base" else config.learning_rate,
+        }
 
     def put_on(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
         """Put it on a bare pipeline, new, the same for the same seed; return the components.
@@ -191,6 +198,37 @@ class Method:
                 ).items()
             }
             write_safetensors(tensors, folder / "adapter.safetensors", {"method": self.name})
+
+
+def _read(name: str) -> Method | None:
+    """A name as a method, whose numbers may be anything; None if it is none."""
+    if name == "base":
+        return Method("base")
+    own = _LEARNING_RATE.fullmatch(name)
+    found = _NAME.fullmatch(own["name"] if own else name)
+    if found is None or (own and not float(own["rate"])):
+        return None
+    rate = own["rate"] if own else ""
+    if found["full"]:
+        return Method("full", learning_rate=rate)
+    if found["kind"]:
+        return Method(found["kind"], int(found["rank"]), learning_rate=rate)
+    return Method("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0), rate)
+
+
+def _nearest(name: str) -> str:
+    """Say which method's name, with the numbers of this one, is most like it; "" if none is."""
+    text, _, rate = name.lower().partition("-lr")
+    numbers = {"r": "32", "k": "2", "h": "8"} | dict(re.findall(r"([rkh])(\d+)", text))
+    if not re.search(r"r\d", text) and (first := re.search(r"\d+", text)):
+        numbers["r"] = first[0]  # as in lora32
+    forms = ("lora-r{r}", "dora-r{r}", "loha-r{r}", "gralora-r{r}-k{k}", "gralora-r{r}-k{k}-h{h}")
+    names = [form.format(**numbers) for form in forms] + ["full"]
+    names += ["base", *(f"{one}-lr{rate}" for one in names if rate)]
+    methods = (method for one in names if (method := _read(one)) is not None)
+    known = [method.name for method in methods if method.is_sound]
+    found = difflib.get_close_matches(name.lower(), known, n=1)
+    return f"Did you mean {found[0]}? " if found else ""
 
 
 @contextmanager

@@ -59,9 +59,12 @@ class ComparedOptions:
         None,
         "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
         "gralora-r<rank>-k<k>-h<hybrid rank>, full; with -lr<rate> behind, a learning rate of its "
-        "own; base: nothing is trained (default: lora-r32 lora-r64 gralora-r32-k2)",
+        "own; base: nothing is trained (default: those of the run in --output_dir; of a new one "
+        "lora-r32 lora-r64 gralora-r32-k2)",
     )
-    seeds: list[int] | None = option(None, "Seeds of each method (default: 0)")  # noqa: RUF009
+    seeds: list[int] | None = option(  # noqa: RUF009
+        None, "Seeds of each method (default: those of the run in --output_dir; of a new one 0)"
+    )
     protocols: list[str] | None = option(  # noqa: RUF009
         None,
         "subject: the DreamBooth benchmark; or captioned: pictures for held-out captions; with "

@@ -84,6 +84,8 @@ class UnitResult:
         train_seconds, draw_seconds: wall clock.
         peak_memory_gib: of the device, None where it was not measured.
         scores: name -> value; which there are depends on protocol and options.
+        layers: that are adapted; None: of a method that adapts none, or it is not known.
+        lowered_k: k -> in how many of them it is this in place of the method's, for their widths.
         folder: where it lies; not part of the file.
     """
 
@@ -102,6 +104,8 @@ class UnitResult:
     mechanism: Mechanism | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
+    layers: int | None = None
+    lowered_k: Mapping[int, int] = field(default_factory=dict)
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -254,8 +258,18 @@ def _result(content: Any, path: Path) -> UnitResult:
         mechanism=None if optional["mechanism"] is None else _mechanism(reader.inside("mechanism")),
         settings=reader.inside("settings").content,
         versions={name: versions.text(name) for name in versions.content},
+        # the first files lack these
+        layers=None if reader.content.get("layers") is None else reader.count("layers"),
+        lowered_k=_lowered_k(reader) if "lowered_k" in reader.content else {},
         folder=path.parent,
     )
+
+
+def _lowered_k(reader: _Reader) -> dict[int, int]:
+    counts = reader.inside("lowered_k")
+    if not all(k.isdecimal() for k in counts.content):
+        raise reader.error("lowered_k", "numbers of layers by k", counts.content)
+    return {int(k): counts.count(k) for k in counts.content}
 
 
 def _prompt(reader: _Reader) -> PromptResult:

@@ -3,33 +3,31 @@
 from __future__ import annotations
 
 import os
-import platform
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
-from importlib.metadata import version
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from diffusers.training_utils import free_memory
 
 from ..sampling import draw
 from ..targets import find_targets
 from ..tensor_files import replacing
-from ..training.acceleration import DTYPES, device_name, make_accelerator
+from ..training.acceleration import DTYPES, make_accelerator
 from ..training.adapters import adapter_configs, trained_components, weights_for_use
 from ..training.base_model import completed, find_base_family, load_base, present
 from ..training.batches import find_class_pictures
 from ..training.checkpoint import CheckpointStore
-from ..training.config import PATHS, TrainingConfig
+from ..training.config import TrainingConfig
 from ..training.config_checks import ConfigError
 from ..training.data import DataError
 from ..training.family_options import check_family_options
 from ..training.loop import Trainer
+from ..training.step import TrainingDiverged
 from ..training.validation import encoding_apart
 from .class_pictures import draw_class_pictures
 from .encoders import Encoder, load_encoder, read_picture
@@ -39,16 +37,11 @@ from .metrics import Scores, score_captioned, score_drift, score_prior, score_su
 from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
+from .told import told_layers, told_settings, versions
 
-PICTURES, BASE_FOLDER = "pictures", "base"
+PICTURES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
 _NOISES_PER_SEED = 10_000
-
-#: Settings that a reader wants to know also where they are the defaults.
-_ALWAYS_TOLD = (
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
-    *("optimizer", "resolution", "mixed_precision", "target_preset"),
-)
 
 #: The files of each prompt.
 Drawn = list[list[Path]]
@@ -72,17 +65,21 @@ class Runner:
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
         self._denoiser.to(self.device)
 
-    def run(self, task: Task, method: Method, seed: int, folder: Path) -> UnitResult:
+    def run(
+        self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
+    ) -> UnitResult:
         """Do a unit; its pictures and adapter are in ``folder`` afterwards.
 
         The base is as before, whatever happens.
+
+        Args:
+            folder: without any of them.
+            home: where they will be moved, if they will; paths in the result are from there.
 
         Raises:
             ConfigError: the method does not fit the base.
             TrainingDiverged: the loss is no number any more.
         """
-        for name in (PICTURES, "adapter"):  # of an attempt that was killed
-            shutil.rmtree(folder / name, ignore_errors=True)
         config = method.configured(replace(task.config, seed=seed))
         config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
@@ -98,7 +95,8 @@ class Runner:
             self.accelerator.free_memory()
             self.accelerator = make_accelerator(config)
             free_memory()
-        scores, prompts = self._judge(task, drawn, unmoved, folder)
+        home = home or folder
+        scores, prompts = self._judge(task, drawn, unmoved, folder, home)
         return UnitResult(
             task.protocol,
             task.subject,
@@ -108,9 +106,9 @@ class Runner:
             draw_seconds=seconds,
             scores=scores,
             prompts=prompts,
-            settings=self._told(config),
-            versions=_versions(),
-            folder=folder,
+            settings=told_settings(self.settings, method, config, self.pipe, self.device),
+            versions=versions(),
+            folder=home,
             **facts,
         )
 
@@ -139,17 +137,22 @@ class Runner:
             pipe=self.pipe,
             put_on=method.put_on,
         )
+        told = told_layers(method, (getattr(self.pipe, name) for name in trainer.state.components))
         log = self._mechanism_log(layers, trainer.max_steps)
+        in_use = partial(weights_for_use, trainer.parameters, trainer.optimizer, trainer.ema)
         with ExitStack() as stack:
             if log is not None:
-                stack.enter_context(log.watch(trainer.optimizer))
-            for _ in stack.enter_context(closing(trainer.steps(progress=False))):
-                pass
+                stack.enter_context(log.watch(trainer.optimizer, in_use))
+            try:
+                for _ in stack.enter_context(closing(trainer.steps(progress=False))):
+                    pass
+            except TrainingDiverged as error:
+                raise TrainingDiverged(error.args[0], _after_divergence(method, config)) from None
         seconds = time.perf_counter() - began
-        use.enter_context(weights_for_use(trainer.parameters, trainer.optimizer, trainer.ema))
+        use.enter_context(in_use())
         if self.settings.keep_adapters and method.kind != "full":
-            folder.joinpath("adapter").mkdir(parents=True)
-            method.save(self.pipe, self.family, trainer.state.components, folder / "adapter")
+            folder.joinpath(ADAPTER).mkdir(parents=True)
+            method.save(self.pipe, self.family, trainer.state.components, folder / ADAPTER)
         peak = trainer.memory.bytes
         return {
             "parameters": sum(p.numel() for p in trainer.parameters),
@@ -157,6 +160,7 @@ class Runner:
             "train_seconds": seconds,
             "peak_memory_gib": None if peak is None else peak / 2**30,
             "mechanism": None if log is None else log.result(),
+            **told,
         }
 
     def _watched_layers(self, config: TrainingConfig) -> list[str]:
@@ -245,7 +249,12 @@ class Runner:
     # -- scores ------------------------------------------------------------------------------------
 
     def _judge(
-        self, task: Task, drawn: dict[str, Drawn], unmoved: dict[str, Drawn], folder: Path
+        self,
+        task: Task,
+        drawn: dict[str, Drawn],
+        unmoved: dict[str, Drawn],
+        folder: Path,
+        home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
         """Score the pictures; the scores of the unit, and those of each prompt."""
         encoders, wanted = self.encoders, self._wanted(task)
@@ -272,7 +281,7 @@ class Runner:
                 prompt,
                 tuple(file.relative_to(folder).as_posix() for file in row),
                 values,
-                os.path.relpath(paired[number], folder) if paired and kind == "" else None,
+                os.path.relpath(paired[number], home) if paired and kind == "" else None,
             )
             for kind, (texts, _) in wanted.items()
             for number, (prompt, row, values) in enumerate(
@@ -280,26 +289,6 @@ class Runner:
             )
         ]
         return overall, tuple(prompts)
-
-    def _told(self, config: TrainingConfig) -> dict[str, Any]:
-        """The settings of a unit; of files and folders only the names."""
-        settings = self.settings
-        told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
-        training = {
-            name: Path(value).name if name in PATHS and value and Path(value).exists() else value
-            for name, value in (told | yaml.safe_load(config.to_yaml())).items()
-            if name not in ("output_dir", "class_data_dir", "report_to")
-        }
-        names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
-        return {
-            "training": training,
-            "drawing": {name: getattr(settings, name) for name in names.split()},
-            "judges": {
-                name: Path(source).name if Path(source).exists() else source
-                for name, source in settings.encoder_sources.items()
-            },
-            "device": device_name(self.device),
-        }
 
 
 def _load_encoders(
@@ -317,6 +306,15 @@ def _load_encoders(
         }
     except ValueError as error:
         raise ConfigError([f"--encoders: {error}"]) from error
+
+
+def _after_divergence(method: Method, config: TrainingConfig) -> str:
+    """What to do, by the options of the benchmark rather than the trainer's."""
+    plain = replace(method, learning_rate="").name
+    text = f"Give --methods {plain}-lr<rate> with a lower rate (it is {config.learning_rate:g})"
+    if config.mixed_precision == "fp16":
+        text += ", or --mixed_precision bf16 and another --output_dir"
+    return f"{text}."
 
 
 def _is_whole(file: Path) -> bool:
@@ -339,8 +337,3 @@ def _decoding_one_by_one(vae: Any) -> Iterator[None]:
         yield
     finally:
         vae.use_slicing = before
-
-
-def _versions() -> dict[str, str]:
-    names = ("gralora-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}

@@ -1,21 +1,16 @@
-"""The benchmark's options as one object: read, checked, written down, compared with a run's."""
+"""The benchmark's options as one object, and what can be wrong with them."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from ..tensor_files import replacing
 from ..training.config import TrainingConfig, group_table
 from ..training.config_checks import ConfigError
-from ..training.option_parsing import arguments_of, parse_options
+from .encoders import source_problem
 from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,
@@ -24,12 +19,8 @@ from .options import (
     DrawingOptions,
     JudgingOptions,
     RunOptions,
-    training_groups,
 )
 
-SETTINGS_NAME = "benchmark.yaml"
-ROOT = Path(__file__).parents[2]
-SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
 ENCODERS = (
     "dinov2=facebook/dinov2-base",
     "dino=facebook/dino-vits16",
@@ -49,11 +40,6 @@ DRIFT_PROMPTS = (
     "a cottage in a snowy forest",
     "a sailing boat on a stormy sea",
 )
-#: What may differ between two commands of one run: they add units to it, or change none.
-_FREE = {
-    *("methods", "seeds", "subjects", "title", "keep_adapters", "retry_failed", "report_only"),
-    *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
-}
 _AT_LEAST_ONE = ["held_out", "images_per_prompt", "max_prompts", "drift_images", "inference_steps"]
 _AT_LEAST_ONE += ["prior_images", "drawing_batch_size", "mechanism_steps", "mechanism_k"]
 
@@ -72,6 +58,11 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         self.seeds = [0] if self.seeds is None else self.seeds
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
+        # the shell expands ~ only at the beginning of a word, and not in a YAML file
+        for name in ("output_dir", "dreambooth_dir", "captioned_dir"):
+            if value := getattr(self, name):
+                setattr(self, name, _from_home(value))
+        self.encoders = ["=".join(map(_from_home, text.split("=", 1))) for text in self.encoders]
 
     @property
     def folder(self) -> Path:
@@ -91,7 +82,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         """Check all that can be checked before data or models are looked at.
 
         Raises:
-            ConfigError: with every problem; units of other options are in the run's folder.
+            ConfigError: with every problem.
         """
         problems = [*self._problems()]
         for name in self.methods or ():
@@ -103,7 +94,6 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             problems += self._same_methods()
         if problems:
             raise ConfigError(problems)
-        self._earlier()
 
     def _same_methods(self) -> list[str]:
         """Methods that are written in two ways, and would count as two."""
@@ -153,6 +143,9 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 problems.append(
                     f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
                 )
+            # a report alone is made also where they are not
+            elif not self.report_only and (problem := source_problem(source)):
+                problems.append(f"--encoders has {text!r}: {problem}")
         full = any(m.startswith("full") for m in self.methods or ())
         if full and (training.quantization or training.bnb_quantization_config_path):
             problems.append(
@@ -169,6 +162,16 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             )
         return problems
 
+    def remarks(self) -> list[str]:
+        """What the user should know of options that have no effect."""
+        if "captioned" not in (self.protocols or ()):
+            return []
+        idle = [f"--{name}" for name in ("dreambooth_dir", "subjects") if getattr(self, name)]
+        theirs = f", also where --suite {self.suite} has them" if self.suite else ""
+        learned = "--captioned_dir" if self.captioned_dir else "--dataset_name"
+        use = f"{learned} is what is learned, so there is no use for {' and '.join(idle)}{theirs}"
+        return [use] if idle else []
+
     def record(self) -> dict[str, Any]:
         """The options that differ from the defaults, in their groups' order."""
         default = BenchmarkSettings()
@@ -184,103 +187,9 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
         training = yaml.safe_load(self.training.to_yaml())
         return own | {k: v for k, v in training.items() if k not in SET_BY_THE_BENCHMARK}
 
-    def write_down(self) -> None:
-        """Keep the options in the run's folder, to be read again with ``--config``.
 
-        Raises:
-            ConfigError: units of other options are there, which would be mixed with new ones; the
-                folder cannot be written to.
-        """
-        path, record = self.folder / SETTINGS_NAME, self.record()
-        if earlier := self._earlier():
-            for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
-                record[name] = _union(earlier.get(name), record.get(name))
-            record = {name: value for name, value in record.items() if value is not None}
-        text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary:
-                temporary.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise ConfigError(
-                [f"--output_dir {self.folder} cannot be written to ({error}). Give another"]
-            ) from error
-
-    def _earlier(self) -> dict[str, Any]:
-        """The options kept in the run's folder; none if there are none.
-
-        Raises:
-            ConfigError: they are others than these.
-        """
-        path, record = self.folder / SETTINGS_NAME, self.record()
-        if not path.exists():
-            return {}
-        earlier = parse_settings(["--config", str(path)]).record()
-        if differing := sorted(
-            name for name in {*earlier, *record} - _FREE if earlier.get(name) != record.get(name)
-        ):
-            raise ConfigError(
-                [
-                    f"--{name} is {record.get(name, 'its default')}, but "
-                    f"{earlier.get(name, 'its default')} in {path}: units of both would be "
-                    "mixed. Give another --output_dir, or the same option"
-                    for name in differing
-                ]
-            )
-        return earlier
-
-
-def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:
-    """Both, in order; None, which stands for all, if one is None."""
-    if before is None or now is None:
-        return None
-    return [*before, *(value for value in now if value not in before)]
-
-
-def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
-    """Read the options from a command line, a suite, and the YAML file of ``--config``.
-
-    Raises:
-        ConfigError: see ``option_parsing.parse_options``; a suite that is not there.
-    """
-    groups = (*BENCHMARK_GROUPS, *training_groups())
-    said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
-    parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
-    options = parse(argv)
-    if options["suite"]:
-        options = parse(argv, before=_suite_arguments(groups, options["suite"]))
-    if options["report_only"] and options["config"] is None:
-        kept = Path(options["output_dir"]) / SETTINGS_NAME
-        if not kept.is_file():
-            raise ConfigError([f"--report_only: there is no {kept}. Give a run's --output_dir"])
-        given = list(sys.argv[1:] if argv is None else argv)
-        options = parse(["--config", str(kept), *given])
-    own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
-    training = {name: value for name, value in options.items() if name not in own}
-    return BenchmarkSettings(
-        **{name: value for name, value in options.items() if name in own},
-        training=TrainingConfig(**{**training, "config": None}, report_to="none"),
-    )
-
-
-def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
-    """The options of a suite, its paths from wherever the command is run."""
-    path = ROOT / SUITES[name]
-    if not path.is_file():
-        raise ConfigError(
-            [
-                f"--suite {name}: there is no {path}. It is part of the repository, not of the "
-                "installed package: clone it, and install it by `pip install -e .`"
-            ]
-        )
-    return [_from_here(argument) for argument in arguments_of(groups, path)]
-
-
-def _from_here(text: str) -> str:
-    """A path below samples/, also behind the name of an option or encoder, from where one is."""
-    name, equals, source = text.rpartition("=")
-    is_path = source.startswith("samples/")
-    return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text
+def _from_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def options_table() -> str:

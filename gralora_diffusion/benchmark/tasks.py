@@ -12,7 +12,7 @@ from pathlib import Path
 from ..training.batches import find_pictures
 from ..training.config import TrainingConfig
 from ..training.config_checks import ConfigError
-from ..training.data import DataError, Example, find_examples
+from ..training.data import DataError, Example
 from .captioned import split, write_examples
 from .dreambooth import Subject, read_subjects
 from .settings import BenchmarkSettings
@@ -57,13 +57,15 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
     """
     if "captioned" in (settings.protocols or ()):
         return [_captioned(settings)]
-    subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or ())
+    # a suite has subjects of its own, which stay wanted in another folder
+    names_from = f"--suite {settings.suite}, or --subjects," if settings.suite else "--subjects"
+    subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or (), names_from)
     tasks, problems = [], []
     for subject in subjects:
         try:
             tasks.append(_subject(settings, subject))
         except DataError as error:
-            problems += [f"{subject.name}: {problem}" for problem in error.problems]
+            problems += error.problems
     if problems:
         raise DataError(str(settings.dreambooth_dir), problems)
     for remark in tasks[0].config.validate():
@@ -90,10 +92,7 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
         drawn = settings.folder / CLASS_FOLDER / folder_name(subject.class_prompt)
         config = replace(config, class_prompt=subject.class_prompt, class_data_dir=str(drawn))
     number = settings.max_prompts
-    examples = real = find_pictures(config)
-    if subject.held_out is not None:
-        skip = config.skip_bad_images
-        real = find_examples(subject.held_out, config.instance_prompt, skip_bad_images=skip)
+    examples, real = _pictures_of(subject, config, Path(str(settings.dreambooth_dir)))
     return Task(
         "subject",
         subject.name,
@@ -104,6 +103,27 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
         tuple(Path(str(example.source)) for example in real),
         subject.class_prompt,
     )
+
+
+def _pictures_of(
+    subject: Subject, config: TrainingConfig, root: Path
+) -> tuple[list[Example], list[Example]]:
+    """The pictures to learn, and those to compare with, which may be the same.
+
+    Raises:
+        DataError: with all that is wrong with both, each with its folder below ``root``.
+    """
+    found, problems = [], []
+    for folder in (subject.folder, subject.held_out):
+        if folder is not None:
+            try:
+                found.append(find_pictures(replace(config, instance_data_dir=str(folder))))
+            except DataError as error:
+                place = folder.relative_to(root)
+                problems += [f"{place}: {problem}" for problem in error.problems]
+    if problems:
+        raise DataError(str(root), problems)
+    return found[0], found[-1]
 
 
 def _captioned(settings: BenchmarkSettings) -> Task:

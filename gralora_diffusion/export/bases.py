@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import diffusers
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
+import torch
 from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from transformers.utils import SAFE_WEIGHTS_INDEX_NAME as TRANSFORMERS_INDEX_NAME
-from transformers.utils import SAFE_WEIGHTS_NAME as TRANSFORMERS_WEIGHTS_NAME
 
 from ..families import ModelFamily, PublishedNames, find_family, list_families
 from ..file_names import looks_like_hub_id
 from ..hub import offline_problem
 from ..layouts import Layout, OriginalTensor, Shape
+from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, WEIGHT_NAMES, read_json, weight_files
 from ..original_file import OriginalFile
-from .tensor_bytes import StoredTensor, read_header
-
-_INDEX = "model_index.json"
-_NAMES = (
-    (SAFETENSORS_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME),
-    (TRANSFORMERS_WEIGHTS_NAME, TRANSFORMERS_INDEX_NAME),
-)
+from ..tensor_files import StoredTensor, read_header
+from .tensor_bytes import count
 
 
 class BaseError(ValueError):
@@ -87,6 +81,12 @@ class FileBase:
         }
 
     @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """The dtype of most of the denoiser's values."""
+        prefix = self.prefixes[self.family.denoiser]
+        return _most_common_dtype(t for key, t in self.tensors.items() if key.startswith(prefix))
+
+    @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
         return (
@@ -113,7 +113,7 @@ class FolderBase:
 
     def published_names(self) -> PublishedNames:
         """What other programs call this base."""
-        denoiser = _json(self.path / self.family.denoiser / "config.json")
+        denoiser = _json(self.path / self.family.denoiser / MODEL_CONFIG)
         return self.family.published_names(denoiser, self.scheduler)
 
     @property
@@ -127,12 +127,24 @@ class FolderBase:
         return {self.family.canonical(component, key): t.shape for key, t in held.items()}
 
     @property
+    def denoiser_dtype(self) -> torch.dtype:
+        """The dtype of most of the denoiser's values."""
+        return _most_common_dtype(self.tensors[self.family.denoiser].values())
+
+    @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
         return f"{self.path} holds only {', '.join(self.tensors)}. Give the whole pipeline"
 
 
 Base = FileBase | FolderBase
+
+
+def _most_common_dtype(tensors: Iterable[StoredTensor]) -> torch.dtype:
+    counts: Counter[torch.dtype] = Counter()
+    for tensor in tensors:
+        counts[tensor.dtype] += count(tensor.shape)
+    return counts.most_common(1)[0][0]
 
 
 def open_base(
@@ -164,12 +176,11 @@ def open_base(
 def _open_file(path: Path) -> FileBase:
     file = OriginalFile(path)
     family = file.find_family(any_task=True)
-    tensors, metadata = read_header(path)
-    base = FileBase(path, family, tensors, metadata)
+    base = FileBase(path, family, dict(file.tensors), file.metadata)
     for component, layouts in family.original_layouts.items():
         for layout in layouts:
             is_denoiser = component == family.denoiser
-            prefix = file.prefix if is_denoiser else layout.begins(tensors)
+            prefix = file.prefix if is_denoiser else layout.begins(file.tensors)
             if prefix is not None:
                 base.layouts[component], base.prefixes[component] = layout, prefix
                 break
@@ -177,12 +188,12 @@ def _open_file(path: Path) -> FileBase:
 
 
 def _open_folder(path: Path, variant: str | None) -> FolderBase:
-    if not (path / _INDEX).is_file():
+    if not (path / PIPELINE_INDEX).is_file():
         raise BaseError(
-            f"{path}: no {_INDEX} there. Give the folder of a whole pipeline as save_pretrained "
-            "writes it, or an original .safetensors file"
+            f"{path}: no {PIPELINE_INDEX} there. Give the folder of a whole pipeline as "
+            "save_pretrained writes it, or an original .safetensors file"
         )
-    index = json.loads((path / _INDEX).read_text(encoding="utf-8"))
+    index = read_json(path / PIPELINE_INDEX)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     family = find_family(pipeline) if pipeline else None
     if family is None:
@@ -207,30 +218,24 @@ def _open_folder(path: Path, variant: str | None) -> FolderBase:
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     """The weight files of a component, all shards of it."""
-    config = _json(folder / "config.json")
+    config = _json(folder / MODEL_CONFIG)
     if "quantization_config" in config:
         raise BaseError(
             f"{folder}: a quantized base; what is added to it would be rounded away. Give the one "
             "in 16 or 32 bits: the adapter fits it too"
         )
-    for weights, index in _NAMES:
-        if (file := folder / _add_variant(weights, variant)).is_file():
-            return [file]
-        if (file := folder / _add_variant(index, variant)).is_file():
-            shards = sorted(set(_json(file)["weight_map"].values()))
-            if absent := [shard for shard in shards if not (folder / shard).is_file()]:
-                raise BaseError(f"{folder}: {', '.join(absent)} of {file.name} is not there")
-            return [*(folder / shard for shard in shards), file]
+    if files := weight_files(folder, variant):
+        return files
     there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
     raise BaseError(
-        f"{folder}: no {' or '.join(_add_variant(names[0], variant) for names in _NAMES)}"
+        f"{folder}: no {' or '.join(_add_variant(names[0], variant) for names in WEIGHT_NAMES)}"
         + (f" (there are: {', '.join(there)}; is it another --variant?)" if there else "")
         + ". Weights must be safetensors: load the pipeline once and save_pretrained it"
     )
 
 
 def _json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return read_json(path) if path.is_file() else {}
 
 
 def _download(
@@ -254,9 +259,9 @@ def _download(
             ) or (f"neither a local path nor a pipeline on the Hub that could be fetched: {error}")
             raise BaseError(f"{repository}: {problem}") from error
 
-    fetch([_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
+    fetch([PIPELINE_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
     ending = f".{variant}" if variant else ""
-    stems = [name.removesuffix(".safetensors") for name, _ in _NAMES]
+    stems = [name.removesuffix(".safetensors") for name, _ in WEIGHT_NAMES]
     return fetch(
         pattern
         for stem in stems

@@ -18,7 +18,7 @@ from .choices import DTYPE_CHOICES, FORMATS
 from .dtypes import converted
 from .metadata import export_metadata
 from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
-from .rounding import Rounding, RoundingLoss
+from .rounding import NAMES, Rounding, RoundingLoss
 from .streaming import OutputTensor, sample_remedies, write_streamed
 
 #: Part of the update that may be lost before it is warned.
@@ -147,6 +147,8 @@ def export_fused(
     check_output(path, overwrite, [opened.path, *adapter_path(read)])
     report = FusedReport(path, family.name, {n: len(part.updates) for n, part in layers.items()})
     files = _plan(opened, Planner(layers), format, denoiser_only)
+    if dtype == "keep":
+        _check_kept(opened, files)
     denoiser = family.denoiser
     scale_prefix = _scale_prefix(opened, denoiser_only) if fp8_scale else None
     with staged(path) as target:
@@ -226,6 +228,19 @@ def _check_scale(layers: Mapping[str, AdapterLayers], scale: float) -> None:
             f"scale is {scale}, but the adapter brings whole values that take the base's place "
             f"({', '.join(replaced[:3])}) and cannot be scaled. Export with scale 1"
         )
+
+
+def _check_kept(base: Base, files: Mapping[str, list[Owned]]) -> None:
+    """Refuse to add to weights in 8 bits and to round to 8 bits again without being asked."""
+    outputs = [output for planned in files.values() for _, output in planned]
+    for output in outputs:
+        if output.dtype.itemsize == 1 and any(piece.update for piece in output.pieces):
+            stored = NAMES.get(output.dtype, output.dtype)
+            raise BaseError(
+                f"{base.path}: {output.key} is stored in {stored}, which would round "
+                "most of what is added to it away. Give the base in 16 or 32 bits, or write this "
+                "one in 16: --dtype bf16. If it is to have 8 again: --dtype fp8_e4m3, a checkpoint"
+            )
 
 
 def _copy_rest(base: FolderBase, target: Path) -> None:

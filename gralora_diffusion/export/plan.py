@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from ..layouts import LayoutError, Part, Shape
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, StoredTensor, some
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
-from .tensor_bytes import StoredTensor
 
 _SHOWN = 8
 #: A tensor of the output and the component that it belongs to; "" if to none.
@@ -116,9 +115,7 @@ class Planner:
                 continue
             unused = {*layers.updates, *layers.replaced} - self.used.get(component, set())
             if unused:
-                some = ", ".join(sorted(unused)[:5])
-                more = f" and {len(unused) - 5} more" if len(unused) > 5 else ""
-                self.problems.append(f"{component}: the base has no {some}{more}")
+                self.problems.append(f"{component}: the base has no {some(sorted(unused))}")
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN])
             if len(self.problems) > _SHOWN:

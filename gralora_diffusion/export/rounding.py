@@ -14,14 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+#: The dtypes that can be written, by name.
 DTYPES = {
     "fp32": torch.float32,
     "bf16": torch.bfloat16,
     "fp16": torch.float16,
     "fp8_e4m3": torch.float8_e4m3fn,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32}
+#: What the dtypes of weights are called, those of bases too.
+NAMES = {
+    **{dtype: name for name, dtype in DTYPES.items()},
+    torch.float64: "fp64",
+    torch.float8_e5m2: "fp8_e5m2",
+}
+_BITS = {1: torch.int8, 2: torch.int16}
 
 
 class RoundingError(ValueError):
@@ -103,7 +109,7 @@ def round_to(values: Tensor, out: Tensor, generator: torch.Generator | None) -> 
     What lies beyond the dtype's range becomes infinite or, in fp8, NaN.
     """
     nearest, dtype = out.copy_(values), out.dtype
-    if generator is None or dtype == torch.float32:
+    if generator is None or dtype.itemsize >= 4:
         return
     rounded, bits = nearest.float(), nearest.view(_BITS[dtype.itemsize])
     error = values - rounded

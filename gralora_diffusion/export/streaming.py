@@ -20,9 +20,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..layouts import Shape
-from ..tensor_files import replacing
+from ..tensor_files import StoredTensor, replacing
 from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
-from .tensor_bytes import Files, StoredTensor, as_bytes, check_space, count, make_header
+from .tensor_bytes import Files, as_bytes, check_space, count, make_header
 
 #: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
 _BLOCK = 1 << 19

@@ -1,4 +1,4 @@
-"""Safetensors files by their bytes: where tensors lie, reading and writing at any place."""
+"""Safetensors files by their bytes: a new header, reading and writing at any place."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ import math
 import os
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import _TYPES
 from torch import Tensor
 
@@ -30,62 +28,9 @@ _ORDER = (
 )
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """Where a tensor lies in a safetensors file; ``offset`` is the first byte in the file."""
-
-    path: Path
-    key: str
-    dtype: torch.dtype
-    shape: Shape
-    offset: int
-
-    @property
-    def nbytes(self) -> int:
-        return count(self.shape) * self.dtype.itemsize
-
-
 def count(shape: Shape) -> int:
     """How many values a tensor of this shape has."""
     return math.prod(shape)
-
-
-def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, in their order there, and its metadata.
-
-    Raises:
-        AdapterFileError: truncated, not safetensors, or of a header that contradicts itself.
-    """
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > size:
-                raise ValueError("no header")
-            header = json.loads(file.read(length))
-        metadata = header.pop("__metadata__", {})
-        tensors = {
-            key: StoredTensor(
-                path,
-                key,
-                _TYPES[entry["dtype"]],
-                tuple(entry["shape"]),
-                8 + length + entry["data_offsets"][0],
-            )
-            for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"])
-        }
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path}: not a safetensors file ({error!r})") from error
-    end = max((t.offset + t.nbytes for t in tensors.values()), default=8 + length)
-    if end > size:
-        raise AdapterFileError(
-            f"{path}: not a whole file: {size:,} bytes of {end:,}. Fetch or copy it again"
-        )
-    try:
-        with safe_open(path, framework="pt"):  # its own reader checks shapes, gaps and overlaps
-            return tensors, metadata
-    except SafetensorError as error:
-        raise AdapterFileError(f"{path}: not a safetensors file ({error})") from error
 
 
 def make_header(

@@ -15,13 +15,14 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..compatibility import component_of
 from ..families import ModelFamily
 from ..state import Adapter
+from ..tensor_files import read_header
 from ..unfinished import tidied
 from .bases import Base, FileBase, FolderBase, open_base
 from .lora import export_lora, read_by_diffusers
-from .parity import STORED_BOUNDS, compare
-from .tensor_bytes import read_header
+from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
 from .ways import Way, fused_folder, fused_in_place, lora_file
 
 _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
@@ -62,8 +63,8 @@ class Verification:
             way = fused_folder(exported)
         else:
             file = _as_base(exported, opened, denoiser_only)
-            components = [name for name in self.adapter.components if name in file.layouts]
-            names = components or [opened.family.denoiser]
+            adapted = self._components(opened.family)
+            names = [name for name in adapted if name in file.layouts] or [opened.family.denoiser]
             way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
         self._compare(opened, exported, {_FUSED: way})
 
@@ -88,8 +89,13 @@ class Verification:
     def _is_lora(self, family: ModelFamily) -> bool:
         """Whether diffusers takes a LoRA for all that the adapter has."""
         keys = [key for part in self.adapter.components.values() for key in part.tensors]
-        read = {"denoiser", *read_by_diffusers(family)}
-        return set(self.adapter.components) <= read and all(".gralora_" in key for key in keys)
+        read = set(read_by_diffusers(family))
+        return self._components(family) <= read and all(".gralora_" in key for key in keys)
+
+    def _components(self, family: ModelFamily) -> set[str]:
+        """The components that the adapter has something for."""
+        parts = self.adapter.components
+        return {component_of(name, self.adapter, family.components) for name in parts}
 
     def _compare(
         self,
@@ -140,22 +146,28 @@ class Verification:
 
     def _pipeline(self, opened: Base) -> Any:
         on_gpu = torch.cuda.is_available()
-        options: dict[str, Any] = {"dtype": "auto" if on_gpu else torch.float32}
+        dtype = _computed_in(opened.denoiser_dtype) if on_gpu else torch.float32
         if isinstance(opened, FolderBase):
-            options["variant"] = self.open_options.get("variant")
-            pipe = DiffusionPipeline.from_pretrained(opened.path, **options)
+            variant = self.open_options.get("variant")
+            pipe = DiffusionPipeline.from_pretrained(opened.path, dtype=dtype, variant=variant)
         else:
             pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
-            options = {} if on_gpu else options
             path = str(opened.path)
             try:
-                pipe = pipeline_class.from_single_file(path, config=self.base_config, **options)
+                pipe = pipeline_class.from_single_file(path, config=self.base_config, dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(
                     f"--verify: {path} is a single file, and the pipeline that completes it is not "
                     f"to be had. Give a folder or Hub id as --base_config. ({error})"
                 ) from error
         return pipe.to("cuda" if on_gpu else "cpu")
+
+
+def _computed_in(stored: torch.dtype) -> torch.dtype:
+    """The dtype that a base stored in this one computes in: of fp8, which none does, bf16."""
+    if stored in COMPUTED_BOUNDS:
+        return stored
+    return torch.bfloat16 if stored.itemsize == 1 else torch.float32
 
 
 def parity_path(output: Path) -> Path:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from ..compatibility import component_models
-from ..state import DENOISER, Adapter
+from ..state import Adapter
 
 Way = Callable[[Any], AbstractContextManager[Any]]
 
@@ -28,14 +28,7 @@ def attached_adapter(adapter: Adapter | str | os.PathLike[str], scale: float = 1
 
     @contextmanager
     def way(pipe: Any) -> Iterator[Any]:
-        source: Any = adapter
-        options: dict[str, Any] = {}
-        if isinstance(adapter, Adapter):
-            denoiser, parts = next(iter(component_models(pipe))), adapter.components
-            parts = {denoiser if name == DENOISER else name: part for name, part in parts.items()}
-            source = Adapter(parts).tensors
-            options["config"] = {name: part.config for name, part in parts.items()}
-        pipe.load_gralora_weights(source, _ADAPTER_NAME, **options)
+        pipe.load_gralora_weights(adapter, _ADAPTER_NAME)
         try:
             pipe.set_adapters(_ADAPTER_NAME, scale)
             yield pipe
@@ -66,33 +59,6 @@ def fused_folder(path: Path) -> Way:
     @contextmanager
     def way(pipe: Any) -> Iterator[Any]:
         fused = type(pipe).from_pretrained(path, dtype=computing_dtype(pipe))
-        yield fused.to(pipe.device)
-
-    return way
-
-
-def fused_file(
-    path: Path, config: str | os.PathLike[str], borrowed: Sequence[str] = (), **options: Any
-) -> Way:
-    """A fused original single file, by diffusers' ``from_single_file``; it ends in .safetensors.
-
-    It is loaded beside the base.
-
-    Args:
-        config: folder or Hub id of a pipeline of the same kind.
-        borrowed: components that the file does not hold, to be taken from the base.
-        options: more for ``from_single_file``, such as a family's ``load_options``.
-    """
-
-    @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
-        fused = type(pipe).from_single_file(
-            str(path),
-            config=str(config),
-            torch_dtype=computing_dtype(pipe),
-            **{name: getattr(pipe, name) for name in borrowed},
-            **options,
-        )
         yield fused.to(pipe.device)
 
     return way

@@ -208,6 +208,7 @@ class ModelFamily(ABC):
     ) -> Conditioning:
         """Encode prompts as the pipeline does, with gradients if they are enabled.
 
+        An empty one is what the pipeline's guidance starts from without a negative prompt.
         ``max_sequence_length`` takes the place of the family's.
         """
 

@@ -90,6 +90,11 @@ class StableDiffusionXL(StableDiffusion):
             num_images_per_prompt=1,
             do_classifier_free_guidance=False,
         )
+        if pipe.config.force_zeros_for_empty_prompt and not all(prompts):
+            # from zeros the pipeline's guidance starts
+            empty = pooled.new_tensor([not prompt for prompt in prompts]).bool()
+            prompt_embeds = prompt_embeds.masked_fill(empty[:, None, None], 0)
+            pooled = pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
     def picture_conditioning(

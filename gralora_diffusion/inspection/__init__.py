@@ -54,7 +54,7 @@ def inspect_file(
         files=[str(file) for file in source.files],
         tensors=len(source.headers),
         parameters=sum(math.prod(h.shape) for k, h in source.headers.items() if _counts(k)),
-        dtypes=dict(Counter(header.dtype for header in source.headers.values()).most_common()),
+        dtypes=dict(Counter(h.dtype_name for h in source.headers.values()).most_common()),
         components=_components(source, kind),
         layers=layers,
         others=kind.others,

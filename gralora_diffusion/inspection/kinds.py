@@ -17,8 +17,8 @@ from ..families import (
     list_families,
 )
 from ..file_names import METADATA_KEY
-from ..layouts import DENOISER
 from ..lora_keys import Layer, group_layers
+from ..original_file import OriginalHeader
 from .source import Source
 
 _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")
@@ -95,27 +95,26 @@ def _model(source: Source) -> Kind:
     name = str(source.configs.get("", {}).get("_class_name", ""))
     if source.is_pipeline:
         return _named(Kind(f"pipeline in diffusers' layout ({name})"), name)
-    keys = set(source.headers)
-    prefix = DENOISER if any(key.startswith(DENOISER) for key in keys) else ""
-    families = [get_family(family) for family in list_families()]
-    fitting = [
-        family
-        for family in families
-        if family.single_file_keys and {prefix + key for key in family.single_file_keys} <= keys
-    ]
-    if fitting:
-        most = max(len(family.single_file_keys) for family in fitting)
-        alone = "" if prefix else " of the denoiser alone"
-        kind = Kind(f"original single-file checkpoint{alone}")
-        kind.families = [f for f in fitting if len(f.single_file_keys) == most]
-        kind.told_by = "its keys"
+    file = OriginalHeader(source.headers)
+    if families := file.families:
+        kind = Kind(f"original single-file checkpoint{_particulars(file, families[0])}")
+        kind.families, kind.told_by = families, "its keys"
         return kind
-    if name or any(key.startswith(_MODELS_OF_DIFFUSERS) for key in keys):
+    if name or file.begins_with(_MODELS_OF_DIFFUSERS):
         return Kind(f"one model in diffusers' layout{f' ({name})' if name else ''}")
-    some, known = ", ".join(sorted(keys)[:3]), ", ".join(list_families())
+    some, known = ", ".join(sorted(file.keys)[:3]), ", ".join(list_families())
     raise source.error(
         f"nothing that is known here: no adapter, and no base of {known} (its keys: {some}, ...)"
     )
+
+
+def _particulars(file: OriginalHeader, family: ModelFamily) -> str:
+    told = "" if file.prefix else " of the denoiser alone"
+    if file.quantized:
+        told += f", quantized ({file.quantized})"
+    if kind := file.other_kind(family):
+        told += f", which diffusers takes for {kind!r}"
+    return told
 
 
 def _named(kind: Kind, class_name: str) -> Kind:

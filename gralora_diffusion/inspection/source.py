@@ -1,51 +1,24 @@
-"""What lies at a path: safetensors files with their headers, or why it cannot be looked at."""
+"""What lies at a path: safetensors files with their headers."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from ..file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from ..tensor_files import AdapterFileError
+from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, read_json, shards, weight_files
+from ..tensor_files import AdapterFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: What diffusers calls the index of a pipeline and the config of a model.
-PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
 #: How the index of a model in several files ends.
 SHARD_INDEX = ".safetensors.index.json"
-_CANONICAL = ("diffusion_pytorch_model.safetensors", "model.safetensors")
-_PICKLE = (
-    "a pickle (.ckpt, .pt, .bin), which may run any program when it is read, so it was not read. "
-    "Convert it to .safetensors in a place where that does no harm"
-)
-#: How files begin that are something else.
-_OTHER_FILES = {
-    b"PK\x03\x04": _PICKLE,
-    b"\x80\x02": _PICKLE,
-    b"\x80\x04": _PICKLE,
-    b"GGUF": "a GGUF file, whose weights are quantized: they can be neither adapted nor fused. "
-    "Give the .safetensors file that it was made of",
-    b"<": "a web page in place of the file. Download it again, logged in if the site asks for it",
-    b"version https://git-lfs": "a pointer of Git LFS in place of the file. Fetch it with "
-    "`git lfs pull`",
-}
-
-
-class Header(NamedTuple):
-    """What a file says of one tensor: where it is, its key there, its dtype and shape."""
-
-    file: Path
-    key: str
-    dtype: str
-    shape: tuple[int, ...]
 
 
 class Source:
@@ -67,7 +40,7 @@ class Source:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path).expanduser()
-        self.headers: dict[str, Header] = {}
+        self.headers: dict[str, StoredTensor] = {}
         self.metadata: dict[str, str] = {}
         self.configs: dict[str, dict[str, Any]] = {}
         self.is_pipeline = False
@@ -80,10 +53,10 @@ class Source:
 
     def read(self, key: str) -> Tensor:
         """Read one tensor."""
-        file, name = self.headers[key][:2]
-        if file not in self._opened:
-            self._opened[file] = safe_open(file, framework="pt")
-        tensor: Tensor = self._opened[file].get_tensor(name)
+        header = self.headers[key]
+        if header.path not in self._opened:
+            self._opened[header.path] = safe_open(header.path, framework="pt")
+        tensor: Tensor = self._opened[header.path].get_tensor(header.key)
         return tensor
 
     def sha256(self) -> dict[str, str]:
@@ -107,9 +80,9 @@ class Source:
         """Yield files and what goes in front of their keys."""
         path = self.path
         if path.is_file():
-            files = self._shards(path) if path.name.endswith(SHARD_INDEX) else [path]
+            files = shards(path) if path.name.endswith(SHARD_INDEX) else [path]
             if (config := path.parent / MODEL_CONFIG).is_file():
-                self.configs[""] = self._json(config)
+                self.configs[""] = read_json(config)
             yield from ((file, "") for file in files)
         elif not path.is_dir():
             raise self.error("no such file or folder")
@@ -122,13 +95,13 @@ class Source:
                 name = config.parent.name
                 yield self._peft(config.parent, name), f"{name}."
         elif (path / PIPELINE_INDEX).is_file():
-            self.is_pipeline, self.configs[""] = True, self._json(path / PIPELINE_INDEX)
+            self.is_pipeline, self.configs[""] = True, read_json(path / PIPELINE_INDEX)
             for name, value in self.configs[""].items():
                 if isinstance(value, list) and (path / name).is_dir():
                     yield from ((file, f"{name}.") for file in self._model(path / name))
         else:
             if (path / MODEL_CONFIG).is_file():
-                self.configs[""] = self._json(path / MODEL_CONFIG)
+                self.configs[""] = read_json(path / MODEL_CONFIG)
             files = self._model(path)
             if not files:
                 raise self.error("no .safetensors file in this folder")
@@ -138,7 +111,7 @@ class Source:
             yield from ((file, "") for file in files)
 
     def _peft(self, folder: Path, name: str) -> Path:
-        self.configs[name] = self._json(folder / PEFT_CONFIG_NAME)
+        self.configs[name] = read_json(folder / PEFT_CONFIG_NAME)
         file = folder / PEFT_WEIGHTS_NAME
         if not file.is_file():
             others = ", ".join(path.name for path in folder.glob("adapter_model.*")) or "nothing"
@@ -147,55 +120,13 @@ class Source:
 
     def _model(self, folder: Path) -> list[Path]:
         """The files of one model; of several variants of it the one without a name of its own."""
-        for index in sorted(folder.glob(f"*{SHARD_INDEX}"), key=lambda path: len(path.name)):
-            return self._shards(index)
-        for name in _CANONICAL:
-            if (folder / name).is_file():
-                return [folder / name]
-        return sorted(folder.glob("*.safetensors"))
-
-    def _shards(self, index: Path) -> list[Path]:
-        names = self._json(index).get("weight_map", {}).values()
-        files = [index.parent / name for name in sorted(set(names))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise self.error(f"{index.name} names files that lack: {', '.join(missing)}")
-        return files
-
-    def _json(self, path: Path) -> dict[str, Any]:
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return dict(values)
-        except (OSError, ValueError, TypeError) as error:
-            raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error
+        files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
+        return files or sorted(folder.glob("*.safetensors"))
 
     # -- headers -----------------------------------------------------------------------------------
 
     def _open(self, file: Path, prefix: str) -> None:
-        try:
-            opened = safe_open(file, framework="np")  # torch takes seconds to import
-            metadata = opened.metadata()
-            for key in opened.keys():  # noqa: SIM118
-                tensor = opened.get_slice(key)
-                header = Header(file, key, tensor.get_dtype(), tuple(tensor.get_shape()))
-                self.headers[prefix + key] = header
-        except (SafetensorError, OSError) as error:
-            raise AdapterFileError(f"{file}: {self._why_unreadable(file, error)}.") from error
+        tensors, metadata = read_header(file)
+        self.headers |= {prefix + key: tensor for key, tensor in tensors.items()}
+        self.metadata |= metadata
         self.files.append(file)
-        self.metadata |= metadata or {}
-
-    def _why_unreadable(self, file: Path, error: Exception) -> str:
-        size = file.stat().st_size
-        if not size:
-            return "an empty file"
-        with open(file, "rb") as opened:
-            beginning = opened.read(64)
-        for start, what in _OTHER_FILES.items():
-            if beginning.startswith(start):
-                return what
-        declared = int.from_bytes(beginning[:8], "little")
-        if beginning[8:9] == b"{" and declared < 1 << 30:
-            return (
-                f"a damaged or truncated .safetensors file of {size:,} bytes ({error}). Fetch or "
-                "copy it again"
-            )
-        return f"not a .safetensors file ({size:,} bytes; {error})"

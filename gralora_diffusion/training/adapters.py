@@ -23,7 +23,7 @@ from ..targets import find_targets, is_named, lowered_k
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
 from .config_checks import ConfigError
-from .config_plans import given_patterns
+from .config_patterns import given_patterns
 from .optimizers import evaluating
 from .streams import seed_from
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import repeat
 from typing import Any
 
@@ -16,9 +17,10 @@ from torch.utils.data import DataLoader
 from ..families import Conditioning, ModelFamily
 from .base_model import present
 from .buckets import Buckets, listed_buckets
-from .caching import LatentCache, PromptCache, vae_fingerprint
+from .caching import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
 from .config import TrainingConfig
-from .data import Example, find_dataset_examples, find_examples
+from .data import MIN_FOR_PROGRESS, Example, find_examples
+from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
 from .prompt_lengths import cuts_told_already, tell_cut_prompts
@@ -84,6 +86,11 @@ def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
     )
 
 
+def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the scaled latents, by the VAE where it is."""
+    return family.encode_images(vae, pixel_values.to(vae.device, vae.dtype))
+
+
 class Batches:
     """The training data of this process, encoded once where nothing changes.
 
@@ -130,7 +137,7 @@ class Batches:
             tell_cut_prompts(pipe, family, config, pictures, class_pictures)
         with offload_models(self.vae, device=accelerator.device):
             self._encode_pictures()
-        self.prompts = None if config.train_text_encoder else PromptCache()
+        self.prompts: PromptCache | None = None
         self.teacher: Conditioning | None = None
         with offload_models(*present(pipe, family.all_text_encoders), device=accelerator.device):
             self._encode_prompts(pipe)
@@ -150,9 +157,8 @@ class Batches:
         return len(self.instance)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
-        pixels = pixel_values.to(self.vae.device, self.vae.dtype)
-        return self.family.encode_images(self.vae, pixels)
+        """See :func:`encode_images`."""
+        return encode_images(self.family, self.vae, pixel_values)
 
     def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield instance and class batch of each micro-batch, the latter None without a class."""
@@ -180,24 +186,30 @@ class Batches:
 
     @property
     def _in_memory(self) -> bool:
-        return self.cache is not None and self.cache.folder is None
+        return self.cache is not None and self.cache.store.folder is None
+
+    def _share(self, fill: Callable[[slice], int]) -> None:
+        """Have a cache filled: each process its part of it, where a folder keeps it for all.
+
+        Args:
+            fill: encodes what lacks of a part.
+        """
+        processes = self.accelerator.num_processes
+        if self.config.latent_cache_dir and processes > 1:
+            fill(slice(self.accelerator.process_index, None, processes))
+            self.accelerator.wait_for_everyone()
+        fill(slice(None))  # which the other processes have filled by now
 
     def _encode_pictures(self) -> None:
         if self.cache is None:
             return
+        bar = self.accelerator.is_local_main_process
         for samples in (self.instance, self.classes):
-            if samples is None:
-                continue
-            bar = self.accelerator.is_local_main_process
-            if not self._in_memory:
-                # one after the other, so that nobody encodes what another one just wrote
-                with self.accelerator.main_process_first():
-                    samples.fill_cache(self.encode_images, progress=bar)
-            else:
-                samples.fill_cache(self.encode_images, progress=bar)
+            if samples is not None:
+                self._share(partial(samples.fill_cache, self.encode_images, progress=bar))
 
     def _encode_prompts(self, pipe: Any) -> None:
-        config = self.config
+        config, encoders = self.config, present(pipe, self.family.all_text_encoders)
 
         def encode(prompts: list[str]) -> Conditioning:
             with cuts_told_already(pipe):
@@ -205,14 +217,20 @@ class Batches:
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:
-            cache = PromptCache()
+            alone = PromptCache()
             with frozen_base(*present(pipe, self.family.text_encoders)):
-                cache.fill([str(config.class_prompt)], encode)
-            self.teacher = cache.batch([str(config.class_prompt)])
-        if self.prompts is not None:
-            prompts = list(self.instance.prompts)
-            if config.with_prior_preservation:
-                prompts.append(str(config.class_prompt))
-            if self.classes is not None:
-                prompts += self.classes.prompts
-            self.prompts.fill(prompts, encode)
+                alone.fill([str(config.class_prompt)], encode)
+            self.teacher = alone.batch([str(config.class_prompt)])
+        if config.train_text_encoder:
+            return
+        prompts = list(self.instance.prompts)
+        if config.with_prior_preservation:
+            prompts.append(str(config.class_prompt))
+        if self.classes is not None:
+            prompts += self.classes.prompts
+        prompts = list(dict.fromkeys(prompts))
+        folder = config.latent_cache_dir
+        cache = PromptCache(prompt_fingerprint(encode, encoders) if folder else "", folder)
+        bar = self.accelerator.is_local_main_process and len(prompts) >= MIN_FOR_PROGRESS
+        self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
+        self.prompts = cache

@@ -8,22 +8,20 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..tensor_files import write_safetensors
 from .data import DataError, Example
 from .pictures import CropPlan, Variant
+from .tensor_store import TensorStore
 
-logger = logging.getLogger(__name__)
+#: What is encoded to tell text encoders apart.
+_PROBE = "a photo of a sks dog, wearing 2 red hats"
 
 #: (batch, 3, height, width) in [-1, 1], fp32, CPU -> mean and std of the scaled latents
 ImageEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
@@ -35,31 +33,48 @@ def vae_fingerprint(vae: Any) -> str:
     """Hash what a VAE's latents depend on: its config, parameters and buffers, with their dtype."""
     # what begins with _ tells where the VAE came from and which diffusers wrote it
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(vae.state_dict().items()):
+    return _hash_of(config, vae.state_dict())
+
+
+@torch.no_grad()
+def prompt_fingerprint(encode: PromptEncoder, encoders: Iterable[Any]) -> str:
+    """Hash what encoded prompts depend on, as far as it can show in reasonable time.
+
+    That is what the encoders, with all their settings, make of a prompt and of none; and the
+    embeddings of all tokens, for one that was added or trained shows in no other's prompts.
+
+    Args:
+        encode: with its encoders on the device.
+        encoders: the same, for their embeddings.
+    """
+    made = [encode([prompt]) for prompt in (_PROBE, "")]
+    embeddings = [encoder.get_input_embeddings().weight for encoder in encoders]
+    tensors = {f"{name} {i}": t for i, part in enumerate(made) for name, t in part.items()}
+    return _hash_of({}, tensors | {f"embeddings {i}": t for i, t in enumerate(embeddings)})
+
+
+def _hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
     return digest.hexdigest()
 
 
 class LatentCache:
     """Mean and standard deviation of the latents of picture variants, on the CPU.
 
-    Without a folder everything is kept in memory, in each process for itself. With one, it is kept
-    in a file per variant and read when asked for; several processes may fill and read one folder,
-    as a file appears under its name only when it is whole.
-
     Args:
         plan: how pictures were made into pixels.
         fingerprint: of the encoder, see :func:`vae_fingerprint`.
-        folder: made if it is not there.
+        folder: of a :class:`TensorStore`.
     """
 
     def __init__(self, plan: CropPlan, fingerprint: str, folder: str | Path | None = None) -> None:
         self.plan = plan
         self.fingerprint = fingerprint
-        self.folder = Path(folder) if folder else None
-        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self.store = TensorStore(folder)
 
     def key(self, content_key: str, variant: Variant) -> str:
         """Hash all that the latents depend on."""
@@ -78,14 +93,7 @@ class LatentCache:
             KeyError: they were never filled in.
             DataError: their file was removed or damaged since.
         """
-        key = self.key(content_key, variant)
-        if self.folder is None:
-            return self._memory[key]
-        try:
-            tensors = load(self._path(key).read_bytes())
-        except (OSError, SafetensorError) as error:
-            advice = "Start again: what is missing will be encoded again"
-            raise DataError(f"latent cache {self._path(key)}", [f"{error}. {advice}"]) from error
+        tensors = self.store[self.key(content_key, variant)]
         return tensors["mean"], tensors["std"]
 
     @torch.no_grad()
@@ -110,14 +118,13 @@ class LatentCache:
         """
         done = 0
         wanted = list(wanted)
-        damaged: list[Path] = []
         bar = tqdm(wanted, desc="Encoding pictures", unit="", disable=None if progress else True)
         for example, variants in bar:
             image = None
             for start in range(0, len(variants), batch_size):
                 chunk = variants[start : start + batch_size]
                 keys = [self.key(example.content_key, variant) for variant in chunk]
-                missing = [not self._has(key, damaged) for key in keys]
+                missing = [key not in self.store for key in keys]
                 if not any(missing):
                     continue
                 image = image or example.load()
@@ -132,67 +139,56 @@ class LatentCache:
                     raise DataError(f"latents of {example.source}", [problem])
                 for i, key in enumerate(keys):
                     if missing[i]:
-                        self._put(key, mean[i].clone(), std[i].clone())
+                        self.store[key] = {"mean": mean[i].clone(), "std": std[i].clone()}
                         done += 1
-        if damaged:
-            logger.warning(
-                "latent cache %s: %d damaged files, encoded again: %s%s",
-                self.folder,
-                len(damaged),
-                ", ".join(path.name for path in damaged[:3]),
-                ", ..." if len(damaged) > 3 else "",
-            )
+        self.store.tell_damaged()
         return done
-
-    def _has(self, key: str, damaged: list[Path]) -> bool:
-        if self.folder is None:
-            return key in self._memory
-        path = self._path(key)
-        if not path.is_file():
-            return False
-        try:
-            with safe_open(path, "pt") as file:  # compares the header with the file's length
-                whole = set(file.keys()) == {"mean", "std"}
-        except (OSError, SafetensorError):
-            whole = False
-        if not whole:
-            damaged.append(path)
-        return whole
-
-    def _put(self, key: str, mean: Tensor, std: Tensor) -> None:
-        if self.folder is None:
-            self._memory[key] = (mean, std)
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors({"mean": mean, "std": std}, self._path(key), {"format": "pt"})
-        except (OSError, SafetensorError) as error:
-            problem = (
-                f"cannot be written: {error}. Free some space, give another folder, or leave it "
-                "out to keep the latents in memory"
-            )
-            raise DataError(f"--latent_cache_dir {str(self.folder)!r}", [problem]) from error
-
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{key}.safetensors"
 
 
 class PromptCache:
-    """Encoded prompts, on the CPU and in the encoder's dtype. Each process fills its own."""
+    """Encoded prompts, on the CPU and in the encoder's dtype.
 
-    def __init__(self) -> None:
-        self._encoded: dict[str, dict[str, Tensor]] = {}
+    Args:
+        fingerprint: of the encoders, see :func:`prompt_fingerprint`; needed with a folder.
+        folder: of a :class:`TensorStore`.
+    """
+
+    def __init__(self, fingerprint: str = "", folder: str | Path | None = None) -> None:
+        self.fingerprint = fingerprint
+        self.store = TensorStore(folder)
+
+    def key(self, prompt: str) -> str:
+        """Hash all that the encoded prompt depends on."""
+        parts = ["prompt", prompt, self.fingerprint]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     @torch.no_grad()
-    def fill(self, prompts: Iterable[str], encode: PromptEncoder, batch_size: int = 16) -> int:
-        """Encode each prompt that is missing, once; returns how many those were."""
-        missing = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._encoded]
-        for start in range(0, len(missing), batch_size):
-            batch = missing[start : start + batch_size]
-            encoded = {name: t.detach().cpu() for name, t in encode(batch).items()}
+    def fill(
+        self,
+        prompts: Iterable[str],
+        encode: PromptEncoder,
+        batch_size: int = 16,
+        progress: bool = False,
+    ) -> int:
+        """Encode each prompt that is missing, once; returns how many those were.
+
+        For a folder each is encoded by itself: rounding depends on the batch, and what a run finds
+        there must not depend on which others lacked.
+
+        Raises:
+            DataError: the folder cannot be written.
+        """
+        missing = [
+            prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.store
+        ]
+        self.store.tell_damaged()
+        size = batch_size if self.store.folder is None else 1
+        starts = range(0, len(missing), size)
+        for start in tqdm(starts, "Encoding prompts", unit="", disable=None if progress else True):
+            batch = missing[start : start + size]
+            encoded = {name: t.detach().cpu().contiguous() for name, t in encode(batch).items()}
             for i, prompt in enumerate(batch):
-                self._encoded[prompt] = {name: t[i].clone() for name, t in encoded.items()}
+                self.store[self.key(prompt)] = {name: t[i].clone() for name, t in encoded.items()}
         return len(missing)
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:
@@ -200,6 +196,13 @@ class PromptCache:
 
         Raises:
             KeyError: a prompt was never filled in.
+            DataError: the file of one was removed or damaged since.
         """
-        rows = [self._encoded[prompt] for prompt in prompts]
+        rows = [self._row(prompt) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def _row(self, prompt: str) -> dict[str, Tensor]:
+        try:
+            return self.store[self.key(prompt)]
+        except KeyError:
+            raise KeyError(prompt) from None

@@ -1,4 +1,5 @@
-"""Captions of the pictures in a folder: ``metadata.jsonl`` and ``.txt`` files.
+"""Captions of the pictures in a folder: ``metadata.jsonl``, ``.txt`` and ``.caption`` files, and
+names of sub-folders.
 
 What is wrong with them is appended to a list of problems, so that all of it can be told at once.
 """
@@ -6,11 +7,43 @@ What is wrong with them is appended to a list of problems, so that all of it can
 from __future__ import annotations
 
 import json
+import re
+from dataclasses import dataclass
 from pathlib import Path
 
 METADATA_NAME = "metadata.jsonl"
+#: Endings of files with a picture's caption beside it; the first that is there counts.
+CAPTION_ENDINGS = (".txt", ".caption")
 #: Columns of metadata.jsonl that may hold the caption; the first that a line has is taken.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+
+
+@dataclass(frozen=True)
+class PictureFolder:
+    """Pictures with one prompt for those that have none.
+
+    Attributes:
+        repeats: how many times each counts in an epoch.
+        concept: name of a sub-folder that tells prompt and repeats; None for the whole folder.
+    """
+
+    path: Path
+    prompt: str
+    repeats: int = 1
+    concept: str | None = None
+
+
+def concept_folders(folder: Path) -> list[PictureFolder]:
+    """Return the sub-folders named as kohya's sd-scripts want them, sorted by name.
+
+    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times.
+    """
+    named = {path: re.fullmatch(r"([1-9]\d*)_(.+)", path.name) for path in folder.iterdir()}
+    return [
+        PictureFolder(path, one_line(match[2]), int(match[1]), path.name)
+        for path, match in sorted(named.items())
+        if match and path.is_dir()
+    ]
 
 
 def read_metadata(folder: Path, column: str | None, problems: list[str]) -> dict[str, str]:
@@ -66,8 +99,12 @@ def read_metadata(folder: Path, column: str | None, problems: list[str]) -> dict
     return captions
 
 
-def read_caption(path: Path, problems: list[str]) -> str:
-    """Return the caption in a ``.txt`` file, as one line."""
+def caption_beside(picture: Path, problems: list[str]) -> str:
+    """Return the caption in the file beside a picture, as one line; "" if there is none."""
+    beside = (picture.with_suffix(ending) for ending in CAPTION_ENDINGS)
+    path = next((path for path in beside if path.is_file()), None)
+    if path is None:
+        return ""
     try:
         return one_line(path.read_text(encoding="utf-8-sig"))
     except (OSError, UnicodeDecodeError) as error:

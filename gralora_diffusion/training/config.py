@@ -20,8 +20,8 @@ from .config_options import (
     ValidationOptions,
     choices_of,
 )
+from .config_patterns import layer_patterns
 from .config_picture_options import DataOptions, ImageOptions, PriorOptions
-from .config_plans import layer_patterns
 from .option_parsing import parse_options
 
 OPTION_GROUPS: tuple[type, ...] = (
@@ -175,11 +175,17 @@ class TrainingConfig(
         names = [f.name for group in OPTION_GROUPS for f in fields(group)]
         return {name: getattr(self, name) for name in names if name not in ("hub_token", "config")}
 
-    def to_yaml(self) -> str:
-        """Return the options that differ from the defaults, to be read again with ``--config``."""
+    def to_yaml(self, *, public: bool = False) -> str:
+        """Return the options that differ from the defaults, to be read again with ``--config``.
+
+        Args:
+            public: of files and folders here tell only the names.
+        """
         default = TrainingConfig().as_record()
         changed = {
-            name: value for name, value in self.as_record().items() if value != default[name]
+            name: public_name(value) if public and name in PATHS and value else value
+            for name, value in self.as_record().items()
+            if value != default[name]
         }
         return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
 
@@ -231,6 +237,13 @@ def _layers(text: str | None) -> list[str] | str | None:
     if text.startswith("re:"):
         return text[len("re:") :]
     return [ending.strip() for ending in text.split(",") if ending.strip()]
+
+
+def public_name(source: str) -> str:
+    """Return the last part of a local path; a Hub id as it is."""
+    path = Path(source)
+    local = path.exists() or path.is_absolute() or len(path.parts) != 2
+    return path.resolve().name if local else source
 
 
 def _option_names() -> set[str]:

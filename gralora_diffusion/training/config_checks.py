@@ -19,7 +19,7 @@ from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_options import choices_of
 from .config_paths import check_base, check_data, check_output, nearby
-from .config_plans import check_patterns
+from .config_patterns import check_patterns
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
@@ -92,7 +92,7 @@ NEEDS = {
     "prior_loss_weight prior_generation_precision sample_batch_size",
     "validation_prompt": "num_validation_images validation_epochs validation_steps "
     "validation_guidance_scale validation_inference_steps",
-    "cache_latents": "latent_cache_dir cached_crops",
+    "cache_latents": "cached_crops",
     "dataset_name": "dataset_config_name",
     "push_to_hub": "hub_token hub_model_id",
     "use_ema": "ema_decay",

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
-from ..file_names import WEIGHTS_NAME
+from ..file_names import WEIGHTS_NAME, looks_like_hub_id
+from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -37,35 +38,35 @@ def check_base(config: TrainingConfig) -> Iterator[str]:
         )
     for name, (index, single_file) in MODEL_FOLDERS.items():
         value = getattr(config, name)
-        if value and (problem := _model_problem(value, index, single_file)):
+        if value and (problem := model_problem(value, index, single_file)):
             yield f"--{name} is {value!r}: {problem}"
 
 
-def _model_problem(value: str, index: str, single_file: bool) -> str | None:
+def model_problem(
+    value: str, index: str, single_file: bool = False, library: str = "diffusers"
+) -> str | None:
+    """Say why a file, folder or Hub id cannot be a model; None if it may be one.
+
+    Args:
+        index: the file that shows that a folder is a model of ``library``.
+        single_file: whether a single file will do.
+    """
+    wanted = f"Give a {library} folder, which holds {index}, or a Hub id"
     path = Path(value)
     if path.is_dir():
-        return None if (path / index).is_file() else f"this folder has no {index}. {_wanted(index)}"
+        return None if (path / index).is_file() else f"this folder has no {index}. {wanted}"
     if path.is_file():
         if not single_file:
-            return f"this is a file. {_wanted(index)}"
+            return f"this is a file. {wanted}"
         if path.suffix != ".safetensors":
-            return f"a single file must be a .safetensors file. Convert it. {_wanted(index)}"
+            return f"a single file must be a .safetensors file. Convert it. {wanted}"
         return None
     if "://" in value:
         return "this is an address. Give the Hub id (owner/name), or download the file and name it"
-    looks_local = (
-        value.startswith((".", "/", "~"))
-        or value.count("/") > 1
-        or "\\" in value
-        or path.suffix in (".safetensors", ".ckpt", ".bin", ".pt")
-    )
-    if looks_local:
-        return f"there is no such file or folder{nearby(path)}"
+    if not looks_like_hub_id(value):
+        problem = f"there is no such file or folder{nearby(path)}"
+        return problem if problem.endswith("?") else f"{problem}. {wanted}"
     return _repo_id_problem(value)
-
-
-def _wanted(index: str) -> str:
-    return f"Give a diffusers folder, which holds {index}, or a Hub id"
 
 
 def _repo_id_problem(value: str) -> str | None:
@@ -111,9 +112,11 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(Path(folder)):
         yield f"--instance_data_dir is {folder!r}: {problem}"
-    elif not config.instance_prompt and not _has_captions(Path(folder)):
+    elif not (
+        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
+    ):
         yield (
-            f"--instance_prompt is missing, and {folder!r} holds no .txt file and no "
+            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file and no "
             "metadata.jsonl with captions. Give a prompt such as "
             "--instance_prompt 'a photo of sks dog'"
         )
@@ -140,7 +143,8 @@ def _folder_problem(path: Path) -> str | None:
 
 
 def _has_captions(folder: Path) -> bool:
-    return any(True for _ in folder.rglob("*.txt")) or any(folder.rglob("metadata.jsonl"))
+    patterns = (METADATA_NAME, *(f"*{ending}" for ending in CAPTION_ENDINGS))
+    return any(any(folder.rglob(pattern)) for pattern in patterns)
 
 
 def check_output(config: TrainingConfig) -> Iterator[str]:

@@ -16,7 +16,8 @@ class DataOptions:
 
     instance_data_dir: str | None = option(
         None,
-        "Folder with the pictures to learn. Captions: .txt files beside them, or metadata.jsonl",
+        "Folder with the pictures to learn. Captions: .txt or .caption files beside them, "
+        "metadata.jsonl, or sub-folders such as '10_sks dog': repeats and prompt",
     )
     dataset_name: str | None = option(
         None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"
@@ -96,5 +97,7 @@ class ImageOptions:
         8, "Random crops kept per picture by the latent cache; each sample draws one of them"
     )
     latent_cache_dir: str | None = option(
-        None, "Folder that keeps the latents for the next run (default: in memory)"
+        None,
+        "Folder that keeps latents and encoded prompts, for this run and the next (default: each "
+        "process keeps them in memory)",
     )

@@ -20,7 +20,9 @@ from torch import nn
 from ..empty_models import empty_model
 from ..families import ModelFamily
 from ..hub import offline_problem
-from .base_model import freeze, vae_class
+from .acceleration import DTYPES
+from .adapters import add_adapters
+from .base_model import completed, freeze, vae_class
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .single_file import SingleFile, without_text_encoder
@@ -80,6 +82,20 @@ def empty_base(
             _cast(component, vae_dtype if name == "vae" else dtype)
     freeze(pipe)
     return pipe
+
+
+def check_without_weights(config: TrainingConfig, family: ModelFamily, precision: str) -> None:
+    """Find what a run would find wrong with its base, and with its adapter there.
+
+    Args:
+        precision: as for ``completed``.
+
+    Raises:
+        ConfigError: the base, its sizes or the adapter's layers are not what can be trained.
+    """
+    pipe = empty_base(config, family, DTYPES[precision])
+    with torch.device("meta"):
+        add_adapters(pipe, family, completed(config, family, pipe, precision))
 
 
 def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, Any]]:

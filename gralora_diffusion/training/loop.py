@@ -23,9 +23,9 @@ from .acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
-    checkpoint_gradients,
     device_name,
     make_accelerator,
+    make_cheaper,
     share_only_what_is_trained,
     trackable,
 )
@@ -36,25 +36,22 @@ from .checkpoint import CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
+from .empty_base import check_without_weights
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values, set_initial_values
 from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, start
-from .prior import draw_class_images
+from .prior import class_pictures_lacking, draw_class_images
 from .records import MetricsFile
 from .run_state import RunState
 from .same_run import check_options, find_checkpoint
-from .step import DenoisingStep, RowMaker, Rows, mean_loss
+from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
-
-
-class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that."""
 
 
 def train(config: TrainingConfig) -> Path:
@@ -93,6 +90,11 @@ def train(config: TrainingConfig) -> Path:
             return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
+        if class_pictures_lacking(config):
+            # before the base is loaded to be trained: two of them would be too much for some
+            check_without_weights(config, family, accelerator.mixed_precision)
+            draw_class_images(config, family, accelerator)
+            class_pictures = find_class_pictures(config)
         trainer = Trainer(config, family, pictures, class_pictures, accelerator, store, initial)
         if resume is not None:
             trainer.resume(*resume)
@@ -128,18 +130,13 @@ class Trainer:
         self.family, self.accelerator, self.store = family, accelerator, store
         device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
 
-        # --- the frozen base, the adapter on it, and what the base draws of the class
+        # --- the frozen base, and the adapter on it
         self.pipe = load_base(config, family, dtype) if pipe is None else pipe
         self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
         components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
-        if config.gradient_checkpointing:
-            for name in components:
-                checkpoint_gradients(getattr(self.pipe, name))
-        if config.enable_xformers_memory_efficient_attention:
-            getattr(self.pipe, family.denoiser).enable_xformers_memory_efficient_attention()
-        if draw_class_images(config, family, accelerator):
-            class_pictures = find_class_pictures(config)
+        models = [getattr(self.pipe, name) for name in components]
+        make_cheaper(config, getattr(self.pipe, family.denoiser), models, device)
 
         # --- encode what stays the same; of the encoders only what is needed later stays
         self.data = data = Batches(config, family, self.pipe, pictures, class_pictures, accelerator)
@@ -170,7 +167,7 @@ class Trainer:
         self.memory = PeakMemory(device)
         self.ema = None
         if config.use_ema:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay)
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
             self.ema.to(device)
         self.state = RunState(
             config,
@@ -314,9 +311,10 @@ class Trainer:
         kept = str(whole[-1][1]) if whole else "none was written yet"
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
-            f"{float(gradient_norm):g}; stopped before that reached the adapter. Last checkpoint: "
-            f"{kept}. Give a lower --learning_rate (it is {self.config.learning_rate:g}) or "
-            "--mixed_precision bf16 in place of fp16, and start again or resume."
+            f"{float(gradient_norm):g}; stopped before that reached the adapter.",
+            f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
+            f"{self.config.learning_rate:g}) or --mixed_precision bf16 in place of fp16, and start "
+            "again or resume.",
         )
 
     def _validate_if_due(self) -> None:

@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
     from .data import DataError
-    from .loop import TrainingDiverged, train
+    from .loop import train
+    from .step import TrainingDiverged
 
     try:
         train(config)

@@ -18,8 +18,9 @@ from ..families import ModelFamily
 from ..tensor_files import HASH_FIELDS
 from .batches import Batches
 from .captions import one_line
-from .config import TrainingConfig
-from .config_plans import given_patterns
+from .config import TrainingConfig, public_name
+from .config_patterns import given_patterns
+from .data import Example
 from .samples import TrainingSet
 
 #: ``prediction_type`` of schedulers -> ModelSpec's.
@@ -43,6 +44,7 @@ def training_metadata(
     """
     names = family.published_names(getattr(pipe, family.denoiser).config, pipe.scheduler.config)
     instance, classes = data.instance, data.classes
+    vae = config.pretrained_vae_model_name_or_path
     title = Path(config.output_dir).resolve().name
     steps_per_epoch = -(-len(data) // data.samples_per_step)
     fields: dict[str, Any] = {
@@ -54,8 +56,8 @@ def training_metadata(
         "modelspec.trigger_phrase": one_line(config.instance_prompt) or None,
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "ss_output_name": title,
-        "ss_sd_model_name": _name(config.pretrained_model_name_or_path),
-        "ss_vae_name": _name(config.pretrained_vae_model_name_or_path),
+        "ss_sd_model_name": public_name(config.pretrained_model_name_or_path),
+        "ss_vae_name": public_name(vae) if vae else None,
         **_network_fields(config),
         **_data_fields(config, instance, classes),
         "ss_num_batches_per_epoch": -(-len(data) // config.train_batch_size),
@@ -129,11 +131,20 @@ def _network_fields(config: TrainingConfig) -> dict[str, Any]:
 def _data_fields(
     config: TrainingConfig, instance: TrainingSet, classes: TrainingSet | None
 ) -> dict[str, Any]:
-    folder = str(_name(config.instance_data_dir or config.dataset_name))
-    directory = {folder: {"n_repeats": config.repeats, "img_count": len(instance.examples)}}
-    captions = [example.caption for example in instance.examples]
+    folder = public_name(config.instance_data_dir or str(config.dataset_name))
+    folders: dict[str, list[Example]] = {}
+    for example in instance.examples:
+        folders.setdefault(example.concept or folder, []).append(example)
+    directories = {
+        name: {"n_repeats": config.repeats * examples[0].repeats, "img_count": len(examples)}
+        for name, examples in folders.items()
+    }
+    tags = {
+        name: tag_frequency(example.caption for example in examples)
+        for name, examples in folders.items()
+    }
     fields: dict[str, Any] = {
-        "ss_num_train_images": len(instance.examples) * config.repeats,
+        "ss_num_train_images": sum(e.repeats for e in instance.examples) * config.repeats,
         "ss_num_reg_images": len(classes.examples) if classes else 0,
         "ss_resolution": (config.resolution, config.resolution),
         "ss_enable_bucket": instance.plan.buckets is not None,
@@ -141,8 +152,8 @@ def _data_fields(
         "ss_flip_aug": config.random_flip,
         "ss_cache_latents": config.cache_latents,
         "ss_caption_dropout_rate": config.caption_dropout,
-        "ss_dataset_dirs": _text(directory),
-        "ss_tag_frequency": _text({folder: tag_frequency(captions)}),
+        "ss_dataset_dirs": _text(directories),
+        "ss_tag_frequency": _text(tags),
     }
     if instance.plan.buckets is not None:
         counts = Counter(instance.targets)
@@ -153,7 +164,7 @@ def _data_fields(
         fields["ss_bucket_info"] = _text({"buckets": buckets})
     if classes and config.class_data_dir:
         count = {"n_repeats": 1, "img_count": len(classes.examples)}
-        fields["ss_reg_dataset_dirs"] = _text({str(_name(config.class_data_dir)): count})
+        fields["ss_reg_dataset_dirs"] = _text({public_name(config.class_data_dir): count})
     return fields
 
 
@@ -161,11 +172,6 @@ def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
     """Count what stands between commas, in small letters, as sd-scripts does."""
     tags = (tag.strip().lower() for caption in captions for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag))
-
-
-def _name(source: str | None) -> str | None:
-    """The last part of a local path; a Hub id as it is."""
-    return Path(source).resolve().name if source and Path(source).exists() else source
 
 
 def _text(value: Any) -> str:

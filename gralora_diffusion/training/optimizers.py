@@ -129,22 +129,13 @@ def build_lr_scheduler(
     return scheduler
 
 
-def optimizer_mode(optimizer: Any, training: bool) -> None:
-    """Put schedule-free's weights to those that train or those to use; else nothing happens.
-
-    For weights that are used and then trained on, take :func:`evaluating`: going there and back
-    with this function rounds.
-    """
-    if "train_mode" in optimizer.param_groups[0]:
-        optimizer.train() if training else optimizer.eval()
-
-
 @contextmanager
 def evaluating(optimizer: Any) -> Iterator[None]:
     """Have the weights to use within the block: for validation and for saving the adapter.
 
-    Afterwards the training weights are back bit for bit, so that a validation never changes what is
-    learned. Only schedule-free tells the two apart. ``optimizer`` may be accelerate's wrapper.
+    Afterwards the training weights are back bit for bit, which schedule-free's own way back would
+    round, so that a validation never changes what is learned. Only schedule-free tells the two
+    apart. ``optimizer`` may be accelerate's wrapper.
     """
     if not optimizer.param_groups[0].get("train_mode"):
         yield

@@ -63,7 +63,11 @@ def finish(
             repo_id=_repository(config),
             folder_path=folder,
             commit_message="GraLoRA adapter",
-            ignore_patterns=["checkpoint-*", ".unfinished-*", f"{config.logging_dir}/*"],
+            # the card holds the options without this machine's paths
+            ignore_patterns=[
+                *("checkpoint-*", ".unfinished-*"),
+                *(f"{config.logging_dir}/*", CONFIG_NAME),
+            ],
             token=config.hub_token,
         )
     logger.info("done: %s", folder)

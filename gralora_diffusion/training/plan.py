@@ -23,9 +23,10 @@ from ..families import ModelFamily
 from ..layers import GraloraLayer
 from .acceleration import DTYPES, checkpoint_gradients
 from .adapters import ADAPTER_NAME, add_adapters
+from .base_model import completed
 from .batches import crop_plan
 from .config import TrainingConfig
-from .config_checks import ConfigError, check_sizes
+from .config_checks import ConfigError
 from .data import Example
 from .empty_base import empty_base
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
@@ -120,14 +121,7 @@ def plan_run(
     """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
-    config = config.with_defaults(
-        {
-            **family.training_defaults,
-            "resolution": family.native_resolution(pipe),
-            "mixed_precision": accelerator.mixed_precision,
-        }
-    )
-    check_sizes(config, family.size_divisor(pipe))
+    config = completed(config, family, pipe, accelerator.mixed_precision)
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base = {}
     for name, model in models.items():

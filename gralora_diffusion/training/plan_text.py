@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..tensor_files import some
+
 if TYPE_CHECKING:
     from .plan import AdapterPlan, Plan
 
@@ -69,8 +71,7 @@ def _adapter_lines(adapter: AdapterPlan) -> list[str]:
     numbers = f"{count} layers, {adapter.parameters:,} parameters"
     lines = [f"  {adapter.component}: {numbers}; {usual}"]
     for kind, names in others:
-        more = f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else ""
-        lines.append(f"    but {kind} in {len(names)}: {', '.join(names[:MAX_NAMES])}{more}")
+        lines.append(f"    but {kind} in {len(names)}: {some(names, MAX_NAMES)}")
     return lines
 
 

@@ -16,8 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
 from ..tensor_files import replacing
+from .acceleration import DTYPES
 from .config import TrainingConfig
-from .config_plans import given_patterns
+from .config_patterns import given_patterns
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
@@ -105,9 +106,7 @@ def write_card(
     source = config.hub_model_id or "path/to/this/folder"
     prompt = json.dumps(trigger or "your prompt", ensure_ascii=False)
     parts.append(
-        "## Use\n\n```python\nimport torch\nfrom diffusers import DiffusionPipeline\n"
-        "import gralora_diffusion\n\n"
-        f'pipe = DiffusionPipeline.from_pretrained("{base if on_hub else "path/to/base"}")\n'
+        f"## Use\n\n```python\nimport torch\n{_loading_code(config)}"
         f'pipe.load_gralora_weights("{source}")\n'
         f"image = pipe({prompt}).images[0]\n```"
     )
@@ -119,7 +118,9 @@ def write_card(
     }
     facts = {**metrics, **versions}
     table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    parts.append(f"## Training\n\n| | |\n|---|---|\n{table}\n\n```yaml\n{config.to_yaml()}```")
+    parts.append(
+        f"## Training\n\n| | |\n|---|---|\n{table}\n\n```yaml\n{config.to_yaml(public=True)}```"
+    )
     data = ModelCardData(
         library_name="diffusers",
         base_model=base if on_hub else None,
@@ -130,3 +131,30 @@ def write_card(
     path = folder / CARD_NAME
     ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", title, *parts]) + "\n").save(path)
     return path
+
+
+def _loading_code(config: TrainingConfig) -> str:
+    """Python that makes ``pipe`` of the base, in the precision of the training."""
+    base = config.pretrained_model_name_or_path
+    dtype = DTYPES[config.mixed_precision or "no"]
+    device = 'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
+    given = {"revision": config.revision, "variant": config.variant}
+    if not Path(base).is_file():
+        told = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+        shown = "path/to/base" if Path(base).exists() else base
+        arguments = ", ".join([json.dumps(shown), *told, f"dtype={dtype}"])
+        return (
+            "from diffusers import DiffusionPipeline\nimport gralora_diffusion\n\n"
+            f"pipe = DiffusionPipeline.from_pretrained({arguments})\n{device}"
+        )
+    told = ['    pretrained_model_name_or_path="path/to/base.safetensors",']
+    if rest := config.base_config:
+        shown = "path/to/base_config" if Path(rest).exists() else rest
+        told.append(f"    base_config={json.dumps(shown)},")
+    arguments = "\n".join(told)
+    return (
+        "from gralora_diffusion.training.base_model import find_base_family, load_base\n"
+        "from gralora_diffusion.training.config import TrainingConfig\n\n"
+        f"config = TrainingConfig(\n{arguments}\n)\n"
+        f"pipe = load_base(config, find_base_family(config), {dtype}, {dtype})\n{device}"
+    )

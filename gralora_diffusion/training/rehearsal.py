@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..families import ModelFamily
+from ..families import Conditioning, ModelFamily
 from .acceleration import DTYPES
-from .batches import Batches, crop_plan
+from .batches import crop_plan, encode_images
 from .caching import PromptCache
 from .config import TrainingConfig
 from .data import Example
@@ -30,8 +30,11 @@ from .step import DenoisingStep, RowMaker, mean_loss
 _PROMPT = "a"
 
 
-class ImaginedData(Batches):
-    """The data of a run as far as a step sees it, of the right shapes and without content."""
+class ImaginedData:
+    """The data of a run as far as a step sees it, of the right shapes and without content.
+
+    An ``Encodings`` of the rows that a step is made of.
+    """
 
     def __init__(
         self,
@@ -43,7 +46,7 @@ class ImaginedData(Batches):
     ) -> None:
         self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
         self.prompts = None if config.train_text_encoder else PromptCache()
-        self.teacher = None
+        self.teacher: Conditioning | None = None
         self.cached = 0  # bytes
         plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest picture
@@ -58,6 +61,10 @@ class ImaginedData(Batches):
         captions |= {""} if config.caption_dropout else set()
         captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
         self.captions = len(captions)
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As ``Batches`` does it."""
+        return encode_images(self.family, self.vae, pixel_values)
 
     def encode(self, pipe: Any) -> dict[str, int]:
         """Encode as a run does before its first step.
@@ -84,7 +91,8 @@ class ImaginedData(Batches):
         row = {key: value[:1].cpu() for key, value in encoded.items()}
         if self.prompts is not None:
             self.prompts.fill([_PROMPT], lambda _: row)
-            self.cached += self.captions * bytes_of(row.values())
+            if not config.latent_cache_dir:
+                self.cached += self.captions * bytes_of(row.values())
         if teaches:
             self.teacher = row
         return made
@@ -105,7 +113,7 @@ class ImaginedData(Batches):
         mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
         return {**batch, "mean": mean, "std": std}
 
-    def _pixels(self, count: int) -> torch.Tensor:
+    def _pixels(self, count: int) -> Tensor:
         return torch.empty(count, 3, *self.picture_size)
 
 

@@ -85,7 +85,8 @@ class RunState:
         self.accelerator.wait_for_everyone()
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Learning rates and weight decay are those of this run's options.
+        """Go on from a checkpoint. Learning rates, weight decay and the average's
+        decay are those of this run's options.
 
         Raises:
             CheckpointError: it is not readable or is of another run.
@@ -109,8 +110,11 @@ class RunState:
             pickle.UnpicklingError,
         ) as error:
             raise unreadable(path, error) from error
+        # passes, by which it tells the last of a step; another accumulation counts them otherwise
+        self.accelerator.step = 0
         if self.ema is not None:
             self.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
+            self.ema.decay = self.config.ema_decay
         self._set_rates(rates)
         if digest != self.data_digest:
             logger.warning(

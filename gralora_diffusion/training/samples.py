@@ -39,7 +39,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         examples: the pictures; at least one.
         seed: of the run.
         name: of the stream.
-        repeats: how many times each picture counts in an epoch.
+        repeats: how many times each picture counts in an epoch, times its own number.
         batch_size: of the micro-batches.
         caption_dropout: share of samples with an empty prompt.
         cache: where latents are kept; :meth:`fill_cache` must have been called. None: no cache, and
@@ -66,8 +66,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.caption_dropout = caption_dropout
         self.cache = cache
         self.targets = [plan.target_size(example.size) for example in self.examples]
-        items = len(self.examples) * repeats
-        self.stream = SampleStream(items, seed, name, self.targets * repeats, batch_size)
+        once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
+        self._items = once * repeats  # of the stream -> number of the example
+        groups = [self.targets[number] for number in self._items]
+        self.stream = SampleStream(len(self._items), seed, name, groups, batch_size)
         self._kept: list[tuple[Variant, ...]] = []
         if cache is not None:
             self._kept = [
@@ -94,18 +96,22 @@ class TrainingSet(Dataset[dict[str, Any]]):
         whether its data changed."""
         pictures = [[example.content_key, example.caption] for example in self.examples]
         parts: list[Any] = [len(self), pictures]
+        if any(example.repeats != 1 for example in self.examples):
+            parts.append([example.repeats for example in self.examples])
         if self.plan.buckets is not None:
             parts += [self.targets, self.stream.batch_size]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def fill_cache(self, encode: ImageEncoder, batch_size: int = 4, progress: bool = True) -> int:
-        """Encode the variants that the cache lacks; see :meth:`LatentCache.fill`."""
+    def fill_cache(
+        self, encode: ImageEncoder, part: slice = slice(None), progress: bool = True
+    ) -> int:
+        """Encode what the cache lacks of these examples; see :meth:`LatentCache.fill`."""
         assert self.cache is not None
-        wanted = zip(self.examples, self._kept, strict=True)
-        return self.cache.fill(wanted, encode, batch_size, progress)
+        wanted = zip(self.examples[part], self._kept[part], strict=True)
+        return self.cache.fill(wanted, encode, progress=progress)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        item = self.stream.index(position) % len(self.examples)
+        item = self._items[self.stream.index(position)]
         example = self.examples[item]
         random = self._generator("variant", position)
         if self.cache is not None:

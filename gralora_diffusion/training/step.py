@@ -4,19 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from ..families import Conditioning, ModelFamily
 from .acceleration import without_fp16_autocast
-from .batches import Batches
+from .caching import PromptCache
 from .config import TrainingConfig
 from .objectives import Objective
 from .prior import frozen_base
 from .prompt_lengths import cuts_told_already
 from .streams import generator, seed_from
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that.
+
+    Its arguments are what happened, and what to do.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
 
 
 @dataclass
@@ -51,6 +63,20 @@ class Rows:
 
 def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
     return {key: torch.cat([value, second[key]]) for key, value in first.items()}
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return ``tensors`` on the device, without waiting for what it is computing.
+
+    CUDA copies so only from pinned memory. Fake tensors have none.
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        if device.type != "cuda" or tensor.is_cuda or isinstance(tensor, FakeTensor):
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return {name: copied(tensor) for name, tensor in tensors.items()}
 
 
 def mean_loss(losses: Tensor, groups: Sequence[Rows]) -> Tensor:
@@ -103,19 +129,34 @@ class DenoisingStep(nn.Module):
         return self.objective.loss(prediction, rows.target, rows.timesteps)
 
 
+class Encodings(Protocol):
+    """What rows are made of besides a batch.
+
+    Attributes:
+        prompts: encoded prompts, or None if text encoders are trained and encode at each step.
+        teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
+    """
+
+    accelerator: Accelerator
+    prompts: PromptCache | None
+    teacher: Conditioning | None
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
+
+
 class RowMaker:
     """Turns collated samples into :class:`Rows` on the device.
 
     Args:
         step: the unwrapped :class:`DenoisingStep`.
-        data: what encodes pictures and knows encoded prompts.
         dtype: of noisy latents, the denoiser's.
     """
 
     def __init__(
         self,
         step: DenoisingStep,
-        data: Batches,
+        data: Encodings,
         config: TrainingConfig,
         device: torch.device,
         dtype: torch.dtype,
@@ -144,10 +185,18 @@ class RowMaker:
         return [rows, prior]
 
     def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> Rows:
-        objective = self.step.objective
-        latents = self._latents(batch, seed)
-        noise, timesteps = objective.draw(seed, batch["positions"], latents.shape[1:])
-        noise, timesteps = noise.to(self.device), timesteps.to(self.device)
+        objective, positions = self.step.objective, batch["positions"]
+        mean, std = self._posterior(batch)
+        noise, timesteps = objective.draw(seed, positions, mean.shape[1:])
+        # of the VAE's posterior at each visit another sample, as encoding at each visit would give
+        draws = [
+            torch.randn(mean.shape[1:], generator=generator(seed, "posterior", position))
+            for position in positions
+        ]
+        drawn = {"mean": mean, "std": std, "sample": torch.stack(draws), "noise": noise}
+        there = on_device({**drawn, "timesteps": timesteps}, self.device)
+        latents = there["mean"].float() + there["std"].float() * there["sample"]
+        noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
         return Rows(
             objective.add_noise(latents, noise, timesteps).to(self.dtype),
@@ -160,18 +209,13 @@ class RowMaker:
             count,
         )
 
-    def _latents(self, batch: Mapping[str, Any], seed: int) -> Tensor:
-        """Sample the VAE's posterior anew at each visit, as encoding at each visit would."""
-        if "pixel_values" in batch:
-            with torch.no_grad():
-                mean, std = self.data.encode_images(batch["pixel_values"])
-        else:
-            mean, std = batch["mean"].to(self.device), batch["std"].to(self.device)
-        draws = [
-            torch.randn(mean.shape[1:], generator=generator(seed, "posterior", position))
-            for position in batch["positions"]
-        ]
-        return mean.float() + std.float() * torch.stack(draws).to(self.device)
+    def _posterior(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, where they are."""
+        if "pixel_values" not in batch:
+            return batch["mean"], batch["std"]
+        pixels = on_device({"pixel_values": batch["pixel_values"]}, self.device)
+        with torch.no_grad():
+            return self.data.encode_images(pixels["pixel_values"])
 
     def _pictures(self, batch: Mapping[str, Any]) -> Conditioning:
         conditioning = self.step.family.picture_conditioning(
@@ -181,13 +225,12 @@ class RowMaker:
             batch["target_sizes"],
             self.guidance_scale,
         )
-        return {key: value.to(self.device) for key, value in conditioning.items()}
+        return on_device(conditioning, self.device)
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning | None:
         if self.data.prompts is None:
             return None
-        batch = self.data.prompts.batch(prompts)
-        return {key: value.to(self.device) for key, value in batch.items()}
+        return on_device(self.data.prompts.batch(prompts), self.device)
 
     def _teacher_rows(self, rows: Rows, teacher: Conditioning) -> Rows:
         """The same noisy latents with the class prompt; the frozen base's prediction as target."""
@@ -195,8 +238,8 @@ class RowMaker:
         noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
         pictures = {key: value[:count] for key, value in rows.pictures.items()}
         taught = {
-            key: value.to(self.device).expand(count, *value.shape[1:])
-            for key, value in teacher.items()
+            key: value.expand(count, *value.shape[1:])
+            for key, value in on_device(teacher, self.device).items()
         }
         models = tuple(self.step.trained.values())
         denoiser = self.step.trained[self.step.family.denoiser]

@@ -108,10 +108,6 @@ class SampleStream:
         chosen = torch.randperm(len(batches), generator=random).tolist()
         return [item for batch in chosen for item in batches[batch]]
 
-    def indices(self, start: int, count: int) -> list[int]:
-        """Return the items at ``count`` positions from ``start`` on, across epochs."""
-        return [self.index(position) for position in range(start, start + count)]
-
 
 class StreamBatchSampler(Sampler[list[int]]):
     """The positions of each micro-batch of one process, from ``start_step`` to ``max_steps``.

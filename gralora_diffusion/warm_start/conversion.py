@@ -18,6 +18,7 @@ from ..config_values import check_numbers
 from ..families import ModelFamily, get_family
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter
+from ..targets import common_divisors
 from .base import LoraBase
 from .reading import read_lora
 
@@ -95,7 +96,8 @@ def gralora_from_lora(
             ks = {}
             for path, (down, up) in sorted(pairs[component].items()):
                 unscaled = (up.double() * (rank + hybrid_rank) / alpha).to(up)
-                ks[path] = fit = _fitting_k(down.shape[1], len(up), rank, k)
+                fits = common_divisors((down.shape[1], len(up), rank))
+                ks[path] = fit = max(each for each in fits if each <= k)
                 factors, error = _layer(down, unscaled, rank, fit, hybrid_rank)
                 tensors |= {f"{path}.{name}": factor for name, factor in factors.items()}
                 size = norm(down, up)
@@ -117,10 +119,6 @@ def overall_error(layers: Mapping[str, ImportedLayer]) -> float:
     """Return the Frobenius norm of all that is left out over that of the whole LoRA."""
     whole = math.hypot(*(layer.norm for layer in layers.values()))
     return math.hypot(*(layer.error * layer.norm for layer in layers.values())) / (whole or 1.0)
-
-
-def _fitting_k(inputs: int, outputs: int, rank: int, k: int) -> int:
-    return max(f for f in range(1, k + 1) if not (inputs % f or outputs % f or rank % f))
 
 
 def _layer(

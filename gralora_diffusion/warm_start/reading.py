@@ -14,10 +14,10 @@ from ..families import ModelFamily, families_of_layers, family_of_metadata
 from ..layouts import USUAL_LAYERS_PER_BLOCK
 from ..lora_keys import Layer, group_layers
 from ..low_rank import Pair
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, some
 from .files import LoraFile, read_file
 from .names import OriginalNames
-from .through_diffusers import some, through_diffusers
+from .through_diffusers import through_diffusers
 
 #: Component -> path of a layer -> its pair, whose update is that of the LoRA at scale 1.
 Pairs = dict[str, dict[str, Pair]]

@@ -23,7 +23,7 @@ from torch import Tensor
 from ..families import ModelFamily
 from ..lora_keys import group_layers
 from ..low_rank import Pair
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, some
 
 #: Styles of names that diffusers' own models do not have: what is still called so was not read.
 _FOREIGN = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI", "PEFT")
@@ -126,9 +126,3 @@ def _pairs(
         name: (tensors[layer.parts["down"]], tensors[layer.parts["up"]].flatten(1))
         for name, layer in layers.items()
     }
-
-
-def some(items: list[str], most: int = 5) -> str:
-    """Return the first of them, and how many more there are."""
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest

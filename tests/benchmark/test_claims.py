@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gralora_diffusion.benchmark import claims
-from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim, claimant
+from gralora_diffusion.benchmark.claims import CLAIM_NAME, WORK_NAME, claim, claimant
 
 CONTEND = """
 import importlib.util, sys, time
@@ -56,6 +56,23 @@ def test_given_up_when_the_work_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), claim(tmp_path):
         1 / 0  # noqa: B018
     assert claim(tmp_path) is not None
+
+
+def test_work_is_of_one_claim(tmp_path):
+    """Gone with it, and what a process that was killed left goes with the next."""
+    (tmp_path / f"{WORK_NAME}killed" / "pictures").mkdir(parents=True)
+    (tmp_path / "adapter").mkdir()
+    with claim(tmp_path) as held:
+        assert [*tmp_path.glob(f"{WORK_NAME}*")] == [held.work]
+        assert list(held.work.iterdir()) == []
+        (held.work / "pictures").mkdir()
+        (held.work / "pictures/0.png").write_text("new")
+        (held.work / "notes").mkdir()
+        (tmp_path / "pictures").mkdir()
+        (tmp_path / "pictures/1.png").write_text("old")
+        held.hand_over("pictures", "adapter")
+        assert [path.name for path in (tmp_path / "pictures").iterdir()] == ["0.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["pictures"]
 
 
 def test_processes_at_once_share_all_and_double_none(tmp_path):

@@ -40,7 +40,7 @@ def test_some_subjects(tmp_path):
     found = read_subjects(folder / "dataset", ["dog", "bear_plushie"])
     assert [s.name for s in found] == ["bear_plushie", "dog"]  # as the file has them
     with pytest.raises(
-        DataError, match=r"no subject cow, dog3\. There are: bear_plushie, cat2, dog"
+        DataError, match=r"no subject cow, dog3, which --subjects asks for\. There are: bear_"
     ):
         read_subjects(folder, ["cow", "dog", "dog3"])
 

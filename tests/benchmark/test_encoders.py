@@ -15,7 +15,7 @@ from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model, ViTModel
 
 from gralora_diffusion.benchmark import encoders
-from gralora_diffusion.benchmark.encoders import load_encoder, read_picture
+from gralora_diffusion.benchmark.encoders import load_encoder, read_picture, source_problem
 from gralora_diffusion.training.data import DataError
 from tests.benchmark import judges
 
@@ -285,7 +285,7 @@ def test_broken_pictures_are_named(tmp_path, dinov2, drawn):
 
 
 def test_refused(tmp_path, dinov2, dino):
-    with pytest.raises(ValueError, match=r"'.*nowhere' cannot be loaded: .*Give a Hub id, or"):
+    with pytest.raises(ValueError, match=r"'.*nowhere' cannot be loaded: there is no such file"):
         load_encoder(tmp_path / "nowhere")
     with pytest.raises(ValueError, match="'published' or 'shipped'"):
         load_encoder(dino, preprocessing="other")
@@ -308,8 +308,29 @@ def test_encoder_that_lacks_weights_is_refused(tmp_path, dinov2):
         load_encoder(tmp_path / "part")
 
 
-def test_folder_without_processor_is_refused(tmp_path, dinov2):
-    shutil.copytree(dinov2, tmp_path / "part")
-    (tmp_path / "part" / "preprocessor_config.json").unlink()
-    with pytest.raises(ValueError, match="cannot be loaded"):
-        load_encoder(tmp_path / "part")
+@pytest.mark.parametrize(
+    ("lacking", "said"),
+    [
+        ("config.json", "this folder has no config.json. Give a transformers folder"),
+        ("model.safetensors", "this folder has no weights, model.safetensors or "),
+        ("preprocessor_config.json", "has no image processor, preprocessor_config.json or "),
+    ],
+)
+def test_a_folder_that_lacks_a_part_is_refused(tmp_path, dinov2, lacking, said):
+    """By its names, before anything is loaded."""
+    folder = shutil.copytree(dinov2, tmp_path / "part")
+    assert source_problem(folder) is None
+    (folder / lacking).unlink()
+    assert said in source_problem(folder)
+    with pytest.raises(ValueError, match=rf"'{folder}' cannot be loaded: .*{said}"):
+        load_encoder(folder)
+
+
+def test_sources_that_can_and_cannot_be(tmp_path, dinov2):
+    assert source_problem("facebook/dinov2-base") is None
+    assert source_problem(dinov2.with_name(dinov2.name[:-1])).endswith(f"Did you mean '{dinov2}'?")
+    lost = source_problem(tmp_path / "lost")
+    assert lost.startswith(f"there is no such file or folder in '{tmp_path}'. Give a transformers")
+    (tmp_path / "file.safetensors").touch()
+    assert "this is a file. Give a" in source_problem(tmp_path / "file.safetensors")
+    assert "nor a Hub id" in source_problem("dino v2")

@@ -3,15 +3,20 @@
 import os
 import shutil
 import time
+from contextlib import ExitStack
 from types import SimpleNamespace
 
 import pytest
+import torch
 
+from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
 from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
-from gralora_diffusion.benchmark.main import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.results import read_result, write_result
+from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
+from gralora_diffusion.benchmark.running import ADAPTER, PICTURES
 
 from .units import unit as result_of
 
@@ -47,7 +52,7 @@ def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """A log of many layers takes megabytes, and every process looks after each unit."""
     ledger, read = Ledger(tmp_path), []
     path = finish(ledger, unit())
-    monkeypatch.setattr(main, "read_result", lambda p: read.append(p) or read_result(p))
+    monkeypatch.setattr(ledgers, "read_result", lambda p: read.append(p) or read_result(p))
     assert ledger.left([unit()]) == ledger.left([unit()]) == []
     assert read == [path]
     path.write_text(path.read_text()[:100])
@@ -82,15 +87,15 @@ class Worker:
     def __init__(self, then, error=None):
         self.then, self.error = then, error
 
-    def run(self, task, method, seed, folder):
-        self.then(folder)
+    def run(self, task, method, seed, folder, home):
+        self.then(folder, home)
         if self.error:
             raise self.error
         return result_of(Unit(task, method, seed).key)
 
 
-def taken_over(folder):
-    (folder / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
+def taken_over(folder, home):
+    (home / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no"), FileNotFoundError("gone")])
@@ -102,18 +107,123 @@ def test_a_process_that_woke_too_late_leaves_nothing(tmp_path, error):
     assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
 
 
+def picture(folder, text):
+    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
+    (folder / PICTURES / text).write_text(text)
+
+
+def test_two_that_take_a_unit_over_from_each_other_do_not_mix(tmp_path):
+    """One was suspended while it drew, and wakes while, or after, the other draws."""
+    ledger = Ledger(tmp_path)
+    home = ledger.folder(unit())
+    theirs = ExitStack()
+
+    def draw_and_sleep(folder, home):
+        picture(folder, "of the first")
+        old = time.time() - 999
+        os.utime(home / CLAIM_NAME, (old, old))
+        other = theirs.enter_context(claim(home))
+        picture(other.work, "of the second")
+        picture(folder, "of the first, awake")
+        other.hand_over(PICTURES)
+
+    with claim(home) as mine:
+        main._do(Worker(draw_and_sleep), unit(), ledger, mine)
+    with theirs:
+        assert [path.name for path in (home / PICTURES).iterdir()] == ["of the second"]
+    assert sorted(path.name for path in home.iterdir()) == [PICTURES]
+
+
+def test_what_another_attempt_left_is_gone(tmp_path):
+    ledger = Ledger(tmp_path)
+    home = ledger.folder(unit())
+    home.mkdir(parents=True)
+    picture(home, "of a killed attempt")
+    (home / ADAPTER).mkdir()
+    with claim(home) as mine:
+        main._do(Worker(lambda folder, home: picture(folder, "new")), unit(), ledger, mine)
+    assert [path.name for path in (home / PICTURES).iterdir()] == ["new"]
+    assert sorted(path.name for path in home.iterdir()) == [PICTURES, RESULT_NAME]
+
+
 def test_a_disk_that_fails_ends_the_process(tmp_path):
     ledger = Ledger(tmp_path)
     error = OSError("no space left on device")
     with pytest.raises(OSError, match="no space"), claim(ledger.folder(unit())) as mine:
-        main._do(Worker(lambda folder: None, error), unit(), ledger, mine)
+        main._do(Worker(lambda folder, home: None, error), unit(), ledger, mine)
     assert ledger.left([unit()]) == [unit()]
+
+
+CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
+
+
+def wrapped(error, how):
+    """Another error, raised because of this one or while it was dealt with."""
+    try:
+        try:
+            raise error
+        except RuntimeError:
+            if how == "cause":
+                raise ValueError("no") from error
+            raise ValueError("no")  # noqa: B904
+    except ValueError as caught:
+        return caught
+
+
+BREAKING = [
+    RuntimeError(CUDA),
+    RuntimeError("HIP error: unspecified launch failure"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+    wrapped(RuntimeError(CUDA), "cause"),
+    wrapped(RuntimeError(CUDA), "context"),
+]
+HARMLESS = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB"),
+    RuntimeError("CUDA error: out of memory"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("mat1 and mat2 shapes cannot be multiplied"),
+    ValueError(CUDA),
+]
+if hasattr(torch, "AcceleratorError"):
+    BREAKING.append(torch.AcceleratorError("an illegal memory access was encountered"))
+    HARMLESS.append(torch.AcceleratorError("CUDA error: out of memory"))
+
+
+@pytest.mark.parametrize("error", BREAKING, ids=repr)
+def test_a_device_that_breaks_ends_the_process(tmp_path, error):
+    """All other units would fail as well; of them nothing is kept."""
+    ledger = Ledger(tmp_path)
+    worker = Worker(lambda folder, home: None, error)
+    with pytest.raises(DeviceBroken) as caught, claim(ledger.folder(unit(0))) as mine:
+        main._do(worker, unit(0), ledger, mine)
+    said = str(caught.value)
+    assert said.startswith("subject, dog, lora-r4, seed 0: ")
+    assert "kernel errors might" not in said
+    assert "The same command goes on with the other units, and with --retry_failed" in said
+    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+    assert list(ledger.folder(unit(0)).iterdir()) == [ledger.folder(unit(0)) / FAILURE_NAME]
+
+
+@pytest.mark.parametrize("error", HARMLESS, ids=repr)
+def test_other_errors_are_of_their_unit(tmp_path, error):
+    ledger = Ledger(tmp_path)
+    with claim(ledger.folder(unit(0))) as mine:
+        main._do(Worker(lambda folder, home: None, error), unit(0), ledger, mine)
+    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+
+
+def test_a_device_that_breaks_after_the_unit_was_taken_over(tmp_path):
+    """Nothing is kept of the unit, which is the other's, and the process ends all the same."""
+    ledger = Ledger(tmp_path)
+    with pytest.raises(DeviceBroken), claim(ledger.folder(unit())) as mine:
+        main._do(Worker(taken_over, RuntimeError(CUDA)), unit(), ledger, mine)
+    assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
 
 
 def test_what_came_out_well_is_no_failure_any_more(tmp_path):
     ledger = Ledger(tmp_path)
     with claim(ledger.folder(unit())) as mine:
         fail(ledger, unit())
-        main._do(Worker(lambda folder: None), unit(), ledger, mine)
+        main._do(Worker(lambda folder, home: None), unit(), ledger, mine)
     assert ledger.left([unit()]) == []
     assert ledger.failures() == []

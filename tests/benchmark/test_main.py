@@ -8,7 +8,10 @@ import time
 
 import pytest
 
-from gralora_diffusion.benchmark.main import FAILURE_NAME, benchmark, main
+from gralora_diffusion.benchmark import main as command
+from gralora_diffusion.benchmark.kept import check_same_run, write_down
+from gralora_diffusion.benchmark.ledger import FAILURE_NAME
+from gralora_diffusion.benchmark.main import benchmark, main
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
 from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs
@@ -94,13 +97,56 @@ def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     assert "units that failed: 1" in capsys.readouterr().err
     assert [key[2] for key in scores(tmp_path)] == ["lora-r4"]
     (failure,) = tmp_path.rglob(FAILURE_NAME)
-    assert "TrainingDiverged" in json.loads(failure.read_text())["error"]
+    error = json.loads(failure.read_text())["error"]
+    assert error.startswith("TrainingDiverged: step 2: the loss is ")
+    assert error.endswith("Give --methods lora-r4-lr<rate> with a lower rate (it is 1e+30).")
     assert "TrainingDiverged" in (tmp_path / "report" / "report.md").read_text()
     when = failure.stat().st_mtime_ns
     assert benchmark(runs.settings(world, tmp_path, **options)) == 1
     assert failure.stat().st_mtime_ns == when
     assert benchmark(runs.settings(world, tmp_path, retry_failed=True, **options)) == 1
     assert failure.stat().st_mtime_ns > when
+
+
+def test_the_report_has_the_units_in_the_order_in_which_they_are_done(world, tmp_path, monkeypatch):
+    """Seed by seed, so that methods have as many as each other whenever it is stopped."""
+    done = []
+
+    def fail(runner, unit, ledger, mine):
+        done.append(tuple(unit.key))
+        ledger.fail(unit, ValueError("no"))
+
+    monkeypatch.setattr(command, "Runner", lambda *_: None)
+    monkeypatch.setattr(command, "_do", fail)
+    methods = ["lora-r8", "base", "lora-r4"]
+    settings = runs.settings(world, tmp_path, methods=methods, seeds=[2, 0])
+    assert benchmark(settings) == 12
+    assert done == [
+        ("subject", subject, method, seed)
+        for seed in (2, 0)
+        for subject in ("cat2", "dog")
+        for method in methods
+    ]
+    report = json.loads((tmp_path / "report" / "report.json").read_text())
+    assert [tuple(missing.values()) for missing in report["missing"]] == done
+
+
+def test_a_device_that_breaks_ends_the_command(world, tmp_path, monkeypatch, capsys):
+    class Broken:
+        def __init__(self, *_):
+            pass
+
+        def run(self, *_):
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(command, "Runner", Broken)
+    with pytest.raises(SystemExit) as caught:
+        main(runs.arguments(world, tmp_path))
+    assert caught.value.code == 1
+    said = capsys.readouterr().err
+    assert "error: subject, cat2, lora-r4, seed 0: CUDA error: an illegal memory access" in said
+    assert len(list(tmp_path.rglob(FAILURE_NAME))) == 1
+    assert not list(tmp_path.rglob("claim.json*"))
 
 
 def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, capsys):
@@ -122,7 +168,7 @@ def test_a_misspelt_base_or_encoder_does_not_bind_the_folder(world, tmp_path, op
     with pytest.raises(SystemExit) as caught:
         main(runs.arguments(world, tmp_path, **{option: wrong[option]}))
     assert caught.value.code == 2
-    runs.settings(world, tmp_path).check()
+    check_same_run(runs.settings(world, tmp_path))
     assert not list(tmp_path.rglob("claim.json*"))
 
 
@@ -150,7 +196,7 @@ def test_a_run_that_is_refused_leaves_the_pictures_held_out(world, tmp_path, cap
     options = {"dreambooth_dir": None, "subjects": None, "captioned_dir": tmp_path / "set"}
     settings = runs.settings(world, tmp_path / "out", held_out=2, **options)
     (task,) = read_tasks(settings)
-    settings.write_down()
+    write_down(settings)
     before = [path.read_bytes() for path in task.real]
     with pytest.raises(SystemExit):
         main(runs.arguments(world, tmp_path / "out", held_out=3, **options))
@@ -191,13 +237,14 @@ def test_two_processes_at_once(whole, world, tmp_path):
     assert not list(tmp_path.rglob("claim.json*"))
 
 
-def test_captioned_from_the_command(world, tmp_path):
+def test_captioned_from_the_command(world, tmp_path, caplog):
     for number, path in enumerate(judges.draw(tmp_path / "set", 5)):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
-    options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
+    options = {"captioned_dir": tmp_path / "set", "held_out": 2}
     output = tmp_path / "out"
-    options |= {"subjects": None, "methods": ["gralora-r4-k2", "base"]}
+    options |= {"methods": ["gralora-r4-k2", "base"]}
     assert benchmark(runs.settings(world, output, **options)) == 0
+    assert "there is no use for --dreambooth_dir and --subjects" in caplog.text
     assert {key[:3] for key in scores(output)} == {
         ("captioned", "set", "gralora-r4-k2"),
         ("captioned", "set", "base"),

@@ -7,12 +7,14 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -22,7 +24,12 @@ from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import Mechanism, read_result, write_result
 from gralora_diffusion.targets import base_of, find_targets
 from gralora_diffusion.training.acceleration import make_accelerator
-from gralora_diffusion.training.adapters import ADAPTER_NAME, adapter_configs, adapter_parameters
+from gralora_diffusion.training.adapters import (
+    ADAPTER_NAME,
+    adapter_configs,
+    adapter_parameters,
+    weights_for_use,
+)
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.loop import Trainer
@@ -107,6 +114,12 @@ def blocks_by_hand(update: Tensor, k: int) -> Tensor:
             block = update[j * rows : (j + 1) * rows, n * columns : (n + 1) * columns]
             norms[j, n] = block.square().sum().sqrt()
     return norms
+
+
+def rank_by_hand(update: Tensor) -> float:
+    p = torch.linalg.svdvals(update.flatten(1))
+    p = p[p > 1e-5 * p[0]] / p[p > 1e-5 * p[0]].sum()
+    return float((-p * p.log()).sum().exp())
 
 
 # -- the update and its gradient -------------------------------------------------------------------
@@ -248,12 +261,35 @@ def test_effective_rank_is_of_the_learned_update(method: str) -> None:
     assert log.result().gradient_norms == log.result().input_outliers == {}
     for path in paths:
         update = applied_weight(model.get_submodule(path)).double() - before[path]
-        p = torch.linalg.svdvals(update.flatten(1))
-        p = p[p > 1e-5 * p[0]] / p[p > 1e-5 * p[0]].sum()
-        assert ranks[path] == pytest.approx(float((-p * p.log()).sum().exp()), rel=2e-3), path
+        assert ranks[path] == pytest.approx(rank_by_hand(update), rel=2e-3), path
         limit = Method.parse(method).update_rank or min(update.flatten(1).shape)
         if "dora" not in method:  # the magnitude is of full rank
             assert ranks[path] <= limit
+
+
+@pytest.mark.parametrize("method", ["lora-r4", "gralora-r4-k2-h2", "full"])
+def test_effective_rank_is_of_the_average_where_that_is_used(method: str) -> None:
+    model, paths = put_on(method)
+    before = {path: applied_weight(model.get_submodule(path)).double() for path in paths}
+    parameters = trained(model)
+    optimizer = torch.optim.AdamW(parameters, lr=1e-2)
+    ema = EMAModel(parameters, decay=0.9)
+    in_use = partial(weights_for_use, parameters, optimizer, ema)
+    log = MechanismLog(model, paths, 2, steps=())
+    with log.watch(optimizer, in_use):
+        for _ in range(4):
+            train(model, optimizer, 1)
+            ema.step(parameters)
+    ranks = log.result().effective_rank
+    differing = 0
+    for path in paths:
+        layer = model.get_submodule(path)
+        raw = rank_by_hand(applied_weight(layer).double() - before[path])
+        with in_use():
+            averaged = rank_by_hand(applied_weight(layer).double() - before[path])
+        assert ranks[path] == pytest.approx(averaged, rel=2e-3), path
+        differing += abs(averaged / raw - 1) > 4e-3
+    assert differing > len(paths) / 2
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -5,7 +5,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gralora_diffusion import get_family
-from gralora_diffusion.benchmark.methods import Method, bare_afterwards
+from gralora_diffusion.benchmark.methods import FORMS, Method, bare_afterwards
 from gralora_diffusion.training.adapters import adapter_parameters
 from gralora_diffusion.training.config_checks import ConfigError
 
@@ -50,6 +50,41 @@ def test_names_are_read_and_written(name):
 def test_other_names_are_refused(name):
     with pytest.raises(ConfigError, match=f"--methods has '{name}'"):
         Method.parse(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("lroa-r16", "lora-r16"),
+        ("LoRA-r16", "lora-r16"),
+        ("lora16", "lora-r16"),
+        ("dora", "dora-r32"),
+        ("gralora-r16", "gralora-r16-k2"),
+        ("gralora-k4-r16", "gralora-r16-k4"),
+        ("gralora_r16_k4", "gralora-r16-k4"),
+        ("grlaora-r24-k2-h8", "gralora-r24-k2-h8"),
+        ("lora-r4-k2", "gralora-r4-k2"),
+        ("loar-r04", "lora-r4"),
+        ("lroa-r8-lr1e-4", "lora-r8-lr1e-4"),
+        ("lora-r8-lr1e", "lora-r8"),
+        ("ful", "full"),
+        ("bas", "base"),
+    ],
+)
+def test_a_misspelt_name_is_told_the_right_one(name, meant):
+    with pytest.raises(ConfigError) as caught:
+        Method.parse(name)
+    assert caught.value.problems == [
+        f"--methods has '{name}'. Did you mean {meant}? A method is {FORMS}"
+    ]
+    assert Method.parse(meant).name == meant
+
+
+def test_what_is_like_no_method_is_told_what_there_is():
+    with pytest.raises(ConfigError, match=rf"--methods has 'xyz'\. A method is {FORMS}"):
+        Method.parse("xyz")
+    for form in ("lora-r<rank>", "dora-r<", "loha-r<", "gralora-r<rank>-k<k>-h<", "full", "base"):
+        assert form in FORMS
 
 
 @pytest.mark.parametrize(

@@ -145,6 +145,45 @@ def test_the_tables_of_page_and_markdown_are_the_same(made, page):
     assert all(len({len(row) for row in rows}) == 1 for rows in found.values())
 
 
+def test_markdown_shows_the_mechanism(made, content):
+    text = (made[1] / "report.md").read_text(encoding="utf-8")
+    section = text[text.index("## The mechanism of subject") : text.index("## How it was comp")]
+    assert "Concentration: the largest block's share" in section
+    row = re.search(r"^\| gralora-r32-k4 \|.*$", section, re.MULTILINE)[0]
+    found = content["protocols"]["subject"]["mechanism"]["gralora-r32-k4"]
+    kinds = ("concentration", "effective_rank", "input_outliers")
+    for cell, kind in zip(row.split("|")[3:6], kinds, strict=True):
+        values = list(found[kind].values())
+        expected = (np.median(values), min(values), max(values))
+        assert cell.strip() == "{:.4g} ({:.4g} to {:.4g})".format(*expected)
+    for method in METHODS:
+        assert f"**{method}: share of the squared gradient norm, mean of layers**" in section
+        folded = section[section.index(f"<summary>{method}, layer by layer</summary>\n\n**") :]
+        assert folded[: folded.index("\n\n</details>")].count("\n| blocks.") == 12
+    assert section.count("<details>") == section.count("</details>") == len(METHODS)
+
+
+def test_a_star_is_explained_where_there_is_one(tmp_path):
+    note = "There is no interval, or one over seeds alone: see To be kept in mind."
+    for name, subjects in (("few", SUBJECTS[:2]), ("many", SUBJECTS)):
+        write_report([unit(key) for key in keys(subjects)], tmp_path / name, resamples=100)
+        text = (tmp_path / name / "report.md").read_text()
+        page = Page((tmp_path / name / "index.html").read_text())
+        starred = [t for t in page.tables.values() if any(c[-1:] == "*" for r in t for c in r)]
+        assert len(starred) == (2 if name == "few" else 0)  # means and differences
+        assert page.text.count(f"* {note}") == text.count(f"\n\n\\* {note}\n") == len(starred)
+        assert ("## To be kept in mind" in text) == ("To be kept in mind" in page.text)
+
+
+def test_a_single_method_leaves_no_heading_empty(tmp_path):
+    for methods in (["lora-r32"], ["gralora-r32-k2"]):
+        write_report([unit(key) for key in keys(methods=methods)], tmp_path, resamples=100)
+        text = (tmp_path / "report.md").read_text()
+        assert re.findall(r"^#+ [^\n]*\n+(?=#|\Z)", text, re.MULTILINE) == []
+        page = (tmp_path / "index.html").read_text()
+        assert re.findall(r"<h(\d)>[^<]*</h\1>(?:<div class=\"\w+\"></div>)*(?=<h|</)", page) == []
+
+
 def test_the_csv_has_every_unit(made):
     results, folder = made
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
@@ -305,6 +344,39 @@ def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
         "Not all units were made", "not made"
     )
     assert page.tables["Settings by method"][1] == ["method.name", *sorted(METHODS)]
+
+
+def test_layers_with_a_lower_k_are_told(tmp_path):
+    of_k4 = {"layers": 1032, "lowered_k": {1: 4, 2: 3}}
+    results = [
+        unit(key, **(of_k4 if key.method == "gralora-r32-k4" else {"layers": 1032}))
+        for key in keys(methods=("lora-r32", "gralora-r32-k4"))
+    ]
+    write_report(results, tmp_path, resamples=100)
+    said = "gralora-r32-k4: k 1 in 4 and k 2 in 3 of 1,032 layers, for their widths."
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert said in page.text
+    assert said in (tmp_path / "report.md").read_text()
+    head, k4, lora = page.tables["Size, time and memory of a unit: mean (least to greatest)"]
+    assert head[2:4] == ["layers", "lower k, in layers"]
+    assert (k4[2:4], lora[2:4]) == (["1,032", "1 in 4, 2 in 3"], ["1,032", "-"])
+    methods = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]["methods"]
+    assert methods["gralora-r32-k4"]["lowered_k"] == {"1": 4, "2": 3}
+
+
+def test_what_a_method_does_not_have_is_a_dash(tmp_path):
+    ranks = {"lora-r32": 32, "full": None, "base": None}
+    results = [
+        unit(key, settings={"rank": ranks[key.method], "unset": None})
+        for key in keys(methods=tuple(ranks), seeds=(0,))
+    ]
+    write_report(results, tmp_path, expected=[r.key for r in results], resamples=100)
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.tables["Settings by method"] == [
+        ["setting", "lora-r32", "full", "base"],
+        ["rank", "32", "-", "-"],
+    ]
+    assert page.tables["Settings of all units"][1:] == [["unset", "-"]]
 
 
 def test_before_the_first_result_there_is_a_report_too(tmp_path):

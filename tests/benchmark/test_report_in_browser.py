@@ -20,6 +20,9 @@ NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason=f"no browser: none of {', '.join(NAMES)}")
 
+#: As long as names of methods become.
+LONG = "gralora-r128-k16-h128-lr1.5e-4"
+
 #: A page around the report, as wide as a phone or a desk, that looks into it once all is loaded.
 FRAME = """<!DOCTYPE html><p id="seen"></p>
 <iframe srcdoc="%s" style="width:%dpx;height:900px;border:0"></iframe>
@@ -38,6 +41,9 @@ addEventListener("load", () => {
   document.getElementById("seen").textContent = JSON.stringify({
     width: inner.innerWidth, scroll: page.documentElement.scrollWidth,
     images: page.images.length, broken: all("img").filter(i => !i.naturalWidth).length,
+    named: all("svg").filter(s => [...s.querySelectorAll("text")].some(
+      t => t.textContent === "%s")).length,
+    pointed: all("svg").filter(s => s.querySelector("circle")).length,
     cut: cut.map(t => t.textContent), wide: wide.map(e => e.outerHTML.slice(0, 80)),
     plots: all("svg").length, flat: all("svg").filter(s => box(s).height < 40).length,
     fetched: inner.performance.getEntriesByType("resource")
@@ -61,7 +67,7 @@ def browse(tmp_path, *options):
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
-    methods = ("lora-r32", "lora-r64", "gralora-r32-k4", "a-method-with-a-rather-long-name-r32-k8")
+    methods = ("lora-r32", LONG, "gralora-r32-k4", "a-method-with-a-rather-long-name-r32-k8")
     expected = keys(methods=methods)
     results = written(output, [unit(key, mechanism=True) for key in expected[:-1]], size=150)
     real = {result.subject: [result.folder / "pictures/000_0.png"] for result in results}
@@ -85,7 +91,7 @@ def test_nothing_is_cut_off_fetched_or_broken(report, tmp_path, width):
     text = report.read_text(encoding="utf-8")
     text = text.replace("<details>", "<details open>").replace(' loading="lazy"', "")
     frame = tmp_path / "frame.html"
-    frame.write_text(FRAME % (html.escape(text), width), encoding="utf-8")
+    frame.write_text(FRAME % (html.escape(text), width, LONG), encoding="utf-8")
     options = ("--window-size=1300,1000", "--dump-dom", frame.as_uri())
     printed, complaints = browse(tmp_path, *options)
     assert complaints == []
@@ -95,6 +101,7 @@ def test_nothing_is_cut_off_fetched_or_broken(report, tmp_path, width):
     assert seen["scroll"] <= width
     assert seen["wide"] == []
     assert seen["cut"] == []
+    assert seen["named"] == seen["pointed"] > 5  # in all plots of several methods
     assert seen["fetched"] == []
     assert (seen["broken"], seen["flat"]) == (0, 0)
     assert seen["images"] > 80

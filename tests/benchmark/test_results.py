@@ -33,6 +33,15 @@ def test_what_was_written_is_read(tmp_path):
     assert json.loads(path.read_text())["format"] == 1
 
 
+def test_layers_are_read_and_those_of_the_first_files_are_not_known(tmp_path):
+    result = unit(KEY, layers=32, lowered_k={1: 4, 2: 3})
+    path = write_result(result, tmp_path)
+    assert read_result(path) == result
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({k: content[k] for k in content.keys() - {"layers", "lowered_k"}}))
+    assert read_result(path) == replace(result, layers=None, lowered_k={})
+
+
 def test_all_units_of_a_run_are_read_once(tmp_path):
     made = written(tmp_path, [unit(key) for key in keys()])
     results, unreadable = read_results(tmp_path)
@@ -119,6 +128,10 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
             [[[1]], [[1, 2], [3, 4]]],
             "norms must be k x k",
         ),
+        (("layers",), -1, "layers must be a whole number"),
+        (("lowered_k",), [], "lowered_k must be an object"),
+        (("lowered_k",), {"two": 3}, "lowered_k must be numbers of layers by k"),
+        (("lowered_k",), {"2": 3.5}, r"lowered_k\.2 must be a whole number"),
         (("versions", "torch"), 2, r"versions\.torch must be a text"),
     ],
 )

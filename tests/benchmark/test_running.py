@@ -67,6 +67,8 @@ def test_what_is_told(run):
     assert result.versions["torch"] == torch.__version__
     assert result.train_seconds > 0 < result.draw_seconds
     assert results["lora-r4"].parameters == result.parameters > 0
+    assert results["lora-r4"].layers == result.layers == len(result.mechanism.effective_rank)
+    assert results["full"].layers is results["base"].layers is None
     assert results["base"].parameters == results["base"].steps == 0
     everything = sum(p.numel() for p in runner.pipe.unet.parameters())
     assert results["full"].parameters == everything
@@ -127,19 +129,6 @@ def test_the_mechanism_is_logged(run):
         assert max(mechanism.effective_rank.values()) <= (results[name].update_rank or 1e9) + 1e-3
 
 
-def test_what_a_killed_attempt_left_is_gone(world, tmp_path):
-    runner, task = made(world, tmp_path)
-    folder = tmp_path / "unit"
-    judges.draw(folder / "pictures", 3)
-    (folder / "pictures" / "000_0.png").write_bytes(b"half a picture")
-    result = runner.run(task, Method.parse("lora-r4"), 1, folder)
-    named = {name for prompt in result.prompts for name in prompt.pictures}
-    assert {f"pictures/{path.name}" for path in (folder / "pictures").iterdir()} == named
-    for name in named:
-        with Image.open(folder / name) as picture:
-            assert picture.size == (16, 16)
-
-
 def test_text_encoders_prior_and_averages(world, tmp_path):
     """The trainer's options that touch more of the base than the denoiser."""
     runner, task = made(
@@ -163,12 +152,36 @@ def test_text_encoders_prior_and_averages(world, tmp_path):
     assert any(key.startswith("text_encoder.") for key in kept)
 
 
+def test_the_rank_is_of_the_average_that_is_drawn_with(world, tmp_path):
+    """By the file that is left of it."""
+    runner, task = made(world, tmp_path, use_ema=True, mechanism_steps=1)
+    result = runner.run(task, Method.parse("lora-r4"), 0, tmp_path / "unit")
+    tensors = load_file(result.folder / "adapter" / "adapter.safetensors")
+    assert len(result.mechanism.effective_rank) == len(tensors) / 2 > 1
+    for layer, rank in result.mechanism.effective_rank.items():
+        down, up = (tensors[f"unet.{layer}.lora_{part}.weight"].double() for part in "AB")
+        p = torch.linalg.svdvals(up @ down)
+        p = p[p > 1e-9 * p[0]] / p.sum()
+        assert rank == pytest.approx(float((-p * p.log()).sum().exp()), rel=1e-4), layer
+
+
+def test_a_lower_k_is_told(world, tmp_path):
+    """Where a width asks for it, as that of conv_in with its 4 channels."""
+    runner, task = made(world, tmp_path, lora_layers="to_q,conv_in", mechanism_steps=3)
+    result = runner.run(task, Method.parse("gralora-r8-k8"), 0, tmp_path / "unit")
+    assert result.lowered_k == {4: 1}
+    assert result.layers == len(result.mechanism.gradient_norms) > 1
+
+
 def test_captioned(world, tmp_path):
     for number, path in enumerate(judges.draw(tmp_path / "set", 6)):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
     options = {"dreambooth_dir": None, "captioned_dir": tmp_path / "set", "held_out": 2}
     runner, task = made(world, tmp_path / "out", subjects=None, **options)
-    result = runner.run(task, Method.parse("gralora-r4-k2"), 0, tmp_path / "out" / "a" / "b")
+    folder = tmp_path / "out" / "a" / ".work" / "b"
+    home = tmp_path / "out" / "a"
+    result = runner.run(task, Method.parse("gralora-r4-k2"), 0, folder, home)
+    assert result.folder == home
     assert set(result.scores) == {"dinov2", "clip_i", "clip_t", "drift_dinov2", "drift_clip_i"}
     for prompt, real in zip(result.prompts, task.real, strict=False):
         assert (result.folder / prompt.real).resolve() == real.resolve()

@@ -1,12 +1,11 @@
-"""The benchmark's options: read, refused, written down, compared with those of a run."""
+"""The benchmark's options, and what is wrong with them."""
 
 from dataclasses import fields
 
 import pytest
-import yaml
 
+from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.options import SET_BY_THE_BENCHMARK, training_groups
-from gralora_diffusion.benchmark.settings import ROOT, SETTINGS_NAME, parse_settings
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.config_checks import ConfigError
 
@@ -33,21 +32,6 @@ def test_every_option_of_the_trainer_is_there_or_explained():
     theirs = {f.name for f in fields(TrainingConfig)}
     assert names | SET_BY_THE_BENCHMARK.keys() | {"output_dir"} == theirs
     assert not names & SET_BY_THE_BENCHMARK.keys()
-
-
-@pytest.mark.parametrize(
-    ("line", "text"),
-    [
-        ("--rank 4", "--rank is not for the benchmark: give it in --methods, as in lora-r32"),
-        ("--seed 4", "--seed is not for the benchmark: give --seeds"),
-        ("--method x", "--method is not an option. Did you mean methods"),
-        ("--suite big", "invalid choice: 'big'"),
-        ("--report_only --output_dir nowhere", r"there is no nowhere.benchmark\.yaml"),
-    ],
-)
-def test_unknown_options(line, text):
-    with pytest.raises(ConfigError, match=text):
-        parse_settings(line.split())
 
 
 @pytest.mark.parametrize(
@@ -84,62 +68,39 @@ def test_problems(line, texts):
         assert any(text in problem for problem in caught.value.problems), text
 
 
+def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
+    """The suite's, whose base and encoders one may want for pictures of one's own, too."""
+    assert parse_settings(GOOD).remarks() == parse_settings(["--suite", "tiny"]).remarks() == []
+    (remark,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).remarks()
+    assert remark == (
+        "--captioned_dir is what is learned, so there is no use for --dreambooth_dir and "
+        "--subjects, also where --suite tiny has them"
+    )
+    dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).remarks()
+    assert dataset == ["--dataset_name is what is learned, so there is no use for --dreambooth_dir"]
+
+
 def test_subject_needs_a_folder():
     with pytest.raises(ConfigError, match="--dreambooth_dir is missing"):
         parse_settings(["--pretrained_model_name_or_path", "base"]).check()
 
 
-def test_written_down_and_read_again(tmp_path):
-    line = [*GOOD, "--output_dir", str(tmp_path), "--methods", "full"]
-    line += ["--encoders", "dino=x", "--snr_gamma", "5", "--title", "It's: a title"]
-    settings = parse_settings(line)
-    settings.write_down()
-    again = parse_settings(["--config", str(tmp_path / SETTINGS_NAME)])
-    assert again == settings
-    report = ["--report_only", "--output_dir", str(tmp_path)]
-    assert parse_settings(report).title == settings.title
-    assert parse_settings([*report, "--title", "another"]).title == "another"
-
-
-def test_a_run_may_grow_but_not_change(tmp_path):
-    line = [*GOOD, "--output_dir", str(tmp_path), "--subjects", "dog"]
-    parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]).write_down()
-    parse_settings([*line, "--methods", "lora-r8", "--seeds", "1", "0"]).write_down()
-    kept = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
-    assert kept["methods"] == ["lora-r4", "lora-r8"]
-    assert kept["seeds"] == [0, 1]
-    parse_settings([*GOOD, "--output_dir", str(tmp_path)]).write_down()
-    assert "subjects" not in yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
-    before = (tmp_path / SETTINGS_NAME).read_bytes()
-    other = parse_settings([*line, "--learning_rate", "1", "--max_prompts", "3"])
-    with pytest.raises(ConfigError, match="--learning_rate is 1"):
-        other.check()
+def test_encoders_are_looked_for_before_anything_is_done(dinov2, tmp_path):
+    line = [*GOOD, "--encoders", f"a={dinov2}", f"b={tmp_path}/lost", f"c={tmp_path}"]
     with pytest.raises(ConfigError) as caught:
-        other.write_down()
-    assert len(caught.value.problems) == 2
-    assert "--learning_rate is 1.0, but its default in" in caught.value.problems[0]
-    assert (tmp_path / SETTINGS_NAME).read_bytes() == before
-
-
-def test_a_folder_that_cannot_be_written_to(tmp_path):
-    (tmp_path / "file").touch()
-    settings = parse_settings([*GOOD, "--output_dir", str(tmp_path / "file" / "run")])
-    with pytest.raises(
-        ConfigError, match=r"--output_dir .*run cannot be written to .*Give another"
-    ):
-        settings.write_down()
-
-
-def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    settings = parse_settings(["--suite", "tiny", "--seeds", "7", "--output_dir", "out"])
+        parse_settings(line).check()
+    lost, empty = caught.value.problems
+    assert lost.startswith(f"--encoders has 'b={tmp_path}/lost': there is no such file or folder")
+    assert empty.startswith(f"--encoders has 'c={tmp_path}': this folder has no config.json. Give")
+    settings = parse_settings(line)
+    settings.report_only = True  # which takes none
     settings.check()
-    assert len(settings.subjects) >= 8
-    assert settings.seeds == [7]
-    base = settings.training.pretrained_model_name_or_path
-    assert (tmp_path / base).resolve() == ROOT / "samples/tiny-base"
-    for source in settings.encoder_sources.values():
-        assert (tmp_path / source / "config.json").is_file()
-    kinds = {method.kind for method in settings.parsed_methods}
-    assert kinds == {"lora", "gralora"}
-    assert any(method.hybrid_rank for method in settings.parsed_methods)
+
+
+def test_the_home_directory_in_a_file_of_options(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options = "output_dir: ~/run\ndreambooth_dir: ~/db\nencoders: [a=~/dino, b=x/y]\n"
+    (tmp_path / "options.yaml").write_text(options)
+    settings = parse_settings(["--config", str(tmp_path / "options.yaml")])
+    assert (settings.output_dir, settings.dreambooth_dir) == ("/home/me/run", "/home/me/db")
+    assert settings.encoders == ["a=/home/me/dino", "b=x/y"]

@@ -2,6 +2,7 @@
 
 import pytest
 
+from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.tasks import folder_name, read_tasks
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import DataError
@@ -27,12 +28,30 @@ def test_pictures_held_out_are_compared_with(world, tmp_path):
         judges.draw(folder / "dataset/dog" / part, count)
     (folder / "dataset/dog/held_out/3.png").write_bytes(b"no picture")
     options = {"dreambooth_dir": folder, "subjects": ["dog"]}
-    with pytest.raises(DataError, match=r"3\.png"):
+    (folder / "dataset/dog/train/1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=str(folder)) as caught:
         read_tasks(runs.settings(world, tmp_path / "out", **options))
+    pictures = [p.split(" cannot")[0] for p in caught.value.problems if "Pillow" in p]
+    assert pictures == ["dataset/dog/train: 1.png", "dataset/dog/held_out: 3.png"]
+    judges.draw(folder / "dataset/dog/train", 2)
     (task,) = read_tasks(runs.settings(world, tmp_path / "out", skip_bad_images=True, **options))
     assert [e.source.parent.name for e in task.examples] == ["train"] * 2
     assert [path.name for path in task.real] == ["0.png", "1.png", "2.png"]
     assert {path.parent.name for path in task.real} == {"held_out"}
+
+
+def test_the_subjects_of_a_suite_in_another_folder(world):
+    line = ["--suite", "tiny", "--dreambooth_dir", str(world / "dreambooth")]
+    with pytest.raises(DataError) as caught:
+        read_tasks(parse_settings(line))
+    (problem,) = caught.value.problems
+    assert problem.startswith("there is no subject robot, owl, teapot")
+    assert problem.endswith(
+        "which --suite tiny, or --subjects, asks for. There are: bear_plushie, cat2, dog. Give "
+        "some of these as --subjects"
+    )
+    (task,) = read_tasks(parse_settings([*line, "--subjects", "dog"]))
+    assert task.subject == "dog"
 
 
 def test_class_pictures_are_shared_by_subjects_of_a_class(world, tmp_path):
@@ -71,7 +90,10 @@ def test_all_that_is_wrong_is_said_at_once(world, tmp_path):
         (tmp_path / "dataset" / name / "1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=r"1\.png") as caught:
         read_tasks(runs.settings(world, tmp_path / "out", dreambooth_dir=tmp_path))
-    assert {p.split(":")[0] for p in caught.value.problems} == {"cat2", "dog"}
+    assert {p.split(":")[0] for p in caught.value.problems} == {
+        "dataset/cat2",
+        "dataset/dog",
+    }
     assert not (tmp_path / "out").exists()
 
 

@@ -8,6 +8,8 @@ gradient, to the input too, as in the middle of a network; ``memory`` is that of
 
 Dtypes: ``fp32``; ``bf16-autocast``, a bf16 base under autocast, as the trainer runs it; ``bf16``, a
 bf16 base and fp32 adapter without autocast. The bounds are explained in ``cost.py``.
+
+With ``--compile`` all modules are compiled, the frozen one too.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ from .measuring import (
     table,
     write_json,
 )
-from .peers import LYCORIS_ABSENT, METHODS, Sizes, adapted, adapted_paths
+from .peers import LYCORIS_ABSENT, METHODS, Sizes, adapted, adapted_paths, shared_copy
 from .shapes import BLOCKS, LAYERS, TARGETS, Layer, Shape, make_shape
 
 #: dtype of the base, and whether autocast to bf16 is on.
@@ -90,9 +92,9 @@ class Calls:
         self.inputs = (self.first, *shape.inputs[1:])
         self.device, self.autocast = self.first.device, autocast
         self.gradients = [torch.randn_like(output) for output in self.forward(shape.module)]
+        self.call = self._train if backward else self.forward
         self.runs: dict[str, Run] = {
-            name: partial(self._train if backward else self.forward, module)
-            for name, module in modules.items()
+            name: partial(self.call, module) for name, module in modules.items()
         }
 
     def forward(self, module: nn.Module) -> list[Tensor]:
@@ -129,7 +131,7 @@ def measure_time(
         "training" if calls.backward else "forward",
         len(times[FROZEN]),
         1e3 * frozen,
-        operations_of(runs[FROZEN]),
+        operations_of(partial(calls.call, shape.module)),
         overhead,
         {name: 100 * spread(values) for name, values in over.items()},
         _over(overhead, "peft-lora"),
@@ -206,9 +208,15 @@ def measure_weight(
 def make_modules(shape: Shape, args: argparse.Namespace) -> dict[str, nn.Module]:
     sizes = Sizes(args.rank, args.gralora_k, args.hybrid_rank)
     targets = adapted_paths(shape.module, TARGETS)
-    modules = {FROZEN: shape.module}
+    modules = {FROZEN: shared_copy(shape.module)}  # what may be compiled is not what is asked
     for method in args.methods:
         modules[method] = adapted(shape.module, method, targets, sizes)
+    if args.compile:
+        torch.compiler.reset()
+        config: Any = torch._dynamo.config
+        config.recompile_limit = 64  # all of them are of one class, which they count for
+        for module in modules.values():
+            module.compile()
     counts = {
         name: sum(p.numel() for p in module.parameters() if p.requires_grad)
         for name, module in modules.items()
@@ -272,6 +280,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=32, help="of LoRA; parameters are equal")
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--hybrid_rank", type=int, default=0, help="plain part of --rank")
+    parser.add_argument(
+        "--compile", action="store_true", help="with torch.compile, the frozen module too"
+    )
     add_measuring_options(parser, rounds=21, seconds=30)
     return parser
 

@@ -90,14 +90,19 @@ def adapted_paths(module: nn.Module, endings: Sequence[str]) -> list[str]:
     ]
 
 
+def shared_copy(module: nn.Module) -> nn.Module:
+    """Return a copy of a module with its very weights."""
+    weights: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
+    return copy.deepcopy(module, weights)
+
+
 def adapted(module: nn.Module, method: str, targets: list[str], sizes: Sizes) -> nn.Module:
     """Return a copy of a frozen module, with its very weights, adapted at the paths ``targets``.
 
     Raises:
         ImportError: the method's package is not installed.
     """
-    weights: dict[int, Any] = {id(tensor): tensor for tensor in module.parameters()}
-    changed = copy.deepcopy(module, weights)
+    changed = shared_copy(module)
     with torch.random.fork_rng():
         METHODS[method](changed, targets, sizes)
     for parameter in changed.parameters():

@@ -25,7 +25,11 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
+from gralora_diffusion.training.acceleration import (
+    accelerate_left_as_it_was,
+    compile_repeated_blocks,
+    make_accelerator,
+)
 from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
@@ -86,6 +90,7 @@ def training_config(
         "mixed_precision": args.mixed_precision,
         "learning_rate": 1e-4,
         "max_train_steps": 10**6,
+        "torch_compile": args.compile,
         "output_dir": folder / "adapter",
     }
     config = parse_config([f"--{key}={value}" for key, value in options.items()])
@@ -152,10 +157,12 @@ def measure(name: str, args: argparse.Namespace, device: torch.device) -> dict[s
         frozen = UNet2DConditionModel.from_pretrained(base, subfolder="unet").to(device, ours.dtype)
         frozen.requires_grad_(False).train()
         sizes = Sizes(args.rank, args.gralora_k)
-        runs = {
-            method: bare_loop(trainer, adapted(frozen, method, paths, sizes), device)
-            for method in METHODS
-        }
+        runs = {}
+        for method in METHODS:
+            denoiser = adapted(frozen, method, paths, sizes)
+            if args.compile:
+                compile_repeated_blocks(denoiser)
+            runs[method] = bare_loop(trainer, denoiser, device)
         steps = trainer.steps(MetricsFile(folder / "adapter"))
         runs[TRAINER] = lambda: next(steps)
         times = interleaved(runs, device, args.rounds, args.seconds)
@@ -182,6 +189,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
+    parser.add_argument("--compile", action="store_true", help="all with --torch_compile")
     add_measuring_options(parser, rounds=61, seconds=60)
     return parser
 

@@ -265,6 +265,41 @@ def test_fp8_of_the_denoiser_alone(scaled, tmp_path):
     assert "bf16" in report.remedies or not report.remedies
 
 
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_a_plain_fp8_base(stored, tmp_path):
+    """Fused in another dtype only: so few bits would round most of the update away."""
+    pipe = PIPELINES["flux"]()
+    adapt_everywhere(PIPELINES["flux"](), ["transformer"]).save_gralora_weights(
+        tmp_path / "adapter"
+    )
+    tensors = {
+        key: t.to(stored) if t.dim() == 2 else t
+        for key, t in transformer_alone(ORIGINALS["flux"](pipe)).items()
+    }
+    base = write(tensors, tmp_path / "base.safetensors")
+    with pytest.raises(BaseError, match=r"stored in fp8_e\dm\d, .*--dtype bf16"):
+        export_fused(tmp_path / "adapter", base, tmp_path / "kept.safetensors")
+    assert {path.name for path in tmp_path.iterdir()} == {"adapter", "base.safetensors"}
+
+    exact = write({key: t.float() for key, t in tensors.items()}, tmp_path / "exact.safetensors")
+    export_fused(tmp_path / "adapter", exact, tmp_path / "sum.safetensors", scale=0.02)
+    expected = load_file(tmp_path / "sum.safetensors")
+    for name, dtype in (("bf16", torch.bfloat16), ("fp32", torch.float32)):
+        report = export_fused(tmp_path / "adapter", base, tmp_path / name, dtype=name, scale=0.02)
+        agree(load_file(tmp_path / name), {k: t.to(dtype) for k, t in expected.items()})
+        assert report.loss.error < 0.1
+    report = export_fused(
+        tmp_path / "adapter", base, tmp_path / "fp8", dtype="fp8_e4m3", scale=0.02
+    )
+    small = load_file(tmp_path / "fp8")
+    for key, value in expected.items():
+        scale = small.get(key.removesuffix("weight") + "scale_weight", torch.tensor(1.0))
+        matrix = value.dim() == 2
+        wanted = (value / scale).to(torch.float8_e4m3fn) if matrix else value
+        assert torch.equal(small[key].float(), wanted.float())
+    assert "bf16" in report.remedies
+
+
 @pytest.mark.parametrize("name", PIPELINES)
 def test_verification(name, tmp_path):
     """Right files of every family pass, one without the adapter's update does not."""

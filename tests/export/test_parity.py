@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from safetensors.torch import save_file
 from gralora_diffusion import get_family, inject
 from gralora_diffusion.blockwise import lora_factors
 from gralora_diffusion.export.parity import ParityError, compare
-from gralora_diffusion.export.ways import fused_file, fused_folder, fused_in_place, lora_file
+from gralora_diffusion.export.ways import Way, fused_folder, fused_in_place, lora_file
 from gralora_diffusion.state import DENOISER, Adapter, read_adapter
 
 from ..models import PIPELINES, adapt_everywhere, config, merged, structure
@@ -85,6 +86,17 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
     report = compare(pipe, whole, ways, prompts=["a cat"], scale=0.5, steps=2)
     assert report.ways["fused"].relative is not None
     assert report.ways["fused"].relative < 1e-4
+
+
+def fused_file(path: Path, config: Path, borrowed: Iterable[str], **options: Any) -> Way:
+    """A fused original file, by diffusers' ``from_single_file``, with some of the base's models."""
+
+    @contextmanager
+    def way(pipe: Any) -> Iterator[Any]:
+        models = {name: getattr(pipe, name) for name in borrowed}
+        yield type(pipe).from_single_file(str(path), config=str(config), **models, **options)
+
+    return way
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"])

@@ -21,7 +21,7 @@ from gralora_diffusion.export.streaming import (
     sample_remedies,
     write_streamed,
 )
-from gralora_diffusion.export.tensor_bytes import read_header
+from gralora_diffusion.tensor_files import read_header
 
 from .test_tensor_bytes import same
 
@@ -290,6 +290,18 @@ def test_rounding_by_chance_needs_its_seed_alone(tmp_path):
     spread = float(kept.std()) / kept.numel() ** 0.5
     assert abs(float(kept.mean()) - 1e-3) < 5 * spread
     assert all(not torch.equal(found[k], (t + update).bfloat16()) for k, t in tensors.items())
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_fp64_holds_every_sum(stochastic, tmp_path):
+    """Sums are formed in fp32; there is nothing to round, by chance or to nearest."""
+    base, update = steps(10, 24).double(), torch.randn(10, 24)
+    stored = source(tmp_path / "base.safetensors", {"a": base})["a"]
+    output = whole(stored, update=lambda: Dense(update))
+    found, losses = written(tmp_path / "out.safetensors", [output], Rounding(stochastic))
+    assert same(found, {"a": (base.float() + update).double()})
+    assert losses["a"].error < 1e-6
+    assert set(sample_remedies(output, Rounding(True))) == {"fp64"}
 
 
 def test_remedies_are_what_the_other_ways_cost(tmp_path):

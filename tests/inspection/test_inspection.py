@@ -242,6 +242,33 @@ def test_original_checkpoint(name, alone, tmp_path):
     assert facts.non_finite is None
 
 
+@pytest.mark.parametrize(
+    ("tensors", "title"),
+    [
+        (
+            {"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(320, 9, 3, 3)},
+            "original single-file checkpoint, which diffusers takes for 'inpainting'",
+        ),
+        (
+            {
+                f"model.diffusion_model.{key}": torch.zeros(3072, 64)
+                for key in (
+                    *("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+                    *("img_in.weight", "double_blocks.0.img_attn.qkv.scale_weight"),
+                )
+            },
+            "original single-file checkpoint, quantized "
+            "(model.diffusion_model.double_blocks.0.img_attn.qkv.scale_weight)",
+        ),
+    ],
+)
+def test_a_checkpoint_that_is_quantized_or_for_another_task(tensors, title, tmp_path):
+    save_file(tensors, tmp_path / "x.safetensors")
+    facts = inspect_file(tmp_path / "x.safetensors")
+    assert facts.title == title
+    assert facts.family_told_by == "its keys"
+
+
 def test_pipeline_folder(tmp_path):
     pipe = models.stable_diffusion()
     pipe.save_pretrained(tmp_path, max_shard_size="300KB")
@@ -393,7 +420,7 @@ def test_tags_stand_for_a_trigger(tmp_path):
         (b"GGUF" + bytes(100), "a GGUF file"),
         (b"<!DOCTYPE html>" + bytes(100), "a web page in place of the file"),
         (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"hello, hello, hello", "not a .safetensors file"),
+        (b"hello, hello, hello", "not a safetensors file"),
     ],
 )
 def test_other_files(content, text, tmp_path, capsys):
@@ -411,7 +438,7 @@ def test_truncated(left, tmp_path):
     save_file(lora(KOHYA, 8, 4), tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:left])
-    with pytest.raises(AdapterFileError, match=r"damaged or truncated .safetensors file"):
+    with pytest.raises(AdapterFileError, match=r"not a whole safetensors file .* truncated"):
         inspect_file(tmp_path / "x.safetensors")
 
 

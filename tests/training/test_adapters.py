@@ -280,3 +280,17 @@ def test_weights_for_use(averaged: bool) -> None:
     with weights_for_use(parameters, optimizer, ema):
         torch.testing.assert_close(parameters[0].data, expected)
     assert torch.equal(parameters[0].data, trained)
+
+
+@pytest.mark.parametrize(
+    ("decay", "steps", "age"),
+    [(0.999, 200, 20), (0.99, 200, 20), (0.999, 800, 80), (0.99, 800, 80), (0.9, 200, 9)],
+)
+def test_how_old_an_average_is(decay: float, steps: int, age: float) -> None:
+    """As docs/training.md says; ``decay`` counts only where diffusers' warm-up has reached it."""
+    now = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    ema = EMAModel([now], decay=decay, foreach=True)
+    for step in range(1, steps + 1):
+        now.data.fill_(step)
+        ema.step([now])
+    assert steps - float(ema.shadow_params[0]) == pytest.approx(age, abs=0.01)

@@ -13,9 +13,17 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from gralora_diffusion.training.caching import LatentCache, PromptCache, vae_fingerprint
+from gralora_diffusion.families import get_family
+from gralora_diffusion.training.base_model import present
+from gralora_diffusion.training.caching import (
+    LatentCache,
+    PromptCache,
+    prompt_fingerprint,
+    vae_fingerprint,
+)
 from gralora_diffusion.training.data import DataError, find_examples
 from gralora_diffusion.training.pictures import CropPlan, Variant
+from tests.models import PIPELINES
 
 PLAN = CropPlan(16, random_flip=True)
 
@@ -287,3 +295,63 @@ def test_prompts_are_encoded_once_and_found_by_text():
         assert torch.equal(tensor, expected[name])
     with pytest.raises(KeyError, match="never seen"):
         cache.batch(["never seen"])
+
+
+def test_prompts_in_a_folder_are_encoded_once_and_alone(tmp_path, caplog):
+    """Alone, so that what a file holds does not depend on which others lacked."""
+    torch.manual_seed(0)
+    encoder = TextEncoder()
+    first = PromptCache("clip", tmp_path / "deep" / "cache")
+    assert first.fill(["b", "a", "b", ""], encoder) == 3
+    assert encoder.batches == [["b"], ["a"], [""]]
+    again = PromptCache("clip", tmp_path / "deep" / "cache")
+    assert again.fill(["a", "c", "b", ""], encoder) == 1
+    got = again.batch(["a", "", "c"])
+    for name, tensor in encoder(["a", "", "c"]).items():
+        assert got[name].dtype == torch.bfloat16
+        assert torch.equal(got[name], tensor)
+    assert PromptCache("another clip", tmp_path / "deep" / "cache").fill(["a"], encoder) == 1
+    (tmp_path / "deep" / "cache" / f"{again.key('a')}.safetensors").write_bytes(b"x" * 9)
+    with pytest.raises(DataError, match="Start again"):
+        again.batch(["a"])
+    assert again.fill(["a", "b"], encoder) == 1
+    assert "1 damaged files, encoded again" in caplog.text
+    assert torch.equal(again.batch(["a"])["pooled"], encoder(["a"])["pooled"])
+
+
+def test_keys_of_prompts_and_fingerprints():
+    keys = {PromptCache(f).key(prompt) for f in ("a", "b") for prompt in ("", "a", "b", "prompt")}
+    assert len(keys) == 8
+
+
+def fingerprint(pipe, length=None):
+    family = get_family(pipe)
+    encoders = present(pipe, family.all_text_encoders)
+    return prompt_fingerprint(lambda p: family.encode_prompts(pipe, p, length), encoders)
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_fingerprint_of_text_encoders_follows_all_that_they_make(name):
+    pipe = PIPELINES[name]()
+    family, found = get_family(pipe), {fingerprint(pipe)}
+    assert fingerprint(PIPELINES[name]()) in found
+    for encoder_name in family.all_text_encoders:
+        other = PIPELINES[name]()
+        encoder = getattr(other, encoder_name)
+        with torch.no_grad():  # a token that no prompt here has
+            encoder.get_input_embeddings().weight[-5, 0] += 1
+        found.add(fingerprint(other))
+        with torch.no_grad():
+            for parameter in encoder.parameters():
+                parameter.mul_(1.01)
+        found.add(fingerprint(other))
+    found.add(fingerprint(PIPELINES[name]().to(torch.bfloat16)))
+    expected = 2 + 2 * len(family.all_text_encoders)
+    if family.max_sequence_length:
+        found.add(fingerprint(pipe, 24))
+        expected += 1
+    if "force_zeros_for_empty_prompt" in pipe.config:
+        pipe.register_to_config(force_zeros_for_empty_prompt=False)
+        found.add(fingerprint(pipe))
+        expected += 1
+    assert len(found) == expected

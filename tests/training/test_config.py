@@ -405,7 +405,10 @@ BASE = "--pretrained_model_name_or_path"
         ("--instance_data_dir pictures/1.png", "this is a file. Give the folder with the pictures"),
         ("--instance_data_dir empty", "this folder is empty. Put the pictures"),
         ("--instance_data_dir texts", "no picture among its 1 files (notes.doc)"),
-        ("--instance_prompt=", "--instance_prompt is missing, and 'pictures' holds no .txt file"),
+        (
+            "--instance_prompt=",
+            "--instance_prompt is missing, and 'pictures' holds no .txt or .caption",
+        ),
         (
             "--instance_data_dir= --dataset_name d --instance_prompt=",
             "--instance_prompt and --caption",

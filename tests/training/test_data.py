@@ -6,6 +6,8 @@ import hashlib
 import json
 import logging
 import sys
+import threading
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -13,12 +15,8 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.training.buckets import Buckets
-from gralora_diffusion.training.data import (
-    DataError,
-    find_dataset_examples,
-    find_examples,
-    warn_of_small_pictures,
-)
+from gralora_diffusion.training.data import DataError, find_examples, warn_of_small_pictures
+from gralora_diffusion.training.dataset_rows import find_dataset_examples
 from gralora_diffusion.training.pictures import CropPlan
 
 
@@ -79,6 +77,14 @@ def test_captions_metadata_then_text_file_then_prompt(tmp_path):
         "4.png": "in a sub-folder",
         "5.png": "the prompt",
     }
+
+
+def test_caption_files_of_either_ending(tmp_path, caplog):
+    fill(tmp_path, ["1.png", "2.png"])
+    for name, text in {"1.caption": "a", "2.caption": "b", "2.txt": "c", "3.caption": "d"}.items():
+        (tmp_path / name).write_text(text, encoding="utf-8")
+    assert captions(find_examples(tmp_path)) == {"1.png": "a", "2.png": "c"}
+    assert "other files, passed over (1): 3.caption" in caplog.text
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
@@ -177,6 +183,28 @@ def test_no_folder_empty_folder_and_folder_of_folders(tmp_path):
         find_examples(tmp_path, "prompt")
 
 
+def test_folders_of_a_concept_each(tmp_path, caplog):
+    fill(tmp_path, ["10_sks dog/b.png", "10_sks dog/a.png", "2_zwx_cat/1.png", "0_none/1.png"])
+    (tmp_path / "10_sks dog" / "a.caption").write_text("a sks dog asleep", encoding="utf-8")
+    write_metadata(tmp_path / "2_zwx_cat", {"file_name": "1.png", "text": "a cat"})
+    (tmp_path / "sample.txt").write_text("words", encoding="utf-8")
+    found = find_examples(tmp_path, "unused")
+    assert [(e.source.name, e.caption, e.repeats, e.concept) for e in found] == [
+        ("a.png", "a sks dog asleep", 10, "10_sks dog"),
+        ("b.png", "sks dog", 10, "10_sks dog"),
+        ("1.png", "a cat", 2, "2_zwx_cat"),
+    ]
+    assert "folders, passed over (2): 0_none, sample.txt" in caplog.text
+    (tmp_path / "3_empty").mkdir()
+    with pytest.raises(DataError, match="there is no picture in 3_empty"):
+        find_examples(tmp_path)
+    fill(tmp_path, ["own.png"])  # with pictures of its own a folder is read as any other
+    assert captions(find_examples(tmp_path, "prompt")) == {"own.png": "prompt"}
+    (tmp_path / "own.png").unlink()
+    with pytest.raises(DataError, match="no picture in it, and sub-folders are not read"):
+        find_examples(tmp_path, "prompt", role="class")
+
+
 def damage(folder):
     fill(folder, ["1.png", "2.png", "cut.png", "cut.jpg", "page.jpg", "empty.webp"], (64, 64))
     for name in ("cut.png", "cut.jpg"):
@@ -219,6 +247,21 @@ def test_a_picture_that_changes_after_the_start_is_noticed(tmp_path):
     (tmp_path / "1.png").unlink()
     with pytest.raises(DataError, match="cannot be read any more"):
         example.load()
+
+
+def test_pictures_are_decoded_at_once_and_kept_in_order(tmp_path, monkeypatch):
+    fill(tmp_path, [f"{number}.png" for number in range(8)])
+    together, read = threading.Barrier(8), Path.read_bytes
+
+    def read_bytes(path):
+        together.wait(timeout=20)  # for the others, or it breaks
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+    examples = find_examples(tmp_path, "prompt")
+    assert [example.source.name for example in examples] == [f"{n}.png" for n in range(8)]
+    for example in examples:
+        assert example.content_key == hashlib.sha256(read(example.source)).hexdigest()
 
 
 def test_all_kinds_of_files_load_upright_in_rgb(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,18 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
+from safetensors.torch import load_file
 
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training import loop, prior
+from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.data import find_examples
-from gralora_diffusion.training.loop import Trainer, TrainingDiverged
+from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan
-from gralora_diffusion.training.step import RowMaker
+from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
+from gralora_diffusion.training.step import RowMaker, TrainingDiverged
 from tests.training.runs import (
     adapter,
     assert_close,
@@ -91,6 +96,48 @@ def test_validation_does_not_disturb_training(
     run(output_dir=tmp_path / "without", **without, **data)
     run(output_dir=tmp_path / "with", **options, **drawing, **data)
     assert_same_run(tmp_path / "without", tmp_path / "with")
+
+
+def test_one_base_at_a_time(
+    data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What draws class pictures is gone when the base is loaded that is trained."""
+    alive: list[int] = []
+    loaded: list[weakref.ref[Any]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Any:
+        alive.append(sum(base() is not None for base in loaded))
+        pipe = load_base(*arguments, **options)
+        loaded.append(weakref.ref(pipe.unet))
+        return pipe
+
+    for module in (prior, loop):
+        monkeypatch.setattr(module, "load_base", watched)
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    run(output_dir=tmp_path / "out", class_data_dir=tmp_path / "class", **classes, **data)
+    assert alive == [0, 0]
+    assert len(list((tmp_path / "class").iterdir())) == 2
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"lora_layers": "to_nothing"}, "do not fit the base"),
+        ({"rank_pattern": ["nowhere=8"]}, "--rank_pattern"),
+        ({"resolution": 17}, "--resolution is 17"),
+    ],
+)
+def test_class_pictures_are_drawn_for_nothing_that_fails(
+    data: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], said: str
+) -> None:
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+    with pytest.raises(ConfigError, match=said):
+        run(
+            output_dir=tmp_path / "out",
+            class_data_dir=tmp_path / "class",
+            **{**classes, **data, **wrong},
+        )
+    assert not (tmp_path / "class").exists()
 
 
 @pytest.mark.parametrize("text_encoder", [False, True])
@@ -320,6 +367,16 @@ def test_another_learning_rate_on_resume(data: dict[str, Any], tmp_path: Path) -
     assert [row["lr"] for row in metrics(tmp_path / "out")] == [1e-2, 1e-2, 1e-4, 1e-4]
 
 
+def test_another_decay_of_the_average_on_resume(data: dict[str, Any], tmp_path: Path) -> None:
+    out = run(output_dir=tmp_path / "out", max_train_steps=4, use_ema=True, **data)
+    options = {"resume_from_checkpoint": "latest", "use_ema": True, **data}
+    run(output_dir=out, max_train_steps=6, ema_decay=0.0, **options)
+    trained = load_file(out / "checkpoint-6" / TRAINING_WEIGHTS_NAME)
+    averaged = adapter(out)
+    for key, tensor in trained.items():
+        torch.testing.assert_close(averaged[key], tensor, msg=key)
+
+
 def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
     out = run(output_dir=tmp_path / "out", **data)
     again: dict[str, Any] = {"output_dir": out, "resume_from_checkpoint": "latest", **data}
@@ -435,6 +492,24 @@ def test_two_processes_are_one_with_the_larger_batch(data: dict[str, Any], tmp_p
     assert result.returncode == 0, result.stderr[-3000:]
     after = adapter(two)
     assert all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_two_processes_share_a_cache_folder(data: dict[str, Any], tmp_path: Path) -> None:
+    pictures = make_shapes(tmp_path / "captioned", [(20, 27)] * 5, seed=8)
+    for number in range(5):
+        (pictures / f"{number}.txt").write_text(f"a dog {number}")
+    options = {**data, "instance_data_dir": pictures, "caption_dropout": 0.3}
+    one = run(output_dir=tmp_path / "one", train_batch_size=4, **options)
+    folder, two = tmp_path / "cache", tmp_path / "two"
+    options |= {"latent_cache_dir": folder, "output_dir": two, "train_batch_size": 2}
+    result = run_script(processes=2, **options)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert_close(one, two, 1e-3)
+    files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
+    kinds = Counter("mean" in load_file(path) for path in files)
+    assert kinds == {True: 5 * 7, False: 5 + 1}  # the crops there are; the captions and none
+    run(overwrite_output_dir=True, **options)
+    assert files == {path: path.stat().st_mtime_ns for path in folder.iterdir()}
 
 
 def test_torch_compile_through_accelerate(

@@ -24,6 +24,32 @@ def metadata(folder: Path) -> dict[str, str]:
     return read_adapter(folder).metadata
 
 
+def test_folders_of_concepts_are_told_as_kohyas(base: Path, tmp_path: Path) -> None:
+    make_pictures(tmp_path / "pictures" / "3_sks dog", count=2)
+    make_pictures(tmp_path / "pictures" / "1_zwx cat", count=1, seed=1)
+    told = metadata(
+        run(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=tmp_path / "pictures",
+            instance_prompt=None,
+            output_dir=tmp_path / "out",
+            num_train_epochs=1,
+            max_train_steps=None,
+            repeats=2,
+        )
+    )
+    assert json.loads(told["ss_dataset_dirs"]) == {
+        "1_zwx cat": {"n_repeats": 2, "img_count": 1},
+        "3_sks dog": {"n_repeats": 6, "img_count": 2},
+    }
+    assert json.loads(told["ss_tag_frequency"]) == {
+        "1_zwx cat": {"zwx cat": 1},
+        "3_sks dog": {"sks dog": 2},
+    }
+    assert told["ss_num_train_images"] == "14"
+    assert told["ss_max_train_steps"] == "7"
+
+
 def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
     began = time.time()
     subject = make_pictures(tmp_path / "my dog", count=3)

@@ -22,7 +22,6 @@ from gralora_diffusion.training.optimizers import (
     build_lr_scheduler,
     build_optimizer,
     evaluating,
-    optimizer_mode,
 )
 
 needs_bitsandbytes = pytest.mark.skipif(
@@ -297,25 +296,12 @@ def test_evaluating_gives_the_weights_back_after_an_error() -> None:
     problem.train(optimizer, None, 1)
 
 
-def test_modes_of_schedulefree() -> None:
-    problem = Quadratic()
-    optimizer = problem.optimizer(make_config("schedulefree"))
-    problem.train(optimizer, None, 3)
-    trained = problem.denoiser.detach().clone()
-    optimizer_mode(optimizer, training=False)
-    assert not torch.allclose(problem.denoiser, trained)
-    optimizer_mode(optimizer, training=True)
-    torch.testing.assert_close(problem.denoiser.detach(), trained)
-
-
 @pytest.mark.parametrize("name", ["adamw", "prodigy", "adafactor"])
-def test_modes_leave_other_optimizers_alone(name: str) -> None:
+def test_evaluating_leaves_other_optimizers_alone(name: str) -> None:
     problem = Quadratic()
     optimizer = problem.optimizer(make_config(name))
     problem.train(optimizer, None, 3)
     weights, state = problem.denoiser.detach().clone(), copy.deepcopy(optimizer.state_dict())
-    optimizer_mode(optimizer, training=False)
-    optimizer_mode(optimizer, training=True)
     with evaluating(optimizer):
         assert torch.equal(problem.denoiser, weights)
     assert str(optimizer.state_dict()) == str(state)

@@ -115,6 +115,10 @@ def models_of(pipe: Any) -> dict[str, nn.Module]:
     return {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
 
 
+def cached_tensors(cache: Any) -> list[Tensor]:
+    return [t for row in cache.store._memory.values() for t in row.values()] if cache else []
+
+
 def optimizer_tensors(trainer: Trainer) -> list[Tensor]:
     states = trainer.optimizer.state.values()
     return [t for state in states for t in state.values() if isinstance(t, Tensor)]
@@ -167,8 +171,7 @@ def test_a_step_takes_what_was_planned(
         ]
         state = bytes_in(optimizer_tensors(trainer))
         average = trainer.ema.shadow_params if trainer.ema else []
-        cached = trainer.data.cache._memory.values() if trainer.data.cache else ()
-        cached_bytes = bytes_in([t for pair in cached for t in pair])
+        cached_bytes = bytes_in(cached_tensors(trainer.data.cache))
     assert plan.trained_parameters == sum(p.numel() for p in trainer.parameters)
     models = (*models_of(trainer.pipe), "adapter")
     assert sum(in_steps(plan, name) for name in models) == bytes_in(base)
@@ -212,14 +215,10 @@ def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
         chosen, pipe = trainer.config, trainer.pipe
         pictures, accelerator = find_pictures(chosen), trainer.accelerator
         made = most_made(lambda: Batches(chosen, trainer.family, pipe, pictures, [], accelerator))
-        latents = trainer.data.cache._memory.values()
-        prompts = trainer.data.prompts._encoded.values()
-        cached = [
-            *(tensor for pair in latents for tensor in pair),
-            *(tensor for row in prompts for tensor in row.values()),
-        ]
+        cached = [*cached_tensors(trainer.data.cache), *cached_tensors(trainer.data.prompts)]
         base = [t for m in models_of(pipe).values() for t in (*m.parameters(), *m.buffers())]
     assert plan.cached == bytes_in(cached)
+    assert plan_of(**options, latent_cache_dir=chosen.output_dir).cached == 0
     assert max(plan.peak(phase) for phase in ("pictures", "prompts")) == pytest.approx(
         bytes_in(base) + made, rel=WITHIN
     )

@@ -12,13 +12,16 @@ import torch
 import yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gralora_diffusion.training import outcome
 from gralora_diffusion.training.config import parse_config
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.records import MetricsFile, draw_curve
-from tests.training.runs import assert_same_run, metrics, run
+from tests.originals import ORIGINALS, write
+from tests.training.runs import assert_same_run, make_pictures, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
 
@@ -122,10 +125,64 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
     assert "(rank 4, k = 2; other values on some layers)" in card.text
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
-    code = code.replace("path/to/base", str(base)).replace("path/to/this/folder", str(finished))
+    assert "dtype=torch.float32" in code
+    draw_by(code, {"path/to/base": base, "path/to/this/folder": finished})
+
+
+def draw_by(code: str, places: dict[str, Path]) -> Any:
+    """Run the code of a card; returns its pipeline."""
+    for shown, path in places.items():
+        assert f'"{shown}"' in code
+        code = code.replace(f'"{shown}"', f'"{path}"')
     namespace: dict[str, Any] = {}
     exec(code, namespace)
     assert isinstance(namespace["image"], Image.Image)
+    return namespace["pipe"]
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_card_and_upload_tell_no_paths_of_this_machine(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_file: bool
+) -> None:
+    uploaded: list[Path] = []
+
+    def upload(*, folder_path: Path, ignore_patterns: list[str], **others: Any) -> None:
+        files = [path for path in folder_path.rglob("*") if path.is_file()]
+        names = [str(path.relative_to(folder_path)) for path in files]
+        left = filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        uploaded.extend(folder_path / name for name in left)
+
+    monkeypatch.setattr(outcome, "upload_folder", upload)  # there is no Hub here
+    monkeypatch.setattr(outcome, "create_repo", lambda *arguments, **others: None)
+    weights = {"pretrained_model_name_or_path": base}
+    if single_file:
+        tensors = ORIGINALS["stable-diffusion"](StableDiffusionPipeline.from_pretrained(base))
+        weights["pretrained_model_name_or_path"] = write(tensors, tmp_path / "base.safetensors")
+        weights["base_config"] = base
+    folder = run(
+        output_dir=tmp_path / "out",
+        instance_data_dir=make_pictures(tmp_path / "pictures"),
+        max_train_steps=2,
+        mixed_precision="bf16",
+        report_to="tensorboard",
+        push_to_hub=True,
+        **weights,
+    )
+    names = {path.name for path in uploaded}
+    assert {"README.md", "pytorch_gralora_weights.safetensors", "metrics.jsonl"} <= names
+    for path in uploaded:
+        data = path.read_bytes()
+        assert all(str(place).encode() not in data for place in (tmp_path, base)), path
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "instance_data_dir: pictures\n" in text
+    assert f"pretrained_model_name_or_path: {weights['pretrained_model_name_or_path'].name}" in text
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    places = {"path/to/this/folder": folder, "path/to/base": base}
+    if single_file:
+        places["path/to/base.safetensors"] = tmp_path / "base.safetensors"
+        places["path/to/base_config"] = places.pop("path/to/base")
+    pipe = draw_by(code, places)
+    assert pipe.unet.dtype == torch.bfloat16
 
 
 def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from tests.training.runs import assert_same_run, make_pictures, run
+from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run
 
 
 def stopped_after(step: int, whole: Path, folder: Path) -> Path:
@@ -66,3 +66,19 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
     half = stopped_after(2, whole, tmp_path / "half")
     run(output_dir=half, resume_from_checkpoint="latest", **shared)
     assert_same_run(whole, half)
+
+
+def test_accumulation_may_change_on_resume(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """accelerate counts passes: three done one by one must not be half of a step of two."""
+    shared: dict[str, Any] = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "checkpointing_steps": 3,
+    }
+    whole = run(output_dir=tmp_path / "whole", **shared)
+    half = stopped_after(3, whole, tmp_path / "half")
+    shared |= {"train_batch_size": 1, "gradient_accumulation_steps": 2}
+    run(output_dir=half, resume_from_checkpoint="latest", **shared)
+    assert_close(whole, half, 1e-3)
+    losses = [[row["loss"] for row in metrics(folder)] for folder in (whole, half)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

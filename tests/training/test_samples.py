@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter, defaultdict
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -49,6 +50,24 @@ def cached_set(examples, **options):
     return training_set
 
 
+def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
+    """Each a part of the pictures, after which nothing lacks to any of them."""
+    sets = [
+        TrainingSet(examples, PLAN, 0, cache=LatentCache(PLAN, "identity", tmp_path))
+        for _ in range(3)
+    ]
+    done = [
+        own.fill_cache(identity, slice(index, None, 3), progress=False)
+        for index, own in enumerate(sets)
+    ]
+    assert sum(done) == sum(map(len, sets[0]._kept))
+    assert all(done)
+    assert not any(own.fill_cache(identity, progress=False) for own in sets)
+    alone = cached_set(examples)
+    for position in range(10):
+        assert torch.equal(sets[2][position]["mean"], alone[position]["mean"])
+
+
 def shade_of(picture):
     return round(float((picture[0].mean() + 1) * 127.5))
 
@@ -67,6 +86,25 @@ def test_captions_stay_with_their_pictures_over_epochs(examples, cached):
             seen[sample["prompt"]] += 1
     assert seen == dict.fromkeys(SHADES, 6)
     assert len(orders) > 3
+
+
+def test_pictures_that_count_more_than_once(examples):
+    """Each as often as its own number times that for all, in an epoch that is so much longer."""
+    own = dict(zip(SHADES, (3, 1, 1, 2, 1), strict=True))
+    counted = [replace(e, repeats=own[e.caption]) for e in examples]
+    training_set = TrainingSet(counted, PLAN, 0, repeats=2)
+    assert len(training_set) == 2 * 8
+    for epoch in range(3):
+        seen = Counter(training_set[t]["prompt"] for t in range(16 * epoch, 16 * epoch + 16))
+        assert seen == {caption: 2 * count for caption, count in own.items()}
+    other = list(counted)
+    other[0], other[3] = replace(other[0], repeats=2), replace(other[3], repeats=3)
+    digests = {TrainingSet(chosen, PLAN, 0).digest for chosen in (examples, counted, other)}
+    assert len(digests) == 3
+    shapes = TrainingSet(counted, SHAPES, 0, batch_size=2)
+    for start in range(0, len(shapes), 2):
+        sizes = {tuple(shapes[t]["target_size"].tolist()) for t in (start, start + 1)}
+        assert len(sizes) == 1
 
 
 def test_sample_is_the_variant_that_it_tells(examples):

@@ -74,6 +74,30 @@ def expected_loss(
     return errors.mean(), noisy, steps
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "flux"])
+def test_the_next_rows_do_not_wait_for_the_gpu(name: str, tmp_path: Path) -> None:
+    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    with accelerate_left_as_it_was():
+        trainer = make_trainer(
+            pretrained_model_name_or_path=tmp_path / "base",
+            instance_data_dir=make_shapes(tmp_path / "pictures", [(32, 32)] * 3),
+            output_dir=tmp_path / "out",
+            resolution=32,
+            with_prior_preservation=True,
+            class_prompt="a dog",
+            class_data_dir=make_shapes(tmp_path / "class", [(32, 32)] * 2, seed=1),
+            num_class_images=2,
+        )
+        batches = trainer.data.steps(0, 3)
+        trainer.rows.rows(*next(batches))  # the scheduler's tables are copied once
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            trainer.rows.rows(*next(batches))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("prediction", PREDICTIONS)
 @pytest.mark.parametrize(
     "options",

@@ -19,10 +19,15 @@ Spread = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class MethodContent:
-    """What a method costs, over its units of a protocol; parameters are those of the largest."""
+    """What a method costs, over its units of a protocol; parameters are those of the largest.
+
+    ``layers`` and ``lowered_k`` are those of ``UnitResult``.
+    """
 
     units: int
     parameters: int
+    layers: int | None
+    lowered_k: Mapping[int, int]
     update_rank: int | None
     steps: int
     train_seconds: Spread
@@ -195,9 +200,12 @@ def _method(results: Sequence[UnitResult]) -> MethodContent:
     if train is None or draw is None:
         raise ValueError("a method without a unit")
     ranks = [r.update_rank for r in results]
+    largest = max(results, key=lambda r: (r.parameters, r.layers or 0))
     return MethodContent(
         units=len(results),
-        parameters=max(r.parameters for r in results),
+        parameters=largest.parameters,
+        layers=largest.layers,
+        lowered_k=largest.lowered_k,
         update_rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
         steps=max(r.steps for r in results),
         train_seconds=train,

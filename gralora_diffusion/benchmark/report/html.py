@@ -70,7 +70,6 @@ def _found(content: Content) -> str:
 
 def _numbers(content: Content, protocol: ProtocolContent, colour: dict[str, int]) -> str:
     parts = [table(tables.scores(protocol))]
-    parts.append('<p class="soft">* see what is to be kept in mind.</p>')
     for reference in content.references:
         against = tables.comparisons(protocol, reference)
         if against.rows:
@@ -143,7 +142,8 @@ def _picture(path: Path | None, uris: dict[Path, str], label: str) -> str:
 
 
 def _mechanism(protocol: ProtocolContent, colour: dict[str, int]) -> str:
-    parts = [_figures(plots.layer_strips(protocol.mechanism, colour))]
+    parts = [table(tables.mechanisms(protocol))]
+    parts.append(_figures(plots.layer_strips(protocol.mechanism, colour)))
     for method, found in protocol.mechanism.items():
         if maps := plots.heat_maps(method, found):
             parts.append(f"<h3>{escape(method)}: where the gradient is</h3>")
@@ -192,6 +192,7 @@ def table(content: Table) -> str:
     return (
         f'<div class="wide"><table><caption>{escape(content.title)}</caption>'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>"
+        + (f'<p class="soft">{escape(content.note)}</p>' if content.note else "")
     )
 
 

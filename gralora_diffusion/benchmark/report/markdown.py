@@ -8,7 +8,7 @@ import re
 import yaml
 
 from . import tables
-from .content import Content
+from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note
 from .tables import Cell, Number, Table
 
@@ -17,10 +17,11 @@ def as_markdown(content: Content) -> str:
     """Return the report as Markdown (GitHub's, for its tables)."""
     blocks = [f"# {escaped(content.title)}", table(tables.overview(content))]
     for protocol in content.protocols:
-        blocks.append(f"## Protocol {escaped(protocol.name)}")
-        blocks += [f"- {escaped(str(found))}" for found in headlines(protocol)]
-    if found := cautions(content):
-        blocks += ["## To be kept in mind", *(f"- {escaped(caution)}" for caution in found)]
+        if found := headlines(protocol):
+            blocks.append(f"## Protocol {escaped(protocol.name)}")
+            blocks += [f"- {escaped(str(headline))}" for headline in found]
+    if kept := cautions(content):
+        blocks += ["## To be kept in mind", *(f"- {escaped(caution)}" for caution in kept)]
     for protocol in content.protocols:
         if not protocol.methods:
             continue
@@ -29,8 +30,8 @@ def as_markdown(content: Content) -> str:
             against = tables.comparisons(protocol, reference)
             blocks += [table(against)] if against.rows else []
         blocks += [table(tables.costs(protocol)), table(tables.meanings(protocol))]
-        for method, mechanism in protocol.mechanism.items():
-            blocks += [table(tables.shares(method, k, mechanism)) for k in mechanism.mean_share]
+        if protocol.mechanism:
+            blocks += [f"## The mechanism of {escaped(protocol.name)}", *_mechanism(protocol)]
     blocks += ["## How it was computed", escaped(method_note(content))]
     blocks += [table(t) for t in tables.settings(content)]
     if content.settings:
@@ -41,13 +42,24 @@ def as_markdown(content: Content) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
+def _mechanism(protocol: ProtocolContent) -> list[str]:
+    blocks = [table(tables.mechanisms(protocol))]
+    for method, found in protocol.mechanism.items():
+        blocks += [table(tables.shares(method, k, found)) for k in found.mean_share]
+        layers = table(tables.mechanism(method, found))
+        summary = f"<summary>{html.escape(method)}, layer by layer</summary>"
+        blocks += [f"<details>{summary}", layers, "</details>"]
+    return blocks
+
+
 def table(content: Table) -> str:
-    """A table of GitHub's Markdown, its title above."""
+    """A table of GitHub's Markdown, its title above, its note below."""
     rule = ["---" if i < content.labels else "--:" for i in range(len(content.head))]
     rows = [[escaped(name) for name in content.head], rule]
     rows += [[_cell(cell) for cell in row] for row in content.rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    return "\n".join([f"**{escaped(content.title)}**", "", *lines])
+    note = ["", escaped(content.note)] if content.note else []
+    return "\n".join([f"**{escaped(content.title)}**", "", *lines, *note])
 
 
 def escaped(text: str) -> str:

@@ -68,6 +68,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{name}.")
+        elif value is None:  # there is no such setting, as of a method without a rank
+            flat[f"{prefix}{name}"] = "-"
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             flat[f"{prefix}{name}"] = text

@@ -100,6 +100,10 @@ def cautions(content: Content) -> list[str]:
                 f"Protocol {protocol.name}: it is not known which way {', '.join(unknown)} is "
                 "better; no method wins or loses there."
             )
+        for method, costs in protocol.methods.items():
+            if costs.lowered_k:
+                some = " and ".join(f"k {k} in {n:,}" for k, n in costs.lowered_k.items())
+                found.append(f"{method}: {some} of {costs.layers:,} layers, for their widths.")
     found += content.provenance.warnings
     if content.comparisons > 1:
         found.append(_CHANCE.format(content.comparisons))

@@ -10,13 +10,14 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
+from statistics import median
 
 WIDTH = 400
 COLOURS = 8
 _MARGIN = 12
 _ROW = 36
-#: Where the names of a scatter plot begin.
-_NAMES = 268
+#: Where the names of a scatter plot begin: as far right as they leave room for, between these.
+_NAMES = (204, 268)
 #: Letters of the plots' size that fit into one pixel of width, about.
 _LETTERS = 1 / 6.4
 
@@ -83,13 +84,15 @@ def scatter(
     xs = [v for p in points for v in (p.x, *(p.x_interval or ()))]
     ys = [v for p in points for v in (p.y, *(p.y_interval or ()))]
     left, top, bottom = 52, 26, 286
+    longest = max(len(p.label) for p in points)
+    names = min(max(WIDTH - math.ceil(longest / _LETTERS), _NAMES[0]), _NAMES[1])
     (x_low, x_high), (y_low, y_high) = _log_range(xs) if log_x else _range(xs), _range(ys)
-    x_place = (_logarithmic if log_x else _linear)(x_low, x_high, left + 8, _NAMES - 24)
+    x_place = (_logarithmic if log_x else _linear)(x_low, x_high, left + 8, names - 24)
     y_place = _linear(y_low, y_high, bottom - 8, top + 8)
     ticks = _log_ticks(x_low, x_high) if log_x else _ticks(x_low, x_high)
-    parts = _x_axis(ticks, x_place, top, bottom, x_axis)
+    parts = _x_axis(ticks, x_place, top, bottom, x_axis, (left + names - 12) / 2)
     for tick, text in _ticks(y_low, y_high):
-        parts.append(_line(left, y_place(tick), _NAMES - 12, y_place(tick), "faint"))
+        parts.append(_line(left, y_place(tick), names - 12, y_place(tick), "faint"))
         parts.append(_text(left - 5, y_place(tick) + 4, text, "end small"))
     parts.append(_text(_MARGIN, 14, y_axis, ""))
     places = {p.label: (x_place(p.x), y_place(p.y)) for p in points}
@@ -97,7 +100,7 @@ def scatter(
     if len(joined) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in joined)
         parts.append(f'<polyline class="front" points="{path}"/>')
-    parts += _labels(points, places)
+    parts += _labels(points, places, names)
     for p in points:
         x, y = places[p.label]
         if p.x_interval:
@@ -123,13 +126,15 @@ def strips(
     parts = _x_axis(ticks, place, 4, bottom, axis)
     for number, (label, found, colour) in enumerate(rows):
         top, middle = number * _ROW + 16, number * _ROW + 28
-        median = sorted(found)[len(found) // 2]
-        text = f"median {median:.4g} of {len(found)} layers"
+        middle_one = median(found)
+        text = f"median {middle_one:.4g} of {len(found)} layers"
         room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(text) - 1
         parts.append(_text(_MARGIN, top, _cut(label, room), "bold halo"))
         parts.append(_text(WIDTH - _MARGIN, top, text, "end small halo"))
         parts += [_dot(place(v), middle, colour, 3, f"{v:.4g}", " pale") for v in found]
-        parts.append(_line(place(median), middle - 7, place(median), middle + 7, "ink thick"))
+        parts.append(
+            _line(place(middle_one), middle - 7, place(middle_one), middle + 7, "ink thick")
+        )
     return _svg(title, bottom + 40, parts)
 
 
@@ -190,15 +195,17 @@ def _ends(
     return place(interval[0]), y, place(interval[1]), y
 
 
-def _labels(points: Sequence[Point], places: dict[str, tuple[float, float]]) -> list[str]:
+def _labels(
+    points: Sequence[Point], places: dict[str, tuple[float, float]], left: float
+) -> list[str]:
     """Names in a column at the right, in the order of the points' heights, a line to each point."""
     parts, level = [], -math.inf
     for point in sorted(points, key=lambda p: places[p.label][1]):
         x, y = places[point.label]
         level = max(y, level + 15)
-        parts.append(_line(x, y, _NAMES - 4, level, f"c{point.colour} thin"))
-        shown = _cut(point.label, int((WIDTH - _NAMES) * _LETTERS))
-        parts.append(_text(_NAMES, level + 4, shown, "halo"))
+        parts.append(_line(x, y, left - 4, level, f"c{point.colour} thin"))
+        shown = _cut(point.label, int((WIDTH - left) * _LETTERS))
+        parts.append(_text(left, level + 4, shown, "halo"))
     return parts
 
 
@@ -208,10 +215,11 @@ def _x_axis(
     top: float,
     bottom: float,
     label: str,
+    middle: float = WIDTH / 2,
 ) -> list[str]:
     parts = [_line(place(tick), top, place(tick), bottom, "faint") for tick, _ in ticks]
     parts += [_text(place(tick), bottom + 14, text, "middle small") for tick, text in ticks]
-    return [*parts, _text(WIDTH / 2, bottom + 32, label, "middle")]
+    return [*parts, _text(middle, bottom + 32, label, "middle")]
 
 
 def _range(values: Sequence[float]) -> tuple[float, float]:

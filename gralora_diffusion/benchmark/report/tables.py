@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from ..results import UnitResult
 from ..scores import score_named, score_order
@@ -27,12 +28,16 @@ Cell = tuple[str | Number, ...]
 
 @dataclass(frozen=True)
 class Table:
-    """Rows of cells under a head; the first ``labels`` columns are names, the others numbers."""
+    """Rows of cells under a head; the first ``labels`` columns are names, the others numbers.
+
+    ``note`` says below what a reader must know to read it.
+    """
 
     title: str
     head: tuple[str, ...]
     rows: Sequence[tuple[Cell, ...]]
     labels: int = 1
+    note: str = ""
 
 
 def overview(content: Content) -> Table:
@@ -67,7 +72,7 @@ def scores(protocol: ProtocolContent) -> Table:
         means = [score.means.get(method) for score in protocol.scores.values()]
         cells = [interval(mean) if mean else ("-",) for mean in means]
         rows.append(((method,), (count(costs.units),), *cells))
-    return Table("Means with 95% intervals", tuple(head), rows)
+    return Table("Means with 95% intervals", tuple(head), rows, note=_note(rows))
 
 
 def comparisons(protocol: ProtocolContent, reference: str) -> Table:
@@ -91,22 +96,26 @@ def comparisons(protocol: ProtocolContent, reference: str) -> Table:
                     ("-",) if found.losses is None else (count(found.losses),),
                 )
             )
-    return Table(f"Against {reference}: differences, unit by unit", head, rows, labels=2)
+    title = f"Against {reference}: differences, unit by unit"
+    return Table(title, head, rows, labels=2, note=_note(rows))
 
 
 def costs(protocol: ProtocolContent) -> Table:
     """Time and memory, a row per method: mean (least to greatest)."""
     head = (
-        *("method", "parameters", "rank of the update", "steps"),
+        *("method", "parameters", "layers", "lower k, in layers", "rank of the update", "steps"),
         *("training, s", "drawing, s", "peak memory, GiB"),
     )
     rows = []
     for method, found in protocol.methods.items():
         rank = found.update_rank
+        lowered = [p for k, n in found.lowered_k.items() for p in (", ", f"{k} in ", count(n))]
         rows.append(
             (
                 (method,),
                 (count(found.parameters),),
+                ("-",) if found.layers is None else (count(found.layers),),
+                tuple(lowered[1:]) or ("-",),
                 ("full",) if rank is None else (count(rank),),
                 (count(found.steps),),
                 _spread(found.train_seconds, 1),
@@ -115,6 +124,24 @@ def costs(protocol: ProtocolContent) -> Table:
             )
         )
     return Table("Size, time and memory of a unit: mean (least to greatest)", head, rows)
+
+
+def mechanisms(protocol: ProtocolContent) -> Table:
+    """A row per method."""
+    head = ("method", "layers", "concentration", "effective rank", "input outliers")
+    rows: list[tuple[Cell, ...]] = []
+    for method, found in protocol.mechanism.items():
+        concentrations = [found.concentration(layer) for layer in found.layers]
+        known = [value for value in concentrations if value is not None]
+        values = (known, found.effective_rank.values(), found.input_outliers.values())
+        rows.append(((method,), (count(len(found.layers)),), *map(_over_layers, values)))
+    note = (
+        "Concentration: the largest block's share of the squared norm of the gradient, over an "
+        "even share; 1 if all blocks have the same. Effective rank: of the learned update, the "
+        "exponential of the entropy of its singular values. Input outliers: the norm of the "
+        "largest input channel over that of the median one. Of each layer the mean of the units."
+    )
+    return Table("Layers: median (least to greatest)", head, rows, note=note)
 
 
 def mechanism(method: str, content: MechanismContent) -> Table:
@@ -226,6 +253,22 @@ def _arrow(name: str) -> str:
 
 def _optional(value: float | None) -> Cell:
     return ("-",) if value is None else (Number(value, f"{value:.4g}"),)
+
+
+def _note(rows: Sequence[tuple[Cell, ...]]) -> str:
+    starred = any(cell[-1:] == ("*",) for row in rows for cell in row)
+    text = "* There is no interval, or one over seeds alone: see To be kept in mind."
+    return text if starred else ""
+
+
+def _over_layers(values: Iterable[float]) -> Cell:
+    found = sorted(values)
+    if not found:
+        return ("-",)
+    middle, least, greatest = (
+        Number(value, f"{value:.4g}") for value in (median(found), found[0], found[-1])
+    )
+    return (middle, " (", least, " to ", greatest, ")")
 
 
 def _spread(found: Spread | None, decimals: int) -> Cell:

@@ -5,16 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config_values import pattern_problem
+from ..config_values import PATTERNS, pattern_problem
 
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
-# option, and field of GraloraConfig -> kind of its values
+#: Option, and field of GraloraConfig -> kind of its values.
 KINDS: dict[str, type[int] | type[float]] = {
-    "rank_pattern": int,
-    "k_pattern": int,
-    "alpha_pattern": float,
+    name: float if name == "alpha_pattern" else int for name in PATTERNS
 }
 
 

@@ -1,0 +1,212 @@
+"""The options of a run: read from a command line, a file or a suite, and kept in its folder."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from ..tensor_files import replacing
+from ..training.config import PATHS, TrainingConfig
+from ..training.config_checks import ConfigError
+from ..training.option_parsing import arguments_of, parse_options
+from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
+from .settings import BenchmarkSettings
+
+logger = logging.getLogger(__name__)
+
+SETTINGS_NAME = "benchmark.yaml"
+ROOT = Path(__file__).parents[2]
+SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
+#: What may differ between two commands of one run: they add units to it, or change none.
+_FREE = {
+    *("methods", "seeds", "subjects", "title", "keep_adapters", "retry_failed", "report_only"),
+    *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
+}
+#: Options that are a file or folder, and those of them that never are a Hub id.
+_PATHS = {*PATHS, "dreambooth_dir", "captioned_dir"}
+_LOCAL = {"output_dir", "cache_dir", "latent_cache_dir", "dreambooth_dir", "captioned_dir"}
+
+
+def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
+    """Read the options from a command line, a suite, and the YAML file of ``--config``.
+
+    Methods and seeds that none of them names are those that the run's folder has kept.
+
+    Raises:
+        ConfigError: see ``option_parsing.parse_options``; a suite that is not there.
+    """
+    options = _parsed(argv)
+    path = Path(options["output_dir"]) / SETTINGS_NAME
+    if options["report_only"] and options["config"] is None:
+        if not path.is_file():
+            raise ConfigError([f"--report_only: there is no {path}. Give a run's --output_dir"])
+        given = list(sys.argv[1:] if argv is None else argv)
+        options = _parsed(["--config", str(path), *given])
+    lacking = [name for name in ("methods", "seeds") if options[name] is None]
+    if lacking and (kept := _kept_in(path)):
+        options |= {name: list(getattr(kept, name)) for name in lacking}
+        some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in lacking)
+        logger.info("as kept in %s: %s", path, some)
+    return _settings(options)
+
+
+def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
+    """Every option's value by its name, from a command line and the files that it names."""
+    groups = (*BENCHMARK_GROUPS, *training_groups())
+    said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
+    parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
+    options = parse(argv)
+    if options["suite"]:
+        options = parse(argv, before=_suite_arguments(groups, options["suite"]))
+    return options
+
+
+def _settings(options: dict[str, Any]) -> BenchmarkSettings:
+    own = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
+    training = {name: value for name, value in options.items() if name not in own}
+    return BenchmarkSettings(
+        **{name: value for name, value in options.items() if name in own},
+        training=TrainingConfig(**{**training, "config": None}, report_to="none"),
+    )
+
+
+def _kept_in(path: Path) -> BenchmarkSettings | None:
+    """The options kept in this file; None if it is not there.
+
+    Raises:
+        ConfigError: it cannot be used.
+    """
+    try:
+        facts = path.stat()
+    except OSError:
+        return None
+    return _read(path.absolute(), (facts.st_ino, facts.st_mtime_ns, facts.st_size))
+
+
+@lru_cache(maxsize=1)  # a command asks several times, and another may have written meanwhile
+def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
+    return _settings(_parsed(["--config", str(path)]))
+
+
+def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
+    """The options of a suite, its paths from wherever the command is run."""
+    path = ROOT / SUITES[name]
+    if not path.is_file():
+        raise ConfigError(
+            [
+                f"--suite {name}: there is no {path}. It is part of the repository, not of the "
+                "installed package: clone it, and install it by `pip install -e .`"
+            ]
+        )
+    return [_from_here(argument) for argument in arguments_of(groups, path)]
+
+
+def _from_here(text: str) -> str:
+    """A path below samples/, also behind the name of an option or encoder, from where one is."""
+    name, equals, source = text.rpartition("=")
+    is_path = source.startswith("samples/")
+    return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text
+
+
+def check_same_run(settings: BenchmarkSettings) -> None:
+    """Check that the run's folder has no units of other options.
+
+    Raises:
+        ConfigError: it has, and units of both would be mixed.
+    """
+    _earlier(settings)
+
+
+def write_down(settings: BenchmarkSettings) -> None:
+    """Keep the options in the run's folder, to be read again with ``--config`` from anywhere.
+
+    Raises:
+        ConfigError: as ``check_same_run``; the folder cannot be written to.
+    """
+    folder, record = settings.folder, _placed(settings.record())
+    if earlier := _earlier(settings):
+        for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
+            record[name] = _union(earlier.get(name), record.get(name))
+        record = {name: value for name, value in record.items() if value is not None}
+    text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / SETTINGS_NAME) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(
+            [f"--output_dir {folder} cannot be written to ({error}). Give another"]
+        ) from error
+
+
+def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
+    """The options kept in the run's folder; none if there are none.
+
+    Raises:
+        ConfigError: they are others than these.
+    """
+    path = settings.folder / SETTINGS_NAME
+    kept = _kept_in(path)
+    if kept is None:
+        return {}
+    earlier, record = kept.record(), _placed(settings.record())
+    if differing := sorted(
+        name
+        for name in {*earlier, *record} - _FREE
+        if not _same(name, earlier.get(name), record.get(name))
+    ):
+        raise ConfigError(
+            [
+                f"--{name} is {record.get(name, 'its default')}, but "
+                f"{earlier.get(name, 'its default')} in {path}: units of both would be "
+                "mixed. Give another --output_dir, or the same option"
+                for name in differing
+            ]
+        )
+    return earlier
+
+
+def _placed(record: dict[str, Any]) -> dict[str, Any]:
+    """The options with files and folders from the root, so that they are the same everywhere."""
+
+    def placed(name: str, value: str) -> str:
+        return os.path.abspath(value) if name in _LOCAL or os.path.exists(value) else value
+
+    record = {k: placed(k, v) if v and k in _PATHS else v for k, v in record.items()}
+    if "encoders" in record:
+        pairs = (text.partition("=") for text in record["encoders"])
+        record["encoders"] = [f"{n}={placed('encoders', source)}" for n, _, source in pairs]
+    return record
+
+
+def _same(name: str, kept: Any, given: Any) -> bool:
+    """Whether two values of an option mean the same; ``given`` is as :func:`_placed` has it."""
+    if name == "encoders" and kept and given and len(kept) == len(given):
+        pairs = [(k.partition("="), g.partition("=")) for k, g in zip(kept, given, strict=True)]
+        return all(k[0] == g[0] and _same_place(k[2], g[2]) for k, g in pairs)
+    if name in _PATHS and kept and given:
+        return _same_place(kept, given)
+    return bool(kept == given)
+
+
+def _same_place(kept: str, given: str) -> bool:
+    there, here = Path(kept), Path(given)
+    if kept == given or there.resolve() == here.resolve():
+        return True
+    # kept on another machine, or moved since: by what it is called, as results tell it
+    return there.is_absolute() and not there.exists() and here.exists() and there.name == here.name
+
+
+def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:
+    """Both, in order; None, which stands for all, if one is None."""
+    if before is None or now is None:
+        return None
+    return [*before, *(value for value in now if value not in before)]

@@ -1,0 +1,126 @@
+"""Which units there are, and which are done, by the files in a run's folder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from ..tensor_files import replacing
+from .claims import age
+from .methods import Method
+from .results import (
+    RESULT_NAME,
+    UNITS_FOLDER,
+    ResultFileError,
+    UnitKey,
+    Unreadable,
+    read_result,
+)
+from .settings import BenchmarkSettings
+from .tasks import Task
+
+logger = logging.getLogger(__name__)
+
+FAILURE_NAME = "failed.json"
+
+Learned = TypeVar("Learned")
+
+
+class Unit(NamedTuple):
+    """A method, a task and a seed: trained, drawn and judged once."""
+
+    task: Task
+    method: Method
+    seed: int
+
+    @property
+    def key(self) -> UnitKey:
+        return UnitKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
+
+
+def in_order(
+    settings: BenchmarkSettings, learned: Iterable[Learned]
+) -> list[tuple[Learned, Method, int]]:
+    """Return what is learned with every method and seed, in the order in which that is done.
+
+    Whatever a run is stopped at, methods have as many units as each other, but for one.
+    """
+    things, methods = list(learned), settings.parsed_methods
+    return [
+        (thing, method, seed)
+        for seed in settings.seeds or ()
+        for thing in things
+        for method in methods
+    ]
+
+
+class Ledger:
+    """Which units are done, by the files in a run's folder."""
+
+    def __init__(self, output: Path) -> None:
+        self.output = output
+        self._told: set[Path] = set()
+        #: Result files that were read, by what tells that they are still the same.
+        self._good: dict[Path, tuple[int, int]] = {}
+
+    def folder(self, unit: Unit) -> Path:
+        return self.output / unit.key.path
+
+    def left(self, units: Sequence[Unit]) -> list[Unit]:
+        """Those that have neither a result that can be read nor failed."""
+        return [unit for unit in units if not self._is_over(unit)]
+
+    def fail(self, unit: Unit, error: Exception) -> None:
+        """Keep why a unit failed; nobody tries again until asked to."""
+        facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
+        with replacing(self.folder(unit) / FAILURE_NAME) as temporary:
+            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+
+    def failures(self) -> list[Unreadable]:
+        """Which units failed, and why."""
+        return [
+            Unreadable(path, f"the unit failed: {_why(path)}")
+            for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
+        ]
+
+    def forget_failures(self, units: Sequence[Unit], before: float) -> None:
+        """Forget those that are older than ``before`` seconds: others may have failed anew."""
+        for unit in units:
+            path = self.folder(unit) / FAILURE_NAME
+            if path.exists() and age(path) > before:
+                path.unlink(missing_ok=True)
+
+    def _is_over(self, unit: Unit) -> bool:
+        folder = self.folder(unit)
+        return self._has_result(unit, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
+
+    def _has_result(self, unit: Unit, path: Path) -> bool:
+        try:
+            facts = path.stat()
+        except OSError:
+            return False
+        same = facts.st_mtime_ns, facts.st_size
+        if self._good.get(path) == same:
+            return True
+        try:
+            if (key := read_result(path).key) != unit.key:
+                raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
+        except ResultFileError as error:
+            if path not in self._told:
+                logger.warning("%s. The unit is done again", error)
+                self._told.add(path)
+            return False
+        self._good[path] = same
+        return True
+
+
+def _why(path: Path) -> str:
+    """What a unit failed with, by its file."""
+    try:
+        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return "it is not known why, for the file cannot be read"

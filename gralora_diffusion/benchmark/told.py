@@ -1,0 +1,75 @@
+"""What a unit's result tells of how the unit was made: settings, adapted layers, versions."""
+
+from __future__ import annotations
+
+import inspect
+import platform
+from collections import Counter
+from collections.abc import Iterable
+from importlib.metadata import version
+from typing import Any
+
+import torch
+import yaml
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..layers import GraloraLayer
+from ..training.acceleration import device_name
+from ..training.adapters import ADAPTER_NAME
+from ..training.config import TrainingConfig, public_name
+from .methods import Method
+from .settings import BenchmarkSettings
+
+#: Settings that a reader wants to know also where they are the defaults.
+_ALWAYS_TOLD = (
+    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
+    *("optimizer", "resolution", "mixed_precision", "target_preset"),
+)
+
+
+def told_settings(
+    settings: BenchmarkSettings,
+    method: Method,
+    config: TrainingConfig,
+    pipe: Any,
+    device: torch.device,
+) -> dict[str, Any]:
+    """The settings of a unit, with the values that were used; of files and folders only the names.
+
+    What a method does not have is None.
+    """
+    told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
+    given = yaml.safe_load(config.to_yaml(public=True))
+    training = {
+        name: value
+        for name, value in (told | given | method.told(config)).items()
+        if name not in ("output_dir", "class_data_dir", "report_to")
+    }
+    names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"
+    drawing = {name: getattr(settings, name) for name in names.split()}
+    if settings.drawing_guidance_scale is None:
+        own = inspect.signature(pipe.__call__).parameters.get("guidance_scale")
+        drawing["drawing_guidance_scale"] = own.default if own else None
+    return {
+        "training": training,
+        "drawing": drawing,
+        "judges": {name: public_name(source) for name, source in settings.encoder_sources.items()},
+        "device": device_name(device),
+    }
+
+
+def told_layers(method: Method, models: Iterable[nn.Module]) -> dict[str, Any]:
+    """``layers`` and ``lowered_k`` of the result, of models that the method is put on."""
+    modules = [module for model in models for module in model.modules()]
+    ks = Counter(m.gralora_k[ADAPTER_NAME] for m in modules if isinstance(m, GraloraLayer))
+    return {
+        "layers": sum(isinstance(module, BaseTunerLayer) for module in modules) or None,
+        "lowered_k": {k: count for k, count in sorted(ks.items()) if k != method.k},
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of the packages that decide what comes out."""
+    names = ("gralora-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}

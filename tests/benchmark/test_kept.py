@@ -1,0 +1,206 @@
+"""Options of a run: read, written down, compared with those that its folder has."""
+
+import logging
+
+import pytest
+import yaml
+
+from gralora_diffusion.benchmark import kept
+from gralora_diffusion.benchmark.kept import (
+    ROOT,
+    SETTINGS_NAME,
+    check_same_run,
+    parse_settings,
+    write_down,
+)
+from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.training.option_parsing import parse_options
+
+GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
+
+
+@pytest.mark.parametrize(
+    ("line", "text"),
+    [
+        ("--rank 4", "--rank is not for the benchmark: give it in --methods, as in lora-r32"),
+        ("--seed 4", "--seed is not for the benchmark: give --seeds"),
+        ("--method x", "--method is not an option. Did you mean methods"),
+        ("--suite big", "invalid choice: 'big'"),
+        ("--report_only --output_dir nowhere", r"there is no nowhere.benchmark\.yaml"),
+    ],
+)
+def test_unknown_options(line, text):
+    with pytest.raises(ConfigError, match=text):
+        parse_settings(line.split())
+
+
+def test_written_down_and_read_again(tmp_path):
+    line = [*GOOD, "--output_dir", str(tmp_path), "--methods", "full"]
+    line += ["--dreambooth_dir", str(tmp_path / "db")]
+    line += ["--encoders", "dino=x", "--snr_gamma", "5", "--title", "It's: a title"]
+    settings = parse_settings(line)
+    write_down(settings)
+    again = parse_settings(["--config", str(tmp_path / SETTINGS_NAME)])
+    assert again == settings
+    report = ["--report_only", "--output_dir", str(tmp_path)]
+    assert parse_settings(report).title == settings.title
+    assert parse_settings([*report, "--title", "another"]).title == "another"
+
+
+def test_a_run_may_grow_but_not_change(tmp_path):
+    line = [*GOOD, "--output_dir", str(tmp_path), "--subjects", "dog"]
+    write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
+    write_down(parse_settings([*line, "--methods", "lora-r8", "--seeds", "1", "0"]))
+    record = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
+    assert record["methods"] == ["lora-r4", "lora-r8"]
+    assert record["seeds"] == [0, 1]
+    write_down(parse_settings([*GOOD, "--output_dir", str(tmp_path)]))
+    assert "subjects" not in yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
+    before = (tmp_path / SETTINGS_NAME).read_bytes()
+    other = parse_settings([*line, "--learning_rate", "1", "--max_prompts", "3"])
+    with pytest.raises(ConfigError, match="--learning_rate is 1"):
+        check_same_run(other)
+    with pytest.raises(ConfigError) as caught:
+        write_down(other)
+    assert len(caught.value.problems) == 2
+    assert "--learning_rate is 1.0, but its default in" in caught.value.problems[0]
+    assert (tmp_path / SETTINGS_NAME).read_bytes() == before
+
+
+def test_methods_and_seeds_that_are_not_given_are_those_of_the_run(tmp_path, caplog):
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    assert parse_settings(line).methods == ["lora-r32", "lora-r64", "gralora-r32-k2"]
+    write_down(parse_settings([*line, "--methods", "lora-r4", "base", "--seeds", "3"]))
+    with caplog.at_level(logging.INFO, "gralora_diffusion"):
+        again = parse_settings(line)
+    assert (again.methods, again.seeds) == (["lora-r4", "base"], [3])
+    path = tmp_path / SETTINGS_NAME
+    assert caplog.messages == [f"as kept in {path}: methods lora-r4 base; seeds 3"]
+    write_down(again)
+    assert yaml.safe_load(path.read_text())["methods"] == ["lora-r4", "base"]
+    # what is given is done, and added to what is kept
+    more = parse_settings([*line, "--methods", "full"])
+    assert (more.methods, more.seeds) == (["full"], [3])
+    write_down(more)
+    assert parse_settings(line).methods == ["lora-r4", "base", "full"]
+    (tmp_path / "options.yaml").write_text("seeds: [5]")
+    assert parse_settings([*line, "--config", str(tmp_path / "options.yaml")]).seeds == [5]
+
+
+def test_a_file_of_options_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / SETTINGS_NAME).write_text("methods: [lora-r4\n")
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    with pytest.raises(ConfigError, match=rf"{SETTINGS_NAME}: --config is not YAML"):
+        parse_settings(line)
+    with pytest.raises(ConfigError, match=rf"{SETTINGS_NAME}: --config is not YAML"):
+        check_same_run(parse_settings([*line, "--methods", "base", "--seeds", "0"]))
+
+
+def test_one_without_methods_has_the_usual_ones(tmp_path):
+    (tmp_path / SETTINGS_NAME).write_text("dreambooth_dir: db\n")
+    assert parse_settings([*GOOD, "--output_dir", str(tmp_path)]).methods[0] == "lora-r32"
+
+
+def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_path, monkeypatch):
+    line = [*GOOD, "--output_dir", str(tmp_path)]
+    write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
+    parsed = []
+    monkeypatch.setattr(
+        kept, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
+    )
+    ours = parse_settings(line)
+    check_same_run(ours)
+    write_down(ours)
+    assert parsed == [line, ["--config", str(tmp_path / SETTINGS_NAME)]]
+    write_down(parse_settings([*line, "--methods", "lora-r8"]))
+    write_down(ours)
+    assert parse_settings(line).methods == ["lora-r4", "lora-r8"]
+
+
+def places(folder):
+    """A base, a clone and an encoder, of which nothing but the place matters here."""
+    for name in ("base", "db", "judge"):
+        (folder / name).mkdir(parents=True)
+    return folder
+
+
+RELATIVE = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
+RELATIVE += ["--encoders", "dino=judge", "clip=openai/clip-vit-base-patch32"]
+
+
+def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
+    """The same files by other paths are the same; the same paths to other files are not."""
+    monkeypatch.chdir(places(tmp_path / "one"))
+    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    places(tmp_path / "other")
+    (tmp_path / "link").symlink_to(tmp_path / "one")
+    monkeypatch.chdir(tmp_path / "other")
+    for way in ("../one/", f"{tmp_path}/one/", "../link/"):
+        line = ["--dreambooth_dir", f"{way}db", "--pretrained_model_name_or_path", f"{way}base"]
+        line += ["--encoders", f"dino={way}judge", "clip=openai/clip-vit-base-patch32"]
+        check_same_run(parse_settings([*line, "--output_dir", "../run"]))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    assert [problem.split()[0] for problem in caught.value.problems] == [
+        *("--dreambooth_dir", "--encoders", "--pretrained_model_name_or_path")
+    ]
+    said = caught.value.problems[0]
+    assert f"is {tmp_path}/other/db, but {tmp_path}/one/db in" in said
+
+
+def test_what_is_kept_is_read_from_another_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(places(tmp_path / "one"))
+    given = parse_settings([*RELATIVE, "--output_dir", "run", "--latent_cache_dir", "latents"])
+    write_down(given)
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    again = parse_settings(["--config", "../one/run/benchmark.yaml"])
+    check_same_run(again)
+    one = f"{tmp_path}/one/"
+    assert (again.output_dir, again.dreambooth_dir) == (f"{one}run", f"{one}db")
+    assert again.training.pretrained_model_name_or_path == f"{one}base"
+    assert again.training.latent_cache_dir == f"{one}latents"
+    clip = "openai/clip-vit-base-patch32"
+    assert again.encoder_sources == {"dino": f"{one}judge", "clip": clip}
+    # the report shows them as they were given
+    assert given.record()["dreambooth_dir"] == "db"
+
+
+def test_files_that_were_moved_are_known_by_their_names(tmp_path, monkeypatch):
+    """As on another machine, that has them elsewhere."""
+    monkeypatch.chdir(places(tmp_path / "one"))
+    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    (tmp_path / "one").rename(tmp_path / "two")
+    monkeypatch.chdir(tmp_path / "two")
+    check_same_run(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    (tmp_path / "two/db").rename(tmp_path / "two/db2")
+    other = [word.replace("db", "db2") for word in RELATIVE]
+    with pytest.raises(ConfigError, match=r"--dreambooth_dir is .*two/db2, but .*one/db in"):
+        check_same_run(parse_settings([*other, "--output_dir", "../run"]))
+    hub = [word.replace("=judge", "=nobody/judge") for word in RELATIVE]
+    with pytest.raises(ConfigError, match=r"--encoders is .*nobody/judge"):
+        check_same_run(parse_settings([*hub, "--output_dir", "../run"]))
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path):
+    (tmp_path / "file").touch()
+    settings = parse_settings([*GOOD, "--output_dir", str(tmp_path / "file" / "run")])
+    with pytest.raises(
+        ConfigError, match=r"--output_dir .*run cannot be written to .*Give another"
+    ):
+        write_down(settings)
+
+
+def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = parse_settings(["--suite", "tiny", "--seeds", "7", "--output_dir", "out"])
+    settings.check()
+    assert len(settings.subjects) >= 8
+    assert settings.seeds == [7]
+    base = settings.training.pretrained_model_name_or_path
+    assert (tmp_path / base).resolve() == ROOT / "samples/tiny-base"
+    for source in settings.encoder_sources.values():
+        assert (tmp_path / source / "config.json").is_file()
+    kinds = {method.kind for method in settings.parsed_methods}
+    assert kinds == {"lora", "gralora"}
+    assert any(method.hybrid_rank for method in settings.parsed_methods)
