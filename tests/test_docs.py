@@ -13,7 +13,12 @@ import pytest
 import torch
 import yaml
 from accelerate.commands.launch import launch_command_parser
-from diffusers import DDIMScheduler, PixArtAlphaPipeline, PixArtTransformer2DModel
+from diffusers import (
+    DDIMScheduler,
+    FluxImg2ImgPipeline,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
 from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -236,7 +241,7 @@ RUNNABLE = sorted({block.path for block in PYTHON if block.info == "python runna
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_compiles(block):
-    assert block.info in ("python", "python runnable", "python family")
+    assert block.info in ("python", "python runnable", "python family", "python flux")
     compile(block.text, str(block), "exec")
 
 
@@ -247,6 +252,31 @@ def test_python_runs(path, reader):
     for block in PYTHON:
         if block.path == path and block.info == "python runnable":
             exec(compile(block.text, str(block), "exec"), names)
+
+
+def test_python_of_flux_runs(workplace):
+    """As it stands there, but for the size of the models."""
+    pipe = models.PIPELINES["flux"]()
+    pipe.save_pretrained("black-forest-labs/FLUX.1-dev")
+    models.adapt_everywhere(pipe, ["transformer"])
+    pipe.save_gralora_weights("my_flux_adapter")
+    other = models.PIPELINES["flux"](seed=1).transformer
+    other.save_pretrained("black-forest-labs/FLUX.1-Kontext-dev/transformer")
+    (block,) = [block for block in PYTHON if block.info == "python flux"]
+    names = {}
+    exec(compile(block.text, str(block), "exec"), names)
+    pipe, kontext = names["pipe"], names["kontext"]
+    for shared in ("image_to_image", "inpaint"):
+        assert names[shared].transformer is pipe.transformer
+        assert names[shared].get_list_adapters()["transformer"] == ["dog"]
+    assert kontext.text_encoder_2 is pipe.text_encoder_2
+    assert kontext.get_list_adapters()["transformer"] == ["dog for Kontext"]
+    expected, made = other.x_embedder.weight, kontext.transformer.x_embedder.weight
+    assert torch.equal(made, expected.bfloat16())
+    for model in (pipe.transformer, pipe.text_encoder, pipe.vae, kontext.transformer):
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+    FluxImg2ImgPipeline.from_pipe(pipe)  # without dtype all of it would be fp32
+    assert {parameter.dtype for parameter in pipe.vae.parameters()} == {torch.float32}
 
 
 # -- adding a family -------------------------------------------------------------------------------

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from torch import nn
 
 from ..compatibility import adapter_tensors, set_adapter_tensors
 from ..config import GraloraConfig, describe_unused, exact_pattern, unused_patterns
+from ..config_values import pattern_key
 from ..families import ModelFamily
 from ..injection import inject
 from ..layers import GraloraLayer
@@ -30,6 +32,8 @@ from .streams import seed_from
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
+#: What a card calls a lowered k.
+LOWERED_K = "k lowered"
 
 
 def trained_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
@@ -178,6 +182,19 @@ def _log_lowered(component: str, lowered: Mapping[str, int], count: int) -> None
 def _misfit(error: ValueError) -> ConfigError:
     flags = "--rank, --gralora_k, --lora_layers or --target_preset"
     return ConfigError([f"{flags} do not fit the base: {error}"])
+
+
+def adapter_facts(models: Iterable[nn.Module], config: TrainingConfig) -> dict[str, Any]:
+    """Return what a model card says of the adapter on these models: its layers, and lowered k."""
+    wanted, count, lowered = given_patterns(config)["k_pattern"], 0, Counter[int]()
+    for model in models:
+        for path, layer in model.named_modules():
+            if isinstance(layer, GraloraLayer):
+                count, k = count + 1, layer.gralora_k[ADAPTER_NAME]
+                lowered[k] += k < wanted.get(pattern_key(wanted, path), config.gralora_k)
+    where = ", ".join(f"{k} on {n}" for k, n in sorted(lowered.items()) if n)
+    told = {LOWERED_K: f"to {where} of these layers, whose widths ask for it"} if where else {}
+    return {"adapted layers": count, **told}
 
 
 def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:

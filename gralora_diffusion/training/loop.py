@@ -29,7 +29,7 @@ from .acceleration import (
     share_only_what_is_trained,
     trackable,
 )
-from .adapters import adapter_parameters, add_adapters, weights_for_use
+from .adapters import adapter_facts, adapter_parameters, add_adapters, weights_for_use
 from .base_model import completed, find_base_family, load_base, present
 from .batches import Batches, find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
@@ -44,6 +44,7 @@ from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, start
 from .prior import class_pictures_lacking, draw_class_images
+from .quantization import quantization_facts
 from .records import MetricsFile
 from .run_state import RunState
 from .same_run import check_options, find_checkpoint
@@ -234,6 +235,8 @@ class Trainer:
                 "steps": state.step,
                 "samples per step": self.data.samples_per_step,
                 "trained parameters": sum(p.numel() for p in self.parameters),
+                **adapter_facts([getattr(self.pipe, name) for name in state.components], config),
+                **quantization_facts(config, self.pipe),
                 "seconds per step": round(seconds / max(1, state.step - first_step), 3),
                 "device": device_name(accelerator.device),
                 "precision": accelerator.mixed_precision,

@@ -27,6 +27,8 @@ from ..targets import quantization_of
 if TYPE_CHECKING:
     from .config import TrainingConfig
 
+#: What a card calls a quantized base.
+QUANTIZED_BASE = "quantized base"
 #: --quantization -> the package that does it.
 PACKAGES = {
     "bnb-nf4": "bitsandbytes",
@@ -164,6 +166,18 @@ def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
                     f"{flag}, and the same to --prior_generation_precision if class pictures are "
                     "drawn"
                 )
+
+
+def quantization_facts(config: TrainingConfig, pipe: Any) -> dict[str, str]:
+    """Return what a model card says of a base that was quantized, on loading or on disk."""
+    kinds = {}
+    for name, model in pipe.components.items():
+        if theirs := getattr(getattr(model, "config", None), "quantization_config", None):
+            values = theirs if isinstance(theirs, dict) else theirs.to_dict()
+            method = values.get("quant_method", "some method")
+            kinds[name] = config.quantization or str(getattr(method, "value", method))
+    told = ", ".join(f"{name} by {kind}" for name, kind in kinds.items())
+    return {QUANTIZED_BASE: told} if told else {}
 
 
 def _flag(config: TrainingConfig) -> str | None:

@@ -17,8 +17,10 @@ from PIL import Image
 
 from ..tensor_files import replacing
 from .acceleration import DTYPES
+from .adapters import LOWERED_K
 from .config import TrainingConfig
 from .config_patterns import given_patterns
+from .quantization import QUANTIZED_BASE
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
@@ -95,8 +97,11 @@ def write_card(
     trigger = config.instance_prompt
     parts = [f"GraLoRA adapter (rank {config.rank}, k = {config.gralora_k}"]
     parts[0] += f", hybrid rank {config.hybrid_rank}" if config.hybrid_rank else ""
-    parts[0] += "; other values on some layers)" if any(given_patterns(config).values()) else ")"
+    others = LOWERED_K in metrics or any(given_patterns(config).values())
+    parts[0] += "; other values on some layers)" if others else ")"
     parts[0] += f" for `{shown}`, trained with DreamBooth."
+    if QUANTIZED_BASE in metrics:
+        parts[0] += f" The base was quantized meanwhile ({metrics[QUANTIZED_BASE]})."
     if trigger:
         parts.append(f"Use the prompt `{trigger}` to call the subject.")
     if grid is not None:

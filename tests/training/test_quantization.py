@@ -412,6 +412,10 @@ def test_a_base_that_is_quantized_on_disk(
     data["pretrained_model_name_or_path"] = tmp_path / "quantized"
     run(output_dir=tmp_path / "two", **data)
     assert_same_run(tmp_path / "one", tmp_path / "two")
+    for folder, kind in (("one", which), ("two", "torchao")):
+        card = (tmp_path / folder / "README.md").read_text(encoding="utf-8")
+        assert f"The base was quantized meanwhile (unet by {kind})." in card
+        assert f"| quantized base | unet by {kind} |" in card
 
     with pytest.raises(ConfigError, match=r"its unet is quantized already \(torchao\), so --quant"):
         run(output_dir=tmp_path / "three", quantization="torchao-int8", **data)

@@ -22,7 +22,7 @@ from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.records import MetricsFile, draw_curve
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
-from tests.training.runs import assert_same_run, make_pictures, metrics, run
+from tests.training.runs import adapter, assert_same_run, make_pictures, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
 
@@ -125,6 +125,8 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert yaml.safe_load(options)["rank"] == 4
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
     assert "(rank 4, k = 2; other values on some layers)" in card.text
+    assert "k lowered" not in card.text
+    assert "quantized" not in card.text
     assert "dtype=torch.float32" in card.text
     draw_by_card(card.text, {"path/to/base": base, "path/to/this/folder": finished})
 
@@ -171,6 +173,25 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         places["path/to/base_config"] = places.pop("path/to/base")
     pipe = draw_by_card(text, places)
     assert pipe.unet.dtype == torch.bfloat16
+
+
+def test_card_tells_a_lowered_k(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """conv_in takes 4 channels and conv_out makes 4, and k is 8 or, for the second one, 2."""
+    out = run(
+        output_dir=tmp_path / "out",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        max_train_steps=1,
+        rank=8,
+        gralora_k=8,
+        lora_layers="to_q,conv_in,conv_out",
+        k_pattern=["conv_out=2"],
+    )
+    text = ModelCard.load(out / "README.md").text
+    assert "(rank 8, k = 8; other values on some layers)" in text
+    layers = len({key.partition(".gralora_")[0] for key in adapter(out)})
+    assert f"| adapted layers | {layers} |" in text
+    assert "| k lowered | to 4 on 1 of these layers, whose widths ask for it |" in text
 
 
 def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path) -> None:
