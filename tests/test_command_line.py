@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from diffusers.utils import logging as of_diffusers
-from huggingface_hub.utils import are_progress_bars_disabled
+from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from transformers.utils import logging as of_transformers
 
 from gralora_diffusion.command_line import quiet_libraries, tidied_when_ended
@@ -25,6 +26,20 @@ from gralora_diffusion.warm_start.main import main as import_lora
 from tests.models import adapt, stable_diffusion
 
 ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def usual_signals() -> Iterator[None]:
+    """What nohup, or a shell's background, had this process ignore is heard again."""
+    usual = {
+        signal.SIGINT: signal.default_int_handler,
+        signal.SIGTERM: signal.SIG_DFL,
+        signal.SIGHUP: signal.SIG_DFL,
+    }
+    before = {number: signal.signal(number, handler) for number, handler in usual.items()}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +64,10 @@ def test_libraries_are_quiet_and_then_as_before() -> None:
         bars = of_diffusers.is_progress_bar_enabled(), of_transformers.is_progress_bar_enabled()
         return (*bars, are_progress_bars_disabled(), logger.isEnabledFor(logging.WARNING))
 
+    for library in (of_diffusers, of_transformers):  # whatever other tests left them at
+        library.enable_progress_bar()
+    enable_progress_bars()
+    of_diffusers.set_verbosity_warning()
     before = state()
     assert before == (True, True, False, True)
     with quiet_libraries():

@@ -42,6 +42,7 @@ from gralora_diffusion.training.loop import train
 from gralora_diffusion.warm_start import main as importing
 
 from . import models
+from .benchmarks import layer
 from .offloading import offload_groups
 
 ROOT = Path(__file__).parent.parent
@@ -204,6 +205,7 @@ PARSERS = {
 FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
+FLAGS |= {f for a in layer.build_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
 WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
 
