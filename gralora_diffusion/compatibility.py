@@ -14,7 +14,7 @@ from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from .config import layer_settings, rename_layers
+from .config_values import layer_settings, rename_layers
 from .families import find_family
 from .injection import check_adapter_name
 from .layers import GraloraLayer

@@ -12,32 +12,7 @@ from peft import GraloraConfig as PeftGraloraConfig
 from peft import PeftType
 from peft.utils import CONFIG_NAME
 
-from .config_values import (
-    BIAS_CHOICES,
-    PATTERNS,
-    LayerSettings,
-    describe_unused,
-    exact_pattern,
-    invalid_values,
-    layer_settings,
-    pattern_problem,
-    rename_layers,
-    unused_patterns,
-)
-
-__all__ = [
-    "BIAS_CHOICES",
-    "PATTERNS",
-    "GraloraConfig",
-    "LayerSettings",
-    "describe_unused",
-    "exact_pattern",
-    "invalid_values",
-    "layer_settings",
-    "pattern_problem",
-    "rename_layers",
-    "unused_patterns",
-]
+from .config_values import PATTERNS
 
 
 @dataclass

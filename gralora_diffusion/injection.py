@@ -15,7 +15,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import invalid_values
+from .config_values import invalid_values
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
 from .targets import TargetError, base_of, check_targets, refuse
 

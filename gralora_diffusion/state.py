@@ -26,7 +26,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor
 
-from .config import PATTERNS, GraloraConfig, invalid_values
+from .config import GraloraConfig
+from .config_values import PATTERNS, invalid_values
 from .file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,

@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config import describe_unused, layer_settings, unused_patterns
+from .config_values import describe_unused, layer_settings, unused_patterns
 
 #: Base layers that GraLoRA can adapt; what to name in an error message.
 SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"

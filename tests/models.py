@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from gralora_diffusion import GraloraConfig, get_family, inject
-from gralora_diffusion.config import layer_settings
+from gralora_diffusion.config_values import layer_settings
 from gralora_diffusion.state import ComponentAdapter, read_adapter
 
 from .reference import dense_update

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gralora_diffusion import blockwise, get_family, inject
-from gralora_diffusion.config import exact_pattern, layer_settings
+from gralora_diffusion.config_values import exact_pattern, layer_settings
 from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
 
 from . import models

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..blockwise import add_delta_rows, lora_factors, row_factors
 from ..compatibility import component_of
-from ..config import layer_settings
+from ..config_values import layer_settings
 from ..families import ModelFamily, get_family
 from ..layouts import Shape
 from ..state import Adapter, ComponentAdapter

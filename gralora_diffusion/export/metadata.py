@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
-from ..config import PATTERNS
+from ..config_values import PATTERNS
 from ..families import ModelFamily, PublishedNames
 from ..state import Adapter
 from ..tensor_files import HASH_FIELDS

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .. import blockwise
-from ..config import invalid_values, layer_settings
+from ..config_values import invalid_values, layer_settings
 from ..factors import FactorDict, Projection
 from ..targets import layer_shape, quantization_of, unsuitable
 

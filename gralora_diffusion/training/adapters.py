@@ -15,8 +15,8 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 
 from ..compatibility import adapter_tensors, set_adapter_tensors
-from ..config import GraloraConfig, describe_unused, exact_pattern, unused_patterns
-from ..config_values import pattern_key
+from ..config import GraloraConfig
+from ..config_values import describe_unused, exact_pattern, pattern_key, unused_patterns
 from ..families import ModelFamily
 from ..injection import inject
 from ..layers import GraloraLayer

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..compatibility import Fit, check_fit, set_adapter_tensors
-from ..config import GraloraConfig, exact_pattern, layer_settings
+from ..config import GraloraConfig
+from ..config_values import exact_pattern, layer_settings
 from ..families import ModelFamily
 from ..state import AdapterFileError, read_adapter
 from ..targets import adaptable_modules, find_targets

@@ -14,8 +14,7 @@ from ..families import find_pipeline_family, list_families
 from ..hub import offline_problem
 from ..low_rank import Pair
 from ..targets import layer_shape, unsupported
-from ..tensor_files import AdapterFileError
-from .through_diffusers import some
+from ..tensor_files import AdapterFileError, some
 
 #: In and out features and kernel of a layer.
 LayerShape = tuple[int, int, tuple[int, ...]]

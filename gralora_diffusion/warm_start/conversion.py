@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from ..blockwise import init_factors, init_plain_factors
-from ..config import GraloraConfig, exact_pattern
-from ..config_values import check_numbers
+from ..config import GraloraConfig
+from ..config_values import check_numbers, exact_pattern
 from ..families import ModelFamily, get_family
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, blockwise, cli, get_family
-from gralora_diffusion.config import layer_settings
+from gralora_diffusion.config_values import layer_settings
 from gralora_diffusion.export import export_lora
 from gralora_diffusion.export.choices import STYLES
 from gralora_diffusion.low_rank import truncate
