@@ -137,7 +137,7 @@ class Runner:
             pipe=self.pipe,
             put_on=method.put_on,
         )
-        told = told_layers(method, (getattr(self.pipe, name) for name in trainer.state.components))
+        told = told_layers(config, [getattr(self.pipe, name) for name in trainer.state.components])
         log = self._mechanism_log(layers, trainer.max_steps)
         in_use = partial(weights_for_use, trainer.parameters, trainer.optimizer, trainer.ema)
         with ExitStack() as stack:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import inspect
 import platform
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Sequence
 from importlib.metadata import version
 from typing import Any
 
@@ -14,9 +13,8 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..layers import GraloraLayer
 from ..training.acceleration import device_name
-from ..training.adapters import ADAPTER_NAME
+from ..training.adapters import lowered_ks
 from ..training.config import TrainingConfig, public_name
 from .methods import Method
 from .settings import BenchmarkSettings
@@ -59,14 +57,10 @@ def told_settings(
     }
 
 
-def told_layers(method: Method, models: Iterable[nn.Module]) -> dict[str, Any]:
-    """``layers`` and ``lowered_k`` of the result, of models that the method is put on."""
-    modules = [module for model in models for module in model.modules()]
-    ks = Counter(m.gralora_k[ADAPTER_NAME] for m in modules if isinstance(m, GraloraLayer))
-    return {
-        "layers": sum(isinstance(module, BaseTunerLayer) for module in modules) or None,
-        "lowered_k": {k: count for k, count in sorted(ks.items()) if k != method.k},
-    }
+def told_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[str, Any]:
+    """``layers`` and ``lowered_k`` of the result, of models with a method put on."""
+    layers = sum(isinstance(m, BaseTunerLayer) for model in models for m in model.modules())
+    return {"layers": layers or None, "lowered_k": lowered_ks(models, config)}
 
 
 def versions() -> dict[str, str]:

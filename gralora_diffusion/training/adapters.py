@@ -184,15 +184,22 @@ def _misfit(error: ValueError) -> ConfigError:
     return ConfigError([f"{flags} do not fit the base: {error}"])
 
 
-def adapter_facts(models: Iterable[nn.Module], config: TrainingConfig) -> dict[str, Any]:
-    """Return what a model card says of the adapter on these models: its layers, and lowered k."""
-    wanted, count, lowered = given_patterns(config)["k_pattern"], 0, Counter[int]()
+def lowered_ks(models: Iterable[nn.Module], config: TrainingConfig) -> dict[int, int]:
+    """Return k -> in how many GraLoRA layers of these models it is this, below what was asked."""
+    wanted, lowered = given_patterns(config)["k_pattern"], Counter[int]()
     for model in models:
         for path, layer in model.named_modules():
             if isinstance(layer, GraloraLayer):
-                count, k = count + 1, layer.gralora_k[ADAPTER_NAME]
-                lowered[k] += k < wanted.get(pattern_key(wanted, path), config.gralora_k)
-    where = ", ".join(f"{k} on {n}" for k, n in sorted(lowered.items()) if n)
+                k = layer.gralora_k[ADAPTER_NAME]
+                if k < wanted.get(pattern_key(wanted, path), config.gralora_k):
+                    lowered[k] += 1
+    return dict(sorted(lowered.items()))
+
+
+def adapter_facts(models: Sequence[nn.Module], config: TrainingConfig) -> dict[str, Any]:
+    """Return what a model card says of the adapter on these models: its layers, and lowered k."""
+    count = sum(isinstance(m, GraloraLayer) for model in models for m in model.modules())
+    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, config).items())
     told = {LOWERED_K: f"to {where} of these layers, whose widths ask for it"} if where else {}
     return {"adapted layers": count, **told}
 

@@ -78,12 +78,13 @@ def test_layers_with_a_lower_k(name, lowered):
     method.put_on(pipe, get_family(pipe), config)
     names = [n for n, m in stable_diffusion().unet.named_modules() if isinstance(m, LAYERS)]
     wanted = [n for n in names if n.rpartition(".")[2] in layers.split(",")]
-    assert told_layers(method, [pipe.unet]) == {"layers": len(wanted), "lowered_k": lowered}
+    assert told_layers(config, [pipe.unet]) == {"layers": len(wanted), "lowered_k": lowered}
 
 
 @pytest.mark.parametrize("name", ["full", "base"])
 def test_of_methods_that_adapt_no_layer(name):
-    told = told_layers(Method.parse(name), [stable_diffusion().unet])
+    config = Method.parse(name).configured(TrainingConfig())
+    told = told_layers(config, [stable_diffusion().unet])
     assert told == {"layers": None, "lowered_k": {}}
 
 
