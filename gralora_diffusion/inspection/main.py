@@ -48,10 +48,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             continue
         if inspection.non_finite:
             code = max(code, 1)
-        facts.append(inspection.to_dict())
-        if not options.json:
+        if options.json:
+            facts.append(inspection.to_dict())
+        else:
             print("\n" * (number > 0) + as_text(inspection, options.all_layers))
-    if options.json and facts:
+    if facts:
         print(json.dumps(facts if len(options.paths) > 1 else facts[0], indent=2))
     if code:
         sys.exit(code)
