@@ -47,7 +47,7 @@ from .prior import class_pictures_lacking, draw_class_images
 from .quantization import quantization_facts
 from .records import MetricsFile
 from .run_state import RunState
-from .same_run import check_options, find_checkpoint
+from .same_run import check_options, find_checkpoint, read_progress
 from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
@@ -74,7 +74,8 @@ def train(config: TrainingConfig) -> Path:
     for remark in check_family_options(config, family):
         logger.warning(remark)
     if resume is not None:
-        check_options(resume[1], config.with_defaults(family.training_defaults))
+        _, path = resume
+        check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
     pictures, class_pictures = find_pictures(config), find_class_pictures(config)
     with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)

@@ -94,8 +94,8 @@ class RunState:
         groups = self.optimizer.param_groups
         rates = [(g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups]
         try:
-            check_options(path, self.config)
             progress = read_progress(path)
+            check_options(path, progress, self.config)
             check_base(path, progress, self.base)
             self.accelerator.load_state(str(path))
             self.step, digest = progress["step"], progress["data_digest"]

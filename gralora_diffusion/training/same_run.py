@@ -78,16 +78,17 @@ def unreadable(path: Path, error: Exception) -> CheckpointError:
     )
 
 
-def check_options(path: Path, config: TrainingConfig) -> None:
+def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfig) -> None:
     """Compare the options of a checkpoint with those of the run.
 
     Args:
+        progress: what ``read_progress`` says.
         config: with the family's defaults.
 
     Raises:
-        CheckpointError: it is of another run, or cannot be read; names all options that differ.
+        CheckpointError: it is of another run; names all options that differ.
     """
-    there, here = read_progress(path)["options"], deciding_options(config)
+    there, here = progress["options"], deciding_options(config)
     # a checkpoint of an earlier version tells less
     differing = [name for name in here if name in there and there[name] != here[name]]
     if differing:
@@ -99,6 +100,7 @@ def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any])
     """Compare the base of a checkpoint with the run's, wherever both lie.
 
     Args:
+        progress: what ``read_progress`` says.
         base: what ``describe_base`` says.
 
     Raises:

@@ -19,6 +19,7 @@ from gralora_diffusion.training.same_run import (
     check_options,
     deciding_options,
     describe_base,
+    read_progress,
 )
 from tests.models import adapt, stable_diffusion
 from tests.training.runs import assert_same_run, run
@@ -55,7 +56,7 @@ def checkpoint(folder: Path, base: Any = None, **options: Any) -> Path:
 def test_other_options(tmp_path: Path, there: Any, here: Any, told: list[str]) -> None:
     path = checkpoint(tmp_path, **there)
     with pytest.raises(CheckpointError) as caught:
-        check_options(path, TrainingConfig(**here))
+        check_options(path, read_progress(path), TrainingConfig(**here))
     assert f"({'; '.join(told)})" in str(caught.value)
     assert f"--initial_adapter {path} and another --output_dir" in str(caught.value)
 
@@ -69,16 +70,17 @@ def test_other_options(tmp_path: Path, there: Any, here: Any, told: list[str]) -
     ],
 )
 def test_options_that_may_change(tmp_path: Path, there: Any, here: Any) -> None:
-    check_options(checkpoint(tmp_path, **there), TrainingConfig(**here))
+    path = checkpoint(tmp_path, **there)
+    check_options(path, read_progress(path), TrainingConfig(**here))
 
 
 def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
     progress = {"step": 2, "options": {"optimizer": "adamw", "use_ema": False}}
     (path / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
-    check_options(path, TrainingConfig(snr_gamma=5.0))
+    check_options(path, read_progress(path), TrainingConfig(snr_gamma=5.0))
     with pytest.raises(CheckpointError, match="--use_ema False there, True here"):
-        check_options(path, TrainingConfig(use_ema=True))
+        check_options(path, read_progress(path), TrainingConfig(use_ema=True))
     check_base(path, progress, describe_base(stable_diffusion(), TrainingConfig()))
 
 
@@ -86,7 +88,7 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
 def test_a_damaged_checkpoint(tmp_path: Path, text: str) -> None:
     (tmp_path / PROGRESS_NAME).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"cannot be resumed from: .* take an earlier"):
-        check_options(tmp_path, TrainingConfig())
+        read_progress(tmp_path)
 
 
 # -- the base --------------------------------------------------------------------------------------
