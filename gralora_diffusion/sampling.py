@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .command_line import quiet_libraries
 from .families import ModelFamily, find_pipeline_family, mend_clip_skip
 from .hub import offline_problem
+from .staging import OutputError, find_overlap, staged
 
 #: Names of dtypes, as in the other commands -> torch's.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
@@ -183,8 +184,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows.append(("the subject", _pictures(args.reference, command)))
     with quiet_libraries():
         rows += _drawn(args, command)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    labelled_grid(rows, args.prompt).save(args.output)
+    try:
+        with staged(args.output) as temporary:
+            labelled_grid(rows, args.prompt).save(temporary)
+    except OutputError as error:
+        command.error(str(error))
     print(args.output)
 
 
@@ -268,6 +272,12 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
         parser.error(f"--output is '{args.output}'; it must be a picture file, such as grid.png")
+    adapter = Path(args.adapter or "").expanduser()
+    # beside the adapter a grid may lie; what is read of such a folder are these files
+    weights = adapter.rglob("*.safetensors") if args.adapter and adapter.is_dir() else [adapter]
+    read = [args.base, args.reference, *(file for file in weights if file.is_file())]
+    if source := find_overlap(args.output, read):
+        parser.error(f"--output {args.output}: that is {source}, which is read. Give another")
     for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; it must be at least 1")

@@ -118,6 +118,25 @@ def test_command_compares(files: Path) -> None:
     assert (before[8:200] != after[8:200]).any()
 
 
+def test_command_writes_over_nothing_that_it_reads(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subject = files / "subject"
+    subject.mkdir()
+    Image.new("RGB", (8, 8)).save(subject / "1.png")
+    weights = files / "adapter" / "pytorch_gralora_weights.safetensors"
+    (files / "hard.png").hardlink_to(weights)
+    (files / "link.png").symlink_to(files / "base" / "model_index.json")
+    line = ["--prompt", "x", "--base", str(files / "base"), "--adapter", str(files / "adapter")]
+    line += ["--reference", str(subject)]
+    before = {path: path.read_bytes() for path in files.rglob("*") if path.is_file()}
+    for output in ("subject/1.png", "subject/2.png", "base/grid.png", "hard.png", "link.png"):
+        with pytest.raises(SystemExit):
+            main([*line, "--output", str(files / output)])
+        assert "which is read. Give another" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
 @pytest.mark.parametrize("name", [None, "fp32", "bf16", "fp16"])
 def test_dtype(files: Path, name: str | None) -> None:
     """Without the option, fp32 on the CPU whatever the base is stored in."""

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.rounding import RoundingError
-from gralora_diffusion.staging import OutputError, check_output, staged
+from gralora_diffusion.staging import OutputError, check_output, find_overlap, staged
 
 from .models import PIPELINES, adapt_everywhere
 from .originals import ORIGINALS, transformer_alone, write
@@ -93,7 +93,7 @@ def test_outputs_that_are_refused(tmp_path):
     file.write_text("base")
     link = tmp_path / "link"
     link.symlink_to(file)
-    for output in (base, base / "unet", base / "a" / "b"):
+    for output in (base, base / "unet", base / "a" / "b", tmp_path):
         with pytest.raises(OutputError, match="which is read"):
             check_output(output, True, [base])
     for output in (file, link, tmp_path / "other" / ".." / "file"):
@@ -106,6 +106,45 @@ def test_outputs_that_are_refused(tmp_path):
     check_output(tmp_path / "new", False, [base])
     check_output(file, True, [base])
     check_output(tmp_path / "bases", False, [base])
+
+
+def test_what_is_read_is_found_through_links(tmp_path):
+    base = folder_of(tmp_path / "base", "model_index.json")
+    weights = folder_of(base / "unet", "weights")
+    blob = tmp_path / "blob"
+    blob.write_text("blob")
+    (base / "unet" / "linked").symlink_to(blob)
+    (tmp_path / "link").symlink_to(base)
+    (tmp_path / "hard").hardlink_to(weights / "weights")
+    elsewhere = folder_of(tmp_path / "elsewhere")
+    (elsewhere / "unet").symlink_to(weights)
+    (weights / "loop").symlink_to(base)
+    inside = [base, weights, weights / "weights", weights / "new", tmp_path / "link" / "a" / "b"]
+    inside += [tmp_path / "link", elsewhere / "unet", elsewhere / "unet" / "new"]
+    inside += [tmp_path / "hard", blob, elsewhere / ".." / "base" / "x", tmp_path]
+    for output in inside:
+        assert find_overlap(output, [None, "owner/name", base]), output
+        with pytest.raises(OutputError, match="which is read"):
+            check_output(output, True, [str(base)])
+    # through a link to it, or to a part of it
+    assert find_overlap(weights / "weights", [elsewhere])
+    assert find_overlap(weights, [elsewhere])
+    assert find_overlap(blob, [tmp_path / "link"])
+    # a folder that is replaced takes the link in it along
+    assert find_overlap(elsewhere, [elsewhere / "unet" / "weights"]) is None
+    assert find_overlap(elsewhere, [elsewhere / "unet"])
+    apart = [elsewhere / "new", tmp_path / "new", tmp_path / "basement", base / ".." / "x"]
+    for output in apart:
+        assert find_overlap(output, [base, blob, "no/such", None]) is None, output
+
+
+@pytest.mark.parametrize("index", [None, "", "[1, 2]", "3", "{", "[" * 10_000])
+def test_a_folder_that_is_no_pipeline_is_not_replaced(index, tmp_path):
+    output = folder_of(tmp_path / "out")
+    if index is not None:
+        (output / "model_index.json").write_text(index)
+    with pytest.raises(OutputError, match="no pipeline that may be replaced"):
+        check_output(output, True, [])
 
 
 QUIET = {"progress": False, "overwrite": True}

@@ -8,8 +8,10 @@ from typing import Any
 
 import yaml
 
+from ..staging import lies_in
 from ..training.config import TrainingConfig, group_table
 from ..training.config_checks import ConfigError
+from ..training.config_paths import READ
 from .encoders import source_problem
 from .methods import Method
 from .options import (
@@ -40,6 +42,8 @@ DRIFT_PROMPTS = (
     "a cottage in a snowy forest",
     "a sailing boat on a stormy sea",
 )
+#: Folders of a run in which it writes.
+MADE = ("units", "base", "class_pictures", "held_out", "report")
 _AT_LEAST_ONE = ["held_out", "images_per_prompt", "max_prompts", "drift_images", "inference_steps"]
 _AT_LEAST_ONE += ["prior_images", "drawing_batch_size", "mechanism_steps", "mechanism_k"]
 
@@ -146,6 +150,8 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             # a report alone is made also where they are not
             elif not self.report_only and (problem := source_problem(source)):
                 problems.append(f"--encoders has {text!r}: {problem}")
+        if not self.report_only:
+            problems += self._read_and_written()
         full = any(m.startswith("full") for m in self.methods or ())
         if full and (training.quantization or training.bnb_quantization_config_path):
             problems.append(
@@ -161,6 +167,20 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
                 "give --prior_source images"
             )
         return problems
+
+    def _read_and_written(self) -> list[str]:
+        """Inputs that the run would write to."""
+        read = {f"--{name}": getattr(self, name) for name in ("dreambooth_dir", "captioned_dir")}
+        read |= {f"--{name}": getattr(self.training, name) for name in READ}
+        read |= {f"--encoders {name}": path for name, path in self.encoder_sources.items()}
+        here = {name: Path(path) for name, path in read.items() if path}
+        made = [self.folder / name for name in MADE]
+        return [
+            f"--output_dir is {self.output_dir!r}, and {name} {str(path)!r} would be written to, "
+            "for one lies in the other. Give another folder"
+            for name, path in here.items()
+            if lies_in(self.folder, path) or any(lies_in(path, folder) for folder in made)
+        ]
 
     def remarks(self) -> list[str]:
         """What the user should know of options that have no effect."""

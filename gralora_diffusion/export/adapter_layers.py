@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -97,12 +96,6 @@ def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
             "the base, or the family."
         )
     return get_family(name)
-
-
-def adapter_path(adapter: Adapter) -> list[Path]:
-    """Return where the adapter was read from, if that is a file or folder here."""
-    path = Path(adapter.source).expanduser()
-    return [path] if path.exists() else []
 
 
 def adapter_layers(

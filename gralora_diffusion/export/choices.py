@@ -1,6 +1,8 @@
-"""What there is to choose from for an export, by name."""
+"""What there is to choose from for an export, by name, and what its report is called."""
 
 from __future__ import annotations
+
+from pathlib import Path
 
 #: Forms of the adapter added to its base.
 FORMATS = ("checkpoint", "diffusers")
@@ -13,3 +15,8 @@ SAID = (
     *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),
     *("resolution", "date"),
 )
+
+
+def parity_path(output: Path) -> Path:
+    """Return where the report on an output lies."""
+    return output.with_name(f"{output.name}.parity.json")

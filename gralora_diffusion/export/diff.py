@@ -13,7 +13,7 @@ import torch
 from ..layouts import locate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
-from .adapter_layers import LayerUpdate, adapter_layers, adapter_path, find_adapter_family
+from .adapter_layers import LayerUpdate, adapter_layers, find_adapter_family
 from .bases import open_base
 from .lora import LoraReport, component_names, lora_dtype
 from .metadata import export_metadata
@@ -47,7 +47,7 @@ def export_diff(
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, "comfyui", opened)
-    check_output(path, overwrite, adapter_path(read))
+    check_output(path, overwrite, [read.source, opened.path if opened else None])
     target = lora_dtype(dtype, parts)
     outputs = [
         _output(names[component], layer, update, target)

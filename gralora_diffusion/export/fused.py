@@ -12,7 +12,7 @@ from typing import Any
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, finish_header
-from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
+from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import DTYPE_CHOICES, FORMATS
 from .dtypes import converted
@@ -126,7 +126,7 @@ def export_fused(
     Raises:
         AdapterFileError: the adapter is not whole or does not fit the base; all is named.
         BaseError, OriginalFileError: a base that nothing can be fused into.
-        OutputError: the output is there already, or part of the base.
+        OutputError: the output is there already, or is or lies in what is read.
         RoundingError: a value that the dtype cannot hold.
         ValueError: an impossible option.
     """
@@ -144,7 +144,7 @@ def export_fused(
     family = find_adapter_family(read, opened.family.name)
     layers = adapter_layers(read, family, scale)
     _check_scale(layers, scale)
-    check_output(path, overwrite, [opened.path, *adapter_path(read)])
+    check_output(path, overwrite, [read.source, opened.path])
     report = FusedReport(path, family.name, {n: len(part.updates) for n, part in layers.items()})
     files = _plan(opened, Planner(layers), format, denoiser_only)
     if dtype == "keep":

@@ -17,7 +17,7 @@ from ..low_rank import truncate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, write_safetensors
-from .adapter_layers import AdapterLayers, adapter_layers, adapter_path, find_adapter_family
+from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
 from .bases import Base, FolderBase, open_base
 from .choices import STYLES
 from .metadata import export_metadata
@@ -107,7 +107,7 @@ def export_lora(
     Raises:
         AdapterFileError: the adapter is not whole, or has what a LoRA cannot hold.
         StyleError: the style has no names for a component. Nothing is written.
-        OutputError: the output is there already.
+        OutputError: the output is there already, or is or lies in what is read.
         ValueError: an impossible option.
     """
     if style not in STYLES:
@@ -117,7 +117,7 @@ def export_lora(
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, style, opened)
-    check_output(Path(output), overwrite, adapter_path(read))
+    check_output(Path(output), overwrite, [read.source, opened.path if opened else None])
     report = LoraReport(Path(output), style)
     target = report.dtype = lora_dtype(dtype, parts)
     tensors: dict[str, Tensor] = {}

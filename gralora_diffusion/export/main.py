@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..command_line import quiet_libraries, tidied_when_ended
 from ..families import list_families
-from ..staging import OutputError, check_output
-from .choices import DTYPE_CHOICES, FORMATS, SAID, STYLES
+from ..staging import OutputError, check_output, find_overlap
+from .choices import DTYPE_CHOICES, FORMATS, SAID, STYLES, parity_path
 
 if TYPE_CHECKING:
     from .fused import FusedReport
@@ -106,13 +106,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = command.parse_args(argv)
     args.output = args.output.expanduser()
     _check(args, command)
-    try:
-        check_output(args.output, args.overwrite, [])  # before anything is imported or downloaded
+    # of a folder with an adapter not everything is read; ``export_*`` knows what is
+    adapter = args.adapter if Path(args.adapter).expanduser().is_file() else None
+    read = [adapter, args.base, args.base_config]
+    try:  # before anything is imported or downloaded
+        check_output(args.output, args.overwrite, read)
+        if source := find_overlap(parity_path(args.output), read):
+            raise OutputError(
+                f"--output {args.output}: {source} is read, and a report on the output would take "
+                "its place. Give another"
+            )
     except OutputError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     with quiet_libraries():
         from .parity import ParityError
-        from .verification import parity_path
 
         try:
             with tidied_when_ended():

@@ -21,6 +21,7 @@ from ..state import Adapter
 from ..tensor_files import read_header
 from ..unfinished import tidied
 from .bases import Base, FileBase, FolderBase, open_base
+from .choices import parity_path
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
 from .ways import Way, fused_folder, fused_in_place, lora_file
@@ -168,11 +169,6 @@ def _computed_in(stored: torch.dtype) -> torch.dtype:
     if stored in COMPUTED_BOUNDS:
         return stored
     return torch.bfloat16 if stored.itemsize == 1 else torch.float32
-
-
-def parity_path(output: Path) -> Path:
-    """Where the report on an output lies."""
-    return output.with_name(output.name + ".parity.json")
 
 
 def _coarsest_dtype(exported: Path) -> torch.dtype:

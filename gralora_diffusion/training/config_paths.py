@@ -6,6 +6,7 @@ Nothing is downloaded and no picture is opened here: that a picture decodes is f
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import importlib.util
 import os
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from PIL import Image
 
 from ..file_names import WEIGHTS_NAME, looks_like_hub_id
+from ..staging import lies_in
 from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
 from .checkpoint import CheckpointError, CheckpointStore
 
@@ -28,6 +30,18 @@ MODEL_FOLDERS = {
     "base_config": ("model_index.json", False),
     "pretrained_vae_model_name_or_path": ("config.json", False),
 }
+#: Options that name what a run reads, and those that name a folder which it writes to.
+READ = (
+    *MODEL_FOLDERS,
+    *("bnb_quantization_config_path", "dataset_name", "instance_data_dir", "class_data_dir"),
+    *("initial_adapter", "resume_from_checkpoint"),
+)
+WRITTEN = ("output_dir", "class_data_dir", "latent_cache_dir")
+#: What a run makes, replaces or deletes in its output folder, besides the tracker's files.
+MADE = (
+    *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
+    *("metrics.jsonl", "training_curve.png", "training_config.yaml"),
+)
 
 
 def check_base(config: TrainingConfig) -> Iterator[str]:
@@ -153,6 +167,7 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
             yield f"--{name} is {value!r}: {problem}"
     if not config.output_dir:
         yield "--output_dir is empty. Give the folder for everything that comes out"
+    yield from _read_and_written(config)
     store = CheckpointStore(config.output_dir)
     if config.resume_from_checkpoint:
         try:
@@ -178,6 +193,40 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
             f"--hub_model_id is {config.hub_model_id!r}; it must be owner/name of letters, digits, "
             "'-', '_' and '.'"
         )
+
+
+def _read_and_written(config: TrainingConfig) -> Iterator[str]:
+    """Inputs that the run would write to, or delete."""
+    read = {name: Path(value) for name in READ if (value := getattr(config, name))}
+    for name in WRITTEN:
+        for source, path in read.items():
+            value = getattr(config, name)
+            if not value or name == source or not lies_in(Path(value), path):
+                continue
+            pair = {name, source}
+            if pair == {"class_data_dir", "instance_data_dir"} and lies_in(path, Path(value)):
+                continue  # one folder for both: ``config_checks`` says more of that
+            yield (
+                f"--{name} is {value!r}, which is or lies in --{source} {str(path)!r}. What is "
+                "read is not written to. Give another folder"
+            )
+    made = [Path(config.output_dir, entry) for entry in made_in(config)]
+    for source, path in read.items():
+        # a checkpoint of the same run is read there by intent
+        if source != "resume_from_checkpoint" and any(lies_in(path, entry) for entry in made):
+            yield (
+                f"--{source} is {str(path)!r}, which this run would replace or delete, for it lies "
+                f"in --output_dir {config.output_dir!r}. Give another --output_dir"
+            )
+
+
+def made_in(config: TrainingConfig) -> list[str]:
+    """Return the names in the output folder that the run makes, replaces or deletes."""
+    folder = Path(config.output_dir)
+    patterns = (*MADE, Path(config.logging_dir).parts[0] if config.logging_dir else "")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = [entry.name for entry in entries]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
 
 
 def _earlier_run(config: TrainingConfig, store: CheckpointStore) -> Iterator[str]:

@@ -52,10 +52,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     if output.suffix != ".safetensors":
         output /= WEIGHTS_NAME
     output = output.expanduser()
-    source = Path(options.lora).expanduser()
     try:
         check_numbers(options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha)
-        check_output(output, options.overwrite, [source] if source.exists() else [])
+        check_output(output, options.overwrite, [options.lora, options.base])
         with quiet_libraries(), tidied_when_ended():
             print(_import(options, output))
     except (OSError, ValueError) as error:

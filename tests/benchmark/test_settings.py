@@ -97,6 +97,23 @@ def test_encoders_are_looked_for_before_anything_is_done(dinov2, tmp_path):
     settings.check()
 
 
+def test_a_run_writes_to_nothing_that_it_reads(dinov2, tmp_path):
+    (tmp_path / "db" / "dog").mkdir(parents=True)
+    (tmp_path / "run" / "held_out").mkdir(parents=True)
+    encoder = ["--encoders", f"a={dinov2}"]
+    db = ["--pretrained_model_name_or_path", "base", "--dreambooth_dir", str(tmp_path / "db")]
+    captioned = ["--captioned_dir", str(tmp_path / "run" / "held_out"), *db[:2]]
+    for options, output, name in (
+        (db, tmp_path / "db" / "run", "--dreambooth_dir"),
+        (db, dinov2, "--encoders a"),
+        (captioned, tmp_path / "run", "--captioned_dir"),
+    ):
+        line = [*options, *encoder, "--output_dir", str(output)]
+        with pytest.raises(ConfigError, match=f"{name} .* would be written to"):
+            parse_settings(line).check()
+    parse_settings([*db, *encoder, "--output_dir", str(tmp_path)]).check()
+
+
 def test_the_home_directory_in_a_file_of_options(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     options = "output_dir: ~/run\ndreambooth_dir: ~/db\nencoders: [a=~/dino, b=x/y]\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -125,6 +126,44 @@ def test_what_is_read_is_never_replaced(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(["export", "--format", "lora", *options])
     assert "which is read. Give another" in capsys.readouterr().err
+    assert adapter.read_bytes() == before
+
+
+@pytest.mark.parametrize("format", ["lora", "diff", "checkpoint", "diffusers"])
+def test_the_base_is_never_replaced(format, place, tmp_path, capsys):
+    """Nor a file in its folder or linked to from there, nor what completes it."""
+    file = tmp_path / "base.safetensors"
+    export(place, file, "--format", "checkpoint", "--base", str(place / "base"))
+    folder = shutil.copytree(place / "base", tmp_path / "base")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    blob = weights.rename(tmp_path / "blob.safetensors")
+    weights.symlink_to(blob)
+    config = shutil.copytree(place / "base", tmp_path / "config")
+    outputs = [(file, file), (folder, weights), (folder, blob)]
+    if format == "diffusers":
+        outputs = [(folder, folder), (folder, tmp_path)]
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    capsys.readouterr()
+    for base, output in outputs:
+        with pytest.raises(SystemExit):
+            export(place, output, "--format", format, "--base", str(base), "--overwrite")
+        assert "which is read. Give another" in capsys.readouterr().err
+    inside = config / "unet" / "x.safetensors"
+    options = ["--base", str(folder), "--base_config", str(config)]
+    with pytest.raises(SystemExit):
+        export(place, inside, "--format", format, *options, "--overwrite")
+    assert "which is read. Give another" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_report_does_not_take_the_place_of_what_is_read(place, tmp_path, capsys):
+    adapter = tmp_path / "x.safetensors.parity.json"
+    adapter.write_bytes((place / "adapter/pytorch_gralora_weights.safetensors").read_bytes())
+    before = adapter.read_bytes()
+    output = ["--output", str(tmp_path / "x.safetensors"), "--format", "lora"]
+    with pytest.raises(SystemExit):
+        main(["export", "--adapter", str(adapter), *output])
+    assert "a report on the output would take its place" in capsys.readouterr().err
     assert adapter.read_bytes() == before
 
 

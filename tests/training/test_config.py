@@ -531,6 +531,53 @@ def test_problem(good: list[str], arguments: str, text: str) -> None:
     assert len(found) == 1
 
 
+READ_AND_WRITTEN = [
+    ("--output_dir pictures/run", "output_dir", "instance_data_dir"),
+    ("--output_dir base", "output_dir", "pretrained_model_name_or_path"),
+    ("--output_dir base/unet/new", "output_dir", "pretrained_model_name_or_path"),
+    ("--output_dir linked/run", "output_dir", "instance_data_dir"),
+    ("--output_dir x --latent_cache_dir pictures", "latent_cache_dir", "instance_data_dir"),
+    ("--class_data_dir pictures/class", "class_data_dir", "instance_data_dir"),
+    ("--class_data_dir base", "class_data_dir", "pretrained_model_name_or_path"),
+    ("--class_data_dir x --output_dir x", "output_dir", "class_data_dir"),
+    ("--initial_adapter ia --output_dir ia/run", "output_dir", "initial_adapter"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "written", "read"), READ_AND_WRITTEN)
+def test_what_is_read_is_not_written_to(
+    good: list[str], arguments: str, written: str, read: str
+) -> None:
+    for folder in ("ia", "x"):
+        Path(folder).mkdir()
+    Path("linked").symlink_to("pictures")
+    prior = ["--with_prior_preservation", "--class_prompt=c", "--prior_source=images"]
+    options = [*good, *(prior if "class_data" in arguments else []), *arguments.split()]
+    (problem,) = problems_of(options)
+    assert f"--{written} is" in problem
+    assert f"which is or lies in --{read} " in problem
+
+
+@pytest.mark.parametrize(
+    ("path", "refused"),
+    [
+        ("out/pytorch_gralora_weights.safetensors", True),
+        ("out/checkpoint-5/pytorch_gralora_weights.safetensors", True),
+        ("out/logs/a.safetensors", True),
+        ("out/kept/a.safetensors", False),
+    ],
+)
+def test_what_a_run_replaces_is_not_read(good: list[str], path: str, refused: bool) -> None:
+    Path(path).parent.mkdir(parents=True)
+    Path(path).touch()
+    options = [*good, "--initial_adapter", path, "--output_dir=out", "--overwrite_output_dir"]
+    if not refused:
+        parse_config(options).validate()
+        return
+    (problem,) = problems_of(options)
+    assert "this run would replace or delete" in problem
+
+
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is fine on a GPU")
 def test_fp16_without_a_gpu(good: list[str]) -> None:
     (problem,) = problems_of([*good, "--mixed_precision", "fp16"])

@@ -15,6 +15,8 @@ from gralora_diffusion.sampling import draw
 from gralora_diffusion.state import WEIGHTS_NAME
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
 from gralora_diffusion.training.adapters import put_back
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.config_paths import made_in
 from tests.models import PIPELINES
 from tests.training.runs import (
     adapter,
@@ -78,6 +80,9 @@ def test_run_with_class_pictures_resumed_and_loaded(
     assert sorted(p.name for p in (whole / "validation").iterdir()) == [
         f"step-{step:06d}" for step in (0, 2, STEPS)
     ]
+    # what an input in that folder could be lost by
+    written = made_in(TrainingConfig(output_dir=str(whole)))
+    assert sorted(written) == sorted(path.name for path in whole.iterdir())
     for tensor in adapter(whole).values():
         assert tensor.isfinite().all()
 

@@ -529,6 +529,19 @@ def test_command(tmp_path, capsys):
     cli.main(["import", *line.split(), "--overwrite"])
 
 
+def test_the_command_never_replaces_a_part_of_the_base(tmp_path, capsys):
+    pipe = models.stable_diffusion()
+    pipe.save_pretrained(tmp_path / "base")
+    weights = tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
+    line = f"--lora {tmp_path}/lora.safetensors --base {tmp_path}/base --rank 4 --gralora_k 2"
+    for output in (weights, tmp_path / "base" / "new.safetensors", tmp_path / "base"):
+        with pytest.raises(SystemExit):
+            cli.main(["import", *line.split(), "--output", str(output), "--overwrite"])
+        assert "which is read" in capsys.readouterr().err
+    assert weights.read_bytes() == before
+
+
 def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
     pipe = models.stable_diffusion()
     assert isinstance(pipe, StableDiffusionPipeline)
