@@ -313,6 +313,22 @@ def test_other_and_damaged_files_are_refused(tmp_path, files):
         node.read_gralora(str(tmp_path / "none.safetensors"))
 
 
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_factors_in_fp8(fp8, tmp_path, files):
+    text = _header(files["flux"])["__metadata__"]
+    stored = {key: t.to(fp8) for key, t in load_file(files["flux"]).items()}
+    save_file(stored, tmp_path / "fp8.safetensors", text)
+    save_file({k: t.float() for k, t in stored.items()}, tmp_path / "fp32.safetensors", text)
+    read, expected = (
+        {(x.component, x.path): x for x in node.read_gralora(str(tmp_path / name)).layers}
+        for name in ("fp8.safetensors", "fp32.safetensors")
+    )
+    assert read.keys() == expected.keys()
+    for key, layer in expected.items():
+        assert torch.equal(read[key].up, layer.up)
+        assert torch.equal(read[key].down, layer.down)
+
+
 def test_half_precision_factors_are_computed_with_in_single(tmp_path, files):
     adapter = read_adapter(files["flux"])
     halves = {key: t.half() for key, t in load_file(files["flux"]).items()}

@@ -17,7 +17,7 @@ from ..families import ModelFamily, get_family
 from ..layouts import Shape
 from ..state import Adapter, ComponentAdapter
 from ..targets import layer_of
-from ..tensor_files import AdapterFileError
+from ..tensor_files import AdapterFileError, is_finite
 
 _FACTORS = ("gralora_A", "gralora_B")
 _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
@@ -134,7 +134,7 @@ def _sorted_out(
     layers, problems = AdapterLayers(), []
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in part.tensors.items():
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             problems.append(f"{key} has NaN or infinite values")
         if ".gralora_" in key:
             path = layer_of(key)

@@ -13,6 +13,7 @@ import torch
 from ..layouts import locate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
+from ..tensor_files import finish_header
 from .adapter_layers import LayerUpdate, adapter_layers, find_adapter_family
 from .bases import open_base
 from .lora import LoraReport, component_names, lora_dtype
@@ -57,6 +58,7 @@ def export_diff(
     said = export_metadata(read, kind="diff", family=found, scale=scale, **dict(metadata or {}))
     with staged(path) as temporary:
         write_streamed(temporary, outputs, {"format": "pt", **said}, Rounding(), progress=progress)
+        finish_header(temporary)
     return LoraReport(path, "comfyui", {output.key: 0 for output in outputs})
 
 

@@ -156,7 +156,9 @@ def export_fused(
             _copy_rest(opened, target)
         for name, planned in files.items():
             outputs = converted(planned, dtype, denoiser, scale_prefix)
-            said = _metadata(read, opened, scale, format, dtype, stochastic, dict(metadata or {}))
+            said = _metadata(
+                read, opened, scale, format, dtype, stochastic, hashes, dict(metadata or {})
+            )
             here = target / name if name else target
             losses = write_streamed(here, outputs, said, rounding, progress=progress)
             component = f"{planned[0][0]}." if name else ""
@@ -200,6 +202,7 @@ def _metadata(
     format: str,
     dtype: str,
     stochastic: bool,
+    hashes: bool,
     said: dict[str, Any],
 ) -> dict[str, str]:
     """What the header says; that of a diffusers folder's files is theirs."""
@@ -216,6 +219,7 @@ def _metadata(
         base_metadata=base.metadata if isinstance(base, FileBase) else None,
         base_name=base.path.stem if single else base.path.name,
         made=made,
+        hashes=hashes,
         **said,
     )
     return {"format": "pt", **fields}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +95,7 @@ def export_lora(
         adapter: or where :func:`read_adapter` finds it.
         output: the file.
         style: whose names the layers have: comfyui, kohya or diffusers.
-        dtype: of the factors: keep (the adapter's), fp32, bf16 or fp16.
+        dtype: of the factors: keep (the adapter's; fp32 for one in fp8), fp32, bf16 or fp16.
         rank: truncate each layer to this rank.
         energy: truncate to the smallest rank that keeps this part of the squared norm.
         base: a base that tells what the adapter alone may not: the family, the number of layers
@@ -198,10 +199,21 @@ def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
 
 
 def lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
-    """Return the dtype of an option's value; keep is the adapter's own."""
+    """Return the dtype of an option's value.
+
+    keep is the adapter's own: the one that holds all of its factors, and fp32 for those of fp8,
+    which with the scaling in them would be rounded once more.
+    """
     if dtype == "keep":
-        updates = [update for part in parts.values() for update in part.updates.values()]
-        return updates[0].A.dtype
+        held = {
+            factor.dtype
+            for part in parts.values()
+            for update in part.updates.values()
+            for factor in (update.A, update.B, *(update.general or ()))
+        }
+        if held - set(LORA_DTYPES.values()):
+            return torch.float32
+        return reduce(torch.promote_types, held)
     if dtype not in LORA_DTYPES:
         raise ValueError(
             f"dtype is {dtype!r}; for a LoRA it must be keep or one of {', '.join(LORA_DTYPES)}"

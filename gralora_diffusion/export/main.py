@@ -51,7 +51,8 @@ def parser() -> argparse.ArgumentParser:
         "--dtype",
         default="keep",
         choices=DTYPE_CHOICES,
-        help="of what is written; keep: the base's, or the adapter's for lora and diff",
+        help="of what is written; keep: the base's, or for lora and diff the adapter's (of one in "
+        "fp8 fp32)",
     )
     command.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     command.add_argument(

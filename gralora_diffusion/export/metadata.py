@@ -46,6 +46,7 @@ def export_metadata(
     base_metadata: Mapping[str, str] | None = None,
     base_name: str | None = None,
     made: Mapping[str, Any] | None = None,
+    hashes: bool = True,
     **said: str | None,
 ) -> dict[str, str]:
     """Return the metadata of a file that an adapter was exported to.
@@ -62,6 +63,8 @@ def export_metadata(
         base_metadata: of the single file that the adapter was fused into.
         base_name: its name, without a folder.
         made: more to note of how the file was made, ready for JSON, such as ``{"energy": 0.95}``.
+        hashes: whether the file will have ``HASH_FIELDS``, for which room is kept here. Readers
+            take what stands there for the truth, so it must be filled in.
         said: any of ``choices.SAID``; wins over what the adapter says.
 
     Raises:
@@ -88,7 +91,8 @@ def export_metadata(
             fields["ss_network_dropout"] = dropout
         fields |= _lora_fields(names, ranks) if kind == "lora" else _DIFF_FIELDS
     fields |= {f"modelspec.{name}": value for name, value in said.items() if value is not None}
-    return {**fields, SOURCE_KEY: _source(adapter, scale, made or {}), **HASH_FIELDS}
+    source = {SOURCE_KEY: _source(adapter, scale, made or {})}
+    return {**fields, **source, **(HASH_FIELDS if hashes else {})}
 
 
 #: LyCORIS calls a file of dense updates so (``lycoris/modules/full.py``).

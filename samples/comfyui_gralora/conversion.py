@@ -131,7 +131,7 @@ def _factors(path: str, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], 
         component, _, rest = key.partition(".")
         if (found := _FACTOR.fullmatch(rest)) is None:
             others.append(key)
-        elif not torch.isfinite(tensor).all():
+        elif not torch.isfinite(tensor.float()).all():  # fp8 has no such operation of its own
             raise GraloraError(f"{path}: {key} has NaN or infinite values; the training diverged.")
         else:
             factors.setdefault((component, found[1]), {})[found[2]] = tensor

@@ -9,12 +9,14 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_diff, export_lora
 from gralora_diffusion.export.names import StyleError, find_names
+from gralora_diffusion.file_names import WEIGHTS_NAME
 
 from ..models import PIPELINES, adapt_everywhere, config, merged
 from ..originals import ORIGINALS
@@ -232,6 +234,52 @@ def test_scale_dtype_truncation(tmp_path):
             assert float(error) == pytest.approx(float(best), rel=1e-3)
             if file == files["energy"]:
                 assert error**2 <= 0.1
+
+
+@pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_an_adapter_stored_in_fp8(fp8, tmp_path):
+    """Its values are those of fp8, but nothing is rounded to fp8 again."""
+    folder = saved("stable-diffusion", tmp_path / "adapter", ["text_encoder"], hybrid_r=2)
+    file = folder / WEIGHTS_NAME
+    with safe_open(file, "pt") as held:
+        metadata = held.metadata()
+    stored = {key: tensor.to(fp8) for key, tensor in load_file(file).items()}
+    save_file(stored, tmp_path / "fp8.safetensors", metadata)
+    rounded = {key: tensor.float() for key, tensor in stored.items()}
+    save_file(rounded, tmp_path / "fp32.safetensors", metadata)
+    found = []
+    for name in ("fp8", "fp32"):
+        lora, diff = tmp_path / f"{name}.lora.safetensors", tmp_path / f"{name}.diff.safetensors"
+        export_lora(tmp_path / f"{name}.safetensors", lora)
+        export_diff(tmp_path / f"{name}.safetensors", diff, progress=False)
+        found.append(load_file(lora) | load_file(diff))
+    assert found[0].keys() == found[1].keys()
+    for key, tensor in found[1].items():
+        assert found[0][key].dtype == torch.float32
+        assert torch.equal(found[0][key], tensor), key
+    stored[next(iter(stored))].view(torch.uint8)[0] = 0x7F  # NaN in both
+    save_file(stored, tmp_path / "fp8.safetensors", metadata)
+    with pytest.raises(AdapterFileError, match="NaN or infinite values"):
+        export_lora(tmp_path / "fp8.safetensors", tmp_path / "lora.safetensors")
+
+
+def test_factors_of_several_dtypes_are_kept_in_one_that_holds_them_all(tmp_path):
+    folder = saved("stable-diffusion", tmp_path / "adapter", ["text_encoder"])
+    with safe_open(folder / WEIGHTS_NAME, "pt") as held:
+        metadata = held.metadata()
+    tensors = load_file(folder / WEIGHTS_NAME)
+    for dtypes, kept in (
+        ((torch.bfloat16, torch.bfloat16), torch.bfloat16),
+        ((torch.bfloat16, torch.float16), torch.float32),
+        ((torch.float16, torch.float32), torch.float32),
+        ((torch.float64, torch.float64), torch.float32),
+    ):
+        mixed = {key: t.to(dtypes[n % 2]) for n, (key, t) in enumerate(tensors.items())}
+        save_file(mixed, tmp_path / "mixed.safetensors", metadata)
+        report = export_lora(
+            tmp_path / "mixed.safetensors", tmp_path / "lora.safetensors", overwrite=True
+        )
+        assert report.dtype == kept
 
 
 def test_what_a_style_cannot_hold_is_named_and_nothing_is_written(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -13,6 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gralora_diffusion.cli import main
+from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes
 
 from ..models import adapt_everywhere, merged, stable_diffusion
 from ..originals import ORIGINALS, write
@@ -55,6 +57,29 @@ def test_every_format_verified(place, tmp_path, capsys):
     fused = DiffusionPipeline.from_pretrained(folder).unet.state_dict()
     expected = merged([(place / "adapter", 1.0)]).unet.state_dict()
     assert all(torch.allclose(fused[k], t, rtol=1e-6, atol=1e-7) for k, t in expected.items())
+
+
+@pytest.mark.parametrize(
+    ("options", "hashed"),
+    [
+        (["--format", "lora"], True),
+        (["--format", "diff"], True),
+        (["--format", "checkpoint", "--hash"], True),
+        (["--format", "checkpoint"], False),
+    ],
+)
+def test_hashes_are_those_of_the_tensors_or_not_there(options, hashed, place, tmp_path):
+    output = tmp_path / "x.safetensors"
+    export(place, output, *options, "--base", str(place / "base"))
+    content = output.read_bytes()
+    digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
+    with safe_open(output, "pt") as file:
+        told = {key: text for key, text in file.metadata().items() if key in HASH_FIELDS}
+    assert set(told) == (set(HASH_FIELDS) if hashed else set())
+    if hashed:
+        assert told["modelspec.hash_sha256"] == f"0x{digest}"
+        assert told["sshs_model_hash"] == digest
+        assert told["sshs_legacy_hash"] == file_hashes(output)["sshs_legacy_hash"]
 
 
 def test_from_a_single_file_and_dense_updates(place, tmp_path):
