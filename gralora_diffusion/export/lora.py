@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import reduce
@@ -89,7 +90,10 @@ def export_lora(
     """Write an adapter as a LoRA file with the very same update, or the nearest of lower rank.
 
     The exact one has rank k * r + hybrid_r in every layer. The scaling and ``scale`` lie in the
-    factors, and alpha is the rank: so a reader that passes over alpha is right, too.
+    factors, and alpha is the rank: so a reader that passes over alpha is right, too. Where layers
+    have different ranks, alpha is the most common one all the same, and the factors of the others
+    make up for it: diffusers gives alphas that differ to the wrong layers. In diffusers' own names
+    there is no alpha; what its versions before 0.42 do not conclude is in the header.
 
     Args:
         adapter: or where :func:`read_adapter` finds it.
@@ -121,7 +125,7 @@ def export_lora(
     check_output(Path(output), overwrite, [read.source, opened.path if opened else None])
     report = LoraReport(Path(output), style)
     target = report.dtype = lora_dtype(dtype, parts)
-    tensors: dict[str, Tensor] = {}
+    named: dict[str, Pair] = {}
     for component, layers in parts.items():
         pairs: dict[str, Pair] = {}
         for path, update in layers.updates.items():
@@ -130,15 +134,19 @@ def export_lora(
                 *pair, error = truncate(*pair, rank=rank, energy=energy)  # type: ignore[assignment]
             report.errors[f"{component}.{path}"] = error
             pairs[path] = (pair[0], pair[1])
-        for name, (down, up) in names[component].pairs(pairs).items():
-            report.ranks[name] = len(down)
-            tensors |= _tensors(name, down, up, style, target)
+        named |= names[component].pairs(pairs)
+    report.ranks = {name: len(down) for name, (down, _) in named.items()}
+    alpha = Counter(report.ranks.values()).most_common(1)[0][0]
+    tensors: dict[str, Tensor] = {}
+    for name, pair in named.items():
+        tensors |= _tensors(name, *pair, style, target, alpha)
     said = export_metadata(
         read,
         kind="lora",
         family=found,
         original_names=style != "diffusers",
-        ranks=report.ranks.values(),
+        ranks=report.ranks,
+        alpha=alpha,
         scale=scale,
         names=opened.published_names() if isinstance(opened, FolderBase) else None,
         made={"rank": rank, "energy": energy} if rank or energy else {},
@@ -222,9 +230,11 @@ def lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
 
 
 def _tensors(
-    name: str, down: Tensor, up: Tensor, style: str, dtype: torch.dtype
+    name: str, down: Tensor, up: Tensor, style: str, dtype: torch.dtype, alpha: int
 ) -> dict[str, Tensor]:
     up = up.reshape(*up.shape, *[1] * (down.dim() - 2))
+    if style != "diffusers":  # readers multiply by alpha / rank
+        up = up * (len(down) / alpha)
     rounded = {"down": down.to(dtype).contiguous(), "up": up.to(dtype).contiguous()}
     for factor in rounded.values():
         if not torch.isfinite(factor).all():
@@ -240,5 +250,5 @@ def _tensors(
         f"{name}.lora_down.weight": rounded["down"],
         f"{name}.lora_up.weight": rounded["up"],
         # fp32 holds every rank; in bf16 515 would become 516
-        f"{name}.alpha": torch.tensor(float(len(down))),
+        f"{name}.alpha": torch.tensor(float(alpha)),
     }

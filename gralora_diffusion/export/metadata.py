@@ -10,13 +10,16 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections import Counter
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from safetensors.torch import save
 
 from ..config_values import PATTERNS
 from ..families import ModelFamily, PublishedNames
+from ..lora_keys import DIFFUSERS_METADATA
 from ..state import Adapter
 from ..tensor_files import HASH_FIELDS
 from .choices import SAID
@@ -40,7 +43,8 @@ def export_metadata(
     kind: Kind,
     family: ModelFamily,
     original_names: bool = True,
-    ranks: Iterable[int] = (),
+    ranks: Mapping[str, int] = MappingProxyType({}),
+    alpha: int | None = None,
     scale: float = 1.0,
     names: PublishedNames | None = None,
     base_metadata: Mapping[str, str] | None = None,
@@ -57,7 +61,8 @@ def export_metadata(
     Args:
         kind: a fused checkpoint, a LoRA, or a file of dense ``.diff`` updates.
         original_names: whether keys are those of the original layout or kohya's, not diffusers'.
-        ranks: of the LoRA's layers.
+        ranks: of the LoRA's layers, by their names in the file.
+        alpha: of all of them.
         scale: that is folded in.
         names: of the base, if it is known; else what the adapter's file says, or the family's.
         base_metadata: of the single file that the adapter was fused into.
@@ -89,7 +94,9 @@ def export_metadata(
         fields["modelspec.architecture"] += "/lora"
         if dropout := network.get("ss_network_dropout"):
             fields["ss_network_dropout"] = dropout
-        fields |= _lora_fields(names, ranks) if kind == "lora" else _DIFF_FIELDS
+        fields |= _lora_fields(names, ranks, alpha) if kind == "lora" else _DIFF_FIELDS
+        if kind == "lora" and not original_names:
+            fields[DIFFUSERS_METADATA] = diffusers_metadata(ranks)
     fields |= {f"modelspec.{name}": value for name, value in said.items() if value is not None}
     source = {SOURCE_KEY: _source(adapter, scale, made or {})}
     return {**fields, **source, **(HASH_FIELDS if hashes else {})}
@@ -102,15 +109,52 @@ _DIFF_FIELDS = {
 }
 
 
-def _lora_fields(names: PublishedNames, ranks: Iterable[int]) -> dict[str, str]:
-    different = set(ranks)
+def _lora_fields(
+    names: PublishedNames, ranks: Mapping[str, int], alpha: int | None
+) -> dict[str, str]:
+    different = set(ranks.values())
     rank = different.pop() if len(different) == 1 else None
     return {
         "ss_network_module": names.lora_module,
         "ss_network_dim": "Dynamic" if rank is None else str(rank),
-        "ss_network_alpha": "Dynamic" if rank is None else str(float(rank)),
+        "ss_network_alpha": str(float(alpha or 0)),
         "ss_network_args": "{}",
     }
+
+
+def diffusers_metadata(ranks: Mapping[str, int]) -> str:
+    """Return PEFT's config of each component as ``save_lora_weights`` of diffusers writes it.
+
+    Without it, diffusers before 0.42 takes one alpha for layers of every rank, and all versions
+    guess the rank of a text projection.
+
+    Args:
+        ranks: by component and path, in diffusers' names. The alpha of each layer is its rank.
+    """
+    components: dict[str, dict[str, int]] = {}
+    for name, rank in ranks.items():
+        component, _, path = name.partition(".")
+        components.setdefault(component, {})[path] = rank
+    config: dict[str, Any] = {}
+    for component, layers in components.items():
+        usual = Counter(layers.values()).most_common(1)[0][0]
+        is_text = component.startswith("text_encoder")
+        # transformers 5 has no such level in some encoders, so there the end of a path must do
+        paths = {path: path.removeprefix("text_model.") if is_text else path for path in layers}
+        others = {
+            paths[path] if is_text else f"^{path}": rank
+            for path, rank in layers.items()
+            if rank != usual
+        }
+        fields = {
+            "r": usual,
+            "lora_alpha": usual,
+            "rank_pattern": others,
+            "alpha_pattern": others,
+            "target_modules": sorted(paths.values()),
+        }
+        config |= {f"{component}.{field}": value for field, value in fields.items()}
+    return json.dumps(config, sort_keys=True)
 
 
 def _names_of(carried: Mapping[str, str], family: ModelFamily) -> PublishedNames:

@@ -43,8 +43,9 @@ def lora_file(path: Path) -> Way:
 
     @contextmanager
     def way(pipe: Any) -> Iterator[Any]:
-        # as tensors, for diffusers goes by the ending of a file's name
-        pipe.load_lora_weights(load_file(path), adapter_name=_ADAPTER_NAME)
+        # by another name as tensors, for diffusers goes by the ending
+        file = path if path.suffix == ".safetensors" else load_file(path)
+        pipe.load_lora_weights(file, adapter_name=_ADAPTER_NAME)
         try:
             yield pipe
         finally:

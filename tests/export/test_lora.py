@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from peft import LoraConfig
+from peft.tuners.tuners_utils import check_target_module_exists
+from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -30,18 +34,26 @@ def saved(name: str, folder: Path, components: Iterable[str] = (), **changes: An
     return folder
 
 
+#: Layers of another rank than the others, and of another k, which makes another rank of the LoRA.
+MIXED = {
+    "rank_pattern": {r"to_q|q_proj|SelfAttention\.q": 8},
+    "k_pattern": {r"to_k|k_proj|SelfAttention\.k": 1},
+}
+
+
 def products(file: Path) -> dict[str, Tensor]:
     """Name -> update, as ComfyUI and sd-scripts compute it."""
-    tensors, updates = load_file(file), {}
+    tensors, updates, alphas = load_file(file), {}, set()
     for key, down in tensors.items():
         if key.endswith(".lora_down.weight"):
             name = key.removesuffix(".lora_down.weight")
             up, alpha = tensors[f"{name}.lora_up.weight"], tensors[f"{name}.alpha"]
             assert alpha.dtype == torch.float32
-            assert alpha.item() == len(down)
+            alphas.add(alpha.item())
             dense = up.double().flatten(1) @ down.double().flatten(1)
             updates[name] = (dense * alpha.item() / len(down)).reshape(len(up), *down.shape[1:])
     assert 3 * len(updates) == len(tensors)
+    assert len(alphas) == 1  # others would be given to the wrong layers by diffusers
     return updates
 
 
@@ -57,7 +69,7 @@ def weights(pipe: Any, components: Iterable[str]) -> dict[str, Tensor]:
 @pytest.mark.parametrize("name", PIPELINES)
 def test_stock_diffusers_fuses_the_same_update(name, tmp_path):
     components = read_by_diffusers(name)
-    adapter = saved(name, tmp_path / "adapter", components)
+    adapter = saved(name, tmp_path / "adapter", components, **MIXED)
     report = export_lora(adapter, tmp_path / "lora.safetensors", style="diffusers")
     pipe = PIPELINES[name]()
     base = weights(pipe, components)
@@ -74,6 +86,34 @@ def test_stock_diffusers_fuses_the_same_update(name, tmp_path):
             assert relative_error(fused[key] - base[key], value - base[key]) < 1e-4, key
         else:
             assert torch.equal(fused[key], value), key
+
+
+@pytest.mark.parametrize("energy", [None, 0.8])
+@pytest.mark.parametrize("name", PIPELINES)
+def test_every_layer_has_its_rank_and_alpha_in_the_header(name, energy, tmp_path):
+    """As PEFT reads them, whatever the version of diffusers concludes from the tensors."""
+    components = read_by_diffusers(name)
+    adapter, file = saved(name, tmp_path / "adapter", components, **MIXED), tmp_path / "x"
+    report = export_lora(adapter, file, style="diffusers", energy=energy)
+    with safe_open(file, "pt") as held:
+        fields = json.loads(held.metadata()["lora_adapter_metadata"])
+    configs = {
+        component: LoraConfig(
+            **{k.removeprefix(start): v for k, v in fields.items() if k.startswith(start)}
+        )
+        for component in components
+        if (start := f"{component}.")
+    }
+    assert len(set(report.ranks.values())) > 1
+    for key, rank in report.ranks.items():
+        component, _, path = key.partition(".")
+        config = configs[component]
+        # transformers 4 has a level that 5 took out of some encoders
+        for there in {path, path.removeprefix("text_model.")}:
+            ranks, alphas = config.rank_pattern, config.alpha_pattern
+            assert ranks.get(get_pattern_key(ranks, there), config.r) == rank
+            assert alphas.get(get_pattern_key(alphas, there), config.lora_alpha) == rank
+            assert check_target_module_exists(config, there)
 
 
 def updates_of_the_original(name: str, adapter: Path) -> dict[str, Tensor]:
@@ -99,7 +139,7 @@ def updates_of_the_model(name: str, adapter: Path, components: list[str]) -> dic
 @pytest.mark.parametrize("name", PIPELINES)
 def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
     denoiser = get_family(name).denoiser
-    adapter = saved(name, tmp_path / "adapter", [denoiser])
+    adapter = saved(name, tmp_path / "adapter", [denoiser], **MIXED)
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     file = tmp_path / "lora.safetensors"
     export_lora(adapter, file, style="kohya", base=tmp_path / "base")
@@ -119,7 +159,7 @@ def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
 @pytest.mark.parametrize("name", PIPELINES)
 def test_comfyui_names_and_rows_of_the_denoiser(name, kind, tmp_path):
     denoiser = get_family(name).denoiser
-    adapter = saved(name, tmp_path / "adapter", [denoiser])
+    adapter = saved(name, tmp_path / "adapter", [denoiser], **MIXED)
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     file = tmp_path / "lora.safetensors"
     if kind == "lora":
@@ -157,7 +197,7 @@ TEXT_ENCODERS = [  # names in sd-scripts, in ComfyUI
 
 @pytest.mark.parametrize(("name", "component", "kohya", "comfyui"), TEXT_ENCODERS)
 def test_names_of_text_encoders(name, component, kohya, comfyui, tmp_path):
-    adapter = saved(name, tmp_path / "adapter", [component])
+    adapter = saved(name, tmp_path / "adapter", [component], **MIXED)
     paths = {}
     for key, update in updates_of_the_model(name, adapter, [component]).items():
         path = key.removeprefix(f"{component}.").removesuffix(".weight")
@@ -197,7 +237,7 @@ def test_comfyui_names_of_language_models(family, width, name):
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
 def test_kohya_names_read_by_diffusers(name, tmp_path):
     components = read_by_diffusers(name)
-    adapter = saved(name, tmp_path / "adapter", components)
+    adapter = saved(name, tmp_path / "adapter", components, **MIXED)
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     file = tmp_path / "lora.safetensors"
     export_lora(adapter, file, style="kohya", base=tmp_path / "base")

@@ -59,7 +59,13 @@ def source_of(fields: dict[str, str]) -> dict[str, object]:
 
 def test_lora():
     made = export_metadata(
-        adapter(), kind="lora", family=FAMILY, ranks=[9, 9], scale=0.5, license="MIT"
+        adapter(),
+        kind="lora",
+        family=FAMILY,
+        ranks={"a": 9, "b": 9},
+        alpha=9,
+        scale=0.5,
+        license="MIT",
     )
     source = source_of(made)
     assert source.pop("adapter") == {
@@ -82,9 +88,28 @@ def test_lora():
 
 def test_lora_of_several_ranks_in_the_names_of_diffusers():
     made = export_metadata(
-        adapter(), kind="lora", family=FAMILY, ranks=[9, 8], original_names=False, title="other"
+        adapter(),
+        kind="lora",
+        family=FAMILY,
+        ranks={"unet.a.b": 9, "unet.c": 8, "unet.d": 9, "text_encoder.text_model.q": 3},
+        alpha=9,
+        original_names=False,
+        title="other",
     )
-    assert made["ss_network_dim"] == made["ss_network_alpha"] == "Dynamic"
+    assert made["ss_network_dim"] == "Dynamic"
+    assert made["ss_network_alpha"] == "9.0"
+    assert json.loads(made["lora_adapter_metadata"]) == {
+        "unet.r": 9,
+        "unet.lora_alpha": 9,
+        "unet.rank_pattern": {"^c": 8},
+        "unet.alpha_pattern": {"^c": 8},
+        "unet.target_modules": ["a.b", "c", "d"],
+        "text_encoder.r": 3,
+        "text_encoder.lora_alpha": 3,
+        "text_encoder.rank_pattern": {},
+        "text_encoder.alpha_pattern": {},
+        "text_encoder.target_modules": ["q"],
+    }
     assert made["modelspec.implementation"] == "diffusers"
     assert made["modelspec.title"] == "other"
 
@@ -155,7 +180,8 @@ def test_checkpoint_of_a_base_that_says_nothing():
 
 def test_an_adapter_that_says_nothing_is_called_as_its_family_or_base():
     bare = adapter({}, rank_pattern={"q": 8})
-    made = export_metadata(bare, kind="lora", family=FAMILY, ranks=[9], made={"energy": 0.9})
+    options = {"kind": "lora", "family": FAMILY, "ranks": {"a": 9}, "alpha": 9}
+    made = export_metadata(bare, **options, made={"energy": 0.9})
     source = source_of(made)
     assert source["energy"] == 0.9
     assert source["components"]["unet"]["rank_pattern"] == {"q": 8}
@@ -172,7 +198,7 @@ def test_an_adapter_that_says_nothing_is_called_as_its_family_or_base():
         "ss_network_args": "{}",
     }
     names = FAMILY.published_names({"cross_attention_dim": 1024})
-    made = export_metadata(bare, kind="lora", family=FAMILY, ranks=[9], names=names)
+    made = export_metadata(bare, **options, names=names)
     assert made["modelspec.architecture"] == "stable-diffusion-v2-512/lora"
     assert made["ss_v2"] == "True"
 
