@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 from .families import ModelFamily, get_family, list_families
 from .layouts import DENOISER
@@ -14,7 +16,14 @@ from .tensor_files import AdapterFileError, StoredTensor, read_header
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"
 # ends of keys that only quantized files have: numbers without which the weights are not theirs
-_QUANTIZED = ("scaled_fp8", ".scale_weight", ".weight_scale", ".absmax", ".comfy_quant")
+_QUANTIZED = (
+    *("scaled_fp8", ".scale_weight", ".weight_scale", ".weight_s_rel", ".absmax", ".comfy_quant"),
+    *(".qweight", ".wscales"),
+)
+#: Weights that are packed, several values in one or with scales that only the header may tell of.
+_PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "F8_E8M0")
+#: Where ComfyUI's files say in which form layers are stored (its ``QUANTIZATION.md``).
+_QUANTIZATION = "_quantization_metadata"
 
 
 class OriginalFileError(ValueError):
@@ -26,11 +35,16 @@ class OriginalHeader:
 
     Attributes:
         tensors: what the header says of them, by key.
+        metadata: what the header says besides.
         prefix: how the denoiser's keys begin; empty in a file of the denoiser alone.
     """
 
-    def __init__(self, tensors: Mapping[str, StoredTensor]) -> None:
-        self.tensors = tensors
+    def __init__(
+        self,
+        tensors: Mapping[str, StoredTensor],
+        metadata: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
+        self.tensors, self.metadata = tensors, metadata
         self.keys = frozenset(tensors)
         self.prefix = DENOISER if self.begins_with(DENOISER) else ""
 
@@ -49,7 +63,27 @@ class OriginalHeader:
     @property
     def quantized(self) -> str | None:
         """A key that only quantized files have."""
-        return min((key for key in self.keys if key.endswith(_QUANTIZED)), default=None)
+        return self.quantized_below("")
+
+    def quantized_below(self, prefix: str) -> str | None:
+        """Return a key with this beginning that only quantized files have, if there is one."""
+        return min((key for key in self._quantized if key.startswith(prefix)), default=None)
+
+    @cached_property
+    def _quantized(self) -> set[str]:
+        """Keys that tell a quantized file, and layers that its header says are stored so."""
+        keys = {
+            key
+            for key, tensor in self.tensors.items()
+            if key.endswith(_QUANTIZED)
+            or (tensor.dtype_name.startswith(_PACKED) and key.endswith(".weight"))
+        }
+        told = _quantized_layers(self.metadata)
+        if told is None:  # it cannot be read, so nothing is known of any of them
+            return {*self.keys}
+        weights = {f"{name}.weight" for name in told}
+        # names of the denoiser's layers may lack the prefix
+        return keys | {key if key in self.keys else self.prefix + key for key in weights}
 
     @cached_property
     def kind(self) -> str:
@@ -73,11 +107,18 @@ class OriginalHeader:
         return any(key.startswith(start) for key in self.keys)
 
 
+def _quantized_layers(metadata: Mapping[str, str]) -> list[str] | None:
+    """The layers that a header calls quantized; None if what it says cannot be read."""
+    if _QUANTIZATION not in metadata:
+        return []
+    try:
+        return [str(name) for name in dict(json.loads(metadata[_QUANTIZATION])["layers"])]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+
+
 class OriginalFile(OriginalHeader):
     """An original checkpoint. Only its header is read.
-
-    Attributes:
-        metadata: what the header says besides.
 
     Raises:
         OriginalFileError: not a whole .safetensors file.
@@ -86,19 +127,21 @@ class OriginalFile(OriginalHeader):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            tensors, self.metadata = read_header(self.path)
+            tensors, metadata = read_header(self.path)
         except AdapterFileError as error:
             raise self.error(str(error).removeprefix(f"{self.path}: ")) from error
-        super().__init__(tensors)
+        super().__init__(tensors, metadata)
 
     def error(self, problem: str) -> ValueError:
         return OriginalFileError(f"{self.path}: {problem}")
 
-    def find_family(self, any_task: bool = False) -> ModelFamily:
+    def find_family(self, any_task: bool = False, denoiser_only: bool = False) -> ModelFamily:
         """Return the family of this file.
 
         Args:
             any_task: whether bases for inpainting, editing and so on are taken, too.
+            denoiser_only: whether nothing else of the file is read, so that the rest may be
+                quantized.
 
         Raises:
             OriginalFileError: no base of a supported family, or a quantized one.
@@ -111,10 +154,15 @@ class OriginalFile(OriginalHeader):
                 f"diffusers takes this single file for {kind!r}, which is of no supported "
                 f"family ({', '.join(list_families())}). Give the text-to-image base"
             )
-        if self.quantized:
+        if key := self.quantized_below(self.prefix):
             raise self.error(
-                f"a quantized file ({self.quantized}), which cannot be read. Give the one in 16 "
-                "bits"
+                f"a quantized file ({key}), which cannot be read. Give the one in 16 bits"
+            )
+        if (key := self.quantized) and not denoiser_only:
+            raise self.error(
+                f"its denoiser is in 16 or 32 bits, but something else is quantized ({key}), which "
+                "cannot be read. Give a file in 16 bits; an export of the denoiser alone "
+                "(--denoiser_only) takes this one, too"
             )
         return family
 

@@ -193,6 +193,27 @@ def layer(component: str = "transformer", path: str = "attn.to_q") -> object:
     return node.Layer(component, path, torch.ones(6, 2), torch.ones(2, 4))
 
 
+class PackedLinear(nn.Linear):
+    """Saves two of its values as one, as ComfyUI's layers in NVFP4 do."""
+
+    def state_dict(self, *args, destination=None, prefix="", **kwargs):
+        state = super().state_dict(*args, destination=destination, prefix=prefix, **kwargs)
+        weight = state[f"{prefix}weight"]
+        state[f"{prefix}weight"] = torch.zeros(len(weight), weight.shape[1] // 2, dtype=torch.uint8)
+        state[f"{prefix}weight_scale"] = torch.ones(())
+        return state
+
+
+def test_a_model_whose_weights_are_packed_has_their_logical_shapes():
+    model = nn.Sequential(PackedLinear(4, 6), nn.BatchNorm1d(6))
+    assert model.state_dict()["0.weight"].shape == (6, 2)
+    shapes = node.weight_shapes(model)
+    assert shapes["0.weight"] == (6, 4)
+    assert shapes["1.running_mean"] == (6,)
+    assert shapes.keys() == nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6)).state_dict().keys()
+    assert len(node.lora_for([layer()], {"transformer.attn.to_q": "0.weight"}, shapes)) == 3
+
+
 def test_a_layer_that_is_some_rows_of_a_weight():
     targets = {"transformer.attn.to_q": ("qkv.weight", (0, 6, 6))}
     assert len(node.lora_for([layer()], targets, {"qkv.weight": (18, 4)})) == 3

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..blockwise import add_delta_rows, lora_factors, row_factors
 from ..compatibility import component_of
 from ..config_values import layer_settings
-from ..families import ModelFamily, get_family
+from ..families import ModelFamily, get_family, list_families
 from ..layouts import Shape
 from ..state import Adapter, ComponentAdapter
 from ..targets import layer_of
@@ -96,6 +96,13 @@ def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
             "the base, or the family."
         )
     return get_family(name)
+
+
+def adapts_denoiser_only(adapter: Adapter) -> bool:
+    """Return whether an adapter leaves every text encoder alone."""
+    known = {name for family in list_families() for name in get_family(family).components}
+    names = [component_of(part, adapter, ["", *known]) for part in adapter.components]
+    return not any(name.startswith("text_encoder") for name in names)
 
 
 def adapter_layers(

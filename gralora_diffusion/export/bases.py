@@ -89,6 +89,11 @@ class FileBase:
     @property
     def lacks(self) -> str:
         """What to do about a component that it does not hold."""
+        if set(self.layouts) == set(self.family.original_layouts):
+            return (
+                f"Its place in a single file of {self.family.name} is not known. Export a "
+                "diffusers folder, or a LoRA in style comfyui"
+            )
         return (
             f"{self.path} holds only {', '.join(self.layouts)}: a file of parts alone? Give the "
             "full checkpoint, or the folder or Hub id of the pipeline"
@@ -153,11 +158,13 @@ def open_base(
     variant: str | None = None,
     revision: str | None = None,
     cache_dir: str | None = None,
+    denoiser_only: bool = False,
 ) -> Base:
     """Read the headers of a base: a single file, a diffusers folder or a Hub id.
 
     Args:
         variant: of the weight files in a folder, such as fp16.
+        denoiser_only: whether nothing else is asked of it: the rest may be quantized, or absent.
 
     Raises:
         BaseError: nothing there, not of a supported family, without safetensors, or quantized.
@@ -165,18 +172,18 @@ def open_base(
     """
     path = Path(source).expanduser()
     if path.is_file():
-        return _open_file(path)
+        return _open_file(path, denoiser_only)
     if not path.exists():
         if not looks_like_hub_id(str(source)):
             raise BaseError(f"{source}: no such file or folder")
         path = _download(str(source), variant, revision, cache_dir)
-    return _open_folder(path, variant)
+    return _open_folder(path, variant, denoiser_only)
 
 
-def _open_file(path: Path) -> FileBase:
+def _open_file(path: Path, denoiser_only: bool) -> FileBase:
     file = OriginalFile(path)
-    family = file.find_family(any_task=True)
-    base = FileBase(path, family, dict(file.tensors), file.metadata)
+    family = file.find_family(any_task=True, denoiser_only=denoiser_only)
+    base = FileBase(path, family, dict(file.tensors), dict(file.metadata))
     for component, layouts in family.original_layouts.items():
         for layout in layouts:
             is_denoiser = component == family.denoiser
@@ -187,7 +194,7 @@ def _open_file(path: Path) -> FileBase:
     return base
 
 
-def _open_folder(path: Path, variant: str | None) -> FolderBase:
+def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> FolderBase:
     if not (path / PIPELINE_INDEX).is_file():
         raise BaseError(
             f"{path}: no {PIPELINE_INDEX} there. Give the folder of a whole pipeline as "
@@ -202,9 +209,10 @@ def _open_folder(path: Path, variant: str | None) -> FolderBase:
             f"({', '.join(list_families())})"
         )
     base = FolderBase(path, family, index, {}, {})
+    wanted = (family.denoiser,) if denoiser_only else (*family.components, "vae")
     for name, value in index.items():
         present = isinstance(value, list) and None not in value and (path / name).is_dir()
-        if present and name in (*family.components, "vae"):
+        if present and name in wanted:
             files = _weight_files(path / name, variant)
             base.files[name] = files
             base.tensors[name] = {}
@@ -222,7 +230,8 @@ def _weight_files(folder: Path, variant: str | None) -> list[Path]:
     if "quantization_config" in config:
         raise BaseError(
             f"{folder}: a quantized base; what is added to it would be rounded away. Give the one "
-            "in 16 or 32 bits: the adapter fits it too"
+            "in 16 or 32 bits: the adapter fits it too. If the denoiser is not quantized, an "
+            "export of it alone (--denoiser_only) takes this base, too"
         )
     if files := weight_files(folder, variant):
         return files

@@ -14,7 +14,7 @@ from ..layouts import locate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import finish_header
-from .adapter_layers import LayerUpdate, adapter_layers, find_adapter_family
+from .adapter_layers import LayerUpdate, adapter_layers, adapts_denoiser_only, find_adapter_family
 from .bases import open_base
 from .lora import LoraReport, component_names, lora_dtype
 from .metadata import export_metadata
@@ -44,7 +44,7 @@ def export_diff(
     """
     path = Path(output)
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-    opened = open_base(base) if base else None
+    opened = open_base(base, denoiser_only=adapts_denoiser_only(read)) if base else None
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, "comfyui", opened)

@@ -140,7 +140,13 @@ def export_fused(
         raise ValueError("fp8_e4m3 is for checkpoints; diffusers reads no such folder")
     path, rounding = Path(output), Rounding(stochastic, seed)
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-    opened = open_base(base, variant=variant, revision=revision, cache_dir=cache_dir)
+    opened = open_base(
+        base,
+        variant=variant,
+        revision=revision,
+        cache_dir=cache_dir,
+        denoiser_only=denoiser_only,
+    )
     family = find_adapter_family(read, opened.family.name)
     layers = adapter_layers(read, family, scale)
     _check_scale(layers, scale)

@@ -15,12 +15,18 @@ import torch
 from torch import Tensor
 
 from ..families import ModelFamily
+from ..layouts import Shape
 from ..low_rank import truncate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
 from ..tensor_files import AdapterFileError, write_safetensors
-from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
-from .bases import Base, FolderBase, open_base
+from .adapter_layers import (
+    AdapterLayers,
+    adapter_layers,
+    adapts_denoiser_only,
+    find_adapter_family,
+)
+from .bases import Base, FileBase, FolderBase, open_base
 from .choices import STYLES
 from .metadata import export_metadata
 from .names import Names, Pair, StyleError, find_names
@@ -118,7 +124,7 @@ def export_lora(
     if style not in STYLES:
         raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
-    opened = open_base(base) if base else None
+    opened = open_base(base, denoiser_only=adapts_denoiser_only(read)) if base else None
     found = find_adapter_family(read, opened.family.name if opened else family)
     parts = adapter_layers(read, found, scale)
     names = component_names(found, parts, style, opened)
@@ -176,13 +182,17 @@ def component_names(
                 "which are no LoRA. Export a checkpoint or a diffusers folder"
             )
         if style == "diffusers" and component not in read_by_diffusers(family):
+            others = [name for name in STYLES if _has_names(family, component, layers, name)]
+            advice = f"Use style {' or '.join(others)}, or" if others else "Export a checkpoint or"
             problems.append(
                 f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
-                "Use style comfyui or kohya, or fuse"
+                f"{advice} a diffusers folder"
             )
             continue
-        own = {f"{path}.weight": update.shape for path, update in layers.updates.items()}
-        known = base.canonical_shapes(component) if base else own
+        own = _shapes(layers)
+        # where a single file has it is not known of every component, so there nothing is compared
+        is_told = not isinstance(base, FileBase) or component in family.original_layouts
+        known = base.canonical_shapes(component) if base and is_told else own
         for key, shape in own.items():
             if known.get(key) != shape:
                 problems.append(
@@ -198,6 +208,20 @@ def component_names(
     if problems:
         raise StyleError("\n".join(["this adapter cannot be written so:", *problems]))
     return names
+
+
+def _shapes(layers: AdapterLayers) -> dict[str, Shape]:
+    """Shapes of the adapted weights by canonical key."""
+    return {f"{path}.weight": update.shape for path, update in layers.updates.items()}
+
+
+def _has_names(family: ModelFamily, component: str, layers: AdapterLayers, style: str) -> bool:
+    """Whether a style other than diffusers' own has names for a component's layers."""
+    try:
+        names = find_names(family, component, style, _shapes(layers))
+        return style != "diffusers" and all(names.name(path) for path in layers.updates)
+    except StyleError:
+        return False
 
 
 def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:

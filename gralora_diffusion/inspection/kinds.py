@@ -95,7 +95,7 @@ def _model(source: Source) -> Kind:
     name = str(source.configs.get("", {}).get("_class_name", ""))
     if source.is_pipeline:
         return _named(Kind(f"pipeline in diffusers' layout ({name})"), name)
-    file = OriginalHeader(source.headers)
+    file = OriginalHeader(source.headers, source.metadata)
     if families := file.families:
         kind = Kind(f"original single-file checkpoint{_particulars(file, families[0])}")
         kind.families, kind.told_by = families, "its keys"

@@ -16,6 +16,7 @@ from .conversion import (
     check_family,
     lora_for,
     read_gralora,
+    weight_shapes,
 )
 
 _STRENGTH = ("FLOAT", {"default": 1.0, "min": -100.0, "max": 100.0, "step": 0.01})
@@ -31,7 +32,7 @@ class GraloraLoader:
 
     RETURN_TYPES: ClassVar = ("MODEL", "CLIP")
     FUNCTION = "load"
-    CATEGORY = "loaders"
+    CATEGORY = "model/loaders"
     DESCRIPTION = "Loads a GraLoRA file of gralora_diffusion from the loras folder."
 
     def __init__(self) -> None:
@@ -64,14 +65,14 @@ class GraloraLoader:
         if strength_model:
             targets = comfy.lora.model_lora_keys_unet(model.model, {})
             layers = [layer for layer in file.layers if layer.component in DENOISERS]
-            lora = lora_for(layers, targets, _shapes(model.model))
+            lora = lora_for(layers, targets, weight_shapes(model.model))
             if lora:
                 model, _ = comfy.sd.load_lora_for_models(model, None, lora, strength_model, 0)
         if strength_clip:
             encoders = clip.cond_stage_model
             targets = comfy.lora.model_lora_keys_clip(encoders, {})
             layers = [layer for layer in file.layers if layer.component not in DENOISERS]
-            lora = lora_for(layers, targets, _shapes(encoders))
+            lora = lora_for(layers, targets, weight_shapes(encoders))
             if lora:
                 _, clip = comfy.sd.load_lora_for_models(None, clip, lora, 0, strength_clip)
         return model, clip
@@ -106,10 +107,6 @@ class GraloraLoaderModelOnly(GraloraLoader):
                 "Use Load GraLoRA; with strength_clip 0 it does without them."
             )
         return (self.load(model, None, gralora_name, strength_model, 0)[0],)
-
-
-def _shapes(module: Any) -> dict[str, tuple[int, ...]]:
-    return {key: tuple(tensor.shape) for key, tensor in module.state_dict().items()}
 
 
 NODE_CLASS_MAPPINGS = {

@@ -285,6 +285,17 @@ def lora_for(
     return lora
 
 
+def weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each weight as the model computes with it, by its key.
+
+    ``state_dict()`` would tell how it is stored: two values of NVFP4 are one byte, and GGUF has
+    blocks. Parameters have the logical shape.
+    """
+    both = {"remove_duplicate": False}  # tied weights have two keys
+    tensors = (*model.named_buffers(**both), *model.named_parameters(**both))
+    return {key: tuple(tensor.shape) for key, tensor in tensors}
+
+
 def _matrix_shape(target: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
     """Return rows and columns of what a name stands for; None if the model does not tell."""
     key, rows = (target, None) if isinstance(target, str) else target[:2]

@@ -14,7 +14,8 @@ from torch import Tensor
 from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.bases import BaseError
-from gralora_diffusion.export.lora import read_by_diffusers
+from gralora_diffusion.export.lora import export_lora, read_by_diffusers
+from gralora_diffusion.export.names import StyleError
 from gralora_diffusion.export.parity import ParityError
 from gralora_diffusion.export.verification import Verification
 from gralora_diffusion.staging import OutputError
@@ -191,6 +192,73 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
         export_fused(tmp_path / "adapter", tmp_path / "base", output)
     assert not output.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+def quantized_text_encoder(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a text encoder in fp8 and its scales, and the denoiser as it was."""
+    made = {}
+    for key, tensor in tensors.items():
+        if key.startswith("cond_stage_model.") and tensor.dim() == 2 and "embedding" not in key:
+            made[key] = tensor.to(torch.float8_e4m3fn)
+            made[key.removesuffix("weight") + "scale_weight"] = torch.ones(())
+        else:
+            made[key] = tensor
+    return made
+
+
+def test_a_base_whose_text_encoder_alone_is_quantized(tmp_path):
+    name = "stable-diffusion"
+    adapt_everywhere(tiny(name), ["unet"]).save_gralora_weights(tmp_path / "adapter")
+    tiny(name).save_pretrained(tmp_path / "base")
+    config = json.loads((tmp_path / "base/text_encoder/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (tmp_path / "base/text_encoder/config.json").write_text(json.dumps(config))
+    file = write(quantized_text_encoder(ORIGINALS[name](tiny(name))), tmp_path / "b.safetensors")
+    fused = ORIGINALS[name](merged([(tmp_path / "adapter", 1.0)], tiny(name)))
+    expected = {
+        key.removeprefix("model.diffusion_model."): tensor
+        for key, tensor in fused.items()
+        if key.startswith("model.diffusion_model.")
+    }
+    for base in (file, tmp_path / "base"):
+        output = tmp_path / "fused.safetensors"
+        with pytest.raises(ValueError, match=r"quantized(.|\n)*--denoiser_only"):
+            export_fused(tmp_path / "adapter", base, output)
+        export_fused(tmp_path / "adapter", base, output, denoiser_only=True, overwrite=True)
+        found = load_file(output)
+        agree(found, expected)
+        assert found.keys() == expected.keys()
+        # a LoRA of the denoiser needs nothing else of the base either
+        export_lora(tmp_path / "adapter", tmp_path / "lora.safetensors", base=base, overwrite=True)
+        output.unlink()
+    adapt_everywhere(tiny(name)).save_gralora_weights(tmp_path / "both")
+    for base in (file, tmp_path / "base"):
+        with pytest.raises(ValueError, match="quantized"):
+            export_lora(tmp_path / "both", tmp_path / "new.safetensors", base=base)
+
+
+def test_a_file_of_flux2_with_its_text_encoder(tmp_path):
+    """As ComfyUI's users have it: what belongs to no layout is copied, or told to be unknown."""
+    name = "flux2-klein"
+    everything = {
+        f"model.diffusion_model.{key.removeprefix('model.diffusion_model.')}": tensor
+        for key, tensor in ORIGINALS[name](tiny(name)).items()
+    }
+    start = "text_encoders.qwen3_4b.transformer."
+    text = {start + key: t for key, t in tiny(name).text_encoder.state_dict().items()}
+    base = write(everything | text, tmp_path / "aio.safetensors")
+    adapt_everywhere(tiny(name), ["transformer"]).save_gralora_weights(tmp_path / "adapter")
+    export_fused(tmp_path / "adapter", base, tmp_path / "fused.safetensors")
+    found = load_file(tmp_path / "fused.safetensors")
+    assert all(torch.equal(found[key], tensor) for key, tensor in text.items())
+    adapt_everywhere(tiny(name), ["text_encoder"]).save_gralora_weights(tmp_path / "text")
+    place = "Its place in a single file of flux2-klein is not known. Export a diffusers folder"
+    with pytest.raises(AdapterFileError, match=f"weights for text_encoder. {place}"):
+        export_fused(tmp_path / "text", base, tmp_path / "new.safetensors")
+    with pytest.raises(StyleError) as caught:
+        export_lora(tmp_path / "text", tmp_path / "new.safetensors", style="diffusers", base=base)
+    assert "kohya" not in str(caught.value)
+    assert "a diffusers folder" in str(caught.value)
 
 
 def test_the_base_is_never_replaced(tmp_path):

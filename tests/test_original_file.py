@@ -1,0 +1,73 @@
+"""What the header of an original file tells of it, without its weights."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from gralora_diffusion.original_file import OriginalHeader
+from gralora_diffusion.tensor_files import StoredTensor
+
+PREFIX = "model.diffusion_model."
+PLAIN = {
+    f"{PREFIX}a.weight": "BF16",
+    f"{PREFIX}a.bias": "BF16",
+    "text_encoders.t5xxl.transformer.b.weight": "F32",
+    "text_encoders.clip_l.transformer.position_ids": "I64",
+}
+
+
+def header(metadata=None, **dtypes: str) -> OriginalHeader:
+    held = {**PLAIN, **{key.replace("__", "."): dtype for key, dtype in dtypes.items()}}
+    tensors = {
+        key: StoredTensor(Path("x"), key, dtype, (2, 2), 0, 4) for key, dtype in held.items()
+    }
+    return OriginalHeader(tensors, metadata or {})
+
+
+def told(layers) -> dict[str, str]:
+    return {"_quantization_metadata": json.dumps({"format_version": "1.0", "layers": layers})}
+
+
+@pytest.mark.parametrize(
+    ("key", "dtype"),
+    [
+        (f"{PREFIX}scaled_fp8", "F8_E4M3"),
+        (f"{PREFIX}a.scale_weight", "F32"),
+        (f"{PREFIX}a.weight_scale", "F32"),
+        (f"{PREFIX}a.weight_s_rel", "F8_E4M3"),
+        (f"{PREFIX}a.comfy_quant", "U8"),
+        (f"{PREFIX}a.weight.absmax", "U8"),
+        (f"{PREFIX}a.qweight", "I8"),
+        (f"{PREFIX}a.weight", "I8"),
+        (f"{PREFIX}a.weight", "U8"),
+        (f"{PREFIX}a.weight", "F4"),
+    ],
+)
+def test_quantized(key, dtype):
+    file = header(**{key: dtype})
+    assert file.quantized == file.quantized_below(PREFIX) == key
+    other = key.replace(PREFIX, "text_encoders.t5xxl.transformer.")
+    file = header(**{other: dtype})
+    assert file.quantized == other
+    assert file.quantized_below(PREFIX) is None
+
+
+def test_not_quantized():
+    assert header().quantized is None
+    assert header(**{f"{PREFIX}a.weight": "F8_E4M3"}).quantized is None  # plain, without scales
+    assert header(told({})).quantized is None
+
+
+@pytest.mark.parametrize("name", [f"{PREFIX}a", "a"])
+def test_only_the_header_tells(name):
+    file = header(told({name: {"format": "asym_w4a8_int8"}}))
+    assert file.quantized_below(PREFIX) == f"{PREFIX}a.weight"
+    file = header(told({"text_encoders.t5xxl.transformer.b": {"format": "nvfp4"}}))
+    assert file.quantized == "text_encoders.t5xxl.transformer.b.weight"
+    assert file.quantized_below(PREFIX) is None
+
+
+@pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"layers": 3}', "[" * 100_000])
+def test_a_header_that_cannot_be_read_counts_as_quantized(text):
+    assert header({"_quantization_metadata": text}).quantized_below(PREFIX)
