@@ -6,8 +6,13 @@ from pathlib import Path
 
 #: Forms of the adapter added to its base.
 FORMATS = ("checkpoint", "diffusers")
-#: Whose names a LoRA file has.
-STYLES = ("comfyui", "kohya", "diffusers")
+#: Whose names a LoRA file has -> who reads all of it.
+READERS = {
+    "comfyui": "ComfyUI",
+    "kohya": "AUTOMATIC1111, Forge, sd-scripts and ComfyUI",
+    "diffusers": "load_lora_weights of diffusers 0.36 and later",
+}
+STYLES = tuple(READERS)
 #: Dtypes of what is written; keep: that of what is read.
 DTYPE_CHOICES = ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
 #: What people may say of a file, each a field ``modelspec.<name>``.

@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..layouts import Shape
 from ..low_rank import truncate
 from ..staging import check_output, staged
 from ..state import Adapter, read_adapter
-from ..tensor_files import AdapterFileError, write_safetensors
+from ..tensor_files import AdapterFileError, some, write_safetensors
 from .adapter_layers import (
     AdapterLayers,
     adapter_layers,
@@ -27,7 +28,7 @@ from .adapter_layers import (
     find_adapter_family,
 )
 from .bases import Base, FileBase, FolderBase, open_base
-from .choices import STYLES
+from .choices import READERS, STYLES
 from .metadata import export_metadata
 from .names import Names, Pair, StyleError, find_names
 from .rounding import NAMES
@@ -45,6 +46,7 @@ class LoraReport:
         errors: component and path -> what truncation left out, relative to the layer's update
             (Frobenius norms). Zero where nothing was.
         dtype: of the factors.
+        unread: names that ComfyUI would pass over; for a file in diffusers' names.
     """
 
     path: Path
@@ -52,6 +54,7 @@ class LoraReport:
     ranks: dict[str, int] = field(default_factory=dict)
     errors: dict[str, float] = field(default_factory=dict)
     dtype: torch.dtype = torch.float32
+    unread: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         size = self.path.stat().st_size / 2**20
@@ -61,21 +64,35 @@ class LoraReport:
             text = f"{different[0]}" + (f" to {different[-1]}" if len(different) > 1 else "")
             lines[0] += f", rank {text}"
         if worst := max(self.errors.values(), default=0.0):
-            some = sorted(self.errors.items(), key=lambda item: -item[1])
+            worst_first = sorted(self.errors.items(), key=lambda item: -item[1])
             mean = sum(self.errors.values()) / len(self.errors)
             lines.append(
                 f"left out by truncation, relative to each layer's update: {worst:.2%} at most, "
                 f"{mean:.2%} in the mean of {len(self.errors)} layers"
             )
-            lines += [f"  {error:8.2%}  {layer}" for layer, error in some[:_SHOWN]]
-            if len(some) > _SHOWN:
-                lines.append(f"  {len(some) - _SHOWN} layers lose less")
+            lines += [f"  {error:8.2%}  {layer}" for layer, error in worst_first[:_SHOWN]]
+            if len(worst_first) > _SHOWN:
+                lines.append(f"  {len(worst_first) - _SHOWN} layers lose less")
         elif self.errors:
             lines.append("exact: the very same update")
         if self.dtype != torch.float32 and self.errors:
             rounded = torch.finfo(self.dtype).eps / 2
             lines[-1] += f", but for factors rounded to {NAMES[self.dtype]} (each to {rounded:.1g})"
-        return "\n".join(lines)
+        return "\n".join([*lines, *self._readers()])
+
+    def _readers(self) -> list[str]:
+        """Who reads the file, and who reads a part of it only."""
+        if not self.errors:  # dense updates
+            return [f"for {READERS['comfyui']}"]
+        others = ""
+        if self.style == "kohya":
+            others = ". diffusers reads a part of it, or nothing: for that take --style diffusers"
+        elif self.unread:
+            others = (
+                f". ComfyUI would pass over {len(self.unread)} of these {len(self.ranks)} layers, "
+                f"without a word ({some(self.unread, 3)}): for that take --style comfyui"
+            )
+        return [f"for {READERS[self.style]}{others}"]
 
 
 def export_lora(
@@ -142,6 +159,9 @@ def export_lora(
             pairs[path] = (pair[0], pair[1])
         named |= names[component].pairs(pairs)
     report.ranks = {name: len(down) for name, (down, _) in named.items()}
+    if style == "diffusers":
+        unread = found.unread_by_comfyui
+        report.unread = [n for n in named if any(fnmatchcase(n, pattern) for pattern in unread)]
     alpha = Counter(report.ranks.values()).most_common(1)[0][0]
     tensors: dict[str, Tensor] = {}
     for name, pair in named.items():
@@ -176,17 +196,15 @@ def component_names(
     names, problems = {}, []
     for component, layers in parts.items():
         if layers.replaced:
-            some = ", ".join(list(layers.replaced)[:3])
             problems.append(
-                f"{component}: {len(layers.replaced)} trained biases or whole modules ({some}), "
+                f"{component}: {len(layers.replaced)} trained biases or whole modules "
+                f"({some(list(layers.replaced), 3)}), "
                 "which are no LoRA. Export a checkpoint or a diffusers folder"
             )
         if style == "diffusers" and component not in read_by_diffusers(family):
-            others = [name for name in STYLES if _has_names(family, component, layers, name)]
-            advice = f"Use style {' or '.join(others)}, or" if others else "Export a checkpoint or"
             problems.append(
                 f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
-                f"{advice} a diffusers folder"
+                f"{_other_ways(family, component, layers)}"
             )
             continue
         own = _shapes(layers)
@@ -204,7 +222,8 @@ def component_names(
             for path in layers.updates:
                 names[component].name(path)
         except StyleError as error:
-            problems.append(f"{component}: {error}")
+            ways = _other_ways(family, component, layers)
+            problems.append(f"{component}: {error}. {ways}")
     if problems:
         raise StyleError("\n".join(["this adapter cannot be written so:", *problems]))
     return names
@@ -216,12 +235,21 @@ def _shapes(layers: AdapterLayers) -> dict[str, Shape]:
 
 
 def _has_names(family: ModelFamily, component: str, layers: AdapterLayers, style: str) -> bool:
-    """Whether a style other than diffusers' own has names for a component's layers."""
+    """Whether a style has names for a component's layers."""
+    if style == "diffusers":
+        return component in read_by_diffusers(family)
     try:
         names = find_names(family, component, style, _shapes(layers))
-        return style != "diffusers" and all(names.name(path) for path in layers.updates)
+        return all(names.name(path) for path in layers.updates)
     except StyleError:
         return False
+
+
+def _other_ways(family: ModelFamily, component: str, layers: AdapterLayers) -> str:
+    """Say what else can be done with a component that a style has no names for."""
+    ways = [f"style {name}" for name in STYLES if _has_names(family, component, layers, name)]
+    ways += ["a checkpoint"] if component in family.original_layouts else []
+    return f"Export it as {' or '.join([*ways, 'a diffusers folder'])}"
 
 
 def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from ..command_line import quiet_libraries, tidied_when_ended
 from ..families import list_families
 from ..staging import OutputError, check_output, find_overlap
-from .choices import DTYPE_CHOICES, FORMATS, SAID, STYLES, parity_path
+from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
 
 if TYPE_CHECKING:
     from .fused import FusedReport
@@ -60,7 +60,13 @@ def parser() -> argparse.ArgumentParser:
     )
 
     group = command.add_argument_group("lora")
-    group.add_argument("--style", choices=STYLES, help="whose names (default: comfyui)")
+    group.add_argument(
+        "--style",
+        choices=STYLES,
+        help="whose names (default: comfyui). "
+        + ". ".join(f"{style}: for {readers}" for style, readers in READERS.items())
+        + ". Others pass over what they do not know, without a word",
+    )
     group.add_argument("--rank", type=int, help="truncate to this rank")
     group.add_argument("--energy", type=float, help="truncate, keep this part of the squared norm")
 

@@ -116,6 +116,9 @@ class ModelFamily(ABC):
     kohya_prefixes: Mapping[str, str] = MappingProxyType({})
     #: Whether sd-scripts calls the denoiser's layers as the original layout does.
     kohya_original_names: bool = True
+    #: Layers that ComfyUI (0.33, ``comfy/lora.py``) does not find in a LoRA in diffusers' names:
+    #: component and path, with ``*`` for parts of them.
+    unread_by_comfyui: tuple[str, ...] = ("text_encoder*.text_projection",)
     #: How ``modelspec.architecture`` and ``ss_base_model_version`` begin in files for this family,
     #: in lower case and with ``-`` for dots, spaces and underscores.
     known_as: tuple[str, ...] = ()

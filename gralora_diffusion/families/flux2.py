@@ -101,6 +101,7 @@ class Flux2(ModelFamily):
         "guidance_in.in_layer.weight",
     )
     original_layouts = MappingProxyType({"transformer": (Layout(("", DENOISER), _ORIGINAL),)})
+    unread_by_comfyui = ("transformer.*_modulation*.linear", "transformer.time_guidance_embed.*")
     kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
     known_as: tuple[str, ...] = ("flux-2", "flux2")
     layer_marks: tuple[LayerMark, ...] = layer_marks(6144)

@@ -87,6 +87,7 @@ class StableDiffusion(ModelFamily):
             ),
         }
     )
+    unread_by_comfyui = ("unet.*.to_*", "text_encoder*.text_projection")
     kohya_prefixes: Mapping[str, str] = MappingProxyType(
         {"unet": "lora_unet", "text_encoder": "lora_te"}
     )

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_diff, export_lora
@@ -114,6 +114,37 @@ def test_every_layer_has_its_rank_and_alpha_in_the_header(name, energy, tmp_path
             assert ranks.get(get_pattern_key(ranks, there), config.r) == rank
             assert alphas.get(get_pattern_key(alphas, there), config.lora_alpha) == rank
             assert check_target_module_exists(config, there)
+
+
+#: Layers that ComfyUI 0.33 was seen not to name (``comfy.lora.model_lora_keys_unet``).
+UNREAD = {
+    "flux2": 7,
+    "flux2-klein": 5,
+    "flux": 0,
+    "stable-diffusion-3": 0,
+    "stable-diffusion": 32,
+}
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_what_comfyui_passes_over_is_told(name, tmp_path):
+    denoiser = get_family(name).denoiser
+    pipe = PIPELINES[name]()
+    paths = [path for path, m in getattr(pipe, denoiser).named_modules() if is_adaptable(m)]
+    inject(getattr(pipe, denoiser), config(paths, r=4, gralora_k=2), "a")
+    pipe.save_gralora_weights(tmp_path / "adapter")
+    report = export_lora(tmp_path / "adapter", tmp_path / "lora.safetensors", style="diffusers")
+    assert len(report.unread) == UNREAD[name]
+    told = str(report).splitlines()[-1]
+    assert told.startswith("for load_lora_weights of diffusers 0.36 and later")
+    assert ("--style comfyui" in told) == bool(UNREAD[name])
+    kohya = export_lora(tmp_path / "adapter", tmp_path / "kohya.safetensors", style="kohya")
+    assert str(kohya).endswith("for that take --style diffusers")
+
+
+def is_adaptable(module: nn.Module) -> bool:
+    layers = isinstance(module, (nn.Linear, nn.Conv2d))
+    return layers and not any(size % 2 for size in module.weight.shape[:2])
 
 
 def updates_of_the_original(name: str, adapter: Path) -> dict[str, Tensor]:
