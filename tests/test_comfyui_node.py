@@ -382,6 +382,12 @@ def test_the_folder_needs_nothing_but_torch_safetensors_and_comfyui(tmp_path, fi
     tree = ast.parse((FOLDER / "__init__.py").read_text(encoding="utf-8"))
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert imported == {"os", "comfy.lora", "comfy.sd", "folder_paths"}
+    categories = [
+        node.value.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CATEGORY"
+    ]
+    assert categories == ["model/loaders"]  # where ComfyUI 0.33 has its own
 
 
 def test_the_workflow_names_the_node_and_its_inputs():

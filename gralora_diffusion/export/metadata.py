@@ -77,7 +77,7 @@ def export_metadata(
     """
     if unknown := sorted(set(said) - set(SAID)):
         raise ValueError(f"no field {', '.join(unknown)}; there are {', '.join(SAID)}")
-    carried = {k: v for k, v in adapter.metadata.items() if not _is_hash(k) and k != SOURCE_KEY}
+    carried = {k: v for k, v in adapter.metadata.items() if not _is_of_its_tensors(k)}
     names = names or _names_of(carried, family)
     fields = carried | names.fields
     if not original_names:
@@ -174,8 +174,10 @@ def _of_base(metadata: Mapping[str, str]) -> dict[str, str]:
     return {key: metadata[key] for key in keys if key in metadata}
 
 
-def _is_hash(key: str) -> bool:
-    return key.startswith(("modelspec.hash_", "sshs_"))
+def _is_of_its_tensors(key: str) -> bool:
+    """Whether a field says something of the tensors of the very file that it is in."""
+    told = (SOURCE_KEY, DIFFUSERS_METADATA, "_quantization_metadata")
+    return key in told or key.startswith(("modelspec.hash_", "sshs_"))
 
 
 def _source(adapter: Adapter, scale: float, made: Mapping[str, Any]) -> str:

@@ -144,8 +144,10 @@ def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> lis
             pieces = [Piece(stored, 0, stored.shape[0] if stored.shape else 1)]
         name = key.removeprefix(base.prefixes[denoiser]) if denoiser_only else key
         outputs.append((component, OutputTensor(name, stored.shape, stored.dtype, tuple(pieces))))
-    absent = set(base.family.components) - set(base.layouts)
-    planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
+    lacks = dict.fromkeys(set(base.family.components) - set(base.layouts), base.lacks)
+    if denoiser_only:
+        lacks = dict.fromkeys(set(base.family.components) - {denoiser}, _NOT_HELD)
+    planner.check(str(base.path), lacks)
     return outputs
 
 

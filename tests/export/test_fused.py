@@ -233,6 +233,8 @@ def test_a_base_whose_text_encoder_alone_is_quantized(tmp_path):
         output.unlink()
     adapt_everywhere(tiny(name)).save_gralora_weights(tmp_path / "both")
     for base in (file, tmp_path / "base"):
+        with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
+            export_fused(tmp_path / "both", base, tmp_path / "x.safetensors", denoiser_only=True)
         with pytest.raises(ValueError, match="quantized"):
             export_lora(tmp_path / "both", tmp_path / "new.safetensors", base=base)
 

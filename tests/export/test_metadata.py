@@ -35,6 +35,8 @@ TRAINED = {
     "ss_tag_frequency": '{"rex": {"a sks dog": 3}}',
     "sshs_model_hash": "1" * 64,
     "sshs_legacy_hash": "1" * 8,
+    "lora_adapter_metadata": '{"unet.r": 3}',
+    "_quantization_metadata": '{"layers": {}}',
     "mine": "kept",
 }
 FAMILY = get_family("stable-diffusion")
@@ -82,8 +84,8 @@ def test_lora():
         "ss_network_alpha": "9.0",
         "ss_network_args": "{}",
     }
-    hashes = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
-    assert made == {k: v for k, v in TRAINED.items() if k not in hashes} | changed
+    of_its_tensors = ("lora_adapter_metadata", "_quantization_metadata", *HASH_FIELDS)
+    assert made == {k: v for k, v in TRAINED.items() if k not in of_its_tensors} | changed
 
 
 def test_lora_of_several_ranks_in_the_names_of_diffusers():
