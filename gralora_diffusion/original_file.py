@@ -160,9 +160,9 @@ class OriginalFile(OriginalHeader):
             )
         if (key := self.quantized) and not denoiser_only:
             raise self.error(
-                f"its denoiser is in 16 or 32 bits, but something else is quantized ({key}), which "
-                "cannot be read. Give a file in 16 bits; an export of the denoiser alone "
-                "(--denoiser_only) takes this one, too"
+                f"its denoiser is not quantized, but something else is ({key}), which cannot be "
+                "read. Give a file in 16 bits; an export of the denoiser alone (--denoiser_only) "
+                "takes this one, too"
             )
         return family
 
