@@ -209,6 +209,8 @@ def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
         base_config=args.base_config,
         open_options=download,
     )
+    if args.verify:
+        _ = verification.opened  # before anything is written
     if args.format in FORMATS:
         return export_fused(
             adapter,

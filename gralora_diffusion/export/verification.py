@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,10 +18,11 @@ from safetensors import safe_open
 
 from ..compatibility import component_of
 from ..families import ModelFamily
+from ..original_file import OriginalFileError
 from ..state import Adapter
 from ..tensor_files import read_header
 from ..unfinished import tidied
-from .bases import Base, FileBase, FolderBase, open_base
+from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
@@ -53,13 +55,27 @@ class Verification:
     base_config: str | None = None
     open_options: dict[str, Any] = field(default_factory=dict)
 
+    @cached_property
+    def opened(self) -> Base:
+        """The base, all of it.
+
+        Raises:
+            BaseError: it cannot be drawn with.
+        """
+        try:
+            return open_base(self.base, **self.open_options)
+        except (BaseError, OriginalFileError) as error:
+            raise BaseError(
+                f"--verify draws with the whole base. {error}. Or leave out --verify"
+            ) from error
+
     def check_fused(self, exported: Path, denoiser_only: bool = False) -> None:
         """Compare a fused file or folder, and the exact LoRA, with the attached adapter.
 
         Raises:
             ParityError: they do not draw the same.
         """
-        opened = open_base(self.base, **self.open_options)
+        opened = self.opened
         if exported.is_dir():
             way = fused_folder(exported)
         else:
@@ -77,7 +93,7 @@ class Verification:
         Raises:
             ParityError: it does not draw the same.
         """
-        opened = open_base(self.base, **self.open_options)
+        opened = self.opened
         self._compare(
             opened,
             exported,

@@ -192,6 +192,22 @@ def test_a_report_does_not_take_the_place_of_what_is_read(place, tmp_path, capsy
     assert adapter.read_bytes() == before
 
 
+def test_what_cannot_be_drawn_with_is_told_before_anything_is_written(place, tmp_path, capsys):
+    folder = shutil.copytree(place / "base", tmp_path / "base")
+    config = json.loads((folder / "text_encoder/config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes"}
+    (folder / "text_encoder/config.json").write_text(json.dumps(config))
+    adapt_everywhere(stable_diffusion(), ["unet"]).save_gralora_weights(tmp_path / "unet")
+    line = ["export", "--adapter", str(tmp_path / "unet"), "--format", "checkpoint"]
+    line += ["--base", str(folder), "--output", str(tmp_path / "x.safetensors"), "--denoiser_only"]
+    with pytest.raises(SystemExit):
+        main([*line, "--verify"])
+    assert "leave out --verify" in capsys.readouterr().err
+    assert not (tmp_path / "x.safetensors").exists()
+    main(line)
+    assert load_file(tmp_path / "x.safetensors")
+
+
 def test_a_folder_with_other_things_is_not_replaced(place, tmp_path, capsys):
     folder, base = tmp_path / "pipeline", ["--format", "diffusers", "--base", str(place / "base")]
     export(place, folder, *base)
