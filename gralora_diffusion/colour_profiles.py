@@ -63,7 +63,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Im
     """
     if image.mode in ("YCbCr", "HSV"):
         image = image.convert("RGB")
-    if profile is None:
+    if profile is None or image.mode == "LAB":  # L*a*b* is defined without a profile
         return image.convert("RGB")
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -117,8 +117,8 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
     ):
         yield (
             f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file, no "
-            ".json file and no metadata.jsonl, .csv or .parquet with captions. Give a prompt such as "
-            "--instance_prompt 'a photo of sks dog'"
+            ".json file and no metadata.jsonl, .csv or .parquet with captions. Give a prompt such "
+            "as --instance_prompt 'a photo of sks dog'"
         )
 
 
