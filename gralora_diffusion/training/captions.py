@@ -36,6 +36,8 @@ LIKELY_CAPTIONS = frozenset(
         *(".captions", ".cap", ".tags", ".tag", ".prompt", ".prompts", ".wd14", ".booru"),
     }
 )
+#: How an address begins, and a path with a drive.
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|[A-Za-z]:[\\/]")
 #: Bytes that are read at most of a caption's file, and of a metadata file.
 _MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
 
@@ -126,7 +128,7 @@ def _read_entry(
         problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
         return
     text = next((entry[c] for c in _columns(column) if entry.get(c) is not None), "")
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:", name) and not is_regular(folder / name):
+    if _ELSEWHERE.match(name) and not is_regular(folder / name):
         problems.append(
             f"{where} names {name}, which is an address or another machine's path. Put the picture "
             "into the folder, and name it by its place there"
@@ -151,7 +153,8 @@ def _place_problem(folder: Path, name: str) -> str | None:
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "which is not in the folder"
     if not is_regular(path):
-        return "which is no file" if _exists(path) else "which does not exist"
+        hint = ". Write / between folders" if "\\" in name and "/" not in name else ""
+        return "which is no file" if _exists(path) else f"which does not exist{hint}"
     # the picture itself may be a link, as in the Hub's cache; a folder on the way must be inside
     if not path.parent.resolve().is_relative_to(folder.resolve()):
         return "which is not in the folder: a link on the way leads out of it"
@@ -271,7 +274,7 @@ def caption_files(pictures: Iterable[str], names: Iterable[str]) -> dict[str, li
             for name in names
             if name.lower().endswith(ending)
         ]
-        for key, _, name in sorted(beside, key=lambda b: (b[0] not in exact, b[1], b[2])):
+        for key, _, name in sorted(beside, key=lambda b: (b[0] not in exact, b[1], len(b[0]), b)):
             for picture in exact.get(key) or folded.get(key.lower()) or ():
                 found[picture].append(name)
     return found
