@@ -26,6 +26,9 @@ decode, upright_rgb, is_picture, picture_extensions = (
 _WHOLE = 2
 #: Pixels on each side that the widest of Pillow's filters, Lanczos, looks at.
 _SUPPORT = 3
+#: By which share of what it looks at a filter with hard edges is moved, so that fp32 does not
+#: decide which pixel it takes where it stands between two: the latter, as for the whole picture.
+_NUDGE = 2.0**-22
 #: Of more places for a crop than these, those that a latent cache keeps are drawn one by one.
 _MANY_PLACES = 1 << 20
 
@@ -125,8 +128,8 @@ class CropPlan:
         """Return the variant of an RGB picture as (3, height, width) floats in [-1, 1].
 
         Of a picture that would be much larger than the variant, only that part is computed. Its
-        pixels are those of the whole picture, of which Pillow rounds a few in 100,000 to the next
-        of the 256 levels.
+        pixels are those of the whole picture, of which Pillow rounds a few in 10,000 to the next of
+        the 256 levels.
         """
         resampling = Image.Resampling[self.interpolation.upper()]
         width, height = self.resized(image.size)
@@ -137,8 +140,9 @@ class CropPlan:
             whole = image.resize((width, height), resampling)
             image = whole.crop((left, top, right, bottom))
         else:
-            x0, x1, across = _source(left, right, width, image.width)
-            y0, y1, down = _source(top, bottom, height, image.height)
+            nudge = _NUDGE if self.interpolation in ("nearest", "box") else 0.0
+            x0, x1, across = _source(left, right, width, image.width, nudge)
+            y0, y1, down = _source(top, bottom, height, image.height, nudge)
             box = (across[0], down[0], across[1], down[1])
             size = (variant.width, variant.height)
             image = image.crop((x0, y0, x1, y1)).resize(size, resampling, box)
@@ -165,7 +169,7 @@ class CropPlan:
 
 
 def _source(
-    start: int, stop: int, resized: int, length: int
+    start: int, stop: int, resized: int, length: int, nudge: float
 ) -> tuple[int, int, tuple[float, float]]:
     """What some pixels of one axis are made of when ``length`` pixels are resized to ``resized``.
 
@@ -177,4 +181,5 @@ def _source(
     begin, end = start * length / resized, stop * length / resized
     first = max(0, math.floor(begin) - margin)
     last = min(length, math.ceil(end) + margin)
-    return first, last, (begin - first, end - first)
+    more = nudge * (last - first)
+    return first, last, (begin - first + more, min(end - first + more, last - first))
