@@ -21,8 +21,8 @@ decode, upright_rgb, is_picture, picture_extensions = (
     image_extensions,
 )
 
-#: A picture is resized as a whole, before a part is cut out, unless that makes more than so many
-#: times the pixels that are wanted.
+#: A picture is resized as a whole, before a part is cut out, unless that makes more pixels than it
+#: has, and more than so many times those that are wanted.
 _WHOLE = 2
 #: Pixels on each side that the widest of Pillow's filters, Lanczos, looks at.
 _SUPPORT = 3
@@ -127,25 +127,30 @@ class CropPlan:
     def pixel_values(self, image: Image.Image, variant: Variant) -> Tensor:
         """Return the variant of an RGB picture as (3, height, width) floats in [-1, 1].
 
-        Of a picture that would be much larger than the variant, only that part is computed. Its
-        pixels are those of the whole picture, of which Pillow rounds a few in 10,000 to the next of
-        the 256 levels.
+        Of a picture that is enlarged to many times the variant, only that part is computed: its
+        pixels are those of the whole picture, but for a few in 10,000 that Pillow rounds to the
+        next of the 256 levels. By "nearest", of two pixels that are equally near, it takes the
+        latter, where Pillow takes either.
         """
         resampling = Image.Resampling[self.interpolation.upper()]
         width, height = self.resized(image.size)
         left = width - variant.left - variant.width if variant.flip else variant.left
         top, right = variant.top, left + variant.width
         bottom = top + variant.height
-        if width * height <= _WHOLE * variant.width * variant.height:
+        largest = max(image.width * image.height, _WHOLE * variant.width * variant.height)
+        if width * height <= largest:
             whole = image.resize((width, height), resampling)
             image = whole.crop((left, top, right, bottom))
         else:
             nudge = _NUDGE if self.interpolation in ("nearest", "box") else 0.0
             x0, x1, across = _source(left, right, width, image.width, nudge)
             y0, y1, down = _source(top, bottom, height, image.height, nudge)
-            box = (across[0], down[0], across[1], down[1])
-            size = (variant.width, variant.height)
-            image = image.crop((x0, y0, x1, y1)).resize(size, resampling, box)
+            image = image.crop((x0, y0, x1, y1))
+            # across and then down, as Pillow enlarges; of the part alone it may choose otherwise
+            box: tuple[float, float, float, float] = (across[0], 0, across[1], image.height)
+            image = image.resize((variant.width, image.height), resampling, box)
+            box = (0, down[0], image.width, down[1])
+            image = image.resize((variant.width, variant.height), resampling, box)
         if variant.flip:
             image = ImageOps.mirror(image)
         return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
