@@ -187,7 +187,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         kinds = ", ".join(formats()[:7])
         raise ImageError(
-            f"it is no picture of a kind that is read ({kinds} and others)"
+            f"it is no picture of a kind that is read with Pillow ({kinds} and others)"
             if data
             else "the file is empty"
         ) from None
