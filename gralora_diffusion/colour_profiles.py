@@ -69,7 +69,8 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Im
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         space = source.profile.xcolor_space.strip()
         if image.mode not in _SPACES.get(space, ()):
-            remarks.append(f"its colour profile is for {space}, its pixels are {image.mode}")
+            shown = space if space.isalnum() else repr(space)
+            remarks.append(f"its colour profile is for {shown}, its pixels are {image.mode}")
             return image.convert("RGB")
         if space == "RGB":
             image = image.convert("RGB")

@@ -58,7 +58,7 @@ _UPRIGHT = {
 }
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
 #: 8-bit levels of a PNG's grey of fewer bits are multiples of these, by Pillow's raw mode.
-_GREY_STEPS = {"L;2": (3, 85), "L;4": (15, 17)}
+_GREY_STEPS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17)}
 
 
 class ImageError(ValueError):
@@ -103,8 +103,8 @@ def folder_images(names: Iterable[str]) -> FolderImages:
     """
     found = sorted(name for name in names if is_image(Path(name)))
     stems = {Path(name).stem.lower() for name in found}
-    masks = [name for name in found if _is_mask(Path(name).stem.lower(), stems)]
-    return FolderImages([name for name in found if name not in masks], masks)
+    masks = {name for name in found if _is_mask(Path(name).stem.lower(), stems)}
+    return FolderImages([name for name in found if name not in masks], sorted(masks))
 
 
 def _is_mask(stem: str, stems: set[str]) -> bool:

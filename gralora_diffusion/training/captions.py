@@ -60,9 +60,10 @@ class PictureFolder:
 def concept_folders(folder: Path) -> list[PictureFolder]:
     """Return the sub-folders named as kohya's sd-scripts want them, sorted by name.
 
-    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times.
+    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times. A longer number, as
+    in ``20260131_trip``, is a date and no concept.
     """
-    named = {path: re.fullmatch(r"([1-9]\d*)_(.+)", path.name) for path in folder.iterdir()}
+    named = {path: re.fullmatch(r"([1-9]\d{0,4})_(.+)", path.name) for path in folder.iterdir()}
     return [
         PictureFolder(path, one_line(match[2]), int(match[1]), path.name)
         for path, match in sorted(named.items())

@@ -210,17 +210,19 @@ def _find_in(
     files = [entry.name for entry in visible if entry.name not in folders]
     before = len(problems)
     listed = read_metadata(part.path, files, column, problems)
-    images, masks = folder_images(name for name in files if name not in listed)
+    images, masks = folder_images(files)
+    masks = [name for name in masks if name not in listed]
     names = sorted({*listed, *images})
     if not names and len(problems) == before:
         problems.append(
             f"there is no picture in {part.concept or 'it'}, and sub-folders are not read. Put "
             "the pictures into it, or give the folder that holds them"
         )
-    used = {name for name in files if name.lower() in METADATA_NAMES} | {*names, *masks}
+    metadata = [name for name in files if name.lower() in METADATA_NAMES]
+    used = {*metadata, *names, *masks}
     found, differing = [], []
     for name, beside in _files_beside(part.path, names, files).items():
-        given = {METADATA_NAME: listed[name]} if listed.get(name) else {}
+        given = {metadata[0]: listed[name]} if listed.get(name) else {}
         for file in beside:
             text = read_caption((part.path / name).parent / file, column, problems)
             if text is not None:
@@ -236,9 +238,22 @@ def _find_in(
     _warn(place, "several captions that differ, of which the first counts", differing)
     _warn(place, "masks of pictures, left out, as training without masks is all there is", masks)
     _tell_unused(place, [name for name in files if name not in used], names)
-    read = {Path(name).parts[0] for name in names}
-    _warn(place, "sub-folders, not read", sorted(folders - read))
+    unread = folders - {Path(name).parts[0] for name in names}
+    _warn(place, "sub-folders, not read", sorted(unread))
+    missed = _not_named(part.path, names)
+    _warn(place, "pictures in sub-folders that are not listed, left out", missed)
     return found
+
+
+def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
+    """Pictures in sub-folders of which others are named."""
+    parents = {Path(name).parent for name in names} - {Path()}
+    present = {
+        (parent / name).as_posix()
+        for parent in parents
+        for name in folder_images(path.name for path in (folder / parent).iterdir()).images
+    }
+    return sorted(present.difference(names))
 
 
 def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> dict[str, list[str]]:

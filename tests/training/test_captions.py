@@ -333,6 +333,24 @@ def test_a_mask_that_is_listed_is_a_picture(folder):
     assert found(folder) == {"1.png": "the prompt", "1_mask.png": "a mask"}
 
 
+def test_a_mask_of_a_listed_picture_is_left_out(folder, caplog):
+    fill(folder, "1.png", "1_mask.png", "sub/2.png", "sub/2-mask.png", "sub/3.png")
+    write(folder, "metadata.csv", "file_name,text\n1.png,one\nsub/2.png,two\n")
+    write(folder, "1.txt", "another")
+    assert found(folder) == {"1.png": "one", "2.png": "two"}
+    assert said(caplog) == {
+        MASKS: "1_mask.png",
+        DIFFERING: "1.png (metadata.csv, not 1.txt)",
+        "pictures in sub-folders that are not listed, left out": "sub/3.png",
+    }
+
+
+def test_dates_are_no_repeats(folder):
+    fill(folder, "99999_sks dog/1.png", "20260131_trip/2.png")
+    (example,) = find_examples(folder)
+    assert (example.caption, example.repeats) == ("sks dog", 99999)
+
+
 def test_files_that_are_no_images_are_named(folder, caplog):
     fill(folder, "1.png")
     names = ["a.h5", "b.pdf", "c.eps", "d.mpg", "e.HEIC", "f.svg", "g.hdf"]
