@@ -199,6 +199,8 @@ def test_every_mode_and_format_that_pillow_writes():
                 data = encoded(image, file_format, **OPTIONS.get(file_format, {}))
             except (OSError, ValueError, KeyError, struct.error):
                 continue  # Pillow does not write it
+            if (file_format, mode) == ("TIFF", "YCbCr") and Image.__version__ < "12":
+                continue  # which Pillow 11 does not read back
             if file_format in NOT_READ:
                 with pytest.raises(ImageError, match="no picture of a kind that is read"):
                     read_image(data)
@@ -213,7 +215,7 @@ def test_every_mode_and_format_that_pillow_writes():
     assert len(read) >= 60
     assert {file_format for file_format, _ in read} >= {
         *("BMP", "DDS", "GIF", "ICO", "IM", "JPEG", "JPEG2000", "MSP", "PCX", "PNG", "PPM"),
-        *("QOI", "SGI", "TGA", "TIFF", "WEBP", "XBM"),
+        *("SGI", "TGA", "TIFF", "WEBP", "XBM"),
     }
 
 
@@ -412,6 +414,9 @@ def test_too_long_files_are_refused(tmp_path, monkeypatch):
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "QOI", "TGA"])
 def test_damaged_files_are_refused_or_read(file_format):
     """With one seed each; whatever comes of them, it is an image or an ImageError."""
+    Image.init()
+    if file_format not in Image.SAVE:
+        pytest.skip("this Pillow does not write it")
     rng = np.random.default_rng(7)
     data = encoded(Image.fromarray(rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)), file_format)
     with pytest.raises(ImageError):
