@@ -204,7 +204,7 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Image:
-    raw = _png_raw_mode(image)
+    raw, box = _png_raw_mode(image), _gif_box(image)
     image.load()
     try:
         profile = find_profile(image.format, image.info, data, remarks)
@@ -217,6 +217,10 @@ def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Ima
         result.putalpha(alpha)
         white = Image.new("RGBA", result.size, _WHITE)
         result = Image.alpha_composite(white, result).convert("RGB")
+    if box is not None:
+        canvas = Image.new("RGB", result.size, _WHITE[:3])
+        canvas.paste(result.crop(box), box)
+        result = canvas
     result = result.transpose(turn) if turn is not None else result
     result.info = {}  # what the file said of its pixels does not hold any more
     return result
@@ -226,6 +230,16 @@ def _png_raw_mode(image: Image.Image) -> str:
     """How a PNG that is not loaded yet holds its pixels."""
     tiles = getattr(image, "tile", None)
     return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
+def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """The part of a GIF that is not loaded yet that its first frame covers, if it is not all of it.
+
+    The rest is see-through. Pillow fills it with some colour of the palette.
+    """
+    tiles = getattr(image, "tile", None)
+    box = tuple(tiles[0][1]) if image.format == "GIF" and tiles else None
+    return None if box == (0, 0, *image.size) else box
 
 
 def _orientation(image: Image.Image, remarks: list[str]) -> int:

@@ -293,6 +293,22 @@ def test_the_first_of_several(file_format):
     assert np.abs(pixels(data) - (255, 0, 0)).max() <= (3 if file_format == "AVIF" else 0)
 
 
+@pytest.mark.parametrize("transparent", [None, 1])
+def test_what_a_gif_s_first_frame_does_not_cover_is_see_through(transparent):
+    """Four pixels in the middle of 4 x 4, of colour 0 of two (GIF 89a, appendix F)."""
+    data = b"GIF89a" + struct.pack("<HHBBB", 4, 4, 0x80, 1, 0) + bytes([200, 0, 0, 0, 0, 200])
+    if transparent is not None:
+        data += b"\x21\xf9\x04" + bytes([1, 0, 0, transparent]) + b"\0"
+    data += b"," + struct.pack("<HHHHB", 1, 1, 2, 2, 0)
+    codes = [4, 0, 0, 0, 0, 5]  # of three bits: begin, the pixels, end; of four from the fifth on
+    places = [0, 3, 6, 9, 12, 16]
+    packed = sum(code << place for code, place in zip(codes, places, strict=True))
+    data += b"\2\3" + packed.to_bytes(3, "little") + b"\0;"
+    expected = np.full((4, 4, 3), 255)
+    expected[1:3, 1:3] = 200, 0, 0
+    np.testing.assert_array_equal(pixels(data), expected)
+
+
 UPRIGHT = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
