@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -33,13 +33,15 @@ _FORMATS = (
 )
 #: Formats with endings of their own that are opened by another one's reader.
 _READ_WITH = {"MPO": "JPEG"}
-#: Pixels of an image at most, those that Pillow itself reads; larger ones may be an attack.
-MAX_PIXELS = 178_956_970
+#: Pixels of an image at most. Cameras and phones make up to 108 million; it takes 8 bytes each.
+MAX_PIXELS = 110_000_000
 #: Bytes of an image file at most: that many pixels of six bytes.
 MAX_BYTES = 1 << 30
 #: Images of more pixels are decoded one at a time, whatever the number of threads.
 _LARGE_PIXELS = 1 << 24
 _large = threading.Lock()
+#: Pixels that are converted at once.
+_STRIP_PIXELS = 1 << 22
 #: How the names of masks end that trainers read beside an image: OneTrainer's masks and
 #: conditioning images, and the usual names elsewhere.
 _MASK_ENDINGS = ("-masklabel", "-condlabel", "_masklabel", "_mask", "-mask", ".mask")
@@ -211,19 +213,27 @@ def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Ima
     except UnknownColours as error:
         raise ImageError(str(error)) from error
     turn = _UPRIGHT.get(_orientation(image, remarks))
-    colour, alpha = _separated(image, raw, data)
-    result = to_srgb(colour, profile, remarks)
-    if alpha is not None:
-        result.putalpha(alpha)
-        white = Image.new("RGBA", result.size, _WHITE)
-        result = Image.alpha_composite(white, result).convert("RGB")
-    if box is not None:
-        canvas = Image.new("RGB", result.size, _WHITE[:3])
-        canvas.paste(result.crop(box), box)
-        result = canvas
-    result = result.transpose(turn) if turn is not None else result
-    result.info = {}  # what the file said of its pixels does not hold any more
-    return result
+    levels = _levels(image) if image.mode.startswith("I") else None
+    lower = _lower_bytes(data) if raw == "RGB;16B" and "transparency" in image.info else None
+    result = Image.new("RGB", image.size, _WHITE[:3])
+    for strip in _strips(box or (0, 0, *image.size)):
+        below = lower.crop(strip) if lower else None
+        colour, alpha = _separated(image.crop(strip), raw, levels, below)
+        part = to_srgb(colour, profile, remarks)
+        remarks = []  # the same for every strip
+        if alpha is not None:
+            part.putalpha(alpha)
+            part = Image.alpha_composite(Image.new("RGBA", part.size, _WHITE), part)
+        result.paste(part.convert("RGB"), strip[:2])
+    return result.transpose(turn) if turn is not None else result
+
+
+def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a part of an image into strips, as several copies of a whole one could fill the memory."""
+    left, top, right, bottom = box
+    rows = max(1, _STRIP_PIXELS // max(1, right - left))
+    for start in range(top, bottom, rows):
+        yield left, start, right, min(start + rows, bottom)
 
 
 def _png_raw_mode(image: Image.Image) -> str:
@@ -252,22 +262,34 @@ def _orientation(image: Image.Image, remarks: list[str]) -> int:
     return found if isinstance(found, int) else 1
 
 
-def _separated(image: Image.Image, raw: str, data: bytes) -> tuple[Image.Image, Image.Image | None]:
-    """The colours, of mode L, RGB, CMYK, YCbCr, HSV or LAB, and the opacity, of mode L, if any."""
+def _separated(
+    image: Image.Image,
+    raw: str,
+    levels: np.ndarray[Any, Any] | None,
+    lower: Image.Image | None,
+) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, of mode L, RGB, CMYK, YCbCr, HSV or LAB, and the opacity, of mode L, if any.
+
+    Args:
+        raw: see :func:`_png_raw_mode`.
+        levels: see :func:`_levels`.
+        lower: see :func:`_lower_bytes`.
+    """
     mode, transparent = image.mode, image.info.get("transparency")
+    if levels is not None:
+        values = np.asarray(image)
+        opaque = None if transparent is None else values != int(transparent)
+        return Image.fromarray(levels[values]), _mask(opaque)
     if mode == "F":
         raise ImageError(
             "its pixels are floating-point numbers without a fixed range; save it as PNG"
         )
-    if mode.startswith("I"):
-        return _from_sixteen_bits(image, transparent)
     if mode in ("RGBa", "La"):
         image = image.convert(mode.upper())
     elif mode == "1":
         image = image.convert("L")
     elif mode in ("P", "PA"):
-        translucent = image.has_transparency_data
-        image = image.convert("RGBA" if translucent else "RGB")
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
     elif mode == "RGBX":
         image = image.convert("RGB")
     if image.mode in ("LA", "RGBA"):
@@ -276,40 +298,43 @@ def _separated(image: Image.Image, raw: str, data: bytes) -> tuple[Image.Image, 
         raise ImageError(f"its pixels are of a kind that is not read, {image.mode}")
     if transparent is None or mode in ("P", "PA") or image.mode not in ("L", "RGB"):
         return image, None
+    pixels = np.asarray(image)
     if image.mode == "L":
-        mask, step = _GREY_STEPS.get(raw, (255, 1))
-        opaque = np.asarray(image) != (int(transparent) & mask) * step
-    elif raw == "RGB;16B" and data:
-        opaque = _differs(_sixteen_bit_rgb(image, data), transparent)
+        bits, step = _GREY_STEPS.get(raw, (255, 1))
+        return image, _mask(pixels != (int(transparent) & bits) * step)
+    if lower is not None:
+        pixels = pixels.astype(np.uint16) * 256 + np.asarray(lower)
     elif raw == "RGB;16B":
-        opaque = _differs(np.asarray(image), [int(value) >> 8 for value in transparent])
+        transparent = [int(value) >> 8 for value in transparent]
     else:
-        opaque = _differs(np.asarray(image), [int(value) & 255 for value in transparent])
-    return image, Image.fromarray(opaque.astype(np.uint8) * 255)
+        transparent = [int(value) & 255 for value in transparent]
+    red, green, blue = transparent
+    differs = (pixels[..., 0] != red) | (pixels[..., 1] != green) | (pixels[..., 2] != blue)
+    return image, _mask(differs)
 
 
-def _differs(pixels: np.ndarray[Any, Any], colour: Any) -> np.ndarray[Any, Any]:
-    red, green, blue = colour
-    return (pixels[..., 0] != red) | (pixels[..., 1] != green) | (pixels[..., 2] != blue)
+def _mask(opaque: np.ndarray[Any, Any] | None) -> Image.Image | None:
+    return None if opaque is None else Image.fromarray(opaque.astype(np.uint8) * 255)
 
 
-def _sixteen_bit_rgb(image: Image.Image, data: bytes) -> np.ndarray[Any, Any]:
-    """All bits of a PNG with 16 bits per channel, of which Pillow gives the upper half."""
-    with Image.open(io.BytesIO(data), formats=("PNG",)) as again:
-        # read as if the lower byte came last, the upper half is what really is the lower one
-        again.tile = [tile._replace(args="RGB;16L") for tile in again.tile]
-        return np.asarray(image).astype(np.uint16) * 256 + np.asarray(again)
+def _lower_bytes(data: bytes) -> Image.Image | None:
+    """The lower halves of a PNG's channels of 16 bits, of which Pillow gives the upper ones."""
+    if not data:
+        return None
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        # read as if the lower byte came last, what seems to be the upper half is the lower one
+        image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+        image.load()
+        return image
 
 
-def _from_sixteen_bits(
-    image: Image.Image, transparent: Any
-) -> tuple[Image.Image, Image.Image | None]:
-    """One channel of 16 bits, or such a channel kept in 32 bits."""
-    values = np.asarray(image)
-    low, high, top = int(values.min()), int(values.max()), 0xFFFF
+def _levels(image: Image.Image) -> np.ndarray[Any, Any]:
+    """8-bit levels by value, of one channel of 16 bits, or such a channel kept in 32 bits."""
     tags = getattr(image, "tag_v2", {})
-    if tags.get(_TIFF_BITS) == (12,):
-        top = 0xFFF
+    top = 0xFFF if tags.get(_TIFF_BITS) == (12,) else 0xFFFF
+    arrays = (np.asarray(image.crop(strip)) for strip in _strips((0, 0, *image.size)))
+    ranges = [(int(array.min()), int(array.max())) for array in arrays]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
     if low < 0 or high > top:
         raise ImageError(
             f"its pixels range from {low} to {high}, which is neither 8 nor 16 bits; save it as PNG"
@@ -320,9 +345,5 @@ def _from_sixteen_bits(
         )
     # Pillow's own conversion would cut off all above 255
     levels = np.rint(np.arange(top + 1) * (255 / top)).astype(np.uint8)
-    if tags.get(_TIFF_PHOTOMETRIC) == 0:  # 0 is white; Pillow sees to it for 8 bits only
-        levels = levels[::-1]
-    opaque = None
-    if transparent is not None:
-        opaque = Image.fromarray((values != int(transparent)).astype(np.uint8) * 255)
-    return Image.fromarray(levels[values]), opaque
+    # where 0 is white, Pillow sees to it for 8 bits only
+    return levels[::-1] if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels

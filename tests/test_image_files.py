@@ -236,6 +236,19 @@ def test_images_in_memory_of_every_mode_are_read_as_files_are():
         as_srgb(Image.new("F", (2, 2)))
 
 
+@pytest.mark.parametrize("rows", [1, 5])
+def test_strips_of_large_images_make_one_image(monkeypatch, rows):
+    values = RNG.integers(0, 2**16, (9, 6, 3))
+    values[7, 2] = values[0, 0]
+    transparent = ((b"tRNS", struct.pack(">3H", *values[0, 0])),)
+    files = [encoded(image, "TIFF") for image in every_mode().values()]
+    files += [png(2, 16, values, transparent), png(0, 16, values[..., 0])]
+    whole = [pixels(data) for data in files]
+    monkeypatch.setattr(image_files, "_STRIP_PIXELS", rows * 6)
+    for data, expected in zip(files, whole, strict=True):
+        np.testing.assert_array_equal(pixels(data), expected)
+
+
 def test_icns_takes_the_largest_of_its_sizes():
     image = Image.fromarray(RNG.integers(0, 256, (64, 64, 3), dtype=np.uint8))
     got = read_image(encoded(image, "ICNS"))
@@ -407,7 +420,7 @@ def test_paths_bytes_and_files_are_read_alike(tmp_path):
     np.testing.assert_array_equal(pixels(io.BytesIO(data)), expected)
 
 
-@pytest.mark.parametrize("side", [14_000, 20_000, 100_000])
+@pytest.mark.parametrize("side", [11_000, 14_000, 20_000, 100_000])
 def test_images_of_too_many_pixels_are_refused_by_their_header(side):
     head = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n" + b"".join(
