@@ -229,7 +229,7 @@ def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Ima
 
 
 def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a part of an image into strips, as several copies of a whole one could fill the memory."""
+    """Cut a part of an image into strips: copies of a whole large one would fill the memory."""
     left, top, right, bottom = box
     rows = max(1, _STRIP_PIXELS // max(1, right - left))
     for start in range(top, bottom, rows):
