@@ -14,12 +14,11 @@ from ..image_files import as_srgb, image_extensions, is_image, read_image
 from .buckets import Buckets
 from .streams import generator, seed_from
 
-decode, upright_rgb, is_picture, picture_extensions = (
-    read_image,
-    as_srgb,
-    is_image,
-    image_extensions,
-)
+# how training names what it reads pictures by
+decode = read_image
+upright_rgb = as_srgb
+is_picture = is_image
+picture_extensions = image_extensions
 
 #: A picture is resized as a whole, before a part is cut out, unless that makes more pixels than it
 #: has, and more than so many times those that are wanted.
