@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from .command_line import quiet_libraries
 from .families import ModelFamily, find_pipeline_family, mend_clip_skip
 from .hub import offline_problem
+from .image_files import ImageError, folder_images, read_image
 from .staging import OutputError, find_overlap, staged
 
 #: Names of dtypes, as in the other commands -> torch's.
@@ -289,12 +290,21 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
 
 
 def _pictures(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
-    known = Image.registered_extensions()
-    present = sorted(folder.iterdir()) if folder.is_dir() else []
-    files = [file for file in present if file.suffix.lower() in known]
+    try:
+        files = folder_images(file.name for file in folder.iterdir()).images
+    except OSError as error:
+        parser.error(f"--reference {folder}: no folder with pictures ({error.strerror})")
     if not files:
         parser.error(f"--reference {folder}: no folder with pictures")
-    return [ImageOps.exif_transpose(Image.open(file)) for file in files]
+    pictures, problems = [], []
+    for name in files:
+        try:
+            pictures.append(read_image(folder / name))
+        except ImageError as error:
+            problems.append(f"{name} cannot be decoded: {error}")
+    if problems:
+        parser.error("\n  ".join([f"--reference {folder}:", *problems]))
+    return pictures
 
 
 def _rows(

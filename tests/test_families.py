@@ -319,3 +319,59 @@ def test_names_that_other_programs_know(name, denoiser, scheduler, architecture,
     names = get_family(name).published_names(denoiser, scheduler)
     assert (names.architecture, names.version) == (architecture, version)
     assert names.is_v2 == version.startswith("sd_v2")
+
+
+class Posterior:
+    """Of latents that are certain."""
+
+    def __init__(self, mean: Tensor) -> None:
+        self.mean, self.std = mean, torch.ones_like(mean)
+
+
+CONFIGS: list[dict[str, Any]] = [
+    {},
+    {"latents_mean": [-1.6, 0.5, 0.3, 2.0], "latents_std": [8.4, 5.9, 6.0, 0.5]},
+    {"latents_mean": [-1.6, 0.5, 0.3, 2.0], "latents_std": None},
+    {"latents_mean": None, "latents_std": [8.4, 5.9, 6.0, 0.5]},
+    {"shift_factor": 0.7},
+]
+
+
+@pytest.mark.parametrize("changes", CONFIGS)
+@pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"])
+def test_latents_are_scaled_just_as_the_pipeline_scales_them_back(name, changes):
+    """Whatever the VAE's config says, and whatever of it the pipeline uses."""
+    pipe, generators = models.PIPELINES[name](), [torch.Generator().manual_seed(0) for _ in "12"]
+    pipe.vae.register_to_config(**changes)
+    decode, decoded = pipe.vae.decode, []
+    pipe.vae.decode = lambda z, *args, **kwargs: decoded.append(z) or decode(z, *args, **kwargs)
+    call = {"prompt": "a cat", "height": 32, "width": 32, "num_inference_steps": 2}
+    latents = pipe(**call, generator=generators[0], output_type="latent").images
+    pipe(**call, generator=generators[1])
+    (z,) = decoded
+    assert not torch.allclose(z, latents)
+    encoder = types.SimpleNamespace(
+        config=pipe.vae.config,
+        encode=lambda pixels: types.SimpleNamespace(latent_dist=Posterior(pixels)),
+    )
+    mean, std = get_family(name).encode_images(encoder, z)
+    torch.testing.assert_close(mean, latents)
+    moved, _ = get_family(name).encode_images(encoder, z + 1)
+    torch.testing.assert_close(moved - mean, std.expand_as(mean), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"latents_mean": [0.0] * 3, "latents_std": [1.0] * 4},
+        {"latents_mean": [0.0] * 4, "latents_std": [1.0, 0.0, 1.0, 1.0]},
+        {"latents_mean": [float("nan")] * 4, "latents_std": [1.0] * 4},
+        {"latents_mean": "text", "latents_std": [1.0] * 4},
+        {"latents_mean": [0.0] * 4, "latents_std": []},
+    ],
+)
+def test_statistics_of_latents_that_cannot_be_are_refused(changes):
+    pipe = models.PIPELINES["stable-diffusion-xl"]()
+    pipe.vae.register_to_config(**changes)
+    with pytest.raises(ValueError, match=r"latents_(mean|std) in the VAE's config is"):
+        get_family("stable-diffusion-xl").check_base(pipe)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from gralora_diffusion.sampling import DTYPES, draw, labelled_grid, main, usual_dtype
+from tests.image_bytes import png, shown
 from tests.models import adapt, stable_diffusion
 
 
@@ -135,6 +137,43 @@ def test_command_writes_over_nothing_that_it_reads(
             main([*line, "--output", str(files / output)])
         assert "which is read. Give another" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
+
+
+def test_reference_is_read_as_training_reads_it(files: Path) -> None:
+    """Upright, in sRGB, laid on white, without masks and other files."""
+    folder = files / "subject"
+    folder.mkdir()
+    colours = np.full((4, 4, 3), (200, 30, 40))
+    see_through = np.full((4, 4), 7)
+    (folder / "1.png").write_bytes(png(2, 8, colours, ((b"cICP", bytes([12, 13, 0, 1])),)))
+    (folder / "2.png").write_bytes(png(0, 16, see_through, ((b"tRNS", b"\0\7"),)))
+    Image.new("RGB", (4, 4)).save(folder / "2_mask.png")
+    (folder / "notes.pdf").write_text("no picture")
+    line = ["--prompt", "a cat", "--size", "16", "--num_inference_steps", "1"]
+    line += ["--base", str(files / "base"), "--output", str(files / "out.png")]
+    main([*line, "--reference", str(folder)])
+    grid = np.asarray(Image.open(files / "out.png")).astype(int)
+    assert grid.shape[1] == 112 + 2 * 200
+    assert np.abs(grid[8:200, 112:304] - shown((200, 30, 40), "display-p3")).max() <= 1.5
+    assert (grid[8:200, 312:504] == 255).all()
+
+
+def test_references_that_cannot_be_read_are_all_named(
+    files: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = files / "subject"
+    folder.mkdir()
+    line = ["--prompt", "x", "--base", "nowhere", "--output", str(files / "out.png"), "--reference"]
+    with pytest.raises(SystemExit):
+        main([*line, str(folder)])
+    assert "no folder with pictures" in capsys.readouterr().err
+    (folder / "1.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
+    os.mkfifo(folder / "2.png")
+    with pytest.raises(SystemExit):
+        main([*line, str(folder)])
+    told = capsys.readouterr().err
+    assert "1.png cannot be decoded: it is no picture of a kind that is read" in told
+    assert "2.png cannot be decoded: it is a named pipe" in told
 
 
 @pytest.mark.parametrize("name", [None, "fp32", "bf16", "fp16"])

@@ -7,14 +7,12 @@ the picture that has it.
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
+from ..image_files import image_suffix
 from ..staging import staged
 from ..training.captions import METADATA_NAME
 from ..training.data import Example
@@ -64,7 +62,8 @@ def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
     files = {}
     for number, example in enumerate(examples):
         data = example.read_bytes()
-        files[f"{number:05d}{_ending(data)}"] = data
+        # by its content, for a row of a dataset has no name
+        files[f"{number:05d}{image_suffix(data)}"] = data
     entries = [
         {"file_name": name, "text": example.caption}
         for name, example in zip(files, examples, strict=True)
@@ -85,9 +84,3 @@ def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
 
 def _holds(folder: Path, files: dict[str, bytes]) -> bool:
     return all((folder / n).is_file() and (folder / n).read_bytes() == files[n] for n in files)
-
-
-def _ending(data: bytes) -> str:
-    """An ending by the content, for a row of a dataset has no name."""
-    with Image.open(io.BytesIO(data)) as image:
-        return f".{(image.format or 'picture').lower()}"

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..image_files import folder_images
 from ..training.captions import one_line
 from ..training.data import DataError
-from ..training.pictures import is_picture
 
 PROMPTS_NAME = "prompts_and_classes.txt"
 #: The file does not say which subjects are live; the repository's README does: dogs and cats.
@@ -130,7 +130,7 @@ def _subject(folder: Path, class_name: str, templates: tuple[str, ...]) -> Subje
 
 
 def _pictures(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if is_picture(path))
+    return [folder / name for name in folder_images(path.name for path in folder.iterdir()).images]
 
 
 def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]]]:
@@ -144,7 +144,7 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
         DataError: with every line that is not understood; a part that lacks.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
     classes: dict[str, str] = {}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 from transformers.utils import (
@@ -27,9 +27,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
+from ..image_files import MAX_BYTES, ImageError, as_srgb, read_image
+from ..regular_files import read_regular
 from ..training.config_paths import model_problem
 from ..training.data import DataError
-from ..training.pictures import decode, upright_rgb
 
 logger = logging.getLogger(__name__)
 
@@ -240,27 +241,24 @@ def load_encoder(
 
 
 def read_picture(picture: Picture) -> Image.Image:
-    """Return a picture upright and RGB, as the trainer reads it (``training.pictures.decode``).
+    """Return a picture as the trainer reads it, see :func:`.image_files.read_image`.
 
     Raises:
         DataError: it cannot be; for a file, its name comes first.
     """
-    found = picture if isinstance(picture, Image.Image) else _read_bytes(picture)
     try:
-        return decode(found) if isinstance(found, bytes) else upright_rgb(found)
-    except UnidentifiedImageError as error:
-        problem = "it is no picture of a kind that Pillow knows"
-        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
-    except Exception as error:  # Pillow raises almost any kind on a damaged file
-        problem = str(error) or type(error).__name__
-        raise DataError(str(picture), [f"cannot be decoded: {problem}"]) from error
+        if isinstance(picture, Image.Image):
+            return as_srgb(picture)
+        return read_image(_read_bytes(picture))
+    except ImageError as error:
+        raise DataError(str(picture), [f"cannot be decoded: {error}"]) from error
 
 
 def _read_bytes(path: str | Path) -> bytes:
     try:
-        return Path(path).read_bytes()
+        return read_regular(Path(path), MAX_BYTES)
     except OSError as error:
-        raise DataError(str(path), [f"cannot be read: {error.strerror}"]) from error
+        raise DataError(str(path), [f"cannot be read: {error.strerror or error}"]) from error
 
 
 def _content_key(path: str | Path) -> str:

@@ -264,6 +264,9 @@ class ModelFamily(ABC):
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents: a sample is mean + std * noise.
 
+        They are scaled as the family's own pipeline scales them; by default by ``shift_factor`` and
+        ``scaling_factor`` of the VAE's config.
+
         ``pixel_values`` is (batch, 3, height, width) in [-1, 1], in the VAE's dtype.
         """
         posterior = vae.encode(pixel_values).latent_dist

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -112,6 +113,20 @@ class StableDiffusionXL(StableDiffusion):
         ids = torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)
         return {"time_ids": ids.float()}
 
+    def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """As the pipelines do: by ``latents_mean`` and ``latents_std`` of the VAE's config, too, if
+        it has both (Playground v2.5)."""
+        config = vae.config
+        if not _has_statistics(config):
+            return super().encode_images(vae, pixel_values)
+        posterior = vae.encode(pixel_values).latent_dist
+        mean, std = (
+            posterior.mean.new_tensor(values).view(1, -1, 1, 1)
+            for values in (config.latents_mean, config.latents_std)
+        )
+        scaled = (posterior.mean - mean) * config.scaling_factor / std
+        return scaled, posterior.std * config.scaling_factor / std
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -141,6 +156,33 @@ class StableDiffusionXL(StableDiffusion):
             raise ValueError(
                 "it lacks one of the two text encoders, as the refiner does. Train on the base "
                 "model, such as stabilityai/stable-diffusion-xl-base-1.0"
+            )
+        if _has_statistics(pipe.vae.config):
+            _check_statistics(pipe.vae.config)
+
+
+def _has_statistics(config: Any) -> bool:
+    """Whether the pipelines shift and scale by statistics of the latents; one alone they ignore."""
+    values = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
+    return all(value is not None for value in values)
+
+
+def _check_statistics(config: Any) -> None:
+    """Raise ValueError unless the statistics are a number for each channel."""
+    for name in ("latents_mean", "latents_std"):
+        values = getattr(config, name)
+        numbers = isinstance(values, list | tuple) and all(
+            isinstance(v, int | float) and math.isfinite(v) for v in values
+        )
+        if (
+            not numbers
+            or len(values) != config.latent_channels
+            or (name == "latents_std" and min(values) <= 0)
+        ):
+            raise ValueError(
+                f"{name} in the VAE's config is {values!r}; it must be "
+                f"{config.latent_channels} numbers, and latents_std positive ones. Correct "
+                "vae/config.json, or name another VAE by --pretrained_vae_model_name_or_path"
             )
 
 

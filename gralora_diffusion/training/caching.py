@@ -16,10 +16,13 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..image_files import DECODER_VERSION
 from .data import DataError, Example
 from .pictures import CropPlan, Variant
 from .tensor_store import TensorStore
 
+#: Raised when the same pixels get other latents of the same VAE.
+_ENCODING_VERSION = 2
 #: What is encoded to tell text encoders apart.
 _PROBE = "a photo of a sks dog, wearing 2 red hats"
 
@@ -83,6 +86,7 @@ class LatentCache:
             [variant.left, variant.top, variant.height, variant.width, variant.flip],
             self.plan.interpolation,
             self.fingerprint,
+            [DECODER_VERSION, _ENCODING_VERSION],
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 

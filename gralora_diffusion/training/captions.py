@@ -1,21 +1,45 @@
-"""Captions of the pictures in a folder: ``metadata.jsonl``, ``.txt`` and ``.caption`` files, and
-names of sub-folders.
+"""Captions of the pictures in a folder: metadata files, files beside the pictures, and names of
+sub-folders.
 
 What is wrong with them is appended to a list of problems, so that all of it can be told at once.
 """
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from ..regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
-#: Endings of files with a picture's caption beside it; the first that is there counts.
-CAPTION_ENDINGS = (".txt", ".caption")
-#: Columns of metadata.jsonl that may hold the caption; the first that a line has is taken.
+#: Files that list pictures and captions, as Hugging Face's imagefolder has them; in any case.
+METADATA_NAMES = (METADATA_NAME, "metadata.csv", "metadata.parquet")
+#: Endings of files with a picture's caption beside it, in any case; the first of a picture's files
+#: with a caption counts. ``1.txt`` and ``1.png.txt`` are beside ``1.png``.
+CAPTION_ENDINGS = (".txt", ".caption", ".json")
+#: Columns of a metadata file, or keys of a .json file, that may hold the caption; the first that a
+#: line has is taken.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+#: Columns of a metadata file that may name the picture.
+NAME_COLUMNS = ("file_name", "image")
+#: Endings of files that are most likely captions, whoever wrote them.
+LIKELY_CAPTIONS = frozenset(
+    {
+        *(*CAPTION_ENDINGS, ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".toml"),
+        *(".captions", ".cap", ".tags", ".tag", ".prompt", ".prompts", ".wd14", ".booru"),
+    }
+)
+#: How an address begins, and a path with a drive.
+_ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|[A-Za-z]:[\\/]")
+#: Bytes that are read at most of a caption's file, and of a metadata file.
+_MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
 
 
 @dataclass(frozen=True)
@@ -36,9 +60,10 @@ class PictureFolder:
 def concept_folders(folder: Path) -> list[PictureFolder]:
     """Return the sub-folders named as kohya's sd-scripts want them, sorted by name.
 
-    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times.
+    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times. A longer number, as
+    in ``20260131_trip``, is a date and no concept.
     """
-    named = {path: re.fullmatch(r"([1-9]\d*)_(.+)", path.name) for path in folder.iterdir()}
+    named = {path: re.fullmatch(r"([1-9]\d{0,4})_(.+)", path.name) for path in folder.iterdir()}
     return [
         PictureFolder(path, one_line(match[2]), int(match[1]), path.name)
         for path, match in sorted(named.items())
@@ -46,70 +71,258 @@ def concept_folders(folder: Path) -> list[PictureFolder]:
     ]
 
 
-def read_metadata(folder: Path, column: str | None, problems: list[str]) -> dict[str, str]:
-    """Return file name -> caption ("" if the line has none) of ``metadata.jsonl``.
+def is_caption_file(name: str) -> bool:
+    """Whether a file of this name may hold captions that are read here."""
+    return name.lower() in METADATA_NAMES or name.lower().endswith(CAPTION_ENDINGS)
+
+
+# -- metadata files --------------------------------------------------------------------------------
+
+
+def read_metadata(
+    folder: Path, names: Iterable[str], column: str | None, problems: list[str]
+) -> dict[str, str]:
+    """Return file name -> caption ("" if the line has none) of a folder's metadata file.
 
     Args:
-        folder: holds the file, or not: then there are no captions.
+        names: of the files in the folder. Without a metadata file among them there are no captions.
         column: of the caption; None: the first of ``CAPTION_COLUMNS`` that a line has.
         problems: what is wrong is appended.
     """
-    path = folder / METADATA_NAME
-    if not path.is_file():
+    present = sorted(name for name in names if name.lower() in METADATA_NAMES)
+    if len(present) > 1:
+        problems.append(f"{' and '.join(present)} both list pictures. Keep one of them")
+    if len(present) != 1:
         return {}
+    (name,) = present
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{METADATA_NAME} cannot be read as UTF-8 text: {error}")
+        data = read_regular(folder / name, _MAX_METADATA)
+        entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))
+    except UnicodeDecodeError as error:
+        problems.append(f"{name} cannot be read as UTF-8 text: {error}")
         return {}
-    columns = (column,) if column else CAPTION_COLUMNS
+    except (OSError, ValueError) as error:
+        problems.append(f"{name} cannot be read: {error}")
+        return {}
     captions: dict[str, str] = {}
-    seen: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{METADATA_NAME}, line {number}"
-        try:
-            entry = json.loads(line)
-        except json.JSONDecodeError as error:
-            problems.append(f"{where} is not JSON: {error}")
-            continue
-        name = entry.get("file_name") if isinstance(entry, dict) else None
-        if not isinstance(name, str) or not name:
-            problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
-            continue
-        seen |= entry.keys()
-        text = next((entry[c] for c in columns if entry.get(c) is not None), "")
-        name = Path(name).as_posix()
-        if not isinstance(text, str):
-            problems.append(f"{where}: the caption is {text!r}; it must be a text")
-        elif Path(name).is_absolute() or ".." in Path(name).parts:
-            problems.append(f"{where} names {name}, which is not in the folder")
-        elif not (folder / name).is_file():
-            problems.append(f"{where} names {name}, which does not exist")
-        elif captions.get(name, one_line(text)) != one_line(text):
-            problems.append(f"{where} gives {name} a second, different caption")
-        else:
-            captions[name] = one_line(text)
+    for where, entry in entries:
+        _read_entry(folder, where, entry, column, captions, problems)
+    seen = sorted({str(key) for _, entry in entries for key in entry})
     if column and seen and column not in seen:
-        there = ", ".join(sorted(seen))
         problems.append(
-            f"--caption_column is {column!r}, which {METADATA_NAME} lacks. It has: {there}"
+            f"--caption_column is {column!r}, which {name} lacks. It has: {', '.join(seen)}"
         )
     return captions
 
 
-def caption_beside(picture: Path, problems: list[str]) -> str:
-    """Return the caption in the file beside a picture, as one line; "" if there is none."""
-    beside = (picture.with_suffix(ending) for ending in CAPTION_ENDINGS)
-    path = next((path for path in beside if path.is_file()), None)
-    if path is None:
-        return ""
+def _read_entry(
+    folder: Path,
+    where: str,
+    entry: Mapping[str, Any],
+    column: str | None,
+    captions: dict[str, str],
+    problems: list[str],
+) -> None:
+    """Add one line's caption to the others."""
+    name = next((entry[c] for c in NAME_COLUMNS if entry.get(c) is not None), None)
+    if not isinstance(name, str) or not name:
+        problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
+        return
+    text = next((entry[c] for c in _columns(column) if entry.get(c) is not None), "")
+    if _ELSEWHERE.match(name) and not is_regular(folder / name):
+        problems.append(
+            f"{where} names {name}, which is an address or another machine's path. Put the picture "
+            "into the folder, and name it by its place there"
+        )
+        return
+    name = Path(name).as_posix()
+    if problem := _place_problem(folder, name):
+        problems.append(f"{where} names {name}, {problem}")
+    elif not isinstance(text, str):
+        problems.append(f"{where}: the caption is {text!r}; it must be a text")
+    elif not _is_text(text):
+        problems.append(f"{where}: the caption has characters that are not Unicode")
+    elif captions.get(name, one_line(text)) != one_line(text):
+        problems.append(f"{where} gives {name} a second, different caption")
+    else:
+        captions[name] = one_line(text)
+
+
+def _place_problem(folder: Path, name: str) -> str | None:
+    """Say why a path in a metadata file names no picture of the folder."""
+    path = folder / name
+    if Path(name).is_absolute() or ".." in Path(name).parts:
+        return "which is not in the folder"
+    if not is_regular(path):
+        hint = ". Write / between folders" if "\\" in name and "/" not in name else ""
+        return "which is no file" if _exists(path) else f"which does not exist{hint}"
+    # the picture itself may be a link, as in the Hub's cache; a folder on the way must be inside
+    if not path.parent.resolve().is_relative_to(folder.resolve()):
+        return "which is not in the folder: a link on the way leads out of it"
+    return None
+
+
+def _exists(path: Path) -> bool:
     try:
-        return one_line(path.read_text(encoding="utf-8-sig"))
-    except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"{path.name} cannot be read as UTF-8 text: {error}")
-        return ""
+        return path.exists()
+    except (OSError, ValueError):
+        return False
+
+
+def _json_lines(
+    data: bytes, name: str, problems: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    # only at line feeds: JSON's strings may hold what else Python takes for the end of a line
+    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+        if not line.strip():
+            continue
+        where = f"{name}, line {number}"
+        try:
+            entry = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            problems.append(f"{where} is not JSON: {error}")
+            continue
+        if isinstance(entry, dict):
+            yield where, entry
+        else:
+            problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
+
+
+def _csv_rows(
+    data: bytes, name: str, problems: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    rows = csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline=""), strict=True)
+    try:
+        _check_columns(rows.fieldnames or ())
+        for row in rows:
+            if None in row:
+                problems.append(
+                    f"{name}, line {rows.line_num} has more fields than the first. Put a caption "
+                    "with commas into quotes"
+                )
+            else:
+                # an empty field is how CSV says that there is none
+                yield f"{name}, line {rows.line_num}", {k: v or None for k, v in row.items()}
+    except csv.Error as error:
+        problems.append(f"{name}, line {rows.line_num} is not CSV: {error}")
+
+
+def _parquet_rows(
+    data: bytes, name: str, problems: list[str]
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    del problems
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise ValueError("this needs: pip install pyarrow") from error
+    try:
+        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
+        columns = file.schema_arrow.names
+        _check_columns(columns)
+        # others may hold the pictures themselves
+        kinds = zip(columns, file.schema_arrow.types, strict=True)
+        texts = [column for column, kind in kinds if pyarrow.types.is_string(kind)]
+        if sum(_unpacked_sizes(file.metadata, texts)) > _MAX_METADATA:
+            raise ValueError(f"its texts have more than {_MAX_METADATA:,} bytes")
+        rows = file.read(columns=texts).to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"it is no whole Parquet file ({error})") from error
+    for number, row in enumerate(rows):
+        yield f"{name}, row {number}", dict.fromkeys(columns) | row
+
+
+def _unpacked_sizes(metadata: Any, columns: Sequence[str]) -> Iterator[int]:
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        for column in map(group.column, range(group.num_columns)):
+            if column.path_in_schema in columns:
+                yield column.total_uncompressed_size
+
+
+def _check_columns(columns: Sequence[str]) -> None:
+    if not set(NAME_COLUMNS) & set(columns):
+        raise ValueError(
+            f"none of its columns is called {' or '.join(NAME_COLUMNS)}. It has: "
+            f"{', '.join(columns) or 'none'}"
+        )
+
+
+_READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
+
+
+# -- files beside the pictures ---------------------------------------------------------------------
+
+
+def caption_files(pictures: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return picture -> files beside it that may hold its caption, the first that counts first.
+
+    ``1.txt`` belongs to ``1.png``, and so do ``1.png.txt`` and, where no other picture is called
+    so, ``1.TXT`` and ``1.txt`` of ``1.PNG``.
+
+    Args:
+        pictures: names of the pictures in one folder.
+        names: of all files there.
+    """
+    exact, folded = defaultdict(list), defaultdict(list)
+    found: dict[str, list[str]] = {picture: [] for picture in pictures}
+    for picture in found:
+        for key in (Path(picture).stem, picture):
+            exact[key].append(picture)
+            folded[key.lower()].append(picture)
+    for ending in CAPTION_ENDINGS:
+        beside = [
+            (name[: -len(ending)], not name.endswith(ending), name)
+            for name in names
+            if name.lower().endswith(ending)
+        ]
+        for key, _, name in sorted(beside, key=lambda b: (b[0] not in exact, b[1], len(b[0]), b)):
+            for picture in exact.get(key) or folded.get(key.lower()) or ():
+                found[picture].append(name)
+    return found
+
+
+def read_caption(path: Path, column: str | None, problems: list[str]) -> str | None:
+    """Return the caption in a file beside a picture, as one line; "" if there is none in it.
+
+    None: a .json file that is not about captions.
+
+    Args:
+        column: key of the caption in a .json file; None: the first of ``CAPTION_COLUMNS``.
+        problems: what is wrong is appended.
+    """
+    is_json = path.suffix.lower() == ".json"
+    try:
+        text = read_regular(path, _MAX_CAPTION).decode("utf-8-sig")
+        if is_json:
+            entry = json.loads(text)
+            found = [entry[c] for c in _columns(column) if entry.get(c) is not None]
+            text = found[0]
+        if isinstance(text, str) and _is_text(text):
+            return one_line(text)
+        return None
+    except UnicodeDecodeError as error:
+        problem = f"{path.name} cannot be read as UTF-8 text: {error}"
+    except OSError as error:
+        problem = f"{path.name} cannot be read: {error}"
+    except (ValueError, RecursionError, AttributeError, IndexError):
+        return None  # annotations of another kind
+    if is_json:
+        return None
+    problems.append(problem)
+    return ""
+
+
+def _columns(column: str | None) -> tuple[str, ...]:
+    return (column,) if column else CAPTION_COLUMNS
+
+
+def _is_text(text: str) -> bool:
+    """Whether it can be written down; JSON may hold halves of characters."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def one_line(text: str | None) -> str:

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
-from PIL import Image
 
 from ..file_names import WEIGHTS_NAME, looks_like_hub_id
+from ..image_files import is_image
 from ..staging import lies_in
-from .captions import CAPTION_ENDINGS, METADATA_NAME, concept_folders
+from .captions import concept_folders, is_caption_file
 from .checkpoint import CheckpointError, CheckpointStore
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
     ):
         yield (
-            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file and no "
-            "metadata.jsonl with captions. Give a prompt such as "
-            "--instance_prompt 'a photo of sks dog'"
+            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file, no "
+            ".json file and no metadata.jsonl, .csv or .parquet with captions. Give a prompt such "
+            "as --instance_prompt 'a photo of sks dog'"
         )
 
 
@@ -143,7 +143,7 @@ def _folder_problem(path: Path) -> str | None:
         return "this is a file. Give the folder with the pictures"
     others = []
     for file in path.rglob("*"):
-        if file.suffix.lower() in Image.registered_extensions():
+        if is_image(file):
             return None
         if file.is_file():
             others.append(file.name)
@@ -152,13 +152,12 @@ def _folder_problem(path: Path) -> str | None:
     some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
     return (
         f"no picture among its {len(others)} files ({some}). "
-        "Pictures are .jpg, .png, .webp and what else Pillow reads"
+        "Pictures are .jpg, .png, .webp and others that Pillow reads"
     )
 
 
 def _has_captions(folder: Path) -> bool:
-    patterns = (METADATA_NAME, *(f"*{ending}" for ending in CAPTION_ENDINGS))
-    return any(any(folder.rglob(pattern)) for pattern in patterns)
+    return any(is_caption_file(file.name) for file in folder.rglob("*"))
 
 
 def check_output(config: TrainingConfig) -> Iterator[str]:

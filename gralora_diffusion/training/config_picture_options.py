@@ -16,8 +16,8 @@ class DataOptions:
 
     instance_data_dir: str | None = option(
         None,
-        "Folder with the pictures to learn. Captions: .txt or .caption files beside them, "
-        "metadata.jsonl, or sub-folders such as '10_sks dog': repeats and prompt",
+        "Folder with the pictures to learn. Captions: .txt, .caption or .json files beside them, "
+        "metadata.jsonl, .csv or .parquet, or sub-folders such as '10_sks dog': repeats and prompt",
     )
     dataset_name: str | None = option(
         None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"
@@ -25,7 +25,9 @@ class DataOptions:
     dataset_config_name: str | None = option(None, "Configuration of that dataset")
     image_column: str = option("image", "Column with the pictures")
     caption_column: str | None = option(
-        None, "Column with the captions (default: --instance_prompt for every picture)"
+        None,
+        "Column with the captions; needed for a dataset with captions. In a folder, of the "
+        "metadata file and .json files (default: text, caption or prompt)",
     )
     instance_prompt: str | None = option(
         None, "Prompt for pictures that have no caption, such as 'a photo of sks dog'"

@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from ..hub import offline_problem
+from ..image_files import MAX_BYTES
+from ..regular_files import read_regular
 from .captions import one_line
 from .data import DataError, Example, Found, check_pictures
 
@@ -28,7 +30,12 @@ class DatasetRow:
         if value is None:
             raise ValueError("it has no picture")
         data: bytes | None = value["bytes"]
-        return Path(value["path"]).read_bytes() if data is None else data
+        if data is not None:
+            return data
+        path = str(value["path"])
+        if "://" in path:
+            raise ValueError(f"{path} is an address. Download the pictures")
+        return read_regular(Path(path), MAX_BYTES)
 
 
 def find_dataset_examples(

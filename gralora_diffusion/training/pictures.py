@@ -1,77 +1,35 @@
-"""From a picture file to pixels: decoding whatever Pillow reads, resizing, cropping, mirroring."""
+"""From a decoded picture to what is trained on: resizing, cropping, mirroring."""
 
 from __future__ import annotations
 
-import io
+import math
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from ..image_files import as_srgb, image_extensions, is_image, read_image
 from .buckets import Buckets
 from .streams import generator, seed_from
 
-WHITE = (255, 255, 255, 255)
+# how training names what it reads pictures by
+decode = read_image
+upright_rgb = as_srgb
+is_picture = is_image
+picture_extensions = image_extensions
 
-
-def is_picture(path: Path) -> bool:
-    """Whether a file is taken for a picture, by its name; hidden ones are not."""
-    return path.suffix.lower() in picture_extensions() and not path.name.startswith(".")
-
-
-@cache
-def picture_extensions() -> frozenset[str]:
-    """Endings, lower case and with the dot, of the files that are taken for pictures.
-
-    Those of Pillow's formats, without the videos and documents among them (.mpg, .pdf, .eps).
-    """
-    extensions = Image.registered_extensions()
-    return frozenset(
-        ending
-        for ending, file_format in extensions.items()
-        if Image.MIME.get(file_format, "image/").startswith("image/")
-    )
-
-
-def decode(data: bytes) -> Image.Image:
-    """Decode the bytes of a picture file as an upright RGB picture.
-
-    Transparency is laid on white, 16 bits per channel become 8, of an animation the first frame is
-    taken, and the camera's orientation (EXIF) is applied.
-
-    Raises:
-        Exception: whatever Pillow raises on a file that is broken, cut off, or no picture;
-            ValueError for pixels without a fixed range.
-    """
-    with Image.open(io.BytesIO(data)) as file:
-        file.load()
-        return upright_rgb(file)
-
-
-def upright_rgb(image: Image.Image) -> Image.Image:
-    """Return an opened picture as ``decode`` does. Raises ValueError for pixels without a range."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise ValueError(
-            "its pixels are floating-point numbers without a fixed range; save it as PNG"
-        )
-    if image.mode.startswith("I"):  # one channel of 16 bits, or such a channel kept in 32 bits
-        values = np.asarray(image).astype(np.int64)
-        if values.min() < 0 or values.max() > 0xFFFF:
-            raise ValueError(
-                f"its pixels range from {values.min()} to {values.max()}, which is neither 8 nor "
-                "16 bits; save it as PNG"
-            )
-        # Pillow's own conversion would cut off all above 255
-        image = Image.fromarray(np.rint(values / 257).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, WHITE), image)
-    return image.convert("RGB")
+#: A picture is resized as a whole, before a part is cut out, unless that makes more pixels than it
+#: has, and more than so many times those that are wanted.
+_WHOLE = 2
+#: Pixels on each side that the widest of Pillow's filters, Lanczos, looks at.
+_SUPPORT = 3
+#: By which share of what it looks at a filter with hard edges is moved, so that fp32 does not
+#: decide which pixel it takes where it stands between two: the latter, as for the whole picture.
+_NUDGE = 2.0**-22
+#: Of more places for a crop than these, those that a latent cache keeps are drawn one by one.
+_MANY_PLACES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -123,6 +81,11 @@ class CropPlan:
         """Whether a picture of ``size`` (width, height) has fewer pixels than are trained on."""
         return any(after > before for after, before in zip(self.resized(size), size, strict=True))
 
+    def shown(self, size: tuple[int, int]) -> float:
+        """Which share of a picture of ``size`` (width, height) a crop shows."""
+        (width, height), target = self.resized(size), self.target_size(size)
+        return target[0] * target[1] / (width * height)
+
     def draw(self, size: tuple[int, int], random: torch.Generator) -> Variant:
         """Draw any variant of a picture of ``size`` (width, height)."""
         place = int(torch.randint(self._places(size), (), generator=random))
@@ -144,9 +107,14 @@ class CropPlan:
             seed: of the run.
         """
         places = self._places(size)
-        order = torch.randperm(
-            places, generator=generator(seed_from(seed, content_key), "kept variants", 0)
-        ).tolist()
+        random = generator(seed_from(seed, content_key), "kept variants", 0)
+        if places <= _MANY_PLACES:
+            order = torch.randperm(places, generator=random)[: max(count, 2)].tolist()
+        else:  # a permutation of them would take gigabytes
+            drawn: dict[int, None] = {}
+            while len(drawn) < min(max(count, 2), places):
+                drawn[int(torch.randint(places, (), generator=random))] = None
+            order = list(drawn)
         if not self.random_flip:
             return tuple(self._variant(size, place, False) for place in order[:count])
         # every other one is mirrored; when all places are used, they come again the other way round
@@ -156,13 +124,35 @@ class CropPlan:
         )
 
     def pixel_values(self, image: Image.Image, variant: Variant) -> Tensor:
-        """Return the variant of an RGB picture as (3, height, width) floats in [-1, 1]."""
-        image = image.resize(self.resized(image.size), Image.Resampling[self.interpolation.upper()])
+        """Return the variant of an RGB picture as (3, height, width) floats in [-1, 1].
+
+        Of a picture that is enlarged to many times the variant, only that part is computed: its
+        pixels are those of the whole picture, but for a few in 10,000 that Pillow rounds to the
+        next of the 256 levels. By "nearest", of two pixels that are equally near, it takes the
+        latter, where Pillow takes either.
+        """
+        resampling = Image.Resampling[self.interpolation.upper()]
+        width, height = self.resized(image.size)
+        left = width - variant.left - variant.width if variant.flip else variant.left
+        top, right = variant.top, left + variant.width
+        bottom = top + variant.height
+        largest = max(image.width * image.height, _WHOLE * variant.width * variant.height)
+        if width * height <= largest:
+            whole = image.resize((width, height), resampling)
+            image = whole.crop((left, top, right, bottom))
+        else:
+            nudge = _NUDGE if self.interpolation in ("nearest", "box") else 0.0
+            x0, x1, across = _source(left, right, width, image.width, nudge)
+            y0, y1, down = _source(top, bottom, height, image.height, nudge)
+            image = image.crop((x0, y0, x1, y1))
+            # across and then down, as Pillow enlarges; of the part alone it may choose otherwise
+            box: tuple[float, float, float, float] = (across[0], 0, across[1], image.height)
+            image = image.resize((variant.width, image.height), resampling, box)
+            box = (0, down[0], image.width, down[1])
+            image = image.resize((variant.width, variant.height), resampling, box)
         if variant.flip:
             image = ImageOps.mirror(image)
-        right, bottom = variant.left + variant.width, variant.top + variant.height
-        pixels = np.array(image.crop((variant.left, variant.top, right, bottom)))
-        return torch.from_numpy(pixels).permute(2, 0, 1).float() / 127.5 - 1.0
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
 
     def _places(self, size: tuple[int, int]) -> int:
         """How many crops there are to choose from."""
@@ -180,3 +170,20 @@ class CropPlan:
         width, height = self.resized(size)
         target_height, target_width = self.target_size(size)
         return width - target_width, height - target_height
+
+
+def _source(
+    start: int, stop: int, resized: int, length: int, nudge: float
+) -> tuple[int, int, tuple[float, float]]:
+    """What some pixels of one axis are made of when ``length`` pixels are resized to ``resized``.
+
+    Returns:
+        First and last (exclusive) of the pixels that they depend on, and the place of the wanted
+        pixels among these. Pillow knows that place in fp32, so it must not be a large number.
+    """
+    margin = math.ceil(_SUPPORT * max(1.0, length / resized)) + 1
+    begin, end = start * length / resized, stop * length / resized
+    first = max(0, math.floor(begin) - margin)
+    last = min(length, math.ceil(end) + margin)
+    more = nudge * (last - first)
+    return first, last, (begin - first + more, min(end - first + more, last - first))

@@ -52,7 +52,7 @@ class MetricsFile:
         """Return the rows; a half-written last line is passed over."""
         rows = []
         if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").splitlines():
+            for line in self.path.read_text(encoding="utf-8").split("\n"):
                 try:
                     rows.append(json.loads(line))
                 except ValueError:

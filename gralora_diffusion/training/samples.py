@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .caching import ImageEncoder, LatentCache
-from .data import Example, warn_of_small_pictures
+from .data import Example, warn_of_long_pictures, warn_of_small_pictures
 from .pictures import CropPlan, Variant
 from .streams import SampleStream, generator
 
@@ -77,6 +77,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
                 for example in self.examples
             ]
         warn_of_small_pictures(self.examples, plan)
+        warn_of_long_pictures(self.examples, plan)
         if plan.buckets is not None:
             self._tell_buckets()
 

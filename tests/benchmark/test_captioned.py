@@ -83,6 +83,8 @@ def test_written_examples_are_read_by_the_trainer(tmp_path):
     jpeg = folder / "8.jpg"
     Image.new("RGB", (20, 10), "red").save(jpeg)
     (folder / "8.txt").write_text('"Größe" — 犬', encoding="utf-8")
+    Image.new("RGB", (20, 10), "blue").save(folder / "9.jp2")  # of which Pillow says "JPEG2000"
+    (folder / "9.txt").write_text("ends\u2028of\x85lines", encoding="utf-8")
     examples = find_examples(folder)
     files = write_examples(examples[3:], tmp_path / "new" / "to")
     assert [f.read_bytes() for f in files] == [e.source.read_bytes() for e in examples[3:]]

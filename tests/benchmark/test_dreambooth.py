@@ -55,7 +55,7 @@ def test_file_of_another_system(tmp_path):
 
 def test_other_files_among_the_pictures(tmp_path):
     folder = clone(tmp_path)
-    for name in (".DS_Store", "._0.jpg", "notes.txt"):
+    for name in (".DS_Store", "._0.jpg", "notes.txt", "0_mask.png", "a.h5"):
         (folder / "dataset" / "dog" / name).write_bytes(b"x")
     assert [p.name for p in read_subjects(folder, ["dog"])[0].pictures] == [
         f"{n}.png" for n in range(4)

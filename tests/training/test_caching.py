@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gralora_diffusion.families import get_family
+from gralora_diffusion.training import caching
 from gralora_diffusion.training.base_model import present
 from gralora_diffusion.training.caching import (
     LatentCache,
@@ -151,6 +152,15 @@ def test_key_depends_on_all_that_the_latents_depend_on():
         for variant in (Variant(*place, *size, False), Variant(*place, *size, True))
     ]
     assert len(set(keys)) == len(keys) == 2 * 2 * 2 * 3 * 3 * 2
+
+
+def test_latents_of_another_decoder_or_encoding_are_not_found(monkeypatch):
+    variant = Variant(0, 0, 16, 16, False)
+    keys = {LatentCache(PLAN, "vae").key("picture", variant)}
+    for name in ("DECODER_VERSION", "_ENCODING_VERSION"):
+        monkeypatch.setattr(caching, name, getattr(caching, name) + 1)
+        keys.add(LatentCache(PLAN, "vae").key("picture", variant))
+    assert len(keys) == 3
 
 
 def test_fingerprint_follows_parameters_dtype_and_config_but_not_the_place(tmp_path):

@@ -800,3 +800,19 @@ def test_the_table_in_the_docs_is_up_to_date(page: str, module: str) -> None:
     table = importlib.import_module(module).options_table()
     remake = f'from {module} import options_table; print(options_table(), end="")'
     assert (ROOT / page).read_text() == table, f"remake it with: python -c '{remake}' > {page}"
+
+
+def test_files_that_are_no_pictures_or_captions(good: list[str]) -> None:
+    """A scientist's .h5 is no picture, and captions of any form that is read will do."""
+    Path("science").mkdir()
+    Path("science/1.h5").touch()
+    told = problems_of([*good, "--instance_data_dir", "science"])
+    assert any("no picture among its 1 files (1.h5)" in problem for problem in told)
+    for name in ("1.TXT", "1.json", "1.png.caption", "Metadata.csv", "metadata.parquet"):
+        folder = Path(f"with {name}")
+        folder.mkdir()
+        (folder / "1.PNG").touch()
+        without = [*good, "--instance_data_dir", str(folder), "--instance_prompt=", "--rank=-1"]
+        assert any("--instance_prompt is missing" in problem for problem in problems_of(without))
+        (folder / name).touch()
+        assert not any("--instance_prompt" in problem for problem in problems_of(without))

@@ -15,7 +15,12 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.training.buckets import Buckets
-from gralora_diffusion.training.data import DataError, find_examples, warn_of_small_pictures
+from gralora_diffusion.training.data import (
+    DataError,
+    find_examples,
+    warn_of_long_pictures,
+    warn_of_small_pictures,
+)
 from gralora_diffusion.training.dataset_rows import find_dataset_examples
 from gralora_diffusion.training.pictures import CropPlan
 
@@ -302,6 +307,19 @@ def test_pictures_smaller_than_their_bucket_are_reported(tmp_path, caplog):
     warn_of_small_pictures(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
     assert "aspect-ratio buckets: smaller pictures, enlarged for training (1): 2.png (9x9)" in (
         caplog.text
+    )
+
+
+def test_pictures_of_which_little_is_shown_are_reported(tmp_path, caplog):
+    fill(tmp_path, ["1.png"], (32, 8))
+    fill(tmp_path, ["2.png"], (33, 8))
+    fill(tmp_path, ["3.png"], (1, 9))
+    examples = find_examples(tmp_path, "prompt")
+    warn_of_long_pictures(examples, CropPlan(8))
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        "--resolution 8: long pictures, of which a sample shows less than a quarter (2): "
+        "2.png (33x8), 3.png (1x9)"
     )
 
 

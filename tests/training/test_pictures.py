@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import resource
 
 import numpy as np
 import pytest
@@ -187,6 +188,61 @@ def test_drawn_variants_reach_every_place():
     assert drawn == set(plan.kept((9, 6), "key", 99, seed=0))
     never = {CropPlan(6).draw((6, 9), generator(0, "variant", t)) for t in range(100)}
     assert never == {Variant(0, top, 6, 6, False) for top in range(4)}
+
+
+LONG = [(1, 300), (300, 1), (2, 61), (401, 13), (13, 400), (999, 100), (64, 9), (700, 90)]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize(
+    "interpolation", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
+)
+def test_long_pictures_are_cut_out_as_from_the_whole_resized_picture(interpolation, flip):
+    """Within a level, and nearly everywhere the same; at both ends, too."""
+    plan, different, all_of_them = CropPlan(32, interpolation=interpolation), 0, 0
+    for width, height in LONG:
+        image = Image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8))
+        whole = plan.resized(image.size)
+        resized = np.asarray(image.resize(whole, Image.Resampling[interpolation.upper()]))
+        resized = (resized[:, ::-1] if flip else resized).astype(int)
+        last = max(whole) - 32
+        for place in {0, 1, last // 3, last - 1, last}:
+            left, top = (place, 0) if width > height else (0, place)
+            got = plan.pixel_values(image, Variant(left, top, 32, 32, flip))
+            levels = (got.permute(1, 2, 0).double().numpy() + 1) * 127.5
+            difference = np.abs(levels - resized[top : top + 32, left : left + 32])
+            assert difference.max() < 1.01
+            different += (difference > 0.01).sum()
+            all_of_them += difference.size
+    assert different < all_of_them / 1000
+
+
+def test_the_longest_pictures_take_no_more_memory_than_their_crops():
+    plan = CropPlan(64)
+    size = (1, 65_000)
+    assert plan.resized(size) == (64, 4_160_000)
+    image = Image.fromarray(RNG.integers(0, 256, (size[1], 1, 3), dtype=np.uint8))
+    kept = plan.kept(size, "key", 8, seed=0)
+    assert len(set(kept)) == 8
+    assert plan.kept(size, "key", 5, seed=0) == kept[:5]
+    assert plan.kept(size, "other", 8, seed=0) != kept
+    assert max(variant.top for variant in kept) > 1_000_000
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for variant in kept:
+        got = plan.pixel_values(image, variant)
+        # 64 rows are one pixel and its neighbours; in the middle between two centres, half of each
+        rows = np.asarray(image).astype(int)[variant.top // 64 - 4 :][:9].reshape(9, 3)
+        low, high = rows.min(axis=0) / 127.5 - 1, rows.max(axis=0) / 127.5 - 1
+        slack = 0.25  # Lanczos overshoots
+        assert (got.amin((1, 2)).numpy() >= low - slack).all()
+        assert (got.amax((1, 2)).numpy() <= high + slack).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 50_000  # KiB
+
+
+def test_share_that_a_crop_shows():
+    assert CropPlan(64).shown((64, 64)) == 1
+    assert CropPlan(64).shown((640, 64)) == 0.1
+    assert CropPlan(8, buckets=Buckets(8, 1, ((10, 12),))).shown((60, 60)) == 10 / 12
 
 
 # -- aspect-ratio buckets --------------------------------------------------------------------------

@@ -8,8 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from ...image_files import ImageError, read_image
 from ..results import UnitResult
 from .content import Content
 
@@ -140,14 +141,8 @@ def data_uri(path: Path, side: int) -> str | None:
     JPEG, but PNG where the picture is small and stays as it is: there every pixel is looked at.
     """
     try:
-        with Image.open(path) as opened:
-            opened.draft("RGB", (2 * side, 2 * side))  # a large JPEG is decoded smaller, and faster
-            picture = ImageOps.exif_transpose(opened)
-            if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
-                picture = picture.convert("RGBA")
-                picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
-            picture = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        picture = read_image(path, at_least=2 * side)
+    except ImageError:
         return None
     kept = max(picture.size) <= min(side, _SMALL)
     picture.thumbnail((side, side), Image.Resampling.LANCZOS)

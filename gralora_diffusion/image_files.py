@@ -1,0 +1,349 @@
+"""Image files: which files are images, and from a file to upright RGB pixels in sRGB.
+
+Everything that reads images of the user's reads them here: training, ``gralora sample``, the
+benchmark and its report.
+"""
+
+from __future__ import annotations
+
+import io
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from functools import cache
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from .colour_profiles import UnknownColours, find_profile, to_srgb
+from .regular_files import read_regular
+
+#: Raised when the same file gives other pixels than before, for what is kept of them.
+DECODER_VERSION = 2
+#: Pillow's formats that are read, as far as it has them. Left out are what no image is (HDF5, GRIB,
+#: BUFR, MPEG, PDF), what programs would be run for (EPS, WMF), what opens files of any format
+#: inside (IPTC), and numbers without a range (FITS, SPIDER). Those that are recognised by a strong
+#: signature come first.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM", "QOI", "PSD"),
+    *("ICNS", "DDS", "BLP", "FTEX", "SGI", "PCX", "DCX", "SUN", "MSP", "GBR", "PIXAR", "XPM"),
+    *("XBM", "IM", "PCD", "DIB", "ICO", "CUR", "FLI", "TGA"),
+)
+#: Formats with endings of their own that are opened by another one's reader.
+_READ_WITH = {"MPO": "JPEG"}
+#: Pixels of an image at most. Cameras and phones make up to 108 million; it takes 8 bytes each.
+MAX_PIXELS = 110_000_000
+#: Bytes of an image file at most: that many pixels of six bytes.
+MAX_BYTES = 1 << 30
+#: Images of more pixels are decoded one at a time, whatever the number of threads.
+_LARGE_PIXELS = 1 << 24
+_large = threading.Lock()
+#: Pixels that are converted at once.
+_STRIP_PIXELS = 1 << 22
+#: How the names of masks end that trainers read beside an image: OneTrainer's masks and
+#: conditioning images, and the usual names elsewhere.
+_MASK_ENDINGS = ("-masklabel", "-condlabel", "_masklabel", "_mask", "-mask", ".mask")
+#: Those that are used for nothing else.
+_ONLY_MASKS = ("-masklabel", "-condlabel", "_masklabel")
+_WHITE = (255, 255, 255, 255)
+#: What turns an image upright, by EXIF's orientation.
+_UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
+#: 8-bit levels of a PNG's grey of fewer bits are multiples of these, by Pillow's raw mode.
+_GREY_STEPS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17)}
+
+
+class ImageError(ValueError):
+    """A file that is no image, is damaged, or cannot be shown in sRGB."""
+
+
+class FolderImages(NamedTuple):
+    """Names of files in a folder, sorted: images, and masks of these."""
+
+    images: list[str]
+    masks: list[str]
+
+
+@cache
+def formats() -> tuple[str, ...]:
+    """Pillow's names of the formats that are read here."""
+    Image.init()
+    return tuple(name for name in _FORMATS if name in Image.OPEN)
+
+
+@cache
+def image_extensions() -> frozenset[str]:
+    """Endings, lower case and with the dot, of the files that are taken for images."""
+    known = formats()
+    return frozenset(
+        ending
+        for ending, name in Image.registered_extensions().items()
+        if _READ_WITH.get(name, name) in known
+    )
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is taken for an image, by its name; hidden ones are not."""
+    return path.suffix.lower() in image_extensions() and not path.name.startswith(".")
+
+
+def folder_images(names: Iterable[str]) -> FolderImages:
+    """Tell the images of a folder from their masks, by the names of its files.
+
+    A mask is called like an image of the folder, with an ending such as ``-masklabel`` or ``_mask``
+    before the extension.
+    """
+    found = sorted(name for name in names if is_image(Path(name)))
+    stems = {Path(name).stem.lower() for name in found}
+    masks = {name for name in found if _is_mask(Path(name).stem.lower(), stems)}
+    return FolderImages([name for name in found if name not in masks], sorted(masks))
+
+
+def _is_mask(stem: str, stems: set[str]) -> bool:
+    if stem.endswith(_ONLY_MASKS):
+        return True
+    return any(stem.endswith(end) and stem.removesuffix(end) in stems for end in _MASK_ENDINGS)
+
+
+def image_suffix(data: bytes) -> str:
+    """Return an ending, with the dot, for an image file by its content.
+
+    Raises:
+        ImageError: it is no image of a format that is read.
+    """
+    image = _open(data)
+    endings = Image.registered_extensions().items()
+    return min((e for e, name in endings if name == image.format), key=len, default=".image")
+
+
+def read_image(
+    source: Path | bytes | BinaryIO,
+    remarks: list[str] | None = None,
+    *,
+    at_least: int | None = None,
+) -> Image.Image:
+    """Return an image file as an upright image of mode RGB, in sRGB.
+
+    - Colours of an ICC profile, of CICP, or of PNG's ``gAMA`` and ``cHRM`` are converted, see
+      :func:`.colour_profiles.to_srgb`. CMYK without a profile is converted by Pillow's formula.
+    - Transparency is laid on white, after that conversion.
+    - 16 bits per channel become 8: grey by rounding, RGB by its upper 8 bits.
+    - The camera's orientation (EXIF) is applied.
+    - Of an animation or a file of several pages, the first is taken.
+
+    Args:
+        source: a path, the bytes of a file, or a file opened for reading bytes.
+        remarks: what of the file could not be used, such as a damaged profile, is appended.
+        at_least: a JPEG may be decoded smaller, though not to fewer pixels a side than this.
+
+    Raises:
+        ImageError: it is no image of a format that is read, is damaged, has more than
+            ``MAX_PIXELS``, or its pixels have no fixed range.
+    """
+    remarks = [] if remarks is None else remarks
+    try:
+        if isinstance(source, Path):
+            source = read_regular(source, MAX_BYTES)
+        data = source if isinstance(source, bytes) else source.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ImageError(f"it has more than {MAX_BYTES:,} bytes")
+        with _open(data) as image:
+            size = image.size
+            with _large if size[0] * size[1] > _LARGE_PIXELS else nullcontext():
+                if at_least and image.format in ("JPEG", "MPO"):
+                    image.draft(None, (at_least, at_least))
+                return _converted(image, data, remarks)
+    except ImageError:
+        raise
+    except Exception as error:  # Pillow raises almost any kind on a damaged file
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def as_srgb(image: Image.Image) -> Image.Image:
+    """Return an image in memory as :func:`read_image` returns its file.
+
+    Raises:
+        ImageError: as there.
+    """
+    try:
+        return _converted(image, b"", [])
+    except ImageError:
+        raise
+    except Exception as error:
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    try:
+        image = Image.open(io.BytesIO(data), formats=formats())
+    except UnidentifiedImageError:
+        kinds = ", ".join(formats()[:7])
+        raise ImageError(
+            f"it is no picture of a kind that is read with Pillow ({kinds} and others)"
+            if data
+            else "the file is empty"
+        ) from None
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{error}. Make it smaller") from error
+    except Exception as error:
+        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ImageError(
+            f"it has {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Make it smaller"
+        )
+    return image
+
+
+def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Image:
+    raw, box = _png_raw_mode(image), _gif_box(image)
+    image.load()
+    try:
+        profile = find_profile(image.format, image.info, data, remarks)
+    except UnknownColours as error:
+        raise ImageError(str(error)) from error
+    turn = _UPRIGHT.get(_orientation(image, remarks))
+    levels = _levels(image) if image.mode.startswith("I") else None
+    lower = _lower_bytes(data) if raw == "RGB;16B" and "transparency" in image.info else None
+    result = Image.new("RGB", image.size, _WHITE[:3])
+    for strip in _strips(box or (0, 0, *image.size)):
+        below = lower.crop(strip) if lower else None
+        colour, alpha = _separated(image.crop(strip), raw, levels, below)
+        part = to_srgb(colour, profile, remarks)
+        remarks = []  # the same for every strip
+        if alpha is not None:
+            part.putalpha(alpha)
+            part = Image.alpha_composite(Image.new("RGBA", part.size, _WHITE), part)
+        result.paste(part.convert("RGB"), strip[:2])
+    return result.transpose(turn) if turn is not None else result
+
+
+def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
+    """Cut a part of an image into strips: copies of a whole large one would fill the memory."""
+    left, top, right, bottom = box
+    rows = max(1, _STRIP_PIXELS // max(1, right - left))
+    for start in range(top, bottom, rows):
+        yield left, start, right, min(start + rows, bottom)
+
+
+def _png_raw_mode(image: Image.Image) -> str:
+    """How a PNG that is not loaded yet holds its pixels."""
+    tiles = getattr(image, "tile", None)
+    return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
+
+
+def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
+    """The part of a GIF that is not loaded yet that its first frame covers, if it is not all of it.
+
+    The rest is see-through. Pillow fills it with some colour of the palette.
+    """
+    tiles = getattr(image, "tile", None)
+    box = tuple(tiles[0][1]) if image.format == "GIF" and tiles else None
+    return None if box == (0, 0, *image.size) else box
+
+
+def _orientation(image: Image.Image, remarks: list[str]) -> int:
+    """EXIF's orientation. ``ImageOps.exif_transpose`` also writes EXIF anew, which may fail."""
+    try:
+        found = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception as error:  # whatever damaged EXIF leads to
+        remarks.append(f"its EXIF data are damaged ({error}); it may not be upright")
+        return 1
+    return found if isinstance(found, int) else 1
+
+
+def _separated(
+    image: Image.Image,
+    raw: str,
+    levels: np.ndarray[Any, Any] | None,
+    lower: Image.Image | None,
+) -> tuple[Image.Image, Image.Image | None]:
+    """The colours, of mode L, RGB, CMYK, YCbCr, HSV or LAB, and the opacity, of mode L, if any.
+
+    Args:
+        raw: see :func:`_png_raw_mode`.
+        levels: see :func:`_levels`.
+        lower: see :func:`_lower_bytes`.
+    """
+    mode, transparent = image.mode, image.info.get("transparency")
+    if levels is not None:
+        values = np.asarray(image)
+        opaque = None if transparent is None else values != int(transparent)
+        return Image.fromarray(levels[values]), _mask(opaque)
+    if mode == "F":
+        raise ImageError(
+            "its pixels are floating-point numbers without a fixed range; save it as PNG"
+        )
+    if mode in ("RGBa", "La"):
+        image = image.convert(mode.upper())
+    elif mode == "1":
+        image = image.convert("L")
+    elif mode in ("P", "PA"):
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    elif mode == "RGBX":
+        image = image.convert("RGB")
+    if image.mode in ("LA", "RGBA"):
+        return image.convert(image.mode[:-1]), image.getchannel("A")
+    if image.mode not in ("L", "RGB", "CMYK", "YCbCr", "HSV", "LAB"):
+        raise ImageError(f"its pixels are of a kind that is not read, {image.mode}")
+    if transparent is None or mode in ("P", "PA") or image.mode not in ("L", "RGB"):
+        return image, None
+    pixels = np.asarray(image)
+    if image.mode == "L":
+        bits, step = _GREY_STEPS.get(raw, (255, 1))
+        return image, _mask(pixels != (int(transparent) & bits) * step)
+    if lower is not None:
+        pixels = pixels.astype(np.uint16) * 256 + np.asarray(lower)
+    elif raw == "RGB;16B":
+        transparent = [int(value) >> 8 for value in transparent]
+    else:
+        transparent = [int(value) & 255 for value in transparent]
+    red, green, blue = transparent
+    differs = (pixels[..., 0] != red) | (pixels[..., 1] != green) | (pixels[..., 2] != blue)
+    return image, _mask(differs)
+
+
+def _mask(opaque: np.ndarray[Any, Any] | None) -> Image.Image | None:
+    return None if opaque is None else Image.fromarray(opaque.astype(np.uint8) * 255)
+
+
+def _lower_bytes(data: bytes) -> Image.Image | None:
+    """The lower halves of a PNG's channels of 16 bits, of which Pillow gives the upper ones."""
+    if not data:
+        return None
+    with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
+        # read as if the lower byte came last, what seems to be the upper half is the lower one
+        image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
+        image.load()
+        return image
+
+
+def _levels(image: Image.Image) -> np.ndarray[Any, Any]:
+    """8-bit levels by value, of one channel of 16 bits, or such a channel kept in 32 bits."""
+    tags = getattr(image, "tag_v2", {})
+    top = 0xFFF if tags.get(_TIFF_BITS) == (12,) else 0xFFFF
+    arrays = (np.asarray(image.crop(strip)) for strip in _strips((0, 0, *image.size)))
+    ranges = [(int(array.min()), int(array.max())) for array in arrays]
+    low, high = min(low for low, _ in ranges), max(high for _, high in ranges)
+    if low < 0 or high > top:
+        raise ImageError(
+            f"its pixels range from {low} to {high}, which is neither 8 nor 16 bits; save it as PNG"
+        )
+    if image.mode == "I" and image.format == "TIFF" and 0 < high <= 255:
+        raise ImageError(
+            f"its pixels range from {low} to {high}, and can be of 8 or of 16 bits; save it as PNG"
+        )
+    # Pillow's own conversion would cut off all above 255
+    levels = np.rint(np.arange(top + 1) * (255 / top)).astype(np.uint8)
+    # where 0 is white, Pillow sees to it for 8 bits only
+    return levels[::-1] if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels

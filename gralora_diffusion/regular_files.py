@@ -1,0 +1,45 @@
+"""Files that others gave, read without trusting what lies at a path."""
+
+from __future__ import annotations
+
+import stat
+from pathlib import Path
+
+_KINDS = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFIFO: "a named pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
+
+
+def is_regular(path: Path) -> bool:
+    """Whether a path leads to a file with contents, through links or not.
+
+    A name that no file can have, such as one that is too long, leads to none.
+    """
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except (OSError, ValueError):
+        return False
+
+
+def read_regular(path: Path, limit: int) -> bytes:
+    """Return the bytes of a regular file; links are followed.
+
+    A named pipe would block for ever, and a device may never end: neither is opened.
+
+    Args:
+        limit: bytes at most.
+
+    Raises:
+        OSError: the file cannot be read, is no regular file, or is longer than ``limit``.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        raise OSError(f"it is {kind}, not a file")
+    if status.st_size > limit:
+        raise OSError(f"it has {status.st_size:,} bytes; at most {limit:,} are read")
+    return path.read_bytes()
