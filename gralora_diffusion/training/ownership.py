@@ -27,6 +27,8 @@ from .config_checks import ConfigError
 logger = logging.getLogger(__name__)
 
 LOCK_NAME, OWNER_NAME = ".gralora.lock", ".gralora.owner"
+#: Bytes of an owner's file that are read.
+_ENOUGH = 1000
 #: By which files it is known what a folder is of.
 CONFIG_NAME, BENCHMARK_NAME = "training_config.yaml", "benchmark.yaml"
 #: How file systems say that they have no locks.
@@ -96,10 +98,11 @@ def _facts() -> dict[str, Any]:
 def _owner(path: Path) -> str:
     """Who has a folder, as its file says; the file may hold anything."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            facts = json.loads(file.read(_ENOUGH))
         pid, host = int(facts["pid"]), str(facts["host"])
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
         return "another process"  # which has not written it yet
     return f"process {pid} on {re.sub('[^A-Za-z0-9._-]', '?', host)[:100]} since {since}"
 

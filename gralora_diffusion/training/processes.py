@@ -118,6 +118,8 @@ def _told_by_all(accelerator: Accelerator, value: Any) -> list[Any]:
     try:
         dist.all_gather_object(told, value, group=_patient_group(dist.group.WORLD))
     except RuntimeError as error:  # gloo's, once a connection is closed
+        dist.destroy_process_group(_patient_group(dist.group.WORLD))  # broken, it aborts at the end
+        _patient_group.cache_clear()
         raise OtherProcessFailed(
             f"another process ended, and this one cannot go on alone ({error}). What the other "
             "wrote says why"
