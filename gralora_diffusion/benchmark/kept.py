@@ -135,7 +135,7 @@ def write_down(settings: BenchmarkSettings) -> None:
         ConfigError: as ``check_same_run``; the folder cannot be written to.
     """
     # its processes share the folder, unit by unit, but one at a time says what they are units of
-    with owned(settings.folder, f"--output_dir {settings.output_dir!r}", _WRITING):
+    with owned(settings.folder, f"--output_dir {settings.folder}", _WRITING):
         _write_down(settings)
 
 

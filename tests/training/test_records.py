@@ -158,7 +158,6 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         tensors = ORIGINALS["stable-diffusion"](StableDiffusionPipeline.from_pretrained(base))
         weights["pretrained_model_name_or_path"] = write(tensors, tmp_path / "base.safetensors")
         weights["base_config"] = base
-    (tmp_path / "outside.png").write_bytes(b"private")
     for name in PRIVATE:
         (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "out" / name).write_bytes(b"private")
