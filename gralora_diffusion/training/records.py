@@ -25,6 +25,7 @@ from .quantization import QUANTIZED_BASE
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
 CARD_NAME = "README.md"
+CARD_IMAGE_NAME = "validation.png"
 
 
 class MetricsFile:
@@ -105,7 +106,7 @@ def write_card(
     if trigger:
         parts.append(f"Use the prompt `{trigger}` to call the subject.")
     if grid is not None:
-        Image.open(grid).save(folder / "validation.png")
+        Image.open(grid).save(folder / CARD_IMAGE_NAME)
         rows = "\n".join(f"- row {i + 1}: {prompt}" for i, prompt in enumerate(prompts))
         parts.append(f"![pictures drawn with the adapter](validation.png)\n\n{rows}")
     source = config.hub_model_id or "path/to/this/folder"
