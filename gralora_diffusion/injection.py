@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config_values import invalid_values
+from .fused_projections import guard_projections
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
 from .targets import TargetError, base_of, check_targets, refuse
 
@@ -49,6 +50,7 @@ class GraloraTuner(GraloraModel):
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
+            guard_projections(model, _computes_more)
 
     def _prepare_model(self, peft_config: GraloraConfig, model: nn.Module) -> None:
         # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
@@ -192,6 +194,14 @@ def eject(model: nn.Module, *adapter_names: str) -> None:
         if not configs:
             del model.peft_config
             mark_adapted(model, False)
+    guard_projections(model, _computes_more)
+
+
+def _computes_more(layer: nn.Module) -> bool:
+    """Whether a layer has an adapter of this package that is not merged into its weight."""
+    return isinstance(layer, GraloraLayer) and not set(layer.gralora_A) <= set(
+        layer.merged_adapters
+    )
 
 
 @contextmanager
