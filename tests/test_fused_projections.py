@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
 
 from gralora_diffusion import GraloraLinear, TargetError, eject, inject
@@ -34,7 +35,8 @@ def test_only_replaced_layers_are_refused(denoiser: nn.Module) -> None:
     targets = sorted({name.rsplit(".", 1)[-1] for name in before})
     denoiser.fuse_qkv_projections()
     # the queries of a UNet's cross-attention, attn2, stay in use
-    replaced = {name for name in before if not name.endswith("attn2.to_q")}
+    kept = "attn2.to_q" if isinstance(denoiser, UNet2DConditionModel) else "none"
+    replaced = {name for name in before if not name.endswith(kept)}
     assert replaced_projections(denoiser) == replaced
     with pytest.raises(TargetError, match=rf"{len(replaced)} of the layers.*unfuse_qkv_proj"):
         inject(denoiser, config(targets))
