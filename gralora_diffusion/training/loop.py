@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..command_line import print_safely
 from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
 from .acceleration import (
@@ -88,7 +89,7 @@ def train(config: TrainingConfig) -> Path:
 
             plan = plan_run(config, family, pictures, class_pictures, accelerator)
             if accelerator.is_main_process:
-                print(plan)
+                print_safely(plan)
             return Path(config.output_dir)
         if accelerator.is_main_process:
             make_repository(config)
