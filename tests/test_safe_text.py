@@ -83,7 +83,8 @@ def test_logs_and_their_tracebacks_are_escaped():
     except ValueError:
         record = logging.LogRecord("n", 30, "f", 1, "%s", ("\x9b1m",), sys.exc_info())
     text = TerminalFormatter("%(message)s").format(record)
-    assert text.startswith("\\x9b1m\n") and text.endswith("ValueError: \\x1b[2J")
+    assert text.startswith("\\x9b1m\n")
+    assert text.endswith("ValueError: \\x1b[2J")
 
 
 def test_a_parser_escapes_its_errors(capsys):
@@ -92,4 +93,5 @@ def test_a_parser_escapes_its_errors(capsys):
         with pytest.raises(SystemExit, match="2"):
             end()
         shown = capsys.readouterr().err
-        assert "\\x1b[31m" in shown and "\x1b" not in shown
+        assert "\\x1b[31m" in shown
+        assert "\x1b" not in shown
