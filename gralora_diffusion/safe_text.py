@@ -68,9 +68,9 @@ def for_code_span(text: object) -> str:
     line = for_terminal(" ".join(str(text).split()))
     if not line:
         return "` `"
-    fence = "`" * (_longest_run(line) + 1)
-    pad = " " if line.startswith("`") or line.endswith("`") else ""
-    return f"{fence}{pad}{line}{pad}{fence}"
+    if "`" in line or "<" in line:  # no reader of Markdown then sees a tag or a longer fence
+        return f"<code>{for_markdown(line)}</code>"
+    return f"`{line}`"
 
 
 def for_code_block(text: object, language: str = "") -> str:

@@ -66,7 +66,7 @@ def test_a_block_starts_as_text(text, shown):
 
 
 def test_fences_are_longer_than_any_in_the_text():
-    assert for_code_span("a``b\n`") == "``` a``b ` ```"
+    assert for_code_span("a``b\n`") == "<code>a\\`\\`b \\`</code>"
     assert for_code_block("a\n````\nb", "yaml") == "`````yaml\na\n````\nb\n`````"
 
 
