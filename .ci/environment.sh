@@ -1,8 +1,10 @@
-# Sourced by samples/demo.sh and tests/run.sh: makes .venv with the package and activates it.
-# Usage: . .ci/environment.sh [extras, such as dev]
+# Sourced by samples/demo.sh and tests/run.sh, from the repository's root: makes .venv with the
+# package and activates it.
+# Usage: GRALORA_EXTRAS=dev . .ci/environment.sh
+# The extras are no argument, for a sourced script that is given none sees its caller's.
 # Set PYTHON to choose another interpreter than python3.
 
-extras="${1:-}"
+extras="${GRALORA_EXTRAS:-}"
 python="${PYTHON:-python3}"
 if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
     echo "error: $python is not Python 3.10 or newer. Install it, or name another by PYTHON=..." >&2

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config_values import invalid_values
+from .fused_projections import guard_projections
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
 from .targets import TargetError, base_of, check_targets, refuse
 
@@ -44,11 +45,12 @@ class GraloraTuner(GraloraModel):
     ) -> None:
         self._keys = None if state_dict is None else list(state_dict)
         self._device = torch.device("meta") if low_cpu_mem_usage else nullcontext()
-        with unchanged_on_error([model], adapter_name), _merged_kept(model):
+        with unchanged_on_error([model], adapter_name), _merged_kept(model, adapter_name):
             refuse(model, invalid_values(self.peft_config[adapter_name]))
             super().inject_adapter(
                 model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
             )
+            guard_projections(model, _computes_more)
 
     def _prepare_model(self, peft_config: GraloraConfig, model: nn.Module) -> None:
         # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
@@ -192,6 +194,14 @@ def eject(model: nn.Module, *adapter_names: str) -> None:
         if not configs:
             del model.peft_config
             mark_adapted(model, False)
+    guard_projections(model, _computes_more)
+
+
+def _computes_more(layer: nn.Module) -> bool:
+    """Whether a layer has an adapter of this package that is not merged into its weight."""
+    return isinstance(layer, GraloraLayer) and not set(layer.gralora_A) <= set(
+        layer.merged_adapters
+    )
 
 
 @contextmanager
@@ -217,16 +227,21 @@ def unchanged_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterat
 
 
 @contextmanager
-def _merged_kept(model: nn.Module) -> Iterator[None]:
-    """Hide from PEFT what is merged: it would unmerge it to make the new adapter active."""
+def _merged_kept(model: nn.Module, adapter_name: str) -> Iterator[None]:
+    """Hide merged adapters from PEFT, which would unmerge them to make the new one active.
+
+    An earlier adapter of the new one's name stays in sight: a layer must unmerge it before its
+    factors are replaced, for nothing could take its update out of the base weight afterwards.
+    """
     merged = {m: m.merged_adapters for m in model.modules() if isinstance(m, GraloraLayer)}
-    for layer in merged:
-        layer.merged_adapters = []
+    for layer, names in merged.items():
+        layer.merged_adapters = [name for name in names if name == adapter_name]
     try:
         yield
     finally:
         for layer, names in merged.items():
-            layer.merged_adapters = names
+            kept = layer.merged_adapters
+            layer.merged_adapters = [n for n in names if n != adapter_name or n in kept]
 
 
 def mark_adapted(model: Any, adapted: bool) -> None:

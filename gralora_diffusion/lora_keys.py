@@ -6,14 +6,14 @@ those that ComfyUI reads (``comfy/lora.py``, ``comfy/weight_adapter/``), diffuse
 
 from __future__ import annotations
 
-import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
-from .config_values import pattern_key
+if TYPE_CHECKING:
+    from torch import Tensor
 
 #: Key of a header under which diffusers keeps PEFT's config.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -80,12 +80,12 @@ _KINDS: tuple[tuple[str, set[str]], ...] = (
 
 #: How names of layers begin -> the style of the file.
 _STYLES = {
-    "lora_transformer_": "OneTrainer",
+    **dict.fromkeys(("lora_transformer_", "lora_transformer."), "OneTrainer"),
     "lora_unet_": "kohya",
     "lora_te": "kohya",
     "lora_prior_": "kohya",
     "lycoris_": "LyCORIS",
-    "diffusion_model.": "ComfyUI",
+    **dict.fromkeys(("diffusion_model.", "model.diffusion_model."), "ComfyUI"),
     "text_encoders.": "ComfyUI",
     "base_model.model.": "PEFT",
     "unet.": "diffusers",
@@ -102,6 +102,30 @@ _TEXT_ENCODERS = {
 _BEGINNINGS = sorted(
     {*_STYLES, *_TEXT_ENCODERS} - {"text_encoder", "lora_te"}, key=len, reverse=True
 )
+
+
+_FLAT_STYLES = ("kohya", "OneTrainer", "LyCORIS")
+
+_MOST_AXES = 5  # of a convolution over three axes
+#: Part -> how many axes it may have: a convolution's factors have those of its kernel as well.
+_AXES = {
+    **dict.fromkeys(("down", "up", "lokr_w2", "gralora_A_general", "gralora_B_general"), (2, 5)),
+    **dict.fromkeys(("mid", "lokr_t2", "hada_t1", "hada_t2"), (3, 5)),
+    **{f"hada_{name}": (2, 2) for name in ("w1_a", "w1_b", "w2_a", "w2_b")},
+    **{f"lokr_{name}": (2, 2) for name in ("w1", "w1_a", "w1_b", "w2_a", "w2_b")},
+    "gralora_A": (3, 5),
+    "gralora_B": (3, 3),
+    "alpha": (0, 1),
+}
+#: Part -> those of its sizes that cannot be 0.
+_SIZED: dict[str, Callable[[Sequence[int]], Sequence[int]]] = {
+    "down": lambda shape: shape[1:],
+    "up": lambda shape: shape[:1],
+    "gralora_A": lambda shape: shape,
+    "gralora_B": lambda shape: shape,
+}
+#: What factors may be stored as, in torch's terms; 8 bits as they are, without scales.
+_DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
 @dataclass
@@ -127,46 +151,73 @@ class Layer:
         return next((c for start, c in _TEXT_ENCODERS.items() if self.name.startswith(start)), None)
 
     @property
-    def plain_name(self) -> str:
-        """The name without what it begins with, and ``_`` for every dot."""
+    def path(self) -> str:
+        """The name without what it begins with."""
         name = self.name
         while start := next((s for s in _BEGINNINGS if name.startswith(s)), None):
             name = name.removeprefix(start)
-        return re.sub(r"\W", "_", name.replace(".processor.", "."))
+        return name
 
+    @property
+    def is_flat(self) -> bool:
+        """Whether the path has ``_`` for every dot."""
+        return self.style in _FLAT_STYLES and "." not in self.path
 
-@dataclass(frozen=True)
-class LoraScaling:
-    """What PEFT's config of a LoRA says of its layers; without one alpha is the rank.
+    @property
+    def plain_name(self) -> str:
+        """The path with ``_`` for every dot."""
+        return re.sub(r"\W", "_", self.path.replace(".processor.", "."))
 
-    ``config`` has the fields of PEFT's ``LoraConfig``.
-    """
+    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+        """Say why these tensors, by part, make no layer of this kind; None if they do.
 
-    config: Mapping[str, Any]
-
-    def alpha(self, path: str, rank: int) -> float:
-        """Alpha of the layer at ``path``, by which over its rank the update is scaled.
-
-        That of rank-stabilized LoRA, which is scaled by alpha over the root of the rank, is made up
-        for.
+        A rank of 0 is no fault: such a layer has no update.
         """
-        pattern = self.config.get("alpha_pattern") or {}
-        key = pattern_key(pattern, path)
-        alpha = float(pattern.get(key, self.config.get("lora_alpha", rank)))
-        return alpha * math.sqrt(rank) if self.config.get("use_rslora") else alpha
+        for part, tensor in tensors.items():
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype not in _DTYPES and (part != "alpha" or not dtype.startswith(("int", "uint"))):
+                return f"{part} holds {dtype}; expected {', '.join(_DTYPES)}"
+            fewest, most = _AXES.get(part, (0, _MOST_AXES))
+            if not fewest <= tensor.dim() <= most:
+                allowed = f"{fewest}" if fewest == most else f"{fewest} to {most}"
+                return f"{part} has {tensor.dim()} axes; expected {allowed}"
+            if part in _SIZED and 0 in _SIZED[part](tensor.shape):
+                return f"{part} is empty, of shape {tuple(tensor.shape)}"
+        if "alpha" in tensors and tensors["alpha"].numel() != 1:
+            return f"alpha has {tensors['alpha'].numel()} values; expected one"
+        for what, one, other in _sizes_that_agree({p: t.shape for p, t in tensors.items()}):
+            if one != other:
+                return f"{what} differ: {one} and {other}"
+        return None
 
 
-def lora_scalings(metadata: Mapping[str, str]) -> dict[str, LoraScaling]:
-    """Return component -> scaling of diffusers' ``lora_adapter_metadata``, where a file has it.
-
-    Raises:
-        ValueError: it is no JSON of that form.
-    """
-    values: dict[str, dict[str, Any]] = {}
-    for name, value in dict(json.loads(metadata.get(DIFFUSERS_METADATA, "{}"))).items():
-        component, _, field_name = name.partition(".")
-        values.setdefault(component, {})[field_name] = value
-    return {component: LoraScaling(config) for component, config in values.items()}
+def _sizes_that_agree(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, int]]:
+    """What should be the same in two parts of a layer, and what it is in each."""
+    down, up, mid = (shapes.get(part) for part in ("down", "up", "mid"))
+    if down is not None and up is not None:
+        if mid is None:
+            yield "rows of its down matrix and columns of its up matrix", down[0], up[1]
+        else:
+            yield "columns of its up matrix and first axis of its middle", up[1], mid[0]
+            yield "rows of its down matrix and second axis of its middle", down[0], mid[1]
+            yield "the kernel of its down matrix and 1", math.prod(down[2:]), 1
+        yield "the kernel of its up matrix and 1", math.prod(up[2:]), 1
+    a, b = shapes.get("gralora_A"), shapes.get("gralora_B")
+    if a is not None and b is not None:
+        yield "blocks of its gralora_A and gralora_B", a[0], b[0]
+        yield "rank of its gralora_A and gralora_B", a[2], b[1]
+        yield "its rank and a multiple of k", a[2], a[2] // max(a[0], 1) * a[0]
+        general = shapes.get("gralora_A_general"), shapes.get("gralora_B_general")
+        if general[0] is not None and general[1] is not None:
+            yield "rank of its general pair's factors", general[0][0], general[1][1]
+            yield "inputs of its general pair and of its blocks", general[0][1], a[0] * a[1]
+            yield "outputs of its general pair and of its blocks", general[1][0], b[0] * b[2]
+    for first, second in (
+        *(("lokr_w1_a", "lokr_w1_b"), ("lokr_w2_a", "lokr_w2_b")),
+        *(("hada_w1_a", "hada_w1_b"), ("hada_w2_a", "hada_w2_b")),
+    ):
+        if {first, second} <= set(shapes) and not {"lokr_t2", "hada_t1"} & set(shapes):
+            yield f"columns of {first} and rows of {second}", shapes[first][1], shapes[second][0]
 
 
 def _split(key: str) -> tuple[str, str | None]:

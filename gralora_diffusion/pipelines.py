@@ -15,6 +15,8 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from peft import GraloraConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .bookkeeping import note_components, note_fused
@@ -71,7 +73,10 @@ def load_gralora_weights(
     force_download: bool = False,
     local_files_only: bool = False,
 ) -> LoadReport:
-    """Attach a GraLoRA adapter to the pipeline and make it the active one.
+    """Attach a GraLoRA adapter to the pipeline and make it the only active one.
+
+    Earlier adapters, a LoRA among them, stay attached and become inactive in every component, also
+    in those that the new adapter has no part for: as after ``pipe.set_adapters(adapter_name)``.
 
     Args:
         source: a file, a folder, a PEFT folder, a repository on the Hub, a state dict, or an
@@ -116,10 +121,12 @@ def load_gralora_weights(
     if adapter_name is None:
         adapter_name = _free_name(component_models(pipe).values())
     fits = check_fit(pipe, adapter, adapter_name)
-    models = [fit.model for fit in fits.values()]
-    with without_offloading(pipe, models), unchanged_on_error(models, adapter_name):
+    models, every_model = [fit.model for fit in fits.values()], component_models(pipe).values()
+    with without_offloading(pipe, models), unchanged_on_error(every_model, adapter_name):
         for fit in fits.values():
             _attach(fit, adapter_name, adapter_dtype)
+        for model in every_model:
+            _activate(model, adapter_name)
     note_components(pipe)
     return LoadReport(
         adapter_name,
@@ -283,6 +290,19 @@ def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
         if adapter_name in layer.gralora_A and dtype is not None and dtype.itemsize >= 2:
             layer.cast_adapter(adapter_name, dtype)
     set_adapter_tensors(fit.model, adapter_name, fit.tensors)
+
+
+def _activate(model: nn.Module, adapter_name: str) -> None:
+    """Make one adapter the only active one of a model, which need not have it.
+
+    As diffusers' ``set_adapters``: a layer without that adapter computes as the base does.
+    """
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.set_adapter([adapter_name], inference_mode=True)
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            has_it = adapter_name in module._adapters
+            module.set_adapter([adapter_name] if has_it else [], inference_mode=True)
 
 
 def _models_with_layers(

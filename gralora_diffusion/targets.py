@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from .config_values import describe_unused, layer_settings, unused_patterns
+from .fused_projections import replaced_projections
 
 #: Base layers that GraLoRA can adapt; what to name in an error message.
 SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
@@ -155,8 +156,19 @@ def check_targets(
         targets = {name: modules[name] for name in wanted if name in modules}
         absent = ", ".join(name for name in wanted if name not in modules)
         problems = [f"these layers of the state dict are not there: {absent}."] if absent else []
-    refuse(model, [*problems, *misfits(targets, config)])
+    refuse(model, [*problems, *misfits(targets, config), *_without_effect(model, targets)])
     return targets
+
+
+def _without_effect(model: nn.Module, targets: Iterable[str]) -> list[str]:
+    replaced = sorted(replaced_projections(model) & set(targets))
+    if not replaced:
+        return []
+    return [
+        f"{len(replaced)} of the layers, such as {replaced[0]}, are out of use, for their "
+        "projections are fused, and an adapter on them would have no effect. Call "
+        "`unfuse_qkv_projections()` first, or load the model anew if it was fused twice."
+    ]
 
 
 def refuse(model: nn.Module, problems: Sequence[str]) -> None:

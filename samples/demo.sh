@@ -2,9 +2,14 @@
 # Teach the bundled base a subject it has never seen, on the CPU, and show what came of it.
 # Everything it makes lies in outputs/demo, or in the folder given as the first argument.
 set -euo pipefail
+output="${1:-}"
+case "$output" in
+    "") output="outputs/demo" ;;
+    /*) ;;
+    *) output="$PWD/$output" ;; # from where the caller is
+esac
 cd "$(dirname "$0")/.."
 . .ci/environment.sh
-output="${1:-outputs/demo}"
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
 # on a model this small one thread does nearly what two do, and nothing beside it slows it down
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -461,6 +461,21 @@ class TestEject:
         eject(model, "a")
         assert torch.equal(denoise(model), expected)
 
+    def test_a_merged_adapter_that_is_made_anew_leaves_the_base_weight(self):
+        model = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16))
+        base = [layer.weight.detach().clone() for layer in model]
+        tuner = GraloraTuner(model, config(["0", "1"]), "a")
+        inject(model, config(["1"]), "kept")
+        model[1].merge(adapter_names=["kept"])
+        beside = model[1].base_layer.weight.detach().clone()
+        for layer in model:
+            layer.merge(adapter_names=["a"])
+        assert relative_error(model[0].base_layer.weight, base[0]) > 0.1
+        tuner.inject_adapter(model, "a")
+        assert [layer.merged_adapters for layer in model] == [[], ["kept"]]
+        assert relative_error(model[0].base_layer.weight, base[0]) < 1e-6
+        assert relative_error(model[1].base_layer.weight, beside) < 1e-6
+
     def test_layers_left_empty_by_delete_adapters_go_too(self):
         model = inject(models.unet(), config(), "a")
         model.delete_adapters("a")

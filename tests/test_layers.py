@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -272,6 +273,24 @@ def under_lora(net):
     return net.requires_grad_(True)
 
 
+def backward_hooked(net):
+    net.up.base_layer.register_full_backward_pre_hook(lambda module, gradient: None)
+    return net
+
+
+def test_hooks_of_every_module_reach_the_base_layer():
+    net = pair()[1]
+    called = []
+    handle = register_module_forward_hook(lambda module, *_: called.append(module))
+    try:
+        net.up(torch.randn(2, 5, 24))
+    finally:
+        handle.remove()
+    assert net.up.base_layer in called
+    net.up(torch.randn(2, 5, 24))
+    assert net.up.way == "added"
+
+
 class TestWays:
     """How a forward is computed, and that its result and gradients do not depend on it."""
 
@@ -280,6 +299,7 @@ class TestWays:
         [
             (lambda net: net, "added"),
             (hooked, "separate: .*hooks"),
+            (backward_hooked, "separate: .*hooks"),
             (offloaded, "separate: .*forward"),
             (trained, "separate: .*trained"),
             (under_lora, "separate: .*Linear"),

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import math
-
 import pytest
+import torch
 
-from gralora_diffusion.lora_keys import LoraScaling, group_layers, lora_scalings
+from gralora_diffusion.lora_keys import Layer, group_layers
 
 PAIRS = [  # down, up, name, style, text encoder, plain name
     (
@@ -128,17 +126,71 @@ def test_a_second_key_for_one_part_is_left_over():
     assert rest == keys[2:]
 
 
-def test_alpha_of_a_config():
-    config = {"r": 8, "lora_alpha": 16, "alpha_pattern": {"to_q": 4}, "rank_pattern": {"to_q": 2}}
-    values = {f"unet.{name}": value for name, value in config.items()}
-    scalings = lora_scalings({"lora_adapter_metadata": json.dumps(values)})
-    assert list(scalings) == ["unet"]
-    assert scalings["unet"].alpha("attn1.to_q", 2) == 4
-    assert scalings["unet"].alpha("attn1.to_k", 8) == 16
-    assert lora_scalings({}) == {}
+@pytest.mark.parametrize(
+    ("name", "path", "is_flat"),
+    [
+        ("transformer.transformer_blocks.0.attn.to_q", "transformer_blocks.0.attn.to_q", False),
+        ("base_model.model.proj_out", "proj_out", False),
+        ("model.diffusion_model.img_in", "img_in", False),
+        (
+            "lora_transformer.transformer_blocks.0.attn.to_q",
+            "transformer_blocks.0.attn.to_q",
+            False,
+        ),
+        ("lora_transformer_proj_out", "proj_out", True),
+        ("lycoris_proj_out", "proj_out", True),
+        ("lora_te2_text_model_encoder", "text_model_encoder", True),
+    ],
+)
+def test_paths(name, path, is_flat):
+    layer = Layer(name)
+    assert (layer.path, layer.is_flat) == (path, is_flat)
 
 
-def test_alpha_without_one_is_the_rank_and_stabilized_by_its_root():
-    assert LoraScaling({}).alpha("to_q", 8) == 8
-    stabilized = LoraScaling({"lora_alpha": 16, "use_rslora": True})
-    assert stabilized.alpha("to_q", 4) / 4 == 16 / math.sqrt(4)
+PAIR = {"down": torch.ones(4, 64), "up": torch.ones(32, 4)}
+GRALORA = {"gralora_A": torch.ones(2, 32, 4), "gralora_B": torch.ones(2, 4, 16)}
+GENERAL = {"gralora_A_general": torch.ones(3, 64), "gralora_B_general": torch.ones(32, 3)}
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        PAIR,
+        PAIR | {"alpha": torch.tensor(3)},
+        PAIR | {"alpha": torch.ones(1, dtype=torch.bfloat16)},
+        {"down": torch.ones(0, 64), "up": torch.ones(32, 0)},
+        {"down": torch.ones(4, 64, 3, 3), "up": torch.ones(32, 4, 1, 1)},
+        {"down": torch.ones(4, 64, 1, 1), "up": torch.ones(32, 5), "mid": torch.ones(5, 4, 3, 3)},
+        {name: tensor.to(torch.float8_e4m3fn) for name, tensor in PAIR.items()},
+        GRALORA | GENERAL,
+    ],
+)
+def test_tensors_that_make_a_layer(parts):
+    assert Layer("x").problem(parts) is None
+
+
+@pytest.mark.parametrize(
+    ("parts", "problem"),
+    [
+        (PAIR | {"down": torch.ones(256)}, "down has 1 axes; expected 2 to 5"),
+        (PAIR | {"alpha": torch.ones(0)}, "alpha has 0 values; expected one"),
+        (PAIR | {"alpha": torch.ones(2)}, "alpha has 2 values; expected one"),
+        (PAIR | {"alpha": torch.ones(1, 1)}, "alpha has 2 axes; expected 0 to 1"),
+        (PAIR | {"up": torch.ones(32, 5)}, "of its up matrix differ: 4 and 5"),
+        (PAIR | {"up": torch.ones(32, 4, 3, 3)}, "the kernel of its up matrix and 1 differ: 9"),
+        (PAIR | {"mid": torch.ones(4, 5, 3, 3)}, "second axis of its middle differ: 4 and 5"),
+        (PAIR | {"down": torch.ones(4, 0)}, "down is empty, of shape (4, 0)"),
+        (PAIR | {"up": torch.ones(0, 4)}, "up is empty"),
+        (PAIR | {"down": torch.ones(4, 64, dtype=torch.int8)}, "down holds int8; expected float64"),
+        (PAIR | {"up": torch.ones(32, 4, dtype=torch.complex64)}, "up holds complex64"),
+        (PAIR | {"alpha": torch.ones((), dtype=torch.bool)}, "alpha holds bool"),
+        (GRALORA | {"gralora_B": torch.ones(3, 4, 16)}, "blocks of its gralora_A and gralora_B"),
+        (GRALORA | {"gralora_B": torch.ones(2, 6, 16)}, "rank of its gralora_A and gralora_B"),
+        (GRALORA | {"gralora_A": torch.ones(32, 4)}, "gralora_A has 2 axes; expected 3 to 5"),
+        (GRALORA | {"gralora_A": torch.ones(0, 32, 4)}, "gralora_A is empty"),
+        (GRALORA | GENERAL | {"gralora_A_general": torch.ones(3, 63)}, "inputs of its general"),
+        ({"lokr_w1_a": torch.ones(2, 3), "lokr_w1_b": torch.ones(4, 2)}, "rows of lokr_w1_b"),
+    ],
+)
+def test_tensors_that_make_none(parts, problem):
+    assert problem in Layer("x").problem(parts)

@@ -599,6 +599,25 @@ class TestDiffusersMethods:
         pipe.set_adapters("a")
         assert same(draw(pipe), adapted)
 
+    def test_what_is_loaded_last_is_the_only_active_one(self, folder, tmp_path):
+        """Also on a component that it has no part for."""
+        unet_only = stable_diffusion()
+        inject(unet_only.unet, config(["to_v"]), "x")
+        unet_only.save_gralora_weights(tmp_path)
+        pipe = stable_diffusion()
+        pipe.load_gralora_weights(tmp_path, adapter_name="b")
+        expected = draw(pipe)
+        pipe = stable_diffusion()
+        pipe.load_gralora_weights(folder, adapter_name="a")
+        pipe.load_gralora_weights(tmp_path, adapter_name="b")
+        assert pipe.get_active_adapters() == ["b"]
+        assert torch.equal(draw(pipe), expected)
+        pipe.fuse_gralora()
+        assert pipe.fused_loras == {"b"}
+        pipe.unfuse_gralora()
+        pipe.set_adapters("a")
+        assert relative_error(draw(pipe), expected) > 1e-3
+
     def test_set_adapters_by_component_and_block(self, pipe, folder):
         pipe.set_adapters("a", {"unet": 0.3, "text_encoder": 0.6})
         assert same(draw(pipe), draw(merged([(folder, {"unet": 0.3, "text_encoder": 0.6})])))

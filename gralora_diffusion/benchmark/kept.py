@@ -17,12 +17,15 @@ from ..tensor_files import replacing
 from ..training.config import PATHS, TrainingConfig
 from ..training.config_checks import ConfigError
 from ..training.option_parsing import arguments_of, parse_options
+from ..training.ownership import BENCHMARK_NAME, CONFIG_NAME, owned
 from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
 from .settings import BenchmarkSettings
 
 logger = logging.getLogger(__name__)
 
-SETTINGS_NAME = "benchmark.yaml"
+SETTINGS_NAME = BENCHMARK_NAME
+#: Seconds in which another process has surely written the options down.
+_WRITING = 60.0
 ROOT = Path(__file__).parents[2]
 SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
 #: What may differ between two commands of one run: they add units to it, or change none.
@@ -117,10 +120,10 @@ def _from_here(text: str) -> str:
 
 
 def check_same_run(settings: BenchmarkSettings) -> None:
-    """Check that the run's folder has no units of other options.
+    """Check that the run's folder has no units of other options, and is not the trainer's.
 
     Raises:
-        ConfigError: it has, and units of both would be mixed.
+        ConfigError: it has, and units of both would be mixed; or it is.
     """
     _earlier(settings)
 
@@ -131,6 +134,12 @@ def write_down(settings: BenchmarkSettings) -> None:
     Raises:
         ConfigError: as ``check_same_run``; the folder cannot be written to.
     """
+    # its processes share the folder, unit by unit, but one at a time says what they are units of
+    with owned(settings.folder, f"--output_dir {settings.folder}", _WRITING):
+        _write_down(settings)
+
+
+def _write_down(settings: BenchmarkSettings) -> None:
     folder, record = settings.folder, _placed(settings.record())
     if earlier := _earlier(settings):
         for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
@@ -156,6 +165,13 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
     path = settings.folder / SETTINGS_NAME
     kept = _kept_in(path)
     if kept is None:
+        if (settings.folder / CONFIG_NAME).exists():
+            raise ConfigError(
+                [
+                    f"--output_dir {settings.output_dir!r} is of a training ({CONFIG_NAME}). Give "
+                    "another folder"
+                ]
+            )
         return {}
     earlier, record = kept.record(), _placed(settings.record())
     if differing := sorted(

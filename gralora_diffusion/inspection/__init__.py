@@ -39,7 +39,7 @@ def inspect_file(
     """
     source = Source(path)
     kind = find_kind(source)
-    layers, non_finite = _read_adapter(source, kind) if kind.layers else ([], None)
+    layers, problems, non_finite = _read_adapter(source, kind) if kind.layers else ([], [], None)
     if check and not kind.layers:
         non_finite = _non_finite(source, source.headers)
     norms = [layer.norm for layer in layers if layer.norm is not None]
@@ -58,7 +58,8 @@ def inspect_file(
         components=_components(source, kind),
         layers=layers,
         others=kind.others,
-        norm=math.hypot(*norms) if norms else None,
+        problems=problems,
+        norm=math.hypot(*norms) if norms and not any(f.problem for f in layers) else None,
         median_effective_rank=statistics.median(ranks) if ranks else None,
         trigger=_trigger(source.metadata),
         metadata=source.metadata,
@@ -67,17 +68,18 @@ def inspect_file(
     )
 
 
-def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[str]]:
+def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[str], list[str]]:
+    """The layers, what cannot be followed of what is said of reading, and non-finite tensors."""
     from .layers import Settings, layer_facts  # which compute, by torch
 
-    settings, layers = Settings(source), []
+    settings, layers = Settings(source, kind), []
     non_finite = _non_finite(source, kind.others)
     for layer in kind.layers.values():
         tensors = {part: source.read(key) for part, key in layer.parts.items()}
         component = component_of(layer, kind, source)
         layers.append(layer_facts(layer, component, source, settings, tensors))
         non_finite += [layer.parts[part] for part, t in tensors.items() if not is_finite(t)]
-    return layers, non_finite
+    return layers, settings.lora.problems, non_finite
 
 
 def _non_finite(source: Source, keys: Iterable[str]) -> list[str]:
@@ -135,9 +137,9 @@ def _trigger(metadata: Mapping[str, str]) -> str | None:
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update(tags)
-    except (ValueError, TypeError, AttributeError):
+        most = counts.most_common(2)
+    except (ValueError, TypeError, AttributeError, RecursionError):
         return None
-    most = counts.most_common(2)
     if not most or (len(most) > 1 and most[0][1] == most[1][1]):
         return None  # none is more frequent than the others
     return most[0][0].strip()

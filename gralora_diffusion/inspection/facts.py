@@ -18,6 +18,8 @@ class LayerFacts:
         inputs, outputs, kernel: of the layer.
         norm: Frobenius norm of its update, scaled; None if it is not computed.
         effective_rank: see ``low_rank.effective_rank``.
+        problem: Why scaling, norm and effective rank are not known, if a tensor is odd or what the
+            file says of alpha contradicts itself.
     """
 
     path: str
@@ -34,6 +36,7 @@ class LayerFacts:
     kernel: list[int] = field(default_factory=list)
     norm: float | None = None
     effective_rank: float | None = None
+    problem: str | None = None
 
 
 @dataclass
@@ -54,7 +57,9 @@ class Inspection:
         family_told_by: by what they were told.
         dtypes: dtype -> number of tensors.
         others: keys of an adapter file that belong to no layer.
-        norm: of the whole update.
+        problems: What the file says of how its factors are to be read, so that they are no LoRA
+            for its base as it is: a changed base, another formula, or what is not known here.
+        norm: of the whole update; None if a layer's is not known.
         non_finite: tensors with NaN or infinity; None if the values were not read.
         sha256: file -> hash, if asked for.
     """
@@ -72,6 +77,7 @@ class Inspection:
     components: dict[str, ComponentFacts]
     layers: list[LayerFacts] = field(default_factory=list)
     others: list[str] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
     norm: float | None = None
     median_effective_rank: float | None = None
     trigger: str | None = None

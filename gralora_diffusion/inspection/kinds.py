@@ -141,6 +141,7 @@ def _families(source: Source, kind: Kind) -> tuple[list[ModelFamily], str]:
 def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
     """Inputs and outputs of an adapted layer, if its parts' shapes tell."""
     shapes = {part: source.headers[key].shape for part, key in layer.parts.items()}
+    shapes = {part: shape for part, shape in shapes.items() if len(shape) > 1}
     if {"down", "up"} <= set(shapes):
         return shapes["down"][1], shapes["up"][0]
     if {"gralora_A", "gralora_B"} <= set(shapes):
@@ -148,7 +149,7 @@ def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
         return k * i, k * o
     if {"hada_w1_a", "hada_w1_b"} <= set(shapes) and "hada_t1" not in shapes:
         return shapes["hada_w1_b"][1], shapes["hada_w1_a"][0]
-    if "diff" in shapes and len(shapes["diff"]) > 1:
+    if "diff" in shapes:
         return shapes["diff"][1], shapes["diff"][0]
     return None
 

@@ -11,11 +11,12 @@ from torch import Tensor
 
 from ..config_values import invalid_values, layer_settings
 from ..file_names import METADATA_KEY, PEFT_PREFIX
-from ..lora_keys import Layer, LoraScaling, lora_scalings
+from ..lora_keys import Layer
+from ..lora_scaling import LoraScalings
 from ..low_rank import effective_rank, gralora_singular_values, singular_values
 from ..tensor_files import is_finite
 from .facts import LayerFacts
-from .kinds import described, layer_widths
+from .kinds import Kind, described, layer_widths
 from .source import Source
 
 
@@ -26,22 +27,21 @@ class Settings:
         AdapterFileError: the config of a GraLoRA adapter is damaged.
     """
 
-    def __init__(self, source: Source) -> None:
-        self._gralora = {
-            name: _config(values, name, source)
-            for name, values in described(source.metadata).get("components", {}).items()
-        }
-        try:
-            self._lora = lora_scalings(source.metadata)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise source.error(f"its metadata is damaged: {error}") from error
+    def __init__(self, source: Source, kind: Kind) -> None:
+        components = described(source.metadata).get("components", {})
+        if not isinstance(components, Mapping):
+            raise source.error(f"its metadata {METADATA_KEY} is damaged")
+        self._gralora = {name: _config(values, name, source) for name, values in components.items()}
+        of_loras = {}
         for name, values in source.configs.items():
             if str(values.get("peft_type")).endswith("GRALORA"):
                 self._gralora[name] = _config(values, name, source)
-            elif "lora_alpha" in values:
-                self._lora[name] = LoraScaling(values)
+            elif "peft_type" in values:
+                of_loras[name] = values
         if METADATA_KEY in source.metadata and not self._gralora:
             raise source.error(f"its metadata {METADATA_KEY} is damaged")
+        loras = {name: layer for name, layer in kind.layers.items() if "down" in layer.parts}
+        self.lora = LoraScalings(loras, source.metadata, of_loras)
 
     def gralora(self, name: str) -> dict[str, float]:
         """Alpha and scaling of a GraLoRA layer, if a config says them."""
@@ -51,11 +51,6 @@ class Settings:
         config = self._gralora[component]
         r, _, alpha = layer_settings(config, path)
         return {"alpha": float(alpha), "scaling": alpha / (r + config.hybrid_r)}
-
-    def alpha(self, name: str, rank: int) -> float | None:
-        """Alpha of a LoRA layer that has no tensor for it."""
-        component, path = _of_a_component(name, self._lora)
-        return None if component is None else self._lora[component].alpha(path, rank)
 
 
 #: What PEFT's config has where a file leaves it out, of what is looked at here.
@@ -101,10 +96,13 @@ def layer_facts(
     )
     widths = layer_widths(layer, source)
     facts.inputs, facts.outputs = widths or (None, None)
+    facts.problem = layer.problem(tensors)
+    if facts.problem:
+        return facts
     if layer.kind == "GraLoRA":
         _describe_gralora(facts, tensors, settings.gralora(layer.name))
     else:
-        _describe_other(facts, tensors, settings)
+        _describe_other(facts, layer, tensors, settings)
     if all(is_finite(tensor) for tensor in tensors.values()):
         _measure(facts, {part: tensor.double() for part, tensor in tensors.items()})
     return facts
@@ -120,24 +118,37 @@ def _describe_gralora(
     facts.alpha, facts.scaling = told.get("alpha"), told.get("scaling")
 
 
-def _describe_other(facts: LayerFacts, tensors: dict[str, Tensor], settings: Settings) -> None:
+def _describe_other(
+    facts: LayerFacts, layer: Layer, tensors: dict[str, Tensor], settings: Settings
+) -> None:
     for part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
         if part in tensors:
             facts.rank = len(tensors[part])
             break
     kernel = tensors.get("mid", tensors.get("down", tensors.get("diff")))
     facts.kernel = [] if kernel is None else list(kernel.shape[2:])
-    if "alpha" in tensors:
-        facts.alpha = float(tensors["alpha"].reshape(-1)[0])
-    elif facts.rank is not None and "down" in tensors:
-        facts.alpha = settings.alpha(facts.path, facts.rank)
-    has_scale = facts.rank is not None and facts.alpha is not None
-    facts.scaling = facts.alpha / facts.rank if has_scale else 1.0  # type: ignore[operator]
+    facts.scaling = 1.0
+    own = float(tensors["alpha"].reshape(())) if "alpha" in tensors else None
+    if facts.rank is None:
+        facts.alpha = own
+        return
+    try:
+        is_lora = "down" in tensors
+        facts.alpha = settings.lora.alpha(layer, facts.rank, own) if is_lora else own
+    except ValueError as error:
+        facts.problem, facts.scaling = str(error), None
+        return
+    if facts.alpha is not None:
+        # a layer of rank 0 has no update to be scaled
+        facts.scaling = facts.alpha / facts.rank if facts.rank else None
 
 
 def _measure(facts: LayerFacts, tensors: dict[str, Tensor]) -> None:
     if "diff" in tensors:
         facts.norm = float(tensors["diff"].norm())
+        return
+    if facts.rank == 0:  # ranks were pruned until none was left
+        facts.norm = facts.effective_rank = 0.0
         return
     values = _singular_values(tensors)
     if values is None:

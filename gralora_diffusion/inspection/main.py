@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from ..command_line import print_safely
 from ..safe_text import TerminalParser, json_for_terminal
-from ..tensor_files import AdapterFileError
 from . import inspect_file
 from .text import as_text
 
@@ -18,8 +17,9 @@ def parser() -> argparse.ArgumentParser:
     result = TerminalParser(
         prog="gralora inspect",
         description="Say what a file or folder is: an adapter of this or another program, a "
-        "checkpoint, a pipeline. Exit code 1 if a value is NaN or infinite, 2 if it is none of "
-        "these. Of several, all are looked at, and the worst counts.",
+        "checkpoint, a pipeline. Exit code 1 if a value is NaN or infinite, or if a layer is "
+        "damaged or its scaling cannot be told, 2 if it is none of these. Of several files, all "
+        "are looked at, and the worst counts.",
     )
     result.add_argument("paths", metavar="FILE", nargs="+", help="files or folders")
     result.add_argument(
@@ -43,11 +43,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for number, path in enumerate(options.paths):
         try:
             inspection = inspect_file(path, check=options.check, sha256=options.sha256)
-        except AdapterFileError as error:
+        except (OSError, ValueError) as error:
             print_safely(f"{command.prog}: error: {error}", error=True)
             code = 2
             continue
-        if inspection.non_finite:
+        if inspection.non_finite or any(layer.problem for layer in inspection.layers):
             code = max(code, 1)
         if options.json:
             facts.append(inspection.to_dict())

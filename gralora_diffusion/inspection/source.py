@@ -81,7 +81,9 @@ class Source:
         path = self.path
         if path.is_file():
             files = shards(path) if path.name.endswith(SHARD_INDEX) else [path]
-            if (config := path.parent / MODEL_CONFIG).is_file():
+            if path.name == PEFT_WEIGHTS_NAME and path.with_name(PEFT_CONFIG_NAME).is_file():
+                self.configs[""] = read_json(path.with_name(PEFT_CONFIG_NAME))
+            elif (config := path.parent / MODEL_CONFIG).is_file():
                 self.configs[""] = read_json(config)
             yield from ((file, "") for file in files)
         elif not path.is_dir():

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from ..safe_text import for_terminal, for_terminal_line
+from ..tensor_files import some
 from .facts import Inspection, LayerFacts
 
 #: Layers of the largest norms that are listed, unless all are asked for.
@@ -23,6 +24,7 @@ def as_text(inspection: Inspection, all_layers: bool = False) -> str:
         _settings(inspection.layers),
         _largest(inspection.layers, all_layers),
         _others(inspection),
+        _problems(inspection),
         _metadata(inspection.metadata),
         _values(inspection),
     ]
@@ -98,6 +100,17 @@ def _others(inspection: Inspection) -> str:
     return (
         f"{len(inspection.others)} keys that belong to no adapted layer: {for_terminal_line(some)}"
     )
+
+
+def _problems(inspection: Inspection) -> str:
+    """What cannot be followed, and the layers of which something is not known."""
+    lines = list(inspection.problems)
+    by_problem: dict[str, list[str]] = {}
+    for layer in inspection.layers:
+        if layer.problem:
+            by_problem.setdefault(layer.problem, []).append(layer.path)
+    lines += [f"{some(paths, 3)}: {problem}" for problem, paths in by_problem.items()]
+    return "\n  ".join(["how it is to be read:", *lines]) if lines else ""
 
 
 def _metadata(metadata: dict[str, str]) -> str:

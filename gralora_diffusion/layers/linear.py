@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from .. import blockwise
 from ..fused_linear import Update, adapted_linear, choose_way
@@ -54,8 +55,15 @@ class GraloraLinear(GraloraLayer):
         base = self.base_layer
         if type(base) is not nn.Linear or "forward" in vars(base):
             return "the base layer is not torch's own Linear with its own forward"
-        if base._forward_pre_hooks or base._forward_hooks or base._backward_hooks:
+        if (
+            base._forward_pre_hooks
+            or base._forward_hooks
+            or base._backward_pre_hooks
+            or base._backward_hooks
+        ):
             return "the base layer has hooks"
+        if _has_any_global_hook():
+            return "every module has a hook, and the base layer's would not be called"
         weight, bias = base.weight, base.bias
         if type(weight).__module__ not in _PLAIN or weight.dtype.itemsize < 2:
             return "the base layer's weight is not a plain tensor"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
     ProjectConfiguration,
     parse_flag_from_env,
 )
@@ -61,9 +59,7 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
             mixed_precision=config.mixed_precision,
             # of some text encoders the pipelines do not read the last layer
             kwargs_handlers=[
-                DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder),
-                # the others wait for the one that draws or encodes, longer than NCCL's ten minutes
-                InitProcessGroupKwargs(timeout=timedelta(hours=6)),
+                DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
             ],
             log_with=None if config.report_to == "none" else config.report_to,
             project_config=ProjectConfiguration(

@@ -23,6 +23,7 @@ from .data import MIN_FOR_PROGRESS, Example, find_examples
 from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
 from .prior import class_pictures_there, frozen_base
+from .processes import wait_for_all
 from .prompt_lengths import cuts_told_already, tell_cut_prompts
 from .samples import TrainingSet, collate
 from .streams import StreamBatchSampler
@@ -198,7 +199,7 @@ class Batches:
         processes = self.accelerator.num_processes
         if self.config.latent_cache_dir and processes > 1:
             fill(slice(self.accelerator.process_index, None, processes))
-            self.accelerator.wait_for_everyone()
+            wait_for_all(self.accelerator)
         fill(slice(None))  # which the other processes have filled by now
 
     def _encode_pictures(self) -> None:

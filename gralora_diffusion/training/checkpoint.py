@@ -65,11 +65,10 @@ class CheckpointStore:
             "Give one of them, or latest."
         )
 
-    def write(self, step: int, save: Callable[[Path], None], is_main: bool = True) -> Path:
+    def write(self, step: int, save: Callable[[Path], None]) -> Path:
         """Write the checkpoint of ``step`` by ``save(folder)``, then delete what exceeds the limit.
 
-        Every process calls it; ``save`` must return only when all have written. A checkpoint of the
-        same step is replaced.
+        One process does it for all. A checkpoint of the same step is replaced.
 
         Raises:
             CheckpointError: it could not be written (disk full, ...). Nothing of it is left behind
@@ -78,26 +77,23 @@ class CheckpointStore:
         final = self.folder / f"checkpoint-{step}"
         unfinished = self.folder / f"{_UNFINISHED}{final.name}"
         try:
-            if is_main:
-                self.clean()
-                unfinished.mkdir(parents=True)
+            self.clean()
+            unfinished.mkdir(parents=True)
             save(unfinished)
-            if is_main:
-                for path in unfinished.rglob("*"):
-                    if path.is_file():
-                        with open(path, "rb") as file:
-                            os.fsync(file.fileno())
-                if final.exists():
-                    self.delete(final)
-                unfinished.rename(final)
-                whole = self.list()
-                for _, path in whole[: -self.limit] if self.limit else ():
-                    self.delete(path)
+            for path in unfinished.rglob("*"):
+                if path.is_file():
+                    with open(path, "rb") as file:
+                        os.fsync(file.fileno())
+            if final.exists():
+                self.delete(final)
+            unfinished.rename(final)
+            whole = self.list()
+            for _, path in whole[: -self.limit] if self.limit else ():
+                self.delete(path)
         except (OSError, RuntimeError, SafetensorError) as error:
             # a full disk is a RuntimeError to torch, its own to safetensors, and not always named
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
-            if is_main:
-                shutil.rmtree(unfinished, ignore_errors=True)
+            shutil.rmtree(unfinished, ignore_errors=True)
             kept = ", ".join(path.name for _, path in self.list()) or "none"
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error} "
@@ -110,6 +106,10 @@ class CheckpointStore:
         """Delete what killed processes left unfinished."""
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+    def delete_all(self) -> None:
+        for _, path in self.list():
+            self.delete(path)
 
     def delete(self, path: Path) -> None:
         condemned = path.with_name(f"{_UNFINISHED}deleted-{path.name}")

@@ -73,6 +73,11 @@ PATHS = (
     "initial_adapter",
     "logging_dir",
 )
+#: Those of them that may be Hub ids.
+_HUB_IDS = {
+    *("pretrained_model_name_or_path", "base_config", "pretrained_vae_model_name_or_path"),
+    *("dataset_name", "initial_adapter"),
+}
 
 
 @dataclass(kw_only=True)
@@ -187,8 +192,14 @@ class TrainingConfig(
             public: of files and folders here tell only the names.
         """
         default = TrainingConfig().as_record()
+
+        def told(name: str, value: Any) -> Any:
+            if not (public and value and name in PATHS):
+                return value
+            return public_name(value) if name in _HUB_IDS else Path(value).resolve().name
+
         changed = {
-            name: public_name(value) if public and name in PATHS and value else value
+            name: told(name, value)
             for name, value in self.as_record().items()
             if value != default[name]
         }

@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,24 +31,23 @@ from .acceleration import (
     trackable,
 )
 from .adapters import adapter_facts, adapter_parameters, add_adapters, weights_for_use
-from .base_model import completed, find_base_family, load_base, present
-from .batches import Batches, find_class_pictures, find_pictures
+from .base_model import completed, load_base, present
+from .batches import Batches
+from .beginning import complete_class_pictures, find_beginning
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .data import Example
-from .empty_base import check_without_weights
-from .family_options import check_family_options
-from .initial_adapter import InitialValues, find_initial_values, set_initial_values
+from .initial_adapter import InitialValues, set_initial_values
 from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
-from .outcome import finish, make_repository, start
-from .prior import class_pictures_lacking, draw_class_images
+from .outcome import finish, make_repository, own_folder, start
+from .processes import are_several, check_alike, from_first, together
 from .quantization import quantization_facts
 from .records import MetricsFile
 from .run_state import RunState
-from .same_run import check_options, find_checkpoint, read_progress
+from .same_run import describe_base
 from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
 from .streams import Ahead, seed_from
 from .validation import draw_validation
@@ -66,44 +65,34 @@ def train(config: TrainingConfig) -> Path:
         DataError: the same of the pictures and captions.
         TrainingDiverged: the loss is no number any more.
         CheckpointError: a checkpoint could not be written, or is none of this run.
+        OtherProcessFailed: one of these was raised in another process of the run.
     """
-    for remark in config.validate():
-        logger.warning(remark)
+    if not are_several():
+        config.validate()  # before accelerate is asked
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    resume = find_checkpoint(config, store)
-    family = find_base_family(config)
-    for remark in check_family_options(config, family):
-        logger.warning(remark)
-    if resume is not None:
-        _, path = resume
-        check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
-    pictures, class_pictures = find_pictures(config), find_class_pictures(config)
-    with accelerate_left_as_it_was():
+    with accelerate_left_as_it_was(), ExitStack() as held:
         accelerator = make_accelerator(config)
-        initial: InitialValues = {}
-        if resume is None:
-            dtype = DTYPES[accelerator.mixed_precision]
-            initial = find_initial_values(config, family, dtype)
+        if not config.dry_run:
+            from_first(accelerator, lambda: own_folder(config, held))
+        found = find_beginning(config, store, accelerator)
+        family = found.family
         if config.dry_run:
             from .plan import plan_run  # which itself looks at how a run goes
 
-            plan = plan_run(config, family, pictures, class_pictures, accelerator)
+            plan = plan_run(config, family, found.pictures, found.class_pictures, accelerator)
             if accelerator.is_main_process:
                 print_safely(plan)
             return Path(config.output_dir)
-        if accelerator.is_main_process:
-            make_repository(config)
-        if class_pictures_lacking(config):
-            # before the base is loaded to be trained: two of them would be too much for some
-            check_without_weights(config, family, accelerator.mixed_precision)
-            draw_class_images(config, family, accelerator)
-            class_pictures = find_class_pictures(config)
-        trainer = Trainer(config, family, pictures, class_pictures, accelerator, store, initial)
-        if resume is not None:
-            trainer.resume(*resume)
-        elif accelerator.is_main_process:
-            for _, path in store.list():
-                store.delete(path)
+        from_first(accelerator, lambda: make_repository(config))
+        # before the base is loaded to be trained: two of them would be too much for some
+        class_pictures = complete_class_pictures(config, found, accelerator)
+        trainer = Trainer(
+            config, family, found.pictures, class_pictures, accelerator, store, found.initial
+        )
+        if found.resume is not None:
+            together(accelerator, partial(trainer.resume, *found.resume))
+        else:
+            from_first(accelerator, store.delete_all)
         trainer.run()
         accelerator.end_training()
     return Path(config.output_dir)
@@ -149,6 +138,11 @@ class Trainer:
         for model in present(self.pipe, needed):
             model.to(device)
         free_memory()
+
+        if accelerator.num_processes > 1:
+            base = {k: v for k, v in describe_base(self.pipe, config).items() if k != "source"}
+            facts = {"the base is": base, "what each step trains on is": data.digest}
+            check_alike(accelerator, facts, "Give every process the same")
 
         # --- objective and optimizer
         objective = make_objective(config, family, self.pipe)
@@ -213,17 +207,21 @@ class Trainer:
         config, accelerator, state = self.config, self.accelerator, self.state
         folder, first_step = Path(config.output_dir), state.step
         metrics = None
-        if accelerator.is_main_process:
+
+        def begin() -> None:
+            nonlocal metrics
             start(folder, config)
             self.store.clean()
             metrics = MetricsFile(folder, first_step)
+
+        from_first(accelerator, begin)
         accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
         started, began = time.time(), time.perf_counter()
         self._validate_if_due()
         with closing(self.steps(metrics)) as steps:
             for step in steps:
                 if step % config.checkpointing_steps == 0:
-                    self.store.write(step, state.save, accelerator.is_main_process)
+                    from_first(accelerator, partial(self.store.write, step, state.save))
                 self._validate_if_due()
         seconds = time.perf_counter() - began
         with weights_for_use(self.parameters, self.optimizer, self.ema):
@@ -331,10 +329,8 @@ class Trainer:
                 self._draw_validation()
 
     def _draw_validation(self) -> Path | None:
-        grid = None
-        if self.config.validation_prompt and self.accelerator.is_main_process:
-            grid = draw_validation(
-                self.pipe, self.family, self.config, self.state.step, self.accelerator
-            )
-        self.accelerator.wait_for_everyone()
-        return grid
+        if not self.config.validation_prompt:
+            return None
+        step, accelerator = self.state.step, self.accelerator
+        draw = partial(draw_validation, self.pipe, self.family, self.config, step, accelerator)
+        return from_first(accelerator, draw)

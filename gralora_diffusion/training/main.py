@@ -25,7 +25,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("gralora_diffusion").setLevel(level)
     try:
         config = parse_config(argv)
-        config.validate()  # before seconds go by with imports
+        if os.environ.get("WORLD_SIZE", "1") == "1":  # one of several tells the others of it
+            config.validate()  # before seconds go by with imports
         with quiet_libraries():
             _train(config, first_process)
     except ConfigError as error:
@@ -37,12 +38,16 @@ def main(argv: Sequence[str] | None = None) -> None:
 def _train(config: TrainingConfig, first_process: bool) -> None:
     from .data import DataError
     from .loop import train
+    from .processes import OtherProcessFailed
     from .step import TrainingDiverged
 
     try:
         train(config)
     except DataError as error:
         _exit(str(error) if first_process else "", 2)
+    except OtherProcessFailed as error:
+        # on each machine once, and once only if it was on this one
+        _exit(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 1)
     except (CheckpointError, TrainingDiverged) as error:
         _exit(str(error), 1)
     except (OSError, SafetensorError) as error:

@@ -3,20 +3,46 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from huggingface_hub import create_repo, upload_folder
 
+from ..file_names import WEIGHTS_NAME
 from .config import TrainingConfig
 from .config_checks import ConfigError
-from .records import CURVE_NAME, draw_curve, write_card
+from .ownership import BENCHMARK_NAME, CONFIG_NAME, owned
+from .records import (
+    CARD_IMAGE_NAME,
+    CARD_NAME,
+    CURVE_NAME,
+    METRICS_NAME,
+    draw_curve,
+    write_card,
+)
+from .validation import FOLDER_NAME as VALIDATION_NAME
 
 logger = logging.getLogger(__name__)
 
-CONFIG_NAME = "training_config.yaml"
+#: What is uploaded, besides validation images.
+_SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
+_VALIDATION = re.compile(rf"{VALIDATION_NAME}/step-\d+/(\d+-\d+\.png|grid\.png|prompts\.txt)")
+
+
+def own_folder(config: TrainingConfig, held: ExitStack) -> None:
+    """Have the output folder be this run's alone, until ``held`` is closed.
+
+    Raises:
+        ConfigError: it is another run's that goes on, or a benchmark's.
+    """
+    folder, told = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
+    held.enter_context(owned(folder, told))
+    if (folder / BENCHMARK_NAME).exists():
+        raise ConfigError([f"{told} is of a benchmark ({BENCHMARK_NAME}). Give another folder"])
 
 
 def make_repository(config: TrainingConfig) -> None:
@@ -63,14 +89,26 @@ def finish(
             repo_id=_repository(config),
             folder_path=folder,
             commit_message="GraLoRA adapter",
-            # the card holds the options without this machine's paths
-            ignore_patterns=[
-                *("checkpoint-*", ".unfinished-*"),
-                *(f"{config.logging_dir}/*", CONFIG_NAME),
-            ],
+            allow_patterns=to_be_shown(folder),
             token=config.hub_token,
         )
     logger.info("done: %s", folder)
+
+
+def to_be_shown(folder: Path) -> list[str]:
+    """Return the files of an output folder that a run makes to be shown, and no others.
+
+    The options are not among them, for the card holds them without this machine's paths; nor is
+    what only looks like one of these files: a link, which leads out of the folder.
+    """
+    files = [folder / name for name in _SHOWN]
+    files += (folder / VALIDATION_NAME).glob("step-*/*")
+    names = [path.relative_to(folder).as_posix() for path in sorted(files) if _is_own(path, folder)]
+    return [name for name in names if name in _SHOWN or _VALIDATION.fullmatch(name)]
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
 def _repository(config: TrainingConfig) -> str:

@@ -8,8 +8,9 @@ prompt on the very same noisy latents is the target: no class pictures, no extra
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +25,15 @@ from ..families import ModelFamily, mend_clip_skip
 from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
+from .config_checks import ConfigError
 from .memory import bytes_of, tensors_of
+from .ownership import OWNER_NAME, owned
 from .pictures import is_picture
+from .processes import from_first, together
 from .streams import generator
 
+#: Seconds after which a file that one process wrote is seen by all on a folder that they share.
+_SEEN_WITHIN = 20.0
 _PRECISIONS = {
     "no": torch.float32,
     "fp32": torch.float32,
@@ -83,17 +89,60 @@ def draw_class_images(
     The base is loaded anew for it: that which is trained must not pass through the precision that
     is good enough for drawing.
 
+    Meanwhile the folder is this run's alone, and all of its processes must see the same one.
+
     Returns:
         Whether any lacked.
+
+    Raises:
+        ConfigError: another run is at it, or the processes do not share the folder.
     """
-    count = class_pictures_lacking(config)
-    if not count:
-        return False
+    with ExitStack() as held:
+        numbers = from_first(accelerator, lambda: _begin(config, held))
+        if not numbers:
+            return False
+        together(accelerator, lambda: _check_shared(config, numbers[1]))
+        together(accelerator, lambda: _draw(config, family, accelerator, numbers[0]))
+    return True
+
+
+def _begin(config: TrainingConfig, held: ExitStack) -> tuple[set[int], str] | None:
+    """Take the folder; return which pictures lack, and what its owner's file says."""
+    if not class_pictures_lacking(config):
+        return None
     folder = Path(config.class_data_dir or "")
-    folder.mkdir(parents=True, exist_ok=True)
+    held.enter_context(owned(folder, _told(config)))
+    count = class_pictures_lacking(config)  # another may just have drawn them
     lacking = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
-    numbers = set(itertools.islice(lacking, count))
-    size = config.sample_batch_size
+    owner = folder / OWNER_NAME
+    return set(itertools.islice(lacking, count)), owner.read_text() if owner.exists() else ""
+
+
+def _told(config: TrainingConfig) -> str:
+    return f"--class_data_dir {config.class_data_dir!r}"
+
+
+def _check_shared(config: TrainingConfig, owner: str) -> None:
+    """Check that this process sees what the first one wrote, after a while on some networks."""
+    path = Path(config.class_data_dir or "") / OWNER_NAME
+    end = time.monotonic() + _SEEN_WITHIN
+    while owner and not (path.exists() and path.read_text() == owner):
+        if time.monotonic() > end:
+            raise ConfigError(
+                [
+                    f"{_told(config)} is not the same folder for all processes, and each would "
+                    "train on its own share of the class images. Give a folder that all machines "
+                    "share, or generate them on one machine and copy the folder to the others"
+                ]
+            )
+        time.sleep(0.2)
+
+
+def _draw(
+    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator, numbers: set[int]
+) -> None:
+    """Draw this process's share of the pictures of these numbers."""
+    folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
     batches = sorted({number // size for number in numbers})
     dtype = _generation_dtype(config, family, accelerator.device)
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
@@ -101,10 +150,9 @@ def draw_class_images(
     pipe.set_progress_bar_config(disable=True)
     options = {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
     mend_clip_skip(pipe)
-    accelerator.wait_for_everyone()  # all have counted before anybody draws
     for batch in tqdm(
         batches[accelerator.process_index :: accelerator.num_processes],
-        desc=f"drawing {count} class pictures",
+        desc=f"drawing {len(numbers)} class pictures",
         disable=not accelerator.is_local_main_process,
     ):
         drawn = range(batch * size, (batch + 1) * size)
@@ -116,8 +164,6 @@ def draw_class_images(
                     image.save(temporary, format="PNG")
     del pipe
     free_memory()
-    accelerator.wait_for_everyone()
-    return True
 
 
 def _class_image_name(number: int) -> str:

@@ -27,6 +27,7 @@ from .quantization import QUANTIZED_BASE
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
 CARD_NAME = "README.md"
+CARD_IMAGE_NAME = "validation.png"
 
 
 class MetricsFile:
@@ -107,7 +108,7 @@ def write_card(
     if trigger:
         parts.append(f"Use the prompt {for_code_span(trigger)} to call the subject.")
     if grid is not None:
-        Image.open(grid).save(folder / "validation.png")
+        Image.open(grid).save(folder / CARD_IMAGE_NAME)
         rows = "\n".join(
             f"- row {i + 1}: {for_markdown(prompt)}" for i, prompt in enumerate(prompts)
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch import nn
@@ -17,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, Adapter, save_adapter
+from ..tensor_files import read_safetensors, write_safetensors
 from .adapters import put_back, read_out, weights_for_use
 from .checkpoint import CheckpointError
 from .config import TrainingConfig
@@ -33,10 +35,16 @@ from .same_run import (
 logger = logging.getLogger(__name__)
 
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+OPTIMIZER_NAME = "optimizer.bin"
+EMA_NAME = "ema.safetensors"
+_OF_SCHEDULE = ("last_epoch", "_step_count")
 
 
 class RunState:
     """What changes in a run, to be saved and to be gone on with.
+
+    A checkpoint holds tensors, numbers and text, and is read as nothing else: whoever wrote it, no
+    program of theirs is run.
 
     Args:
         components: attributes of ``pipe`` with an adapter.
@@ -67,11 +75,6 @@ class RunState:
         self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
         self.describe = describe
         self.base = describe_base(pipe, config)
-        for part in (lr_scheduler, ema):
-            if part is not None:
-                accelerator.register_for_checkpointing(part)
-        accelerator.register_save_state_pre_hook(self._save_adapter)
-        accelerator.register_load_state_pre_hook(self._load_adapter)
 
     def adapter(self) -> Adapter:
         """Copy the adapter's present weights out of the models."""
@@ -79,10 +82,32 @@ class RunState:
         return replace(adapter, metadata=self.describe(self.step))
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint into an empty folder. Every process calls it."""
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(folder))
-        self.accelerator.wait_for_everyone()
+        """Write the checkpoint into an empty folder. One process does it for all."""
+        save_adapter(self.adapter(), folder / TRAINING_WEIGHTS_NAME)
+        with weights_for_use(self.parameters, self.optimizer, self.ema):
+            save_adapter(self.adapter(), folder / WEIGHTS_NAME)
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
+        numbers: dict[str, dict[str, Any]] = {"schedule": {}, "ema": {}, "scaler": {}}
+        if self.lr_scheduler is not None:
+            # the rest of it follows from the options
+            state = self.lr_scheduler.state_dict()
+            numbers["schedule"] = {name: state[name] for name in _OF_SCHEDULE}
+        if self.ema is not None:
+            numbers["ema"] = self.ema.state_dict()
+            averages = numbers["ema"].pop("shadow_params")
+            write_safetensors(
+                {str(i): tensor for i, tensor in enumerate(averages)}, folder / EMA_NAME, {}
+            )
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = self.accelerator.scaler.state_dict()
+        progress = {
+            "step": self.step,
+            "data_digest": self.data_digest,
+            "options": deciding_options(self.config),
+            "base": self.base,
+            "state": numbers,
+        }
+        (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
         """Go on from a checkpoint. Learning rates, weight decay and the average's
@@ -97,23 +122,18 @@ class RunState:
             progress = read_progress(path)
             check_options(path, progress, self.config)
             check_base(path, progress, self.base)
-            self.accelerator.load_state(str(path))
+            put_back(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
+            self._load_optimizer(path / OPTIMIZER_NAME)
+            numbers = progress.get("state")
+            self._set_numbers(path, self._of_accelerate(path) if numbers is None else numbers)
             self.step, digest = progress["step"], progress["data_digest"]
         except CheckpointError:
             raise
-        except (
-            OSError,
-            KeyError,
-            ValueError,
-            RuntimeError,
-            EOFError,
-            pickle.UnpicklingError,
-        ) as error:
+        except Exception as error:  # libraries raise whatever they meet in what is damaged
             raise unreadable(path, error) from error
         # passes, by which it tells the last of a step; another accumulation counts them otherwise
         self.accelerator.step = 0
         if self.ema is not None:
-            self.ema.to(self.accelerator.device)  # accelerate loads it to the CPU
             self.ema.decay = self.config.ema_decay
         self._set_rates(rates)
         if digest != self.data_digest:
@@ -136,22 +156,51 @@ class RunState:
         for group, (rate, _), rule in zip(groups, rates, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * rule(scheduler.last_epoch)
 
-    def _save_adapter(self, models: Any, weights: list[Any], folder: str) -> None:
-        weights.clear()  # the base need not be saved
-        if not self.accelerator.is_main_process:
-            return
-        target = Path(folder)
-        save_adapter(self.adapter(), target / TRAINING_WEIGHTS_NAME)
-        with weights_for_use(self.parameters, self.optimizer, self.ema):
-            save_adapter(self.adapter(), target / WEIGHTS_NAME)
-        progress = {
-            "step": self.step,
-            "data_digest": self.data_digest,
-            "options": deciding_options(self.config),
-            "base": self.base,
-        }
-        (target / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+    def _load_optimizer(self, path: Path) -> None:
+        self.optimizer.load_state_dict(_load_tensors(path))
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                # 8-bit optimizers and Adafactor have vectors besides
+                alike = torch.is_tensor(value) and value.dim() == parameter.dim() > 1
+                if alike and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
+                    raise ValueError(f"{path.name} has a {name} of the wrong shape, {shapes}")
 
-    def _load_adapter(self, models: list[Any], folder: str) -> None:
-        models.clear()
-        put_back(self.pipe, self.components, Path(folder) / TRAINING_WEIGHTS_NAME)
+    def _set_numbers(self, path: Path, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set schedule, average and scaler to what a checkpoint says of them."""
+        if self.lr_scheduler is not None:
+            schedule = numbers["schedule"]
+            vars(self.lr_scheduler).update({name: int(schedule[name]) for name in _OF_SCHEDULE})
+        if self.ema is not None:
+            state = dict(numbers["ema"])
+            if "shadow_params" not in state:
+                tensors, _ = read_safetensors(path / EMA_NAME)
+                state["shadow_params"] = [tensors[str(i)] for i in range(len(tensors))]
+            averages = state["shadow_params"]
+            if [t.shape for t in averages] != [p.shape for p in self.parameters]:
+                raise ValueError("its average is of another adapter")
+            self.ema.load_state_dict(state)
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None and (state := dict(numbers["scaler"])):
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _of_accelerate(self, path: Path) -> dict[str, Any]:
+        """The same of a checkpoint whose schedule, average and scaler accelerate wrote."""
+        numbers: dict[str, Any] = {"scaler": {}}
+        parts = {"schedule": self.lr_scheduler, "ema": self.ema}
+        for i, name in enumerate(name for name, part in parts.items() if part is not None):
+            numbers[name] = _load_tensors(path / f"custom_checkpoint_{i}.pkl")
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = _load_tensors(path / "scaler.pt")
+        return numbers
+
+
+def _load_tensors(path: Path) -> Any:
+    """Read what torch.save wrote, of tensors, numbers, text, and lists and dicts of them."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch advises to read it with everything that is in it
+        raise ValueError(
+            f"{path.name} is damaged, or holds what could run a program; it was not read"
+        ) from error

@@ -16,6 +16,7 @@ from ..blockwise import init_factors, init_plain_factors
 from ..config import GraloraConfig
 from ..config_values import check_numbers, exact_pattern
 from ..families import ModelFamily, get_family
+from ..lora_scaling import HeaderAlpha
 from ..low_rank import Pair, gralora_factors, norm, split
 from ..state import Adapter, ComponentAdapter
 from ..targets import common_divisors
@@ -52,6 +53,8 @@ def gralora_from_lora(
     base: LoraBase | None = None,
     weight_name: str | None = None,
     seed: int = 0,
+    header_alpha: HeaderAlpha | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[Adapter, dict[str, ImportedLayer]]:
     """Make a GraLoRA adapter with the update of a LoRA, or what is nearest to it.
 
@@ -72,6 +75,11 @@ def gralora_from_lora(
         base: the base itself, whose layers the LoRA's must fit.
         weight_name: which file in a folder or repository.
         seed: of the random values.
+        header_alpha: "apply" or "ignore" an alpha that only a field of the file's header tells,
+            such as ``ss_network_alpha``. Programs disagree on it, so one that matters is refused
+            without a choice.
+        left_out: If given, differences of norms and biases are left out, and their keys are
+            appended to it. Without it such a LoRA is refused.
 
     Returns:
         The adapter, and component.path -> how that layer came over.
@@ -84,7 +92,7 @@ def gralora_from_lora(
     check_numbers(rank, k, hybrid_rank, alpha)
     family = get_family(family) if isinstance(family, str) else family
     alpha = rank + hybrid_rank if alpha is None else alpha
-    pairs, metadata = read_lora(source, family, unet_config, weight_name)
+    pairs, metadata = read_lora(source, family, unet_config, weight_name, header_alpha, left_out)
     where = "state dict" if isinstance(source, Mapping) else str(source)
     if base is not None:
         base.check(pairs, where)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,17 +15,19 @@ from torch import Tensor
 from ..families import ModelFamily
 from ..file_names import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
 from ..hub import offline_problem
-from ..lora_keys import LoraScaling, lora_scalings
+from ..model_folder import read_json
 from ..tensor_files import AdapterFileError, read_safetensors
+
+_DENOISER_OF_COMFYUI = "diffusion_model."
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Tensors, the header's metadata, component -> scaling of PEFT's config, and the name."""
+    """Tensors, the header's metadata, component -> PEFT's config beside it, and the name."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
-    scalings: dict[str, LoraScaling] = field(default_factory=dict)
+    configs: dict[str, dict[str, Any]] = field(default_factory=dict)
     name: str = "state dict"
 
 
@@ -49,21 +50,16 @@ def read_file(
         path = path.parent
     if path.is_dir() and (configs := _peft_configs(path, family)):
         tensors: dict[str, Tensor] = {}
-        scalings = {}
         for component, config in configs.items():
             part, _ = read_safetensors(config.with_name(PEFT_WEIGHTS_NAME))
-            tensors |= {f"{component}.{k.removeprefix(PEFT_PREFIX)}": t for k, t in part.items()}
-            scalings[component] = LoraScaling(_lora_config(config))
-        return LoraFile(tensors, {}, scalings, str(source))
+            tensors |= {_named(component, key): tensor for key, tensor in part.items()}
+        return LoraFile(tensors, {}, {c: read_json(f) for c, f in configs.items()}, str(source))
     if path.is_dir():
         path = _only_file(path, weight_name)
     if not path.is_file():
         raise AdapterFileError(f"{source}: no such file or folder.")
     tensors, metadata = read_safetensors(path)
-    try:
-        return LoraFile(tensors, metadata, lora_scalings(metadata), str(path))
-    except (ValueError, TypeError, AttributeError) as error:
-        raise AdapterFileError(f"{path}: its metadata is damaged: {error}") from error
+    return LoraFile(tensors, metadata, {}, str(path))
 
 
 def _peft_configs(folder: Path, family: ModelFamily) -> dict[str, Path]:
@@ -73,14 +69,11 @@ def _peft_configs(folder: Path, family: ModelFamily) -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(folder.glob(f"*/{PEFT_CONFIG_NAME}"))}
 
 
-def _lora_config(path: Path) -> dict[str, Any]:
-    try:
-        config = dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
-        raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error
-    if (kind := config.get("peft_type")) != "LORA":
-        raise AdapterFileError(f"{path}: a {kind} adapter, not a LoRA.")
-    return config
+def _named(component: str, key: str) -> str:
+    """A key of PEFT's with its component in front; of other names the beginning says it."""
+    if key.startswith(_DENOISER_OF_COMFYUI):  # as diffusion-pipe writes it
+        return key
+    return f"{component}.{key.removeprefix(PEFT_PREFIX)}"
 
 
 def _only_file(folder: Path, weight_name: str | None) -> Path:

@@ -11,6 +11,7 @@ from ..command_line import print_safely, quiet_libraries, tidied_when_ended
 from ..config_values import check_numbers
 from ..families import list_families
 from ..file_names import WEIGHTS_NAME
+from ..lora_scaling import HEADER_ALPHA
 from ..safe_text import TerminalParser
 from ..staging import check_output
 
@@ -40,6 +41,18 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hybrid_rank", type=int, default=0, help="rank of the general pair")
     result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
     result.add_argument("--weight_name", help="which file in a folder or repository")
+    result.add_argument(
+        "--header_alpha",
+        choices=HEADER_ALPHA,
+        help="what to do with an alpha that only a field of the header tells, such as "
+        "ss_network_alpha: scale by it, or take the factors as they are",
+    )
+    result.add_argument(
+        "--leave_out_norms_and_biases",
+        action="store_true",
+        help="leave out differences of norms and biases (.diff, .diff_b), which ComfyUI's Train "
+        "LoRA writes, and name them; without this such a file is refused",
+    )
     result.add_argument("--overwrite", action="store_true", help="replace what is at --output")
     result.add_argument("--output", required=True, type=Path, help="file, or folder for the file")
     return result
@@ -70,6 +83,7 @@ def _import(options: argparse.Namespace, output: Path) -> str:
     from .conversion import gralora_from_lora
 
     base = LoraBase(options.base) if options.base else None
+    left_out: list[str] | None = [] if options.leave_out_norms_and_biases else None
     adapter, layers = gralora_from_lora(
         options.lora,
         base.family if base else options.family,
@@ -80,9 +94,13 @@ def _import(options: argparse.Namespace, output: Path) -> str:
         unet_config=base.unet_config if base else None,
         base=base,
         weight_name=options.weight_name,
+        header_alpha=options.header_alpha,
+        left_out=left_out,
     )
     save_adapter(adapter, output)
-    return _report(layers)
+    lines = [f"left out: {len(left_out)} tensors of norms and biases"] if left_out else []
+    lines += [f"  {key}" for key in left_out or ()]
+    return "\n".join([*lines, _report(layers)])
 
 
 def _report(layers: Mapping[str, ImportedLayer]) -> str:

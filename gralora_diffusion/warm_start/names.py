@@ -18,8 +18,13 @@ from ..layouts import Layout, Shape, locate
 from ..low_rank import Pair
 
 #: How names of the denoiser's layers may begin, whichever layout follows.
-_DENOISER = ("diffusion_model.", "model.diffusion_model.", "base_model.model.", "")
+_DENOISER = (
+    *("diffusion_model.", "model.diffusion_model.", "base_model.model."),
+    *("lora_transformer.", ""),  # OneTrainer's FLUX.2 first
+)
 _KOHYA_DENOISER = "lora_unet_"
+#: How names begin that are diffusers' paths with ``_`` for every dot: OneTrainer's and LyCORIS'.
+FLAT_DIFFUSERS = ("lora_transformer_", "lycoris_")
 _COMFYUI_ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 _KOHYA_ENCODER = re.compile(r"(lora_te\d?)_(.+)")
 #: Parts of paths in CLIP and T5 that have an underscore of their own.
@@ -69,6 +74,9 @@ class OriginalNames:
         # rules of a UNet stand for blocks, and what follows cannot be told apart without dots
         whole = not callable(self._layout.rules)
         self._flat = [(_flat(rule.original), rule) for rule in self._rules if whole]
+        self._flat_own = [
+            (_flat(name), name) for rule in self._rules if whole for name in rule.names
+        ]
 
     def places(self, name: str, shape: Shape) -> list[Place]:
         """Return the layers of diffusers that a layer is; none if its name is of another style.
@@ -86,10 +94,21 @@ class OriginalNames:
                 if match := pattern.fullmatch(name.removeprefix(_KOHYA_DENOISER)):
                     return self._in_denoiser(_filled(rule.original, match), shape)
             return []
+        if name.startswith(FLAT_DIFFUSERS):
+            rest = name.removeprefix(next(s for s in FLAT_DIFFUSERS if name.startswith(s)))
+            for pattern, own in self._flat_own:
+                if match := pattern.fullmatch(rest):
+                    whole = (slice(None),)
+                    return [Place(self._family.denoiser, _filled(own, match), whole)]
+            return []
         for start in _DENOISER:
             if name.startswith(start):
                 return self._in_denoiser(name.removeprefix(start), shape)
         return []
+
+    def lacks(self, name: str) -> bool:
+        """Whether a name is of a style whose names are all known, and none of them."""
+        return bool(self._flat_own) and name.startswith(FLAT_DIFFUSERS)
 
     def knows(self, component: str, path: str) -> bool:
         """Whether a component of the family may have a layer with this path in diffusers."""

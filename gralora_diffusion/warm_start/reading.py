@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from torch import Tensor
 from ..families import ModelFamily, families_of_layers, family_of_metadata
 from ..layouts import USUAL_LAYERS_PER_BLOCK
 from ..lora_keys import Layer, group_layers
+from ..lora_scaling import HeaderAlpha, LoraScalings
 from ..low_rank import Pair
 from ..tensor_files import AdapterFileError, some
 from .files import LoraFile, read_file
@@ -28,6 +28,8 @@ _REMEDIES = {
     "difference": "it holds differences of whole weights. Extract a LoRA from it first, with the "
     "tools of the program that it came from",
 }
+#: Parts that may be of a norm or a bias.
+_OF_NORMS_AND_BIASES = {"diff", "diff_b", "w_norm", "b_norm", "up_bias"}
 _OTHER_REMEDY = (
     "its update is no product of two matrices. Extract a LoRA from it first, with LyCORIS's tools "
     "or ComfyUI's node for extracting LoRA"
@@ -39,6 +41,8 @@ def read_lora(
     family: ModelFamily,
     unet_config: Any = None,
     weight_name: str | None = None,
+    header_alpha: HeaderAlpha | None = None,
+    left_out: list[str] | None = None,
 ) -> tuple[Pairs, dict[str, str]]:
     """Return the pairs of a LoRA, (R, in, ...) and (out, R) in float32 at least, and its metadata.
 
@@ -46,16 +50,24 @@ def read_lora(
         source: a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
         unet_config: the base's, for names of original UNets; the family's usual one if not given.
         weight_name: which file in a folder or repository.
+        header_alpha: see :class:`~gralora_diffusion.lora_scaling.LoraScalings`.
+        left_out: If given, differences of norms and biases are left out, and their keys are
+            appended to it; else they are refused.
 
     Raises:
-        AdapterFileError: not a LoRA, or one of another family; keys that cannot be used. All are
-            named.
+        AdapterFileError: not a LoRA, or one of another family; keys that cannot be used; factors
+            that are to be read in a way that is not known. All are named.
     """
     file = read_file(source, family, weight_name)
     layers, others = group_layers(file.tensors)
-    _refuse_other_kinds(file.name, layers, others)
+    small = _of_norms_and_biases(file, layers, others)
+    if left_out is not None:
+        left_out += small
+        layers, others = group_layers(key for key in file.tensors if key not in small)
+        small.clear()
+    _refuse_other_kinds(file.name, layers, others, can_be_left_out=bool(small))
+    scaled = _scaled_pairs(file, layers, header_alpha, without_biases=left_out is not None)
     _refuse_other_families(file, layers, family)
-    scaled = {name: _scaled(file, layer) for name, layer in layers.items()}
 
     options = dict(family.lora_options)
     if unet_config is not None and "unet_config" in options:
@@ -70,6 +82,12 @@ def read_lora(
             _add(found, (place.component, place.path), place.pair_of(down, up), file.name)
         if not places:
             left[name] = down, up.reshape(*up.shape, *[1] * (down.dim() - 2))
+    if lacking := [name for name in left if original.lacks(name)]:
+        raise AdapterFileError(
+            f"{file.name}: {len(lacking)} of {len(layers)} layers have no place in the "
+            f"{family.denoiser} of {family.name}: {some(lacking)}. Check that the file is for this "
+            "family; else pass the state dict without these layers."
+        )
     keys = {name: (layers[name].parts["down"], layers[name].parts["up"]) for name in left}
     for other, pair in through_diffusers(left, keys, family, options, file.name).items():
         _add(found, other, pair, file.name)
@@ -95,45 +113,91 @@ def _add(
     found[place] = pair
 
 
-def _scaled(file: LoraFile, layer: Layer) -> Pair:
-    """The layer's pair with its scale in ``up``."""
-    parts = {part: _finite(file, key) for part, key in layer.parts.items()}
-    down, up = parts["down"], parts["up"].flatten(1)
-    rank = len(down)
-    if up.shape[1] != rank:
-        raise AdapterFileError(
-            f"{file.name}: {layer.name} has {rank} rows in its down matrix and {up.shape[1]} "
-            "columns in its up matrix."
+def _scaled_pairs(
+    file: LoraFile,
+    layers: Mapping[str, Layer],
+    header_alpha: HeaderAlpha | None,
+    without_biases: bool,
+) -> dict[str, Pair]:
+    """The layers' pairs with their scales in ``up``.
+
+    Raises:
+        AdapterFileError: tensors that make no pair, or what is said of reading them cannot be
+            followed. All is named.
+    """
+    scalings = LoraScalings(layers, file.metadata, file.configs, header_alpha, without_biases)
+    scaled: dict[str, Pair] = {}
+    by_problem: dict[str, list[str]] = {}
+    for name, layer in layers.items():
+        try:
+            scaled[name] = _scaled(
+                {p: file.tensors[k] for p, k in layer.parts.items()}, layer, scalings
+            )
+        except ValueError as error:
+            by_problem.setdefault(str(error), []).append(name)
+    problems = scalings.problems + [f"{some(n, 3)}: {p}" for p, n in by_problem.items()]
+    if problems:
+        raise AdapterFileError(f"{file.name}: " + ". ".join(problems) + ".")
+    return scaled
+
+
+def _scaled(parts: Mapping[str, Tensor], layer: Layer, scalings: LoraScalings) -> Pair:
+    """The layer's pair with its scale in ``up``.
+
+    Raises:
+        ValueError: there is none; says why.
+    """
+    if problem := layer.problem(parts):
+        raise ValueError(problem)
+    numbers = {part: t if t.dtype == torch.float64 else t.float() for part, t in parts.items()}
+    for part, tensor in numbers.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{part} holds NaN or infinite values")
+    down, up = numbers["down"], numbers["up"].flatten(1)
+    rank = up.shape[1]
+    own = float(numbers["alpha"].reshape(())) if "alpha" in numbers else None
+    alpha = scalings.alpha(layer, rank, own)
+    if "mid" in numbers:  # Tucker's form of a convolution
+        down = torch.einsum("srhw,ri->sihw", numbers["mid"], down.flatten(1))
+    if not rank:  # an update of zeros
+        return down.new_zeros(1, *down.shape[1:]), up.new_zeros(len(up), 1)
+    if alpha is not None and alpha != rank:
+        up = (up.double() * alpha / rank).to(up)
+        if not torch.isfinite(up).all():
+            raise ValueError(f"scaled by {alpha:g} / {rank} it holds infinite values")
+    return down, up
+
+
+def _of_norms_and_biases(
+    file: LoraFile, layers: Mapping[str, Layer], others: list[str]
+) -> list[str]:
+    """Keys of what may be left out on request: it changes norms and biases alone."""
+    parts = [
+        key
+        for layer in layers.values()
+        for part, key in layer.parts.items()
+        if part in _OF_NORMS_AND_BIASES
+    ]
+    biases = [key for key in others if key.endswith(".bias")]
+    return [key for key in parts + biases if file.tensors[key].dim() <= 1]
+
+
+def _refuse_other_kinds(
+    where: str, layers: Mapping[str, Layer], others: list[str], can_be_left_out: bool
+) -> None:
+    hint = ""
+    if can_be_left_out:
+        hint = (
+            " Of norms and biases, which ComfyUI's Train LoRA trains too, the differences can be "
+            "left out with --leave_out_norms_and_biases; the other layers come over as they are."
         )
-    if "mid" in parts:  # Tucker's form of a convolution
-        down = torch.einsum("srhw,ri->sihw", parts["mid"], down.flatten(1))
-    component, _, path = layer.name.partition(".")
-    alpha = float(rank)
-    if "alpha" in parts:
-        alpha = float(parts["alpha"].reshape(-1)[0])
-    elif component in file.scalings:
-        alpha = file.scalings[component].alpha(path, rank)
-    if not math.isfinite(alpha):
-        raise AdapterFileError(f"{file.name}: {layer.name} has alpha {alpha}.")
-    return down, up if alpha == rank else (up.double() * alpha / rank).to(up)
-
-
-def _finite(file: LoraFile, key: str) -> Tensor:
-    tensor = file.tensors[key]
-    tensor = tensor if tensor.dtype == torch.float64 else tensor.float()
-    if not torch.isfinite(tensor).all():
-        raise AdapterFileError(f"{file.name}: {key} holds NaN or infinite values.")
-    return tensor
-
-
-def _refuse_other_kinds(where: str, layers: Mapping[str, Layer], others: list[str]) -> None:
     for kind in dict.fromkeys(layer.kind for layer in layers.values()):
         if kind != "LoRA":
             names = [name for name, layer in layers.items() if layer.kind == kind]
             remedy = _REMEDIES.get(kind, _OTHER_REMEDY)
             raise AdapterFileError(
                 f"{where}: {len(names)} of {len(layers)} layers are {kind} and no LoRA "
-                f"({some(names)}): {remedy}."
+                f"({some(names)}): {remedy}.{hint}"
             )
     known = {"down", "up", "alpha", "mid"}
     others = others + [
@@ -145,7 +209,7 @@ def _refuse_other_kinds(where: str, layers: Mapping[str, Layer], others: list[st
         raise AdapterFileError(
             f"{where}: {len(others)} keys besides the pairs of the LoRA, which cannot be taken "
             f"over: {some(others)}. Without them it is another adapter; if that is what you want, "
-            "pass the state dict without these keys."
+            f"pass the state dict without these keys.{hint}"
         )
 
 

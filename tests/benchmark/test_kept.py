@@ -15,6 +15,7 @@ from gralora_diffusion.benchmark.kept import (
 )
 from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.option_parsing import parse_options
+from gralora_diffusion.training.ownership import CONFIG_NAME, owned
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 
@@ -189,6 +190,30 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
         ConfigError, match=r"--output_dir .*run cannot be written to .*Give another"
     ):
         write_down(settings)
+
+
+def test_a_folder_of_a_training(tmp_path):
+    settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
+    (tmp_path / CONFIG_NAME).touch()
+    for refused in (check_same_run, write_down):
+        with pytest.raises(ConfigError, match=r"is of a training \(training_config\.yaml\)"):
+            refused(settings)
+    assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
+
+
+def test_a_training_that_has_just_begun_or_another_benchmark(tmp_path, monkeypatch):
+    """Both would write into the folder next; neither has yet."""
+    monkeypatch.setattr(kept, "_WRITING", 0.1)
+    settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
+    with owned(tmp_path, "--output_dir"):
+        with pytest.raises(ConfigError, match="is in use by process"):
+            write_down(settings)
+        assert not (tmp_path / SETTINGS_NAME).exists()
+    write_down(settings)
+    other = parse_settings([*GOOD, "--output_dir", str(tmp_path), "--snr_gamma", "5"])
+    with pytest.raises(ConfigError, match=r"--snr_gamma is 5.0, but its default in .*mixed"):
+        write_down(other)
+    assert [path.name for path in tmp_path.iterdir()] == [SETTINGS_NAME]
 
 
 def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ import pytest
 import gralora_diffusion.training.loop as loop
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.training.main import main
+from gralora_diffusion.training.ownership import owned
 from tests.models import stable_diffusion
 from tests.training.runs import (
     arguments,
@@ -155,6 +157,36 @@ def test_widths_that_k_does_not_divide_get_a_smaller_one(
         if isinstance(layer, GraloraLayer):
             assert layer.gralora_k == {"default": 2}
             assert layer.scaling == {"default": 2.0 if path.endswith("to_q") else 0.5}
+
+
+@pytest.mark.parametrize("holder", ["run", "benchmark", "class"])
+def test_a_folder_of_another(
+    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], holder: str
+) -> None:
+    """Nothing is written into it, whatever the run would have overwritten."""
+    folder = tmp_path / ("class" if holder == "class" else "out")
+    folder.mkdir()
+    (folder / ("benchmark.yaml" if holder == "benchmark" else "kept.txt")).touch()
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": pictures,
+        "output_dir": tmp_path / "out",
+        "overwrite_output_dir": True,
+    }
+    if holder == "class":
+        options |= {"with_prior_preservation": True, "class_prompt": "a dog"}
+        options |= {"class_data_dir": folder, "num_class_images": 1}
+    with ExitStack() as held:
+        if holder != "benchmark":
+            held.enter_context(owned(folder, ""))
+        before = sorted(folder.iterdir())
+        text = error_of(capsys, 2, **options)
+        assert sorted(folder.iterdir()) == before
+    name = "--class_data_dir" if holder == "class" else "--output_dir"
+    why = "is of a benchmark (benchmark.yaml)" if holder == "benchmark" else "is in use by process"
+    assert f"{name} '{folder}' {why}" in text
+    assert len(list(folder.iterdir())) == 1
+    assert folder.name == "out" or not (tmp_path / "out").exists()
 
 
 def test_nan_ends_with_one(

@@ -131,16 +131,24 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     draw_by_card(card.text, {"path/to/base": base, "path/to/this/folder": finished})
 
 
+#: What may lie in an output folder without being the run's to show.
+PRIVATE = (
+    *(".env", "notes/private.txt", "notes/README.md", "validation/README.md", "notes.md"),
+    *("validation/step-000000/me.png", "validation/step-x/00-00.png", "class/class-00000.png"),
+    *("validation/step-000000/00-00.png.txt", "pytorch_gralora_weights.safetensors.bak"),
+)
+
+
 @pytest.mark.parametrize("single_file", [False, True])
 def test_card_and_upload_tell_no_paths_of_this_machine(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_file: bool
 ) -> None:
     uploaded: list[Path] = []
 
-    def upload(*, folder_path: Path, ignore_patterns: list[str], **others: Any) -> None:
+    def upload(*, folder_path: Path, allow_patterns: list[str], **others: Any) -> None:
         files = [path for path in folder_path.rglob("*") if path.is_file()]
-        names = [str(path.relative_to(folder_path)) for path in files]
-        left = filter_repo_objects(names, ignore_patterns=ignore_patterns)
+        names = [path.relative_to(folder_path).as_posix() for path in files]
+        left = filter_repo_objects(names, allow_patterns=allow_patterns)
         uploaded.extend(folder_path / name for name in left)
 
     monkeypatch.setattr(outcome, "upload_folder", upload)  # there is no Hub here
@@ -150,17 +158,29 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         tensors = ORIGINALS["stable-diffusion"](StableDiffusionPipeline.from_pretrained(base))
         weights["pretrained_model_name_or_path"] = write(tensors, tmp_path / "base.safetensors")
         weights["base_config"] = base
+    for name in PRIVATE:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"private")
+    (tmp_path / "out" / "validation" / "step-000000" / "00-07.png").symlink_to("../../.env")
     folder = run(
         output_dir=tmp_path / "out",
+        latent_cache_dir=tmp_path / "out" / "cache",
         instance_data_dir=make_pictures(tmp_path / "pictures"),
+        validation_prompt="a dog",
+        validation_inference_steps=1,
+        num_validation_images=1,
         max_train_steps=2,
         mixed_precision="bf16",
         report_to="tensorboard",
         push_to_hub=True,
         **weights,
     )
-    names = {path.name for path in uploaded}
-    assert {"README.md", "pytorch_gralora_weights.safetensors", "metrics.jsonl"} <= names
+    steps = [f"validation/step-00000{step}" for step in (0, 2)]
+    assert sorted(path.relative_to(folder).as_posix() for path in uploaded) == [
+        *("README.md", "metrics.jsonl", "pytorch_gralora_weights.safetensors"),
+        *("training_curve.png", "validation.png"),
+        *(f"{step}/{name}" for step in steps for name in ("00-00.png", "grid.png", "prompts.txt")),
+    ]
     for path in uploaded:
         data = path.read_bytes()
         assert all(str(place).encode() not in data for place in (tmp_path, base)), path

@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from accelerate.checkpointing import save_accelerator_state, save_custom_state
+from safetensors.torch import load_file, save_file
 
+from gralora_diffusion.training.checkpoint import CheckpointError
+from gralora_diffusion.training.run_state import RunState
+from gralora_diffusion.training.same_run import PROGRESS_NAME
 from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run
 
 
@@ -82,3 +90,123 @@ def test_accumulation_may_change_on_resume(base: Path, pictures: Path, tmp_path:
     assert_close(whole, half, 1e-3)
     losses = [[row["loss"] for row in metrics(folder)] for folder in (whole, half)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# -- what a checkpoint may hold --------------------------------------------------------------------
+
+
+def save_with_accelerate(self: RunState, folder: Path) -> None:
+    """Write a checkpoint as version 0.1.0 did: everything besides the adapter by accelerate."""
+    written_now(self, folder)
+    for name in ("ema.safetensors", "optimizer.bin"):
+        (folder / name).unlink(missing_ok=True)
+    progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
+    del progress["state"]
+    (folder / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
+    save_accelerator_state(str(folder), [], [self.optimizer], [], [], 0, 0, self.accelerator.scaler)
+    parts = [part for part in (self.lr_scheduler, self.ema) if part is not None]
+    for index, part in enumerate(parts):
+        save_custom_state(part, str(folder), index)
+
+
+written_now = RunState.save
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_ema": True, "lr_scheduler": "cosine"},
+        {"optimizer": "schedulefree"},
+        {"optimizer": "prodigy", "learning_rate": 1, "lr_scheduler": "linear"},
+    ],
+    ids=lambda options: "-".join(map(str, options)),
+)
+def test_checkpoints_of_accelerate_are_gone_on_with_exactly(
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: dict[str, Any],
+) -> None:
+    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **options}
+    with monkeypatch.context() as patch:
+        patch.setattr(RunState, "save", save_with_accelerate)
+        whole = run(output_dir=tmp_path / "whole", **shared)
+    half = stopped_after(2, whole, tmp_path / "half")
+    assert (half / "checkpoint-2" / "random_states_0.pkl").exists()
+    run(output_dir=half, resume_from_checkpoint="latest", **shared)
+    assert_same_run(whole, half)
+
+
+class Program:
+    """Makes a file when a pickle of it is read by who trusts it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("of_accelerate", [False, True])
+def test_no_program_in_a_checkpoint_is_run(
+    base: Path,
+    pictures: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    of_accelerate: bool,
+) -> None:
+    if of_accelerate:
+        monkeypatch.setattr(RunState, "save", save_with_accelerate)
+    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    shared |= {"use_ema": True, "max_train_steps": 2}
+    whole = run(output_dir=tmp_path / "whole", **shared)
+    files = sorted(path.name for path in (whole / "checkpoint-2").iterdir())
+    pickles = [name for name in files if not name.endswith((".safetensors", ".json"))]
+    if not of_accelerate:
+        assert pickles == ["optimizer.bin"]
+    for name in pickles:
+        folder = tmp_path / name
+        shutil.copytree(whole / "checkpoint-2", folder / "checkpoint-2")
+        mark = tmp_path / f"{name}-ran"
+        torch.save({"x": Program(mark)}, folder / "checkpoint-2" / name)
+        again = {**shared, "output_dir": folder, "resume_from_checkpoint": "latest"}
+        if name.startswith("random_states"):
+            run(**again)  # which is not read
+        else:
+            with pytest.raises(CheckpointError) as caught:
+                run(**again)
+            assert f"{name} is damaged, or holds what could run a program" in str(caught.value)
+            assert "take an earlier checkpoint" in str(caught.value)
+            assert "weights_only" not in str(caught.value)  # torch's advice to trust the file
+        assert not mark.exists()
+
+
+def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {**tensors, "0": torch.zeros(3, 3)}
+
+
+@pytest.mark.parametrize("what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail"])
+def test_a_damaged_checkpoint_is_told(
+    base: Path, pictures: Path, tmp_path: Path, what: str
+) -> None:
+    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    shared |= {"use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
+    checkpoint = run(**shared) / "checkpoint-2"
+    progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
+    if what in ("schedule", "ema"):
+        progress["state"][what] = {"last_epoch": None, "decay": "x"}
+    elif what == "shape of ema":
+        save_file(
+            damaged(load_file(checkpoint / "ema.safetensors")), checkpoint / "ema.safetensors"
+        )
+    elif what == "shape of optimizer":
+        state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+        state["state"][0]["exp_avg"] = torch.zeros(1, 1, 1)
+        torch.save(state, checkpoint / "optimizer.bin")
+    else:
+        whole = (checkpoint / "optimizer.bin").read_bytes()
+        (checkpoint / "optimizer.bin").write_bytes(whole[: len(whole) // 2])
+    (checkpoint / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"cannot be resumed from: .* take an earlier"):
+        run(resume_from_checkpoint="latest", **shared)

@@ -421,17 +421,17 @@ def loha(name: str) -> dict[str, Tensor]:
         (
             {k: t * math.nan for k, t in lora().items()},
             "stable-diffusion",
-            "lora_down.weight holds NaN",
+            f"{UNET}: down holds NaN",
         ),
         (
             lora() | {f"{UNET}.alpha": torch.tensor(math.inf)},
             "stable-diffusion",
-            "alpha holds NaN or infinite",
+            f"{UNET}: alpha holds NaN or infinite",
         ),
         (
             {**lora(), f"{UNET}.lora_up.weight": torch.ones(16, 3)},
             "stable-diffusion",
-            "2 rows in its down matrix and 3 columns",
+            f"{UNET}: rows of its down .* and columns of its up matrix differ: 2 and 3",
         ),
         (
             lora(UNET.replace("attn1_to_q", "attn2_to_k"), 2048),
@@ -439,9 +439,9 @@ def loha(name: str) -> dict[str, Tensor]:
             "stable-diffusion-xl",
         ),
         (
-            lora("lycoris_transformer_blocks_0_attn_to_q"),
+            lora("lycoris_transformer_blocks_0_attn5"),
             "stable-diffusion-3",
-            "does not read names such as lycoris_transformer_blocks_0_attn_to_q",
+            "1 of 1 layers have no place in .*: lycoris_transformer_blocks_0_attn5",
         ),
         (
             lora("lora_te1_text_model_embeddings_token_embedding"),
