@@ -10,7 +10,7 @@ import html
 import json
 import logging
 import re
-from typing import IO, Any
+from typing import Any
 
 # C0 without tab and newline, DEL, C1, the line and paragraph separators, the controls of
 # direction, and lone surrogates, which no terminal can encode.
@@ -102,5 +102,5 @@ class TerminalFormatter(logging.Formatter):
 class TerminalParser(argparse.ArgumentParser):
     """A parser that prints no control character: not in usage, help, ``error`` or ``exit``."""
 
-    def _print_message(self, message: str, file: IO[str] | None = None) -> None:
+    def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(for_terminal(message), file)
