@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Sequence
+
+from .command_line import guard_terminal
+from .safe_text import TerminalParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``gralora <command> [options]``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="gralora", description="GraLoRA for image models.")
+    guard_terminal()
+    parser = TerminalParser(prog="gralora", description="GraLoRA for image models.")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser(
         "train", add_help=False, help="train an adapter (the same options as the training script)"

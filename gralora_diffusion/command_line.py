@@ -5,11 +5,15 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import sys
 import threading
+import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from types import FrameType
+from types import FrameType, TracebackType
 
+from .safe_text import TerminalFormatter, for_terminal
 from .unfinished import tidy_all
 
 #: Loggers that warn of what is not used here, such as kernels for other machines and torchvision,
@@ -25,6 +29,49 @@ _OF_NO_USE = (
 )
 #: Signals by which others end a process; Windows has not all of them.
 _ENDS = ("SIGTERM", "SIGHUP")
+#: How the standard library makes a warning a text, whatever replaces it later.
+_format_warning = warnings.formatwarning
+
+
+def guard_terminal() -> None:
+    """From now on warnings, logs without a handler and tracebacks hold no control characters.
+
+    It holds until the process ends: a traceback is printed after the command has returned.
+    """
+
+    def format_warning(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        line: str | None = None,
+    ) -> str:
+        return for_terminal(_format_warning(message, category, filename, lineno, line))
+
+    def print_traceback(
+        kind: type[BaseException], error: BaseException, where: TracebackType | None
+    ) -> None:
+        text = "".join(traceback.format_exception(kind, error, where))
+        sys.stderr.write(for_terminal(text))
+
+    warnings.formatwarning = format_warning
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(TerminalFormatter("%(message)s"))
+    if sys.excepthook is sys.__excepthook__:  # another program's own hook stays
+        sys.excepthook = print_traceback
+
+
+def log_to_terminal() -> None:
+    """Guard the terminal, and print log records from WARNING on, unless that is set up already."""
+    guard_terminal()
+    handler = logging.StreamHandler()
+    handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
+    logging.basicConfig(handlers=[handler], level=logging.WARNING)
+
+
+def print_safely(text: object, error: bool = False) -> None:
+    """Print text without control characters, to the standard error if it is an ``error``."""
+    print(for_terminal(text), file=sys.stderr if error else sys.stdout)
 
 
 @contextmanager

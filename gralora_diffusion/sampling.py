@@ -11,10 +11,11 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
-from .command_line import quiet_libraries
+from .command_line import print_safely, quiet_libraries
 from .families import ModelFamily, find_pipeline_family, mend_clip_skip
 from .hub import offline_problem
 from .image_files import ImageError, folder_images, read_image
+from .safe_text import TerminalParser
 from .staging import OutputError, find_overlap, staged
 
 #: Names of dtypes, as in the other commands -> torch's.
@@ -144,7 +145,7 @@ def _wrapped(text: str, font: Any, width: int) -> str:
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    command = argparse.ArgumentParser(prog="gralora sample", description=main.__doc__)
+    command = TerminalParser(prog="gralora sample", description=main.__doc__)
     command.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
     command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
@@ -190,7 +191,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             labelled_grid(rows, args.prompt).save(temporary)
     except OutputError as error:
         command.error(str(error))
-    print(args.output)
+    print_safely(args.output)
 
 
 def _drawn(
@@ -210,7 +211,7 @@ def _drawn(
     }
     if args.adapter:
         try:
-            print(pipe.load_gralora_weights(args.adapter, "sampled"))
+            print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
         except (OSError, ValueError) as error:
             command.error(f"--adapter {args.adapter}: {error}")
     if args.compare:

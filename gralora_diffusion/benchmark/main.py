@@ -13,6 +13,7 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
+from ..command_line import log_to_terminal, print_safely
 from ..staging import OutputError
 from ..training.acceleration import accelerate_left_as_it_was
 from ..training.config_checks import ConfigError
@@ -37,27 +38,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     Exits with 2 for wrong options or data, 1 if a unit failed, or the disk or the device.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    log_to_terminal()
     logging.getLogger("gralora_diffusion").setLevel(logging.INFO if first else logging.ERROR)
     try:
         failed = benchmark(parse_settings(argv))
     except (ConfigError, DataError, OutputError) as error:
         if first:
-            print(f"error: {error}", file=sys.stderr)
+            print_safely(f"error: {error}", error=True)
         sys.exit(2)
     except OSError as error:
-        print(f"error: {error}. The same command goes on.", file=sys.stderr)
+        print_safely(f"error: {error}. The same command goes on.", error=True)
         sys.exit(1)
     except DeviceBroken as error:
-        print(f"error: {error}.", file=sys.stderr)
+        print_safely(f"error: {error}.", error=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print("interrupted. The same command goes on.", file=sys.stderr)
+        print_safely("interrupted. The same command goes on.", error=True)
         sys.exit(130)
     if failed:
         if first:
             advice = "Why is in the report; --retry_failed does them again"
-            print(f"error: units that failed: {failed}. {advice}", file=sys.stderr)
+            print_safely(f"error: units that failed: {failed}. {advice}", error=True)
         sys.exit(1)
 
 
@@ -203,7 +204,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
         real_pictures={task.subject: task.real for task in tasks if task.protocol == "subject"},
         settings=settings.record(),
     )
-    print(page)
+    print_safely(page)
     return len(failures)
 
 

@@ -8,8 +8,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import quiet_libraries, tidied_when_ended
+from ..command_line import print_safely, quiet_libraries, tidied_when_ended
 from ..families import list_families
+from ..safe_text import TerminalParser
 from ..staging import OutputError, check_output, find_overlap
 from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
 
@@ -30,7 +31,7 @@ _ONLY = {
 
 def parser() -> argparse.ArgumentParser:
     """Return the parser of the command's options."""
-    command = argparse.ArgumentParser(prog="gralora export", description=__doc__)
+    command = TerminalParser(prog="gralora export", description=__doc__)
     command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
     command.add_argument(
         "--format",
@@ -130,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
         try:
             with tidied_when_ended():
-                print(_export(args))
+                print_safely(_export(args))
             if not args.verify:  # a report on what was there before
                 parity_path(args.output).unlink(missing_ok=True)
             if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:

@@ -16,6 +16,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
+from ..command_line import print_safely
 from ..compatibility import component_of
 from ..families import ModelFamily
 from ..original_file import OriginalFileError
@@ -158,8 +159,8 @@ class Verification:
         path = parity_path(self.output)
         names = {"base": Path(self.base).name, "adapter": Path(self.adapter.source).name}
         report.write(path, exported, file=self.output.name, **names)
-        print(report)
-        print(path)
+        print_safely(report)
+        print_safely(path)
 
     def _pipeline(self, opened: Base) -> Any:
         on_gpu = torch.cuda.is_available()

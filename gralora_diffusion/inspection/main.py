@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 
+from ..command_line import print_safely
+from ..safe_text import TerminalParser, json_for_terminal
 from . import inspect_file
 from .text import as_text
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    result = argparse.ArgumentParser(
+    result = TerminalParser(
         prog="gralora inspect",
         description="Say what a file or folder is: an adapter of this or another program, a "
         "checkpoint, a pipeline. Exit code 1 if a value is NaN or infinite, or if a layer is "
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             inspection = inspect_file(path, check=options.check, sha256=options.sha256)
         except (OSError, ValueError) as error:
-            print(f"{command.prog}: error: {error}", file=sys.stderr)
+            print_safely(f"{command.prog}: error: {error}", error=True)
             code = 2
             continue
         if inspection.non_finite or any(layer.problem for layer in inspection.layers):
@@ -53,6 +54,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         else:
             print("\n" * (number > 0) + as_text(inspection, options.all_layers))
     if facts:
-        print(json.dumps(facts if len(options.paths) > 1 else facts[0], indent=2))
+        print(json_for_terminal(facts if len(options.paths) > 1 else facts[0], indent=2))
     if code:
         sys.exit(code)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
+from ..safe_text import for_terminal, for_terminal_line
 from ..tensor_files import some
 from .facts import Inspection, LayerFacts
 
@@ -27,7 +28,7 @@ def as_text(inspection: Inspection, all_layers: bool = False) -> str:
         _metadata(inspection.metadata),
         _values(inspection),
     ]
-    return "\n\n".join(block for block in blocks if block)
+    return for_terminal("\n\n".join(block for block in blocks if block))
 
 
 def _head(inspection: Inspection) -> str:
@@ -96,7 +97,9 @@ def _others(inspection: Inspection) -> str:
     if not inspection.others:
         return ""
     some = ", ".join(inspection.others[:5]) + (", ..." if len(inspection.others) > 5 else "")
-    return f"{len(inspection.others)} keys that belong to no adapted layer: {some}"
+    return (
+        f"{len(inspection.others)} keys that belong to no adapted layer: {for_terminal_line(some)}"
+    )
 
 
 def _problems(inspection: Inspection) -> str:
@@ -133,7 +136,7 @@ def _values(inspection: Inspection) -> str:
         lines.append("values: all finite")
     else:
         lines.append(f"NaN OR INFINITE VALUES in {len(inspection.non_finite)} tensors:")
-        lines += [f"  {key}" for key in inspection.non_finite]
+        lines += [f"  {for_terminal_line(key)}" for key in inspection.non_finite]
     return "\n".join(lines)
 
 
@@ -156,6 +159,7 @@ def _size(count: int) -> str:
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
     """Return rows of cells as lines with aligned columns; those of ``right`` end alike."""
+    rows = [[for_terminal_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numbers = set(right)
     lines = (

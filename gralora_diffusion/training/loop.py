@@ -17,6 +17,7 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..command_line import print_safely
 from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
 from .acceleration import (
@@ -80,7 +81,7 @@ def train(config: TrainingConfig) -> Path:
 
             plan = plan_run(config, family, found.pictures, found.class_pictures, accelerator)
             if accelerator.is_main_process:
-                print(plan)
+                print_safely(plan)
             return Path(config.output_dir)
         from_first(accelerator, lambda: make_repository(config))
         # before the base is loaded to be trained: two of them would be too much for some

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from ..command_line import quiet_libraries
+from ..command_line import log_to_terminal, print_safely, quiet_libraries
 from .checkpoint import CheckpointError
 from .config import TrainingConfig, parse_config
 from .config_checks import ConfigError
@@ -19,7 +19,7 @@ from .config_checks import ConfigError
 def main(argv: Sequence[str] | None = None) -> None:
     """Train as the command line says; exits with 2 for wrong options, 1 for a failed training."""
     first_process = os.environ.get("RANK", "0") == "0"
-    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    log_to_terminal()
     # what concerns all processes is told by the first
     level = logging.INFO if first_process else logging.ERROR
     logging.getLogger("gralora_diffusion").setLevel(level)
@@ -68,5 +68,5 @@ def _disk_is_full(error: Exception) -> bool:
 
 def _exit(message: str, code: int) -> None:
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print_safely(f"error: {message}", error=True)
     sys.exit(code)

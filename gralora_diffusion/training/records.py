@@ -12,9 +12,11 @@ import diffusers
 import matplotlib
 import peft
 import torch
+import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from ..safe_text import for_code_block, for_code_span, for_markdown
 from ..tensor_files import replacing
 from .acceleration import DTYPES
 from .adapters import LOWERED_K
@@ -100,24 +102,30 @@ def write_card(
     parts[0] += f", hybrid rank {config.hybrid_rank}" if config.hybrid_rank else ""
     others = LOWERED_K in metrics or any(given_patterns(config).values())
     parts[0] += "; other values on some layers)" if others else ")"
-    parts[0] += f" for `{shown}`, trained with DreamBooth."
+    parts[0] += f" for {for_code_span(shown)}, trained with DreamBooth."
     if QUANTIZED_BASE in metrics:
-        parts[0] += f" The base was quantized meanwhile ({metrics[QUANTIZED_BASE]})."
+        parts[0] += f" The base was quantized meanwhile ({for_markdown(metrics[QUANTIZED_BASE])})."
     if trigger:
-        parts.append(f"Use the prompt `{trigger}` to call the subject.")
+        parts.append(f"Use the prompt {for_code_span(trigger)} to call the subject.")
     if grid is not None:
         Image.open(grid).save(folder / CARD_IMAGE_NAME)
-        rows = "\n".join(f"- row {i + 1}: {prompt}" for i, prompt in enumerate(prompts))
+        rows = "\n".join(
+            f"- row {i + 1}: {for_markdown(prompt)}" for i, prompt in enumerate(prompts)
+        )
         parts.append(f"![pictures drawn with the adapter](validation.png)\n\n{rows}")
     source = config.hub_model_id or "path/to/this/folder"
-    arguments = json.dumps(trigger or "your prompt", ensure_ascii=False)
+    arguments = _literal(trigger or "your prompt")
     arguments += f", clip_skip={config.clip_skip}" if config.clip_skip else ""
     mending = "from gralora_diffusion.families import mend_clip_skip\n\nmend_clip_skip(pipe)\n"
     mending = mending if config.clip_skip else ""
     parts.append(
-        f"## Use\n\n```python\nimport torch\n{_loading_code(config)}"
-        f'pipe.load_gralora_weights("{source}")\n{mending}'
-        f"image = pipe({arguments}).images[0]\n```"
+        "## Use\n\n"
+        + for_code_block(
+            f"import torch\n{_loading_code(config)}"
+            f"pipe.load_gralora_weights({_literal(source)})\n{mending}"
+            f"image = pipe({arguments}).images[0]",
+            "python",
+        )
     )
     versions = {
         "torch": torch.__version__,
@@ -126,20 +134,28 @@ def write_card(
         "python": platform.python_version(),
     }
     facts = {**metrics, **versions}
-    table = "\n".join(f"| {key} | {value} |" for key, value in facts.items())
-    parts.append(
-        f"## Training\n\n| | |\n|---|---|\n{table}\n\n```yaml\n{config.to_yaml(public=True)}```"
+    table = "\n".join(
+        f"| {for_markdown(key)} | {for_markdown(value)} |" for key, value in facts.items()
     )
+    settings = for_code_block(config.to_yaml(public=True), "yaml")
+    parts.append(f"## Training\n\n| | |\n|---|---|\n{table}\n\n{settings}")
     data = ModelCardData(
         library_name="diffusers",
         base_model=base if on_hub else None,
         tags=["text-to-image", "diffusers", "gralora", "dreambooth", family],
         instance_prompt=trigger,
     )
-    title = f"# {folder.resolve().name}"
+    front = yaml.safe_dump(data.to_dict(), sort_keys=False, allow_unicode=True).rstrip()
+    title = f"# {for_markdown(folder.resolve().name)}"
     path = folder / CARD_NAME
-    ModelCard("\n\n".join([f"---\n{data.to_yaml()}\n---", title, *parts]) + "\n").save(path)
+    ModelCard("\n\n".join([f"---\n{front}\n---", title, *parts]) + "\n").save(path)
     return path
+
+
+def _literal(text: str) -> str:
+    """A Python literal in double quotes; what cannot be shown is escaped as Python does."""
+    double = repr("'" + text)  # with an apostrophe, and no other quote, Python takes double ones
+    return '"' + double[2:] if double.startswith('"') else repr(text)
 
 
 def _loading_code(config: TrainingConfig) -> str:
@@ -149,9 +165,9 @@ def _loading_code(config: TrainingConfig) -> str:
     device = 'pipe.to("cuda" if torch.cuda.is_available() else "cpu")\n'
     given = {"revision": config.revision, "variant": config.variant}
     if not Path(base).is_file():
-        told = [f"{key}={json.dumps(value)}" for key, value in given.items() if value]
+        told = [f"{key}={_literal(value)}" for key, value in given.items() if value]
         shown = "path/to/base" if Path(base).exists() else base
-        arguments = ", ".join([json.dumps(shown), *told, f"dtype={dtype}"])
+        arguments = ", ".join([_literal(shown), *told, f"dtype={dtype}"])
         return (
             "from diffusers import DiffusionPipeline\nimport gralora_diffusion\n\n"
             f"pipe = DiffusionPipeline.from_pretrained({arguments})\n{device}"
@@ -159,7 +175,7 @@ def _loading_code(config: TrainingConfig) -> str:
     told = ['    pretrained_model_name_or_path="path/to/base.safetensors",']
     if rest := config.base_config:
         shown = "path/to/base_config" if Path(rest).exists() else rest
-        told.append(f"    base_config={json.dumps(shown)},")
+        told.append(f"    base_config={_literal(shown)},")
     arguments = "\n".join(told)
     return (
         "from gralora_diffusion.training.base_model import find_base_family, load_base\n"

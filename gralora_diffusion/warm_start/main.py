@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..command_line import quiet_libraries, tidied_when_ended
+from ..command_line import print_safely, quiet_libraries, tidied_when_ended
 from ..config_values import check_numbers
 from ..families import list_families
 from ..file_names import WEIGHTS_NAME
 from ..lora_scaling import HEADER_ALPHA
+from ..safe_text import TerminalParser
 from ..staging import check_output
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ ROUNDING = 1e-6
 
 def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
-    result = argparse.ArgumentParser(
+    result = TerminalParser(
         prog="gralora import",
         description="Make a GraLoRA adapter of a LoRA: exactly, where hybrid_rank + rank / k is at "
         "least the LoRA's rank, else the nearest one, with what is left out. To go on training, "
@@ -69,10 +70,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_numbers(options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha)
         check_output(output, options.overwrite, [options.lora, options.base])
         with quiet_libraries(), tidied_when_ended():
-            print(_import(options, output))
+            print_safely(_import(options, output))
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
-    print(output)
+    print_safely(output)
 
 
 def _import(options: argparse.Namespace, output: Path) -> str:

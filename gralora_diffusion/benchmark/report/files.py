@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+from ...safe_text import for_csv
 from ..results import UnitResult
 from ..scores import score_order
 from .content import Content, ProtocolContent
@@ -52,10 +53,11 @@ def as_csv(results: Sequence[UnitResult]) -> str:
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*_UNIT, *names])
+    writer.writerow([for_csv(name) for name in (*_UNIT, *names)])
     for result in results:
         values = [getattr(result, name) for name in _UNIT]
-        writer.writerow([*values, *(result.scores.get(name) for name in names)])
+        values += [result.scores.get(name) for name in names]
+        writer.writerow([for_csv(value) for value in values])
     return file.getvalue()
 
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import html
-import re
 
 import yaml
 
+from ...safe_text import for_code_block, for_markdown
 from . import tables
 from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note
@@ -15,28 +15,28 @@ from .tables import Cell, Number, Table
 
 def as_markdown(content: Content) -> str:
     """Return the report as Markdown (GitHub's, for its tables)."""
-    blocks = [f"# {escaped(content.title)}", table(tables.overview(content))]
+    blocks = [f"# {for_markdown(content.title)}", table(tables.overview(content))]
     for protocol in content.protocols:
         if found := headlines(protocol):
-            blocks.append(f"## Protocol {escaped(protocol.name)}")
-            blocks += [f"- {escaped(str(headline))}" for headline in found]
+            blocks.append(f"## Protocol {for_markdown(protocol.name)}")
+            blocks += [f"- {for_markdown(str(headline))}" for headline in found]
     if kept := cautions(content):
-        blocks += ["## To be kept in mind", *(f"- {escaped(caution)}" for caution in kept)]
+        blocks += ["## To be kept in mind", *(f"- {for_markdown(caution)}" for caution in kept)]
     for protocol in content.protocols:
         if not protocol.methods:
             continue
-        blocks += [f"## Numbers of {escaped(protocol.name)}", table(tables.scores(protocol))]
+        blocks += [f"## Numbers of {for_markdown(protocol.name)}", table(tables.scores(protocol))]
         for reference in content.references:
             against = tables.comparisons(protocol, reference)
             blocks += [table(against)] if against.rows else []
         blocks += [table(tables.costs(protocol)), table(tables.meanings(protocol))]
         if protocol.mechanism:
-            blocks += [f"## The mechanism of {escaped(protocol.name)}", *_mechanism(protocol)]
-    blocks += ["## How it was computed", escaped(method_note(content))]
+            blocks += [f"## The mechanism of {for_markdown(protocol.name)}", *_mechanism(protocol)]
+    blocks += ["## How it was computed", for_markdown(method_note(content))]
     blocks += [table(t) for t in tables.settings(content)]
     if content.settings:
         text = yaml.safe_dump(content.settings, sort_keys=False, allow_unicode=True)
-        blocks += ["**The settings, as given**", fenced(text)]
+        blocks += ["**The settings, as given**", for_code_block(text, "yaml")]
     listed = (tables.missing(content), tables.unreadable(content))
     blocks += [table(t) for t in listed if t.rows]
     return "\n\n".join(blocks) + "\n"
@@ -55,25 +55,12 @@ def _mechanism(protocol: ProtocolContent) -> list[str]:
 def table(content: Table) -> str:
     """A table of GitHub's Markdown, its title above, its note below."""
     rule = ["---" if i < content.labels else "--:" for i in range(len(content.head))]
-    rows = [[escaped(name) for name in content.head], rule]
+    rows = [[for_markdown(name) for name in content.head], rule]
     rows += [[_cell(cell) for cell in row] for row in content.rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    note = ["", escaped(content.note)] if content.note else []
-    return "\n".join([f"**{escaped(content.title)}**", "", *lines, *note])
-
-
-def escaped(text: str) -> str:
-    """Return text that Markdown shows as it is, on one line."""
-    plain = html.escape(" ".join(text.split()), quote=False)
-    return re.sub(r"([\\`*_{}\[\]|~#])", r"\\\1", plain)
-
-
-def fenced(text: str) -> str:
-    """A block of code, with a fence that is not in the text."""
-    longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
-    fence = "`" * max(3, longest + 1)
-    return f"{fence}yaml\n{text.rstrip()}\n{fence}"
+    note = ["", for_markdown(content.note)] if content.note else []
+    return "\n".join([f"**{for_markdown(content.title)}**", "", *lines, *note])
 
 
 def _cell(cell: Cell) -> str:
-    return escaped("".join(part.text if isinstance(part, Number) else part for part in cell))
+    return for_markdown("".join(part.text if isinstance(part, Number) else part for part in cell))

@@ -1,0 +1,106 @@
+"""Text that comes from files or from users, made safe for where it is shown. Pure.
+
+Ordinary text stays as it is: letters of all scripts, emoji and quotes are unchanged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import html
+import json
+import logging
+import re
+from typing import Any
+
+# C0 without tab and newline, DEL, C1, the line and paragraph separators, the controls of
+# direction, and lone surrogates, which no terminal can encode.
+_CONTROLS = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]"
+)
+_STRUCTURE = re.compile(r"([\\`*_{}\[\]|~#])")
+_LINE_START = re.compile(r"^([-+=:]|\d{1,9}(?=[.)]))")
+#: What makes a spreadsheet take a cell for a formula.
+_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n")
+
+
+def _visible(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def for_terminal(text: object) -> str:
+    """Return text whose control characters are visible escapes; tabs and newlines stay.
+
+    A Windows line end becomes a newline.
+    """
+    return _CONTROLS.sub(_visible, str(text).replace("\r\n", "\n"))
+
+
+def for_terminal_line(text: object) -> str:
+    """Return text for one line of a terminal: tabs and newlines are visible escapes too."""
+    line = for_terminal(text).replace("\n", "\\n")
+    return line.replace("\t", "\\t")
+
+
+def json_for_terminal(value: Any, indent: int | None = None) -> str:
+    """Return JSON that reads back the same and holds no control character but newlines."""
+    text = json.dumps(value, indent=indent, ensure_ascii=True)
+    return text.replace("\x7f", "\\u007f")  # the one control character of ASCII that JSON allows
+
+
+def for_markdown(text: object) -> str:
+    """Return text that Markdown shows as it is, on one line."""
+    line = for_terminal(" ".join(str(text).split()))
+    return _STRUCTURE.sub(r"\\\1", html.escape(line, quote=False))
+
+
+def for_markdown_item(text: object) -> str:
+    """Return text that may start a block of Markdown, such as a paragraph or a list's item."""
+
+    def escape(match: re.Match[str]) -> str:
+        return match[0] + "\\" if match[0].isdigit() else "\\" + match[0]
+
+    return _LINE_START.sub(escape, for_markdown(text))
+
+
+def for_code_span(text: object) -> str:
+    """Return a code span of Markdown that shows the text, on one line."""
+    line = for_terminal(" ".join(str(text).split()))
+    if not line:
+        return "` `"
+    if "`" in line or "<" in line:  # no reader of Markdown then sees a tag or a longer fence
+        return f"<code>{for_markdown(line)}</code>"
+    return f"`{line}`"
+
+
+def for_code_block(text: object, language: str = "") -> str:
+    """Return a fenced block of Markdown whose fence is longer than any in the text."""
+    shown = for_terminal(text).rstrip()
+    fence = "`" * max(3, _longest_run(shown) + 1)
+    return f"{fence}{language}\n{shown}\n{fence}"
+
+
+def _longest_run(text: str) -> int:
+    return max((len(run) for run in re.findall("`+", text)), default=0)
+
+
+def for_csv(value: Any) -> Any:
+    """Return a cell that no spreadsheet takes for a formula; what is no text is unchanged."""
+    if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA):
+        return "'" + value
+    return value
+
+
+class TerminalFormatter(logging.Formatter):
+    """Formats records for a terminal, their tracebacks included."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the record's text without control characters."""
+        return for_terminal(super().format(record))
+
+
+class TerminalParser(argparse.ArgumentParser):
+    """A parser that prints no control character: not in usage, help, ``error`` or ``exit``."""
+
+    def _print_message(self, message: str, file: Any = None) -> None:
+        super()._print_message(for_terminal(message), file)
