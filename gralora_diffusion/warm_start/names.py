@@ -121,10 +121,11 @@ class OriginalNames:
     def _in_denoiser(self, path: str, shape: Shape) -> list[Place]:
         """By the original's name, or diffusers' own where that stands alone."""
         component, key = self._family.denoiser, f"{path}.weight"
+        if locate(path, self._rules) and not self._is_original(path):
+            return [Place(component, path, (slice(None),))]
         original = Layout(self._layout.prefixes, self._rules).read({key: shape})
         if not original:
-            whole = (slice(None),)
-            return [Place(component, path, whole)] if locate(path, self._rules) else []
+            return []
         rows: dict[str, list[tuple[int, slice]]] = {}
         start = 0
         for part in original[0].parts:
@@ -136,6 +137,11 @@ class OriginalNames:
             Place(component, name, tuple(piece for _, piece in sorted(pieces, key=lambda p: p[0])))
             for name, pieces in rows.items()
         ]
+
+    def _is_original(self, path: str) -> bool:
+        """Whether a layer has just this name in the original."""
+        matches = (rule.original_pattern.match(path) for rule in self._rules)
+        return any(match and not match["rest"] for match in matches)
 
     def _in_text_encoder(self, component: str | None, path: str) -> list[Place]:
         known = component is not None and self.knows(component, path)
@@ -174,6 +180,7 @@ def _telling_keys(names: Iterable[str], layers_per_block: int) -> list[str]:
     # a sampler comes third in a block that attends
     attending = [int(n) for name in names for n in re.findall(r"output_blocks\.(\d+)\.2\.", name)]
     return [
+        "conv_out.weight",  # so that the others tell all
         *(f"up_blocks.{level}.resnets.{layers_per_block}.conv1" for level in range(levels)),
         *(f"up_blocks.{n // (layers_per_block + 1)}.attentions.0.norm" for n in attending),
     ]
