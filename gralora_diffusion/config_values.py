@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 if TYPE_CHECKING:
@@ -118,14 +118,29 @@ def pattern_problem(key: object) -> str | None:
     return None
 
 
+def mistyped_values(values: Mapping[str, Any]) -> list[str]:
+    """Describe fields of a config whose values are not of the type that PEFT gives them.
+
+    PEFT checks none, and compares, iterates or compiles them later.
+    """
+    return [
+        f"`{name}` should be {_TYPES[name][0]} but is {value!r:.80}"
+        for name, value in values.items()
+        if name in _TYPES and not _TYPES[name][1](value)
+    ]
+
+
 def invalid_values(config: PeftGraloraConfig) -> list[str]:
     """Describe values of a config that fit no model."""
-    problems = []
-    if not isinstance(config.r, int) or config.r < 1:
+    if problems := mistyped_values(vars(config)):
+        return problems
+    if config.gralora_k < 1:
+        problems.append(f"`gralora_k` should be a positive integer but is {config.gralora_k}")
+    if config.r < 1:
         problems.append(
             f"`r` should be a positive integer value but the value passed is {config.r}"
         )
-    if not isinstance(config.hybrid_r, int) or config.hybrid_r < 0:
+    if config.hybrid_r < 0:
         problems.append(f"`hybrid_r` should be a non-negative integer but is {config.hybrid_r}")
     if not _is_finite(config.alpha):
         problems.append(f"`alpha` should be a finite number but is {config.alpha!r}")
@@ -155,13 +170,20 @@ def _invalid_pattern(config: PeftGraloraConfig, name: str) -> list[str]:
         if name == "alpha_pattern":
             if not _is_finite(value):
                 problems.append(f"`{name}` {key!r} should give a finite number but is {value!r}")
-        elif not isinstance(value, int) or value < 1:
+        elif not _is_integer(value) or value < 1:
             problems.append(f"`{name}` {key!r} should give a positive integer but is {value!r}")
     return problems
 
 
+def _is_integer(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_finite(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
+    try:
+        return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+    except OverflowError:  # an integer beyond what a float holds
+        return False
 
 
 def check_numbers(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> None:
@@ -175,3 +197,65 @@ def check_numbers(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> N
         problems.append(f"alpha should be a number other than zero but is {alpha}")
     if problems:
         raise ValueError("; ".join(problems))
+
+
+def _is_optional_text(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_list_of(value: object, fits: Callable[[object], bool]) -> bool:
+    return isinstance(value, (list, tuple, set)) and all(map(fits, value))
+
+
+def _are_names(value: object) -> bool:
+    return value is None or isinstance(value, str) or _is_list_of(value, _is_text)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_plain_name(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None
+
+
+_INTEGER = ("an integer", _is_integer)
+_NUMBER = ("a finite number", _is_finite)
+_BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
+_OPTIONAL_TEXT = ("a string or nothing", _is_optional_text)
+_NAMES = ("a list of strings, a string or nothing", _are_names)
+#: Field -> what it should be, and whether a value is that.
+_TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "r": _INTEGER,
+    "hybrid_r": _INTEGER,
+    "gralora_k": _INTEGER,
+    "alpha": _NUMBER,
+    "gralora_dropout": _NUMBER,
+    "fan_in_fan_out": _BOOLEAN,
+    "inference_mode": _BOOLEAN,
+    "bias": ("a string", _is_text),
+    "base_model_name_or_path": _OPTIONAL_TEXT,
+    "revision": _OPTIONAL_TEXT,
+    "peft_version": _OPTIONAL_TEXT,
+    "task_type": _OPTIONAL_TEXT,
+    "target_modules": _NAMES,
+    "exclude_modules": _NAMES,
+    # PEFT puts both into regular expressions of its own
+    "modules_to_save": (
+        "a list of names of modules or nothing",
+        lambda value: value is None or _is_list_of(value, _is_plain_name),
+    ),
+    "layers_pattern": (
+        "a name, a list of names or nothing",
+        lambda value: (
+            value is None
+            or value == ""
+            or _is_plain_name(value)
+            or _is_list_of(value, _is_plain_name)
+        ),
+    ),
+    "layers_to_transform": (
+        "an integer, a list of integers or nothing",
+        lambda value: value is None or _is_integer(value) or _is_list_of(value, _is_integer),
+    ),
+}

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-from .tensor_files import AdapterFileError
+from .json_files import read_object
+from .regular_files import is_regular
+from .tensor_files import AdapterFileError, some
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
@@ -26,7 +27,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
         variant: of the files, such as fp16.
 
     Raises:
-        AdapterFileError: a shard lacks, or the index cannot be read.
+        AdapterFileError: as :func:`shards`.
     """
     for names in WEIGHT_NAMES:
         if variant is not None:
@@ -42,18 +43,59 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Return the files that an index names.
+    """Return the files that an index names, all of them beside it.
+
+    A link counts as beside it if it leads to where the index itself leads, as in the Hub's cache.
 
     Raises:
-        AdapterFileError: one lacks, or the index cannot be read.
+        AdapterFileError: the index cannot be read or names no files, or one of them is missing, is
+            no safetensors file, or lies in another folder.
     """
-    names = read_json(index).get("weight_map", {}).values()
-    files = [index.parent / name for name in sorted(set(names))]
-    if missing := [file.name for file in files if not file.is_file()]:
+    weight_map = read_json(index).get("weight_map")
+    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    if not names or not all(isinstance(name, str) for name in names):
         raise AdapterFileError(
-            f"{index}: it names files that lack: {', '.join(missing)}. Fetch them"
+            f"{index}: its weight_map should map the names of tensors to the names of files, at "
+            "least one. The index is damaged: fetch it again."
         )
+    names = sorted(set(names))
+    files = [index.parent / name for name in names if _is_shard_name(name)]
+    folders = {index.parent.resolve(), index.resolve().parent}
+    elsewhere = [repr(name) for name in names if not _is_shard_name(name)]
+    elsewhere += [
+        repr(file.name)
+        for file in files
+        if is_regular(file) and file.resolve().parent not in folders
+    ]
+    if elsewhere:
+        raise AdapterFileError(
+            f"{index}: it names {some(elsewhere)}. Only .safetensors files in the folder of the "
+            "index are read."
+        )
+    if missing := [file.name for file in files if not is_regular(file)]:
+        raise AdapterFileError(f"{index}: it names files that lack: {some(missing)}. Fetch them.")
     return files
+
+
+def _is_shard_name(name: str) -> bool:
+    """Whether it names a safetensors file and no folder, on any system."""
+    return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:")
+
+
+def read_pipeline_index(folder: Path) -> dict[str, Any]:
+    """Read the index of a pipeline in its folder.
+
+    Raises:
+        AdapterFileError: it cannot be read, or a component has a name that no attribute has, such
+            as a path.
+    """
+    index = read_json(folder / PIPELINE_INDEX)
+    if wrong := [repr(name) for name in index if not name.isidentifier()]:
+        raise AdapterFileError(
+            f"{folder / PIPELINE_INDEX}: {some(wrong)} cannot be the name of a component. Names "
+            "have letters, digits and underscores alone."
+        )
+    return index
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -63,6 +105,6 @@ def read_json(path: Path) -> dict[str, Any]:
         AdapterFileError: it cannot be read as one.
     """
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_object(path)
+    except (OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error

@@ -232,8 +232,10 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
         index = DiffusionPipeline.load_config(args.base)
         _check_taken(args, str(index.get("_class_name")), parser)
         name = args.dtype or usual_dtype(index, device)
-        pipe = DiffusionPipeline.from_pretrained(args.base, dtype=getattr(torch, DTYPES[name]))
-    except (OSError, ValueError) as error:
+        pipe = DiffusionPipeline.from_pretrained(
+            args.base, dtype=getattr(torch, DTYPES[name]), use_safetensors=True
+        )
+    except (OSError, ValueError, RecursionError) as error:
         problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"
         parser.error(f"--base {args.base}: {problem}")
     return pipe.to(device)

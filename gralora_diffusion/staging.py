@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import secrets
 import shutil
@@ -10,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .json_files import read_object
 from .unfinished import tidied
 
 
@@ -93,8 +93,8 @@ def _check_folder(output: Path) -> None:
     """Raise OutputError unless the folder is a pipeline and nothing else."""
     index = output / "model_index.json"
     try:
-        parts = {index.name, "README.md", *dict(json.loads(index.read_text(encoding="utf-8")))}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+        parts = {index.name, "README.md", *read_object(index)}
+    except (OSError, ValueError) as error:
         raise OutputError(
             f"--output {output}: a folder, but no pipeline that may be replaced"
         ) from error

@@ -27,7 +27,7 @@ from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor
 
 from .config import GraloraConfig
-from .config_values import PATTERNS, invalid_values
+from .config_values import PATTERNS, invalid_values, mistyped_values
 from .file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -37,6 +37,7 @@ from .file_names import (
     looks_like_hub_id,
 )
 from .hub import offline_problem
+from .json_files import parse_object, read_object
 from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
@@ -86,11 +87,8 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
         "family": adapter.family,
         "format_version": FORMAT_VERSION,
     }
-    metadata = {
-        **adapter.metadata,
-        "format": "pt",
-        METADATA_KEY: json.dumps(description, indent=2),
-    }
+    text = json.dumps(description, indent=2)
+    metadata = {**adapter.metadata, "format": "pt", METADATA_KEY: text}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_safetensors(adapter.tensors, path, metadata)
     return path
@@ -150,11 +148,12 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
         )
     if missing := [name for name in ("r", "gralora_k", "alpha") if name not in values]:
         raise AdapterFileError(f"{where}: the adapter's config lacks {', '.join(missing)}.")
-    try:
-        config = GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
-        problems = invalid_values(config)
-    except (TypeError, ValueError) as error:
-        problems = [str(error)]
+    if not (problems := mistyped_values(values)):
+        try:
+            config = GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
+            problems = invalid_values(config)
+        except (TypeError, ValueError, ArithmeticError) as error:  # k may be 0
+            problems = [str(error)]
     if problems:
         raise AdapterFileError(f"{where}: the adapter's config is not valid: {'; '.join(problems)}")
     return config
@@ -248,7 +247,7 @@ def _read_peft_folder(folder: Path) -> ComponentAdapter:
             f"{folder}: {PEFT_CONFIG_NAME} without {PEFT_WEIGHTS_NAME} beside it."
         )
     try:
-        values = json.loads(config_path.read_text(encoding="utf-8"))
+        values = read_object(config_path)
     except (OSError, ValueError) as error:
         raise AdapterFileError(f"{config_path}: not readable as JSON: {error}") from error
     config = config_from_dict(values, str(config_path))
@@ -262,9 +261,12 @@ def _read_file(path: Path) -> Adapter:
     if described is None:
         raise AdapterFileError(_why_no_metadata(path, tensors))
     try:
-        description = json.loads(described)
-        version, configs = description["format_version"], dict(description["components"])
-    except (ValueError, KeyError, TypeError) as error:
+        description = parse_object(described)
+        version, configs = description["format_version"], description["components"]
+        family = description.get("family")
+        if not (isinstance(configs, dict) and configs and isinstance(family, str | None)):
+            raise ValueError("components should map names to configs, and family be a string")
+    except (ValueError, KeyError) as error:
         raise AdapterFileError(f"{path}: metadata {METADATA_KEY} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise AdapterFileError(
@@ -283,7 +285,7 @@ def _read_file(path: Path) -> Adapter:
             )
         parts[component].tensors[rest] = tensor
     metadata.pop("format", None)
-    return Adapter(parts, description.get("family"), metadata, str(path))
+    return Adapter(parts, family, metadata, str(path))
 
 
 def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import secrets
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from .regular_files import is_regular
 from .unfinished import tidied
 
 if TYPE_CHECKING:
@@ -29,6 +31,10 @@ HASH_FIELDS = {
     "sshs_model_hash": "0" * 64,
     "sshs_legacy_hash": "0" * 8,
 }
+#: The longest header that safetensors reads (``MAX_HEADER_SIZE`` in its ``tensor.rs``).
+_MOST_HEADER_BYTES = 100_000_000
+#: What torch holds: 64 dimensions, and bytes that a signed number of 64 bits counts in any dtype.
+_MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 59
 #: The bytes of a file that its legacy hash is of.
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
@@ -191,8 +197,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     """Return the tensors of a safetensors file, in their order there, and its metadata.
 
     Raises:
-        AdapterFileError: truncated, not safetensors, or of a header that contradicts itself.
+        AdapterFileError: truncated, not safetensors, no file at all, or of a header that
+            contradicts itself or that torch has no room for.
     """
+    if path.exists() and not is_regular(path):  # to open a named pipe would block for ever
+        raise AdapterFileError(f"{path}: it is no file that can be read, such as a named pipe.")
     try:
         # checks length, shapes, gaps and overlaps; without torch, which takes seconds to import
         with safe_open(path, framework="np"):
@@ -207,6 +216,12 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
+        # a tensor without elements may have any shape as far as the format is concerned
+        if len(shape) > _MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
+            raise AdapterFileError(
+                f"{path}: {key!r:.80} has {len(shape)} dimensions or more elements than torch can "
+                "address. The file is damaged: fetch it again."
+            )
         tensors[key] = StoredTensor(path, key, entry["dtype"], shape, begin + start, stop - start)
     return tensors, metadata
 
@@ -215,8 +230,9 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file.
 
     Raises:
-        AdapterFileError: truncated, or not safetensors.
+        AdapterFileError: as :func:`read_header`.
     """
+    read_header(path)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -232,11 +248,14 @@ def _why_unreadable(path: Path, error: Exception) -> str:
     size = path.stat().st_size
     with open(path, "rb") as file:
         beginning = file.read(64)
-    for start, what in _OTHER_FILES.items():
-        if beginning.startswith(start):
-            return what
     declared = int.from_bytes(beginning[:8], "little")  # how long the header is
-    if size > 8 and (beginning[8:9] != b"{" or declared > 1 << 30):
+    # the length of a header may look like the beginning of another file
+    is_ours = declared <= _MOST_HEADER_BYTES and beginning[8:9] in (b"{", b"")
+    if not is_ours or size < 8:
+        for start, what in _OTHER_FILES.items():
+            if beginning.startswith(start):
+                return what
+    if size > 8 and not is_ours:
         return f"not a safetensors file ({size:,} bytes): {error}"
     what = f"damaged or truncated ({error})" if size else "an empty file"
     return (

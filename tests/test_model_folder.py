@@ -1,9 +1,18 @@
 """Weight files against what diffusers and transformers write."""
 
+import json
+import os
+
 import pytest
 
 from gralora_diffusion import AdapterFileError
-from gralora_diffusion.model_folder import read_json, shards, weight_files
+from gralora_diffusion.model_folder import (
+    PIPELINE_INDEX,
+    read_json,
+    read_pipeline_index,
+    shards,
+    weight_files,
+)
 
 from . import models
 
@@ -37,3 +46,80 @@ def test_what_is_no_object_of_json(tmp_path):
     (tmp_path / "a.json").write_text("[1, 2]")
     with pytest.raises(AdapterFileError, match=r"a\.json: not readable as JSON"):
         read_json(tmp_path / "a.json")
+
+
+INDEX = "diffusion_pytorch_model.safetensors.index.json"
+
+
+def index_of(folder, *names):
+    folder.mkdir(exist_ok=True)
+    weight_map = {f"layer{i}.weight": name for i, name in enumerate(names)}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    return folder / INDEX
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret.safetensors",
+        "/secret.safetensors",
+        "sub/a.safetensors",
+        "..\\a.safetensors",
+        "C:a.safetensors",
+        "a.bin",
+        "..",
+        "",
+        "a\0.safetensors",
+        "a\x1b.safetensors",
+    ],
+)
+def test_an_index_names_safetensors_files_beside_it_alone(name, tmp_path):
+    (tmp_path / "secret.safetensors").write_bytes(b"")
+    index = index_of(tmp_path / "unet", "good.safetensors", name)
+    (index.parent / "good.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterFileError, match=r"Only \.safetensors files in the folder") as caught:
+        weight_files(index.parent)
+    assert f"it names {name!r}. Only" in str(caught.value)
+
+
+def test_links_lead_to_where_the_index_leads(tmp_path):
+    """As in the Hub's cache, where all files of a snapshot are links."""
+    blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
+    snapshot.mkdir(parents=True)
+    index = index_of(blobs, "a.safetensors")
+    (blobs / "123").write_bytes(b"")
+    (snapshot / INDEX).symlink_to(index)
+    (snapshot / "a.safetensors").symlink_to(blobs / "123")
+    assert weight_files(snapshot) == [snapshot / "a.safetensors", snapshot / INDEX]
+
+    own = index_of(tmp_path / "own", "a.safetensors")
+    (own.parent / "a.safetensors").symlink_to(blobs / "123")
+    with pytest.raises(AdapterFileError, match=r"it names 'a\.safetensors'\. Only"):
+        weight_files(own.parent)
+
+
+def test_a_shard_that_is_no_file(tmp_path):
+    index = index_of(tmp_path, "a.safetensors")
+    os.mkfifo(tmp_path / "a.safetensors")
+    with pytest.raises(AdapterFileError, match=r"lack: a\.safetensors"):
+        shards(index)
+
+
+@pytest.mark.parametrize("weight_map", [None, {}, [], "a", 3, {"a": 3}, {"a": ["b"]}, {"a": None}])
+def test_an_index_that_names_no_files(weight_map, tmp_path):
+    (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    with pytest.raises(AdapterFileError, match=rf"{INDEX}: its weight_map should map"):
+        weight_files(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["../unet", "/etc", "a\\b", "unet/..", "", "a b"])
+def test_components_of_a_pipeline_are_no_paths(name, tmp_path):
+    good = {"_class_name": "X", "unet": ["diffusers", "UNet2DConditionModel"]}
+    (tmp_path / PIPELINE_INDEX).write_text(json.dumps(good))
+    assert read_pipeline_index(tmp_path) == good
+    (tmp_path / PIPELINE_INDEX).write_text(json.dumps({**good, name: ["diffusers", "X"]}))
+    with pytest.raises(
+        AdapterFileError, match=r"model_index\.json: .* cannot be the name"
+    ) as error:
+        read_pipeline_index(tmp_path)
+    assert repr(name) in str(error.value)

@@ -260,7 +260,7 @@ class TestPeftFolders:
         ("name", "content", "text"),
         [
             ("adapter_config.json", b"{", "not readable as JSON"),
-            ("adapter_config.json", b"[1]", "not a mapping"),
+            ("adapter_config.json", b"[1]", "holds a list, not an object"),
             ("adapter_config.json", b'{"r": 4}', "config lacks gralora_k, alpha"),
             ("adapter_model.safetensors", b"", "not a whole safetensors file"),
             ("adapter_model.safetensors", None, "without adapter_model.safetensors beside it"),
@@ -336,6 +336,11 @@ def not_json(path):
     save_file(stored, path, {**metadata, "gralora_adapter_metadata": "{"})
 
 
+def nested(path):
+    stored, metadata = raw(path)
+    save_file(stored, path, {**metadata, "gralora_adapter_metadata": "[" * 100_000})
+
+
 def unet_config(**values):
     return described(lambda d: d["components"]["unet"].update(values))
 
@@ -355,6 +360,30 @@ REFUSED = [
     (unet_config(gralora_magic=1), "unet: .*fields this version does not know: gralora_magic"),
     (unet_config(r=5), "config is not valid: r should be divisible"),
     (unet_config(r="4"), "config is not valid"),
+    (described(lambda d: d.update(components=[])), "components should map names to configs"),
+    (described(lambda d: d.update(components={})), "components should map names to configs"),
+    (described(lambda d: d.update(family=["x"])), "and family be a string"),
+    (nested, "is damaged: .*nested too deeply"),
+    (unet_config(r=True), "`r` should be an integer but is True"),
+    (unet_config(gralora_k=0), "config is not valid"),
+    (unet_config(hybrid_r=[]), r"`hybrid_r` should be an integer but is \[\]"),
+    (unet_config(alpha=float("nan")), "`alpha` should be a finite number but is nan"),
+    (unet_config(alpha=10**400), "`alpha` should be a finite number"),
+    (unet_config(gralora_dropout="0"), "`gralora_dropout` should be a finite number but is '0'"),
+    (unet_config(bias=[]), "`bias` should be a string"),
+    (unet_config(fan_in_fan_out=0), "`fan_in_fan_out` should be true or false"),
+    (unet_config(task_type={}), "`task_type` should be a string or nothing"),
+    (unet_config(target_modules=5), "`target_modules` should be a list of strings, a string or"),
+    (unet_config(exclude_modules=[None]), "`exclude_modules` should be a list of strings"),
+    (unet_config(modules_to_save=["("]), r"`modules_to_save` should be .* but is \['\('\]"),
+    (unet_config(modules_to_save="x"), "`modules_to_save` should be a list of names"),
+    (unet_config(layers_to_transform="x"), "`layers_to_transform` should be an integer, a list"),
+    (unet_config(layers_pattern=["(a*)*"]), "`layers_pattern` should be a name"),
+    (
+        unet_config(r="4", revision=3),
+        "`r` should be an integer but is '4'; `revision` should be|"
+        "`revision` should be a string or nothing but is 3; `r` should be",
+    ),
     (unet_config(alpha=None), "config is not valid: `alpha` should be a finite number"),
     (unet_config(target_modules="*"), "config is not valid: .*not a regular expression"),
     (unet_config(rank_pattern={"(": 2}), r"not valid: `rank_pattern` '\(': not a regular expr"),

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from io import BytesIO
 from pathlib import Path
 
@@ -188,6 +189,40 @@ class TestUnreadable:
         path = by_hand(tmp_path / "a.safetensors", entries, 8)
         with pytest.raises(AdapterFileError, match=r"a\.safetensors: .*damaged or truncated"):
             read(path)
+
+    @pytest.mark.parametrize("length", [0x3C, 0x280, 0x480, 0x4034B50])
+    @pytest.mark.parametrize("rest", [b"", b'{"a":{"dtype"'])
+    def test_a_length_that_looks_like_another_file(self, read, length, rest, tmp_path):
+        """A truncated file is no pickle, and no web page, because its header has that length."""
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(length.to_bytes(8, "little") + rest)
+        with pytest.raises(AdapterFileError, match="damaged or truncated"):
+            read(path)
+
+    @pytest.mark.parametrize(
+        "data", [b"\x80\x02}q\x00(X\x01\x00\x00\x00a", b"\x80\x04K{.", b"\x80\x02K\x00."]
+    )
+    def test_pickles(self, read, data, tmp_path):
+        (tmp_path / "a.safetensors").write_bytes(data)
+        with pytest.raises(AdapterFileError, match="a pickle"):
+            read(tmp_path / "a.safetensors")
+
+    @pytest.mark.parametrize("shape", [[0, 1 << 60], [0, 1 << 40, 1 << 40], [1] * 65 + [0]])
+    def test_shapes_that_torch_has_no_room_for(self, read, shape, tmp_path):
+        path = by_hand(tmp_path / "a.safetensors", {"a": ("F32", shape, 0, 0)}, 0)
+        with pytest.raises(AdapterFileError, match=r"a\.safetensors: .*damaged"):
+            read(path)
+
+    def test_a_header_longer_than_any(self, read, tmp_path):
+        path = tmp_path / "a.safetensors"
+        path.write_bytes((1 << 40).to_bytes(8, "little") + b"{}" + bytes(100))
+        with pytest.raises(AdapterFileError, match="not a safetensors file"):
+            read(path)
+
+    def test_a_named_pipe(self, read, tmp_path):
+        os.mkfifo(tmp_path / "a.safetensors")
+        with pytest.raises(AdapterFileError, match="no file that can be read"):
+            read(tmp_path / "a.safetensors")
 
     def test_nothing_there(self, read, tmp_path):
         with pytest.raises(AdapterFileError, match="no such file"):

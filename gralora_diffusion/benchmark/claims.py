@@ -145,7 +145,7 @@ def _read(path: Path) -> dict[str, Any]:
     """The facts of a claim; none if it is gone, or not written yet."""
     try:
         facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return facts if isinstance(facts, dict) else {}
 

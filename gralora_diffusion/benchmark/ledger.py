@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
+from ..json_files import read_object
 from ..tensor_files import replacing
 from .claims import age
 from .methods import Method
@@ -121,6 +122,6 @@ class Ledger:
 def _why(path: Path) -> str:
     """What a unit failed with, by its file."""
     try:
-        return str(json.loads(path.read_text(encoding="utf-8"))["error"])
-    except (OSError, ValueError, LookupError, TypeError):
+        return str(read_object(path)["error"])
+    except (OSError, ValueError, KeyError):
         return "it is not known why, for the file cannot be read"

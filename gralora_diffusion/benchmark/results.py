@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from ..json_files import read_object
 from ..tensor_files import replacing
 
 FORMAT = 1
@@ -147,8 +148,8 @@ def read_result(path: Path) -> UnitResult:
         ResultFileError: not there, cut off, or not what a result has in it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = read_object(path)
+    except (OSError, ValueError) as error:
         raise ResultFileError(f"{path}: not readable as JSON ({error})") from error
     return _result(content, path)
 

@@ -19,7 +19,14 @@ from ..families import ModelFamily, PublishedNames, find_family, list_families
 from ..file_names import looks_like_hub_id
 from ..hub import offline_problem
 from ..layouts import Layout, OriginalTensor, Shape
-from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, WEIGHT_NAMES, read_json, weight_files
+from ..model_folder import (
+    MODEL_CONFIG,
+    PIPELINE_INDEX,
+    WEIGHT_NAMES,
+    read_json,
+    read_pipeline_index,
+    weight_files,
+)
 from ..original_file import OriginalFile
 from ..tensor_files import StoredTensor, read_header
 from .tensor_bytes import count
@@ -200,7 +207,7 @@ def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> Folder
             f"{path}: no {PIPELINE_INDEX} there. Give the folder of a whole pipeline as "
             "save_pretrained writes it, or an original .safetensors file"
         )
-    index = read_json(path / PIPELINE_INDEX)
+    index = read_pipeline_index(path)
     pipeline = getattr(diffusers, str(index.get("_class_name")), None)
     family = find_family(pipeline) if pipeline else None
     if family is None:

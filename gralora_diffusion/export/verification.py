@@ -167,7 +167,9 @@ class Verification:
         dtype = _computed_in(opened.denoiser_dtype) if on_gpu else torch.float32
         if isinstance(opened, FolderBase):
             variant = self.open_options.get("variant")
-            pipe = DiffusionPipeline.from_pretrained(opened.path, dtype=dtype, variant=variant)
+            pipe = DiffusionPipeline.from_pretrained(
+                opened.path, dtype=dtype, variant=variant, use_safetensors=True
+            )
         else:
             pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
             path = str(opened.path)

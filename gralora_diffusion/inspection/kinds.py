@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from ..families import (
     list_families,
 )
 from ..file_names import METADATA_KEY
+from ..json_files import parse_object
 from ..lora_keys import Layer, group_layers
 from ..original_file import OriginalHeader
 from .source import Source
@@ -157,10 +157,9 @@ def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
 def described(metadata: Mapping[str, str]) -> dict[str, Any]:
     """Return what the metadata of a native file says; nothing if it is damaged."""
     try:
-        values = json.loads(metadata.get(METADATA_KEY, "{}"))
+        return parse_object(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def component_of(layer: Layer, kind: Kind, source: Source) -> str:

@@ -11,7 +11,14 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from ..file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from ..model_folder import MODEL_CONFIG, PIPELINE_INDEX, read_json, shards, weight_files
+from ..model_folder import (
+    MODEL_CONFIG,
+    PIPELINE_INDEX,
+    read_json,
+    read_pipeline_index,
+    shards,
+    weight_files,
+)
 from ..tensor_files import AdapterFileError, StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -97,7 +104,7 @@ class Source:
                 name = config.parent.name
                 yield self._peft(config.parent, name), f"{name}."
         elif (path / PIPELINE_INDEX).is_file():
-            self.is_pipeline, self.configs[""] = True, read_json(path / PIPELINE_INDEX)
+            self.is_pipeline, self.configs[""] = True, read_pipeline_index(path)
             for name, value in self.configs[""].items():
                 if isinstance(value, list) and (path / name).is_dir():
                     yield from ((file, f"{name}.") for file in self._model(path / name))

@@ -104,6 +104,7 @@ def load_base(
             variant=config.variant,
             revision=revision,
             cache_dir=config.cache_dir,
+            use_safetensors=True,
             **given,
             **loading_arguments(config, family, dtype),
         )
@@ -205,7 +206,9 @@ def _vae(config: TrainingConfig, pipeline_class: type, dtype: torch.dtype) -> di
         found = wanted.load_config(source, cache_dir=config.cache_dir).get("_class_name")
         if found not in (wanted.__name__, None):
             raise ConfigError([f"{option} is {found}; the base needs {wanted.__name__}"])
-        vae = wanted.from_pretrained(source, dtype=dtype, cache_dir=config.cache_dir)
+        vae = wanted.from_pretrained(
+            source, dtype=dtype, cache_dir=config.cache_dir, use_safetensors=True
+        )
     except ConfigError:
         raise
     except LOADING_ERRORS as error:

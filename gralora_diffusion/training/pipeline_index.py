@@ -29,7 +29,9 @@ class PipelineIndex:
     ) -> None:
         try:
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
-        except (OSError, ValueError) as error:
+            if not isinstance(index, dict):
+                raise ValueError(f"its index holds a {type(index).__name__}, not an object")
+        except (OSError, ValueError, RecursionError) as error:  # diffusers lets the last through
             problem = offline_problem(error, source, revision=revision, cache_dir=cache_dir) or (
                 f"no diffusers pipeline there ({error}). Give a folder with model_index.json, or a "
                 "Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,6 +21,7 @@ from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
 from ..families import ModelFamily
+from ..json_files import read_object
 from ..targets import quantization_of
 
 if TYPE_CHECKING:
@@ -219,13 +219,13 @@ def _read_arguments(path: Path) -> dict[str, Any]:
         ValueError: not such a file; says what is wrong with it.
     """
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))
+        arguments = read_object(path)
     except OSError as error:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
-        raise ValueError(f"not a JSON file: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ValueError("must hold a JSON object, the arguments of BitsAndBytesConfig")
+        raise ValueError(
+            f"must hold a JSON object, the arguments of BitsAndBytesConfig: {error}"
+        ) from error
     parameters = inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters
     # what a config writes of itself, besides its arguments
     written = {"quant_method", "_load_in_4bit", "_load_in_8bit"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import fields
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..json_files import read_object
 from .checkpoint import CheckpointError, CheckpointStore
 from .config import TrainingConfig
 from .config_checks import ConfigError
@@ -64,9 +64,9 @@ def read_progress(path: Path) -> dict[str, Any]:
         CheckpointError: it cannot be read.
     """
     try:
-        progress = dict(json.loads((path / PROGRESS_NAME).read_text(encoding="utf-8")))
+        progress = read_object(path / PROGRESS_NAME)
         return {**progress, "step": int(progress["step"]), "options": dict(progress["options"])}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise unreadable(path, error) from error
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
+from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from gralora_diffusion.families import get_family
@@ -172,3 +173,23 @@ def test_bases_that_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     assert "the denoiser takes 9 channels and the VAE makes 4" in problem_of(
         tmp_path / "inpainting"
     )
+
+
+def test_pickles_in_place_of_a_text_encoder_are_not_read(base: Path, tmp_path: Path) -> None:
+    """One is called what it is, the other a safetensors file."""
+    shutil.copytree(base, tmp_path / "a")
+    encoder = tmp_path / "a" / "text_encoder"
+    weights = encoder / "model.safetensors"
+    torch.save(load_file(weights), encoder / "pytorch_model.bin")
+    weights.unlink()
+    problem = problem_of(tmp_path / "a")
+    assert "model.safetensors" in problem
+    assert str(encoder) in problem
+    (encoder / "pytorch_model.bin").rename(weights)
+    assert "cannot be used" in problem_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "{"])
+def test_an_index_that_is_none(text: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(text)
+    assert "no diffusers pipeline there" in problem_of(tmp_path)

@@ -103,7 +103,7 @@ def test_options_that_do_not_go_together(
 @pytest.mark.parametrize(
     ("content", "text"),
     [
-        ("{", "not a JSON file"),
+        ("{", "must hold a JSON object, the arguments of BitsAndBytesConfig: Expecting"),
         ("[1]", "must hold a JSON object"),
         ('{"load_in_4bit": true, "quant_type": "nf4"}', "BitsAndBytesConfig has no quant_type; it"),
         ('{"bnb_4bit_quant_type": "nf4"}', 'neither "load_in_4bit" nor "load_in_8bit" is true'),

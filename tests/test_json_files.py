@@ -1,0 +1,50 @@
+"""JSON of others is an object, or refused with a reason."""
+
+import codecs
+import os
+
+import pytest
+
+from gralora_diffusion.json_files import parse_object, read_object
+
+
+@pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
+def test_an_object_with_or_without_a_byte_order_mark(mark, tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(mark + '{"ä": [1, {"b": null}]}'.encode())
+    assert read_object(path) == {"ä": [1, {"b": None}]}
+    size = path.stat().st_size
+    assert read_object(path, size)
+    with pytest.raises(OSError, match=f"it has {size} bytes; at most {size - 1} are read"):
+        read_object(path, size - 1)
+
+
+@pytest.mark.parametrize(
+    ("data", "text"),
+    [
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"[1, 2]", "it holds a list, not an object"),
+        (b"null", "it holds a NoneType"),
+        (b'"{}"', "it holds a str"),
+        (b'{"a": "\xff"}', "it is no text in UTF-8"),
+        (b"[" * 100_000, "it is nested too deeply"),
+        (b'{"a":' * 100_000, "it is nested too deeply"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "integer"),
+    ],
+)
+def test_what_is_none(data, text, tmp_path):
+    (tmp_path / "a.json").write_bytes(data)
+    with pytest.raises(ValueError, match=text):
+        read_object(tmp_path / "a.json")
+    with pytest.raises(ValueError, match=text):
+        parse_object(data)
+
+
+def test_what_is_no_file(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    for name, text in {"pipe": "named pipe", ".": "a folder", "gone": "No such file"}.items():
+        with pytest.raises(OSError, match=text):
+            read_object(tmp_path / name)
+    with pytest.raises(OSError, match="a device"):
+        read_object(tmp_path / "/dev/zero")
