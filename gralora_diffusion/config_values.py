@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from peft import GraloraConfig as PeftGraloraConfig
 
+from .path_patterns import PatternError, path_pattern
+
 Value = TypeVar("Value", int, float)
 
 #: Pattern field -> the field in whose place its values stand.
@@ -22,7 +24,7 @@ def pattern_key(patterns: Iterable[str], path: str) -> str:
 
     As PEFT's ``get_pattern_key``, which takes seconds to import.
     """
-    return next((key for key in patterns if re.match(rf"(.*\.)?({key})$", path)), path)
+    return next((key for key in patterns if path_pattern(key).matches_end(path)), path)
 
 
 class LayerSettings(NamedTuple):
@@ -111,8 +113,10 @@ def rename_layers(config: PeftGraloraConfig, names: Mapping[str, str]) -> None:
 def pattern_problem(key: object) -> str | None:
     """Say why a key of a pattern is no regular expression for paths; None if it is one."""
     try:
-        re.compile(key)  # type: ignore[call-overload]
+        path_pattern(key)
         re.compile(rf"(.*\.)?({key})$")  # as PEFT uses it: flags for the whole fail only here
+    except PatternError as error:
+        return str(error)
     except (re.error, TypeError) as error:
         return f"not a regular expression ({error})"
     return None
@@ -152,11 +156,10 @@ def invalid_values(config: PeftGraloraConfig) -> list[str]:
         value = getattr(config, name, None)
         if isinstance(value, str):
             try:
-                re.compile(value)
-            except re.error as error:
+                path_pattern(value)
+            except PatternError as error:
                 problems.append(
-                    f"{name} {value!r} is not a regular expression: {error}. "
-                    "For the endings of paths pass a list."
+                    f"{name} {value!r:.200} is {error}. For the endings of paths pass a list."
                 )
     return problems + [p for name in PATTERNS for p in _invalid_pattern(config, name)]
 

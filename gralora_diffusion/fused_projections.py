@@ -13,11 +13,12 @@ from typing import Any
 from torch import nn
 
 #: The joined layer -> the layers whose place it takes (diffusers, ``fuse_projections`` of
-#: ``models/attention.py`` and ``models/attention_processor.py``).
+#: ``models/attention.py``, ``models/attention_processor.py`` and of transformers such as Wan's).
 _REPLACED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
     "to_kv": ("to_k", "to_v"),
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
+    "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
 
 

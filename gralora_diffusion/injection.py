@@ -9,7 +9,7 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from peft import GraloraConfig, GraloraModel
+from peft import GraloraConfig, GraloraModel, PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from .config_values import invalid_values
 from .fused_projections import guard_projections
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
-from .targets import TargetError, base_of, check_targets, refuse
+from .targets import TargetError, base_of, check_targets, is_target, refuse
 
 __all__ = ["GraloraTuner", "TargetError", "eject", "inject"]
 
@@ -55,6 +55,10 @@ class GraloraTuner(GraloraModel):
     def _prepare_model(self, peft_config: GraloraConfig, model: nn.Module) -> None:
         # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
         check_targets(model, peft_config, self._keys)
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
+        return is_target(peft_config, key)
 
     def _create_and_replace(
         self,

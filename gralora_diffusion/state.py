@@ -264,8 +264,10 @@ def _read_file(path: Path) -> Adapter:
         description = parse_object(described)
         version, configs = description["format_version"], description["components"]
         family = description.get("family")
-        if not (isinstance(configs, dict) and configs and isinstance(family, str | None)):
+        if not (isinstance(configs, dict) and isinstance(family, str | None)):
             raise ValueError("components should map names to configs, and family be a string")
+        if not configs:
+            raise ValueError("components names none, so there are no weights at all")
     except (ValueError, KeyError) as error:
         raise AdapterFileError(f"{path}: metadata {METADATA_KEY} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:

@@ -7,9 +7,10 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
-from peft import GraloraConfig
+from peft import GraloraConfig, PeftConfig
 from peft.tuners.tuners_utils import (
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .config_values import describe_unused, layer_settings, unused_patterns
 from .fused_projections import replaced_projections
+from .path_patterns import path_pattern
 
 #: Base layers that GraLoRA can adapt; what to name in an error message.
 SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
@@ -130,10 +132,27 @@ def find_targets(model: nn.Module, config: GraloraConfig, prefix: str = "") -> d
     """
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
     return {
-        name: layer
-        for name, layer in adaptable_modules(model)
-        if check_target_module_exists(config, prefix + name)
+        name: layer for name, layer in adaptable_modules(model) if is_target(config, prefix + name)
     }
+
+
+def is_target(config: PeftConfig, path: str) -> bool | re.Match[str] | _ExcludedModule | None:
+    """As PEFT's ``check_target_module_exists``, but regular expressions take bounded time.
+
+    Raises:
+        PatternError: one of them cannot be matched in bounded time.
+    """
+    config, targets = copy.copy(config), config.target_modules
+    if isinstance(excluded := getattr(config, "exclude_modules", None), str):
+        if excluded and is_named(path, excluded, pattern=True):
+            return _ExcludedModule()
+        config.exclude_modules = None
+    if isinstance(targets, str):
+        config.target_modules = []  # what is left to ask is whether modules_to_save has the path
+        found = check_target_module_exists(config, path)
+        is_saved = isinstance(found, _ExcludedModule)
+        return found if is_saved else is_named(path, targets, pattern=True)
+    return check_target_module_exists(config, path)
 
 
 def check_targets(
@@ -253,7 +272,7 @@ def is_named(path: str, entry: str, pattern: bool = False) -> bool:
         pattern: the entry is a regular expression for the whole path, and not an ending of it.
     """
     if pattern:
-        return re.fullmatch(entry, path) is not None
+        return path_pattern(entry).matches(path)
     return path == entry or path.endswith(f".{entry}")
 
 

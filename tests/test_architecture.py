@@ -10,11 +10,12 @@ from gralora_diffusion import get_family, list_families
 
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = """
-lazy unfinished safe_text command_line blockwise fused_linear low_rank factors config_values
-config fused_projections targets file_names hub regular_files json_files colour_profiles image_files
-tensor_files staging lora_keys lora_config lora_scaling layers injection state layouts families
-empty_models original_file model_folder compatibility bookkeeping offloading pipelines
-pipeline_methods sampling export,inspection,warm_start training benchmark cli __init__
+lazy unfinished safe_text path_patterns command_line blockwise fused_linear low_rank factors
+config_values config fused_projections targets file_names hub regular_files json_files
+colour_profiles image_files tensor_files staging lora_keys lora_config lora_scaling layers
+injection state layouts families empty_models original_file model_folder compatibility bookkeeping
+offloading pipelines pipeline_methods sampling export,inspection,warm_start training benchmark cli
+__init__
 """
 ROW = {name: number for number, names in enumerate(ROWS.split()) for name in names.split(",")}
 FAMILIES = [get_family(name) for name in list_families()]

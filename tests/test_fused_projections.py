@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from torch import nn
 
 from gralora_diffusion import GraloraLinear, TargetError, eject, inject
@@ -16,9 +16,31 @@ from .models import PIPELINES, config, unet
 ATTENTION = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]
 
 
-@pytest.fixture(params=["unet", "flux", "stable-diffusion-3"])
+def wan() -> nn.Module:
+    """A transformer whose cross-attention also has projections of an image, but no query of it."""
+    model: nn.Module = WanTransformer3DModel(
+        patch_size=(1, 2, 2),
+        num_attention_heads=2,
+        attention_head_dim=12,
+        in_channels=4,
+        out_channels=4,
+        text_dim=16,
+        freq_dim=16,
+        ffn_dim=32,
+        num_layers=1,
+        rope_max_seq_len=32,
+        image_dim=4,
+        added_kv_proj_dim=24,
+    )
+    return model
+
+
+@pytest.fixture(params=["unet", "flux", "stable-diffusion-3", "wan"])
 def denoiser(request: pytest.FixtureRequest) -> nn.Module:
-    return unet() if request.param == "unet" else PIPELINES[request.param]().transformer
+    own = {"unet": unet, "wan": wan}
+    if request.param in own:
+        return own[request.param]()
+    return PIPELINES[request.param]().transformer
 
 
 def projections(model: nn.Module) -> set[str]:
@@ -34,8 +56,9 @@ def test_only_replaced_layers_are_refused(denoiser: nn.Module) -> None:
     before = projections(denoiser)
     targets = sorted({name.rsplit(".", 1)[-1] for name in before})
     denoiser.fuse_qkv_projections()
-    # the queries of a UNet's cross-attention, attn2, stay in use
-    kept = "attn2.to_q" if isinstance(denoiser, UNet2DConditionModel) else "none"
+    # the queries of cross-attention, which is attn2 in these two, stay in use
+    crosses = isinstance(denoiser, (UNet2DConditionModel, WanTransformer3DModel))
+    kept = "attn2.to_q" if crosses else "none"
     replaced = {name for name in before if not name.endswith(kept)}
     assert replaced_projections(denoiser) == replaced
     with pytest.raises(TargetError, match=rf"{len(replaced)} of the layers.*unfuse_qkv_proj"):

@@ -361,7 +361,7 @@ REFUSED = [
     (unet_config(r=5), "config is not valid: r should be divisible"),
     (unet_config(r="4"), "config is not valid"),
     (described(lambda d: d.update(components=[])), "components should map names to configs"),
-    (described(lambda d: d.update(components={})), "components should map names to configs"),
+    (described(lambda d: d.update(components={})), "components names none"),
     (described(lambda d: d.update(family=["x"])), "and family be a string"),
     (nested, "is damaged: .*nested too deeply"),
     (unet_config(r=True), "`r` should be an integer but is True"),

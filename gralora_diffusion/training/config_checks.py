@@ -15,6 +15,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..path_patterns import PatternError, path_pattern
 from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_options import choices_of
@@ -215,9 +216,9 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
         given = getattr(config, name)
         if isinstance(layers, str):
             try:
-                re.compile(layers)
-            except re.error as error:
-                yield f"--{name} is {given!r}: not a regular expression ({error})"
+                path_pattern(layers)
+            except PatternError as error:
+                yield f"--{name} is {given!r}: {error}"
         if given is not None and not layers:
             yield f"--{name} is empty. Name layers such as to_q,to_v, or leave it out {otherwise}"
 
