@@ -15,12 +15,23 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config_values import invalid_values
+from .config_values import PATTERNS, invalid_values
 from .fused_projections import guard_projections
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
 from .targets import TargetError, base_of, check_targets, is_target, refuse
 
 __all__ = ["GraloraTuner", "TargetError", "eject", "inject"]
+
+
+@contextmanager
+def _fields(config: PeftConfig, values: Mapping[str, Any]) -> Iterator[None]:
+    """Give fields of a config other values for a while."""
+    before = {name: getattr(config, name) for name in values}
+    vars(config).update(values)
+    try:
+        yield
+    finally:
+        vars(config).update(before)
 
 
 class GraloraTuner(GraloraModel):
@@ -45,16 +56,22 @@ class GraloraTuner(GraloraModel):
     ) -> None:
         self._keys = None if state_dict is None else list(state_dict)
         self._device = torch.device("meta") if low_cpu_mem_usage else nullcontext()
+        config = self.peft_config[adapter_name]
         with unchanged_on_error([model], adapter_name), _merged_kept(model, adapter_name):
-            refuse(model, invalid_values(self.peft_config[adapter_name]))
-            super().inject_adapter(
-                model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
-            )
+            refuse(model, invalid_values(config))
+            # PEFT matches them too, by `re` and so without a bound, only to warn of unused ones,
+            # which are refused here
+            self._patterns = {name: p for name in PATTERNS if (p := getattr(config, name, None))}
+            with _fields(config, {name: {} for name in self._patterns}):
+                super().inject_adapter(
+                    model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict
+                )
             guard_projections(model, _computes_more)
 
     def _prepare_model(self, peft_config: GraloraConfig, model: nn.Module) -> None:
         # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
-        check_targets(model, peft_config, self._keys)
+        with _fields(peft_config, self._patterns):
+            check_targets(model, peft_config, self._keys)
 
     @staticmethod
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
@@ -70,7 +87,7 @@ class GraloraTuner(GraloraModel):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        with self._device:
+        with self._device, _fields(gralora_config, self._patterns):
             if isinstance(target, GraloraLayer):
                 target.update_layer(adapter_name, current_key, gralora_config)
                 return

@@ -597,3 +597,35 @@ class TestStockPeft:
         assert type(bare) is type(models.unet())
         assert adapted(bare) == []
         assert relative_error(denoise(bare), expected) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["rank_pattern", "alpha_pattern", "k_pattern"])
+def test_patterns_are_not_left_to_peft(name, monkeypatch):
+    """PEFT matches those of rank and alpha by ``re``, which some would keep busy for ever."""
+    matched = []
+    match = re.match
+
+    def recorded(pattern, text, flags=0):
+        matched.append(pattern)
+        return match(pattern, text, flags)
+
+    monkeypatch.setattr("peft.tuners.tuners_utils.re.match", recorded)
+    given = config(
+        ["to_q"],
+        r=4,
+        gralora_k=2,
+        **{name: {"(?:attn1[.]to_q|(?:x+)+y)": 1 if name == "k_pattern" else 2}},
+    )
+    model = inject(models.unet(), given)
+    assert not [pattern for pattern in matched if "attn1" in str(pattern)]
+    kept = model.peft_config["default"]
+    assert getattr(kept, name) == getattr(given, name) != {}
+    layers = {path: layer for path, layer in model.named_modules() if path in set(adapted(model))}
+    assert any("attn1" in path for path in layers)
+    for path, layer in layers.items():
+        special = "attn1" in path
+        rank, k = layer.gralora_A["default"].shape[2], layer.gralora_A["default"].shape[0]
+        assert rank == (2 if special and name == "rank_pattern" else 4)
+        assert k == (1 if special and name == "k_pattern" else 2)
+        alpha = 2 if special and name == "alpha_pattern" else given.alpha
+        assert layer.scaling["default"] == alpha / rank
