@@ -167,11 +167,16 @@ class _Automaton:
         self._edges: list[tuple[Any, Any]] = [("match", None)]
         self._visits = 0
         self._start = self._sequence(tree, 0)
+        # both are kept, so that matching again is free however often a pattern is used
+        self._starts: dict[tuple[bool, bool], frozenset[int]] = {}
         self._moves: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}
 
     def matches(self, path: str, start: int) -> bool:
         """Whether the pattern matches all of ``path`` from ``start`` on."""
-        states = self._closed([self._start], start == 0, start == len(path))
+        edges = (start == 0, start == len(path))
+        if edges not in self._starts:
+            self._starts[edges] = self._closed([self._start], *edges)
+        states = self._starts[edges]
         for position in range(start, len(path)):
             key = (states, path[position], position == len(path) - 1)
             if key not in self._moves:

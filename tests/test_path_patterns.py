@@ -99,3 +99,21 @@ def test_ordinary_patterns(text: str) -> None:
     assert [pattern.matches(path) for path in paths] == [
         re.fullmatch(text, path) is not None for path in paths
     ]
+
+
+def test_matching_again_is_free() -> None:
+    """Otherwise a pattern would be refused after enough loads in one process."""
+    automaton = _Automaton(sre_parse.parse(r".*blocks\..*attn.*to_(q|k|v)"))
+    paths = ["blocks.0.attn.to_q", "blocks.0.ff.net", ""]
+    for start in (0, 7):
+        assert [automaton.matches(path, min(start, len(path))) for path in paths] == [
+            start == 0,
+            False,
+            False,
+        ]
+    visits = automaton._visits
+    for _ in range(3):
+        for path in paths:
+            automaton.matches(path, 0)
+            automaton.matches(path, min(7, len(path)))
+    assert automaton._visits == visits
