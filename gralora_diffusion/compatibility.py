@@ -18,6 +18,7 @@ from .config_values import layer_settings, rename_layers
 from .families import find_family
 from .injection import check_adapter_name
 from .layers import GraloraLayer
+from .path_patterns import PatternError
 from .state import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .targets import (
     adaptable_modules,
@@ -101,10 +102,13 @@ def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> d
             )
             continue
         check_adapter_name(models[name], adapter_name)
-        fit = _in_names_of(models[name], part)
-        _pass_over_added(fit)
-        problems += [f"{name}: {problem}" for problem in _problems(fit)]
-        fits[name] = fit
+        try:
+            fit = fits[name] = _in_names_of(models[name], part)
+            _pass_over_added(fit)
+            found = _problems(fit)
+        except PatternError as error:
+            found = [f"a pattern of its config is {error}"]
+        problems += [f"{name}: {problem}" for problem in found]
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise AdapterFileError(f"{adapter.source} does not fit {where}:\n{lines}")

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 if TYPE_CHECKING:
     from peft import GraloraConfig as PeftGraloraConfig
 
-from .path_patterns import PatternError, path_pattern
+from .path_patterns import PatternError, check_cost, path_pattern
 
 Value = TypeVar("Value", int, float)
 
@@ -122,6 +122,15 @@ def pattern_problem(key: object) -> str | None:
     return None
 
 
+def patterns_problem(patterns: Iterable[str]) -> str | None:
+    """Say why patterns are too much together; None if they are not."""
+    try:
+        check_cost(patterns)
+    except PatternError as error:
+        return str(error)
+    return None
+
+
 def mistyped_values(values: Mapping[str, Any]) -> list[str]:
     """Describe fields of a config whose values are not of the type that PEFT gives them.
 
@@ -168,7 +177,9 @@ def _invalid_pattern(config: PeftGraloraConfig, name: str) -> list[str]:
     pattern = _pattern(config, name)
     if not isinstance(pattern, Mapping):
         return [f"`{name}` should be a mapping from regular expressions but is {pattern!r}"]
-    problems = [f"`{name}` {key!r}: {p}" for key in pattern if (p := pattern_problem(key))]
+    if problem := patterns_problem(pattern):  # before the time is spent
+        return [f"`{name}` is {problem}"]
+    problems = [f"`{name}` {key!r:.200}: {p}" for key in pattern if (p := pattern_problem(key))]
     for key, value in pattern.items():
         if name == "alpha_pattern":
             if not _is_finite(value):

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from reprlib import repr as shown  # bounded
 from typing import Any
 
-from .config_values import pattern_problem
+from .config_values import pattern_problem, patterns_problem
 
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 #: Fields that say how it was trained and saved, and nothing of how the factors are read.
@@ -119,9 +119,12 @@ def invalid_scaling(values: Any) -> Iterator[str]:
         if not isinstance(pattern, Mapping):
             yield f"{pattern_name} should be a mapping but is {shown(pattern)}"
             continue
+        if problem := patterns_problem(pattern):
+            yield f"{pattern_name} is {problem}"
+            continue
         for key, value in pattern.items():
             if problem := pattern_problem(key):
-                yield f"{pattern_name} {key!r}: {problem}"
+                yield f"{pattern_name} {key!r:.200}: {problem}"
             if not known(value):
                 yield f"{pattern_name} {key!r} should give {what} but is {shown(value)}"
 

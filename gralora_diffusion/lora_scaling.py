@@ -17,6 +17,7 @@ from typing import Any, Literal
 from .config_values import pattern_key
 from .lora_config import BESIDES, OTHER_FORMULA, invalid_scaling, is_number, other_adapter
 from .lora_keys import DIFFUSERS_METADATA, Layer
+from .path_patterns import PatternError
 
 #: What to do with an alpha that only a header's field of its own tells; see ``LoraScalings``.
 HeaderAlpha = Literal["apply", "ignore"]
@@ -224,12 +225,16 @@ class LoraScalings:
                 ("alpha_pattern", config.alpha_pattern, config.alpha),
                 ("rank_pattern", config.rank_pattern, config.rank),
             ):
-                unused = [
-                    key
-                    for key, value in pattern.items()
-                    if value != usual
-                    and not any(pattern_key([key], path) == key for path in paths[component])
-                ]
+                try:
+                    unused = [
+                        key
+                        for key, value in pattern.items()
+                        if value != usual
+                        and not any(pattern_key([key], path) == key for path in paths[component])
+                    ]
+                except PatternError as error:
+                    self.problems.append(f"{name} is {error}")
+                    continue
                 if unused:
                     self.problems.append(
                         f"{name} names layers that are not there: {', '.join(unused[:3])}"

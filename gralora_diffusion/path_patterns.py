@@ -13,7 +13,8 @@ from __future__ import annotations
 import math
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
@@ -30,10 +31,17 @@ with warnings.catch_warnings():
 #: Characters of a pattern. The longest that this package writes, for every layer of a large model,
 #: has some 60,000.
 MAX_LENGTH = 200_000
+#: Characters of a path. Those of real models have fewer than 200, but a file may name any.
+MAX_PATH = 1_000
+#: Cost of all patterns of one field, see :attr:`PathPattern.cost`: some thousand layers by name, or
+#: a hundred patterns of two repeats.
+MAX_COST = 500_000
+#: Cost of a state of an automaton, in ways of ``re``.
+_STATE_COST = 25
 #: States of an automaton, counted repeats written out.
 _MAX_STATES = 5_000
 #: States that an automaton may visit for all paths together: some seconds.
-_MAX_VISITS = 5_000_000
+_MAX_VISITS = 2_000_000
 #: Ways of going through a pattern up to which ``re`` is left to it, where a repeat counts as
 #: ``_LENGTH`` ways: two repeats, or some thousand layers by name.
 _MAX_WAYS = 5_000.0
@@ -66,9 +74,12 @@ class PathPattern:
     Args:
         text: as Python's ``re`` takes it.
 
+    Attributes:
+        cost: What a match may cost, in ways that ``re`` goes through a pattern.
+
     Raises:
         PatternError: with the reason. The methods raise it too, for a pattern that turns out to
-            take too many states.
+            take too many states, and for a path that is too long.
     """
 
     def __init__(self, text: str) -> None:
@@ -80,8 +91,12 @@ class PathPattern:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = sre_parse.parse(text)
-            is_quick = _ways(tree, _END) <= _MAX_WAYS
-            self._matches = _by_re(text) if is_quick else _Automaton(tree).matches
+            ways = _ways(tree, _END)
+            if ways <= _MAX_WAYS:
+                self._matches, self.cost = _by_re(text), int(ways)
+            else:
+                automaton = _Automaton(tree)
+                self._matches, self.cost = automaton.matches, automaton.size * _STATE_COST
         except (re.error, OverflowError) as error:
             raise PatternError(f"not a regular expression ({error})") from error
         except RecursionError:
@@ -89,6 +104,7 @@ class PathPattern:
 
     def matches(self, path: str) -> bool:
         """Whether the pattern matches all of ``path``."""
+        _check_length(path)
         return self._matches(path, 0)
 
     def matches_end(self, path: str) -> bool:
@@ -96,6 +112,7 @@ class PathPattern:
 
         As PEFT's ``get_pattern_key``: ``re.match(rf"(.*\\.)?({pattern})$", path)``.
         """
+        _check_length(path)
         starts = [0, *(n + 1 for n, character in enumerate(path) if character == ".")]
         return any(self._matches(path, start) for start in starts)
 
@@ -104,6 +121,33 @@ class PathPattern:
 def path_pattern(text: str) -> PathPattern:
     """Return the pattern of this text, which is kept for the next call."""
     return PathPattern(text)
+
+
+def check_cost(patterns: Iterable[str]) -> None:
+    """Refuse patterns that take bounded time each, but too much together.
+
+    Those that are not valid by themselves are passed over.
+
+    Raises:
+        PatternError: with the number of the first pattern that is too much.
+    """
+    cost = 0
+    for number, text in enumerate(patterns, 1):
+        with suppress(PatternError):
+            cost += path_pattern(text).cost
+        if cost > MAX_COST:
+            raise PatternError(
+                f"too slow to match together from the {number}. on: write fewer patterns, or "
+                "patterns with fewer repeats"
+            )
+
+
+def _check_length(path: str) -> None:
+    if len(path) > MAX_PATH:
+        raise PatternError(
+            f"not matched against a name of {len(path)} characters, {path[:40]!r}...: at most "
+            f"{MAX_PATH} are allowed"
+        )
 
 
 def _by_re(text: str) -> Callable[[str, int], bool]:
@@ -170,6 +214,11 @@ class _Automaton:
         # both are kept, so that matching again is free however often a pattern is used
         self._starts: dict[tuple[bool, bool], frozenset[int]] = {}
         self._moves: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}
+
+    @property
+    def size(self) -> int:
+        """How many states it has."""
+        return len(self._edges)
 
     def matches(self, path: str, start: int) -> bool:
         """Whether the pattern matches all of ``path`` from ``start`` on."""

@@ -1,12 +1,28 @@
 """Patterns against ``re`` where that answers, and hostile ones against the bound."""
 
+import json
 import random
 import re
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
+from gralora_diffusion import GraloraConfig, inject
 from gralora_diffusion.config_values import exact_pattern, pattern_key
-from gralora_diffusion.path_patterns import PathPattern, PatternError, _Automaton, sre_parse
+from gralora_diffusion.inspection import inspect_file
+from gralora_diffusion.path_patterns import (
+    PathPattern,
+    PatternError,
+    _Automaton,
+    check_cost,
+    sre_parse,
+)
+from gralora_diffusion.state import read_adapter, save_adapter
+from gralora_diffusion.tensor_files import AdapterFileError
+from gralora_diffusion.warm_start import gralora_from_lora
+
+from .models import PIPELINES
 
 ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d", r"\w", "[a-c]", "", "^", "$", r"[\d.]"]
 REPEATS = ["", "", "", "*", "+", "?", "*?", "{1,2}", "{2}", "{0,3}"]
@@ -117,3 +133,68 @@ def test_matching_again_is_free() -> None:
             automaton.matches(path, 0)
             automaton.matches(path, min(7, len(path)))
     assert automaton._visits == visits
+
+
+@pytest.mark.parametrize("method", ["matches", "matches_end"])
+def test_long_paths_are_refused(method: str) -> None:
+    """Two repeats take the square of the length, once for every dot."""
+    match = getattr(PathPattern(".*.*!"), method)
+    assert not match("a." * 500)
+    with pytest.raises(PatternError, match=r"a name of 1001 characters, 'a.a.*at most 1000"):
+        match("a." * 500 + "a")
+
+
+def test_cost_of_patterns_together() -> None:
+    by_name = [rf"^transformer_blocks\.{n}\.attn\.to_{x}" for n in range(2000) for x in "qkv"]
+    check_cost(by_name)
+    check_cost([rf".*blocks[.]{n}[.].*to_[qk]" for n in range(100)])
+    check_cost([rf".*[.]{n}[.].*attn.*(to_q|to_k).*" for n in range(60)])
+    with pytest.raises(PatternError, match=r"too slow to match together from the .*fewer patterns"):
+        check_cost([f"{'[a-z0-9_.]?' * 1200}!{n}" for n in range(60)])
+    with pytest.raises(PatternError, match="too slow to match together"):
+        check_cost([f"(?:{'a.*b' * 2})!{n}" for n in range(3000)])
+
+
+HEAVY = "[a-z0-9_.]?" * 1500 + "!"
+
+
+@pytest.mark.parametrize("kind", ["GRALORA", "LORA"])
+def test_a_folder_of_peft_is_refused_with_its_name(tmp_path, kind) -> None:
+    """However long the names in the file are, and however many heavy patterns there are."""
+    name = "base_model.model." + "a." * 600 + "to_q"
+    ours, theirs = torch.ones(2, 4, 4), torch.ones(4, 4)
+    values = {"gralora_A": ours, "gralora_B": ours}
+    if kind == "LORA":
+        values = {"lora_A.weight": theirs, "lora_B.weight": theirs.clone()}
+    values = {f"{name}.{key}": value.clone() for key, value in values.items()}
+    save_file(values, tmp_path / "adapter_model.safetensors")
+    described = {"peft_type": kind, "r": 4, "target_modules": ["to_q"]}
+    described |= {"lora_alpha": 8} if kind == "LORA" else {"gralora_k": 2, "alpha": 8}
+    for patterns, problem in (
+        ({".*.*!": 2}, "a name of 1204 characters"),
+        ({f"{HEAVY}{n}": 2 for n in range(60)}, "too slow to match together"),
+    ):
+        text = json.dumps(described | {"rank_pattern": patterns})
+        (tmp_path / "adapter_config.json").write_text(text)
+        if kind == "GRALORA":
+            with pytest.raises(AdapterFileError, match=rf"{tmp_path.name}: .*{problem}"):
+                inspect_file(tmp_path)
+        else:
+            with pytest.raises(AdapterFileError, match=problem):
+                gralora_from_lora(tmp_path, "stable-diffusion", rank=4, k=2)
+
+
+@pytest.mark.parametrize("field", ["target_modules", "exclude_modules", "rank_pattern"])
+def test_a_pattern_too_slow_to_load_is_an_error_of_the_file(tmp_path, field) -> None:
+    pipe = PIPELINES["stable-diffusion"]()
+    given = GraloraConfig(r=4, gralora_k=2, alpha=8, target_modules=["to_q"])
+    inject(pipe.unet, given, "x")
+    path = pipe.save_gralora_weights(tmp_path, "x")
+    adapter = read_adapter(path)
+    heavy = {HEAVY: 4} if field == "rank_pattern" else HEAVY
+    setattr(adapter.components["unet"].config, field, heavy)
+    save_adapter(adapter, path)
+    other = PIPELINES["stable-diffusion"]()
+    with pytest.raises(AdapterFileError, match=r"unet: a pattern of its config is too slow"):
+        other.load_gralora_weights(path)
+    assert not hasattr(other.unet, "peft_config")

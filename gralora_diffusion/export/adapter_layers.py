@@ -15,6 +15,7 @@ from ..compatibility import component_of
 from ..config_values import layer_settings
 from ..families import ModelFamily, get_family, list_families
 from ..layouts import Shape
+from ..path_patterns import PatternError
 from ..state import Adapter, ComponentAdapter
 from ..targets import layer_of
 from ..tensor_files import AdapterFileError, is_finite
@@ -125,7 +126,10 @@ def adapter_layers(
             known = ", ".join(family.components)
             problems.append(f"weights for {name!r}, which {family.name} does not have ({known})")
             continue
-        parts[name], found = _sorted_out(part, partial(family.canonical, name), scale)
+        try:
+            parts[name], found = _sorted_out(part, partial(family.canonical, name), scale)
+        except PatternError as error:
+            found = [f"a pattern of its config is {error}"]
         problems += [f"{name}: {problem}" for problem in found]
     if not problems and not any(p.updates or p.replaced for p in parts.values()):
         problems.append("no weights at all")

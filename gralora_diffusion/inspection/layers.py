@@ -14,6 +14,7 @@ from ..file_names import METADATA_KEY, PEFT_PREFIX
 from ..lora_keys import Layer
 from ..lora_scaling import LoraScalings
 from ..low_rank import effective_rank, gralora_singular_values, singular_values
+from ..path_patterns import PatternError
 from ..tensor_files import is_finite
 from .facts import LayerFacts
 from .kinds import Kind, described, layer_widths
@@ -28,6 +29,7 @@ class Settings:
     """
 
     def __init__(self, source: Source, kind: Kind) -> None:
+        self._source = source
         components = described(source.metadata).get("components", {})
         if not isinstance(components, Mapping):
             raise source.error(f"its metadata {METADATA_KEY} is damaged")
@@ -44,12 +46,19 @@ class Settings:
         self.lora = LoraScalings(loras, source.metadata, of_loras)
 
     def gralora(self, name: str) -> dict[str, float]:
-        """Alpha and scaling of a GraLoRA layer, if a config says them."""
+        """Alpha and scaling of a GraLoRA layer, if a config says them.
+
+        Raises:
+            AdapterFileError: a pattern of the config cannot be matched in bounded time.
+        """
         component, path = _of_a_component(name, self._gralora)
         if component is None:
             return {}
         config = self._gralora[component]
-        r, _, alpha = layer_settings(config, path)
+        try:
+            r, _, alpha = layer_settings(config, path)
+        except PatternError as error:
+            raise self._source.error(f"a pattern of its config is {error}") from error
         return {"alpha": float(alpha), "scaling": alpha / (r + config.hybrid_r)}
 
 
