@@ -10,15 +10,8 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..image_files import as_srgb, image_extensions, is_image, read_image
 from .buckets import Buckets
 from .streams import generator, seed_from
-
-# how training names what it reads pictures by
-decode = read_image
-upright_rgb = as_srgb
-is_picture = is_image
-picture_extensions = image_extensions
 
 #: A picture is resized as a whole, before a part is cut out, unless that makes more pixels than it
 #: has, and more than so many times those that are wanted.

@@ -22,13 +22,13 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..families import ModelFamily, mend_clip_skip
+from ..image_files import is_image
 from ..tensor_files import replacing
 from .base_model import load_base
 from .config import TrainingConfig
 from .config_checks import ConfigError
 from .memory import bytes_of, tensors_of
 from .ownership import OWNER_NAME, owned
-from .pictures import is_picture
 from .processes import from_first, together
 from .streams import generator
 
@@ -68,7 +68,7 @@ def class_pictures_there(config: TrainingConfig) -> int:
         return 0
     folder = Path(config.class_data_dir or "")
     present = folder.iterdir() if folder.is_dir() else ()
-    return sum(map(is_picture, present))
+    return sum(map(is_image, present))
 
 
 def class_pictures_lacking(config: TrainingConfig) -> int:
