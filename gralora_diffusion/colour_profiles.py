@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from .safe_text import error_line
+
 #: x and y of red, green, blue and white, by H.273's code of the primaries (table 2).
 _PRIMARIES = {
     1: (0.64, 0.33, 0.30, 0.60, 0.15, 0.06, 0.3127, 0.3290),  # sRGB and BT.709
@@ -80,7 +82,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Im
             return image.convert("RGB")
         return _applied(transform, image)
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError) as error:
-        remarks.append(f"its colour profile cannot be used ({_one_line(error)})")
+        remarks.append(f"its colour profile cannot be used ({error_line(error)})")
         return image.convert("RGB")
 
 
@@ -239,7 +241,3 @@ def _boxes(data: bytes, path: tuple[bytes, ...], start: bytes) -> Iterator[bytes
             elif body.startswith(start):
                 yield body[len(start) :]
         place += length
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -19,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from .colour_profiles import UnknownColours, find_profile, to_srgb
 from .regular_files import read_regular
+from .safe_text import error_line
 
 #: Raised when the same file gives other pixels than before, for what is kept of them.
 DECODER_VERSION = 2
@@ -151,7 +152,7 @@ def read_image(
             ``MAX_PIXELS``, or its pixels have no fixed range.
     """
     remarks = [] if remarks is None else remarks
-    try:
+    with _as_image_errors():
         if isinstance(source, Path):
             source = read_regular(source, MAX_BYTES)
         data = source if isinstance(source, bytes) else source.read(MAX_BYTES + 1)
@@ -163,10 +164,6 @@ def read_image(
                 if at_least and image.format in ("JPEG", "MPO"):
                     image.draft(None, (at_least, at_least))
                 return _converted(image, data, remarks)
-    except ImageError:
-        raise
-    except Exception as error:  # Pillow raises almost any kind on a damaged file
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
 
 
 def as_srgb(image: Image.Image) -> Image.Image:
@@ -175,12 +172,18 @@ def as_srgb(image: Image.Image) -> Image.Image:
     Raises:
         ImageError: as there.
     """
-    try:
+    with _as_image_errors():
         return _converted(image, b"", [])
+
+
+@contextmanager
+def _as_image_errors() -> Iterator[None]:
+    try:
+        yield
     except ImageError:
         raise
-    except Exception as error:
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+    except Exception as error:  # Pillow raises almost any kind on a damaged file
+        raise ImageError(error_line(error)) from error
 
 
 def _open(data: bytes) -> Image.Image:
@@ -196,7 +199,7 @@ def _open(data: bytes) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{error}. Make it smaller") from error
     except Exception as error:
-        raise ImageError(" ".join(str(error).split()) or type(error).__name__) from error
+        raise ImageError(error_line(error)) from error
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(

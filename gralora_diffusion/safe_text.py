@@ -42,6 +42,11 @@ def for_terminal_line(text: object) -> str:
     return line.replace("\t", "\\t")
 
 
+def error_line(error: Exception) -> str:
+    """Return what an error of a library says, on one line; its kind if it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 def json_for_terminal(value: Any, indent: int | None = None) -> str:
     """Return JSON that reads back the same and holds no control character but newlines."""
     text = json.dumps(value, indent=indent, ensure_ascii=True)
