@@ -155,7 +155,7 @@ def invalid_values(config: PeftGraloraConfig) -> list[str]:
         )
     if config.hybrid_r < 0:
         problems.append(f"`hybrid_r` should be a non-negative integer but is {config.hybrid_r}")
-    if not _is_finite(config.alpha):
+    if not is_finite_number(config.alpha):
         problems.append(f"`alpha` should be a finite number but is {config.alpha!r}")
     if not 0.0 <= config.gralora_dropout < 1.0:
         problems.append(f"`gralora_dropout` should be in [0, 1) but is {config.gralora_dropout}")
@@ -182,20 +182,22 @@ def _invalid_pattern(config: PeftGraloraConfig, name: str) -> list[str]:
     problems = [f"`{name}` {key!r:.200}: {p}" for key in pattern if (p := pattern_problem(key))]
     for key, value in pattern.items():
         if name == "alpha_pattern":
-            if not _is_finite(value):
+            if not is_finite_number(value):
                 problems.append(f"`{name}` {key!r} should give a finite number but is {value!r}")
-        elif not _is_integer(value) or value < 1:
+        elif not is_integer(value) or value < 1:
             problems.append(f"`{name}` {key!r} should give a positive integer but is {value!r}")
     return problems
 
 
-def _is_integer(value: object) -> bool:
+def is_integer(value: object) -> bool:
+    """Whether a value from JSON is a whole number; true and false are none."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_finite(value: object) -> bool:
+def is_finite_number(value: object) -> bool:
+    """Whether a value from JSON is a finite number; true and false are none."""
     try:
-        return (_is_integer(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
+        return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
     except OverflowError:  # an integer beyond what a float holds
         return False
 
@@ -233,8 +235,8 @@ def _is_plain_name(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None
 
 
-_INTEGER = ("an integer", _is_integer)
-_NUMBER = ("a finite number", _is_finite)
+_INTEGER = ("an integer", is_integer)
+_NUMBER = ("a finite number", is_finite_number)
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _OPTIONAL_TEXT = ("a string or nothing", _is_optional_text)
 _NAMES = ("a list of strings, a string or nothing", _are_names)
@@ -270,6 +272,6 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     ),
     "layers_to_transform": (
         "an integer, a list of integers or nothing",
-        lambda value: value is None or _is_integer(value) or _is_list_of(value, _is_integer),
+        lambda value: value is None or is_integer(value) or _is_list_of(value, is_integer),
     ),
 }

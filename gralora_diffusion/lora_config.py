@@ -7,12 +7,16 @@ version 0.21; a field that is not is refused where it says anything.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from reprlib import repr as shown  # bounded
 from typing import Any
 
-from .config_values import pattern_problem, patterns_problem
+from .config_values import (
+    is_finite_number,
+    is_integer,
+    pattern_problem,
+    patterns_problem,
+)
 
 _SCALING = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
 #: Fields that say how it was trained and saved, and nothing of how the factors are read.
@@ -110,7 +114,7 @@ def invalid_scaling(values: Any) -> Iterator[str]:
         yield f"use_rslora should be true or false but is {shown(values['use_rslora'])}"
     for name, pattern_name, known in (
         ("r", "rank_pattern", _is_rank),
-        ("lora_alpha", "alpha_pattern", is_number),
+        ("lora_alpha", "alpha_pattern", is_finite_number),
     ):
         what = "a positive whole number" if name == "r" else "a finite number"
         if name in values and not known(values[name]):
@@ -129,15 +133,5 @@ def invalid_scaling(values: Any) -> Iterator[str]:
                 yield f"{pattern_name} {key!r} should give {what} but is {shown(value)}"
 
 
-def is_number(value: Any) -> bool:
-    """Whether a value from JSON is a finite number; true and false are none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return False
-    try:
-        return math.isfinite(value)
-    except OverflowError:  # a whole number that no float holds
-        return False
-
-
 def _is_rank(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return is_integer(value) and value > 0

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .config_values import pattern_key
-from .lora_config import BESIDES, OTHER_FORMULA, invalid_scaling, is_number, other_adapter
+from .config_values import is_finite_number, pattern_key
+from .lora_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
 from .lora_keys import DIFFUSERS_METADATA, Layer
 from .path_patterns import PatternError
 
@@ -199,7 +199,7 @@ class LoraScalings:
             if field not in _HEADER_ALPHAS and not field.endswith(".lora_alpha"):
                 continue
             alpha = _parsed(text)
-            if is_number(alpha):
+            if is_finite_number(alpha):
                 alphas[field] = float(alpha)
             elif field != _OF_SD_SCRIPTS:
                 self._is_damaged = True
