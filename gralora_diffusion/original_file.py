@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -10,6 +9,7 @@ from pathlib import Path
 from types import MappingProxyType
 
 from .families import ModelFamily, get_family, list_families
+from .json_files import parse_object
 from .layouts import DENOISER
 from .tensor_files import AdapterFileError, StoredTensor, read_header
 
@@ -112,8 +112,8 @@ def _quantized_layers(metadata: Mapping[str, str]) -> list[str] | None:
     if _QUANTIZATION not in metadata:
         return []
     try:
-        return [str(name) for name in dict(json.loads(metadata[_QUANTIZATION])["layers"])]
-    except (ValueError, TypeError, KeyError, RecursionError):
+        return [str(name) for name in dict(parse_object(metadata[_QUANTIZATION])["layers"])]
+    except (ValueError, TypeError, KeyError):
         return None
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
+from ..json_files import parse_object
 from ..layouts import DENOISER
 from ..tensor_files import is_finite
 from .facts import ComponentFacts, Inspection, LayerFacts
@@ -133,12 +133,12 @@ def _trigger(metadata: Mapping[str, str]) -> str | None:
         if metadata.get(name):
             return metadata[name]
     try:
-        folders = json.loads(metadata.get("ss_tag_frequency", "{}"))
+        folders = parse_object(metadata.get("ss_tag_frequency", "{}"))
         counts: Counter[str] = Counter()
         for tags in folders.values():
             counts.update(tags)
         most = counts.most_common(2)
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError):
         return None
     if not most or (len(most) > 1 and most[0][1] == most[1][1]):
         return None  # none is more frequent than the others

@@ -20,6 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from ..json_files import read_object
 from ..tensor_files import replacing
 from ..unfinished import tidied
 from .config_checks import ConfigError
@@ -27,7 +28,7 @@ from .config_checks import ConfigError
 logger = logging.getLogger(__name__)
 
 LOCK_NAME, OWNER_NAME = ".gralora.lock", ".gralora.owner"
-#: Bytes of an owner's file that are read.
+#: Bytes that an owner's file has at most.
 _ENOUGH = 1000
 #: By which files it is known what a folder is of.
 CONFIG_NAME, BENCHMARK_NAME = "training_config.yaml", "benchmark.yaml"
@@ -98,11 +99,10 @@ def _facts() -> dict[str, Any]:
 def _owner(path: Path) -> str:
     """Who has a folder, as its file says; the file may hold anything."""
     try:
-        with path.open("rb") as file:
-            facts = json.loads(file.read(_ENOUGH))
+        facts = read_object(path, _ENOUGH)
         pid, host = int(facts["pid"]), str(facts["host"])
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
-    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError):
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return "another process"  # which has not written it yet
     return f"process {pid} on {re.sub('[^A-Za-z0-9._-]', '?', host)[:100]} since {since}"
 
