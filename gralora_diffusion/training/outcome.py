@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -24,13 +23,13 @@ from .records import (
     draw_curve,
     write_card,
 )
+from .validation import FILES as VALIDATION_FILES
 from .validation import FOLDER_NAME as VALIDATION_NAME
 
 logger = logging.getLogger(__name__)
 
 #: What is uploaded, besides validation images.
 _SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
-_VALIDATION = re.compile(rf"{VALIDATION_NAME}/step-\d+/(\d+-\d+\.png|grid\.png|prompts\.txt)")
 
 
 def own_folder(config: TrainingConfig, held: ExitStack) -> None:
@@ -104,7 +103,7 @@ def to_be_shown(folder: Path) -> list[str]:
     files = [folder / name for name in _SHOWN]
     files += (folder / VALIDATION_NAME).glob("step-*/*")
     names = [path.relative_to(folder).as_posix() for path in sorted(files) if _is_own(path, folder)]
-    return [name for name in names if name in _SHOWN or _VALIDATION.fullmatch(name)]
+    return [name for name in names if name in _SHOWN or VALIDATION_FILES.fullmatch(name)]
 
 
 def _is_own(path: Path, folder: Path) -> bool:

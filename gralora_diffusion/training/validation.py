@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +24,11 @@ from .config import TrainingConfig
 from .prompt_lengths import cuts_told_already
 
 FOLDER_NAME = "validation"
+_GRID_NAME, _PROMPTS_NAME = "grid.png", "prompts.txt"
+#: What a validation writes, as paths in the output folder.
+FILES = re.compile(
+    rf"{FOLDER_NAME}/step-\d+/(\d+-\d+\.png|{re.escape(_GRID_NAME)}|{re.escape(_PROMPTS_NAME)})"
+)
 
 
 def draw_validation(
@@ -103,9 +109,9 @@ def save_and_track(
     for row, pictures in enumerate(images):
         for column, picture in enumerate(pictures):
             picture.save(target / f"{row:02d}-{column:02d}.png")
-    (target / "prompts.txt").write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     everything = [picture for pictures in images for picture in pictures]
-    grid = target / "grid.png"
+    grid = target / _GRID_NAME
     make_image_grid(everything, rows=len(images), cols=len(images[0])).save(grid)
     for tracker in accelerator.trackers:
         for prompt, pictures in zip(prompts, images, strict=True):
