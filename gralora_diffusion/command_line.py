@@ -74,6 +74,11 @@ def print_safely(text: object, error: bool = False) -> None:
     print(for_terminal(text), file=sys.stderr if error else sys.stdout)
 
 
+def are_several() -> bool:
+    """Whether a launcher started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Inside, they show no bars for loading and say nothing of ``_OF_NO_USE``; errors are shown.

@@ -17,7 +17,7 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..command_line import print_safely
+from ..command_line import are_several, print_safely
 from ..families import ModelFamily
 from ..state import WEIGHTS_NAME, save_adapter
 from .acceleration import (
@@ -43,7 +43,7 @@ from .metadata import time_metadata, training_metadata
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, own_folder, start
-from .processes import are_several, check_alike, from_first, together
+from .processes import check_alike, from_first, together
 from .quantization import quantization_facts
 from .records import MetricsFile
 from .run_state import RunState

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from ..command_line import log_to_terminal, print_safely, quiet_libraries
+from ..command_line import are_several, log_to_terminal, print_safely, quiet_libraries
 from .checkpoint import CheckpointError
 from .config import TrainingConfig, parse_config
 from .config_checks import ConfigError
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     logging.getLogger("gralora_diffusion").setLevel(level)
     try:
         config = parse_config(argv)
-        if os.environ.get("WORLD_SIZE", "1") == "1":  # one of several tells the others of it
+        if not are_several():  # one of several tells the others of it
             config.validate()  # before seconds go by with imports
         with quiet_libraries():
             _train(config, first_process)

@@ -7,7 +7,6 @@ what another will never do.
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Mapping
 from datetime import timedelta
@@ -27,11 +26,6 @@ _PATIENCE = timedelta(hours=6)
 
 class OtherProcessFailed(RuntimeError):
     """Another process of the run failed; the text says which, where and why."""
-
-
-def are_several() -> bool:
-    """Whether a launcher started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def together(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
