@@ -6,7 +6,7 @@ import html
 
 import yaml
 
-from ...safe_text import for_code_block, for_markdown
+from ...safe_text import for_code_block, for_markdown, for_markdown_item
 from . import tables
 from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note
@@ -19,9 +19,12 @@ def as_markdown(content: Content) -> str:
     for protocol in content.protocols:
         if found := headlines(protocol):
             blocks.append(f"## Protocol {for_markdown(protocol.name)}")
-            blocks += [f"- {for_markdown(str(headline))}" for headline in found]
+            blocks += [f"- {for_markdown_item(headline)}" for headline in found]
     if kept := cautions(content):
-        blocks += ["## To be kept in mind", *(f"- {for_markdown(caution)}" for caution in kept)]
+        blocks += [
+            "## To be kept in mind",
+            *(f"- {for_markdown_item(caution)}" for caution in kept),
+        ]
     for protocol in content.protocols:
         if not protocol.methods:
             continue
@@ -32,7 +35,7 @@ def as_markdown(content: Content) -> str:
         blocks += [table(tables.costs(protocol)), table(tables.meanings(protocol))]
         if protocol.mechanism:
             blocks += [f"## The mechanism of {for_markdown(protocol.name)}", *_mechanism(protocol)]
-    blocks += ["## How it was computed", for_markdown(method_note(content))]
+    blocks += ["## How it was computed", for_markdown_item(method_note(content))]
     blocks += [table(t) for t in tables.settings(content)]
     if content.settings:
         text = yaml.safe_dump(content.settings, sort_keys=False, allow_unicode=True)
@@ -58,7 +61,7 @@ def table(content: Table) -> str:
     rows = [[for_markdown(name) for name in content.head], rule]
     rows += [[_cell(cell) for cell in row] for row in content.rows]
     lines = [f"| {' | '.join(row)} |" for row in rows]
-    note = ["", for_markdown(content.note)] if content.note else []
+    note = ["", for_markdown_item(content.note)] if content.note else []
     return "\n".join([f"**{for_markdown(content.title)}**", "", *lines, *note])
 
 
