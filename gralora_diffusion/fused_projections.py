@@ -20,6 +20,7 @@ _REPLACED = {
     "to_added_qkv": ("add_q_proj", "add_k_proj", "add_v_proj"),
     "to_added_kv": ("add_k_proj", "add_v_proj"),
 }
+_PROJECTIONS = frozenset(name for layers in _REPLACED.values() for name in layers)
 
 
 def replaced_projections(model: nn.Module) -> set[str]:
@@ -65,8 +66,7 @@ def guard_projections(model: nn.Module, is_adapted: Callable[[nn.Module], bool])
 
 
 def _projections(module: nn.Module) -> Iterator[nn.Module]:
-    names = {name for layers in _REPLACED.values() for name in layers}
-    return (layer for name, layer in module.named_children() if name in names)
+    return (layer for name, layer in module.named_children() if name in _PROJECTIONS)
 
 
 def _fuse_projections(

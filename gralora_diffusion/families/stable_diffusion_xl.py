@@ -58,7 +58,6 @@ class StableDiffusionXL(StableDiffusion):
             "text_encoder_2": (open_clip("conditioner.embedders.1.model.", "clip_g"),),
         }
     )
-    unread_by_comfyui = ("unet.*.to_*", "text_encoder*.text_projection")
     kohya_prefixes = MappingProxyType(
         {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
     )

@@ -96,9 +96,9 @@ def _largest(layers: Sequence[LayerFacts], all_layers: bool) -> str:
 def _others(inspection: Inspection) -> str:
     if not inspection.others:
         return ""
-    some = ", ".join(inspection.others[:5]) + (", ..." if len(inspection.others) > 5 else "")
+    first = ", ".join(inspection.others[:5]) + (", ..." if len(inspection.others) > 5 else "")
     return (
-        f"{len(inspection.others)} keys that belong to no adapted layer: {for_terminal_line(some)}"
+        f"{len(inspection.others)} keys that belong to no adapted layer: {for_terminal_line(first)}"
     )
 
 
