@@ -12,11 +12,11 @@ from .pipeline_methods import install
 
 if TYPE_CHECKING:
     from .config import GraloraConfig
+    from .errors import AdapterFileError
     from .families import get_family, list_families
     from .injection import GraloraTuner, TargetError, eject, inject
     from .layers import GraloraConv2d, GraloraLinear
     from .pipelines import LoadReport
-    from .tensor_files import AdapterFileError
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _run(command: str, rest: Sequence[str]) -> None:
     if command == "train":
-        from .training.main import main as train
+        from gralora_diffusion.training.main import main as train
 
         train(rest)
     elif command == "sample":
@@ -51,19 +51,19 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         sample(rest)
     elif command == "export":
-        from .export.main import main as export
+        from gralora_diffusion.export.main import main as export
 
         export(rest)
     elif command == "import":
-        from .warm_start.main import main as import_lora
+        from gralora_diffusion.warm_start.main import main as import_lora
 
         import_lora(rest)
     elif command == "inspect":
-        from .inspection.main import main as inspect
+        from gralora_diffusion.inspection.main import main as inspect
 
         inspect(rest)
     elif command == "benchmark":
-        from .benchmark.main import main as benchmark
+        from gralora_diffusion.benchmark.main import main as benchmark
 
         benchmark(rest)
 

@@ -19,6 +19,7 @@ from .families import find_family
 from .injection import check_adapter_name
 from .layers import GraloraLayer
 from .path_patterns import PatternError
+from .safe_text import first_few
 from .state import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .targets import (
     adaptable_modules,
@@ -27,7 +28,7 @@ from .targets import (
     layer_shape,
     misfits,
 )
-from .tensor_files import is_finite, some
+from .tensor_files import is_finite
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
@@ -167,17 +168,17 @@ def _problems(fit: Fit) -> list[str]:
     unexpected = sorted(set(fit.tensors) - set(expected))
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
-            problems.append(f"{len(keys)} {kind} keys: {some(keys)}")
+            problems.append(f"{len(keys)} {kind} keys: {first_few(keys)}")
     misshapen = [
         f"{key} has shape {tuple(tensor.shape)}, this base needs {expected[key]}"
         for key, tensor in fit.tensors.items()
         if key in expected and tuple(tensor.shape) != expected[key]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} tensors of another shape: {some(misshapen)}")
+        problems.append(f"{len(misshapen)} tensors of another shape: {first_few(misshapen)}")
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
-        problems.append(f"{len(broken)} tensors with NaN or infinite values: {some(broken)}")
+        problems.append(f"{len(broken)} tensors with NaN or infinite values: {first_few(broken)}")
     return problems
 
 
@@ -245,7 +246,7 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
     result = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
-        raise AdapterFileError(f"no place in the model for: {some(result.unexpected_keys)}")
+        raise AdapterFileError(f"no place in the model for: {first_few(result.unexpected_keys)}")
 
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:

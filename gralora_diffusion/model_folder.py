@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from .errors import AdapterFileError
 from .json_files import read_object
 from .regular_files import is_regular
-from .tensor_files import AdapterFileError, some
+from .safe_text import first_few
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
@@ -69,11 +70,13 @@ def shards(index: Path) -> list[Path]:
     ]
     if elsewhere:
         raise AdapterFileError(
-            f"{index}: it names {some(elsewhere)}. Only .safetensors files in the folder of the "
-            "index are read."
+            f"{index}: it names {first_few(elsewhere)}. Only .safetensors files in the folder "
+            "of the index are read."
         )
     if missing := [file.name for file in files if not is_regular(file)]:
-        raise AdapterFileError(f"{index}: it names files that lack: {some(missing)}. Fetch them.")
+        raise AdapterFileError(
+            f"{index}: it names files that lack: {first_few(missing)}. Fetch them."
+        )
     return files
 
 
@@ -92,8 +95,8 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
     index = read_json(folder / PIPELINE_INDEX)
     if wrong := [repr(name) for name in index if not name.isidentifier()]:
         raise AdapterFileError(
-            f"{folder / PIPELINE_INDEX}: {some(wrong)} cannot be the name of a component. Names "
-            "have letters, digits and underscores alone."
+            f"{folder / PIPELINE_INDEX}: {first_few(wrong)} cannot be the name of a component. "
+            "Names have letters, digits and underscores alone."
         )
     return index
 

@@ -10,6 +10,7 @@ import html
 import json
 import logging
 import re
+from collections.abc import Sequence
 from typing import Any
 
 # C0 without tab and newline, DEL, C1, the line and paragraph separators, the controls of
@@ -109,3 +110,9 @@ class TerminalParser(argparse.ArgumentParser):
 
     def _print_message(self, message: str, file: Any = None) -> None:
         super()._print_message(for_terminal(message), file)
+
+
+def first_few(items: Sequence[str], most: int = 5) -> str:
+    """Name the first of them in a message, and how many more there are."""
+    rest = f" and {len(items) - most} more" if len(items) > most else ""
+    return ", ".join(items[:most]) + rest

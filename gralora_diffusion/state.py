@@ -28,6 +28,7 @@ from torch import Tensor
 
 from .config import GraloraConfig
 from .config_values import PATTERNS, invalid_values, mistyped_values
+from .errors import AdapterFileError
 from .file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -38,7 +39,7 @@ from .file_names import (
 )
 from .hub import offline_problem
 from .json_files import parse_object, read_object
-from .tensor_files import AdapterFileError, read_safetensors, replacing, write_safetensors
+from .tensor_files import read_safetensors, replacing, write_safetensors
 
 FORMAT_VERSION = 1
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.

@@ -10,7 +10,7 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
+from .errors import AdapterFileError
 from .regular_files import is_regular
 from .unfinished import tidied
 
@@ -54,16 +55,6 @@ _OTHER_FILES = {
     b"version https://git-lfs": "a pointer of Git LFS in place of the file. Fetch it with "
     "`git lfs pull`",
 }
-
-
-class AdapterFileError(ValueError):
-    """An adapter file that cannot be used; says where, what was found and what to do."""
-
-
-def some(items: Sequence[str], most: int = 5) -> str:
-    """Name the first of them in a message, and how many more there are."""
-    rest = f" and {len(items) - most} more" if len(items) > most else ""
-    return ", ".join(items[:most]) + rest
 
 
 def write_safetensors(

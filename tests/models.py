@@ -10,11 +10,10 @@ from torch import Tensor, nn
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.config_values import layer_settings
 from gralora_diffusion.state import ComponentAdapter, read_adapter
-
-from .reference import dense_update
-from .tiny import PIPELINES
-from .tiny.parts import text_encoder, tokenizer, unet, vae
-from .tiny.stable_diffusion import build as stable_diffusion
+from tests.reference import dense_update
+from tests.tiny import PIPELINES
+from tests.tiny.parts import text_encoder, tokenizer, unet, vae
+from tests.tiny.stable_diffusion import build as stable_diffusion
 
 __all__ = [
     "PIPELINES",

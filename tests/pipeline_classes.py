@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gralora_diffusion.families import find_family, get_family, list_families
-
-from .tiny import PIPELINES
-from .tiny.parts import flow_vae, quiet, spread_out
+from tests.tiny import PIPELINES
+from tests.tiny.parts import flow_vae, quiet, spread_out
 
 #: Pipeline classes that no picture is drawn with here, and why.
 NOT_DRAWN = {

@@ -10,7 +10,7 @@ from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
 
-from .models import stable_diffusion
+from tests.models import stable_diffusion
 
 KINDS = ["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"]
 #: The same for what goes through ``from_pretrained``: diffusers wants a GPU for bitsandbytes.

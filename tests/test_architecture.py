@@ -10,7 +10,7 @@ from gralora_diffusion import get_family, list_families
 
 PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
 ROWS = """
-lazy unfinished safe_text path_patterns command_line blockwise fused_linear low_rank factors
+errors lazy unfinished safe_text path_patterns command_line blockwise fused_linear low_rank factors
 config_values config fused_projections targets file_names hub regular_files json_files
 colour_profiles image_files tensor_files staging lora_keys lora_config lora_scaling layers
 injection state layouts families empty_models original_file model_folder compatibility bookkeeping

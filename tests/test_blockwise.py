@@ -3,8 +3,7 @@ import torch
 import torch.nn.functional as F
 
 from gralora_diffusion import blockwise
-
-from .reference import dense_update, relative_error
+from tests.reference import dense_update, relative_error
 
 SHAPES = [  # in, out, r, k
     (24, 40, 8, 4),

@@ -20,10 +20,9 @@ from torch import nn
 from gralora_diffusion import blockwise, get_family, inject
 from gralora_diffusion.config_values import exact_pattern, layer_settings
 from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
-
-from . import models
-from .reference import dense_update, relative_error
-from .tiny import PIPELINES
+from tests import models
+from tests.reference import dense_update, relative_error
+from tests.tiny import PIPELINES
 
 FOLDER = Path(__file__).parent.parent / "samples/comfyui_gralora"
 spec = importlib.util.spec_from_file_location("gralora_conversion", FOLDER / "conversion.py")

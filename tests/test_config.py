@@ -18,8 +18,7 @@ from gralora_diffusion.config_values import (
     rename_layers,
     unused_patterns,
 )
-
-from . import models
+from tests import models
 
 PATHS = [name for name, m in models.unet().named_modules() if isinstance(m, nn.Linear | nn.Conv2d)]
 

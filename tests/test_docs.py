@@ -34,16 +34,16 @@ from gralora_diffusion.benchmark.kept import (
 )
 from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from gralora_diffusion.benchmark.tasks import read_tasks
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.training.config import TrainingConfig, parse_config
-from gralora_diffusion.training.config_checks import ConfigError, find_problems
+from gralora_diffusion.training.config_checks import find_problems
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.warm_start import main as importing
-
-from . import models
-from .benchmarks import layer
-from .offloading import offload_groups
+from tests import models
+from tests.benchmarks import layer
+from tests.offloading import offload_groups
 
 ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

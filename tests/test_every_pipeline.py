@@ -17,11 +17,10 @@ from gralora_diffusion import AdapterFileError, get_family, inject, list_familie
 from gralora_diffusion.compatibility import gralora_layers
 from gralora_diffusion.families import find_family
 from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
-
-from .models import config, merged, structure
-from .pipeline_classes import CLASSES, NOT_DRAWN, build, draw
-from .reference import relative_error
-from .tiny import PIPELINES
+from tests.models import config, merged, structure
+from tests.pipeline_classes import CLASSES, NOT_DRAWN, build, draw
+from tests.reference import relative_error
+from tests.tiny import PIPELINES
 
 SCALE_ARGUMENTS = ("cross_attention_kwargs", "joint_attention_kwargs", "attention_kwargs")
 _SD3 = get_family("stable-diffusion-3")

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 import gralora_diffusion.families as families
 from gralora_diffusion import GraloraConfig, get_family, inject, list_families
 from gralora_diffusion.families import ModelFamily, find_family, mend_clip_skip
-
-from . import models
+from tests import models
 
 
 @pytest.fixture

@@ -8,8 +8,7 @@ import torch.nn.functional as F
 
 from gralora_diffusion import blockwise
 from gralora_diffusion.fused_linear import Update, adapted_linear, choose_way
-
-from .reference import dense_update, relative_error
+from tests.reference import dense_update, relative_error
 
 IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
 WAYS = ("added", "merged")

@@ -22,8 +22,7 @@ from gralora_diffusion.image_files import (
     is_image,
     read_image,
 )
-
-from .image_bytes import grey_tiff, lab_to_srgb, on_white, png
+from tests.image_bytes import grey_tiff, lab_to_srgb, on_white, png
 
 RNG = np.random.default_rng(0)
 

@@ -20,10 +20,9 @@ from gralora_diffusion import (
     inject,
 )
 from gralora_diffusion.layers import GraloraLayer
-
-from . import models
-from .models import config, structure
-from .reference import dense_update, relative_error
+from tests import models
+from tests.models import config, structure
+from tests.reference import dense_update, relative_error
 
 
 def adapted(model: nn.Module) -> list[str]:

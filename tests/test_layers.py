@@ -22,8 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_diffusion import GraloraConfig as PatternedConfig
 from gralora_diffusion import GraloraConv2d, GraloraLinear, inject
-
-from .reference import dense_update, relative_error
+from tests.reference import dense_update, relative_error
 
 
 class Net(nn.Module):

@@ -18,10 +18,9 @@ from torch import Tensor
 
 from gralora_diffusion import get_family
 from gralora_diffusion.layouts import Layout, LayoutError, OriginalTensor, join, rename, swap
-
-from .originals import ORIGINALS
-from .tiny import PIPELINES
-from .tiny.parts import text_encoder_with_projection
+from tests.originals import ORIGINALS
+from tests.tiny import PIPELINES
+from tests.tiny.parts import text_encoder_with_projection
 
 
 def assembled(tensor: OriginalTensor, source: dict[str, Tensor]) -> Tensor:

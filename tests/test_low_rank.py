@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion import blockwise, low_rank
-
-from .reference import dense_update, relative_error
+from tests.reference import dense_update, relative_error
 
 # in, out, R, kernel: wide, tall, a rank above both sides, convolutions
 SHAPES = [

@@ -13,8 +13,7 @@ from gralora_diffusion.model_folder import (
     shards,
     weight_files,
 )
-
-from . import models
+from tests import models
 
 MODELS = {"unet": models.unet, "text_encoder": models.text_encoder}
 

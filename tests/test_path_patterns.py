@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 
 from gralora_diffusion import GraloraConfig, inject
 from gralora_diffusion.config_values import exact_pattern, pattern_key
+from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.path_patterns import (
     PathPattern,
@@ -19,10 +20,8 @@ from gralora_diffusion.path_patterns import (
     sre_parse,
 )
 from gralora_diffusion.state import read_adapter, save_adapter
-from gralora_diffusion.tensor_files import AdapterFileError
 from gralora_diffusion.warm_start import gralora_from_lora
-
-from .models import PIPELINES
+from tests.models import PIPELINES
 
 ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d", r"\w", "[a-c]", "", "^", "$", r"[\d.]"]
 REPEATS = ["", "", "", "*", "+", "?", "*?", "{1,2}", "{2}", "{0,3}"]

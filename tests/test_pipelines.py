@@ -24,12 +24,11 @@ from gralora_diffusion import AdapterFileError, inject
 from gralora_diffusion.compatibility import gralora_layers
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
-
-from . import models
-from .models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
-from .offloading import offload_groups, two_memories
-from .reference import dense_update, relative_error
-from .test_injection import lora
+from tests import models
+from tests.models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
+from tests.offloading import offload_groups, two_memories
+from tests.reference import dense_update, relative_error
+from tests.test_injection import lora
 
 BOTH = ["unet", "text_encoder"]
 

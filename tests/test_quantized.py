@@ -18,10 +18,9 @@ from gralora_diffusion.blockwise import lora_factors
 from gralora_diffusion.layers import GraloraLinear
 from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.targets import base_of, quantization_of
-
-from .models import adapt, draw
-from .quantized import KINDS, dequantized, identical, pipeline, quantize, stored
-from .reference import dense_update, relative_error
+from tests.models import adapt, draw
+from tests.quantized import KINDS, dequantized, identical, pipeline, quantize, stored
+from tests.reference import dense_update, relative_error
 
 FLOATING = {torch.float32, torch.bfloat16, torch.float16}
 STORED_AS = {

@@ -18,9 +18,8 @@ from safetensors.torch import load_file
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.rounding import RoundingError
 from gralora_diffusion.staging import OutputError, check_output, find_overlap, staged
-
-from .models import PIPELINES, adapt_everywhere
-from .originals import ORIGINALS, transformer_alone, write
+from tests.models import PIPELINES, adapt_everywhere
+from tests.originals import ORIGINALS, transformer_alone, write
 
 if sys.platform == "linux":
     import resource

@@ -6,9 +6,8 @@ from torch import nn
 from gralora_diffusion import TargetError, inject
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.targets import find_targets, lowered_k, misfits
-
-from . import models
-from .models import config
+from tests import models
+from tests.models import config
 
 
 class Odd(nn.Module):

@@ -11,9 +11,9 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
+from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.tensor_files import (
     HASH_FIELDS,
-    AdapterFileError,
     file_hashes,
     is_finite,
     read_header,

@@ -12,11 +12,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..image_files import image_suffix
-from ..staging import staged
-from ..training.captions import METADATA_NAME
-from ..training.data import Example
-from ..training.streams import seed_from
+from gralora_diffusion.image_files import image_suffix
+from gralora_diffusion.staging import staged
+from gralora_diffusion.training.captions import METADATA_NAME
+from gralora_diffusion.training.data import Example
+from gralora_diffusion.training.streams import seed_from
 
 
 @dataclass(frozen=True)

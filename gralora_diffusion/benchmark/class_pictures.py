@@ -8,9 +8,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from ..families import ModelFamily
-from ..training.config import TrainingConfig
-from ..training.prior import class_pictures_lacking, draw_class_images
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.prior import class_pictures_lacking, draw_class_images
+
 from .claims import WAIT_SECONDS, claim
 
 

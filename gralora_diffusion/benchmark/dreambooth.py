@@ -11,9 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..image_files import folder_images
-from ..training.captions import one_line
-from ..training.data import DataError
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.image_files import folder_images
+from gralora_diffusion.training.captions import one_line
 
 PROMPTS_NAME = "prompts_and_classes.txt"
 #: The file does not say which subjects are live; the repository's README does: dogs and cats.

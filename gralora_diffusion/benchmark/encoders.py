@@ -27,10 +27,10 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from ..image_files import MAX_BYTES, ImageError, as_srgb, read_image
-from ..regular_files import read_regular
-from ..training.config_paths import model_problem
-from ..training.data import DataError
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.image_files import MAX_BYTES, ImageError, as_srgb, read_image
+from gralora_diffusion.regular_files import read_regular
+from gralora_diffusion.training.config_paths import model_problem
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,12 @@ from typing import Any
 
 import yaml
 
-from ..tensor_files import replacing
-from ..training.config import PATHS, TrainingConfig
-from ..training.config_checks import ConfigError
-from ..training.option_parsing import arguments_of, parse_options
-from ..training.ownership import BENCHMARK_NAME, CONFIG_NAME, owned
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.training.config import PATHS, TrainingConfig
+from gralora_diffusion.training.option_parsing import arguments_of, parse_options
+from gralora_diffusion.training.ownership import BENCHMARK_NAME, CONFIG_NAME, owned
+
 from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
 from .settings import BenchmarkSettings
 

@@ -13,11 +13,11 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from ..command_line import log_to_terminal, print_safely
-from ..staging import OutputError
-from ..training.acceleration import accelerate_left_as_it_was
-from ..training.config_checks import ConfigError
-from ..training.data import DataError
+from gralora_diffusion.command_line import log_to_terminal, print_safely
+from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.staging import OutputError
+from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
+
 from .claims import WAIT_SECONDS, Claim, claim, claimant
 from .kept import check_same_run, parse_settings, write_down
 from .ledger import FAILURE_NAME, Ledger, Unit, in_order

@@ -22,21 +22,21 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
-from ..families import ModelFamily
-from ..injection import mark_adapted
-from ..state import WEIGHTS_NAME, save_adapter
-from ..targets import find_targets
-from ..tensor_files import write_safetensors
-from ..training.adapters import (
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.injection import mark_adapted
+from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.targets import find_targets
+from gralora_diffusion.tensor_files import write_safetensors
+from gralora_diffusion.training.adapters import (
     ADAPTER_NAME,
     adapter_configs,
     add_adapters,
     read_out,
     trained_components,
 )
-from ..training.config import TrainingConfig
-from ..training.config_checks import ConfigError
-from ..training.streams import seed_from
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.streams import seed_from
 
 _NAME = re.compile(
     r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
-from ..training.config import OPTION_GROUPS
-from ..training.config_options import option
+from gralora_diffusion.training.config import OPTION_GROUPS
+from gralora_diffusion.training.config_options import option
 
 #: The trainer's options that the benchmark sets itself, and by what.
 SET_BY_THE_BENCHMARK = {

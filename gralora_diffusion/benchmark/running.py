@@ -14,21 +14,21 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 
-from ..sampling import draw
-from ..targets import find_targets
-from ..tensor_files import replacing
-from ..training.acceleration import DTYPES, make_accelerator
-from ..training.adapters import adapter_configs, trained_components, weights_for_use
-from ..training.base_model import completed, find_base_family, load_base, present
-from ..training.batches import find_class_pictures
-from ..training.checkpoint import CheckpointStore
-from ..training.config import TrainingConfig
-from ..training.config_checks import ConfigError
-from ..training.data import DataError
-from ..training.family_options import check_family_options
-from ..training.loop import Trainer
-from ..training.step import TrainingDiverged
-from ..training.validation import encoding_apart
+from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.sampling import draw
+from gralora_diffusion.targets import find_targets
+from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
+from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
+from gralora_diffusion.training.base_model import completed, find_base_family, load_base, present
+from gralora_diffusion.training.batches import find_class_pictures
+from gralora_diffusion.training.checkpoint import CheckpointStore
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.family_options import check_family_options
+from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.step import TrainingDiverged
+from gralora_diffusion.training.validation import encoding_apart
+
 from .class_pictures import draw_class_pictures
 from .encoders import Encoder, load_encoder, read_picture
 from .mechanism import MechanismLog

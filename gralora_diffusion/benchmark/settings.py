@@ -8,10 +8,11 @@ from typing import Any
 
 import yaml
 
-from ..staging import lies_in
-from ..training.config import TrainingConfig, group_table
-from ..training.config_checks import ConfigError
-from ..training.config_paths import READ
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.staging import lies_in
+from gralora_diffusion.training.config import TrainingConfig, group_table
+from gralora_diffusion.training.config_paths import READ
+
 from .encoders import source_problem
 from .methods import Method
 from .options import (

@@ -9,10 +9,11 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ..training.batches import find_pictures
-from ..training.config import TrainingConfig
-from ..training.config_checks import ConfigError
-from ..training.data import DataError, Example
+from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.training.batches import find_pictures
+from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.data import Example
+
 from .captioned import split, write_examples
 from .dreambooth import Subject, read_subjects
 from .settings import BenchmarkSettings

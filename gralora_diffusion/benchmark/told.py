@@ -13,9 +13,10 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from ..training.acceleration import device_name
-from ..training.adapters import lowered_ks
-from ..training.config import TrainingConfig, public_name
+from gralora_diffusion.training.acceleration import device_name
+from gralora_diffusion.training.adapters import lowered_ks
+from gralora_diffusion.training.config import TrainingConfig, public_name
+
 from .methods import Method
 from .settings import BenchmarkSettings
 

@@ -15,11 +15,11 @@ from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from ..families import ModelFamily, PublishedNames, find_family, list_families
-from ..file_names import looks_like_hub_id
-from ..hub import offline_problem
-from ..layouts import Layout, OriginalTensor, Shape
-from ..model_folder import (
+from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
+from gralora_diffusion.file_names import looks_like_hub_id
+from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.layouts import Layout, OriginalTensor, Shape
+from gralora_diffusion.model_folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,
     WEIGHT_NAMES,
@@ -27,8 +27,9 @@ from ..model_folder import (
     read_pipeline_index,
     weight_files,
 )
-from ..original_file import OriginalFile
-from ..tensor_files import StoredTensor, read_header
+from gralora_diffusion.original_file import OriginalFile
+from gralora_diffusion.tensor_files import StoredTensor, read_header
+
 from .tensor_bytes import count
 
 

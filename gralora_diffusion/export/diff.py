@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 
-from ..layouts import locate
-from ..staging import check_output, staged
-from ..state import Adapter, read_adapter
-from ..tensor_files import finish_header
+from gralora_diffusion.layouts import locate
+from gralora_diffusion.staging import check_output, staged
+from gralora_diffusion.state import Adapter, read_adapter
+from gralora_diffusion.tensor_files import finish_header
+
 from .adapter_layers import LayerUpdate, adapter_layers, adapts_denoiser_only, find_adapter_family
 from .bases import open_base
 from .lora import LoraReport, component_names, lora_dtype

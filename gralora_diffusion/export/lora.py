@@ -15,12 +15,15 @@ import diffusers
 import torch
 from torch import Tensor
 
-from ..families import ModelFamily
-from ..layouts import Shape
-from ..low_rank import truncate
-from ..staging import check_output, staged
-from ..state import Adapter, read_adapter
-from ..tensor_files import AdapterFileError, some, write_safetensors
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.layouts import Shape
+from gralora_diffusion.low_rank import truncate
+from gralora_diffusion.safe_text import first_few
+from gralora_diffusion.staging import check_output, staged
+from gralora_diffusion.state import Adapter, read_adapter
+from gralora_diffusion.tensor_files import write_safetensors
+
 from .adapter_layers import (
     AdapterLayers,
     adapter_layers,
@@ -90,7 +93,7 @@ class LoraReport:
         elif self.unread:
             others = (
                 f". ComfyUI would pass over {len(self.unread)} of these {len(self.ranks)} layers, "
-                f"without a word ({some(self.unread, 3)}): for that take --style comfyui"
+                f"without a word ({first_few(self.unread, 3)}): for that take --style comfyui"
             )
         return [f"for {READERS[self.style]}{others}"]
 
@@ -198,7 +201,7 @@ def component_names(
         if layers.replaced:
             problems.append(
                 f"{component}: {len(layers.replaced)} trained biases or whole modules "
-                f"({some(list(layers.replaced), 3)}), "
+                f"({first_few(list(layers.replaced), 3)}), "
                 "which are no LoRA. Export a checkpoint or a diffusers folder"
             )
         if style == "diffusers" and component not in read_by_diffusers(family):

@@ -8,10 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..command_line import print_safely, quiet_libraries, tidied_when_ended
-from ..families import list_families
-from ..safe_text import TerminalParser
-from ..staging import OutputError, check_output, find_overlap
+from gralora_diffusion.command_line import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.families import list_families
+from gralora_diffusion.safe_text import TerminalParser
+from gralora_diffusion.staging import OutputError, check_output, find_overlap
+
 from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
 
 if TYPE_CHECKING:
@@ -182,7 +183,8 @@ def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
-    from ..state import read_adapter
+    from gralora_diffusion.state import read_adapter
+
     from .diff import export_diff
     from .fused import export_fused
     from .lora import export_lora

@@ -17,11 +17,12 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
-from ..config_values import PATTERNS
-from ..families import ModelFamily, PublishedNames
-from ..lora_keys import DIFFUSERS_METADATA
-from ..state import Adapter
-from ..tensor_files import HASH_FIELDS
+from gralora_diffusion.config_values import PATTERNS
+from gralora_diffusion.families import ModelFamily, PublishedNames
+from gralora_diffusion.lora_keys import DIFFUSERS_METADATA
+from gralora_diffusion.state import Adapter
+from gralora_diffusion.tensor_files import HASH_FIELDS
+
 from .choices import SAID
 
 SOURCE_KEY = "gralora_source"

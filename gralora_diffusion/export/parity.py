@@ -21,10 +21,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..compatibility import component_models
-from ..sampling import drawing_mode
-from ..state import Adapter
-from ..tensor_files import replacing
+from gralora_diffusion.compatibility import component_models
+from gralora_diffusion.sampling import drawing_mode
+from gralora_diffusion.state import Adapter
+from gralora_diffusion.tensor_files import replacing
+
 from .ways import Way, attached_adapter, computing_dtype
 
 #: Dtype of the exported weights -> the largest difference that passes, in units of the adapter's

@@ -12,8 +12,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..layouts import LayoutError, Part, Shape
-from ..tensor_files import AdapterFileError, StoredTensor, some
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.layouts import LayoutError, Part, Shape
+from gralora_diffusion.safe_text import first_few
+from gralora_diffusion.tensor_files import StoredTensor
+
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase
 from .streaming import OutputTensor, Piece, RowUpdate
@@ -115,7 +118,7 @@ class Planner:
                 continue
             unused = {*layers.updates, *layers.replaced} - self.used.get(component, set())
             if unused:
-                self.problems.append(f"{component}: the base has no {some(sorted(unused))}")
+                self.problems.append(f"{component}: the base has no {first_few(sorted(unused))}")
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN])
             if len(self.problems) > _SHOWN:

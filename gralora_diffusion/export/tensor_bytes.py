@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
 
-from ..layouts import Shape
-from ..tensor_files import AdapterFileError
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.layouts import Shape
 
 _COPY_BYTES = 1 << 26
 _BINARY = getattr(os, "O_BINARY", 0)

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ..compatibility import component_models
-from ..state import Adapter
+from gralora_diffusion.compatibility import component_models
+from gralora_diffusion.state import Adapter
 
 Way = Callable[[Any], AbstractContextManager[Any]]
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..layouts import DENOISER, Layout, Shape, rename
+from gralora_diffusion.layouts import DENOISER, Layout, Shape, rename
+
 from .base import (
     UNKNOWN,
     Conditioning,

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..layouts import UNET, Layout, autoencoder, clip, open_clip
+from gralora_diffusion.layouts import UNET, Layout, autoencoder, clip, open_clip
+
 from .base import (
     STABILITY_AI,
     UNKNOWN,

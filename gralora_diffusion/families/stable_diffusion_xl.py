@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from ..layouts import UNET, autoencoder, clip, open_clip
+from gralora_diffusion.layouts import UNET, autoencoder, clip, open_clip
+
 from .base import STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
 from .presets import CLIP_PRESETS
 from .stable_diffusion import UNET_PRESETS, StableDiffusion

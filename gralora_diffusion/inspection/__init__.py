@@ -8,9 +8,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from ..json_files import parse_object
-from ..layouts import DENOISER
-from ..tensor_files import is_finite
+from gralora_diffusion.json_files import parse_object
+from gralora_diffusion.layouts import DENOISER
+from gralora_diffusion.tensor_files import is_finite
+
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind
 from .source import Source

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..families import (
+from gralora_diffusion.families import (
     ModelFamily,
     families_of_layers,
     family_of_metadata,
@@ -15,10 +15,11 @@ from ..families import (
     get_family,
     list_families,
 )
-from ..file_names import METADATA_KEY
-from ..json_files import parse_object
-from ..lora_keys import Layer, group_layers
-from ..original_file import OriginalHeader
+from gralora_diffusion.file_names import METADATA_KEY
+from gralora_diffusion.json_files import parse_object
+from gralora_diffusion.lora_keys import Layer, group_layers
+from gralora_diffusion.original_file import OriginalHeader
+
 from .source import Source
 
 _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transformer_blocks.")

@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ..command_line import print_safely
-from ..safe_text import TerminalParser, json_for_terminal
+from gralora_diffusion.command_line import print_safely
+from gralora_diffusion.safe_text import TerminalParser, json_for_terminal
+
 from . import inspect_file
 from .text import as_text
 

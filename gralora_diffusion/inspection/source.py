@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from ..file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from ..model_folder import (
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from gralora_diffusion.model_folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,
     read_json,
@@ -19,7 +20,7 @@ from ..model_folder import (
     shards,
     weight_files,
 )
-from ..tensor_files import AdapterFileError, StoredTensor, read_header
+from gralora_diffusion.tensor_files import StoredTensor, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from ..safe_text import for_terminal, for_terminal_line
-from ..tensor_files import some
+from gralora_diffusion.safe_text import first_few, for_terminal, for_terminal_line
+
 from .facts import Inspection, LayerFacts
 
 #: Layers of the largest norms that are listed, unless all are asked for.
@@ -109,7 +109,7 @@ def _problems(inspection: Inspection) -> str:
     for layer in inspection.layers:
         if layer.problem:
             by_problem.setdefault(layer.problem, []).append(layer.path)
-    lines += [f"{some(paths, 3)}: {problem}" for problem, paths in by_problem.items()]
+    lines += [f"{first_few(paths, 3)}: {problem}" for problem, paths in by_problem.items()]
     return "\n  ".join(["how it is to be read:", *lines]) if lines else ""
 
 

@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .. import blockwise
-from ..config_values import invalid_values, layer_settings
-from ..factors import FactorDict, Projection
-from ..targets import layer_shape, quantization_of, unsuitable
+from gralora_diffusion import blockwise
+from gralora_diffusion.config_values import invalid_values, layer_settings
+from gralora_diffusion.factors import FactorDict, Projection
+from gralora_diffusion.targets import layer_shape, quantization_of, unsuitable
 
 #: Values of a weight that are merged at once: 2 MiB in fp32.
 _VALUES_AT_ONCE = 2**19

@@ -7,7 +7,8 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import blockwise
+from gralora_diffusion import blockwise
+
 from .base import GraloraLayer
 
 

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from .. import blockwise
-from ..fused_linear import Update, adapted_linear, choose_way
+from gralora_diffusion import blockwise
+from gralora_diffusion.fused_linear import Update, adapted_linear, choose_way
+
 from .base import GraloraLayer, autocasts
 
 #: Modules of the tensor classes whose values torch's own products read.

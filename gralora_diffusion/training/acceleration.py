@@ -20,8 +20,9 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gralora_diffusion.errors import ConfigError
+
 from .config import TrainingConfig
-from .config_checks import ConfigError
 
 logger = logging.getLogger(__name__)
 

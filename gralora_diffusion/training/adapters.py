@@ -14,17 +14,22 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from ..compatibility import adapter_tensors, set_adapter_tensors
-from ..config import GraloraConfig
-from ..config_values import describe_unused, exact_pattern, pattern_key, unused_patterns
-from ..families import ModelFamily
-from ..injection import inject
-from ..layers import GraloraLayer
-from ..state import Adapter, ComponentAdapter, config_to_dict, read_adapter
-from ..targets import find_targets, is_named, lowered_k
-from .checkpoint import CheckpointError
+from gralora_diffusion.compatibility import adapter_tensors, set_adapter_tensors
+from gralora_diffusion.config import GraloraConfig
+from gralora_diffusion.config_values import (
+    describe_unused,
+    exact_pattern,
+    pattern_key,
+    unused_patterns,
+)
+from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.injection import inject
+from gralora_diffusion.layers import GraloraLayer
+from gralora_diffusion.state import Adapter, ComponentAdapter, config_to_dict, read_adapter
+from gralora_diffusion.targets import find_targets, is_named, lowered_k
+
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .config_patterns import given_patterns
 from .optimizers import evaluating
 from .streams import seed_from

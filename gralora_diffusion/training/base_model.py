@@ -12,10 +12,12 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from ..families import ModelFamily, get_family, list_families
-from ..hub import offline_problem
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily, get_family, list_families
+from gralora_diffusion.hub import offline_problem
+
 from .config import TrainingConfig
-from .config_checks import ConfigError, check_sizes
+from .config_checks import check_sizes
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder

@@ -14,7 +14,8 @@ from diffusers.training_utils import offload_models
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from ..families import Conditioning, ModelFamily
+from gralora_diffusion.families import Conditioning, ModelFamily
+
 from .base_model import present
 from .buckets import Buckets, listed_buckets
 from .caching import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint

@@ -12,7 +12,8 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from ..families import ModelFamily
+from gralora_diffusion.families import ModelFamily
+
 from .acceleration import DTYPES
 from .base_model import find_base_family
 from .batches import find_class_pictures, find_pictures

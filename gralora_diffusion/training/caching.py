@@ -16,8 +16,10 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..image_files import DECODER_VERSION
-from .data import DataError, Example
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.image_files import DECODER_VERSION
+
+from .data import Example
 from .pictures import CropPlan, Variant
 from .tensor_store import TensorStore
 

@@ -16,14 +16,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from gralora_diffusion.errors import CheckpointError
+
 logger = logging.getLogger(__name__)
 
 _NAME = re.compile(r"checkpoint-(\d+)")
 _UNFINISHED = ".unfinished-"
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or is not one to resume from."""
 
 
 class CheckpointStore:

@@ -9,7 +9,9 @@ from typing import Any
 
 import yaml
 
-from .config_checks import ConfigError, find_problems, find_remarks
+from gralora_diffusion.errors import ConfigError
+
+from .config_checks import find_problems, find_remarks
 from .config_options import (
     AdapterOptions,
     BaseModelOptions,

@@ -10,12 +10,14 @@ import difflib
 import importlib.util
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..path_patterns import PatternError, path_pattern
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.path_patterns import PatternError, path_pattern
+
 from .buckets import size_problems
 from .checkpoint import CheckpointStore
 from .config_options import choices_of
@@ -100,16 +102,6 @@ NEEDS = {
     "push_to_hub": "hub_token hub_model_id",
     "use_ema": "ema_decay",
 }
-
-
-class ConfigError(ValueError):
-    """Options that cannot be used. ``problems`` holds one text for each."""
-
-    def __init__(self, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        count = len(self.problems)
-        head = "1 problem" if count == 1 else f"{count} problems"
-        super().__init__("\n".join([f"{head} with the options:", *(f"  {p}" for p in problems)]))
 
 
 def find_problems(config: TrainingConfig) -> list[str]:

@@ -15,11 +15,13 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from ..file_names import WEIGHTS_NAME, looks_like_hub_id
-from ..image_files import is_image
-from ..staging import lies_in
+from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.file_names import WEIGHTS_NAME, looks_like_hub_id
+from gralora_diffusion.image_files import is_image
+from gralora_diffusion.staging import lies_in
+
 from .captions import concept_folders, is_caption_file
-from .checkpoint import CheckpointError, CheckpointStore
+from .checkpoint import CheckpointStore
 
 if TYPE_CHECKING:
     from .config import TrainingConfig

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config_values import PATTERNS, pattern_problem
+from gralora_diffusion.config_values import PATTERNS, pattern_problem
 
 if TYPE_CHECKING:
     from .config import TrainingConfig

@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from PIL import Image
 from tqdm.auto import tqdm
 
-from ..image_files import MAX_BYTES, folder_images, is_image, read_image
-from ..regular_files import read_regular
-from ..tensor_files import some
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.image_files import MAX_BYTES, folder_images, is_image, read_image
+from gralora_diffusion.regular_files import read_regular
+from gralora_diffusion.safe_text import first_few
+
 from .captions import (
     LIKELY_CAPTIONS,
     METADATA_NAME,
@@ -61,14 +63,6 @@ MAX_NAMES = 10
 AT_ONCE = 8
 #: Checking fewer pictures is over before a progress bar could be read.
 MIN_FOR_PROGRESS = 50
-
-
-class DataError(ValueError):
-    """Pictures or captions that cannot be trained on. ``problems`` holds one text for each."""
-
-    def __init__(self, place: str, problems: Sequence[str]) -> None:
-        self.problems = list(problems)
-        super().__init__("\n".join([f"{place}:", *(f"  {problem}" for problem in problems)]))
 
 
 @dataclass(frozen=True)
@@ -345,4 +339,4 @@ def _bytes_of(source: Path | DatasetRow) -> bytes:
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:
     if names:
-        logger.warning("%s: %s (%d): %s", place, what, len(names), some(names, MAX_NAMES))
+        logger.warning("%s: %s (%d): %s", place, what, len(names), first_few(names, MAX_NAMES))

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..hub import offline_problem
-from ..image_files import MAX_BYTES
-from ..regular_files import read_regular
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.image_files import MAX_BYTES
+from gralora_diffusion.regular_files import read_regular
+
 from .captions import one_line
-from .data import DataError, Example, Found, check_pictures
+from .data import Example, Found, check_pictures
 
 
 @dataclass(frozen=True)

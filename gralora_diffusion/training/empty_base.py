@@ -17,14 +17,15 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from ..empty_models import empty_model
-from ..families import ModelFamily
-from ..hub import offline_problem
+from gralora_diffusion.empty_models import empty_model
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.hub import offline_problem
+
 from .acceleration import DTYPES
 from .adapters import add_adapters
 from .base_model import completed, freeze, vae_class
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .single_file import SingleFile, without_text_encoder
 
 

@@ -7,11 +7,12 @@ from dataclasses import fields
 
 import diffusers
 
-from ..families import ModelFamily
-from ..sampling import takes_negative_prompt
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.sampling import takes_negative_prompt
+
 from .adapters import trained_components
 from .config import TrainingConfig
-from .config_checks import ConfigError
 
 #: Options that mean something to one training objective only.
 OBJECTIVE_OPTIONS = {

@@ -8,15 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compatibility import Fit, check_fit, set_adapter_tensors
-from ..config import GraloraConfig
-from ..config_values import exact_pattern, layer_settings
-from ..families import ModelFamily
-from ..state import AdapterFileError, read_adapter
-from ..targets import adaptable_modules, find_targets
+from gralora_diffusion.compatibility import Fit, check_fit, set_adapter_tensors
+from gralora_diffusion.config import GraloraConfig
+from gralora_diffusion.config_values import exact_pattern, layer_settings
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.state import AdapterFileError, read_adapter
+from gralora_diffusion.targets import adaptable_modules, find_targets
+
 from .adapters import ADAPTER_NAME, adapter_configs, trained_components
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .empty_base import empty_base
 
 #: Component -> its tensors, by the keys that they have in a file and the model's own paths.

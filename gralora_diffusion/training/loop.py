@@ -17,9 +17,11 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..command_line import are_several, print_safely
-from ..families import ModelFamily
-from ..state import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.command_line import are_several, print_safely
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
+
 from .acceleration import (
     DTYPES,
     PeakMemory,
@@ -36,7 +38,6 @@ from .batches import Batches
 from .beginning import complete_class_pictures, find_beginning
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .data import Example
 from .initial_adapter import InitialValues, set_initial_values
 from .metadata import time_metadata, training_metadata

@@ -10,10 +10,15 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from ..command_line import are_several, log_to_terminal, print_safely, quiet_libraries
-from .checkpoint import CheckpointError
+from gralora_diffusion.command_line import (
+    are_several,
+    log_to_terminal,
+    print_safely,
+    quiet_libraries,
+)
+from gralora_diffusion.errors import CheckpointError, ConfigError
+
 from .config import TrainingConfig, parse_config
-from .config_checks import ConfigError
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -36,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
-    from .data import DataError
+    from gralora_diffusion.errors import DataError
+
     from .loop import train
     from .processes import OtherProcessFailed
     from .step import TrainingDiverged

@@ -14,8 +14,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ..families import ModelFamily
-from ..tensor_files import HASH_FIELDS
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.tensor_files import HASH_FIELDS
+
 from .batches import Batches
 from .captions import one_line
 from .config import TrainingConfig, public_name

@@ -19,9 +19,10 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
-from ..families import ModelFamily
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .streams import generator
 
 

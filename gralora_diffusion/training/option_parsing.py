@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from .config_checks import ConfigError
+from gralora_diffusion.errors import ConfigError
 
 
 def parse_options(

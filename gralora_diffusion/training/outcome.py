@@ -11,9 +11,10 @@ from typing import Any
 
 from huggingface_hub import create_repo, upload_folder
 
-from ..file_names import WEIGHTS_NAME
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.file_names import WEIGHTS_NAME
+
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .ownership import BENCHMARK_NAME, CONFIG_NAME, owned
 from .records import (
     CARD_IMAGE_NAME,

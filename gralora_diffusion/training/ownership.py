@@ -20,10 +20,10 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from ..json_files import read_object
-from ..tensor_files import replacing
-from ..unfinished import tidied
-from .config_checks import ConfigError
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.json_files import read_object
+from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.unfinished import tidied
 
 logger = logging.getLogger(__name__)
 

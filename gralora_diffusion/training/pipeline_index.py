@@ -9,9 +9,9 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from ..families import ModelFamily, find_family
-from ..hub import offline_problem
-from .config_checks import ConfigError
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily, find_family
+from gralora_diffusion.hub import offline_problem
 
 
 class PipelineIndex:

@@ -19,14 +19,15 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
-from ..families import ModelFamily
-from ..layers import GraloraLayer
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.layers import GraloraLayer
+
 from .acceleration import DTYPES, checkpoint_gradients
 from .adapters import ADAPTER_NAME, add_adapters
 from .base_model import completed
 from .batches import crop_plan
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .data import Example
 from .empty_base import empty_base
 from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of

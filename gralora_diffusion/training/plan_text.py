@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..tensor_files import some
+from gralora_diffusion.safe_text import first_few
 
 if TYPE_CHECKING:
     from .plan import AdapterPlan, Plan
@@ -71,7 +71,7 @@ def _adapter_lines(adapter: AdapterPlan) -> list[str]:
     numbers = f"{count} layers, {adapter.parameters:,} parameters"
     lines = [f"  {adapter.component}: {numbers}; {usual}"]
     for kind, names in others:
-        lines.append(f"    but {kind} in {len(names)}: {some(names, MAX_NAMES)}")
+        lines.append(f"    but {kind} in {len(names)}: {first_few(names, MAX_NAMES)}")
     return lines
 
 

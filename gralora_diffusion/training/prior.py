@@ -21,12 +21,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..families import ModelFamily, mend_clip_skip
-from ..image_files import is_image
-from ..tensor_files import replacing
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.image_files import is_image
+from gralora_diffusion.tensor_files import replacing
+
 from .base_model import load_base
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .memory import bytes_of, tensors_of
 from .ownership import OWNER_NAME, owned
 from .processes import from_first, together

@@ -7,7 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from ..families import ModelFamily
+from gralora_diffusion.families import ModelFamily
+
 from .config import TrainingConfig
 from .data import Example
 

@@ -20,9 +20,9 @@ import transformers
 from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
-from ..families import ModelFamily
-from ..json_files import read_object
-from ..targets import quantization_of
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.json_files import read_object
+from gralora_diffusion.targets import quantization_of
 
 if TYPE_CHECKING:
     from .config import TrainingConfig

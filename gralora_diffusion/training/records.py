@@ -16,8 +16,9 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from ..safe_text import for_code_block, for_code_span, for_markdown
-from ..tensor_files import replacing
+from gralora_diffusion.safe_text import for_code_block, for_code_span, for_markdown
+from gralora_diffusion.tensor_files import replacing
+
 from .acceleration import DTYPES
 from .adapters import LOWERED_K
 from .config import TrainingConfig

@@ -15,7 +15,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from ..families import Conditioning, ModelFamily
+from gralora_diffusion.families import Conditioning, ModelFamily
+
 from .acceleration import DTYPES
 from .batches import crop_plan, encode_images
 from .caching import PromptCache

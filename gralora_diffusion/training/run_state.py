@@ -16,11 +16,12 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from ..families import ModelFamily
-from ..state import WEIGHTS_NAME, Adapter, save_adapter
-from ..tensor_files import read_safetensors, write_safetensors
+from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.state import WEIGHTS_NAME, Adapter, save_adapter
+from gralora_diffusion.tensor_files import read_safetensors, write_safetensors
+
 from .adapters import put_back, read_out, weights_for_use
-from .checkpoint import CheckpointError
 from .config import TrainingConfig
 from .same_run import (
     PROGRESS_NAME,

@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..json_files import read_object
-from .checkpoint import CheckpointError, CheckpointStore
+from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.json_files import read_object
+
+from .checkpoint import CheckpointStore
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .config_options import LossOptions
 
 PROGRESS_NAME = "progress.json"

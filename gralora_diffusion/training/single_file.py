@@ -23,11 +23,12 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from ..families import ModelFamily
-from ..layouts import DENOISER
-from ..original_file import OriginalFile
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.layouts import DENOISER
+from gralora_diffusion.original_file import OriginalFile
+
 from .config import TrainingConfig
-from .config_checks import ConfigError
 from .pipeline_index import PipelineIndex
 
 logger = logging.getLogger(__name__)

@@ -12,7 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..families import Conditioning, ModelFamily
+from gralora_diffusion.families import Conditioning, ModelFamily
+
 from .acceleration import without_fp16_autocast
 from .caching import PromptCache
 from .config import TrainingConfig

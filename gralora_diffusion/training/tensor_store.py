@@ -10,8 +10,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from ..tensor_files import write_safetensors
-from .data import DataError
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.tensor_files import write_safetensors
 
 logger = logging.getLogger(__name__)
 

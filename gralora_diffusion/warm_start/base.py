@@ -9,12 +9,13 @@ from contextlib import contextmanager
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
-from ..empty_models import empty_model
-from ..families import find_pipeline_family, list_families
-from ..hub import offline_problem
-from ..low_rank import Pair
-from ..targets import layer_shape, unsupported
-from ..tensor_files import AdapterFileError, some
+from gralora_diffusion.empty_models import empty_model
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import find_pipeline_family, list_families
+from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.low_rank import Pair
+from gralora_diffusion.safe_text import first_few
+from gralora_diffusion.targets import layer_shape, unsupported
 
 #: In and out features and kernel of a layer.
 LayerShape = tuple[int, int, tuple[int, ...]]
@@ -78,7 +79,7 @@ class LoraBase:
         if misfits:
             raise AdapterFileError(
                 f"{where}: does not fit --base {self.source}: {len(misfits)} of {count} layers: "
-                f"{some(misfits, 3)}. Give the base that it was trained for."
+                f"{first_few(misfits, 3)}. Give the base that it was trained for."
             )
 
     def _layers(self, component: str) -> dict[str, LayerShape]:

@@ -12,11 +12,17 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
-from ..families import ModelFamily
-from ..file_names import PEFT_CONFIG_NAME, PEFT_PREFIX, PEFT_WEIGHTS_NAME, looks_like_hub_id
-from ..hub import offline_problem
-from ..model_folder import read_json
-from ..tensor_files import AdapterFileError, read_safetensors
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.file_names import (
+    PEFT_CONFIG_NAME,
+    PEFT_PREFIX,
+    PEFT_WEIGHTS_NAME,
+    looks_like_hub_id,
+)
+from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.model_folder import read_json
+from gralora_diffusion.tensor_files import read_safetensors
 
 _DENOISER_OF_COMFYUI = "diffusion_model."
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..command_line import print_safely, quiet_libraries, tidied_when_ended
-from ..config_values import check_numbers
-from ..families import list_families
-from ..file_names import WEIGHTS_NAME
-from ..lora_scaling import HEADER_ALPHA
-from ..safe_text import TerminalParser
-from ..staging import check_output
+from gralora_diffusion.command_line import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.config_values import check_numbers
+from gralora_diffusion.families import list_families
+from gralora_diffusion.file_names import WEIGHTS_NAME
+from gralora_diffusion.lora_scaling import HEADER_ALPHA
+from gralora_diffusion.safe_text import TerminalParser
+from gralora_diffusion.staging import check_output
 
 if TYPE_CHECKING:
     from .conversion import ImportedLayer
@@ -78,7 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _import(options: argparse.Namespace, output: Path) -> str:
     """Write the adapter; return the report."""
-    from ..state import save_adapter
+    from gralora_diffusion.state import save_adapter
+
     from .base import LoraBase
     from .conversion import gralora_from_lora
 

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..families import ModelFamily, families_of_layers, family_of_metadata
-from ..layouts import USUAL_LAYERS_PER_BLOCK
-from ..lora_keys import Layer, group_layers
-from ..lora_scaling import HeaderAlpha, LoraScalings
-from ..low_rank import Pair
-from ..tensor_files import AdapterFileError, some
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import ModelFamily, families_of_layers, family_of_metadata
+from gralora_diffusion.layouts import USUAL_LAYERS_PER_BLOCK
+from gralora_diffusion.lora_keys import Layer, group_layers
+from gralora_diffusion.lora_scaling import HeaderAlpha, LoraScalings
+from gralora_diffusion.low_rank import Pair
+from gralora_diffusion.safe_text import first_few
+
 from .files import LoraFile, read_file
 from .names import OriginalNames
 from .through_diffusers import through_diffusers
@@ -85,16 +87,16 @@ def read_lora(
     if lacking := [name for name in left if original.lacks(name)]:
         raise AdapterFileError(
             f"{file.name}: {len(lacking)} of {len(layers)} layers have no place in the "
-            f"{family.denoiser} of {family.name}: {some(lacking)}. Check that the file is for this "
-            "family; else pass the state dict without these layers."
+            f"{family.denoiser} of {family.name}: {first_few(lacking)}. Check that the file is "
+            "for this family; else pass the state dict without these layers."
         )
     keys = {name: (layers[name].parts["down"], layers[name].parts["up"]) for name in left}
     for other, pair in through_diffusers(left, keys, family, options, file.name).items():
         _add(found, other, pair, file.name)
     if strange := [".".join(place) for place in found if not original.knows(*place)]:
         raise AdapterFileError(
-            f"{file.name}: no such layers in {family.name}: {some(strange)}. Check that the file "
-            "is for this family; else pass the state dict without these layers."
+            f"{file.name}: no such layers in {family.name}: {first_few(strange)}. Check that "
+            "the file is for this family; else pass the state dict without these layers."
         )
 
     pairs: Pairs = {}
@@ -135,7 +137,7 @@ def _scaled_pairs(
             )
         except ValueError as error:
             by_problem.setdefault(str(error), []).append(name)
-    problems = scalings.problems + [f"{some(n, 3)}: {p}" for p, n in by_problem.items()]
+    problems = scalings.problems + [f"{first_few(n, 3)}: {p}" for p, n in by_problem.items()]
     if problems:
         raise AdapterFileError(f"{file.name}: " + ". ".join(problems) + ".")
     return scaled
@@ -197,19 +199,19 @@ def _refuse_other_kinds(
             remedy = _REMEDIES.get(kind, _OTHER_REMEDY)
             raise AdapterFileError(
                 f"{where}: {len(names)} of {len(layers)} layers are {kind} and no LoRA "
-                f"({some(names)}): {remedy}.{hint}"
+                f"({first_few(names)}): {remedy}.{hint}"
             )
     known = {"down", "up", "alpha", "mid"}
     others = others + [
         key for layer in layers.values() for part, key in layer.parts.items() if part not in known
     ]
     if not layers:
-        raise AdapterFileError(f"{where}: no LoRA; its keys are {some(others)}.")
+        raise AdapterFileError(f"{where}: no LoRA; its keys are {first_few(others)}.")
     if others:
         raise AdapterFileError(
             f"{where}: {len(others)} keys besides the pairs of the LoRA, which cannot be taken "
-            f"over: {some(others)}. Without them it is another adapter; if that is what you want, "
-            f"pass the state dict without these keys.{hint}"
+            f"over: {first_few(others)}. Without them it is another adapter; if that is what "
+            f"you want, pass the state dict without these keys.{hint}"
         )
 
 

@@ -20,10 +20,11 @@ from diffusers.utils.state_dict_utils import (
 )
 from torch import Tensor
 
-from ..families import ModelFamily
-from ..lora_keys import group_layers
-from ..low_rank import Pair
-from ..tensor_files import AdapterFileError, some
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.lora_keys import group_layers
+from gralora_diffusion.low_rank import Pair
+from gralora_diffusion.safe_text import first_few
 
 #: Styles of names that diffusers' own models do not have: what is still called so was not read.
 _FOREIGN = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI", "PEFT")
@@ -64,7 +65,7 @@ def through_diffusers(
     if lost := [name for name, number in numbers.items() if number not in came]:
         raise AdapterFileError(
             f"{where}: diffusers passes over {len(lost)} of {len(pairs)} layers when it reads "
-            f"this file for {family.name}: {some(lost)}. They have no place in its pipelines; "
+            f"this file for {family.name}: {first_few(lost)}. They have no place in its pipelines; "
             "convert the file to diffusers' names, or pass the state dict without these layers."
         )
     return found
@@ -92,7 +93,7 @@ def _translated(
     except (ValueError, KeyError, IndexError, AssertionError, NotImplementedError) as error:
         raise AdapterFileError(
             f"{where}: diffusers does not read these names for {family.name} "
-            f"({some(list(pairs))}): {error or type(error).__name__}"
+            f"({first_few(list(pairs))}): {error or type(error).__name__}"
         ) from error
     converted: dict[str, Tensor] = result[0] if isinstance(result, tuple) else result
     parts: dict[str, dict[str, Tensor]] = {}
@@ -119,8 +120,9 @@ def _pairs(
     layers, _ = group_layers(tensors)
     if foreign := [name for name, layer in layers.items() if layer.style in _FOREIGN]:
         raise AdapterFileError(
-            f"{where}: diffusers does not read names such as {some(foreign)} for {family.name}. "
-            "Convert the file to diffusers' names, or check that it is for this family."
+            f"{where}: diffusers does not read names such as {first_few(foreign)} for "
+            f"{family.name}. Convert the file to diffusers' names, or check that it is for "
+            "this family."
         )
     return {
         name: (tensors[layer.parts["down"]], tensors[layer.parts["up"]].flatten(1))

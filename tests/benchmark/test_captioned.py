@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.benchmark.captioned import split, write_examples
-from gralora_diffusion.training.data import DataError, Example, find_examples
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.training.data import Example, find_examples
 from gralora_diffusion.training.dataset_rows import DatasetRow, find_dataset_examples
 from tests.benchmark import judges
 

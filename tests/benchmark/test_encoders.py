@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Mod
 
 from gralora_diffusion.benchmark import encoders
 from gralora_diffusion.benchmark.encoders import load_encoder, read_picture, source_problem
-from gralora_diffusion.training.data import DataError
+from gralora_diffusion.errors import DataError
 from tests.benchmark import judges
 
 

@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.kept import (
     parse_settings,
     write_down,
 )
-from gralora_diffusion.training.config_checks import ConfigError
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.training.option_parsing import parse_options
 from gralora_diffusion.training.ownership import CONFIG_NAME, owned
 

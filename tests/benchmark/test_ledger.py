@@ -17,8 +17,7 @@ from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
 from gralora_diffusion.benchmark.running import ADAPTER, PICTURES
-
-from .units import unit as result_of
+from tests.benchmark.units import unit as result_of
 
 DOG = SimpleNamespace(protocol="subject", subject="dog")
 

@@ -33,12 +33,11 @@ from gralora_diffusion.training.adapters import (
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.loop import Trainer
-
-from ..models import stable_diffusion, structure
-from ..reference import dense_update, relative_error
-from ..training.runs import config as training_config
-from ..training.runs import make_pictures
-from .units import keys, unit
+from tests.benchmark.units import keys, unit
+from tests.models import stable_diffusion, structure
+from tests.reference import dense_update, relative_error
+from tests.training.runs import config as training_config
+from tests.training.runs import make_pictures
 
 METHODS = [
     *("lora-r4", "dora-r4", "loha-r2", "gralora-r4-k2", "gralora-r4-k4", "gralora-r4-k2-h2"),

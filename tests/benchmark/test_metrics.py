@@ -23,7 +23,7 @@ from gralora_diffusion.benchmark.metrics import (
     score_prior,
     score_subject,
 )
-from gralora_diffusion.training.data import DataError
+from gralora_diffusion.errors import DataError
 from tests.benchmark import judges
 
 

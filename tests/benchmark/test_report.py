@@ -12,9 +12,8 @@ import pytest
 from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.benchmark.results import Unreadable
 from gralora_diffusion.staging import OutputError
-
-from .pages import Page
-from .units import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.pages import Page
+from tests.benchmark.units import METHODS, SUBJECTS, keys, unit, written
 
 FILES = {"index.html", "report.md", "scores.csv", "report.json"}
 #: What could break out of HTML, an attribute, Markdown or a table.

@@ -9,9 +9,8 @@ from PIL import Image
 
 from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.benchmark.report.pictures import data_uri
-
-from .pages import Page
-from .units import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.pages import Page
+from tests.benchmark.units import METHODS, SUBJECTS, keys, unit, written
 
 
 def decoded(uri):

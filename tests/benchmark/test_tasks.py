@@ -4,8 +4,7 @@ import pytest
 
 from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.tasks import folder_name, read_tasks
-from gralora_diffusion.training.config_checks import ConfigError
-from gralora_diffusion.training.data import DataError
+from gralora_diffusion.errors import ConfigError, DataError
 from tests.benchmark import judges, runs
 
 

@@ -10,8 +10,7 @@ from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.told import told_layers, told_settings, versions
 from gralora_diffusion.training.config import TrainingConfig
-
-from ..models import stable_diffusion
+from tests.models import stable_diffusion
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)
 CPU = torch.device("cpu")

@@ -25,8 +25,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from gralora_diffusion import GraloraConfig, get_family, inject
-
-from .measuring import (
+from tests.benchmarks.measuring import (
     add_measuring_options,
     interleaved,
     machine,

@@ -26,8 +26,7 @@ from gralora_diffusion.export.adapter_layers import LayerUpdate
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import _BLOCK, OutputTensor, Piece, write_streamed
 from gralora_diffusion.tensor_files import read_header
-
-from .measuring import anonymous_mib, machine
+from tests.benchmarks.measuring import anonymous_mib, machine
 
 #: (out, in) of the layers of a block of FLUX.1: one of two streams and two single ones.
 SHAPES = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)]

@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .cost import Peak, least_seconds, measure_peak, operations_of, uses
-from .measuring import (
+from tests.benchmarks.cost import Peak, least_seconds, measure_peak, operations_of, uses
+from tests.benchmarks.measuring import (
     Run,
     add_measuring_options,
     interleaved,
@@ -39,8 +39,15 @@ from .measuring import (
     table,
     write_json,
 )
-from .peers import LYCORIS_ABSENT, METHODS, Sizes, adapted, adapted_paths, shared_copy
-from .shapes import BLOCKS, LAYERS, TARGETS, Layer, Shape, make_shape
+from tests.benchmarks.peers import (
+    LYCORIS_ABSENT,
+    METHODS,
+    Sizes,
+    adapted,
+    adapted_paths,
+    shared_copy,
+)
+from tests.benchmarks.shapes import BLOCKS, LAYERS, TARGETS, Layer, Shape, make_shape
 
 #: dtype of the base, and whether autocast to bf16 is on.
 DTYPES = {

@@ -37,10 +37,7 @@ from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimizers import build_optimizer
 from gralora_diffusion.training.records import MetricsFile
-
-from ..tiny.stable_diffusion import build
-from ..training.runs import make_pictures
-from .measuring import (
+from tests.benchmarks.measuring import (
     Run,
     add_measuring_options,
     interleaved,
@@ -50,7 +47,9 @@ from .measuring import (
     ratios,
     spread,
 )
-from .peers import Sizes, adapted
+from tests.benchmarks.peers import Sizes, adapted
+from tests.tiny.stable_diffusion import build
+from tests.training.runs import make_pictures
 
 ROOT = Path(__file__).parents[2]
 TRAINER = "trainer"

@@ -9,8 +9,7 @@ from gralora_diffusion.export.choices import DTYPE_CHOICES
 from gralora_diffusion.export.dtypes import converted
 from gralora_diffusion.export.rounding import DTYPES, Rounding
 from gralora_diffusion.export.streaming import OutputTensor, Piece, write_streamed
-
-from .test_streaming import load_file
+from tests.export.test_streaming import load_file
 
 FP8 = torch.float8_e4m3fn
 PLANNED = [  # component, key, shape, dtype

@@ -20,10 +20,9 @@ from gralora_diffusion.export.parity import ParityError
 from gralora_diffusion.export.verification import Verification
 from gralora_diffusion.staging import OutputError
 from gralora_diffusion.state import read_adapter
-
-from ..models import PIPELINES, adapt_everywhere, config, merged
-from ..originals import ORIGINALS, ldm, transformer_alone, write
-from ..tiny.parts import text_encoder_with_projection
+from tests.models import PIPELINES, adapt_everywhere, config, merged
+from tests.originals import ORIGINALS, ldm, transformer_alone, write
+from tests.tiny.parts import text_encoder_with_projection
 
 
 def tiny(name: str) -> Any:

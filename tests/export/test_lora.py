@@ -21,11 +21,10 @@ from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_diff, export_lora
 from gralora_diffusion.export.names import StyleError, find_names
 from gralora_diffusion.file_names import WEIGHTS_NAME
-
-from ..models import PIPELINES, adapt_everywhere, config, merged
-from ..originals import ORIGINALS
-from ..reference import relative_error
-from ..tiny.parts import text_encoder_with_projection
+from tests.models import PIPELINES, adapt_everywhere, config, merged
+from tests.originals import ORIGINALS
+from tests.reference import relative_error
+from tests.tiny.parts import text_encoder_with_projection
 
 
 def saved(name: str, folder: Path, components: Iterable[str] = (), **changes: Any) -> Path:

@@ -15,9 +15,8 @@ from safetensors.torch import load_file
 
 from gralora_diffusion.cli import main
 from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes
-
-from ..models import adapt_everywhere, merged, stable_diffusion
-from ..originals import ORIGINALS, write
+from tests.models import adapt_everywhere, merged, stable_diffusion
+from tests.originals import ORIGINALS, write
 
 
 @pytest.fixture(scope="module")

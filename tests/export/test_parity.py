@@ -20,10 +20,9 @@ from gralora_diffusion.blockwise import lora_factors
 from gralora_diffusion.export.parity import ParityError, compare
 from gralora_diffusion.export.ways import Way, fused_folder, fused_in_place, lora_file
 from gralora_diffusion.state import DENOISER, Adapter, read_adapter
-
-from ..models import PIPELINES, adapt_everywhere, config, merged, structure
-from ..originals import ORIGINALS, write
-from ..tiny.parts import text_encoder_with_projection
+from tests.models import PIPELINES, adapt_everywhere, config, merged, structure
+from tests.originals import ORIGINALS, write
+from tests.tiny.parts import text_encoder_with_projection
 
 PROMPTS = ["a cat", "a dog"]
 HALVES = [torch.float16, torch.bfloat16]

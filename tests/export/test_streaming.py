@@ -22,8 +22,7 @@ from gralora_diffusion.export.streaming import (
     write_streamed,
 )
 from gralora_diffusion.tensor_files import read_header
-
-from .test_tensor_bytes import same
+from tests.export.test_tensor_bytes import same
 
 if sys.platform == "linux":
     import resource

@@ -15,9 +15,8 @@ from safetensors.torch import load_file, save_file
 from gralora_diffusion.export import export_fused, verification
 from gralora_diffusion.export.verification import Verification
 from gralora_diffusion.state import Adapter, read_adapter
-
-from ..models import adapt_everywhere, stable_diffusion
-from ..originals import ORIGINALS, write
+from tests.models import adapt_everywhere, stable_diffusion
+from tests.originals import ORIGINALS, write
 
 
 @pytest.fixture

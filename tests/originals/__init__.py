@@ -12,7 +12,7 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-from . import flux, flux2, ldm, sd3
+from tests.originals import flux, flux2, ldm, sd3
 
 #: family name -> all tensors of its fullest single file
 ORIGINALS: dict[str, Callable[[Any], dict[str, Tensor]]] = {

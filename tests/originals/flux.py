@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .ldm import clip_tensors, vae_tensors
-from .sd3 import block_tensors, blocks_of, swapped, t5_tensors
+from tests.originals.ldm import clip_tensors, vae_tensors
+from tests.originals.sd3 import block_tensors, blocks_of, swapped, t5_tensors
 
 ENDS = {
     "time_text_embed.timestep_embedder.linear_1": "time_in.in_layer",

@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .flux import DOUBLE, DOUBLE_JOINED, named
-from .sd3 import block_tensors, blocks_of, swapped
+from tests.originals.flux import DOUBLE, DOUBLE_JOINED, named
+from tests.originals.sd3 import block_tensors, blocks_of, swapped
 
 ENDS = {
     "time_guidance_embed.timestep_embedder.linear_1": "time_in.in_layer",

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .ldm import clip_tensors, vae_tensors
+from tests.originals.ldm import clip_tensors, vae_tensors
 
 ENDS = {
     "pos_embed.proj": "x_embedder.proj",

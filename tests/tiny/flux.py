@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-from .parts import (
+from tests.tiny.parts import (
     flow_vae,
     quiet,
     spread_out,

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from .parts import quiet, spread_out
+from tests.tiny.parts import quiet, spread_out
 
 FAMILY = "flux2"
 TEMPLATE = (

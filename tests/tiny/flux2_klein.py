@@ -4,8 +4,8 @@ import torch
 from diffusers import Flux2KleinPipeline
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
-from .flux2 import TEMPLATE, scheduler, transformer, vae
-from .parts import CHARACTERS, quiet
+from tests.tiny.flux2 import TEMPLATE, scheduler, transformer, vae
+from tests.tiny.parts import CHARACTERS, quiet
 
 FAMILY = "flux2-klein"
 

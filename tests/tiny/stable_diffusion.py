@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-from .parts import quiet, text_encoder, tokenizer, unet, vae
+from tests.tiny.parts import quiet, text_encoder, tokenizer, unet, vae
 
 FAMILY = "stable-diffusion"
 

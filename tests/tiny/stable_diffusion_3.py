@@ -7,7 +7,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
-from .parts import (
+from tests.tiny.parts import (
     flow_vae,
     quiet,
     spread_out,

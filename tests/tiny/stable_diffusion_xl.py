@@ -3,7 +3,7 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
-from .parts import quiet, text_encoder, text_encoder_with_projection, tokenizer, unet, vae
+from tests.tiny.parts import quiet, text_encoder, text_encoder_with_projection, tokenizer, unet, vae
 
 FAMILY = "stable-diffusion-xl"
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch._inductor.utils import fresh_cache
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
 from gralora_diffusion.injection import inject
 from gralora_diffusion.training import loop
@@ -18,11 +19,9 @@ from gralora_diffusion.training.acceleration import (
     compile_repeated_blocks,
     share_only_what_is_trained,
 )
-from gralora_diffusion.training.config_checks import ConfigError
 from tests.models import PIPELINES, config
-
-from ..tiny.stable_diffusion_3 import build
-from .runs import assert_close, assert_same_run, make_pictures, metrics, run
+from tests.tiny.stable_diffusion_3 import build
+from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run
 
 
 def test_nothing_frozen_is_sent_round() -> None:

@@ -16,6 +16,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
 
 from gralora_diffusion import inject
+from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import get_family
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.state import config_to_dict, save_adapter
@@ -27,8 +28,6 @@ from gralora_diffusion.training.adapters import (
     read_out,
     weights_for_use,
 )
-from gralora_diffusion.training.checkpoint import CheckpointError
-from gralora_diffusion.training.config_checks import ConfigError
 from tests.models import stable_diffusion
 from tests.training.runs import config
 

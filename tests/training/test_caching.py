@@ -13,6 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+from gralora_diffusion.errors import DataError
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training import caching
 from gralora_diffusion.training.base_model import present
@@ -22,7 +23,7 @@ from gralora_diffusion.training.caching import (
     prompt_fingerprint,
     vae_fingerprint,
 )
-from gralora_diffusion.training.data import DataError, find_examples
+from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.pictures import CropPlan, Variant
 from tests.models import PIPELINES
 

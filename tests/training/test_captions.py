@@ -11,9 +11,10 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
+from gralora_diffusion.errors import DataError
 from gralora_diffusion.training import captions
 from gralora_diffusion.training.captions import caption_files
-from gralora_diffusion.training.data import DataError, find_examples
+from gralora_diffusion.training.data import find_examples
 
 
 @pytest.fixture

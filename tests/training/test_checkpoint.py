@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from gralora_diffusion.errors import CheckpointError
 from gralora_diffusion.tensor_files import write_safetensors
-from gralora_diffusion.training.checkpoint import CheckpointError, CheckpointStore
+from gralora_diffusion.training.checkpoint import CheckpointStore
 
 
 def content(text: str) -> Callable[[Path], None]:

@@ -14,13 +14,9 @@ import yaml
 from diffusers.optimization import SchedulerType
 from PIL import Image
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.training.config import TrainingConfig, parse_config
-from gralora_diffusion.training.config_checks import (
-    NEEDS,
-    ConfigError,
-    check_sizes,
-    find_problems,
-)
+from gralora_diffusion.training.config_checks import NEEDS, check_sizes, find_problems
 from gralora_diffusion.training.config_options import choices_of
 
 ROOT = Path(__file__).parents[2]

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from gralora_diffusion.errors import DataError
 from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.data import (
-    DataError,
     find_examples,
     warn_of_long_pictures,
     warn_of_small_pictures,

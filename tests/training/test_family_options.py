@@ -6,12 +6,11 @@ from typing import Any
 
 import pytest
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family, list_families
 from gralora_diffusion.training.adapters import trained_components
-from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.family_options import check_family_options
-
-from .runs import config
+from tests.training.runs import config
 
 
 def problem(family: str, **options: Any) -> str:

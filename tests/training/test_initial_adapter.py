@@ -9,15 +9,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.training import loop
-from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.warm_start import gralora_from_lora
 from tests import models
 from tests.reference import relative_error
+from tests.training import runs
 from tests.warm_start.loras import KOHYA, pairs, save
-
-from . import runs
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -16,12 +16,11 @@ from diffusers import (
     PNDMScheduler,
 )
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family, list_families
-from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.objectives import DDPM, FlowMatching, make_objective
 from tests.models import PIPELINES
-
-from .runs import config
+from tests.training.runs import config
 
 STEPS = torch.arange(1000)
 SHAPE = torch.Size((4, 2, 3))

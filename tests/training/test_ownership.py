@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.training import ownership
-from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.ownership import LOCK_NAME, OWNER_NAME, owned
 
 HOLDER = """

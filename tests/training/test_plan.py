@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family
 from gralora_diffusion.layers import GraloraLayer
 from gralora_diffusion.state import WEIGHTS_NAME
@@ -25,7 +26,6 @@ from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, m
 from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
-from gralora_diffusion.training.config_checks import ConfigError
 from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.main import main

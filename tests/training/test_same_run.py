@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from gralora_diffusion.errors import CheckpointError
 from gralora_diffusion.training import loop
-from gralora_diffusion.training.checkpoint import CheckpointError
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.same_run import (
     PROGRESS_NAME,

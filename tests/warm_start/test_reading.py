@@ -18,8 +18,7 @@ from gralora_diffusion.warm_start.main import main
 from tests.models import PIPELINES, dense_updates
 from tests.originals import ORIGINALS
 from tests.reference import relative_error
-
-from .loras import dense, save
+from tests.warm_start.loras import dense, save
 
 PATH = "single_transformer_blocks.0.attn.to_q"
 

@@ -26,8 +26,7 @@ from tests import models
 from tests.models import PIPELINES, adapt_everywhere, dense_updates
 from tests.originals import ORIGINALS
 from tests.reference import relative_error
-
-from .loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
+from tests.warm_start.loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
 
 TRANSFORMERS = ["flux", "flux2", "flux2-klein", "stable-diffusion-3"]
 ENDINGS = ("to_q", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...staging import staged
-from ..results import UnitKey, UnitResult, Unreadable
-from ..statistics import RESAMPLES
+from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.statistics import RESAMPLES
+from gralora_diffusion.staging import staged
+
 from .content import content_of
 from .files import as_csv, as_json
 from .html import as_html

@@ -7,9 +7,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..results import UnitKey, UnitResult, Unreadable
-from ..scores import Score, score_named, score_order
-from ..statistics import Comparison, Estimate, Place, compare, estimate, pareto_front, spread
+from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.scores import Score, score_named, score_order
+from gralora_diffusion.benchmark.statistics import (
+    Comparison,
+    Estimate,
+    Place,
+    compare,
+    estimate,
+    pareto_front,
+    spread,
+)
+
 from .mechanism import MechanismContent, mechanism_of
 from .provenance import Provenance, provenance_of
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from ...safe_text import for_csv
-from ..results import UnitResult
-from ..scores import score_order
+from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.benchmark.scores import score_order
+from gralora_diffusion.safe_text import for_csv
+
 from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note
 

@@ -6,7 +6,8 @@ import html
 
 import yaml
 
-from ...safe_text import for_code_block, for_markdown, for_markdown_item
+from gralora_diffusion.safe_text import for_code_block, for_markdown, for_markdown_item
+
 from . import tables
 from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note

@@ -10,8 +10,9 @@ from pathlib import Path
 
 from PIL import Image
 
-from ...image_files import ImageError, read_image
-from ..results import UnitResult
+from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.image_files import ImageError, read_image
+
 from .content import Content
 
 #: Pixels of the longer side and prompts of a subject, from the best to the least.

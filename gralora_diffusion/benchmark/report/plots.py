@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from ..scores import score_named
+from gralora_diffusion.benchmark.scores import score_named
+
 from .content import ParetoContent, ProtocolContent, ScoreContent
 from .mechanism import MechanismContent
 from .sentences import difference_text, direction

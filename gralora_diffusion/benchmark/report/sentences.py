@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..scores import Score
-from ..statistics import Comparison, Estimate
+from gralora_diffusion.benchmark.scores import Score
+from gralora_diffusion.benchmark.statistics import Comparison, Estimate
+
 from .content import Content, ProtocolContent
 
 #: Verdicts in the order in which they are told.

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from ..results import UnitResult
-from ..scores import score_named, score_order
-from ..statistics import Estimate
+from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.benchmark.scores import score_named, score_order
+from gralora_diffusion.benchmark.statistics import Estimate
+
 from .content import Content, ProtocolContent, Spread
 from .mechanism import MechanismContent
 from .sentences import direction, signed
