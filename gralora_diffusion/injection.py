@@ -269,3 +269,19 @@ def mark_adapted(model: Any, adapted: bool) -> None:
     """Tell the adapter methods of diffusers and transformers whether there are adapters."""
     if hasattr(model, "_hf_peft_config_loaded"):
         model._hf_peft_config_loaded = adapted
+
+
+@contextmanager
+def adapters_disabled(*models: nn.Module) -> Iterator[None]:
+    """Inside, the models predict as if they had no adapter. No gradient is recorded."""
+    layers = [m for model in models for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    # PEFT's enable_adapters would also flip requires_grad, which DDP does not allow midway
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for layer, was in zip(layers, before, strict=True):
+            layer._disable_adapters = was

@@ -15,6 +15,7 @@ from gralora_diffusion.benchmark import main as benchmark
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_results
 from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.training.config import parse_config
+from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.loop import train
 
 ROOT = Path(__file__).parent.parent
@@ -53,7 +54,7 @@ def test_options():
     assert config.lora_layers == f"{TO_Q},{TO_V}"
     assert (config.rank, config.hybrid_rank, config.max_train_steps) == (4, 2, 4)
     assert (config.use_ema, config.text_encoder_lr, config.mixed_precision) == (True, 5e-6, "no")
-    config.validate()
+    validate(config)
 
 
 def test_checkpoint(tmp_path):

@@ -16,7 +16,7 @@ from gralora_diffusion.image_files import image_suffix
 from gralora_diffusion.staging import staged
 from gralora_diffusion.training.captions import METADATA_NAME
 from gralora_diffusion.training.data import Example
-from gralora_diffusion.training.streams import seed_from
+from gralora_diffusion.training.seeds import seed_from
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from gralora_diffusion.training.adapters import (
     trained_components,
 )
 from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.streams import seed_from
+from gralora_diffusion.training.seeds import seed_from
 
 _NAME = re.compile(
     r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from gralora_diffusion.training.config import OPTION_GROUPS
-from gralora_diffusion.training.config_options import option
+from gralora_diffusion.training.option_fields import option
 
 #: The trainer's options that the benchmark sets itself, and by what.
 SET_BY_THE_BENCHMARK = {

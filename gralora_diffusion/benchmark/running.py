@@ -20,7 +20,8 @@ from gralora_diffusion.targets import find_targets
 from gralora_diffusion.tensor_files import replacing
 from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
 from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
-from gralora_diffusion.training.base_model import completed, find_base_family, load_base, present
+from gralora_diffusion.training.base_checks import resolve_defaults
+from gralora_diffusion.training.base_model import find_base_family, load_base, present
 from gralora_diffusion.training.batches import find_class_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config import TrainingConfig
@@ -81,7 +82,7 @@ class Runner:
             TrainingDiverged: the loss is no number any more.
         """
         config = method.configured(replace(task.config, seed=seed))
-        config = completed(config, self.family, self.pipe, self.accelerator.mixed_precision)
+        config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
         unmoved = self._pictures_of_the_base(task, config)
         try:

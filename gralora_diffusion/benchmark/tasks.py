@@ -12,6 +12,7 @@ from pathlib import Path
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.data import Example
 
 from .captioned import split, write_examples
@@ -69,7 +70,7 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
             problems += error.problems
     if problems:
         raise DataError(str(settings.dreambooth_dir), problems)
-    for remark in tasks[0].config.validate():
+    for remark in validate(tasks[0].config):
         logger.warning(remark)
     return tasks
 
@@ -133,7 +134,7 @@ def _captioned(settings: BenchmarkSettings) -> Task:
         instance_data_dir=settings.captioned_dir,
         output_dir=str(settings.folder),
     )
-    for remark in config.validate():
+    for remark in validate(config):
         logger.warning(remark)
     try:
         # the same for every seed of the training: they are compared with each other

@@ -32,7 +32,7 @@ from gralora_diffusion.targets import find_targets, is_named, lowered_k
 from .config import TrainingConfig
 from .config_patterns import given_patterns
 from .optimizers import evaluating
-from .streams import seed_from
+from .seeds import seed_from
 
 logger = logging.getLogger(__name__)
 

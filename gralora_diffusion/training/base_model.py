@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -16,8 +15,7 @@ from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.hub import offline_problem
 
-from .config import TrainingConfig
-from .config_checks import check_sizes
+from .base_options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder
@@ -25,41 +23,41 @@ from .single_file import SingleFile, without_text_encoder
 LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
-def find_base_family(config: TrainingConfig) -> ModelFamily:
+def find_base_family(options: BaseModelOptions) -> ModelFamily:
     """Tell the family of the base from its index or its keys, before any weight is loaded.
 
     Raises:
         ConfigError: the base is not there, not readable, or of no supported family.
     """
-    base = config.pretrained_model_name_or_path
-    if config.family and config.family not in list_families():
+    base = options.pretrained_model_name_or_path
+    if options.family and options.family not in list_families():
         raise ConfigError(
-            [f"--family is {config.family!r}; it must be one of {', '.join(list_families())}"]
+            [f"--family is {options.family!r}; it must be one of {', '.join(list_families())}"]
         )
     index = None
     if not Path(base).is_file():
         index = PipelineIndex(
-            "pretrained_model_name_or_path", base, config.cache_dir, config.revision
+            "pretrained_model_name_or_path", base, options.cache_dir, options.revision
         )
-    elif config.base_config:
-        index = PipelineIndex("base_config", config.base_config, config.cache_dir)
-    family = _told_family(config, index)
+    elif options.base_config:
+        index = PipelineIndex("base_config", options.base_config, options.cache_dir)
+    family = _told_family(options, index)
     if Path(base).is_file():
         family = SingleFile(Path(base)).family_told(family)
     assert family is not None
     return family
 
 
-def _told_family(config: TrainingConfig, index: PipelineIndex | None) -> ModelFamily | None:
+def _told_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:
     """The family that ``--family`` and the index, if there is one, agree on."""
-    chosen = get_family(config.family) if config.family else None
+    chosen = get_family(options.family) if options.family else None
     if index is None:
         return chosen
     if chosen and index.family and index.family is not chosen:
         raise ConfigError(
             [
-                f"--family {config.family}, but --{index.option} is {index.family.name} "
-                f"({index.pipeline_class}). Leave out --family, or give a base of {config.family}"
+                f"--family {options.family}, but --{index.option} is {index.family.name} "
+                f"({index.pipeline_class}). Leave out --family, or give a base of {options.family}"
             ]
         )
     if not (chosen or index.family):
@@ -73,7 +71,7 @@ def _told_family(config: TrainingConfig, index: PipelineIndex | None) -> ModelFa
 
 
 def load_base(
-    config: TrainingConfig,
+    options: BaseModelOptions,
     family: ModelFamily,
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
@@ -89,37 +87,37 @@ def load_base(
     Raises:
         ConfigError: the base cannot be loaded or is not one to train.
     """
-    base, revision = config.pretrained_model_name_or_path, config.revision
+    base, revision = options.pretrained_model_name_or_path, options.revision
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # a component that is given is not loaded from the base
-    given: dict[str, Any] = {**family.load_options, **_vae(config, pipeline_class, vae_dtype)}
-    for name in config.leave_out_text_encoders or ():
+    given: dict[str, Any] = {**family.load_options, **_vae(options, pipeline_class, vae_dtype)}
+    for name in options.leave_out_text_encoders or ():
         given |= without_text_encoder(name)
     try:
         if Path(base).is_file():
             file = SingleFile(Path(base))
-            base, parts = file.load(config, family, dtype, vae_dtype, given)
+            base, parts = file.load(options, family, dtype, vae_dtype, given)
             given, revision = {**parts, **given}, None
         pipe = pipeline_class.from_pretrained(
             base,
             dtype={"default": dtype, "vae": vae_dtype},
-            variant=config.variant,
+            variant=options.variant,
             revision=revision,
-            cache_dir=config.cache_dir,
+            cache_dir=options.cache_dir,
             use_safetensors=True,
             **given,
-            **loading_arguments(config, family, dtype),
+            **loading_arguments(options, family, dtype),
         )
         check_computing_dtype(pipe, dtype)
         family.check_base(pipe)
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        base = config.pretrained_model_name_or_path
+        base = options.pretrained_model_name_or_path
         problem = offline_problem(
-            error, base, revision=config.revision, cache_dir=config.cache_dir
+            error, base, revision=options.revision, cache_dir=options.cache_dir
         ) or str(error)
-        if Path(base).is_file() and config.base_config is None:
+        if Path(base).is_file() and options.base_config is None:
             problem += (
                 ". What a single file lacks comes from the Hub; offline, give a folder with a "
                 "pipeline of the same kind as --base_config"
@@ -132,43 +130,6 @@ def load_base(
         if getattr(component, "is_loaded_in_4bit", False):
             component.to("cpu")
     return pipe
-
-
-def completed(
-    config: TrainingConfig, family: ModelFamily, pipe: Any, precision: str
-) -> TrainingConfig:
-    """Return the options with a value for each that was left to the family and the base.
-
-    Args:
-        precision: what accelerate is set to: no, fp16 or bf16.
-
-    Raises:
-        ConfigError: sizes or a ``clip_skip`` that the base cannot take.
-    """
-    config = config.with_defaults(
-        {
-            **family.training_defaults,
-            "resolution": family.native_resolution(pipe),
-            "mixed_precision": precision,
-        }
-    )
-    check_sizes(config, family.size_divisor(pipe))
-    if family.skipped_layers is None:
-        return replace(config, clip_skip=None)  # it has no use, which the user was told
-    if problems := list(_clip_skip(config, family, pipe)):
-        raise ConfigError(problems)
-    return config
-
-
-def _clip_skip(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Iterator[str]:
-    for name in family.usual_text_encoders or family.text_encoders:
-        layers = getattr(pipe, name).config.num_hidden_layers
-        most = layers - (family.skipped_layers or 0)
-        if config.clip_skip is not None and config.clip_skip > most:
-            yield (
-                f"--clip_skip is {config.clip_skip}, but of the {layers} layers of this base's "
-                f"{name} at most {most} can be skipped; 1 is usual"
-            )
 
 
 def freeze(pipe: Any) -> None:
@@ -197,23 +158,23 @@ def vae_class(pipeline_class: type) -> Any:
     return get_type_hints(pipeline_class.__init__)["vae"]  # type: ignore[misc]
 
 
-def _vae(config: TrainingConfig, pipeline_class: type, dtype: torch.dtype) -> dict[str, Any]:
+def _vae(options: BaseModelOptions, pipeline_class: type, dtype: torch.dtype) -> dict[str, Any]:
     """The VAE that takes the place of the base's, if there is to be one."""
-    source = config.pretrained_vae_model_name_or_path
+    source = options.pretrained_vae_model_name_or_path
     if not source:
         return {}
     wanted = vae_class(pipeline_class)
     option = f"--pretrained_vae_model_name_or_path {source}"
     try:
-        found = wanted.load_config(source, cache_dir=config.cache_dir).get("_class_name")
+        found = wanted.load_config(source, cache_dir=options.cache_dir).get("_class_name")
         if found not in (wanted.__name__, None):
             raise ConfigError([f"{option} is {found}; the base needs {wanted.__name__}"])
         vae = wanted.from_pretrained(
-            source, dtype=dtype, cache_dir=config.cache_dir, use_safetensors=True
+            source, dtype=dtype, cache_dir=options.cache_dir, use_safetensors=True
         )
     except ConfigError:
         raise
     except LOADING_ERRORS as error:
-        problem = offline_problem(error, source, cache_dir=config.cache_dir)
+        problem = offline_problem(error, source, cache_dir=options.cache_dir)
         raise ConfigError([f"{option} cannot be used: {problem or error}"]) from error
     return {"vae": vae}

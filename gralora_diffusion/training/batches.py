@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.injection import adapters_disabled
 
 from .base_model import present
 from .buckets import Buckets, listed_buckets
@@ -23,7 +24,7 @@ from .config import TrainingConfig
 from .data import MIN_FOR_PROGRESS, Example, find_examples
 from .dataset_rows import find_dataset_examples
 from .pictures import CropPlan
-from .prior import class_pictures_there, frozen_base
+from .prior import class_pictures_there
 from .processes import wait_for_all
 from .prompt_lengths import cuts_told_already, tell_cut_prompts
 from .samples import TrainingSet, collate
@@ -221,7 +222,7 @@ class Batches:
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:
             alone = PromptCache()
-            with frozen_base(*present(pipe, self.family.text_encoders)):
+            with adapters_disabled(*present(pipe, self.family.text_encoders)):
                 alone.fill([str(config.class_prompt)], encode)
             self.teacher = alone.batch([str(config.class_prompt)])
         if config.train_text_encoder:

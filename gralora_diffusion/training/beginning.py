@@ -13,14 +13,15 @@ from typing import Any
 from accelerate import Accelerator
 
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.config_checks import validate
 
 from .acceleration import DTYPES
+from .base_checks import check_without_weights
 from .base_model import find_base_family
 from .batches import find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import PATHS, TrainingConfig
 from .data import Example
-from .empty_base import check_without_weights
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values
 from .prior import class_pictures_lacking, draw_class_images
@@ -79,7 +80,7 @@ def find_beginning(
 
 
 def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerator) -> Beginning:
-    for remark in config.validate():
+    for remark in validate(config):
         logger.warning(remark)
     resume = find_checkpoint(config, store)
     family = find_base_family(config)

@@ -9,21 +9,20 @@ from typing import Any
 
 import yaml
 
-from gralora_diffusion.errors import ConfigError
-
-from .config_checks import find_problems, find_remarks
+from .base_options import BaseModelOptions
 from .config_options import (
     AdapterOptions,
-    BaseModelOptions,
+    DataOptions,
+    ImageOptions,
     LengthOptions,
     LossOptions,
     OptimizerOptions,
     OutputOptions,
+    PriorOptions,
     ValidationOptions,
-    choices_of,
 )
 from .config_patterns import layer_patterns
-from .config_picture_options import DataOptions, ImageOptions, PriorOptions
+from .option_fields import group_table
 from .option_parsing import parse_options
 
 OPTION_GROUPS: tuple[type, ...] = (
@@ -95,7 +94,7 @@ class TrainingConfig(
     DataOptions,
     BaseModelOptions,
 ):
-    """All options of a training run; ``config_options`` describes each. Call :meth:`validate`."""
+    """All options of a training run; each is described in ``config_options``."""
 
     def __post_init__(self) -> None:
         self.optimizer = self.optimizer.lower()
@@ -109,11 +108,6 @@ class TrainingConfig(
                 setattr(self, name, str(Path(value).expanduser()))
 
     @property
-    def alpha(self) -> int:
-        """``lora_alpha``, or what gives scaling 1."""
-        return self.rank + self.hybrid_rank if self.lora_alpha is None else self.lora_alpha
-
-    @property
     def patterns(self) -> dict[str, dict[str, Any]]:
         """``rank_pattern``, ``k_pattern`` and ``alpha_pattern`` as ``GraloraConfig`` takes them.
 
@@ -125,36 +119,6 @@ class TrainingConfig(
     def encoding(self) -> dict[str, Any]:
         """How prompts are encoded, as ``ModelFamily.encode_prompts`` takes it."""
         return {"max_sequence_length": self.max_sequence_length, "clip_skip": self.clip_skip}
-
-    @property
-    def quantizes(self) -> bool:
-        """Whether the options say anything of a base in fewer bits."""
-        return bool(
-            self.quantization or self.bnb_quantization_config_path or self.quantize_text_encoders
-        )
-
-    @property
-    def target_modules(self) -> list[str] | str | None:
-        """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
-        return _layers(self.lora_layers)
-
-    @property
-    def excluded_modules(self) -> list[str] | str | None:
-        """``exclude_modules`` as PEFT takes it."""
-        return _layers(self.exclude_modules)
-
-    def validate(self) -> list[str]:
-        """Check all that can be checked before a model is loaded.
-
-        Returns:
-            Remarks for the user about options that have no effect or an unusual value.
-
-        Raises:
-            ConfigError: with every problem, each naming the flag, the value, and what to do.
-        """
-        if problems := find_problems(self):
-            raise ConfigError(problems)
-        return find_remarks(self)
 
     def with_defaults(self, family_defaults: Mapping[str, Any]) -> TrainingConfig:
         """Return a copy in which every option left to the family has a value.
@@ -235,33 +199,11 @@ def options_table() -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def group_table(group: Any) -> str:
-    """Return the options of a group as a Markdown table under its heading."""
-    rows = ["| option | default | |", "|---|---|---|"]
-    choices = choices_of(group)
-    for f in fields(group):
-        value = str(f.default).lower() if isinstance(f.default, bool) else f.default
-        default = "" if value in (None, "") else f"`{value}`"
-        text = f.metadata["help"].replace("<", "\\<")  # Markdown would take it for a tag
-        allowed = f". One of {', '.join(choices[f.name])}" if choices.get(f.name) else ""
-        rows.append(f"| `--{f.name}` | {default} | {text}{allowed} |")
-    return "\n\n".join([f"## {group._argument_group_name}", "\n".join(rows)])
-
-
 def public_name(source: str) -> str:
     """Return the last part of a local path; a Hub id as it is."""
     path = Path(source)
     local = path.exists() or path.is_absolute() or len(path.parts) != 2
     return path.resolve().name if local else source
-
-
-def _layers(text: str | None) -> list[str] | str | None:
-    """Endings of paths, or a regular expression."""
-    if text is None:
-        return None
-    if text.startswith("re:"):
-        return text[len("re:") :]
-    return [ending.strip() for ending in text.split(",") if ending.strip()]
 
 
 def _option_names() -> set[str]:

@@ -13,28 +13,17 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.path_patterns import PatternError, path_pattern
 
-from .buckets import size_problems
+from .buckets import listed_buckets
 from .checkpoint import CheckpointStore
-from .config_options import choices_of
+from .config import TrainingConfig
+from .config_options import OPTIMIZERS
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_patterns import check_patterns
-
-if TYPE_CHECKING:
-    from .config import TrainingConfig
-
-# optimizer -> (module to import, package to install); None where nothing is to be installed
-OPTIMIZERS: dict[str, tuple[str, str] | None] = {
-    "adamw": None,
-    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
-    "prodigy": ("prodigyopt", "prodigyopt"),
-    "adafactor": None,
-    "schedulefree": ("schedulefree", "schedulefree"),
-}
+from .option_fields import choices_of
 
 AT_LEAST_ONE = (
     "rank",
@@ -104,6 +93,20 @@ NEEDS = {
 }
 
 
+def validate(config: TrainingConfig) -> list[str]:
+    """Check all that can be checked before a model is loaded.
+
+    Returns:
+        Remarks for the user about options that have no effect or an unusual value.
+
+    Raises:
+        ConfigError: with every problem, each naming the flag, the value, and what to do.
+    """
+    if problems := find_problems(config):
+        raise ConfigError(problems)
+    return find_remarks(config)
+
+
 def find_problems(config: TrainingConfig) -> list[str]:
     """Return what is wrong with ``config``, one text per problem, in the options' order."""
     checks = (
@@ -119,19 +122,6 @@ def find_problems(config: TrainingConfig) -> list[str]:
         check_output,
     )
     return [problem for check in checks for problem in check(config)]
-
-
-def check_sizes(config: TrainingConfig, divisor: int) -> None:
-    """Check resolution and buckets again, once the base is known.
-
-    Args:
-        divisor: what the base needs heights and widths to be multiples of.
-
-    Raises:
-        ConfigError: with all sizes that are not.
-    """
-    if problems := list(size_problems(config, divisor)):
-        raise ConfigError(problems)
 
 
 def _values(config: TrainingConfig) -> Iterator[str]:
@@ -292,12 +282,7 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
 
 def find_remarks(config: TrainingConfig) -> list[str]:
     """Return what the user should know about options that have no effect, or an unusual value."""
-    remarks = [*_without_effect(config), *_unusual(config)]
-    if config.quantizes:
-        from .quantization import quantization_remarks
-
-        remarks += quantization_remarks(config)
-    return remarks
+    return [*_without_effect(config), *_unusual(config)]
 
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:
@@ -330,6 +315,12 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
 
 
 def _unusual(config: TrainingConfig) -> Iterable[str]:
+    if (config.quantization or "").startswith("torchao") and not config.gradient_checkpointing:
+        yield (
+            f"--quantization {config.quantization} without --gradient_checkpointing: torchao keeps "
+            "each layer's weight in the computing precision until the backward pass, which takes "
+            "more memory than it saves"
+        )
     rate = config.learning_rate
     if config.optimizer == "prodigy" and rate is not None and rate < 0.1:
         yield f"--learning_rate is {rate}; with Prodigy 1.0 is usual, for it finds the step size"
@@ -341,3 +332,39 @@ def _unusual(config: TrainingConfig) -> Iterable[str]:
             f"--pretrained_model_name_or_path {str(base)!r} is taken as a Hub id, for there is no "
             f"such folder here{nearby(base)}"
         )
+
+
+def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
+    """Tell which sizes a base cannot take whose heights and widths are multiples of ``divisor``."""
+    wanted = "8, as the VAE shrinks by 8" if divisor == 8 else f"{divisor} for this base"
+    for name in ("resolution", "validation_height", "validation_width"):
+        side = getattr(config, name)
+        if side is not None and side != (nearest := _multiple(side, divisor)):
+            yield f"--{name} is {side}; it must be a multiple of {wanted}. The nearest is {nearest}"
+    try:
+        sizes = listed_buckets(config.aspect_ratio_buckets)
+    except ValueError as error:
+        yield (
+            f"--aspect_ratio_buckets is {config.aspect_ratio_buckets!r}: {error} Give "
+            "'height,width' with ; between, such as '512,512;640,384;384,640'"
+        )
+        return
+    shapes: dict[float, tuple[int, int]] = {}
+    for height, width in sizes:
+        near = _multiple(height, divisor), _multiple(width, divisor)
+        if (height, width) != near:
+            yield (
+                f"--aspect_ratio_buckets holds {height},{width}; height and width must be "
+                f"multiples of {wanted}. The nearest is {near[0]},{near[1]}"
+            )
+        if earlier := shapes.get(height / width):
+            yield (
+                f"--aspect_ratio_buckets holds {earlier[0]},{earlier[1]} and {height},{width}, "
+                "which are of one shape, and pictures are sorted by shape. Keep one of them"
+            )
+        shapes[height / width] = height, width
+
+
+def _multiple(side: int, divisor: int) -> int:
+    """Return the multiple of ``divisor`` that is nearest to ``side``, and not zero."""
+    return max(divisor, round(side / divisor) * divisor)

@@ -9,65 +9,120 @@ What each group's options mean together is checked in ``config_checks``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, get_args, get_type_hints
+from dataclasses import dataclass
+from typing import ClassVar, Literal
 
+from .option_fields import option
 
-def option(default: Any, help: str, *, secret: bool = False) -> Any:
-    """A dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
-    return field(default=default, repr=not secret, metadata={"help": help})
-
-
-def choices_of(options: type) -> dict[str, tuple[str, ...]]:
-    """Return name -> allowed values of the fields of a dataclass that have such a list."""
-    choices = {}
-    for name, hint in get_type_hints(options).items():
-        for part in (hint, *get_args(hint)):
-            if getattr(part, "__origin__", None) is Literal:
-                choices[name] = get_args(part)
-    return choices
+# optimizer -> (module to import, package to install); None where nothing is to be installed
+OPTIMIZERS: dict[str, tuple[str, str] | None] = {
+    "adamw": None,
+    "adamw8bit": ("bitsandbytes", "bitsandbytes"),
+    "prodigy": ("prodigyopt", "prodigyopt"),
+    "adafactor": None,
+    "schedulefree": ("schedulefree", "schedulefree"),
+}
 
 
 @dataclass(kw_only=True)
-class BaseModelOptions:
-    """The model that is adapted."""
+class DataOptions:
+    """The pictures of the subject and their captions."""
 
-    _argument_group_name: ClassVar[str] = "Base model"
+    _argument_group_name: ClassVar[str] = "Pictures and captions"
 
-    config: str | None = option(
+    instance_data_dir: str | None = option(
         None,
-        "YAML file of options, `name: value` per line; what is on the command line wins over it",
+        "Folder with the pictures to learn. Captions: .txt, .caption or .json files beside them, "
+        "metadata.jsonl, .csv or .parquet, or sub-folders such as '10_sks dog': repeats and prompt",
     )
-    pretrained_model_name_or_path: str = option(
-        "",
-        "Required. The base: a diffusers folder, a Hub id (owner/name), or one .safetensors file",
+    dataset_name: str | None = option(
+        None, "Dataset to learn instead: a Hub id or a local dataset folder (needs `datasets`)"
     )
-    base_config: str | None = option(
+    dataset_config_name: str | None = option(None, "Configuration of that dataset")
+    image_column: str = option("image", "Column with the pictures")
+    caption_column: str | None = option(
         None,
-        "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, for "
-        "the configuration and the models that the file lacks (default: found on the Hub)",
+        "Column with the captions; needed for a dataset with captions. In a folder, of the "
+        "metadata file and .json files (default: text, caption or prompt)",
     )
-    revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
-    variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
-    cache_dir: str | None = option(None, "Folder for what is downloaded (default: the Hub's own)")
-    pretrained_vae_model_name_or_path: str | None = option(
-        None, "VAE to use in place of the base's: a folder or a Hub id"
+    instance_prompt: str | None = option(
+        None, "Prompt for pictures that have no caption, such as 'a photo of sks dog'"
     )
-    leave_out_text_encoders: list[str] | None = option(  # noqa: RUF009
+    repeats: int = option(1, "How many times each picture counts in an epoch")
+    max_sequence_length: int | None = option(
+        None, "Tokens of a prompt at most, where the base leaves it open (T5, FLUX.2)"
+    )
+    clip_skip: int | None = option(
         None,
-        "Text encoders to load the base without, to save memory, such as text_encoder_3 (T5) of "
-        "Stable Diffusion 3",
+        "Layers to skip at the end of CLIP, counted as diffusers does: 1 is what other programs "
+        "call clip skip 2 (Stable Diffusion 1.x, 2.x, XL and 3)",
     )
-    family: str | None = option(
-        None, "Model family of the base, such as stable-diffusion (default: found from the base)"
+    caption_dropout: float = option(0.0, "Share of samples that train with an empty caption")
+    skip_bad_images: bool = option(
+        False, "Train without the pictures that cannot be decoded instead of stopping"
     )
-    quantization: Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None = option(
+
+
+@dataclass(kw_only=True)
+class PriorOptions:
+    """Keeping what the base knows of the subject's class."""
+
+    _argument_group_name: ClassVar[str] = "Prior preservation"
+
+    with_prior_preservation: bool = option(
+        False, "Also train on the subject's class, so that the class does not turn into the subject"
+    )
+    prior_source: Literal["images", "teacher"] = option(
+        "images",
+        "images: class pictures that the base draws first; teacher: the predictions of the frozen "
+        "base on the class prompt, without class pictures",
+    )
+    class_prompt: str | None = option(None, "Prompt of the class, such as 'a photo of a dog'")
+    class_data_dir: str | None = option(
+        None, "Folder of the class pictures; those that lack are drawn into it"
+    )
+    num_class_images: int = option(100, "How many class pictures there shall be")
+    prior_loss_weight: float = option(1.0, "Weight of the class's loss")
+    prior_generation_precision: Literal["no", "fp32", "fp16", "bf16"] | None = option(
         None,
-        "Store the frozen denoiser in 8 or 4 bits (needs bitsandbytes and a GPU, or torchao)",
+        "Precision for drawing class pictures (default: on a GPU fp16, or bf16 for Stable "
+        "Diffusion 3 and FLUX, else fp32)",
     )
-    quantize_text_encoders: bool = option(False, "The same for the text encoders")
-    bnb_quantization_config_path: str | None = option(
-        None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
+    sample_batch_size: int = option(4, "Class pictures drawn at once")
+
+
+@dataclass(kw_only=True)
+class ImageOptions:
+    """From picture to latents."""
+
+    _argument_group_name: ClassVar[str] = "Image size, crops and caches"
+
+    resolution: int | None = option(
+        None, "Side of the training pictures in pixels (default: the family's)"
+    )
+    use_aspect_ratio_buckets: bool = option(
+        False,
+        "Train each picture at the nearest of eleven shapes from 1:2 to 2:1 with about as many "
+        "pixels as the square; a picture with fewer pixels in a shape of its own size",
+    )
+    aspect_ratio_buckets: str | None = option(
+        None,
+        "Train each picture at the nearest of these sizes, 'height,width;height,width;...', in "
+        "place of those shapes; smaller pictures are enlarged. Implies --use_aspect_ratio_buckets",
+    )
+    center_crop: bool = option(False, "Crop the middle instead of a random part")
+    random_flip: bool = option(False, "Mirror at random")
+    image_interpolation_mode: Literal[
+        "nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"
+    ] = option("lanczos", "How pictures are resized")
+    cache_latents: bool = option(True, "Encode each picture once")
+    cached_crops: int = option(
+        8, "Random crops kept per picture by the latent cache; each sample draws one of them"
+    )
+    latent_cache_dir: str | None = option(
+        None,
+        "Folder that keeps latents and encoded prompts, for this run and the next (default: each "
+        "process keeps them in memory)",
     )
 
 
@@ -154,6 +209,21 @@ class AdapterOptions:
         "Which of them, such as text_encoder text_encoder_2 (default: the CLIPs, not T5)",
     )
     text_encoder_target_preset: str = option("attention", "--target_preset for the text encoders")
+
+    @property
+    def alpha(self) -> int:
+        """``lora_alpha``, or what gives scaling 1."""
+        return self.rank + self.hybrid_rank if self.lora_alpha is None else self.lora_alpha
+
+    @property
+    def target_modules(self) -> list[str] | str | None:
+        """``lora_layers`` as PEFT takes it: endings or a regular expression; None: the preset."""
+        return _layers(self.lora_layers)
+
+    @property
+    def excluded_modules(self) -> list[str] | str | None:
+        """``exclude_modules`` as PEFT takes it."""
+        return _layers(self.exclude_modules)
 
 
 @dataclass(kw_only=True)
@@ -301,3 +371,12 @@ class ValidationOptions:
     )
     validation_inference_steps: int = option(30, "Inference steps")
     skip_final_inference: bool = option(False, "Draw nothing at the end")
+
+
+def _layers(text: str | None) -> list[str] | str | None:
+    """Endings of paths, or a regular expression."""
+    if text is None:
+        return None
+    if text.startswith("re:"):
+        return text[len("re:") :]
+    return [ending.strip() for ending in text.split(",") if ending.strip()]

@@ -11,7 +11,6 @@ import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
@@ -22,9 +21,7 @@ from gralora_diffusion.staging import lies_in
 
 from .captions import concept_folders, is_caption_file
 from .checkpoint import CheckpointStore
-
-if TYPE_CHECKING:
-    from .config import TrainingConfig
+from .config import TrainingConfig
 
 # option -> (the file that shows that a folder is one of diffusers, whether a single file will do)
 MODEL_FOLDERS = {

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from gralora_diffusion.config_values import PATTERNS, pattern_problem
 
-if TYPE_CHECKING:
-    from .config import TrainingConfig
+from .config_options import AdapterOptions
 
 #: Option, and field of GraloraConfig -> kind of its values.
 KINDS: dict[str, type[int] | type[float]] = {
@@ -16,34 +15,34 @@ KINDS: dict[str, type[int] | type[float]] = {
 }
 
 
-def given_patterns(config: TrainingConfig) -> dict[str, dict[str, Any]]:
+def given_patterns(options: AdapterOptions) -> dict[str, dict[str, Any]]:
     """Return option -> regular expression -> value, as given by the user."""
     return {
         name: {
             regex: kind(value)
-            for regex, _, value in (text.rpartition("=") for text in getattr(config, name) or ())
+            for regex, _, value in (text.rpartition("=") for text in getattr(options, name) or ())
         }
         for name, kind in KINDS.items()
     }
 
 
-def layer_patterns(config: TrainingConfig) -> dict[str, dict[str, Any]]:
+def layer_patterns(options: AdapterOptions) -> dict[str, dict[str, Any]]:
     """Return the patterns for ``GraloraConfig``.
 
     Without ``lora_alpha`` the scaling is 1: layers of another rank get another alpha, too.
     """
-    patterns = given_patterns(config)
-    if config.lora_alpha is None:
+    patterns = given_patterns(options)
+    if options.lora_alpha is None:
         for regex, rank in patterns["rank_pattern"].items():
-            patterns["alpha_pattern"].setdefault(regex, rank + config.hybrid_rank)
+            patterns["alpha_pattern"].setdefault(regex, rank + options.hybrid_rank)
     return patterns
 
 
-def check_patterns(config: TrainingConfig) -> Iterator[str]:
+def check_patterns(options: AdapterOptions) -> Iterator[str]:
     read: dict[str, dict[str, float]] = {}
     for name in KINDS:
         read[name] = {}
-        for text in getattr(config, name) or ():
+        for text in getattr(options, name) or ():
             regex, _, value = text.rpartition("=")
             if problem := _problem(name, text):
                 yield f"--{name} has {text!r}: {problem}"
@@ -51,8 +50,8 @@ def check_patterns(config: TrainingConfig) -> Iterator[str]:
                 yield f"--{name} has {regex!r} twice. Keep one"
             else:
                 read[name][regex] = KINDS[name](value)
-    if config.rank >= 1 and config.gralora_k >= 1:
-        yield from _indivisible(config, read["rank_pattern"], read["k_pattern"])
+    if options.rank >= 1 and options.gralora_k >= 1:
+        yield from _indivisible(options, read["rank_pattern"], read["k_pattern"])
 
 
 def _problem(name: str, text: str) -> str | None:
@@ -77,11 +76,11 @@ def _problem(name: str, text: str) -> str | None:
 
 
 def _indivisible(
-    config: TrainingConfig, ranks: Mapping[str, float], ks: Mapping[str, float]
+    options: AdapterOptions, ranks: Mapping[str, float], ks: Mapping[str, float]
 ) -> Iterator[str]:
     """Ranks that no k divides which can hold for the same layers, and the reverse."""
     for regex, rank in ranks.items():
-        possible = _possible(regex, ks, config.gralora_k)
+        possible = _possible(regex, ks, options.gralora_k)
         if all(rank % k for k in possible):
             yield (
                 f"--rank_pattern has '{regex}={rank}', and {_names('k', possible)} for these "
@@ -89,7 +88,7 @@ def _indivisible(
                 f"divides {rank} by --k_pattern '{regex}=...'"
             )
     for regex, k in ks.items():
-        possible = _possible(regex, ranks, config.rank)
+        possible = _possible(regex, ranks, options.rank)
         if regex not in ranks and all(rank % k for rank in possible):
             yield (
                 f"--k_pattern has '{regex}={k}', and {_names('the rank', possible)} for these "

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple, Protocol
 
 from PIL import Image
 from tqdm.auto import tqdm
@@ -36,9 +36,6 @@ from .captions import (
     read_metadata,
 )
 from .pictures import CropPlan
-
-if TYPE_CHECKING:
-    from .dataset_rows import DatasetRow
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +62,17 @@ AT_ONCE = 8
 MIN_FOR_PROGRESS = 50
 
 
+class ImageSource(Protocol):
+    """Where an image comes from that is no file of its own; ``str`` of it is for people."""
+
+    def read_bytes(self) -> bytes:
+        """Return the image's file.
+
+        Raises:
+            OSError, ValueError: there is none.
+        """
+
+
 @dataclass(frozen=True)
 class Example:
     """A picture and its caption. The picture stays where it is until it is loaded.
@@ -77,7 +85,7 @@ class Example:
         concept: name of the sub-folder that says so.
     """
 
-    source: Path | DatasetRow
+    source: Path | ImageSource
     caption: str
     content_key: str
     size: tuple[int, int]
@@ -111,7 +119,7 @@ class Found(NamedTuple):
     """A picture that was not looked at yet; ``name`` is for people."""
 
     name: str
-    source: Path | DatasetRow
+    source: Path | ImageSource
     caption: str
     repeats: int = 1
     concept: str | None = None
@@ -323,7 +331,7 @@ def check_pictures(
     return examples
 
 
-def _look_at(source: Path | DatasetRow) -> tuple[str, tuple[int, int], list[str]] | Exception:
+def _look_at(source: Path | ImageSource) -> tuple[str, tuple[int, int], list[str]] | Exception:
     """Hash and size of a picture, and remarks on it, or why it cannot be decoded."""
     remarks: list[str] = []
     try:
@@ -333,7 +341,7 @@ def _look_at(source: Path | DatasetRow) -> tuple[str, tuple[int, int], list[str]
         return error
 
 
-def _bytes_of(source: Path | DatasetRow) -> bytes:
+def _bytes_of(source: Path | ImageSource) -> bytes:
     return read_regular(source, MAX_BYTES) if isinstance(source, Path) else source.read_bytes()
 
 

@@ -22,15 +22,13 @@ from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.hub import offline_problem
 
-from .acceleration import DTYPES
-from .adapters import add_adapters
-from .base_model import completed, freeze, vae_class
-from .config import TrainingConfig
+from .base_model import freeze, vae_class
+from .base_options import BaseModelOptions
 from .single_file import SingleFile, without_text_encoder
 
 
 def empty_base(
-    config: TrainingConfig,
+    options: BaseModelOptions,
     family: ModelFamily,
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
@@ -40,18 +38,18 @@ def empty_base(
     Raises:
         ConfigError: a configuration is missing, or the base is not one to train.
     """
-    base = where = config.pretrained_model_name_or_path
-    hub: dict[str, Any] = {"cache_dir": config.cache_dir}
+    base = where = options.pretrained_model_name_or_path
+    hub: dict[str, Any] = {"cache_dir": options.cache_dir}
     try:
         # a component that is given is not loaded from the base, nor downloaded
         given: dict[str, Any] = dict(family.load_options)
-        for name in config.leave_out_text_encoders or ():
+        for name in options.leave_out_text_encoders or ():
             given |= without_text_encoder(name)
         if Path(base).is_file():
-            rest, left_out = SingleFile(Path(base)).rest(config, family, given)
+            rest, left_out = SingleFile(Path(base)).rest(options, family, given)
             where, given = rest.source, {**left_out, **given}
         else:
-            hub["revision"] = config.revision
+            hub["revision"] = options.revision
         pipeline_class = getattr(diffusers, family.pipeline_classes[0])
         index = pipeline_class.load_config(where, **hub)
         for name, (library, class_name) in _components(index, pipeline_class):
@@ -59,12 +57,12 @@ def empty_base(
                 model = empty_model(library, class_name, where, name, hub)
                 if model is not None:
                     given[name] = model
-        vae = config.pretrained_vae_model_name_or_path
+        vae = options.pretrained_vae_model_name_or_path
         if vae:
             with init_empty_weights():
                 wanted = vae_class(pipeline_class)
                 given["vae"] = wanted.from_config(
-                    wanted.load_config(vae, cache_dir=config.cache_dir)
+                    wanted.load_config(vae, cache_dir=options.cache_dir)
                 )
         pipe = pipeline_class.from_pretrained(where, **hub, **given)
         family.check_base(pipe)
@@ -83,20 +81,6 @@ def empty_base(
             _cast(component, vae_dtype if name == "vae" else dtype)
     freeze(pipe)
     return pipe
-
-
-def check_without_weights(config: TrainingConfig, family: ModelFamily, precision: str) -> None:
-    """Find what a run would find wrong with its base, and with its adapter there.
-
-    Args:
-        precision: as for ``completed``.
-
-    Raises:
-        ConfigError: the base, its sizes or the adapter's layers are not what can be trained.
-    """
-    pipe = empty_base(config, family, DTYPES[precision])
-    with torch.device("meta"):
-        add_adapters(pipe, family, completed(config, family, pipe, precision))
 
 
 def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, Any]]:

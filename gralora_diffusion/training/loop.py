@@ -21,6 +21,7 @@ from gralora_diffusion.command_line import are_several, print_safely
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.training.config_checks import validate
 
 from .acceleration import (
     DTYPES,
@@ -33,7 +34,8 @@ from .acceleration import (
     trackable,
 )
 from .adapters import adapter_facts, adapter_parameters, add_adapters, weights_for_use
-from .base_model import completed, load_base, present
+from .base_checks import resolve_defaults
+from .base_model import load_base, present
 from .batches import Batches
 from .beginning import complete_class_pictures, find_beginning
 from .checkpoint import CheckpointStore
@@ -41,16 +43,17 @@ from .config import TrainingConfig
 from .data import Example
 from .initial_adapter import InitialValues, set_initial_values
 from .metadata import time_metadata, training_metadata
+from .metrics import MetricsFile
 from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, own_folder, start
 from .processes import check_alike, from_first, together
 from .quantization import quantization_facts
-from .records import MetricsFile
 from .run_state import RunState
 from .same_run import describe_base
+from .seeds import seed_from
 from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
-from .streams import Ahead, seed_from
+from .streams import Ahead
 from .validation import draw_validation
 
 logger = logging.getLogger(__name__)
@@ -69,7 +72,7 @@ def train(config: TrainingConfig) -> Path:
         OtherProcessFailed: one of these was raised in another process of the run.
     """
     if not are_several():
-        config.validate()  # before accelerate is asked
+        validate(config)  # before accelerate is asked
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     with accelerate_left_as_it_was(), ExitStack() as held:
         accelerator = make_accelerator(config)
@@ -78,11 +81,13 @@ def train(config: TrainingConfig) -> Path:
         found = find_beginning(config, store, accelerator)
         family = found.family
         if config.dry_run:
-            from .plan import plan_run  # which itself looks at how a run goes
+            # which themselves look at how a run goes
+            from .plan import plan_run
+            from .plan_text import format_plan
 
             plan = plan_run(config, family, found.pictures, found.class_pictures, accelerator)
             if accelerator.is_main_process:
-                print_safely(plan)
+                print_safely(format_plan(plan))
             return Path(config.output_dir)
         from_first(accelerator, lambda: make_repository(config))
         # before the base is loaded to be trained: two of them would be too much for some
@@ -125,7 +130,9 @@ class Trainer:
 
         # --- the frozen base, and the adapter on it
         self.pipe = load_base(config, family, dtype) if pipe is None else pipe
-        self.config = config = completed(config, family, self.pipe, accelerator.mixed_precision)
+        self.config = config = resolve_defaults(
+            config, family, self.pipe, accelerator.mixed_precision
+        )
         components = put_on(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
         models = [getattr(self.pipe, name) for name in components]

@@ -17,6 +17,7 @@ from gralora_diffusion.command_line import (
     quiet_libraries,
 )
 from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.training.config_checks import validate
 
 from .config import TrainingConfig, parse_config
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         config = parse_config(argv)
         if not are_several():  # one of several tells the others of it
-            config.validate()  # before seconds go by with imports
+            validate(config)  # before seconds go by with imports
         with quiet_libraries():
             _train(config, first_process)
     except ConfigError as error:

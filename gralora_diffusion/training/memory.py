@@ -8,8 +8,7 @@ torch's own ``MemTracker`` cannot be used here: it puts hooks on weights that ne
 from __future__ import annotations
 
 import weakref
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,9 +17,6 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-
-from .config import TrainingConfig
-from .optimizers import build_optimizer
 
 #: What the allocator of a CUDA device rounds up to.
 _CUDA_BLOCK = 512
@@ -119,53 +115,3 @@ def _empty(tensor: Any, device: torch.device) -> Tensor:
     names, others = tensor.__tensor_flatten__()  # a quantized weight: each of its parts
     parts = {name: _empty(getattr(tensor, name), device) for name in names}
     return type(tensor).__tensor_unflatten__(parts, others, tensor.shape, tensor.stride())
-
-
-def optimizer_state_bytes(
-    config: TrainingConfig,
-    denoiser: Sequence[tuple[str, Tensor]],
-    text_encoders: Sequence[tuple[str, Tensor]],
-    device: torch.device,
-) -> int:
-    """Bytes of the optimizer's state after its first step, for these (name, parameter).
-
-    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
-    what is kept for a parameter from what is shared by all.
-    """
-    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
-    groups = [
-        Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
-        for group in (denoiser, text_encoders)
-    ]
-    stand_ins = [
-        [(kind, _stand_in(*kind, device)) for kind in group for _ in range(2)] for group in groups
-    ]
-    optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
-    optimizer.step()
-    holders: Counter[int] = Counter()
-    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
-    for counts, group in zip(groups, stand_ins, strict=True):
-        for kind, parameter in group:
-            tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
-            holders.update({t.untyped_storage().data_ptr() for t in tensors})
-            kept.append((counts[kind], tensors))
-    shared = {
-        pointer: tensor.nbytes
-        for _, tensors in kept
-        for tensor in tensors
-        if holders[pointer := tensor.untyped_storage().data_ptr()] > 1
-    }
-    own = sum(
-        count * sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
-        for count, tensors in kept
-    )
-    return own // 2 + sum(shared.values())
-
-
-def _stand_in(
-    shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool, device: torch.device
-) -> Parameter:
-    make = torch.zeros if is_zero else torch.ones
-    parameter = Parameter(make(shape, dtype=dtype, device=device))
-    parameter.grad = torch.ones_like(parameter)
-    return parameter

@@ -23,7 +23,7 @@ from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 
 from .config import TrainingConfig
-from .streams import generator
+from .seeds import generator
 
 
 class Objective(ABC):

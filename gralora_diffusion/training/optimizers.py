@@ -7,21 +7,21 @@ optimizer steps, whatever the number of processes and the accumulation.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from diffusers.optimization import get_scheduler
+from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
-from .config_checks import OPTIMIZERS
-
-if TYPE_CHECKING:
-    from .config import TrainingConfig
+from .config import TrainingConfig
+from .config_options import OPTIMIZERS
 
 
 def build_optimizer(
@@ -169,3 +169,53 @@ def _library(optimizer: str) -> Any:
         raise ImportError(
             f"--optimizer {optimizer} needs {module}: pip install {package} ({error})"
         ) from error
+
+
+def optimizer_state_bytes(
+    config: TrainingConfig,
+    denoiser: Sequence[tuple[str, Tensor]],
+    text_encoders: Sequence[tuple[str, Tensor]],
+    device: torch.device,
+) -> int:
+    """Bytes of the optimizer's state after its first step, for these (name, parameter).
+
+    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
+    what is kept for a parameter from what is shared by all.
+    """
+    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
+    groups = [
+        Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
+        for group in (denoiser, text_encoders)
+    ]
+    stand_ins = [
+        [(kind, _stand_in(*kind, device)) for kind in group for _ in range(2)] for group in groups
+    ]
+    optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
+    optimizer.step()
+    holders: Counter[int] = Counter()
+    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
+    for counts, group in zip(groups, stand_ins, strict=True):
+        for kind, parameter in group:
+            tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
+            holders.update({t.untyped_storage().data_ptr() for t in tensors})
+            kept.append((counts[kind], tensors))
+    shared = {
+        pointer: tensor.nbytes
+        for _, tensors in kept
+        for tensor in tensors
+        if holders[pointer := tensor.untyped_storage().data_ptr()] > 1
+    }
+    own = sum(
+        count * sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
+        for count, tensors in kept
+    )
+    return own // 2 + sum(shared.values())
+
+
+def _stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool, device: torch.device
+) -> Parameter:
+    make = torch.zeros if is_zero else torch.ones
+    parameter = Parameter(make(shape, dtype=dtype, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter

@@ -15,15 +15,9 @@ from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.file_names import WEIGHTS_NAME
 
 from .config import TrainingConfig
+from .metrics import CURVE_NAME, METRICS_NAME, draw_curve
+from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
 from .ownership import BENCHMARK_NAME, CONFIG_NAME, owned
-from .records import (
-    CARD_IMAGE_NAME,
-    CARD_NAME,
-    CURVE_NAME,
-    METRICS_NAME,
-    draw_curve,
-    write_card,
-)
 from .validation import FILES as VALIDATION_FILES
 from .validation import FOLDER_NAME as VALIDATION_NAME
 

@@ -11,7 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from .buckets import Buckets
-from .streams import generator, seed_from
+from .seeds import generator, seed_from
 
 #: A picture is resized as a whole, before a part is cut out, unless that makes more pixels than it
 #: has, and more than so many times those that are wanted.

@@ -25,17 +25,25 @@ from gralora_diffusion.layers import GraloraLayer
 
 from .acceleration import DTYPES, checkpoint_gradients
 from .adapters import ADAPTER_NAME, add_adapters
-from .base_model import completed
+from .base_checks import resolve_defaults
 from .batches import crop_plan
 from .config import TrainingConfig
 from .data import Example
 from .empty_base import empty_base
-from .memory import bytes_of, materialize, optimizer_state_bytes, tensors_of
-from .plan_text import optimizer_label, plan_text
+from .memory import bytes_of, materialize, tensors_of
+from .optimizers import optimizer_state_bytes
 from .prior import class_pictures_there
 from .quantization import quantize_empty
 from .rehearsal import ImaginedData, imagined_objective, measure_step
 from .samples import TrainingSet
+
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw8bit": "8-bit AdamW",
+    "prodigy": "Prodigy",
+    "adafactor": "Adafactor",
+    "schedulefree": "schedule-free AdamW",
+}
 
 
 @dataclass(frozen=True)
@@ -65,7 +73,7 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, and the bytes it would take on its device. ``str`` of it is for people.
+    """What a run would do, and the bytes it would take on its device.
 
     Attributes:
         config: with the family's defaults.
@@ -104,9 +112,6 @@ class Plan:
         """Bytes on the device at the peak of a phase."""
         return sum(row.bytes.get(phase, 0) for row in self.memory)
 
-    def __str__(self) -> str:
-        return plan_text(self)
-
 
 def plan_run(
     config: TrainingConfig,
@@ -122,7 +127,7 @@ def plan_run(
     """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
-    config = completed(config, family, pipe, accelerator.mixed_precision)
+    config = resolve_defaults(config, family, pipe, accelerator.mixed_precision)
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base = {}
     for name, model in models.items():
@@ -241,3 +246,8 @@ def _adapter_plan(
     layers = dict(sorted(layers.items(), key=lambda entry: -len(entry[1])))
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return AdapterPlan(component, sum(p.numel() for p in trained), bytes_of(trained), layers)
+
+
+def optimizer_label(optimizer: str) -> str:
+    """What the state of an optimizer is called."""
+    return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from gralora_diffusion.safe_text import first_few
 
-if TYPE_CHECKING:
-    from .plan import AdapterPlan, Plan
+from .plan import AdapterPlan, Plan
 
 #: Layers that differ from most are named up to so many.
 MAX_NAMES = 5
-_OPTIMIZERS = {
-    "adamw": "AdamW",
-    "adamw8bit": "8-bit AdamW",
-    "prodigy": "Prodigy",
-    "adafactor": "Adafactor",
-    "schedulefree": "schedule-free AdamW",
-}
 
 
-def plan_text(plan: Plan) -> str:
+def format_plan(plan: Plan) -> str:
     """Return the plan as it is printed."""
     config = plan.config
     height, width = plan.picture_size
@@ -73,11 +64,6 @@ def _adapter_lines(adapter: AdapterPlan) -> list[str]:
     for kind, names in others:
         lines.append(f"    but {kind} in {len(names)}: {first_few(names, MAX_NAMES)}")
     return lines
-
-
-def optimizer_label(optimizer: str) -> str:
-    """What the state of an optimizer is called."""
-    return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"
 
 
 def _memory(plan: Plan) -> list[str]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from tqdm.auto import tqdm
 
@@ -31,7 +29,7 @@ from .config import TrainingConfig
 from .memory import bytes_of, tensors_of
 from .ownership import OWNER_NAME, owned
 from .processes import from_first, together
-from .streams import generator
+from .seeds import generator
 
 #: Seconds after which a file that one process wrote is seen by all on a folder that they share.
 _SEEN_WITHIN = 20.0
@@ -41,22 +39,6 @@ _PRECISIONS = {
     "fp16": torch.float16,
     "bf16": torch.bfloat16,
 }
-
-
-@contextmanager
-def frozen_base(*models: nn.Module) -> Iterator[None]:
-    """Inside, the models predict as if they had no adapter. No gradient is recorded."""
-    layers = [m for model in models for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    # PEFT's enable_adapters would also flip requires_grad, which DDP does not allow midway
-    before = [layer._disable_adapters for layer in layers]
-    for layer in layers:
-        layer._disable_adapters = True
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        for layer, was in zip(layers, before, strict=True):
-            layer._disable_adapters = was
 
 
 def _drawn_prior(config: TrainingConfig) -> bool:

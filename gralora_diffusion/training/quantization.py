@@ -12,7 +12,7 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import diffusers
 import torch
@@ -24,8 +24,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.json_files import read_object
 from gralora_diffusion.targets import quantization_of
 
-if TYPE_CHECKING:
-    from .config import TrainingConfig
+from .base_options import BaseModelOptions
 
 #: What a card calls a quantized base.
 QUANTIZED_BASE = "quantized base"
@@ -38,25 +37,25 @@ PACKAGES = {
 }
 
 
-def check_quantization(config: TrainingConfig) -> Iterator[str]:
+def check_quantization(options: BaseModelOptions) -> Iterator[str]:
     """Yield what is wrong with the options about quantization, or with this machine for them."""
-    if config.quantization and config.bnb_quantization_config_path:
+    if options.quantization and options.bnb_quantization_config_path:
         yield (
             "--quantization and --bnb_quantization_config_path exclude each other: both say how "
             "the base is quantized. Leave one out"
         )
         return
-    if not (flag := _flag(config)):
-        if config.quantize_text_encoders:
+    if not (flag := _flag(options)):
+        if options.quantize_text_encoders:
             yield (
                 "--quantize_text_encoders needs --quantization or --bnb_quantization_config_path, "
                 "which say how"
             )
         return
-    package = PACKAGES.get(config.quantization or "bnb-nf4")
+    package = PACKAGES.get(options.quantization or "bnb-nf4")
     if package is None:
         return  # no such choice, which is said elsewhere
-    if Path(config.pretrained_model_name_or_path).is_file():
+    if Path(options.pretrained_model_name_or_path).is_file():
         yield (
             f"{flag} needs a base in diffusers' folder layout, for diffusers quantizes no single "
             "file as it loads it. Load the file once in Python, by from_single_file of its "
@@ -66,7 +65,7 @@ def check_quantization(config: TrainingConfig) -> Iterator[str]:
         yield f"{flag} needs: pip install {package}"
         return
     try:
-        wanted = _model_config(config, diffusers, torch.float32)
+        wanted = _model_config(options, diffusers, torch.float32)
     except (OSError, ValueError, TypeError) as error:
         yield f"{flag}: {error}"
         return
@@ -79,7 +78,7 @@ def check_quantization(config: TrainingConfig) -> Iterator[str]:
 
 
 def loading_arguments(
-    config: TrainingConfig, family: ModelFamily, dtype: torch.dtype
+    options: BaseModelOptions, family: ModelFamily, dtype: torch.dtype
 ) -> dict[str, Any]:
     """Return the arguments by which ``from_pretrained`` of the family's pipeline quantizes.
 
@@ -89,30 +88,20 @@ def loading_arguments(
     Raises:
         ValueError: the base is quantized already.
     """
-    if not (flag := _flag(config)):
+    if not (flag := _flag(options)):
         return {}
-    _refuse_quantized(config, family, flag)
+    _refuse_quantized(options, family, flag)
     mapping = {
-        name: _model_config(config, diffusers if name == family.denoiser else transformers, dtype)
-        for name in _quantized_components(config, family)
+        name: _model_config(options, diffusers if name == family.denoiser else transformers, dtype)
+        for name in _quantized_components(options, family)
     }
     # LLM.int8 computes in fp16 whatever it is given, and says so of every product
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
 
-def quantization_remarks(config: TrainingConfig) -> Iterator[str]:
-    """Yield what the user should know about how a quantized base trains."""
-    if PACKAGES.get(config.quantization or "") == "torchao" and not config.gradient_checkpointing:
-        yield (
-            f"{_flag(config)} without --gradient_checkpointing: torchao keeps each layer's weight "
-            "in the computing precision until the backward pass, which takes more memory than it "
-            "saves"
-        )
-
-
 def quantize_empty(
-    config: TrainingConfig, family: ModelFamily, name: str, model: nn.Module, dtype: torch.dtype
+    options: BaseModelOptions, family: ModelFamily, name: str, model: nn.Module, dtype: torch.dtype
 ) -> int:
     """Quantize a model on the meta device as it would be on loading, as far as that can be done.
 
@@ -127,8 +116,8 @@ def quantize_empty(
     """
     wanted: Any = None
     theirs = getattr(getattr(model, "config", None), "quantization_config", None)
-    if _flag(config) and name in _quantized_components(config, family):
-        wanted = _model_config(config, diffusers, dtype)
+    if _flag(options) and name in _quantized_components(options, family):
+        wanted = _model_config(options, diffusers, dtype)
     elif theirs and name == family.denoiser:  # it is quantized on disk
         wanted = DiffusersAutoQuantizer.from_dict(dict(theirs))
     if isinstance(wanted, diffusers.TorchAoConfig):
@@ -168,45 +157,45 @@ def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
                 )
 
 
-def quantization_facts(config: TrainingConfig, pipe: Any) -> dict[str, str]:
+def quantization_facts(options: BaseModelOptions, pipe: Any) -> dict[str, str]:
     """Return what a model card says of a base that was quantized, on loading or on disk."""
     kinds = {}
     for name, model in pipe.components.items():
         if theirs := getattr(getattr(model, "config", None), "quantization_config", None):
             values = theirs if isinstance(theirs, dict) else theirs.to_dict()
             method = values.get("quant_method", "some method")
-            kinds[name] = config.quantization or str(getattr(method, "value", method))
+            kinds[name] = options.quantization or str(getattr(method, "value", method))
     told = ", ".join(f"{name} by {kind}" for name, kind in kinds.items())
     return {QUANTIZED_BASE: told} if told else {}
 
 
-def _flag(config: TrainingConfig) -> str | None:
+def _flag(options: BaseModelOptions) -> str | None:
     """The option that asks for quantization, with its value."""
-    if config.quantization:
-        return f"--quantization {config.quantization}"
-    if config.bnb_quantization_config_path:
-        return f"--bnb_quantization_config_path {config.bnb_quantization_config_path}"
+    if options.quantization:
+        return f"--quantization {options.quantization}"
+    if options.bnb_quantization_config_path:
+        return f"--bnb_quantization_config_path {options.bnb_quantization_config_path}"
     return None
 
 
-def _quantized_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
-    encoders = family.all_text_encoders if config.quantize_text_encoders else ()
+def _quantized_components(options: BaseModelOptions, family: ModelFamily) -> tuple[str, ...]:
+    encoders = family.all_text_encoders if options.quantize_text_encoders else ()
     return (family.denoiser, *encoders)
 
 
-def _model_config(config: TrainingConfig, library: ModuleType, dtype: torch.dtype) -> Any:
+def _model_config(options: BaseModelOptions, library: ModuleType, dtype: torch.dtype) -> Any:
     """The config of one model, of the class that its library (diffusers, transformers) has."""
-    if PACKAGES.get(config.quantization or "") == "torchao":
+    if PACKAGES.get(options.quantization or "") == "torchao":
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
-        fp8 = config.quantization == "torchao-fp8"
+        fp8 = options.quantization == "torchao-fp8"
         return library.TorchAoConfig(Float8WeightOnlyConfig() if fp8 else Int8WeightOnlyConfig())
-    if config.quantization == "bnb-int8":
+    if options.quantization == "bnb-int8":
         arguments: dict[str, Any] = {"load_in_8bit": True}
-    elif config.quantization == "bnb-nf4":
+    elif options.quantization == "bnb-nf4":
         arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     else:
-        arguments = _read_arguments(Path(str(config.bnb_quantization_config_path)))
+        arguments = _read_arguments(Path(str(options.bnb_quantization_config_path)))
     if arguments.get("load_in_4bit"):  # as diffusers' scripts do, whatever a file says
         arguments["bnb_4bit_compute_dtype"] = dtype
     return library.BitsAndBytesConfig(**arguments)
@@ -239,13 +228,13 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     return {name: value for name, value in arguments.items() if name in known}
 
 
-def _refuse_quantized(config: TrainingConfig, family: ModelFamily, flag: str) -> None:
+def _refuse_quantized(options: BaseModelOptions, family: ModelFamily, flag: str) -> None:
     """Raise ValueError if the denoiser on disk is quantized: diffusers would leave it so."""
     theirs = diffusers.AutoModel.load_config(
-        config.pretrained_model_name_or_path,
+        options.pretrained_model_name_or_path,
         subfolder=family.denoiser,
-        revision=config.revision,
-        cache_dir=config.cache_dir,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
     ).get("quantization_config")
     if theirs:
         method = theirs.get("quant_method", "some method")

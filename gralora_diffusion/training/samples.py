@@ -15,7 +15,8 @@ from torch.utils.data import Dataset
 from .caching import ImageEncoder, LatentCache
 from .data import Example, warn_of_long_pictures, warn_of_small_pictures
 from .pictures import CropPlan, Variant
-from .streams import SampleStream, generator
+from .seeds import generator
+from .streams import SampleStream
 
 logger = logging.getLogger(__name__)
 

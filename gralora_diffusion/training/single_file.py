@@ -28,7 +28,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.layouts import DENOISER
 from gralora_diffusion.original_file import OriginalFile
 
-from .config import TrainingConfig
+from .base_options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ class SingleFile(OriginalFile):
 
     def load(
         self,
-        config: TrainingConfig,
+        options: BaseModelOptions,
         family: ModelFamily,
         dtype: torch.dtype,
         vae_dtype: torch.dtype,
@@ -88,11 +88,11 @@ class SingleFile(OriginalFile):
         Raises:
             ConfigError: something lacks here and there, or the weights are not of the family.
         """
-        index, parts = self.rest(config, family, given)
+        index, parts = self.rest(options, family, given)
         folder = source = index.source
         if not Path(source).is_dir():
             folder = snapshot_download(
-                source, cache_dir=config.cache_dir, allow_patterns=["*.json"]
+                source, cache_dir=options.cache_dir, allow_patterns=["*.json"]
             )
         held = self._held(family)
         read = [name for name in held if name not in given and name not in parts]
@@ -116,24 +116,24 @@ class SingleFile(OriginalFile):
         return source, parts
 
     def rest(
-        self, config: TrainingConfig, family: ModelFamily, given: Collection[str]
+        self, options: BaseModelOptions, family: ModelFamily, given: Collection[str]
     ) -> tuple[PipelineIndex, dict[str, Any]]:
         """Return the pipeline that completes the file, and component -> None for what it lacks too.
 
         Raises:
             ConfigError: there is no such pipeline, or something else lacks here and there.
         """
-        source = self._source_of_the_rest(config, family)
+        source = self._source_of_the_rest(options, family)
         try:
-            index = PipelineIndex("base_config", source, config.cache_dir)
+            index = PipelineIndex("base_config", source, options.cache_dir)
         except ConfigError as error:
-            if config.base_config:
+            if options.base_config:
                 raise
             raise self.error(
                 f"what it lacks would come from {source}, as nothing else was given. Offline, give "
                 f"a folder with a pipeline of the same kind as --base_config. {error.problems[0]}"
             ) from error
-        return index, self._left_out(config, family, index, self._held(family), given)
+        return index, self._left_out(options, family, index, self._held(family), given)
 
     # -- the header --------------------------------------------------------------------------------
 
@@ -147,9 +147,9 @@ class SingleFile(OriginalFile):
 
     # -- what lacks --------------------------------------------------------------------------------
 
-    def _source_of_the_rest(self, config: TrainingConfig, family: ModelFamily) -> str:
-        if config.base_config:
-            return config.base_config
+    def _source_of_the_rest(self, options: BaseModelOptions, family: ModelFamily) -> str:
+        if options.base_config:
+            return options.base_config
         if self.kind in family.single_file_types and family.single_file_default:
             return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self.kind]["pretrained_model_name_or_path"]
         raise self.error(
@@ -159,7 +159,7 @@ class SingleFile(OriginalFile):
 
     def _left_out(
         self,
-        config: TrainingConfig,
+        options: BaseModelOptions,
         family: ModelFamily,
         index: PipelineIndex,
         held: Collection[str],
@@ -172,7 +172,7 @@ class SingleFile(OriginalFile):
         for name in ("vae", *family.all_text_encoders):
             optional = name in family.optional_text_encoders
             # a file that has other text encoders is complete without it
-            elsewhere = bool(config.base_config) or not (whole and optional)
+            elsewhere = bool(options.base_config) or not (whole and optional)
             found = name in index if name in held else elsewhere and index.has_weights(name)
             if found or name in given:
                 continue

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.injection import adapters_disabled
 
 from .acceleration import without_fp16_autocast
 from .caching import PromptCache
 from .config import TrainingConfig
 from .objectives import Objective
-from .prior import frozen_base
 from .prompt_lengths import cuts_told_already
-from .streams import generator, seed_from
+from .seeds import generator, seed_from
 
 
 class TrainingDiverged(RuntimeError):
@@ -243,7 +243,7 @@ class RowMaker:
         }
         models = tuple(self.step.trained.values())
         denoiser = self.step.trained[self.step.family.denoiser]
-        with frozen_base(*models), self.data.accelerator.autocast():
+        with adapters_disabled(*models), self.data.accelerator.autocast():
             target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **pictures})
         prompts = [self.class_prompt] * count
         weights = torch.full((count,), self.prior_weight, device=self.device)

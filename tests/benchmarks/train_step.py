@@ -34,9 +34,10 @@ from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config import TrainingConfig, parse_config
+from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.metrics import MetricsFile
 from gralora_diffusion.training.optimizers import build_optimizer
-from gralora_diffusion.training.records import MetricsFile
 from tests.benchmarks.measuring import (
     Run,
     add_measuring_options,
@@ -93,7 +94,7 @@ def training_config(
         "output_dir": folder / "adapter",
     }
     config = parse_config([f"--{key}={value}" for key, value in options.items()])
-    config.validate()
+    validate(config)
     return config
 
 

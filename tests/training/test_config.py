@@ -15,9 +15,10 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.training.base_checks import check_sizes
 from gralora_diffusion.training.config import TrainingConfig, parse_config
-from gralora_diffusion.training.config_checks import NEEDS, check_sizes, find_problems
-from gralora_diffusion.training.config_options import choices_of
+from gralora_diffusion.training.config_checks import NEEDS, find_problems, validate
+from gralora_diffusion.training.option_fields import choices_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -100,7 +101,7 @@ def good(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def problems_of(arguments: list[str]) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        parse_config(arguments).validate()
+        validate(parse_config(arguments))
     return caught.value.problems
 
 
@@ -122,7 +123,7 @@ def test_the_command_of_diffusers_readme(good: list[str]) -> None:
         "--validation_epochs=50 --seed=0"
     )
     config = parse_config([*good, *command.split(), "--validation_prompt", "a sks dog in a bucket"])
-    assert config.validate() == []
+    assert validate(config) == []
     assert config.validation_prompt == ["a sks dog in a bucket"]
     assert (config.learning_rate, config.max_train_steps) == (1e-4, 500)
 
@@ -316,7 +317,7 @@ def test_home_is_expanded_in_yaml(tmp_path: Path) -> None:
 
 
 def test_a_good_command_line_has_no_problem_and_no_remark(good: list[str]) -> None:
-    assert parse_config(good).validate() == []
+    assert validate(parse_config(good)) == []
 
 
 def test_all_problems_are_reported_at_once(good: list[str]) -> None:
@@ -568,7 +569,7 @@ def test_what_a_run_replaces_is_not_read(good: list[str], path: str, refused: bo
     Path(path).touch()
     options = [*good, "--initial_adapter", path, "--output_dir=out", "--overwrite_output_dir"]
     if not refused:
-        parse_config(options).validate()
+        validate(parse_config(options))
         return
     (problem,) = problems_of(options)
     assert "this run would replace or delete" in problem
@@ -616,7 +617,7 @@ def test_choices_are_checked_without_the_parser(good: list[str]) -> None:
     with pytest.raises(
         ConfigError, match="--lr_scheduler is 'cosin'; it must be one of linear, cos"
     ):
-        config.validate()
+        validate(config)
 
 
 @pytest.mark.parametrize(
@@ -658,7 +659,7 @@ def test_no_problem(good: list[str], arguments: str) -> None:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).touch()
     Path("finished/pytorch_gralora_weights.safetensors").touch()
-    assert parse_config([*good, *arguments.split()]).validate() == []
+    assert validate(parse_config([*good, *arguments.split()])) == []
 
 
 @pytest.mark.parametrize(
@@ -708,7 +709,7 @@ def test_no_problem(good: list[str], arguments: str) -> None:
     ],
 )
 def test_remark(good: list[str], arguments: str, remark: str) -> None:
-    (found,) = parse_config([*good, *arguments.split()]).validate()
+    (found,) = validate(parse_config([*good, *arguments.split()]))
     assert remark in found
 
 

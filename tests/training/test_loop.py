@@ -24,8 +24,8 @@ from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan
 from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
+from gralora_diffusion.training.seeds import generator
 from gralora_diffusion.training.step import RowMaker, TrainingDiverged
-from gralora_diffusion.training.streams import generator
 from tests.training.cards import draw_by_card
 from tests.training.runs import (
     adapter,

@@ -13,7 +13,7 @@ from PIL import Image
 from gralora_diffusion.image_files import image_extensions, read_image
 from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.pictures import CropPlan, Variant
-from gralora_diffusion.training.streams import generator
+from gralora_diffusion.training.seeds import generator
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (6, 9, 3), dtype=np.uint8)  # 9 wide, 6 high

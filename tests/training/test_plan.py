@@ -26,11 +26,12 @@ from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, m
 from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
+from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.main import main
 from gralora_diffusion.training.plan import Plan, _adapter_plan, _models_there, plan_run
-from gralora_diffusion.training.plan_text import _adapter_lines
+from gralora_diffusion.training.plan_text import _adapter_lines, format_plan
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.originals import ORIGINALS, write
 from tests.training.runs import arguments, config, make_pictures, make_shapes, run
@@ -73,7 +74,7 @@ def without_weights(folder: Path, to: Path) -> Path:
 
 def plan_of(**options: Any) -> Plan:
     chosen = config(**options)
-    chosen.validate()
+    validate(chosen)
     family = find_base_family(chosen)
     pictures, classes = find_pictures(chosen), find_class_pictures(chosen)
     with accelerate_left_as_it_was():
@@ -410,7 +411,7 @@ def test_what_is_elsewhere_is_not_counted(base: Path, pictures: Path, tmp_path: 
     assert there("steps", train_text_encoder=True) == {"unet", "text_encoder"}
 
     plan = replace(here, device="cuda", processes=2)
-    lines = str(plan).splitlines()
+    lines = format_plan(plan).splitlines()
     assert lines[-1].startswith("and on the cpu, pictures and prompts encoded: 0.0")
     assert any(line.startswith("Memory in MiB (cuda of each process)") for line in lines)
     peaks = next(line.split()[1:] for line in lines if line.startswith("  peak"))
@@ -474,7 +475,7 @@ def test_stable_diffusion_of_its_real_size(pictures: Path, tmp_path: Path) -> No
     }
     assert plan.trained_parameters == 3_188_736
     assert plan.picture_size == (128, 128)  # 64 latents a side; the tiny VAE shrinks by 2
-    assert "adapter file: 12.8 MB" in str(plan)
+    assert "adapter file: 12.8 MB" in format_plan(plan)
 
 
 @pytest.mark.gpu

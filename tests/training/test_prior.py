@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 
 from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.injection import adapters_disabled
 from gralora_diffusion.training.batches import find_class_pictures
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.prior import (
@@ -19,7 +20,6 @@ from gralora_diffusion.training.prior import (
     _place,
     class_pictures_there,
     draw_class_images,
-    frozen_base,
 )
 from tests.models import adapt, stable_diffusion
 from tests.training.runs import config, make_pictures
@@ -152,7 +152,7 @@ def test_frozen_base_predicts_without_the_adapter(adapted) -> None:
     with torch.no_grad():
         expected = pipe.unet(*inputs).sample
     adapted(pipe)
-    with frozen_base(pipe.unet):
+    with adapters_disabled(pipe.unet):
         assert torch.equal(pipe.unet(*inputs).sample, expected)
     after = pipe.unet(*inputs).sample
     assert after.requires_grad

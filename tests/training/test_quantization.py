@@ -26,6 +26,7 @@ from gralora_diffusion.targets import base_of, quantization_of
 from gralora_diffusion.training import loop, prior
 from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.quantization import loading_arguments, quantize_empty
@@ -78,7 +79,7 @@ def data(base: Path, pictures: Path) -> dict[str, Any]:
 
 def problems_of(data: dict[str, Any], **options: Any) -> list[str]:
     with pytest.raises(ConfigError) as caught:
-        config(**data, **options).validate()
+        validate(config(**data, **options))
     return caught.value.problems
 
 
@@ -124,7 +125,7 @@ def test_no_such_kind(data: dict[str, Any]) -> None:
         config(**data, quantization="nf4")
     options = {name: str(value) for name, value in data.items() if name != "max_train_steps"}
     with pytest.raises(ConfigError) as caught:
-        TrainingConfig(**options, instance_prompt="a dog", quantization="nf4").validate()
+        validate(TrainingConfig(**options, instance_prompt="a dog", quantization="nf4"))
     (problem,) = caught.value.problems
     assert "--quantization is 'nf4'; it must be one of bnb-nf4, bnb-int8" in problem
 
@@ -146,11 +147,11 @@ def test_missing_package(data: dict[str, Any], monkeypatch: pytest.MonkeyPatch, 
 def test_without_a_gpu(data: dict[str, Any], tmp_path: Path, kind: str) -> None:
     text = "cannot be used on this machine: No GPU found.* torchao's kinds work without a GPU"
     with pytest.raises(ConfigError, match=f"--quantization {kind} {text}"):
-        config(**data, quantization=kind).validate()
+        validate(config(**data, quantization=kind))
     bits = 4 if kind == "bnb-nf4" else 8
     (tmp_path / "bnb.json").write_text(json.dumps({f"load_in_{bits}bit": True}), encoding="utf-8")
     with pytest.raises(ConfigError, match=text):
-        config(**data, bnb_quantization_config_path=tmp_path / "bnb.json").validate()
+        validate(config(**data, bnb_quantization_config_path=tmp_path / "bnb.json"))
 
 
 def test_single_file(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
@@ -193,10 +194,10 @@ def test_what_the_libraries_are_told(data: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_torchao_without_gradient_checkpointing_is_remarked(data: dict[str, Any]) -> None:
-    (remark,) = config(**data, quantization="torchao-int8").validate()
+    (remark,) = validate(config(**data, quantization="torchao-int8"))
     assert "--quantization torchao-int8 without --gradient_checkpointing" in remark
     chosen = config(**data, quantization="torchao-int8", gradient_checkpointing=True)
-    assert chosen.validate() == []
+    assert validate(chosen) == []
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gralora_diffusion.training import outcome
 from gralora_diffusion.training.config import parse_config
 from gralora_diffusion.training.loop import train
-from gralora_diffusion.training.records import MetricsFile, draw_curve
+from gralora_diffusion.training.metrics import MetricsFile, draw_curve
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
 from tests.training.runs import adapter, assert_same_run, make_pictures, metrics, run

@@ -19,8 +19,8 @@ from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.seeds import generator, seed_from
 from gralora_diffusion.training.step import mean_loss
-from gralora_diffusion.training.streams import generator, seed_from
 from tests.models import PIPELINES, stable_diffusion
 from tests.training.runs import config, make_shapes
 

@@ -8,13 +8,8 @@ from collections import Counter
 import pytest
 import torch
 
-from gralora_diffusion.training.streams import (
-    Ahead,
-    SampleStream,
-    StreamBatchSampler,
-    generator,
-    seed_from,
-)
+from gralora_diffusion.training.seeds import generator, seed_from
+from gralora_diffusion.training.streams import Ahead, SampleStream, StreamBatchSampler
 
 
 def indices(stream, start, count):

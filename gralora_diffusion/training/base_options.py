@@ -1,0 +1,58 @@
+"""The options that say which base is loaded, and how."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from .option_fields import option
+
+
+@dataclass(kw_only=True)
+class BaseModelOptions:
+    """The model that is adapted."""
+
+    _argument_group_name: ClassVar[str] = "Base model"
+
+    config: str | None = option(
+        None,
+        "YAML file of options, `name: value` per line; what is on the command line wins over it",
+    )
+    pretrained_model_name_or_path: str = option(
+        "",
+        "Required. The base: a diffusers folder, a Hub id (owner/name), or one .safetensors file",
+    )
+    base_config: str | None = option(
+        None,
+        "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, for "
+        "the configuration and the models that the file lacks (default: found on the Hub)",
+    )
+    revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
+    variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
+    cache_dir: str | None = option(None, "Folder for what is downloaded (default: the Hub's own)")
+    pretrained_vae_model_name_or_path: str | None = option(
+        None, "VAE to use in place of the base's: a folder or a Hub id"
+    )
+    leave_out_text_encoders: list[str] | None = option(  # noqa: RUF009
+        None,
+        "Text encoders to load the base without, to save memory, such as text_encoder_3 (T5) of "
+        "Stable Diffusion 3",
+    )
+    family: str | None = option(
+        None, "Model family of the base, such as stable-diffusion (default: found from the base)"
+    )
+    quantization: Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None = option(
+        None,
+        "Store the frozen denoiser in 8 or 4 bits (needs bitsandbytes and a GPU, or torchao)",
+    )
+    quantize_text_encoders: bool = option(False, "The same for the text encoders")
+    bnb_quantization_config_path: str | None = option(
+        None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
+    )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether the options say anything of a base in fewer bits."""
+        return bool(
+            self.quantization or self.bnb_quantization_config_path or self.quantize_text_encoders
+        )

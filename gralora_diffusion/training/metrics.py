@@ -1,0 +1,73 @@
+"""The numbers of a run step by step, and their curve."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import torch
+
+from gralora_diffusion.tensor_files import replacing
+
+METRICS_NAME = "metrics.jsonl"
+
+
+CURVE_NAME = "training_curve.png"
+
+
+class MetricsFile:
+    """One JSON object per optimizer step, appended as training goes.
+
+    Args:
+        folder: output folder.
+        first_step: steps already done; later lines are of a run that was killed and go.
+    """
+
+    def __init__(self, folder: Path, first_step: int = 0) -> None:
+        self.path = folder / METRICS_NAME
+        kept = [row for row in self.read() if row["step"] <= first_step] if first_step else []
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(self.path) as temporary:  # a kill now must not lose what is kept
+            lines = [json.dumps(row) + "\n" for row in kept]
+            temporary.write_text("".join(lines), encoding="utf-8")
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Append a row; it has a "step"."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def read(self) -> list[dict[str, Any]]:
+        """Return the rows; a half-written last line is passed over."""
+        rows = []
+        if self.path.exists():
+            for line in self.path.read_text(encoding="utf-8").split("\n"):
+                try:
+                    rows.append(json.loads(line))
+                except ValueError:
+                    continue
+        return rows
+
+
+def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw the loss over the steps: each step faintly, a running mean on top."""
+    matplotlib.use("Agg", force=False)
+    from matplotlib.figure import Figure
+
+    steps = [row["step"] for row in rows]
+    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
+    width = max(1, len(rows) // 20)
+    total = torch.cat([torch.zeros(1, dtype=torch.float64), losses.cumsum(0)])
+    ends = torch.arange(1, len(rows) + 1)
+    starts = (ends - width).clamp(min=0)
+    mean = (total[ends] - total[starts]) / (ends - starts)
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
+    axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label=f"mean of the last {width}")
+    axes.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
