@@ -2,13 +2,13 @@
 
 import ast
 import warnings
-from pathlib import Path
 
 import pytest
 
 from gralora_diffusion import get_family, list_families
+from tests import ROOT
 
-PACKAGE = Path(__file__).parent.parent / "gralora_diffusion"
+PACKAGE = ROOT / "gralora_diffusion"
 ROWS = """
 errors lazy unfinished safe_text path_patterns command_line blockwise fused_linear low_rank factors
 config_values config fused_projections targets file_names hub regular_files json_files

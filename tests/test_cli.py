@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from gralora_diffusion.cli import main
+from tests import ROOT
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_a_hub_id_that_is_not_cached(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.chdir(Path(__file__).parent.parent)
+    monkeypatch.chdir(ROOT)
     with pytest.raises(SystemExit) as caught:
         main(line.format(tmp_path).split())
     assert caught.value.code == 2

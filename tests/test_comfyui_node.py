@@ -20,11 +20,11 @@ from torch import nn
 from gralora_diffusion import blockwise, get_family, inject
 from gralora_diffusion.config_values import exact_pattern, layer_settings
 from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
-from tests import models
+from tests import ROOT, models
 from tests.reference import dense_update, relative_error
 from tests.tiny import PIPELINES
 
-FOLDER = Path(__file__).parent.parent / "samples/comfyui_gralora"
+FOLDER = ROOT / "samples/comfyui_gralora"
 spec = importlib.util.spec_from_file_location("gralora_conversion", FOLDER / "conversion.py")
 node = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = node  # dataclasses look themselves up there

@@ -23,9 +23,8 @@ from gralora_diffusion.command_line import quiet_libraries, tidied_when_ended
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.main import main as export
 from gralora_diffusion.warm_start.main import main as import_lora
+from tests import ROOT
 from tests.models import adapt, stable_diffusion
-
-ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)

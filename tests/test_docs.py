@@ -41,11 +41,10 @@ from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import find_problems
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.warm_start import main as importing
-from tests import models
+from tests import ROOT, models
 from tests.benchmarks import layer
 from tests.offloading import offload_groups
 
-ROOT = Path(__file__).parent.parent
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARK_CONFIGS = sorted((ROOT / "samples/configs").glob("benchmark_*.yaml"))
 CONFIGS = sorted({*(ROOT / "samples/configs").glob("*.yaml")} - {*BENCHMARK_CONFIGS})

@@ -5,7 +5,6 @@ Both runs had ``samples/tiny-base`` as their base and two of its layers adapted.
 
 import csv
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,8 +16,8 @@ from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.training.config import parse_config
 from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.loop import train
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 WRITTEN = ROOT / "tests" / "data" / "version_0.1"
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
 TO_V = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"

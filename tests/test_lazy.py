@@ -14,8 +14,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 import gralora_diffusion
 from gralora_diffusion import export, file_names, warm_start
 from gralora_diffusion.lazy import lazy_names
+from tests import ROOT
 
-ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "peft", "diffusers", "accelerate")
 
 

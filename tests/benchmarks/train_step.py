@@ -38,6 +38,7 @@ from gralora_diffusion.training.config_checks import validate
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.metrics import MetricsFile
 from gralora_diffusion.training.optimizers import build_optimizer
+from tests import ROOT
 from tests.benchmarks.measuring import (
     Run,
     add_measuring_options,
@@ -52,7 +53,6 @@ from tests.benchmarks.peers import Sizes, adapted
 from tests.tiny.stable_diffusion import build
 from tests.training.runs import make_pictures
 
-ROOT = Path(__file__).parents[2]
 TRAINER = "trainer"
 #: What the bare loop trains, by the names of ``peers``.
 METHODS = ("ours", "peft-lora", "peft-gralora")

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
+
 FILES = (".ci/environment.sh", ".ci/constraints.txt", "pyproject.toml")
 #: Notes its arguments, a line for each call, and makes virtual environments of itself.
 STUB = """#!/usr/bin/env bash

@@ -19,7 +19,9 @@ from torch.nn.functional import cosine_similarity
 from train_tiny_encoders import auc
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer, CLIPModel, Dinov2Model
 
-SAMPLES = Path(__file__).parents[2] / "samples"
+from tests import ROOT
+
+SAMPLES = ROOT / "samples"
 ENCODERS = SAMPLES / "tiny-encoders"
 bundled = pytest.mark.skipif(not ENCODERS.exists(), reason="the bundled encoders are not there")
 

@@ -14,7 +14,9 @@ import tiny_world
 from PIL import Image
 from tiny_pen import Pen
 
-SUBJECTS = Path(__file__).parents[2] / "samples" / "subjects"
+from tests import ROOT
+
+SUBJECTS = ROOT / "samples" / "subjects"
 COMBINATIONS = [(o, c) for o in tiny_world.OBJECTS for c in tiny_world.COLOURS]
 
 

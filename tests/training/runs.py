@@ -19,8 +19,8 @@ from torch import Tensor
 from gralora_diffusion.state import WEIGHTS_NAME
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
+from tests import ROOT
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_dreambooth_gralora.py"
 #: What each run has unless a test says otherwise: fast, and nothing drawn.
 USUAL: dict[str, Any] = {

@@ -19,8 +19,7 @@ from gralora_diffusion.training.base_checks import check_sizes
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import NEEDS, find_problems, validate
 from gralora_diffusion.training.option_fields import choices_of
-
-ROOT = Path(__file__).parents[2]
+from tests import ROOT
 
 # diffusers' train_dreambooth_lora.py: every option of it that is carried, spelled as there, and the
 # value that each must give
