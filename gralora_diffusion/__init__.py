@@ -7,7 +7,7 @@ takes no time: what needs torch and diffusers is imported when it is first used.
 
 from typing import TYPE_CHECKING
 
-from .lazy import lazy_names
+from .io.lazy import lazy_names
 from .pipeline_methods import install
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ else:
             "injection": ["GraloraTuner", "TargetError", "eject", "inject"],
             "layers": ["GraloraConv2d", "GraloraLinear"],
             "pipelines": ["LoadReport"],
-            "tensor_files": ["AdapterFileError"],
+            "errors": ["AdapterFileError"],
         },
     )
 

@@ -6,8 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .command_line import guard_terminal
-from .safe_text import TerminalParser
+from gralora_diffusion.io.process import guard_terminal
+from gralora_diffusion.io.safe_text import TerminalParser
 
 
 def main(argv: Sequence[str] | None = None) -> None:

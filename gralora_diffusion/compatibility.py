@@ -14,12 +14,14 @@ from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.tensor_files import is_finite
+
 from .config_values import layer_settings, rename_layers
 from .families import find_family
 from .injection import check_adapter_name
 from .layers import GraloraLayer
 from .path_patterns import PatternError
-from .safe_text import first_few
 from .state import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .targets import (
     adaptable_modules,
@@ -28,7 +30,6 @@ from .targets import (
     layer_shape,
     misfits,
 )
-from .tensor_files import is_finite
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."

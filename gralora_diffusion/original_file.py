@@ -8,11 +8,12 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.tensor_files import StoredTensor, read_header
+
 from .errors import AdapterFileError
 from .families import ModelFamily, get_family, list_families
-from .json_files import parse_object
 from .layouts import DENOISER
-from .tensor_files import StoredTensor, read_header
 
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"

@@ -26,10 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor
 
-from .config import GraloraConfig
-from .config_values import PATTERNS, invalid_values, mistyped_values
-from .errors import AdapterFileError
-from .file_names import (
+from gralora_diffusion.io.file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
@@ -37,9 +34,13 @@ from .file_names import (
     WEIGHTS_NAME,
     looks_like_hub_id,
 )
-from .hub import offline_problem
-from .json_files import parse_object, read_object
-from .tensor_files import read_safetensors, replacing, write_safetensors
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.json_files import parse_object, read_object
+from gralora_diffusion.io.tensor_files import read_safetensors, replacing, write_safetensors
+
+from .config import GraloraConfig
+from .config_values import PATTERNS, invalid_values, mistyped_values
+from .errors import AdapterFileError
 
 FORMAT_VERSION = 1
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from gralora_diffusion.io.tensor_files import StoredTensor
 from gralora_diffusion.original_file import OriginalHeader
-from gralora_diffusion.tensor_files import StoredTensor
 
 PREFIX = "model.diffusion_model."
 PLAIN = {

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, FluxPipeline
 
 import gralora_diffusion
 from gralora_diffusion import pipeline_methods, pipelines
-from tests.test_lazy import imported_by
+from tests.io.test_lazy import imported_by
 
 OURS, THEIRS = "import gralora_diffusion", "from diffusers import FluxPipeline"
 SAME = """

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from gralora_diffusion.sampling import DTYPES, draw, labelled_grid, main, usual_dtype
-from tests.image_bytes import png, shown
+from tests.io.image_bytes import png, shown
 from tests.models import adapt, stable_diffusion
 
 

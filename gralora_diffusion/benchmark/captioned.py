@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_diffusion.image_files import image_suffix
-from gralora_diffusion.staging import staged
+from gralora_diffusion.io.image_files import image_suffix
+from gralora_diffusion.io.staging import staged
 from gralora_diffusion.training.captions import METADATA_NAME
 from gralora_diffusion.training.data import Example
 from gralora_diffusion.training.seeds import seed_from

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from gralora_diffusion.errors import DataError
-from gralora_diffusion.image_files import folder_images
+from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.training.captions import one_line
 
 PROMPTS_NAME = "prompts_and_classes.txt"

@@ -9,8 +9,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from gralora_diffusion.json_files import read_object
-from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.tensor_files import replacing
 
 from .claims import age
 from .methods import Method

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from gralora_diffusion.json_files import read_object
-from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.tensor_files import replacing
 
 FORMAT = 1
 RESULT_NAME = "result.json"

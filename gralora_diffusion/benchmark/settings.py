@@ -9,7 +9,7 @@ from typing import Any
 import yaml
 
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.staging import lies_in
+from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.config_paths import READ
 from gralora_diffusion.training.option_fields import group_table

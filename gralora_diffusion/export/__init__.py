@@ -2,7 +2,7 @@
 
 from typing import TYPE_CHECKING
 
-from gralora_diffusion.lazy import lazy_names
+from gralora_diffusion.io.lazy import lazy_names
 
 if TYPE_CHECKING:
     from .diff import export_diff

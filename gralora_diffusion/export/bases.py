@@ -16,8 +16,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
-from gralora_diffusion.file_names import looks_like_hub_id
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.file_names import looks_like_hub_id
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.layouts import Layout, OriginalTensor, Shape
 from gralora_diffusion.model_folder import (
     MODEL_CONFIG,
@@ -28,7 +29,6 @@ from gralora_diffusion.model_folder import (
     weight_files,
 )
 from gralora_diffusion.original_file import OriginalFile
-from gralora_diffusion.tensor_files import StoredTensor, read_header
 
 from .tensor_bytes import count
 

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.staging import check_output, staged
+from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.layouts import Shape
 from gralora_diffusion.low_rank import truncate
-from gralora_diffusion.safe_text import first_few
-from gralora_diffusion.staging import check_output, staged
 from gralora_diffusion.state import Adapter, read_adapter
-from gralora_diffusion.tensor_files import write_safetensors
 
 from .adapter_layers import (
     AdapterLayers,

@@ -8,10 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gralora_diffusion.command_line import print_safely, quiet_libraries, tidied_when_ended
 from gralora_diffusion.families import list_families
-from gralora_diffusion.safe_text import TerminalParser
-from gralora_diffusion.staging import OutputError, check_output, find_overlap
+from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.io.safe_text import TerminalParser
+from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
 
 from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
 

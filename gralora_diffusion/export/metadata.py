@@ -19,9 +19,9 @@ from safetensors.torch import save
 
 from gralora_diffusion.config_values import PATTERNS
 from gralora_diffusion.families import ModelFamily, PublishedNames
+from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.lora_keys import DIFFUSERS_METADATA
 from gralora_diffusion.state import Adapter
-from gralora_diffusion.tensor_files import HASH_FIELDS
 
 from .choices import SAID
 

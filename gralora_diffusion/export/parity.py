@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.compatibility import component_models
+from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.sampling import drawing_mode
 from gralora_diffusion.state import Adapter
-from gralora_diffusion.tensor_files import replacing
 
 from .ways import Way, attached_adapter, computing_dtype
 

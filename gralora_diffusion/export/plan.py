@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.tensor_files import StoredTensor
 from gralora_diffusion.layouts import LayoutError, Part, Shape
-from gralora_diffusion.safe_text import first_few
-from gralora_diffusion.tensor_files import StoredTensor
 
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase

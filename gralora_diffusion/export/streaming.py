@@ -19,8 +19,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gralora_diffusion.io.tensor_files import StoredTensor, replacing
 from gralora_diffusion.layouts import Shape
-from gralora_diffusion.tensor_files import StoredTensor, replacing
 
 from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
 from .tensor_bytes import Files, as_bytes, check_space, count, make_header

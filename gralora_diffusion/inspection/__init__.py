@@ -8,9 +8,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from gralora_diffusion.json_files import parse_object
+from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.layouts import DENOISER
-from gralora_diffusion.tensor_files import is_finite
 
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind

@@ -15,8 +15,8 @@ from gralora_diffusion.families import (
     get_family,
     list_families,
 )
-from gralora_diffusion.file_names import METADATA_KEY
-from gralora_diffusion.json_files import parse_object
+from gralora_diffusion.io.file_names import METADATA_KEY
+from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.lora_keys import Layer, group_layers
 from gralora_diffusion.original_file import OriginalHeader
 

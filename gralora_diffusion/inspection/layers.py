@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.config_values import invalid_values, layer_settings
-from gralora_diffusion.file_names import METADATA_KEY, PEFT_PREFIX
+from gralora_diffusion.io.file_names import METADATA_KEY, PEFT_PREFIX
+from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.lora_keys import Layer
 from gralora_diffusion.lora_scaling import LoraScalings
 from gralora_diffusion.low_rank import effective_rank, gralora_singular_values, singular_values
 from gralora_diffusion.path_patterns import PatternError
-from gralora_diffusion.tensor_files import is_finite
 
 from .facts import LayerFacts
 from .kinds import Kind, described, layer_widths

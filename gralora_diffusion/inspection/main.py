@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from gralora_diffusion.command_line import print_safely
-from gralora_diffusion.safe_text import TerminalParser, json_for_terminal
+from gralora_diffusion.io.process import print_safely
+from gralora_diffusion.io.safe_text import TerminalParser, json_for_terminal
 
 from . import inspect_file
 from .text import as_text

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from gralora_diffusion.errors import AdapterFileError
-from gralora_diffusion.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from gralora_diffusion.io.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.model_folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,
@@ -20,7 +21,6 @@ from gralora_diffusion.model_folder import (
     shards,
     weight_files,
 )
-from gralora_diffusion.tensor_files import StoredTensor, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

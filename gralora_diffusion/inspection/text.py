@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 
-from gralora_diffusion.safe_text import first_few, for_terminal, for_terminal_line
+from gralora_diffusion.io.safe_text import first_few, for_terminal, for_terminal_line
 
 from .facts import Inspection, LayerFacts
 

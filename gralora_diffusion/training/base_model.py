@@ -13,7 +13,7 @@ from torch import nn
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.hub import offline_problem
 
 from .base_options import BaseModelOptions
 from .pipeline_index import PipelineIndex

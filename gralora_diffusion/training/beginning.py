@@ -13,7 +13,6 @@ from typing import Any
 from accelerate import Accelerator
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.training.config_checks import validate
 
 from .acceleration import DTYPES
 from .base_checks import check_without_weights
@@ -21,6 +20,7 @@ from .base_model import find_base_family
 from .batches import find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import PATHS, TrainingConfig
+from .config_checks import validate
 from .data import Example
 from .family_options import check_family_options
 from .initial_adapter import InitialValues, find_initial_values

@@ -17,7 +17,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gralora_diffusion.errors import DataError
-from gralora_diffusion.image_files import DECODER_VERSION
+from gralora_diffusion.io.image_files import DECODER_VERSION
 
 from .data import Example
 from .pictures import CropPlan, Variant

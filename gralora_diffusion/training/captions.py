@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.regular_files import is_regular, read_regular
+from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
 #: Files that list pictures and captions, as Hugging Face's imagefolder has them; in any case.

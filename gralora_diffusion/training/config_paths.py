@@ -15,9 +15,9 @@ from pathlib import Path
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gralora_diffusion.errors import CheckpointError
-from gralora_diffusion.file_names import WEIGHTS_NAME, looks_like_hub_id
-from gralora_diffusion.image_files import is_image
-from gralora_diffusion.staging import lies_in
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id
+from gralora_diffusion.io.image_files import is_image
+from gralora_diffusion.io.staging import lies_in
 
 from .captions import concept_folders, is_caption_file
 from .checkpoint import CheckpointStore

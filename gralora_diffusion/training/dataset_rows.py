@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.errors import DataError
-from gralora_diffusion.hub import offline_problem
-from gralora_diffusion.image_files import MAX_BYTES
-from gralora_diffusion.regular_files import read_regular
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.image_files import MAX_BYTES
+from gralora_diffusion.io.regular_files import read_regular
 
 from .captions import one_line
 from .data import Example, Found, check_pictures

@@ -20,7 +20,7 @@ from torch import nn
 from gralora_diffusion.empty_models import empty_model
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.hub import offline_problem
 
 from .base_model import freeze, vae_class
 from .base_options import BaseModelOptions

@@ -17,11 +17,10 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from gralora_diffusion.command_line import are_several, print_safely
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.process import are_several, print_safely
 from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
-from gralora_diffusion.training.config_checks import validate
 
 from .acceleration import (
     DTYPES,
@@ -40,6 +39,7 @@ from .batches import Batches
 from .beginning import complete_class_pictures, find_beginning
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig
+from .config_checks import validate
 from .data import Example
 from .initial_adapter import InitialValues, set_initial_values
 from .metadata import time_metadata, training_metadata

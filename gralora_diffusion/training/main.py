@@ -10,16 +10,11 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from gralora_diffusion.command_line import (
-    are_several,
-    log_to_terminal,
-    print_safely,
-    quiet_libraries,
-)
 from gralora_diffusion.errors import CheckpointError, ConfigError
-from gralora_diffusion.training.config_checks import validate
+from gralora_diffusion.io.process import are_several, log_to_terminal, print_safely, quiet_libraries
 
 from .config import TrainingConfig, parse_config
+from .config_checks import validate
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.tensor_files import HASH_FIELDS
+from gralora_diffusion.io.tensor_files import HASH_FIELDS
 
 from .batches import Batches
 from .captions import one_line

@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib
 import torch
 
-from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.io.tensor_files import replacing
 
 METRICS_NAME = "metrics.jsonl"
 

@@ -14,7 +14,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
-from gralora_diffusion.safe_text import for_code_block, for_code_span, for_markdown
+from gralora_diffusion.io.safe_text import for_code_block, for_code_span, for_markdown
 
 from .acceleration import DTYPES
 from .adapters import LOWERED_K

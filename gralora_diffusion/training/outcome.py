@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import create_repo, upload_folder
 
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
 
 from .config import TrainingConfig
 from .metrics import CURVE_NAME, METRICS_NAME, draw_curve

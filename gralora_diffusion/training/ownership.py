@@ -21,9 +21,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.json_files import read_object
-from gralora_diffusion.tensor_files import replacing
-from gralora_diffusion.unfinished import tidied
+from gralora_diffusion.io.cleanup_on_exit import tidied
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.tensor_files import replacing
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, find_family
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.hub import offline_problem
 
 
 class PipelineIndex:

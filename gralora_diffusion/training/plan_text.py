@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from gralora_diffusion.safe_text import first_few
+from gralora_diffusion.io.safe_text import first_few
 
 from .plan import AdapterPlan, Plan
 

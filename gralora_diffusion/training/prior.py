@@ -21,8 +21,8 @@ from tqdm.auto import tqdm
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
-from gralora_diffusion.image_files import is_image
-from gralora_diffusion.tensor_files import replacing
+from gralora_diffusion.io.image_files import is_image
+from gralora_diffusion.io.tensor_files import replacing
 
 from .base_model import load_base
 from .config import TrainingConfig

@@ -21,7 +21,7 @@ from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.json_files import read_object
+from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.targets import quantization_of
 
 from .base_options import BaseModelOptions

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from gralora_diffusion.errors import CheckpointError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
 from gralora_diffusion.state import WEIGHTS_NAME, Adapter, save_adapter
-from gralora_diffusion.tensor_files import read_safetensors, write_safetensors
 
 from .adapters import put_back, read_out, weights_for_use
 from .config import TrainingConfig

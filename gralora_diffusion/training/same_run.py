@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from gralora_diffusion.errors import CheckpointError, ConfigError
-from gralora_diffusion.json_files import read_object
+from gralora_diffusion.io.json_files import read_object
 
 from .checkpoint import CheckpointStore
 from .config import TrainingConfig

@@ -11,7 +11,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from gralora_diffusion.errors import DataError
-from gralora_diffusion.tensor_files import write_safetensors
+from gralora_diffusion.io.tensor_files import write_safetensors
 
 logger = logging.getLogger(__name__)
 

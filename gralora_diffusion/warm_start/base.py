@@ -12,9 +12,9 @@ from diffusers.configuration_utils import FrozenDict
 from gralora_diffusion.empty_models import empty_model
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import find_pipeline_family, list_families
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.low_rank import Pair
-from gralora_diffusion.safe_text import first_few
 from gralora_diffusion.targets import layer_shape, unsupported
 
 #: In and out features and kernel of a layer.

@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.file_names import (
+from gralora_diffusion.io.file_names import (
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
     looks_like_hub_id,
 )
-from gralora_diffusion.hub import offline_problem
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.tensor_files import read_safetensors
 from gralora_diffusion.model_folder import read_json
-from gralora_diffusion.tensor_files import read_safetensors
 
 _DENOISER_OF_COMFYUI = "diffusion_model."
 

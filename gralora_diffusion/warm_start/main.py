@@ -7,13 +7,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_diffusion.command_line import print_safely, quiet_libraries, tidied_when_ended
 from gralora_diffusion.config_values import check_numbers
 from gralora_diffusion.families import list_families
-from gralora_diffusion.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.io.safe_text import TerminalParser
+from gralora_diffusion.io.staging import check_output
 from gralora_diffusion.lora_scaling import HEADER_ALPHA
-from gralora_diffusion.safe_text import TerminalParser
-from gralora_diffusion.staging import check_output
 
 if TYPE_CHECKING:
     from .conversion import ImportedLayer

@@ -11,7 +11,7 @@ import pytest
 
 from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.benchmark.results import Unreadable
-from gralora_diffusion.staging import OutputError
+from gralora_diffusion.io.staging import OutputError
 from tests.benchmark.pages import Page
 from tests.benchmark.units import METHODS, SUBJECTS, keys, unit, written
 

@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from gralora_diffusion.export.adapter_layers import LayerUpdate
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import _BLOCK, OutputTensor, Piece, write_streamed
-from gralora_diffusion.tensor_files import read_header
+from gralora_diffusion.io.tensor_files import read_header
 from tests.benchmarks.measuring import anonymous_mib, machine
 
 #: (out, in) of the layers of a block of FLUX.1: one of two streams and two single ones.

@@ -18,7 +18,7 @@ from gralora_diffusion.export.lora import export_lora, read_by_diffusers
 from gralora_diffusion.export.names import StyleError
 from gralora_diffusion.export.parity import ParityError
 from gralora_diffusion.export.verification import Verification
-from gralora_diffusion.staging import OutputError
+from gralora_diffusion.io.staging import OutputError
 from gralora_diffusion.state import read_adapter
 from tests.models import PIPELINES, adapt_everywhere, config, merged
 from tests.originals import ORIGINALS, ldm, transformer_alone, write

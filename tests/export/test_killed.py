@@ -17,7 +17,7 @@ from gralora_diffusion import blockwise
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import OutputTensor, Piece, write_streamed
-from gralora_diffusion.tensor_files import read_header
+from gralora_diffusion.io.tensor_files import read_header
 
 
 class Update:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from gralora_diffusion import AdapterFileError, get_family, inject
 from gralora_diffusion.export import export_diff, export_lora
 from gralora_diffusion.export.names import StyleError, find_names
-from gralora_diffusion.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from tests.models import PIPELINES, adapt_everywhere, config, merged
 from tests.originals import ORIGINALS
 from tests.reference import relative_error

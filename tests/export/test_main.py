@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from gralora_diffusion.cli import main
-from gralora_diffusion.tensor_files import HASH_FIELDS, file_hashes
+from gralora_diffusion.io.tensor_files import HASH_FIELDS, file_hashes
 from tests.models import adapt_everywhere, merged, stable_diffusion
 from tests.originals import ORIGINALS, write
 

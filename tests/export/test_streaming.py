@@ -21,7 +21,7 @@ from gralora_diffusion.export.streaming import (
     sample_remedies,
     write_streamed,
 )
-from gralora_diffusion.tensor_files import read_header
+from gralora_diffusion.io.tensor_files import read_header
 from tests.export.test_tensor_bytes import same
 
 if sys.platform == "linux":

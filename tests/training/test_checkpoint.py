@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from gralora_diffusion.errors import CheckpointError
-from gralora_diffusion.tensor_files import write_safetensors
+from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.training.checkpoint import CheckpointStore
 
 

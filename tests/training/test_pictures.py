@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from gralora_diffusion.image_files import image_extensions, read_image
+from gralora_diffusion.io.image_files import image_extensions, read_image
 from gralora_diffusion.training.buckets import Buckets
 from gralora_diffusion.training.pictures import CropPlan, Variant
 from gralora_diffusion.training.seeds import generator

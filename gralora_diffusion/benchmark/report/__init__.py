@@ -9,7 +9,7 @@ from typing import Any
 
 from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
 from gralora_diffusion.benchmark.statistics import RESAMPLES
-from gralora_diffusion.staging import staged
+from gralora_diffusion.io.staging import staged
 
 from .content import content_of
 from .files import as_csv, as_json

@@ -11,7 +11,7 @@ from typing import Any
 
 from gralora_diffusion.benchmark.results import UnitResult
 from gralora_diffusion.benchmark.scores import score_order
-from gralora_diffusion.safe_text import for_csv
+from gralora_diffusion.io.safe_text import for_csv
 
 from .content import Content, ProtocolContent
 from .sentences import cautions, headlines, method_note

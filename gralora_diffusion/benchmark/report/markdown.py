@@ -6,7 +6,7 @@ import html
 
 import yaml
 
-from gralora_diffusion.safe_text import for_code_block, for_markdown, for_markdown_item
+from gralora_diffusion.io.safe_text import for_code_block, for_markdown, for_markdown_item
 
 from . import tables
 from .content import Content, ProtocolContent

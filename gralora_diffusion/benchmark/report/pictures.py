@@ -11,7 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from gralora_diffusion.benchmark.results import UnitResult
-from gralora_diffusion.image_files import ImageError, read_image
+from gralora_diffusion.io.image_files import ImageError, read_image
 
 from .content import Content
 

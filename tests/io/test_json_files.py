@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from gralora_diffusion.json_files import parse_object, read_object
+from gralora_diffusion.io.json_files import parse_object, read_object
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])

@@ -12,8 +12,9 @@ import pytest
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import gralora_diffusion
-from gralora_diffusion import export, file_names, warm_start
-from gralora_diffusion.lazy import lazy_names
+from gralora_diffusion import export, warm_start
+from gralora_diffusion.io import file_names
+from gralora_diffusion.io.lazy import lazy_names
 from tests import ROOT
 
 HEAVY = ("torch", "peft", "diffusers", "accelerate")

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageCms
 
-from gralora_diffusion.colour_profiles import rgb_profile
-from gralora_diffusion.image_files import ImageError, formats, read_image
-from tests.image_bytes import D65, PRIMARIES, cmyk_profile, lab_to_srgb, on_white, png, shown
+from gralora_diffusion.io.colour_profiles import rgb_profile
+from gralora_diffusion.io.image_files import ImageError, formats, read_image
+from tests.io.image_bytes import D65, PRIMARIES, cmyk_profile, lab_to_srgb, on_white, png, shown
 
 RNG = np.random.default_rng(0)
 COLOURS = RNG.integers(0, 256, (8, 8, 3)).astype(np.uint8)

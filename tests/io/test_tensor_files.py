@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 
 from gralora_diffusion.errors import AdapterFileError
-from gralora_diffusion.tensor_files import (
+from gralora_diffusion.io.tensor_files import (
     HASH_FIELDS,
     file_hashes,
     is_finite,

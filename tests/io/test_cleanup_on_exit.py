@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gralora_diffusion.staging import staged
-from gralora_diffusion.tensor_files import replacing
-from gralora_diffusion.unfinished import _TIDYING, tidied, tidy_all
+from gralora_diffusion.io.cleanup_on_exit import _TIDYING, tidied, tidy_all
+from gralora_diffusion.io.staging import staged
+from gralora_diffusion.io.tensor_files import replacing
 
 
 def test_tidied_at_the_end() -> None:

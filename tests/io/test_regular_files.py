@@ -4,7 +4,7 @@ import os
 
 import pytest
 
-from gralora_diffusion.regular_files import is_regular, read_regular
+from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 
 def test_files_and_links_to_them_up_to_a_limit(tmp_path):

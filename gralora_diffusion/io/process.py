@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 
+from .cleanup_on_exit import tidy_all
 from .safe_text import TerminalFormatter, for_terminal
-from .unfinished import tidy_all
 
 #: Loggers that warn of what is not used here, such as kernels for other machines and torchvision,
 #: or of what was asked for, such as a LoRA that leaves the text encoder alone.

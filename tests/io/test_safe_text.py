@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from gralora_diffusion.safe_text import (
+from gralora_diffusion.io.safe_text import (
     TerminalFormatter,
     TerminalParser,
     for_code_block,

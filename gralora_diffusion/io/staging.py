@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from .cleanup_on_exit import tidied
 from .json_files import read_object
-from .unfinished import tidied
 
 
 class OutputError(ValueError):

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageCms
 
-from gralora_diffusion import image_files
-from gralora_diffusion.image_files import (
+from gralora_diffusion.io import image_files
+from gralora_diffusion.io.image_files import (
     ImageError,
     as_srgb,
     folder_images,
@@ -22,7 +22,7 @@ from gralora_diffusion.image_files import (
     is_image,
     read_image,
 )
-from tests.image_bytes import grey_tiff, lab_to_srgb, on_white, png
+from tests.io.image_bytes import grey_tiff, lab_to_srgb, on_white, png
 
 RNG = np.random.default_rng(0)
 

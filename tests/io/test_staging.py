@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.rounding import RoundingError
-from gralora_diffusion.staging import OutputError, check_output, find_overlap, staged
+from gralora_diffusion.io.staging import OutputError, check_output, find_overlap, staged
 from tests.models import PIPELINES, adapt_everywhere
 from tests.originals import ORIGINALS, transformer_alone, write
 

@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from .errors import AdapterFileError
+from gralora_diffusion.errors import AdapterFileError
+
+from .cleanup_on_exit import tidied
 from .regular_files import is_regular
-from .unfinished import tidied
 
 if TYPE_CHECKING:
     import torch
