@@ -13,7 +13,7 @@ from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 
 from .errors import AdapterFileError
 from .families import ModelFamily, get_family, list_families
-from .layouts import DENOISER
+from .key_maps import DENOISER
 
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"

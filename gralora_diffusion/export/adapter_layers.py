@@ -16,7 +16,7 @@ from gralora_diffusion.config_values import layer_settings
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.tensor_files import is_finite
-from gralora_diffusion.layouts import Shape
+from gralora_diffusion.key_maps import Shape
 from gralora_diffusion.path_patterns import PatternError
 from gralora_diffusion.state import Adapter, ComponentAdapter
 from gralora_diffusion.targets import layer_of

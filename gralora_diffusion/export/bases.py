@@ -19,7 +19,7 @@ from gralora_diffusion.families import ModelFamily, PublishedNames, find_family,
 from gralora_diffusion.io.file_names import looks_like_hub_id
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-from gralora_diffusion.layouts import Layout, OriginalTensor, Shape
+from gralora_diffusion.key_maps import Layout, OriginalTensor, Shape
 from gralora_diffusion.model_folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,

@@ -20,7 +20,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import write_safetensors
-from gralora_diffusion.layouts import Shape
+from gralora_diffusion.key_maps import Shape
 from gralora_diffusion.low_rank import truncate
 from gralora_diffusion.state import Adapter, read_adapter
 

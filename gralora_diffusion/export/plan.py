@@ -15,7 +15,7 @@ from torch import Tensor
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import StoredTensor
-from gralora_diffusion.layouts import LayoutError, Part, Shape
+from gralora_diffusion.key_maps import LayoutError, Part, Shape
 
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from gralora_diffusion.io.tensor_files import StoredTensor, replacing
-from gralora_diffusion.layouts import Shape
+from gralora_diffusion.key_maps import Shape
 
 from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
 from .tensor_bytes import Files, as_bytes, check_space, count, make_header

@@ -16,7 +16,7 @@ from safetensors.torch import _TYPES
 from torch import Tensor
 
 from gralora_diffusion.errors import AdapterFileError
-from gralora_diffusion.layouts import Shape
+from gralora_diffusion.key_maps import Shape
 
 _COPY_BYTES = 1 << 26
 _BINARY = getattr(os, "O_BINARY", 0)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from gralora_diffusion.layouts import Layout, Shape
+from gralora_diffusion.key_maps import Layout, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

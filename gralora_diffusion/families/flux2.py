@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.layouts import DENOISER, Layout, Shape, rename
+from gralora_diffusion.key_maps import DENOISER, Layout, Shape, rename
 
 from .base import (
     UNKNOWN,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.layouts import UNET, Layout, autoencoder, clip, open_clip
+from gralora_diffusion.key_maps import UNET, Layout, autoencoder, clip, open_clip
 
 from .base import (
     STABILITY_AI,

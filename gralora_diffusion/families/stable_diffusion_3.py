@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.layouts import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
+from gralora_diffusion.key_maps import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
 
 from .base import (
     STABILITY_AI,

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.layouts import UNET, autoencoder, clip, open_clip
+from gralora_diffusion.key_maps import UNET, autoencoder, clip, open_clip
 
 from .base import STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
 from .presets import CLIP_PRESETS

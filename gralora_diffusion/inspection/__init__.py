@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 
 from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.tensor_files import is_finite
-from gralora_diffusion.layouts import DENOISER
+from gralora_diffusion.key_maps import DENOISER
 
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind

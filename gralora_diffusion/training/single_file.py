@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.layouts import DENOISER
+from gralora_diffusion.key_maps import DENOISER
 from gralora_diffusion.original_file import OriginalFile
 
 from .base_options import BaseModelOptions

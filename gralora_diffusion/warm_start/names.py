@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.layouts import Layout, Shape, locate
+from gralora_diffusion.key_maps import Layout, Shape, locate
 from gralora_diffusion.low_rank import Pair
 
 #: How names of the denoiser's layers may begin, whichever layout follows.

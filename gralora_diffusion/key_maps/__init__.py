@@ -1,7 +1,6 @@
 """The layouts of original single files, and how their tensors are made of diffusers' ones."""
 
-from .latent_diffusion import DENOISER, UNET, USUAL_LAYERS_PER_BLOCK, autoencoder
-from .layout import (
+from .key_map import (
     Layout,
     LayoutError,
     Location,
@@ -14,6 +13,7 @@ from .layout import (
     rename,
     swap,
 )
+from .latent_diffusion import DENOISER, UNET, USUAL_LAYERS_PER_BLOCK, autoencoder
 from .text_encoders import clip, open_clip, t5
 
 __all__ = [

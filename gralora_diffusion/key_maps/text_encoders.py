@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .layout import Layout, Rule, Shape, join, rename
+from .key_map import Layout, Rule, Shape, join, rename
 
 #: transformers 5 took this level out of CLIPTextModel; files have it.
 _LEVEL = "text_model."

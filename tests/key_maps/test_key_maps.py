@@ -17,7 +17,7 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor
 
 from gralora_diffusion import get_family
-from gralora_diffusion.layouts import Layout, LayoutError, OriginalTensor, join, rename, swap
+from gralora_diffusion.key_maps import Layout, LayoutError, OriginalTensor, join, rename, swap
 from tests.originals import ORIGINALS
 from tests.tiny import PIPELINES
 from tests.tiny.parts import text_encoder_with_projection

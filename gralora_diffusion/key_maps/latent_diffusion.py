@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .layout import Layout, Rule, rename
+from .key_map import Layout, Rule, rename
 
 DENOISER = "model.diffusion_model."
 _RESNET = {
