@@ -11,20 +11,20 @@ from .io.lazy import lazy_names
 from .pipeline_methods import install
 
 if TYPE_CHECKING:
-    from .config import GraloraConfig
+    from .adapters.config import GraloraConfig
+    from .adapters.injection import GraloraTuner, TargetError, eject, inject
+    from .adapters.layers import GraloraConv2d, GraloraLinear
     from .errors import AdapterFileError
     from .families import get_family, list_families
-    from .injection import GraloraTuner, TargetError, eject, inject
-    from .layers import GraloraConv2d, GraloraLinear
     from .pipelines import LoadReport
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
-            "config": ["GraloraConfig"],
+            "adapters.config": ["GraloraConfig"],
             "families": ["get_family", "list_families"],
-            "injection": ["GraloraTuner", "TargetError", "eject", "inject"],
-            "layers": ["GraloraConv2d", "GraloraLinear"],
+            "adapters.injection": ["GraloraTuner", "TargetError", "eject", "inject"],
+            "adapters.layers": ["GraloraConv2d", "GraloraLinear"],
             "pipelines": ["LoadReport"],
             "errors": ["AdapterFileError"],
         },

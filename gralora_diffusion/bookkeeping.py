@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from diffusers import DiffusionPipeline
 
-from .compatibility import component_models, gralora_layers
+from gralora_diffusion.adapters.compatibility import component_models, gralora_layers
 
 _LISTED, _FUSED = "_lora_loadable_modules", "_merged_adapters"
 

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from .config_values import is_finite_number, pattern_key
+from gralora_diffusion.adapters.layer_config import is_finite_number, pattern_key
+from gralora_diffusion.adapters.path_patterns import PatternError
+
 from .lora_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
 from .lora_keys import DIFFUSERS_METADATA, Layer
-from .path_patterns import PatternError
 
 #: What to do with an alpha that only a header's field of its own tells; see ``LoraScalings``.
 HeaderAlpha = Literal["apply", "ignore"]

@@ -19,20 +19,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from .bookkeeping import note_components, note_fused
-from .compatibility import (
-    Fit,
-    adapter_tensors,
-    check_fit,
-    component_models,
-    component_names,
-    gralora_layers,
-    set_adapter_tensors,
-)
-from .families import find_family
-from .injection import eject, inject, unchanged_on_error
-from .offloading import without_offloading
-from .state import (
+from gralora_diffusion.adapters.adapter_file import (
     WEIGHTS_NAME,
     Adapter,
     ComponentAdapter,
@@ -41,6 +28,20 @@ from .state import (
     save_adapter,
     save_peft_folders,
 )
+from gralora_diffusion.adapters.compatibility import (
+    Fit,
+    adapter_tensors,
+    check_fit,
+    component_models,
+    component_names,
+    gralora_layers,
+    set_adapter_tensors,
+)
+from gralora_diffusion.adapters.injection import eject, inject, unchanged_on_error
+
+from .bookkeeping import note_components, note_fused
+from .families import find_family
+from .offloading import without_offloading
 
 
 @dataclass(frozen=True)

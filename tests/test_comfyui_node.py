@@ -17,9 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from gralora_diffusion import blockwise, get_family, inject
-from gralora_diffusion.config_values import exact_pattern, layer_settings
-from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
+from gralora_diffusion import get_family, inject
+from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.adapter_file import METADATA_KEY, WEIGHTS_NAME, read_adapter
+from gralora_diffusion.adapters.layer_config import exact_pattern, layer_settings
 from tests import ROOT, models
 from tests.reference import dense_update, relative_error
 from tests.tiny import PIPELINES
@@ -148,7 +149,7 @@ def test_every_layer_is_its_exact_pair(files, family):
                 continue
             path, hybrid = key.removesuffix(".gralora_A"), part.config.hybrid_r
             B, settings = part.tensors[f"{path}.gralora_B"], layer_settings(part.config, path)
-            down, up = blockwise.lora_factors(A, B)
+            down, up = functional.lora_factors(A, B)
             update = dense_update(A, B)
             if hybrid:
                 plain_down = part.tensors[f"{path}.gralora_A_general.weight"]

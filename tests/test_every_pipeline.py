@@ -14,9 +14,9 @@ from diffusers.models.embeddings import IPAdapterPlusImageProjection, MultiIPAda
 from safetensors.torch import load_file
 
 from gralora_diffusion import AdapterFileError, get_family, inject, list_families
-from gralora_diffusion.compatibility import gralora_layers
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
+from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.families import find_family
-from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
 from tests.models import config, merged, structure
 from tests.pipeline_classes import CLASSES, NOT_DRAWN, build, draw
 from tests.reference import relative_error

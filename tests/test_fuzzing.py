@@ -9,9 +9,14 @@ import pytest
 import torch
 
 from gralora_diffusion import AdapterFileError, GraloraConfig
+from gralora_diffusion.adapters.adapter_file import (
+    Adapter,
+    ComponentAdapter,
+    read_adapter,
+    save_adapter,
+)
 from gralora_diffusion.io.tensor_files import read_header
 from gralora_diffusion.model_folder import PIPELINE_INDEX, read_pipeline_index, shards
-from gralora_diffusion.state import Adapter, ComponentAdapter, read_adapter, save_adapter
 
 #: Of an adapter file, whose config has many fields, and of an index.
 MUTATIONS, INDEX_MUTATIONS = 1500, 300

@@ -21,14 +21,14 @@ from safetensors.torch import load_file, save_file
 
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
 from gralora_diffusion import AdapterFileError, inject
-from gralora_diffusion.compatibility import gralora_layers
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.state import METADATA_KEY, WEIGHTS_NAME, read_adapter
+from gralora_diffusion.adapters.adapter_file import METADATA_KEY, WEIGHTS_NAME, read_adapter
+from gralora_diffusion.adapters.compatibility import gralora_layers
+from gralora_diffusion.adapters.layers import GraloraLayer
 from tests import models
+from tests.adapters.test_injection import lora
 from tests.models import TEXT_TARGETS, adapt, config, draw, merged, stable_diffusion, structure
 from tests.offloading import offload_groups, two_memories
 from tests.reference import dense_update, relative_error
-from tests.test_injection import lora
 
 BOTH = ["unet", "text_encoder"]
 

@@ -23,9 +23,13 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.low_rank import effective_rank, gralora_singular_values, singular_values
-from gralora_diffusion.targets import base_of, fitting_k
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.low_rank import (
+    effective_rank,
+    gralora_singular_values,
+    singular_values,
+)
+from gralora_diffusion.adapters.targets import base_of, fitting_k
 from gralora_diffusion.training.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimizers import evaluating
 

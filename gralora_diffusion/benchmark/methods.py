@@ -22,12 +22,12 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
 
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.adapters.injection import mark_adapted
+from gralora_diffusion.adapters.targets import find_targets
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.injection import mark_adapted
 from gralora_diffusion.io.tensor_files import write_safetensors
-from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
-from gralora_diffusion.targets import find_targets
 from gralora_diffusion.training.adapters import (
     ADAPTER_NAME,
     adapter_configs,

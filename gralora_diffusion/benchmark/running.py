@@ -14,10 +14,10 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 
+from gralora_diffusion.adapters.targets import find_targets
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.sampling import draw
-from gralora_diffusion.targets import find_targets
 from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
 from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
 from gralora_diffusion.training.base_checks import resolve_defaults

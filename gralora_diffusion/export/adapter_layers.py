@@ -10,16 +10,16 @@ from functools import cached_property, partial
 import torch
 from torch import Tensor
 
-from gralora_diffusion.blockwise import add_delta_rows, lora_factors, row_factors
-from gralora_diffusion.compatibility import component_of
-from gralora_diffusion.config_values import layer_settings
+from gralora_diffusion.adapters.adapter_file import Adapter, ComponentAdapter
+from gralora_diffusion.adapters.compatibility import component_of
+from gralora_diffusion.adapters.functional import add_delta_rows, lora_factors, row_factors
+from gralora_diffusion.adapters.layer_config import layer_settings
+from gralora_diffusion.adapters.path_patterns import PatternError
+from gralora_diffusion.adapters.targets import layer_of
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.key_maps import Shape
-from gralora_diffusion.path_patterns import PatternError
-from gralora_diffusion.state import Adapter, ComponentAdapter
-from gralora_diffusion.targets import layer_of
 
 _FACTORS = ("gralora_A", "gralora_B")
 _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")

@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 
+from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import finish_header
 from gralora_diffusion.key_maps import locate
-from gralora_diffusion.state import Adapter, read_adapter
 
 from .adapter_layers import LayerUpdate, adapter_layers, adapts_denoiser_only, find_adapter_family
 from .bases import open_base

@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import finish_header
-from gralora_diffusion.state import Adapter, read_adapter
 
 from .adapter_layers import AdapterLayers, adapter_layers, find_adapter_family
 from .bases import Base, BaseError, FileBase, FolderBase, open_base

@@ -183,7 +183,7 @@ def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
-    from gralora_diffusion.state import read_adapter
+    from gralora_diffusion.adapters.adapter_file import read_adapter
 
     from .diff import export_diff
     from .fused import export_fused

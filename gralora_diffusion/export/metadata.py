@@ -17,11 +17,11 @@ from typing import Any, Literal
 
 from safetensors.torch import save
 
-from gralora_diffusion.config_values import PATTERNS
+from gralora_diffusion.adapters.adapter_file import Adapter
+from gralora_diffusion.adapters.layer_config import PATTERNS
 from gralora_diffusion.families import ModelFamily, PublishedNames
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.lora_keys import DIFFUSERS_METADATA
-from gralora_diffusion.state import Adapter
 
 from .choices import SAID
 

@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_diffusion.compatibility import component_models
+from gralora_diffusion.adapters.adapter_file import Adapter
+from gralora_diffusion.adapters.compatibility import component_models
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.sampling import drawing_mode
-from gralora_diffusion.state import Adapter
 
 from .ways import Way, attached_adapter, computing_dtype
 

@@ -16,13 +16,13 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors import safe_open
 
-from gralora_diffusion.compatibility import component_of
+from gralora_diffusion.adapters.adapter_file import Adapter
+from gralora_diffusion.adapters.compatibility import component_of
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.cleanup_on_exit import tidied
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.tensor_files import read_header
 from gralora_diffusion.original_file import OriginalFileError
-from gralora_diffusion.state import Adapter
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path

@@ -15,8 +15,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from gralora_diffusion.compatibility import component_models
-from gralora_diffusion.state import Adapter
+from gralora_diffusion.adapters.adapter_file import Adapter
+from gralora_diffusion.adapters.compatibility import component_models
 
 Way = Callable[[Any], AbstractContextManager[Any]]
 

@@ -14,20 +14,25 @@ import torch
 from diffusers.training_utils import EMAModel
 from torch import nn
 
-from gralora_diffusion.compatibility import adapter_tensors, set_adapter_tensors
-from gralora_diffusion.config import GraloraConfig
-from gralora_diffusion.config_values import (
+from gralora_diffusion.adapters.adapter_file import (
+    Adapter,
+    ComponentAdapter,
+    config_to_dict,
+    read_adapter,
+)
+from gralora_diffusion.adapters.compatibility import adapter_tensors, set_adapter_tensors
+from gralora_diffusion.adapters.config import GraloraConfig
+from gralora_diffusion.adapters.injection import inject
+from gralora_diffusion.adapters.layer_config import (
     describe_unused,
     exact_pattern,
     pattern_key,
     unused_patterns,
 )
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.targets import find_targets, is_named, lowered_k
 from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.injection import inject
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.state import Adapter, ComponentAdapter, config_to_dict, read_adapter
-from gralora_diffusion.targets import find_targets, is_named, lowered_k
 
 from .config import TrainingConfig
 from .config_patterns import given_patterns

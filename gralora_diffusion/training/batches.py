@@ -14,8 +14,8 @@ from diffusers.training_utils import offload_models
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import Conditioning, ModelFamily
-from gralora_diffusion.injection import adapters_disabled
 
 from .base_model import present
 from .buckets import Buckets, listed_buckets

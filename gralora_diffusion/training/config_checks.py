@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from gralora_diffusion.adapters.path_patterns import PatternError, path_pattern
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.path_patterns import PatternError, path_pattern
 
 from .buckets import listed_buckets
 from .checkpoint import CheckpointStore

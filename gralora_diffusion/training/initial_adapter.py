@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gralora_diffusion.compatibility import Fit, check_fit, set_adapter_tensors
-from gralora_diffusion.config import GraloraConfig
-from gralora_diffusion.config_values import exact_pattern, layer_settings
+from gralora_diffusion.adapters.adapter_file import AdapterFileError, read_adapter
+from gralora_diffusion.adapters.compatibility import Fit, check_fit, set_adapter_tensors
+from gralora_diffusion.adapters.config import GraloraConfig
+from gralora_diffusion.adapters.layer_config import exact_pattern, layer_settings
+from gralora_diffusion.adapters.targets import adaptable_modules, find_targets
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.state import AdapterFileError, read_adapter
-from gralora_diffusion.targets import adaptable_modules, find_targets
 
 from .adapters import ADAPTER_NAME, adapter_configs, trained_components
 from .config import TrainingConfig

@@ -17,10 +17,10 @@ from diffusers.training_utils import EMAModel, free_memory
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.process import are_several, print_safely
-from gralora_diffusion.state import WEIGHTS_NAME, save_adapter
 
 from .acceleration import (
     DTYPES,

@@ -19,9 +19,9 @@ from torch._subclasses.fake_tensor import (
     FakeTensorMode,
 )
 
+from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.layers import GraloraLayer
 
 from .acceleration import DTYPES, checkpoint_gradients
 from .adapters import ADAPTER_NAME, add_adapters

@@ -20,9 +20,9 @@ import transformers
 from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
+from gralora_diffusion.adapters.targets import quantization_of
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.json_files import read_object
-from gralora_diffusion.targets import quantization_of
 
 from .base_options import BaseModelOptions
 

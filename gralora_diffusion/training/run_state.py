@@ -16,10 +16,10 @@ from diffusers.training_utils import EMAModel
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, Adapter, save_adapter
 from gralora_diffusion.errors import CheckpointError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
-from gralora_diffusion.state import WEIGHTS_NAME, Adapter, save_adapter
 
 from .adapters import put_back, read_out, weights_for_use
 from .config import TrainingConfig

@@ -12,8 +12,8 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import Conditioning, ModelFamily
-from gralora_diffusion.injection import adapters_disabled
 
 from .acceleration import without_fp16_autocast
 from .caching import PromptCache

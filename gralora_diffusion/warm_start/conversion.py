@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_diffusion.blockwise import init_factors, init_plain_factors
-from gralora_diffusion.config import GraloraConfig
-from gralora_diffusion.config_values import check_numbers, exact_pattern
+from gralora_diffusion.adapters.adapter_file import Adapter, ComponentAdapter
+from gralora_diffusion.adapters.config import GraloraConfig
+from gralora_diffusion.adapters.functional import init_factors, init_plain_factors
+from gralora_diffusion.adapters.layer_config import check_numbers, exact_pattern
+from gralora_diffusion.adapters.low_rank import Pair, gralora_factors, norm, split
+from gralora_diffusion.adapters.targets import common_divisors
 from gralora_diffusion.families import ModelFamily, get_family
 from gralora_diffusion.lora_scaling import HeaderAlpha
-from gralora_diffusion.low_rank import Pair, gralora_factors, norm, split
-from gralora_diffusion.state import Adapter, ComponentAdapter
-from gralora_diffusion.targets import common_divisors
 
 from .base import LoraBase
 from .reading import read_lora

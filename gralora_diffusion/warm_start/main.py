@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_diffusion.config_values import check_numbers
+from gralora_diffusion.adapters.layer_config import check_numbers
 from gralora_diffusion.families import list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _import(options: argparse.Namespace, output: Path) -> str:
     """Write the adapter; return the report."""
-    from gralora_diffusion.state import save_adapter
+    from gralora_diffusion.adapters.adapter_file import save_adapter
 
     from .base import LoraBase
     from .conversion import gralora_from_lora

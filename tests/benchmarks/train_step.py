@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
-from gralora_diffusion.layers import GraloraLayer
+from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.training.acceleration import (
     accelerate_left_as_it_was,
     compile_repeated_blocks,

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, get_family, inject
+from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.bases import BaseError
 from gralora_diffusion.export.lora import export_lora, read_by_diffusers
@@ -19,7 +20,6 @@ from gralora_diffusion.export.names import StyleError
 from gralora_diffusion.export.parity import ParityError
 from gralora_diffusion.export.verification import Verification
 from gralora_diffusion.io.staging import OutputError
-from gralora_diffusion.state import read_adapter
 from tests.models import PIPELINES, adapt_everywhere, config, merged
 from tests.originals import ORIGINALS, ldm, transformer_alone, write
 from tests.tiny.parts import text_encoder_with_projection

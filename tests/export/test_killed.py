@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gralora_diffusion import blockwise
+from gralora_diffusion.adapters import functional
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import OutputTensor, Piece, write_streamed
@@ -24,11 +24,11 @@ class Update:
     """Of any weight of one shape."""
 
     def __init__(self, out_features: int, in_features: int) -> None:
-        A, B = blockwise.init_factors(in_features, out_features, 8, 4, zero_update=False)
-        self.factors = blockwise.row_factors(A, B)
+        A, B = functional.init_factors(in_features, out_features, 8, 4, zero_update=False)
+        self.factors = functional.row_factors(A, B)
 
     def add_to(self, target: torch.Tensor, start: int) -> None:
-        blockwise.add_delta_rows(target, *self.factors, start, 0.3)
+        functional.add_delta_rows(target, *self.factors, start, 0.3)
 
 
 def outputs_in(folder: Path, tensors: int, rows: int, columns: int) -> list[OutputTensor]:

@@ -10,9 +10,14 @@ import pytest
 import torch
 
 from gralora_diffusion import GraloraConfig, get_family
+from gralora_diffusion.adapters.adapter_file import (
+    Adapter,
+    ComponentAdapter,
+    read_adapter,
+    save_adapter,
+)
 from gralora_diffusion.export.metadata import adapter_hash, export_metadata
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
-from gralora_diffusion.state import Adapter, ComponentAdapter, read_adapter, save_adapter
 
 #: As the trainer writes them; see tests/training/test_metadata.py.
 TRAINED = {

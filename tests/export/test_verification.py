@@ -12,9 +12,9 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
 from gralora_diffusion.export import export_fused, verification
 from gralora_diffusion.export.verification import Verification
-from gralora_diffusion.state import Adapter, read_adapter
 from tests.models import adapt_everywhere, stable_diffusion
 from tests.originals import ORIGINALS, write
 

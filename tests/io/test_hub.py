@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
+from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.io.hub import offline_problem
-from gralora_diffusion.state import read_adapter
 
 SET = "and the Hub is not asked, for HF_HUB_OFFLINE is set. Fetch it where there is a network, by "
 UNREACHABLE = "and the Hub cannot be reached from here. Fetch it where there is a network, by "

@@ -9,8 +9,13 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
+from gralora_diffusion.adapters.adapter_file import (
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    save_adapter,
+)
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.training import loop
 from gralora_diffusion.warm_start import gralora_from_lora
 from tests import models

@@ -15,9 +15,9 @@ from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
-from gralora_diffusion.state import read_adapter
 from gralora_diffusion.training import loop, prior
 from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.data import find_examples

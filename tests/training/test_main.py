@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 import gralora_diffusion.training.loop as loop
-from gralora_diffusion.layers import GraloraLayer
+from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.training.main import main
 from gralora_diffusion.training.ownership import owned
 from tests.models import stable_diffusion

@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion import get_family
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.io.tensor_files import file_hashes
-from gralora_diffusion.state import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.training.metadata import tag_frequency
 from tests.models import PIPELINES
 from tests.training.runs import make_pictures, make_shapes, run

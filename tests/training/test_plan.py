@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
+from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.state import WEIGHTS_NAME
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
 from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures

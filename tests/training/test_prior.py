@@ -11,8 +11,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import get_family, list_families
-from gralora_diffusion.injection import adapters_disabled
 from gralora_diffusion.training.batches import find_class_pictures
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.prior import (

@@ -19,10 +19,10 @@ from diffusers import StableDiffusionPipeline
 from torch import nn
 
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.targets import base_of, quantization_of
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.targets import base_of, quantization_of
 from gralora_diffusion.training import loop, prior
 from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.config import TrainingConfig

@@ -14,12 +14,18 @@ from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import Tensor
 
-from gralora_diffusion import AdapterFileError, blockwise, cli, get_family
-from gralora_diffusion.config_values import layer_settings
+from gralora_diffusion import AdapterFileError, cli, get_family
+from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.adapter_file import (
+    WEIGHTS_NAME,
+    Adapter,
+    read_adapter,
+    save_adapter,
+)
+from gralora_diffusion.adapters.layer_config import layer_settings
+from gralora_diffusion.adapters.low_rank import truncate
 from gralora_diffusion.export import export_lora
 from gralora_diffusion.export.choices import STYLES
-from gralora_diffusion.low_rank import truncate
-from gralora_diffusion.state import WEIGHTS_NAME, Adapter, read_adapter, save_adapter
 from gralora_diffusion.warm_start import gralora_from_lora, overall_error
 from gralora_diffusion.warm_start.main import main
 from tests import models
@@ -257,7 +263,7 @@ def test_flux(style):
         A, B = (part.tensors[f"{path}.gralora_{x}"].double() for x in "AB")
         r, _, alpha = layer_settings(part.config, path)
         x = probes[A.shape[0] * A.shape[1]]
-        assert relative_error(blockwise.linear_update(x, A, B, alpha / r), y) < 1e-6, path
+        assert relative_error(functional.linear_update(x, A, B, alpha / r), y) < 1e-6, path
 
 
 @pytest.mark.parametrize("name", PIPELINES)

@@ -19,7 +19,7 @@ from gralora_diffusion import (
     eject,
     inject,
 )
-from gralora_diffusion.layers import GraloraLayer
+from gralora_diffusion.adapters.layers import GraloraLayer
 from tests import models
 from tests.models import config, structure
 from tests.reference import dense_update, relative_error

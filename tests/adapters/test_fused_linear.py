@@ -6,8 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gralora_diffusion import blockwise
-from gralora_diffusion.fused_linear import Update, adapted_linear, choose_way
+from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.layers.fused_linear import Update, adapted_linear, choose_way
 from tests.reference import dense_update, relative_error
 
 IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
@@ -85,7 +85,7 @@ def test_only_the_gradients_that_are_wanted(way, wanted):
     actual = [tensor.grad for tensor in (x, update.A, update.B)]
     for tensor in (x, update.A, update.B):
         tensor.grad = None
-    result = F.linear(x, weight, bias) + blockwise.linear_update(x, *update)
+    result = F.linear(x, weight, bias) + functional.linear_update(x, *update)
     result.square().sum().backward()
     for gradient, tensor, needed in zip(actual, (x, update.A, update.B), wanted, strict=True):
         assert (gradient is not None) == bool(needed)
@@ -107,7 +107,7 @@ def test_half_precision_products_of_fp32_factors(dtype, x_dtype, tokens):
     whole = F.linear(exact[0], weight.double(), bias.double())
     for number, update in enumerate(updates):
         A, B = exact[1 + 2 * number : 3 + 2 * number]
-        whole = whole + blockwise.linear_update(exact[0], A, B, update.scaling)
+        whole = whole + functional.linear_update(exact[0], A, B, update.scaling)
     whole.sum().backward()
     bound = 4 * torch.finfo(dtype).eps
     assert relative_error(actual, whole) < bound

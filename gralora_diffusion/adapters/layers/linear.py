@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from gralora_diffusion import blockwise
-from gralora_diffusion.fused_linear import Update, adapted_linear, choose_way
+from gralora_diffusion.adapters import functional
 
 from .base import GraloraLayer, autocasts
+from .fused_linear import Update, adapted_linear, choose_way
 
 #: Modules of the tensor classes whose values torch's own products read.
 _PLAIN = {"torch", "torch.nn.parameter", "torch._subclasses.fake_tensor"}
@@ -21,7 +21,7 @@ class GraloraLinear(GraloraLayer):
     """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out).
 
     ``way`` keeps how the last forward was computed. "added" and "merged" are those of
-    :mod:`gralora_diffusion.fused_linear`, which compute the base layer's product too, with one
+    :mod:`.fused_linear`, which compute the base layer's product too, with one
     buffer each for the output and the input's gradient. "separate: ..." gives the reason against
     them; it costs a pass over the output, and the input's gradient is summed from parts.
     """
@@ -45,7 +45,7 @@ class GraloraLinear(GraloraLayer):
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         dtype, updates = self._product_dtype(x, adapter), self._updates(adapter)
         if torch.compiler.is_compiling():  # the compiler fuses, and sees no functions in a function
-            parts = [blockwise.linear_update(x.to(dtype), *update) for update in updates]
+            parts = [functional.linear_update(x.to(dtype), *update) for update in updates]
             return sum(parts[1:], parts[0])
         return adapted_linear(x, updates, dtype=dtype)
 

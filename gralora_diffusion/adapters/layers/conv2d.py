@@ -7,7 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gralora_diffusion import blockwise
+from gralora_diffusion.adapters import functional
 
 from .base import GraloraLayer
 
@@ -28,7 +28,7 @@ class GraloraConv2d(GraloraLayer):
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)
             padding = 0
         parts = [
-            blockwise.conv2d_update(
+            functional.conv2d_update(
                 x, A, B, self.scaling[adapter], conv.stride, padding, conv.dilation
             )
             for A, B in self._factors(adapter)

@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from gralora_diffusion import TargetError, inject
-from gralora_diffusion.layers import GraloraLayer
-from gralora_diffusion.targets import find_targets, lowered_k, misfits
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.targets import find_targets, lowered_k, misfits
 from tests import models
 from tests.models import config
 

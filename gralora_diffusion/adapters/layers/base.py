@@ -18,10 +18,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora_diffusion import blockwise
-from gralora_diffusion.config_values import invalid_values, layer_settings
-from gralora_diffusion.factors import FactorDict, Projection
-from gralora_diffusion.targets import layer_shape, quantization_of, unsuitable
+from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.layer_config import invalid_values, layer_settings
+from gralora_diffusion.adapters.targets import layer_shape, quantization_of, unsuitable
+
+from .parameters import FactorDict, Projection
 
 #: Values of a weight that are merged at once: 2 MiB in fp32.
 _VALUES_AT_ONCE = 2**19
@@ -97,11 +98,11 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         p = config.gralora_dropout
         self.gralora_dropout[adapter_name] = nn.Dropout(p) if p > 0.0 else nn.Identity()
         widths, zero_update = (self.in_features, self.out_features), bool(config.init_weights)
-        A, B = blockwise.init_factors(*widths, r, k, self.kernel_size, zero_update)
+        A, B = functional.init_factors(*widths, r, k, self.kernel_size, zero_update)
         self.gralora_A[adapter_name] = nn.Parameter(A)
         self.gralora_B[adapter_name] = nn.Parameter(B)
         if hybrid_r > 0:
-            plain = blockwise.init_plain_factors(*widths, hybrid_r, self.kernel_size, zero_update)
+            plain = functional.init_plain_factors(*widths, hybrid_r, self.kernel_size, zero_update)
             self.gralora_A_general[adapter_name] = Projection(plain[0])
             self.gralora_B_general[adapter_name] = Projection(plain[1])
         elif adapter_name in self.gralora_A_general:
@@ -226,7 +227,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             self.out_features, self.in_features, *self.kernel_size, dtype=dtype, device=A.device
         )
         for A, B in self._factors(adapter):
-            blockwise.add_delta(delta.flatten(1), A, B, self.scaling[adapter])
+            functional.add_delta(delta.flatten(1), A, B, self.scaling[adapter])
         return (delta.T if self.fan_in_fan_out else delta).to(self._factor_dtype(adapter))
 
     @torch.no_grad()
@@ -298,7 +299,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         factors = [
             (
-                *blockwise.row_factors(A.to(weight.device, dtype), B.to(weight.device, dtype)),
+                *functional.row_factors(A.to(weight.device, dtype), B.to(weight.device, dtype)),
                 scaling,
             )
             for name, scaling in scalings.items()
@@ -312,7 +313,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             if not (in_place and rows.dtype == dtype and rows.is_contiguous()):
                 total = rows.to(dtype, copy=True, memory_format=torch.contiguous_format)
             for rows_A, rows_B, scaling in factors:
-                blockwise.add_delta_rows(total.flatten(1), rows_A, rows_B, start, scaling)
+                functional.add_delta_rows(total.flatten(1), rows_A, rows_B, start, scaling)
             yield rows, total
 
     def _mergeable_weight(self) -> Tensor:

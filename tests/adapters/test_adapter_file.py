@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from gralora_diffusion import AdapterFileError, GraloraConfig
-from gralora_diffusion.state import (
+from gralora_diffusion.adapters.adapter_file import (
     Adapter,
     ComponentAdapter,
     adapter_from_state_dict,

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gralora_diffusion import blockwise, low_rank
+from gralora_diffusion.adapters import functional, low_rank
 from tests.reference import dense_update, relative_error
 
 # in, out, R, kernel: wide, tall, a rank above both sides, convolutions
@@ -151,7 +151,7 @@ def test_singular_values_norm_and_effective_rank(shape):
 @pytest.mark.parametrize("hybrid", [0, 3])
 def test_singular_values_of_gralora(shape, kernel, hybrid):
     width, height, r, k = shape
-    A, B = blockwise.init_factors(width, height, r, k, kernel, zero_update=False)
+    A, B = functional.init_factors(width, height, r, k, kernel, zero_update=False)
     whole, general = dense_update(A, B), None
     if hybrid:
         general = pair(width, height, hybrid, kernel)
@@ -219,7 +219,7 @@ def test_a_lora_that_the_blocks_have_room_for_is_copied_exactly(grid, spare):
     assert A.is_contiguous()
     assert B.is_contiguous()
     assert error == 0.0
-    assert torch.equal(blockwise.delta_weight(A, B), dense(down, up))
+    assert torch.equal(functional.delta_weight(A, B), dense(down, up))
     assert torch.equal(dense_update(A, B), dense(down, up))
 
 
@@ -244,7 +244,7 @@ def test_else_each_block_is_the_best_of_its_rank(grid):
             block = slice(j * o, (j + 1) * o), slice(n * i, (n + 1) * i)
             expected[block] = best(whole[block], r // k)
     assert relative_error(dense_update(A, B), expected) < 1e-13
-    assert relative_error(blockwise.delta_weight(A, B), expected) < 1e-13
+    assert relative_error(functional.delta_weight(A, B), expected) < 1e-13
     assert error == pytest.approx(left_out(expected, whole), rel=1e-12)
     assert error > 0.01
 
@@ -261,7 +261,7 @@ def test_blocks_too_small_for_the_rank_lose_nothing():
 def test_zeros_in_blocks():
     down, up = pair(24, 40, 6)
     A, B, error = low_rank.gralora_factors(down, torch.zeros_like(up), 8, 4)
-    assert not blockwise.delta_weight(A, B).any()
+    assert not functional.delta_weight(A, B).any()
     assert error == 0.0
 
 

@@ -12,7 +12,7 @@ from peft import GraloraConfig as PeftGraloraConfig
 from peft import PeftType
 from peft.utils import CONFIG_NAME
 
-from .config_values import PATTERNS
+from .layer_config import PATTERNS
 
 
 @dataclass

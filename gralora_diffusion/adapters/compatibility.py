@@ -14,15 +14,15 @@ from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
+from gralora_diffusion.families import find_family
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import is_finite
 
-from .config_values import layer_settings, rename_layers
-from .families import find_family
+from .adapter_file import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .injection import check_adapter_name
+from .layer_config import layer_settings, rename_layers
 from .layers import GraloraLayer
 from .path_patterns import PatternError
-from .state import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .targets import (
     adaptable_modules,
     find_targets,

@@ -9,17 +9,17 @@ import torch
 from safetensors.torch import save_file
 
 from gralora_diffusion import GraloraConfig, inject
-from gralora_diffusion.config_values import exact_pattern, pattern_key
-from gralora_diffusion.errors import AdapterFileError
-from gralora_diffusion.inspection import inspect_file
-from gralora_diffusion.path_patterns import (
+from gralora_diffusion.adapters.adapter_file import read_adapter, save_adapter
+from gralora_diffusion.adapters.layer_config import exact_pattern, pattern_key
+from gralora_diffusion.adapters.path_patterns import (
     PathPattern,
     PatternError,
     _Automaton,
     check_cost,
     sre_parse,
 )
-from gralora_diffusion.state import read_adapter, save_adapter
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.warm_start import gralora_from_lora
 from tests.models import PIPELINES
 

@@ -26,6 +26,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor
 
+from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.io.file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -39,8 +40,7 @@ from gralora_diffusion.io.json_files import parse_object, read_object
 from gralora_diffusion.io.tensor_files import read_safetensors, replacing, write_safetensors
 
 from .config import GraloraConfig
-from .config_values import PATTERNS, invalid_values, mistyped_values
-from .errors import AdapterFileError
+from .layer_config import PATTERNS, invalid_values, mistyped_values
 
 FORMAT_VERSION = 1
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.

@@ -15,8 +15,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config_values import PATTERNS, invalid_values
 from .fused_projections import guard_projections
+from .layer_config import PATTERNS, invalid_values
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
 from .targets import TargetError, base_of, check_targets, is_target, refuse
 

@@ -17,8 +17,8 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .config_values import describe_unused, layer_settings, unused_patterns
 from .fused_projections import replaced_projections
+from .layer_config import describe_unused, layer_settings, unused_patterns
 from .path_patterns import path_pattern
 
 #: Base layers that GraLoRA can adapt; what to name in an error message.

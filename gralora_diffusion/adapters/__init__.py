@@ -1,0 +1,1 @@
+"""The adapter: its mathematics, its layers, where they go in a model, and its file."""
