@@ -21,7 +21,7 @@ from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.layer_config import PATTERNS
 from gralora_diffusion.families import ModelFamily, PublishedNames
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
-from gralora_diffusion.lora_keys import DIFFUSERS_METADATA
+from gralora_diffusion.lora_files.keys import DIFFUSERS_METADATA
 
 from .choices import SAID
 

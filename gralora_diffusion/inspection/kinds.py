@@ -17,7 +17,7 @@ from gralora_diffusion.families import (
 )
 from gralora_diffusion.io.file_names import METADATA_KEY
 from gralora_diffusion.io.json_files import parse_object
-from gralora_diffusion.lora_keys import Layer, group_layers
+from gralora_diffusion.lora_files.keys import Layer, group_layers
 from gralora_diffusion.original_file import OriginalHeader
 
 from .source import Source

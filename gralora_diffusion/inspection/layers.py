@@ -18,8 +18,8 @@ from gralora_diffusion.adapters.low_rank import (
 from gralora_diffusion.adapters.path_patterns import PatternError
 from gralora_diffusion.io.file_names import METADATA_KEY, PEFT_PREFIX
 from gralora_diffusion.io.tensor_files import is_finite
-from gralora_diffusion.lora_keys import Layer
-from gralora_diffusion.lora_scaling import LoraScalings
+from gralora_diffusion.lora_files.keys import Layer
+from gralora_diffusion.lora_files.scaling import LoraScalings
 
 from .facts import LayerFacts
 from .kinds import Kind, described, layer_widths

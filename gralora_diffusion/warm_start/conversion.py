@@ -19,7 +19,7 @@ from gralora_diffusion.adapters.layer_config import check_numbers, exact_pattern
 from gralora_diffusion.adapters.low_rank import Pair, gralora_factors, norm, split
 from gralora_diffusion.adapters.targets import common_divisors
 from gralora_diffusion.families import ModelFamily, get_family
-from gralora_diffusion.lora_scaling import HeaderAlpha
+from gralora_diffusion.lora_files.scaling import HeaderAlpha
 
 from .base import LoraBase
 from .reading import read_lora

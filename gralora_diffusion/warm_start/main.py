@@ -13,7 +13,7 @@ from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import check_output
-from gralora_diffusion.lora_scaling import HEADER_ALPHA
+from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 
 if TYPE_CHECKING:
     from .conversion import ImportedLayer

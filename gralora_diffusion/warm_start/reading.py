@@ -14,8 +14,8 @@ from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily, families_of_layers, family_of_metadata
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.key_maps import USUAL_LAYERS_PER_BLOCK
-from gralora_diffusion.lora_keys import Layer, group_layers
-from gralora_diffusion.lora_scaling import HeaderAlpha, LoraScalings
+from gralora_diffusion.lora_files.keys import Layer, group_layers
+from gralora_diffusion.lora_files.scaling import HeaderAlpha, LoraScalings
 
 from .files import LoraFile, read_file
 from .names import OriginalNames
@@ -52,7 +52,7 @@ def read_lora(
         source: a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
         unet_config: the base's, for names of original UNets; the family's usual one if not given.
         weight_name: which file in a folder or repository.
-        header_alpha: see :class:`~gralora_diffusion.lora_scaling.LoraScalings`.
+        header_alpha: see :class:`~gralora_diffusion.lora_files.scaling.LoraScalings`.
         left_out: If given, differences of norms and biases are left out, and their keys are
             appended to it; else they are refused.
 

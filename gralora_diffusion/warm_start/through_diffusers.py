@@ -24,7 +24,7 @@ from gralora_diffusion.adapters.low_rank import Pair
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.safe_text import first_few
-from gralora_diffusion.lora_keys import group_layers
+from gralora_diffusion.lora_files.keys import group_layers
 
 #: Styles of names that diffusers' own models do not have: what is still called so was not read.
 _FOREIGN = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI", "PEFT")

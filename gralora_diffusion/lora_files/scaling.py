@@ -17,8 +17,8 @@ from typing import Any, Literal
 from gralora_diffusion.adapters.layer_config import is_finite_number, pattern_key
 from gralora_diffusion.adapters.path_patterns import PatternError
 
-from .lora_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
-from .lora_keys import DIFFUSERS_METADATA, Layer
+from .keys import DIFFUSERS_METADATA, Layer
+from .peft_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
 
 #: What to do with an alpha that only a header's field of its own tells; see ``LoraScalings``.
 HeaderAlpha = Literal["apply", "ignore"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gralora_diffusion.lora_keys import Layer, group_layers
+from gralora_diffusion.lora_files.keys import Layer, group_layers
 
 PAIRS = [  # down, up, name, style, text encoder, plain name
     (

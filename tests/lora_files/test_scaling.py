@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from gralora_diffusion.lora_keys import group_layers
-from gralora_diffusion.lora_scaling import LoraScalings
+from gralora_diffusion.lora_files.keys import group_layers
+from gralora_diffusion.lora_files.scaling import LoraScalings
 
 PATH = "transformer_blocks.0.attn.to_q"
 FLAT = PATH.replace(".", "_")

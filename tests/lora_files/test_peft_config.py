@@ -7,8 +7,8 @@ import dataclasses
 import pytest
 from peft import LoraConfig
 
-from gralora_diffusion import lora_config
-from gralora_diffusion.lora_config import invalid_scaling, other_adapter
+from gralora_diffusion.lora_files import peft_config
+from gralora_diffusion.lora_files.peft_config import invalid_scaling, other_adapter
 
 PLAIN = LoraConfig(r=4, lora_alpha=16, target_modules=["to_q"]).to_dict()
 
@@ -19,8 +19,8 @@ def test_a_plain_config_says_nothing_special():
 
 def test_every_field_of_pefts_config_is_known():
     known = {
-        *(*lora_config._SCALING, *lora_config._OF_TRAINING, "peft_type", "init_lora_weights"),
-        *(*lora_config.OTHER_FORMULA, *lora_config.BESIDES),
+        *(*peft_config._SCALING, *peft_config._OF_TRAINING, "peft_type", "init_lora_weights"),
+        *(*peft_config.OTHER_FORMULA, *peft_config.BESIDES),
     }
     assert {field.name for field in dataclasses.fields(LoraConfig)} - known == {
         "ensure_weight_tying"  # refused where it is set, as what is not known

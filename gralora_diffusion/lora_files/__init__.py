@@ -1,0 +1,1 @@
+"""What LoRA files say, whoever wrote them: names of layers, PEFT's config, scaling."""
