@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
+from gralora_diffusion.options.fields import option
 from gralora_diffusion.training.config import OPTION_GROUPS
-from gralora_diffusion.training.option_fields import option
 
 #: The trainer's options that the benchmark sets itself, and by what.
 SET_BY_THE_BENCHMARK = {

@@ -10,9 +10,9 @@ import yaml
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.options.fields import group_table
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.config_paths import READ
-from gralora_diffusion.training.option_fields import group_table
 
 from .encoders import source_problem
 from .methods import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .option_fields import option
+from gralora_diffusion.options.fields import option
 
 
 @dataclass(kw_only=True)

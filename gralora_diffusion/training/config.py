@@ -9,6 +9,9 @@ from typing import Any
 
 import yaml
 
+from gralora_diffusion.options.fields import group_table
+from gralora_diffusion.options.parsing import parse_options
+
 from .base_options import BaseModelOptions
 from .config_options import (
     AdapterOptions,
@@ -22,8 +25,6 @@ from .config_options import (
     ValidationOptions,
 )
 from .config_patterns import layer_patterns
-from .option_fields import group_table
-from .option_parsing import parse_options
 
 OPTION_GROUPS: tuple[type, ...] = (
     BaseModelOptions,

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from gralora_diffusion.adapters.path_patterns import PatternError, path_pattern
 from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.options.fields import choices_of
 
 from .buckets import listed_buckets
 from .checkpoint import CheckpointStore
@@ -23,7 +24,6 @@ from .config import TrainingConfig
 from .config_options import OPTIMIZERS
 from .config_paths import check_base, check_data, check_output, nearby
 from .config_patterns import check_patterns
-from .option_fields import choices_of
 
 AT_LEAST_ONE = (
     "rank",

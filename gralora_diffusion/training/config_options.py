@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from .option_fields import option
+from gralora_diffusion.options.fields import option
 
 # optimizer -> (module to import, package to install); None where nothing is to be installed
 OPTIMIZERS: dict[str, tuple[str, str] | None] = {

@@ -14,7 +14,7 @@ from gralora_diffusion.benchmark.kept import (
     write_down,
 )
 from gralora_diffusion.errors import ConfigError
-from gralora_diffusion.training.option_parsing import parse_options
+from gralora_diffusion.options.parsing import parse_options
 from gralora_diffusion.training.ownership import CONFIG_NAME, owned
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]

@@ -15,10 +15,10 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.options.fields import choices_of
 from gralora_diffusion.training.base_checks import check_sizes
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import NEEDS, find_problems, validate
-from gralora_diffusion.training.option_fields import choices_of
 from tests import ROOT
 
 # diffusers' train_dreambooth_lora.py: every option of it that is carried, spelled as there, and the
