@@ -15,8 +15,8 @@ from gralora_diffusion.adapters.adapter_file import (
     read_adapter,
     save_adapter,
 )
+from gralora_diffusion.base_models.folder import PIPELINE_INDEX, read_pipeline_index, shards
 from gralora_diffusion.io.tensor_files import read_header
-from gralora_diffusion.model_folder import PIPELINE_INDEX, read_pipeline_index, shards
 
 #: Of an adapter file, whose config has many fields, and of an index.
 MUTATIONS, INDEX_MUTATIONS = 1500, 300

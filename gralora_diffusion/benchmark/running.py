@@ -15,13 +15,13 @@ import torch
 from diffusers.training_utils import free_memory
 
 from gralora_diffusion.adapters.targets import find_targets
+from gralora_diffusion.base_models.loading import find_base_family, load_base, present
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.sampling import draw
 from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
 from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
 from gralora_diffusion.training.base_checks import resolve_defaults
-from gralora_diffusion.training.base_model import find_base_family, load_base, present
 from gralora_diffusion.training.batches import find_class_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config import TrainingConfig

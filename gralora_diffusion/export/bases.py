@@ -15,12 +15,7 @@ from diffusers.utils.hub_utils import _add_variant
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
-from gralora_diffusion.io.file_names import looks_like_hub_id
-from gralora_diffusion.io.hub import offline_problem
-from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-from gralora_diffusion.key_maps import Layout, OriginalTensor, Shape
-from gralora_diffusion.model_folder import (
+from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,
     WEIGHT_NAMES,
@@ -28,7 +23,12 @@ from gralora_diffusion.model_folder import (
     read_pipeline_index,
     weight_files,
 )
-from gralora_diffusion.original_file import OriginalFile
+from gralora_diffusion.base_models.single_file_header import OriginalFile
+from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
+from gralora_diffusion.io.file_names import looks_like_hub_id
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.tensor_files import StoredTensor, read_header
+from gralora_diffusion.key_maps import Layout, OriginalTensor, Shape
 
 from .tensor_bytes import count
 

@@ -18,11 +18,11 @@ from safetensors import safe_open
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_of
+from gralora_diffusion.base_models.single_file_header import OriginalFileError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.cleanup_on_exit import tidied
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.tensor_files import read_header
-from gralora_diffusion.original_file import OriginalFileError
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from gralora_diffusion.base_models.single_file_header import OriginalHeader
 from gralora_diffusion.families import (
     ModelFamily,
     families_of_layers,
@@ -18,7 +19,6 @@ from gralora_diffusion.families import (
 from gralora_diffusion.io.file_names import METADATA_KEY
 from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.lora_files.keys import Layer, group_layers
-from gralora_diffusion.original_file import OriginalHeader
 
 from .source import Source
 

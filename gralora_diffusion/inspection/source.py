@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from gralora_diffusion.errors import AdapterFileError
-from gralora_diffusion.io.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
-from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-from gralora_diffusion.model_folder import (
+from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
     PIPELINE_INDEX,
     read_json,
@@ -21,6 +18,9 @@ from gralora_diffusion.model_folder import (
     shards,
     weight_files,
 )
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 
@@ -15,7 +16,6 @@ from .acceleration import DTYPES
 from .adapters import add_adapters
 from .config import TrainingConfig
 from .config_checks import size_problems
-from .empty_base import empty_base
 
 
 def resolve_defaults(

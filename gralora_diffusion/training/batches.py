@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gralora_diffusion.adapters.injection import adapters_disabled
+from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.families import Conditioning, ModelFamily
 
-from .base_model import present
 from .buckets import Buckets, listed_buckets
 from .caching import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
 from .config import TrainingConfig

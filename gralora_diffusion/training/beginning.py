@@ -12,11 +12,11 @@ from typing import Any
 
 from accelerate import Accelerator
 
+from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.families import ModelFamily
 
 from .acceleration import DTYPES
 from .base_checks import check_without_weights
-from .base_model import find_base_family
 from .batches import find_class_pictures, find_pictures
 from .checkpoint import CheckpointStore
 from .config import PATHS, TrainingConfig

@@ -9,10 +9,10 @@ from typing import Any
 
 import yaml
 
+from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.options.fields import group_table
 from gralora_diffusion.options.parsing import parse_options
 
-from .base_options import BaseModelOptions
 from .config_options import (
     AdapterOptions,
     DataOptions,

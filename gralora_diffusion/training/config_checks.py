@@ -148,7 +148,7 @@ def _values(config: TrainingConfig) -> Iterator[str]:
 
 def _quantization(config: TrainingConfig) -> Iterator[str]:
     if config.quantizes:
-        from .quantization import check_quantization  # and with it the libraries that do it
+        from gralora_diffusion.base_models.quantization import check_quantization
 
         yield from check_quantization(config)
 

@@ -13,12 +13,12 @@ from gralora_diffusion.adapters.compatibility import Fit, check_fit, set_adapter
 from gralora_diffusion.adapters.config import GraloraConfig
 from gralora_diffusion.adapters.layer_config import exact_pattern, layer_settings
 from gralora_diffusion.adapters.targets import adaptable_modules, find_targets
+from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 
 from .adapters import ADAPTER_NAME, adapter_configs, trained_components
 from .config import TrainingConfig
-from .empty_base import empty_base
 
 #: Component -> its tensors, by the keys that they have in a file and the model's own paths.
 InitialValues = dict[str, dict[str, Tensor]]

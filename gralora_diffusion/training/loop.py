@@ -18,6 +18,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.base_models.loading import load_base, present
+from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.process import are_several, print_safely
@@ -34,7 +36,6 @@ from .acceleration import (
 )
 from .adapters import adapter_facts, adapter_parameters, add_adapters, weights_for_use
 from .base_checks import resolve_defaults
-from .base_model import load_base, present
 from .batches import Batches
 from .beginning import complete_class_pictures, find_beginning
 from .checkpoint import CheckpointStore
@@ -48,7 +49,6 @@ from .objectives import make_objective
 from .optimizers import build_lr_scheduler, build_optimizer
 from .outcome import finish, make_repository, own_folder, start
 from .processes import check_alike, from_first, together
-from .quantization import quantization_facts
 from .run_state import RunState
 from .same_run import describe_base
 from .seeds import seed_from

@@ -14,13 +14,13 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from PIL import Image
 
+from gralora_diffusion.base_models.quantization import QUANTIZED_BASE
 from gralora_diffusion.io.safe_text import for_code_block, for_code_span, for_markdown
 
 from .acceleration import DTYPES
 from .adapters import LOWERED_K
 from .config import TrainingConfig
 from .config_patterns import given_patterns
-from .quantization import QUANTIZED_BASE
 
 CARD_NAME = "README.md"
 CARD_IMAGE_NAME = "validation.png"
@@ -119,7 +119,7 @@ def _loading_code(config: TrainingConfig) -> str:
         told.append(f"    base_config={_literal(shown)},")
     arguments = "\n".join(told)
     return (
-        "from gralora_diffusion.training.base_model import find_base_family, load_base\n"
+        "from gralora_diffusion.base_models.loading import find_base_family, load_base\n"
         "from gralora_diffusion.training.config import TrainingConfig\n\n"
         f"config = TrainingConfig(\n{arguments}\n)\n"
         f"pipe = load_base(config, find_base_family(config), {dtype}, {dtype})\n{device}"

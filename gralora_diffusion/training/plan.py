@@ -20,6 +20,8 @@ from torch._subclasses.fake_tensor import (
 )
 
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.meta_base import empty_base
+from gralora_diffusion.base_models.quantization import quantize_empty
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 
@@ -29,11 +31,9 @@ from .base_checks import resolve_defaults
 from .batches import crop_plan
 from .config import TrainingConfig
 from .data import Example
-from .empty_base import empty_base
 from .memory import bytes_of, materialize, tensors_of
 from .optimizers import optimizer_state_bytes
 from .prior import class_pictures_there
-from .quantization import quantize_empty
 from .rehearsal import ImaginedData, imagined_objective, measure_step
 from .samples import TrainingSet
 

@@ -19,12 +19,12 @@ from diffusers.training_utils import free_memory
 from torch import nn
 from tqdm.auto import tqdm
 
+from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
 
-from .base_model import load_base
 from .config import TrainingConfig
 from .memory import bytes_of, tensors_of
 from .ownership import OWNER_NAME, owned

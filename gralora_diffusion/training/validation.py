@@ -16,11 +16,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
 
+from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.sampling import draw, takes_negative_prompt
 
 from .acceleration import without_fp16_autocast
-from .base_model import present
 from .config import TrainingConfig
 from .prompt_lengths import cuts_told_already
 

@@ -11,7 +11,7 @@ from diffusers.configuration_utils import FrozenDict
 
 from gralora_diffusion.adapters.low_rank import Pair
 from gralora_diffusion.adapters.targets import layer_shape, unsupported
-from gralora_diffusion.empty_models import empty_model
+from gralora_diffusion.base_models.meta_models import empty_model
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import find_pipeline_family, list_families
 from gralora_diffusion.io.hub import offline_problem

@@ -12,6 +12,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
+from gralora_diffusion.base_models.folder import read_json
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.file_names import (
@@ -22,7 +23,6 @@ from gralora_diffusion.io.file_names import (
 )
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.tensor_files import read_safetensors
-from gralora_diffusion.model_folder import read_json
 
 _DENOISER_OF_COMFYUI = "diffusion_model."
 

@@ -25,12 +25,12 @@ from diffusers import DDPMScheduler, UNet2DConditionModel
 from torch import nn
 
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.training.acceleration import (
     accelerate_left_as_it_was,
     compile_repeated_blocks,
     make_accelerator,
 )
-from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config import TrainingConfig, parse_config

@@ -13,10 +13,10 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
+from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.errors import DataError
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training import caching
-from gralora_diffusion.training.base_model import present
 from gralora_diffusion.training.caching import (
     LatentCache,
     PromptCache,

@@ -16,9 +16,9 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
+from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.training import validation
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
-from gralora_diffusion.training.base_model import present
 from gralora_diffusion.training.step import RowMaker, mean_loss
 from tests.models import PIPELINES
 from tests.training.runs import make_shapes

@@ -16,10 +16,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gralora_diffusion.adapters.adapter_file import read_adapter
+from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.training import loop, prior
-from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.data import find_examples
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.pictures import CropPlan

@@ -20,14 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.loading import find_base_family, load_base
+from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
-from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.batches import Batches, find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.config_checks import validate
-from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.main import main
 from gralora_diffusion.training.plan import Plan, _adapter_plan, _models_there, plan_run

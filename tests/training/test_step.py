@@ -13,9 +13,9 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from torch import Tensor
 
+from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was, make_accelerator
-from gralora_diffusion.training.base_model import find_base_family
 from gralora_diffusion.training.batches import find_class_pictures, find_pictures
 from gralora_diffusion.training.checkpoint import CheckpointStore
 from gralora_diffusion.training.loop import Trainer

@@ -15,7 +15,7 @@ from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.hub import offline_problem
 
-from .base_options import BaseModelOptions
+from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder

@@ -17,13 +17,13 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from gralora_diffusion.empty_models import empty_model
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.hub import offline_problem
 
-from .base_model import freeze, vae_class
-from .base_options import BaseModelOptions
+from .loading import freeze, vae_class
+from .meta_models import empty_model
+from .options import BaseModelOptions
 from .single_file import SingleFile, without_text_encoder
 
 

@@ -6,7 +6,7 @@ import os
 import pytest
 
 from gralora_diffusion import AdapterFileError
-from gralora_diffusion.model_folder import (
+from gralora_diffusion.base_models.folder import (
     PIPELINE_INDEX,
     read_json,
     read_pipeline_index,

@@ -24,7 +24,7 @@ from gralora_diffusion.adapters.targets import quantization_of
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.json_files import read_object
 
-from .base_options import BaseModelOptions
+from .options import BaseModelOptions
 
 #: What a card calls a quantized base.
 QUANTIZED_BASE = "quantized base"

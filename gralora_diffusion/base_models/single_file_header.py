@@ -8,12 +8,11 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
+from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-
-from .errors import AdapterFileError
-from .families import ModelFamily, get_family, list_families
-from .key_maps import DENOISER
+from gralora_diffusion.key_maps import DENOISER
 
 #: What diffusers says of keys that it does not know, and of Stable Diffusion 1.x.
 _UNKNOWN = "v1"

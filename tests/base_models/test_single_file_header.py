@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from gralora_diffusion.base_models.single_file_header import OriginalHeader
 from gralora_diffusion.io.tensor_files import StoredTensor
-from gralora_diffusion.original_file import OriginalHeader
 
 PREFIX = "model.diffusion_model."
 PLAIN = {

@@ -21,15 +21,15 @@ from torch import nn
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.adapters.targets import base_of, quantization_of
+from gralora_diffusion.base_models.loading import load_base
+from gralora_diffusion.base_models.meta_base import empty_base
+from gralora_diffusion.base_models.quantization import loading_arguments, quantize_empty
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training import loop, prior
-from gralora_diffusion.training.base_model import load_base
 from gralora_diffusion.training.config import TrainingConfig
 from gralora_diffusion.training.config_checks import validate
-from gralora_diffusion.training.empty_base import empty_base
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.quantization import loading_arguments, quantize_empty
 from tests.models import PIPELINES, draw
 from tests.originals import ORIGINALS, write
 from tests.quantized import KINDS, dequantized, identical, pipeline, quantize, stored

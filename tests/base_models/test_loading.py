@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
+from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
-from gralora_diffusion.training.base_model import find_base_family, load_base
 from gralora_diffusion.training.family_options import check_family_options
 from tests.models import PIPELINES, stable_diffusion, vae
 from tests.training.runs import config

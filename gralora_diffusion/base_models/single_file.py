@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.key_maps import DENOISER
-from gralora_diffusion.original_file import OriginalFile
 
-from .base_options import BaseModelOptions
+from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
+from .single_file_header import OriginalFile
 
 logger = logging.getLogger(__name__)
 
