@@ -8,7 +8,7 @@ takes no time: what needs torch and diffusers is imported when it is first used.
 from typing import TYPE_CHECKING
 
 from .io.lazy import lazy_names
-from .pipeline_methods import install
+from .pipelines.methods import install
 
 if TYPE_CHECKING:
     from .adapters.config import GraloraConfig
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .adapters.layers import GraloraConv2d, GraloraLinear
     from .errors import AdapterFileError
     from .families import get_family, list_families
-    from .pipelines import LoadReport
+    from .pipelines.loading import LoadReport
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -25,7 +25,7 @@ else:
             "families": ["get_family", "list_families"],
             "adapters.injection": ["GraloraTuner", "TargetError", "eject", "inject"],
             "adapters.layers": ["GraloraConv2d", "GraloraLinear"],
-            "pipelines": ["LoadReport"],
+            "pipelines.loading": ["LoadReport"],
             "errors": ["AdapterFileError"],
         },
     )

@@ -47,7 +47,7 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         train(rest)
     elif command == "sample":
-        from .sampling import main as sample
+        from gralora_diffusion.pipelines.generation import main as sample
 
         sample(rest)
     elif command == "export":

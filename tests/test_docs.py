@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
-from gralora_diffusion import AdapterFileError, cli, families, get_family, sampling
+from gralora_diffusion import AdapterFileError, cli, families, get_family
 from gralora_diffusion.benchmark.kept import (
     SETTINGS_NAME,
     SUITES,
@@ -37,6 +37,7 @@ from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
+from gralora_diffusion.pipelines import generation
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import find_problems
 from gralora_diffusion.training.loop import train
@@ -199,7 +200,7 @@ PARSERS = {
     "gralora export": exporting.parser,
     "gralora inspect": inspecting.parser,
     "gralora import": importing.parser,
-    "gralora sample": sampling.parser,
+    "gralora sample": generation.parser,
 }
 FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}

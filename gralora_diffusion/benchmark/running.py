@@ -18,7 +18,7 @@ from gralora_diffusion.adapters.targets import find_targets
 from gralora_diffusion.base_models.loading import find_base_family, load_base, present
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.sampling import draw
+from gralora_diffusion.pipelines.generation import draw
 from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
 from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
 from gralora_diffusion.training.base_checks import resolve_defaults

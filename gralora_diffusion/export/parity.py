@@ -24,7 +24,7 @@ from torch import Tensor
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.sampling import drawing_mode
+from gralora_diffusion.pipelines.generation import drawing_mode
 
 from .ways import Way, attached_adapter, computing_dtype
 

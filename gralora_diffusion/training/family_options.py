@@ -9,7 +9,7 @@ import diffusers
 
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.sampling import takes_negative_prompt
+from gralora_diffusion.pipelines.generation import takes_negative_prompt
 
 from .adapters import trained_components
 from .config import TrainingConfig

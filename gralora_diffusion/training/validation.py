@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.sampling import draw, takes_negative_prompt
+from gralora_diffusion.pipelines.generation import draw, takes_negative_prompt
 
 from .acceleration import without_fp16_autocast
 from .config import TrainingConfig

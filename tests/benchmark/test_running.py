@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.metrics import score_drift, score_prior, score_subject
 from gralora_diffusion.benchmark.running import Runner
 from gralora_diffusion.benchmark.tasks import read_tasks
-from gralora_diffusion.sampling import draw
+from gralora_diffusion.pipelines.generation import draw
 from gralora_diffusion.training.loop import train
 from tests.benchmark import judges, runs
 from tests.training.runs import adapter

@@ -15,7 +15,7 @@ from train_tiny_base import grid_prompts
 
 from gralora_diffusion.benchmark.encoders import load_encoder
 from gralora_diffusion.benchmark.metrics import pairwise_similarity, unit
-from gralora_diffusion.sampling import draw
+from gralora_diffusion.pipelines.generation import draw
 from tests.training.runs import ROOT, run
 
 BASE = ROOT / "samples" / "tiny-base"

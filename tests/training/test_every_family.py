@@ -12,7 +12,7 @@ from PIL import Image, ImageChops
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.families import get_family
-from gralora_diffusion.sampling import draw
+from gralora_diffusion.pipelines.generation import draw
 from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
 from gralora_diffusion.training.adapters import put_back
 from gralora_diffusion.training.config import TrainingConfig

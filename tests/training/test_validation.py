@@ -16,7 +16,7 @@ from torch import nn
 
 from gralora_diffusion.base_models.loading import present
 from gralora_diffusion.families import get_family
-from gralora_diffusion.sampling import draw, takes_negative_prompt
+from gralora_diffusion.pipelines.generation import draw, takes_negative_prompt
 from gralora_diffusion.training import validation
 from gralora_diffusion.training.validation import draw_validation, encoding_apart
 from tests.models import PIPELINES

@@ -9,7 +9,7 @@ import pytest
 from diffusers import DiffusionPipeline, FluxPipeline
 
 import gralora_diffusion
-from gralora_diffusion import pipeline_methods, pipelines
+from gralora_diffusion.pipelines import loading, methods
 from tests.io.test_lazy import imported_by
 
 OURS, THEIRS = "import gralora_diffusion", "from diffusers import FluxPipeline"
@@ -29,7 +29,7 @@ def test_imported_before_diffusers() -> None:
     untouched = """
 import importlib.util, inspect, sys
 from diffusers.pipelines import pipeline_utils as module
-assert "gralora_diffusion.pipelines" not in sys.modules
+assert "gralora_diffusion.pipelines.loading" not in sys.modules
 assert type(module.__spec__.loader).__name__ == "SourceFileLoader"
 assert "class DiffusionPipeline" in inspect.getsource(module)
 """
@@ -40,9 +40,9 @@ def test_imported_after_diffusers() -> None:
     imported_by("\n".join([THEIRS, OURS, SAME]))
 
 
-@pytest.mark.parametrize("name", pipeline_methods.METHODS)
+@pytest.mark.parametrize("name", methods.METHODS)
 def test_they_are_the_functions_of_pipelines(name: str) -> None:
-    function = getattr(pipelines, name)
+    function = getattr(loading, name)
     assert getattr(FluxPipeline, name) is function
     assert vars(DiffusionPipeline)[name] is function  # from the first look on
     assert next(iter(inspect.signature(function).parameters)) == "pipe"
@@ -50,7 +50,7 @@ def test_they_are_the_functions_of_pipelines(name: str) -> None:
 
 def test_installing_again_changes_nothing() -> None:
     finders = list(sys.meta_path)
-    pipeline_methods.install()
+    methods.install()
     assert sys.meta_path == finders
-    assert DiffusionPipeline.load_gralora_weights is pipelines.load_gralora_weights
+    assert DiffusionPipeline.load_gralora_weights is loading.load_gralora_weights
     assert gralora_diffusion.__version__

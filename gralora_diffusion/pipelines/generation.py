@@ -11,13 +11,12 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.process import print_safely, quiet_libraries
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
-
-from .families import ModelFamily, find_pipeline_family, mend_clip_skip
 
 #: Names of dtypes, as in the other commands -> torch's.
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}

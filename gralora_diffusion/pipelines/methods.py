@@ -40,7 +40,7 @@ class _Method:
         self.owner, self.name = owner, name
 
     def __get__(self, instance: object, owner: type) -> Any:
-        function = getattr(import_module(".pipelines", __package__), self.name)
+        function = getattr(import_module(".loading", __package__), self.name)
         setattr(self.owner, self.name, function)
         return getattr(owner if instance is None else instance, self.name)
 

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gralora_diffusion.sampling import DTYPES, draw, labelled_grid, main, usual_dtype
+from gralora_diffusion.pipelines.generation import DTYPES, draw, labelled_grid, main, usual_dtype
 from tests.io.image_bytes import png, shown
 from tests.models import adapt, stable_diffusion
 

@@ -38,9 +38,9 @@ from gralora_diffusion.adapters.compatibility import (
     set_adapter_tensors,
 )
 from gralora_diffusion.adapters.injection import eject, inject, unchanged_on_error
+from gralora_diffusion.families import find_family
 
-from .bookkeeping import note_components, note_fused
-from .families import find_family
+from .diffusers_registry import note_components, note_fused
 from .offloading import without_offloading
 
 
