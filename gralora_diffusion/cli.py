@@ -55,7 +55,7 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         export(rest)
     elif command == "import":
-        from gralora_diffusion.warm_start.main import main as import_lora
+        from gralora_diffusion.lora_import.main import main as import_lora
 
         import_lora(rest)
     elif command == "inspect":

@@ -37,11 +37,11 @@ from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
+from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.training.config import TrainingConfig, parse_config
 from gralora_diffusion.training.config_checks import find_problems
 from gralora_diffusion.training.loop import train
-from gralora_diffusion.warm_start import main as importing
 from tests import ROOT, models
 from tests.benchmarks import layer
 from tests.offloading import offload_groups

@@ -20,7 +20,7 @@ from gralora_diffusion.adapters.path_patterns import (
 )
 from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.inspection import inspect_file
-from gralora_diffusion.warm_start import gralora_from_lora
+from gralora_diffusion.lora_import import gralora_from_lora
 from tests.models import PIPELINES
 
 ATOMS = ["a", "b", r"\.", ".", "[ab]", "[^a]", r"\d", r"\w", "[a-c]", "", "^", "$", r"[\d.]"]

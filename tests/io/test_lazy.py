@@ -12,7 +12,7 @@ import pytest
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 import gralora_diffusion
-from gralora_diffusion import export, warm_start
+from gralora_diffusion import export, lora_import
 from gralora_diffusion.io import file_names
 from gralora_diffusion.io.lazy import lazy_names
 from tests import ROOT
@@ -75,7 +75,7 @@ def test_a_base_is_inspected_by_its_headers_alone(path: str) -> None:
 # -- the package's names ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("package", [gralora_diffusion, export, warm_start])
+@pytest.mark.parametrize("package", [gralora_diffusion, export, lora_import])
 def test_names_are_those_that_type_checkers_see(package) -> None:
     tree = ast.parse(Path(package.__file__).read_text(encoding="utf-8"))
     (branch,) = [node for node in tree.body if isinstance(node, ast.If)]

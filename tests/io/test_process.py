@@ -22,7 +22,7 @@ from transformers.utils import logging as of_transformers
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.process import quiet_libraries, tidied_when_ended
-from gralora_diffusion.warm_start.main import main as import_lora
+from gralora_diffusion.lora_import.main import main as import_lora
 from tests import ROOT
 from tests.models import adapt, stable_diffusion
 

@@ -16,12 +16,12 @@ from gralora_diffusion.adapters.adapter_file import (
     save_adapter,
 )
 from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.training import loop
-from gralora_diffusion.warm_start import gralora_from_lora
 from tests import models
+from tests.lora_import.loras import KOHYA, pairs, save
 from tests.reference import relative_error
 from tests.training import runs
-from tests.warm_start.loras import KOHYA, pairs, save
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 CLIP = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError
-from gralora_diffusion.warm_start import conversion, gralora_from_lora
-from gralora_diffusion.warm_start.base import LoraBase
-from gralora_diffusion.warm_start.main import main
+from gralora_diffusion.lora_import import conversion, gralora_from_lora
+from gralora_diffusion.lora_import.base import LoraBase
+from gralora_diffusion.lora_import.main import main
+from tests.lora_import.loras import pairs, save
 from tests.models import PIPELINES, stable_diffusion
-from tests.warm_start.loras import pairs, save
 
 ENDINGS = ("to_q", "to_k", "proj_in", "conv1", "conv_shortcut", "ff.linear_in", "to_add_out")
 TEXT_ENDINGS = ("q_proj", "fc1", "SelfAttention.q", "wi_0")

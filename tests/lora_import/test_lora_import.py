@@ -26,13 +26,13 @@ from gralora_diffusion.adapters.layer_config import layer_settings
 from gralora_diffusion.adapters.low_rank import truncate
 from gralora_diffusion.export import export_lora
 from gralora_diffusion.export.choices import STYLES
-from gralora_diffusion.warm_start import gralora_from_lora, overall_error
-from gralora_diffusion.warm_start.main import main
+from gralora_diffusion.lora_import import gralora_from_lora, overall_error
+from gralora_diffusion.lora_import.main import main
 from tests import models
+from tests.lora_import.loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
 from tests.models import PIPELINES, adapt_everywhere, dense_updates
 from tests.originals import ORIGINALS
 from tests.reference import relative_error
-from tests.warm_start.loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
 
 TRANSFORMERS = ["flux", "flux2", "flux2-klein", "stable-diffusion-3"]
 ENDINGS = ("to_q", "to_out.0", "ff.net.2", "proj_in", "conv1", "conv_shortcut", "time_emb_proj")

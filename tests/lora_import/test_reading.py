@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from gralora_diffusion import AdapterFileError
 from gralora_diffusion.inspection import inspect_file
-from gralora_diffusion.warm_start import gralora_from_lora
-from gralora_diffusion.warm_start.main import main
+from gralora_diffusion.lora_import import gralora_from_lora
+from gralora_diffusion.lora_import.main import main
+from tests.lora_import.loras import dense, save
 from tests.models import PIPELINES, dense_updates
 from tests.originals import ORIGINALS
 from tests.reference import relative_error
-from tests.warm_start.loras import dense, save
 
 PATH = "single_transformer_blocks.0.attn.to_q"
 
