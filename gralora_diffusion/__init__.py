@@ -11,22 +11,46 @@ from .io.lazy import lazy_names
 from .pipelines.methods import install
 
 if TYPE_CHECKING:
+    from .adapters.adapter_file import read_adapter, save_adapter
     from .adapters.config import GraloraConfig
     from .adapters.injection import GraloraTuner, TargetError, eject, inject
     from .adapters.layers import GraloraConv2d, GraloraLinear
-    from .errors import AdapterFileError
-    from .families import get_family, list_families
-    from .pipelines.loading import LoadReport
+    from .base_models.loading import find_base_family, load_base
+    from .base_models.options import BaseModelOptions
+    from .errors import AdapterFileError, CheckpointError, ConfigError, DataError
+    from .export import export_diff, export_fused, export_lora
+    from .families import Conditioning, ModelFamily, get_family, list_families, mend_clip_skip
+    from .inspection import inspect_file
+    from .lora_import import gralora_from_lora, overall_error
+    from .pipelines import LoadReport
+    from .training.checks.options import validate
+    from .training.config.training_config import TrainingConfig, parse_config
+    from .training.loop import train
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
         {
+            "adapters.adapter_file": ["read_adapter", "save_adapter"],
             "adapters.config": ["GraloraConfig"],
-            "families": ["get_family", "list_families"],
             "adapters.injection": ["GraloraTuner", "TargetError", "eject", "inject"],
             "adapters.layers": ["GraloraConv2d", "GraloraLinear"],
-            "pipelines.loading": ["LoadReport"],
-            "errors": ["AdapterFileError"],
+            "base_models.loading": ["find_base_family", "load_base"],
+            "base_models.options": ["BaseModelOptions"],
+            "errors": ["AdapterFileError", "CheckpointError", "ConfigError", "DataError"],
+            "export": ["export_diff", "export_fused", "export_lora"],
+            "families": [
+                "Conditioning",
+                "ModelFamily",
+                "get_family",
+                "list_families",
+                "mend_clip_skip",
+            ],
+            "inspection": ["inspect_file"],
+            "lora_import": ["gralora_from_lora", "overall_error"],
+            "pipelines": ["LoadReport"],
+            "training.checks.options": ["validate"],
+            "training.config.training_config": ["TrainingConfig", "parse_config"],
+            "training.loop": ["train"],
         },
     )
 
@@ -34,16 +58,37 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",
+    "BaseModelOptions",
+    "CheckpointError",
+    "Conditioning",
+    "ConfigError",
+    "DataError",
     "GraloraConfig",
     "GraloraConv2d",
     "GraloraLinear",
     "GraloraTuner",
     "LoadReport",
+    "ModelFamily",
     "TargetError",
+    "TrainingConfig",
     "eject",
+    "export_diff",
+    "export_fused",
+    "export_lora",
+    "find_base_family",
     "get_family",
+    "gralora_from_lora",
     "inject",
+    "inspect_file",
     "list_families",
+    "load_base",
+    "mend_clip_skip",
+    "overall_error",
+    "parse_config",
+    "read_adapter",
+    "save_adapter",
+    "train",
+    "validate",
 ]
 
 install()

@@ -39,8 +39,8 @@ from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
-from gralora_diffusion.training.config import TrainingConfig, parse_config
-from gralora_diffusion.training.config_checks import find_problems
+from gralora_diffusion.training.checks.options import find_problems
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT, models
 from tests.benchmarks import layer

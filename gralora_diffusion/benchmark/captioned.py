@@ -14,9 +14,9 @@ from pathlib import Path
 
 from gralora_diffusion.io.image_files import image_suffix
 from gralora_diffusion.io.staging import staged
-from gralora_diffusion.training.captions import METADATA_NAME
-from gralora_diffusion.training.data import Example
-from gralora_diffusion.training.seeds import seed_from
+from gralora_diffusion.training.data.captions import METADATA_NAME
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.seeds import seed_from
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,8 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.prior import class_pictures_lacking, draw_class_images
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.class_images import class_pictures_lacking, draw_class_images
 
 from .claims import WAIT_SECONDS, claim
 

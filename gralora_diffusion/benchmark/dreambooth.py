@@ -13,7 +13,7 @@ from pathlib import Path
 
 from gralora_diffusion.errors import DataError
 from gralora_diffusion.io.image_files import folder_images
-from gralora_diffusion.training.captions import one_line
+from gralora_diffusion.training.data.captions import one_line
 
 PROMPTS_NAME = "prompts_and_classes.txt"
 #: The file does not say which subjects are live; the repository's README does: dogs and cats.

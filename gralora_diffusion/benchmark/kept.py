@@ -16,8 +16,8 @@ import yaml
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.parsing import arguments_of, parse_options
-from gralora_diffusion.training.config import PATHS, TrainingConfig
-from gralora_diffusion.training.ownership import BENCHMARK_NAME, CONFIG_NAME, owned
+from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig
+from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
 
 from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
 from .settings import BenchmarkSettings

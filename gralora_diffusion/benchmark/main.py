@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
-from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
+from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 
 from .claims import WAIT_SECONDS, Claim, claim, claimant
 from .kept import check_same_run, parse_settings, write_down

@@ -30,8 +30,8 @@ from gralora_diffusion.adapters.low_rank import (
     singular_values,
 )
 from gralora_diffusion.adapters.targets import base_of, fitting_k
-from gralora_diffusion.training.adapters import ADAPTER_NAME
-from gralora_diffusion.training.optimizers import evaluating
+from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
+from gralora_diffusion.training.optimization.optimizers import evaluating
 
 from .results import Mechanism
 

@@ -28,15 +28,15 @@ from gralora_diffusion.adapters.targets import find_targets
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.tensor_files import write_safetensors
-from gralora_diffusion.training.adapters import (
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.seeds import seed_from
+from gralora_diffusion.training.optimization.adapters import (
     ADAPTER_NAME,
     adapter_configs,
     add_adapters,
     read_out,
     trained_components,
 )
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.seeds import seed_from
 
 _NAME = re.compile(
     r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"

@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from typing import Any, ClassVar, Literal, get_type_hints
 
 from gralora_diffusion.options.fields import option
-from gralora_diffusion.training.config import OPTION_GROUPS
+from gralora_diffusion.training.config.training_config import OPTION_GROUPS
 
 #: The trainer's options that the benchmark sets itself, and by what.
 SET_BY_THE_BENCHMARK = {

@@ -19,16 +19,20 @@ from gralora_diffusion.base_models.loading import find_base_family, load_base, p
 from gralora_diffusion.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import draw
-from gralora_diffusion.training.acceleration import DTYPES, make_accelerator
-from gralora_diffusion.training.adapters import adapter_configs, trained_components, weights_for_use
-from gralora_diffusion.training.base_checks import resolve_defaults
-from gralora_diffusion.training.batches import find_class_pictures
-from gralora_diffusion.training.checkpoint import CheckpointStore
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.family_options import check_family_options
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.checks.family import check_family_options
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.data_module import find_class_pictures
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.step import TrainingDiverged
-from gralora_diffusion.training.validation import encoding_apart
+from gralora_diffusion.training.optimization.adapters import (
+    adapter_configs,
+    trained_components,
+    weights_for_use,
+)
+from gralora_diffusion.training.optimization.step import TrainingDiverged
+from gralora_diffusion.training.outputs.validation import encoding_apart
+from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
 
 from .class_pictures import draw_class_pictures
 from .encoders import Encoder, load_encoder, read_picture

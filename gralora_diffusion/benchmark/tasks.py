@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from gralora_diffusion.errors import ConfigError, DataError
-from gralora_diffusion.training.batches import find_pictures
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.config_checks import validate
-from gralora_diffusion.training.data import Example
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.data.image_folder import Example
 
 from .captioned import split, write_examples
 from .dreambooth import Subject, read_subjects

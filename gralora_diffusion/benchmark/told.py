@@ -13,9 +13,9 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from gralora_diffusion.training.acceleration import device_name
-from gralora_diffusion.training.adapters import lowered_ks
-from gralora_diffusion.training.config import TrainingConfig, public_name
+from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
+from gralora_diffusion.training.optimization.adapters import lowered_ks
+from gralora_diffusion.training.runtime.acceleration import device_name
 
 from .methods import Method
 from .settings import BenchmarkSettings

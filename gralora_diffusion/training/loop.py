@@ -23,8 +23,40 @@ from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.process import are_several, print_safely
-
-from .acceleration import (
+from gralora_diffusion.training.checkpoints.resume import describe_base
+from gralora_diffusion.training.checkpoints.state import RunState
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.data_module import Batches
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sampler import Ahead
+from gralora_diffusion.training.data.seeds import seed_from
+from gralora_diffusion.training.optimization.adapters import (
+    adapter_facts,
+    adapter_parameters,
+    add_adapters,
+    weights_for_use,
+)
+from gralora_diffusion.training.optimization.initial_adapter import (
+    InitialValues,
+    set_initial_values,
+)
+from gralora_diffusion.training.optimization.objectives import make_objective
+from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
+from gralora_diffusion.training.optimization.step import (
+    DenoisingStep,
+    RowMaker,
+    Rows,
+    TrainingDiverged,
+    mean_loss,
+)
+from gralora_diffusion.training.outputs.metadata import time_metadata, training_metadata
+from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.outputs.output_dir import finish, make_repository, own_folder, start
+from gralora_diffusion.training.outputs.validation import draw_validation
+from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
@@ -34,27 +66,9 @@ from .acceleration import (
     share_only_what_is_trained,
     trackable,
 )
-from .adapters import adapter_facts, adapter_parameters, add_adapters, weights_for_use
-from .base_checks import resolve_defaults
-from .batches import Batches
-from .beginning import complete_class_pictures, find_beginning
-from .checkpoint import CheckpointStore
-from .config import TrainingConfig
-from .config_checks import validate
-from .data import Example
-from .initial_adapter import InitialValues, set_initial_values
-from .metadata import time_metadata, training_metadata
-from .metrics import MetricsFile
-from .objectives import make_objective
-from .optimizers import build_lr_scheduler, build_optimizer
-from .outcome import finish, make_repository, own_folder, start
-from .processes import check_alike, from_first, together
-from .run_state import RunState
-from .same_run import describe_base
-from .seeds import seed_from
-from .step import DenoisingStep, RowMaker, Rows, TrainingDiverged, mean_loss
-from .streams import Ahead
-from .validation import draw_validation
+from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+
+from .preparation import complete_class_pictures, find_beginning
 
 logger = logging.getLogger(__name__)
 
@@ -82,8 +96,8 @@ def train(config: TrainingConfig) -> Path:
         family = found.family
         if config.dry_run:
             # which themselves look at how a run goes
-            from .plan import plan_run
-            from .plan_text import format_plan
+            from gralora_diffusion.training.dry_run.formatting import format_plan
+            from gralora_diffusion.training.dry_run.plan import plan_run
 
             plan = plan_run(config, family, found.pictures, found.class_pictures, accelerator)
             if accelerator.is_main_process:

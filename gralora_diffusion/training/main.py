@@ -12,9 +12,8 @@ from safetensors import SafetensorError
 
 from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.process import are_several, log_to_terminal, print_safely, quiet_libraries
-
-from .config import TrainingConfig, parse_config
-from .config_checks import validate
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -38,10 +37,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
     from gralora_diffusion.errors import DataError
+    from gralora_diffusion.training.optimization.step import TrainingDiverged
+    from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
 
     from .loop import train
-    from .processes import OtherProcessFailed
-    from .step import TrainingDiverged
 
     try:
         train(config)

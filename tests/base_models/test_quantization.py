@@ -26,9 +26,10 @@ from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import loading_arguments, quantize_empty
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
-from gralora_diffusion.training import loop, prior
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.config_checks import validate
+from gralora_diffusion.training import loop
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data import class_images
 from gralora_diffusion.training.loop import Trainer
 from tests.models import PIPELINES, draw
 from tests.originals import ORIGINALS, write
@@ -252,7 +253,7 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dic
         return pipe
 
     monkeypatch.setattr(loop, "load_base", load)
-    monkeypatch.setattr(prior, "load_base", load)
+    monkeypatch.setattr(class_images, "load_base", load)
     return {}
 
 

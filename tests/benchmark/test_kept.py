@@ -15,7 +15,7 @@ from gralora_diffusion.benchmark.kept import (
 )
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.options.parsing import parse_options
-from gralora_diffusion.training.ownership import CONFIG_NAME, owned
+from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME, owned
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 

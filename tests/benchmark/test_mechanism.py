@@ -23,16 +23,16 @@ from gralora_diffusion.adapters.targets import base_of, find_targets
 from gralora_diffusion.benchmark.mechanism import DenseUpdate, MechanismLog, block_norms
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import Mechanism, read_result, write_result
-from gralora_diffusion.training.acceleration import make_accelerator
-from gralora_diffusion.training.adapters import (
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.optimization.adapters import (
     ADAPTER_NAME,
     adapter_configs,
     adapter_parameters,
     weights_for_use,
 )
-from gralora_diffusion.training.batches import find_pictures
-from gralora_diffusion.training.checkpoint import CheckpointStore
-from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.runtime.acceleration import make_accelerator
 from tests.benchmark.units import keys, unit
 from tests.models import stable_diffusion, structure
 from tests.reference import dense_update, relative_error

@@ -9,7 +9,7 @@ from gralora_diffusion import get_family
 from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.told import told_layers, told_settings, versions
-from gralora_diffusion.training.config import TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from tests.models import stable_diffusion
 
 LAYERS = (torch.nn.Linear, torch.nn.Conv2d)

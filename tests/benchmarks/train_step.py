@@ -26,18 +26,18 @@ from torch import nn
 
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.base_models.loading import find_base_family
-from gralora_diffusion.training.acceleration import (
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.optimization.optimizers import build_optimizer
+from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.runtime.acceleration import (
     accelerate_left_as_it_was,
     compile_repeated_blocks,
     make_accelerator,
 )
-from gralora_diffusion.training.batches import find_pictures
-from gralora_diffusion.training.checkpoint import CheckpointStore
-from gralora_diffusion.training.config import TrainingConfig, parse_config
-from gralora_diffusion.training.config_checks import validate
-from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.metrics import MetricsFile
-from gralora_diffusion.training.optimizers import build_optimizer
 from tests import ROOT
 from tests.benchmarks.measuring import (
     Run,

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
-from gralora_diffusion.training.config import TrainingConfig, parse_config
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT
 

@@ -17,12 +17,12 @@ from torch import nn
 from transformers import masking_utils
 
 from gralora_diffusion.base_models.loading import present
-from gralora_diffusion.training import validation
-from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
-from gralora_diffusion.training.step import RowMaker, mean_loss
+from gralora_diffusion.training.optimization.step import RowMaker, mean_loss
+from gralora_diffusion.training.outputs import validation
+from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
+from tests.training.optimization.test_step import make_trainer
 from tests.training.runs import make_shapes
-from tests.training.test_step import make_trainer
 
 CPU, GPU = torch.device("cpu"), torch.device("meta")
 

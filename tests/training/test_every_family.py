@@ -13,11 +13,12 @@ from PIL import Image, ImageChops
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.families import get_family
 from gralora_diffusion.pipelines.generation import draw
-from gralora_diffusion.training.acceleration import accelerate_left_as_it_was
-from gralora_diffusion.training.adapters import put_back
-from gralora_diffusion.training.config import TrainingConfig
-from gralora_diffusion.training.config_paths import made_in
+from gralora_diffusion.training.checks.paths import made_in
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.optimization.adapters import put_back
+from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
+from tests.training.optimization.test_step import make_trainer
 from tests.training.runs import (
     adapter,
     assert_close,
@@ -27,7 +28,6 @@ from tests.training.runs import (
     run,
     run_script,
 )
-from tests.training.test_step import make_trainer
 
 STEPS = 4
 

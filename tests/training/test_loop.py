@@ -19,13 +19,14 @@ from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
-from gralora_diffusion.training import loop, prior
-from gralora_diffusion.training.data import find_examples
+from gralora_diffusion.training import loop
+from gralora_diffusion.training.checkpoints.state import TRAINING_WEIGHTS_NAME
+from gralora_diffusion.training.data import class_images
+from gralora_diffusion.training.data.image_folder import find_examples
+from gralora_diffusion.training.data.seeds import generator
+from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.pictures import CropPlan
-from gralora_diffusion.training.run_state import TRAINING_WEIGHTS_NAME
-from gralora_diffusion.training.seeds import generator
-from gralora_diffusion.training.step import RowMaker, TrainingDiverged
+from gralora_diffusion.training.optimization.step import RowMaker, TrainingDiverged
 from tests.training.cards import draw_by_card
 from tests.training.runs import (
     adapter,
@@ -153,7 +154,7 @@ def test_one_base_at_a_time(
         loaded.append(weakref.ref(pipe.unet))
         return pipe
 
-    for module in (prior, loop):
+    for module in (class_images, loop):
         monkeypatch.setattr(module, "load_base", watched)
     classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
     run(output_dir=tmp_path / "out", class_data_dir=tmp_path / "class", **classes, **data)

@@ -18,7 +18,7 @@ import pytest
 import gralora_diffusion.training.loop as loop
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.training.main import main
-from gralora_diffusion.training.ownership import owned
+from gralora_diffusion.training.runtime.folder_lock import owned
 from tests.models import stable_diffusion
 from tests.training.runs import (
     arguments,

@@ -1,0 +1,152 @@
+"""Which checkpoint a run goes on from, and whether it is of that run: by options and base."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.training.config.options import LossOptions
+from gralora_diffusion.training.config.training_config import TrainingConfig
+
+from .store import CheckpointStore
+
+PROGRESS_NAME = "progress.json"
+#: Options that decide what a checkpoint holds, what it was trained over, and towards what.
+DECIDING = (
+    *("optimizer", "use_ema", "quantization", "with_prior_preservation"),
+    *(field.name for field in fields(LossOptions)),
+)
+#: Those of prior preservation, where there is one.
+_PRIOR = ("prior_source", "class_prompt", "prior_loss_weight")
+#: Numbers of each of a base's tensors that are looked at.
+_SAMPLE = 16
+
+
+def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
+    """Return (step, path) of the checkpoint to go on from, if there is one.
+
+    Raises:
+        ConfigError: later ones are in the output folder.
+        CheckpointError: it does not exist.
+    """
+    if not config.resume_from_checkpoint:
+        return None
+    found = store.find(config.resume_from_checkpoint)
+    later = [path.name for step, path in store.list() if found and step > found[0]]
+    if found and later:
+        raise ConfigError(
+            [
+                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
+                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
+                "away, or give another --output_dir and the checkpoint's path"
+            ]
+        )
+    return found
+
+
+def deciding_options(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options that may not change within a run; ``config`` has the family's defaults."""
+    names = (*DECIDING, *(_PRIOR if config.with_prior_preservation else ()))
+    return {name: getattr(config, name) for name in names}
+
+
+def read_progress(path: Path) -> dict[str, Any]:
+    """Return what the checkpoint at ``path`` says of itself.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    try:
+        progress = read_object(path / PROGRESS_NAME)
+        return {**progress, "step": int(progress["step"]), "options": dict(progress["options"])}
+    except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: Exception) -> CheckpointError:
+    """The error of a checkpoint that cannot be used."""
+    return CheckpointError(
+        f"{path} cannot be resumed from: {error}. It is damaged or of another version; take an "
+        "earlier checkpoint."
+    )
+
+
+def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfig) -> None:
+    """Compare the options of a checkpoint with those of the run.
+
+    Args:
+        progress: what ``read_progress`` says.
+        config: with the family's defaults.
+
+    Raises:
+        CheckpointError: it is of another run; names all options that differ.
+    """
+    there, here = progress["options"], deciding_options(config)
+    # a checkpoint of an earlier version tells less
+    differing = [name for name in here if name in there and there[name] != here[name]]
+    if differing:
+        told = "; ".join(f"--{name} {there[name]} there, {here[name]} here" for name in differing)
+        raise _of_another_run(path, told)
+
+
+def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any]) -> None:
+    """Compare the base of a checkpoint with the run's, wherever both lie.
+
+    Args:
+        progress: what ``read_progress`` says.
+        base: what ``describe_base`` says.
+
+    Raises:
+        CheckpointError: they have other weights.
+    """
+    there = progress.get("base")
+    if not there or there["precision"] != base["precision"]:
+        return  # of other precisions nothing can be told
+    models = {*there["models"], *base["models"]}
+    if differing := sorted(m for m in models if there["models"].get(m) != base["models"].get(m)):
+        raise _of_another_run(
+            path,
+            f"trained on {there['source']}, and the {', '.join(differing)} of {base['source']} "
+            "is not what it was there",
+        )
+
+
+def _of_another_run(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path} is of another run ({why}). Resume with what that run was started with, or begin a "
+        f"new one with its values: --initial_adapter {path} and another --output_dir."
+    )
+
+
+def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
+    """Return what tells a base from others: where it is from, its precision, hashes of its models.
+
+    A hash is of some values of each frozen tensor, in the model's order, so that it takes no time
+    and an adapter makes no difference. What is quantized does not count.
+    """
+    models = {
+        name: _digest(model)
+        for name, model in sorted(pipe.components.items())
+        if isinstance(model, nn.Module)
+    }
+    source = config.pretrained_model_name_or_path
+    return {"source": source, "precision": config.mixed_precision, "models": models}
+
+
+@torch.no_grad()
+def _digest(model: nn.Module) -> str:
+    digest = hashlib.sha256()
+    for parameter in model.parameters():
+        if type(parameter) is nn.Parameter and not parameter.requires_grad:
+            values = parameter.detach().flatten()[:_SAMPLE].cpu().contiguous()
+            digest.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
+            digest.update(values.view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -1,0 +1,207 @@
+"""All that a checkpoint holds: the adapter, the optimizer's state, and how far the run is."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from torch import nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, Adapter, save_adapter
+from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.optimization.adapters import put_back, read_out, weights_for_use
+
+from .resume import (
+    PROGRESS_NAME,
+    check_base,
+    check_options,
+    deciding_options,
+    describe_base,
+    read_progress,
+    unreadable,
+)
+
+logger = logging.getLogger(__name__)
+
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
+OPTIMIZER_NAME = "optimizer.bin"
+EMA_NAME = "ema.safetensors"
+_OF_SCHEDULE = ("last_epoch", "_step_count")
+
+
+class RunState:
+    """What changes in a run, to be saved and to be gone on with.
+
+    A checkpoint holds tensors, numbers and text, and is read as nothing else: whoever wrote it, no
+    program of theirs is run.
+
+    Args:
+        components: attributes of ``pipe`` with an adapter.
+        parameters: of all adapters.
+        optimizer: as prepared by ``accelerator``.
+        ema: average of the adapter, if there is one.
+        data_digest: tells which samples each step gets.
+        describe: step -> what the adapter's file says of itself.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        pipe: Any,
+        family: ModelFamily,
+        components: Sequence[str],
+        parameters: Sequence[nn.Parameter],
+        optimizer: Any,
+        lr_scheduler: LRScheduler | None,
+        ema: EMAModel | None,
+        accelerator: Accelerator,
+        data_digest: str,
+        describe: Callable[[int], dict[str, str]],
+    ) -> None:
+        self.step = 0  # optimizer steps done
+        self.config, self.pipe, self.family, self.components = config, pipe, family, components
+        self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
+        self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
+        self.describe = describe
+        self.base = describe_base(pipe, config)
+
+    def adapter(self) -> Adapter:
+        """Copy the adapter's present weights out of the models."""
+        adapter = read_out(self.pipe, self.family, self.components)
+        return replace(adapter, metadata=self.describe(self.step))
+
+    def save(self, folder: Path) -> None:
+        """Write the checkpoint into an empty folder. One process does it for all."""
+        save_adapter(self.adapter(), folder / TRAINING_WEIGHTS_NAME)
+        with weights_for_use(self.parameters, self.optimizer, self.ema):
+            save_adapter(self.adapter(), folder / WEIGHTS_NAME)
+        torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
+        numbers: dict[str, dict[str, Any]] = {"schedule": {}, "ema": {}, "scaler": {}}
+        if self.lr_scheduler is not None:
+            # the rest of it follows from the options
+            state = self.lr_scheduler.state_dict()
+            numbers["schedule"] = {name: state[name] for name in _OF_SCHEDULE}
+        if self.ema is not None:
+            numbers["ema"] = self.ema.state_dict()
+            averages = numbers["ema"].pop("shadow_params")
+            write_safetensors(
+                {str(i): tensor for i, tensor in enumerate(averages)}, folder / EMA_NAME, {}
+            )
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = self.accelerator.scaler.state_dict()
+        progress = {
+            "step": self.step,
+            "data_digest": self.data_digest,
+            "options": deciding_options(self.config),
+            "base": self.base,
+            "state": numbers,
+        }
+        (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, path: Path) -> None:
+        """Go on from a checkpoint. Learning rates, weight decay and the average's
+        decay are those of this run's options.
+
+        Raises:
+            CheckpointError: it is not readable or is of another run.
+        """
+        groups = self.optimizer.param_groups
+        rates = [(g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups]
+        try:
+            progress = read_progress(path)
+            check_options(path, progress, self.config)
+            check_base(path, progress, self.base)
+            put_back(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
+            self._load_optimizer(path / OPTIMIZER_NAME)
+            numbers = progress.get("state")
+            self._set_numbers(path, self._of_accelerate(path) if numbers is None else numbers)
+            self.step, digest = progress["step"], progress["data_digest"]
+        except CheckpointError:
+            raise
+        except Exception as error:  # libraries raise whatever they meet in what is damaged
+            raise unreadable(path, error) from error
+        # passes, by which it tells the last of a step; another accumulation counts them otherwise
+        self.accelerator.step = 0
+        if self.ema is not None:
+            self.ema.decay = self.config.ema_decay
+        self._set_rates(rates)
+        if digest != self.data_digest:
+            logger.warning(
+                "the pictures, captions, sizes, batch size or seed are not those of the "
+                "checkpoint: the run goes on, but will not end as an uninterrupted one would"
+            )
+        logger.info("resuming from %s at step %d", path, self.step)
+
+    def _set_rates(self, rates: Sequence[tuple[float, float]]) -> None:
+        groups = self.optimizer.param_groups
+        for group, (rate, weight_decay) in zip(groups, rates, strict=True):
+            group["weight_decay"] = weight_decay
+            group["initial_lr" if self.lr_scheduler is not None else "lr"] = rate
+        if self.lr_scheduler is None:
+            return
+        # the schedule, too, is this run's: another --max_train_steps stretches it
+        scheduler: Any = self.lr_scheduler  # diffusers' are all LambdaLR
+        scheduler.base_lrs[:] = [rate for rate, _ in rates]
+        for group, (rate, _), rule in zip(groups, rates, scheduler.lr_lambdas, strict=True):
+            group["lr"] = rate * rule(scheduler.last_epoch)
+
+    def _load_optimizer(self, path: Path) -> None:
+        self.optimizer.load_state_dict(_load_tensors(path))
+        for parameter, state in self.optimizer.state.items():
+            for name, value in state.items():
+                # 8-bit optimizers and Adafactor have vectors besides
+                alike = torch.is_tensor(value) and value.dim() == parameter.dim() > 1
+                if alike and value.shape != parameter.shape:
+                    shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
+                    raise ValueError(f"{path.name} has a {name} of the wrong shape, {shapes}")
+
+    def _set_numbers(self, path: Path, numbers: Mapping[str, Mapping[str, Any]]) -> None:
+        """Set schedule, average and scaler to what a checkpoint says of them."""
+        if self.lr_scheduler is not None:
+            schedule = numbers["schedule"]
+            vars(self.lr_scheduler).update({name: int(schedule[name]) for name in _OF_SCHEDULE})
+        if self.ema is not None:
+            state = dict(numbers["ema"])
+            if "shadow_params" not in state:
+                tensors, _ = read_safetensors(path / EMA_NAME)
+                state["shadow_params"] = [tensors[str(i)] for i in range(len(tensors))]
+            averages = state["shadow_params"]
+            if [t.shape for t in averages] != [p.shape for p in self.parameters]:
+                raise ValueError("its average is of another adapter")
+            self.ema.load_state_dict(state)
+            self.ema.to(self.accelerator.device)
+        if self.accelerator.scaler is not None and (state := dict(numbers["scaler"])):
+            self.accelerator.scaler.load_state_dict(state)
+
+    def _of_accelerate(self, path: Path) -> dict[str, Any]:
+        """The same of a checkpoint whose schedule, average and scaler accelerate wrote."""
+        numbers: dict[str, Any] = {"scaler": {}}
+        parts = {"schedule": self.lr_scheduler, "ema": self.ema}
+        for i, name in enumerate(name for name, part in parts.items() if part is not None):
+            numbers[name] = _load_tensors(path / f"custom_checkpoint_{i}.pkl")
+        if self.accelerator.scaler is not None:
+            numbers["scaler"] = _load_tensors(path / "scaler.pt")
+        return numbers
+
+
+def _load_tensors(path: Path) -> Any:
+    """Read what torch.save wrote, of tensors, numbers, text, and lists and dicts of them."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        # torch advises to read it with everything that is in it
+        raise ValueError(
+            f"{path.name} is damaged, or holds what could run a program; it was not read"
+        ) from error

@@ -1,0 +1,1 @@
+"""What can be wrong with the options, found before any expensive work."""

@@ -1,0 +1,116 @@
+"""What can be wrong with the options once the family of the base is known, and nothing loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import fields
+
+import diffusers
+
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.pipelines.generation import takes_negative_prompt
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.optimization.adapters import trained_components
+
+#: Options that mean something to one training objective only.
+OBJECTIVE_OPTIONS = {
+    "ddpm": ("noise_offset", "snr_gamma", "prediction_type"),
+    "flow_matching": (
+        *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"),
+        "guidance_scale",
+    ),
+}
+
+
+def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[str]:
+    """Check what depends on the family.
+
+    Returns:
+        Remarks for the user about options that have no effect on this family.
+
+    Raises:
+        ConfigError: with every problem; names the flag and the family's choices.
+    """
+    problems = [
+        *_left_out(config, family),
+        *_text_encoders(config, family),
+        *_presets(config, family),
+        *_sequence(config, family),
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return list(_without_effect(config, family))
+
+
+def _left_out(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    allowed = family.optional_text_encoders
+    if wrong := [name for name in config.leave_out_text_encoders or () if name not in allowed]:
+        yield (
+            f"--leave_out_text_encoders is {' '.join(wrong)}; the text encoders that {family.name} "
+            f"can do without are: {', '.join(allowed) or 'none'}"
+        )
+
+
+def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    if not config.train_text_encoder:
+        return
+    if not family.text_encoders:
+        yield (
+            f"--train_text_encoder: the text encoder of {family.name} is a large language model, "
+            "which stays frozen. Leave out --train_text_encoder"
+        )
+    elif unknown := sorted(set(config.text_encoders or ()) - set(family.text_encoders)):
+        yield (
+            f"--text_encoders names {', '.join(unknown)}; {family.name} has "
+            f"{', '.join(family.text_encoders)}"
+        )
+    elif both := set(trained_components(config, family)) & set(
+        config.leave_out_text_encoders or ()
+    ):
+        yield (
+            f"--leave_out_text_encoders leaves out {', '.join(sorted(both))}, which "
+            "--train_text_encoder is to adapt. Leave out one of them, or name others with "
+            "--text_encoders"
+        )
+
+
+def _sequence(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    wanted, longest = config.max_sequence_length, family.longest_sequence
+    if wanted is not None and longest is not None and wanted > longest:
+        yield (
+            f"--max_sequence_length is {wanted}; the pipelines of {family.name} take {longest} at "
+            f"most. Give a number up to {longest}"
+        )
+
+
+def _presets(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    for component in trained_components(config, family):
+        is_denoiser = component == family.denoiser
+        if is_denoiser and config.target_modules is not None:
+            continue
+        flag = "target_preset" if is_denoiser else "text_encoder_target_preset"
+        preset, presets = getattr(config, flag), family.target_presets[component]
+        if preset not in presets:
+            yield (
+                f"--{flag} is {preset!r}; for the {component} of {family.name} it must be one of "
+                f"{', '.join(presets)}"
+            )
+
+
+def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    defaults = {f.name: f.default for f in fields(config)}
+    foreign = [
+        name
+        for objective, names in OBJECTIVE_OPTIONS.items()
+        if objective != family.objective
+        for name in names
+    ]
+    if family.max_sequence_length is None:
+        foreign.append("max_sequence_length")
+    if family.skipped_layers is None:
+        foreign.append("clip_skip")
+    if not takes_negative_prompt(getattr(diffusers, family.pipeline_classes[0])):
+        foreign.append("validation_negative_prompt")
+    if idle := [f"--{name}" for name in foreign if getattr(config, name) != defaults[name]]:
+        yield f"with a base of {family.name} there is no use for {', '.join(idle)}"

@@ -1,0 +1,259 @@
+"""What can be wrong with the files, folders and Hub ids that the training options name.
+
+Nothing is downloaded and no picture is opened here: that a picture decodes is for ``data``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id
+from gralora_diffusion.io.image_files import is_image
+from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.captions import concept_folders, is_caption_file
+
+# option -> (the file that shows that a folder is one of diffusers, whether a single file will do)
+MODEL_FOLDERS = {
+    "pretrained_model_name_or_path": ("model_index.json", True),
+    "base_config": ("model_index.json", False),
+    "pretrained_vae_model_name_or_path": ("config.json", False),
+}
+#: Options that name what a run reads, and those that name a folder which it writes to.
+READ = (
+    *MODEL_FOLDERS,
+    *("bnb_quantization_config_path", "dataset_name", "instance_data_dir", "class_data_dir"),
+    *("initial_adapter", "resume_from_checkpoint"),
+)
+WRITTEN = ("output_dir", "class_data_dir", "latent_cache_dir")
+#: What a run makes, replaces or deletes in its output folder, besides the tracker's files.
+MADE = (
+    *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
+    *("metrics.jsonl", "training_curve.png", "training_config.yaml"),
+)
+
+
+def check_base(config: TrainingConfig) -> Iterator[str]:
+    if not config.pretrained_model_name_or_path:
+        yield (
+            "--pretrained_model_name_or_path is missing. Give a diffusers folder, a Hub id such as "
+            "owner/name, or a .safetensors file"
+        )
+    for name, (index, single_file) in MODEL_FOLDERS.items():
+        value = getattr(config, name)
+        if value and (problem := model_problem(value, index, single_file)):
+            yield f"--{name} is {value!r}: {problem}"
+
+
+def model_problem(
+    value: str, index: str, single_file: bool = False, library: str = "diffusers"
+) -> str | None:
+    """Say why a file, folder or Hub id cannot be a model; None if it may be one.
+
+    Args:
+        index: the file that shows that a folder is a model of ``library``.
+        single_file: whether a single file will do.
+    """
+    wanted = f"Give a {library} folder, which holds {index}, or a Hub id"
+    path = Path(value)
+    if path.is_dir():
+        return None if (path / index).is_file() else f"this folder has no {index}. {wanted}"
+    if path.is_file():
+        if not single_file:
+            return f"this is a file. {wanted}"
+        if path.suffix != ".safetensors":
+            return f"a single file must be a .safetensors file. Convert it. {wanted}"
+        return None
+    if "://" in value:
+        return "this is an address. Give the Hub id (owner/name), or download the file and name it"
+    if not looks_like_hub_id(value):
+        problem = f"there is no such file or folder{nearby(path)}"
+        return problem if problem.endswith("?") else f"{problem}. {wanted}"
+    return _repo_id_problem(value)
+
+
+def _repo_id_problem(value: str) -> str | None:
+    try:
+        validate_repo_id(value)
+    except HFValidationError:
+        return (
+            "this is neither a file or folder here nor a Hub id, which is owner/name of letters, "
+            "digits, '-', '_' and '.'"
+        )
+    return None
+
+
+def nearby(path: Path) -> str:
+    """Name what is there instead of a missing path: its like, or the part that is missing."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f", not even the folder {str(parent)!r}"
+    names = [entry.name for entry in parent.iterdir()]
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean {str(parent / nearest[0])!r}?" if nearest else f" in {str(parent)!r}"
+
+
+def check_data(config: TrainingConfig) -> Iterator[str]:
+    folder, dataset = config.instance_data_dir, config.dataset_name
+    if folder and dataset:
+        yield (
+            f"--instance_data_dir is {folder!r} and --dataset_name is {dataset!r}; only one of "
+            "them can be trained on. Leave one out"
+        )
+    elif dataset:
+        if importlib.util.find_spec("datasets") is None:
+            yield f"--dataset_name is {dataset!r}, which needs: pip install datasets"
+        if not config.instance_prompt and not config.caption_column:
+            yield (
+                "--instance_prompt and --caption_column are missing. Give the column with the "
+                "captions, or one prompt for all pictures"
+            )
+    elif not folder:
+        yield (
+            "--instance_data_dir is missing. Give the folder with the pictures to learn, or a "
+            "dataset with --dataset_name"
+        )
+    elif problem := _folder_problem(Path(folder)):
+        yield f"--instance_data_dir is {folder!r}: {problem}"
+    elif not (
+        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
+    ):
+        yield (
+            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file, no "
+            ".json file and no metadata.jsonl, .csv or .parquet with captions. Give a prompt such "
+            "as --instance_prompt 'a photo of sks dog'"
+        )
+
+
+def _folder_problem(path: Path) -> str | None:
+    if not path.exists():
+        return f"there is no such folder{nearby(path)}"
+    if not path.is_dir():
+        return "this is a file. Give the folder with the pictures"
+    others = []
+    for file in path.rglob("*"):
+        if is_image(file):
+            return None
+        if file.is_file():
+            others.append(file.name)
+    if not others:
+        return "this folder is empty. Put the pictures to learn into it; three to ten are usual"
+    some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
+    return (
+        f"no picture among its {len(others)} files ({some}). "
+        "Pictures are .jpg, .png, .webp and others that Pillow reads"
+    )
+
+
+def _has_captions(folder: Path) -> bool:
+    return any(is_caption_file(file.name) for file in folder.rglob("*"))
+
+
+def check_output(config: TrainingConfig) -> Iterator[str]:
+    for name in ("output_dir", "latent_cache_dir"):
+        if (value := getattr(config, name)) and (problem := _unwritable(Path(value))):
+            yield f"--{name} is {value!r}: {problem}"
+    if not config.output_dir:
+        yield "--output_dir is empty. Give the folder for everything that comes out"
+    yield from _read_and_written(config)
+    store = CheckpointStore(config.output_dir)
+    if config.resume_from_checkpoint:
+        try:
+            store.find(config.resume_from_checkpoint)
+        except CheckpointError as error:
+            yield str(error)
+        if config.overwrite_output_dir:
+            yield (
+                "--overwrite_output_dir and --resume_from_checkpoint exclude each other: what is "
+                "gone on with cannot be replaced. Leave one out"
+            )
+    if not config.overwrite_output_dir:
+        yield from _earlier_run(config, store)
+    if config.report_to in ("tensorboard", "wandb") and not importlib.util.find_spec(
+        config.report_to
+    ):
+        yield (
+            f"--report_to is {config.report_to!r}, which needs: pip install {config.report_to}. Or "
+            "give --report_to none"
+        )
+    if config.hub_model_id and _repo_id_problem(config.hub_model_id):
+        yield (
+            f"--hub_model_id is {config.hub_model_id!r}; it must be owner/name of letters, digits, "
+            "'-', '_' and '.'"
+        )
+
+
+def _read_and_written(config: TrainingConfig) -> Iterator[str]:
+    """Inputs that the run would write to, or delete."""
+    read = {name: Path(value) for name in READ if (value := getattr(config, name))}
+    for name in WRITTEN:
+        for source, path in read.items():
+            value = getattr(config, name)
+            if not value or name == source or not lies_in(Path(value), path):
+                continue
+            pair = {name, source}
+            if pair == {"class_data_dir", "instance_data_dir"} and lies_in(path, Path(value)):
+                continue  # one folder for both: ``config_checks`` says more of that
+            yield (
+                f"--{name} is {value!r}, which is or lies in --{source} {str(path)!r}. What is "
+                "read is not written to. Give another folder"
+            )
+    made = [Path(config.output_dir, entry) for entry in made_in(config)]
+    for source, path in read.items():
+        # a checkpoint of the same run is read there by intent
+        if source != "resume_from_checkpoint" and any(lies_in(path, entry) for entry in made):
+            yield (
+                f"--{source} is {str(path)!r}, which this run would replace or delete, for it lies "
+                f"in --output_dir {config.output_dir!r}. Give another --output_dir"
+            )
+
+
+def made_in(config: TrainingConfig) -> list[str]:
+    """Return the names in the output folder that the run makes, replaces or deletes."""
+    folder = Path(config.output_dir)
+    patterns = (*MADE, Path(config.logging_dir).parts[0] if config.logging_dir else "")
+    entries = folder.iterdir() if folder.is_dir() else ()
+    names = [entry.name for entry in entries]
+    return [name for name in names if any(fnmatch.fnmatchcase(name, p) for p in patterns)]
+
+
+def _earlier_run(config: TrainingConfig, store: CheckpointStore) -> Iterator[str]:
+    """What would be overwritten."""
+    if whole := store.list():
+        if not config.resume_from_checkpoint:
+            yield (
+                f"--output_dir is {config.output_dir!r}, which holds {whole[-1][1].name} of an "
+                "earlier run. Go on with it by --resume_from_checkpoint latest, give another "
+                "folder, or replace it by --overwrite_output_dir"
+            )
+    elif config.resume_from_checkpoint in (None, "latest") and _has_adapter(config.output_dir):
+        yield (
+            f"--output_dir is {config.output_dir!r}, which holds {WEIGHTS_NAME} of an earlier run, "
+            "and no checkpoint to go on from. Give another folder, or replace it by "
+            "--overwrite_output_dir. To go on from its values, give it as --initial_adapter to a "
+            "run with another folder"
+        )
+
+
+def _has_adapter(folder: str) -> bool:
+    return (Path(folder) / WEIGHTS_NAME).exists()
+
+
+def _unwritable(path: Path) -> str | None:
+    if path.exists() and not path.is_dir():
+        return "this is a file. Give a folder"
+    nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), Path.cwd())
+    if not nearest.is_dir():
+        return f"{str(nearest)!r} is a file, so no folder can be made in it"
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return f"{str(nearest)!r} is not writable. Give another folder or change its permissions"
+    return None

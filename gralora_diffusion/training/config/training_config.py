@@ -1,0 +1,212 @@
+"""The training options as one object: from a command line, from a YAML file, and back to YAML."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from gralora_diffusion.base_models.options import BaseModelOptions
+from gralora_diffusion.options.fields import group_table
+from gralora_diffusion.options.parsing import parse_options
+
+from .layer_patterns import layer_patterns
+from .options import (
+    AdapterOptions,
+    DataOptions,
+    ImageOptions,
+    LengthOptions,
+    LossOptions,
+    OptimizerOptions,
+    OutputOptions,
+    PriorOptions,
+    ValidationOptions,
+)
+
+OPTION_GROUPS: tuple[type, ...] = (
+    BaseModelOptions,
+    DataOptions,
+    PriorOptions,
+    ImageOptions,
+    LossOptions,
+    AdapterOptions,
+    LengthOptions,
+    OptimizerOptions,
+    OutputOptions,
+    ValidationOptions,
+)
+# diffusers' options that we have no use for, and what takes their place
+NOT_CARRIED = {
+    "tokenizer_name": "the tokenizer is always the base's",
+    "tokenizer_max_length": "the tokenizer's own length is used",
+    "pre_compute_text_embeddings": "prompts are always encoded once unless --train_text_encoder",
+    "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline does it",
+    "validation_images": "only text-to-image bases are trained",
+    "class_labels_conditioning": "only text-to-image bases are trained",
+    "text_encoder_out_layers": "the layers that the base's pipeline reads are taken",
+    "precondition_outputs": "the denoiser's own prediction is compared; see --weighting_scheme",
+    "do_edm_style_training": "EDM bases cannot be trained",
+    "final_validation_prompt": "--validation_prompt is drawn at the end, too",
+    "offload": "text encoders and VAE leave the device by themselves once they are done",
+    "upcast_before_saving": "the adapter is trained and saved in fp32",
+    "lora_blocks": "name the layers by --lora_layers, such as 're:.*blocks[.][0-5][.].*to_q'",
+    "use_dora": "the adapter is GraLoRA",
+    "enable_npu_flash_attention": "torch's own attention is used",
+    "fsdp_text_encoder": "text encoders are used once and then leave the device",
+    "do_fp8_training": "no fp8 products are computed; --quantization torchao-fp8 stores the frozen "
+    "base in fp8",
+}
+PATHS = (
+    "config",
+    "pretrained_model_name_or_path",
+    "base_config",
+    "bnb_quantization_config_path",
+    "pretrained_vae_model_name_or_path",
+    "cache_dir",
+    "dataset_name",
+    "instance_data_dir",
+    "class_data_dir",
+    "latent_cache_dir",
+    "output_dir",
+    "resume_from_checkpoint",
+    "initial_adapter",
+    "logging_dir",
+)
+#: Those of them that may be Hub ids.
+_HUB_IDS = {
+    *("pretrained_model_name_or_path", "base_config", "pretrained_vae_model_name_or_path"),
+    *("dataset_name", "initial_adapter"),
+}
+
+
+@dataclass(kw_only=True)
+class TrainingConfig(
+    ValidationOptions,
+    OutputOptions,
+    OptimizerOptions,
+    LengthOptions,
+    AdapterOptions,
+    LossOptions,
+    ImageOptions,
+    PriorOptions,
+    DataOptions,
+    BaseModelOptions,
+):
+    """All options of a training run; each is described in ``config_options``."""
+
+    def __post_init__(self) -> None:
+        self.optimizer = self.optimizer.lower()
+        if self.use_8bit_adam and self.optimizer == "adamw":
+            self.optimizer = "adamw8bit"
+        if self.aspect_ratio_buckets is not None:
+            self.use_aspect_ratio_buckets = True
+        for name in PATHS:  # the shell expands ~ only on the command line, not in a YAML file
+            value = getattr(self, name)
+            if value and value.startswith("~"):
+                setattr(self, name, str(Path(value).expanduser()))
+
+    @property
+    def patterns(self) -> dict[str, dict[str, Any]]:
+        """``rank_pattern``, ``k_pattern`` and ``alpha_pattern`` as ``GraloraConfig`` takes them.
+
+        Without ``lora_alpha``, layers of another rank have the alpha that gives scaling 1.
+        """
+        return layer_patterns(self)
+
+    @property
+    def encoding(self) -> dict[str, Any]:
+        """How prompts are encoded, as ``ModelFamily.encode_prompts`` takes it."""
+        return {"max_sequence_length": self.max_sequence_length, "clip_skip": self.clip_skip}
+
+    def with_defaults(self, family_defaults: Mapping[str, Any]) -> TrainingConfig:
+        """Return a copy in which every option left to the family has a value.
+
+        Args:
+            family_defaults: option -> value, such as ``{"resolution": 512}``. ``learning_rate``,
+                ``adam_weight_decay`` and ``text_encoder_lr`` may lack: diffusers' usual ones
+                take their place.
+
+        Raises:
+            KeyError: a name is not an option.
+        """
+        defaults: dict[str, Any] = {
+            "learning_rate": 1e-4,
+            "adam_weight_decay": 1e-4,
+            "text_encoder_lr": 5e-6,
+        }
+        defaults |= family_defaults
+        if unknown := defaults.keys() - _option_names():
+            raise KeyError(
+                f"family defaults for what is not an option: {', '.join(sorted(unknown))}"
+            )
+        if self.optimizer == "prodigy":  # it finds the step size itself and takes one rate for all
+            learning_rate = 1.0 if self.learning_rate is None else self.learning_rate
+            defaults |= {"learning_rate": learning_rate, "text_encoder_lr": learning_rate}
+        return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
+
+    def as_record(self) -> dict[str, Any]:
+        """All options and values in their groups' order, for trackers; without the Hub token."""
+        names = [f.name for group in OPTION_GROUPS for f in fields(group)]
+        return {name: getattr(self, name) for name in names if name not in ("hub_token", "config")}
+
+    def to_yaml(self, *, public: bool = False) -> str:
+        """Return the options that differ from the defaults, to be read again with ``--config``.
+
+        Args:
+            public: of files and folders here tell only the names.
+        """
+        default = TrainingConfig().as_record()
+
+        def told(name: str, value: Any) -> Any:
+            if not (public and value and name in PATHS):
+                return value
+            return public_name(value) if name in _HUB_IDS else Path(value).resolve().name
+
+        changed = {
+            name: told(name, value)
+            for name, value in self.as_record().items()
+            if value != default[name]
+        }
+        return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
+
+
+def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
+    """Read the options from a command line, and from the YAML file that its ``--config`` names.
+
+    Args:
+        argv: the arguments without the program's name; those of this process by default.
+
+    Raises:
+        ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
+            or the YAML file cannot be read. What values mean together is for ``validate``.
+    """
+    theirs = "is an option of diffusers' scripts, not of this one:"
+    said = {name: f"{theirs} {reason}" for name, reason in NOT_CARRIED.items()}
+    return TrainingConfig(**parse_options(OPTION_GROUPS, argv, not_carried=said))
+
+
+def options_table() -> str:
+    """Return ``docs/options.md``: every option in Markdown tables, one per group."""
+    parts = [
+        "# Options of the trainer",
+        "Made from the options themselves by "
+        "`gralora_diffusion.training.config.training_config.options_table`. Each is given as "
+        "`--name value` or as `name: value` in the file of `--config`; the command line wins. "
+        "A yes-or-no option is switched on by `--name`, off by `--name false`.",
+        *map(group_table, OPTION_GROUPS),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def public_name(source: str) -> str:
+    """Return the last part of a local path; a Hub id as it is."""
+    path = Path(source)
+    local = path.exists() or path.is_absolute() or len(path.parts) != 2
+    return path.resolve().name if local else source
+
+
+def _option_names() -> set[str]:
+    return {f.name for f in fields(TrainingConfig)}

@@ -1,0 +1,1 @@
+"""Images and captions: found, checked, cropped, ordered, encoded, in batches."""

@@ -1,0 +1,175 @@
+"""Prior preservation: keep what the base knows of the subject's class.
+
+Two sources of the prior: pictures of the class that the base draws before it is adapted
+(DreamBooth, arXiv 2208.12242), or the frozen base as a teacher, whose prediction for the class
+prompt on the very same noisy latents is the target: no class pictures, no extra encoding.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory
+from torch import nn
+from tqdm.auto import tqdm
+
+from gralora_diffusion.base_models.loading import load_base
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.io.image_files import is_image
+from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.runtime.agreement import from_first, together
+from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned
+from gralora_diffusion.training.runtime.memory import bytes_of, tensors_of
+
+from .seeds import generator
+
+#: Seconds after which a file that one process wrote is seen by all on a folder that they share.
+_SEEN_WITHIN = 20.0
+_PRECISIONS = {
+    "no": torch.float32,
+    "fp32": torch.float32,
+    "fp16": torch.float16,
+    "bf16": torch.bfloat16,
+}
+
+
+def _drawn_prior(config: TrainingConfig) -> bool:
+    return config.with_prior_preservation and config.prior_source == "images"
+
+
+def class_pictures_there(config: TrainingConfig) -> int:
+    """How many class pictures ``class_data_dir`` holds, whoever made them; 0 if none are wanted."""
+    if not _drawn_prior(config):
+        return 0
+    folder = Path(config.class_data_dir or "")
+    present = folder.iterdir() if folder.is_dir() else ()
+    return sum(map(is_image, present))
+
+
+def class_pictures_lacking(config: TrainingConfig) -> int:
+    """How many are still to be drawn; 0 if none are wanted."""
+    there = class_pictures_there(config)
+    return max(0, config.num_class_images - there) if _drawn_prior(config) else 0
+
+
+def draw_class_images(
+    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
+) -> bool:
+    """Draw the class pictures that lack into ``class_data_dir``, shared out among the processes.
+
+    Each picture has its own seed and a name that tells its number, and appears under it only when
+    whole. Pictures are drawn in the same batches whichever of them lack, for rounding depends on
+    the batch: interrupted, the drawing goes on where it stopped and makes the same pictures.
+
+    The base is loaded anew for it: that which is trained must not pass through the precision that
+    is good enough for drawing.
+
+    Meanwhile the folder is this run's alone, and all of its processes must see the same one.
+
+    Returns:
+        Whether any lacked.
+
+    Raises:
+        ConfigError: another run is at it, or the processes do not share the folder.
+    """
+    with ExitStack() as held:
+        numbers = from_first(accelerator, lambda: _begin(config, held))
+        if not numbers:
+            return False
+        together(accelerator, lambda: _check_shared(config, numbers[1]))
+        together(accelerator, lambda: _draw(config, family, accelerator, numbers[0]))
+    return True
+
+
+def _begin(config: TrainingConfig, held: ExitStack) -> tuple[set[int], str] | None:
+    """Take the folder; return which pictures lack, and what its owner's file says."""
+    if not class_pictures_lacking(config):
+        return None
+    folder = Path(config.class_data_dir or "")
+    held.enter_context(owned(folder, _told(config)))
+    count = class_pictures_lacking(config)  # another may just have drawn them
+    lacking = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
+    owner = folder / OWNER_NAME
+    return set(itertools.islice(lacking, count)), owner.read_text() if owner.exists() else ""
+
+
+def _told(config: TrainingConfig) -> str:
+    return f"--class_data_dir {config.class_data_dir!r}"
+
+
+def _check_shared(config: TrainingConfig, owner: str) -> None:
+    """Check that this process sees what the first one wrote, after a while on some networks."""
+    path = Path(config.class_data_dir or "") / OWNER_NAME
+    end = time.monotonic() + _SEEN_WITHIN
+    while owner and not (path.exists() and path.read_text() == owner):
+        if time.monotonic() > end:
+            raise ConfigError(
+                [
+                    f"{_told(config)} is not the same folder for all processes, and each would "
+                    "train on its own share of the class images. Give a folder that all machines "
+                    "share, or generate them on one machine and copy the folder to the others"
+                ]
+            )
+        time.sleep(0.2)
+
+
+def _draw(
+    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator, numbers: set[int]
+) -> None:
+    """Draw this process's share of the pictures of these numbers."""
+    folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
+    batches = sorted({number // size for number in numbers})
+    dtype = _generation_dtype(config, family, accelerator.device)
+    pipe = load_base(config, family, dtype, vae_dtype=dtype)
+    _place(pipe, accelerator.device)
+    pipe.set_progress_bar_config(disable=True)
+    options = {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
+    mend_clip_skip(pipe)
+    for batch in tqdm(
+        batches[accelerator.process_index :: accelerator.num_processes],
+        desc=f"drawing {len(numbers)} class pictures",
+        disable=not accelerator.is_local_main_process,
+    ):
+        drawn = range(batch * size, (batch + 1) * size)
+        rngs = [generator(config.seed, "class image", number) for number in drawn]
+        images = pipe(prompt=[config.class_prompt] * size, generator=rngs, **options).images
+        for number, image in zip(drawn, images, strict=True):
+            if number in numbers:
+                with replacing(folder / _class_image_name(number)) as temporary:
+                    image.save(temporary, format="PNG")
+    del pipe
+    free_memory()
+
+
+def _class_image_name(number: int) -> str:
+    return f"class-{number:05d}.png"
+
+
+def _generation_dtype(
+    config: TrainingConfig, family: ModelFamily, device: torch.device
+) -> torch.dtype:
+    usual = family.drawing_precision if device.type == "cuda" else "fp32"
+    return _PRECISIONS[config.prior_generation_precision or usual]
+
+
+def _place(pipe: Any, device: torch.device) -> None:
+    """Put a pipeline on the device, or have each of its models there only while it computes, if
+    all together would take more than half of what is free."""
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    # of 8 bits by bitsandbytes a copy stays on the GPU, whatever is moved
+    movable = not any(getattr(model, "is_loaded_in_8bit", False) for model in models)
+    if device.type == "cuda" and movable:
+        free_memory()
+        free, _ = torch.cuda.mem_get_info(device)
+        if 2 * sum(bytes_of(tensors_of(model)) for model in models) > free:
+            pipe.enable_model_cpu_offload(device=device)
+            return
+    pipe.to(device)

@@ -1,0 +1,240 @@
+"""From the options to batches: pictures are found, encoded as far as can be, and served."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import repeat
+from typing import Any
+
+from accelerate import Accelerator
+from diffusers.training_utils import offload_models
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gralora_diffusion.adapters.injection import adapters_disabled
+from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.runtime.agreement import wait_for_all
+
+from .buckets import Buckets, listed_buckets
+from .cache import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
+from .class_images import class_pictures_there
+from .dataset import TrainingSet, collate
+from .hf_dataset import find_dataset_examples
+from .image_folder import MIN_FOR_PROGRESS, Example, find_examples
+from .sampler import StreamBatchSampler
+from .transforms import CropPlan
+from .truncation import cuts_told_already, tell_cut_prompts
+
+Batch = dict[str, Any]
+
+
+def find_pictures(config: TrainingConfig) -> list[Example]:
+    """Find and check the subject's pictures and their captions.
+
+    Raises:
+        DataError: with all that is wrong with them.
+    """
+    if config.dataset_name:
+        return find_dataset_examples(
+            config.dataset_name,
+            config.instance_prompt,
+            config_name=config.dataset_config_name,
+            image_column=config.image_column,
+            caption_column=config.caption_column,
+            cache_dir=config.cache_dir,
+            skip_bad_images=config.skip_bad_images,
+        )
+    return find_examples(
+        str(config.instance_data_dir),
+        config.instance_prompt,
+        caption_column=config.caption_column,
+        skip_bad_images=config.skip_bad_images,
+    )
+
+
+def find_class_pictures(config: TrainingConfig) -> list[Example]:
+    """Find and check the class pictures that are there; there are none without such a prior.
+
+    Raises:
+        DataError: with all that is wrong with them.
+    """
+    if not class_pictures_there(config):
+        return []
+    return find_examples(
+        str(config.class_data_dir),
+        config.class_prompt,
+        skip_bad_images=config.skip_bad_images,
+        role="class",
+    )
+
+
+def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
+    """Return how the pictures of a run are cropped; ``size_divisor`` is the family's."""
+    assert config.resolution is not None
+    buckets = None
+    if config.use_aspect_ratio_buckets:
+        listed = listed_buckets(config.aspect_ratio_buckets)
+        buckets = Buckets(config.resolution, size_divisor, listed)
+    return CropPlan(
+        config.resolution,
+        config.center_crop,
+        config.random_flip,
+        config.image_interpolation_mode,
+        buckets,
+    )
+
+
+def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of the scaled latents, by the VAE where it is."""
+    return family.encode_images(vae, pixel_values.to(vae.device, vae.dtype))
+
+
+class Batches:
+    """The training data of this process, encoded once where nothing changes.
+
+    VAE and text encoders are on the device only while they encode.
+
+    Attributes:
+        prompts: encoded prompts, or None if text encoders are trained and encode at each step.
+        teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
+        digest: hash of all that decides which samples a step gets.
+    """
+
+    def __init__(
+        self,
+        config: TrainingConfig,
+        family: ModelFamily,
+        pipe: Any,
+        pictures: Sequence[Example],
+        class_pictures: Sequence[Example],
+        accelerator: Accelerator,
+    ) -> None:
+        self.config, self.accelerator = config, accelerator
+        self.family, self.vae = family, pipe.vae
+        plan = crop_plan(config, family.size_divisor(pipe))
+        self.cache = None
+        if config.cache_latents:
+            self.cache = LatentCache(plan, vae_fingerprint(pipe.vae), config.latent_cache_dir)
+        shared: dict[str, Any] = {
+            "batch_size": config.train_batch_size,
+            "cache": self.cache,
+            "cached_crops": config.cached_crops,
+        }
+        self.instance = TrainingSet(
+            pictures,
+            plan,
+            config.seed,
+            repeats=config.repeats,
+            caption_dropout=config.caption_dropout,
+            **shared,
+        )
+        self.classes = None
+        if class_pictures:
+            self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
+        if accelerator.is_main_process:
+            tell_cut_prompts(pipe, family, config, pictures, class_pictures)
+        with offload_models(self.vae, device=accelerator.device):
+            self._encode_pictures()
+        self.prompts: PromptCache | None = None
+        self.teacher: Conditioning | None = None
+        with offload_models(*present(pipe, family.all_text_encoders), device=accelerator.device):
+            self._encode_prompts(pipe)
+        self.samples_per_step = (
+            config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
+        )
+        sets = [s.digest for s in (self.instance, self.classes) if s is not None]
+        options = (
+            "seed resolution center_crop random_flip image_interpolation_mode cache_latents "
+            "cached_crops caption_dropout"
+        )
+        parts = [sets, self.samples_per_step, *(getattr(config, name) for name in options.split())]
+        parts += [config.clip_skip] if config.clip_skip else []
+        self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def __len__(self) -> int:
+        """Samples in an epoch, over all processes, with those that pad out buckets."""
+        return len(self.instance)
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """See :func:`encode_images`."""
+        return encode_images(self.family, self.vae, pixel_values)
+
+    def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
+        """Yield instance and class batch of each micro-batch, the latter None without a class."""
+        instance = self._loader(self.instance, first_step, max_steps)
+        if self.classes is None:
+            return zip(instance, repeat(None), strict=False)
+        return zip(instance, self._loader(self.classes, first_step, max_steps), strict=True)
+
+    def _loader(self, samples: TrainingSet, first_step: int, max_steps: int) -> DataLoader[Any]:
+        sampler = StreamBatchSampler(
+            start_step=first_step,
+            max_steps=max_steps,
+            batch_size=self.config.train_batch_size,
+            gradient_accumulation_steps=self.config.gradient_accumulation_steps,
+            process_index=self.accelerator.process_index,
+            num_processes=self.accelerator.num_processes,
+        )
+        return DataLoader(
+            samples,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            # latents in memory are at hand; a worker would only copy them to and fro
+            num_workers=0 if self._in_memory else self.config.dataloader_num_workers,
+        )
+
+    @property
+    def _in_memory(self) -> bool:
+        return self.cache is not None and self.cache.store.folder is None
+
+    def _share(self, fill: Callable[[slice], int]) -> None:
+        """Have a cache filled: each process its part of it, where a folder keeps it for all.
+
+        Args:
+            fill: encodes what lacks of a part.
+        """
+        processes = self.accelerator.num_processes
+        if self.config.latent_cache_dir and processes > 1:
+            fill(slice(self.accelerator.process_index, None, processes))
+            wait_for_all(self.accelerator)
+        fill(slice(None))  # which the other processes have filled by now
+
+    def _encode_pictures(self) -> None:
+        if self.cache is None:
+            return
+        bar = self.accelerator.is_local_main_process
+        for samples in (self.instance, self.classes):
+            if samples is not None:
+                self._share(partial(samples.fill_cache, self.encode_images, progress=bar))
+
+    def _encode_prompts(self, pipe: Any) -> None:
+        config, encoders = self.config, present(pipe, self.family.all_text_encoders)
+
+        def encode(prompts: list[str]) -> Conditioning:
+            with cuts_told_already(pipe):
+                return self.family.encode_prompts(pipe, prompts, **config.encoding)
+
+        teaches = config.with_prior_preservation and config.prior_source == "teacher"
+        if teaches:
+            alone = PromptCache()
+            with adapters_disabled(*present(pipe, self.family.text_encoders)):
+                alone.fill([str(config.class_prompt)], encode)
+            self.teacher = alone.batch([str(config.class_prompt)])
+        if config.train_text_encoder:
+            return
+        prompts = list(self.instance.prompts)
+        if config.with_prior_preservation:
+            prompts.append(str(config.class_prompt))
+        if self.classes is not None:
+            prompts += self.classes.prompts
+        prompts = list(dict.fromkeys(prompts))
+        folder = config.latent_cache_dir
+        cache = PromptCache(prompt_fingerprint(encode, encoders) if folder else "", folder)
+        bar = self.accelerator.is_local_main_process and len(prompts) >= MIN_FOR_PROGRESS
+        self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
+        self.prompts = cache

@@ -1,0 +1,183 @@
+"""The samples of training: a picture variant and a prompt for each position of the stream."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from .cache import ImageEncoder, LatentCache
+from .image_folder import Example, warn_of_long_pictures, warn_of_small_pictures
+from .sampler import SampleStream
+from .seeds import generator
+from .transforms import CropPlan, Variant
+
+logger = logging.getLogger(__name__)
+
+
+class TrainingSet(Dataset[dict[str, Any]]):
+    """Maps a position of the sample stream to a sample: ``training_set[position]``, without end.
+
+    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; ``original_size``
+    (height, width) of the picture before resizing, ``crop_top_left`` of the part that is cut out
+    after it and ``target_size`` (height, width) of that part, all int tensors of shape (2,); and
+    either ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or
+    ``pixel_values``, (3, height, width), decoded now.
+
+    The samples at ``batch_size`` positions from a multiple of it on have one target size.
+
+    All of it is a function of the arguments and the position, so any worker may make any sample.
+    Prior preservation takes a second set with another ``name``: it goes through all class pictures
+    in an order of its own.
+
+    Args:
+        examples: the pictures; at least one.
+        seed: of the run.
+        name: of the stream.
+        repeats: how many times each picture counts in an epoch, times its own number.
+        batch_size: of the micro-batches.
+        caption_dropout: share of samples with an empty prompt.
+        cache: where latents are kept; :meth:`fill_cache` must have been called. None: no cache, and
+            each sample draws any crop there is.
+        cached_crops: variants per picture that the cache keeps; each sample draws one of them.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        plan: CropPlan,
+        seed: int,
+        *,
+        name: str = "instance",
+        repeats: int = 1,
+        batch_size: int = 1,
+        caption_dropout: float = 0.0,
+        cache: LatentCache | None = None,
+        cached_crops: int = 8,
+    ) -> None:
+        self.examples = list(examples)
+        self.plan = plan
+        self.seed = seed
+        self.caption_dropout = caption_dropout
+        self.cache = cache
+        self.targets = [plan.target_size(example.size) for example in self.examples]
+        once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
+        self._items = once * repeats  # of the stream -> number of the example
+        groups = [self.targets[number] for number in self._items]
+        self.stream = SampleStream(len(self._items), seed, name, groups, batch_size)
+        self._kept: list[tuple[Variant, ...]] = []
+        if cache is not None:
+            self._kept = [
+                plan.kept(example.size, example.content_key, cached_crops, seed)
+                for example in self.examples
+            ]
+        warn_of_small_pictures(self.examples, plan)
+        warn_of_long_pictures(self.examples, plan)
+        if plan.buckets is not None:
+            self._tell_buckets()
+
+    def __len__(self) -> int:
+        """Positions in an epoch, with those that pad out buckets."""
+        return self.stream.length
+
+    @property
+    def prompts(self) -> list[str]:
+        """All prompts that samples can have, each once; with dropout the empty one too."""
+        captions = [example.caption for example in self.examples]
+        return list(dict.fromkeys([*captions, ""] if self.caption_dropout else captions))
+
+    @property
+    def digest(self) -> str:
+        """Hash of the pictures, their captions, buckets and order: with it a resumed run can tell
+        whether its data changed."""
+        pictures = [[example.content_key, example.caption] for example in self.examples]
+        parts: list[Any] = [len(self), pictures]
+        if any(example.repeats != 1 for example in self.examples):
+            parts.append([example.repeats for example in self.examples])
+        if self.plan.buckets is not None:
+            parts += [self.targets, self.stream.batch_size]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def fill_cache(
+        self, encode: ImageEncoder, part: slice = slice(None), progress: bool = True
+    ) -> int:
+        """Encode what the cache lacks of these examples; see :meth:`LatentCache.fill`."""
+        assert self.cache is not None
+        wanted = zip(self.examples[part], self._kept[part], strict=True)
+        return self.cache.fill(wanted, encode, progress=progress)
+
+    def __getitem__(self, position: int) -> dict[str, Any]:
+        item = self._items[self.stream.index(position)]
+        example = self.examples[item]
+        random = self._generator("variant", position)
+        if self.cache is not None:
+            kept = self._kept[item]
+            variant = kept[int(torch.randint(len(kept), (), generator=random))]
+            mean, std = self.cache.get(example.content_key, variant)
+            picture = {"mean": mean, "std": std}
+        else:
+            variant = self.plan.draw(example.size, random)
+            picture = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
+        width, height = example.size
+        return {
+            "position": position,
+            "prompt": "" if self._drops_caption(position) else example.caption,
+            "content_key": example.content_key,
+            "original_size": torch.tensor([height, width]),
+            "crop_top_left": torch.tensor([variant.top, variant.left]),
+            "target_size": torch.tensor([variant.height, variant.width]),
+            **picture,
+        }
+
+    def _tell_buckets(self) -> None:
+        """Log how many pictures each bucket has, and how many fill up its last batch."""
+        counts, padding = Counter(self.targets), self.stream.padding
+        logger.info(
+            "%s pictures by aspect-ratio bucket (height,width): %s",
+            self.stream.name,
+            "; ".join(
+                f"{height},{width}: {count}"
+                + (f" (+{more} repeated in each epoch)" if (more := padding[height, width]) else "")
+                for (height, width), count in sorted(counts.items())
+            ),
+        )
+        if any(padding.values()):
+            logger.info(
+                "pictures are repeated where a bucket's last batch of %d lacks some; a smaller "
+                "--train_batch_size repeats fewer",
+                self.stream.batch_size,
+            )
+
+    def _drops_caption(self, position: int) -> bool:
+        draw = torch.rand((), generator=self._generator("caption dropout", position))
+        return float(draw) < self.caption_dropout
+
+    def _generator(self, purpose: str, position: int) -> torch.Generator:
+        # with the stream's name, else class pictures would repeat the instance pictures' draws
+        return generator(self.seed, f"{purpose} of {self.stream.name}", position)
+
+
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Stack samples to a batch.
+
+    Returns:
+        ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes``,
+        ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
+        ``pixel_values``, with a batch axis.
+    """
+    batch: dict[str, Any] = {
+        f"{name}s": [sample[name] for sample in samples]
+        for name in ("position", "prompt", "content_key")
+    }
+    for name in ("original_size", "crop_top_left", "target_size"):
+        batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
+    for name in ("mean", "std", "pixel_values"):
+        if name in samples[0]:
+            batch[name] = torch.stack([sample[name] for sample in samples])
+    return batch

@@ -1,0 +1,109 @@
+"""The pictures of a Hugging Face dataset."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.image_files import MAX_BYTES
+from gralora_diffusion.io.regular_files import read_regular
+
+from .captions import one_line
+from .image_folder import Example, Found, check_pictures
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """A picture in a Hugging Face dataset whose image column is not decoded."""
+
+    index: int
+    column: str
+    dataset: Any = field(repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return f"row {self.index}"
+
+    def read_bytes(self) -> bytes:
+        value = self.dataset[self.index][self.column]
+        if value is None:
+            raise ValueError("it has no picture")
+        data: bytes | None = value["bytes"]
+        if data is not None:
+            return data
+        path = str(value["path"])
+        if "://" in path:
+            raise ValueError(f"{path} is an address. Download the pictures")
+        return read_regular(Path(path), MAX_BYTES)
+
+
+def find_dataset_examples(
+    name: str,
+    prompt: str | None = None,
+    *,
+    config_name: str | None = None,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    cache_dir: str | None = None,
+    skip_bad_images: bool = False,
+) -> list[Example]:
+    """Return the pictures of a Hugging Face dataset: of its split "train", or of its only one.
+
+    Args:
+        name: Hub id, folder of data files, or folder that ``Dataset.save_to_disk`` wrote.
+        prompt: caption of the rows that have none, and of all rows without ``caption_column``.
+        skip_bad_images: leave out what cannot be decoded, with a warning.
+
+    Raises:
+        DataError: ``datasets`` is not installed, the dataset cannot be loaded or lacks a column, or
+            with all that is wrong with the pictures and captions.
+    """
+    place = f"--dataset_name {name!r}"
+    try:
+        import datasets
+    except ImportError as error:
+        raise DataError(place, ["this needs: pip install datasets"]) from error
+    try:
+        if any((Path(name) / kept).is_file() for kept in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
+        raise DataError(place, [problem]) from error
+    if isinstance(loaded, Mapping):
+        if "train" not in loaded and len(loaded) > 1:
+            raise DataError(place, [f"it has no split 'train', only {', '.join(loaded)}"])
+        loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
+
+    columns = {"image_column": image_column, "caption_column": caption_column}
+    if lacking := [
+        f"--{flag} is {column!r}, which it lacks. Columns: {', '.join(loaded.column_names)}"
+        for flag, column in columns.items()
+        if column is not None and column not in loaded.column_names
+    ]:
+        raise DataError(place, lacking)
+    try:
+        pictures = loaded.select_columns([image_column]).cast_column(
+            image_column, datasets.Image(decode=False)
+        )
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = loaded.features[image_column]
+        raise DataError(place, [f"column {image_column!r} holds no pictures but {got}"]) from error
+
+    problems: list[str] = []
+    texts = loaded[caption_column] if caption_column else [None] * len(loaded)
+    found = []
+    for index, text in enumerate(texts):
+        if not isinstance(text, str | None):
+            problems.append(f"row {index}: {caption_column} is {text!r}; it must be a text")
+            text = None
+        row = DatasetRow(index, image_column, pictures)
+        found.append(Found(str(row), row, one_line(text) or one_line(prompt)))
+    advice = "Give --instance_prompt for all rows without one" + (
+        "" if caption_column else ", or --caption_column"
+    )
+    return check_pictures(found, place, problems, advice, skip_bad_images)

@@ -1,0 +1,91 @@
+"""Prompts of more tokens than a text encoder takes, of which the pipeline cuts off the rest."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.config.training_config import TrainingConfig
+
+from .image_folder import Example
+
+logger = logging.getLogger(__name__)
+
+#: Prompts that are told one by one.
+_TOLD = 10
+#: The logger of transformers' tokenizers.
+_OF_TOKENIZERS = "transformers.tokenization_utils_base"
+
+
+def tell_cut_prompts(
+    pipe: Any,
+    family: ModelFamily,
+    config: TrainingConfig,
+    pictures: Sequence[Example],
+    class_pictures: Sequence[Example] = (),
+) -> None:
+    """Log of each prompt that is too long where it is from, and how many tokens are cut off."""
+    too_long = [
+        f"{where} is cut off: {'; '.join(cuts)}"
+        for prompt, where in _prompts(config, pictures, class_pictures).items()
+        if (cuts := _cuts(pipe, family, prompt, config.max_sequence_length))
+    ]
+    for remark in too_long[:_TOLD]:
+        logger.warning(remark)
+    if len(too_long) > _TOLD:
+        logger.warning("and %d more prompts are cut off", len(too_long) - _TOLD)
+
+
+@contextmanager
+def cuts_told_already(pipe: Any) -> Iterator[None]:
+    """Inside, the libraries say nothing when a prompt is cut off, which they would each time."""
+    names = {_OF_TOKENIZERS, *(cls.__module__ for cls in type(pipe).__mro__)}
+    loggers = {name: logging.getLogger(name) for name in names}
+    levels = {name: found.level for name, found in loggers.items()}
+    for found in loggers.values():
+        found.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        for name, level in levels.items():
+            loggers[name].setLevel(level)
+
+
+def _prompts(
+    config: TrainingConfig, pictures: Sequence[Example], class_pictures: Sequence[Example]
+) -> Mapping[str, str]:
+    """Prompt -> where it is from; the first place of several."""
+    found: dict[str, str] = {}
+    if config.with_prior_preservation and config.class_prompt:
+        found[config.class_prompt] = "--class_prompt"
+    for example in (*pictures, *class_pictures):
+        own = example.caption != config.instance_prompt
+        where = f"the caption of {example.source}" if own else "--instance_prompt"
+        found.setdefault(example.caption, where)
+    for prompt in config.validation_prompt or ():
+        found.setdefault(prompt, f"--validation_prompt {prompt[:40]!r}...")
+    return found
+
+
+def _cuts(
+    pipe: Any, family: ModelFamily, prompt: str, max_sequence_length: int | None
+) -> list[str]:
+    """What each text encoder loses of a prompt."""
+    cuts = []
+    for name in family.all_text_encoders:
+        encoder = getattr(pipe, name, None)
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+        if encoder is None or tokenizer is None:
+            continue
+        limit, told = max_sequence_length or family.max_sequence_length, " (--max_sequence_length)"
+        # CLIP has places for so many tokens and no more, whatever the others are given
+        if limit is None or str(encoder.config.model_type).startswith("clip"):
+            limit, told = int(tokenizer.model_max_length), ""
+        count = family.count_tokens(tokenizer, prompt)
+        if count > limit:
+            lost = count - limit
+            cuts.append(f"{name} takes {limit} tokens{told} of its {count}, {lost} are lost")
+    return cuts

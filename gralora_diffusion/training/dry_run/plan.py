@@ -1,0 +1,253 @@
+"""``--dry_run``: what a run would train, and the memory it would take, without its weights.
+
+The base is there in its shapes alone, and its step is rehearsed on fake tensors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+)
+
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.meta_base import empty_base
+from gralora_diffusion.base_models.quantization import quantize_empty
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.class_images import class_pictures_there
+from gralora_diffusion.training.data.data_module import crop_plan
+from gralora_diffusion.training.data.dataset import TrainingSet
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_adapters
+from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
+from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
+from gralora_diffusion.training.runtime.memory import bytes_of, materialize, tensors_of
+
+from .fake_step import ImaginedData, imagined_objective, measure_step
+
+_OPTIMIZERS = {
+    "adamw": "AdamW",
+    "adamw8bit": "8-bit AdamW",
+    "prodigy": "Prodigy",
+    "adafactor": "Adafactor",
+    "schedulefree": "schedule-free AdamW",
+}
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """The adapter of a component."""
+
+    component: str
+    parameters: int
+    bytes: int
+    #: "rank 16, k 2" -> paths of the layers that have it; the most usual first
+    layers: dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """Something that takes memory on the device.
+
+    Attributes:
+        name: attribute of the pipeline, or what else it is; ``label`` is for people.
+        bytes: phase -> bytes at the phase's peak; it is absent in phases that lack.
+    """
+
+    name: str
+    label: str
+    bytes: dict[str, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run would do, and the bytes it would take on its device.
+
+    Attributes:
+        config: with the family's defaults.
+        processes: how many; each takes what ``memory`` says.
+        rows: of a forward pass.
+        phases: those there are of encoding "pictures", encoding "prompts", and "steps".
+        gradients: bytes at the end of a step; at the peak of memory they are fewer.
+        cached: bytes of encoded pictures and prompts; they lie in the machine's memory.
+    """
+
+    config: TrainingConfig
+    family: str
+    device: str
+    processes: int
+    pictures: int
+    class_pictures: int
+    picture_size: tuple[int, int]  # height, width of the largest
+    rows: int
+    steps: int
+    adapters: tuple[AdapterPlan, ...]
+    phases: tuple[str, ...]
+    memory: tuple[MemoryRow, ...]
+    gradients: int
+    cached: int
+
+    @property
+    def trained_parameters(self) -> int:
+        return sum(adapter.parameters for adapter in self.adapters)
+
+    @property
+    def file(self) -> int:
+        """Bytes of the tensors in the adapter's file."""
+        return sum(adapter.bytes for adapter in self.adapters)
+
+    def peak(self, phase: str) -> int:
+        """Bytes on the device at the peak of a phase."""
+        return sum(row.bytes.get(phase, 0) for row in self.memory)
+
+
+def plan_run(
+    config: TrainingConfig,
+    family: ModelFamily,
+    pictures: Sequence[Example],
+    class_pictures: Sequence[Example],
+    accelerator: Accelerator,
+) -> Plan:
+    """Plan the run that ``loop.train`` would make of the same arguments.
+
+    Raises:
+        ConfigError: as the run would before it loads weights.
+    """
+    device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+    pipe = empty_base(config, family, dtype)
+    config = resolve_defaults(config, family, pipe, accelerator.mixed_precision)
+    models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
+    base = {}
+    for name, model in models.items():
+        surplus = quantize_empty(config, family, name, model, dtype)
+        base[name] = _base_row(name, model, surplus)
+    with torch.device("meta"):
+        trained = add_adapters(pipe, family, config)
+    if config.gradient_checkpointing:
+        for name in trained:
+            checkpoint_gradients(models[name])
+    adapters = tuple(_adapter_plan(name, models[name]) for name in trained)
+    named = [[(n, p) for n, p in models[c].named_parameters() if p.requires_grad] for c in trained]
+    optimizer = optimizer_state_bytes(
+        config, named[0], [entry for group in named[1:] for entry in group], device
+    )
+    objective = imagined_objective(config, family, pipe)
+    data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
+    try:
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            for model in models.values():
+                materialize(model, device)
+            made = data.encode(pipe)
+            made["steps"], gradients = measure_step(config, family, pipe, trained, data, objective)
+    except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        raise ConfigError(
+            [
+                f"--dry_run: a model of this base decides by values that only weights give "
+                f"({error}), so it cannot be planned. Leave out --dry_run"
+            ]
+        ) from error
+
+    on_cpu = device.type == "cpu"  # where all goes that leaves another device
+    there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
+    adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
+    whole, processes = adapter["steps"], accelerator.num_processes
+    rows = [
+        *(
+            MemoryRow(name, label, {p: size for p in made if name in there[p]})
+            for name, (label, size) in base.items()
+        ),
+        MemoryRow("adapter", "adapter, float32", adapter),
+        MemoryRow("optimizer", optimizer_label(config.optimizer), {"steps": optimizer}),
+    ]
+    if config.use_ema:
+        rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
+    if processes > 1:  # DDP gathers gradients in buckets of its own
+        label = "gradients on their way between processes"
+        rows.append(MemoryRow("exchange", label, {"steps": whole}))
+    if on_cpu:
+        label = "encoded pictures and prompts"
+        rows.append(MemoryRow("cached", label, dict.fromkeys(made, data.cached)))
+    rows.append(MemoryRow("activations", "activations", made))
+    rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
+    samples = config.train_batch_size * config.gradient_accumulation_steps * processes
+    stream = TrainingSet(
+        pictures,
+        crop_plan(config, family.size_divisor(pipe)),
+        config.seed,
+        repeats=config.repeats,
+        batch_size=config.train_batch_size,
+    )
+    epoch = math.ceil(len(stream) / samples)  # with what pads out aspect-ratio buckets
+    return Plan(
+        config=config,
+        family=family.name,
+        device=device.type,
+        processes=processes,
+        pictures=len(pictures),
+        class_pictures=class_pictures_there(config),
+        picture_size=data.picture_size,
+        rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
+        steps=config.max_train_steps or config.num_train_epochs * epoch,
+        adapters=adapters,
+        phases=tuple(made),
+        memory=tuple(rows),
+        gradients=whole,
+        cached=data.cached,
+    )
+
+
+def _models_there(
+    phase: str, config: TrainingConfig, family: ModelFamily, trained: Sequence[str]
+) -> set[str]:
+    """The models that a run has on another device than the CPU in a phase."""
+    encoders = set(family.all_text_encoders)
+    if phase != "steps":
+        return {"vae"} if phase == "pictures" else encoders
+    stay = encoders if config.train_text_encoder else set()
+    return {*trained, *stay, *(() if config.cache_latents else ("vae",))}
+
+
+def _base_row(name: str, model: nn.Module, surplus: int) -> tuple[str, int]:
+    """A label that tells parameters and their usual dtype, and the bytes less ``surplus``."""
+    counts: Counter[torch.dtype] = Counter()
+    for parameter in model.parameters():
+        counts[parameter.dtype] += parameter.numel()
+    dtype = str(counts.most_common(1)[0][0]).removeprefix("torch.")
+    label = f"{name}, {counts.total() / 1e6:,.1f} M parameters, {dtype}"
+    size = bytes_of(tensors_of(model)) - surplus
+    if size < sum(parameter.nbytes for parameter in model.parameters()):
+        label += ", quantized"
+    return label, size
+
+
+def _adapter_plan(
+    component: str, model: nn.Module, adapter_name: str = ADAPTER_NAME
+) -> AdapterPlan:
+    layers: dict[str, list[str]] = {}
+    for name, layer in model.named_modules():
+        if isinstance(layer, GraloraLayer):
+            rank, hybrid = layer.r[adapter_name], layer.hybrid_r[adapter_name]
+            kind = f"rank {rank}" + (f" + {hybrid}" if hybrid else "")
+            kind += f", k {layer.gralora_k[adapter_name]}"
+            kind += f", scaling {layer.scaling[adapter_name]:g}"
+            layers.setdefault(kind, []).append(name)
+    layers = dict(sorted(layers.items(), key=lambda entry: -len(entry[1])))
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return AdapterPlan(component, sum(p.numel() for p in trained), bytes_of(trained), layers)
+
+
+def optimizer_label(optimizer: str) -> str:
+    """What the state of an optimizer is called."""
+    return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"

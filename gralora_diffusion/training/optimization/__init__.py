@@ -1,0 +1,1 @@
+"""What a run trains and towards what: adapter, objective, step, optimizer."""

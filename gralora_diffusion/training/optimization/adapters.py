@@ -1,0 +1,285 @@
+"""The adapter of a run: put on the base, read out, put back, averaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers.training_utils import EMAModel
+from torch import nn
+
+from gralora_diffusion.adapters.adapter_file import (
+    Adapter,
+    ComponentAdapter,
+    config_to_dict,
+    read_adapter,
+)
+from gralora_diffusion.adapters.compatibility import adapter_tensors, set_adapter_tensors
+from gralora_diffusion.adapters.config import GraloraConfig
+from gralora_diffusion.adapters.injection import inject
+from gralora_diffusion.adapters.layer_config import (
+    describe_unused,
+    exact_pattern,
+    pattern_key,
+    unused_patterns,
+)
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.targets import find_targets, is_named, lowered_k
+from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.seeds import seed_from
+
+from .optimizers import evaluating
+
+logger = logging.getLogger(__name__)
+
+ADAPTER_NAME = "default"
+#: What a card calls a lowered k.
+LOWERED_K = "k lowered"
+
+
+def trained_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
+    """Attributes of the pipeline that get an adapter, the denoiser first."""
+    if not config.train_text_encoder:
+        return (family.denoiser,)
+    chosen = config.text_encoders or family.usual_text_encoders or family.text_encoders
+    return (family.denoiser, *(name for name in family.text_encoders if name in chosen))
+
+
+def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
+    """Inject new adapters in fp32, the same for the same seed. Returns the components' names.
+
+    Raises:
+        ConfigError: rank, k, targets or patterns do not fit the base; names every layer at fault.
+    """
+    components = trained_components(config, family)
+    models = {component: getattr(pipe, component) for component in components}
+    if lacking := [component for component, model in models.items() if model is None]:
+        raise ConfigError([f"--text_encoders names {', '.join(lacking)}, which this base lacks"])
+    for component, adapter_config in adapter_configs(models, family, config).items():
+        torch.manual_seed(seed_from(config.seed, "adapter", component))
+        try:
+            inject(models[component], adapter_config, ADAPTER_NAME)
+        except ValueError as error:
+            raise _misfit(error) from error
+        for layer in models[component].modules():
+            if isinstance(layer, GraloraLayer):
+                # half precision would lose the small steps of an optimizer
+                layer.cast_adapter(ADAPTER_NAME, torch.float32)
+                layer.set_adapter(ADAPTER_NAME)
+    return components
+
+
+def adapter_configs(
+    models: Mapping[str, nn.Module], family: ModelFamily, config: TrainingConfig
+) -> dict[str, GraloraConfig]:
+    """Return the config of each component's adapter, with k lowered where a width asks for it.
+
+    Each has the patterns that its layers take; what was lowered is logged.
+
+    Args:
+        models: the bare models by component; their weights are not looked at.
+
+    Raises:
+        ConfigError: a model has none of the preset's layers, or no layer takes a pattern or is left
+            out as the options say.
+    """
+    try:
+        configs = {
+            component: _adapter_config(model, component, family, config)
+            for component, model in models.items()
+        }
+    except ValueError as error:
+        raise _misfit(error) from error
+    if config.excluded_modules is not None:
+        _exclude(config.excluded_modules, configs, models)
+    targets = {component: find_targets(models[component], c) for component, c in configs.items()}
+    if all(targets.values()):  # else there is worse to say
+        _check_patterns_used(config, configs, targets)
+    for component, adapter_config in configs.items():
+        lowered = lowered_k(models[component], adapter_config)
+        _log_lowered(component, lowered, len(targets[component]))
+        ks = exact_pattern(lowered, targets[component])
+        adapter_config.k_pattern = {**ks, **adapter_config.k_pattern}
+        for name, unused in unused_patterns(adapter_config, targets[component]).items():
+            pattern = getattr(adapter_config, name)
+            setattr(adapter_config, name, {k: v for k, v in pattern.items() if k not in unused})
+    return configs
+
+
+def _adapter_config(
+    model: nn.Module, component: str, family: ModelFamily, config: TrainingConfig
+) -> GraloraConfig:
+    is_denoiser = component == family.denoiser
+    targets = config.target_modules if is_denoiser else None
+    if targets is None:
+        preset = config.target_preset if is_denoiser else config.text_encoder_target_preset
+        targets = family.resolve_preset(component, preset, model)
+    patterns: dict[str, Any] = config.patterns
+    return GraloraConfig(
+        r=config.rank,
+        gralora_k=config.gralora_k,
+        hybrid_r=config.hybrid_rank,
+        alpha=config.alpha,
+        gralora_dropout=config.lora_dropout,
+        target_modules=targets,
+        **patterns,
+    )
+
+
+def _exclude(
+    wanted: Sequence[str] | str,
+    configs: Mapping[str, GraloraConfig],
+    models: Mapping[str, nn.Module],
+) -> None:
+    """Give each config what of ``wanted`` is for its targets, and refuse what is for none."""
+    is_regex = isinstance(wanted, str)
+    entries = [wanted] if isinstance(wanted, str) else wanted
+    used: set[str] = set()
+    paths: list[str] = []
+    for component, adapter_config in configs.items():
+        targets = list(find_targets(models[component], adapter_config))
+        mine = {e for e in entries if any(is_named(path, e, is_regex) for path in targets)}
+        if mine:
+            adapter_config.exclude_modules = wanted if isinstance(wanted, str) else mine
+        used |= mine
+        paths += targets
+    if idle := [entry for entry in entries if entry not in used]:
+        some = paths[0] if paths else "none"
+        raise ConfigError(
+            [
+                f"--exclude_modules {entry} is none of the {len(paths)} layers to adapt, such as "
+                f"{some}. Leave it out"
+                for entry in idle
+            ]
+        )
+
+
+def _check_patterns_used(
+    config: TrainingConfig,
+    configs: Mapping[str, GraloraConfig],
+    targets: Mapping[str, Mapping[str, nn.Module]],
+) -> None:
+    """Refuse the user's patterns from which no layer of any component takes its value."""
+    unused = [unused_patterns(configs[name], targets[name]) for name in configs]
+    idle = {
+        name: [key for key in given if all(key in part[name] for part in unused)]
+        for name, given in given_patterns(config).items()
+    }
+    paths = [path for part in targets.values() for path in part]
+    if problems := describe_unused(idle, paths):
+        raise ConfigError([f"--{problem}" for problem in problems])
+
+
+def _log_lowered(component: str, lowered: Mapping[str, int], count: int) -> None:
+    for k in sorted(set(lowered.values())):
+        paths = [path for path, lower in lowered.items() if lower == k]
+        some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
+        logger.info(
+            "%s: k is lowered to %d on %d of %d layers, as their widths ask for it: %s",
+            *(component, k, len(paths), count, some),
+        )
+
+
+def _misfit(error: ValueError) -> ConfigError:
+    flags = "--rank, --gralora_k, --lora_layers or --target_preset"
+    return ConfigError([f"{flags} do not fit the base: {error}"])
+
+
+def lowered_ks(models: Iterable[nn.Module], config: TrainingConfig) -> dict[int, int]:
+    """Return k -> in how many GraLoRA layers of these models it is this, below what was asked."""
+    wanted, lowered = given_patterns(config)["k_pattern"], Counter[int]()
+    for model in models:
+        for path, layer in model.named_modules():
+            if isinstance(layer, GraloraLayer):
+                k = layer.gralora_k[ADAPTER_NAME]
+                if k < wanted.get(pattern_key(wanted, path), config.gralora_k):
+                    lowered[k] += 1
+    return dict(sorted(lowered.items()))
+
+
+def adapter_facts(models: Sequence[nn.Module], config: TrainingConfig) -> dict[str, Any]:
+    """Return what a model card says of the adapter on these models: its layers, and lowered k."""
+    count = sum(isinstance(m, GraloraLayer) for model in models for m in model.modules())
+    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, config).items())
+    told = {LOWERED_K: f"to {where} of these layers, whose widths ask for it"} if where else {}
+    return {"adapted layers": count, **told}
+
+
+def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
+    """The trained parameters of one component, in the model's order."""
+    return [p for p in getattr(pipe, component).parameters() if p.requires_grad]
+
+
+def read_out(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
+    """Copy the adapter's present weights out of the models."""
+    return Adapter(
+        {
+            component: ComponentAdapter(
+                model.peft_config[ADAPTER_NAME],
+                {
+                    key: tensor.detach().clone()
+                    for key, tensor in adapter_tensors(model, ADAPTER_NAME).items()
+                },
+            )
+            for component in components
+            for model in [getattr(pipe, component)]
+        },
+        family.name,
+    )
+
+
+def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
+    """Load weights that :func:`read_out` and ``save_adapter`` wrote into the models.
+
+    Raises:
+        CheckpointError: the checkpoint's adapter has another shape than this run's.
+    """
+    adapter = read_adapter(path)
+    for component in components:
+        model = getattr(pipe, component)
+        ours = config_to_dict(model.peft_config[ADAPTER_NAME])
+        part = adapter.components.get(component)
+        theirs = config_to_dict(part.config) if part else {}
+        differing = sorted(
+            # as JSON, for the order of patterns counts
+            key
+            for key in {**ours, **theirs}
+            if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
+        )
+        if part is None or differing or set(adapter.components) != set(components):
+            what = ", ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in differing)
+            if set(adapter.components) != set(components):
+                what = f"it adapts {', '.join(adapter.components)}, not {', '.join(components)}"
+            raise CheckpointError(
+                f"{path} is of another run ({what}). Resume with that run's options."
+            )
+        set_adapter_tensors(model, ADAPTER_NAME, part.tensors)
+
+
+@contextmanager
+def weights_for_use(
+    parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel | None
+) -> Iterator[None]:
+    """Inside, the parameters hold what is to be used: the average of EMA or of schedule-free.
+
+    Afterwards they are what they were, bit for bit.
+    """
+    with evaluating(optimizer):
+        if ema is None:
+            yield
+            return
+        ema.store(parameters)
+        ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            ema.restore(parameters)

@@ -1,0 +1,221 @@
+"""Optimizers from their libraries, and the schedule of the learning rate.
+
+The training loop steps optimizer and schedule itself, once per optimizer step: steps here are
+optimizer steps, whatever the number of processes and the accumulation.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from diffusers.optimization import get_scheduler
+from torch import Tensor
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from transformers.optimization import Adafactor
+
+from gralora_diffusion.training.config.options import OPTIMIZERS
+from gralora_diffusion.training.config.training_config import TrainingConfig
+
+
+def build_optimizer(
+    config: TrainingConfig,
+    denoiser_parameters: Iterable[Parameter],
+    text_encoder_parameters: Iterable[Parameter] = (),
+    *,
+    world_size: int = 1,
+) -> Optimizer:
+    """Make the optimizer of ``config``, ready for training steps.
+
+    Its parameter groups are named ("name") denoiser and text_encoder; each has its own learning
+    rate and weight decay. A group without trainable parameters is left out.
+
+    Args:
+        config: with learning rates and weight decay resolved, see ``TrainingConfig.with_defaults``.
+        denoiser_parameters: those that need no gradient are passed over.
+        text_encoder_parameters: the same.
+        world_size: number of processes, for ``scale_lr``.
+
+    Raises:
+        ValueError: nothing is to be trained, a learning rate is open, or the optimizer is unknown.
+        ImportError: the optimizer's library is not installed; says how to install it.
+    """
+    batch = config.train_batch_size * config.gradient_accumulation_steps * world_size
+    factor = batch if config.scale_lr else 1
+    groups = [
+        _group("denoiser", denoiser_parameters, config.learning_rate, config.adam_weight_decay),
+        _group(
+            "text_encoder",
+            text_encoder_parameters,
+            config.text_encoder_lr,
+            config.adam_weight_decay_text_encoder,
+        ),
+    ]
+    groups = [group for group in groups if group["params"]]
+    if not groups:
+        raise ValueError("there is nothing to train: no parameter requires a gradient")
+    for group in groups:
+        if group["lr"] is None or group["weight_decay"] is None:
+            raise ValueError(
+                f"learning rate and weight decay of the {group['name']} are still open. Take the "
+                "family's first: config.with_defaults(...)"
+            )
+        group["lr"] *= factor
+    betas = (config.adam_beta1, config.adam_beta2)
+
+    if config.optimizer == "adamw":
+        # one kernel for the whole step: a third of the time on the CPU too
+        fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
+        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused or None)
+    if config.optimizer == "adamw8bit":
+        bitsandbytes = _library("adamw8bit")
+        optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
+    elif config.optimizer == "prodigy":
+        optimizer = _library("prodigy").Prodigy(
+            groups,
+            betas=betas,
+            beta3=config.prodigy_beta3,
+            eps=config.adam_epsilon,
+            decouple=config.prodigy_decouple,
+            use_bias_correction=config.prodigy_use_bias_correction,
+            safeguard_warmup=config.prodigy_safeguard_warmup,
+        )
+    elif config.optimizer == "adafactor":
+        # the learning rate is ours and is not scaled by the weights' size, for the adapter's
+        # second factor starts at zero
+        optimizer = Adafactor(groups, relative_step=False, scale_parameter=False, warmup_init=False)
+    elif config.optimizer == "schedulefree":
+        optimizer = _library("schedulefree").AdamWScheduleFree(
+            groups, betas=betas, eps=config.adam_epsilon, warmup_steps=config.lr_warmup_steps
+        )
+        optimizer.train()
+    else:
+        known = ", ".join(OPTIMIZERS)
+        raise ValueError(f"optimizer {config.optimizer!r} is unknown; there are: {known}")
+    assert isinstance(optimizer, Optimizer)
+    return optimizer
+
+
+def build_lr_scheduler(
+    config: TrainingConfig, optimizer: Optimizer, max_train_steps: int
+) -> LRScheduler | None:
+    """Make diffusers' schedule of ``config``; None for schedule-free, which needs none.
+
+    Step it once after each optimizer step. Do not give it to ``accelerator.prepare``, which would
+    step it once per process.
+
+    Args:
+        config: ``lr_warmup_steps`` are optimizer steps.
+        optimizer: from :func:`build_optimizer`.
+        max_train_steps: optimizer steps of the whole run, also of a resumed one.
+    """
+    if config.optimizer == "schedulefree":
+        return None
+    scheduler: LRScheduler = get_scheduler(
+        config.lr_scheduler,
+        optimizer,
+        step_rules=config.lr_step_rules,
+        num_warmup_steps=config.lr_warmup_steps,
+        num_training_steps=max_train_steps,
+        num_cycles=config.lr_num_cycles,
+        power=config.lr_power,
+    )
+    return scheduler
+
+
+@contextmanager
+def evaluating(optimizer: Any) -> Iterator[None]:
+    """Have the weights to use within the block: for validation and for saving the adapter.
+
+    Afterwards the training weights are back bit for bit, which schedule-free's own way back would
+    round, so that a validation never changes what is learned. Only schedule-free tells the two
+    apart. ``optimizer`` may be accelerate's wrapper.
+    """
+    if not optimizer.param_groups[0].get("train_mode"):
+        yield
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    trained = [p.detach().clone() for p in parameters]
+    optimizer.eval()
+    try:
+        yield
+    finally:
+        optimizer.train()
+        with torch.no_grad():
+            for parameter, value in zip(parameters, trained, strict=True):
+                parameter.copy_(value)
+
+
+def _group(
+    name: str, parameters: Iterable[Parameter], lr: float | None, weight_decay: float | None
+) -> dict[str, Any]:
+    trainable = [p for p in parameters if p.requires_grad]
+    return {"name": name, "params": trainable, "lr": lr, "weight_decay": weight_decay}
+
+
+def _library(optimizer: str) -> Any:
+    needed = OPTIMIZERS[optimizer]
+    assert needed is not None
+    module, package = needed
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"--optimizer {optimizer} needs {module}: pip install {package} ({error})"
+        ) from error
+
+
+def optimizer_state_bytes(
+    config: TrainingConfig,
+    denoiser: Sequence[tuple[str, Tensor]],
+    text_encoders: Sequence[tuple[str, Tensor]],
+    device: torch.device,
+) -> int:
+    """Bytes of the optimizer's state after its first step, for these (name, parameter).
+
+    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
+    what is kept for a parameter from what is shared by all.
+    """
+    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
+    groups = [
+        Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
+        for group in (denoiser, text_encoders)
+    ]
+    stand_ins = [
+        [(kind, _stand_in(*kind, device)) for kind in group for _ in range(2)] for group in groups
+    ]
+    optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
+    optimizer.step()
+    holders: Counter[int] = Counter()
+    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
+    for counts, group in zip(groups, stand_ins, strict=True):
+        for kind, parameter in group:
+            tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]
+            holders.update({t.untyped_storage().data_ptr() for t in tensors})
+            kept.append((counts[kind], tensors))
+    shared = {
+        pointer: tensor.nbytes
+        for _, tensors in kept
+        for tensor in tensors
+        if holders[pointer := tensor.untyped_storage().data_ptr()] > 1
+    }
+    own = sum(
+        count * sum(t.nbytes for t in tensors if t.untyped_storage().data_ptr() not in shared)
+        for count, tensors in kept
+    )
+    return own // 2 + sum(shared.values())
+
+
+def _stand_in(
+    shape: tuple[int, ...], dtype: torch.dtype, is_zero: bool, device: torch.device
+) -> Parameter:
+    make = torch.zeros if is_zero else torch.ones
+    parameter = Parameter(make(shape, dtype=dtype, device=device))
+    parameter.grad = torch.ones_like(parameter)
+    return parameter

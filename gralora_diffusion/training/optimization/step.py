@@ -1,0 +1,251 @@
+"""One training step's arithmetic: from samples to rows, from rows to losses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from gralora_diffusion.adapters.injection import adapters_disabled
+from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.cache import PromptCache
+from gralora_diffusion.training.data.seeds import generator, seed_from
+from gralora_diffusion.training.data.truncation import cuts_told_already
+from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
+
+from .objectives import Objective
+
+
+class TrainingDiverged(RuntimeError):
+    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that.
+
+    Its arguments are what happened, and what to do.
+    """
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
+
+
+@dataclass
+class Rows:
+    """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""
+
+    noisy_latents: Tensor  # (rows, C, h, w)
+    timesteps: Tensor  # (rows,)
+    target: Tensor  # as noisy_latents
+    prompts: list[str]
+    pictures: Conditioning  # what depends on the picture and not on the prompt
+    encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
+    weights: Tensor  # (rows,)
+    instances: int  # how many of the rows, the first ones, are not the prior's
+
+    def __add__(self, other: Rows) -> Rows:
+        """Append prior rows of the same shape."""
+        encoded = None
+        if self.encoded is not None and other.encoded is not None:
+            encoded = _joined(self.encoded, other.encoded)
+        return Rows(
+            torch.cat([self.noisy_latents, other.noisy_latents]),
+            torch.cat([self.timesteps, other.timesteps]),
+            torch.cat([self.target, other.target]),
+            self.prompts + other.prompts,
+            _joined(self.pictures, other.pictures),
+            encoded,
+            torch.cat([self.weights, other.weights]),
+            self.instances,
+        )
+
+
+def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
+    return {key: torch.cat([value, second[key]]) for key, value in first.items()}
+
+
+def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Return ``tensors`` on the device, without waiting for what it is computing.
+
+    CUDA copies so only from pinned memory. Fake tensors have none.
+    """
+
+    def copied(tensor: Tensor) -> Tensor:
+        if device.type != "cuda" or tensor.is_cuda or isinstance(tensor, FakeTensor):
+            return tensor.to(device)
+        return tensor.pin_memory().to(device, non_blocking=True)
+
+    return {name: copied(tensor) for name, tensor in tensors.items()}
+
+
+def mean_loss(losses: Tensor, groups: Sequence[Rows]) -> Tensor:
+    """Return the loss of a step: the weighted losses of all rows, per instance row.
+
+    ``losses`` (rows of all groups,) are what :class:`DenoisingStep` gives.
+    """
+    weights = torch.cat([rows.weights for rows in groups])
+    return (losses * weights).sum() / sum(rows.instances for rows in groups)
+
+
+class DenoisingStep(nn.Module):
+    """Everything that is trained, as one module: ``forward(groups)`` gives the loss of each row.
+
+    One module, so that gradients of denoiser and text encoders are synchronized, clipped and
+    autocast together. For the same reason rows of several shapes, a group for each, go through one
+    ``forward``, though each needs a pass of its own through the denoiser.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        family: ModelFamily,
+        objective: Objective,
+        trained: Sequence[str],
+        encoding: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        super().__init__()
+        self.encoding = dict(encoding)
+        self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
+        self.pipe, self.family, self.objective = pipe, family, objective
+
+    def forward(self, groups: Sequence[Rows]) -> Tensor:
+        return torch.cat([self._losses(rows) for rows in groups])
+
+    def _losses(self, rows: Rows) -> Tensor:
+        encoded = rows.encoded
+        if encoded is None:
+            device = rows.noisy_latents.device
+            with without_fp16_autocast(device), cuts_told_already(self.pipe):
+                encoded = self.family.encode_prompts(self.pipe, rows.prompts, **self.encoding)
+        prediction = self.family.predict(
+            self.trained[self.family.denoiser],
+            rows.noisy_latents,
+            rows.timesteps,
+            {**encoded, **rows.pictures},
+        )
+        return self.objective.loss(prediction, rows.target, rows.timesteps)
+
+
+class Encodings(Protocol):
+    """What rows are made of besides a batch.
+
+    Attributes:
+        prompts: encoded prompts, or None if text encoders are trained and encode at each step.
+        teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
+    """
+
+    accelerator: Accelerator
+    prompts: PromptCache | None
+    teacher: Conditioning | None
+
+    def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
+
+
+class RowMaker:
+    """Turns collated samples into :class:`Rows` on the device.
+
+    Args:
+        step: the unwrapped :class:`DenoisingStep`.
+        dtype: of noisy latents, the denoiser's.
+    """
+
+    def __init__(
+        self,
+        step: DenoisingStep,
+        data: Encodings,
+        config: TrainingConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.step, self.data, self.seed = step, data, config.seed
+        self.device, self.dtype = device, dtype
+        self.guidance_scale = config.guidance_scale
+        self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
+
+    def rows(
+        self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
+    ) -> list[Rows]:
+        """Make the rows of a batch, with the prior's rows if there is a prior.
+
+        They are one group, or two if the class pictures have another shape.
+        """
+        rows = self._rows(instance, self.seed, 1.0)
+        if self.data.teacher is not None:
+            rows = rows + self._teacher_rows(rows, self.data.teacher)
+        if classes is None:
+            return [rows]
+        prior = self._rows(classes, seed_from(self.seed, "class"), self.prior_weight)
+        prior.instances = 0
+        if prior.target.shape[1:] == rows.target.shape[1:]:
+            return [rows + prior]
+        return [rows, prior]
+
+    def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> Rows:
+        objective, positions = self.step.objective, batch["positions"]
+        mean, std = self._posterior(batch)
+        noise, timesteps = objective.draw(seed, positions, mean.shape[1:])
+        # of the VAE's posterior at each visit another sample, as encoding at each visit would give
+        draws = [
+            torch.randn(mean.shape[1:], generator=generator(seed, "posterior", position))
+            for position in positions
+        ]
+        drawn = {"mean": mean, "std": std, "sample": torch.stack(draws), "noise": noise}
+        there = on_device({**drawn, "timesteps": timesteps}, self.device)
+        latents = there["mean"].float() + there["std"].float() * there["sample"]
+        noise, timesteps = there["noise"], there["timesteps"]
+        count = len(timesteps)
+        return Rows(
+            objective.add_noise(latents, noise, timesteps).to(self.dtype),
+            timesteps,
+            objective.target(latents, noise, timesteps),
+            list(batch["prompts"]),
+            self._pictures(batch),
+            self._encoded(batch["prompts"]),
+            torch.full((count,), weight, device=self.device),
+            count,
+        )
+
+    def _posterior(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents, where they are."""
+        if "pixel_values" not in batch:
+            return batch["mean"], batch["std"]
+        pixels = on_device({"pixel_values": batch["pixel_values"]}, self.device)
+        with torch.no_grad():
+            return self.data.encode_images(pixels["pixel_values"])
+
+    def _pictures(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = self.step.family.picture_conditioning(
+            self.step.pipe,
+            batch["original_sizes"],
+            batch["crop_top_lefts"],
+            batch["target_sizes"],
+            self.guidance_scale,
+        )
+        return on_device(conditioning, self.device)
+
+    def _encoded(self, prompts: Sequence[str]) -> Conditioning | None:
+        if self.data.prompts is None:
+            return None
+        return on_device(self.data.prompts.batch(prompts), self.device)
+
+    def _teacher_rows(self, rows: Rows, teacher: Conditioning) -> Rows:
+        """The same noisy latents with the class prompt; the frozen base's prediction as target."""
+        count = rows.instances
+        noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
+        pictures = {key: value[:count] for key, value in rows.pictures.items()}
+        taught = {
+            key: value.expand(count, *value.shape[1:])
+            for key, value in on_device(teacher, self.device).items()
+        }
+        models = tuple(self.step.trained.values())
+        denoiser = self.step.trained[self.step.family.denoiser]
+        with adapters_disabled(*models), self.data.accelerator.autocast():
+            target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **pictures})
+        prompts = [self.class_prompt] * count
+        weights = torch.full((count,), self.prior_weight, device=self.device)
+        encoded = self._encoded(prompts)
+        return Rows(noisy, timesteps, target, prompts, pictures, encoded, weights, count)

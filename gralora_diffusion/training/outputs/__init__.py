@@ -1,0 +1,1 @@
+"""What a run leaves: metrics, validation images, model card, metadata, its folder."""

@@ -1,0 +1,183 @@
+"""What an adapter file says of itself and its training to interfaces: ``modelspec.*`` and ``ss_*``.
+
+The ``ss_*`` fields are those of kohya's sd-scripts (``train_network.py``), all strings, without
+those that are not set. Of folders and files only the names are told.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Iterable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.tensor_files import HASH_FIELDS
+from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
+from gralora_diffusion.training.data.captions import one_line
+from gralora_diffusion.training.data.data_module import Batches
+from gralora_diffusion.training.data.dataset import TrainingSet
+from gralora_diffusion.training.data.image_folder import Example
+
+#: ``prediction_type`` of schedulers -> ModelSpec's.
+_PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
+
+
+def training_metadata(
+    config: TrainingConfig,
+    family: ModelFamily,
+    pipe: Any,
+    data: Batches,
+    max_steps: int,
+    step: int,
+) -> dict[str, str]:
+    """Return what is known of a run at a step; the same whenever the run is made.
+
+    Args:
+        config: with the family's defaults.
+        max_steps: optimizer steps of the run.
+        step: optimizer steps done.
+    """
+    names = family.published_names(getattr(pipe, family.denoiser).config, pipe.scheduler.config)
+    instance, classes = data.instance, data.classes
+    vae = config.pretrained_vae_model_name_or_path
+    title = Path(config.output_dir).resolve().name
+    steps_per_epoch = -(-len(data) // data.samples_per_step)
+    fields: dict[str, Any] = {
+        **names.fields,
+        # not "/lora", of which readers expect a LoRA's tensors
+        "modelspec.architecture": f"{names.architecture}/gralora",
+        "modelspec.implementation": "gralora-diffusion",
+        "modelspec.title": title,
+        "modelspec.trigger_phrase": one_line(config.instance_prompt) or None,
+        "modelspec.resolution": f"{config.resolution}x{config.resolution}",
+        "ss_output_name": title,
+        "ss_sd_model_name": public_name(config.pretrained_model_name_or_path),
+        "ss_vae_name": public_name(vae) if vae else None,
+        **_network_fields(config),
+        **_data_fields(config, family, instance, classes),
+        "ss_num_batches_per_epoch": -(-len(data) // config.train_batch_size),
+        "ss_num_epochs": -(-max_steps // steps_per_epoch),
+        "ss_max_train_steps": max_steps,
+        "ss_steps": step,
+        "ss_epoch": -(-step // steps_per_epoch),
+        "ss_batch_size_per_device": config.train_batch_size,
+        "ss_total_batch_size": data.samples_per_step,
+        "ss_gradient_accumulation_steps": config.gradient_accumulation_steps,
+        "ss_gradient_checkpointing": config.gradient_checkpointing,
+        "ss_mixed_precision": config.mixed_precision,
+        "ss_seed": config.seed,
+        "ss_optimizer": config.optimizer,
+        "ss_learning_rate": config.learning_rate,
+        "ss_unet_lr": config.learning_rate,
+        "ss_text_encoder_lr": config.text_encoder_lr if config.train_text_encoder else None,
+        "ss_lr_scheduler": config.lr_scheduler,
+        "ss_lr_warmup_steps": config.lr_warmup_steps,
+        "ss_max_grad_norm": config.max_grad_norm,
+        "ss_prior_loss_weight": config.prior_loss_weight if classes else None,
+    }
+    if family.objective == "ddpm":
+        predicted = config.prediction_type or pipe.scheduler.config.get("prediction_type")
+        fields |= {
+            "modelspec.prediction_type": _PREDICTIONS.get(predicted),
+            "ss_noise_offset": config.noise_offset or None,
+            "ss_min_snr_gamma": config.snr_gamma,
+        }
+    else:
+        fields |= {
+            "ss_weighting_scheme": config.weighting_scheme,
+            "ss_guidance_scale": config.guidance_scale,
+        }
+    told = {key: str(value) for key, value in fields.items() if value is not None}
+    return told | HASH_FIELDS
+
+
+def time_metadata(began: float) -> dict[str, str]:
+    """Return when a run began (seconds since 1970) and that it ends now."""
+    ends = time.time()
+    date = datetime.fromtimestamp(int(ends), timezone.utc)
+    return {
+        "modelspec.date": date.isoformat().replace("+00:00", "Z"),
+        "ss_training_started_at": str(began),
+        "ss_training_finished_at": str(ends),
+    }
+
+
+def _network_fields(config: TrainingConfig) -> dict[str, Any]:
+    arguments = {
+        "algo": "gralora",
+        "gralora_k": config.gralora_k,
+        "hybrid_rank": config.hybrid_rank,
+        "target_preset": config.target_preset if config.lora_layers is None else None,
+        "lora_layers": config.lora_layers,
+        "exclude_modules": config.exclude_modules,
+        **{key: given or None for key, given in given_patterns(config).items()},
+    }
+    texts = {k: v if isinstance(v, dict) else str(v) for k, v in arguments.items() if v is not None}
+    one_rank = not config.rank_pattern
+    return {
+        "ss_network_module": "gralora_diffusion",
+        "ss_network_dim": config.rank if one_rank else "Dynamic",
+        "ss_network_alpha": config.alpha if one_rank and not config.alpha_pattern else "Dynamic",
+        "ss_network_args": json.dumps(texts, ensure_ascii=False),
+        "ss_network_dropout": config.lora_dropout or None,
+    }
+
+
+def _data_fields(
+    config: TrainingConfig,
+    family: ModelFamily,
+    instance: TrainingSet,
+    classes: TrainingSet | None,
+) -> dict[str, Any]:
+    folder = public_name(config.instance_data_dir or str(config.dataset_name))
+    folders: dict[str, list[Example]] = {}
+    for example in instance.examples:
+        folders.setdefault(example.concept or folder, []).append(example)
+    directories = {
+        name: {"n_repeats": config.repeats * examples[0].repeats, "img_count": len(examples)}
+        for name, examples in folders.items()
+    }
+    tags = {
+        name: tag_frequency(example.caption for example in examples)
+        for name, examples in folders.items()
+    }
+    fields: dict[str, Any] = {
+        "ss_num_train_images": sum(e.repeats for e in instance.examples) * config.repeats,
+        "ss_num_reg_images": len(classes.examples) if classes else 0,
+        "ss_resolution": (config.resolution, config.resolution),
+        "ss_enable_bucket": instance.plan.buckets is not None,
+        "ss_random_crop": not config.center_crop,
+        "ss_flip_aug": config.random_flip,
+        "ss_cache_latents": config.cache_latents,
+        "ss_caption_dropout_rate": config.caption_dropout,
+        # which layer is read, counted from the last as 1
+        "ss_clip_skip": config.clip_skip and config.clip_skip + (family.skipped_layers or 0) + 1,
+        "ss_dataset_dirs": _text(directories),
+        "ss_tag_frequency": _text(tags),
+    }
+    if instance.plan.buckets is not None:
+        counts = Counter(instance.targets)
+        buckets = {
+            str(number): {"resolution": [width, height], "count": count}
+            for number, ((height, width), count) in enumerate(sorted(counts.items()))
+        }
+        fields["ss_bucket_info"] = _text({"buckets": buckets})
+    if classes and config.class_data_dir:
+        count = {"n_repeats": 1, "img_count": len(classes.examples)}
+        fields["ss_reg_dataset_dirs"] = _text({public_name(config.class_data_dir): count})
+    return fields
+
+
+def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
+    """Count what stands between commas, in small letters, as sd-scripts does."""
+    tags = (tag.strip().lower() for caption in captions for tag in caption.split(","))
+    return dict(Counter(tag for tag in tags if tag))
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -1,0 +1,109 @@
+"""What stands in the output folder at the start and at the end of a run, and its upload."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import create_repo, upload_folder
+
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
+
+from .metrics import CURVE_NAME, METRICS_NAME, draw_curve
+from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
+from .validation import FILES as VALIDATION_FILES
+from .validation import FOLDER_NAME as VALIDATION_NAME
+
+logger = logging.getLogger(__name__)
+
+#: What is uploaded, besides validation images.
+_SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
+
+
+def own_folder(config: TrainingConfig, held: ExitStack) -> None:
+    """Have the output folder be this run's alone, until ``held`` is closed.
+
+    Raises:
+        ConfigError: it is another run's that goes on, or a benchmark's.
+    """
+    folder, told = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
+    held.enter_context(owned(folder, told))
+    if (folder / BENCHMARK_NAME).exists():
+        raise ConfigError([f"{told} is of a benchmark ({BENCHMARK_NAME}). Give another folder"])
+
+
+def make_repository(config: TrainingConfig) -> None:
+    """Make the Hub repository, if there is to be an upload, while an error costs nothing.
+
+    Raises:
+        ConfigError: it cannot be made.
+    """
+    if not config.push_to_hub:
+        return
+    repository = _repository(config)
+    try:
+        create_repo(repository, exist_ok=True, token=config.hub_token)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            [
+                f"--push_to_hub: the repository {repository} cannot be made ({error}). Log in by "
+                "`hf auth login`, give --hub_token and --hub_model_id, or leave out --push_to_hub"
+            ]
+        ) from error
+
+
+def start(folder: Path, config: TrainingConfig) -> None:
+    """Write down the options, to be read again with ``--config`` for the same run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    anew = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
+    (folder / CONFIG_NAME).write_text(anew.to_yaml(), encoding="utf-8")
+
+
+def finish(
+    folder: Path,
+    config: TrainingConfig,
+    family: str,
+    rows: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+    grid: Path | None,
+) -> None:
+    """Draw the curve, write the model card, upload if asked. The adapter is already there."""
+    if rows:
+        draw_curve(rows, folder / CURVE_NAME)
+    write_card(folder, config, family, facts, grid, config.validation_prompt or ())
+    if config.push_to_hub:
+        upload_folder(
+            repo_id=_repository(config),
+            folder_path=folder,
+            commit_message="GraLoRA adapter",
+            allow_patterns=to_be_shown(folder),
+            token=config.hub_token,
+        )
+    logger.info("done: %s", folder)
+
+
+def to_be_shown(folder: Path) -> list[str]:
+    """Return the files of an output folder that a run makes to be shown, and no others.
+
+    The options are not among them, for the card holds them without this machine's paths; nor is
+    what only looks like one of these files: a link, which leads out of the folder.
+    """
+    files = [folder / name for name in _SHOWN]
+    files += (folder / VALIDATION_NAME).glob("step-*/*")
+    names = [path.relative_to(folder).as_posix() for path in sorted(files) if _is_own(path, folder)]
+    return [name for name in names if name in _SHOWN or VALIDATION_FILES.fullmatch(name)]
+
+
+def _is_own(path: Path, folder: Path) -> bool:
+    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
+
+
+def _repository(config: TrainingConfig) -> str:
+    return config.hub_model_id or Path(config.output_dir).resolve().name

@@ -1,0 +1,123 @@
+"""The pictures of a validation: drawn, written as files, given to the trackers."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import free_memory, offload_models
+from diffusers.utils import make_image_grid
+from PIL import Image
+from torch import Tensor, nn
+
+from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.pipelines.generation import draw, takes_negative_prompt
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.truncation import cuts_told_already
+from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
+
+FOLDER_NAME = "validation"
+_GRID_NAME, _PROMPTS_NAME = "grid.png", "prompts.txt"
+#: What a validation writes, as paths in the output folder.
+FILES = re.compile(
+    rf"{FOLDER_NAME}/step-\d+/(\d+-\d+\.png|{re.escape(_GRID_NAME)}|{re.escape(_PROMPTS_NAME)})"
+)
+
+
+def draw_validation(
+    pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
+) -> Path:
+    """Draw the validation prompts with the weights as they are; return the grid's path.
+
+    Nothing that training depends on is changed.
+    """
+    prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
+    height = config.validation_height or config.resolution
+    width = config.validation_width or config.resolution
+    encoders = present(pipe, family.all_text_encoders)
+    with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
+        images = draw(
+            pipe,
+            prompts,
+            config.num_validation_images,
+            seed=config.seed,
+            size=(height, width) if height and width else None,
+            negative_prompt=negative if takes_negative_prompt(type(pipe)) else None,
+            guidance_scale=config.validation_guidance_scale,
+            inference_steps=config.validation_inference_steps,
+            max_sequence_length=family.max_sequence_length and config.max_sequence_length,
+            clip_skip=config.clip_skip,
+        )
+    free_memory()
+    folder = Path(config.output_dir) / FOLDER_NAME
+    return save_and_track(images, prompts, folder, step, accelerator)
+
+
+@contextmanager
+def encoding_apart(
+    pipe: Any, encoders: Sequence[nn.Module], device: torch.device
+) -> Iterator[None]:
+    """Inside, text encoders and VAE that rest on the CPU are on the device only while they compute.
+
+    Each prompt is encoded once. Neither is under autocast to fp16.
+    """
+    encode, decode, encoded = pipe.encode_prompt, pipe.vae.decode, {}
+
+    def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+        key = repr((args, kwargs))
+        if key not in encoded:
+            with (
+                offload_models(*encoders, device=device),
+                without_fp16_autocast(device),
+                cuts_told_already(pipe),
+            ):
+                encoded[key] = encode(*args, **kwargs)
+        return encoded[key]
+
+    def decode_latents(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with offload_models(pipe.vae, device=device), without_fp16_autocast(device):
+            # some pipelines bring them to where the VAE rests
+            return decode(latents.to(device, pipe.vae.dtype), *args, **kwargs)
+
+    pipe.encode_prompt, pipe.vae.decode = encode_prompt, decode_latents
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt, pipe.vae.decode
+
+
+def save_and_track(
+    images: Sequence[Sequence[Image.Image]],
+    prompts: Sequence[str],
+    folder: Path,
+    step: int,
+    accelerator: Accelerator,
+) -> Path:
+    """Write the pictures and their grid under ``folder/step-<step>`` and give them to the trackers.
+
+    Returns the path of the grid: a row per prompt.
+    """
+    target = folder / f"step-{step:06d}"
+    target.mkdir(parents=True, exist_ok=True)
+    for row, pictures in enumerate(images):
+        for column, picture in enumerate(pictures):
+            picture.save(target / f"{row:02d}-{column:02d}.png")
+    (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    everything = [picture for pictures in images for picture in pictures]
+    grid = target / _GRID_NAME
+    make_image_grid(everything, rows=len(images), cols=len(images[0])).save(grid)
+    for tracker in accelerator.trackers:
+        for prompt, pictures in zip(prompts, images, strict=True):
+            stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+            if tracker.name == "tensorboard":
+                tracker.log_images({f"validation/{prompt}": stack}, step=step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({f"validation/{prompt}": stack}, step=step)
+    return grid

@@ -1,0 +1,143 @@
+"""What a run begins with: base, checkpoint, images, initial values; the same in every process."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from gralora_diffusion.base_models.loading import find_base_family
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.training.checkpoints.resume import (
+    check_options,
+    find_checkpoint,
+    read_progress,
+)
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.checks.base import check_without_weights
+from gralora_diffusion.training.checks.family import check_family_options
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig
+from gralora_diffusion.training.data.class_images import class_pictures_lacking, draw_class_images
+from gralora_diffusion.training.data.data_module import find_class_pictures, find_pictures
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.optimization.initial_adapter import (
+    InitialValues,
+    find_initial_values,
+)
+from gralora_diffusion.training.runtime.acceleration import DTYPES
+from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+
+logger = logging.getLogger(__name__)
+
+#: Options that may be others in each process.
+_OF_A_PROCESS = {*PATHS, "dataloader_num_workers", "local_rank", "report_to"}
+#: What all processes get by these means, wherever they run.
+_SHARE = "Give all machines the same, in a folder that they share or as copies"
+
+
+@dataclass(frozen=True)
+class Beginning:
+    """What there is before a model is loaded.
+
+    Attributes:
+        resume: step and path of the checkpoint to go on from.
+        initial: values of ``--initial_adapter``, unless a checkpoint has them.
+    """
+
+    family: ModelFamily
+    resume: tuple[int, Path] | None
+    pictures: list[Example]
+    class_pictures: list[Example]
+    initial: InitialValues
+
+
+def find_beginning(
+    config: TrainingConfig, store: CheckpointStore, accelerator: Accelerator
+) -> Beginning:
+    """Find and check what a run begins with; every process calls it.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: something is wrong with it, or not the same in
+            every process.
+        OtherProcessFailed: something is wrong with it in another process only.
+    """
+    found = together(accelerator, lambda: _find(config, store, accelerator))
+    if accelerator.num_processes > 1:
+        options = {
+            f"--{name} is": value
+            for name, value in config.as_record().items()
+            if name not in _OF_A_PROCESS
+        }
+        check_alike(accelerator, options, "Give the same options to every process")
+        facts = {
+            "the checkpoint to go on from is": together(accelerator, lambda: _told(found.resume)),
+            "the images and captions are": digest_of(found.pictures),
+            "the class images are": digest_of(found.class_pictures),
+        }
+        check_alike(accelerator, facts, _SHARE)
+    return found
+
+
+def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerator) -> Beginning:
+    for remark in validate(config):
+        logger.warning(remark)
+    resume = find_checkpoint(config, store)
+    family = find_base_family(config)
+    for remark in check_family_options(config, family):
+        logger.warning(remark)
+    initial: InitialValues = {}
+    if resume is not None:
+        _, path = resume
+        check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
+    pictures, class_pictures = find_pictures(config), find_class_pictures(config)
+    if resume is None:
+        dtype = DTYPES[accelerator.mixed_precision]
+        initial = find_initial_values(config, family, dtype)
+    return Beginning(family, resume, pictures, class_pictures, initial)
+
+
+def complete_class_pictures(
+    config: TrainingConfig, found: Beginning, accelerator: Accelerator
+) -> list[Example]:
+    """Generate the class images that lack, and return all; every process calls it.
+
+    Raises:
+        ConfigError, DataError: they cannot be made, or are not the same in every process.
+    """
+    if not from_first(accelerator, lambda: class_pictures_lacking(config)):
+        return found.class_pictures
+    family, precision = found.family, accelerator.mixed_precision
+    together(accelerator, lambda: check_without_weights(config, family, precision))
+    draw_class_images(config, family, accelerator)
+    images = together(accelerator, lambda: find_class_pictures(config))
+    check_alike(accelerator, {"the class images are": digest_of(images)}, _SHARE)
+    return images
+
+
+def digest_of(examples: Sequence[Example]) -> str:
+    """Tell how many images there are, and a hash of their bytes, captions and order."""
+    facts: list[Any] = [[e.content_key, e.caption, list(e.size), e.repeats] for e in examples]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return f"{len(examples)} of hash {digest[:16]}"
+
+
+def _told(resume: tuple[int, Path] | None) -> str:
+    """Name a checkpoint with a hash of all its files; "none" if there is none."""
+    if resume is None:
+        return "none"
+    digest = hashlib.sha256()
+    # what accelerate wrote of the processes' random numbers is not read, and one for each
+    for path in sorted(resume[1].iterdir()):
+        if path.is_file() and not path.name.startswith("random_states_"):
+            digest.update(path.name.encode())
+            with path.open("rb") as file:
+                while chunk := file.read(1 << 20):
+                    digest.update(chunk)
+    return f"step {resume[0]} of hash {digest.hexdigest()[:16]}"

@@ -1,0 +1,218 @@
+"""accelerate as the trainer uses it: devices, precision, processes, trackers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import (
+    DistributedDataParallelKwargs,
+    GradientAccumulationPlugin,
+    ProjectConfiguration,
+    parse_flag_from_env,
+)
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.training.config.training_config import TrainingConfig
+
+logger = logging.getLogger(__name__)
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+#: What `accelerate launch` tells of ways to train that shard the model -> their names.
+_SHARDED = {
+    "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
+    "ACCELERATE_USE_FSDP": "FSDP",
+    "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
+    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism config",
+}
+
+
+def make_accelerator(config: TrainingConfig) -> Accelerator:
+    """Return the accelerator of a run.
+
+    Raises:
+        ConfigError: accelerate is set to what the trainer does not know: a precision, or processes
+            of which each would hold a part of the model.
+    """
+    # before accelerate is asked, which would first want their libraries to be installed
+    if sharded := [name for key, name in _SHARDED.items() if parse_flag_from_env(key)]:
+        raise ConfigError([_not_shared(" and ".join(sharded))])
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    folder = Path(config.output_dir)
+    try:
+        accelerator = Accelerator(
+            # as a plugin, for the plain argument gives way to an environment variable
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
+            mixed_precision=config.mixed_precision,
+            # of some text encoders the pipelines do not read the last layer
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
+            ],
+            log_with=None if config.report_to == "none" else config.report_to,
+            project_config=ProjectConfiguration(
+                project_dir=str(folder), logging_dir=str(folder / config.logging_dir)
+            ),
+        )
+    except (ImportError, ValueError) as error:
+        raise ConfigError(
+            [
+                f"accelerate cannot be used as it is set: {error}. Change its settings by "
+                "`accelerate config`, or the environment variables that begin with ACCELERATE_"
+            ]
+        ) from error
+    if accelerator.mixed_precision not in DTYPES:
+        raise ConfigError(
+            [
+                f"accelerate is set to mixed precision {accelerator.mixed_precision}; give "
+                f"--mixed_precision {' or '.join(DTYPES)}"
+            ]
+        )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        # there accelerate leaves autocast off, without a word
+        raise ConfigError(
+            ["mixed precision is fp16, which needs a GPU. On the CPU give --mixed_precision bf16"]
+        )
+    kind = accelerator.distributed_type.value
+    if kind != "NO" and not kind.startswith("MULTI_"):
+        raise ConfigError([_not_shared(kind)])
+    return accelerator
+
+
+def _not_shared(kind: str) -> str:
+    return (
+        f"accelerate is set to {kind}, which shards the model; here each process holds the whole "
+        "of it, of which only the adapter is trained. Set up one process per GPU without it by "
+        "`accelerate config`, or give `accelerate launch --multi_gpu`. To save memory there are "
+        "--quantization and --gradient_checkpointing"
+    )
+
+
+class PeakMemory:
+    """The most bytes that tensors held on a CUDA device at once, of the times it was entered.
+
+    The CPU has no such counter: there it is None.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def __exit__(self, *error: object) -> None:
+        if self.device.type == "cuda":
+            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def make_cheaper(
+    config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
+) -> None:
+    """Set up what ``config`` asks for to spare memory and time; ``trained`` are all models."""
+    if config.gradient_checkpointing:
+        for model in trained:
+            checkpoint_gradients(model)
+    if config.enable_xformers_memory_efficient_attention:
+        denoiser.enable_xformers_memory_efficient_attention()
+    if config.torch_compile:
+        if problem := compiler_problem(device):
+            logger.warning("--torch_compile: goes on without compiling. %s", problem)
+        else:
+            compile_repeated_blocks(denoiser)
+
+
+def compiler_problem(device: torch.device) -> str | None:
+    """Return why torch.compile does not work here, or None: it compiles something small.
+
+    On CUDA it needs Triton, on the CPU a C++ compiler.
+    """
+    config: Any = torch._dynamo.config
+    try:
+        with config.patch(suppress_errors=False):
+            torch.compile(lambda x: x.sin() + x.cos())(torch.ones(8, device=device))
+    except Exception as error:  # whatever a compiler, or its absence, raises
+        return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}"
+    return None
+
+
+def compile_repeated_blocks(model: Any) -> None:
+    """Compile the blocks of a denoiser in place, each kind of block once for all of its kind.
+
+    As diffusers does it, but where a model does not say which blocks repeat, those that it does not
+    want split are taken. A block that cannot be compiled is computed as ever, and torch says so.
+    """
+    config: Any = torch._dynamo.config
+    config.suppress_errors = True
+    # one for each width of a UNet's blocks, and each of them with and without gradients
+    config.recompile_limit = max(config.recompile_limit, 64)
+    if not getattr(model, "_repeated_blocks", None):
+        model._repeated_blocks = list(model._no_split_modules)
+    model.compile_repeated_blocks()
+
+
+def checkpoint_gradients(model: Any) -> None:
+    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
+    if hasattr(model, "enable_gradient_checkpointing"):
+        model.enable_gradient_checkpointing()
+    else:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Inside, autocast leaves T5 and VAEs what they keep in fp32: they overflow in fp16.
+
+    bf16 has the range of fp32, so it stays.
+    """
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    fp16 = on and torch.get_autocast_dtype(kind) == torch.float16
+    return torch.autocast(kind, enabled=False) if fp16 else nullcontext()
+
+
+def share_only_what_is_trained(model: nn.Module) -> None:
+    """Keep DistributedDataParallel from sending the frozen weights to every process.
+
+    Each has loaded the same ones; to send them takes long, and torchao's tensors cannot be sent.
+    Nor do buffers, all of them the base's, which would be sent before every pass: in Stable
+    Diffusion 3.5 medium the table of positions is 450 MB.
+    """
+    frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+    frozen += [name for name, _ in model.named_buffers()]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, frozen)
+
+
+@contextmanager
+def accelerate_left_as_it_was() -> Iterator[None]:
+    """Let a program train again with other settings: accelerate keeps the first ones for good."""
+    ours = not PartialState._shared_state
+    try:
+        yield
+    finally:
+        if ours:
+            AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def trackable(config: TrainingConfig) -> dict[str, Any]:
+    """Return the options as what every tracker can show."""
+    return {
+        key: value if isinstance(value, (int, float, str, bool)) else str(value)
+        for key, value in config.as_record().items()
+    }

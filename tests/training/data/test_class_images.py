@@ -1,0 +1,159 @@
+"""Class pictures: drawn once, the same however often the drawing was interrupted."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from accelerate import Accelerator
+
+from gralora_diffusion.adapters.injection import adapters_disabled
+from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.class_images import (
+    _generation_dtype,
+    _place,
+    class_pictures_there,
+    draw_class_images,
+)
+from gralora_diffusion.training.data.data_module import find_class_pictures
+from tests.models import adapt, stable_diffusion
+from tests.training.runs import config, make_pictures
+
+FAMILY = get_family("stable-diffusion")
+
+
+@pytest.fixture
+def accelerator() -> Accelerator:
+    return Accelerator(cpu=True)
+
+
+def prior(base: Path, folder: Path, **options: Any) -> TrainingConfig:
+    return config(
+        pretrained_model_name_or_path=base,
+        class_prompt="a dog",
+        class_data_dir=folder,
+        sample_batch_size=2,
+        **{"with_prior_preservation": True, "num_class_images": 5, **options},
+    )
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+
+def test_interrupted_drawing_goes_on_to_the_same_pictures(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    chosen = prior(base, tmp_path / "a")
+    assert draw_class_images(chosen, FAMILY, accelerator)
+    whole = contents(tmp_path / "a")
+    assert sorted(whole) == [f"class-{number:05d}.png" for number in range(5)]
+    assert len(set(whole.values())) == 5
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    for number in (1, 2, 4):
+        (tmp_path / "b" / f"class-{number:05d}.png").unlink()
+    (tmp_path / "b" / ".class-00002.png.77").write_bytes(b"half")
+    assert draw_class_images(prior(base, tmp_path / "b"), FAMILY, accelerator)
+    (tmp_path / "b" / ".class-00002.png.77").unlink()
+    assert contents(tmp_path / "b") == whole
+    assert not draw_class_images(chosen, FAMILY, accelerator)
+
+
+def test_pictures_of_others_count_and_are_kept(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    folder = make_pictures(tmp_path / "class", 3)
+    before = contents(folder)
+    chosen = prior(base, folder)
+    assert class_pictures_there(chosen) == 3
+    draw_class_images(chosen, FAMILY, accelerator)
+    after = contents(folder)
+    assert sorted(after) == ["0.png", "1.png", "2.png", "class-00000.png", "class-00001.png"]
+    assert before.items() <= after.items()
+    assert len(find_class_pictures(chosen)) == 5
+
+
+def test_nothing_is_drawn_for_a_teacher_or_without_a_prior(
+    base: Path, tmp_path: Path, accelerator: Accelerator
+) -> None:
+    choices: list[dict[str, Any]] = [
+        {"prior_source": "teacher"},
+        {"with_prior_preservation": False},
+    ]
+    for options in choices:
+        chosen = prior(base, tmp_path / "class", **options)
+        assert not draw_class_images(chosen, FAMILY, accelerator)
+    assert not (tmp_path / "class").exists()
+
+
+@pytest.mark.parametrize("precision", ["bf16", None])
+def test_precision_of_drawing(
+    base: Path, tmp_path: Path, accelerator: Accelerator, precision: str | None
+) -> None:
+    chosen = prior(base, tmp_path, prior_generation_precision=precision, num_class_images=1)
+    assert draw_class_images(chosen, FAMILY, accelerator)
+
+
+@pytest.mark.parametrize("name", list_families())
+def test_precision_of_drawing_on_a_gpu(name: str, tmp_path: Path) -> None:
+    """In fp16 T5 and FLUX's activations are clipped, and no VAE but SDXL's is spared it."""
+    family, cuda = get_family(name), torch.device("cuda")
+    wanted = torch.float16 if family.objective == "ddpm" else torch.bfloat16
+    assert _generation_dtype(prior(tmp_path, tmp_path), family, cuda) == wanted
+    chosen = prior(tmp_path, tmp_path, prior_generation_precision="fp32")
+    assert _generation_dtype(chosen, family, cuda) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("gpu", "bits", "share", "offloads"),
+    [
+        ("cuda:0", None, 2.1, False),
+        ("cuda:0", None, 1.9, True),
+        ("cuda:0", "is_loaded_in_8bit", 1.9, False),
+        ("cuda:0", "is_loaded_in_4bit", 1.9, True),
+        ("cpu", None, 1.9, False),
+    ],
+)
+def test_drawing_with_little_memory(
+    gpu: str, bits: str | None, share: float, offloads: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, device, calls = stable_diffusion(), torch.device(gpu), []
+    if bits:
+        setattr(pipe.unet, bits, True)
+    weights = sum(
+        sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
+        for model in (pipe.unet, pipe.vae, pipe.text_encoder)
+    )
+    free = int(share * weights)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
+    monkeypatch.setattr(pipe, "to", lambda place: calls.append(("to", place)))
+    monkeypatch.setattr(
+        pipe, "enable_model_cpu_offload", lambda device: calls.append(("offload", device))
+    )
+    _place(pipe, device)
+    assert calls == [("offload" if offloads else "to", device)]
+
+
+def lora(pipe) -> None:
+    """PEFT's LoRA on the UNet, which changes what it predicts."""
+    config = peft.LoraConfig(r=2, target_modules=["to_q", "to_v"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, pipe.unet)
+
+
+@pytest.mark.parametrize("adapted", [adapt, lora])
+def test_frozen_base_predicts_without_the_adapter(adapted) -> None:
+    pipe = stable_diffusion()
+    inputs = (torch.randn(1, 4, 8, 8), torch.tensor([3]), torch.randn(1, 16, 32))
+    with torch.no_grad():
+        expected = pipe.unet(*inputs).sample
+    adapted(pipe)
+    with adapters_disabled(pipe.unet):
+        assert torch.equal(pipe.unet(*inputs).sample, expected)
+    after = pipe.unet(*inputs).sample
+    assert after.requires_grad
+    assert not torch.allclose(after, expected)

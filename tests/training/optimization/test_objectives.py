@@ -1,0 +1,184 @@
+"""Noise, targets and weights against the formulas, at every timestep."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EDMEulerScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
+
+from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.training.optimization.objectives import DDPM, FlowMatching, make_objective
+from tests.models import PIPELINES
+from tests.training.runs import config
+
+STEPS = torch.arange(1000)
+SHAPE = torch.Size((4, 2, 3))
+
+
+def snr(objective: DDPM) -> torch.Tensor:
+    a = objective.scheduler.alphas_cumprod.double()
+    return a / (1 - a)
+
+
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_at_every_timestep(gamma: float) -> None:
+    weights = {
+        "epsilon": lambda s: s.clamp(max=gamma) / s,
+        "v_prediction": lambda s: s.clamp(max=gamma) / (s + 1),
+        "sample": lambda s: s.clamp(max=gamma),
+    }
+    for kind, formula in weights.items():
+        objective = DDPM(DDPMScheduler().config, kind, snr_gamma=gamma)
+        expected = formula(snr(objective)).float()
+        torch.testing.assert_close(objective.weights(STEPS), expected, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_weights_are_finite_at_zero_terminal_snr(kind: str) -> None:
+    config = DDPMScheduler(rescale_betas_zero_snr=True).config
+    objective = DDPM(config, kind, snr_gamma=5.0)
+    assert float(objective.scheduler.alphas_cumprod[-1]) < 1e-7
+    weights = objective.weights(STEPS)
+    assert weights.isfinite().all()
+    assert float(weights[-1]) == pytest.approx(1.0 if kind == "epsilon" else 0.0, abs=1e-6)
+
+
+@pytest.mark.parametrize("scheduler", [DDPMScheduler, DDIMScheduler, PNDMScheduler])
+def test_noise_is_that_of_the_bases_betas(scheduler: Any) -> None:
+    config = scheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear").config
+    objective = DDPM(config)
+    betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2
+    a = (1 - betas).cumprod(0)[STEPS].view(-1, 1, 1, 1)
+    x, noise = torch.randn(1000, *SHAPE), torch.randn(1000, *SHAPE)
+    noisy = objective.add_noise(x, noise, STEPS)
+    torch.testing.assert_close(noisy, a.sqrt() * x + (1 - a).sqrt() * noise)
+    assert objective.prediction_type == "epsilon"
+    assert torch.equal(objective.target(x, noise, STEPS), noise)
+
+
+def test_draws_depend_on_seed_and_position_only() -> None:
+    objective = DDPM(DDPMScheduler().config, noise_offset=0.1)
+    noise, timesteps = objective.draw(3, [10, 11, 12], SHAPE)
+    again, steps = objective.draw(3, [12, 10], SHAPE)
+    assert torch.equal(noise[[2, 0]], again)
+    assert torch.equal(timesteps[[2, 0]], steps)
+    other, _ = objective.draw(4, [10], SHAPE)
+    assert not torch.equal(other[0], noise[0])
+
+
+def test_distribution_of_noise_and_timesteps() -> None:
+    objective = DDPM(DDPMScheduler().config, noise_offset=0.5)
+    noise, timesteps = objective.draw(0, range(4000), SHAPE)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02)
+    # 0.25 of the variance is the offset's, the same in each place of a channel
+    assert float(noise.var()) == pytest.approx(1.25, rel=0.05)
+    assert float(noise.mean((2, 3)).var()) == pytest.approx(1 / 6 + 0.25, rel=0.05)
+    assert timesteps.min() >= 0
+    assert timesteps.max() <= 999
+    assert float(timesteps.float().mean()) == pytest.approx(499.5, rel=0.05)
+
+
+def test_loss_is_per_row_in_fp32() -> None:
+    objective = DDPM(DDPMScheduler().config)
+    prediction = torch.randn(3, *SHAPE).bfloat16()
+    target = torch.randn(3, *SHAPE)
+    expected = ((prediction.float() - target) ** 2).mean((1, 2, 3))
+    assert torch.equal(objective.loss(prediction, target, torch.tensor([1, 2, 3])), expected)
+
+
+LEVELS = torch.arange(1000, 0, -1, dtype=torch.float64) / 1000
+FLOW = FlowMatchEulerDiscreteScheduler
+
+
+def no_mu(shape: Any) -> float:
+    raise AssertionError("asked for a shift by resolution")
+
+
+def test_noise_levels_with_and_without_shift() -> None:
+    plain = FlowMatching(FLOW().config, no_mu).sigmas(SHAPE)
+    torch.testing.assert_close(plain.double(), LEVELS, rtol=1e-6, atol=0)
+    fixed = FlowMatching(FLOW(shift=3.0).config, no_mu).sigmas(SHAPE)
+    torch.testing.assert_close(fixed.double(), 3 * LEVELS / (1 + 2 * LEVELS), rtol=1e-6, atol=0)
+    dynamic = FLOW(shift=3.0, use_dynamic_shifting=True).config
+    by_size = FlowMatching(dynamic, lambda shape: 0.1 * shape[-1]).sigmas((4, 2, 7))
+    expected = math.exp(0.7) / (math.exp(0.7) + 1 / LEVELS - 1)
+    torch.testing.assert_close(by_size.double(), expected, rtol=1e-6, atol=0)
+    chosen = FlowMatching(dynamic, no_mu, flow_shift=2.0).sigmas(SHAPE)
+    torch.testing.assert_close(chosen.double(), 2 * LEVELS / (1 + LEVELS), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", list_families())
+def test_shift_by_resolution_is_that_of_the_pipeline(name: str) -> None:
+    """For pictures of two sizes, the level that the pipeline makes of 0.5."""
+    family, pipe = get_family(name), PIPELINES[name]()
+    if family.objective != "flow_matching":
+        pytest.skip("no flow matching")
+    objective = make_objective(config(), family, pipe)
+    assert isinstance(objective, FlowMatching)
+    for height, width in ((16, 16), (64, 32)):
+        pipe(prompt="", height=height, width=width, sigmas=[0.5], output_type="latent")
+        scale = pipe.vae_scale_factor * (2 if name.startswith("flux2") else 1)
+        sigmas = objective.sigmas((4, height // scale, width // scale))
+        assert float(sigmas[500]) == pytest.approx(float(pipe.scheduler.sigmas[0]), rel=1e-6)
+
+
+@pytest.mark.parametrize("scheme", ["none", "logit_normal", "mode", "cosmap", "sigma_sqrt"])
+def test_flow_draws_and_weights(scheme: str) -> None:
+    objective = FlowMatching(FLOW().config, no_mu, scheme, logit_mean=0.4, logit_std=0.8)
+    noise, timesteps = objective.draw(0, range(3000), SHAPE)
+    again, same = objective.draw(0, [7, 5], SHAPE)
+    assert torch.equal(noise[[7, 5]], again)
+    assert torch.equal(timesteps[[7, 5]], same)
+    assert float(noise.var()) == pytest.approx(1.0, rel=0.05)
+    sigmas = timesteps.double() / 1000
+    assert sigmas.min() > 0
+    assert sigmas.max() <= 1
+    # drawn u -> level 1 - u: where logit_normal's u is above 1/2, there is less noise
+    medians = {"logit_normal": 1 - 1 / (1 + math.exp(-0.4)), "mode": 0.5}
+    assert float(sigmas.median()) == pytest.approx(medians.get(scheme, 0.5), abs=0.03)
+    spread = {"logit_normal": 0.17, "mode": 0.21}  # less or more than uniform's 1/sqrt(12)
+    assert float(sigmas.std()) == pytest.approx(spread.get(scheme, 12**-0.5), abs=0.03)
+    weights = {
+        "sigma_sqrt": sigmas**-2,
+        "cosmap": 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2)),
+    }
+    expected = weights.get(scheme, torch.ones(3000, dtype=torch.float64))
+    torch.testing.assert_close(objective.weights(timesteps).double(), expected, rtol=1e-5, atol=0)
+
+
+def test_flow_noisy_latents_and_target() -> None:
+    objective = FlowMatching(FLOW(shift=3.0).config, no_mu)
+    x = torch.randn(3, *SHAPE)
+    noise, timesteps = objective.draw(1, range(3), SHAPE)
+    scheduler = FLOW(shift=3.0)
+    torch.testing.assert_close(
+        objective.add_noise(x, noise, timesteps), scheduler.scale_noise(x, timesteps, noise)
+    )
+    assert torch.equal(objective.target(x, noise, timesteps), noise - x)
+    prediction = torch.randn(3, *SHAPE)
+    # a step back from all noise along the true direction ends at the picture
+    scheduler.set_timesteps(sigmas=[1.0])
+    end = scheduler.step(objective.target(x, noise, timesteps), scheduler.timesteps[0], noise)
+    torch.testing.assert_close(end.prev_sample, x)
+    error = (prediction - (noise - x)).square().mean((1, 2, 3))
+    torch.testing.assert_close(objective.loss(prediction, noise - x, timesteps), error)
+
+
+@pytest.mark.parametrize(
+    ("family", "scheduler"),
+    [("stable-diffusion-xl", EDMEulerScheduler()), ("flux", DDPMScheduler())],
+)
+def test_bases_of_another_kind_are_refused(family: str, scheduler: Any) -> None:
+    with pytest.raises(ConfigError, match=f"scheduler, {type(scheduler).__name__}, is not one of"):
+        make_objective(config(), get_family(family), SimpleNamespace(scheduler=scheduler))

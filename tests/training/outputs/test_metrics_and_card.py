@@ -1,0 +1,240 @@
+"""What a run leaves behind: pictures, tracker, metrics, curve, card, options."""
+
+from __future__ import annotations
+
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from diffusers import StableDiffusionPipeline
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import filter_repo_objects
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from gralora_diffusion.training.config.training_config import parse_config
+from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.outputs import output_dir
+from gralora_diffusion.training.outputs.metrics import MetricsFile, draw_curve
+from tests.originals import ORIGINALS, write
+from tests.training.cards import draw_by_card
+from tests.training.runs import adapter, assert_same_run, make_pictures, metrics, run
+
+PROMPTS = ['a sks dog: on "snow"', "a dog"]
+
+
+@pytest.fixture(scope="module")
+def finished(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return run(
+        output_dir=tmp_path_factory.mktemp("runs") / "my dog",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        instance_prompt='a "sks" dog: 犬',
+        max_train_steps=4,
+        validation_prompt=PROMPTS,
+        num_validation_images=2,
+        validation_steps=2,
+        validation_inference_steps=2,
+        report_to="tensorboard",
+        optimizer="schedulefree",
+        rank_pattern=["attn1.to_q=8", "to_q=2"],
+    )
+
+
+def test_files(finished: Path) -> None:
+    assert sorted(path.name for path in finished.iterdir()) == [
+        "README.md",
+        "checkpoint-2",
+        "checkpoint-4",
+        "logs",
+        "metrics.jsonl",
+        "pytorch_gralora_weights.safetensors",
+        "training_config.yaml",
+        "training_curve.png",
+        "validation",
+        "validation.png",
+    ]
+    assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4]
+    with Image.open(finished / "training_curve.png") as curve:
+        assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
+
+
+def test_validation_pictures_are_files_in_a_grid(finished: Path) -> None:
+    steps = sorted((finished / "validation").iterdir())
+    assert [step.name for step in steps] == ["step-000000", "step-000002", "step-000004"]
+    for step in steps:
+        names = ["00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "prompts.txt"]
+        assert sorted(file.name for file in step.iterdir()) == names
+        grid = Image.open(step / "grid.png")
+        assert grid.size == (32, 32)
+        for row in range(2):
+            for column in range(2):
+                cell = grid.crop((16 * column, 16 * row, 16 * column + 16, 16 * row + 16))
+                single = Image.open(step / f"{row:02d}-{column:02d}.png")
+                assert cell.tobytes() == single.tobytes()
+    first, last = (Image.open(step / "00-00.png").tobytes() for step in (steps[0], steps[-1]))
+    assert first != last
+
+
+def test_final_pictures_are_those_of_the_saved_adapter(finished: Path, base: Path) -> None:
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    pipe.load_gralora_weights(finished)
+    image = pipe(
+        PROMPTS[1],
+        num_inference_steps=2,
+        height=16,
+        width=16,
+        generator=torch.Generator().manual_seed(1),
+    ).images[0]
+    saved = Image.open(finished / "validation" / "step-000004" / "01-01.png")
+    assert image.tobytes() == saved.tobytes()
+
+
+def test_tracker_has_scalars_and_pictures(finished: Path) -> None:
+    events = next(f for f in (finished / "logs").rglob("events.*") if "loss" in tags(f)["scalars"])
+    assert {"loss", "lr"} <= set(tags(events)["scalars"])
+    assert sorted(tags(events)["images"]) == sorted(f"validation/{prompt}" for prompt in PROMPTS)
+    drawn = reload(events).Images(f"validation/{PROMPTS[1]}")
+    assert [event.step for event in drawn] == [0, 2, 4]
+    logged = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
+    grid = Image.open(finished / "validation" / "step-000004" / "grid.png")
+    assert logged.tobytes() == grid.crop((0, 16, 32, 32)).tobytes()
+
+
+def reload(file: Path) -> Any:
+    return EventAccumulator(str(file)).Reload()
+
+
+def tags(file: Path) -> dict[str, Any]:
+    found: dict[str, Any] = reload(file).Tags()
+    return found
+
+
+def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    card = ModelCard.load(finished / "README.md")
+    data = card.data.to_dict()
+    assert data["instance_prompt"] == 'a "sks" dog: 犬'
+    assert "gralora" in data["tags"]
+    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert (finished / picture).is_file()
+    (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
+    assert yaml.safe_load(options)["rank"] == 4
+    assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
+    assert "(rank 4, k = 2; other values on some layers)" in card.text
+    assert "k lowered" not in card.text
+    assert "quantized" not in card.text
+    assert "dtype=torch.float32" in card.text
+    draw_by_card(card.text, {"path/to/base": base, "path/to/this/folder": finished})
+
+
+#: What may lie in an output folder without being the run's to show.
+PRIVATE = (
+    *(".env", "notes/private.txt", "notes/README.md", "validation/README.md", "notes.md"),
+    *("validation/step-000000/me.png", "validation/step-x/00-00.png", "class/class-00000.png"),
+    *("validation/step-000000/00-00.png.txt", "pytorch_gralora_weights.safetensors.bak"),
+)
+
+
+@pytest.mark.parametrize("single_file", [False, True])
+def test_card_and_upload_tell_no_paths_of_this_machine(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_file: bool
+) -> None:
+    uploaded: list[Path] = []
+
+    def upload(*, folder_path: Path, allow_patterns: list[str], **others: Any) -> None:
+        files = [path for path in folder_path.rglob("*") if path.is_file()]
+        names = [path.relative_to(folder_path).as_posix() for path in files]
+        left = filter_repo_objects(names, allow_patterns=allow_patterns)
+        uploaded.extend(folder_path / name for name in left)
+
+    monkeypatch.setattr(output_dir, "upload_folder", upload)  # there is no Hub here
+    monkeypatch.setattr(output_dir, "create_repo", lambda *arguments, **others: None)
+    weights = {"pretrained_model_name_or_path": base}
+    if single_file:
+        tensors = ORIGINALS["stable-diffusion"](StableDiffusionPipeline.from_pretrained(base))
+        weights["pretrained_model_name_or_path"] = write(tensors, tmp_path / "base.safetensors")
+        weights["base_config"] = base
+    for name in PRIVATE:
+        (tmp_path / "out" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "out" / name).write_bytes(b"private")
+    (tmp_path / "out" / "validation" / "step-000000" / "00-07.png").symlink_to("../../.env")
+    folder = run(
+        output_dir=tmp_path / "out",
+        latent_cache_dir=tmp_path / "out" / "cache",
+        instance_data_dir=make_pictures(tmp_path / "pictures"),
+        validation_prompt="a dog",
+        validation_inference_steps=1,
+        num_validation_images=1,
+        max_train_steps=2,
+        mixed_precision="bf16",
+        report_to="tensorboard",
+        push_to_hub=True,
+        **weights,
+    )
+    steps = [f"validation/step-00000{step}" for step in (0, 2)]
+    assert sorted(path.relative_to(folder).as_posix() for path in uploaded) == [
+        *("README.md", "metrics.jsonl", "pytorch_gralora_weights.safetensors"),
+        *("training_curve.png", "validation.png"),
+        *(f"{step}/{name}" for step in steps for name in ("00-00.png", "grid.png", "prompts.txt")),
+    ]
+    for path in uploaded:
+        data = path.read_bytes()
+        assert all(str(place).encode() not in data for place in (tmp_path, base)), path
+    text = (folder / "README.md").read_text(encoding="utf-8")
+    assert "instance_data_dir: pictures\n" in text
+    assert f"pretrained_model_name_or_path: {weights['pretrained_model_name_or_path'].name}" in text
+    places = {"path/to/this/folder": folder, "path/to/base": base}
+    if single_file:
+        places["path/to/base.safetensors"] = tmp_path / "base.safetensors"
+        places["path/to/base_config"] = places.pop("path/to/base")
+    pipe = draw_by_card(text, places)
+    assert pipe.unet.dtype == torch.bfloat16
+
+
+def test_card_tells_a_lowered_k(base: Path, pictures: Path, tmp_path: Path) -> None:
+    """conv_in takes 4 channels and conv_out makes 4, and k is 8 or, for the second one, 2."""
+    out = run(
+        output_dir=tmp_path / "out",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        max_train_steps=1,
+        rank=8,
+        gralora_k=8,
+        lora_layers="to_q,conv_in,conv_out",
+        k_pattern=["conv_out=2"],
+    )
+    text = ModelCard.load(out / "README.md").text
+    assert "(rank 8, k = 8; other values on some layers)" in text
+    layers = len({key.partition(".gralora_")[0] for key in adapter(out)})
+    assert f"| adapted layers | {layers} |" in text
+    assert "| k lowered | to 4 on 1 of these layers, whose widths ask for it |" in text
+
+
+def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path) -> None:
+    file = finished / "training_config.yaml"
+    assert "resume" not in file.read_text(encoding="utf-8")
+    out = tmp_path / "again"
+    train(parse_config(["--config", str(file), "--output_dir", str(out)]))
+    assert_same_run(finished, out)
+
+
+def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
+    first = MetricsFile(tmp_path)
+    for step in (1, 2, 3):
+        first.add({"step": step, "loss": 0.1 * step})
+    with first.path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 4, "lo')
+    resumed = MetricsFile(tmp_path, first_step=2)
+    resumed.add({"step": 3, "loss": 7.0})
+    assert [row["loss"] for row in resumed.read()] == [0.1, 0.2, 7.0]
+    assert MetricsFile(tmp_path).read() == []
+
+
+@pytest.mark.parametrize("count", [1, 2, 500])
+def test_curve_of_any_length(tmp_path: Path, count: int) -> None:
+    draw_curve([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(count)], tmp_path / "c.png")
+    assert Image.open(tmp_path / "c.png").size == (840, 480)

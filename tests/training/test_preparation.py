@@ -1,0 +1,104 @@
+"""Machines that share no folder are told what differs before a model is loaded; none waits."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from tests.training.machines import on_two_machines
+from tests.training.runs import arguments, make_pictures, run
+
+PROGRAM = """
+import json, sys
+from pathlib import Path
+import gralora_diffusion.training.loop as loop
+from gralora_diffusion.training.runtime.acceleration import make_accelerator
+from gralora_diffusion.training.preparation import complete_class_pictures, find_beginning
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.config.training_config import parse_config
+import gralora_diffusion.training.prior as prior
+
+prior._SEEN_WITHIN = 0.5
+lines, rank = json.loads(sys.argv[1]), sys.argv[2]
+for line in lines:
+    config = parse_config([part.replace("NODE", f"node{rank}") for part in line])
+    accelerator = make_accelerator(config)
+    store = CheckpointStore(config.output_dir)
+    try:
+        found = find_beginning(config, store, accelerator)
+        images = complete_class_pictures(config, found, accelerator)
+        print("BEGAN", len(found.pictures), len(images), found.resume and found.resume[0])
+    except Exception as error:
+        print("ERROR", type(error).__name__, str(error).replace(chr(10), " "))
+"""
+
+
+def test_what_differs_is_told_by_all(base: Path, pictures: Path, tmp_path: Path) -> None:
+    nodes = [tmp_path / f"node{rank}" for rank in range(2)]
+    for node in nodes:
+        shutil.copytree(pictures, node / "pictures")
+        make_pictures(node / "alike", 2)
+    usual: dict[str, Any] = {"pretrained_model_name_or_path": base, "max_train_steps": 2}
+    done = run(output_dir=tmp_path / "done", instance_data_dir=pictures, **usual)
+    shutil.copytree(done / "checkpoint-2", nodes[0] / "one" / "checkpoint-2")
+    for node in nodes:
+        shutil.copytree(done / "checkpoint-2", node / "both" / "checkpoint-2")
+        make_pictures(node / "other", 2, seed=int(node.name[-1]))
+        make_pictures(node / "classes" / "both", 2)
+    make_pictures(nodes[0] / "classes" / "one", 2)
+    make_pictures(nodes[1] / "only-there", 2)
+    here = tmp_path / "NODE"
+    usual |= {"instance_data_dir": here / "pictures", "output_dir": here / "new"}
+    classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
+
+    def of_class(name: str) -> dict[str, Any]:
+        return {**classes, "class_data_dir": here / "classes" / name, "sample_batch_size": 1}
+
+    resume = {"resume_from_checkpoint": "latest", "max_train_steps": 4}
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({}, "BEGAN 3 0 None"),
+        ({"output_dir": here / "both", **resume}, "BEGAN 3 0 2"),
+        (
+            {"output_dir": here / "one", **resume},
+            "the checkpoint to go on from is step 2 of hash ",
+        ),
+        ({"instance_data_dir": here / "other"}, "the images and captions are 2 of hash "),
+        ({"instance_data_dir": here / "only-there"}, "there is no such folder"),
+        ({"instance_prompt": "a dog of NODE"}, "--instance_prompt is a dog of node0 in process 0"),
+        (of_class("both"), "BEGAN 3 2 None"),
+        (of_class("one"), "the class images are 2 of hash "),
+        (of_class("none"), "is not the same folder for all processes"),
+    ]
+    lines = json.dumps([arguments(**{**usual, **options}) for options, _ in cases])
+    told = on_two_machines(PROGRAM, lines)
+    answers = []
+    for code, text in told:
+        assert code == 0, text
+        answers.append([t for t in text.splitlines() if t.startswith(("BEGAN", "ERROR"))])
+    assert len(answers[0]) == len(answers[1]) == len(cases), told
+    for (_, wanted), *both in zip(cases, *answers, strict=True):
+        for answer in both:
+            assert wanted in answer, answers
+    assert not list(tmp_path.glob("node*/classes/none"))  # nothing was generated, nothing is left
+
+
+def test_processes_that_share_a_folder_share_the_class_images(
+    base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    line = arguments(
+        pretrained_model_name_or_path=base,
+        instance_data_dir=pictures,
+        output_dir=tmp_path / "out",
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=tmp_path / "class",
+        num_class_images=3,
+        sample_batch_size=1,
+    )
+    for code, text in on_two_machines(PROGRAM, json.dumps([line])):
+        assert code == 0, text
+        assert "BEGAN 3 3 None" in text
+    names = sorted(path.name for path in (tmp_path / "class").iterdir())
+    assert names == [f"class-{number:05d}.png" for number in range(3)]
