@@ -26,7 +26,7 @@ from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion import AdapterFileError, cli, families, get_family
-from gralora_diffusion.benchmark.kept import (
+from gralora_diffusion.benchmark.run_config import (
     SETTINGS_NAME,
     SUITES,
     check_same_run,

@@ -12,7 +12,6 @@ from typing import NamedTuple, TypeVar
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
-from .claims import age
 from .methods import Method
 from .results import (
     RESULT_NAME,
@@ -24,6 +23,7 @@ from .results import (
 )
 from .settings import BenchmarkSettings
 from .tasks import Task
+from .trial_locks import age
 
 logger = logging.getLogger(__name__)
 

@@ -18,14 +18,14 @@ from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 
-from .claims import WAIT_SECONDS, Claim, claim, claimant
-from .kept import check_same_run, parse_settings, write_down
 from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
 from .results import UnitKey, read_results, write_result
-from .running import ADAPTER, PICTURES, Runner
+from .run_config import check_same_run, parse_settings, write_down
+from .runner import ADAPTER, PICTURES, Runner
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
+from .trial_locks import WAIT_SECONDS, Claim, claim, claimant
 
 logger = logging.getLogger(__name__)
 

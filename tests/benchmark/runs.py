@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.benchmark.kept import parse_settings
+from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from tests.benchmark import judges
 from tests.training.runs import environment

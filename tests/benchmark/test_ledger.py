@@ -11,13 +11,13 @@ import torch
 
 from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
-from gralora_diffusion.benchmark.claims import CLAIM_NAME, claim
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
 from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
-from gralora_diffusion.benchmark.running import ADAPTER, PICTURES
-from tests.benchmark.units import unit as result_of
+from gralora_diffusion.benchmark.runner import ADAPTER, PICTURES
+from gralora_diffusion.benchmark.trial_locks import CLAIM_NAME, claim
+from tests.benchmark.trials import unit as result_of
 
 DOG = SimpleNamespace(protocol="subject", subject="dog")
 

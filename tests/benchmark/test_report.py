@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.benchmark.results import Unreadable
 from gralora_diffusion.io.staging import OutputError
 from tests.benchmark.pages import Page
-from tests.benchmark.units import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.trials import METHODS, SUBJECTS, keys, unit, written
 
 FILES = {"index.html", "report.md", "scores.csv", "report.json"}
 #: What could break out of HTML, an attribute, Markdown or a table.

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gralora_diffusion.benchmark.report import write_report
 from tests.benchmark.pages import Page
-from tests.benchmark.units import keys, unit, written
+from tests.benchmark.trials import keys, unit, written
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)

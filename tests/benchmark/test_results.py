@@ -16,7 +16,7 @@ from gralora_diffusion.benchmark.results import (
     read_results,
     write_result,
 )
-from tests.benchmark.units import keys, unit, written
+from tests.benchmark.trials import keys, unit, written
 
 KEY = UnitKey("subject", "a dog", "gralora-r32-k4", 3)
 

@@ -4,8 +4,8 @@ from dataclasses import fields
 
 import pytest
 
-from gralora_diffusion.benchmark.kept import parse_settings
 from gralora_diffusion.benchmark.options import SET_BY_THE_BENCHMARK, training_groups
+from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 

@@ -11,11 +11,11 @@ from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
 from gralora_diffusion.benchmark.statistics import RESAMPLES
 from gralora_diffusion.io.staging import staged
 
-from .content import content_of
-from .files import as_csv, as_json
+from .data_files import as_csv, as_json
 from .html import as_html
+from .images import embedded
 from .markdown import as_markdown
-from .pictures import embedded
+from .report_data import content_of
 
 __all__ = ["write_report"]
 

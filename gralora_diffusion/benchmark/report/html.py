@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from . import plots, tables
-from .content import Content, ProtocolContent
-from .pictures import Embedded, Sheet
-from .sentences import cautions, headlines, method_note
+from .images import Embedded, Sheet
+from .report_data import Content, ProtocolContent
 from .style import POLICY, STYLE
+from .summary import cautions, headlines, method_note
 from .tables import Cell, Number, Table
 
 _RULE = (

@@ -9,8 +9,8 @@ import yaml
 from gralora_diffusion.io.safe_text import for_code_block, for_markdown, for_markdown_item
 
 from . import tables
-from .content import Content, ProtocolContent
-from .sentences import cautions, headlines, method_note
+from .report_data import Content, ProtocolContent
+from .summary import cautions, headlines, method_note
 from .tables import Cell, Number, Table
 
 

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 
 from gralora_diffusion.benchmark.scores import score_named
 
-from .content import ParetoContent, ProtocolContent, ScoreContent
-from .mechanism import MechanismContent
-from .sentences import difference_text, direction
+from .diagnostics import MechanismContent
+from .report_data import ParetoContent, ProtocolContent, ScoreContent
+from .summary import difference_text, direction
 from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
 
 #: Layers whose heat maps are drawn, of each method.

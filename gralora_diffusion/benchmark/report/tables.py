@@ -10,9 +10,9 @@ from gralora_diffusion.benchmark.results import UnitResult
 from gralora_diffusion.benchmark.scores import score_named, score_order
 from gralora_diffusion.benchmark.statistics import Estimate
 
-from .content import Content, ProtocolContent, Spread
-from .mechanism import MechanismContent
-from .sentences import direction, signed
+from .diagnostics import MechanismContent
+from .report_data import Content, ProtocolContent, Spread
+from .summary import direction, signed
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gralora_diffusion.benchmark.scores import Score
 from gralora_diffusion.benchmark.statistics import Comparison, Estimate
 
-from .content import Content, ProtocolContent
+from .report_data import Content, ProtocolContent
 
 #: Verdicts in the order in which they are told.
 _VERDICTS = {

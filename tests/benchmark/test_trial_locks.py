@@ -10,8 +10,8 @@ import time
 
 import pytest
 
-from gralora_diffusion.benchmark import claims
-from gralora_diffusion.benchmark.claims import CLAIM_NAME, WORK_NAME, claim, claimant
+from gralora_diffusion.benchmark import trial_locks
+from gralora_diffusion.benchmark.trial_locks import CLAIM_NAME, WORK_NAME, claim, claimant
 
 CONTEND = """
 import importlib.util, sys, time
@@ -34,7 +34,7 @@ time.sleep(600)
 
 def contend(folder, start):
     return subprocess.Popen(
-        [sys.executable, "-c", CONTEND, claims.__file__, str(folder), str(start)],
+        [sys.executable, "-c", CONTEND, trial_locks.__file__, str(folder), str(start)],
         stdout=subprocess.PIPE,
         text=True,
     )
@@ -129,11 +129,11 @@ def test_is_touched_while_the_work_goes_on(tmp_path):
 def test_is_touched_also_after_it_could_not_be_read(tmp_path, monkeypatch):
     """As when a file system is away for a moment."""
     away = threading.Event()
-    read = claims._read
-    monkeypatch.setattr(claims, "_read", lambda path: away.set() or {})
+    read = trial_locks._read
+    monkeypatch.setattr(trial_locks, "_read", lambda path: away.set() or {})
     with claim(tmp_path, touch_seconds=0.05) as held:
         assert away.wait(10)
-        monkeypatch.setattr(claims, "_read", read)
+        monkeypatch.setattr(trial_locks, "_read", read)
         os.utime(held.path, (0, 0))
         deadline = time.time() + 10
         while held.path.stat().st_mtime < 1 and time.time() < deadline:

@@ -8,9 +8,9 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.benchmark.report import write_report
-from gralora_diffusion.benchmark.report.pictures import data_uri
+from gralora_diffusion.benchmark.report.images import data_uri
 from tests.benchmark.pages import Page
-from tests.benchmark.units import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.trials import METHODS, SUBJECTS, keys, unit, written
 
 
 def decoded(uri):

@@ -12,7 +12,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import class_pictures_lacking, draw_class_images
 
-from .claims import WAIT_SECONDS, claim
+from .trial_locks import WAIT_SECONDS, claim
 
 
 def draw_class_pictures(

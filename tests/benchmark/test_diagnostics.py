@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from gralora_diffusion import get_family
 from gralora_diffusion.adapters.targets import base_of, find_targets
-from gralora_diffusion.benchmark.mechanism import DenseUpdate, MechanismLog, block_norms
+from gralora_diffusion.benchmark.diagnostics import DenseUpdate, MechanismLog, block_norms
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.results import Mechanism, read_result, write_result
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -33,7 +33,7 @@ from gralora_diffusion.training.optimization.adapters import (
     weights_for_use,
 )
 from gralora_diffusion.training.runtime.acceleration import make_accelerator
-from tests.benchmark.units import keys, unit
+from tests.benchmark.trials import keys, unit
 from tests.models import stable_diffusion, structure
 from tests.reference import dense_update, relative_error
 from tests.training.runs import config as training_config

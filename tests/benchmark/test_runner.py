@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from gralora_diffusion.benchmark.encoders import load_encoder
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.metrics import score_drift, score_prior, score_subject
-from gralora_diffusion.benchmark.running import Runner
+from gralora_diffusion.benchmark.runner import Runner
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.pipelines.generation import draw
 from gralora_diffusion.training.loop import train

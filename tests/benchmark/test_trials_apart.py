@@ -9,10 +9,10 @@ import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
 
-from gralora_diffusion.benchmark import class_pictures
-from gralora_diffusion.benchmark.claims import claim
+from gralora_diffusion.benchmark import class_images
 from gralora_diffusion.benchmark.methods import Method
-from tests.benchmark.test_running import made
+from gralora_diffusion.benchmark.trial_locks import claim
+from tests.benchmark.test_runner import made
 
 PRIOR = {"with_prior_preservation": True, "num_class_images": 3}
 
@@ -79,9 +79,9 @@ def test_a_unit_waits_for_the_class_pictures_that_another_draws(world, tmp_path,
     ours = tmp_path / "beside" / "class_pictures" / "a_dog"
     ours.mkdir(parents=True)
     shutil.copy(theirs / "class-00000.png", ours)
-    monkeypatch.setattr(class_pictures, "WAIT_SECONDS", 0.05)
+    monkeypatch.setattr(class_images, "WAIT_SECONDS", 0.05)
     waited = threading.Event()
-    monkeypatch.setattr(class_pictures.time, "sleep", lambda _: waited.set())
+    monkeypatch.setattr(class_images.time, "sleep", lambda _: waited.set())
     with claim(ours.with_name(".a_dog")):
         other = threading.Thread(target=finish, args=(theirs, ours, waited))
         other.start()

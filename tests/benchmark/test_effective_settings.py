@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from gralora_diffusion import get_family
-from gralora_diffusion.benchmark.kept import parse_settings
+from gralora_diffusion.benchmark.effective_settings import told_layers, told_settings, versions
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.told import told_layers, told_settings, versions
+from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from tests.models import stable_diffusion
 

@@ -19,7 +19,7 @@ from gralora_diffusion.benchmark.statistics import (
     spread,
 )
 
-from .mechanism import MechanismContent, mechanism_of
+from .diagnostics import MechanismContent, mechanism_of
 from .provenance import Provenance, provenance_of
 
 #: (mean, least, greatest)

@@ -34,15 +34,15 @@ from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
 
-from .class_pictures import draw_class_pictures
+from .class_images import draw_class_pictures
+from .diagnostics import MechanismLog
+from .effective_settings import told_layers, told_settings, versions
 from .encoders import Encoder, load_encoder, read_picture
-from .mechanism import MechanismLog
 from .methods import Method, bare_afterwards
 from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
 from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
-from .told import told_layers, told_settings, versions
 
 PICTURES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.

@@ -5,8 +5,8 @@ import logging
 import pytest
 import yaml
 
-from gralora_diffusion.benchmark import kept
-from gralora_diffusion.benchmark.kept import (
+from gralora_diffusion.benchmark import run_config
+from gralora_diffusion.benchmark.run_config import (
     ROOT,
     SETTINGS_NAME,
     check_same_run,
@@ -107,7 +107,7 @@ def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_pa
     write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
     parsed = []
     monkeypatch.setattr(
-        kept, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
+        run_config, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
     )
     ours = parse_settings(line)
     check_same_run(ours)
@@ -203,7 +203,7 @@ def test_a_folder_of_a_training(tmp_path):
 
 def test_a_training_that_has_just_begun_or_another_benchmark(tmp_path, monkeypatch):
     """Both would write into the folder next; neither has yet."""
-    monkeypatch.setattr(kept, "_WRITING", 0.1)
+    monkeypatch.setattr(run_config, "_WRITING", 0.1)
     settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
     with owned(tmp_path, "--output_dir"):
         with pytest.raises(ConfigError, match="is in use by process"):

@@ -13,7 +13,7 @@ from PIL import Image
 from gralora_diffusion.benchmark.results import UnitResult
 from gralora_diffusion.io.image_files import ImageError, read_image
 
-from .content import Content
+from .report_data import Content
 
 #: Pixels of the longer side and prompts of a subject, from the best to the least.
 SIZES = ((256, 6), (192, 6), (128, 6), (128, 3), (96, 2), (96, 1), (64, 1))

@@ -13,8 +13,8 @@ from gralora_diffusion.benchmark.results import UnitResult
 from gralora_diffusion.benchmark.scores import score_order
 from gralora_diffusion.io.safe_text import for_csv
 
-from .content import Content, ProtocolContent
-from .sentences import cautions, headlines, method_note
+from .report_data import Content, ProtocolContent
+from .summary import cautions, headlines, method_note
 
 _UNIT = (
     *("protocol", "subject", "method", "seed", "parameters", "update_rank", "steps"),
