@@ -26,7 +26,7 @@ from gralora_diffusion.adapters.compatibility import component_models
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import drawing_mode
 
-from .ways import Way, attached_adapter, computing_dtype
+from .loaders import Way, attached_adapter, computing_dtype
 
 #: Dtype of the exported weights -> the largest difference that passes, in units of the adapter's
 #: effect. Measured in fp32 on tiny pipelines of every family and, with trained adapters, on the

@@ -26,9 +26,9 @@ from gralora_diffusion.io.tensor_files import read_header
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path
+from .loaders import Way, fused_folder, fused_in_place, lora_file
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
-from .ways import Way, fused_folder, fused_in_place, lora_file
 
 _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
 
