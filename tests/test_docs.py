@@ -43,8 +43,8 @@ from gralora_diffusion.training.checks.options import find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT, models
-from tests.benchmarks import layer
 from tests.offloading import offload_groups
+from tests.performance import layer
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BENCHMARK_CONFIGS = sorted((ROOT / "samples/configs").glob("benchmark_*.yaml"))
@@ -183,7 +183,7 @@ def test_command(command, workplace):
         assert os.access(program, os.X_OK)
     elif program in PARSERS:
         PARSERS[program]().parse_args(arguments)
-    elif program.startswith("tests.benchmarks."):
+    elif program.startswith("tests.performance."):
         importlib.import_module(program).build_parser().parse_args(arguments)
     else:
         assert command[:2] in (["pip", "install"], ["git", "clone"])
@@ -525,7 +525,7 @@ def test_tree():
         for pattern in (
             "gralora_diffusion/**/*.py",
             "gralora_diffusion/py.typed",
-            "train_scripts/*.py",
+            "train_scripts/**/*.py",
             "samples/*.sh",
             "samples/configs/*",
             ".ci/*",

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.benchmarks import attach, cost, layer, measuring, peers, shapes, train_step
+from tests.performance import attach, cost, layer, measuring, peers, shapes, train_step
 
 SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
 

@@ -1,4 +1,4 @@
-"""Time and memory of a fused export: ``python -m tests.benchmarks.export [--gigabytes 4]``.
+"""Time and memory of a fused export: ``python -m tests.performance.export [--gigabytes 4]``.
 
 A base in bf16 whose every matrix is adapted, in the widths of FLUX.1. In each round: ``cp`` of the
 base, the matrix products alone (every block of every update, added to zeros in the cache), and the
@@ -26,7 +26,7 @@ from gralora_diffusion.export.adapter_layers import LayerUpdate
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import _BLOCK, OutputTensor, Piece, write_streamed
 from gralora_diffusion.io.tensor_files import read_header
-from tests.benchmarks.measuring import anonymous_mib, machine
+from tests.performance.measuring import anonymous_mib, machine
 
 #: (out, in) of the layers of a block of FLUX.1: one of two streams and two single ones.
 SHAPES = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)]

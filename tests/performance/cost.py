@@ -20,7 +20,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tests.benchmarks.measuring import Run, timed
+from tests.performance.measuring import Run, timed
 
 
 @dataclass(frozen=True)

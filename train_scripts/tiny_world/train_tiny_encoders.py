@@ -1,6 +1,6 @@
 """Train the encoders that judge pictures of the tiny world, state their power, write them.
 
-    python train_scripts/train_tiny_encoders.py --work_dir runs/tiny-encoders
+    python train_scripts/tiny_world/train_tiny_encoders.py --work_dir runs/tiny-encoders
 
 Drawn on the fly, resumed from the last checkpoint in the work directory; `--encoders dino` trains
 one of the two. The report compares the subjects, which neither encoder has seen.

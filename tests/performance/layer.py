@@ -1,4 +1,4 @@
-"""Time and memory of adapted layers and blocks: ``python -m tests.benchmarks.layer``.
+"""Time and memory of adapted layers and blocks: ``python -m tests.performance.layer``.
 
 Within a round every method runs on the same frozen weights, in an order drawn anew; an overhead is
 the median over the rounds of the ratio to the frozen module, minus one, with half the distance of
@@ -25,8 +25,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tests.benchmarks.cost import Peak, least_seconds, measure_peak, operations_of, uses
-from tests.benchmarks.measuring import (
+from tests.performance.cost import Peak, least_seconds, measure_peak, operations_of, uses
+from tests.performance.measuring import (
     Run,
     add_measuring_options,
     interleaved,
@@ -39,7 +39,7 @@ from tests.benchmarks.measuring import (
     table,
     write_json,
 )
-from tests.benchmarks.peers import (
+from tests.performance.peers import (
     LYCORIS_ABSENT,
     METHODS,
     Sizes,
@@ -47,7 +47,7 @@ from tests.benchmarks.peers import (
     adapted_paths,
     shared_copy,
 )
-from tests.benchmarks.shapes import BLOCKS, LAYERS, TARGETS, Layer, Shape, make_shape
+from tests.performance.shapes import BLOCKS, LAYERS, TARGETS, Layer, Shape, make_shape
 
 #: dtype of the base, and whether autocast to bf16 is on.
 DTYPES = {

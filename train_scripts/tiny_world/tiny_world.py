@@ -7,7 +7,7 @@ background is left out of training (`left_out`), so that a base can be asked for
 seen. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their pictures and
 captions are written by
 
-    python train_scripts/tiny_world.py --subjects samples/subjects
+    python train_scripts/tiny_world/tiny_world.py --subjects samples/subjects
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Time per training step: ``python -m tests.benchmarks.train_step``.
+"""Time per training step: ``python -m tests.performance.train_step``.
 
 In each round one step of the trainer, all that ``Trainer.run`` does between two checkpoints, and
 one of a bare loop over the same denoiser with the same adapter: stored latents and prompts, noise,
@@ -39,7 +39,7 @@ from gralora_diffusion.training.runtime.acceleration import (
     make_accelerator,
 )
 from tests import ROOT
-from tests.benchmarks.measuring import (
+from tests.performance.measuring import (
     Run,
     add_measuring_options,
     interleaved,
@@ -49,7 +49,7 @@ from tests.benchmarks.measuring import (
     ratios,
     spread,
 )
-from tests.benchmarks.peers import Sizes, adapted
+from tests.performance.peers import Sizes, adapted
 from tests.tiny.stable_diffusion import build
 from tests.training.runs import make_pictures
 

@@ -1,4 +1,4 @@
-"""Time to attach an adapter: ``python -m tests.benchmarks.attach``.
+"""Time to attach an adapter: ``python -m tests.performance.attach``.
 
 A transformer with all blocks of FLUX.1, 19 double and 38 single, but narrow by default, so that
 what is measured is not the copying of weights. In each round ``load_gralora_weights`` and
@@ -25,7 +25,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 
 from gralora_diffusion import GraloraConfig, get_family, inject
-from tests.benchmarks.measuring import (
+from tests.performance.measuring import (
     add_measuring_options,
     interleaved,
     machine,
