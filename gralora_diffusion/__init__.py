@@ -7,6 +7,7 @@ takes no time: what needs torch and diffusers is imported when it is first used.
 
 from typing import TYPE_CHECKING
 
+from . import deprecated_paths
 from .io.lazy import lazy_names
 from .pipelines.methods import install
 
@@ -92,3 +93,4 @@ __all__ = [
 ]
 
 install()
+deprecated_paths.install()

@@ -1,7 +1,8 @@
 """Train the bundled tiny base from nothing: autoencoder, then UNet and text encoder, then export.
 
-    torchrun --nproc_per_node 2 train_scripts/tiny_world/train_tiny_base.py --work_dir runs/tiny-base
-    python train_scripts/tiny_world/train_tiny_base.py --work_dir runs/tiny-base        # one process
+    cd train_scripts/tiny_world
+    torchrun --nproc_per_node 2 train_tiny_base.py --work_dir ../../runs/tiny-base
+    python train_tiny_base.py --work_dir ../../runs/tiny-base        # one process
 
 Every stage resumes from its last checkpoint in the work directory, and `--stages export` writes a
 snapshot while another process still trains. A run that takes too long may be resumed with fewer

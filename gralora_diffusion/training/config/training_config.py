@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -120,6 +122,16 @@ class TrainingConfig(
     def encoding(self) -> dict[str, Any]:
         """How prompts are encoded, as ``ModelFamily.encode_prompts`` takes it."""
         return {"max_sequence_length": self.max_sequence_length, "clip_skip": self.clip_skip}
+
+    def validate(self) -> list[str]:
+        """Deprecated: call ``gralora_diffusion.validate`` with the config."""
+        text = "TrainingConfig.validate() is now gralora_diffusion.validate(config)"
+        warnings.warn(text, DeprecationWarning, stacklevel=2)
+        # which is above this module, and goes with this method in the next release
+        remarks: list[str] = import_module("gralora_diffusion.training.checks.options").validate(
+            self
+        )
+        return remarks
 
     def with_defaults(self, family_defaults: Mapping[str, Any]) -> TrainingConfig:
         """Return a copy in which every option left to the family has a value.

@@ -1,0 +1,212 @@
+"""Names of version 0.1 that have moved: they go on working for one release, with a warning.
+
+``install`` lets the old modules be imported; ``names_of`` is the ``__getattr__`` of a package that
+has the name of an old module.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_loader
+from types import ModuleType
+from typing import Any
+
+_PACKAGE = __package__ or ""
+#: Module of version 0.1 -> where its contents are now.
+MODULES = {
+    "benchmark.claims": "benchmark.trial_locks",
+    "benchmark.class_pictures": "benchmark.class_images",
+    "benchmark.kept": "benchmark.run_config",
+    "benchmark.mechanism": "benchmark.diagnostics",
+    "benchmark.report.content": "benchmark.report.report_data",
+    "benchmark.report.files": "benchmark.report.data_files",
+    "benchmark.report.mechanism": "benchmark.report.diagnostics",
+    "benchmark.report.pictures": "benchmark.report.images",
+    "benchmark.report.sentences": "benchmark.report.summary",
+    "benchmark.running": "benchmark.runner",
+    "benchmark.told": "benchmark.effective_settings",
+    "blockwise": "adapters.functional",
+    "bookkeeping": "pipelines.diffusers_registry",
+    "colour_profiles": "io.colour_profiles",
+    "command_line": "io.process",
+    "compatibility": "adapters.compatibility",
+    "config": "adapters.config",
+    "config_values": "adapters.layer_config",
+    "empty_models": "base_models.meta_models",
+    "export.ways": "export.loaders",
+    "factors": "adapters.layers.parameters",
+    "file_names": "io.file_names",
+    "fused_linear": "adapters.layers.fused_linear",
+    "fused_projections": "adapters.fused_projections",
+    "hub": "io.hub",
+    "image_files": "io.image_files",
+    "injection": "adapters.injection",
+    "json_files": "io.json_files",
+    "layers": "adapters.layers",
+    "layers.base": "adapters.layers.base",
+    "layers.conv2d": "adapters.layers.conv2d",
+    "layers.linear": "adapters.layers.linear",
+    "layouts": "key_maps",
+    "layouts.latent_diffusion": "key_maps.latent_diffusion",
+    "layouts.layout": "key_maps.key_map",
+    "layouts.text_encoders": "key_maps.text_encoders",
+    "lazy": "io.lazy",
+    "lora_config": "lora_files.peft_config",
+    "lora_keys": "lora_files.keys",
+    "lora_scaling": "lora_files.scaling",
+    "low_rank": "adapters.low_rank",
+    "model_folder": "base_models.folder",
+    "offloading": "pipelines.offloading",
+    "original_file": "base_models.single_file_header",
+    "path_patterns": "adapters.path_patterns",
+    "pipeline_methods": "pipelines.methods",
+    "regular_files": "io.regular_files",
+    "safe_text": "io.safe_text",
+    "sampling": "pipelines.generation",
+    "staging": "io.staging",
+    "state": "adapters.adapter_file",
+    "targets": "adapters.targets",
+    "tensor_files": "io.tensor_files",
+    "training.acceleration": "training.runtime.acceleration",
+    "training.adapters": "training.optimization.adapters",
+    "training.base_model": "base_models.loading",
+    "training.batches": "training.data.data_module",
+    "training.beginning": "training.preparation",
+    "training.buckets": "training.data.buckets",
+    "training.caching": "training.data.cache",
+    "training.captions": "training.data.captions",
+    "training.checkpoint": "training.checkpoints.store",
+    "training.config": "training.config.training_config",
+    "training.config_checks": "training.checks.options",
+    "training.config_options": "training.config.options",
+    "training.config_paths": "training.checks.paths",
+    "training.config_patterns": "training.config.layer_patterns",
+    "training.config_picture_options": "training.config.options",
+    "training.data": "training.data.image_folder",
+    "training.dataset_rows": "training.data.hf_dataset",
+    "training.empty_base": "base_models.meta_base",
+    "training.family_options": "training.checks.family",
+    "training.initial_adapter": "training.optimization.initial_adapter",
+    "training.memory": "training.runtime.memory",
+    "training.metadata": "training.outputs.metadata",
+    "training.objectives": "training.optimization.objectives",
+    "training.optimizers": "training.optimization.optimizers",
+    "training.option_parsing": "options.parsing",
+    "training.outcome": "training.outputs.output_dir",
+    "training.ownership": "training.runtime.folder_lock",
+    "training.pictures": "training.data.transforms",
+    "training.pipeline_index": "base_models.pipeline_index",
+    "training.plan": "training.dry_run.plan",
+    "training.plan_text": "training.dry_run.formatting",
+    "training.prior": "training.data.class_images",
+    "training.processes": "training.runtime.agreement",
+    "training.prompt_lengths": "training.data.truncation",
+    "training.quantization": "base_models.quantization",
+    "training.records": "training.outputs.model_card",
+    "training.rehearsal": "training.dry_run.fake_step",
+    "training.run_state": "training.checkpoints.state",
+    "training.same_run": "training.checkpoints.resume",
+    "training.samples": "training.data.dataset",
+    "training.single_file": "base_models.single_file",
+    "training.step": "training.optimization.step",
+    "training.streams": "training.data.sampler",
+    "training.tensor_store": "training.data.tensor_store",
+    "training.validation": "training.outputs.validation",
+    "unfinished": "io.cleanup_on_exit",
+    "warm_start": "lora_import",
+    "warm_start.base": "lora_import.base",
+    "warm_start.conversion": "lora_import.conversion",
+    "warm_start.files": "lora_import.files",
+    "warm_start.main": "lora_import.main",
+    "warm_start.names": "lora_import.names",
+    "warm_start.reading": "lora_import.reading",
+    "warm_start.through_diffusers": "lora_import.through_diffusers",
+}
+#: What is in another place than the rest of its module, or has another name.
+NAMES = {
+    "tensor_files.AdapterFileError": "errors.AdapterFileError",
+    "tensor_files.some": "io.safe_text.first_few",
+    "training.base_model.completed": "training.checks.base.resolve_defaults",
+    "training.buckets.size_problems": "training.checks.options.size_problems",
+    "training.checkpoint.CheckpointError": "errors.CheckpointError",
+    "training.config.ConfigError": "errors.ConfigError",
+    "training.config.group_table": "options.fields.group_table",
+    "training.config_checks.ConfigError": "errors.ConfigError",
+    "training.config_checks.OPTIMIZERS": "training.config.options.OPTIMIZERS",
+    "training.config_checks.check_sizes": "training.checks.base.check_sizes",
+    "training.config_options.BaseModelOptions": "base_models.options.BaseModelOptions",
+    "training.config_options.choices_of": "options.fields.choices_of",
+    "training.config_options.option": "options.fields.option",
+    "training.config_picture_options.DataOptions": "training.config.options.DataOptions",
+    "training.config_picture_options.ImageOptions": "training.config.options.ImageOptions",
+    "training.config_picture_options.PriorOptions": "training.config.options.PriorOptions",
+    "training.data.DataError": "errors.DataError",
+    "training.empty_base.check_without_weights": "training.checks.base.check_without_weights",
+    "training.memory.optimizer_state_bytes": (
+        "training.optimization.optimizers.optimizer_state_bytes"
+    ),
+    "training.plan_text.optimizer_label": "training.dry_run.plan.optimizer_label",
+    "training.plan_text.plan_text": "training.dry_run.formatting.format_plan",
+    "training.prior.frozen_base": "adapters.injection.adapters_disabled",
+    "training.records.CURVE_NAME": "training.outputs.metrics.CURVE_NAME",
+    "training.records.METRICS_NAME": "training.outputs.metrics.METRICS_NAME",
+    "training.records.MetricsFile": "training.outputs.metrics.MetricsFile",
+    "training.records.draw_curve": "training.outputs.metrics.draw_curve",
+    "training.streams.generator": "training.data.seeds.generator",
+    "training.streams.seed_from": "training.data.seeds.seed_from",
+}
+
+
+def install() -> None:
+    """Let the modules of version 0.1 be imported."""
+    if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
+        sys.meta_path.insert(0, _Finder())
+
+
+def names_of(module: str) -> Callable[[str], Any]:
+    """Return the ``__getattr__`` of a module of version 0.1."""
+    old = module.removeprefix(f"{_PACKAGE}.")
+
+    def get(name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        home, _, new_name = NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}").rpartition(".")
+        try:
+            value = getattr(import_module(f"{_PACKAGE}.{home}"), new_name)
+        except AttributeError:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        warnings.warn(
+            f"{module}.{name} is now {_PACKAGE}.{home}.{new_name}; the old name will be removed in "
+            "the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return value
+
+    return get
+
+
+class _Finder:
+    """Finds the old modules, which have nothing but ``names_of``."""
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        old = fullname.removeprefix(f"{_PACKAGE}.")
+        new = MODULES.get(old)
+        if old == fullname or new is None or new.startswith(f"{old}."):
+            return None
+        is_package = any(name.startswith(f"{old}.") for name in MODULES)
+        return spec_from_loader(fullname, _Loader(), is_package=is_package)
+
+
+class _Loader:
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        module.__dict__["__getattr__"] = names_of(module.__name__)
