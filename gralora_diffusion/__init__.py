@@ -7,7 +7,7 @@ takes no time: what needs torch and diffusers is imported when it is first used.
 
 from typing import TYPE_CHECKING
 
-from . import deprecated_paths
+from .io import deprecated_paths
 from .io.lazy import lazy_names
 from .pipelines.methods import install
 
@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from .adapters.layers import GraloraConv2d, GraloraLinear
     from .base_models.loading import find_base_family, load_base
     from .base_models.options import BaseModelOptions
-    from .errors import AdapterFileError, CheckpointError, ConfigError, DataError
     from .export import export_diff, export_fused, export_lora
     from .families import Conditioning, ModelFamily, get_family, list_families, mend_clip_skip
     from .inspection import inspect_file
+    from .io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
     from .lora_import import gralora_from_lora, overall_error
     from .pipelines import LoadReport
     from .training.checks.options import validate
@@ -37,7 +37,7 @@ else:
             "adapters.layers": ["GraloraConv2d", "GraloraLinear"],
             "base_models.loading": ["find_base_family", "load_base"],
             "base_models.options": ["BaseModelOptions"],
-            "errors": ["AdapterFileError", "CheckpointError", "ConfigError", "DataError"],
+            "io.errors": ["AdapterFileError", "CheckpointError", "ConfigError", "DataError"],
             "export": ["export_diff", "export_fused", "export_lora"],
             "families": [
                 "Conditioning",

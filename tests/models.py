@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.adapters.adapter_file import ComponentAdapter, read_adapter
-from gralora_diffusion.adapters.layer_config import layer_settings
+from gralora_diffusion.adapters.placement.layer_config import layer_settings
 from tests.reference import dense_update
 from tests.tiny import PIPELINES
 from tests.tiny.parts import text_encoder, tokenizer, unet, vae

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from gralora_diffusion import get_family, inject
-from gralora_diffusion.adapters import functional
 from gralora_diffusion.adapters.adapter_file import METADATA_KEY, WEIGHTS_NAME, read_adapter
-from gralora_diffusion.adapters.layer_config import exact_pattern, layer_settings
+from gralora_diffusion.adapters.layers import functional
+from gralora_diffusion.adapters.placement.layer_config import exact_pattern, layer_settings
 from tests import ROOT, models
 from tests.reference import dense_update, relative_error
 from tests.tiny import PIPELINES

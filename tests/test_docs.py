@@ -34,9 +34,9 @@ from gralora_diffusion.benchmark.run_config import (
 )
 from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from gralora_diffusion.benchmark.tasks import read_tasks
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.training.checks.options import find_problems

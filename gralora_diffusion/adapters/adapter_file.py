@@ -26,7 +26,12 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor
 
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.adapters.placement.layer_config import (
+    PATTERNS,
+    invalid_values,
+    mistyped_values,
+)
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.file_names import (
     METADATA_KEY,
     PEFT_CONFIG_NAME,
@@ -40,7 +45,6 @@ from gralora_diffusion.io.json_files import parse_object, read_object
 from gralora_diffusion.io.tensor_files import read_safetensors, replacing, write_safetensors
 
 from .config import GraloraConfig
-from .layer_config import PATTERNS, invalid_values, mistyped_values
 
 FORMAT_VERSION = 1
 #: Stands for the denoiser in a PEFT folder, which does not say of which component it is.

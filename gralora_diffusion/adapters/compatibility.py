@@ -14,22 +14,22 @@ from peft import GraloraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import Tensor, nn
 
-from gralora_diffusion.families import find_family
-from gralora_diffusion.io.safe_text import first_few
-from gralora_diffusion.io.tensor_files import is_finite
-
-from .adapter_file import DENOISER, Adapter, AdapterFileError, ComponentAdapter
-from .injection import check_adapter_name
-from .layer_config import layer_settings, rename_layers
-from .layers import GraloraLayer
-from .path_patterns import PatternError
-from .targets import (
+from gralora_diffusion.adapters.placement.layer_config import layer_settings, rename_layers
+from gralora_diffusion.adapters.placement.path_patterns import PatternError
+from gralora_diffusion.adapters.placement.targets import (
     adaptable_modules,
     find_targets,
     layer_of,
     layer_shape,
     misfits,
 )
+from gralora_diffusion.families import find_family
+from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.tensor_files import is_finite
+
+from .adapter_file import DENOISER, Adapter, AdapterFileError, ComponentAdapter
+from .injection import check_adapter_name
+from .layers import GraloraLayer
 
 #: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."

@@ -12,7 +12,7 @@ from peft import GraloraConfig as PeftGraloraConfig
 from peft import PeftType
 from peft.utils import CONFIG_NAME
 
-from .layer_config import PATTERNS
+from gralora_diffusion.adapters.placement.layer_config import PATTERNS
 
 
 @dataclass

@@ -15,10 +15,17 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .fused_projections import guard_projections
-from .layer_config import PATTERNS, invalid_values
+from gralora_diffusion.adapters.placement.fused_projections import guard_projections
+from gralora_diffusion.adapters.placement.layer_config import PATTERNS, invalid_values
+from gralora_diffusion.adapters.placement.targets import (
+    TargetError,
+    base_of,
+    check_targets,
+    is_target,
+    refuse,
+)
+
 from .layers import GraloraConv2d, GraloraLayer, GraloraLinear
-from .targets import TargetError, base_of, check_targets, is_target, refuse
 
 __all__ = ["GraloraTuner", "TargetError", "eject", "inject"]
 

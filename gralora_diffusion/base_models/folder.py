@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.safe_text import first_few

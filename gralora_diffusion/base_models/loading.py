@@ -11,8 +11,8 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
 from .options import BaseModelOptions

@@ -17,8 +17,8 @@ from diffusers import ModelMixin
 from safetensors import SafetensorError
 from torch import nn
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
 from .loading import freeze, vae_class

@@ -9,8 +9,8 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, find_family
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
 

@@ -20,7 +20,7 @@ import transformers
 from diffusers.quantizers import DiffusersAutoQuantizer
 from torch import nn
 
-from gralora_diffusion.adapters.targets import quantization_of
+from gralora_diffusion.adapters.placement.targets import quantization_of
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.json_files import read_object
 

@@ -23,8 +23,8 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.key_maps import DENOISER
 
 from .options import BaseModelOptions

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
 
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily, get_family, list_families
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import DENOISER

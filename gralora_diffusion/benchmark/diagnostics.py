@@ -24,16 +24,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from gralora_diffusion.adapters.layers import GraloraLayer
-from gralora_diffusion.adapters.low_rank import (
+from gralora_diffusion.adapters.placement.targets import base_of, fitting_k
+from gralora_diffusion.benchmark.evaluation.results import Mechanism
+from gralora_diffusion.lora_files.low_rank import (
     effective_rank,
     gralora_singular_values,
     singular_values,
 )
-from gralora_diffusion.adapters.targets import base_of, fitting_k
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimization.optimizers import evaluating
-
-from .results import Mechanism
 
 
 class MechanismLog:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.training.data.captions import one_line
 

@@ -9,11 +9,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from gralora_diffusion.io.json_files import read_object
-from gralora_diffusion.io.tensor_files import replacing
-
-from .methods import Method
-from .results import (
+from gralora_diffusion.benchmark.evaluation.results import (
     RESULT_NAME,
     UNITS_FOLDER,
     ResultFileError,
@@ -21,6 +17,10 @@ from .results import (
     Unreadable,
     read_result,
 )
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.tensor_files import replacing
+
+from .methods import Method
 from .settings import BenchmarkSettings
 from .tasks import Task
 from .trial_locks import age

@@ -13,14 +13,14 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.benchmark.evaluation.results import UnitKey, read_results, write_result
+from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 
 from .ledger import FAILURE_NAME, Ledger, Unit, in_order
 from .report import write_report
-from .results import UnitKey, read_results, write_result
 from .run_config import check_same_run, parse_settings, write_down
 from .runner import ADAPTER, PICTURES, Runner
 from .settings import BenchmarkSettings

@@ -24,9 +24,9 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
 from gralora_diffusion.adapters.injection import mark_adapted
-from gralora_diffusion.adapters.targets import find_targets
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.adapters.placement.targets import find_targets
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.seeds import seed_from

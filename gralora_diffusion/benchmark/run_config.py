@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.parsing import arguments_of, parse_options
 from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig

@@ -14,9 +14,18 @@ from typing import Any
 import torch
 from diffusers.training_utils import free_memory
 
-from gralora_diffusion.adapters.targets import find_targets
+from gralora_diffusion.adapters.placement.targets import find_targets
 from gralora_diffusion.base_models.loading import find_base_family, load_base, present
-from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder, read_picture
+from gralora_diffusion.benchmark.evaluation.metrics import (
+    Scores,
+    score_captioned,
+    score_drift,
+    score_prior,
+    score_subject,
+)
+from gralora_diffusion.benchmark.evaluation.results import PromptResult, UnitResult
+from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import draw
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -37,10 +46,7 @@ from gralora_diffusion.training.runtime.acceleration import DTYPES, make_acceler
 from .class_images import draw_class_pictures
 from .diagnostics import MechanismLog
 from .effective_settings import told_layers, told_settings, versions
-from .encoders import Encoder, load_encoder, read_picture
 from .methods import Method, bare_afterwards
-from .metrics import Scores, score_captioned, score_drift, score_prior, score_subject
-from .results import PromptResult, UnitResult
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import yaml
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.benchmark.evaluation.encoders import source_problem
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.options.fields import group_table
 from gralora_diffusion.training.checks.paths import READ
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
-from .encoders import source_problem
 from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,

@@ -9,7 +9,7 @@ import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_pictures

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter, ComponentAdapter
 from gralora_diffusion.adapters.compatibility import component_of
-from gralora_diffusion.adapters.functional import add_delta_rows, lora_factors, row_factors
-from gralora_diffusion.adapters.layer_config import layer_settings
-from gralora_diffusion.adapters.path_patterns import PatternError
-from gralora_diffusion.adapters.targets import layer_of
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.adapters.layers.functional import add_delta_rows, lora_factors, row_factors
+from gralora_diffusion.adapters.placement.layer_config import layer_settings
+from gralora_diffusion.adapters.placement.path_patterns import PatternError
+from gralora_diffusion.adapters.placement.targets import layer_of
 from gralora_diffusion.families import ModelFamily, get_family, list_families
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.key_maps import Shape
 

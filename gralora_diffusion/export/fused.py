@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import finish_header
 

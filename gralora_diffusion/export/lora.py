@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
-from gralora_diffusion.adapters.low_rank import truncate
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.key_maps import Shape
+from gralora_diffusion.lora_files.low_rank import truncate
 
 from .adapter_layers import (
     AdapterLayers,

@@ -18,7 +18,7 @@ from typing import Any, Literal
 from safetensors.torch import save
 
 from gralora_diffusion.adapters.adapter_file import Adapter
-from gralora_diffusion.adapters.layer_config import PATTERNS
+from gralora_diffusion.adapters.placement.layer_config import PATTERNS
 from gralora_diffusion.families import ModelFamily, PublishedNames
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.lora_files.keys import DIFFUSERS_METADATA

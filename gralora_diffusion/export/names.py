@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gralora_diffusion.adapters.low_rank import join_rows
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.key_maps import Rule, Shape, locate
+from gralora_diffusion.lora_files.low_rank import join_rows
 
 Pair = tuple[Tensor, Tensor]
 

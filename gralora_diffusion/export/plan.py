@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import StoredTensor
 from gralora_diffusion.key_maps import LayoutError, Part, Shape

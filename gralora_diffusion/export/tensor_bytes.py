@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import _TYPES
 from torch import Tensor
 
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.key_maps import Shape
 
 _COPY_BYTES = 1 << 26

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_diffusion.adapters.layer_config import invalid_values, layer_settings
-from gralora_diffusion.adapters.low_rank import (
+from gralora_diffusion.adapters.placement.layer_config import invalid_values, layer_settings
+from gralora_diffusion.adapters.placement.path_patterns import PatternError
+from gralora_diffusion.io.file_names import METADATA_KEY, PEFT_PREFIX
+from gralora_diffusion.io.tensor_files import is_finite
+from gralora_diffusion.lora_files.keys import Layer
+from gralora_diffusion.lora_files.low_rank import (
     effective_rank,
     gralora_singular_values,
     singular_values,
 )
-from gralora_diffusion.adapters.path_patterns import PatternError
-from gralora_diffusion.io.file_names import METADATA_KEY, PEFT_PREFIX
-from gralora_diffusion.io.tensor_files import is_finite
-from gralora_diffusion.lora_files.keys import Layer
 from gralora_diffusion.lora_files.scaling import LoraScalings
 
 from .facts import LayerFacts

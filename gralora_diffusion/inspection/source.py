@@ -18,7 +18,7 @@ from gralora_diffusion.base_models.folder import (
     shards,
     weight_files,
 )
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 

@@ -18,9 +18,8 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from gralora_diffusion.errors import AdapterFileError
-
 from .cleanup_on_exit import tidied
+from .errors import AdapterFileError
 from .regular_files import is_regular
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from reprlib import repr as shown  # bounded
 from typing import Any
 
-from gralora_diffusion.adapters.layer_config import (
+from gralora_diffusion.adapters.placement.layer_config import (
     is_finite_number,
     is_integer,
     pattern_problem,

@@ -14,8 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from gralora_diffusion.adapters.layer_config import is_finite_number, pattern_key
-from gralora_diffusion.adapters.path_patterns import PatternError
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number, pattern_key
+from gralora_diffusion.adapters.placement.path_patterns import PatternError
 
 from .keys import DIFFUSERS_METADATA, Layer
 from .peft_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter

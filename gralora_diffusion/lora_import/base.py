@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
-from gralora_diffusion.adapters.low_rank import Pair
-from gralora_diffusion.adapters.targets import layer_shape, unsupported
+from gralora_diffusion.adapters.placement.targets import layer_shape, unsupported
 from gralora_diffusion.base_models.meta_models import empty_model
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import find_pipeline_family, list_families
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.lora_files.low_rank import Pair
 
 #: In and out features and kernel of a layer.
 LayerShape = tuple[int, int, tuple[int, ...]]

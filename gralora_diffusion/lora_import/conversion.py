@@ -14,11 +14,11 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter, ComponentAdapter
 from gralora_diffusion.adapters.config import GraloraConfig
-from gralora_diffusion.adapters.functional import init_factors, init_plain_factors
-from gralora_diffusion.adapters.layer_config import check_numbers, exact_pattern
-from gralora_diffusion.adapters.low_rank import Pair, gralora_factors, norm, split
-from gralora_diffusion.adapters.targets import common_divisors
+from gralora_diffusion.adapters.layers.functional import init_factors, init_plain_factors
+from gralora_diffusion.adapters.placement.layer_config import check_numbers, exact_pattern
+from gralora_diffusion.adapters.placement.targets import common_divisors
 from gralora_diffusion.families import ModelFamily, get_family
+from gralora_diffusion.lora_files.low_rank import Pair, gralora_factors, norm, split
 from gralora_diffusion.lora_files.scaling import HeaderAlpha
 
 from .base import LoraBase

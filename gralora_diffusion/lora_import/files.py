@@ -13,8 +13,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from gralora_diffusion.base_models.folder import read_json
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.file_names import (
     PEFT_CONFIG_NAME,
     PEFT_PREFIX,

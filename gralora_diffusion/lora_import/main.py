@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_diffusion.adapters.layer_config import check_numbers
+from gralora_diffusion.adapters.placement.layer_config import check_numbers
 from gralora_diffusion.families import list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended

@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gralora_diffusion.adapters.low_rank import Pair
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily, families_of_layers, family_of_metadata
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.key_maps import USUAL_LAYERS_PER_BLOCK
 from gralora_diffusion.lora_files.keys import Layer, group_layers
+from gralora_diffusion.lora_files.low_rank import Pair
 from gralora_diffusion.lora_files.scaling import HeaderAlpha, LoraScalings
 
 from .files import LoraFile, read_file

@@ -20,11 +20,11 @@ from diffusers.utils.state_dict_utils import (
 )
 from torch import Tensor
 
-from gralora_diffusion.adapters.low_rank import Pair
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.lora_files.keys import group_layers
+from gralora_diffusion.lora_files.low_rank import Pair
 
 #: Styles of names that diffusers' own models do not have: what is still called so was not read.
 _FOREIGN = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI", "PEFT")

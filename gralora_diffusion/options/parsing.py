@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 
 
 def parse_options(

@@ -20,8 +20,8 @@ from tqdm.auto import tqdm
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
 from gralora_diffusion.base_models.loading import load_base, present
 from gralora_diffusion.base_models.quantization import quantization_facts
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import are_several, print_safely
 from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
-from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.process import are_several, log_to_terminal, print_safely, quiet_libraries
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
-    from gralora_diffusion.errors import DataError
+    from gralora_diffusion.io.errors import DataError
     from gralora_diffusion.training.optimization.step import TrainingDiverged
     from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
 

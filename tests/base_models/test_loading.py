@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from transformers import CLIPImageProcessor
 
 from gralora_diffusion.base_models.loading import find_base_family, load_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checks.family import check_family_options
 from tests.models import PIPELINES, stable_diffusion, vae
 from tests.training.runs import config

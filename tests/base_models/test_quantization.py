@@ -20,12 +20,12 @@ from torch import nn
 
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
 from gralora_diffusion.adapters.layers import GraloraLayer
-from gralora_diffusion.adapters.targets import base_of, quantization_of
+from gralora_diffusion.adapters.placement.targets import base_of, quantization_of
 from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import loading_arguments, quantize_empty
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig

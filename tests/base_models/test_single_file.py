@@ -17,8 +17,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import find_base_family, load_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone, without, write
 from tests.tiny.parts import text_encoder_with_projection

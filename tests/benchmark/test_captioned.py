@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from gralora_diffusion.benchmark.captioned import split, write_examples
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data.hf_dataset import DatasetRow, find_dataset_examples
 from gralora_diffusion.training.data.image_folder import Example, find_examples
 from tests.benchmark import judges

@@ -19,10 +19,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from gralora_diffusion import get_family
-from gralora_diffusion.adapters.targets import base_of, find_targets
+from gralora_diffusion.adapters.placement.targets import base_of, find_targets
 from gralora_diffusion.benchmark.diagnostics import DenseUpdate, MechanismLog, block_norms
+from gralora_diffusion.benchmark.evaluation.results import Mechanism, read_result, write_result
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.results import Mechanism, read_result, write_result
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.data.data_module import find_pictures
 from gralora_diffusion.training.loop import Trainer

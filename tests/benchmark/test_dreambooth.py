@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gralora_diffusion.benchmark.dreambooth import read_prompts, read_subjects
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from tests.benchmark import judges
 from tests.benchmark.runs import TEXT, clone
 

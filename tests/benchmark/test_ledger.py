@@ -11,10 +11,10 @@ import torch
 
 from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
+from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_result, write_result
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
 from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.results import RESULT_NAME, read_result, write_result
 from gralora_diffusion.benchmark.runner import ADAPTER, PICTURES
 from gralora_diffusion.benchmark.trial_locks import CLAIM_NAME, claim
 from tests.benchmark.trials import unit as result_of

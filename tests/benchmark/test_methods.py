@@ -6,7 +6,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gralora_diffusion import get_family
 from gralora_diffusion.benchmark.methods import FORMS, Method, bare_afterwards
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.optimization.adapters import adapter_parameters
 from tests.models import draw, stable_diffusion, structure
 from tests.training.runs import config as training_config

@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.run_config import (
     parse_settings,
     write_down,
 )
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.parsing import parse_options
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME, owned
 

@@ -8,9 +8,9 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-from gralora_diffusion.benchmark.encoders import load_encoder
+from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
+from gralora_diffusion.benchmark.evaluation.metrics import score_drift, score_prior, score_subject
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.metrics import score_drift, score_prior, score_subject
 from gralora_diffusion.benchmark.runner import Runner
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.pipelines.generation import draw

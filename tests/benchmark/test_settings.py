@@ -6,7 +6,7 @@ import pytest
 
 from gralora_diffusion.benchmark.options import SET_BY_THE_BENCHMARK, training_groups
 from gralora_diffusion.benchmark.run_config import parse_settings
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]

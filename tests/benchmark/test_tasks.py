@@ -4,7 +4,7 @@ import pytest
 
 from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.benchmark.tasks import folder_name, read_tasks
-from gralora_diffusion.errors import ConfigError, DataError
+from gralora_diffusion.io.errors import ConfigError, DataError
 from tests.benchmark import judges, runs
 
 

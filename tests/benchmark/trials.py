@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from gralora_diffusion.benchmark.results import (
+from gralora_diffusion.benchmark.evaluation.results import (
     Mechanism,
     PromptResult,
     UnitKey,

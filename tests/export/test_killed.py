@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.layers import functional
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import OutputTensor, Piece, write_streamed

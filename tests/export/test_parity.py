@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from gralora_diffusion import get_family, inject
 from gralora_diffusion.adapters.adapter_file import DENOISER, Adapter, read_adapter
-from gralora_diffusion.adapters.functional import lora_factors
+from gralora_diffusion.adapters.layers.functional import lora_factors
 from gralora_diffusion.export.loaders import Way, fused_folder, fused_in_place, lora_file
 from gralora_diffusion.export.parity import ParityError, compare
 from tests.models import PIPELINES, adapt_everywhere, config, merged, structure

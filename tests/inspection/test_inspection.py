@@ -18,9 +18,9 @@ from torch import Tensor
 
 from gralora_diffusion import cli
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.main import main
+from gralora_diffusion.io.errors import AdapterFileError
 from tests import models
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone, write

@@ -12,7 +12,7 @@ from huggingface_hub import constants, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
 
 from gralora_diffusion.adapters.adapter_file import read_adapter
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.hub import offline_problem
 
 SET = "and the Hub is not asked, for HF_HUB_OFFLINE is set. Fetch it where there is a network, by "

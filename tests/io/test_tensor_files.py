@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from safetensors import safe_open
 
-from gralora_diffusion.errors import AdapterFileError
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.tensor_files import (
     HASH_FIELDS,
     file_hashes,

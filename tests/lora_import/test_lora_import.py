@@ -15,17 +15,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, cli, get_family
-from gralora_diffusion.adapters import functional
 from gralora_diffusion.adapters.adapter_file import (
     WEIGHTS_NAME,
     Adapter,
     read_adapter,
     save_adapter,
 )
-from gralora_diffusion.adapters.layer_config import layer_settings
-from gralora_diffusion.adapters.low_rank import truncate
+from gralora_diffusion.adapters.layers import functional
+from gralora_diffusion.adapters.placement.layer_config import layer_settings
 from gralora_diffusion.export import export_lora
 from gralora_diffusion.export.choices import STYLES
+from gralora_diffusion.lora_files.low_rank import truncate
 from gralora_diffusion.lora_import import gralora_from_lora, overall_error
 from gralora_diffusion.lora_import.main import main
 from tests import models

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors import safe_open
 from train_tiny_base import grid_prompts
 
-from gralora_diffusion.benchmark.encoders import load_encoder
-from gralora_diffusion.benchmark.metrics import pairwise_similarity, unit
+from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
+from gralora_diffusion.benchmark.evaluation.metrics import pairwise_similarity, unit
 from gralora_diffusion.pipelines.generation import draw
 from tests.training.runs import ROOT, run
 

@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 
 from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.base_models.loading import load_base
-from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.checkpoints.state import TRAINING_WEIGHTS_NAME
 from gralora_diffusion.training.data import class_images

@@ -18,10 +18,10 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from gralora_diffusion.adapters import functional
-from gralora_diffusion.adapters.layer_config import invalid_values, layer_settings
-from gralora_diffusion.adapters.targets import layer_shape, quantization_of, unsuitable
+from gralora_diffusion.adapters.placement.layer_config import invalid_values, layer_settings
+from gralora_diffusion.adapters.placement.targets import layer_shape, quantization_of, unsuitable
 
+from . import functional
 from .parameters import FactorDict, Projection
 
 #: Values of a weight that are merged at once: 2 MiB in fp32.

@@ -7,8 +7,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gralora_diffusion.adapters import functional
-
+from . import functional
 from .base import GraloraLayer
 
 

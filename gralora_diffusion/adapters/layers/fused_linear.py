@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from gralora_diffusion.adapters.functional import add_delta
+from .functional import add_delta
 
 Way = Literal["added", "merged"]
 

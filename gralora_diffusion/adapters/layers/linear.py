@@ -8,8 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from gralora_diffusion.adapters import functional
-
+from . import functional
 from .base import GraloraLayer, autocasts
 from .fused_linear import Update, adapted_linear, choose_way
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
-from gralora_diffusion.benchmark.statistics import RESAMPLES
+from gralora_diffusion.benchmark.evaluation.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.evaluation.statistics import RESAMPLES
 from gralora_diffusion.io.staging import staged
 
 from .data_files import as_csv, as_json

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gralora_diffusion.benchmark.results import UnitResult
-from gralora_diffusion.benchmark.scores import score_order
+from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.scores import score_order
 from gralora_diffusion.io.safe_text import for_csv
 
 from .report_data import Content, ProtocolContent

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import UnitResult
 
 Map = list[list[float]]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import UnitResult
 from gralora_diffusion.io.image_files import ImageError, read_image
 
 from .report_data import Content

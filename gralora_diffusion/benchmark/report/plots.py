@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from gralora_diffusion.benchmark.scores import score_named
+from gralora_diffusion.benchmark.evaluation.scores import score_named
 
 from .diagnostics import MechanismContent
 from .report_data import ParetoContent, ProtocolContent, ScoreContent

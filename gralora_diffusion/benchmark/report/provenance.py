@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gralora_diffusion.benchmark.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import UnitResult
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gralora_diffusion.benchmark.results import UnitKey, UnitResult, Unreadable
-from gralora_diffusion.benchmark.scores import Score, score_named, score_order
-from gralora_diffusion.benchmark.statistics import (
+from gralora_diffusion.benchmark.evaluation.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.evaluation.scores import Score, score_named, score_order
+from gralora_diffusion.benchmark.evaluation.statistics import (
     Comparison,
     Estimate,
     Place,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from gralora_diffusion.benchmark.scores import Score
-from gralora_diffusion.benchmark.statistics import Comparison, Estimate
+from gralora_diffusion.benchmark.evaluation.scores import Score
+from gralora_diffusion.benchmark.evaluation.statistics import Comparison, Estimate
 
 from .report_data import Content, ProtocolContent
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from gralora_diffusion.benchmark.results import UnitResult
-from gralora_diffusion.benchmark.scores import score_named, score_order
-from gralora_diffusion.benchmark.statistics import Estimate
+from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.scores import score_named, score_order
+from gralora_diffusion.benchmark.evaluation.statistics import Estimate
 
 from .diagnostics import MechanismContent
 from .report_data import Content, ProtocolContent, Spread

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig

@@ -17,8 +17,8 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, Adapter, save_adapter
-from gralora_diffusion.errors import CheckpointError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import put_back, read_out, weights_for_use

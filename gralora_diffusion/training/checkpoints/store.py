@@ -16,7 +16,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError
 
 logger = logging.getLogger(__name__)
 

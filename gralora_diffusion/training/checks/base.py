@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from gralora_diffusion.base_models.meta_base import empty_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import add_adapters
 from gralora_diffusion.training.runtime.acceleration import DTYPES

@@ -7,8 +7,8 @@ from dataclasses import fields
 
 import diffusers
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.generation import takes_negative_prompt
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import trained_components

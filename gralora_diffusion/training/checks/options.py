@@ -14,8 +14,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from gralora_diffusion.adapters.path_patterns import PatternError, path_pattern
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.fields import choices_of
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.layer_patterns import check_patterns

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in

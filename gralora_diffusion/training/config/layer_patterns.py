@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from gralora_diffusion.adapters.layer_config import PATTERNS, pattern_problem
+from gralora_diffusion.adapters.placement.layer_config import PATTERNS, pattern_problem
 
 from .options import AdapterOptions
 

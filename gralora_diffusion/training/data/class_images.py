@@ -20,8 +20,8 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from gralora_diffusion.base_models.loading import load_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.training.config.training_config import TrainingConfig

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 from PIL import Image
 from tqdm.auto import tqdm
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import MAX_BYTES, folder_images, is_image, read_image
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.safe_text import first_few

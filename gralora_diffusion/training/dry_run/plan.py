@@ -22,8 +22,8 @@ from torch._subclasses.fake_tensor import (
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import quantize_empty
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import class_pictures_there

@@ -23,16 +23,16 @@ from gralora_diffusion.adapters.adapter_file import (
 from gralora_diffusion.adapters.compatibility import adapter_tensors, set_adapter_tensors
 from gralora_diffusion.adapters.config import GraloraConfig
 from gralora_diffusion.adapters.injection import inject
-from gralora_diffusion.adapters.layer_config import (
+from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.placement.layer_config import (
     describe_unused,
     exact_pattern,
     pattern_key,
     unused_patterns,
 )
-from gralora_diffusion.adapters.layers import GraloraLayer
-from gralora_diffusion.adapters.targets import find_targets, is_named, lowered_k
-from gralora_diffusion.errors import CheckpointError, ConfigError
+from gralora_diffusion.adapters.placement.targets import find_targets, is_named, lowered_k
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.seeds import seed_from

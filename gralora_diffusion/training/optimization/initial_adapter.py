@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from gralora_diffusion.adapters.adapter_file import AdapterFileError, read_adapter
 from gralora_diffusion.adapters.compatibility import Fit, check_fit, set_adapter_tensors
 from gralora_diffusion.adapters.config import GraloraConfig
-from gralora_diffusion.adapters.layer_config import exact_pattern, layer_settings
-from gralora_diffusion.adapters.targets import adaptable_modules, find_targets
+from gralora_diffusion.adapters.placement.layer_config import exact_pattern, layer_settings
+from gralora_diffusion.adapters.placement.targets import adaptable_modules, find_targets
 from gralora_diffusion.base_models.meta_base import empty_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .adapters import ADAPTER_NAME, adapter_configs, trained_components

@@ -19,8 +19,8 @@ from diffusers.training_utils import (
 )
 from torch import Tensor
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.seeds import generator
 

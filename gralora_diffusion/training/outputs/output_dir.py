@@ -11,7 +11,7 @@ from typing import Any
 
 from huggingface_hub import create_repo, upload_folder
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned

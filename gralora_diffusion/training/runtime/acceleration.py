@@ -20,7 +20,7 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import torch.distributed as dist
 from accelerate import Accelerator
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 
 Value = TypeVar("Value")
 

@@ -20,8 +20,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.io.cleanup_on_exit import tidied
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 

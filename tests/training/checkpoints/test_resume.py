@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.checkpoints.resume import (
     PROGRESS_NAME,

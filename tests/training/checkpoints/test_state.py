@@ -13,7 +13,7 @@ import torch
 from accelerate.checkpointing import save_accelerator_state, save_custom_state
 from safetensors.torch import load_file, save_file
 
-from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.training.checkpoints.resume import PROGRESS_NAME
 from gralora_diffusion.training.checkpoints.state import RunState
 from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run

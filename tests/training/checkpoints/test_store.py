@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from gralora_diffusion.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 

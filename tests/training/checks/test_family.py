@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.optimization.adapters import trained_components
 from tests.training.runs import config

@@ -14,7 +14,7 @@ import yaml
 from diffusers.optimization import SchedulerType
 from PIL import Image
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.fields import choices_of
 from gralora_diffusion.training.checks.base import check_sizes
 from gralora_diffusion.training.checks.options import NEEDS, find_problems, validate

@@ -14,8 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from gralora_diffusion.base_models.loading import present
-from gralora_diffusion.errors import DataError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data import cache
 from gralora_diffusion.training.data.cache import (
     LatentCache,

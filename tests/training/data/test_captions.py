@@ -11,7 +11,7 @@ import pyarrow.parquet
 import pytest
 from PIL import Image
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data import captions
 from gralora_diffusion.training.data.captions import caption_files
 from gralora_diffusion.training.data.image_folder import find_examples

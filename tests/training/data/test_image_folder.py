@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import (

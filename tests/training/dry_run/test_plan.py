@@ -22,8 +22,8 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.base_models.meta_base import empty_base
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import ModelFamily, get_family
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.data.data_module import Batches, find_class_pictures, find_pictures

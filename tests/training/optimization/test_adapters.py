@@ -18,8 +18,8 @@ from peft.tuners.lora import LoraLayer
 from gralora_diffusion import inject
 from gralora_diffusion.adapters.adapter_file import config_to_dict, save_adapter
 from gralora_diffusion.adapters.layers import GraloraLayer
-from gralora_diffusion.errors import CheckpointError, ConfigError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.training.optimization.adapters import (
     adapter_configs,
     adapter_parameters,

@@ -15,7 +15,7 @@ from gralora_diffusion.adapters.adapter_file import (
     read_adapter,
     save_adapter,
 )
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.training import loop
 from tests import models

@@ -16,8 +16,8 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.optimization.objectives import DDPM, FlowMatching, make_objective
 from tests.models import PIPELINES
 from tests.training.runs import config

@@ -12,8 +12,8 @@ from torch import nn
 from torch._inductor.utils import fresh_cache
 
 from gralora_diffusion.adapters.injection import inject
-from gralora_diffusion.errors import ConfigError
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.runtime.acceleration import (
     compile_repeated_blocks,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from accelerate import Accelerator
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.runtime.agreement import (
     check_alike,
     from_first,
@@ -17,7 +17,7 @@ from tests.training.machines import on_two_machines
 PROGRAM = """
 import os
 from accelerate import Accelerator
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.processes import (
     OtherProcessFailed, check_alike, from_first, together, wait_for_all
 )

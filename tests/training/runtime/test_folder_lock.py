@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from gralora_diffusion.errors import ConfigError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.runtime import folder_lock
 from gralora_diffusion.training.runtime.folder_lock import LOCK_NAME, OWNER_NAME, owned
 

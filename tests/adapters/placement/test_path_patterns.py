@@ -10,16 +10,16 @@ from safetensors.torch import save_file
 
 from gralora_diffusion import GraloraConfig, inject
 from gralora_diffusion.adapters.adapter_file import read_adapter, save_adapter
-from gralora_diffusion.adapters.layer_config import exact_pattern, pattern_key
-from gralora_diffusion.adapters.path_patterns import (
+from gralora_diffusion.adapters.placement.layer_config import exact_pattern, pattern_key
+from gralora_diffusion.adapters.placement.path_patterns import (
     PathPattern,
     PatternError,
     _Automaton,
     check_cost,
     sre_parse,
 )
-from gralora_diffusion.errors import AdapterFileError
 from gralora_diffusion.inspection import inspect_file
+from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.lora_import import gralora_from_lora
 from tests.models import PIPELINES
 

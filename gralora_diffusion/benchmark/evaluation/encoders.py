@@ -27,7 +27,7 @@ from transformers.utils import (
     WEIGHTS_NAME,
 )
 
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import MAX_BYTES, ImageError, as_srgb, read_image
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.training.checks.paths import model_problem

@@ -10,7 +10,7 @@ from peft.utils.other import get_pattern_key
 from torch import nn
 
 from gralora_diffusion import GraloraConfig
-from gralora_diffusion.adapters.layer_config import (
+from gralora_diffusion.adapters.placement.layer_config import (
     describe_unused,
     exact_pattern,
     invalid_values,

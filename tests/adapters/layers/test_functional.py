@@ -2,7 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.layers import functional
 from tests.reference import dense_update, relative_error
 
 SHAPES = [  # in, out, r, k

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from gralora_diffusion.adapters import functional
+from gralora_diffusion.adapters.layers import functional
 from gralora_diffusion.adapters.layers.fused_linear import Update, adapted_linear, choose_way
 from tests.reference import dense_update, relative_error
 

@@ -5,7 +5,7 @@ from torch import nn
 
 from gralora_diffusion import TargetError, inject
 from gralora_diffusion.adapters.layers import GraloraLayer
-from gralora_diffusion.adapters.targets import find_targets, lowered_k, misfits
+from gralora_diffusion.adapters.placement.targets import find_targets, lowered_k, misfits
 from tests import models
 from tests.models import config
 

@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel, WanTransformer3DModel
 from torch import nn
 
 from gralora_diffusion import GraloraLinear, TargetError, eject, inject
-from gralora_diffusion.adapters.fused_projections import replaced_projections
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.adapters.placement.fused_projections import replaced_projections
 from tests.models import PIPELINES, config, unet
 
 ATTENTION = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]

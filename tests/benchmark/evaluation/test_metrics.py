@@ -12,9 +12,9 @@ from PIL import Image
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
 
-from gralora_diffusion.benchmark import metrics
-from gralora_diffusion.benchmark.encoders import load_encoder
-from gralora_diffusion.benchmark.metrics import (
+from gralora_diffusion.benchmark.evaluation import metrics
+from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
+from gralora_diffusion.benchmark.evaluation.metrics import (
     diversity,
     paired_similarity,
     pairwise_similarity,
@@ -23,7 +23,7 @@ from gralora_diffusion.benchmark.metrics import (
     score_prior,
     score_subject,
 )
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.io.errors import DataError
 from tests.benchmark import judges
 
 

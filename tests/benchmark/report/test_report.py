@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from gralora_diffusion.benchmark.evaluation.results import Unreadable
 from gralora_diffusion.benchmark.report import write_report
-from gralora_diffusion.benchmark.results import Unreadable
 from gralora_diffusion.io.staging import OutputError
 from tests.benchmark.pages import Page
 from tests.benchmark.trials import METHODS, SUBJECTS, keys, unit, written

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from gralora_diffusion.deprecated_paths import MODULES, NAMES
+from gralora_diffusion.io.deprecated_paths import MODULES, NAMES
 
 
 @pytest.mark.parametrize("old", sorted(MODULES))
@@ -34,12 +34,12 @@ def test_the_warning_is_of_the_line_that_imports():
         "import gralora_diffusion.warm_start.files\n"
         "from gralora_diffusion import blockwise\n"
         "from gralora_diffusion.training.config import TrainingConfig, parse_config\n"
-        "from gralora_diffusion.adapters import functional\n"
+        "from gralora_diffusion.adapters.layers import functional\n"
         "assert blockwise.init_factors is functional.init_factors\n"
     )
     line = [sys.executable, "-W", "default::DeprecationWarning:__main__", "-c", program]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
-    told = [text.split(":")[1] for text in done.stderr.splitlines() if "is now" in text]
+    told = [text.split(":")[1] for text in done.stderr.splitlines() if "is now gralora_diffusion" in text]
     assert told == ["3", "3", "5"]
 
 

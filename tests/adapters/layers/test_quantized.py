@@ -15,9 +15,9 @@ from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
 from gralora_diffusion import inject
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
-from gralora_diffusion.adapters.functional import lora_factors
 from gralora_diffusion.adapters.layers import GraloraLinear
-from gralora_diffusion.adapters.targets import base_of, quantization_of
+from gralora_diffusion.adapters.layers.functional import lora_factors
+from gralora_diffusion.adapters.placement.targets import base_of, quantization_of
 from tests.models import adapt, draw
 from tests.quantized import KINDS, dequantized, identical, pipeline, quantize, stored
 from tests.reference import dense_update, relative_error

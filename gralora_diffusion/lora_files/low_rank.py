@@ -19,7 +19,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .functional import delta_weight
+from gralora_diffusion.adapters.layers.functional import delta_weight
 
 Pair = tuple[Tensor, Tensor]
 
@@ -81,7 +81,7 @@ def gralora_singular_values(A: Tensor, B: Tensor, general: Pair | None = None) -
     and output blocks do not overlap, so each has a basis of its own.
 
     Args:
-        A, B: see :mod:`gralora_diffusion.adapters.functional`.
+        A, B: see :mod:`gralora_diffusion.adapters.layers.functional`.
         general: the hybrid's pair, (hybrid, in, ...) and (out, hybrid).
     """
     (k, _, r), o = A.shape[:3], B.shape[2]
@@ -148,7 +148,7 @@ def split(down: Tensor, up: Tensor, rank: int) -> tuple[Pair, Pair]:
 
 
 def gralora_factors(down: Tensor, up: Tensor, rank: int, k: int) -> tuple[Tensor, Tensor, float]:
-    """Return the pair in GraLoRA's layout (:mod:`gralora_diffusion.adapters.functional`), unscaled.
+    """Return the pair in GraLoRA's layout (:mod:`..adapters.layers.functional`), unscaled.
 
     Block (j, n) of the update is the j-th of k parts of ``up``'s rows times the n-th of ``down``'s
     columns, a pair of rank R, and GraLoRA has room for rank / k there. If that is at least R, the

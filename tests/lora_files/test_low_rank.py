@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from gralora_diffusion.adapters import functional, low_rank
+from gralora_diffusion.adapters.layers import functional
+from gralora_diffusion.lora_files import low_rank
 from tests.reference import dense_update, relative_error
 
 # in, out, R, kernel: wide, tall, a rank above both sides, convolutions

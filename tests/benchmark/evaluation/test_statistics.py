@@ -6,7 +6,7 @@ import math
 import numpy as np
 import pytest
 
-from gralora_diffusion.benchmark.statistics import (
+from gralora_diffusion.benchmark.evaluation.statistics import (
     MIN_SUBJECTS,
     compare,
     estimate,

@@ -10,16 +10,21 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from importlib.abc import Loader
 from importlib.machinery import ModuleSpec
-from importlib.util import spec_from_loader
 from types import ModuleType
 from typing import Any
 
-_PACKAGE = __package__ or ""
+_PACKAGE = __name__.partition(".")[0]
 #: Module of version 0.1 -> where its contents are now.
 MODULES = {
     "benchmark.claims": "benchmark.trial_locks",
     "benchmark.class_pictures": "benchmark.class_images",
+    "benchmark.encoders": "benchmark.evaluation.encoders",
+    "benchmark.metrics": "benchmark.evaluation.metrics",
+    "benchmark.results": "benchmark.evaluation.results",
+    "benchmark.scores": "benchmark.evaluation.scores",
+    "benchmark.statistics": "benchmark.evaluation.statistics",
     "benchmark.kept": "benchmark.run_config",
     "benchmark.mechanism": "benchmark.diagnostics",
     "benchmark.report.content": "benchmark.report.report_data",
@@ -29,19 +34,19 @@ MODULES = {
     "benchmark.report.sentences": "benchmark.report.summary",
     "benchmark.running": "benchmark.runner",
     "benchmark.told": "benchmark.effective_settings",
-    "blockwise": "adapters.functional",
+    "blockwise": "adapters.layers.functional",
     "bookkeeping": "pipelines.diffusers_registry",
     "colour_profiles": "io.colour_profiles",
     "command_line": "io.process",
     "compatibility": "adapters.compatibility",
     "config": "adapters.config",
-    "config_values": "adapters.layer_config",
+    "config_values": "adapters.placement.layer_config",
     "empty_models": "base_models.meta_models",
     "export.ways": "export.loaders",
     "factors": "adapters.layers.parameters",
     "file_names": "io.file_names",
     "fused_linear": "adapters.layers.fused_linear",
-    "fused_projections": "adapters.fused_projections",
+    "fused_projections": "adapters.placement.fused_projections",
     "hub": "io.hub",
     "image_files": "io.image_files",
     "injection": "adapters.injection",
@@ -58,18 +63,18 @@ MODULES = {
     "lora_config": "lora_files.peft_config",
     "lora_keys": "lora_files.keys",
     "lora_scaling": "lora_files.scaling",
-    "low_rank": "adapters.low_rank",
+    "low_rank": "lora_files.low_rank",
     "model_folder": "base_models.folder",
     "offloading": "pipelines.offloading",
     "original_file": "base_models.single_file_header",
-    "path_patterns": "adapters.path_patterns",
+    "path_patterns": "adapters.placement.path_patterns",
     "pipeline_methods": "pipelines.methods",
     "regular_files": "io.regular_files",
     "safe_text": "io.safe_text",
     "sampling": "pipelines.generation",
     "staging": "io.staging",
     "state": "adapters.adapter_file",
-    "targets": "adapters.targets",
+    "targets": "adapters.placement.targets",
     "tensor_files": "io.tensor_files",
     "training.acceleration": "training.runtime.acceleration",
     "training.adapters": "training.optimization.adapters",
@@ -128,14 +133,14 @@ MODULES = {
 }
 #: What is in another place than the rest of its module, or has another name.
 NAMES = {
-    "tensor_files.AdapterFileError": "errors.AdapterFileError",
+    "tensor_files.AdapterFileError": "io.errors.AdapterFileError",
     "tensor_files.some": "io.safe_text.first_few",
     "training.base_model.completed": "training.checks.base.resolve_defaults",
     "training.buckets.size_problems": "training.checks.options.size_problems",
-    "training.checkpoint.CheckpointError": "errors.CheckpointError",
-    "training.config.ConfigError": "errors.ConfigError",
+    "training.checkpoint.CheckpointError": "io.errors.CheckpointError",
+    "training.config.ConfigError": "io.errors.ConfigError",
     "training.config.group_table": "options.fields.group_table",
-    "training.config_checks.ConfigError": "errors.ConfigError",
+    "training.config_checks.ConfigError": "io.errors.ConfigError",
     "training.config_checks.OPTIMIZERS": "training.config.options.OPTIMIZERS",
     "training.config_checks.check_sizes": "training.checks.base.check_sizes",
     "training.config_options.BaseModelOptions": "base_models.options.BaseModelOptions",
@@ -144,7 +149,7 @@ NAMES = {
     "training.config_picture_options.DataOptions": "training.config.options.DataOptions",
     "training.config_picture_options.ImageOptions": "training.config.options.ImageOptions",
     "training.config_picture_options.PriorOptions": "training.config.options.PriorOptions",
-    "training.data.DataError": "errors.DataError",
+    "training.data.DataError": "io.errors.DataError",
     "training.empty_base.check_without_weights": "training.checks.base.check_without_weights",
     "training.memory.optimizer_state_bytes": (
         "training.optimization.optimizers.optimizer_state_bytes"
@@ -201,10 +206,10 @@ class _Finder:
         if old == fullname or new is None or new.startswith(f"{old}."):
             return None
         is_package = any(name.startswith(f"{old}.") for name in MODULES)
-        return spec_from_loader(fullname, _Loader(), is_package=is_package)
+        return ModuleSpec(fullname, _Loader(), is_package=is_package)
 
 
-class _Loader:
+class _Loader(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return None
 

@@ -14,9 +14,13 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Model, ViTModel
 
-from gralora_diffusion.benchmark import encoders
-from gralora_diffusion.benchmark.encoders import load_encoder, read_picture, source_problem
-from gralora_diffusion.errors import DataError
+from gralora_diffusion.benchmark.evaluation import encoders
+from gralora_diffusion.benchmark.evaluation.encoders import (
+    load_encoder,
+    read_picture,
+    source_problem,
+)
+from gralora_diffusion.io.errors import DataError
 from tests.benchmark import judges
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from gralora_diffusion.benchmark.scores import score_named, score_order
+from gralora_diffusion.benchmark.evaluation.scores import score_named, score_order
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 
-from gralora_diffusion.benchmark.results import (
+from gralora_diffusion.benchmark.evaluation.results import (
     RESULT_NAME,
     ResultFileError,
     UnitKey,

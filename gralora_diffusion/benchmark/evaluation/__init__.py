@@ -1,0 +1,1 @@
+"""How a trial is evaluated: encoders, scores, results on disk, statistics."""
