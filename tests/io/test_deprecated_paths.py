@@ -39,7 +39,11 @@ def test_the_warning_is_of_the_line_that_imports():
     )
     line = [sys.executable, "-W", "default::DeprecationWarning:__main__", "-c", program]
     done = subprocess.run(line, capture_output=True, text=True, check=True)
-    told = [text.split(":")[1] for text in done.stderr.splitlines() if "is now gralora_diffusion" in text]
+    told = [
+        text.split(":")[1]
+        for text in done.stderr.splitlines()
+        if "is now gralora_diffusion" in text
+    ]
     assert told == ["3", "3", "5"]
 
 
