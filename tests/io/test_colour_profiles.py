@@ -156,7 +156,9 @@ def test_cmyk_with_a_profile(file_format):
 
 
 @pytest.mark.parametrize(
-    "profile", [b"nonsense", SRGB[:60], SRGB[:200], b"\0" * 400, SRGB[:16] + b"NOPE" + SRGB[20:]]
+    "profile",
+    [b"nonsense", SRGB[:60], SRGB[:200], b"\0" * 400, SRGB[:16] + b"NOPE" + SRGB[20:]],
+    ids=["text", "cut header", "cut table", "zeros", "no colour space"],  # SRGB holds the time
 )
 def test_a_damaged_profile_is_told_and_passed_over(profile):
     got, remarks = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
