@@ -170,5 +170,5 @@ def draw(pipe: Any, **options: Any) -> Tensor:
     torch.manual_seed(3)  # for the pipelines that do not use the generator everywhere
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments = {key: value for key, value in arguments.items() if key in taken}
-    pictures = pipe(**{**arguments, **_ARGUMENTS.get(name, {}), **options})[0]
-    return torch.as_tensor(pictures).float()
+    images = pipe(**{**arguments, **_ARGUMENTS.get(name, {}), **options})[0]
+    return torch.as_tensor(images).float()

@@ -230,7 +230,7 @@ def test_a_layer_that_is_some_rows_of_a_weight():
         ("text_encoder_2", r"not loaded.*text_encoder_2; such as.*strength_clip to 0"),
     ],
 )
-def test_a_layer_that_the_model_lacks_stops_it(component, message):
+def test_a_layer_that_the_model_misses_stops_it(component, message):
     with pytest.raises(node.GraloraError, match=message):
         node.lora_for([layer(component)], {"lora_unet_attn_to_q": "to_q.weight"}, {})
 

@@ -176,7 +176,7 @@ def test_predict_gives_the_denoiser_what_the_pipeline_gives(name, dtype):
     )
     (theirs,), (theirs_predicted,) = seen, predicted
     conditioning = family.encode_prompts(pipe, prompts)
-    conditioning |= family.picture_conditioning(pipe, sizes, torch.zeros_like(sizes), sizes, 1.0)
+    conditioning |= family.image_conditioning(pipe, sizes, torch.zeros_like(sizes), sizes, 1.0)
     assert all(len(tensor) == 2 for tensor in conditioning.values())
     timesteps = torch.as_tensor(theirs["timestep"]).float().expand(2)
     if "hidden_states" in theirs and theirs["hidden_states"].ndim == 3:

@@ -41,14 +41,14 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
         )
     elif options.base_config:
         index = PipelineIndex("base_config", options.base_config, options.cache_dir)
-    family = _told_family(options, index)
+    family = _named_family(options, index)
     if Path(base).is_file():
         family = SingleFile(Path(base)).family_told(family)
     assert family is not None
     return family
 
 
-def _told_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:
+def _named_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:
     """The family that ``--family`` and the index, if there is one, agree on."""
     chosen = get_family(options.family) if options.family else None
     if index is None:
@@ -140,7 +140,7 @@ def freeze(pipe: Any) -> None:
             _remove_dropout(component)
 
 
-def present(pipe: Any, names: Iterable[str]) -> list[nn.Module]:
+def existing_models(pipe: Any, names: Iterable[str]) -> list[nn.Module]:
     """Return those of the pipeline's models that are there: it may lack a text encoder."""
     return [model for name in names if (model := getattr(pipe, name)) is not None]
 

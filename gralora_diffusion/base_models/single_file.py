@@ -140,9 +140,9 @@ class SingleFile(OriginalFile):
     def _held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
         """VAE and text encoders that the file holds -> how their keys begin."""
         held: dict[str, tuple[str, ...]] = {"vae": VAES}
-        for name, layouts in family.original_layouts.items():
+        for name, key_maps in family.original_key_maps.items():
             if name in family.all_text_encoders:
-                held[name] = tuple(prefix for layout in layouts for prefix in layout.prefixes)
+                held[name] = tuple(prefix for key_map in key_maps for prefix in key_map.prefixes)
         return {name: starts for name, starts in held.items() if self.begins_with(starts)}
 
     # -- what lacks --------------------------------------------------------------------------------
@@ -180,9 +180,9 @@ class SingleFile(OriginalFile):
                 left_out |= without_text_encoder(name)
                 logger.warning("the base is loaded without %s, which %s lacks", name, self.path)
             else:
-                lacks = "configuration" if name in held else "weights"
+                misses = "configuration" if name in held else "weights"
                 problems.append(
-                    f"--base_config {index.source}: no {lacks} of the {name} there, which the "
+                    f"--base_config {index.source}: no {misses} of the {name} there, which the "
                     "single file needs from it. Give a pipeline that has them"
                 )
         if problems:

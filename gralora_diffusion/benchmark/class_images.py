@@ -10,12 +10,15 @@ from accelerate import Accelerator
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.class_images import class_pictures_lacking, draw_class_images
+from gralora_diffusion.training.data.class_images import (
+    generate_class_images,
+    missing_class_images,
+)
 
 from .trial_locks import WAIT_SECONDS, claim
 
 
-def draw_class_pictures(
+def share_class_images(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
 ) -> None:
     """Draw the class pictures that lack, if there are to be any.
@@ -24,10 +27,10 @@ def draw_class_pictures(
     on none. Their noise is not of the unit's seed: which of the seeds comes first is chance.
     """
     folder = Path(config.class_data_dir or "")
-    while class_pictures_lacking(config):
+    while missing_class_images(config):
         mine = claim(folder.with_name(f".{folder.name}"))
         if mine is None:
             time.sleep(WAIT_SECONDS)
             continue
         with mine:
-            draw_class_images(replace(config, seed=0), family, accelerator)
+            generate_class_images(replace(config, seed=0), family, accelerator)

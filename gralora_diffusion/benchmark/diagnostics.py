@@ -25,7 +25,7 @@ from torch.func import functional_call
 
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.adapters.placement.targets import base_of, fitting_k
-from gralora_diffusion.benchmark.evaluation.results import Mechanism
+from gralora_diffusion.benchmark.evaluation.results import Diagnostics
 from gralora_diffusion.lora_files.low_rank import (
     effective_rank,
     gralora_singular_values,
@@ -35,7 +35,7 @@ from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimization.optimizers import evaluating
 
 
-class MechanismLog:
+class DiagnosticsLog:
     """Watches a training and keeps what :class:`Mechanism` asks for; changes no bit of it.
 
     What is not finite is left out: a step of a layer, the outliers of a layer with a median of 0
@@ -88,7 +88,7 @@ class MechanismLog:
 
         Args:
             in_use: gives a context inside which the parameters are those to use, as
-                ``weights_for_use`` does; by default the optimizer's own, of schedule-free.
+                ``inference_weights`` does; by default the optimizer's own, of schedule-free.
         """
         self._forget()
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
@@ -104,10 +104,10 @@ class MechanismLog:
         with evaluating(optimizer) if in_use is None else in_use():
             self._ranks = {path: update.effective_rank() for path, update in updates.items()}
 
-    def result(self) -> Mechanism:
+    def result(self) -> Diagnostics:
         """What was logged so far; the effective rank once :meth:`watch` is over."""
         outliers = {path: _outliers(squares) for path, squares in self._squares.items()}
-        return Mechanism(deepcopy(self._norms), _finite(self._ranks), _finite(outliers))
+        return Diagnostics(deepcopy(self._norms), _finite(self._ranks), _finite(outliers))
 
     def _logs_now(self) -> bool:
         return self._done + 1 in self._steps

@@ -50,9 +50,9 @@ class Subject:
         return self.class_name in LIVE_CLASSES
 
     @property
-    def pictures(self) -> list[Path]:
+    def images(self) -> list[Path]:
         """The pictures to learn, sorted by name."""
-        return _pictures(self.folder)
+        return _images(self.folder)
 
     @property
     def class_prompt(self) -> str:
@@ -96,10 +96,10 @@ def read_subjects(
         advice = (
             "Give a clone of https://github.com/google/dreambooth, or a folder like its dataset"
         )
-        lacking = (
+        missing = (
             f"there is no {PROMPTS_NAME} in it" if folder.is_dir() else "there is no such folder"
         )
-        raise DataError(str(folder), [f"{lacking}. {advice}"])
+        raise DataError(str(folder), [f"{missing}. {advice}"])
     classes, templates = read_prompts(path)
     if unknown := [name for name in names if name not in classes]:
         raise DataError(
@@ -115,9 +115,9 @@ def read_subjects(
         if not names or name in names
     ]
     if problems := [
-        f"{s.name}: {'no picture in it' if s.folder.is_dir() else 'there is no such folder'}"
+        f"{s.name}: {'no image in it' if s.folder.is_dir() else 'there is no such folder'}"
         for s in subjects
-        if not s.folder.is_dir() or not s.pictures
+        if not s.folder.is_dir() or not s.images
     ]:
         raise DataError(str(dataset), problems)
     return subjects
@@ -129,7 +129,7 @@ def _subject(folder: Path, class_name: str, templates: tuple[str, ...]) -> Subje
     return Subject(folder.name, class_name, train, templates, held_out)
 
 
-def _pictures(folder: Path) -> list[Path]:
+def _images(folder: Path) -> list[Path]:
     return [folder / name for name in folder_images(path.name for path in folder.iterdir()).images]
 
 

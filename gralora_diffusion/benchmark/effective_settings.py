@@ -27,7 +27,7 @@ _ALWAYS_TOLD = (
 )
 
 
-def told_settings(
+def effective_settings(
     settings: BenchmarkSettings,
     method: Method,
     config: TrainingConfig,
@@ -58,7 +58,7 @@ def told_settings(
     }
 
 
-def told_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[str, Any]:
+def named_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[str, Any]:
     """``layers`` and ``lowered_k`` of the result, of models with a method put on."""
     layers = sum(isinstance(m, BaseTunerLayer) for model in models for m in model.modules())
     return {"layers": layers or None, "lowered_k": lowered_ks(models, config)}

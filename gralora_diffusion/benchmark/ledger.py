@@ -11,9 +11,9 @@ from typing import NamedTuple, TypeVar
 
 from gralora_diffusion.benchmark.evaluation.results import (
     RESULT_NAME,
-    UNITS_FOLDER,
+    TRIALS_FOLDER,
     ResultFileError,
-    UnitKey,
+    TrialKey,
     Unreadable,
     read_result,
 )
@@ -32,7 +32,7 @@ FAILURE_NAME = "failed.json"
 Learned = TypeVar("Learned")
 
 
-class Unit(NamedTuple):
+class Trial(NamedTuple):
     """A method, a task and a seed: trained, drawn and judged once."""
 
     task: Task
@@ -40,8 +40,8 @@ class Unit(NamedTuple):
     seed: int
 
     @property
-    def key(self) -> UnitKey:
-        return UnitKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
+    def key(self) -> TrialKey:
+        return TrialKey(self.task.protocol, self.task.subject, self.method.name, self.seed)
 
 
 def in_order(
@@ -69,38 +69,38 @@ class Ledger:
         #: Result files that were read, by what tells that they are still the same.
         self._good: dict[Path, tuple[int, int]] = {}
 
-    def folder(self, unit: Unit) -> Path:
-        return self.output / unit.key.path
+    def folder(self, trial: Trial) -> Path:
+        return self.output / trial.key.path
 
-    def left(self, units: Sequence[Unit]) -> list[Unit]:
+    def left(self, trials: Sequence[Trial]) -> list[Trial]:
         """Those that have neither a result that can be read nor failed."""
-        return [unit for unit in units if not self._is_over(unit)]
+        return [trial for trial in trials if not self._is_over(trial)]
 
-    def fail(self, unit: Unit, error: Exception) -> None:
+    def fail(self, trial: Trial, error: Exception) -> None:
         """Keep why a unit failed; nobody tries again until asked to."""
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        with replacing(self.folder(unit) / FAILURE_NAME) as temporary:
+        with replacing(self.folder(trial) / FAILURE_NAME) as temporary:
             temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     def failures(self) -> list[Unreadable]:
         """Which units failed, and why."""
         return [
             Unreadable(path, f"the unit failed: {_why(path)}")
-            for path in sorted((self.output / UNITS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
+            for path in sorted((self.output / TRIALS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
         ]
 
-    def forget_failures(self, units: Sequence[Unit], before: float) -> None:
+    def forget_failures(self, trials: Sequence[Trial], before: float) -> None:
         """Forget those that are older than ``before`` seconds: others may have failed anew."""
-        for unit in units:
-            path = self.folder(unit) / FAILURE_NAME
+        for trial in trials:
+            path = self.folder(trial) / FAILURE_NAME
             if path.exists() and age(path) > before:
                 path.unlink(missing_ok=True)
 
-    def _is_over(self, unit: Unit) -> bool:
-        folder = self.folder(unit)
-        return self._has_result(unit, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
+    def _is_over(self, trial: Trial) -> bool:
+        folder = self.folder(trial)
+        return self._has_result(trial, folder / RESULT_NAME) or (folder / FAILURE_NAME).exists()
 
-    def _has_result(self, unit: Unit, path: Path) -> bool:
+    def _has_result(self, trial: Trial, path: Path) -> bool:
         try:
             facts = path.stat()
         except OSError:
@@ -109,7 +109,7 @@ class Ledger:
         if self._good.get(path) == same:
             return True
         try:
-            if (key := read_result(path).key) != unit.key:
+            if (key := read_result(path).key) != trial.key:
                 raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
         except ResultFileError as error:
             if path not in self._told:

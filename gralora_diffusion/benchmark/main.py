@@ -13,19 +13,19 @@ from contextlib import contextmanager
 import torch
 from tqdm.auto import tqdm
 
-from gralora_diffusion.benchmark.evaluation.results import UnitKey, read_results, write_result
+from gralora_diffusion.benchmark.evaluation.results import TrialKey, read_results, write_result
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 
-from .ledger import FAILURE_NAME, Ledger, Unit, in_order
+from .ledger import FAILURE_NAME, Ledger, Trial, in_order
 from .report import write_report
-from .run_config import check_same_run, parse_settings, write_down
-from .runner import ADAPTER, PICTURES, Runner
+from .run_config import check_same_run, parse_settings, save_run_config
+from .runner import ADAPTER, IMAGES, Runner
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
-from .trial_locks import WAIT_SECONDS, Claim, claim, claimant
+from .trial_locks import WAIT_SECONDS, TrialLock, claim, holder
 
 logger = logging.getLogger(__name__)
 
@@ -73,14 +73,14 @@ def benchmark(settings: BenchmarkSettings) -> int:
     check_same_run(settings)
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
-    for remark in settings.remarks():
-        logger.warning(remark)
+    for warning in settings.warnings():
+        logger.warning(warning)
     tasks = read_tasks(settings)
     with _alone() as rank, accelerate_left_as_it_was():
-        units = [Unit(*found) for found in in_order(settings, tasks)]
+        trials = [Trial(*found) for found in in_order(settings, tasks)]
         if settings.retry_failed:
-            Ledger(settings.folder).forget_failures(units, time.monotonic() - began)
-        _run_all(settings, units, show=rank == 0)
+            Ledger(settings.folder).forget_failures(trials, time.monotonic() - began)
+        _run_all(settings, trials, show=rank == 0)
         return _report(settings, tasks) if rank == 0 else 0
 
 
@@ -102,64 +102,64 @@ def _alone() -> Iterator[int]:
         os.environ.update(before)
 
 
-def _run_all(settings: BenchmarkSettings, units: Sequence[Unit], show: bool) -> None:
+def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -> None:
     """Do what nobody has done, and wait for what others are doing."""
     ledger = Ledger(settings.folder)
     runner: Runner | None = None
     bar = tqdm(
-        initial=len(units) - len(ledger.left(units)),
-        total=len(units),
+        initial=len(trials) - len(ledger.left(trials)),
+        total=len(trials),
         desc="benchmark",
-        unit="unit",
+        trial="unit",
         smoothing=0,  # the estimate is by all units of this run
         disable=not show,
     )
     with bar:
-        while left := ledger.left(units):
+        while left := ledger.left(trials):
             idle = True
-            for unit in left:
-                mine = claim(ledger.folder(unit))
+            for trial in left:
+                mine = claim(ledger.folder(trial))
                 if mine is None:
                     continue
                 with mine:
-                    if ledger.left([unit]):  # not done between the look and the claim
+                    if ledger.left([trial]):  # not done between the look and the claim
                         idle = False
-                        bar.set_postfix_str(str(unit.key))
+                        bar.set_postfix_str(str(trial.key))
                         if runner is None:
-                            runner = Runner(settings, unit.task.config)
-                            write_down(settings)  # now that base and encoders are there
-                        _do(runner, unit, ledger, mine)
-                bar.update(len(units) - len(ledger.left(units)) - bar.n)
-            if idle and (waiting := ledger.left(units)):
-                bar.set_postfix_str(f"waiting for {claimant(ledger.folder(waiting[0]))}")
+                            runner = Runner(settings, trial.task.config)
+                            save_run_config(settings)  # now that base and encoders are there
+                        _do(runner, trial, ledger, mine)
+                bar.update(len(trials) - len(ledger.left(trials)) - bar.n)
+            if idle and (waiting := ledger.left(trials)):
+                bar.set_postfix_str(f"waiting for {holder(ledger.folder(waiting[0]))}")
                 time.sleep(WAIT_SECONDS)
 
 
-def _do(runner: Runner, unit: Unit, ledger: Ledger, mine: Claim) -> None:
+def _do(runner: Runner, trial: Trial, ledger: Ledger, mine: TrialLock) -> None:
     """Do a unit; what goes wrong with it is kept, and the others go on.
 
     Raises:
         OSError: the disk is full, or gone.
         DeviceBroken: the device cannot be used any more. The unit counts as failed.
     """
-    folder = ledger.folder(unit)
+    folder = ledger.folder(trial)
     try:
-        result = runner.run(unit.task, unit.method, unit.seed, mine.work, folder)
+        result = runner.run(trial.task, trial.method, trial.seed, mine.work, folder)
         if mine.is_held():
-            mine.hand_over(PICTURES, ADAPTER)
+            mine.hand_over(IMAGES, ADAPTER)
             write_result(result, folder)
             (folder / FAILURE_NAME).unlink(missing_ok=True)
     except Exception as error:
         if not mine.is_held():
-            logger.warning("%s was taken over by %s", unit.key, claimant(folder) or "another")
+            logger.warning("%s was taken over by %s", trial.key, holder(folder) or "another")
         elif isinstance(error, OSError):
             raise  # it will not be better with the next unit
         else:
-            ledger.fail(unit, error)
-            logger.error("%s failed: %s", unit.key, error)
+            ledger.fail(trial, error)
+            logger.error("%s failed: %s", trial.key, error)
         if broken := device_error(error):
             raise DeviceBroken(
-                f"{unit.key}: {str(broken).splitlines()[0]}. After that this process cannot use "
+                f"{trial.key}: {str(broken).splitlines()[0]}. After that this process cannot use "
                 "the device any more. The same command goes on with the other units, and with "
                 "--retry_failed does this one again"
             ) from error
@@ -192,7 +192,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
     # without the pictures it is not known of which subjects all is missing
     learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
-        UnitKey(*place, method.name, seed)
+        TrialKey(*place, method.name, seed)
         for place, method, seed in in_order(settings, dict.fromkeys(learned))
     ]
     page = write_report(
@@ -201,7 +201,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
         title=settings.title,
         expected=expected,
         unreadable=[*unreadable, *failures],
-        real_pictures={task.subject: task.real for task in tasks if task.protocol == "subject"},
+        real_images={task.subject: task.real for task in tasks if task.protocol == "subject"},
         settings=settings.record(),
     )
     print_safely(page)

@@ -34,7 +34,7 @@ from gralora_diffusion.training.optimization.adapters import (
     ADAPTER_NAME,
     adapter_configs,
     add_adapters,
-    read_out,
+    extract,
     trained_components,
 )
 
@@ -139,7 +139,7 @@ class Method:
             "learning_rate": None if self.kind == "base" else config.learning_rate,
         }
 
-    def put_on(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
+    def attach(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
         """Put it on a bare pipeline, new, the same for the same seed; return the components.
 
         Args:
@@ -188,7 +188,7 @@ class Method:
         Nothing for full fine-tuning, whose file would be as large as the base.
         """
         if self.kind == "gralora":
-            save_adapter(read_out(pipe, family, components), folder / WEIGHTS_NAME)
+            save_adapter(extract(pipe, family, components), folder / WEIGHTS_NAME)
         elif self.kind != "full":
             tensors = {
                 f"{component}.{key}": tensor.detach().cpu().contiguous()
@@ -245,7 +245,7 @@ def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Ite
         yield
     finally:
         for model in models:
-            take_off(model)
+            detach(model)
             for parameter in model.parameters():
                 parameter.requires_grad_(False)
                 parameter.grad = None
@@ -254,7 +254,7 @@ def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Ite
                 parameter.data = weight.to(parameter.device)
 
 
-def take_off(model: Any) -> None:
+def detach(model: Any) -> None:
     """Take every adapter off a model, of whatever kind; the base layers stay."""
     for parent in list(model.modules()):
         for attribute, module in list(parent.named_children()):

@@ -86,7 +86,7 @@ class ComparedOptions:
 
 
 @dataclass(kw_only=True)
-class DrawingOptions:
+class GenerationOptions:
     """The pictures that are drawn of each unit."""
 
     _argument_group_name: ClassVar[str] = "Drawing"
@@ -141,7 +141,12 @@ class RunOptions:
     )
 
 
-BENCHMARK_GROUPS: tuple[type, ...] = (ComparedOptions, DrawingOptions, JudgingOptions, RunOptions)
+BENCHMARK_GROUPS: tuple[type, ...] = (
+    ComparedOptions,
+    GenerationOptions,
+    JudgingOptions,
+    RunOptions,
+)
 
 
 def training_groups() -> tuple[type, ...]:

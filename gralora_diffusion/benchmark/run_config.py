@@ -54,10 +54,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
             raise ConfigError([f"--report_only: there is no {path}. Give a run's --output_dir"])
         given = list(sys.argv[1:] if argv is None else argv)
         options = _parsed(["--config", str(path), *given])
-    lacking = [name for name in ("methods", "seeds") if options[name] is None]
-    if lacking and (kept := _kept_in(path)):
-        options |= {name: list(getattr(kept, name)) for name in lacking}
-        some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in lacking)
+    missing = [name for name in ("methods", "seeds") if options[name] is None]
+    if missing and (kept := _kept_in(path)):
+        options |= {name: list(getattr(kept, name)) for name in missing}
+        some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in missing)
         logger.info("as kept in %s: %s", path, some)
     return _settings(options)
 
@@ -129,7 +129,7 @@ def check_same_run(settings: BenchmarkSettings) -> None:
     _earlier(settings)
 
 
-def write_down(settings: BenchmarkSettings) -> None:
+def save_run_config(settings: BenchmarkSettings) -> None:
     """Keep the options in the run's folder, to be read again with ``--config`` from anywhere.
 
     Raises:
@@ -141,7 +141,7 @@ def write_down(settings: BenchmarkSettings) -> None:
 
 
 def _write_down(settings: BenchmarkSettings) -> None:
-    folder, record = settings.folder, _placed(settings.record())
+    folder, record = settings.folder, resolve_paths(settings.record())
     if earlier := _earlier(settings):
         for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
             record[name] = _union(earlier.get(name), record.get(name))
@@ -174,7 +174,7 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
                 ]
             )
         return {}
-    earlier, record = kept.record(), _placed(settings.record())
+    earlier, record = kept.record(), resolve_paths(settings.record())
     if differing := sorted(
         name
         for name in {*earlier, *record} - _FREE
@@ -191,7 +191,7 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
     return earlier
 
 
-def _placed(record: dict[str, Any]) -> dict[str, Any]:
+def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
     """The options with files and folders from the root, so that they are the same everywhere."""
 
     def placed(name: str, value: str) -> str:

@@ -15,8 +15,8 @@ import torch
 from diffusers.training_utils import free_memory
 
 from gralora_diffusion.adapters.placement.targets import find_targets
-from gralora_diffusion.base_models.loading import find_base_family, load_base, present
-from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder, read_picture
+from gralora_diffusion.base_models.loading import existing_models, find_base_family, load_base
+from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder, read_image_file
 from gralora_diffusion.benchmark.evaluation.metrics import (
     Scores,
     score_captioned,
@@ -24,38 +24,38 @@ from gralora_diffusion.benchmark.evaluation.metrics import (
     score_prior,
     score_subject,
 )
-from gralora_diffusion.benchmark.evaluation.results import PromptResult, UnitResult
+from gralora_diffusion.benchmark.evaluation.results import PromptResult, TrialResult
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.pipelines.generation import draw
+from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.data_module import find_class_pictures
+from gralora_diffusion.training.data.data_module import find_class_images
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.adapters import (
     adapter_configs,
+    inference_weights,
     trained_components,
-    weights_for_use,
 )
 from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
 
-from .class_images import draw_class_pictures
-from .diagnostics import MechanismLog
-from .effective_settings import told_layers, told_settings, versions
+from .class_images import share_class_images
+from .diagnostics import DiagnosticsLog
+from .effective_settings import effective_settings, named_layers, versions
 from .methods import Method, bare_afterwards
 from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
 
-PICTURES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
+IMAGES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
 #: Units of different seeds draw from different noise, those of a seed from the same.
 _NOISES_PER_SEED = 10_000
 
 #: The files of each prompt.
-Drawn = list[list[Path]]
+Generated = list[list[Path]]
 
 
 class Runner:
@@ -78,7 +78,7 @@ class Runner:
 
     def run(
         self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
-    ) -> UnitResult:
+    ) -> TrialResult:
         """Do a unit; its pictures and adapter are in ``folder`` afterwards.
 
         The base is as before, whatever happens.
@@ -94,12 +94,12 @@ class Runner:
         config = method.configured(replace(task.config, seed=seed))
         config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
-        unmoved = self._pictures_of_the_base(task, config)
+        unmoved = self._images_of_the_base(task, config)
         try:
             with bare_afterwards(self.pipe, components, method), ExitStack() as use:
                 facts = self._train(task, method, config, folder, use)
                 began = time.perf_counter()
-                drawn = self._draw(self._wanted(task), config, folder / PICTURES)
+                drawn = self._draw(self._wanted(task), config, folder / IMAGES)
                 seconds = time.perf_counter() - began
         finally:
             # a new one, for it keeps the schedule, its optimizer, the average and fp16's scale
@@ -108,16 +108,16 @@ class Runner:
             free_memory()
         home = home or folder
         scores, prompts = self._judge(task, drawn, unmoved, folder, home)
-        return UnitResult(
+        return TrialResult(
             task.protocol,
             task.subject,
             method.name,
             seed,
             update_rank=method.update_rank,
-            draw_seconds=seconds,
+            generation_seconds=seconds,
             scores=scores,
             prompts=prompts,
-            settings=told_settings(self.settings, method, config, self.pipe, self.device),
+            settings=effective_settings(self.settings, method, config, self.pipe, self.device),
             versions=versions(),
             folder=home,
             **facts,
@@ -135,22 +135,22 @@ class Runner:
         if method.kind == "base":
             nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
             return {**nothing, "peak_memory_gib": None}
-        draw_class_pictures(config, self.family, self.accelerator)
+        share_class_images(config, self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._watched_layers(config)
         trainer = Trainer(
             config,
             self.family,
             list(task.examples),
-            find_class_pictures(config),
+            find_class_images(config),
             self.accelerator,
             CheckpointStore(folder),
             pipe=self.pipe,
-            put_on=method.put_on,
+            attach=method.attach,
         )
-        told = told_layers(config, [getattr(self.pipe, name) for name in trainer.state.components])
+        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.state.components])
         log = self._mechanism_log(layers, trainer.max_steps)
-        in_use = partial(weights_for_use, trainer.parameters, trainer.optimizer, trainer.ema)
+        in_use = partial(inference_weights, trainer.parameters, trainer.optimizer, trainer.ema)
         with ExitStack() as stack:
             if log is not None:
                 stack.enter_context(log.watch(trainer.optimizer, in_use))
@@ -184,12 +184,12 @@ class Runner:
         name, model = self.family.denoiser, self._denoiser
         return list(find_targets(model, adapter_configs({name: model}, self.family, config)[name]))
 
-    def _mechanism_log(self, layers: Sequence[str], max_steps: int) -> MechanismLog | None:
+    def _mechanism_log(self, layers: Sequence[str], max_steps: int) -> DiagnosticsLog | None:
         every = self.settings.mechanism_steps
         if every is None:
             return None
         steps = range(1, max_steps + 1, every)
-        return MechanismLog(self._denoiser, layers, self.settings.mechanism_k, steps)
+        return DiagnosticsLog(self._denoiser, layers, self.settings.mechanism_k, steps)
 
     @property
     def _denoiser(self) -> Any:
@@ -209,7 +209,7 @@ class Runner:
 
     def _draw(
         self, wanted: dict[str, tuple[tuple[str, ...], int]], config: TrainingConfig, folder: Path
-    ) -> dict[str, Drawn]:
+    ) -> dict[str, Generated]:
         """Draw into ``folder`` what is not there yet; return the files of each prompt."""
         files = {
             kind: [
@@ -219,7 +219,7 @@ class Runner:
             for kind, (prompts, count) in wanted.items()
         }
         folder.mkdir(parents=True, exist_ok=True)
-        encoders = present(self.pipe, self.family.all_text_encoders)
+        encoders = existing_models(self.pipe, self.family.all_text_encoders)
         limit = self.family.max_sequence_length and config.max_sequence_length
         with ExitStack() as stack:
             stack.enter_context(self.accelerator.autocast())
@@ -228,7 +228,7 @@ class Runner:
             for kind, (prompts, count) in wanted.items():
                 if all(_is_whole(file) for row in files[kind] for file in row):
                     continue
-                images = draw(
+                rows = generate(
                     self.pipe,
                     prompts,
                     count,
@@ -240,17 +240,17 @@ class Runner:
                     clip_skip=config.clip_skip,
                     batch_size=self.settings.drawing_batch_size,
                 )
-                for row, pictures in zip(files[kind], images, strict=True):
-                    for file, picture in zip(row, pictures, strict=True):
+                for row, images in zip(files[kind], rows, strict=True):
+                    for file, image in zip(row, images, strict=True):
                         with replacing(file) as temporary:
-                            picture.save(temporary, format="PNG")
+                            image.save(temporary, format="PNG")
         return files
 
-    def _pictures_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Drawn]:
+    def _images_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Generated]:
         """What the base draws where an adapter should change nothing: drawn once for each seed."""
         folder = self.settings.folder / BASE_FOLDER / f"seed{config.seed}"
         wanted = self._wanted(task)
-        found: dict[str, Drawn] = {}
+        found: dict[str, Generated] = {}
         if "drift-" in wanted:
             found |= self._draw({"drift-": wanted["drift-"]}, config, folder)
         if "class-" in wanted:
@@ -263,8 +263,8 @@ class Runner:
     def _judge(
         self,
         task: Task,
-        drawn: dict[str, Drawn],
-        unmoved: dict[str, Drawn],
+        drawn: dict[str, Generated],
+        unmoved: dict[str, Generated],
         folder: Path,
         home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
@@ -334,7 +334,7 @@ def _is_whole(file: Path) -> bool:
     if not file.exists():
         return False
     try:
-        read_picture(file)
+        read_image_file(file)
     except DataError:
         return False
     return True

@@ -20,7 +20,7 @@ from .options import (
     BENCHMARK_GROUPS,
     SET_BY_THE_BENCHMARK,
     ComparedOptions,
-    DrawingOptions,
+    GenerationOptions,
     JudgingOptions,
     RunOptions,
 )
@@ -51,7 +51,7 @@ _AT_LEAST_ONE += ["prior_images", "drawing_batch_size", "mechanism_steps", "mech
 
 
 @dataclass(kw_only=True)
-class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOptions):
+class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedOptions):
     """All options; ``training`` has those of the trainer. Call :meth:`check`."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -184,7 +184,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, DrawingOptions, ComparedOpti
             if lies_in(self.folder, path) or any(lies_in(path, folder) for folder in made)
         ]
 
-    def remarks(self) -> list[str]:
+    def warnings(self) -> list[str]:
         """What the user should know of options that have no effect."""
         if "captioned" not in (self.protocols or ()):
             return []

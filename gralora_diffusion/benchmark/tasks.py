@@ -12,7 +12,7 @@ from pathlib import Path
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.data.image_folder import Example
 
 from .captioned import split, write_examples
@@ -70,8 +70,8 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
             problems += error.problems
     if problems:
         raise DataError(str(settings.dreambooth_dir), problems)
-    for remark in validate(tasks[0].config):
-        logger.warning(remark)
+    for warning in validate(tasks[0].config):
+        logger.warning(warning)
     return tasks
 
 
@@ -94,7 +94,7 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
         drawn = settings.folder / CLASS_FOLDER / folder_name(subject.class_prompt)
         config = replace(config, class_prompt=subject.class_prompt, class_data_dir=str(drawn))
     number = settings.max_prompts
-    examples, real = _pictures_of(subject, config, Path(str(settings.dreambooth_dir)))
+    examples, real = _images_of(subject, config, Path(str(settings.dreambooth_dir)))
     return Task(
         "subject",
         subject.name,
@@ -107,7 +107,7 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
     )
 
 
-def _pictures_of(
+def _images_of(
     subject: Subject, config: TrainingConfig, root: Path
 ) -> tuple[list[Example], list[Example]]:
     """The pictures to learn, and those to compare with, which may be the same.
@@ -119,7 +119,7 @@ def _pictures_of(
     for folder in (subject.folder, subject.held_out):
         if folder is not None:
             try:
-                found.append(find_pictures(replace(config, instance_data_dir=str(folder))))
+                found.append(find_images(replace(config, instance_data_dir=str(folder))))
             except DataError as error:
                 place = folder.relative_to(root)
                 problems += [f"{place}: {problem}" for problem in error.problems]
@@ -134,11 +134,11 @@ def _captioned(settings: BenchmarkSettings) -> Task:
         instance_data_dir=settings.captioned_dir,
         output_dir=str(settings.folder),
     )
-    for remark in validate(config):
-        logger.warning(remark)
+    for warning in validate(config):
+        logger.warning(warning)
     try:
         # the same for every seed of the training: they are compared with each other
-        parts = split(find_pictures(config), settings.held_out, seed=0)
+        parts = split(find_images(config), settings.held_out, seed=0)
     except ValueError as error:
         if isinstance(error, DataError):
             raise

@@ -20,14 +20,14 @@ from types import TracebackType
 from typing import Any
 
 #: A claim's file, and the beginning of the name of its folder.
-CLAIM_NAME, WORK_NAME = "claim.json", ".work."
+LOCK_NAME, WORK_NAME = "claim.json", ".work."
 #: Seconds between two touches, and after how many without one a claim is taken over.
 TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
 #: Seconds between two looks at what other processes do.
 WAIT_SECONDS = 5.0
 
 
-class Claim:
+class TrialLock:
     """A unit that is this process's own, as a context: inside, the claim is kept alive.
 
     Attributes:
@@ -37,12 +37,12 @@ class Claim:
     """
 
     def __init__(self, folder: Path, token: str, touch_seconds: float = TOUCH_SECONDS) -> None:
-        self.folder, self.path, self.token = folder, folder / CLAIM_NAME, token
+        self.folder, self.path, self.token = folder, folder / LOCK_NAME, token
         self.work = folder / f"{WORK_NAME}{token}"
         self._done = threading.Event()
         self._toucher = threading.Thread(target=self._touch, args=(touch_seconds,), daemon=True)
 
-    def __enter__(self) -> Claim:
+    def __enter__(self) -> TrialLock:
         for left in self.folder.glob(f"{WORK_NAME}*"):
             shutil.rmtree(left, ignore_errors=True)
         self.work.mkdir()
@@ -87,7 +87,7 @@ class Claim:
 
 def claim(
     folder: Path, patience: float = PATIENCE_SECONDS, touch_seconds: float = TOUCH_SECONDS
-) -> Claim | None:
+) -> TrialLock | None:
     """Claim a unit's folder, which is made if it lacks; None if another process has it.
 
     Args:
@@ -95,31 +95,31 @@ def claim(
             of this machine that is no more counts for nothing at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, token = folder / CLAIM_NAME, uuid.uuid4().hex
+    path, token = folder / LOCK_NAME, uuid.uuid4().hex
     if _make(path, token):
-        return Claim(folder, token, touch_seconds)
+        return TrialLock(folder, token, touch_seconds)
     theirs = _read(path)
     if not _is_dead(path, theirs, patience):
         return None
     # of a given claim there is one heir: who makes this file
-    heir = folder / f"{CLAIM_NAME}.{theirs.get('token', 'unreadable')}.heir"
-    if not _make(heir, token):
-        if age(heir) > patience:  # it died in turn, between here and the end of this function
-            heir.unlink(missing_ok=True)
+    successor = folder / f"{LOCK_NAME}.{theirs.get('token', 'unreadable')}.heir"
+    if not _make(successor, token):
+        if age(successor) > patience:  # it died in turn, between here and the end of this function
+            successor.unlink(missing_ok=True)
         return None
     # the claim may have had an heir already, who was done with that file when it was made anew
     inherits = _read(path).get("token") == theirs.get("token")
     if inherits:
-        fresh = folder / f".{CLAIM_NAME}.{token}"
+        fresh = folder / f".{LOCK_NAME}.{token}"
         _make(fresh, token)
         os.replace(fresh, path)
-    heir.unlink(missing_ok=True)
-    return Claim(folder, token, touch_seconds) if inherits else None
+    successor.unlink(missing_ok=True)
+    return TrialLock(folder, token, touch_seconds) if inherits else None
 
 
-def claimant(folder: Path) -> str | None:
+def holder(folder: Path) -> str | None:
     """Who has a unit, as text; None if nobody."""
-    facts = _read(folder / CLAIM_NAME)
+    facts = _read(folder / LOCK_NAME)
     return f"process {facts.get('pid')} on {facts.get('host')}" if facts else None
 
 

@@ -73,7 +73,7 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class AdapterLayers:
-    """All that an adapter has for one component, by canonical name (see ``layouts``)."""
+    """All that an adapter has for one component, by canonical name (see ``key_maps``)."""
 
     updates: dict[str, LayerUpdate] = field(default_factory=dict)
     #: Trained biases and whole modules: key of the model -> the value that takes its place.

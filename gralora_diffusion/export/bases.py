@@ -28,7 +28,7 @@ from gralora_diffusion.families import ModelFamily, PublishedNames, find_family,
 from gralora_diffusion.io.file_names import looks_like_hub_id
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-from gralora_diffusion.key_maps import Layout, OriginalTensor, Shape
+from gralora_diffusion.key_maps import KeyMap, OriginalTensor, Shape
 
 from .tensor_bytes import count
 
@@ -51,7 +51,7 @@ class FileBase:
     family: ModelFamily
     tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
-    layouts: dict[str, Layout] = field(default_factory=dict)
+    key_maps: dict[str, KeyMap] = field(default_factory=dict)
     prefixes: dict[str, str] = field(default_factory=dict)
 
     def shapes(self, component: str) -> dict[str, Shape]:
@@ -66,7 +66,7 @@ class FileBase:
     def read(self, component: str) -> list[tuple[OriginalTensor, list[Shape]]]:
         """The tensors of a component, and the whole shape of the diffusers tensor of each part."""
         tensors = []
-        for tensor in self.layouts[component].read(self.shapes(component)):
+        for tensor in self.key_maps[component].read(self.shapes(component)):
             rows: dict[str, int] = {}
             for part in tensor.parts:
                 rows[part.key] = max(rows.get(part.key, 0), part.stop)
@@ -80,7 +80,7 @@ class FileBase:
 
     def canonical_shapes(self, component: str) -> dict[str, Shape]:
         """Shapes of a component's tensors by diffusers' canonical keys."""
-        if component not in self.layouts:
+        if component not in self.key_maps:
             return {}
         return {
             part.key: shape
@@ -95,15 +95,15 @@ class FileBase:
         return _most_common_dtype(t for key, t in self.tensors.items() if key.startswith(prefix))
 
     @property
-    def lacks(self) -> str:
+    def misses(self) -> str:
         """What to do about a component that it does not hold."""
-        if set(self.layouts) == set(self.family.original_layouts):
+        if set(self.key_maps) == set(self.family.original_key_maps):
             return (
                 f"Its place in a single file of {self.family.name} is not known. Export a "
                 "diffusers folder, or a LoRA in style comfyui"
             )
         return (
-            f"{self.path} holds only {', '.join(self.layouts)}: a file of parts alone? Give the "
+            f"{self.path} holds only {', '.join(self.key_maps)}: a file of parts alone? Give the "
             "full checkpoint, or the folder or Hub id of the pipeline"
         )
 
@@ -145,7 +145,7 @@ class FolderBase:
         return _most_common_dtype(self.tensors[self.family.denoiser].values())
 
     @property
-    def lacks(self) -> str:
+    def misses(self) -> str:
         """What to do about a component that it does not hold."""
         return f"{self.path} holds only {', '.join(self.tensors)}. Give the whole pipeline"
 
@@ -192,12 +192,12 @@ def _open_file(path: Path, denoiser_only: bool) -> FileBase:
     file = OriginalFile(path)
     family = file.find_family(any_task=True, denoiser_only=denoiser_only)
     base = FileBase(path, family, dict(file.tensors), dict(file.metadata))
-    for component, layouts in family.original_layouts.items():
-        for layout in layouts:
+    for component, key_maps in family.original_key_maps.items():
+        for key_map in key_maps:
             is_denoiser = component == family.denoiser
-            prefix = file.prefix if is_denoiser else layout.begins(file.tensors)
+            prefix = file.prefix if is_denoiser else key_map.begins(file.tensors)
             if prefix is not None:
-                base.layouts[component], base.prefixes[component] = layout, prefix
+                base.key_maps[component], base.prefixes[component] = key_map, prefix
                 break
     return base
 
@@ -219,8 +219,8 @@ def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> Folder
     base = FolderBase(path, family, index, {}, {})
     wanted = (family.denoiser,) if denoiser_only else (*family.components, "vae")
     for name, value in index.items():
-        present = isinstance(value, list) and None not in value and (path / name).is_dir()
-        if present and name in wanted:
+        existing_models = isinstance(value, list) and None not in value and (path / name).is_dir()
+        if existing_models and name in wanted:
             files = _weight_files(path / name, variant)
             base.files[name] = files
             base.tensors[name] = {}

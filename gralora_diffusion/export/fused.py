@@ -200,7 +200,7 @@ def _scale_prefix(base: Base, denoiser_only: bool) -> str:
         return ""
     if isinstance(base, FileBase):
         return base.prefixes[base.family.denoiser]
-    return base.family.original_layouts[base.family.denoiser][0].prefixes[0]
+    return base.family.original_key_maps[base.family.denoiser][0].prefixes[0]
 
 
 def _metadata(

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
 
-Way = Callable[[Any], AbstractContextManager[Any]]
+ArtifactLoader = Callable[[Any], AbstractContextManager[Any]]
 
 _ADAPTER_NAME = "gralora_parity"
 
 
-def attached_adapter(adapter: Adapter | str | os.PathLike[str], scale: float = 1.0) -> Way:
+def attached_adapter(
+    adapter: Adapter | str | os.PathLike[str], scale: float = 1.0
+) -> ArtifactLoader:
     """The adapter itself, attached by ``load_gralora_weights``."""
 
     @contextmanager
@@ -38,7 +40,7 @@ def attached_adapter(adapter: Adapter | str | os.PathLike[str], scale: float = 1
     return way
 
 
-def lora_file(path: Path) -> Way:
+def lora_file(path: Path) -> ArtifactLoader:
     """A LoRA file, by diffusers' own ``load_lora_weights``; its name may be any."""
 
     @contextmanager
@@ -54,7 +56,7 @@ def lora_file(path: Path) -> Way:
     return way
 
 
-def fused_folder(path: Path) -> Way:
+def fused_folder(path: Path) -> ArtifactLoader:
     """A fused pipeline in diffusers' layout, loaded beside the base."""
 
     @contextmanager
@@ -65,7 +67,7 @@ def fused_folder(path: Path) -> Way:
     return way
 
 
-def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> Way:
+def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> ArtifactLoader:
     """Fused weights that ``load`` sets in the components of the pipeline, which get theirs back."""
 
     @contextmanager

@@ -212,8 +212,8 @@ def component_names(
             continue
         own = _shapes(layers)
         # where a single file has it is not known of every component, so there nothing is compared
-        is_told = not isinstance(base, FileBase) or component in family.original_layouts
-        known = base.canonical_shapes(component) if base and is_told else own
+        is_reported = not isinstance(base, FileBase) or component in family.original_key_maps
+        known = base.canonical_shapes(component) if base and is_reported else own
         for key, shape in own.items():
             if known.get(key) != shape:
                 problems.append(
@@ -225,8 +225,8 @@ def component_names(
             for path in layers.updates:
                 names[component].name(path)
         except StyleError as error:
-            ways = _other_ways(family, component, layers)
-            problems.append(f"{component}: {error}. {ways}")
+            loaders = _other_ways(family, component, layers)
+            problems.append(f"{component}: {error}. {loaders}")
     if problems:
         raise StyleError("\n".join(["this adapter cannot be written so:", *problems]))
     return names
@@ -250,9 +250,9 @@ def _has_names(family: ModelFamily, component: str, layers: AdapterLayers, style
 
 def _other_ways(family: ModelFamily, component: str, layers: AdapterLayers) -> str:
     """Say what else can be done with a component that a style has no names for."""
-    ways = [f"style {name}" for name in STYLES if _has_names(family, component, layers, name)]
-    ways += ["a checkpoint"] if component in family.original_layouts else []
-    return f"Export it as {' or '.join([*ways, 'a diffusers folder'])}"
+    loaders = [f"style {name}" for name in STYLES if _has_names(family, component, layers, name)]
+    loaders += ["a checkpoint"] if component in family.original_key_maps else []
+    return f"Export it as {' or '.join([*loaders, 'a diffusers folder'])}"
 
 
 def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:

@@ -104,15 +104,15 @@ def find_names(
     Raises:
         StyleError: the style has no names for this component.
     """
-    layout, prefix = family.find_layout(component, shapes), None
+    key_map, prefix = family.find_key_map(component, shapes), None
     if style == "diffusers":
         return Names(f"{component}.")
     if component != family.denoiser and style == "comfyui":
         prefix = family.comfyui_prefix(component, shapes)
     elif component in family.kohya_prefixes:
         prefix = family.kohya_prefixes[component] + "_"
-    if component == family.denoiser and layout:
-        rules = tuple(layout.rules_of(shapes))
+    if component == family.denoiser and key_map:
+        rules = tuple(key_map.rules_of(shapes))
         if style == "kohya" and prefix:
             return Names(prefix, "_", rules if family.kohya_original_names else None)
         # ComfyUI finds the rows of split ones itself: a third of the size of what joined ones take

@@ -24,9 +24,9 @@ from torch import Tensor
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.pipelines.generation import drawing_mode
+from gralora_diffusion.pipelines.generation import generation_mode
 
-from .loaders import Way, attached_adapter, computing_dtype
+from .loaders import ArtifactLoader, attached_adapter, computing_dtype
 
 #: Dtype of the exported weights -> the largest difference that passes, in units of the adapter's
 #: effect. Measured in fp32 on tiny pipelines of every family and, with trained adapters, on the
@@ -81,7 +81,7 @@ class ParityReport:
     """
 
     effect: Difference
-    ways: dict[str, Difference]
+    loaders: dict[str, Difference]
     latents: float
     bound: float
     noise: float
@@ -95,7 +95,7 @@ class ParityReport:
     @property
     def failed(self) -> list[str]:
         """The ways that are too far from the attached adapter."""
-        return [name for name, difference in self.ways.items() if not self._passes(difference)]
+        return [name for name, difference in self.loaders.items() if not self._passes(difference)]
 
     @property
     def verdict(self) -> str:
@@ -134,7 +134,7 @@ class ParityReport:
             "sha256": _sha256_of(exported),
             "bound": self.bound,
             "effect": {"largest": self.effect.largest, "mean": self.effect.mean},
-            "ways": {name: asdict(difference) for name, difference in self.ways.items()},
+            "ways": {name: asdict(difference) for name, difference in self.loaders.items()},
             "latents": self.latents,
             "noise": self.noise,
             **self.settings,
@@ -152,7 +152,7 @@ class ParityReport:
             f"adapter's effect on the latents: mean {self.effect.mean:.3g}, largest "
             f"{self.effect.largest:.3g} (the base's latents: mean {self.latents:.3g})"
         ]
-        for name, way in self.ways.items():
+        for name, way in self.loaders.items():
             told = f"{name}: mean difference {way.mean:.3g}, largest {way.largest:.3g}"
             if way.relative is not None:
                 told += f"; {way.relative:.2g} of the effect, bound {self.bound:g}"
@@ -168,7 +168,7 @@ class ParityReport:
 def compare(
     pipe: Any,
     adapter: Adapter | str | os.PathLike[str],
-    ways: Mapping[str, Way],
+    loaders: Mapping[str, ArtifactLoader],
     *,
     prompts: Sequence[str],
     scale: float = 1.0,
@@ -187,7 +187,7 @@ def compare(
         pipe: the base, without adapters, on the device and in the dtype to compute in. In fp32 the
             exported weights alone count; half precision adds rounding of its own.
         adapter: what ``load_gralora_weights`` takes.
-        ways: name -> way, of those in ``ways`` or others.
+        ways: name -> way, of those in ``loaders`` or others.
         scale: of the attached adapter; that which is folded into the file.
         size: pixels per side, the pipeline's own if None.
         stored: dtype of the exported weights, the pipeline's if None.
@@ -211,7 +211,7 @@ def compare(
         options["guidance_scale"] = guidance_scale
 
     def draw(drawing: Any) -> Tensor:
-        with drawing_mode(drawing), _own_scheduler(drawing):
+        with generation_mode(drawing), _own_scheduler(drawing):
             latents = [
                 drawing(
                     prompt=prompt, generator=torch.Generator().manual_seed(seed + i), **options
@@ -225,7 +225,7 @@ def compare(
         base = draw(pipe)
         with attached_adapter(adapter, scale)(pipe):
             truth = draw(pipe)
-        for name, way in ways.items():
+        for name, way in loaders.items():
             with way(pipe) as drawing:
                 drawn[name] = draw(drawing)
     if bound is None:

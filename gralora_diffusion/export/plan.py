@@ -15,7 +15,7 @@ from torch import Tensor
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import StoredTensor
-from gralora_diffusion.key_maps import LayoutError, Part, Shape
+from gralora_diffusion.key_maps import KeyMapError, Part, Shape
 
 from .adapter_layers import AdapterLayers, LayerUpdate
 from .bases import BaseError, FileBase, FolderBase
@@ -106,15 +106,17 @@ class Planner:
 
         return Piece(source, start, stop, turned, make)
 
-    def check(self, where: str, lacks: Mapping[str, str]) -> None:
+    def check(self, where: str, misses: Mapping[str, str]) -> None:
         """Raise AdapterFileError unless all of the adapter was used and fits.
 
         Args:
             lacks: component that is not there -> what to do about it.
         """
         for component, layers in self.layers.items():
-            if component in lacks:
-                self.problems.append(f"the adapter has weights for {component}. {lacks[component]}")
+            if component in misses:
+                self.problems.append(
+                    f"the adapter has weights for {component}. {misses[component]}"
+                )
                 continue
             unused = {*layers.updates, *layers.replaced} - self.used.get(component, set())
             if unused:
@@ -131,7 +133,7 @@ def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> lis
     outputs: list[Owned] = []
     places = {
         base.prefixes[component] + tensor.key: (component, tensor.parts, full)
-        for component in base.layouts
+        for component in base.key_maps
         for tensor, full in base.read(component)
     }
     denoiser = base.family.denoiser
@@ -147,10 +149,10 @@ def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> lis
             pieces = [Piece(stored, 0, stored.shape[0] if stored.shape else 1)]
         name = key.removeprefix(base.prefixes[denoiser]) if denoiser_only else key
         outputs.append((component, OutputTensor(name, stored.shape, stored.dtype, tuple(pieces))))
-    lacks = dict.fromkeys(set(base.family.components) - set(base.layouts), base.lacks)
+    misses = dict.fromkeys(set(base.family.components) - set(base.key_maps), base.misses)
     if denoiser_only:
-        lacks = dict.fromkeys(set(base.family.components) - {denoiser}, _NOT_HELD)
-    planner.check(str(base.path), lacks)
+        misses = dict.fromkeys(set(base.family.components) - {denoiser}, _NOT_HELD)
+    planner.check(str(base.path), misses)
     return outputs
 
 
@@ -167,9 +169,9 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
         BaseError: the original layout has no place for something, or a component lacks.
     """
     family, outputs = base.family, list[Owned]()
-    components = [family.denoiser] if denoiser_only else list(family.original_layouts)
-    lacking = [name for name in components if name not in base.tensors]
-    if needed := [name for name in lacking if name not in family.optional_text_encoders]:
+    components = [family.denoiser] if denoiser_only else list(family.original_key_maps)
+    missing = [name for name in components if name not in base.tensors]
+    if needed := [name for name in missing if name not in family.optional_text_encoders]:
         raise BaseError(
             f"{base.path}: no {', '.join(needed)} there, which a full file holds. Give the whole "
             "pipeline, or export the denoiser alone"
@@ -179,21 +181,21 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
         if stored is None:
             continue
         shapes = {key: tensor.shape for key, tensor in stored.items()}
-        layout = family.find_layout(component, shapes)
-        if layout is None:
+        key_map = family.find_key_map(component, shapes)
+        if key_map is None:
             raise BaseError(f"{base.path}: no original layout is known for this {component}")
         try:
-            tensors = layout.lay_out(shapes)
-        except LayoutError as error:
+            tensors = key_map.lay_out(shapes)
+        except KeyMapError as error:
             raise BaseError(
                 f"{base.path}: this {component} cannot be written in the original layout: {error}"
             ) from error
-        prefix = "" if denoiser_only else layout.prefixes[0]
+        prefix = "" if denoiser_only else key_map.prefixes[0]
         for tensor in tensors:
             pieces = tuple(
                 planner.piece(
                     component,
-                    layout.canonical(part.key),
+                    key_map.canonical(part.key),
                     part,
                     shapes[part.key],
                     stored[part.key],
@@ -206,9 +208,9 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
     empty = Piece(torch.empty(0), 0, 0)
     for key in family.original_marks(base.scheduler):
         outputs.append(("", OutputTensor(key, (0,), torch.float32, (empty,))))
-    lacks = dict.fromkeys(set(family.components) - set(components), _NOT_HELD)
-    lacks |= dict.fromkeys(lacking, base.lacks)
-    planner.check(str(base.path), lacks)
+    misses = dict.fromkeys(set(family.components) - set(components), _NOT_HELD)
+    misses |= dict.fromkeys(missing, base.misses)
+    planner.check(str(base.path), misses)
     return outputs
 
 
@@ -228,5 +230,5 @@ def plan_folder(base: FolderBase, planner: Planner) -> dict[Path, list[Owned]]:
             output = OutputTensor(key, stored.shape, stored.dtype, (piece,))
             planned.setdefault(stored.path, []).append((component, output))
     absent = set(base.family.components) - set(base.files)
-    planner.check(str(base.path), dict.fromkeys(absent, base.lacks))
+    planner.check(str(base.path), dict.fromkeys(absent, base.misses))
     return planned

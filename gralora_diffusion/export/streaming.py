@@ -133,16 +133,16 @@ def sample_remedies(output: OutputTensor, rounding: Rounding) -> dict[str, Round
         Name of the way, the present one first -> its cost.
     """
     name = NAMES[output.dtype]
-    ways = {name: (output, rounding)}
+    loaders = {name: (output, rounding)}
     if not rounding.stochastic:
         by_chance = replace(rounding, stochastic=True)
-        ways[f"{name} and stochastic rounding"] = (output, by_chance)
+        loaders[f"{name} and stochastic rounding"] = (output, by_chance)
     for other, dtype in DTYPES.items():
         if torch.finfo(dtype).eps < torch.finfo(output.dtype).eps:
-            ways[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
+            loaders[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
     costs = {}
     with Files() as files, tqdm(disable=True) as bar:
-        for way, (tensor, how) in ways.items():
+        for way, (tensor, how) in loaders.items():
             with suppress(RoundingError):  # no remedy where it cannot hold the values
                 costs[way] = _Job(tensor, {}, files, how, _Buffers(), bar).sample()
     return costs

@@ -20,13 +20,13 @@ from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_of
 from gralora_diffusion.base_models.single_file_header import OriginalFileError
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.io.cleanup_on_exit import tidied
+from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.tensor_files import read_header
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path
-from .loaders import Way, fused_folder, fused_in_place, lora_file
+from .loaders import ArtifactLoader, fused_folder, fused_in_place, lora_file
 from .lora import export_lora, read_by_diffusers
 from .parity import COMPUTED_BOUNDS, STORED_BOUNDS, compare
 
@@ -83,7 +83,7 @@ class Verification:
         else:
             file = _as_base(exported, opened, denoiser_only)
             adapted = self._components(opened.family)
-            names = [name for name in adapted if name in file.layouts] or [opened.family.denoiser]
+            names = [name for name in adapted if name in file.key_maps] or [opened.family.denoiser]
             way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
         self._compare(opened, exported, {_FUSED: way})
 
@@ -120,7 +120,7 @@ class Verification:
         self,
         opened: Base,
         exported: Path,
-        ways: dict[str, Way],
+        loaders: dict[str, ArtifactLoader],
         lora: Path | None = None,
         **options: Any,
     ) -> None:
@@ -128,7 +128,7 @@ class Verification:
             if self._is_lora(opened.family):
                 if lora is None:
                     folder = TemporaryDirectory()
-                    stack.enter_context(tidied(folder.cleanup))
+                    stack.enter_context(cleanup_on_exit(folder.cleanup))
                     lora = Path(folder.name) / "lora.safetensors"
                     export_lora(
                         self.adapter,
@@ -138,8 +138,8 @@ class Verification:
                         family=opened.family.name,
                         **options,
                     )
-                ways = {**ways, _LORA: lora_file(lora)}
-            if not ways:
+                loaders = {**loaders, _LORA: lora_file(lora)}
+            if not loaders:
                 raise ValueError(
                     "--verify: diffusers loads no LoRA for all that this adapter has, so there is "
                     "nothing to compare. Leave out --verify, or export a checkpoint"
@@ -147,7 +147,7 @@ class Verification:
             report = compare(
                 self._pipeline(opened),
                 self.adapter,
-                ways,
+                loaders,
                 prompts=self.prompts,
                 scale=self.scale,
                 seed=self.seed,
@@ -205,16 +205,16 @@ def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:
     # what belongs to fp8 is not of the layout
     tensors = {k: t for k, t in tensors.items() if not k.endswith(("scale_weight", "scaled_fp8"))}
     if isinstance(base, FileBase):
-        layouts, prefixes = base.layouts, base.prefixes
+        key_maps, prefixes = base.key_maps, base.prefixes
     else:
         found = {
-            name: family.find_layout(name, base.canonical_shapes(name)) for name in base.tensors
+            name: family.find_key_map(name, base.canonical_shapes(name)) for name in base.tensors
         }
-        layouts = {name: layout for name, layout in found.items() if layout}
-        prefixes = {name: layout.prefixes[0] for name, layout in layouts.items()}
+        key_maps = {name: key_map for name, key_map in found.items() if key_map}
+        prefixes = {name: key_map.prefixes[0] for name, key_map in key_maps.items()}
     if denoiser_only:
-        layouts, prefixes = {family.denoiser: layouts[family.denoiser]}, {family.denoiser: ""}
-    return FileBase(exported, family, tensors, metadata, layouts, prefixes)
+        key_maps, prefixes = {family.denoiser: key_maps[family.denoiser]}, {family.denoiser: ""}
+    return FileBase(exported, family, tensors, metadata, key_maps, prefixes)
 
 
 def _set_weights(pipe: Any, file: FileBase, components: Sequence[str]) -> None:

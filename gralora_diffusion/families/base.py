@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
-from gralora_diffusion.key_maps import Layout, Shape
+from gralora_diffusion.key_maps import KeyMap, Shape
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -111,7 +111,7 @@ class ModelFamily(ABC):
     single_file_keys: tuple[str, ...] = ()
     #: component -> how it is written in a single file; of several layouts the first one that fits.
     #: A component that lacks there is left out or taken from another base.
-    original_layouts: Mapping[str, Sequence[Layout]] = MappingProxyType({})
+    original_key_maps: Mapping[str, Sequence[KeyMap]] = MappingProxyType({})
     #: component -> how the names of its layers begin in LoRA files of kohya's sd-scripts.
     kohya_prefixes: Mapping[str, str] = MappingProxyType({})
     #: Whether sd-scripts calls the denoiser's layers as the original layout does.
@@ -132,7 +132,7 @@ class ModelFamily(ABC):
     #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
     load_options: Mapping[str, Any] = MappingProxyType({})
     #: In which class pictures are drawn on a GPU, unless the user says: "fp16" or "bf16".
-    drawing_precision: str = "fp16"
+    generation_precision: str = "fp16"
     #: Training options -> values that suit this family, where the user leaves them open.
     training_defaults: Mapping[str, Any] = MappingProxyType({})
 
@@ -172,14 +172,14 @@ class ModelFamily(ABC):
             )
         return found
 
-    def find_layout(self, component: str, shapes: Mapping[str, Shape]) -> Layout | None:
+    def find_key_map(self, component: str, shapes: Mapping[str, Shape]) -> KeyMap | None:
         """Return how a component with tensors of these shapes is written in single files.
 
         Args:
             shapes: by key, in diffusers' names; of some layers is enough.
         """
-        layouts = self.original_layouts.get(component, ())
-        return next((layout for layout in layouts if layout.fits(shapes)), None)
+        key_maps = self.original_key_maps.get(component, ())
+        return next((key_map for key_map in key_maps if key_map.fits(shapes)), None)
 
     def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
         """Return keys of empty tensors by which a single file says how it is to be sampled.
@@ -196,16 +196,16 @@ class ModelFamily(ABC):
         Args:
             shapes: as for :meth:`find_layout`.
         """
-        layout = self.find_layout(component, shapes)
-        return f"text_encoders.{layout.comfyui_name}.transformer." if layout else None
+        key_map = self.find_key_map(component, shapes)
+        return f"text_encoders.{key_map.comfyui_name}.transformer." if key_map else None
 
     def canonical(self, component: str, key: str) -> str:
         """Return a key or path, as a file or a model has it, in the form of the layout's rules.
 
         It is the same for all versions of a library that name the same tensor differently.
         """
-        layouts = self.original_layouts.get(component)
-        return layouts[0].canonical(key) if layouts else key
+        key_maps = self.original_key_maps.get(component)
+        return key_maps[0].canonical(key) if key_maps else key
 
     @abstractmethod
     def encode_prompts(
@@ -233,7 +233,7 @@ class ModelFamily(ABC):
         """
         return len(tokenizer(prompt, verbose=False).input_ids)
 
-    def picture_conditioning(
+    def image_conditioning(
         self,
         pipe: Any,
         original_sizes: Tensor,

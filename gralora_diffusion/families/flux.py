@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.key_maps import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
+from gralora_diffusion.key_maps import DENOISER, KeyMap, autoencoder, clip, join, rename, swap, t5
 
 from .base import (
     UNKNOWN,
@@ -121,9 +121,9 @@ class Flux(ModelFamily):
     patch_size = 2
     single_file_types = ("flux-dev", "flux-schnell")
     single_file_keys = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
-    original_layouts = MappingProxyType(
+    original_key_maps = MappingProxyType(
         {
-            "transformer": (Layout((DENOISER, ""), _ORIGINAL),),
+            "transformer": (KeyMap((DENOISER, ""), _ORIGINAL),),
             "vae": (autoencoder("vae.", "first_stage_model."),),
             "text_encoder": (clip("text_encoders.clip_l.", "clip_l"),),
             "text_encoder_2": (t5("text_encoders.t5xxl.", "t5xxl"),),
@@ -145,7 +145,7 @@ class Flux(ModelFamily):
         LayerMark(r"double_blocks_\d+_(img|txt)_attn_qkv$", inputs=(3072,)),
         LayerMark(r"single_blocks_\d+_linear1$", outputs=(21504,)),
     )
-    drawing_precision = "bf16"
+    generation_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def encode_prompts(

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.key_maps import DENOISER, Layout, Shape, rename
+from gralora_diffusion.key_maps import DENOISER, KeyMap, Shape, rename
 
 from .base import (
     UNKNOWN,
@@ -101,12 +101,12 @@ class Flux2(ModelFamily):
         "single_stream_modulation.lin.weight",
         "guidance_in.in_layer.weight",
     )
-    original_layouts = MappingProxyType({"transformer": (Layout(("", DENOISER), _ORIGINAL),)})
+    original_key_maps = MappingProxyType({"transformer": (KeyMap(("", DENOISER), _ORIGINAL),)})
     unread_by_comfyui = ("transformer.*_modulation*.linear", "transformer.time_guidance_embed.*")
     kohya_prefixes = MappingProxyType({"transformer": "lora_unet"})
     known_as: tuple[str, ...] = ("flux-2", "flux2")
     layer_marks: tuple[LayerMark, ...] = layer_marks(6144)
-    drawing_precision = "bf16"
+    generation_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "none", "guidance_scale": 3.5})
 
     def comfyui_prefix(self, component: str, shapes: Mapping[str, Shape]) -> str | None:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.key_maps import UNET, Layout, autoencoder, clip, open_clip
+from gralora_diffusion.key_maps import UNET, KeyMap, autoencoder, clip, open_clip
 
 from .base import (
     STABILITY_AI,
@@ -78,7 +78,7 @@ class StableDiffusion(ModelFamily):
     default_resolution = 512
     single_file_types: tuple[str, ...] = ("v1", "v2")
     single_file_keys: tuple[str, ...] = ("input_blocks.0.0.weight",)
-    original_layouts: Mapping[str, Sequence[Layout]] = MappingProxyType(
+    original_key_maps: Mapping[str, Sequence[KeyMap]] = MappingProxyType(
         {
             "unet": (UNET,),
             "vae": (autoencoder("first_stage_model."),),

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from gralora_diffusion.key_maps import DENOISER, Layout, autoencoder, clip, join, rename, swap, t5
+from gralora_diffusion.key_maps import DENOISER, KeyMap, autoencoder, clip, join, rename, swap, t5
 
 from .base import (
     STABILITY_AI,
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _ATTENTION_FF = (*JOINT_ATTENTION, *JOINT_FEED_FORWARD)
 _BLOCK = "transformer_blocks.*"
-_PICTURE, _TEXT = "joint_blocks.*.x_block", "joint_blocks.*.context_block"
+_IMAGE, _TEXT = "joint_blocks.*.x_block", "joint_blocks.*.context_block"
 #: Names in the file that Stability AI published.
 _ORIGINAL = (
     rename("pos_embed.pos_embed", "pos_embed"),
@@ -35,24 +35,24 @@ _ORIGINAL = (
     rename("time_text_embed.text_embedder.linear_2", "y_embedder.mlp.2"),
     rename("context_embedder", "context_embedder"),
     *(
-        join([f"{_BLOCK}.{attention}.to_{n}" for n in "qkv"], f"{_PICTURE}.{attention}.qkv")
+        join([f"{_BLOCK}.{attention}.to_{n}" for n in "qkv"], f"{_IMAGE}.{attention}.qkv")
         for attention in ("attn", "attn2")
     ),
     join([f"{_BLOCK}.attn.add_{n}_proj" for n in "qkv"], f"{_TEXT}.attn.qkv"),
-    rename(f"{_BLOCK}.attn.to_out.0", f"{_PICTURE}.attn.proj"),
-    rename(f"{_BLOCK}.attn2.to_out.0", f"{_PICTURE}.attn2.proj"),
+    rename(f"{_BLOCK}.attn.to_out.0", f"{_IMAGE}.attn.proj"),
+    rename(f"{_BLOCK}.attn2.to_out.0", f"{_IMAGE}.attn2.proj"),
     rename(f"{_BLOCK}.attn.to_add_out", f"{_TEXT}.attn.proj"),
     *(
-        rename(f"{_BLOCK}.{attention}.norm_{n}", f"{_PICTURE}.{attention}.ln_{n}")
+        rename(f"{_BLOCK}.{attention}.norm_{n}", f"{_IMAGE}.{attention}.ln_{n}")
         for attention in ("attn", "attn2")
         for n in "qk"
     ),
     *(rename(f"{_BLOCK}.attn.norm_added_{n}", f"{_TEXT}.attn.ln_{n}") for n in "qk"),
-    rename(f"{_BLOCK}.norm1.linear", f"{_PICTURE}.adaLN_modulation.1"),
+    rename(f"{_BLOCK}.norm1.linear", f"{_IMAGE}.adaLN_modulation.1"),
     # of the last block, which does not go on with the text, shift comes before scale
     swap(f"{_BLOCK}.norm1_context.linear", f"{_TEXT}.adaLN_modulation.1"),
-    rename(f"{_BLOCK}.ff.net.0.proj", f"{_PICTURE}.mlp.fc1"),
-    rename(f"{_BLOCK}.ff.net.2", f"{_PICTURE}.mlp.fc2"),
+    rename(f"{_BLOCK}.ff.net.0.proj", f"{_IMAGE}.mlp.fc1"),
+    rename(f"{_BLOCK}.ff.net.2", f"{_IMAGE}.mlp.fc2"),
     rename(f"{_BLOCK}.ff_context.net.0.proj", f"{_TEXT}.mlp.fc1"),
     rename(f"{_BLOCK}.ff_context.net.2", f"{_TEXT}.mlp.fc2"),
     swap("norm_out.linear", "final_layer.adaLN_modulation.1"),
@@ -93,9 +93,9 @@ class StableDiffusion3(ModelFamily):
     patch_size = 2
     single_file_types = ("sd3", "sd35_large", "sd35_medium")
     single_file_keys = ("joint_blocks.0.x_block.attn.qkv.weight",)
-    original_layouts = MappingProxyType(
+    original_key_maps = MappingProxyType(
         {
-            "transformer": (Layout((DENOISER, ""), _ORIGINAL),),
+            "transformer": (KeyMap((DENOISER, ""), _ORIGINAL),),
             "vae": (autoencoder("first_stage_model."),),
             "text_encoder": (clip("text_encoders.clip_l.", "clip_l"),),
             "text_encoder_2": (clip("text_encoders.clip_g.", "clip_g"),),
@@ -117,7 +117,7 @@ class StableDiffusion3(ModelFamily):
             r"^transformer_blocks_\d+_attn2?_(to_[qkv]|add_[qkv]_proj)$", inputs=(1536, 2432)
         ),
     )
-    drawing_precision = "bf16"
+    generation_precision = "bf16"
     training_defaults = MappingProxyType({"weighting_scheme": "logit_normal"})
 
     def encode_prompts(

@@ -51,7 +51,7 @@ class StableDiffusionXL(StableDiffusion):
     default_resolution = 1024
     single_file_types = ("xl_base",)
     single_file_keys = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
-    original_layouts = MappingProxyType(
+    original_key_maps = MappingProxyType(
         {
             "unet": (UNET,),
             "vae": (autoencoder("first_stage_model."),),
@@ -99,7 +99,7 @@ class StableDiffusionXL(StableDiffusion):
             pooled = pooled.masked_fill(empty[:, None], 0)
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
-    def picture_conditioning(
+    def image_conditioning(
         self,
         pipe: Any,
         original_sizes: Tensor,

@@ -121,7 +121,7 @@ def _part_of_a_model(key: str, source: Source, kind: Kind) -> str:
         return "vae"
     for family in kind.families:
         for name in family.all_text_encoders:
-            prefixes = [p for one in family.original_layouts.get(name, ()) for p in one.prefixes]
+            prefixes = [p for one in family.original_key_maps.get(name, ()) for p in one.prefixes]
             if key.startswith(tuple(prefixes)):
                 return name
     whole = any(other.startswith(DENOISER) for other in source.headers)

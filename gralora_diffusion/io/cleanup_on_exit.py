@@ -9,7 +9,7 @@ _TIDYING: dict[object, Callable[[], None]] = {}
 
 
 @contextmanager
-def tidied(tidy: Callable[[], None]) -> Iterator[None]:
+def cleanup_on_exit(tidy: Callable[[], None]) -> Iterator[None]:
     """Call ``tidy`` at the end, however that comes about, or when the process is ended inside.
 
     It may be called at any moment, more than once, and when all is finished.
@@ -23,7 +23,7 @@ def tidied(tidy: Callable[[], None]) -> Iterator[None]:
         del _TIDYING[key]
 
 
-def tidy_all() -> None:
+def clean_up_all() -> None:
     """Take away whatever is unfinished, for the process is about to end."""
     for tidy in list(_TIDYING.values()):
         with suppress(Exception):

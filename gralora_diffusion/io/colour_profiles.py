@@ -51,7 +51,7 @@ class UnknownColours(ValueError):
     """The file says which colours it has, and they cannot be converted."""
 
 
-def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Image.Image:
+def to_srgb(image: Image.Image, profile: bytes | None, warnings: list[str]) -> Image.Image:
     """Return an image without transparency in RGB, with the colours of ``profile`` in sRGB.
 
     The rendering intent is perceptual. Without a profile, or with one that is sRGB, Pillow's own
@@ -72,7 +72,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Im
         space = source.profile.xcolor_space.strip()
         if image.mode not in _SPACES.get(space, ()):
             shown = space if space.isalnum() else repr(space)
-            remarks.append(f"its colour profile is for {shown}, its pixels are {image.mode}")
+            warnings.append(f"its colour profile is for {shown}, its pixels are {image.mode}")
             return image.convert("RGB")
         if space == "RGB":
             image = image.convert("RGB")
@@ -82,7 +82,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, remarks: list[str]) -> Im
             return image.convert("RGB")
         return _applied(transform, image)
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError) as error:
-        remarks.append(f"its colour profile cannot be used ({error_line(error)})")
+        warnings.append(f"its colour profile cannot be used ({error_line(error)})")
         return image.convert("RGB")
 
 
@@ -105,7 +105,7 @@ def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 
 
 def find_profile(
-    file_format: str | None, info: Mapping[Any, Any], data: bytes, remarks: list[str]
+    file_format: str | None, info: Mapping[Any, Any], data: bytes, warnings: list[str]
 ) -> bytes | None:
     """Return the ICC profile of a file, or one of the same meaning; None for sRGB.
 
@@ -131,7 +131,7 @@ def find_profile(
     if file_format == "JPEG2000":  # method 2: an ICC profile follows
         return next((body[2:] for body in _boxes(data, (b"jp2h", b"colr"), b"\2")), None)
     if file_format == "PNG" and "srgb" not in info:
-        return _png_profile(info, remarks)
+        return _png_profile(info, warnings)
     return None
 
 
@@ -153,14 +153,14 @@ def _coded_profile(primaries: int, transfer: int) -> bytes | None:
     return rgb_profile(points, power)
 
 
-def _png_profile(info: Mapping[Any, Any], remarks: list[str]) -> bytes | None:
+def _png_profile(info: Mapping[Any, Any], warnings: list[str]) -> bytes | None:
     gamma, points = info.get("gamma"), info.get("chromaticity")
     if gamma is None and points is None:
         return None
     power = None
     if gamma is not None and abs(gamma - _SRGB_GAMMA) > _NEAR:
         if not 0.05 <= gamma <= 5:
-            remarks.append(f"its gAMA chunk says {gamma}")
+            warnings.append(f"its gAMA chunk says {gamma}")
             return None
         power = 1 / gamma
     # PNG begins with the white point
@@ -170,7 +170,7 @@ def _png_profile(info: Mapping[Any, Any], remarks: list[str]) -> bytes | None:
     try:
         return rgb_profile(points, power)
     except (np.linalg.LinAlgError, struct.error, OverflowError, ValueError, ZeroDivisionError):
-        remarks.append("its cHRM chunk names no possible colours")
+        warnings.append("its cHRM chunk names no possible colours")
         return None
 
 

@@ -129,7 +129,7 @@ def image_suffix(data: bytes) -> str:
 
 def read_image(
     source: Path | bytes | BinaryIO,
-    remarks: list[str] | None = None,
+    warnings: list[str] | None = None,
     *,
     at_least: int | None = None,
 ) -> Image.Image:
@@ -151,7 +151,7 @@ def read_image(
         ImageError: it is no image of a format that is read, is damaged, has more than
             ``MAX_PIXELS``, or its pixels have no fixed range.
     """
-    remarks = [] if remarks is None else remarks
+    warnings = [] if warnings is None else warnings
     with _as_image_errors():
         if isinstance(source, Path):
             source = read_regular(source, MAX_BYTES)
@@ -163,7 +163,7 @@ def read_image(
             with _large if size[0] * size[1] > _LARGE_PIXELS else nullcontext():
                 if at_least and image.format in ("JPEG", "MPO"):
                     image.draft(None, (at_least, at_least))
-                return _converted(image, data, remarks)
+                return _converted(image, data, warnings)
 
 
 def as_srgb(image: Image.Image) -> Image.Image:
@@ -208,22 +208,22 @@ def _open(data: bytes) -> Image.Image:
     return image
 
 
-def _converted(image: Image.Image, data: bytes, remarks: list[str]) -> Image.Image:
+def _converted(image: Image.Image, data: bytes, warnings: list[str]) -> Image.Image:
     raw, box = _png_raw_mode(image), _gif_box(image)
     image.load()
     try:
-        profile = find_profile(image.format, image.info, data, remarks)
+        profile = find_profile(image.format, image.info, data, warnings)
     except UnknownColours as error:
         raise ImageError(str(error)) from error
-    turn = _UPRIGHT.get(_orientation(image, remarks))
+    turn = _UPRIGHT.get(_orientation(image, warnings))
     levels = _levels(image) if image.mode.startswith("I") else None
     lower = _lower_bytes(data) if raw == "RGB;16B" and "transparency" in image.info else None
     result = Image.new("RGB", image.size, _WHITE[:3])
     for strip in _strips(box or (0, 0, *image.size)):
         below = lower.crop(strip) if lower else None
         colour, alpha = _separated(image.crop(strip), raw, levels, below)
-        part = to_srgb(colour, profile, remarks)
-        remarks = []  # the same for every strip
+        part = to_srgb(colour, profile, warnings)
+        warnings = []  # the same for every strip
         if alpha is not None:
             part.putalpha(alpha)
             part = Image.alpha_composite(Image.new("RGBA", part.size, _WHITE), part)
@@ -255,12 +255,12 @@ def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     return None if box == (0, 0, *image.size) else box
 
 
-def _orientation(image: Image.Image, remarks: list[str]) -> int:
+def _orientation(image: Image.Image, warnings: list[str]) -> int:
     """EXIF's orientation. ``ImageOps.exif_transpose`` also writes EXIF anew, which may fail."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception as error:  # whatever damaged EXIF leads to
-        remarks.append(f"its EXIF data are damaged ({error}); it may not be upright")
+        warnings.append(f"its EXIF data are damaged ({error}); it may not be upright")
         return 1
     return found if isinstance(found, int) else 1
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
 
-from .cleanup_on_exit import tidy_all
+from .cleanup_on_exit import clean_up_all
 from .safe_text import TerminalFormatter, for_terminal
 
 #: Loggers that warn of what is not used here, such as kernels for other machines and torchvision,
@@ -115,7 +115,7 @@ def tidied_when_ended() -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        tidy_all()
+        clean_up_all()
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 

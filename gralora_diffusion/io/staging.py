@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from .cleanup_on_exit import tidied
+from .cleanup_on_exit import cleanup_on_exit
 from .json_files import read_object
 
 
@@ -119,7 +119,7 @@ def staged(output: Path) -> Iterator[Path]:
             os.replace(replaced, output)
         shutil.rmtree(folder, ignore_errors=True)
 
-    with tidied(tidy):
+    with cleanup_on_exit(tidy):
         try:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from .cleanup_on_exit import tidied
+from .cleanup_on_exit import cleanup_on_exit
 from .errors import AdapterFileError
 from .regular_files import is_regular
 
@@ -142,7 +142,7 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
     """
     # on a folder that machines share, processes of two of them may have the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    with tidied(lambda: temporary.unlink(missing_ok=True)):
+    with cleanup_on_exit(lambda: temporary.unlink(missing_ok=True)):
         yield temporary
         if sync:
             with open(temporary, "r+b") as file:

@@ -1,8 +1,8 @@
 """The layouts of original single files, and how their tensors are made of diffusers' ones."""
 
 from .key_map import (
-    Layout,
-    LayoutError,
+    KeyMap,
+    KeyMapError,
     Location,
     OriginalTensor,
     Part,
@@ -20,8 +20,8 @@ __all__ = [
     "DENOISER",
     "UNET",
     "USUAL_LAYERS_PER_BLOCK",
-    "Layout",
-    "LayoutError",
+    "KeyMap",
+    "KeyMapError",
     "Location",
     "OriginalTensor",
     "Part",

@@ -16,7 +16,7 @@ from functools import cached_property
 Shape = tuple[int, ...]
 
 
-class LayoutError(ValueError):
+class KeyMapError(ValueError):
     """Tensors that a layout has no place for, or that do not belong together there."""
 
 
@@ -107,7 +107,7 @@ class Location:
 
 
 @dataclass(frozen=True)
-class Layout:
+class KeyMap:
     """How one component of a pipeline is written in an original file.
 
     Args:
@@ -178,7 +178,7 @@ class Layout:
                 )
             )
         if problems:
-            raise LayoutError("\n".join(problems))
+            raise KeyMapError("\n".join(problems))
         for key, name in self.copies:
             if name in canonical:
                 shape = canonical[name]
@@ -223,7 +223,7 @@ def _cut(rule: Rule, names: Sequence[str], rows: int, double: bool) -> list[Part
         return [Part(names[0], rows // 2, rows), Part(names[0], 0, rows // 2)]
     unit, left = divmod(rows, sum(rule.sizes))
     if left:
-        raise LayoutError(f"{rows} rows cannot be cut into {', '.join(names)}")
+        raise KeyMapError(f"{rows} rows cannot be cut into {', '.join(names)}")
     return [
         Part(name, 0, size * unit, rule.transposed)
         for name, size in zip(names, rule.sizes, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
-from .key_map import Layout, Rule, rename
+from .key_map import KeyMap, Rule, rename
 
 DENOISER = "model.diffusion_model."
 _RESNET = {
@@ -90,7 +90,7 @@ def _original_shape(keys: list[str]) -> tuple[int, int]:
     return len(ends) + 1, (min(ends) if ends else max(blocks, default=0) + 1) - 1
 
 
-UNET = Layout((DENOISER,), unet_rules)
+UNET = KeyMap((DENOISER,), unet_rules)
 
 _VAE_ATTENTION = {
     "group_norm": "norm",
@@ -133,6 +133,6 @@ def _vae_rules(keys: Iterable[str], original: bool) -> list[Rule]:
     return rules + [rename(name, name) for name in (*ends, "quant_conv", "post_quant_conv")]
 
 
-def autoencoder(*prefixes: str) -> Layout:
+def autoencoder(*prefixes: str) -> KeyMap:
     """An ``AutoencoderKL``; the first prefix is written."""
-    return Layout(prefixes, _vae_rules)
+    return KeyMap(prefixes, _vae_rules)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from .key_map import Layout, Rule, Shape, join, rename
+from .key_map import KeyMap, Rule, Shape, join, rename
 
 #: transformers 5 took this level out of CLIPTextModel; files have it.
 _LEVEL = "text_model."
@@ -42,16 +42,16 @@ def with_level(key: str) -> str:
     return key if key.startswith((_LEVEL, "text_projection")) else _LEVEL + key
 
 
-def clip(prefix: str, comfyui_name: str) -> Layout:
+def clip(prefix: str, comfyui_name: str) -> KeyMap:
     """CLIP in the names of transformers, under ``prefix`` (with its dot)."""
     rules = (
         rename("text_model", "transformer.text_model"),
         rename("text_projection", "transformer.text_projection"),
     )
-    return Layout((prefix,), rules, with_level, _POSITION_IDS, comfyui_name=comfyui_name)
+    return KeyMap((prefix,), rules, with_level, _POSITION_IDS, comfyui_name=comfyui_name)
 
 
-def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> Layout:
+def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> KeyMap:
     """CLIP in the names of OpenCLIP; if ``width`` is given, encoders of that width only."""
 
     def fits(shapes: Mapping[str, Shape]) -> bool:
@@ -62,17 +62,17 @@ def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> Layou
             if key.endswith(ending)
         )
 
-    return Layout((prefix,), _OPEN_CLIP, with_level, _POSITION_IDS, fits, comfyui_name)
+    return KeyMap((prefix,), _OPEN_CLIP, with_level, _POSITION_IDS, fits, comfyui_name)
 
 
-def t5(prefix: str, comfyui_name: str) -> Layout:
+def t5(prefix: str, comfyui_name: str) -> KeyMap:
     """T5's encoder. Its embedding is written twice: diffusers' reader does not tie the copy."""
     rules = (
         rename("encoder", "transformer.encoder"),
         rename("shared", "transformer.shared"),
     )
     copy = "encoder.embed_tokens.weight"
-    return Layout(
+    return KeyMap(
         (prefix,),
         rules,
         passed_over=re.escape(copy),

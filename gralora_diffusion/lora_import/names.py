@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.key_maps import Layout, Shape, locate
+from gralora_diffusion.key_maps import KeyMap, Shape, locate
 from gralora_diffusion.lora_files.low_rank import Pair
 
 #: How names of the denoiser's layers may begin, whichever layout follows.
@@ -68,11 +68,11 @@ class OriginalNames:
 
     def __init__(self, family: ModelFamily, names: Iterable[str], layers_per_block: int) -> None:
         self._family = family
-        layouts = family.original_layouts.get(family.denoiser, ())
-        self._layout = layouts[0] if layouts else Layout(("",), ())
-        self._rules = self._layout.rules_of(_telling_keys(names, layers_per_block))
+        key_maps = family.original_key_maps.get(family.denoiser, ())
+        self._key_map = key_maps[0] if key_maps else KeyMap(("",), ())
+        self._rules = self._key_map.rules_of(_telling_keys(names, layers_per_block))
         # rules of a UNet stand for blocks, and what follows cannot be told apart without dots
-        whole = not callable(self._layout.rules)
+        whole = not callable(self._key_map.rules)
         self._flat = [(_flat(rule.original), rule) for rule in self._rules if whole]
         self._flat_own = [
             (_flat(name), name) for rule in self._rules if whole for name in rule.names
@@ -106,16 +106,16 @@ class OriginalNames:
                 return self._in_denoiser(name.removeprefix(start), shape)
         return []
 
-    def lacks(self, name: str) -> bool:
+    def misses(self, name: str) -> bool:
         """Whether a name is of a style whose names are all known, and none of them."""
         return bool(self._flat_own) and name.startswith(FLAT_DIFFUSERS)
 
     def knows(self, component: str, path: str) -> bool:
         """Whether a component of the family may have a layer with this path in diffusers."""
-        if not self._family.original_layouts.get(component):
+        if not self._family.original_key_maps.get(component):
             return True
         if component == self._family.denoiser:
-            return locate(path, self._layout.rules_of([path])) is not None
+            return locate(path, self._key_map.rules_of([path])) is not None
         return _ENCODER_LAYER.fullmatch(path) is not None
 
     def _in_denoiser(self, path: str, shape: Shape) -> list[Place]:
@@ -123,7 +123,7 @@ class OriginalNames:
         component, key = self._family.denoiser, f"{path}.weight"
         if locate(path, self._rules) and not self._is_original(path):
             return [Place(component, path, (slice(None),))]
-        original = Layout(self._layout.prefixes, self._rules).read({key: shape})
+        original = KeyMap(self._key_map.prefixes, self._rules).read({key: shape})
         if not original:
             return []
         rows: dict[str, list[tuple[int, slice]]] = {}
@@ -153,8 +153,8 @@ class OriginalNames:
             (
                 component
                 for component in self._family.all_text_encoders
-                for layout in self._family.original_layouts.get(component, ())
-                if layout.comfyui_name == name
+                for key_map in self._family.original_key_maps.get(component, ())
+                if key_map.comfyui_name == name
             ),
             None,
         )

@@ -84,10 +84,10 @@ def read_lora(
             _add(found, (place.component, place.path), place.pair_of(down, up), file.name)
         if not places:
             left[name] = down, up.reshape(*up.shape, *[1] * (down.dim() - 2))
-    if lacking := [name for name in left if original.lacks(name)]:
+    if missing := [name for name in left if original.misses(name)]:
         raise AdapterFileError(
-            f"{file.name}: {len(lacking)} of {len(layers)} layers have no place in the "
-            f"{family.denoiser} of {family.name}: {first_few(lacking)}. Check that the file is "
+            f"{file.name}: {len(missing)} of {len(layers)} layers have no place in the "
+            f"{family.denoiser} of {family.name}: {first_few(missing)}. Check that the file is "
             "for this family; else pass the state dict without these layers."
         )
     keys = {name: (layers[name].parts["down"], layers[name].parts["up"]) for name in left}

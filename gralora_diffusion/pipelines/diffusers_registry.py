@@ -15,7 +15,7 @@ from gralora_diffusion.adapters.compatibility import component_models, gralora_l
 _LISTED, _FUSED = "_lora_loadable_modules", "_merged_adapters"
 
 
-def note_components(pipe: DiffusionPipeline) -> None:
+def register_components(pipe: DiffusionPipeline) -> None:
     """Have diffusers' methods reach every component that holds an adapter of ours.
 
     Its list lacks T5: for LoRA it is not trained. So this pipeline, not its class, gets a list of
@@ -31,7 +31,7 @@ def note_components(pipe: DiffusionPipeline) -> None:
         setattr(pipe, _LISTED, [*listed, *more])
 
 
-def note_fused(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
+def register_fused(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
     """Keep ``pipe.fused_loras`` and ``num_fused_loras`` true of these adapters."""
     if hasattr(pipe, _FUSED):
         fused = {

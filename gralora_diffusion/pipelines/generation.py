@@ -22,7 +22,7 @@ from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
-def draw(
+def generate(
     pipe: Any,
     prompts: Sequence[str],
     images_per_prompt: int = 1,
@@ -63,7 +63,7 @@ def draw(
         options["height"], options["width"] = (size, size) if isinstance(size, int) else size
     wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
     images: list[Image.Image] = []
-    with drawing_mode(pipe):
+    with generation_mode(pipe):
         for start in range(0, len(wanted), batch_size):
             batch, seeds = zip(*wanted[start : start + batch_size], strict=True)
             generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -85,7 +85,7 @@ def takes_negative_prompt(pipeline_class: type) -> bool:
 
 
 @contextmanager
-def drawing_mode(pipe: Any) -> Iterator[None]:
+def generation_mode(pipe: Any) -> Iterator[None]:
     """Inside, no module is in training mode and there is no progress bar."""
     from torch import nn
 
@@ -112,18 +112,18 @@ def labelled_grid(
         cell: pixels per side of a picture in the grid; smaller ones are enlarged without blurring.
     """
     gap, label_width, font = 8, 112, ImageFont.load_default(size=15)
-    columns = max(len(pictures) for _, pictures in rows)
+    columns = max(len(images) for _, images in rows)
     caption_height = 44 if captions else 0
     width = label_width + columns * (cell + gap)
     height = gap + len(rows) * (cell + gap) + caption_height
     grid = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(grid)
-    for row, (label, pictures) in enumerate(rows):
+    for row, (label, images) in enumerate(rows):
         top = gap + row * (cell + gap)
         pen.multiline_text((gap, top + cell // 2 - 16), label, "black", font)
-        for column, picture in enumerate(pictures):
-            method = Image.Resampling.NEAREST if picture.width < cell else Image.Resampling.LANCZOS
-            fitted = ImageOps.fit(picture.convert("RGB"), (cell, cell), method)
+        for column, image in enumerate(images):
+            method = Image.Resampling.NEAREST if image.width < cell else Image.Resampling.LANCZOS
+            fitted = ImageOps.fit(image.convert("RGB"), (cell, cell), method)
             grid.paste(fitted, (label_width + column * (cell + gap), top))
     top = gap + len(rows) * (cell + gap)
     for column, caption in enumerate(captions):
@@ -183,7 +183,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
-        rows.append(("the subject", _pictures(args.reference, command)))
+        rows.append(("the subject", _images(args.reference, command)))
     with quiet_libraries():
         rows += _drawn(args, command)
     try:
@@ -216,10 +216,10 @@ def _drawn(
             command.error(f"--adapter {args.adapter}: {error}")
     if args.compare:
         pipe.set_adapters("sampled", 0.0)
-        rows += _rows("before", draw(pipe, args.prompt, **options))
+        rows += _rows("before", generate(pipe, args.prompt, **options))
     if args.adapter:
         pipe.set_adapters("sampled", args.scale)
-    return rows + _rows("after" if args.compare else "", draw(pipe, args.prompt, **options))
+    return rows + _rows("after" if args.compare else "", generate(pipe, args.prompt, **options))
 
 
 def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
@@ -268,7 +268,7 @@ def usual_dtype(index: Mapping[str, Any], device: str) -> str:
     if device == "cpu":
         return "fp32"
     family = find_pipeline_family(str(index.get("_class_name")))
-    return family.drawing_precision if family else ModelFamily.drawing_precision
+    return family.generation_precision if family else ModelFamily.generation_precision
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -292,22 +292,22 @@ def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _pictures(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
+def _images(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
     try:
         files = folder_images(file.name for file in folder.iterdir()).images
     except OSError as error:
         parser.error(f"--reference {folder}: no folder with pictures ({error.strerror})")
     if not files:
         parser.error(f"--reference {folder}: no folder with pictures")
-    pictures, problems = [], []
+    images, problems = [], []
     for name in files:
         try:
-            pictures.append(read_image(folder / name))
+            images.append(read_image(folder / name))
         except ImageError as error:
             problems.append(f"{name} cannot be decoded: {error}")
     if problems:
         parser.error("\n  ".join([f"--reference {folder}:", *problems]))
-    return pictures
+    return images
 
 
 def _rows(

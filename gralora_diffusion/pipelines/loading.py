@@ -40,7 +40,7 @@ from gralora_diffusion.adapters.compatibility import (
 from gralora_diffusion.adapters.injection import eject, inject, unchanged_on_error
 from gralora_diffusion.families import find_family
 
-from .diffusers_registry import note_components, note_fused
+from .diffusers_registry import register_components, register_fused
 from .offloading import without_offloading
 
 
@@ -128,7 +128,7 @@ def load_gralora_weights(
             _attach(fit, adapter_name, adapter_dtype)
         for model in every_model:
             _activate(model, adapter_name)
-    note_components(pipe)
+    register_components(pipe)
     return LoadReport(
         adapter_name,
         adapter.source,
@@ -235,7 +235,7 @@ def fuse_gralora(
                 if set(chosen) & set(layer.merged_adapters):  # a layer merges all of them or none
                     layer.unmerge(chosen)
             raise
-    note_fused(pipe, _adapter_names(models.values()))
+    register_fused(pipe, _adapter_names(models.values()))
     return [name for name, model in models.items() if names.keys() & set(gralora_layers(model))]
 
 
@@ -250,7 +250,7 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
             for layer in gralora_layers(model):
                 if layer.merged:
                     layer.unmerge()
-    note_fused(pipe, _adapter_names(models.values()))
+    register_fused(pipe, _adapter_names(models.values()))
     return list(models)
 
 
@@ -267,7 +267,7 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     with without_offloading(pipe, attached):
         for model, names in attached.items():
             eject(model, *names)
-    note_components(pipe)
+    register_components(pipe)
     return sorted({name for names in attached.values() for name in names})
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
-from gralora_diffusion.base_models.loading import load_base, present
+from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
@@ -31,13 +31,13 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.image_folder import Example
-from gralora_diffusion.training.data.sampler import Ahead
+from gralora_diffusion.training.data.sampler import Prefetcher
 from gralora_diffusion.training.data.seeds import seed_from
 from gralora_diffusion.training.optimization.adapters import (
     adapter_facts,
     adapter_parameters,
     add_adapters,
-    weights_for_use,
+    inference_weights,
 )
 from gralora_diffusion.training.optimization.initial_adapter import (
     InitialValues,
@@ -46,29 +46,29 @@ from gralora_diffusion.training.optimization.initial_adapter import (
 from gralora_diffusion.training.optimization.objectives import make_objective
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
 from gralora_diffusion.training.optimization.step import (
+    BatchBuilder,
+    DenoisingBatch,
     DenoisingStep,
-    RowMaker,
-    Rows,
     TrainingDiverged,
     mean_loss,
 )
 from gralora_diffusion.training.outputs.metadata import time_metadata, training_metadata
 from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.output_dir import finish, make_repository, own_folder, start
-from gralora_diffusion.training.outputs.validation import draw_validation
+from gralora_diffusion.training.outputs.validation import generate_validation
 from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
     device_name,
+    enable_memory_savings,
     make_accelerator,
-    make_cheaper,
     share_only_what_is_trained,
     trackable,
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
 
-from .preparation import complete_class_pictures, find_beginning
+from .preparation import complete_class_images, find_beginning
 
 logger = logging.getLogger(__name__)
 
@@ -99,15 +99,15 @@ def train(config: TrainingConfig) -> Path:
             from gralora_diffusion.training.dry_run.formatting import format_plan
             from gralora_diffusion.training.dry_run.plan import plan_run
 
-            plan = plan_run(config, family, found.pictures, found.class_pictures, accelerator)
+            plan = plan_run(config, family, found.images, found.class_images, accelerator)
             if accelerator.is_main_process:
                 print_safely(format_plan(plan))
             return Path(config.output_dir)
         from_first(accelerator, lambda: make_repository(config))
         # before the base is loaded to be trained: two of them would be too much for some
-        class_pictures = complete_class_pictures(config, found, accelerator)
+        class_images = complete_class_images(config, found, accelerator)
         trainer = Trainer(
-            config, family, found.pictures, class_pictures, accelerator, store, found.initial
+            config, family, found.images, class_images, accelerator, store, found.initial
         )
         if found.resume is not None:
             together(accelerator, partial(trainer.resume, *found.resume))
@@ -130,14 +130,14 @@ class Trainer:
         self,
         config: TrainingConfig,
         family: ModelFamily,
-        pictures: list[Example],
-        class_pictures: list[Example],
+        images: list[Example],
+        class_images: list[Example],
         accelerator: Accelerator,
         store: CheckpointStore,
         initial: InitialValues | None = None,
         *,
         pipe: Any = None,
-        put_on: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
+        attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
     ) -> None:
         self.family, self.accelerator, self.store = family, accelerator, store
         device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
@@ -147,17 +147,17 @@ class Trainer:
         self.config = config = resolve_defaults(
             config, family, self.pipe, accelerator.mixed_precision
         )
-        components = put_on(self.pipe, family, config)
+        components = attach(self.pipe, family, config)
         set_initial_values(self.pipe, initial or {})
         models = [getattr(self.pipe, name) for name in components]
-        make_cheaper(config, getattr(self.pipe, family.denoiser), models, device)
+        enable_memory_savings(config, getattr(self.pipe, family.denoiser), models, device)
 
         # --- encode what stays the same; of the encoders only what is needed later stays
-        self.data = data = Batches(config, family, self.pipe, pictures, class_pictures, accelerator)
+        self.data = data = Batches(config, family, self.pipe, images, class_images, accelerator)
         needed = {*components, *(family.all_text_encoders if config.train_text_encoder else ())}
         if not config.cache_latents:
             needed.add("vae")
-        for model in present(self.pipe, needed):
+        for model in existing_models(self.pipe, needed):
             model.to(device)
         free_memory()
 
@@ -182,7 +182,7 @@ class Trainer:
         share_only_what_is_trained(step)
         # the loader and the schedule are ours alone: both already know of processes and steps
         self.step, self.optimizer = accelerator.prepare(step, optimizer)
-        self.rows = RowMaker(step, data, config, device, dtype)
+        self.rows = BatchBuilder(step, data, config, device, dtype)
         self.memory = PeakMemory(device)
         self.ema = None
         if config.use_ema:
@@ -246,7 +246,7 @@ class Trainer:
                     from_first(accelerator, partial(self.store.write, step, state.save))
                 self._validate_if_due()
         seconds = time.perf_counter() - began
-        with weights_for_use(self.parameters, self.optimizer, self.ema):
+        with inference_weights(self.parameters, self.optimizer, self.ema):
             if accelerator.is_main_process:
                 adapter = state.adapter()
                 adapter.metadata |= time_metadata(started)
@@ -278,7 +278,7 @@ class Trainer:
         """
         accelerator, state = self.accelerator, self.state
         batches = self.data.steps(state.step, self.max_steps)
-        rows = Ahead(self.rows.rows(*batch) for batch in batches)
+        rows = Prefetcher(self.rows.rows(*batch) for batch in batches)
         bar = tqdm(
             initial=state.step,
             total=self.max_steps,
@@ -304,7 +304,7 @@ class Trainer:
                 bar.update()
                 yield state.step
 
-    def _optimizer_step(self, ahead: Ahead[list[Rows]]) -> float:
+    def _optimizer_step(self, ahead: Prefetcher[list[DenoisingBatch]]) -> float:
         """Forward and backward passes of one step; returns the mean loss over all processes."""
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
@@ -347,12 +347,12 @@ class Trainer:
         every = self.config.validation_steps
         every = every or self.config.validation_epochs * self.steps_per_epoch
         if self.state.step % every == 0 and self.state.step < self.max_steps:
-            with weights_for_use(self.parameters, self.optimizer, self.ema):
+            with inference_weights(self.parameters, self.optimizer, self.ema):
                 self._draw_validation()
 
     def _draw_validation(self) -> Path | None:
         if not self.config.validation_prompt:
             return None
         step, accelerator = self.state.step, self.accelerator
-        draw = partial(draw_validation, self.pipe, self.family, self.config, step, accelerator)
+        draw = partial(generate_validation, self.pipe, self.family, self.config, step, accelerator)
         return from_first(accelerator, draw)

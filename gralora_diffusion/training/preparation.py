@@ -24,8 +24,8 @@ from gralora_diffusion.training.checks.base import check_without_weights
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig
-from gralora_diffusion.training.data.class_images import class_pictures_lacking, draw_class_images
-from gralora_diffusion.training.data.data_module import find_class_pictures, find_pictures
+from gralora_diffusion.training.data.class_images import generate_class_images, missing_class_images
+from gralora_diffusion.training.data.data_module import find_class_images, find_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.initial_adapter import (
     InitialValues,
@@ -53,8 +53,8 @@ class Beginning:
 
     family: ModelFamily
     resume: tuple[int, Path] | None
-    pictures: list[Example]
-    class_pictures: list[Example]
+    images: list[Example]
+    class_images: list[Example]
     initial: InitialValues
 
 
@@ -78,32 +78,32 @@ def find_beginning(
         check_alike(accelerator, options, "Give the same options to every process")
         facts = {
             "the checkpoint to go on from is": together(accelerator, lambda: _told(found.resume)),
-            "the images and captions are": digest_of(found.pictures),
-            "the class images are": digest_of(found.class_pictures),
+            "the images and captions are": digest_of(found.images),
+            "the class images are": digest_of(found.class_images),
         }
         check_alike(accelerator, facts, _SHARE)
     return found
 
 
 def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerator) -> Beginning:
-    for remark in validate(config):
-        logger.warning(remark)
+    for warning in validate(config):
+        logger.warning(warning)
     resume = find_checkpoint(config, store)
     family = find_base_family(config)
-    for remark in check_family_options(config, family):
-        logger.warning(remark)
+    for warning in check_family_options(config, family):
+        logger.warning(warning)
     initial: InitialValues = {}
     if resume is not None:
         _, path = resume
         check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
-    pictures, class_pictures = find_pictures(config), find_class_pictures(config)
+    images, class_images = find_images(config), find_class_images(config)
     if resume is None:
         dtype = DTYPES[accelerator.mixed_precision]
         initial = find_initial_values(config, family, dtype)
-    return Beginning(family, resume, pictures, class_pictures, initial)
+    return Beginning(family, resume, images, class_images, initial)
 
 
-def complete_class_pictures(
+def complete_class_images(
     config: TrainingConfig, found: Beginning, accelerator: Accelerator
 ) -> list[Example]:
     """Generate the class images that lack, and return all; every process calls it.
@@ -111,12 +111,12 @@ def complete_class_pictures(
     Raises:
         ConfigError, DataError: they cannot be made, or are not the same in every process.
     """
-    if not from_first(accelerator, lambda: class_pictures_lacking(config)):
-        return found.class_pictures
+    if not from_first(accelerator, lambda: missing_class_images(config)):
+        return found.class_images
     family, precision = found.family, accelerator.mixed_precision
     together(accelerator, lambda: check_without_weights(config, family, precision))
-    draw_class_images(config, family, accelerator)
-    images = together(accelerator, lambda: find_class_pictures(config))
+    generate_class_images(config, family, accelerator)
+    images = together(accelerator, lambda: find_class_images(config))
     check_alike(accelerator, {"the class images are": digest_of(images)}, _SHARE)
     return images
 

@@ -67,10 +67,10 @@ def _on_the_cpu(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.fixture
-def data(base: Path, pictures: Path) -> dict[str, Any]:
+def data(base: Path, images: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "max_train_steps": 4,
     }
 
@@ -195,8 +195,8 @@ def test_what_the_libraries_are_told(data: dict[str, Any], tmp_path: Path) -> No
 
 
 def test_torchao_without_gradient_checkpointing_is_remarked(data: dict[str, Any]) -> None:
-    (remark,) = validate(config(**data, quantization="torchao-int8"))
-    assert "--quantization torchao-int8 without --gradient_checkpointing" in remark
+    (warning,) = validate(config(**data, quantization="torchao-int8"))
+    assert "--quantization torchao-int8 without --gradient_checkpointing" in warning
     chosen = config(**data, quantization="torchao-int8", gradient_checkpointing=True)
     assert validate(chosen) == []
 
@@ -374,11 +374,11 @@ def test_text_encoders(
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_every_family(pictures: Path, seen: dict[str, Any], tmp_path: Path, name: str) -> None:
+def test_every_family(images: Path, seen: dict[str, Any], tmp_path: Path, name: str) -> None:
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": tmp_path / "base",
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "max_train_steps": 2,
         "gradient_checkpointing": True,
     }

@@ -199,11 +199,11 @@ def test_models_of_the_file_and_the_rest_of_the_other(
 
 @pytest.mark.parametrize("name", sorted(PARTS))
 def test_the_folders_adapter(
-    base_of: Callable[[str], Base], name: str, pictures: Path, tmp_path: Path
+    base_of: Callable[[str], Base], name: str, images: Path, tmp_path: Path
 ) -> None:
     base, family = base_of(name), get_family(name)
     shared: dict[str, Any] = {
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "max_train_steps": 2,
         "resolution": 32,
         "train_text_encoder": bool(family.text_encoders) or None,
@@ -239,7 +239,7 @@ def test_precisions(base_of: Callable[[str], Base]) -> None:
 
 
 class TestTextEncodersThatLack:
-    def test_an_optional_one_is_left_out_with_a_remark(
+    def test_an_optional_one_is_left_out_with_a_warning(
         self,
         base_of: Callable[[str], Base],
         tmp_path: Path,
@@ -438,8 +438,8 @@ class TestAnotherPipelineThanItsOwn:
     def test_weights_lack(self, base_of: Callable[[str], Base], name: str, tmp_path: Path) -> None:
         base = base_of(name)
         tensors = dict(base.tensors)
-        lacking = [k for k in tensors if k.startswith(P) and k.endswith("weight")][-1]
-        del tensors[lacking]
+        missing = [k for k in tensors if k.startswith(P) and k.endswith("weight")][-1]
+        del tensors[missing]
         file = write(tensors, tmp_path / "m.safetensors")
         denoiser = get_family(name).denoiser
         problem = problem_of(file, base_config=base.folder)

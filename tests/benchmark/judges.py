@@ -87,8 +87,8 @@ def draw(folder: Path, count: int, seed: int = 0) -> list[Path]:
     for number in range(count):
         height, width = random.integers(30, 90, 2)
         blocks = random.integers(0, 256, (3, 4, 3), dtype=np.uint8)
-        picture = Image.fromarray(blocks).resize((int(width), int(height)))
-        noisy = np.asarray(picture) // 2 + random.integers(0, 128, (height, width, 3))
+        image = Image.fromarray(blocks).resize((int(width), int(height)))
+        noisy = np.asarray(image) // 2 + random.integers(0, 128, (height, width, 3))
         paths.append(folder / f"{number}.png")
         Image.fromarray(noisy.astype(np.uint8)).save(paths[-1])
     return paths

@@ -72,7 +72,7 @@ def test_numbers_that_cannot_be_held_out(tmp_path, held_out):
         split(examples, held_out, 0)
 
 
-def test_pictures_without_caption_are_refused(tmp_path):
+def test_images_without_caption_are_refused(tmp_path):
     folder = captioned(tmp_path, 4)
     (folder / "2.txt").unlink()
     with pytest.raises(DataError, match=r"2\.png has no caption"):

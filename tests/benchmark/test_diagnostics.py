@@ -20,24 +20,24 @@ from torch import Tensor, nn
 
 from gralora_diffusion import get_family
 from gralora_diffusion.adapters.placement.targets import base_of, find_targets
-from gralora_diffusion.benchmark.diagnostics import DenseUpdate, MechanismLog, block_norms
-from gralora_diffusion.benchmark.evaluation.results import Mechanism, read_result, write_result
+from gralora_diffusion.benchmark.diagnostics import DenseUpdate, DiagnosticsLog, block_norms
+from gralora_diffusion.benchmark.evaluation.results import Diagnostics, read_result, write_result
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
-from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.adapters import (
     ADAPTER_NAME,
     adapter_configs,
     adapter_parameters,
-    weights_for_use,
+    inference_weights,
 )
 from gralora_diffusion.training.runtime.acceleration import make_accelerator
-from tests.benchmark.trials import keys, unit
+from tests.benchmark.trials import keys, trial
 from tests.models import stable_diffusion, structure
 from tests.reference import dense_update, relative_error
 from tests.training.runs import config as training_config
-from tests.training.runs import make_pictures
+from tests.training.runs import make_images
 
 METHODS = [
     *("lora-r4", "dora-r4", "loha-r2", "gralora-r4-k2", "gralora-r4-k4", "gralora-r4-k2-h2"),
@@ -46,7 +46,7 @@ METHODS = [
 TARGETS = "to_q,to_k,to_out.0,conv1"
 
 
-def put_on(method: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[str]]:
+def attach(method: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, list[str]]:
     """A tiny UNet with the method on linear layers and convolutions, and their paths."""
     pipe = stable_diffusion()
     pipe.unet.requires_grad_(False).to(dtype)
@@ -55,7 +55,7 @@ def put_on(method: str, dtype: torch.dtype = torch.float32) -> tuple[nn.Module, 
     options = chosen.configured(options)
     (adapter,) = adapter_configs({"unet": pipe.unet}, family, options).values()
     paths = list(find_targets(pipe.unet, adapter))
-    chosen.put_on(pipe, family, options)
+    chosen.attach(pipe, family, options)
     pipe.unet.to(dtype).train()
     return pipe.unet, paths
 
@@ -127,7 +127,7 @@ def rank_by_hand(update: Tensor) -> float:
 @pytest.mark.parametrize("method", METHODS)
 def test_gradient_is_how_a_step_moves_the_weight_that_is_applied(method: str) -> None:
     """By central differences in float64, of every kind of layer."""
-    model, paths = put_on(method, torch.float64)
+    model, paths = attach(method, torch.float64)
     shake(model)
     loss_of(model).backward()
     layers = {path: model.get_submodule(path) for path in paths}
@@ -149,7 +149,7 @@ def test_gradient_is_how_a_step_moves_the_weight_that_is_applied(method: str) ->
 
 
 def test_gradient_of_full_fine_tuning_is_that_of_the_weight() -> None:
-    model, paths = put_on("full")
+    model, paths = attach("full")
     loss_of(model).backward()
     for path in paths:
         layer: Any = model.get_submodule(path)
@@ -158,7 +158,7 @@ def test_gradient_of_full_fine_tuning_is_that_of_the_weight() -> None:
 
 @pytest.mark.parametrize("method", ["lora-r4", "gralora-r4-k2"])
 def test_gradient_is_the_product_rule_of_the_paper(method: str) -> None:
-    model, paths = put_on(method)
+    model, paths = attach(method)
     shake(model)
     loss_of(model).backward()
     for path in paths:
@@ -180,7 +180,7 @@ def test_gradient_is_the_product_rule_of_the_paper(method: str) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_update_is_what_is_applied_beyond_the_base(method: str) -> None:
     """And exactly zero before the first step, of DoRA too."""
-    model, paths = put_on(method)
+    model, paths = attach(method)
     updates = {path: DenseUpdate(model.get_submodule(path)) for path in paths}
     before = {path: applied_weight(model.get_submodule(path)) for path in paths}
     assert not any(update().any() for update in updates.values())
@@ -228,10 +228,10 @@ def gradients_of_steps(model: nn.Module, paths: list[str], optimizer: Any) -> It
 
 @pytest.mark.parametrize("method", ["lora-r4", "gralora-r4-k2-h2", "full"])
 def test_norms_of_the_steps_that_are_wanted(method: str, tmp_path: Path) -> None:
-    model, paths = put_on(method)
+    model, paths = attach(method)
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     # first, so that the hooks of the log are not copied with the model
-    log = MechanismLog(model, paths, 2, steps=range(1, sys.maxsize, 2))
+    log = DiagnosticsLog(model, paths, 2, steps=range(1, sys.maxsize, 2))
     with gradients_of_steps(model, paths, optimizer) as gradients, log.watch(optimizer):
         train(model, optimizer, 4)
     mechanism = log.result()
@@ -242,16 +242,16 @@ def test_norms_of_the_steps_that_are_wanted(method: str, tmp_path: Path) -> None
             expected = blocks_by_hand(gradients[step][path], 2)
             assert relative_error(torch.tensor(norms), expected) < 1e-4, path
     key = keys()[0]
-    written = write_result(replace(unit(key), mechanism=mechanism), tmp_path / key.path)
+    written = write_result(replace(trial(key), mechanism=mechanism), tmp_path / key.path)
     assert read_result(written).mechanism == mechanism
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_effective_rank_is_of_the_learned_update(method: str) -> None:
-    model, paths = put_on(method)
+    model, paths = attach(method)
     before = {path: applied_weight(model.get_submodule(path)).double() for path in paths}
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    log = MechanismLog(model, paths, 2, steps=())
+    log = DiagnosticsLog(model, paths, 2, steps=())
     with log.watch(optimizer):
         train(model, optimizer, 5)
         assert log.result().effective_rank == {}
@@ -268,13 +268,13 @@ def test_effective_rank_is_of_the_learned_update(method: str) -> None:
 
 @pytest.mark.parametrize("method", ["lora-r4", "gralora-r4-k2-h2", "full"])
 def test_effective_rank_is_of_the_average_where_that_is_used(method: str) -> None:
-    model, paths = put_on(method)
+    model, paths = attach(method)
     before = {path: applied_weight(model.get_submodule(path)).double() for path in paths}
     parameters = trained(model)
     optimizer = torch.optim.AdamW(parameters, lr=1e-2)
     ema = EMAModel(parameters, decay=0.9)
-    in_use = partial(weights_for_use, parameters, optimizer, ema)
-    log = MechanismLog(model, paths, 2, steps=())
+    in_use = partial(inference_weights, parameters, optimizer, ema)
+    log = DiagnosticsLog(model, paths, 2, steps=())
     with log.watch(optimizer, in_use):
         for _ in range(4):
             train(model, optimizer, 1)
@@ -294,12 +294,12 @@ def test_effective_rank_is_of_the_average_where_that_is_used(method: str) -> Non
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("autocast", [False, True])
 def test_outliers_are_those_of_the_inputs(checkpointing: bool, autocast: bool) -> None:
-    model, paths = put_on("gralora-r4-k2")
+    model, paths = attach("gralora-r4-k2")
     if checkpointing:
         model.enable_gradient_checkpointing()
     casting = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
-    log = MechanismLog(model, paths, 2, steps=(1, 3))
+    log = DiagnosticsLog(model, paths, 2, steps=(1, 3))
     seen: dict[str, list[Tensor]] = {path: [] for path in paths}
     with log.watch(optimizer):
         for step in range(3):
@@ -338,10 +338,10 @@ def test_training_is_the_same_with_and_without(method: str) -> None:
     """Bit for bit, the generators of random numbers too; and nothing of it stays behind."""
     results, states = [], []
     for logged in (False, True):
-        model, paths = put_on(method)
+        model, paths = attach(method)
         optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
         torch.manual_seed(0)
-        log = MechanismLog(model, paths, 2, steps=(1, 2, 4))
+        log = DiagnosticsLog(model, paths, 2, steps=(1, 2, 4))
         with log.watch(optimizer) if logged else nullcontext():
             train(model, optimizer, 4)
         results.append([p.detach().clone() for p in trained(model)])
@@ -360,7 +360,7 @@ def test_the_trainer_with_accumulation(tmp_path: Path) -> None:
     for logged in (False, True):
         chosen = training_config(
             pretrained_model_name_or_path=tmp_path / "base",
-            instance_data_dir=make_pictures(tmp_path / "pictures"),
+            instance_data_dir=make_images(tmp_path / "pictures"),
             output_dir=tmp_path / "out",
             lora_layers=TARGETS,
             gradient_accumulation_steps=2,
@@ -369,12 +369,12 @@ def test_the_trainer_with_accumulation(tmp_path: Path) -> None:
             max_grad_norm=1e-3,
         )
         trainer = Trainer(
-            *(chosen, get_family("stable-diffusion"), find_pictures(chosen), []),
+            *(chosen, get_family("stable-diffusion"), find_images(chosen), []),
             *(make_accelerator(chosen), CheckpointStore(chosen.output_dir, None)),
         )
         model = trainer.pipe.unet
         paths = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
-        log = MechanismLog(model, paths, 4, steps=range(2, 100))
+        log = DiagnosticsLog(model, paths, 4, steps=range(2, 100))
         with log.watch(trainer.optimizer) if logged else nullcontext():
             assert list(trainer.steps()) == [1, 2, 3]
         results.append([p.detach().clone() for p in adapter_parameters(trainer.pipe, "unet")])
@@ -387,11 +387,11 @@ def test_the_trainer_with_accumulation(tmp_path: Path) -> None:
 
 def test_gradients_are_those_that_the_step_takes() -> None:
     """Complete when accelerate accumulates, and clipped: plain descent moves the weight by them."""
-    model, paths = put_on("full")
+    model, paths = attach("full")
     layers: dict[str, Any] = {path: model.get_submodule(path) for path in paths}
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     optimizer = accelerator.prepare(torch.optim.SGD(trained(model), lr=1.0))
-    log = MechanismLog(model, paths, 2, steps=range(1, 9))
+    log = DiagnosticsLog(model, paths, 2, steps=range(1, 9))
     weights = [{path: layer.weight.detach().clone() for path, layer in layers.items()}]
     with log.watch(optimizer):
         for seed in range(4):
@@ -424,9 +424,9 @@ class Two(nn.Module):
         return self.last(self.first(x))
 
 
-def logged(model: nn.Module, x: Tensor, k: int = 8) -> Mechanism:
+def logged(model: nn.Module, x: Tensor, k: int = 8) -> Diagnostics:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    log = MechanismLog(model, ["first", "last"], k, steps=[1])
+    log = DiagnosticsLog(model, ["first", "last"], k, steps=[1])
     with log.watch(optimizer):
         model(x).square().sum().backward()
         optimizer.step()
@@ -454,26 +454,26 @@ def test_only_finite_numbers() -> None:
     outliers = logged(copy.deepcopy(model), x).input_outliers
     with torch.no_grad():
         model.last.weight[0, 0] = torch.inf
-    assert logged(model, x) == Mechanism(input_outliers=outliers)
+    assert logged(model, x) == Diagnostics(input_outliers=outliers)
     assert set(outliers) == {"first", "last"}
 
 
 def test_an_error_ends_it_without_a_trace() -> None:
-    model, paths = put_on("dora-r4")
+    model, paths = attach("dora-r4")
     optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
     before = structure(model)
-    log = MechanismLog(model, paths, 2, steps=[1])
+    log = DiagnosticsLog(model, paths, 2, steps=[1])
     with pytest.raises(KeyboardInterrupt), log.watch(optimizer):
         raise KeyboardInterrupt
     assert structure(model) == before
     assert not optimizer._optimizer_step_pre_hooks
-    assert log.result() == Mechanism()
+    assert log.result() == Diagnostics()
 
 
 def test_watching_again_starts_anew() -> None:
-    model, paths = put_on("full")
+    model, paths = attach("full")
     optimizer = torch.optim.SGD(trained(model), lr=0.0)
-    log = MechanismLog(model, paths[:1], 2, steps=[1])
+    log = DiagnosticsLog(model, paths[:1], 2, steps=[1])
     with log.watch(optimizer):
         train(model, optimizer, 2)
     first = log.result()
@@ -501,9 +501,9 @@ def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
         }
     )
     with pytest.raises(ValueError, match=f"cannot take the layer '{path}': {why}"):
-        MechanismLog(model, [path], 2, steps=[1])
+        DiagnosticsLog(model, [path], 2, steps=[1])
 
 
 def test_k_below_one_is_refused() -> None:
     with pytest.raises(ValueError, match="k must be at least 1, but is 0"):
-        MechanismLog(Two(), ["first"], 0, steps=[1])
+        DiagnosticsLog(Two(), ["first"], 0, steps=[1])

@@ -15,10 +15,10 @@ def test_subjects(tmp_path):
     assert [s.name for s in (bear, cat, dog)] == ["bear_plushie", "cat2", "dog"]
     assert [s.class_name for s in (bear, cat, dog)] == ["stuffed animal", "cat", "dog"]
     assert [s.live for s in (bear, cat, dog)] == [False, True, True]
-    assert [len(s.pictures) for s in (bear, cat, dog)] == [2, 3, 4]
+    assert [len(s.images) for s in (bear, cat, dog)] == [2, 3, 4]
     assert cat.held_out is None
     assert cat.folder == tmp_path / "dataset" / "cat2"
-    assert cat.pictures == [cat.folder / f"{n}.png" for n in range(3)]
+    assert cat.images == [cat.folder / f"{n}.png" for n in range(3)]
     assert bear.prompts("sks") == [
         "a sks stuffed animal on top of pink fabric",
         "a sks stuffed animal with the Eiffel Tower in the background",
@@ -53,11 +53,11 @@ def test_file_of_another_system(tmp_path):
     assert read_prompts(path) == expected
 
 
-def test_other_files_among_the_pictures(tmp_path):
+def test_other_files_among_the_images(tmp_path):
     folder = clone(tmp_path)
     for name in (".DS_Store", "._0.jpg", "notes.txt", "0_mask.png", "a.h5"):
         (folder / "dataset" / "dog" / name).write_bytes(b"x")
-    assert [p.name for p in read_subjects(folder, ["dog"])[0].pictures] == [
+    assert [p.name for p in read_subjects(folder, ["dog"])[0].images] == [
         f"{n}.png" for n in range(4)
     ]
 
@@ -105,10 +105,10 @@ def test_file_that_is_no_text(tmp_path):
         read_subjects(folder)
 
 
-def test_pictures_held_out(tmp_path):
+def test_images_held_out(tmp_path):
     clone(tmp_path)
     for part, count in (("train", 2), ("held_out", 3)):
         judges.draw(tmp_path / "dataset/dog" / part, count)
     dog = read_subjects(tmp_path, ["dog"])[0]
-    assert dog.pictures == [tmp_path / f"dataset/dog/train/{n}.png" for n in range(2)]
+    assert dog.images == [tmp_path / f"dataset/dog/train/{n}.png" for n in range(2)]
     assert dog.held_out == tmp_path / "dataset/dog/held_out"

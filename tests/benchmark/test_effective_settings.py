@@ -6,7 +6,11 @@ import pytest
 import torch
 
 from gralora_diffusion import get_family
-from gralora_diffusion.benchmark.effective_settings import told_layers, told_settings, versions
+from gralora_diffusion.benchmark.effective_settings import (
+    effective_settings,
+    named_layers,
+    versions,
+)
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -20,7 +24,7 @@ def told(name="lora-r4", line=(), **options):
     settings = parse_settings(["--dreambooth_dir", "db", *line])
     method = Method.parse(name)
     config = method.configured(TrainingConfig(**{"learning_rate": 1e-4, **options}))
-    return told_settings(settings, method, config, stable_diffusion(), CPU)
+    return effective_settings(settings, method, config, stable_diffusion(), CPU)
 
 
 @pytest.mark.parametrize(
@@ -74,16 +78,16 @@ def test_layers_with_a_lower_k(name, lowered):
     pipe, method = stable_diffusion(), Method.parse(name)
     layers = "to_q,to_k,conv1,conv_in,conv_out"
     config = method.configured(TrainingConfig(lora_layers=layers))
-    method.put_on(pipe, get_family(pipe), config)
+    method.attach(pipe, get_family(pipe), config)
     names = [n for n, m in stable_diffusion().unet.named_modules() if isinstance(m, LAYERS)]
     wanted = [n for n in names if n.rpartition(".")[2] in layers.split(",")]
-    assert told_layers(config, [pipe.unet]) == {"layers": len(wanted), "lowered_k": lowered}
+    assert named_layers(config, [pipe.unet]) == {"layers": len(wanted), "lowered_k": lowered}
 
 
 @pytest.mark.parametrize("name", ["full", "base"])
 def test_of_methods_that_adapt_no_layer(name):
     config = Method.parse(name).configured(TrainingConfig())
-    told = told_layers(config, [stable_diffusion().unet])
+    told = named_layers(config, [stable_diffusion().unet])
     assert told == {"layers": None, "lowered_k": {}}
 
 

@@ -12,18 +12,18 @@ import torch
 from gralora_diffusion.benchmark import ledger as ledgers
 from gralora_diffusion.benchmark import main
 from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_result, write_result
-from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Unit
+from gralora_diffusion.benchmark.ledger import FAILURE_NAME, Ledger, Trial
 from gralora_diffusion.benchmark.main import DeviceBroken
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.runner import ADAPTER, PICTURES
-from gralora_diffusion.benchmark.trial_locks import CLAIM_NAME, claim
-from tests.benchmark.trials import unit as result_of
+from gralora_diffusion.benchmark.runner import ADAPTER, IMAGES
+from gralora_diffusion.benchmark.trial_locks import LOCK_NAME, claim
+from tests.benchmark.trials import trial as result_of
 
 DOG = SimpleNamespace(protocol="subject", subject="dog")
 
 
-def unit(seed=0):
-    return Unit(DOG, Method.parse("lora-r4"), seed)
+def trial(seed=0):
+    return Trial(DOG, Method.parse("lora-r4"), seed)
 
 
 def fail(ledger, which, error="ValueError: no"):
@@ -42,42 +42,42 @@ def finish(ledger, which):
 def test_a_folder_that_was_copied_is_done_again(tmp_path):
     """The report leaves it out, so that it must not count as done either."""
     ledger = Ledger(tmp_path)
-    finish(ledger, unit(0))
-    shutil.copytree(ledger.folder(unit(0)), ledger.folder(unit(1)))
-    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+    finish(ledger, trial(0))
+    shutil.copytree(ledger.folder(trial(0)), ledger.folder(trial(1)))
+    assert ledger.left([trial(0), trial(1)]) == [trial(1)]
 
 
 def test_a_file_is_read_once_and_again_when_it_changes(tmp_path, monkeypatch):
     """A log of many layers takes megabytes, and every process looks after each unit."""
     ledger, read = Ledger(tmp_path), []
-    path = finish(ledger, unit())
+    path = finish(ledger, trial())
     monkeypatch.setattr(ledgers, "read_result", lambda p: read.append(p) or read_result(p))
-    assert ledger.left([unit()]) == ledger.left([unit()]) == []
+    assert ledger.left([trial()]) == ledger.left([trial()]) == []
     assert read == [path]
     path.write_text(path.read_text()[:100])
-    assert ledger.left([unit()]) == [unit()]
-    finish(ledger, unit())
-    assert ledger.left([unit()]) == []
+    assert ledger.left([trial()]) == [trial()]
+    finish(ledger, trial())
+    assert ledger.left([trial()]) == []
 
 
 def test_only_old_failures_are_forgotten(tmp_path):
     """Of processes that start together one may be at work when another begins to look."""
     ledger = Ledger(tmp_path)
-    old, new = fail(ledger, unit(0)), fail(ledger, unit(1))
+    old, new = fail(ledger, trial(0)), fail(ledger, trial(1))
     before = time.time() - 60
     os.utime(old, (before, before))
-    ledger.forget_failures([unit(0), unit(1), unit(2)], before=30)
+    ledger.forget_failures([trial(0), trial(1), trial(2)], before=30)
     assert (old.exists(), new.exists()) == (False, True)
-    assert ledger.left([unit(0), unit(1)]) == [unit(0)]
+    assert ledger.left([trial(0), trial(1)]) == [trial(0)]
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"error"', "null"])
 def test_a_failure_that_cannot_be_read_is_one(tmp_path, content):
     ledger = Ledger(tmp_path)
-    fail(ledger, unit()).write_text(content)
+    fail(ledger, trial()).write_text(content)
     (failure,) = ledger.failures()
     assert "cannot be read" in failure.reason
-    assert ledger.left([unit()]) == []
+    assert ledger.left([trial()]) == []
 
 
 class Worker:
@@ -90,67 +90,67 @@ class Worker:
         self.then(folder, home)
         if self.error:
             raise self.error
-        return result_of(Unit(task, method, seed).key)
+        return result_of(Trial(task, method, seed).key)
 
 
 def taken_over(folder, home):
-    (home / CLAIM_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
+    (home / LOCK_NAME).write_text('{"token": "theirs", "host": "elsewhere", "pid": 7}')
 
 
 @pytest.mark.parametrize("error", [None, ValueError("no"), FileNotFoundError("gone")])
 def test_a_process_that_woke_too_late_leaves_nothing(tmp_path, error):
     """Neither a result nor a failure, and it goes on with other units."""
     ledger = Ledger(tmp_path)
-    with claim(ledger.folder(unit())) as mine:
-        main._do(Worker(taken_over, error), unit(), ledger, mine)
-    assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
+    with claim(ledger.folder(trial())) as mine:
+        main._do(Worker(taken_over, error), trial(), ledger, mine)
+    assert os.listdir(ledger.folder(trial())) == [LOCK_NAME]
 
 
-def picture(folder, text):
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
-    (folder / PICTURES / text).write_text(text)
+def image(folder, text):
+    (folder / IMAGES).mkdir(parents=True, exist_ok=True)
+    (folder / IMAGES / text).write_text(text)
 
 
-def test_two_that_take_a_unit_over_from_each_other_do_not_mix(tmp_path):
+def test_two_that_take_a_trial_over_from_each_other_do_not_mix(tmp_path):
     """One was suspended while it drew, and wakes while, or after, the other draws."""
     ledger = Ledger(tmp_path)
-    home = ledger.folder(unit())
+    home = ledger.folder(trial())
     theirs = ExitStack()
 
     def draw_and_sleep(folder, home):
-        picture(folder, "of the first")
+        image(folder, "of the first")
         old = time.time() - 999
-        os.utime(home / CLAIM_NAME, (old, old))
+        os.utime(home / LOCK_NAME, (old, old))
         other = theirs.enter_context(claim(home))
-        picture(other.work, "of the second")
-        picture(folder, "of the first, awake")
-        other.hand_over(PICTURES)
+        image(other.work, "of the second")
+        image(folder, "of the first, awake")
+        other.hand_over(IMAGES)
 
     with claim(home) as mine:
-        main._do(Worker(draw_and_sleep), unit(), ledger, mine)
+        main._do(Worker(draw_and_sleep), trial(), ledger, mine)
     with theirs:
-        assert [path.name for path in (home / PICTURES).iterdir()] == ["of the second"]
-    assert sorted(path.name for path in home.iterdir()) == [PICTURES]
+        assert [path.name for path in (home / IMAGES).iterdir()] == ["of the second"]
+    assert sorted(path.name for path in home.iterdir()) == [IMAGES]
 
 
 def test_what_another_attempt_left_is_gone(tmp_path):
     ledger = Ledger(tmp_path)
-    home = ledger.folder(unit())
+    home = ledger.folder(trial())
     home.mkdir(parents=True)
-    picture(home, "of a killed attempt")
+    image(home, "of a killed attempt")
     (home / ADAPTER).mkdir()
     with claim(home) as mine:
-        main._do(Worker(lambda folder, home: picture(folder, "new")), unit(), ledger, mine)
-    assert [path.name for path in (home / PICTURES).iterdir()] == ["new"]
-    assert sorted(path.name for path in home.iterdir()) == [PICTURES, RESULT_NAME]
+        main._do(Worker(lambda folder, home: image(folder, "new")), trial(), ledger, mine)
+    assert [path.name for path in (home / IMAGES).iterdir()] == ["new"]
+    assert sorted(path.name for path in home.iterdir()) == [IMAGES, RESULT_NAME]
 
 
 def test_a_disk_that_fails_ends_the_process(tmp_path):
     ledger = Ledger(tmp_path)
     error = OSError("no space left on device")
-    with pytest.raises(OSError, match="no space"), claim(ledger.folder(unit())) as mine:
-        main._do(Worker(lambda folder, home: None, error), unit(), ledger, mine)
-    assert ledger.left([unit()]) == [unit()]
+    with pytest.raises(OSError, match="no space"), claim(ledger.folder(trial())) as mine:
+        main._do(Worker(lambda folder, home: None, error), trial(), ledger, mine)
+    assert ledger.left([trial()]) == [trial()]
 
 
 CUDA = "CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later"
@@ -193,36 +193,36 @@ def test_a_device_that_breaks_ends_the_process(tmp_path, error):
     """All other units would fail as well; of them nothing is kept."""
     ledger = Ledger(tmp_path)
     worker = Worker(lambda folder, home: None, error)
-    with pytest.raises(DeviceBroken) as caught, claim(ledger.folder(unit(0))) as mine:
-        main._do(worker, unit(0), ledger, mine)
+    with pytest.raises(DeviceBroken) as caught, claim(ledger.folder(trial(0))) as mine:
+        main._do(worker, trial(0), ledger, mine)
     said = str(caught.value)
     assert said.startswith("subject, dog, lora-r4, seed 0: ")
     assert "kernel errors might" not in said
     assert "The same command goes on with the other units, and with --retry_failed" in said
-    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
-    assert list(ledger.folder(unit(0)).iterdir()) == [ledger.folder(unit(0)) / FAILURE_NAME]
+    assert ledger.left([trial(0), trial(1)]) == [trial(1)]
+    assert list(ledger.folder(trial(0)).iterdir()) == [ledger.folder(trial(0)) / FAILURE_NAME]
 
 
 @pytest.mark.parametrize("error", HARMLESS, ids=repr)
-def test_other_errors_are_of_their_unit(tmp_path, error):
+def test_other_errors_are_of_their_trial(tmp_path, error):
     ledger = Ledger(tmp_path)
-    with claim(ledger.folder(unit(0))) as mine:
-        main._do(Worker(lambda folder, home: None, error), unit(0), ledger, mine)
-    assert ledger.left([unit(0), unit(1)]) == [unit(1)]
+    with claim(ledger.folder(trial(0))) as mine:
+        main._do(Worker(lambda folder, home: None, error), trial(0), ledger, mine)
+    assert ledger.left([trial(0), trial(1)]) == [trial(1)]
 
 
-def test_a_device_that_breaks_after_the_unit_was_taken_over(tmp_path):
+def test_a_device_that_breaks_after_the_trial_was_taken_over(tmp_path):
     """Nothing is kept of the unit, which is the other's, and the process ends all the same."""
     ledger = Ledger(tmp_path)
-    with pytest.raises(DeviceBroken), claim(ledger.folder(unit())) as mine:
-        main._do(Worker(taken_over, RuntimeError(CUDA)), unit(), ledger, mine)
-    assert os.listdir(ledger.folder(unit())) == [CLAIM_NAME]
+    with pytest.raises(DeviceBroken), claim(ledger.folder(trial())) as mine:
+        main._do(Worker(taken_over, RuntimeError(CUDA)), trial(), ledger, mine)
+    assert os.listdir(ledger.folder(trial())) == [LOCK_NAME]
 
 
 def test_what_came_out_well_is_no_failure_any_more(tmp_path):
     ledger = Ledger(tmp_path)
-    with claim(ledger.folder(unit())) as mine:
-        fail(ledger, unit())
-        main._do(Worker(lambda folder, home: None), unit(), ledger, mine)
-    assert ledger.left([unit()]) == []
+    with claim(ledger.folder(trial())) as mine:
+        fail(ledger, trial())
+        main._do(Worker(lambda folder, home: None), trial(), ledger, mine)
+    assert ledger.left([trial()]) == []
     assert ledger.failures() == []

@@ -12,12 +12,12 @@ from gralora_diffusion.benchmark import main as command
 from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_results
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME
 from gralora_diffusion.benchmark.main import benchmark, main
-from gralora_diffusion.benchmark.run_config import check_same_run, write_down
+from gralora_diffusion.benchmark.run_config import check_same_run, save_run_config
 from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs
 from tests.training.runs import environment
 
-UNITS = [
+TRIALS = [
     ("subject", subject, method, 0)
     for subject in ("cat2", "dog")
     for method in ("gralora-r4-k2", "lora-r4")
@@ -43,8 +43,8 @@ def result_files(output):
     return sorted(output.rglob(RESULT_NAME))
 
 
-def test_every_unit_and_the_report(whole):
-    assert sorted(scores(whole)) == UNITS
+def test_every_trial_and_the_report(whole):
+    assert sorted(scores(whole)) == TRIALS
     report = json.loads((whole / "report" / "report.json").read_text())
     assert set(report["protocols"]) == {"subject"}
     page = (whole / "report" / "index.html").read_text()
@@ -52,7 +52,7 @@ def test_every_unit_and_the_report(whole):
     assert not list(whole.rglob("claim.json*"))
 
 
-def test_finished_units_are_not_repeated(whole, world):
+def test_finished_trials_are_not_repeated(whole, world):
     before = {path: path.stat().st_mtime_ns for path in result_files(whole)}
     (whole / "report" / "index.html").unlink()
     assert benchmark(runs.settings(world, whole)) == 0
@@ -88,7 +88,7 @@ def test_an_unreadable_result_is_made_again(whole, world, tmp_path):
     assert {path: path.stat().st_mtime_ns for path in others} == before
 
 
-def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
+def test_a_trial_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     options = {"methods": ["lora-r4-lr1e30", "lora-r4"], "subjects": ["dog"]}
     line = runs.arguments(world, tmp_path, **options)
     with pytest.raises(SystemExit) as caught:
@@ -108,13 +108,15 @@ def test_a_unit_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     assert failure.stat().st_mtime_ns > when
 
 
-def test_the_report_has_the_units_in_the_order_in_which_they_are_done(world, tmp_path, monkeypatch):
+def test_the_report_has_the_trials_in_the_order_in_which_they_are_done(
+    world, tmp_path, monkeypatch
+):
     """Seed by seed, so that methods have as many as each other whenever it is stopped."""
     done = []
 
-    def fail(runner, unit, ledger, mine):
-        done.append(tuple(unit.key))
-        ledger.fail(unit, ValueError("no"))
+    def fail(runner, trial, ledger, mine):
+        done.append(tuple(trial.key))
+        ledger.fail(trial, ValueError("no"))
 
     monkeypatch.setattr(command, "Runner", lambda *_: None)
     monkeypatch.setattr(command, "_do", fail)
@@ -149,7 +151,7 @@ def test_a_device_that_breaks_ends_the_command(world, tmp_path, monkeypatch, cap
     assert not list(tmp_path.rglob("claim.json*"))
 
 
-def test_broken_pictures_are_found_before_anything_is_done(world, tmp_path, capsys):
+def test_broken_images_are_found_before_anything_is_done(world, tmp_path, capsys):
     folder = runs.clone(tmp_path / "broken")
     (folder / "dataset" / "dog" / "2.png").write_bytes(b"half")
     with pytest.raises(SystemExit) as caught:
@@ -189,14 +191,14 @@ def test_an_encoder_that_is_not_there(world, tmp_path, capsys):
     assert not list(tmp_path.rglob("claim.json*"))
 
 
-def test_a_run_that_is_refused_leaves_the_pictures_held_out(world, tmp_path, capsys):
+def test_a_run_that_is_refused_leaves_the_images_held_out(world, tmp_path, capsys):
     """Units that are there, or under way, are compared with them."""
     for number, path in enumerate(judges.draw(tmp_path / "set", 5)):
         path.with_suffix(".txt").write_text(f"picture {number}", encoding="utf-8")
     options = {"dreambooth_dir": None, "subjects": None, "captioned_dir": tmp_path / "set"}
     settings = runs.settings(world, tmp_path / "out", held_out=2, **options)
     (task,) = read_tasks(settings)
-    write_down(settings)
+    save_run_config(settings)
     before = [path.read_bytes() for path in task.real]
     with pytest.raises(SystemExit):
         main(runs.arguments(world, tmp_path / "out", held_out=3, **options))

@@ -105,11 +105,11 @@ def test_a_learning_rate_of_its_own():
     assert Method.parse("full").configured(config).learning_rate == 1e-4
 
 
-def put_on(name, **options):
+def attach(name, **options):
     pipe = stable_diffusion()
     family, method = get_family(pipe), Method.parse(name)
     config = method.configured(training_config(instance_data_dir="x", **options))
-    return pipe, method, method.put_on(pipe, family, config), family
+    return pipe, method, method.attach(pipe, family, config), family
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -126,7 +126,7 @@ def test_put_on_and_taken_off(name, text, tmp_path):
     before, image = [structure(model) for model in models], draw(pipe)
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     with bare_afterwards(pipe, components, method):
-        assert method.put_on(pipe, family, config) == components
+        assert method.attach(pipe, family, config) == components
         torch.testing.assert_close(draw(pipe), image)  # at first nothing is changed
         for component in components:
             parameters = adapter_parameters(pipe, component)
@@ -151,7 +151,7 @@ def test_the_same_layers_and_equal_parameters():
     """LoRA and GraLoRA of a rank, on exactly the same layers; the whole denoiser is more."""
     counts, layers = {}, {}
     for name in ("lora-r4", "gralora-r4-k2", "gralora-r4-k4", "full"):
-        pipe = put_on(name)[0]
+        pipe = attach(name)[0]
         counts[name] = sum(p.numel() for p in adapter_parameters(pipe, "unet"))
         layers[name] = {n for n, m in pipe.unet.named_modules() if isinstance(m, BaseTunerLayer)}
     assert counts["lora-r4"] == counts["gralora-r4-k2"] == counts["gralora-r4-k4"] < counts["full"]
@@ -161,7 +161,7 @@ def test_the_same_layers_and_equal_parameters():
 @pytest.mark.parametrize("name", ["lora-r4", "loha-r2", "gralora-r4-k2"])
 def test_a_seed_gives_the_same_start(name):
     first, again, other = (
-        torch.cat([p.flatten() for p in adapter_parameters(put_on(name, seed=s)[0], "unet")])
+        torch.cat([p.flatten() for p in adapter_parameters(attach(name, seed=s)[0], "unet")])
         for s in (0, 0, 1)
     )
     assert torch.equal(first, again)

@@ -11,7 +11,7 @@ from gralora_diffusion.benchmark.run_config import (
     SETTINGS_NAME,
     check_same_run,
     parse_settings,
-    write_down,
+    save_run_config,
 )
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.parsing import parse_options
@@ -40,7 +40,7 @@ def test_written_down_and_read_again(tmp_path):
     line += ["--dreambooth_dir", str(tmp_path / "db")]
     line += ["--encoders", "dino=x", "--snr_gamma", "5", "--title", "It's: a title"]
     settings = parse_settings(line)
-    write_down(settings)
+    save_run_config(settings)
     again = parse_settings(["--config", str(tmp_path / SETTINGS_NAME)])
     assert again == settings
     report = ["--report_only", "--output_dir", str(tmp_path)]
@@ -50,19 +50,19 @@ def test_written_down_and_read_again(tmp_path):
 
 def test_a_run_may_grow_but_not_change(tmp_path):
     line = [*GOOD, "--output_dir", str(tmp_path), "--subjects", "dog"]
-    write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
-    write_down(parse_settings([*line, "--methods", "lora-r8", "--seeds", "1", "0"]))
+    save_run_config(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
+    save_run_config(parse_settings([*line, "--methods", "lora-r8", "--seeds", "1", "0"]))
     record = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
     assert record["methods"] == ["lora-r4", "lora-r8"]
     assert record["seeds"] == [0, 1]
-    write_down(parse_settings([*GOOD, "--output_dir", str(tmp_path)]))
+    save_run_config(parse_settings([*GOOD, "--output_dir", str(tmp_path)]))
     assert "subjects" not in yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
     before = (tmp_path / SETTINGS_NAME).read_bytes()
     other = parse_settings([*line, "--learning_rate", "1", "--max_prompts", "3"])
     with pytest.raises(ConfigError, match="--learning_rate is 1"):
         check_same_run(other)
     with pytest.raises(ConfigError) as caught:
-        write_down(other)
+        save_run_config(other)
     assert len(caught.value.problems) == 2
     assert "--learning_rate is 1.0, but its default in" in caught.value.problems[0]
     assert (tmp_path / SETTINGS_NAME).read_bytes() == before
@@ -71,18 +71,18 @@ def test_a_run_may_grow_but_not_change(tmp_path):
 def test_methods_and_seeds_that_are_not_given_are_those_of_the_run(tmp_path, caplog):
     line = [*GOOD, "--output_dir", str(tmp_path)]
     assert parse_settings(line).methods == ["lora-r32", "lora-r64", "gralora-r32-k2"]
-    write_down(parse_settings([*line, "--methods", "lora-r4", "base", "--seeds", "3"]))
+    save_run_config(parse_settings([*line, "--methods", "lora-r4", "base", "--seeds", "3"]))
     with caplog.at_level(logging.INFO, "gralora_diffusion"):
         again = parse_settings(line)
     assert (again.methods, again.seeds) == (["lora-r4", "base"], [3])
     path = tmp_path / SETTINGS_NAME
     assert caplog.messages == [f"as kept in {path}: methods lora-r4 base; seeds 3"]
-    write_down(again)
+    save_run_config(again)
     assert yaml.safe_load(path.read_text())["methods"] == ["lora-r4", "base"]
     # what is given is done, and added to what is kept
     more = parse_settings([*line, "--methods", "full"])
     assert (more.methods, more.seeds) == (["full"], [3])
-    write_down(more)
+    save_run_config(more)
     assert parse_settings(line).methods == ["lora-r4", "base", "full"]
     (tmp_path / "options.yaml").write_text("seeds: [5]")
     assert parse_settings([*line, "--config", str(tmp_path / "options.yaml")]).seeds == [5]
@@ -104,17 +104,17 @@ def test_one_without_methods_has_the_usual_ones(tmp_path):
 
 def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_path, monkeypatch):
     line = [*GOOD, "--output_dir", str(tmp_path)]
-    write_down(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
+    save_run_config(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
     parsed = []
     monkeypatch.setattr(
         run_config, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
     )
     ours = parse_settings(line)
     check_same_run(ours)
-    write_down(ours)
+    save_run_config(ours)
     assert parsed == [line, ["--config", str(tmp_path / SETTINGS_NAME)]]
-    write_down(parse_settings([*line, "--methods", "lora-r8"]))
-    write_down(ours)
+    save_run_config(parse_settings([*line, "--methods", "lora-r8"]))
+    save_run_config(ours)
     assert parse_settings(line).methods == ["lora-r4", "lora-r8"]
 
 
@@ -132,7 +132,7 @@ RELATIVE += ["--encoders", "dino=judge", "clip=openai/clip-vit-base-patch32"]
 def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
     """The same files by other paths are the same; the same paths to other files are not."""
     monkeypatch.chdir(places(tmp_path / "one"))
-    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    save_run_config(parse_settings([*RELATIVE, "--output_dir", "../run"]))
     places(tmp_path / "other")
     (tmp_path / "link").symlink_to(tmp_path / "one")
     monkeypatch.chdir(tmp_path / "other")
@@ -152,7 +152,7 @@ def test_a_run_goes_on_from_another_directory(tmp_path, monkeypatch):
 def test_what_is_kept_is_read_from_another_directory(tmp_path, monkeypatch):
     monkeypatch.chdir(places(tmp_path / "one"))
     given = parse_settings([*RELATIVE, "--output_dir", "run", "--latent_cache_dir", "latents"])
-    write_down(given)
+    save_run_config(given)
     (tmp_path / "other").mkdir()
     monkeypatch.chdir(tmp_path / "other")
     again = parse_settings(["--config", "../one/run/benchmark.yaml"])
@@ -170,7 +170,7 @@ def test_what_is_kept_is_read_from_another_directory(tmp_path, monkeypatch):
 def test_files_that_were_moved_are_known_by_their_names(tmp_path, monkeypatch):
     """As on another machine, that has them elsewhere."""
     monkeypatch.chdir(places(tmp_path / "one"))
-    write_down(parse_settings([*RELATIVE, "--output_dir", "../run"]))
+    save_run_config(parse_settings([*RELATIVE, "--output_dir", "../run"]))
     (tmp_path / "one").rename(tmp_path / "two")
     monkeypatch.chdir(tmp_path / "two")
     check_same_run(parse_settings([*RELATIVE, "--output_dir", "../run"]))
@@ -189,13 +189,13 @@ def test_a_folder_that_cannot_be_written_to(tmp_path):
     with pytest.raises(
         ConfigError, match=r"--output_dir .*run cannot be written to .*Give another"
     ):
-        write_down(settings)
+        save_run_config(settings)
 
 
 def test_a_folder_of_a_training(tmp_path):
     settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
     (tmp_path / CONFIG_NAME).touch()
-    for refused in (check_same_run, write_down):
+    for refused in (check_same_run, save_run_config):
         with pytest.raises(ConfigError, match=r"is of a training \(training_config\.yaml\)"):
             refused(settings)
     assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
@@ -207,12 +207,12 @@ def test_a_training_that_has_just_begun_or_another_benchmark(tmp_path, monkeypat
     settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
     with owned(tmp_path, "--output_dir"):
         with pytest.raises(ConfigError, match="is in use by process"):
-            write_down(settings)
+            save_run_config(settings)
         assert not (tmp_path / SETTINGS_NAME).exists()
-    write_down(settings)
+    save_run_config(settings)
     other = parse_settings([*GOOD, "--output_dir", str(tmp_path), "--snr_gamma", "5"])
     with pytest.raises(ConfigError, match=r"--snr_gamma is 5.0, but its default in .*mixed"):
-        write_down(other)
+        save_run_config(other)
     assert [path.name for path in tmp_path.iterdir()] == [SETTINGS_NAME]
 
 

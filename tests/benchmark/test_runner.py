@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.evaluation.metrics import score_drift, score_pr
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.runner import Runner
 from gralora_diffusion.benchmark.tasks import read_tasks
-from gralora_diffusion.pipelines.generation import draw
+from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.loop import train
 from tests.benchmark import judges, runs
 from tests.training.runs import adapter
@@ -44,9 +44,9 @@ def run(world, tmp_path_factory):
 
 def files(result, beginning=""):
     return [
-        [result.folder / name for name in prompt.pictures]
+        [result.folder / name for name in prompt.images]
         for prompt in result.prompts
-        if prompt.pictures[0].startswith(f"pictures/{beginning}")
+        if prompt.images[0].startswith(f"pictures/{beginning}")
     ]
 
 
@@ -61,11 +61,11 @@ def test_what_is_told(run):
         "a tree",
         "a dog",
     ]
-    assert [len(prompt.pictures) for prompt in result.prompts] == [2, 2, 1, 1, 2]
+    assert [len(prompt.images) for prompt in result.prompts] == [2, 2, 1, 1, 2]
     assert result.settings["training"]["max_train_steps"] == 3
     assert result.settings["drawing"]["inference_steps"] == 2
     assert result.versions["torch"] == torch.__version__
-    assert result.train_seconds > 0 < result.draw_seconds
+    assert result.train_seconds > 0 < result.generation_seconds
     assert results["lora-r4"].parameters == result.parameters > 0
     assert results["lora-r4"].layers == result.layers == len(result.mechanism.effective_rank)
     assert results["full"].layers is results["base"].layers is None
@@ -74,7 +74,7 @@ def test_what_is_told(run):
     assert results["full"].parameters == everything
 
 
-def test_scores_are_those_of_the_pictures(run, world):
+def test_scores_are_those_of_the_images(run, world):
     runner, task, results = run
     encoders = {name: load_encoder(world / name) for name in ("dinov2", "clip")}
     base = runner.settings.folder / "base" / "seed0"
@@ -91,21 +91,21 @@ def test_scores_are_those_of_the_pictures(run, world):
     assert all(r.scores["drift_dinov2"] > 1e-4 for name, r in results.items() if name != "base")
 
 
-def test_pictures_are_those_of_the_adapter(run, world):
+def test_images_are_those_of_the_adapter(run, world):
     """The file that is left, loaded as a user does, draws what the unit drew."""
     _, task, results = run
     result = results["gralora-r4-k2"]
     pipe = DiffusionPipeline.from_pretrained(world / "base")
     pipe.load_gralora_weights(result.folder / "adapter")
     pipe.vae.enable_slicing()  # for the rounding: the benchmark decodes pictures one by one
-    images = draw(pipe, task.prompts, 2, size=16, inference_steps=2, batch_size=4)
+    images = generate(pipe, task.prompts, 2, size=16, inference_steps=2, batch_size=4)
     for row, paths in zip(images, files(result, "0"), strict=True):
         for image, path in zip(row, paths, strict=True):
             with Image.open(path) as kept:
                 assert image.tobytes() == kept.tobytes()
 
 
-def test_a_unit_is_the_trainers_run(run, world, tmp_path):
+def test_a_trial_is_the_trainers_run(run, world, tmp_path):
     """Bit for bit, though the base was loaded once and has been trained with other methods."""
     _, task, results = run
     for name in ("gralora-r4-k2", "gralora-r4-k2-h2"):

@@ -70,13 +70,13 @@ def test_problems(line, texts):
 
 def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
     """The suite's, whose base and encoders one may want for pictures of one's own, too."""
-    assert parse_settings(GOOD).remarks() == parse_settings(["--suite", "tiny"]).remarks() == []
-    (remark,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).remarks()
-    assert remark == (
+    assert parse_settings(GOOD).warnings() == parse_settings(["--suite", "tiny"]).warnings() == []
+    (warning,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).warnings()
+    assert warning == (
         "--captioned_dir is what is learned, so there is no use for --dreambooth_dir and "
         "--subjects, also where --suite tiny has them"
     )
-    dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).remarks()
+    dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).warnings()
     assert dataset == ["--dataset_name is what is learned, so there is no use for --dreambooth_dir"]
 
 

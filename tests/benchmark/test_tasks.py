@@ -21,7 +21,7 @@ def test_subjects(world, tmp_path):
     assert cat.config.class_prompt is None
 
 
-def test_pictures_held_out_are_compared_with(world, tmp_path):
+def test_images_held_out_are_compared_with(world, tmp_path):
     folder = runs.clone(tmp_path)
     for part, count in (("train", 2), ("held_out", 3)):
         judges.draw(folder / "dataset/dog" / part, count)
@@ -30,8 +30,8 @@ def test_pictures_held_out_are_compared_with(world, tmp_path):
     (folder / "dataset/dog/train/1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=str(folder)) as caught:
         read_tasks(runs.settings(world, tmp_path / "out", **options))
-    pictures = [p.split(" cannot")[0] for p in caught.value.problems if "Pillow" in p]
-    assert pictures == ["dataset/dog/train: 1.png", "dataset/dog/held_out: 3.png"]
+    images = [p.split(" cannot")[0] for p in caught.value.problems if "Pillow" in p]
+    assert images == ["dataset/dog/train: 1.png", "dataset/dog/held_out: 3.png"]
     judges.draw(folder / "dataset/dog/train", 2)
     (task,) = read_tasks(runs.settings(world, tmp_path / "out", skip_bad_images=True, **options))
     assert [e.source.parent.name for e in task.examples] == ["train"] * 2
@@ -53,7 +53,7 @@ def test_the_subjects_of_a_suite_in_another_folder(world):
     assert task.subject == "dog"
 
 
-def test_class_pictures_are_shared_by_subjects_of_a_class(world, tmp_path):
+def test_class_images_are_shared_by_subjects_of_a_class(world, tmp_path):
     prior = {"with_prior_preservation": True, "num_class_images": 2}
     bear, *_ = read_tasks(runs.settings(world, tmp_path, subjects=["bear_plushie"], **prior))
     assert bear.config.class_prompt == "a stuffed animal"

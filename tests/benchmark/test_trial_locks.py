@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gralora_diffusion.benchmark import trial_locks
-from gralora_diffusion.benchmark.trial_locks import CLAIM_NAME, WORK_NAME, claim, claimant
+from gralora_diffusion.benchmark.trial_locks import LOCK_NAME, WORK_NAME, claim, holder
 
 CONTEND = """
 import importlib.util, sys, time
@@ -45,8 +45,8 @@ def test_one_at_a_time(tmp_path):
     with held:
         assert held.is_held()
         assert claim(tmp_path / "unit") is None
-        assert claimant(tmp_path / "unit") == f"process {os.getpid()} on {os.uname().nodename}"
-    assert claimant(tmp_path / "unit") is None
+        assert holder(tmp_path / "unit") == f"process {os.getpid()} on {os.uname().nodename}"
+    assert holder(tmp_path / "unit") is None
     assert list((tmp_path / "unit").iterdir()) == []
     with claim(tmp_path / "unit"):
         pass
@@ -89,7 +89,7 @@ def test_processes_at_once_share_all_and_double_none(tmp_path):
 
 
 def test_a_claim_of_another_machine_is_kept_while_it_is_touched(tmp_path):
-    path = tmp_path / CLAIM_NAME
+    path = tmp_path / LOCK_NAME
     path.write_text(json.dumps({"token": "theirs", "host": "elsewhere", "pid": 1}))
     assert claim(tmp_path, patience=60) is None
     old = time.time() - 61
@@ -104,12 +104,12 @@ def test_a_host_of_the_same_name_is_not_this_machine(tmp_path):
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     facts = {"token": "theirs", "host": os.uname().nodename, "pid": ended.pid}
-    (tmp_path / CLAIM_NAME).write_text(json.dumps({**facts, "machine": "another"}))
+    (tmp_path / LOCK_NAME).write_text(json.dumps({**facts, "machine": "another"}))
     assert claim(tmp_path, patience=60) is None
 
 
 def test_one_that_is_not_readable_waits_for_its_age(tmp_path):
-    path = tmp_path / CLAIM_NAME
+    path = tmp_path / LOCK_NAME
     path.write_text('{"tok')
     assert claim(tmp_path, patience=60) is None
     old = time.time() - 61
@@ -145,4 +145,4 @@ def test_one_that_was_taken_over_is_not_given_up_for_the_other(tmp_path):
     with claim(tmp_path) as held:
         held.path.write_text(json.dumps({"token": "theirs", "host": "elsewhere", "pid": 1}))
         assert not held.is_held()
-    assert json.loads((tmp_path / CLAIM_NAME).read_text())["token"] == "theirs"
+    assert json.loads((tmp_path / LOCK_NAME).read_text())["token"] == "theirs"

@@ -31,7 +31,7 @@ def test_no_optimizer_and_no_average_is_kept(prepared):
     assert [type(kept) for kept in gc.get_objects() if isinstance(kept, kinds)] == []
 
 
-def test_a_unit_that_was_stopped_leaves_the_next_as_it_would_be(world, tmp_path, monkeypatch):
+def test_a_trial_that_was_stopped_leaves_the_next_as_it_would_be(world, tmp_path, monkeypatch):
     """In the first of two micro-batches."""
     output = tmp_path
     runner, task = made(world, output, gradient_accumulation_steps=2)
@@ -48,7 +48,7 @@ def interrupt(*_):
     raise KeyboardInterrupt
 
 
-def test_a_broken_picture_of_the_base_is_drawn_again(prepared):
+def test_a_broken_image_of_the_base_is_drawn_again(prepared):
     runner, task, output = prepared
     before = runner.run(task, Method.parse("lora-r4"), 0, output / "before")
     for broken in (output / "base" / "seed0").rglob("*_0.png"):
@@ -57,7 +57,7 @@ def test_a_broken_picture_of_the_base_is_drawn_again(prepared):
     assert after.scores == before.scores
 
 
-def test_class_pictures_do_not_depend_on_the_seed_that_comes_first(world, tmp_path):
+def test_class_images_do_not_depend_on_the_seed_that_comes_first(world, tmp_path):
     drawn = []
     for seed in (1, 0):
         output = tmp_path / str(seed)
@@ -69,7 +69,7 @@ def test_class_pictures_do_not_depend_on_the_seed_that_comes_first(world, tmp_pa
     assert drawn[0] == drawn[1]
 
 
-def test_a_unit_waits_for_the_class_pictures_that_another_draws(world, tmp_path, monkeypatch):
+def test_a_trial_waits_for_the_class_images_that_another_draws(world, tmp_path, monkeypatch):
     """It began when one of them was there, and must train on all."""
     runner, task = made(world, tmp_path / "alone", **PRIOR)
     alone = runner.run(task, Method.parse("lora-r4"), 0, tmp_path / "alone" / "unit")

@@ -10,10 +10,10 @@ import numpy as np
 from PIL import Image
 
 from gralora_diffusion.benchmark.evaluation.results import (
-    Mechanism,
+    Diagnostics,
     PromptResult,
-    UnitKey,
-    UnitResult,
+    TrialKey,
+    TrialResult,
     write_result,
 )
 
@@ -28,11 +28,11 @@ def keys(
     methods: Sequence[str] = METHODS,
     seeds: Sequence[int] = (0, 1),
     protocol: str = "subject",
-) -> list[UnitKey]:
-    return [UnitKey(protocol, s, m, seed) for s in subjects for m in methods for seed in seeds]
+) -> list[TrialKey]:
+    return [TrialKey(protocol, s, m, seed) for s in subjects for m in methods for seed in seeds]
 
 
-def unit(key: UnitKey, mechanism: bool = False, **changes) -> UnitResult:
+def trial(key: TrialKey, mechanism: bool = False, **changes) -> TrialResult:
     """A unit whose numbers depend on its key alone."""
     rng = np.random.default_rng([*key.subject.encode(), *key.method.encode(), key.seed])
     common = np.random.default_rng([*key.subject.encode(), key.seed]).normal(0.7, 0.05)
@@ -40,13 +40,13 @@ def unit(key: UnitKey, mechanism: bool = False, **changes) -> UnitResult:
     if key.method == "gralora-r32-k4":  # better on some subjects, worse on others
         gain = 0.02 if ord(key.subject[-1]) % 2 else -0.02
     k = 4 if "k4" in key.method else 2
-    result = UnitResult(
+    result = TrialResult(
         *key,
         parameters=1_234_567 + 1000 * len(key.method),
         update_rank=32 * (k if "gralora" in key.method else 1),
         steps=800,
         train_seconds=float(rng.uniform(100, 120)),
-        draw_seconds=float(rng.uniform(20, 30)),
+        generation_seconds=float(rng.uniform(20, 30)),
         peak_memory_gib=float(rng.uniform(10, 11)),
         scores={
             "dinov2": float(common + gain + rng.normal(0, 0.01)),
@@ -64,7 +64,7 @@ def unit(key: UnitKey, mechanism: bool = False, **changes) -> UnitResult:
         layers = [f"blocks.{i}.attn.to_{name}" for i in range(6) for name in "qv"]
         result = replace(
             result,
-            mechanism=Mechanism(
+            mechanism=Diagnostics(
                 {
                     layer: {
                         "steps": [1, 100],
@@ -79,21 +79,21 @@ def unit(key: UnitKey, mechanism: bool = False, **changes) -> UnitResult:
     return replace(result, **changes)
 
 
-def written(output: Path, results: Sequence[UnitResult], size: int = 64) -> list[UnitResult]:
+def written(output: Path, results: Sequence[TrialResult], size: int = 64) -> list[TrialResult]:
     """Write units with their pictures into a run's folder; give them with their folders."""
     found = []
     for number, result in enumerate(results):
         folder = output / result.key.path
         write_result(result, folder)
         for i, prompt in enumerate(result.prompts):
-            for name in prompt.pictures:
+            for name in prompt.images:
                 path = folder / name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 colour = (37 * number % 256, 80 * i % 256, 128)
                 Image.linear_gradient("L").resize((size, size)).convert("RGB").save(path)
-                with Image.open(path) as picture:
+                with Image.open(path) as image:
                     Image.blend(
-                        picture.convert("RGB"), Image.new("RGB", picture.size, colour), 0.6
+                        image.convert("RGB"), Image.new("RGB", image.size, colour), 0.6
                     ).save(path)
         found.append(replace(result, folder=folder))
     return found

@@ -38,7 +38,7 @@ def tiny(name: str) -> Any:
 def held(name: str) -> list[str]:
     """Components that may have an adapter and are in the original file."""
     family = get_family(name)
-    return [c for c in family.components if c in family.original_layouts]
+    return [c for c in family.components if c in family.original_key_maps]
 
 
 @pytest.fixture(scope="module", params=list(PIPELINES))

@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from gralora_diffusion import get_family, inject
 from gralora_diffusion.adapters.adapter_file import DENOISER, Adapter, read_adapter
 from gralora_diffusion.adapters.layers.functional import lora_factors
-from gralora_diffusion.export.loaders import Way, fused_folder, fused_in_place, lora_file
+from gralora_diffusion.export.loaders import ArtifactLoader, fused_folder, fused_in_place, lora_file
 from gralora_diffusion.export.parity import ParityError, compare
 from tests.models import PIPELINES, adapt_everywhere, config, merged, structure
 from tests.originals import ORIGINALS, write
@@ -72,22 +72,22 @@ def test_stock_diffusers_draws_the_same(name: str, tmp_path: Path) -> None:
         fused.save_pretrained(tmp_path / f"fused {folder.name}")
     pipe(prompt="a", num_inference_steps=1, output_type="latent")  # transformers sets its hooks
     before = state_of(pipe)
-    ways = {
+    loaders = {
         "lora": lora_file(exact_lora(adapter, tmp_path / "a file of any name", 0.5)),
         "fused": fused_folder(tmp_path / "fused adapter"),
     }
-    report = compare(pipe, adapter, ways, prompts=["a cat"], scale=0.5, steps=2)
+    report = compare(pipe, adapter, loaders, prompts=["a cat"], scale=0.5, steps=2)
     assert state_of(pipe) == before
     assert report.effect.mean > 1e-3 * report.latents
-    assert max(w.relative for w in report.ways.values() if w.relative is not None) < 1e-4
+    assert max(w.relative for w in report.loaders.values() if w.relative is not None) < 1e-4
     report.check()
-    ways = {"fused": fused_folder(tmp_path / "fused whole")}
-    report = compare(pipe, whole, ways, prompts=["a cat"], scale=0.5, steps=2)
-    assert report.ways["fused"].relative is not None
-    assert report.ways["fused"].relative < 1e-4
+    loaders = {"fused": fused_folder(tmp_path / "fused whole")}
+    report = compare(pipe, whole, loaders, prompts=["a cat"], scale=0.5, steps=2)
+    assert report.loaders["fused"].relative is not None
+    assert report.loaders["fused"].relative < 1e-4
 
 
-def fused_file(path: Path, config: Path, borrowed: Iterable[str], **options: Any) -> Way:
+def fused_file(path: Path, config: Path, borrowed: Iterable[str], **options: Any) -> ArtifactLoader:
     """A fused original file, by diffusers' ``from_single_file``, with some of the base's models."""
 
     @contextmanager
@@ -110,10 +110,10 @@ def test_a_fused_single_file(name: str, tmp_path: Path) -> None:
         fused.text_encoder.text_projection.weight.data.copy_(torch.eye(32))
     file = write(ORIGINALS[name](fused), tmp_path / "fused.safetensors")
     options = family.load_options if name == "stable-diffusion" else {}
-    ways = {"file": fused_file(file, tmp_path / "base", family.text_encoders, **options)}
-    report = compare(pipe, adapter, ways, prompts=["a cat"], steps=2)
-    assert report.ways["file"].relative is not None
-    assert report.ways["file"].relative < 1e-5
+    loaders = {"file": fused_file(file, tmp_path / "base", family.text_encoders, **options)}
+    report = compare(pipe, adapter, loaders, prompts=["a cat"], steps=2)
+    assert report.loaders["file"].relative is not None
+    assert report.loaders["file"].relative < 1e-5
 
 
 @pytest.fixture
@@ -132,10 +132,10 @@ def test_weights_set_in_place_are_taken_out_again(adapter: Path, pipe: Any) -> N
     def load(pipe: Any) -> None:
         merged([(adapter, 1.0)], pipe)
 
-    ways = {"fused": fused_in_place(load, ["unet", "text_encoder"])}
-    report = compare(pipe, adapter, ways, prompts=PROMPTS)
-    assert report.ways["fused"].relative is not None
-    assert report.ways["fused"].relative < 1e-4
+    loaders = {"fused": fused_in_place(load, ["unet", "text_encoder"])}
+    report = compare(pipe, adapter, loaders, prompts=PROMPTS)
+    assert report.loaders["fused"].relative is not None
+    assert report.loaders["fused"].relative < 1e-4
     assert all(torch.equal(t, before[k]) for k, t in pipe.unet.state_dict().items())
 
     def fail(pipe: Any) -> None:
@@ -173,7 +173,7 @@ def test_differences_are_those_of_the_latents(adapter: Path, pipe: Any, tmp_path
         latents(merged([(adapter, s)], PIPELINES["stable-diffusion"]())) for s in (0.0, 0.9, 1.0)
     )
     apart, effect = (weak - true).abs(), (true - base).abs()
-    way = report.ways["wrong"]
+    way = report.loaders["wrong"]
     assert way.largest == pytest.approx(float(apart.max()), rel=1e-3)
     assert way.mean == pytest.approx(float(apart.mean()), rel=1e-3)
     assert report.effect.largest == pytest.approx(float(effect.max()), rel=1e-3)
@@ -197,7 +197,7 @@ def test_a_file_without_the_adapter_fails_in_every_dtype(adapter: Path, tmp_path
         pipe.set_progress_bar_config(disable=True)
         report = compare(pipe, adapter, {"base": fused_folder(base)}, prompts=["a cat"])
         assert report.failed == ["base"]
-        assert report.ways["base"].relative == 1.0
+        assert report.loaders["base"].relative == 1.0
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -213,14 +213,14 @@ def test_half_precision_is_within_its_bounds(dtype: torch.dtype, tmp_path: Path)
         return pipe
 
     merged([(adapter, 1.0)], base(torch.float32)).to(dtype).save_pretrained(tmp_path / "fused")
-    ways = {"fused": fused_folder(tmp_path / "fused")}
-    exact = compare(base(torch.float32), adapter, ways, prompts=PROMPTS, stored=dtype)
-    half = compare(base(dtype), adapter, ways, prompts=PROMPTS)
+    loaders = {"fused": fused_folder(tmp_path / "fused")}
+    exact = compare(base(torch.float32), adapter, loaders, prompts=PROMPTS, stored=dtype)
+    half = compare(base(dtype), adapter, loaders, prompts=PROMPTS)
     for report in (exact, half):
         report.check()
     assert exact.bound < half.bound < 1
     eps = torch.finfo(dtype).eps
-    relative = exact.ways["fused"].relative
+    relative = exact.loaders["fused"].relative
     assert relative is not None
     assert 0.1 * eps < relative < exact.bound
     assert (exact.settings["dtype"], exact.settings["stored_dtype"]) == ("float32", str(dtype)[6:])
@@ -234,13 +234,13 @@ def test_an_adapter_without_effect_is_told(pipe: Any, tmp_path: Path) -> None:
     pipe.save_pretrained(tmp_path / "same")
     other = PIPELINES["stable-diffusion"](seed=1)
     other.save_pretrained(tmp_path / "other")
-    ways = {"same": fused_folder(tmp_path / "same"), "other": fused_folder(tmp_path / "other")}
-    report = compare(pipe, tmp_path / "adapter", ways, prompts=PROMPTS)
+    loaders = {"same": fused_folder(tmp_path / "same"), "other": fused_folder(tmp_path / "other")}
+    report = compare(pipe, tmp_path / "adapter", loaders, prompts=PROMPTS)
     assert report.effect.mean == 0
     assert report.without_effect
-    assert report.ways["same"].relative is None
+    assert report.loaders["same"].relative is None
     assert report.failed == ["other"]
-    report = compare(pipe, tmp_path / "adapter", {"same": ways["same"]}, prompts=PROMPTS)
+    report = compare(pipe, tmp_path / "adapter", {"same": loaders["same"]}, prompts=PROMPTS)
     report.check()
     assert report.verdict == (
         "passed, but the adapter has no effect on these latents, so this shows little"
@@ -265,7 +265,7 @@ def test_the_report_beside_the_file(adapter: Path, pipe: Any, tmp_path: Path) ->
     assert set(told.pop("versions")) == {
         *("python", "torch", "diffusers", "transformers", "peft", "safetensors"),
     }
-    way = report.ways["lora"]
+    way = report.loaders["lora"]
     assert told == {
         "verdict": "passed",
         "base": "tiny",

@@ -97,9 +97,9 @@ def test_two_tensors_of_one_name():
 @pytest.mark.parametrize(
     "lacking", [(), ("copy_file_range",), ("copy_file_range", "preadv", "pwrite")]
 )
-def test_bytes_are_copied_between_any_places(lacking, tmp_path, monkeypatch):
+def test_bytes_are_copied_between_any_places(missing, tmp_path, monkeypatch):
     """Also where the system has not what Linux has, and in pieces smaller than what is copied."""
-    for name in lacking:
+    for name in missing:
         monkeypatch.delattr(os, name)
     monkeypatch.setattr(tensor_bytes, "_COPY_BYTES", 1000)
     source, output = tmp_path / "source", tmp_path / "output"

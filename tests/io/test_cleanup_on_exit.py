@@ -7,20 +7,23 @@ from pathlib import Path
 
 import pytest
 
-from gralora_diffusion.io.cleanup_on_exit import _TIDYING, tidied, tidy_all
+from gralora_diffusion.io.cleanup_on_exit import _TIDYING, clean_up_all, cleanup_on_exit
 from gralora_diffusion.io.staging import staged
 from gralora_diffusion.io.tensor_files import replacing
 
 
 def test_tidied_at_the_end() -> None:
     calls: list[str] = []
-    with tidied(lambda: calls.append("outer")), tidied(lambda: calls.append("inner")):
+    with (
+        cleanup_on_exit(lambda: calls.append("outer")),
+        cleanup_on_exit(lambda: calls.append("inner")),
+    ):
         assert calls == []
     assert calls == ["inner", "outer"]
-    with pytest.raises(KeyError), tidied(lambda: calls.append("failed")):
+    with pytest.raises(KeyError), cleanup_on_exit(lambda: calls.append("failed")):
         {}["x"]
     assert calls == ["inner", "outer", "failed"]
-    tidy_all()
+    clean_up_all()
     assert calls == ["inner", "outer", "failed"]
     assert _TIDYING == {}
 
@@ -32,8 +35,8 @@ def test_all_is_tidied_though_one_fails(tmp_path: Path) -> None:
         if not calls:
             raise OSError("no")
 
-    with tidied(fail), tidied(lambda: calls.append("other")):
-        tidy_all()
+    with cleanup_on_exit(fail), cleanup_on_exit(lambda: calls.append("other")):
+        clean_up_all()
         assert calls == ["other"]
 
 
@@ -45,11 +48,11 @@ def test_what_is_staged_when_the_process_ends(tmp_path: Path) -> None:
     with staged(output) as made:
         made.mkdir()
         (made / "new").touch()
-        tidy_all()
+        clean_up_all()
         assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
         made.parent.mkdir()
         os.replace(output, made.parent / ".out")  # half of what is done in the end
-        tidy_all()
+        clean_up_all()
         assert [path.name for path in tmp_path.rglob("*")] == ["out", "old"]
         made.mkdir(parents=True)
         (made / "new").touch()
@@ -59,8 +62,8 @@ def test_what_is_staged_when_the_process_ends(tmp_path: Path) -> None:
 def test_what_is_replaced_when_the_process_ends(tmp_path: Path) -> None:
     with replacing(tmp_path / "x") as temporary:
         temporary.write_text("half")
-        tidy_all()
+        clean_up_all()
         assert list(tmp_path.iterdir()) == []
         temporary.write_text("whole")
-    tidy_all()
+    clean_up_all()
     assert (tmp_path / "x").read_text() == "whole"

@@ -47,8 +47,8 @@ def encoded(image, file_format, **options):
 
 
 def read(data):
-    remarks = []
-    return np.asarray(read_image(data, remarks)).astype(int), remarks
+    warnings = []
+    return np.asarray(read_image(data, warnings)).astype(int), warnings
 
 
 def assert_near(got, expected, most=1.5):
@@ -68,8 +68,8 @@ def test_display_p3_in_every_format_that_holds_profiles(file_format):
         data = jp2_with_profile(encoded(image, file_format), display_p3())
     else:
         data = encoded(image, file_format, icc_profile=display_p3(), **options.get(file_format, {}))
-    got, remarks = read(data)
-    assert not remarks
+    got, warnings = read(data)
+    assert not warnings
     assert_near(got, shown(COLOURS, "display-p3"), 8 if file_format == "AVIF" else 1.5)
 
 
@@ -95,9 +95,9 @@ def test_display_p3_in_jpeg():
 
 def test_srgb_in_any_profile_leaves_the_pixels_alone():
     for profile in (SRGB, rgb_profile((*PRIMARIES["srgb"], *D65), None)):
-        got, remarks = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
+        got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
         np.testing.assert_array_equal(got, COLOURS)
-        assert not remarks
+        assert not warnings
 
 
 def test_transparency_is_laid_on_white_after_the_conversion():
@@ -114,8 +114,8 @@ def test_palettes_and_grey_with_an_rgb_profile():
     got, _ = read(encoded(palette, "PNG", icc_profile=display_p3()))
     assert_near(got, shown(colours, "display-p3"))
     grey = Image.fromarray(COLOURS[..., 0])
-    got, remarks = read(encoded(grey, "PNG", icc_profile=display_p3()))
-    assert not remarks  # grey stays grey, as the white points agree
+    got, warnings = read(encoded(grey, "PNG", icc_profile=display_p3()))
+    assert not warnings  # grey stays grey, as the white points agree
     assert_near(got, np.repeat(COLOURS[..., :1], 3, axis=2))
 
 
@@ -128,13 +128,13 @@ def test_grey_profile():
     table = struct.pack(">I4sII4sII", 2, b"kTRC", 156, len(curve), b"wtpt", 156 + len(curve), 20)
     profile = head + table + curve + white
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    got, remarks = read(encoded(Image.fromarray(grey), "PNG", icc_profile=profile))
-    assert not remarks
+    got, warnings = read(encoded(Image.fromarray(grey), "PNG", icc_profile=profile))
+    assert not warnings
     expected = shown(np.repeat(grey[..., None], 3, axis=2), "srgb", round(1.8 * 256) / 256)
     assert_near(got, expected)
-    got, remarks = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
+    got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     np.testing.assert_array_equal(got, COLOURS)
-    assert remarks == ["its colour profile is for GRAY, its pixels are RGB"]
+    assert warnings == ["its colour profile is for GRAY, its pixels are RGB"]
 
 
 @pytest.mark.parametrize("file_format", ["TIFF", "JPEG"])
@@ -148,8 +148,8 @@ def test_cmyk_with_a_profile(file_format):
     bands = [Image.fromarray(np.ascontiguousarray(corners[..., ink])) for ink in range(4)]
     image = Image.merge("CMYK", bands)
     options = {"quality": 100} if file_format == "JPEG" else {}
-    got, remarks = read(encoded(image, file_format, icc_profile=cmyk_profile(lab), **options))
-    assert not remarks
+    got, warnings = read(encoded(image, file_format, icc_profile=cmyk_profile(lab), **options))
+    assert not warnings
     assert_near(got[4::8, 4::8].reshape(16, 3), lab_to_srgb(lab.reshape(16, 3)), 3)
     plain, _ = read(encoded(image, file_format, **options))
     assert_near(plain[4::8, 4::8].reshape(16, 3)[1], 0, 2)  # full black, by Pillow's formula
@@ -161,25 +161,25 @@ def test_cmyk_with_a_profile(file_format):
     ids=["text", "cut header", "cut table", "zeros", "no colour space"],  # SRGB holds the time
 )
 def test_a_damaged_profile_is_told_and_passed_over(profile):
-    got, remarks = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
+    got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     np.testing.assert_array_equal(got, COLOURS)
-    (remark,) = remarks
-    assert remark.startswith("its colour profile ")
+    (warning,) = warnings
+    assert warning.startswith("its colour profile ")
 
 
 def test_a_profile_that_is_not_compressed_as_png_wants_it():
     data = png(2, 8, COLOURS, ((b"iCCP", b"icc\0\0not deflated"),))
-    got, remarks = read(data)
+    got, warnings = read(data)
     np.testing.assert_array_equal(got, COLOURS)
-    assert remarks
+    assert warnings
 
 
 def test_a_profile_of_another_colour_space_is_told_and_passed_over():
     image = Image.fromarray(COLOURS).convert("CMYK")
     plain, _ = read(encoded(image, "TIFF"))
-    got, remarks = read(encoded(image, "TIFF", icc_profile=SRGB))
+    got, warnings = read(encoded(image, "TIFF", icc_profile=SRGB))
     np.testing.assert_array_equal(got, plain)
-    assert remarks == ["its colour profile is for RGB, its pixels are CMYK"]
+    assert warnings == ["its colour profile is for RGB, its pixels are CMYK"]
 
 
 # -- PNG's own chunks, and code points -------------------------------------------------------------
@@ -212,8 +212,8 @@ def chromaticities(name):
     ],
 )
 def test_chunks_of_png(chunks, primaries, power):
-    got, remarks = read(png(2, 8, COLOURS, chunks))
-    assert not remarks
+    got, warnings = read(png(2, 8, COLOURS, chunks))
+    assert not warnings
     assert_near(got, shown(COLOURS, primaries, power))
 
 
@@ -236,9 +236,9 @@ def test_high_dynamic_range_and_unknown_colours_are_refused(codes):
     "chunk", [gamma(0), gamma(90), (b"cHRM", bytes(32)), (b"cHRM", b"\xff" * 32)]
 )
 def test_impossible_chunks_are_told_and_passed_over(chunk):
-    got, remarks = read(png(2, 8, COLOURS, (chunk,)))
+    got, warnings = read(png(2, 8, COLOURS, (chunk,)))
     np.testing.assert_array_equal(got, COLOURS)
-    assert len(remarks) == 1
+    assert len(warnings) == 1
 
 
 @pytest.mark.skipif("AVIF" not in formats(), reason="this Pillow lacks AVIF")

@@ -34,11 +34,11 @@ def encoded(image, file_format, **options):
 
 
 def pixels(source, **options):
-    remarks = []
-    image = read_image(source, remarks, **options)
+    warnings = []
+    image = read_image(source, warnings, **options)
     assert image.mode == "RGB"
     assert not image.info
-    assert not remarks
+    assert not warnings
     return np.asarray(image).astype(int)
 
 

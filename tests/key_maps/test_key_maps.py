@@ -17,7 +17,7 @@ from diffusers.loaders import single_file_utils
 from torch import Tensor
 
 from gralora_diffusion import get_family
-from gralora_diffusion.key_maps import Layout, LayoutError, OriginalTensor, join, rename, swap
+from gralora_diffusion.key_maps import KeyMap, KeyMapError, OriginalTensor, join, rename, swap
 from tests.originals import ORIGINALS
 from tests.tiny import PIPELINES
 from tests.tiny.parts import text_encoder_with_projection
@@ -40,15 +40,15 @@ def tiny(family: str) -> Any:
 
 def laid_out(family: str, component: str, model: Any) -> dict[str, OriginalTensor]:
     shapes = {key: tuple(t.shape) for key, t in model.state_dict().items()}
-    layout = get_family(family).find_layout(component, shapes)
-    return {layout.prefixes[0] + tensor.key: tensor for tensor in layout.lay_out(shapes)}
+    key_map = get_family(family).find_key_map(component, shapes)
+    return {key_map.prefixes[0] + tensor.key: tensor for tensor in key_map.lay_out(shapes)}
 
 
 @pytest.mark.parametrize("name", PIPELINES)
 def test_tiny_pipelines_are_laid_out_as_in_the_files(name):
     pipe = tiny(name)
     family, expected, made = get_family(name), ORIGINALS[name](pipe), {}
-    for component in family.original_layouts:
+    for component in family.original_key_maps:
         model = getattr(pipe, component)
         tensors = laid_out(name, component, model)
         made |= {key: assembled(t, model.state_dict()) for key, t in tensors.items()}
@@ -72,12 +72,12 @@ def test_tiny_pipelines_are_laid_out_as_in_the_files(name):
 def test_files_are_read_as_the_pipeline_has_them(name):
     pipe = tiny(name)
     family, original = get_family(name), ORIGINALS[name](pipe)
-    for component, layouts in family.original_layouts.items():
-        layout = next(one for one in layouts if one.begins(original) is not None)
-        prefix = layout.begins(original)
+    for component, key_maps in family.original_key_maps.items():
+        key_map = next(one for one in key_maps if one.begins(original) is not None)
+        prefix = key_map.begins(original)
         held = {k.removeprefix(prefix): t for k, t in original.items() if k.startswith(prefix)}
         read: dict[str, dict[int, Tensor]] = {}
-        for tensor in layout.read({key: tuple(t.shape) for key, t in held.items()}):
+        for tensor in key_map.read({key: tuple(t.shape) for key, t in held.items()}):
             value, first = held[tensor.key], 0
             for part in tensor.parts:
                 rows = part.stop - part.start
@@ -85,7 +85,7 @@ def test_files_are_read_as_the_pipeline_has_them(name):
                 first += rows
                 read.setdefault(part.key, {})[part.start] = piece.T if part.transposed else piece
             assert first == (value.shape[0] if value.dim() else 0)
-        state = {layout.canonical(k): t for k, t in getattr(pipe, component).state_dict().items()}
+        state = {key_map.canonical(k): t for k, t in getattr(pipe, component).state_dict().items()}
         missing = set(state) - set(read)
         assert missing <= {"encoder.embed_tokens.weight", "text_projection.weight"}
         assert all("position_ids" in key for key in set(read) - set(state))
@@ -189,16 +189,16 @@ def test_full_size_models_return_through_diffusers_own_converters(which):
 
 
 def test_what_has_no_place_is_named():
-    layout = Layout(("",), (rename("a", "b"), join(["q", "k"], "qk"), swap("m", "n")))
-    with pytest.raises(LayoutError, match=r"no place for c\.weight(.|\n)*qk\.weight needs 2 parts"):
-        layout.lay_out({"a.weight": (2, 2), "c.weight": (2, 2), "q.weight": (2, 2)})
+    key_map = KeyMap(("",), (rename("a", "b"), join(["q", "k"], "qk"), swap("m", "n")))
+    with pytest.raises(KeyMapError, match=r"no place for c\.weight(.|\n)*qk\.weight needs 2 parts"):
+        key_map.lay_out({"a.weight": (2, 2), "c.weight": (2, 2), "q.weight": (2, 2)})
 
 
 @pytest.mark.parametrize(("rows", "order"), [(4, [2, 3, 0, 1]), (6, [0, 1, 2, 3, 4, 5])])
 def test_halves_are_swapped_only_where_there_are_two(rows, order):
-    layout = Layout(("",), (swap("m", "n"),))
+    key_map = KeyMap(("",), (swap("m", "n"),))
     shapes = {"m.weight": (rows, 2), "m.bias": (rows,)}
-    for tensor in layout.lay_out(shapes):
+    for tensor in key_map.lay_out(shapes):
         assert (
             assembled(
                 tensor,

@@ -96,7 +96,7 @@ def test_other_widths(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert not (tmp_path / "new").exists()
 
 
-def test_layers_and_parts_that_the_base_lacks(base: Path) -> None:
+def test_layers_and_parts_that_the_base_misses(base: Path) -> None:
     tensors = lora(stable_diffusion(), "unet")
     tensors |= {
         key.replace("down_blocks.1", "down_blocks.7"): tensor for key, tensor in tensors.items()

@@ -305,7 +305,7 @@ def test_other_beginnings_of_names(prefix, path):
 
 
 @pytest.mark.parametrize(("rank", "k", "hybrid"), [(12, 4, 0), (8, 4, 3)])
-def test_the_picture_is_the_one_that_diffusers_draws_with_the_lora(rank, k, hybrid, tmp_path):
+def test_the_image_is_the_one_that_diffusers_draws_with_the_lora(rank, k, hybrid, tmp_path):
     # one alpha: of several, diffusers ignores those of attention layers (0.42.1)
     tensors, _ = kohya(models.stable_diffusion(), alphas=(2.0,))
     path = save(tensors, tmp_path / "x.safetensors")

@@ -29,7 +29,7 @@ from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
-from gralora_diffusion.training.data.data_module import find_pictures
+from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.optimizers import build_optimizer
 from gralora_diffusion.training.outputs.metrics import MetricsFile
@@ -51,7 +51,7 @@ from tests.performance.measuring import (
 )
 from tests.performance.peers import Sizes, adapted
 from tests.tiny.stable_diffusion import build
-from tests.training.runs import make_pictures
+from tests.training.runs import make_images
 
 TRAINER = "trainer"
 #: What the bare loop trains, by the names of ``peers``.
@@ -81,7 +81,7 @@ def training_config(
 ) -> TrainingConfig:
     options = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": make_pictures(folder / "pictures", 8, BASES[name]),
+        "instance_data_dir": make_images(folder / "pictures", 8, BASES[name]),
         "instance_prompt": "a sks toy",
         "resolution": BASES[name],
         "train_batch_size": args.batch_size,
@@ -103,7 +103,7 @@ def make_trainer(config: TrainingConfig) -> Trainer:
     accelerator = make_accelerator(config)
     accelerator.init_trackers("benchmark")
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    return Trainer(config, family, find_pictures(config), [], accelerator, store)
+    return Trainer(config, family, find_images(config), [], accelerator, store)
 
 
 def bare_loop(trainer: Trainer, denoiser: nn.Module, device: torch.device) -> Run:

@@ -80,7 +80,7 @@ def saved(tmp_path_factory):
 
 
 @pytest.mark.parametrize("name", CLASSES)
-def test_picture_by_picture(name, saved):
+def test_image_by_image(name, saved):
     family = find_family(getattr(diffusers, name)).name
     a, b = saved(family, "a"), saved(family, "b")
     reference = build(name)

@@ -11,26 +11,32 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gralora_diffusion.pipelines.generation import DTYPES, draw, labelled_grid, main, usual_dtype
+from gralora_diffusion.pipelines.generation import (
+    DTYPES,
+    generate,
+    labelled_grid,
+    main,
+    usual_dtype,
+)
 from tests.io.image_bytes import png, shown
 from tests.models import adapt, stable_diffusion
 
 
-def test_pictures_depend_on_their_own_seed_only() -> None:
+def test_images_depend_on_their_own_seed_only() -> None:
     pipe = stable_diffusion()
     options = {"size": 16, "inference_steps": 2}
-    both = draw(pipe, ["a cat", "a dog"], 2, seed=3, **options)
-    alone = draw(pipe, ["a dog"], 1, seed=4, **options)
+    both = generate(pipe, ["a cat", "a dog"], 2, seed=3, **options)
+    alone = generate(pipe, ["a dog"], 1, seed=4, **options)
     assert both[1][1].tobytes() == alone[0][0].tobytes()
     assert len({image.tobytes() for row in both for image in row}) == 4
 
 
-def test_pictures_are_the_same_in_batches() -> None:
+def test_images_are_the_same_in_batches() -> None:
     """But for rounding, whatever of several prompts is drawn at once."""
     pipe = stable_diffusion()
     options = {"size": 16, "inference_steps": 2, "seed": 3}
-    single = draw(pipe, ["a cat", "a dog"], 3, **options)
-    batched = draw(pipe, ["a cat", "a dog"], 3, batch_size=4, **options)
+    single = generate(pipe, ["a cat", "a dog"], 3, **options)
+    batched = generate(pipe, ["a cat", "a dog"], 3, batch_size=4, **options)
     assert [len(row) for row in batched] == [3, 3]
     for one, other in zip(single, batched, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -40,7 +46,7 @@ def test_pictures_are_the_same_in_batches() -> None:
 def test_size_and_negative_prompt() -> None:
     pipe = stable_diffusion()
     options = {"size": (24, 16), "inference_steps": 2, "negative_prompt": "snow"}
-    ((drawn, other),) = draw(pipe, ["a cat"], 2, batch_size=2, **options)
+    ((drawn, other),) = generate(pipe, ["a cat"], 2, batch_size=2, **options)
     seeds = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
     expected = pipe(
         ["a cat"] * 2,
@@ -50,8 +56,10 @@ def test_size_and_negative_prompt() -> None:
         negative_prompt=["snow"] * 2,
         generator=seeds,
     ).images
-    assert [drawn.tobytes(), other.tobytes()] == [picture.tobytes() for picture in expected]
-    ((without, _),) = draw(pipe, ["a cat"], 2, batch_size=2, **{**options, "negative_prompt": None})
+    assert [drawn.tobytes(), other.tobytes()] == [image.tobytes() for image in expected]
+    ((without, _),) = generate(
+        pipe, ["a cat"], 2, batch_size=2, **{**options, "negative_prompt": None}
+    )
     assert without.tobytes() != drawn.tobytes()
 
 
@@ -60,7 +68,7 @@ def test_drawing_leaves_modes_and_random_state_alone() -> None:
     pipe.unet.train()
     modes = [module.training for m in parts(pipe) for module in m.modules()]
     state = torch.get_rng_state()
-    draw(pipe, ["a cat"], size=16, inference_steps=1)
+    generate(pipe, ["a cat"], size=16, inference_steps=1)
     assert torch.equal(state, torch.get_rng_state())
     assert modes == [module.training for m in parts(pipe) for module in m.modules()]
 
@@ -69,20 +77,20 @@ def parts(pipe: object) -> list[nn.Module]:
     return [getattr(pipe, name) for name in ("unet", "vae", "text_encoder")]
 
 
-def test_grid_shows_every_picture_in_its_cell() -> None:
+def test_grid_shows_every_image_in_its_cell() -> None:
     colours = [[(250, 0, 0), (0, 250, 0)], [(0, 0, 250)]]
     rows = [("row", [Image.new("RGB", (4, 4), c) for c in row]) for row in colours]
     grid = np.asarray(labelled_grid(rows, ["left", "right"], cell=20))
-    for row, (_, pictures) in enumerate(rows):
-        for column, picture in enumerate(pictures):
+    for row, (_, images) in enumerate(rows):
+        for column, image in enumerate(images):
             top, left = 8 + row * 28, 112 + column * 28
             cell = grid[top : top + 20, left : left + 20]
-            assert (cell == np.array(picture.getpixel((0, 0)))).all()
+            assert (cell == np.array(image.getpixel((0, 0)))).all()
 
 
 def test_layers_of_clip_to_skip() -> None:
     pipe = stable_diffusion()
-    ((drawn,),) = draw(pipe, ["a cat"], size=16, inference_steps=2, clip_skip=1)
+    ((drawn,),) = generate(pipe, ["a cat"], size=16, inference_steps=2, clip_skip=1)
     expected = pipe(
         "a cat",
         height=16,
@@ -184,7 +192,7 @@ def test_dtype(files: Path, name: str | None) -> None:
     pipe = stable_diffusion().to(getattr(torch, DTYPES[name or "fp32"]))
     pipe.save_pretrained(files / "base", safe_serialization=True)
     main([*line, *(["--dtype", name] if name else [])])
-    wanted = draw(pipe, ["a cat"], seed=3, size=16, inference_steps=2)[0][0]
+    wanted = generate(pipe, ["a cat"], seed=3, size=16, inference_steps=2)[0][0]
     grid = np.asarray(Image.open(files / "out.png"))
     assert (grid == np.asarray(labelled_grid([("", [wanted])], ["a cat"]))).all()
 

@@ -15,7 +15,7 @@ from train_tiny_base import grid_prompts
 
 from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
 from gralora_diffusion.benchmark.evaluation.metrics import pairwise_similarity, unit
-from gralora_diffusion.pipelines.generation import draw
+from gralora_diffusion.pipelines.generation import generate
 from tests.training.runs import ROOT, run
 
 BASE = ROOT / "samples" / "tiny-base"
@@ -37,7 +37,7 @@ def test_it_is_small_and_of_safetensors() -> None:
             assert {file.get_tensor(key).dtype for key in file.keys()} == {torch.float16}  # noqa: SIM118
 
 
-def test_the_autoencoder_keeps_pictures_that_it_has_not_seen(
+def test_the_autoencoder_keeps_images_that_it_has_not_seen(
     pipe: StableDiffusionPipeline,
 ) -> None:
     images = [tiny_world.sample(random.Random(f"other {i}")).image for i in range(32)]
@@ -59,7 +59,7 @@ def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline, seen: bool
     prompts = grid_prompts(seen)
     asked = [*range(0, 64, 5)]
     options = {"guidance_scale": 4.0, "inference_steps": 12, "batch_size": 13}
-    images = [row[0] for row in draw(pipe, [prompts[i] for i in asked], **options)]
+    images = [row[0] for row in generate(pipe, [prompts[i] for i in asked], **options)]
     clip = load_encoder(ENCODERS / "clip")
     nearest = (unit(clip.embed_images(images)) @ unit(clip.embed_texts(prompts)).T).argmax(dim=1)
     right = sum(prompts[n] == prompts[i] for n, i in zip(nearest.tolist(), asked, strict=True))
@@ -90,7 +90,7 @@ def test_it_learns_a_subject(pipe: StableDiffusionPipeline, tmp_path: Path) -> N
     def similarity() -> float:
         prompts = [f"a sks toy {where}" for where in ("in the snow", "at night", "on checks")]
         options = {"guidance_scale": 1.5, "inference_steps": 12, "batch_size": 12}
-        images = [image for row in draw(pipe, prompts, 4, **options) for image in row]
+        images = [image for row in generate(pipe, prompts, 4, **options) for image in row]
         return pairwise_similarity(dino.embed_images(images), known)
 
     before = similarity()

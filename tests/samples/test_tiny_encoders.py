@@ -32,7 +32,7 @@ def test_auc_is_the_share_of_pairs_in_order() -> None:
     assert auc(positive, negative) == pytest.approx(4.5 / 6)
 
 
-def test_pictures_of_one_thing_are_drawn_twice_and_every_second_thing_is_like_the_last() -> None:
+def test_images_of_one_thing_are_drawn_twice_and_every_second_thing_is_like_the_last() -> None:
     pairs = tiny_encoders.draw_instances(random.Random(0), 8)
     assert [len(pair) for pair in pairs] == [2] * 8
     assert all(not torch.equal(*to_pixels(pair)) for pair in pairs)
@@ -81,7 +81,7 @@ def test_clip_loss_shares_the_answer_among_equal_captions(monkeypatch: pytest.Mo
     assert loss == pytest.approx(expected, abs=1e-4)
 
 
-def test_disturbed_pictures_stay_pictures() -> None:
+def test_disturbed_images_stay_images() -> None:
     images = [tiny_world.sample(random.Random(seed)).image for seed in range(4)]
     pixels = to_pixels(images)
     disturbed = tiny_encoders.disturb(pixels, torch.Generator().manual_seed(0))
@@ -129,9 +129,9 @@ def subject_auc(name: str) -> float:
     shares = []
     for subject, reference in references.items():
         scores: dict[bool, list[float]] = {True: [], False: []}
-        for other, pictures in held_out.items():
-            for picture in pictures:
-                similarity = cosine_similarity(picture[None], reference).mean().item()
+        for other, images in held_out.items():
+            for image in images:
+                similarity = cosine_similarity(image[None], reference).mean().item()
                 scores[other == subject].append(similarity)
         wins = [own > strange for own in scores[True] for strange in scores[False]]
         shares.append(sum(wins) / len(wins))
@@ -139,7 +139,7 @@ def subject_auc(name: str) -> float:
 
 
 @bundled
-def test_they_are_the_classes_that_judge_real_pictures_and_small() -> None:
+def test_they_are_the_classes_that_judge_real_images_and_small() -> None:
     assert isinstance(AutoModel.from_pretrained(ENCODERS / "dino"), Dinov2Model)
     assert isinstance(AutoModel.from_pretrained(ENCODERS / "clip"), CLIPModel)
     sizes = [p.stat().st_size for p in ENCODERS.rglob("*") if p.parent != ENCODERS]
@@ -152,17 +152,17 @@ def test_dino_finds_a_subject_it_has_never_seen_on_other_backgrounds() -> None:
 
 
 @bundled
-def test_clip_finds_the_prompt_of_a_picture_among_64() -> None:
+def test_clip_finds_the_prompt_of_a_image_among_64() -> None:
     model = AutoModel.from_pretrained(ENCODERS / "clip")
     tokenizer = AutoTokenizer.from_pretrained(ENCODERS / "clip")
     processor = AutoImageProcessor.from_pretrained(ENCODERS / "clip")
-    rng, pictures = random.Random("a test's own"), {}
-    while len(pictures) < 64:
-        picture = tiny_world.sample(rng)
-        prompt = tiny_world.caption(picture.colour, picture.name, picture.background)
-        pictures[prompt] = picture.image
-    ids = tokenizer(list(pictures), padding="max_length", return_tensors="pt").input_ids
-    pixels = processor(list(pictures.values()), return_tensors="pt").pixel_values
+    rng, images = random.Random("a test's own"), {}
+    while len(images) < 64:
+        image = tiny_world.sample(rng)
+        prompt = tiny_world.caption(image.colour, image.name, image.background)
+        images[prompt] = image.image
+    ids = tokenizer(list(images), padding="max_length", return_tensors="pt").input_ids
+    pixels = processor(list(images.values()), return_tensors="pt").pixel_values
     with torch.no_grad():
         logits = model(input_ids=ids, pixel_values=pixels).logits_per_image
     right = (logits.argmax(dim=1) == torch.arange(64)).double().mean().item()

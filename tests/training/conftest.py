@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.models import stable_diffusion
-from tests.training.runs import make_pictures
+from tests.training.runs import make_images
 
 
 @pytest.fixture(scope="session")
@@ -20,8 +20,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_pictures(tmp_path_factory.mktemp("pictures"))
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_images(tmp_path_factory.mktemp("pictures"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -36,7 +36,7 @@ USUAL: dict[str, Any] = {
 }
 
 
-def make_pictures(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:
+def make_images(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:
     """Write pictures of noise that are wider than high."""
     return make_shapes(folder, [(side + 7, side)] * count, seed)
 

@@ -16,8 +16,8 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
-from gralora_diffusion.base_models.loading import present
-from gralora_diffusion.training.optimization.step import RowMaker, mean_loss
+from gralora_diffusion.base_models.loading import existing_models
+from gralora_diffusion.training.optimization.step import BatchBuilder, mean_loss
 from gralora_diffusion.training.outputs import validation
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
@@ -69,7 +69,10 @@ def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Monke
         **options,
     )
     family, pipe, data = trainer.family, trainer.pipe, trainer.data
-    denoiser, encoders = getattr(pipe, family.denoiser), present(pipe, family.all_text_encoders)
+    denoiser, encoders = (
+        getattr(pipe, family.denoiser),
+        existing_models(pipe, family.all_text_encoders),
+    )
     with torch.no_grad(), moved(pipe.vae, *encoders, device=GPU):
         encoded = [
             *family.encode_prompts(pipe, ["a dog", "a cat"]).values(),
@@ -82,7 +85,7 @@ def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     needed += [] if options.get("cache_latents", True) else [pipe.vae]
     step = trainer.accelerator.unwrap_model(trainer.step)
     with moved(*needed, device=GPU):
-        rows = RowMaker(step, data, trainer.config, GPU, torch.float32).rows(
+        rows = BatchBuilder(step, data, trainer.config, GPU, torch.float32).rows(
             *next(data.steps(0, 1))
         )
         assert len(rows) == (2 if kind == "buckets" else 1)

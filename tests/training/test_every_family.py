@@ -12,10 +12,10 @@ from PIL import Image, ImageChops
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.families import get_family
-from gralora_diffusion.pipelines.generation import draw
+from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.checks.paths import made_in
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.optimization.adapters import put_back
+from gralora_diffusion.training.optimization.adapters import restore
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
 from tests.training.optimization.test_step import make_trainer
@@ -23,7 +23,7 @@ from tests.training.runs import (
     adapter,
     assert_close,
     assert_same_run,
-    make_pictures,
+    make_images,
     make_shapes,
     run,
     run_script,
@@ -39,11 +39,11 @@ def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return folder
 
 
-def options(base: Path, pictures: Path, **changes: Any) -> dict[str, Any]:
+def options(base: Path, images: Path, **changes: Any) -> dict[str, Any]:
     family = get_family(base.name)
     values: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "max_train_steps": STEPS,
         "checkpointing_steps": 2,
         "resolution": 32,
@@ -55,13 +55,11 @@ def options(base: Path, pictures: Path, **changes: Any) -> dict[str, Any]:
     return {**values, **changes}
 
 
-def test_run_with_class_pictures_resumed_and_loaded(
-    base: Path, pictures: Path, tmp_path: Path
-) -> None:
+def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_path: Path) -> None:
     family = get_family(base.name)
     shared = options(
         base,
-        pictures,
+        images,
         with_prior_preservation=True,
         class_prompt="a dog",
         class_data_dir=make_shapes(tmp_path / "class", [(27, 20), (20, 40)], seed=1),
@@ -96,17 +94,17 @@ def test_run_with_class_pictures_resumed_and_loaded(
     usual = family.usual_text_encoders or family.text_encoders
     assert list(report.layers) == [family.denoiser, *usual]
     sampling = {"seed": 3, "size": 32, "inference_steps": 2}
-    ((picture,),) = draw(pipe, ["a sks dog"], **sampling)
+    ((image,),) = generate(pipe, ["a sks dog"], **sampling)
     last = Image.open(whole / "validation" / f"step-{STEPS:06d}" / "00-00.png")
-    assert max(high for _, high in ImageChops.difference(picture, last).getextrema()) <= 1
+    assert max(high for _, high in ImageChops.difference(image, last).getextrema()) <= 1
     pipe.unload_gralora_weights()
-    ((plain,),) = draw(pipe, ["a sks dog"], **sampling)
+    ((plain,),) = generate(pipe, ["a sks dog"], **sampling)
     assert ImageChops.difference(plain, last).getbbox() is not None
 
 
 def test_it_learns(base: Path, tmp_path: Path) -> None:
     """The loss on the trained picture falls, at noise that the training has not seen."""
-    shared = options(base, make_pictures(tmp_path / "one", 1), gradient_checkpointing=False)
+    shared = options(base, make_images(tmp_path / "one", 1), gradient_checkpointing=False)
     shared |= {"checkpointing_steps": 100, "train_batch_size": 4, "train_text_encoder": None}
     shared["text_encoder_lr"] = None
     out = run(**{**shared, "max_train_steps": 40}, output_dir=tmp_path / "out")
@@ -123,15 +121,15 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
             for parameter in trainer.parameters:
                 parameter.zero_()
         before = loss()
-        put_back(trainer.pipe, [trainer.family.denoiser], out / WEIGHTS_NAME)
+        restore(trainer.pipe, [trainer.family.denoiser], out / WEIGHTS_NAME)
         assert loss() < 0.97 * before
 
 
 @pytest.mark.parametrize("name", ["flux", "stable-diffusion-xl"])
-def test_two_processes_are_one(name: str, pictures: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(name: str, images: Path, tmp_path: Path) -> None:
     """With text encoders of which not every layer is read."""
     PIPELINES[name]().save_pretrained(tmp_path / name)
-    shared = options(tmp_path / name, pictures, max_train_steps=2, checkpointing_steps=5)
+    shared = options(tmp_path / name, images, max_train_steps=2, checkpointing_steps=5)
     shared |= {"train_batch_size": 2, "adam_epsilon": 1e-4}  # else rounding is all that counts
     one = run(**shared, output_dir=tmp_path / "one")
     shared["train_batch_size"] = 1

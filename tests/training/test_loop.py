@@ -26,7 +26,7 @@ from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.optimization.step import RowMaker, TrainingDiverged
+from gralora_diffusion.training.optimization.step import BatchBuilder, TrainingDiverged
 from tests.training.cards import draw_by_card
 from tests.training.runs import (
     adapter,
@@ -40,8 +40,8 @@ from tests.training.runs import (
 
 
 @pytest.fixture
-def data(base: Path, pictures: Path) -> dict[str, Any]:
-    return {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+def data(base: Path, images: Path) -> dict[str, Any]:
+    return {"pretrained_model_name_or_path": base, "instance_data_dir": images}
 
 
 def test_accumulation_is_the_larger_batch(data: dict[str, Any], tmp_path: Path) -> None:
@@ -106,9 +106,9 @@ def test_the_next_rows_are_made_before_the_loss_is_waited_for(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    make, read = RowMaker.rows, Trainer._checked
+    make, read = BatchBuilder.rows, Trainer._checked
 
-    def rows(self: RowMaker, *batch: Any) -> Any:
+    def rows(self: BatchBuilder, *batch: Any) -> Any:
         events.append("rows")
         return make(self, *batch)
 
@@ -116,7 +116,7 @@ def test_the_next_rows_are_made_before_the_loss_is_waited_for(
         events.append("loss")
         return read(self, *values)
 
-    monkeypatch.setattr(RowMaker, "rows", rows)
+    monkeypatch.setattr(BatchBuilder, "rows", rows)
     monkeypatch.setattr(Trainer, "_checked", checked)
     run(output_dir=tmp_path / "a", max_train_steps=3, **data)
     assert events == ["rows", "rows", "loss", "rows", "loss", "loss"]
@@ -170,7 +170,7 @@ def test_one_base_at_a_time(
         ({"resolution": 17}, "--resolution is 17"),
     ],
 )
-def test_class_pictures_are_drawn_for_nothing_that_fails(
+def test_class_images_are_drawn_for_nothing_that_fails(
     data: dict[str, Any], tmp_path: Path, wrong: dict[str, Any], said: str
 ) -> None:
     classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
@@ -305,21 +305,21 @@ def shapes(base: Path, tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def test_an_epoch_trains_on_every_picture_in_its_own_shape(
+def test_an_epoch_trains_on_every_image_in_its_own_shape(
     shapes: dict[str, Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen: list[tuple[Any, Any, list[Any]]] = []
-    original = RowMaker.rows
+    original = BatchBuilder.rows
 
-    def watched(self: RowMaker, instance: Any, classes: Any = None) -> Any:
+    def watched(self: BatchBuilder, instance: Any, classes: Any = None) -> Any:
         groups = original(self, instance, classes)
         seen.append((instance, classes, groups))
         return groups
 
-    monkeypatch.setattr(RowMaker, "rows", watched)
+    monkeypatch.setattr(BatchBuilder, "rows", watched)
     options = {**shapes, "max_train_steps": None, "num_train_epochs": 2}
     with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
         out = run(output_dir=tmp_path / "out", **options)
@@ -453,7 +453,7 @@ def test_a_finished_run_resumed_ends_the_same(data: dict[str, Any], tmp_path: Pa
     assert_same_run(out, tmp_path / "copy")
 
 
-def test_changed_pictures_are_noticed_on_resume(
+def test_changed_images_are_noticed_on_resume(
     data: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(output_dir=tmp_path / "out", max_train_steps=2, **data)
@@ -538,10 +538,10 @@ def test_two_processes_are_one_with_the_larger_batch(data: dict[str, Any], tmp_p
 
 
 def test_two_processes_share_a_cache_folder(data: dict[str, Any], tmp_path: Path) -> None:
-    pictures = make_shapes(tmp_path / "captioned", [(20, 27)] * 5, seed=8)
+    images = make_shapes(tmp_path / "captioned", [(20, 27)] * 5, seed=8)
     for number in range(5):
-        (pictures / f"{number}.txt").write_text(f"a dog {number}")
-    options = {**data, "instance_data_dir": pictures, "caption_dropout": 0.3}
+        (images / f"{number}.txt").write_text(f"a dog {number}")
+    options = {**data, "instance_data_dir": images, "caption_dropout": 0.3}
     one = run(output_dir=tmp_path / "one", train_batch_size=4, **options)
     folder, two = tmp_path / "cache", tmp_path / "two"
     options |= {"latent_cache_dir": folder, "output_dir": two, "train_batch_size": 2}

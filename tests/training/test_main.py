@@ -25,7 +25,7 @@ from tests.training.runs import (
     assert_same_run,
     command,
     environment,
-    make_pictures,
+    make_images,
     make_shapes,
     run,
     run_script,
@@ -82,7 +82,7 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 )
 def test_wrong_options_leave_nothing_and_load_no_model(
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -93,20 +93,20 @@ def test_wrong_options_leave_nothing_and_load_no_model(
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr(loop, "load_base", no_model)
-    usual = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    usual = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     got = error_of(capsys, 2, **{**usual, "output_dir": tmp_path / "out", **options})
     assert re.search(text, got, re.DOTALL), got
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("which", ["instance", "class", "empty", "stray"])
-def test_wrong_pictures_are_named(
+def test_wrong_images_are_named(
     base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], which: str
 ) -> None:
-    folder = make_pictures(tmp_path / "pictures")
+    folder = make_images(tmp_path / "pictures")
     options: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": folder}
     if which == "class":
-        classes = make_pictures(tmp_path / "class", 2)
+        classes = make_images(tmp_path / "class", 2)
         options |= {"with_prior_preservation": True, "class_prompt": "a dog"}
         options |= {"class_data_dir": classes, "num_class_images": 5}
         (classes / "bad.png").write_bytes(b"no picture")
@@ -124,13 +124,13 @@ def test_wrong_pictures_are_named(
 
 
 def test_layers_that_cannot_be_adapted_are_all_named(
-    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     got = error_of(
         capsys,
         2,
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         output_dir=tmp_path / "out",
         lora_layers="norm1,norm2",
     )
@@ -142,10 +142,10 @@ def test_layers_that_cannot_be_adapted_are_all_named(
 
 
 def test_widths_that_k_does_not_divide_get_a_smaller_one(
-    base: Path, pictures: Path, tmp_path: Path
+    base: Path, images: Path, tmp_path: Path
 ) -> None:
     """The user is told, and the saved adapter knows it: widths are powers of two."""
-    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     options |= {"max_train_steps": 1, "rank": 6, "gralora_k": 3, "lora_alpha": 3}
     options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}
     done = run_script(**options)
@@ -161,7 +161,7 @@ def test_widths_that_k_does_not_divide_get_a_smaller_one(
 
 @pytest.mark.parametrize("holder", ["run", "benchmark", "class"])
 def test_a_folder_of_another(
-    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], holder: str
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], holder: str
 ) -> None:
     """Nothing is written into it, whatever the run would have overwritten."""
     folder = tmp_path / ("class" if holder == "class" else "out")
@@ -169,7 +169,7 @@ def test_a_folder_of_another(
     (folder / ("benchmark.yaml" if holder == "benchmark" else "kept.txt")).touch()
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "output_dir": tmp_path / "out",
         "overwrite_output_dir": True,
     }
@@ -190,9 +190,9 @@ def test_a_folder_of_another(
 
 
 def test_nan_ends_with_one(
-    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     options |= {"learning_rate": 1e30, "checkpointing_steps": 1}
     got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
     assert f"Last checkpoint: {tmp_path / 'out' / 'checkpoint-'}" in got
@@ -200,7 +200,7 @@ def test_nan_ends_with_one(
 
 def test_full_disk_outside_of_checkpoints(
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
@@ -209,7 +209,7 @@ def test_full_disk_outside_of_checkpoints(
         raise OSError(errno.ENOSPC, "No space left on device", "metrics.jsonl")
 
     monkeypatch.setattr(loop.MetricsFile, "add", full)
-    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
     assert "No space left on device" in got
     assert "--resume_from_checkpoint latest" in got

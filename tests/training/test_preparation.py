@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.training.machines import on_two_machines
-from tests.training.runs import arguments, make_pictures, run
+from tests.training.runs import arguments, make_images, run
 
 PROGRAM = """
 import json, sys
@@ -35,20 +35,20 @@ for line in lines:
 """
 
 
-def test_what_differs_is_told_by_all(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_differs_is_told_by_all(base: Path, images: Path, tmp_path: Path) -> None:
     nodes = [tmp_path / f"node{rank}" for rank in range(2)]
     for node in nodes:
-        shutil.copytree(pictures, node / "pictures")
-        make_pictures(node / "alike", 2)
+        shutil.copytree(images, node / "pictures")
+        make_images(node / "alike", 2)
     usual: dict[str, Any] = {"pretrained_model_name_or_path": base, "max_train_steps": 2}
-    done = run(output_dir=tmp_path / "done", instance_data_dir=pictures, **usual)
+    done = run(output_dir=tmp_path / "done", instance_data_dir=images, **usual)
     shutil.copytree(done / "checkpoint-2", nodes[0] / "one" / "checkpoint-2")
     for node in nodes:
         shutil.copytree(done / "checkpoint-2", node / "both" / "checkpoint-2")
-        make_pictures(node / "other", 2, seed=int(node.name[-1]))
-        make_pictures(node / "classes" / "both", 2)
-    make_pictures(nodes[0] / "classes" / "one", 2)
-    make_pictures(nodes[1] / "only-there", 2)
+        make_images(node / "other", 2, seed=int(node.name[-1]))
+        make_images(node / "classes" / "both", 2)
+    make_images(nodes[0] / "classes" / "one", 2)
+    make_images(nodes[1] / "only-there", 2)
     here = tmp_path / "NODE"
     usual |= {"instance_data_dir": here / "pictures", "output_dir": here / "new"}
     classes = {"with_prior_preservation": True, "class_prompt": "a dog", "num_class_images": 2}
@@ -85,11 +85,11 @@ def test_what_differs_is_told_by_all(base: Path, pictures: Path, tmp_path: Path)
 
 
 def test_processes_that_share_a_folder_share_the_class_images(
-    base: Path, pictures: Path, tmp_path: Path
+    base: Path, images: Path, tmp_path: Path
 ) -> None:
     line = arguments(
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         output_dir=tmp_path / "out",
         with_prior_preservation=True,
         class_prompt="a dog",

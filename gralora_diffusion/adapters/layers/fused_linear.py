@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from .functional import add_delta
 
-Way = Literal["added", "merged"]
+ArtifactLoader = Literal["added", "merged"]
 
 #: How many operations must be saved for each that forms merged weights. Measured: the blocks of an
 #: update are thin products, and the weight is copied (docs/performance.md).
@@ -53,7 +53,7 @@ class Update(NamedTuple):
 
 def choose_way(
     tokens: int, updates: Sequence[Update], dtype: torch.dtype, differentiable: bool
-) -> Way:
+) -> ArtifactLoader:
     """Return the way that costs less for so many tokens; a rule, so that every run takes the same.
 
     Args:
@@ -75,7 +75,7 @@ def adapted_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    way: Way = "added",
+    way: ArtifactLoader = "added",
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` plus the updates; without a weight, the updates alone.
 
@@ -132,7 +132,7 @@ class _Call(NamedTuple):
 
     scalings: tuple[float, ...]
     dtype: torch.dtype
-    way: Way
+    way: ArtifactLoader
 
     def forward(
         self, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]

@@ -91,9 +91,9 @@ class PathPattern:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = sre_parse.parse(text)
-            ways = _ways(tree, _END)
-            if ways <= _MAX_WAYS:
-                self._matches, self.cost = _by_re(text), int(ways)
+            loaders = _ways(tree, _END)
+            if loaders <= _MAX_WAYS:
+                self._matches, self.cost = _by_re(text), int(loaders)
             else:
                 automaton = _Automaton(tree)
                 self._matches, self.cost = automaton.matches, automaton.size * _STATE_COST
@@ -162,7 +162,7 @@ def _ways(tree: Any, following: Any) -> float:
         following: what comes after ``tree``: the code of a character, ``_END``, or None for
             anything else. A repeat that cannot take what follows has one way.
     """
-    ways, parts = 1.0, list(tree)
+    loaders, parts = 1.0, list(tree)
     for n, (op, value) in enumerate(parts):
         after = following
         if n + 1 < len(parts):
@@ -171,22 +171,22 @@ def _ways(tree: Any, following: Any) -> float:
             low, high, body = value
             if len(body) == 1 and body[0][0] in _CHARACTERS:
                 if low != high and not _stops_at(body[0], after):
-                    ways *= min(float(high) - low + 1, _LENGTH)
+                    loaders *= min(float(high) - low + 1, _LENGTH)
             elif high == 1:
-                ways *= 1 + _ways(body, after)
+                loaders *= 1 + _ways(body, after)
             else:
                 return math.inf
         elif op is sre.BRANCH:
-            ways *= sum(_ways(alternative, after) for alternative in value[1])
+            loaders *= sum(_ways(alternative, after) for alternative in value[1])
         elif op is sre.SUBPATTERN:
-            ways *= _ways(value[3], after)
+            loaders *= _ways(value[3], after)
         elif op in (sre.ASSERT, sre.ASSERT_NOT):
-            ways *= 1 + _ways(value[1], None)
+            loaders *= 1 + _ways(value[1], None)
         elif op not in _CHARACTERS and op is not sre.AT:
             return math.inf
-        if ways > _MAX_WAYS:
+        if loaders > _MAX_WAYS:
             return math.inf
-    return ways
+    return loaders
 
 
 def _stops_at(part: Any, following: Any) -> bool:

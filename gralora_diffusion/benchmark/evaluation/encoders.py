@@ -35,7 +35,7 @@ from gralora_diffusion.training.checks.paths import model_problem
 logger = logging.getLogger(__name__)
 
 #: A picture, or the file that holds it.
-Picture = str | Path | Image.Image
+ShownImage = str | Path | Image.Image
 
 #: How DINO was evaluated by its authors (``eval_knn.py`` of facebookresearch/dino), and how DINO
 #: similarity is published (Custom Diffusion's ``customconcept101/evaluate.py``, DreamBench++):
@@ -95,7 +95,7 @@ class Encoder:
         self.model.to(device)
         return self
 
-    def embed_images(self, pictures: Sequence[Picture], *, keep: bool = False) -> Tensor:
+    def embed_images(self, images: Sequence[ShownImage], *, keep: bool = False) -> Tensor:
         """Return the embeddings of pictures, (pictures, width), fp32 on the CPU, not normalized.
 
         CLIP: the projected embedding. Others: the class token of the last layer, after its norm.
@@ -108,17 +108,15 @@ class Encoder:
             DataError: a file cannot be read as a picture; its name comes first.
             ValueError: no pictures.
         """
-        keys = [
-            _content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in pictures
-        ]
+        keys = [_content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in images]
         rows = {n: self._kept[key] for n, key in enumerate(keys) if key in self._kept}
-        lacking = [n for n in range(len(pictures)) if n not in rows]
-        for batch in _batches(lacking, self.batch_size):
-            read = [read_picture(pictures[n]) for n in batch]
+        missing = [n for n in range(len(images)) if n not in rows]
+        for batch in _batches(missing, self.batch_size):
+            read = [read_image_file(images[n]) for n in batch]
             embeddings = self._embed_images(read)
             rows.update(zip(batch, embeddings, strict=True))
         self._kept |= {key: rows[n] for n, key in enumerate(keys) if key}
-        return _stacked(rows[n] for n in range(len(pictures)))
+        return _stacked(rows[n] for n in range(len(images)))
 
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of texts, (texts, width), fp32 on the CPU, not normalized.
@@ -225,10 +223,10 @@ def load_encoder(
         tokenizer = AutoTokenizer.from_pretrained(source, **place) if reads_text else None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ValueError(f"encoder {str(source)!r} cannot be loaded: {error}. {_WANTED}") from error
-    if lacking := sorted(found["missing_keys"]):
+    if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"encoder {str(source)!r}: no weights for {', '.join(lacking[:3])}"
-            f"{f' and {len(lacking) - 3} more' if len(lacking) > 3 else ''}: not a whole encoder"
+            f"encoder {str(source)!r}: no weights for {', '.join(missing[:3])}"
+            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: not a whole encoder"
         )
     squeezed = config.model_type == "vit" and _squeezes_to_224(processor)
     return Encoder(
@@ -240,18 +238,18 @@ def load_encoder(
     )
 
 
-def read_picture(picture: Picture) -> Image.Image:
+def read_image_file(image: ShownImage) -> Image.Image:
     """Return a picture as the trainer reads it, see :func:`.image_files.read_image`.
 
     Raises:
         DataError: it cannot be; for a file, its name comes first.
     """
     try:
-        if isinstance(picture, Image.Image):
-            return as_srgb(picture)
-        return read_image(_read_bytes(picture))
+        if isinstance(image, Image.Image):
+            return as_srgb(image)
+        return read_image(_read_bytes(image))
     except ImageError as error:
-        raise DataError(str(picture), [f"cannot be decoded: {error}"]) from error
+        raise DataError(str(image), [f"cannot be decoded: {error}"]) from error
 
 
 def _read_bytes(path: str | Path) -> bytes:

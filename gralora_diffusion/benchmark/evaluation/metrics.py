@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .encoders import Encoder, Picture
+from .encoders import Encoder, ShownImage
 
 Encoders = Mapping[str, Encoder]
 
@@ -24,7 +24,7 @@ Encoders = Mapping[str, Encoder]
 # -- of embeddings ---------------------------------------------------------------------------------
 
 
-def unit(embeddings: Tensor) -> Tensor:
+def trial(embeddings: Tensor) -> Tensor:
     """Return embeddings (n, width) at length 1, fp64.
 
     Raises:
@@ -48,7 +48,7 @@ def pairwise_similarity(a: Tensor, b: Tensor) -> float:
     average pairwise cosine similarity" (section 4.1).
     """
     # the mean of all products is the product of the means
-    return float(unit(a).mean(dim=0) @ unit(b).mean(dim=0))
+    return float(trial(a).mean(dim=0) @ trial(b).mean(dim=0))
 
 
 def paired_similarity(a: Tensor, b: Tensor) -> float:
@@ -59,11 +59,11 @@ def paired_similarity(a: Tensor, b: Tensor) -> float:
     and without the adapter, is its drift (``measure_drift`` in ``method_comparison/image-gen``).
 
     Raises:
-        ValueError: as ``unit``; unequal numbers of rows.
+        ValueError: as ``trial``; unequal numbers of rows.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} embeddings cannot be paired with {len(b)}")
-    return float((unit(a) * unit(b)).sum(dim=1).mean())
+    return float((trial(a) * trial(b)).sum(dim=1).mean())
 
 
 def diversity(embeddings: Tensor) -> float:
@@ -73,12 +73,12 @@ def diversity(embeddings: Tensor) -> float:
     two pictures of one prompt: these numbers are of the encoder's space, and not comparable.
 
     Raises:
-        ValueError: as ``unit``; fewer than two rows.
+        ValueError: as ``trial``; fewer than two rows.
     """
     count = len(embeddings)
     if count < 2:
         raise ValueError("diversity is one of at least two pictures of a prompt")
-    total = unit(embeddings).sum(dim=0)
+    total = trial(embeddings).sum(dim=0)
     return 1 - float((total @ total - count) / (count * (count - 1)))
 
 
@@ -95,9 +95,9 @@ class Scores:
 
 def score_subject(
     encoders: Encoders,
-    generated: Sequence[Sequence[Picture]],
+    generated: Sequence[Sequence[ShownImage]],
     prompts: Sequence[str],
-    real: Sequence[Picture],
+    real: Sequence[ShownImage],
     *,
     with_diversity: bool = False,
 ) -> Scores:
@@ -133,9 +133,9 @@ def score_subject(
 
 def score_captioned(
     encoders: Encoders,
-    generated: Sequence[Sequence[Picture]],
+    generated: Sequence[Sequence[ShownImage]],
     captions: Sequence[str],
-    real: Sequence[Picture],
+    real: Sequence[ShownImage],
 ) -> Scores:
     """Score pictures drawn for held-out captions: how like the picture that has the caption.
 
@@ -159,8 +159,8 @@ def score_captioned(
 
 def score_drift(
     encoders: Encoders,
-    adapted: Sequence[Sequence[Picture]],
-    base: Sequence[Sequence[Picture]],
+    adapted: Sequence[Sequence[ShownImage]],
+    base: Sequence[Sequence[ShownImage]],
 ) -> Scores:
     """Score how far an adapter moves pictures it should leave alone: 1 - similarity, ``drift_*``.
 
@@ -176,7 +176,7 @@ def score_drift(
     if [len(group) for group in adapted] != [len(group) for group in base]:
         raise ValueError("with and without the adapter, prompts have unequal numbers of pictures")
     scores = _Table(adapted)
-    unmoved = [picture for group in base for picture in group]
+    unmoved = [image for group in base for image in group]
     for name, encoder in encoders.items():
         drawn, before = encoder.embed_images(scores.flat), encoder.embed_images(unmoved, keep=True)
         scores.put_paired(f"drift_{_seen_by(name, encoder)}", drawn, before, distance=True)
@@ -185,9 +185,9 @@ def score_drift(
 
 def score_prior(
     encoders: Encoders,
-    adapted: Sequence[Picture],
-    base: Sequence[Picture],
-    real: Sequence[Picture],
+    adapted: Sequence[ShownImage],
+    base: Sequence[ShownImage],
+    real: Sequence[ShownImage],
 ) -> dict[str, float]:
     """Score what an adapter did to the subject's class.
 
@@ -219,8 +219,8 @@ def score_prior(
 class _Table:
     """Pictures in groups, one for each prompt, and the scores of all of them and of each group."""
 
-    def __init__(self, generated: Sequence[Sequence[Picture]]) -> None:
-        self.flat = [picture for group in generated for picture in group]
+    def __init__(self, generated: Sequence[Sequence[ShownImage]]) -> None:
+        self.flat = [image for group in generated for image in group]
         self._sizes = [len(group) for group in generated]
         self._overall: dict[str, float] = {}
         self._by_prompt: list[dict[str, float]] = [{} for _ in generated]
@@ -259,7 +259,7 @@ def _seen_by(name: str, encoder: Encoder) -> str:
     return f"{name}_i" if encoder.reads_text else name
 
 
-def _check_groups(groups: Sequence[Sequence[Picture]], others: Mapping[str, int]) -> None:
+def _check_groups(groups: Sequence[Sequence[ShownImage]], others: Mapping[str, int]) -> None:
     for what, count in others.items():
         if count != len(groups):
             raise ValueError(f"there are pictures of {len(groups)} prompts, but {count} {what}")

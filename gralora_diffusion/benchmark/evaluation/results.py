@@ -13,15 +13,17 @@ from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
 FORMAT = 1
+#: Fields whose key in files of format 1 is another one.
+FILE_KEYS = {"images": "pictures", "generation_seconds": "draw_seconds"}
 RESULT_NAME = "result.json"
-UNITS_FOLDER = "units"
+TRIALS_FOLDER = "units"
 
 
 class ResultFileError(ValueError):
     """A result file that cannot be used; says where and what is wrong with it."""
 
 
-class UnitKey(NamedTuple):
+class TrialKey(NamedTuple):
     """What tells a unit from all others: it was trained and drawn once."""
 
     protocol: str
@@ -33,7 +35,7 @@ class UnitKey(NamedTuple):
     def path(self) -> PurePosixPath:
         """Its folder within the folder of a run."""
         return PurePosixPath(
-            UNITS_FOLDER, self.protocol, self.subject, self.method, f"seed{self.seed}"
+            TRIALS_FOLDER, self.protocol, self.subject, self.method, f"seed{self.seed}"
         )
 
     def __str__(self) -> str:
@@ -52,13 +54,13 @@ class PromptResult:
     """
 
     prompt: str
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     scores: Mapping[str, float] = field(default_factory=dict)
     real: str | None = None
 
 
 @dataclass(frozen=True)
-class Mechanism:
+class Diagnostics:
     """What the paper's claim is about, logged while a unit was trained.
 
     Attributes:
@@ -75,7 +77,7 @@ class Mechanism:
 
 
 @dataclass(frozen=True)
-class UnitResult:
+class TrialResult:
     """A unit that was trained, drawn and scored.
 
     Attributes:
@@ -98,11 +100,11 @@ class UnitResult:
     update_rank: int | None
     steps: int
     train_seconds: float
-    draw_seconds: float
+    generation_seconds: float
     peak_memory_gib: float | None
     scores: Mapping[str, float]
     prompts: tuple[PromptResult, ...] = ()
-    mechanism: Mechanism | None = None
+    mechanism: Diagnostics | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=dict)
     layers: int | None = None
@@ -110,8 +112,8 @@ class UnitResult:
     folder: Path | None = field(default=None, compare=False)
 
     @property
-    def key(self) -> UnitKey:
-        return UnitKey(self.protocol, self.subject, self.method, self.seed)
+    def key(self) -> TrialKey:
+        return TrialKey(self.protocol, self.subject, self.method, self.seed)
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Unreadable:
     reason: str
 
 
-def write_result(result: UnitResult, folder: Path) -> Path:
+def write_result(result: TrialResult, folder: Path) -> Path:
     """Write ``result.json`` into the unit's folder; it appears when it is whole.
 
     Raises:
@@ -141,7 +143,7 @@ def write_result(result: UnitResult, folder: Path) -> Path:
     return path
 
 
-def read_result(path: Path) -> UnitResult:
+def read_result(path: Path) -> TrialResult:
     """Read one ``result.json``.
 
     Raises:
@@ -154,14 +156,14 @@ def read_result(path: Path) -> UnitResult:
     return _result(content, path)
 
 
-def read_results(output: Path) -> tuple[list[UnitResult], list[Unreadable]]:
+def read_results(output: Path) -> tuple[list[TrialResult], list[Unreadable]]:
     """Read all units of a run's folder: those that can be used, and the files that cannot.
 
     A file that says it is of another unit than its folder cannot be used either, so that a folder
     that was copied is not counted twice. Units without a file are not finished and not named.
     """
     results, unreadable = [], []
-    for path in sorted((output / UNITS_FOLDER).glob(f"*/*/*/*/{RESULT_NAME}")):
+    for path in sorted((output / TRIALS_FOLDER).glob(f"*/*/*/*/{RESULT_NAME}")):
         try:
             result = read_result(path)
             place = PurePosixPath(path.parent.relative_to(output).as_posix())
@@ -176,9 +178,9 @@ def read_results(output: Path) -> tuple[list[UnitResult], list[Unreadable]]:
 
 def _plain(value: Any) -> Any:
     """Dataclasses as dictionaries, tuples as lists; the folder goes."""
-    if isinstance(value, (UnitResult, PromptResult, Mechanism)):
+    if isinstance(value, (TrialResult, PromptResult, Diagnostics)):
         names = [f.name for f in fields(value) if f.name != "folder"]
-        return {name: _plain(getattr(value, name)) for name in names}
+        return {FILE_KEYS.get(name, name): _plain(getattr(value, name)) for name in names}
     if isinstance(value, Mapping):
         return {str(key): _plain(item) for key, item in value.items()}
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
@@ -232,7 +234,7 @@ class _Reader:
         return value
 
 
-def _result(content: Any, path: Path) -> UnitResult:
+def _result(content: Any, path: Path) -> TrialResult:
     reader = _Reader(content, path)
     if (version := reader.take("format")) != FORMAT:
         raise reader.error("format", f"{FORMAT}, which this version reads", version)
@@ -243,14 +245,14 @@ def _result(content: Any, path: Path) -> UnitResult:
     optional = {name: reader.take(name) for name in ("update_rank", "peak_memory_gib", "mechanism")}
     prompts = enumerate(reader.items("prompts"))
     versions = reader.inside("versions")
-    return UnitResult(
+    return TrialResult(
         **names,
         seed=reader.count("seed"),
         parameters=reader.count("parameters"),
         update_rank=None if optional["update_rank"] is None else reader.count("update_rank"),
         steps=reader.count("steps"),
         train_seconds=reader.number("train_seconds"),
-        draw_seconds=reader.number("draw_seconds"),
+        generation_seconds=reader.number("draw_seconds"),
         peak_memory_gib=(
             None if optional["peak_memory_gib"] is None else reader.number("peak_memory_gib")
         ),
@@ -274,16 +276,16 @@ def _lowered_k(reader: _Reader) -> dict[int, int]:
 
 
 def _prompt(reader: _Reader) -> PromptResult:
-    pictures = reader.items("pictures")
-    for name in pictures:
+    images = reader.items("pictures")
+    for name in images:
         parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
         if not parts or ".." in parts or PurePosixPath(name).is_absolute():
             raise reader.error("pictures", "files within the unit's folder", name)
     real = reader.text("real") if reader.content.get("real") is not None else None
-    return PromptResult(reader.text("prompt"), tuple(pictures), reader.numbers("scores"), real)
+    return PromptResult(reader.text("prompt"), tuple(images), reader.numbers("scores"), real)
 
 
-def _mechanism(reader: _Reader) -> Mechanism:
+def _mechanism(reader: _Reader) -> Diagnostics:
     layers = reader.inside("gradient_norms")
     norms = {}
     for layer in layers.content:
@@ -295,7 +297,7 @@ def _mechanism(reader: _Reader) -> Mechanism:
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
             raise inner.error("norms", "k x k finite numbers for each step", maps)
         norms[layer] = {"steps": steps, "norms": maps}
-    return Mechanism(norms, reader.numbers("effective_rank"), reader.numbers("input_outliers"))
+    return Diagnostics(norms, reader.numbers("effective_rank"), reader.numbers("input_outliers"))
 
 
 def _is_number(value: Any) -> bool:

@@ -50,7 +50,7 @@ class Estimate:
     over: str | None
     subjects: int
     seeds: int
-    units: int
+    trials: int
 
     @property
     def caveat(self) -> str:
@@ -58,7 +58,7 @@ class Estimate:
         if self.over is None:
             return (
                 f"no interval: {_counted(self.subjects, 'subject')}, "
-                f"{_counted(self.units, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds "
+                f"{_counted(self.trials, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds "
                 f"of each and {self.subjects + MIN_FREEDOM} units"
             )
         if self.over == "seeds":
@@ -93,7 +93,7 @@ class Comparison:
         """Wins and half the ties, of all units in both."""
         if self.wins is None:
             return None
-        return (self.wins + self.ties / 2) / self.difference.units
+        return (self.wins + self.ties / 2) / self.difference.trials
 
 
 def estimate(values: Mapping[Place, float], resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
@@ -109,18 +109,18 @@ def estimate(values: Mapping[Place, float], resamples: int = RESAMPLES, seed: in
         groups[subject].append(value)
     samples = [np.array(group, dtype=np.float64) for group in groups.values()]
     means = np.array([sample.mean() for sample in samples])
-    count, units = len(samples), len(values)
+    count, trials = len(samples), len(values)
     rng = np.random.default_rng(seed)
     low = high = over = None
     if count >= MIN_SUBJECTS:
         over = "subjects"
         low, high = _expanded(_resampled(means, resamples, rng), count, count - 1)
-    elif units - count >= MIN_FREEDOM and min(map(len, samples)) >= 2:
+    elif trials - count >= MIN_FREEDOM and min(map(len, samples)) >= 2:
         over = "seeds"
         drawn = np.mean([_resampled(sample, resamples, rng) for sample in samples], axis=0)
-        low, high = _expanded(drawn, units / count, units - count)
+        low, high = _expanded(drawn, trials / count, trials - count)
     seeds = len({place[1] for place in values})
-    return Estimate(float(means.mean()), low, high, over, count, seeds, units)
+    return Estimate(float(means.mean()), low, high, over, count, seeds, trials)
 
 
 def compare(

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from gralora_diffusion.benchmark.evaluation.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.evaluation.results import TrialKey, TrialResult, Unreadable
 from gralora_diffusion.benchmark.evaluation.statistics import RESAMPLES
 from gralora_diffusion.io.staging import staged
 
@@ -15,7 +15,7 @@ from .data_files import as_csv, as_json
 from .html import as_html
 from .images import embedded
 from .markdown import as_markdown
-from .report_data import content_of
+from .report_data import report_data_of
 
 __all__ = ["write_report"]
 
@@ -24,14 +24,14 @@ CSV_NAME, JSON_NAME = "scores.csv", "report.json"
 
 
 def write_report(
-    results: Sequence[UnitResult],
+    results: Sequence[TrialResult],
     folder: Path,
     *,
     title: str = "GraLoRA benchmark",
     references: Sequence[str] | None = None,
-    expected: Sequence[UnitKey] = (),
+    expected: Sequence[TrialKey] = (),
     unreadable: Sequence[Unreadable] = (),
-    real_pictures: Mapping[str, Sequence[Path]] | None = None,
+    real_images: Mapping[str, Sequence[Path]] | None = None,
     settings: Mapping[str, Any] | None = None,
     picture_mib: float = 12.0,
     resamples: int = RESAMPLES,
@@ -59,7 +59,7 @@ def write_report(
         ValueError: more than one result of a unit, or a reference that no unit is of.
         OutputError: the folder cannot be written to.
     """
-    content = content_of(
+    content = report_data_of(
         results,
         title=title,
         references=references,
@@ -70,12 +70,12 @@ def write_report(
         resamples=resamples,
         bootstrap_seed=bootstrap_seed,
     )
-    pictures = embedded(content, real_pictures or {}, int(picture_mib * 2**20))
+    images = embedded(content, real_images or {}, int(picture_mib * 2**20))
     texts = {
-        CSV_NAME: as_csv(content.units),
+        CSV_NAME: as_csv(content.trials),
         JSON_NAME: as_json(content),
         MARKDOWN_NAME: as_markdown(content),
-        PAGE_NAME: as_html(content, pictures),
+        PAGE_NAME: as_html(content, images),
     }
     for name, text in texts.items():
         with staged(folder / name) as path:

@@ -9,20 +9,20 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
-from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import FILE_KEYS, TrialResult
 from gralora_diffusion.benchmark.evaluation.scores import score_order
 from gralora_diffusion.io.safe_text import for_csv
 
-from .report_data import Content, ProtocolContent
+from .report_data import ProtocolData, ReportData
 from .summary import cautions, headlines, method_note
 
-_UNIT = (
+_TRIAL = (
     *("protocol", "subject", "method", "seed", "parameters", "update_rank", "steps"),
-    *("train_seconds", "draw_seconds", "peak_memory_gib"),
+    *("train_seconds", "generation_seconds", "peak_memory_gib"),
 )
 
 
-def as_json(content: Content) -> str:
+def as_json(content: ReportData) -> str:
     """All numbers of the report. Prompts and logs of single units stay in their own results."""
     return json.dumps(
         {
@@ -33,8 +33,11 @@ def as_json(content: Content) -> str:
             "references": content.references,
             "protocols": {protocol.name: _protocol(protocol) for protocol in content.protocols},
             "units": [
-                {**{name: getattr(unit, name) for name in _UNIT}, "scores": dict(unit.scores)}
-                for unit in content.units
+                {
+                    **{FILE_KEYS.get(name, name): getattr(trial, name) for name in _TRIAL},
+                    "scores": dict(trial.scores),
+                }
+                for trial in content.trials
             ],
             "missing": [key._asdict() for key in content.missing],
             "unreadable": [
@@ -49,20 +52,20 @@ def as_json(content: Content) -> str:
     )
 
 
-def as_csv(results: Sequence[UnitResult]) -> str:
+def as_csv(results: Sequence[TrialResult]) -> str:
     """A row per unit, a column per score; what was not measured is empty."""
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([for_csv(name) for name in (*_UNIT, *names)])
+    writer.writerow([for_csv(FILE_KEYS.get(name, name)) for name in (*_TRIAL, *names)])
     for result in results:
-        values = [getattr(result, name) for name in _UNIT]
+        values = [getattr(result, name) for name in _TRIAL]
         values += [result.scores.get(name) for name in names]
         writer.writerow([for_csv(value) for value in values])
     return file.getvalue()
 
 
-def _protocol(protocol: ProtocolContent) -> dict[str, Any]:
+def _protocol(protocol: ProtocolData) -> dict[str, Any]:
     scores = {
         name: {
             "label": content.score.label,
@@ -87,7 +90,7 @@ def _protocol(protocol: ProtocolContent) -> dict[str, Any]:
         "pareto": [asdict(plot) for plot in protocol.pareto],
         "mechanism": {
             method: {
-                "units": found.units,
+                "units": found.trials,
                 "mean_share": found.mean_share,
                 "effective_rank": found.effective_rank,
                 "input_outliers": found.input_outliers,

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import TrialResult
 
 Map = list[list[float]]
 
 
 @dataclass(frozen=True)
-class MechanismContent:
+class DiagnosticsData:
     """Means over units (and steps).
 
     Attributes:
@@ -25,7 +25,7 @@ class MechanismContent:
         effective_rank, input_outliers: layer -> value.
     """
 
-    units: int
+    trials: int
     gradient_share: dict[str, Map]
     mean_share: dict[int, Map]
     effective_rank: dict[str, float]
@@ -43,7 +43,7 @@ class MechanismContent:
         return None if share is None else float(np.max(share)) * np.size(share)
 
 
-def mechanism_of(results: Sequence[UnitResult]) -> MechanismContent | None:
+def mechanism_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
     """Gather the mechanism of a method's units; None if none has any."""
     logged = [result.mechanism for result in results if result.mechanism]
     if not logged:
@@ -65,8 +65,8 @@ def mechanism_of(results: Sequence[UnitResult]) -> MechanismContent | None:
         if len({len(blocks) for blocks in maps}) == 1  # units of another k are not averaged with
     }
     sizes = sorted({len(share) for share in means.values()})
-    return MechanismContent(
-        units=len(logged),
+    return DiagnosticsData(
+        trials=len(logged),
         gradient_share={layer: share.tolist() for layer, share in means.items()},
         mean_share={
             k: np.mean([share for share in means.values() if len(share) == k], axis=0).tolist()

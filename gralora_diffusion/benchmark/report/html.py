@@ -10,7 +10,7 @@ import yaml
 
 from . import plots, tables
 from .images import Embedded, Sheet
-from .report_data import Content, ProtocolContent
+from .report_data import ProtocolData, ReportData
 from .style import POLICY, STYLE
 from .summary import cautions, headlines, method_note
 from .tables import Cell, Number, Table
@@ -21,9 +21,9 @@ _RULE = (
 )
 
 
-def as_html(content: Content, embedded: Embedded) -> str:
+def as_html(content: ReportData, embedded: Embedded) -> str:
     """Return the page. All text is escaped; the page forbids itself scripts and fetching."""
-    colour = plots.colours(dict.fromkeys(unit.method for unit in content.units))
+    colour = plots.colours(dict.fromkeys(trial.method for trial in content.trials))
     numbered = list(enumerate(content.protocols))
     sections = [("found", "What was found", _found(content))]
     for n, protocol in numbered:
@@ -32,13 +32,13 @@ def as_html(content: Content, embedded: Embedded) -> str:
                 (f"numbers{n}", f"Numbers: {protocol.name}", _numbers(content, protocol, colour))
             )
     if embedded.sheets:
-        sections.append(("pictures", "Pictures", _pictures(embedded, len(numbered) > 1)))
+        sections.append(("pictures", "Pictures", _images(embedded, len(numbered) > 1)))
     for n, protocol in numbered:
         if protocol.mechanism:
             title = f"The mechanism: {protocol.name}"
             sections.append((f"mechanism{n}", title, _mechanism(protocol, colour)))
     sections.append(("settings", "Settings and versions", _settings(content)))
-    sections.append(("units", "Units", _units(content)))
+    sections.append(("units", "Units", _trials(content)))
     links = "".join(f'<a href="#{name}">{escape(title)}</a>' for name, title, _ in sections)
     body = "".join(
         f'<section id="{name}"><h2>{escape(title)}</h2>{inner}</section>'
@@ -54,7 +54,7 @@ def as_html(content: Content, embedded: Embedded) -> str:
     )
 
 
-def _found(content: Content) -> str:
+def _found(content: ReportData) -> str:
     parts = [table(tables.overview(content))]
     for protocol in content.protocols:
         if found := headlines(protocol):
@@ -68,7 +68,7 @@ def _found(content: Content) -> str:
     return "".join(parts)
 
 
-def _numbers(content: Content, protocol: ProtocolContent, colour: dict[str, int]) -> str:
+def _numbers(content: ReportData, protocol: ProtocolData, colour: dict[str, int]) -> str:
     parts = [table(tables.scores(protocol))]
     for reference in content.references:
         against = tables.comparisons(protocol, reference)
@@ -104,7 +104,7 @@ def _numbers(content: Content, protocol: ProtocolContent, colour: dict[str, int]
     return "".join(parts)
 
 
-def _pictures(embedded: Embedded, several: bool) -> str:
+def _images(embedded: Embedded, several: bool) -> str:
     if not embedded.side:
         return "<p>There are too many pictures for a page of this size; none is shown.</p>"
     parts = [f'<p class="soft">{escape(_RULE)}</p>']
@@ -121,16 +121,16 @@ def _pictures(embedded: Embedded, several: bool) -> str:
 def _sheet(sheet: Sheet, uris: dict[Path, str]) -> str:
     parts = []
     if sheet.real:
-        cells = [_picture(path, uris, f"{sheet.subject}, real") for path in sheet.real]
+        cells = [_image(path, uris, f"{sheet.subject}, real") for path in sheet.real]
         parts.append(f"<h3>Real pictures</h3>{_grid(cells)}")
     for row in sheet.rows:
-        cells = [_picture(row.real, uris, "real")] if row.real else []
-        cells += [_picture(path, uris, method) for method, path in row.pictures.items()]
+        cells = [_image(row.real, uris, "real")] if row.real else []
+        cells += [_image(path, uris, method) for method, path in row.images.items()]
         parts.append(f"<h3>{escape(row.prompt)}</h3>{_grid(cells)}")
     return "".join(parts)
 
 
-def _picture(path: Path | None, uris: dict[Path, str], label: str) -> str:
+def _image(path: Path | None, uris: dict[Path, str], label: str) -> str:
     text = escape(label)
     if path is None or path not in uris:
         why = "not drawn" if path is None else "not readable"
@@ -141,7 +141,7 @@ def _picture(path: Path | None, uris: dict[Path, str], label: str) -> str:
     return f"<figure>{inner}<figcaption>{text}</figcaption></figure>"
 
 
-def _mechanism(protocol: ProtocolContent, colour: dict[str, int]) -> str:
+def _mechanism(protocol: ProtocolData, colour: dict[str, int]) -> str:
     parts = [table(tables.mechanisms(protocol))]
     parts.append(_figures(plots.layer_strips(protocol.mechanism, colour)))
     for method, found in protocol.mechanism.items():
@@ -160,7 +160,7 @@ def _mechanism(protocol: ProtocolContent, colour: dict[str, int]) -> str:
     return "".join(parts)
 
 
-def _settings(content: Content) -> str:
+def _settings(content: ReportData) -> str:
     parts = [f"<p>{escape(method_note(content))}</p>"]
     if content.settings:
         text = yaml.safe_dump(content.settings, sort_keys=False, allow_unicode=True)
@@ -171,10 +171,10 @@ def _settings(content: Content) -> str:
     return "".join(parts)
 
 
-def _units(content: Content) -> str:
+def _trials(content: ReportData) -> str:
     parts = [table(t) for t in (tables.missing(content), tables.unreadable(content)) if t.rows]
-    if content.units:
-        inner = table(tables.units(content.units))
+    if content.trials:
+        inner = table(tables.trials(content.trials))
         parts.append(f"<details><summary>All units with their scores</summary>{inner}</details>")
     return "".join(parts)
 

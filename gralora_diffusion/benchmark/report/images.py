@@ -10,10 +10,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import TrialResult
 from gralora_diffusion.io.image_files import ImageError, read_image
 
-from .report_data import Content
+from .report_data import ReportData
 
 #: Pixels of the longer side and prompts of a subject, from the best to the least.
 SIZES = ((256, 6), (192, 6), (128, 6), (128, 3), (96, 2), (96, 1), (64, 1))
@@ -29,7 +29,7 @@ class SheetRow:
 
     prompt: str
     real: Path | None
-    pictures: dict[str, Path | None]
+    images: dict[str, Path | None]
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Sheet:
     @property
     def paths(self) -> list[Path]:
         found = [row.real for row in self.rows]
-        found += [path for row in self.rows for path in row.pictures.values()]
+        found += [path for row in self.rows for path in row.images.values()]
         return [*self.real, *(path for path in found if path)]
 
 
@@ -65,7 +65,7 @@ class Embedded:
 
 
 def embedded(
-    content: Content, real_pictures: Mapping[str, Sequence[Path]], budget: int
+    content: ReportData, real_images: Mapping[str, Sequence[Path]], budget: int
 ) -> Embedded:
     """Choose the sheets and make their pictures as large, and the prompts as many, as fit.
 
@@ -73,7 +73,7 @@ def embedded(
         budget: bytes of all data URIs together at most.
     """
     for side, prompts in SIZES:
-        chosen = sheets(content, real_pictures, prompts)
+        chosen = sheets(content, real_images, prompts)
         uris = _uris([path for sheet in chosen for path in sheet.paths], side, budget)
         if uris is not None:
             return Embedded(chosen, uris, side)
@@ -81,7 +81,7 @@ def embedded(
 
 
 def sheets(
-    content: Content, real_pictures: Mapping[str, Sequence[Path]], prompts: int
+    content: ReportData, real_images: Mapping[str, Sequence[Path]], prompts: int
 ) -> list[Sheet]:
     """Choose pictures by a rule, not by looks.
 
@@ -91,36 +91,36 @@ def sheets(
     found = []
     for protocol in content.protocols:
         for subject in protocol.subjects:
-            units = [
-                unit
-                for unit in content.units
-                if (unit.protocol, unit.subject) == (protocol.name, subject)
+            trials = [
+                trial
+                for trial in content.trials
+                if (trial.protocol, trial.subject) == (protocol.name, subject)
             ]
-            seeds = [unit.seed for unit in units]
+            seeds = [trial.seed for trial in trials]
             seed = min(seeds, key=lambda s: (-seeds.count(s), s))
-            chosen = {unit.method: unit for unit in units if unit.seed == seed}
+            chosen = {trial.method: trial for trial in trials if trial.seed == seed}
             names = list(dict.fromkeys(p.prompt for u in chosen.values() for p in u.prompts))
             shown = [names[i * len(names) // prompts] for i in range(min(prompts, len(names)))]
             if prompts > len(names):
                 shown = names
             rows = [_row(name, list(protocol.methods), chosen) for name in shown]
-            real = list(real_pictures.get(subject, ()))[:_REAL]
+            real = list(real_images.get(subject, ()))[:_REAL]
             if rows:
                 found.append(Sheet(protocol.name, subject, seed, real, rows, len(names)))
     return found
 
 
-def _row(prompt: str, methods: Sequence[str], units: Mapping[str, UnitResult]) -> SheetRow:
-    pictures: dict[str, Path | None] = dict.fromkeys(methods)
+def _row(prompt: str, methods: Sequence[str], trials: Mapping[str, TrialResult]) -> SheetRow:
+    images: dict[str, Path | None] = dict.fromkeys(methods)
     real = None
-    for method, unit in units.items():
-        for entry in unit.prompts:
-            if entry.prompt == prompt and unit.folder is not None:
-                if entry.pictures:
-                    pictures[method] = unit.folder / entry.pictures[0]
+    for method, trial in trials.items():
+        for entry in trial.prompts:
+            if entry.prompt == prompt and trial.folder is not None:
+                if entry.images:
+                    images[method] = trial.folder / entry.images[0]
                 if entry.real and real is None:
-                    real = unit.folder / entry.real
-    return SheetRow(prompt, real, pictures)
+                    real = trial.folder / entry.real
+    return SheetRow(prompt, real, images)
 
 
 def _uris(paths: Sequence[Path], side: int, budget: int) -> dict[Path, str] | None:
@@ -142,15 +142,15 @@ def data_uri(path: Path, side: int) -> str | None:
     JPEG, but PNG where the picture is small and stays as it is: there every pixel is looked at.
     """
     try:
-        picture = read_image(path, at_least=2 * side)
+        image = read_image(path, at_least=2 * side)
     except ImageError:
         return None
-    kept = max(picture.size) <= min(side, _SMALL)
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    kept = max(image.size) <= min(side, _SMALL)
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     file = io.BytesIO()
     if kept:
-        picture.save(file, "PNG", optimize=True)
+        image.save(file, "PNG", optimize=True)
     else:
-        picture.save(file, "JPEG", quality=_QUALITY, optimize=True)
+        image.save(file, "JPEG", quality=_QUALITY, optimize=True)
     kind = "png" if kept else "jpeg"
     return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode('ascii')}"

@@ -9,12 +9,12 @@ import yaml
 from gralora_diffusion.io.safe_text import for_code_block, for_markdown, for_markdown_item
 
 from . import tables
-from .report_data import Content, ProtocolContent
+from .report_data import ProtocolData, ReportData
 from .summary import cautions, headlines, method_note
 from .tables import Cell, Number, Table
 
 
-def as_markdown(content: Content) -> str:
+def as_markdown(content: ReportData) -> str:
     """Return the report as Markdown (GitHub's, for its tables)."""
     blocks = [f"# {for_markdown(content.title)}", table(tables.overview(content))]
     for protocol in content.protocols:
@@ -46,7 +46,7 @@ def as_markdown(content: Content) -> str:
     return "\n\n".join(blocks) + "\n"
 
 
-def _mechanism(protocol: ProtocolContent) -> list[str]:
+def _mechanism(protocol: ProtocolData) -> list[str]:
     blocks = [table(tables.mechanisms(protocol))]
     for method, found in protocol.mechanism.items():
         blocks += [table(tables.shares(method, k, found)) for k in found.mean_share]

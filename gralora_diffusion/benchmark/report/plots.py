@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from gralora_diffusion.benchmark.evaluation.scores import score_named
 
-from .diagnostics import MechanismContent
-from .report_data import ParetoContent, ProtocolContent, ScoreContent
+from .diagnostics import DiagnosticsData
+from .report_data import ParetoData, ProtocolData, ScoreData
 from .summary import difference_text, direction
 from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
 
@@ -21,7 +21,7 @@ def colours(methods: Iterable[str]) -> dict[str, int]:
     return {method: number % COLOURS for number, method in enumerate(methods)}
 
 
-def means(content: ScoreContent, colour: Mapping[str, int]) -> str:
+def means(content: ScoreData, colour: Mapping[str, int]) -> str:
     """Means with intervals."""
     rows = [
         Row(
@@ -40,7 +40,7 @@ def means(content: ScoreContent, colour: Mapping[str, int]) -> str:
     return interval_plot(f"{score.label}: means", rows, f"{score.label}; {direction(score)}")
 
 
-def differences(content: ScoreContent, reference: str, colour: Mapping[str, int]) -> str | None:
+def differences(content: ScoreData, reference: str, colour: Mapping[str, int]) -> str | None:
     """Differences from a reference with intervals, and a line at zero."""
     rows = [
         Row(method, d.mean, d.low, d.high, colour[method], difference_text(d))
@@ -54,7 +54,7 @@ def differences(content: ScoreContent, reference: str, colour: Mapping[str, int]
     return interval_plot(f"{content.score.label}: against {reference}", rows, axis, zero=True)
 
 
-def pareto(plot: ParetoContent, protocol: ProtocolContent, colour: Mapping[str, int]) -> str:
+def pareto(plot: ParetoData, protocol: ProtocolData, colour: Mapping[str, int]) -> str:
     """Similarity against drift or parameters; the front is filled and joined."""
     drift = protocol.scores.get(plot.x)
     similarity = protocol.scores[plot.y]
@@ -75,12 +75,12 @@ def pareto(plot: ParetoContent, protocol: ProtocolContent, colour: Mapping[str, 
     return scatter(pareto_title(plot), points, f"← {label}", y_axis, plot.front, log)
 
 
-def pareto_title(plot: ParetoContent) -> str:
+def pareto_title(plot: ParetoData) -> str:
     x = "parameters" if plot.x == "parameters" else score_named(plot.x).label
     return f"{score_named(plot.y).label} against {x}"
 
 
-def heat_maps(method: str, content: MechanismContent) -> list[tuple[str, str]]:
+def heat_maps(method: str, content: DiagnosticsData) -> list[tuple[str, str]]:
     """(caption, plot): the mean of all layers for each k, then the least even layers."""
     found = []
     for k, share in content.mean_share.items():
@@ -95,7 +95,7 @@ def heat_maps(method: str, content: MechanismContent) -> list[tuple[str, str]]:
 
 
 def layer_strips(
-    mechanism: Mapping[str, MechanismContent], colour: Mapping[str, int]
+    mechanism: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
 ) -> list[tuple[str, str]]:
     """(caption, plot) of concentration, effective rank and outliers, a dot per layer."""
     kinds: dict[str, dict[str, list[float]]] = {
@@ -119,7 +119,7 @@ def layer_strips(
     return plots
 
 
-def _interval(content: ScoreContent, method: str) -> tuple[float, float] | None:
+def _interval(content: ScoreData, method: str) -> tuple[float, float] | None:
     mean = content.means.get(method)
     if mean is None or mean.low is None or mean.high is None:
         return None

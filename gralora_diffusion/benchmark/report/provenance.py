@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import TrialResult
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Provenance:
     warnings: list[str]
 
 
-def provenance_of(results: Sequence[UnitResult]) -> Provenance:
+def provenance_of(results: Sequence[TrialResult]) -> Provenance:
     """Tell settings that all units share from those that differ, and how they differ."""
     flat = [_flat(result.settings) for result in results]
     common: dict[str, str] = {}

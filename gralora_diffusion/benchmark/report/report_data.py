@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from gralora_diffusion.benchmark.evaluation.results import UnitKey, UnitResult, Unreadable
+from gralora_diffusion.benchmark.evaluation.results import TrialKey, TrialResult, Unreadable
 from gralora_diffusion.benchmark.evaluation.scores import Score, score_named, score_order
 from gralora_diffusion.benchmark.evaluation.statistics import (
     Comparison,
@@ -19,7 +19,7 @@ from gralora_diffusion.benchmark.evaluation.statistics import (
     spread,
 )
 
-from .diagnostics import MechanismContent, mechanism_of
+from .diagnostics import DiagnosticsData, mechanism_of
 from .provenance import Provenance, provenance_of
 
 #: (mean, least, greatest)
@@ -27,25 +27,25 @@ Spread = tuple[float, float, float]
 
 
 @dataclass(frozen=True)
-class MethodContent:
+class MethodData:
     """What a method costs, over its units of a protocol; parameters are those of the largest.
 
-    ``layers`` and ``lowered_k`` are those of ``UnitResult``.
+    ``layers`` and ``lowered_k`` are those of ``TrialResult``.
     """
 
-    units: int
+    trials: int
     parameters: int
     layers: int | None
     lowered_k: Mapping[int, int]
     update_rank: int | None
     steps: int
     train_seconds: Spread
-    draw_seconds: Spread
+    generation_seconds: Spread
     peak_memory_gib: Spread | None
 
 
 @dataclass(frozen=True)
-class ScoreContent:
+class ScoreData:
     """One score: means by method, and comparisons by reference and method."""
 
     score: Score
@@ -54,7 +54,7 @@ class ScoreContent:
 
 
 @dataclass(frozen=True)
-class ParetoContent:
+class ParetoData:
     """Similarity against what it costs. points: method -> (cost, similarity)."""
 
     x: str
@@ -64,27 +64,27 @@ class ParetoContent:
 
 
 @dataclass(frozen=True)
-class ProtocolContent:
+class ProtocolData:
     """All of one protocol. ``methods`` are in the order in which they are shown."""
 
     name: str
     subjects: list[str]
     seeds: list[int]
-    methods: dict[str, MethodContent]
-    scores: dict[str, ScoreContent]
-    pareto: list[ParetoContent]
-    mechanism: dict[str, MechanismContent]
+    methods: dict[str, MethodData]
+    scores: dict[str, ScoreData]
+    pareto: list[ParetoData]
+    mechanism: dict[str, DiagnosticsData]
 
 
 @dataclass(frozen=True)
-class Content:
+class ReportData:
     """A whole report, but for the pictures."""
 
     title: str
-    protocols: list[ProtocolContent]
+    protocols: list[ProtocolData]
     references: list[str]
-    units: list[UnitResult]
-    missing: list[UnitKey]
+    trials: list[TrialResult]
+    missing: list[TrialKey]
     unreadable: list[Unreadable]
     provenance: Provenance
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -103,28 +103,28 @@ class Content:
         )
 
 
-def content_of(
-    results: Sequence[UnitResult],
+def report_data_of(
+    results: Sequence[TrialResult],
     *,
     title: str,
     references: Sequence[str] | None,
-    expected: Sequence[UnitKey],
+    expected: Sequence[TrialKey],
     unreadable: Sequence[Unreadable],
     settings: Mapping[str, Any],
     resamples: int,
     bootstrap_seed: int,
-) -> Content:
+) -> ReportData:
     """Compute what the report says; see ``write_report`` for the arguments.
 
     Raises:
         ValueError: two results of the same unit, or a reference that no unit is of.
     """
-    units = {result.key: result for result in results}
-    if len(units) < len(results):
+    trials = {result.key: result for result in results}
+    if len(trials) < len(results):
         counts = Counter(str(result.key) for result in results)
         twice = [name for name, count in counts.items() if count > 1]
         raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each unit once")
-    order = _method_order(units, expected)
+    order = _method_order(trials, expected)
     if references is None:
         references = [name for name in order if name.startswith("lora")]
     elif unknown := [name for name in references if name not in order]:
@@ -132,16 +132,16 @@ def content_of(
     ordered = sorted(results, key=lambda r: (r.protocol, r.subject, order[r.method], r.seed))
     protocols = dict.fromkeys([*(key.protocol for key in expected), *(r.protocol for r in ordered)])
 
-    def one(name: str) -> ProtocolContent:
+    def one(name: str) -> ProtocolData:
         found = [result for result in ordered if result.protocol == name]
         return _protocol(name, found, order, references, resamples, bootstrap_seed)
 
-    return Content(
+    return ReportData(
         title=title,
         protocols=[one(name) for name in protocols],
         references=list(references),
-        units=ordered,
-        missing=[key for key in dict.fromkeys(expected) if key not in units],
+        trials=ordered,
+        missing=[key for key in dict.fromkeys(expected) if key not in trials],
         unreadable=list(unreadable),
         provenance=provenance_of(ordered),
         settings=settings,
@@ -151,21 +151,21 @@ def content_of(
 
 
 def _method_order(
-    units: Mapping[UnitKey, UnitResult], expected: Sequence[UnitKey]
+    trials: Mapping[TrialKey, TrialResult], expected: Sequence[TrialKey]
 ) -> dict[str, int]:
     """Methods as the settings have them; what is not in those follows by name."""
-    names = [key.method for key in expected] + sorted(key.method for key in units)
+    names = [key.method for key in expected] + sorted(key.method for key in trials)
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
 
 def _protocol(
     name: str,
-    results: Sequence[UnitResult],
+    results: Sequence[TrialResult],
     order: Mapping[str, int],
     references: Sequence[str],
     resamples: int,
     seed: int,
-) -> ProtocolContent:
+) -> ProtocolData:
     by_method = {m: [r for r in results if r.method == m] for m in order}
     by_method = {method: found for method, found in by_method.items() if found}
     names = sorted({score for result in results for score in result.scores}, key=score_order)
@@ -177,7 +177,7 @@ def _protocol(
         }
         values = {method: found for method, found in values.items() if found}
         better = score_named(score).higher_is_better
-        scores[score] = ScoreContent(
+        scores[score] = ScoreData(
             score=score_named(score),
             means={m: estimate(v, resamples, seed) for m, v in values.items()},
             comparisons={
@@ -192,7 +192,7 @@ def _protocol(
             },
         )
     methods = {method: _method(found) for method, found in by_method.items()}
-    return ProtocolContent(
+    return ProtocolData(
         name=name,
         subjects=sorted({r.subject for r in results}),
         seeds=sorted({r.seed for r in results}),
@@ -203,29 +203,27 @@ def _protocol(
     )
 
 
-def _method(results: Sequence[UnitResult]) -> MethodContent:
+def _method(results: Sequence[TrialResult]) -> MethodData:
     train = spread(r.train_seconds for r in results)
-    draw = spread(r.draw_seconds for r in results)
+    draw = spread(r.generation_seconds for r in results)
     if train is None or draw is None:
         raise ValueError("a method without a unit")
     ranks = [r.update_rank for r in results]
     largest = max(results, key=lambda r: (r.parameters, r.layers or 0))
-    return MethodContent(
-        units=len(results),
+    return MethodData(
+        trials=len(results),
         parameters=largest.parameters,
         layers=largest.layers,
         lowered_k=largest.lowered_k,
         update_rank=None if None in ranks else max(rank for rank in ranks if rank is not None),
         steps=max(r.steps for r in results),
         train_seconds=train,
-        draw_seconds=draw,
+        generation_seconds=draw,
         peak_memory_gib=spread(r.peak_memory_gib for r in results if r.peak_memory_gib is not None),
     )
 
 
-def _pareto(
-    scores: Mapping[str, ScoreContent], methods: Mapping[str, MethodContent]
-) -> list[ParetoContent]:
+def _pareto(scores: Mapping[str, ScoreData], methods: Mapping[str, MethodData]) -> list[ParetoData]:
     """The first similarity there is against every drift, and against parameters."""
     similar = next((s for s in scores.values() if s.score.kind == "similarity"), None)
     if similar is None:
@@ -240,5 +238,5 @@ def _pareto(
     for cost, values in costs.items():
         points = {m: (values[m], e.mean) for m, e in similar.means.items() if m in values}
         if points:
-            plots.append(ParetoContent(cost, similar.score.name, points, pareto_front(points)))
+            plots.append(ParetoData(cost, similar.score.name, points, pareto_front(points)))
     return plots

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from gralora_diffusion.benchmark.evaluation.scores import Score
 from gralora_diffusion.benchmark.evaluation.statistics import Comparison, Estimate
 
-from .report_data import Content, ProtocolContent
+from .report_data import ProtocolData, ReportData
 
 #: Verdicts in the order in which they are told.
 _VERDICTS = {
@@ -37,7 +37,7 @@ class Headline:
         return f"{self.about}. {' '.join(self.findings)}"
 
 
-def headlines(protocol: ProtocolContent) -> list[Headline]:
+def headlines(protocol: ProtocolData) -> list[Headline]:
     """One per score and reference: who wins, who loses, of whom nothing can be told."""
     return [
         headline(content.score, reference, comparisons)
@@ -64,10 +64,10 @@ def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]
     return Headline(f"{score.label}, against {reference} ({direction(score)})", findings)
 
 
-def cautions(content: Content) -> list[str]:
+def cautions(content: ReportData) -> list[str]:
     """What a reader must know before he believes the numbers."""
     found = []
-    total = len(content.units) + len(content.missing)
+    total = len(content.trials) + len(content.missing)
     if content.missing:
         found.append(f"{len(content.missing)} of {total} units are missing; see the end.")
     if content.unreadable:
@@ -75,15 +75,15 @@ def cautions(content: Content) -> list[str]:
             f"{len(content.unreadable)} result files could not be used and were left out; see the "
             "end."
         )
-    if not content.units:
+    if not content.trials:
         return [*found, "There is no result yet."]
     if not content.references:
         found.append("There is no LoRA among the methods: nothing is compared.")
     for protocol in content.protocols:
         places: dict[str, set[tuple[str, int]]] = {}
-        for unit in content.units:
-            if unit.protocol == protocol.name:
-                places.setdefault(unit.method, set()).add((unit.subject, unit.seed))
+        for trial in content.trials:
+            if trial.protocol == protocol.name:
+                places.setdefault(trial.method, set()).add((trial.subject, trial.seed))
         if len(set(map(frozenset, places.values()))) > 1:
             found.append(
                 f"Protocol {protocol.name}: not all methods have the same units. Their means are "
@@ -111,7 +111,7 @@ def cautions(content: Content) -> list[str]:
     return found
 
 
-def method_note(content: Content) -> str:
+def method_note(content: ReportData) -> str:
     """How means and intervals were computed."""
     return (
         "Mean: of the subjects' means, each over its seeds. Interval (95%): cluster bootstrap over "

@@ -265,7 +265,7 @@ def _log_ticks(low: float, high: float) -> list[tuple[float, str]]:
 
 
 def _short(value: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, trial in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= size:
-            return f"{value / size:.3g}{unit}"
+            return f"{value / size:.3g}{trial}"
     return f"{value:.3g}"

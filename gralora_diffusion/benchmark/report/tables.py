@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from gralora_diffusion.benchmark.evaluation.results import UnitResult
+from gralora_diffusion.benchmark.evaluation.results import TrialResult
 from gralora_diffusion.benchmark.evaluation.scores import score_named, score_order
 from gralora_diffusion.benchmark.evaluation.statistics import Estimate
 
-from .diagnostics import MechanismContent
-from .report_data import Content, ProtocolContent, Spread
+from .diagnostics import DiagnosticsData
+from .report_data import ProtocolData, ReportData, Spread
 from .summary import direction, signed
 
 
@@ -41,11 +41,11 @@ class Table:
     note: str = ""
 
 
-def overview(content: Content) -> Table:
+def overview(content: ReportData) -> Table:
     """What was run."""
     rows: list[tuple[Cell, ...]] = []
     for protocol in content.protocols:
-        done = sum(unit.protocol == protocol.name for unit in content.units)
+        done = sum(trial.protocol == protocol.name for trial in content.trials)
         missing = sum(key.protocol == protocol.name for key in content.missing)
         seeds: list[str | Number] = [p for s in protocol.seeds for p in (", ", _name(s))]
         numbers = (len(protocol.subjects), len(protocol.methods), done, missing)
@@ -55,7 +55,7 @@ def overview(content: Content) -> Table:
     return Table("What was run", head, rows)
 
 
-def meanings(protocol: ProtocolContent) -> Table:
+def meanings(protocol: ProtocolData) -> Table:
     """What each score is."""
     rows: list[tuple[Cell, ...]] = [
         ((s.score.label,), (s.score.name,), (s.score.meaning or "-",), (direction(s.score),))
@@ -64,7 +64,7 @@ def meanings(protocol: ProtocolContent) -> Table:
     return Table("The scores", ("score", "name", "what it is", "direction"), rows, labels=4)
 
 
-def scores(protocol: ProtocolContent) -> Table:
+def scores(protocol: ProtocolData) -> Table:
     """Means and intervals, a row per method."""
     head = ["method", "units"]
     head += [f"{s.score.label} ({_arrow(s.score.name)})" for s in protocol.scores.values()]
@@ -72,11 +72,11 @@ def scores(protocol: ProtocolContent) -> Table:
     for method, costs in protocol.methods.items():
         means = [score.means.get(method) for score in protocol.scores.values()]
         cells = [interval(mean) if mean else ("-",) for mean in means]
-        rows.append(((method,), (count(costs.units),), *cells))
+        rows.append(((method,), (count(costs.trials),), *cells))
     return Table("Means with 95% intervals", tuple(head), rows, note=_note(rows))
 
 
-def comparisons(protocol: ProtocolContent, reference: str) -> Table:
+def comparisons(protocol: ProtocolData, reference: str) -> Table:
     """Differences from a reference, a row per score and method."""
     head = ("score", "method", "difference", "verdict", "win rate", "won", "tied", "lost")
     rows = []
@@ -101,7 +101,7 @@ def comparisons(protocol: ProtocolContent, reference: str) -> Table:
     return Table(title, head, rows, labels=2, note=_note(rows))
 
 
-def costs(protocol: ProtocolContent) -> Table:
+def costs(protocol: ProtocolData) -> Table:
     """Time and memory, a row per method: mean (least to greatest)."""
     head = (
         *("method", "parameters", "layers", "lower k, in layers", "rank of the update", "steps"),
@@ -120,14 +120,14 @@ def costs(protocol: ProtocolContent) -> Table:
                 ("full",) if rank is None else (count(rank),),
                 (count(found.steps),),
                 _spread(found.train_seconds, 1),
-                _spread(found.draw_seconds, 1),
+                _spread(found.generation_seconds, 1),
                 _spread(found.peak_memory_gib, 2),
             )
         )
     return Table("Size, time and memory of a unit: mean (least to greatest)", head, rows)
 
 
-def mechanisms(protocol: ProtocolContent) -> Table:
+def mechanisms(protocol: ProtocolData) -> Table:
     """A row per method."""
     head = ("method", "layers", "concentration", "effective rank", "input outliers")
     rows: list[tuple[Cell, ...]] = []
@@ -145,7 +145,7 @@ def mechanisms(protocol: ProtocolContent) -> Table:
     return Table("Layers: median (least to greatest)", head, rows, note=note)
 
 
-def mechanism(method: str, content: MechanismContent) -> Table:
+def mechanism(method: str, content: DiagnosticsData) -> Table:
     """A row per layer."""
     head = ("layer", "blocks per side", "concentration", "effective rank", "input outliers")
     rows = []
@@ -155,10 +155,10 @@ def mechanism(method: str, content: MechanismContent) -> Table:
         values = (concentration, content.effective_rank.get(layer))
         cells = [_optional(value) for value in (*values, content.input_outliers.get(layer))]
         rows.append(((layer,), ("-",) if share is None else (count(len(share)),), *cells))
-    return Table(f"{method}: layers, means of {content.units} units", head, rows)
+    return Table(f"{method}: layers, means of {content.trials} units", head, rows)
 
 
-def shares(method: str, k: int, content: MechanismContent) -> Table:
+def shares(method: str, k: int, content: DiagnosticsData) -> Table:
     """A heat map in numbers."""
     head = ("output block", *(f"input block {n + 1}" for n in range(k)))
     rows: list[tuple[Cell, ...]] = [
@@ -168,7 +168,7 @@ def shares(method: str, k: int, content: MechanismContent) -> Table:
     return Table(f"{method}: share of the squared gradient norm, mean of layers", head, rows)
 
 
-def units(results: Sequence[UnitResult]) -> Table:
+def trials(results: Sequence[TrialResult]) -> Table:
     """Every unit with its scores."""
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     head = (
@@ -187,7 +187,7 @@ def units(results: Sequence[UnitResult]) -> Table:
                 ("full",) if r.update_rank is None else (count(r.update_rank),),
                 (count(r.steps),),
                 (Number(r.train_seconds, f"{r.train_seconds:,.1f}"),),
-                (Number(r.draw_seconds, f"{r.draw_seconds:,.1f}"),),
+                (Number(r.generation_seconds, f"{r.generation_seconds:,.1f}"),),
                 ("-",) if memory is None else (Number(memory, f"{memory:.2f}"),),
                 *(("-",) if v is None else (Number(v, f"{v:.4f}"),) for v in found),
             )
@@ -195,7 +195,7 @@ def units(results: Sequence[UnitResult]) -> Table:
     return Table("All units", (*head, *(score_named(n).label for n in names)), rows, labels=3)
 
 
-def missing(content: Content) -> Table:
+def missing(content: ReportData) -> Table:
     """Units without a result."""
     rows: list[tuple[Cell, ...]] = [
         (*((name,) for name in key[:3]), (_name(key.seed),)) for key in content.missing
@@ -203,18 +203,18 @@ def missing(content: Content) -> Table:
     return Table("Missing units", ("protocol", "subject", "method", "seed"), rows, labels=3)
 
 
-def unreadable(content: Content) -> Table:
+def unreadable(content: ReportData) -> Table:
     """Result files that were left out."""
     rows: list[tuple[Cell, ...]] = [((str(u.path),), (u.reason,)) for u in content.unreadable]
     return Table("Result files that were left out", ("file", "why"), rows, labels=2)
 
 
-def settings(content: Content) -> list[Table]:
+def settings(content: ReportData) -> list[Table]:
     """Settings and versions, as far as there are any."""
     found = content.provenance
     tables = []
     if found.by_method:
-        head = ("setting", *dict.fromkeys(unit.method for unit in content.units))
+        head = ("setting", *dict.fromkeys(trial.method for trial in content.trials))
         rows: list[tuple[Cell, ...]] = [
             ((name,), *((by_method[method],) for method in head[1:]))
             for name, by_method in found.by_method.items()

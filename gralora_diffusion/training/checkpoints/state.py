@@ -21,7 +21,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.optimization.adapters import put_back, read_out, weights_for_use
+from gralora_diffusion.training.optimization.adapters import extract, inference_weights, restore
 
 from .resume import (
     PROGRESS_NAME,
@@ -79,13 +79,13 @@ class RunState:
 
     def adapter(self) -> Adapter:
         """Copy the adapter's present weights out of the models."""
-        adapter = read_out(self.pipe, self.family, self.components)
+        adapter = extract(self.pipe, self.family, self.components)
         return replace(adapter, metadata=self.describe(self.step))
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint into an empty folder. One process does it for all."""
         save_adapter(self.adapter(), folder / TRAINING_WEIGHTS_NAME)
-        with weights_for_use(self.parameters, self.optimizer, self.ema):
+        with inference_weights(self.parameters, self.optimizer, self.ema):
             save_adapter(self.adapter(), folder / WEIGHTS_NAME)
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
         numbers: dict[str, dict[str, Any]] = {"schedule": {}, "ema": {}, "scaler": {}}
@@ -123,7 +123,7 @@ class RunState:
             progress = read_progress(path)
             check_options(path, progress, self.config)
             check_base(path, progress, self.base)
-            put_back(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
+            restore(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
             self._load_optimizer(path / OPTIMIZER_NAME)
             numbers = progress.get("state")
             self._set_numbers(path, self._of_accelerate(path) if numbers is None else numbers)

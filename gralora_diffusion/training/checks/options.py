@@ -104,7 +104,7 @@ def validate(config: TrainingConfig) -> list[str]:
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
-    return find_remarks(config)
+    return find_warnings(config)
 
 
 def find_problems(config: TrainingConfig) -> list[str]:
@@ -280,7 +280,7 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def find_remarks(config: TrainingConfig) -> list[str]:
+def find_warnings(config: TrainingConfig) -> list[str]:
     """Return what the user should know about options that have no effect, or an unusual value."""
     return [*_without_effect(config), *_unusual(config)]
 

@@ -1,6 +1,6 @@
 """Every training option: its name, type, default and help, grouped by topic.
 
-Those of the pictures are in ``config_picture_options``.
+Those of the pictures are in ``config_image_options``.
 
 Names are those of diffusers' DreamBooth scripts where the feature is theirs. ``None`` means: no
 such thing, or the default of the model family, found once the base is known (the help says which).

@@ -128,10 +128,8 @@ class TrainingConfig(
         text = "TrainingConfig.validate() is now gralora_diffusion.validate(config)"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
         # which is above this module, and goes with this method in the next release
-        remarks: list[str] = import_module("gralora_diffusion.training.checks.options").validate(
-            self
-        )
-        return remarks
+        found: list[str] = import_module("gralora_diffusion.training.checks.options").validate(self)
+        return found
 
     def with_defaults(self, family_defaults: Mapping[str, Any]) -> TrainingConfig:
         """Return a copy in which every option left to the family has a value.

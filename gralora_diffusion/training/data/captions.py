@@ -43,7 +43,7 @@ _MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
 
 
 @dataclass(frozen=True)
-class PictureFolder:
+class CaptionedFolder:
     """Pictures with one prompt for those that have none.
 
     Attributes:
@@ -57,7 +57,7 @@ class PictureFolder:
     concept: str | None = None
 
 
-def concept_folders(folder: Path) -> list[PictureFolder]:
+def concept_folders(folder: Path) -> list[CaptionedFolder]:
     """Return the sub-folders named as kohya's sd-scripts want them, sorted by name.
 
     ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times. A longer number, as
@@ -65,7 +65,7 @@ def concept_folders(folder: Path) -> list[PictureFolder]:
     """
     named = {path: re.fullmatch(r"([1-9]\d{0,4})_(.+)", path.name) for path in folder.iterdir()}
     return [
-        PictureFolder(path, one_line(match[2]), int(match[1]), path.name)
+        CaptionedFolder(path, one_line(match[2]), int(match[1]), path.name)
         for path, match in sorted(named.items())
         if match and path.is_dir()
     ]
@@ -89,12 +89,12 @@ def read_metadata(
         column: of the caption; None: the first of ``CAPTION_COLUMNS`` that a line has.
         problems: what is wrong is appended.
     """
-    present = sorted(name for name in names if name.lower() in METADATA_NAMES)
-    if len(present) > 1:
-        problems.append(f"{' and '.join(present)} both list pictures. Keep one of them")
-    if len(present) != 1:
+    existing_models = sorted(name for name in names if name.lower() in METADATA_NAMES)
+    if len(existing_models) > 1:
+        problems.append(f"{' and '.join(existing_models)} both list pictures. Keep one of them")
+    if len(existing_models) != 1:
         return {}
-    (name,) = present
+    (name,) = existing_models
     try:
         data = read_regular(folder / name, _MAX_METADATA)
         entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))
@@ -253,7 +253,7 @@ _READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
 # -- files beside the pictures ---------------------------------------------------------------------
 
 
-def caption_files(pictures: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+def caption_files(images: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
     """Return picture -> files beside it that may hold its caption, the first that counts first.
 
     ``1.txt`` belongs to ``1.png``, and so do ``1.png.txt`` and, where no other picture is called
@@ -264,11 +264,11 @@ def caption_files(pictures: Iterable[str], names: Iterable[str]) -> dict[str, li
         names: of all files there.
     """
     exact, folded = defaultdict(list), defaultdict(list)
-    found: dict[str, list[str]] = {picture: [] for picture in pictures}
-    for picture in found:
-        for key in (Path(picture).stem, picture):
-            exact[key].append(picture)
-            folded[key.lower()].append(picture)
+    found: dict[str, list[str]] = {image: [] for image in images}
+    for image in found:
+        for key in (Path(image).stem, image):
+            exact[key].append(image)
+            folded[key.lower()].append(image)
     for ending in CAPTION_ENDINGS:
         beside = [
             (name[: -len(ending)], not name.endswith(ending), name)
@@ -276,8 +276,8 @@ def caption_files(pictures: Iterable[str], names: Iterable[str]) -> dict[str, li
             if name.lower().endswith(ending)
         ]
         for key, _, name in sorted(beside, key=lambda b: (b[0] not in exact, b[1], len(b[0]), b)):
-            for picture in exact.get(key) or folded.get(key.lower()) or ():
-                found[picture].append(name)
+            for image in exact.get(key) or folded.get(key.lower()) or ():
+                found[image].append(name)
     return found
 
 

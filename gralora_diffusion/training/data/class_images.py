@@ -45,22 +45,22 @@ def _drawn_prior(config: TrainingConfig) -> bool:
     return config.with_prior_preservation and config.prior_source == "images"
 
 
-def class_pictures_there(config: TrainingConfig) -> int:
+def existing_class_images(config: TrainingConfig) -> int:
     """How many class pictures ``class_data_dir`` holds, whoever made them; 0 if none are wanted."""
     if not _drawn_prior(config):
         return 0
     folder = Path(config.class_data_dir or "")
-    present = folder.iterdir() if folder.is_dir() else ()
-    return sum(map(is_image, present))
+    existing_models = folder.iterdir() if folder.is_dir() else ()
+    return sum(map(is_image, existing_models))
 
 
-def class_pictures_lacking(config: TrainingConfig) -> int:
+def missing_class_images(config: TrainingConfig) -> int:
     """How many are still to be drawn; 0 if none are wanted."""
-    there = class_pictures_there(config)
+    there = existing_class_images(config)
     return max(0, config.num_class_images - there) if _drawn_prior(config) else 0
 
 
-def draw_class_images(
+def generate_class_images(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
 ) -> bool:
     """Draw the class pictures that lack into ``class_data_dir``, shared out among the processes.
@@ -91,14 +91,14 @@ def draw_class_images(
 
 def _begin(config: TrainingConfig, held: ExitStack) -> tuple[set[int], str] | None:
     """Take the folder; return which pictures lack, and what its owner's file says."""
-    if not class_pictures_lacking(config):
+    if not missing_class_images(config):
         return None
     folder = Path(config.class_data_dir or "")
     held.enter_context(owned(folder, _told(config)))
-    count = class_pictures_lacking(config)  # another may just have drawn them
-    lacking = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
+    count = missing_class_images(config)  # another may just have drawn them
+    missing = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
     owner = folder / OWNER_NAME
-    return set(itertools.islice(lacking, count)), owner.read_text() if owner.exists() else ""
+    return set(itertools.islice(missing, count)), owner.read_text() if owner.exists() else ""
 
 
 def _told(config: TrainingConfig) -> str:
@@ -156,7 +156,7 @@ def _class_image_name(number: int) -> str:
 def _generation_dtype(
     config: TrainingConfig, family: ModelFamily, device: torch.device
 ) -> torch.dtype:
-    usual = family.drawing_precision if device.type == "cuda" else "fp32"
+    usual = family.generation_precision if device.type == "cuda" else "fp32"
     return _PRECISIONS[config.prior_generation_precision or usual]
 
 

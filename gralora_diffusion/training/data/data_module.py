@@ -15,25 +15,25 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from gralora_diffusion.adapters.injection import adapters_disabled
-from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
 from .buckets import Buckets, listed_buckets
 from .cache import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
-from .class_images import class_pictures_there
+from .class_images import existing_class_images
 from .dataset import TrainingSet, collate
 from .hf_dataset import find_dataset_examples
 from .image_folder import MIN_FOR_PROGRESS, Example, find_examples
 from .sampler import StreamBatchSampler
 from .transforms import CropPlan
-from .truncation import cuts_told_already, tell_cut_prompts
+from .truncation import report_truncation, reported_truncation
 
 Batch = dict[str, Any]
 
 
-def find_pictures(config: TrainingConfig) -> list[Example]:
+def find_images(config: TrainingConfig) -> list[Example]:
     """Find and check the subject's pictures and their captions.
 
     Raises:
@@ -57,13 +57,13 @@ def find_pictures(config: TrainingConfig) -> list[Example]:
     )
 
 
-def find_class_pictures(config: TrainingConfig) -> list[Example]:
+def find_class_images(config: TrainingConfig) -> list[Example]:
     """Find and check the class pictures that are there; there are none without such a prior.
 
     Raises:
         DataError: with all that is wrong with them.
     """
-    if not class_pictures_there(config):
+    if not existing_class_images(config):
         return []
     return find_examples(
         str(config.class_data_dir),
@@ -110,8 +110,8 @@ class Batches:
         config: TrainingConfig,
         family: ModelFamily,
         pipe: Any,
-        pictures: Sequence[Example],
-        class_pictures: Sequence[Example],
+        images: Sequence[Example],
+        class_images: Sequence[Example],
         accelerator: Accelerator,
     ) -> None:
         self.config, self.accelerator = config, accelerator
@@ -126,7 +126,7 @@ class Batches:
             "cached_crops": config.cached_crops,
         }
         self.instance = TrainingSet(
-            pictures,
+            images,
             plan,
             config.seed,
             repeats=config.repeats,
@@ -134,15 +134,17 @@ class Batches:
             **shared,
         )
         self.classes = None
-        if class_pictures:
-            self.classes = TrainingSet(class_pictures, plan, config.seed, name="class", **shared)
+        if class_images:
+            self.classes = TrainingSet(class_images, plan, config.seed, name="class", **shared)
         if accelerator.is_main_process:
-            tell_cut_prompts(pipe, family, config, pictures, class_pictures)
+            report_truncation(pipe, family, config, images, class_images)
         with offload_models(self.vae, device=accelerator.device):
-            self._encode_pictures()
+            self._encode_images()
         self.prompts: PromptCache | None = None
         self.teacher: Conditioning | None = None
-        with offload_models(*present(pipe, family.all_text_encoders), device=accelerator.device):
+        with offload_models(
+            *existing_models(pipe, family.all_text_encoders), device=accelerator.device
+        ):
             self._encode_prompts(pipe)
         self.samples_per_step = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
@@ -204,7 +206,7 @@ class Batches:
             wait_for_all(self.accelerator)
         fill(slice(None))  # which the other processes have filled by now
 
-    def _encode_pictures(self) -> None:
+    def _encode_images(self) -> None:
         if self.cache is None:
             return
         bar = self.accelerator.is_local_main_process
@@ -213,16 +215,16 @@ class Batches:
                 self._share(partial(samples.fill_cache, self.encode_images, progress=bar))
 
     def _encode_prompts(self, pipe: Any) -> None:
-        config, encoders = self.config, present(pipe, self.family.all_text_encoders)
+        config, encoders = self.config, existing_models(pipe, self.family.all_text_encoders)
 
         def encode(prompts: list[str]) -> Conditioning:
-            with cuts_told_already(pipe):
+            with reported_truncation(pipe):
                 return self.family.encode_prompts(pipe, prompts, **config.encoding)
 
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if teaches:
             alone = PromptCache()
-            with adapters_disabled(*present(pipe, self.family.text_encoders)):
+            with adapters_disabled(*existing_models(pipe, self.family.text_encoders)):
                 alone.fill([str(config.class_prompt)], encode)
             self.teacher = alone.batch([str(config.class_prompt)])
         if config.train_text_encoder:

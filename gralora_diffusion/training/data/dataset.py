@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .cache import ImageEncoder, LatentCache
-from .image_folder import Example, warn_of_long_pictures, warn_of_small_pictures
+from .image_folder import Example, warn_of_long_images, warn_of_small_images
 from .sampler import SampleStream
 from .seeds import generator
 from .transforms import CropPlan, Variant
@@ -77,10 +77,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
                 plan.kept(example.size, example.content_key, cached_crops, seed)
                 for example in self.examples
             ]
-        warn_of_small_pictures(self.examples, plan)
-        warn_of_long_pictures(self.examples, plan)
+        warn_of_small_images(self.examples, plan)
+        warn_of_long_images(self.examples, plan)
         if plan.buckets is not None:
-            self._tell_buckets()
+            self._report_buckets()
 
     def __len__(self) -> int:
         """Positions in an epoch, with those that pad out buckets."""
@@ -96,8 +96,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
     def digest(self) -> str:
         """Hash of the pictures, their captions, buckets and order: with it a resumed run can tell
         whether its data changed."""
-        pictures = [[example.content_key, example.caption] for example in self.examples]
-        parts: list[Any] = [len(self), pictures]
+        images = [[example.content_key, example.caption] for example in self.examples]
+        parts: list[Any] = [len(self), images]
         if any(example.repeats != 1 for example in self.examples):
             parts.append([example.repeats for example in self.examples])
         if self.plan.buckets is not None:
@@ -120,10 +120,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
             kept = self._kept[item]
             variant = kept[int(torch.randint(len(kept), (), generator=random))]
             mean, std = self.cache.get(example.content_key, variant)
-            picture = {"mean": mean, "std": std}
+            image = {"mean": mean, "std": std}
         else:
             variant = self.plan.draw(example.size, random)
-            picture = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
+            image = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
         width, height = example.size
         return {
             "position": position,
@@ -132,10 +132,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
             "target_size": torch.tensor([variant.height, variant.width]),
-            **picture,
+            **image,
         }
 
-    def _tell_buckets(self) -> None:
+    def _report_buckets(self) -> None:
         """Log how many pictures each bucket has, and how many fill up its last batch."""
         counts, padding = Counter(self.targets), self.stream.padding
         logger.info(

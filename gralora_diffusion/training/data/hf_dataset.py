@@ -13,7 +13,7 @@ from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
 
 from .captions import one_line
-from .image_folder import Example, Found, check_pictures
+from .image_folder import Example, Found, check_images
 
 
 @dataclass(frozen=True)
@@ -80,14 +80,14 @@ def find_dataset_examples(
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
     columns = {"image_column": image_column, "caption_column": caption_column}
-    if lacking := [
+    if missing := [
         f"--{flag} is {column!r}, which it lacks. Columns: {', '.join(loaded.column_names)}"
         for flag, column in columns.items()
         if column is not None and column not in loaded.column_names
     ]:
-        raise DataError(place, lacking)
+        raise DataError(place, missing)
     try:
-        pictures = loaded.select_columns([image_column]).cast_column(
+        images = loaded.select_columns([image_column]).cast_column(
             image_column, datasets.Image(decode=False)
         )
     except (TypeError, ValueError, RuntimeError) as error:
@@ -101,9 +101,9 @@ def find_dataset_examples(
         if not isinstance(text, str | None):
             problems.append(f"row {index}: {caption_column} is {text!r}; it must be a text")
             text = None
-        row = DatasetRow(index, image_column, pictures)
+        row = DatasetRow(index, image_column, images)
         found.append(Found(str(row), row, one_line(text) or one_line(prompt)))
     advice = "Give --instance_prompt for all rows without one" + (
         "" if caption_column else ", or --caption_column"
     )
-    return check_pictures(found, place, problems, advice, skip_bad_images)
+    return check_images(found, place, problems, advice, skip_bad_images)

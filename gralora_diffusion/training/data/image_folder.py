@@ -28,7 +28,7 @@ from .captions import (
     LIKELY_CAPTIONS,
     METADATA_NAME,
     METADATA_NAMES,
-    PictureFolder,
+    CaptionedFolder,
     caption_files,
     concept_folders,
     one_line,
@@ -158,7 +158,7 @@ def find_examples(
     problems: list[str] = []
     found = []
     try:
-        for part in _picture_folders(folder, one_line(prompt), role, place):
+        for part in _image_folders(folder, one_line(prompt), role, place):
             found += _find_in(part, folder, caption_column, place, problems)
     except OSError as error:
         raise DataError(place, [f"the folder cannot be read: {error}"]) from error
@@ -166,10 +166,10 @@ def find_examples(
         f"Give --{role}_prompt for all pictures without one, write a .txt file beside it, or name "
         f"it in {METADATA_NAME}"
     )
-    return check_pictures(found, place, problems, advice, skip_bad_images)
+    return check_images(found, place, problems, advice, skip_bad_images)
 
 
-def warn_of_small_pictures(examples: Iterable[Example], plan: CropPlan) -> None:
+def warn_of_small_images(examples: Iterable[Example], plan: CropPlan) -> None:
     """Log which pictures are smaller than what they are trained at; they are enlarged."""
     small = [
         f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
@@ -180,7 +180,7 @@ def warn_of_small_pictures(examples: Iterable[Example], plan: CropPlan) -> None:
     _warn(place, "smaller pictures, enlarged for training", small)
 
 
-def warn_of_long_pictures(examples: Iterable[Example], plan: CropPlan) -> None:
+def warn_of_long_images(examples: Iterable[Example], plan: CropPlan) -> None:
     """Log which pictures are so long that a crop shows a small part of them."""
     long = [
         f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
@@ -191,12 +191,12 @@ def warn_of_long_pictures(examples: Iterable[Example], plan: CropPlan) -> None:
     _warn(place, "long pictures, of which a sample shows less than a quarter", long)
 
 
-def _picture_folders(folder: Path, prompt: str, role: str, place: str) -> list[PictureFolder]:
+def _image_folders(folder: Path, prompt: str, role: str, place: str) -> list[CaptionedFolder]:
     """The folder, or those in it of a concept each."""
     concepts = concept_folders(folder) if role == "instance" else []
     own = any(is_image(p) or p.name.lower() in METADATA_NAMES for p in folder.iterdir())
     if own or not concepts:
-        return [PictureFolder(folder, prompt)]
+        return [CaptionedFolder(folder, prompt)]
     named = {concept.concept for concept in concepts}
     others = [p.name for p in folder.iterdir() if p.name not in named and p.name[0] != "."]
     _warn(place, "beside the concepts' folders, passed over", sorted(others))
@@ -204,7 +204,7 @@ def _picture_folders(folder: Path, prompt: str, role: str, place: str) -> list[P
 
 
 def _find_in(
-    part: PictureFolder, top: Path, column: str | None, place: str, problems: list[str]
+    part: CaptionedFolder, top: Path, column: str | None, place: str, problems: list[str]
 ) -> list[Found]:
     """The pictures of one folder with their captions; what else is there is reported."""
     visible = sorted(entry for entry in part.path.iterdir() if not entry.name.startswith("."))
@@ -239,7 +239,7 @@ def _find_in(
         found.append(Found(shown, path, caption, part.repeats, part.concept))
     _warn(place, "several captions that differ, of which the first counts", differing)
     _warn(place, "masks of pictures, left out, as training without masks is all there is", masks)
-    _tell_unused(place, [name for name in files if name not in used], names)
+    _report_unused(place, [name for name in files if name not in used], names)
     unread = folders - {Path(name).parts[0] for name in names}
     _warn(place, "sub-folders, not read", sorted(unread))
     missed = _not_named(part.path, names)
@@ -250,12 +250,12 @@ def _find_in(
 def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
     """Pictures in sub-folders of which others are named."""
     parents = {Path(name).parent for name in names} - {Path()}
-    present = {
+    existing_models = {
         (parent / name).as_posix()
         for parent in parents
         for name in folder_images(path.name for path in (folder / parent).iterdir()).images
     }
-    return sorted(present.difference(names))
+    return sorted(existing_models.difference(names))
 
 
 def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> dict[str, list[str]]:
@@ -271,9 +271,9 @@ def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> d
     return dict(sorted(found.items()))
 
 
-def _tell_unused(place: str, names: Sequence[str], pictures: Iterable[str]) -> None:
+def _report_unused(place: str, names: Sequence[str], images: Iterable[str]) -> None:
     """Report files that are neither pictures nor captions of pictures."""
-    stems = {key.lower() for p in pictures for key in (p, Path(p).stem)}
+    stems = {key.lower() for p in images for key in (p, Path(p).stem)}
     kinds: dict[str, list[str]] = {_CAPTIONS: [], _IMAGES: [], _OTHERS: []}
     for name in names:
         ending = Path(name).suffix.lower()
@@ -286,7 +286,7 @@ def _tell_unused(place: str, names: Sequence[str], pictures: Iterable[str]) -> N
         _warn(place, what, of_kind)
 
 
-def check_pictures(
+def check_images(
     found: Sequence[Found],
     place: str,
     problems: list[str],
@@ -299,24 +299,22 @@ def check_pictures(
         DataError: with ``problems``, the pictures without a caption, and the bad ones; these are
             left out instead with ``skip_bad_images``.
     """
-    examples, bad, remarks = [], [], []
+    examples, bad, warnings = [], [], []
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: unless there is no terminal
     pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
     try:
-        looked = pool.map(_look_at, (picture.source for picture in found))
+        looked = pool.map(_look_at, (image.source for image in found))
         bar = tqdm(looked, "Checking pictures", len(found), unit="", disable=quiet)
-        for picture, seen in zip(found, bar, strict=True):
+        for image, seen in zip(found, bar, strict=True):
             if isinstance(seen, Exception):
-                bad.append(f"{picture.name} cannot be decoded: {str(seen) or type(seen).__name__}")
+                bad.append(f"{image.name} cannot be decoded: {str(seen) or type(seen).__name__}")
                 continue
             content_key, size, noted = seen
-            remarks += [f"{picture.name} ({'; '.join(noted)})"] if noted else []
-            if not picture.caption:
-                problems.append(f"{picture.name} has no caption. {caption_advice}")
-            of_concept = picture.repeats, picture.concept
-            examples.append(
-                Example(picture.source, picture.caption, content_key, size, *of_concept)
-            )
+            warnings += [f"{image.name} ({'; '.join(noted)})"] if noted else []
+            if not image.caption:
+                problems.append(f"{image.name} has no caption. {caption_advice}")
+            of_concept = image.repeats, image.concept
+            examples.append(Example(image.source, image.caption, content_key, size, *of_concept))
     finally:
         pool.shutdown(cancel_futures=True)
     if bad and not skip_bad_images:
@@ -327,16 +325,16 @@ def check_pictures(
     if not examples:
         raise DataError(place, [*bad, "no picture is left"] if bad else ["it has no rows"])
     _warn(place, "cannot be decoded, left out", bad)
-    _warn(place, "used without what of them cannot be read", remarks)
+    _warn(place, "used without what of them cannot be read", warnings)
     return examples
 
 
 def _look_at(source: Path | ImageSource) -> tuple[str, tuple[int, int], list[str]] | Exception:
     """Hash and size of a picture, and remarks on it, or why it cannot be decoded."""
-    remarks: list[str] = []
+    warnings: list[str] = []
     try:
         data = _bytes_of(source)
-        return hashlib.sha256(data).hexdigest(), read_image(data, remarks).size, remarks
+        return hashlib.sha256(data).hexdigest(), read_image(data, warnings).size, warnings
     except Exception as error:  # a dataset may raise any kind
         return error
 

@@ -150,7 +150,7 @@ class StreamBatchSampler(Sampler[list[int]]):
             yield list(range(start, start + self.batch_size))
 
 
-class Ahead(Iterator[Item]):
+class Prefetcher(Iterator[Item]):
     """An iterator of which the next item can be made before it is wanted."""
 
     def __init__(self, items: Iterator[Item]) -> None:

@@ -20,27 +20,27 @@ _TOLD = 10
 _OF_TOKENIZERS = "transformers.tokenization_utils_base"
 
 
-def tell_cut_prompts(
+def report_truncation(
     pipe: Any,
     family: ModelFamily,
     config: TrainingConfig,
-    pictures: Sequence[Example],
-    class_pictures: Sequence[Example] = (),
+    images: Sequence[Example],
+    class_images: Sequence[Example] = (),
 ) -> None:
     """Log of each prompt that is too long where it is from, and how many tokens are cut off."""
     too_long = [
         f"{where} is cut off: {'; '.join(cuts)}"
-        for prompt, where in _prompts(config, pictures, class_pictures).items()
+        for prompt, where in _prompts(config, images, class_images).items()
         if (cuts := _cuts(pipe, family, prompt, config.max_sequence_length))
     ]
-    for remark in too_long[:_TOLD]:
-        logger.warning(remark)
+    for warning in too_long[:_TOLD]:
+        logger.warning(warning)
     if len(too_long) > _TOLD:
         logger.warning("and %d more prompts are cut off", len(too_long) - _TOLD)
 
 
 @contextmanager
-def cuts_told_already(pipe: Any) -> Iterator[None]:
+def reported_truncation(pipe: Any) -> Iterator[None]:
     """Inside, the libraries say nothing when a prompt is cut off, which they would each time."""
     names = {_OF_TOKENIZERS, *(cls.__module__ for cls in type(pipe).__mro__)}
     loggers = {name: logging.getLogger(name) for name in names}
@@ -55,13 +55,13 @@ def cuts_told_already(pipe: Any) -> Iterator[None]:
 
 
 def _prompts(
-    config: TrainingConfig, pictures: Sequence[Example], class_pictures: Sequence[Example]
+    config: TrainingConfig, images: Sequence[Example], class_images: Sequence[Example]
 ) -> Mapping[str, str]:
     """Prompt -> where it is from; the first place of several."""
     found: dict[str, str] = {}
     if config.with_prior_preservation and config.class_prompt:
         found[config.class_prompt] = "--class_prompt"
-    for example in (*pictures, *class_pictures):
+    for example in (*images, *class_images):
         own = example.caption != config.instance_prompt
         where = f"the caption of {example.source}" if own else "--instance_prompt"
         found.setdefault(example.caption, where)

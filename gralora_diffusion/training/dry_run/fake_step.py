@@ -21,7 +21,7 @@ from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.data_module import crop_plan, encode_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
-from gralora_diffusion.training.optimization.step import DenoisingStep, RowMaker, mean_loss
+from gralora_diffusion.training.optimization.step import BatchBuilder, DenoisingStep, mean_loss
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 from gralora_diffusion.training.runtime.memory import MemoryMeter, bytes_of, tensors_of
 
@@ -30,7 +30,7 @@ from gralora_diffusion.training.runtime.memory import MemoryMeter, bytes_of, ten
 _PROMPT = "a"
 
 
-class ImaginedData:
+class FakeData:
     """The data of a run as far as a step sees it, of the right shapes and without content.
 
     An ``Encodings`` of the rows that a step is made of.
@@ -41,7 +41,7 @@ class ImaginedData:
         config: TrainingConfig,
         family: ModelFamily,
         pipe: Any,
-        pictures: Sequence[Example],
+        images: Sequence[Example],
         accelerator: Accelerator,
     ) -> None:
         self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
@@ -50,14 +50,13 @@ class ImaginedData:
         self.cached = 0  # bytes
         plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest picture
-        self.picture_size = max((plan.target_size(p.size) for p in pictures), key=math.prod)
+        self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
         crops = [
-            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
-            for p in pictures
+            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed)) for p in images
         ]
         #: how many crops there are, and how many of a picture the latent cache encodes together
         self.crops, self.crops_at_once = sum(crops), min(4, max(crops))
-        captions = {picture.caption for picture in pictures}
+        captions = {image.caption for image in images}
         captions |= {""} if config.caption_dropout else set()
         captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
         self.captions = len(captions)
@@ -102,9 +101,9 @@ class ImaginedData:
             "positions": list(range(count)),
             "prompts": [_PROMPT] * count,
             "content_keys": [""] * count,
-            "original_sizes": torch.tensor([self.picture_size] * count),
+            "original_sizes": torch.tensor([self.image_size] * count),
             "crop_top_lefts": torch.zeros(count, 2, dtype=torch.long),
-            "target_sizes": torch.tensor([self.picture_size] * count),
+            "target_sizes": torch.tensor([self.image_size] * count),
         }
         if not self.config.cache_latents:
             return {**batch, "pixel_values": self._pixels(count)}
@@ -112,10 +111,10 @@ class ImaginedData:
         return {**batch, "mean": mean, "std": std}
 
     def _pixels(self, count: int) -> Tensor:
-        return torch.empty(count, 3, *self.picture_size)
+        return torch.empty(count, 3, *self.image_size)
 
 
-def imagined_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
+def fake_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
     """The objective of the run, to be made before fake tensors are: it looks into its tables.
 
     For the same reason it draws real numbers, of which the shapes are passed on.
@@ -137,7 +136,7 @@ def measure_step(
     family: ModelFamily,
     pipe: Any,
     trained: Sequence[str],
-    data: ImaginedData,
+    data: FakeData,
     objective: Objective,
 ) -> tuple[int, int]:
     """Bytes of activations at the peak of a step, and of gradients that are there by then."""
@@ -146,7 +145,7 @@ def measure_step(
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
     imagined = replace(config, class_prompt=_PROMPT)
-    rows_of = RowMaker(step, data, imagined, accelerator.device, dtype)
+    rows_of = BatchBuilder(step, data, imagined, accelerator.device, dtype)
     with_classes = config.with_prior_preservation and config.prior_source == "images"
     meter = _meter(pipe, accelerator.device)
     for parameter in step.parameters():

@@ -15,17 +15,17 @@ MAX_NAMES = 5
 def format_plan(plan: Plan) -> str:
     """Return the plan as it is printed."""
     config = plan.config
-    height, width = plan.picture_size
+    height, width = plan.image_size
     samples = config.train_batch_size * config.gradient_accumulation_steps * plan.processes
     facts = [
         ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
         ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
-        ("pictures", f"{plan.pictures}, trained at up to {width} x {height} pixels"),
+        ("pictures", f"{plan.images}, trained at up to {width} x {height} pixels"),
         ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
     ]
     if config.with_prior_preservation and config.prior_source == "images":
-        lacking = max(0, config.num_class_images - plan.class_pictures)
-        text = f"{plan.class_pictures} there" + (f", {lacking} to be drawn" if lacking else "")
+        missing = max(0, config.num_class_images - plan.class_images)
+        text = f"{plan.class_images} there" + (f", {missing} to be drawn" if missing else "")
         facts.insert(3, ("class pictures", text))
     layers = [line for adapter in plan.adapters for line in _adapter_lines(adapter)]
     return "\n".join(

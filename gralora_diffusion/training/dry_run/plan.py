@@ -26,7 +26,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.class_images import class_pictures_there
+from gralora_diffusion.training.data.class_images import existing_class_images
 from gralora_diffusion.training.data.data_module import crop_plan
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
@@ -35,7 +35,7 @@ from gralora_diffusion.training.optimization.optimizers import optimizer_state_b
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import bytes_of, materialize, tensors_of
 
-from .fake_step import ImaginedData, imagined_objective, measure_step
+from .fake_step import FakeData, fake_objective, measure_step
 
 _OPTIMIZERS = {
     "adamw": "AdamW",
@@ -88,9 +88,9 @@ class Plan:
     family: str
     device: str
     processes: int
-    pictures: int
-    class_pictures: int
-    picture_size: tuple[int, int]  # height, width of the largest
+    images: int
+    class_images: int
+    image_size: tuple[int, int]  # height, width of the largest
     rows: int
     steps: int
     adapters: tuple[AdapterPlan, ...]
@@ -116,8 +116,8 @@ class Plan:
 def plan_run(
     config: TrainingConfig,
     family: ModelFamily,
-    pictures: Sequence[Example],
-    class_pictures: Sequence[Example],
+    images: Sequence[Example],
+    class_images: Sequence[Example],
     accelerator: Accelerator,
 ) -> Plan:
     """Plan the run that ``loop.train`` would make of the same arguments.
@@ -143,8 +143,8 @@ def plan_run(
     optimizer = optimizer_state_bytes(
         config, named[0], [entry for group in named[1:] for entry in group], device
     )
-    objective = imagined_objective(config, family, pipe)
-    data = ImaginedData(config, family, pipe, [*pictures, *class_pictures], accelerator)
+    objective = fake_objective(config, family, pipe)
+    data = FakeData(config, family, pipe, [*images, *class_images], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
@@ -183,7 +183,7 @@ def plan_run(
     rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
     stream = TrainingSet(
-        pictures,
+        images,
         crop_plan(config, family.size_divisor(pipe)),
         config.seed,
         repeats=config.repeats,
@@ -195,9 +195,9 @@ def plan_run(
         family=family.name,
         device=device.type,
         processes=processes,
-        pictures=len(pictures),
-        class_pictures=class_pictures_there(config),
-        picture_size=data.picture_size,
+        images=len(images),
+        class_images=existing_class_images(config),
+        image_size=data.image_size,
         rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
         steps=config.max_train_steps or config.num_train_epochs * epoch,
         adapters=adapters,

@@ -62,8 +62,8 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
     """
     components = trained_components(config, family)
     models = {component: getattr(pipe, component) for component in components}
-    if lacking := [component for component, model in models.items() if model is None]:
-        raise ConfigError([f"--text_encoders names {', '.join(lacking)}, which this base lacks"])
+    if missing := [component for component, model in models.items() if model is None]:
+        raise ConfigError([f"--text_encoders names {', '.join(missing)}, which this base lacks"])
     for component, adapter_config in adapter_configs(models, family, config).items():
         torch.manual_seed(seed_from(config.seed, "adapter", component))
         try:
@@ -219,7 +219,7 @@ def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
     return [p for p in getattr(pipe, component).parameters() if p.requires_grad]
 
 
-def read_out(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
+def extract(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
     """Copy the adapter's present weights out of the models."""
     return Adapter(
         {
@@ -237,7 +237,7 @@ def read_out(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapt
     )
 
 
-def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
+def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
     """Load weights that :func:`read_out` and ``save_adapter`` wrote into the models.
 
     Raises:
@@ -266,7 +266,7 @@ def put_back(pipe: Any, components: Sequence[str], path: Path) -> None:
 
 
 @contextmanager
-def weights_for_use(
+def inference_weights(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel | None
 ) -> Iterator[None]:
     """Inside, the parameters hold what is to be used: the average of EMA or of schedule-free.

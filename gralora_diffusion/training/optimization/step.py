@@ -17,7 +17,7 @@ from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.seeds import generator, seed_from
-from gralora_diffusion.training.data.truncation import cuts_told_already
+from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
 from .objectives import Objective
@@ -34,29 +34,29 @@ class TrainingDiverged(RuntimeError):
 
 
 @dataclass
-class Rows:
+class DenoisingBatch:
     """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""
 
     noisy_latents: Tensor  # (rows, C, h, w)
     timesteps: Tensor  # (rows,)
     target: Tensor  # as noisy_latents
     prompts: list[str]
-    pictures: Conditioning  # what depends on the picture and not on the prompt
+    images: Conditioning  # what depends on the picture and not on the prompt
     encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
     instances: int  # how many of the rows, the first ones, are not the prior's
 
-    def __add__(self, other: Rows) -> Rows:
+    def __add__(self, other: DenoisingBatch) -> DenoisingBatch:
         """Append prior rows of the same shape."""
         encoded = None
         if self.encoded is not None and other.encoded is not None:
             encoded = _joined(self.encoded, other.encoded)
-        return Rows(
+        return DenoisingBatch(
             torch.cat([self.noisy_latents, other.noisy_latents]),
             torch.cat([self.timesteps, other.timesteps]),
             torch.cat([self.target, other.target]),
             self.prompts + other.prompts,
-            _joined(self.pictures, other.pictures),
+            _joined(self.images, other.images),
             encoded,
             torch.cat([self.weights, other.weights]),
             self.instances,
@@ -81,7 +81,7 @@ def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, 
     return {name: copied(tensor) for name, tensor in tensors.items()}
 
 
-def mean_loss(losses: Tensor, groups: Sequence[Rows]) -> Tensor:
+def mean_loss(losses: Tensor, groups: Sequence[DenoisingBatch]) -> Tensor:
     """Return the loss of a step: the weighted losses of all rows, per instance row.
 
     ``losses`` (rows of all groups,) are what :class:`DenoisingStep` gives.
@@ -111,20 +111,20 @@ class DenoisingStep(nn.Module):
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
         self.pipe, self.family, self.objective = pipe, family, objective
 
-    def forward(self, groups: Sequence[Rows]) -> Tensor:
+    def forward(self, groups: Sequence[DenoisingBatch]) -> Tensor:
         return torch.cat([self._losses(rows) for rows in groups])
 
-    def _losses(self, rows: Rows) -> Tensor:
+    def _losses(self, rows: DenoisingBatch) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
             device = rows.noisy_latents.device
-            with without_fp16_autocast(device), cuts_told_already(self.pipe):
+            with without_fp16_autocast(device), reported_truncation(self.pipe):
                 encoded = self.family.encode_prompts(self.pipe, rows.prompts, **self.encoding)
         prediction = self.family.predict(
             self.trained[self.family.denoiser],
             rows.noisy_latents,
             rows.timesteps,
-            {**encoded, **rows.pictures},
+            {**encoded, **rows.images},
         )
         return self.objective.loss(prediction, rows.target, rows.timesteps)
 
@@ -145,7 +145,7 @@ class Encodings(Protocol):
         """Mean and standard deviation of the scaled latents, by the VAE where it is."""
 
 
-class RowMaker:
+class BatchBuilder:
     """Turns collated samples into :class:`Rows` on the device.
 
     Args:
@@ -168,7 +168,7 @@ class RowMaker:
 
     def rows(
         self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
-    ) -> list[Rows]:
+    ) -> list[DenoisingBatch]:
         """Make the rows of a batch, with the prior's rows if there is a prior.
 
         They are one group, or two if the class pictures have another shape.
@@ -184,7 +184,7 @@ class RowMaker:
             return [rows + prior]
         return [rows, prior]
 
-    def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> Rows:
+    def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> DenoisingBatch:
         objective, positions = self.step.objective, batch["positions"]
         mean, std = self._posterior(batch)
         noise, timesteps = objective.draw(seed, positions, mean.shape[1:])
@@ -198,12 +198,12 @@ class RowMaker:
         latents = there["mean"].float() + there["std"].float() * there["sample"]
         noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
-        return Rows(
+        return DenoisingBatch(
             objective.add_noise(latents, noise, timesteps).to(self.dtype),
             timesteps,
             objective.target(latents, noise, timesteps),
             list(batch["prompts"]),
-            self._pictures(batch),
+            self._images(batch),
             self._encoded(batch["prompts"]),
             torch.full((count,), weight, device=self.device),
             count,
@@ -217,8 +217,8 @@ class RowMaker:
         with torch.no_grad():
             return self.data.encode_images(pixels["pixel_values"])
 
-    def _pictures(self, batch: Mapping[str, Any]) -> Conditioning:
-        conditioning = self.step.family.picture_conditioning(
+    def _images(self, batch: Mapping[str, Any]) -> Conditioning:
+        conditioning = self.step.family.image_conditioning(
             self.step.pipe,
             batch["original_sizes"],
             batch["crop_top_lefts"],
@@ -232,11 +232,11 @@ class RowMaker:
             return None
         return on_device(self.data.prompts.batch(prompts), self.device)
 
-    def _teacher_rows(self, rows: Rows, teacher: Conditioning) -> Rows:
+    def _teacher_rows(self, rows: DenoisingBatch, teacher: Conditioning) -> DenoisingBatch:
         """The same noisy latents with the class prompt; the frozen base's prediction as target."""
         count = rows.instances
         noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
-        pictures = {key: value[:count] for key, value in rows.pictures.items()}
+        images = {key: value[:count] for key, value in rows.images.items()}
         taught = {
             key: value.expand(count, *value.shape[1:])
             for key, value in on_device(teacher, self.device).items()
@@ -244,8 +244,8 @@ class RowMaker:
         models = tuple(self.step.trained.values())
         denoiser = self.step.trained[self.step.family.denoiser]
         with adapters_disabled(*models), self.data.accelerator.autocast():
-            target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **pictures})
+            target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **images})
         prompts = [self.class_prompt] * count
         weights = torch.full((count,), self.prior_weight, device=self.device)
         encoded = self._encoded(prompts)
-        return Rows(noisy, timesteps, target, prompts, pictures, encoded, weights, count)
+        return DenoisingBatch(noisy, timesteps, target, prompts, images, encoded, weights, count)

@@ -51,7 +51,7 @@ class MetricsFile:
         return rows
 
 
-def draw_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draw the loss over the steps: each step faintly, a running mean on top."""
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure

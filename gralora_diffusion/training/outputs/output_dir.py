@@ -16,7 +16,7 @@ from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
 
-from .metrics import CURVE_NAME, METRICS_NAME, draw_curve
+from .metrics import CURVE_NAME, METRICS_NAME, plot_curve
 from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
 from .validation import FILES as VALIDATION_FILES
 from .validation import FOLDER_NAME as VALIDATION_NAME
@@ -76,7 +76,7 @@ def finish(
 ) -> None:
     """Draw the curve, write the model card, upload if asked. The adapter is already there."""
     if rows:
-        draw_curve(rows, folder / CURVE_NAME)
+        plot_curve(rows, folder / CURVE_NAME)
     write_card(folder, config, family, facts, grid, config.validation_prompt or ())
     if config.push_to_hub:
         upload_folder(

@@ -16,11 +16,11 @@ from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
 
-from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.pipelines.generation import draw, takes_negative_prompt
+from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.truncation import cuts_told_already
+from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
 FOLDER_NAME = "validation"
@@ -31,7 +31,7 @@ FILES = re.compile(
 )
 
 
-def draw_validation(
+def generate_validation(
     pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
 ) -> Path:
     """Draw the validation prompts with the weights as they are; return the grid's path.
@@ -41,9 +41,9 @@ def draw_validation(
     prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
     height = config.validation_height or config.resolution
     width = config.validation_width or config.resolution
-    encoders = present(pipe, family.all_text_encoders)
+    encoders = existing_models(pipe, family.all_text_encoders)
     with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
-        images = draw(
+        images = generate(
             pipe,
             prompts,
             config.num_validation_images,
@@ -76,7 +76,7 @@ def encoding_apart(
             with (
                 offload_models(*encoders, device=device),
                 without_fp16_autocast(device),
-                cuts_told_already(pipe),
+                reported_truncation(pipe),
             ):
                 encoded[key] = encode(*args, **kwargs)
         return encoded[key]
@@ -94,7 +94,7 @@ def encoding_apart(
 
 
 def save_and_track(
-    images: Sequence[Sequence[Image.Image]],
+    rows: Sequence[Sequence[Image.Image]],
     prompts: Sequence[str],
     folder: Path,
     step: int,
@@ -106,16 +106,16 @@ def save_and_track(
     """
     target = folder / f"step-{step:06d}"
     target.mkdir(parents=True, exist_ok=True)
-    for row, pictures in enumerate(images):
-        for column, picture in enumerate(pictures):
-            picture.save(target / f"{row:02d}-{column:02d}.png")
+    for row, images in enumerate(rows):
+        for column, image in enumerate(images):
+            image.save(target / f"{row:02d}-{column:02d}.png")
     (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    everything = [picture for pictures in images for picture in pictures]
+    everything = [image for images in rows for image in images]
     grid = target / _GRID_NAME
-    make_image_grid(everything, rows=len(images), cols=len(images[0])).save(grid)
+    make_image_grid(everything, rows=len(rows), cols=len(rows[0])).save(grid)
     for tracker in accelerator.trackers:
-        for prompt, pictures in zip(prompts, images, strict=True):
-            stack = np.stack([np.asarray(picture.convert("RGB")) for picture in pictures])
+        for prompt, images in zip(prompts, rows, strict=True):
+            stack = np.stack([np.asarray(image.convert("RGB")) for image in images])
             if tracker.name == "tensorboard":
                 tracker.log_images({f"validation/{prompt}": stack}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":

@@ -123,7 +123,7 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def make_cheaper(
+def enable_memory_savings(
     config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
 ) -> None:
     """Set up what ``config`` asks for to spare memory and time; ``trained`` are all models."""

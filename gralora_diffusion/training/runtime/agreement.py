@@ -58,7 +58,7 @@ def from_first(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
 
 def wait_for_all(accelerator: Accelerator) -> None:
     """Go on once every process is here, which may take hours."""
-    _told_by_all(accelerator, None)
+    _common_to_all(accelerator, None)
 
 
 def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str) -> None:
@@ -72,7 +72,7 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str)
     Raises:
         ConfigError: in every process, with all facts that differ.
     """
-    told = _told_by_all(accelerator, (socket.gethostname(), dict(facts)))
+    told = _common_to_all(accelerator, (socket.gethostname(), dict(facts)))
     first_host, first = told[0]
     problems = []
     for rank, (host, theirs) in enumerate(told):
@@ -95,7 +95,7 @@ def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Va
     except Exception as error:
         failure = error
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    told = _told_by_all(accelerator, (socket.gethostname(), text, result))
+    told = _common_to_all(accelerator, (socket.gethostname(), text, result))
     if failure is not None:
         raise failure
     for rank, (host, text, _) in enumerate(told):
@@ -104,7 +104,7 @@ def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Va
     return [result for _, _, result in told]
 
 
-def _told_by_all(accelerator: Accelerator, value: Any) -> list[Any]:
+def _common_to_all(accelerator: Accelerator, value: Any) -> list[Any]:
     """What each process tells, by rank."""
     if accelerator.num_processes == 1:
         return [value]

@@ -20,7 +20,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from gralora_diffusion.io.cleanup_on_exit import tidied
+from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
@@ -64,7 +64,7 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
         lock.release()
         _remove_empty(made)
 
-    with tidied(tidy):
+    with cleanup_on_exit(tidy):
         try:
             folder.mkdir(parents=True, exist_ok=True)
             lock.acquire(timeout=patience)

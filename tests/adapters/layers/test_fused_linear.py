@@ -11,7 +11,7 @@ from gralora_diffusion.adapters.layers.fused_linear import Update, adapted_linea
 from tests.reference import dense_update, relative_error
 
 IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
-WAYS = ("added", "merged")
+LOADERS = ("added", "merged")
 
 
 def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True):
@@ -40,7 +40,7 @@ def expected(x, weight, bias, updates):
     return F.linear(x.double(), whole, None if bias is None else bias.double())
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADERS)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("sizes", [((8, 4),), ((8, 2), (2, 1)), ((4, 1), (16, 8), (8, 4))])
 @pytest.mark.parametrize("leading", [(3, 5), (7,), (), (0,), (2, 0), (2, 3, 4)])
@@ -64,7 +64,7 @@ def test_without_a_weight_it_is_the_updates_alone():
     )
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADERS)
 def test_gradients_are_those_of_finite_differences(way):
     x, weight, bias, updates = make()
 
@@ -75,7 +75,7 @@ def test_gradients_are_those_of_finite_differences(way):
     assert torch.autograd.gradcheck(function, leaves(x, updates))
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", LOADERS)
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([0, 1], repeat=3) if any(w)])
 def test_only_the_gradients_that_are_wanted(way, wanted):
     x, weight, bias, (update,) = make(torch.float32, sizes=((8, 4),))

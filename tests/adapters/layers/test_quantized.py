@@ -239,17 +239,17 @@ class TestPipelines:
     def test_fusing_is_refused_and_changes_nothing(self, kind, folder):
         pipe = quantized(kind)
         pipe.load_gralora_weights(folder)
-        picture, before = draw(pipe), stored(pipe.unet, pipe.text_encoder)
+        image, before = draw(pipe), stored(pipe.unet, pipe.text_encoder)
         text = rf"\.to_q: cannot merge into .* {STORED_AS[kind]}\. Load the unquantized base"
         with pytest.raises(ValueError, match=text):
             pipe.fuse_gralora()
         assert identical(stored(pipe.unet, pipe.text_encoder), before)
         assert not pipe.fused_loras
-        assert torch.equal(draw(pipe), picture)
+        assert torch.equal(draw(pipe), image)
         with pytest.raises(ValueError, match=text):
             pipe.fuse_lora(components=["unet"])  # diffusers' own, after some convolutions
         pipe.unfuse_gralora()
-        assert relative_error(draw(pipe), picture) < 1e-4
+        assert relative_error(draw(pipe), image) < 1e-4
 
     def test_fuse_first_then_quantize(self, kind, folder):
         """What the refusal advises."""
@@ -385,19 +385,19 @@ def test_on_a_gpu(kind, dtype, folder, tmp_path) -> None:
     ).to("cuda")
     pipe.set_progress_bar_config(disable=True)
 
-    def picture() -> torch.Tensor:
+    def image() -> torch.Tensor:
         rng = torch.Generator("cuda").manual_seed(0)
         arguments = {"num_inference_steps": 2, "output_type": "latent", "height": 16, "width": 16}
         return pipe("a cat", generator=rng, **arguments).images.float()
 
-    base = picture()
+    base = image()
     pipe.load_gralora_weights(folder, "a")
     assert {p.dtype for p in factors(pipe).values()} == {dtype}
     assert {p.device.type for p in factors(pipe).values()} == {"cuda"}
-    assert relative_error(picture(), base) > 0.1
+    assert relative_error(image(), base) > 0.1
     with pytest.raises(ValueError, match=STORED_AS[kind]):
         pipe.fuse_gralora()
     pipe.enable_model_cpu_offload()
-    assert torch.isfinite(picture()).all()
+    assert torch.isfinite(image()).all()
     pipe.unload_gralora_weights()
-    assert relative_error(picture(), base) < 1e-2
+    assert relative_error(image(), base) < 1e-2

@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoTokenizer, CLIPModel, Dinov2Mod
 from gralora_diffusion.benchmark.evaluation import encoders
 from gralora_diffusion.benchmark.evaluation.encoders import (
     load_encoder,
-    read_picture,
+    read_image_file,
     source_problem,
 )
 from gralora_diffusion.io.errors import DataError
@@ -204,7 +204,9 @@ def test_kept_by_content(dinov2, drawn, tmp_path, monkeypatch):
     encoder = load_encoder(dinov2)
     counted = []
     monkeypatch.setattr(
-        encoders, "read_picture", lambda picture: counted.append(picture) or read_picture(picture)
+        encoders,
+        "read_image_file",
+        lambda picture: counted.append(picture) or read_image_file(picture),
     )
     first = encoder.embed_images(drawn[:3], keep=True)
     assert counted == drawn[:3]
@@ -247,18 +249,18 @@ def save_odd(folder):
     return {**expected, "turned.png": image}
 
 
-def test_pictures_of_every_kind(tmp_path, dinov2, clip):
+def test_images_of_every_kind(tmp_path, dinov2, clip):
     expected = save_odd(tmp_path)
     assert (
         expected["turned.png"].size
         == ImageOps.exif_transpose(Image.open(tmp_path / "turned.png")).size
     )
     for name, image in expected.items():
-        got = np.asarray(read_picture(tmp_path / name)).astype(int)
+        got = np.asarray(read_image_file(tmp_path / name)).astype(int)
         # blending with white rounds in one way or the other
         np.testing.assert_allclose(got, np.asarray(image), atol=1 if name == "half.png" else 0)
         with Image.open(tmp_path / name) as opened:  # an open picture is read as its file is
-            np.testing.assert_array_equal(np.asarray(read_picture(opened)), got)
+            np.testing.assert_array_equal(np.asarray(read_image_file(opened)), got)
     for folder in (dinov2, clip):
         encoder = load_encoder(folder)
         names = [name for name in expected if name != "half.png"]
@@ -266,7 +268,7 @@ def test_pictures_of_every_kind(tmp_path, dinov2, clip):
         close(got, encoder.embed_images([expected[name] for name in names]))
 
 
-def test_broken_pictures_are_named(tmp_path, dinov2, drawn):
+def test_broken_images_are_named(tmp_path, dinov2, drawn):
     encoder = load_encoder(dinov2)
     cut = tmp_path / "cut.png"
     cut.write_bytes(drawn[0].read_bytes()[:-400])
@@ -301,14 +303,14 @@ def test_refused(tmp_path, dinov2, dino):
         load_encoder(dinov2).embed_images([])
 
 
-def test_encoder_that_lacks_weights_is_refused(tmp_path, dinov2):
+def test_encoder_that_misses_weights_is_refused(tmp_path, dinov2):
     shutil.copytree(dinov2, tmp_path / "part")
     weights = tmp_path / "part" / "model.safetensors"
     tensors = load_file(weights)
-    lacking = next(name for name in tensors if "layernorm" in name)
-    del tensors[lacking]
+    missing = next(name for name in tensors if "layernorm" in name)
+    del tensors[missing]
     save_file(tensors, weights, metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"no weights for {lacking}: not a whole encoder"):
+    with pytest.raises(ValueError, match=f"no weights for {missing}: not a whole encoder"):
         load_encoder(tmp_path / "part")
 
 
@@ -320,11 +322,11 @@ def test_encoder_that_lacks_weights_is_refused(tmp_path, dinov2):
         ("preprocessor_config.json", "has no image processor, preprocessor_config.json or "),
     ],
 )
-def test_a_folder_that_lacks_a_part_is_refused(tmp_path, dinov2, lacking, said):
+def test_a_folder_that_misses_a_part_is_refused(tmp_path, dinov2, missing, said):
     """By its names, before anything is loaded."""
     folder = shutil.copytree(dinov2, tmp_path / "part")
     assert source_problem(folder) is None
-    (folder / lacking).unlink()
+    (folder / missing).unlink()
     assert said in source_problem(folder)
     with pytest.raises(ValueError, match=rf"'{folder}' cannot be loaded: .*{said}"):
         load_encoder(folder)

@@ -200,7 +200,7 @@ def test_prior(encoders, see, drawn, real, tmp_path):
         assert got[f"prior_{name}"] == near(moved)
 
 
-def test_real_pictures_are_embedded_once(dinov2, drawn, real, monkeypatch):
+def test_real_images_are_embedded_once(dinov2, drawn, real, monkeypatch):
     encoders = {"dinov2": load_encoder(dinov2)}
     read = metrics.Encoder._embed_images
     counts = []
@@ -230,7 +230,7 @@ def test_refused(encoders, drawn, real):
         score_subject(encoders, [drawn], ["a dog"], [])
 
 
-def test_broken_pictures_are_named(encoders, drawn, real, tmp_path):
+def test_broken_images_are_named(encoders, drawn, real, tmp_path):
     broken = tmp_path / "broken.png"
     shutil.copy(drawn[0], broken)
     broken.write_bytes(broken.read_bytes()[:-300])

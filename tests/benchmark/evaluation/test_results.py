@@ -11,18 +11,18 @@ import pytest
 from gralora_diffusion.benchmark.evaluation.results import (
     RESULT_NAME,
     ResultFileError,
-    UnitKey,
+    TrialKey,
     read_result,
     read_results,
     write_result,
 )
-from tests.benchmark.trials import keys, unit, written
+from tests.benchmark.trials import keys, trial, written
 
-KEY = UnitKey("subject", "a dog", "gralora-r32-k4", 3)
+KEY = TrialKey("subject", "a dog", "gralora-r32-k4", 3)
 
 
 def test_what_was_written_is_read(tmp_path):
-    result = unit(KEY, mechanism=True, peak_memory_gib=None, update_rank=None)
+    result = trial(KEY, mechanism=True, peak_memory_gib=None, update_rank=None)
     path = write_result(result, tmp_path / KEY.path)
     read = read_result(path)
     assert read == result
@@ -33,7 +33,7 @@ def test_what_was_written_is_read(tmp_path):
 
 
 def test_layers_are_read_and_those_of_the_first_files_are_not_known(tmp_path):
-    result = unit(KEY, layers=32, lowered_k={1: 4, 2: 3})
+    result = trial(KEY, layers=32, lowered_k={1: 4, 2: 3})
     path = write_result(result, tmp_path)
     assert read_result(path) == result
     content = json.loads(path.read_text())
@@ -41,8 +41,8 @@ def test_layers_are_read_and_those_of_the_first_files_are_not_known(tmp_path):
     assert read_result(path) == replace(result, layers=None, lowered_k={})
 
 
-def test_all_units_of_a_run_are_read_once(tmp_path):
-    made = written(tmp_path, [unit(key) for key in keys()])
+def test_all_trials_of_a_run_are_read_once(tmp_path):
+    made = written(tmp_path, [trial(key) for key in keys()])
     results, unreadable = read_results(tmp_path)
     assert unreadable == []
     assert sorted(r.key for r in results) == sorted(r.key for r in made)
@@ -50,8 +50,8 @@ def test_all_units_of_a_run_are_read_once(tmp_path):
 
 
 def test_a_file_cut_off_anywhere_is_named(tmp_path):
-    whole = write_result(unit(KEY), tmp_path / KEY.path).read_bytes()
-    other = unit(replace_key(seed=0))
+    whole = write_result(trial(KEY), tmp_path / KEY.path).read_bytes()
+    other = trial(replace_key(seed=0))
     write_result(other, tmp_path / other.key.path)
     path = tmp_path / KEY.path / RESULT_NAME
     for length in [*range(0, len(whole) - 1, 97), len(whole) - 1]:
@@ -67,7 +67,7 @@ def replace_key(**changes):
 
 
 def test_a_folder_that_was_copied_does_not_count_twice(tmp_path):
-    written(tmp_path, [unit(KEY)])
+    written(tmp_path, [trial(KEY)])
     shutil.copytree(tmp_path / KEY.path, tmp_path / replace_key(seed=4).path)
     results, unreadable = read_results(tmp_path)
     assert [r.key for r in results] == [KEY]
@@ -92,7 +92,7 @@ MISSING = [
 
 @pytest.mark.parametrize("name", MISSING)
 def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
-    path = write_result(unit(KEY), tmp_path)
+    path = write_result(trial(KEY), tmp_path)
     content = json.loads(path.read_text())
     del content[name]
     path.write_text(json.dumps(content))
@@ -135,7 +135,7 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(tmp_path, place, value, said):
-    path = write_result(unit(KEY, mechanism=True), tmp_path)
+    path = write_result(trial(KEY, mechanism=True), tmp_path)
     content = json.loads(path.read_text())
     inner = content
     for step in place[:-1]:
@@ -153,7 +153,7 @@ def test_a_wrong_value_is_named_with_its_place(tmp_path, place, value, said):
     ids=["NaN", "no JSON", "infinity"],
 )
 def test_what_could_not_be_read_back_is_not_written(tmp_path, change):
-    first = unit(KEY)
+    first = trial(KEY)
     path = write_result(first, tmp_path)
     with pytest.raises(ResultFileError):
         write_result(replace(first, **change), tmp_path)
@@ -162,7 +162,7 @@ def test_what_could_not_be_read_back_is_not_written(tmp_path, change):
 
 
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch):
-    first = unit(KEY)
+    first = trial(KEY)
     path = write_result(first, tmp_path)
 
     def full(*_):

@@ -54,7 +54,7 @@ def test_of_normal_means_it_is_students_interval():
     means = values.mean(1)
     half = T_TABLE[29] * means.std(ddof=1) / math.sqrt(30)
     assert found.mean == pytest.approx(means.mean(), rel=1e-12)
-    assert (found.subjects, found.seeds, found.units, found.over) == (30, 3, 90, "subjects")
+    assert (found.subjects, found.seeds, found.trials, found.over) == (30, 3, 90, "subjects")
     assert found.low == pytest.approx(means.mean() - half, abs=0.06 * half)
     assert found.high == pytest.approx(means.mean() + half, abs=0.06 * half)
 
@@ -138,11 +138,11 @@ def test_pairs_take_out_what_subjects_differ_by():
     assert unknown.win_rate is None
 
 
-def test_only_units_that_both_have_are_compared():
+def test_only_trials_that_both_have_are_compared():
     ours = {("a", 0): 1.0, ("a", 1): 9.0, ("b", 0): 2.0, ("c", 0): 7.0}
     theirs = {("a", 0): 0.5, ("b", 0): 2.0, ("c", 1): 0.0, ("d", 0): 3.0}
     found = compare(ours, theirs, True)
-    assert (found.wins, found.ties, found.losses, found.difference.units) == (1, 1, 0, 2)
+    assert (found.wins, found.ties, found.losses, found.difference.trials) == (1, 1, 0, 2)
     assert found.win_rate == 0.75
     assert found.difference.mean == 0.25
     assert found.verdict == "too few"
@@ -152,10 +152,10 @@ def test_only_units_that_both_have_are_compared():
 def test_subjects_weigh_alike_however_many_seeds_they_have():
     found = estimate({("a", 0): 1.0, ("b", 0): 0.0, ("b", 1): 0.0, ("b", 2): 0.0})
     assert found.mean == 0.5
-    assert (found.subjects, found.seeds, found.units) == (2, 3, 4)
+    assert (found.subjects, found.seeds, found.trials) == (2, 3, 4)
 
 
-def test_too_few_units_have_no_interval_and_say_so():
+def test_too_few_trials_have_no_interval_and_say_so():
     one = estimate({("a", 0): 1.0})
     assert (one.low, one.high, one.over) == (None, None, None)
     assert "1 subject, 1 unit" in one.caveat

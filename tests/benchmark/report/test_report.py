@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.evaluation.results import Unreadable
 from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.io.staging import OutputError
 from tests.benchmark.pages import Page
-from tests.benchmark.trials import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.trials import METHODS, SUBJECTS, keys, trial, written
 
 FILES = {"index.html", "report.md", "scores.csv", "report.json"}
 #: What could break out of HTML, an attribute, Markdown or a table.
@@ -28,7 +28,7 @@ def made(tmp_path_factory):
     """A report of seven subjects, four methods and two seeds; two units are missing."""
     output = tmp_path_factory.mktemp("run")
     expected = keys()
-    results = written(output, [unit(key, mechanism=True) for key in expected[:-2]])
+    results = written(output, [trial(key, mechanism=True) for key in expected[:-2]])
     broken = Unreadable(output / "units/x/result.json", "not readable as JSON")
     write_report(
         results,
@@ -92,21 +92,23 @@ def test_every_number_of_the_json_is_in_the_tables(page, content):
     assert [n for n in wanted if float(n) not in shown] == []
 
 
-def test_means_and_differences_are_those_of_the_units(made, content):
+def test_means_and_differences_are_those_of_the_trials(made, content):
     results, _ = made
     found = content["protocols"]["subject"]["scores"]
     values = {
         score: {(r.method, r.subject, r.seed): r.scores[score] for r in results}
         for score in ("dinov2", "clip_t", "drift")
     }
-    for score, by_unit in values.items():
+    for score, by_trial in values.items():
         for method in METHODS:
-            places = {s: [k[2] for k in by_unit if k[:2] == (method, s)] for s in SUBJECTS}
-            means = [np.mean([by_unit[method, s, n] for n in ns]) for s, ns in places.items() if ns]
+            places = {s: [k[2] for k in by_trial if k[:2] == (method, s)] for s in SUBJECTS}
+            means = [
+                np.mean([by_trial[method, s, n] for n in ns]) for s, ns in places.items() if ns
+            ]
             assert found[score]["means"][method]["mean"] == pytest.approx(np.mean(means), rel=1e-12)
             if method != "lora-r32":
                 gains = [
-                    np.mean([by_unit[method, s, n] - by_unit["lora-r32", s, n] for n in ns])
+                    np.mean([by_trial[method, s, n] - by_trial["lora-r32", s, n] for n in ns])
                     for s, ns in places.items()
                     if ns
                 ]
@@ -165,7 +167,7 @@ def test_markdown_shows_the_mechanism(made, content):
 def test_a_star_is_explained_where_there_is_one(tmp_path):
     note = "There is no interval, or one over seeds alone: see To be kept in mind."
     for name, subjects in (("few", SUBJECTS[:2]), ("many", SUBJECTS)):
-        write_report([unit(key) for key in keys(subjects)], tmp_path / name, resamples=100)
+        write_report([trial(key) for key in keys(subjects)], tmp_path / name, resamples=100)
         text = (tmp_path / name / "report.md").read_text()
         page = Page((tmp_path / name / "index.html").read_text())
         starred = [t for t in page.tables.values() if any(c[-1:] == "*" for r in t for c in r)]
@@ -176,14 +178,14 @@ def test_a_star_is_explained_where_there_is_one(tmp_path):
 
 def test_a_single_method_leaves_no_heading_empty(tmp_path):
     for methods in (["lora-r32"], ["gralora-r32-k2"]):
-        write_report([unit(key) for key in keys(methods=methods)], tmp_path, resamples=100)
+        write_report([trial(key) for key in keys(methods=methods)], tmp_path, resamples=100)
         text = (tmp_path / "report.md").read_text()
         assert re.findall(r"^#+ [^\n]*\n+(?=#|\Z)", text, re.MULTILINE) == []
         page = (tmp_path / "index.html").read_text()
         assert re.findall(r"<h(\d)>[^<]*</h\1>(?:<div class=\"\w+\"></div>)*(?=<h|</)", page) == []
 
 
-def test_the_csv_has_every_unit(made):
+def test_the_csv_has_every_trial(made):
     results, folder = made
     with (folder / "scores.csv").open(newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
@@ -205,7 +207,7 @@ def test_what_is_missing_is_named(page, content):
     assert len(content["missing"]) == 2
 
 
-def test_the_mechanism_is_the_mean_of_its_units(made, content):
+def test_the_mechanism_is_the_mean_of_its_trials(made, content):
     results, _ = made
     found = content["protocols"]["subject"]["mechanism"]["gralora-r32-k4"]
     logs = [r.mechanism for r in results if r.method == "gralora-r32-k4"]
@@ -257,9 +259,9 @@ def test_an_interval_plot_is_to_scale(page, content):
 def test_hostile_text_is_only_text(tmp_path):
     expected = keys(SUBJECTS[:2], ("lora-r32", "<i>gralora & 'co'\" |"), seeds=(0,))
     results = [
-        unit(
+        trial(
             key,
-            prompts=(replace(unit(key).prompts[0], prompt=HOSTILE, pictures=("no.png",)),),
+            prompts=(replace(trial(key).prompts[0], prompt=HOSTILE, images=("no.png",)),),
             settings={HOSTILE: HOSTILE, "same": 1},
             versions={HOSTILE: HOSTILE + key.subject},
             scores={"dinov2": 0.5, "</text></svg><b>": 0.1},
@@ -291,7 +293,7 @@ def test_hostile_text_is_only_text(tmp_path):
     json.loads((tmp_path / "report/report.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_the_same_units_in_any_order_make_the_same_bytes(made, tmp_path):
+def test_the_same_trials_in_any_order_make_the_same_bytes(made, tmp_path):
     results, _ = made
     for name, order in (("a", results), ("b", results[::-1])):
         write_report(order, tmp_path / name, resamples=500)
@@ -300,7 +302,7 @@ def test_the_same_units_in_any_order_make_the_same_bytes(made, tmp_path):
 
 
 def test_one_subject_and_one_seed_tell_nothing_and_it_is_said(tmp_path):
-    write_report([unit(key) for key in keys(SUBJECTS[:1], seeds=(0,))], tmp_path)
+    write_report([trial(key) for key in keys(SUBJECTS[:1], seeds=(0,))], tmp_path)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert re.search(r"too few units for an interval: dora-r32 \(.*gralora-r32-k2 \(", page.text)
     assert "no interval: 1 subject, 1 unit" in page.text
@@ -311,7 +313,7 @@ def test_one_subject_and_one_seed_tell_nothing_and_it_is_said(tmp_path):
 
 def test_two_references_are_compared_once(tmp_path):
     methods = ("lora-r32", "lora-r64", "gralora-r32-k2")
-    write_report([unit(key) for key in keys(methods=methods)], tmp_path, resamples=200)
+    write_report([trial(key) for key in keys(methods=methods)], tmp_path, resamples=200)
     found = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]["scores"]
     compared = {a: list(b) for a, b in found["dinov2"]["comparisons"].items()}
     assert compared == {
@@ -321,7 +323,7 @@ def test_two_references_are_compared_once(tmp_path):
 
 
 def test_a_score_of_which_nothing_is_known_has_no_winner(tmp_path):
-    results = [unit(key) for key in keys()]
+    results = [trial(key) for key in keys()]
     results = [replace(r, scores={"news": r.scores["dinov2"]}) for r in results]
     write_report(results, tmp_path, resamples=500)
     found = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]
@@ -331,7 +333,7 @@ def test_a_score_of_which_nothing_is_known_has_no_winner(tmp_path):
 
 
 def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
-    results = [unit(key) for key in keys()]
+    results = [trial(key) for key in keys()]
     odd = replace(results[3], settings={**results[3].settings, "learning_rate": 5e-4})
     odd = replace(odd, versions={**odd.versions, "torch": "2.8.0"})
     write_report([*results[:3], odd, *results[4:]], tmp_path, resamples=200)
@@ -348,7 +350,7 @@ def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
 def test_layers_with_a_lower_k_are_told(tmp_path):
     of_k4 = {"layers": 1032, "lowered_k": {1: 4, 2: 3}}
     results = [
-        unit(key, **(of_k4 if key.method == "gralora-r32-k4" else {"layers": 1032}))
+        trial(key, **(of_k4 if key.method == "gralora-r32-k4" else {"layers": 1032}))
         for key in keys(methods=("lora-r32", "gralora-r32-k4"))
     ]
     write_report(results, tmp_path, resamples=100)
@@ -366,7 +368,7 @@ def test_layers_with_a_lower_k_are_told(tmp_path):
 def test_what_a_method_does_not_have_is_a_dash(tmp_path):
     ranks = {"lora-r32": 32, "full": None, "base": None}
     results = [
-        unit(key, settings={"rank": ranks[key.method], "unset": None})
+        trial(key, settings={"rank": ranks[key.method], "unset": None})
         for key in keys(methods=tuple(ranks), seeds=(0,))
     ]
     write_report(results, tmp_path, expected=[r.key for r in results], resamples=100)
@@ -388,7 +390,7 @@ def test_before_the_first_result_there_is_a_report_too(tmp_path):
 
 
 def test_wrong_arguments_leave_the_old_report(tmp_path):
-    results = [unit(key) for key in keys(SUBJECTS[:2])]
+    results = [trial(key) for key in keys(SUBJECTS[:2])]
     write_report(results, tmp_path, resamples=100)
     (tmp_path / "notes.txt").write_text("mine")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}

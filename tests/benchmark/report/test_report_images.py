@@ -10,14 +10,14 @@ from PIL import Image
 from gralora_diffusion.benchmark.report import write_report
 from gralora_diffusion.benchmark.report.images import data_uri
 from tests.benchmark.pages import Page
-from tests.benchmark.trials import METHODS, SUBJECTS, keys, unit, written
+from tests.benchmark.trials import METHODS, SUBJECTS, keys, trial, written
 
 
 def decoded(uri):
     head, data = uri.split(",", 1)
-    picture = Image.open(io.BytesIO(base64.b64decode(data)))
-    assert head == f"data:image/{picture.format.lower()};base64"
-    return picture
+    image = Image.open(io.BytesIO(base64.b64decode(data)))
+    assert head == f"data:image/{image.format.lower()};base64"
+    return image
 
 
 def shown(folder, **options):
@@ -28,7 +28,7 @@ def shown(folder, **options):
 @pytest.fixture
 def noisy(tmp_path):
     """Two subjects whose pictures do not compress."""
-    results = written(tmp_path, [unit(key) for key in keys(SUBJECTS[:2])], size=16)
+    results = written(tmp_path, [trial(key) for key in keys(SUBJECTS[:2])], size=16)
     rng = np.random.default_rng(0)
     for path in sorted(tmp_path.rglob("*.png")):
         Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(path)
@@ -36,10 +36,10 @@ def noisy(tmp_path):
 
 
 def test_all_methods_side_by_side_with_the_real_ones(tmp_path):
-    results = written(tmp_path / "run", [unit(key) for key in keys(SUBJECTS[:2])], size=64)
+    results = written(tmp_path / "run", [trial(key) for key in keys(SUBJECTS[:2])], size=64)
     real = tmp_path / "real.jpg"
     Image.new("RGB", (600, 300), "red").save(real)
-    page = shown(tmp_path, results=results, real_pictures={SUBJECTS[0]: [real]})
+    page = shown(tmp_path, results=results, real_images={SUBJECTS[0]: [real]})
     images = page.of("img")
     assert [i["alt"] for i in images[:1]] == [f"{SUBJECTS[0]}, real"]
     assert decoded(images[0]["src"]).size == (256, 128)
@@ -48,8 +48,8 @@ def test_all_methods_side_by_side_with_the_real_ones(tmp_path):
     assert alts[: len(METHODS)] == sorted(METHODS)
     by_key = {r.key: r for r in results}
     for place, alt in enumerate(alts[: len(METHODS)]):  # of one prompt and seed 0, pixel by pixel
-        unit_ = next(r for k, r in by_key.items() if (k[1], k[2], k[3]) == (SUBJECTS[0], alt, 0))
-        wanted = np.array(Image.open(unit_.folder / unit_.prompts[0].pictures[0]))
+        trial_ = next(r for k, r in by_key.items() if (k[1], k[2], k[3]) == (SUBJECTS[0], alt, 0))
+        wanted = np.array(Image.open(trial_.folder / trial_.prompts[0].images[0]))
         assert np.array_equal(np.array(decoded(images[1 + place]["src"])), wanted)
     assert f"{SUBJECTS[0]} 3 of 3 prompts, seed 0" in page.text
 
@@ -66,7 +66,7 @@ def test_they_keep_to_the_budget(tmp_path, noisy, mib):
     assert {methods.count(m) for m in METHODS} == {len(uris) // len(METHODS)}
 
 
-def test_larger_budgets_give_larger_pictures_and_none_is_said(tmp_path, noisy):
+def test_larger_budgets_give_larger_images_and_none_is_said(tmp_path, noisy):
     sides = []
     for mib in (4.0, 0.5, 0.06):
         page = shown(tmp_path / "report", results=noisy, picture_mib=mib)
@@ -77,9 +77,9 @@ def test_larger_budgets_give_larger_pictures_and_none_is_said(tmp_path, noisy):
     assert "too many pictures for a page of this size" in page.text
 
 
-def test_broken_and_lost_pictures_and_lost_units_are_said(tmp_path):
-    results = written(tmp_path / "run", [unit(key) for key in keys(SUBJECTS[:1], seeds=(0,))])
-    broken, lost = (results[i].folder / results[i].prompts[0].pictures[0] for i in (0, 1))
+def test_broken_and_lost_images_and_lost_trials_are_said(tmp_path):
+    results = written(tmp_path / "run", [trial(key) for key in keys(SUBJECTS[:1], seeds=(0,))])
+    broken, lost = (results[i].folder / results[i].prompts[0].images[0] for i in (0, 1))
     broken.write_bytes(broken.read_bytes()[:60])
     lost.unlink()
     page = shown(tmp_path, results=results[:3], expected=[r.key for r in results])
@@ -87,17 +87,17 @@ def test_broken_and_lost_pictures_and_lost_units_are_said(tmp_path):
     assert page.text.count("not drawn") == 0
     assert len(page.of("img")) == 3 * 3 - 2
     # a method that has no unit of this subject, but of another
-    more = written(tmp_path / "run", [unit(key) for key in keys(SUBJECTS[1:2], seeds=(0,))])
+    more = written(tmp_path / "run", [trial(key) for key in keys(SUBJECTS[1:2], seeds=(0,))])
     page = shown(tmp_path, results=[*results[:3], *more])
     assert page.text.count("not drawn") == 3
 
 
-def test_the_real_picture_of_a_caption_stands_first(tmp_path):
-    results = written(tmp_path, [unit(key) for key in keys(SUBJECTS[:1], ("lora-r32",), (0,))])
+def test_the_real_image_of_a_caption_stands_first(tmp_path):
+    results = written(tmp_path, [trial(key) for key in keys(SUBJECTS[:1], ("lora-r32",), (0,))])
     real = tmp_path / "held out.png"
     Image.new("RGB", (40, 40), (0, 200, 0)).save(real)
     prompts = results[0].prompts
-    entry = type(prompts[0])(prompts[0].prompt, prompts[0].pictures, {}, str(real))
+    entry = type(prompts[0])(prompts[0].prompt, prompts[0].images, {}, str(real))
     changed = [type(results[0])(**{**vars(results[0]), "prompts": (entry, *prompts[1:])})]
     page = shown(tmp_path / "report", results=changed)
     first, second = page.of("img")[:2]
@@ -105,7 +105,7 @@ def test_the_real_picture_of_a_caption_stands_first(tmp_path):
     assert decoded(first["src"]).getpixel((5, 5)) == (0, 200, 0)
 
 
-def test_kinds_of_pictures(tmp_path):
+def test_kinds_of_images(tmp_path):
     Image.new("RGBA", (50, 50), (255, 0, 0, 0)).save(tmp_path / "clear.png")
     assert decoded(data_uri(tmp_path / "clear.png", 256)).getpixel((3, 3)) == (255, 255, 255)
     Image.new("CMYK", (500, 100)).save(tmp_path / "print.jpg")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from gralora_diffusion.benchmark.report import write_report
 from tests.benchmark.pages import Page
-from tests.benchmark.trials import keys, unit, written
+from tests.benchmark.trials import keys, trial, written
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 BROWSER = next((found for name in NAMES if (found := shutil.which(name))), None)
@@ -68,10 +68,10 @@ def report(tmp_path_factory):
     output = tmp_path_factory.mktemp("run")
     methods = ("lora-r32", LONG, "gralora-r32-k4", "a-method-with-a-rather-long-name-r32-k8")
     expected = keys(methods=methods)
-    results = written(output, [unit(key, mechanism=True) for key in expected[:-1]], size=150)
+    results = written(output, [trial(key, mechanism=True) for key in expected[:-1]], size=150)
     real = {result.subject: [result.folder / "pictures/000_0.png"] for result in results}
     return write_report(
-        results, output / "report", expected=expected, real_pictures=real, resamples=500
+        results, output / "report", expected=expected, real_images=real, resamples=500
     )
 
 
@@ -110,15 +110,15 @@ def test_nothing_is_cut_off_fetched_or_broken(report, tmp_path, width):
 def test_it_is_light_or_dark_as_the_reader_has_it(report, tmp_path):
     brightness = {}
     for name, scheme in (("light", 1), ("dark", 0)):
-        picture = tmp_path / f"{name}.png"
+        image = tmp_path / f"{name}.png"
         browse(
             tmp_path,
             f"--blink-settings=preferredColorScheme={scheme}",
             "--window-size=800,1500",
-            f"--screenshot={picture}",
+            f"--screenshot={image}",
             report.as_uri(),
         )
-        with Image.open(picture) as taken:
+        with Image.open(image) as taken:
             pixels = np.sort(np.asarray(taken.convert("L")).ravel())
         brightness[name] = pixels[len(pixels) // 2], pixels[len(pixels) // 500]
         brightness[name] += (pixels[-len(pixels) // 500],)

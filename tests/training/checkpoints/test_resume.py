@@ -123,8 +123,8 @@ def test_a_base_is_known_by_its_weights(tmp_path: Path) -> None:
     check_base(tmp_path, {"base": base}, described(frozen(seed=9), "bf16"))
 
 
-def test_another_base_with_the_trainer(pictures: Path, base: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"instance_data_dir": pictures, "max_train_steps": 2}
+def test_another_base_with_the_trainer(images: Path, base: Path, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"instance_data_dir": images, "max_train_steps": 2}
     whole = run(
         pretrained_model_name_or_path=base,
         output_dir=tmp_path / "whole",
@@ -142,11 +142,11 @@ def test_another_base_with_the_trainer(pictures: Path, base: Path, tmp_path: Pat
 
 
 def test_options_are_compared_before_the_base_is_loaded(
-    pictures: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    images: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "output_dir": tmp_path / "out",
     }
     run(max_train_steps=2, **options)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.training.checkpoints.resume import PROGRESS_NAME
 from gralora_diffusion.training.checkpoints.state import RunState
-from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run
+from tests.training.runs import assert_close, assert_same_run, make_images, metrics, run
 
 
 def stopped_after(step: int, whole: Path, folder: Path) -> Path:
@@ -64,23 +64,23 @@ def stopped_after(step: int, whole: Path, folder: Path) -> Path:
     ids=lambda options: "-".join(str(v) for v in options.values())[:60],
 )
 def test_resumed_run_ends_as_the_uninterrupted_one(
-    base: Path, pictures: Path, tmp_path: Path, options: dict[str, Any]
+    base: Path, images: Path, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     if options.get("num_class_images"):
-        classes = make_pictures(tmp_path / "class", 4, seed=1)
+        classes = make_images(tmp_path / "class", 4, seed=1)
         options = {**options, "class_data_dir": classes}
-    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **options}
+    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": images, **options}
     whole = run(output_dir=tmp_path / "whole", **shared)
     half = stopped_after(2, whole, tmp_path / "half")
     run(output_dir=half, resume_from_checkpoint="latest", **shared)
     assert_same_run(whole, half)
 
 
-def test_accumulation_may_change_on_resume(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_accumulation_may_change_on_resume(base: Path, images: Path, tmp_path: Path) -> None:
     """accelerate counts passes: three done one by one must not be half of a step of two."""
     shared: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "checkpointing_steps": 3,
     }
     whole = run(output_dir=tmp_path / "whole", **shared)
@@ -123,12 +123,12 @@ written_now = RunState.save
 )
 def test_checkpoints_of_accelerate_are_gone_on_with_exactly(
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
 ) -> None:
-    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **options}
+    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": images, **options}
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "save", save_with_accelerate)
         whole = run(output_dir=tmp_path / "whole", **shared)
@@ -151,14 +151,14 @@ class Program:
 @pytest.mark.parametrize("of_accelerate", [False, True])
 def test_no_program_in_a_checkpoint_is_run(
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     of_accelerate: bool,
 ) -> None:
     if of_accelerate:
         monkeypatch.setattr(RunState, "save", save_with_accelerate)
-    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     shared |= {"use_ema": True, "max_train_steps": 2}
     whole = run(output_dir=tmp_path / "whole", **shared)
     files = sorted(path.name for path in (whole / "checkpoint-2").iterdir())
@@ -187,10 +187,8 @@ def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail"])
-def test_a_damaged_checkpoint_is_told(
-    base: Path, pictures: Path, tmp_path: Path, what: str
-) -> None:
-    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+def test_a_damaged_checkpoint_is_told(base: Path, images: Path, tmp_path: Path, what: str) -> None:
+    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     shared |= {"use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
     checkpoint = run(**shared) / "checkpoint-2"
     progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))

@@ -73,31 +73,31 @@ def test_presets() -> None:
 
 
 def test_options_of_another_objective_are_remarked() -> None:
-    (remark,) = check_family_options(
+    (warning,) = check_family_options(
         config(snr_gamma=5.0, prediction_type="epsilon"), get_family("flux2")
     )
-    assert remark == ("with a base of flux2 there is no use for --snr_gamma, --prediction_type")
-    (remark,) = check_family_options(
+    assert warning == ("with a base of flux2 there is no use for --snr_gamma, --prediction_type")
+    (warning,) = check_family_options(
         config(flow_shift=2, weighting_scheme="mode", max_sequence_length=64),
         get_family("stable-diffusion-xl"),
     )
-    assert "no use for --weighting_scheme, --flow_shift, --max_sequence_length" in remark
+    assert "no use for --weighting_scheme, --flow_shift, --max_sequence_length" in warning
 
 
 def test_negative_prompt_where_no_pipeline_takes_it() -> None:
     drawing = config(validation_prompt="a dog", validation_negative_prompt="snow")
     assert check_family_options(drawing, get_family("stable-diffusion-3")) == []
     for family in ("flux", "flux2", "flux2-klein"):
-        (remark,) = check_family_options(drawing, get_family(family))
-        assert remark.endswith("no use for --validation_negative_prompt")
+        (warning,) = check_family_options(drawing, get_family(family))
+        assert warning.endswith("no use for --validation_negative_prompt")
 
 
 def test_layers_of_clip_where_no_pipeline_skips_them() -> None:
     for family in ("stable-diffusion", "stable-diffusion-xl", "stable-diffusion-3"):
         assert check_family_options(config(clip_skip=1), get_family(family)) == []
     for family in ("flux", "flux2", "flux2-klein"):
-        (remark,) = check_family_options(config(clip_skip=1), get_family(family))
-        assert remark.endswith("no use for --clip_skip")
+        (warning,) = check_family_options(config(clip_skip=1), get_family(family))
+        assert warning.endswith("no use for --clip_skip")
 
 
 def test_prompts_longer_than_the_pipelines_take() -> None:

@@ -315,7 +315,7 @@ def test_home_is_expanded_in_yaml(tmp_path: Path) -> None:
 # ---------------------------------------------------------------- checks
 
 
-def test_a_good_command_line_has_no_problem_and_no_remark(good: list[str]) -> None:
+def test_a_good_command_line_has_no_problem_and_no_warning(good: list[str]) -> None:
     assert validate(parse_config(good)) == []
 
 
@@ -707,9 +707,9 @@ def test_no_problem(good: list[str], arguments: str) -> None:
         ),
     ],
 )
-def test_remark(good: list[str], arguments: str, remark: str) -> None:
+def test_warning(good: list[str], arguments: str, warning: str) -> None:
     (found,) = validate(parse_config([*good, *arguments.split()]))
-    assert remark in found
+    assert warning in found
 
 
 def test_sizes_are_checked_again_once_the_base_is_known() -> None:
@@ -798,7 +798,7 @@ def test_the_table_in_the_docs_is_up_to_date(page: str, module: str) -> None:
     assert (ROOT / page).read_text() == table, f"remake it with: python -c '{remake}' > {page}"
 
 
-def test_files_that_are_no_pictures_or_captions(good: list[str]) -> None:
+def test_files_that_are_no_images_or_captions(good: list[str]) -> None:
     """A scientist's .h5 is no picture, and captions of any form that is read will do."""
     Path("science").mkdir()
     Path("science/1.h5").touch()

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file
 
-from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data import cache
@@ -128,7 +128,7 @@ def test_latents_keep_the_encoders_dtype(vae, examples, tmp_path):
         assert dtypes == {torch.bfloat16}
 
 
-def test_same_picture_twice_is_encoded_once(vae, examples):
+def test_same_image_twice_is_encoded_once(vae, examples):
     cache = LatentCache(PLAN, "vae")
     assert cache.fill(wanted(examples * 2), Encoder(vae), progress=False) == 12
 
@@ -337,7 +337,7 @@ def test_keys_of_prompts_and_fingerprints():
 
 def fingerprint(pipe, length=None):
     family = get_family(pipe)
-    encoders = present(pipe, family.all_text_encoders)
+    encoders = existing_models(pipe, family.all_text_encoders)
     return prompt_fingerprint(lambda p: family.encode_prompts(pipe, p, length), encoders)
 
 

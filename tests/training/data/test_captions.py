@@ -23,8 +23,8 @@ def folder(tmp_path, caplog):
     return tmp_path / "data"
 
 
-def fill(folder, *pictures):
-    for number, name in enumerate(pictures):
+def fill(folder, *images):
+    for number, name in enumerate(images):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 8), (number, 0, 0)).save(folder / name, "PNG")
 
@@ -67,14 +67,14 @@ MASKS = "masks of pictures, left out, as training without masks is all there is"
         ("a.b.png", "a.b.txt"),
     ],
 )
-def test_captions_beside_pictures(folder, caplog, picture, name):
-    fill(folder, picture)
+def test_captions_beside_images(folder, caplog, image, name):
+    fill(folder, image)
     write(folder, name, '{"caption": "the caption"}' if "json" in name else "the\n caption\n")
-    assert found(folder) == {picture: "the caption"}
+    assert found(folder) == {image: "the caption"}
     assert not caplog.records
 
 
-def test_a_caption_goes_to_the_picture_of_just_its_name(folder, caplog):
+def test_a_caption_goes_to_the_image_of_just_its_name(folder, caplog):
     fill(folder, "a.png", "A.jpg", "b.png", "b.jpg")
     for name in ("a.txt", "b.txt", "b.png.txt"):
         write(folder, name, name)
@@ -84,7 +84,7 @@ def test_a_caption_goes_to_the_picture_of_just_its_name(folder, caplog):
     assert said(caplog) == {DIFFERING: "b.png (b.txt, not b.png.txt)"}
 
 
-def test_order_of_the_files_beside_a_picture():
+def test_order_of_the_files_beside_a_image():
     names = ["1.TXT", "1.caption", "1.json", "1.png.txt", "1.txt", "2.txt", "1.png", "1.tags"]
     assert caption_files(["1.png", "3.png"], names) == {
         "1.png": ["1.txt", "1.png.txt", "1.TXT", "1.caption", "1.json"],
@@ -100,7 +100,7 @@ def test_order_of_the_files_beside_a_picture():
         ('{"tags": "a, b", "text": "the text"}', "the text"),
     ],
 )
-def test_json_beside_a_picture(folder, content, caption):
+def test_json_beside_a_image(folder, content, caption):
     fill(folder, "1.png")
     write(folder, "1.json", content)
     assert found(folder) == {"1.png": caption}
@@ -258,7 +258,7 @@ def test_places_that_are_refused(folder, tmp_path, name, text):
     assert text in told[0]
 
 
-def test_links_to_pictures_and_captions_are_followed(folder, tmp_path):
+def test_links_to_images_and_captions_are_followed(folder, tmp_path):
     """As in the Hub's cache, where every file is a link to one elsewhere."""
     fill(tmp_path / "pool", "a", "b")
     write(tmp_path / "pool", "c", "from a link")
@@ -328,13 +328,13 @@ def test_masks_are_left_out_and_named(folder, caplog):
     }
 
 
-def test_a_mask_that_is_listed_is_a_picture(folder):
+def test_a_mask_that_is_listed_is_a_image(folder):
     fill(folder, "1.png", "1_mask.png")
     write(folder, "metadata.jsonl", '{"file_name": "1_mask.png", "text": "a mask"}')
     assert found(folder) == {"1.png": "the prompt", "1_mask.png": "a mask"}
 
 
-def test_a_mask_of_a_listed_picture_is_left_out(folder, caplog):
+def test_a_mask_of_a_listed_image_is_left_out(folder, caplog):
     fill(folder, "1.png", "1_mask.png", "sub/2.png", "sub/2-mask.png", "sub/3.png")
     write(folder, "metadata.csv", "file_name,text\n1.png,one\nsub/2.png,two\n")
     write(folder, "1.txt", "another")

@@ -17,12 +17,12 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import (
     _generation_dtype,
     _place,
-    class_pictures_there,
-    draw_class_images,
+    existing_class_images,
+    generate_class_images,
 )
-from gralora_diffusion.training.data.data_module import find_class_pictures
+from gralora_diffusion.training.data.data_module import find_class_images
 from tests.models import adapt, stable_diffusion
-from tests.training.runs import config, make_pictures
+from tests.training.runs import config, make_images
 
 FAMILY = get_family("stable-diffusion")
 
@@ -46,11 +46,11 @@ def contents(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def test_interrupted_drawing_goes_on_to_the_same_pictures(
+def test_interrupted_drawing_goes_on_to_the_same_images(
     base: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
     chosen = prior(base, tmp_path / "a")
-    assert draw_class_images(chosen, FAMILY, accelerator)
+    assert generate_class_images(chosen, FAMILY, accelerator)
     whole = contents(tmp_path / "a")
     assert sorted(whole) == [f"class-{number:05d}.png" for number in range(5)]
     assert len(set(whole.values())) == 5
@@ -58,24 +58,24 @@ def test_interrupted_drawing_goes_on_to_the_same_pictures(
     for number in (1, 2, 4):
         (tmp_path / "b" / f"class-{number:05d}.png").unlink()
     (tmp_path / "b" / ".class-00002.png.77").write_bytes(b"half")
-    assert draw_class_images(prior(base, tmp_path / "b"), FAMILY, accelerator)
+    assert generate_class_images(prior(base, tmp_path / "b"), FAMILY, accelerator)
     (tmp_path / "b" / ".class-00002.png.77").unlink()
     assert contents(tmp_path / "b") == whole
-    assert not draw_class_images(chosen, FAMILY, accelerator)
+    assert not generate_class_images(chosen, FAMILY, accelerator)
 
 
-def test_pictures_of_others_count_and_are_kept(
+def test_images_of_others_count_and_are_kept(
     base: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
-    folder = make_pictures(tmp_path / "class", 3)
+    folder = make_images(tmp_path / "class", 3)
     before = contents(folder)
     chosen = prior(base, folder)
-    assert class_pictures_there(chosen) == 3
-    draw_class_images(chosen, FAMILY, accelerator)
+    assert existing_class_images(chosen) == 3
+    generate_class_images(chosen, FAMILY, accelerator)
     after = contents(folder)
     assert sorted(after) == ["0.png", "1.png", "2.png", "class-00000.png", "class-00001.png"]
     assert before.items() <= after.items()
-    assert len(find_class_pictures(chosen)) == 5
+    assert len(find_class_images(chosen)) == 5
 
 
 def test_nothing_is_drawn_for_a_teacher_or_without_a_prior(
@@ -87,7 +87,7 @@ def test_nothing_is_drawn_for_a_teacher_or_without_a_prior(
     ]
     for options in choices:
         chosen = prior(base, tmp_path / "class", **options)
-        assert not draw_class_images(chosen, FAMILY, accelerator)
+        assert not generate_class_images(chosen, FAMILY, accelerator)
     assert not (tmp_path / "class").exists()
 
 
@@ -96,7 +96,7 @@ def test_precision_of_drawing(
     base: Path, tmp_path: Path, accelerator: Accelerator, precision: str | None
 ) -> None:
     chosen = prior(base, tmp_path, prior_generation_precision=precision, num_class_images=1)
-    assert draw_class_images(chosen, FAMILY, accelerator)
+    assert generate_class_images(chosen, FAMILY, accelerator)
 
 
 @pytest.mark.parametrize("name", list_families())

@@ -10,38 +10,38 @@ import torch
 from accelerate import Accelerator
 
 from gralora_diffusion.families import get_family, mend_clip_skip
-from gralora_diffusion.training.data.data_module import Batches, find_class_pictures, find_pictures
+from gralora_diffusion.training.data.data_module import Batches, find_class_images, find_images
 from tests.models import stable_diffusion
-from tests.training.runs import config, make_pictures, make_shapes
+from tests.training.runs import config, make_images, make_shapes
 
 FAMILY = get_family("stable-diffusion")
 
 
-def batches(pictures: Path, **options: Any) -> Batches:
+def batches(images: Path, **options: Any) -> Batches:
     chosen = config(
-        pretrained_model_name_or_path="owner/base", instance_data_dir=pictures, **options
+        pretrained_model_name_or_path="owner/base", instance_data_dir=images, **options
     ).with_defaults({"resolution": 16})
     return Batches(
         chosen,
         FAMILY,
         stable_diffusion(),
-        find_pictures(chosen),
-        find_class_pictures(chosen),
+        find_images(chosen),
+        find_class_images(chosen),
         Accelerator(cpu=True),
     )
 
 
 @pytest.mark.parametrize("options", [{}, {"cache_latents": False, "dataloader_num_workers": 1}])
-def test_positions_go_on_from_the_first_step(pictures: Path, options: dict[str, Any]) -> None:
-    data = batches(pictures, gradient_accumulation_steps=2, **options)
+def test_positions_go_on_from_the_first_step(images: Path, options: dict[str, Any]) -> None:
+    data = batches(images, gradient_accumulation_steps=2, **options)
     whole = [batch["positions"] for batch, _ in data.steps(0, 3)]
     assert whole == [[0, 1], [2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
     assert [batch["positions"] for batch, _ in data.steps(2, 3)] == whole[4:]
 
 
-def test_cached_latents_are_the_vaes(pictures: Path) -> None:
-    cached = batches(pictures, center_crop=True)
-    fresh = batches(pictures, center_crop=True, cache_latents=False)
+def test_cached_latents_are_the_vaes(images: Path) -> None:
+    cached = batches(images, center_crop=True)
+    fresh = batches(images, center_crop=True, cache_latents=False)
     (a, none), (b, _) = next(cached.steps(0, 1)), next(fresh.steps(0, 1))
     assert none is None
     assert a["content_keys"] == b["content_keys"]
@@ -51,22 +51,22 @@ def test_cached_latents_are_the_vaes(pictures: Path) -> None:
     torch.testing.assert_close(a["std"], std, rtol=1e-4, atol=1e-5)
 
 
-def test_prompts_are_encoded_once_unless_the_encoder_trains(pictures: Path) -> None:
+def test_prompts_are_encoded_once_unless_the_encoder_trains(images: Path) -> None:
     pipe = stable_diffusion()
-    data = batches(pictures, caption_dropout=0.5)
+    data = batches(images, caption_dropout=0.5)
     assert data.prompts is not None
     for prompt in ("a sks dog", ""):
         with torch.no_grad():
             expected, _ = pipe.encode_prompt([prompt], "cpu", 1, False)
         encoded = data.prompts.batch([prompt])["prompt_embeds"]
         torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
-    assert batches(pictures, train_text_encoder=True).prompts is None
+    assert batches(images, train_text_encoder=True).prompts is None
 
 
-def test_prompts_are_encoded_without_the_layers_to_skip(pictures: Path) -> None:
+def test_prompts_are_encoded_without_the_layers_to_skip(images: Path) -> None:
     pipe = stable_diffusion()
     mend_clip_skip(pipe)
-    data = batches(pictures, clip_skip=1)
+    data = batches(images, clip_skip=1)
     assert data.prompts is not None
     encoded = data.prompts.batch(["a sks dog"])["prompt_embeds"]
     with torch.no_grad():
@@ -74,13 +74,13 @@ def test_prompts_are_encoded_without_the_layers_to_skip(pictures: Path) -> None:
         whole, _ = pipe.encode_prompt(["a sks dog"], "cpu", 1, False)
     torch.testing.assert_close(encoded, expected, rtol=1e-5, atol=1e-5)
     assert not torch.allclose(encoded, whole, atol=1e-2)
-    assert data.digest != batches(pictures).digest
+    assert data.digest != batches(images).digest
 
 
-def test_class_pictures_have_their_own_stream(pictures: Path, tmp_path: Path) -> None:
-    classes = make_pictures(tmp_path / "class", 4, seed=3)
+def test_class_images_have_their_own_stream(images: Path, tmp_path: Path) -> None:
+    classes = make_images(tmp_path / "class", 4, seed=3)
     data = batches(
-        pictures,
+        images,
         with_prior_preservation=True,
         class_prompt="a dog",
         class_data_dir=classes,
@@ -96,7 +96,7 @@ WIDE, SQUARE, TALL = (30, 20), (21, 20), (20, 33)
 
 
 @pytest.mark.parametrize("cached", [True, False])
-def test_buckets_leave_out_no_picture_of_subject_or_class(tmp_path: Path, cached: bool) -> None:
+def test_buckets_leave_out_no_image_of_subject_or_class(tmp_path: Path, cached: bool) -> None:
     classes = make_shapes(tmp_path / "class", [TALL] * 5 + [SQUARE] * 4 + [WIDE], seed=3)
     data = batches(
         make_shapes(tmp_path / "instance", [WIDE, WIDE, SQUARE]),
@@ -133,9 +133,9 @@ def test_shapes_are_made_from_the_resolution_and_the_families_divisor(
     assert data.instance.targets == [(12, 24), (16, 16), (16, 8)]
 
 
-def test_digest_follows_what_decides_the_samples(pictures: Path, tmp_path: Path) -> None:
-    usual = batches(pictures).digest
-    assert batches(pictures, learning_rate=1).digest == usual
+def test_digest_follows_what_decides_the_samples(images: Path, tmp_path: Path) -> None:
+    usual = batches(images).digest
+    assert batches(images, learning_rate=1).digest == usual
     changed: list[dict[str, Any]] = [
         {"instance_prompt": "another"},
         {"train_batch_size": 3},
@@ -144,6 +144,6 @@ def test_digest_follows_what_decides_the_samples(pictures: Path, tmp_path: Path)
         {"use_aspect_ratio_buckets": True},
         {"aspect_ratio_buckets": "16,24;24,16"},
     ]
-    digests = [batches(pictures, **options).digest for options in changed]
-    digests.append(batches(make_pictures(tmp_path / "others", seed=9)).digest)
+    digests = [batches(images, **options).digest for options in changed]
+    digests.append(batches(make_images(tmp_path / "others", seed=9)).digest)
     assert len({usual, *digests}) == 8

@@ -68,12 +68,12 @@ def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
         assert torch.equal(sets[2][position]["mean"], alone[position]["mean"])
 
 
-def shade_of(picture):
-    return round(float((picture[0].mean() + 1) * 127.5))
+def shade_of(image):
+    return round(float((image[0].mean() + 1) * 127.5))
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_captions_stay_with_their_pictures_over_epochs(examples, cached):
+def test_captions_stay_with_their_images_over_epochs(examples, cached):
     training_set = cached_set(examples) if cached else TrainingSet(examples, PLAN, 0)
     seen = Counter()
     orders = set()
@@ -81,14 +81,14 @@ def test_captions_stay_with_their_pictures_over_epochs(examples, cached):
         samples = [training_set[t] for t in range(epoch * 5, epoch * 5 + 5)]
         orders.add(tuple(sample["prompt"] for sample in samples))
         for sample in samples:
-            picture = sample["mean" if cached else "pixel_values"]
-            assert shade_of(picture) == SHADES[sample["prompt"]]
+            image = sample["mean" if cached else "pixel_values"]
+            assert shade_of(image) == SHADES[sample["prompt"]]
             seen[sample["prompt"]] += 1
     assert seen == dict.fromkeys(SHADES, 6)
     assert len(orders) > 3
 
 
-def test_pictures_that_count_more_than_once(examples):
+def test_images_that_count_more_than_once(examples):
     """Each as often as its own number times that for all, in an epoch that is so much longer."""
     own = dict(zip(SHADES, (3, 1, 1, 2, 1), strict=True))
     counted = [replace(e, repeats=own[e.caption]) for e in examples]
@@ -136,8 +136,8 @@ def test_crops_and_flips_stay_random_over_epochs(examples, cached):
     variants = defaultdict(set)
     for t in range(5 * 60):
         sample = training_set[t]
-        picture = sample["mean" if cached else "pixel_values"]
-        variants[sample["prompt"]].add(picture.numpy().tobytes())
+        image = sample["mean" if cached else "pixel_values"]
+        variants[sample["prompt"]].add(image.numpy().tobytes())
     counts = [len(found) for found in variants.values()]
     if cached:
         assert counts == [6] * 5
@@ -162,7 +162,7 @@ def test_repeats_count_in_the_epoch(examples):
     assert seen == dict.fromkeys(SHADES, 3)
 
 
-def test_class_stream_uses_all_its_pictures_in_its_own_order(examples):
+def test_class_stream_uses_all_its_images_in_its_own_order(examples):
     instance = TrainingSet(examples[:2], PLAN, 0)
     classes = TrainingSet(examples, PLAN, 0, name="class")
     loader = [(instance[t]["prompt"], classes[t]["prompt"]) for t in range(5)]
@@ -188,7 +188,7 @@ SHAPES = CropPlan(8, random_flip=True, buckets=Buckets(8, 1, ((8, 16), (16, 8), 
 
 
 @pytest.mark.parametrize("cached", [False, True])
-def test_micro_batches_have_one_shape_and_hold_every_picture(examples, cached):
+def test_micro_batches_have_one_shape_and_hold_every_image(examples, cached):
     """Three wide pictures and two tall ones, in batches of two."""
     cache = LatentCache(SHAPES, "identity") if cached else None
     training_set = TrainingSet(examples, SHAPES, 0, batch_size=2, cache=cache)
@@ -203,8 +203,8 @@ def test_micro_batches_have_one_shape_and_hold_every_picture(examples, cached):
             (size,) = {tuple(size) for size in batch["target_sizes"].tolist()}
             assert batch[name].shape == (2, 3, *size)
             assert size == tuple(batch["original_sizes"][0].tolist())
-            for picture, prompt in zip(batch[name], batch["prompts"], strict=True):
-                assert shade_of(picture) == SHADES[prompt]
+            for image, prompt in zip(batch[name], batch["prompts"], strict=True):
+                assert shade_of(image) == SHADES[prompt]
             seen.update(batch["prompts"])
         assert set(seen) == set(SHADES)
         assert sorted(seen.values()) == [1, 1, 1, 1, 2]
@@ -243,7 +243,7 @@ def test_digest_follows_buckets_and_the_batches_they_make(examples):
     assert len(set(digests)) == 4
 
 
-def test_digest_follows_pictures_captions_and_repeats(examples):
+def test_digest_follows_images_captions_and_repeats(examples):
     digest = TrainingSet(examples, PLAN, 0).digest
     assert TrainingSet(list(examples), PLAN, 5).digest == digest
     assert TrainingSet(examples[:4], PLAN, 0).digest != digest

@@ -19,13 +19,13 @@ from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import (
     find_examples,
-    warn_of_long_pictures,
-    warn_of_small_pictures,
+    warn_of_long_images,
+    warn_of_small_images,
 )
 from gralora_diffusion.training.data.transforms import CropPlan
 
 
-def picture(seed=0, size=(12, 8)):
+def image(seed=0, size=(12, 8)):
     rng = np.random.default_rng(seed)
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
 
@@ -34,7 +34,7 @@ def fill(folder, names, size=(12, 8)):
     for seed, name in enumerate(names):
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture(seed, size).save(path)
+        image(seed, size).save(path)
 
 
 def write_metadata(folder, *entries):
@@ -60,7 +60,7 @@ def test_folder_with_one_prompt(tmp_path):
         data = example.source.read_bytes()
         assert example.content_key == hashlib.sha256(data).hexdigest()
         assert example.size == (12, 8)
-    np.testing.assert_array_equal(np.asarray(examples[0].load()), np.asarray(picture(1)))
+    np.testing.assert_array_equal(np.asarray(examples[0].load()), np.asarray(image(1)))
 
 
 def test_captions_metadata_then_text_file_then_prompt(tmp_path):
@@ -107,7 +107,7 @@ def test_caption_column_chooses_among_the_metadata(tmp_path):
         find_examples(tmp_path, "prompt", caption_column="lang")
 
 
-def test_pictures_without_any_caption_are_all_named(tmp_path):
+def test_images_without_any_caption_are_all_named(tmp_path):
     fill(tmp_path, ["1.png", "2.png", "3.png"])
     (tmp_path / "1.txt").write_text("a dog", encoding="utf-8")
     (tmp_path / "3.txt").write_text("  \n", encoding="utf-8")
@@ -170,7 +170,7 @@ def test_stray_files_are_reported_once_and_hidden_ones_never(tmp_path, caplog):
     assert "DS_Store" not in caplog.text
 
 
-def test_text_files_of_no_picture_are_stray(tmp_path, caplog):
+def test_text_files_of_no_image_are_stray(tmp_path, caplog):
     fill(tmp_path, ["1.png"])
     for name in ("1.txt", "license.txt"):
         (tmp_path / name).write_text("words", encoding="utf-8")
@@ -221,7 +221,7 @@ def damage(folder):
     return ["cut.jpg", "cut.png", "empty.webp", "gone.png", "page.jpg"]
 
 
-def test_bad_pictures_are_all_named_in_one_error(tmp_path):
+def test_bad_images_are_all_named_in_one_error(tmp_path):
     bad = damage(tmp_path)
     with pytest.raises(DataError) as caught:
         find_examples(tmp_path, "prompt")
@@ -232,7 +232,7 @@ def test_bad_pictures_are_all_named_in_one_error(tmp_path):
     assert "BytesIO" not in str(caught.value)
 
 
-def test_bad_pictures_can_be_skipped_but_not_all(tmp_path, caplog):
+def test_bad_images_can_be_skipped_but_not_all(tmp_path, caplog):
     bad = damage(tmp_path)
     examples = find_examples(tmp_path, "prompt", skip_bad_images=True)
     assert list(captions(examples)) == ["1.png", "2.png"]
@@ -243,10 +243,10 @@ def test_bad_pictures_can_be_skipped_but_not_all(tmp_path, caplog):
         find_examples(tmp_path, "prompt", skip_bad_images=True)
 
 
-def test_a_picture_that_changes_after_the_start_is_noticed(tmp_path):
+def test_a_image_that_changes_after_the_start_is_noticed(tmp_path):
     fill(tmp_path, ["1.png"])
     (example,) = find_examples(tmp_path, "prompt")
-    picture(99).save(tmp_path / "1.png")
+    image(99).save(tmp_path / "1.png")
     with pytest.raises(DataError, match="was changed since the start"):
         example.load()
     (tmp_path / "1.png").unlink()
@@ -254,7 +254,7 @@ def test_a_picture_that_changes_after_the_start_is_noticed(tmp_path):
         example.load()
 
 
-def test_pictures_are_decoded_at_once_and_kept_in_order(tmp_path, monkeypatch):
+def test_images_are_decoded_at_once_and_kept_in_order(tmp_path, monkeypatch):
     fill(tmp_path, [f"{number}.png" for number in range(8)])
     together, read = threading.Barrier(8), Path.read_bytes
 
@@ -272,10 +272,10 @@ def test_pictures_are_decoded_at_once_and_kept_in_order(tmp_path, monkeypatch):
 def test_all_kinds_of_files_load_upright_in_rgb(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
-    picture().save(tmp_path / "turned.jpg", exif=exif)
-    picture().convert("CMYK").save(tmp_path / "cmyk.jpg")
-    picture().convert("RGBA").save(tmp_path / "alpha.png")
-    picture().save(tmp_path / "moving.gif", save_all=True, append_images=[picture(1)])
+    image().save(tmp_path / "turned.jpg", exif=exif)
+    image().convert("CMYK").save(tmp_path / "cmyk.jpg")
+    image().convert("RGBA").save(tmp_path / "alpha.png")
+    image().save(tmp_path / "moving.gif", save_all=True, append_images=[image(1)])
     Image.fromarray(np.full((8, 12), 30000, np.uint16)).save(tmp_path / "deep.png")
     sizes = {
         e.source.name: (e.size, e.load().size, e.load().mode) for e in find_examples(tmp_path, "p")
@@ -286,36 +286,36 @@ def test_all_kinds_of_files_load_upright_in_rgb(tmp_path):
     assert sizes == {**dict.fromkeys(kinds, flat), "turned.jpg": turned}
 
 
-def test_small_pictures_are_reported(tmp_path, caplog):
+def test_small_images_are_reported(tmp_path, caplog):
     fill(tmp_path, ["1.png"], (12, 8))
     fill(tmp_path, ["2.png"], (9, 9))
     examples = find_examples(tmp_path, "prompt")
-    warn_of_small_pictures(examples, CropPlan(8))
+    warn_of_small_images(examples, CropPlan(8))
     assert not caplog.records
-    warn_of_small_pictures(examples, CropPlan(9))
+    warn_of_small_images(examples, CropPlan(9))
     assert (
         "--resolution 9: smaller pictures, enlarged for training (1): 1.png (12x8)" in caplog.text
     )
 
 
-def test_pictures_smaller_than_their_bucket_are_reported(tmp_path, caplog):
+def test_images_smaller_than_their_bucket_are_reported(tmp_path, caplog):
     fill(tmp_path, ["1.png"], (12, 8))
     fill(tmp_path, ["2.png"], (9, 9))
     examples = find_examples(tmp_path, "prompt")
-    warn_of_small_pictures(examples, CropPlan(99, buckets=Buckets(99, 1, ((8, 12), (9, 9)))))
+    warn_of_small_images(examples, CropPlan(99, buckets=Buckets(99, 1, ((8, 12), (9, 9)))))
     assert not caplog.records
-    warn_of_small_pictures(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
+    warn_of_small_images(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
     assert "aspect-ratio buckets: smaller pictures, enlarged for training (1): 2.png (9x9)" in (
         caplog.text
     )
 
 
-def test_pictures_of_which_little_is_shown_are_reported(tmp_path, caplog):
+def test_images_of_which_little_is_shown_are_reported(tmp_path, caplog):
     fill(tmp_path, ["1.png"], (32, 8))
     fill(tmp_path, ["2.png"], (33, 8))
     fill(tmp_path, ["3.png"], (1, 9))
     examples = find_examples(tmp_path, "prompt")
-    warn_of_long_pictures(examples, CropPlan(8))
+    warn_of_long_images(examples, CropPlan(8))
     (record,) = caplog.records
     assert record.getMessage() == (
         "--resolution 8: long pictures, of which a sample shows less than a quarter (2): "
@@ -342,7 +342,7 @@ def save_dataset(folder, **columns):
 
 def png_bytes(tmp_path, seed):
     path = tmp_path / "one.png"
-    picture(seed).save(path)
+    image(seed).save(path)
     return path.read_bytes()
 
 
@@ -355,7 +355,7 @@ def test_dataset_rows_with_captions(tmp_path, cache):
     for seed, example in enumerate(found):
         assert example.content_key == hashlib.sha256(data[seed]).hexdigest()
         assert example.size == (12, 8)
-        np.testing.assert_array_equal(np.asarray(example.load()), np.asarray(picture(seed)))
+        np.testing.assert_array_equal(np.asarray(example.load()), np.asarray(image(seed)))
     found = find_dataset_examples(name, "prompt", cache_dir=cache)
     assert {example.caption for example in found} == {"prompt"}
 

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 import torch
 
-from gralora_diffusion.training.data.sampler import Ahead, SampleStream, StreamBatchSampler
+from gralora_diffusion.training.data.sampler import Prefetcher, SampleStream, StreamBatchSampler
 from gralora_diffusion.training.data.seeds import generator, seed_from
 
 
@@ -206,7 +206,7 @@ def test_ahead_makes_an_item_early_and_gives_each_once():
             made.append(item)
             yield item
 
-    ahead = Ahead(items())
+    ahead = Prefetcher(items())
     assert next(ahead) == 0
     assert made == [0]
     ahead.prepare()
@@ -218,7 +218,7 @@ def test_ahead_makes_an_item_early_and_gives_each_once():
 
 
 def test_ahead_passes_errors_on():
-    ahead = Ahead(1 // number for number in (1, 0))
+    ahead = Prefetcher(1 // number for number in (1, 0))
     assert next(ahead) == 1
     with pytest.raises(ZeroDivisionError):
         ahead.prepare()

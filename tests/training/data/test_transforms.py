@@ -113,7 +113,7 @@ def test_cut_off_files_are_refused(file_format):
         read_image(data[: len(data) // 2])
 
 
-def test_extensions_are_those_of_pictures():
+def test_extensions_are_those_of_images():
     known = image_extensions()
     assert {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tiff", ".avif", ".mpo"} <= known
     assert not known & {".pdf", ".eps", ".mpg", ".txt", ".jsonl", ".safetensors"}
@@ -159,7 +159,7 @@ def test_centre_crop_has_one_place_and_both_directions():
         assert kept == (Variant(2, 0, 6, 6, False), Variant(2, 0, 6, 6, True))
 
 
-def test_a_square_picture_has_one_crop():
+def test_a_square_image_has_one_crop():
     assert CropPlan(6).kept((30, 30), "key", 8, seed=0) == (Variant(0, 0, 6, 6, False),)
     both = CropPlan(6, random_flip=True).kept((30, 30), "key", 8, seed=0)
     assert both == (Variant(0, 0, 6, 6, False), Variant(0, 0, 6, 6, True))
@@ -173,7 +173,7 @@ def test_all_variants_are_kept_when_there_are_few():
     assert sorted((variant.left, variant.flip) for variant in both) == every
 
 
-def test_kept_variants_are_distinct_drawn_per_picture_and_grow_at_the_end():
+def test_kept_variants_are_distinct_drawn_per_image_and_grow_at_the_end():
     plan = CropPlan(64, random_flip=True)
     eight = plan.kept((200, 64), "one", 8, seed=0)
     assert len(set(eight)) == 8
@@ -198,7 +198,7 @@ LONG = [(1, 300), (300, 1), (2, 61), (401, 13), (13, 400), (999, 100), (64, 9), 
 @pytest.mark.parametrize(
     "interpolation", ["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"]
 )
-def test_long_pictures_are_cut_out_as_from_the_whole_resized_picture(interpolation, flip):
+def test_long_images_are_cut_out_as_from_the_whole_resized_image(interpolation, flip):
     """Within a level, and nearly everywhere the same; at both ends, too."""
     plan, different, all_of_them = CropPlan(32, interpolation=interpolation), 0, 0
     for width, height in LONG:
@@ -218,7 +218,7 @@ def test_long_pictures_are_cut_out_as_from_the_whole_resized_picture(interpolati
     assert different < all_of_them / 1000
 
 
-def test_the_longest_pictures_take_no_more_memory_than_their_crops():
+def test_the_longest_images_take_no_more_memory_than_their_crops():
     plan = CropPlan(64)
     size = (1, 65_000)
     assert plan.resized(size) == (64, 4_160_000)
@@ -262,7 +262,7 @@ def test_share_that_a_crop_shows():
         ((3, 2), (8, 8)),
     ],
 )
-def test_a_picture_gets_the_nearest_shape_and_no_more_pixels_than_it_has(size, bucket):
+def test_a_image_gets_the_nearest_shape_and_no_more_pixels_than_it_has(size, bucket):
     plan = CropPlan(512, buckets=Buckets(512, 8))
     assert plan.target_size(size) == bucket
     height, width = CropPlan(512, buckets=Buckets(512, 64)).target_size(size)
@@ -285,7 +285,7 @@ def test_listed_buckets_are_all_there_is():
     ],
 )
 @pytest.mark.parametrize("flip", [False, True])
-def test_a_picture_covers_its_bucket_and_what_is_left_over_is_cut_off(size, resized, places, flip):
+def test_a_image_covers_its_bucket_and_what_is_left_over_is_cut_off(size, resized, places, flip):
     plan = CropPlan(8, random_flip=flip, buckets=Buckets(8, 1, ((10, 12),)))
     image = Image.fromarray(RNG.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8))
     assert plan.resized(size) == resized

@@ -13,14 +13,14 @@ import torch
 from gralora_diffusion import get_family
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
-from gralora_diffusion.training.data.truncation import cuts_told_already, tell_cut_prompts
+from gralora_diffusion.training.data.truncation import report_truncation, reported_truncation
 from tests.models import PIPELINES
 from tests.training.runs import run
 
 LONG = " ".join("abcdefghijklmnopqrstuvwxyz")
 
 
-def picture(caption: str, name: str = "1.png") -> Example:
+def image(caption: str, name: str = "1.png") -> Example:
     return Example(Path(name), caption, "", (8, 8))
 
 
@@ -81,7 +81,7 @@ def test_numbers_of_language_models(name: str, encoder: str, told: list[str]) ->
     assert kept == length < whole < 400
     told.clear()  # of what the libraries said of that
     config = TrainingConfig(instance_prompt=LONG, max_sequence_length=length)
-    tell_cut_prompts(pipe, family, config, [picture(LONG)])
+    report_truncation(pipe, family, config, [image(LONG)])
     (message,) = told
     lost = whole - kept
     cut = f"{encoder} takes {length} tokens (--max_sequence_length) of its {whole}, {lost} are lost"
@@ -89,7 +89,7 @@ def test_numbers_of_language_models(name: str, encoder: str, told: list[str]) ->
     assert cut in message
     told.clear()
     config = TrainingConfig(instance_prompt=LONG, max_sequence_length=60)
-    tell_cut_prompts(pipe, family, config, [picture("short")])
+    report_truncation(pipe, family, config, [image("short")])
     assert told == []
 
 
@@ -97,7 +97,7 @@ def test_numbers_of_language_models(name: str, encoder: str, told: list[str]) ->
 def test_numbers_of_clip(name: str, told: list[str]) -> None:
     """26 letters, a beginning and an end, of which the tiny CLIP takes 16; T5 takes them all."""
     pipe = PIPELINES[name]()
-    tell_cut_prompts(pipe, get_family(name), TrainingConfig(instance_prompt=LONG), [picture(LONG)])
+    report_truncation(pipe, get_family(name), TrainingConfig(instance_prompt=LONG), [image(LONG)])
     cut = "takes 16 tokens of its 28, 12 are lost"
     encoders = ["text_encoder", "text_encoder_2"] if "xl" in name else ["text_encoder"]
     cuts = "; ".join(f"{encoder} {cut}" for encoder in encoders)
@@ -106,11 +106,11 @@ def test_numbers_of_clip(name: str, told: list[str]) -> None:
 
 def test_places(told: list[str]) -> None:
     pipe, family = PIPELINES["stable-diffusion"](), get_family("stable-diffusion")
-    pictures = [
-        picture(f"first {LONG}", "dog/1.png"),
-        picture(f"first {LONG}", "dog/2.png"),
-        picture("short", "dog/3.png"),
-        picture(LONG, "dog/4.png"),
+    images = [
+        image(f"first {LONG}", "dog/1.png"),
+        image(f"first {LONG}", "dog/2.png"),
+        image("short", "dog/3.png"),
+        image(LONG, "dog/4.png"),
     ]
     config = TrainingConfig(
         instance_prompt=LONG,
@@ -118,7 +118,7 @@ def test_places(told: list[str]) -> None:
         with_prior_preservation=True,
         validation_prompt=[f"validation {LONG}", "short"],
     )
-    tell_cut_prompts(pipe, family, config, pictures)
+    report_truncation(pipe, family, config, images)
     assert [message.partition(" is cut off")[0] for message in told] == [
         "--class_prompt",
         "the caption of dog/1.png",
@@ -129,19 +129,19 @@ def test_places(told: list[str]) -> None:
 
 def test_many(told: list[str]) -> None:
     pipe, family = PIPELINES["stable-diffusion"](), get_family("stable-diffusion")
-    pictures = [picture(f"{n} {LONG}") for n in range(25)]
-    tell_cut_prompts(pipe, family, TrainingConfig(), pictures)
+    images = [image(f"{n} {LONG}") for n in range(25)]
+    report_truncation(pipe, family, TrainingConfig(), images)
     assert len(told) == 11
     assert told[-1] == "and 15 more prompts are cut off"
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_run_says_it_once(
-    trained: bool, base: Path, pictures: Path, tmp_path: Path, told: list[str]
+    trained: bool, base: Path, images: Path, tmp_path: Path, told: list[str]
 ) -> None:
     run(
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         instance_prompt=LONG,
         output_dir=tmp_path / "out",
         max_train_steps=2,
@@ -158,7 +158,7 @@ def test_a_run_says_it_once(
 
 def test_what_the_libraries_say_afterwards_is_as_before(told: list[str]) -> None:
     pipe, family = PIPELINES["stable-diffusion"](), get_family("stable-diffusion")
-    with cuts_told_already(pipe):
+    with reported_truncation(pipe):
         family.encode_prompts(pipe, [LONG])
     assert told == []
     family.encode_prompts(pipe, [LONG])

@@ -26,7 +26,7 @@ from gralora_diffusion.families import ModelFamily, get_family
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import validate
-from gralora_diffusion.training.data.data_module import Batches, find_class_pictures, find_pictures
+from gralora_diffusion.training.data.data_module import Batches, find_class_images, find_images
 from gralora_diffusion.training.dry_run.formatting import _adapter_lines, format_plan
 from gralora_diffusion.training.dry_run.plan import Plan, _adapter_plan, _models_there, plan_run
 from gralora_diffusion.training.loop import Trainer
@@ -37,7 +37,7 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.originals import ORIGINALS, write
-from tests.training.runs import arguments, config, make_pictures, make_shapes, run
+from tests.training.runs import arguments, config, make_images, make_shapes, run
 
 #: What is promised of the plan.
 WITHIN = 0.15
@@ -60,10 +60,10 @@ def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def options(middling: Path, pictures: Path, tmp_path: Path) -> dict[str, Any]:
+def options(middling: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
     return {
         "pretrained_model_name_or_path": middling,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "output_dir": tmp_path / "out",
         "resolution": 64,
     }
@@ -79,17 +79,17 @@ def plan_of(**options: Any) -> Plan:
     chosen = config(**options)
     validate(chosen)
     family = find_base_family(chosen)
-    pictures, classes = find_pictures(chosen), find_class_pictures(chosen)
+    images, classes = find_images(chosen), find_class_images(chosen)
     with accelerate_left_as_it_was():
-        return plan_run(chosen, family, pictures, classes, make_accelerator(chosen))
+        return plan_run(chosen, family, images, classes, make_accelerator(chosen))
 
 
 def trainer_of(**options: Any) -> Trainer:
     chosen = config(**options)
     family = find_base_family(chosen)
-    pictures, classes = find_pictures(chosen), find_class_pictures(chosen)
+    images, classes = find_images(chosen), find_class_images(chosen)
     store = CheckpointStore(chosen.output_dir)
-    return Trainer(chosen, family, pictures, classes, make_accelerator(chosen), store)
+    return Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
 
 
 def most_made(work: Callable[[], Any]) -> int:
@@ -158,7 +158,7 @@ def test_a_step_takes_what_was_planned(
 ) -> None:
     options |= changes
     if options.pop("prior", None):
-        classes = make_pictures(tmp_path / "class", 3, seed=4)
+        classes = make_images(tmp_path / "class", 3, seed=4)
         options |= {"with_prior_preservation": True, "class_prompt": "a dog"}
         options |= {"class_data_dir": classes, "num_class_images": 3}
     plan = plan_of(**options)
@@ -189,14 +189,14 @@ def test_a_step_takes_what_was_planned(
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 @pytest.mark.parametrize("changes", [{}, TEACHER], ids=["plain", "teacher"])
 def test_a_step_of_every_family(
-    pictures: Path, tmp_path: Path, name: str, changes: dict[str, Any]
+    images: Path, tmp_path: Path, name: str, changes: dict[str, Any]
 ) -> None:
     """In fp32 and with all activations kept, for beside these tiny models' a kernel's own scratch
     memory, which is not planned, is not little."""
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     options = {
         "pretrained_model_name_or_path": tmp_path / "base",
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "output_dir": tmp_path / "out",
         "resolution": 64,
         **changes,
@@ -217,8 +217,8 @@ def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
     with accelerate_left_as_it_was():
         trainer = trainer_of(**options)
         chosen, pipe = trainer.config, trainer.pipe
-        pictures, accelerator = find_pictures(chosen), trainer.accelerator
-        made = most_made(lambda: Batches(chosen, trainer.family, pipe, pictures, [], accelerator))
+        images, accelerator = find_images(chosen), trainer.accelerator
+        made = most_made(lambda: Batches(chosen, trainer.family, pipe, images, [], accelerator))
         cached = [*cached_tensors(trainer.data.cache), *cached_tensors(trainer.data.prompts)]
         base = [t for m in models_of(pipe).values() for t in (*m.parameters(), *m.buffers())]
     assert plan.cached == bytes_in(cached)
@@ -261,11 +261,11 @@ def test_empty_base_has_the_shapes_and_dtypes_of_the_base(
 
 
 def test_configurations_are_enough_and_nothing_is_written(
-    base: Path, pictures: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bare = without_weights(base, tmp_path / "bare")
     before = sorted(tmp_path.rglob("*"))
-    options = {"instance_data_dir": pictures, "output_dir": tmp_path / "out", "dry_run": True}
+    options = {"instance_data_dir": images, "output_dir": tmp_path / "out", "dry_run": True}
     options |= {"train_text_encoder": True, "rank": 8, "hybrid_rank": 2, "push_to_hub": True}
     main(arguments(pretrained_model_name_or_path=bare, **options))
     assert sorted(tmp_path.rglob("*")) == before
@@ -284,13 +284,13 @@ def test_configurations_are_enough_and_nothing_is_written(
     assert "rank 8 + 2, k 2, scaling 1" in printed
 
 
-def test_hub_id_needs_no_weights(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_hub_id_needs_no_weights(base: Path, images: Path, tmp_path: Path) -> None:
     """What the Hub's cache holds here is all that could be read: the tests are offline."""
     repository = tmp_path / "cache" / "models--nobody--tiny"
     without_weights(base, repository / "snapshots" / ("0" * 40))
     (repository / "refs").mkdir()
     (repository / "refs" / "main").write_text("0" * 40, encoding="utf-8")
-    shared = {"instance_data_dir": pictures, "output_dir": tmp_path / "out"}
+    shared = {"instance_data_dir": images, "output_dir": tmp_path / "out"}
     named = plan_of(
         pretrained_model_name_or_path="nobody/tiny", cache_dir=tmp_path / "cache", **shared
     )
@@ -299,11 +299,11 @@ def test_hub_id_needs_no_weights(base: Path, pictures: Path, tmp_path: Path) -> 
 
 
 def test_single_file_is_planned_by_its_configuration(
-    base: Path, pictures: Path, tmp_path: Path
+    base: Path, images: Path, tmp_path: Path
 ) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base)
     file = write(ORIGINALS["stable-diffusion"](pipe), tmp_path / "sd.safetensors")
-    shared = {"instance_data_dir": pictures, "output_dir": tmp_path / "out"}
+    shared = {"instance_data_dir": images, "output_dir": tmp_path / "out"}
     bare = without_weights(base, tmp_path / "bare")
     single = plan_of(pretrained_model_name_or_path=file, base_config=bare, **shared)
     folder = plan_of(pretrained_model_name_or_path=base, **shared)
@@ -312,12 +312,12 @@ def test_single_file_is_planned_by_its_configuration(
         plan_of(pretrained_model_name_or_path=file, **shared)
 
 
-def test_another_vae_is_planned(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_another_vae_is_planned(base: Path, images: Path, tmp_path: Path) -> None:
     larger = AutoencoderKL(**{**vae().config, "block_out_channels": [32, 32]})
     larger.save_pretrained(tmp_path / "vae")
     plan = plan_of(
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         output_dir=tmp_path / "out",
         pretrained_vae_model_name_or_path=without_weights(tmp_path / "vae", tmp_path / "bare"),
         mixed_precision="bf16",
@@ -342,14 +342,14 @@ def test_another_vae_is_planned(base: Path, pictures: Path, tmp_path: Path) -> N
 )
 def test_errors_are_those_of_the_run(
     base: Path,
-    pictures: Path,
+    images: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
     changes: dict[str, Any],
 ) -> None:
-    options = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures, **changes}
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images, **changes}
     if options.pop("pictures", None):
-        options["instance_data_dir"] = make_pictures(tmp_path / "pictures")
+        options["instance_data_dir"] = make_images(tmp_path / "pictures")
         (tmp_path / "pictures" / "bad.png").write_bytes(b"no picture")
     told = []
     for dry in (True, None):
@@ -376,7 +376,7 @@ def test_buckets_are_planned_as_they_are_trained(
     with accelerate_left_as_it_was():
         trainer = trainer_of(**options)
     assert plan.steps == trainer.max_steps == 2 * 3  # each of three buckets fills a batch of two
-    assert plan.picture_size == max(trainer.data.instance.targets, key=math.prod) == (32, 16)
+    assert plan.image_size == max(trainer.data.instance.targets, key=math.prod) == (32, 16)
     monkeypatch.setattr(ModelFamily, "size_divisor", lambda self, pipe: 16)
     with pytest.raises(ConfigError, match=r"holds 16,24; .*multiples of 16 for this base"):
         plan_of(**options)
@@ -397,9 +397,9 @@ def test_layers_that_differ_are_named() -> None:
     assert second.endswith(f"{layers[4].module_name} and 2 more")
 
 
-def test_what_is_elsewhere_is_not_counted(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_what_is_elsewhere_is_not_counted(base: Path, images: Path, tmp_path: Path) -> None:
     """A GPU of two, as far as the CPU can tell: what is on it, and what is said of it."""
-    shared = {"instance_data_dir": pictures, "output_dir": tmp_path / "out"}
+    shared = {"instance_data_dir": images, "output_dir": tmp_path / "out"}
     here = plan_of(pretrained_model_name_or_path=base, **shared, use_ema=True)
     models = [row for row in here.memory if row.name in ("unet", "vae", "text_encoder")]
     assert [tuple(row.bytes) for row in models] == [("pictures", "prompts", "steps")] * 3
@@ -423,7 +423,7 @@ def test_what_is_elsewhere_is_not_counted(base: Path, pictures: Path, tmp_path: 
 
 
 def test_a_base_that_decides_by_values_is_refused(
-    base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     family = get_family("stable-diffusion")
     predict = type(family).predict
@@ -435,12 +435,12 @@ def test_a_base_that_decides_by_values_is_refused(
     with pytest.raises(ConfigError, match=r"decides by values .* Leave out --dry_run"):
         plan_of(
             pretrained_model_name_or_path=base,
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
         )
 
 
-def test_stable_diffusion_of_its_real_size(pictures: Path, tmp_path: Path) -> None:
+def test_stable_diffusion_of_its_real_size(images: Path, tmp_path: Path) -> None:
     """Its numbers are known, and 4 GB of weights are not."""
     stable_diffusion().save_pretrained(tmp_path / "tiny")
     base = without_weights(tmp_path / "tiny", tmp_path / "base")
@@ -464,7 +464,7 @@ def test_stable_diffusion_of_its_real_size(pictures: Path, tmp_path: Path) -> No
     encoder.config.save_pretrained(base / "text_encoder")
     plan = plan_of(
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         output_dir=tmp_path / "out",
         resolution=None,
         rank=16,
@@ -477,7 +477,7 @@ def test_stable_diffusion_of_its_real_size(pictures: Path, tmp_path: Path) -> No
         "adapter": 4 * 3_188_736,
     }
     assert plan.trained_parameters == 3_188_736
-    assert plan.picture_size == (128, 128)  # 64 latents a side; the tiny VAE shrinks by 2
+    assert plan.image_size == (128, 128)  # 64 latents a side; the tiny VAE shrinks by 2
     assert "adapter file: 12.8 MB" in format_plan(plan)
 
 

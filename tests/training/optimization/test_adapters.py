@@ -24,9 +24,9 @@ from gralora_diffusion.training.optimization.adapters import (
     adapter_configs,
     adapter_parameters,
     add_adapters,
-    put_back,
-    read_out,
-    weights_for_use,
+    extract,
+    inference_weights,
+    restore,
 )
 from tests.models import stable_diffusion
 from tests.training.runs import config
@@ -43,7 +43,7 @@ def adapted(**options: Any) -> Any:
 
 def test_same_seed_same_adapter_and_another_one_for_another_seed() -> None:
     first, second, third = (
-        read_out(adapted(seed=seed), FAMILY, BOTH).components for seed in (1, 1, 2)
+        extract(adapted(seed=seed), FAMILY, BOTH).components for seed in (1, 1, 2)
     )
     for part in BOTH:
         a, b, c = (x[part].tensors for x in (first, second, third))
@@ -63,7 +63,7 @@ def test_same_seed_same_adapter_and_another_one_for_another_seed() -> None:
     ],
 )
 def test_targets(options: dict[str, Any], endings: set[str]) -> None:
-    tensors = read_out(adapted(**options), FAMILY, BOTH).components["unet"].tensors
+    tensors = extract(adapted(**options), FAMILY, BOTH).components["unet"].tensors
     assert {key.split(".gralora_")[0].split(".")[-1] for key in tensors} == endings
     if "re:" in options.get("lora_layers", ""):
         assert all(key.startswith("down_blocks.") for key in tensors)
@@ -219,20 +219,20 @@ def test_what_does_not_fit_the_base(options: dict[str, Any], texts: list[str]) -
 
 def test_read_out_is_a_copy_and_put_back_restores(tmp_path: Path) -> None:
     pipe = adapted()
-    before = read_out(pipe, FAMILY, BOTH)
+    before = extract(pipe, FAMILY, BOTH)
     save_adapter(before, tmp_path / "x.safetensors")
     with torch.no_grad():
         for part in BOTH:
             for parameter in adapter_parameters(pipe, part):
                 parameter.add_(1)
-    put_back(pipe, BOTH, tmp_path / "x.safetensors")
-    after = read_out(pipe, FAMILY, BOTH)
+    restore(pipe, BOTH, tmp_path / "x.safetensors")
+    after = extract(pipe, FAMILY, BOTH)
     for part in BOTH:
         a, b = before.components[part].tensors, after.components[part].tensors
         assert all(torch.equal(a[key], b[key]) for key in a)
     assert all(p.requires_grad for p in adapter_parameters(pipe, "unet"))
     with pytest.raises(CheckpointError, match="it adapts text_encoder, unet"):
-        put_back(pipe, ("unet",), tmp_path / "x.safetensors")
+        restore(pipe, ("unet",), tmp_path / "x.safetensors")
 
 
 PATTERNED = {"rank_pattern": ["attn1.to_q=8", "to_q=12"], "alpha_pattern": ["to_k=3", "to_v=2"]}
@@ -251,14 +251,14 @@ PATTERNED = {"rank_pattern": ["attn1.to_q=8", "to_q=12"], "alpha_pattern": ["to_
 def test_put_back_compares_patterns(
     tmp_path: Path, changes: dict[str, Any], text: str | None
 ) -> None:
-    path = save_adapter(read_out(adapted(**PATTERNED), FAMILY, BOTH), tmp_path / "x.safetensors")
+    path = save_adapter(extract(adapted(**PATTERNED), FAMILY, BOTH), tmp_path / "x.safetensors")
     other = adapted(**{**PATTERNED, **changes}, seed=1)
     if text is not None:
         with pytest.raises(CheckpointError, match=text):
-            put_back(other, BOTH, path)
+            restore(other, BOTH, path)
         return
-    put_back(other, BOTH, path)
-    save_adapter(read_out(other, FAMILY, BOTH), tmp_path / "y.safetensors")
+    restore(other, BOTH, path)
+    save_adapter(extract(other, FAMILY, BOTH), tmp_path / "y.safetensors")
     assert (tmp_path / "y.safetensors").read_bytes() == path.read_bytes()
 
 
@@ -276,7 +276,7 @@ def test_weights_for_use(averaged: bool) -> None:
         ema.step(parameters)
     trained = copy.deepcopy(parameters[0].data)
     expected = torch.tensor([1.4, 2.4]) if averaged else trained
-    with weights_for_use(parameters, optimizer, ema):
+    with inference_weights(parameters, optimizer, ema):
         torch.testing.assert_close(parameters[0].data, expected)
     assert torch.equal(parameters[0].data, trained)
 

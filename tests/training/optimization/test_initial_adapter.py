@@ -57,17 +57,17 @@ def pipeline(base: Path) -> Any:
     return pipe
 
 
-def picture(base: Path, adapter: Path) -> torch.Tensor:
+def image(base: Path, adapter: Path) -> torch.Tensor:
     pipe = pipeline(base)
     pipe.load_gralora_weights(adapter)
     return models.draw(pipe)
 
 
-def test_a_run_starts_at_the_picture_of_the_lora_and_goes_on(base, pictures, lora, start, tmp_path):
+def test_a_run_starts_at_the_image_of_the_lora_and_goes_on(base, images, lora, start, tmp_path):
     options = {
         **SHAPE,
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "initial_adapter": start,
         "train_text_encoder": True,
     }
@@ -79,7 +79,7 @@ def test_a_run_starts_at_the_picture_of_the_lora_and_goes_on(base, pictures, lor
     pipe.load_lora_weights(lora)
     theirs = models.draw(pipe)
     assert relative_error(theirs, bare) > 0.01
-    assert relative_error(picture(base, still), theirs) < 1e-6
+    assert relative_error(image(base, still), theirs) < 1e-6
 
     moved = runs.run(**options, max_train_steps=3, learning_rate=1e-2, output_dir=tmp_path / "b")
     first, last = runs.adapter(start.parent), runs.adapter(moved)
@@ -88,15 +88,15 @@ def test_a_run_starts_at_the_picture_of_the_lora_and_goes_on(base, pictures, lor
             key if key in first else key.replace("encoder.layers", "text_model.encoder.layers", 1)
         ]
         assert not torch.equal(tensor, before), key
-    assert relative_error(picture(base, moved), theirs) > 1e-3
+    assert relative_error(image(base, moved), theirs) > 1e-3
     # the same first loss: where both began
     assert runs.metrics(moved)[0]["loss"] == runs.metrics(still)[0]["loss"]
 
 
-def test_what_a_run_wrote_is_taken_as_it_is_and_a_checkpoint_wins_over_it(base, pictures, tmp_path):
+def test_what_a_run_wrote_is_taken_as_it_is_and_a_checkpoint_wins_over_it(base, images, tmp_path):
     options: dict[str, Any] = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "output_dir": tmp_path / "a",
     }
     first = runs.run(**options, max_train_steps=2)
@@ -154,12 +154,12 @@ def unet_only(start: Path, folder: Path, **changes: Any) -> Path:
         ({"initial_adapter": "/absent.safetensors"}, "/absent.safetensors: no such file"),
     ],
 )
-def test_options_that_do_not_agree(options, text, base, pictures, start, tmp_path, monkeypatch):
+def test_options_that_do_not_agree(options, text, base, images, start, tmp_path, monkeypatch):
     monkeypatch.setattr(loop, "load_base", lambda *_: pytest.fail("the base was loaded"))
     usual = {
         **SHAPE,
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "initial_adapter": unet_only(start, tmp_path),
         "output_dir": tmp_path / "out",
     }
@@ -168,18 +168,18 @@ def test_options_that_do_not_agree(options, text, base, pictures, start, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_text_encoder_that_the_run_leaves_alone(base, pictures, start, tmp_path):
+def test_a_text_encoder_that_the_run_leaves_alone(base, images, start, tmp_path):
     with pytest.raises(ConfigError, match="Give --train_text_encoder --text_encoders text_encoder"):
         runs.run(
             **SHAPE,
             pretrained_model_name_or_path=base,
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             initial_adapter=start,
             output_dir=tmp_path / "out",
         )
 
 
-def test_layers_that_no_preset_has(base, pictures, tmp_path):
+def test_layers_that_no_preset_has(base, images, tmp_path):
     """The option that is named brings the run about."""
     tensors = {
         f"unet.{path}.lora_{side}.weight": factor
@@ -190,7 +190,7 @@ def test_layers_that_no_preset_has(base, pictures, tmp_path):
     start = save_adapter(adapter, tmp_path / "start" / WEIGHTS_NAME)
     options = {
         "pretrained_model_name_or_path": base,
-        "instance_data_dir": pictures,
+        "instance_data_dir": images,
         "initial_adapter": start,
         "rank": 8,
         "gralora_k": 4,

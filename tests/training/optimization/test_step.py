@@ -16,7 +16,7 @@ from torch import Tensor
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.families import get_family
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
-from gralora_diffusion.training.data.data_module import find_class_pictures, find_pictures
+from gralora_diffusion.training.data.data_module import find_class_images, find_images
 from gralora_diffusion.training.data.seeds import generator, seed_from
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import mean_loss
@@ -33,9 +33,9 @@ PREDICTIONS = ("epsilon", "v_prediction", "sample")
 def make_trainer(**options: Any) -> Trainer:
     chosen = config(**options)
     store = CheckpointStore(chosen.output_dir)
-    pictures, classes = find_pictures(chosen), find_class_pictures(chosen)
+    images, classes = find_images(chosen), find_class_images(chosen)
     family = find_base_family(chosen)
-    trainer = Trainer(chosen, family, pictures, classes, make_accelerator(chosen), store)
+    trainer = Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.parameters:
@@ -115,7 +115,7 @@ def test_the_next_rows_do_not_wait_for_the_gpu(name: str, tmp_path: Path) -> Non
     ids=["plain", "snr-offset-text", "images", "teacher", "zero-terminal-snr", "two-shapes"],
 )
 def test_loss_and_gradient_of_a_step(
-    base: Path, pictures: Path, tmp_path: Path, prediction: str, options: dict[str, Any]
+    base: Path, images: Path, tmp_path: Path, prediction: str, options: dict[str, Any]
 ) -> None:
     options = dict(options)
     prior, zero = options.pop("prior", None), options.pop("zero_terminal", False)
@@ -137,7 +137,7 @@ def test_loss_and_gradient_of_a_step(
     with accelerate_left_as_it_was():
         trainer = make_trainer(
             pretrained_model_name_or_path=base,
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
             prediction_type=prediction,
             cache_latents=False,
@@ -183,7 +183,7 @@ def test_loss_and_gradient_of_a_step(
 )
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_loss_and_gradient_of_every_family(
-    pictures: Path, tmp_path: Path, name: str, options: dict[str, Any]
+    images: Path, tmp_path: Path, name: str, options: dict[str, Any]
 ) -> None:
     """Against the pipeline's own call, with its scheduler's noise, a sample at a time."""
     family = get_family(name)
@@ -194,7 +194,7 @@ def test_loss_and_gradient_of_every_family(
     with accelerate_left_as_it_was():
         trainer = make_trainer(
             pretrained_model_name_or_path=tmp_path / "base",
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
             cache_latents=False,
             seed=7,
@@ -290,13 +290,13 @@ def predicted(pipe: Any, denoiser: str, prompt: str, latents: Tensor, call: dict
 
 
 def test_teacher_rows_are_the_bases_predictions_whatever_the_adapter(
-    base: Path, pictures: Path, tmp_path: Path
+    base: Path, images: Path, tmp_path: Path
 ) -> None:
     """Also under mixed precision, where both must round alike: else there is a loss at step 0."""
     with accelerate_left_as_it_was():
         trainer = make_trainer(
             pretrained_model_name_or_path=base,
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
             mixed_precision="bf16",
             with_prior_preservation=True,
@@ -310,14 +310,14 @@ def test_teacher_rows_are_the_bases_predictions_whatever_the_adapter(
             assert torch.equal(trainer.step(rows)[rows[0].instances :], torch.zeros(2))
 
 
-def test_stable_diffusion_2_trains(pictures: Path, tmp_path: Path) -> None:
+def test_stable_diffusion_2_trains(images: Path, tmp_path: Path) -> None:
     pipe = stable_diffusion(use_linear_projection=True, attention_head_dim=(2, 4))
     pipe.scheduler.register_to_config(prediction_type="v_prediction")
     pipe.save_pretrained(tmp_path / "base")
     with accelerate_left_as_it_was():
         trainer = make_trainer(
             pretrained_model_name_or_path=tmp_path / "base",
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
             target_preset="attention+ff+proj",
         )

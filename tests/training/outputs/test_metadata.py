@@ -15,7 +15,7 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.io.tensor_files import file_hashes
 from gralora_diffusion.training.outputs.metadata import tag_frequency
 from tests.models import PIPELINES
-from tests.training.runs import make_pictures, make_shapes, run
+from tests.training.runs import make_images, make_shapes, run
 
 TIMES = {"modelspec.date", "ss_training_started_at", "ss_training_finished_at"}
 
@@ -25,8 +25,8 @@ def metadata(folder: Path) -> dict[str, str]:
 
 
 def test_folders_of_concepts_are_told_as_kohyas(base: Path, tmp_path: Path) -> None:
-    make_pictures(tmp_path / "pictures" / "3_sks dog", count=2)
-    make_pictures(tmp_path / "pictures" / "1_zwx cat", count=1, seed=1)
+    make_images(tmp_path / "pictures" / "3_sks dog", count=2)
+    make_images(tmp_path / "pictures" / "1_zwx cat", count=1, seed=1)
     told = metadata(
         run(
             pretrained_model_name_or_path=base,
@@ -52,7 +52,7 @@ def test_folders_of_concepts_are_told_as_kohyas(base: Path, tmp_path: Path) -> N
 
 def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
     began = time.time()
-    subject = make_pictures(tmp_path / "my dog", count=3)
+    subject = make_images(tmp_path / "my dog", count=3)
     (subject / "0.txt").write_text("a sks dog, Snow,, snow ")
     out = run(
         pretrained_model_name_or_path=base,
@@ -63,7 +63,7 @@ def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
         lora_dropout=0.1,
         snr_gamma=5.0,
         with_prior_preservation=True,
-        class_data_dir=make_pictures(tmp_path / "dogs", count=2),
+        class_data_dir=make_images(tmp_path / "dogs", count=2),
         class_prompt="a dog",
         num_class_images=2,
         pretrained_vae_model_name_or_path=base / "vae",
@@ -139,9 +139,9 @@ def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
 
 
 def test_only_the_times_tell_a_run_from_its_resumed_twin(
-    base: Path, pictures: Path, tmp_path: Path
+    base: Path, images: Path, tmp_path: Path
 ) -> None:
-    data = {"pretrained_model_name_or_path": base, "instance_data_dir": pictures}
+    data = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     whole = run(output_dir=tmp_path / "one" / "rex", max_train_steps=4, **data)
     twin = tmp_path / "two" / "rex"
     # as if the first had been killed after its second step
@@ -193,12 +193,12 @@ def test_buckets_and_ranks_of_single_layers(base: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_family_without_prediction_types(
-    name: str, architecture: str, version: str, pictures: Path, tmp_path: Path
+    name: str, architecture: str, version: str, images: Path, tmp_path: Path
 ) -> None:
     PIPELINES[name]().save_pretrained(tmp_path / "base")
     out = run(
         pretrained_model_name_or_path=tmp_path / "base",
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         output_dir=tmp_path / "out",
         max_train_steps=1,
     )

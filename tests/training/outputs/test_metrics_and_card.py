@@ -19,20 +19,20 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from gralora_diffusion.training.config.training_config import parse_config
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import output_dir
-from gralora_diffusion.training.outputs.metrics import MetricsFile, draw_curve
+from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
-from tests.training.runs import adapter, assert_same_run, make_pictures, metrics, run
+from tests.training.runs import adapter, assert_same_run, make_images, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
 
 
 @pytest.fixture(scope="module")
-def finished(base: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def finished(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run(
         output_dir=tmp_path_factory.mktemp("runs") / "my dog",
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         instance_prompt='a "sks" dog: 犬',
         max_train_steps=4,
         validation_prompt=PROMPTS,
@@ -63,7 +63,7 @@ def test_files(finished: Path) -> None:
         assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
-def test_validation_pictures_are_files_in_a_grid(finished: Path) -> None:
+def test_validation_images_are_files_in_a_grid(finished: Path) -> None:
     steps = sorted((finished / "validation").iterdir())
     assert [step.name for step in steps] == ["step-000000", "step-000002", "step-000004"]
     for step in steps:
@@ -80,7 +80,7 @@ def test_validation_pictures_are_files_in_a_grid(finished: Path) -> None:
     assert first != last
 
 
-def test_final_pictures_are_those_of_the_saved_adapter(finished: Path, base: Path) -> None:
+def test_final_images_are_those_of_the_saved_adapter(finished: Path, base: Path) -> None:
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.load_gralora_weights(finished)
     image = pipe(
@@ -94,7 +94,7 @@ def test_final_pictures_are_those_of_the_saved_adapter(finished: Path, base: Pat
     assert image.tobytes() == saved.tobytes()
 
 
-def test_tracker_has_scalars_and_pictures(finished: Path) -> None:
+def test_tracker_has_scalars_and_images(finished: Path) -> None:
     events = next(f for f in (finished / "logs").rglob("events.*") if "loss" in tags(f)["scalars"])
     assert {"loss", "lr"} <= set(tags(events)["scalars"])
     assert sorted(tags(events)["images"]) == sorted(f"validation/{prompt}" for prompt in PROMPTS)
@@ -119,8 +119,8 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data = card.data.to_dict()
     assert data["instance_prompt"] == 'a "sks" dog: 犬'
     assert "gralora" in data["tags"]
-    (picture,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
-    assert (finished / picture).is_file()
+    (image,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
+    assert (finished / image).is_file()
     (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert yaml.safe_load(options)["rank"] == 4
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
@@ -165,7 +165,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     folder = run(
         output_dir=tmp_path / "out",
         latent_cache_dir=tmp_path / "out" / "cache",
-        instance_data_dir=make_pictures(tmp_path / "pictures"),
+        instance_data_dir=make_images(tmp_path / "pictures"),
         validation_prompt="a dog",
         validation_inference_steps=1,
         num_validation_images=1,
@@ -195,12 +195,12 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     assert pipe.unet.dtype == torch.bfloat16
 
 
-def test_card_tells_a_lowered_k(base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_card_tells_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> None:
     """conv_in takes 4 channels and conv_out makes 4, and k is 8 or, for the second one, 2."""
     out = run(
         output_dir=tmp_path / "out",
         pretrained_model_name_or_path=base,
-        instance_data_dir=pictures,
+        instance_data_dir=images,
         max_train_steps=1,
         rank=8,
         gralora_k=8,
@@ -236,5 +236,5 @@ def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("count", [1, 2, 500])
 def test_curve_of_any_length(tmp_path: Path, count: int) -> None:
-    draw_curve([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(count)], tmp_path / "c.png")
+    plot_curve([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(count)], tmp_path / "c.png")
     assert Image.open(tmp_path / "c.png").size == (840, 480)

@@ -14,11 +14,11 @@ from accelerate import Accelerator
 from PIL import Image
 from torch import nn
 
-from gralora_diffusion.base_models.loading import present
+from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import get_family
-from gralora_diffusion.pipelines.generation import draw, takes_negative_prompt
+from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
 from gralora_diffusion.training.outputs import validation
-from gralora_diffusion.training.outputs.validation import draw_validation, encoding_apart
+from gralora_diffusion.training.outputs.validation import encoding_apart, generate_validation
 from tests.models import PIPELINES
 from tests.training.runs import config
 
@@ -38,11 +38,11 @@ def test_encoders_are_on_the_device_only_while_they_compute(
         yield
 
     monkeypatch.setattr(validation, "offload_models", moved)
-    encoders = present(pipe, get_family(name).all_text_encoders)
+    encoders = existing_models(pipe, get_family(name).all_text_encoders)
     options: dict[str, Any] = {"size": 32, "inference_steps": 2}
-    expected = draw(pipe, ["a dog", "a cat"], 2, **options)
+    expected = generate(pipe, ["a dog", "a cat"], 2, **options)
     with encoding_apart(pipe, encoders, CPU):
-        drawn = draw(pipe, ["a dog", "a cat"], 2, **options)
+        drawn = generate(pipe, ["a dog", "a cat"], 2, **options)
     for ours, theirs in zip(chain(*drawn), chain(*expected), strict=True):
         assert ours.tobytes() == theirs.tobytes()
     # each prompt once, klein's empty one too, and each picture
@@ -65,14 +65,14 @@ def test_what_overflows_in_fp16_is_not_under_its_autocast() -> None:
         latents = torch.randn(1, 4, 4, 4, dtype=torch.float16)
         prompts: dict[str, Any] = {"prompt": ["a dog"], "prompt_2": None, "max_sequence_length": 8}
         embeddings = pipe.encode_prompt(**prompts)[0]
-        picture = pipe.vae.decode(latents.float()).sample
+        image = pipe.vae.decode(latents.float()).sample
         assert embeddings.isfinite().all()
         with torch.autocast("cpu", dtype=torch.float16):
             assert not torch.equal(pipe.encode_prompt(**prompts)[0], embeddings)
             assert not pipe.vae.decode(latents).sample.isfinite().all()
             with encoding_apart(pipe, [], CPU):
                 assert torch.equal(pipe.encode_prompt(**prompts)[0], embeddings)
-                assert torch.equal(pipe.vae.decode(latents).sample, picture)
+                assert torch.equal(pipe.vae.decode(latents).sample, image)
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
@@ -88,7 +88,7 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         validation_inference_steps=2,
         resolution=32,
     )
-    grid = draw_validation(pipe, family, chosen, 3, Accelerator(cpu=True))
+    grid = generate_validation(pipe, family, chosen, 3, Accelerator(cpu=True))
     takes = name.startswith("stable-diffusion")
     assert takes_negative_prompt(type(pipe)) == takes
     for row, prompt in enumerate(("a dog", "a cat")):

@@ -21,7 +21,7 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from tests.models import PIPELINES, config
 from tests.tiny.stable_diffusion_3 import build
-from tests.training.runs import assert_close, assert_same_run, make_pictures, metrics, run
+from tests.training.runs import assert_close, assert_same_run, make_images, metrics, run
 
 
 def test_nothing_frozen_is_sent_round() -> None:
@@ -55,7 +55,7 @@ def test_nothing_frozen_is_sent_round() -> None:
 )
 def test_settings_of_accelerate_that_would_break_a_run(
     base: Any,
-    pictures: Any,
+    images: Any,
     tmp_path: Any,
     monkeypatch: pytest.MonkeyPatch,
     setting: str,
@@ -70,7 +70,7 @@ def test_settings_of_accelerate_that_would_break_a_run(
     with pytest.raises(ConfigError, match=named):
         run(
             pretrained_model_name_or_path=base,
-            instance_data_dir=pictures,
+            instance_data_dir=images,
             output_dir=tmp_path / "out",
             mixed_precision=None,
         )
@@ -98,7 +98,7 @@ def data(tmp_path: Path) -> dict[str, Any]:
     build(num_layers=1).save_pretrained(tmp_path / "base")
     return {
         "pretrained_model_name_or_path": tmp_path / "base",
-        "instance_data_dir": make_pictures(tmp_path / "pictures"),
+        "instance_data_dir": make_images(tmp_path / "pictures"),
         "max_train_steps": 2,
     }
 
