@@ -110,7 +110,7 @@ def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -
         initial=len(trials) - len(ledger.left(trials)),
         total=len(trials),
         desc="benchmark",
-        trial="unit",
+        unit="trial",
         smoothing=0,  # the estimate is by all units of this run
         disable=not show,
     )
