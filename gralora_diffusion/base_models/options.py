@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from gralora_diffusion.options.fields import option
+from gralora_diffusion.options.fields import Fixed, MayDiffer, Place, Unrecorded, option
 
 
 @dataclass(kw_only=True)
@@ -14,26 +14,28 @@ class BaseModelOptions:
 
     _argument_group_name: ClassVar[str] = "Base model"
 
-    config: str | None = option(
+    config: Annotated[str | None, Place(), MayDiffer(commands=True), Unrecorded()] = option(
         None,
         "YAML file of options, `name: value` per line; what is on the command line wins over it",
     )
-    pretrained_model_name_or_path: str = option(
+    pretrained_model_name_or_path: Annotated[str, Place(read=True, hub_id=True)] = option(
         "",
         "Required. The base: a diffusers folder, a Hub id (owner/name), or one .safetensors file",
     )
-    base_config: str | None = option(
+    base_config: Annotated[str | None, Place(read=True, hub_id=True)] = option(
         None,
         "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, for "
         "the configuration and the models that the file lacks (default: found on the Hub)",
     )
     revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
     variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
-    cache_dir: str | None = option(None, "Folder for what is downloaded (default: the Hub's own)")
-    pretrained_vae_model_name_or_path: str | None = option(
-        None, "VAE to use in place of the base's: a folder or a Hub id"
+    cache_dir: Annotated[str | None, Place(), MayDiffer(commands=True)] = option(
+        None, "Folder for what is downloaded (default: the Hub's own)"
     )
-    leave_out_text_encoders: list[str] | None = option(  # noqa: RUF009
+    pretrained_vae_model_name_or_path: Annotated[str | None, Place(read=True, hub_id=True)] = (
+        option(None, "VAE to use in place of the base's: a folder or a Hub id")
+    )
+    leave_out_text_encoders: list[str] | None = option(
         None,
         "Text encoders to load the base without, to save memory, such as text_encoder_3 (T5) of "
         "Stable Diffusion 3",
@@ -41,12 +43,14 @@ class BaseModelOptions:
     family: str | None = option(
         None, "Model family of the base, such as stable-diffusion (default: found from the base)"
     )
-    quantization: Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None = option(
+    quantization: Annotated[
+        Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None, Fixed()
+    ] = option(
         None,
         "Store the frozen denoiser in 8 or 4 bits (needs bitsandbytes and a GPU, or torchao)",
     )
     quantize_text_encoders: bool = option(False, "The same for the text encoders")
-    bnb_quantization_config_path: str | None = option(
+    bnb_quantization_config_path: Annotated[str | None, Place(read=True)] = option(
         None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
     )
 

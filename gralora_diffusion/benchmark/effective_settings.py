@@ -13,18 +13,13 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from gralora_diffusion.options.fields import AlwaysReported, options_with
 from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
 from gralora_diffusion.training.optimization.adapters import lowered_ks
 from gralora_diffusion.training.runtime.acceleration import device_name
 
 from .methods import Method
 from .settings import BenchmarkSettings
-
-#: Settings that a reader wants to know also where they are the defaults.
-_ALWAYS_TOLD = (
-    *("train_batch_size", "gradient_accumulation_steps", "learning_rate", "lr_scheduler"),
-    *("optimizer", "resolution", "mixed_precision", "target_preset"),
-)
 
 
 def effective_settings(
@@ -38,7 +33,7 @@ def effective_settings(
 
     What a method does not have is None.
     """
-    told = {name: getattr(config, name) for name in _ALWAYS_TOLD}
+    told = {name: getattr(config, name) for name in options_with(TrainingConfig, AlwaysReported)}
     given = yaml.safe_load(config.to_yaml(public=True))
     training = {
         name: value

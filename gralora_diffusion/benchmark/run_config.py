@@ -15,11 +15,12 @@ import yaml
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.options.fields import MayDiffer, Place, options_with
 from gralora_diffusion.options.parsing import arguments_of, parse_options
-from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
 
-from .options import BENCHMARK_GROUPS, SET_BY_THE_BENCHMARK, training_groups
+from .options import BENCHMARK_GROUPS, set_by_benchmark, training_groups
 from .settings import BenchmarkSettings
 
 logger = logging.getLogger(__name__)
@@ -29,14 +30,17 @@ SETTINGS_NAME = BENCHMARK_NAME
 _WRITING = 60.0
 ROOT = Path(__file__).parents[2]
 SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
-#: What may differ between two commands of one run: they add units to it, or change none.
-_FREE = {
-    *("methods", "seeds", "subjects", "title", "keep_adapters", "retry_failed", "report_only"),
-    *("output_dir", "suite", "config", "cache_dir", "dataloader_num_workers", "latent_cache_dir"),
-}
-#: Options that are a file or folder, and those of them that never are a Hub id.
-_PATHS = {*PATHS, "dreambooth_dir", "captioned_dir"}
-_LOCAL = {"output_dir", "cache_dir", "latent_cache_dir", "dreambooth_dir", "captioned_dir"}
+
+
+def _places() -> dict[str, Place]:
+    """Options of the benchmark and of the trainer that are a file or folder."""
+    return options_with(TrainingConfig, Place) | options_with(BenchmarkSettings, Place)
+
+
+def _free() -> set[str]:
+    """What may differ between two commands of one run: they add trials to it, or change none."""
+    may = options_with(TrainingConfig, MayDiffer) | options_with(BenchmarkSettings, MayDiffer)
+    return {name for name, between in may.items() if between.commands}
 
 
 def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
@@ -65,7 +69,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
 def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     """Every option's value by its name, from a command line and the files that it names."""
     groups = (*BENCHMARK_GROUPS, *training_groups())
-    said = {name: f"is not for the benchmark: {why}" for name, why in SET_BY_THE_BENCHMARK.items()}
+    said = {name: f"is not for the benchmark: {why}" for name, why in set_by_benchmark().items()}
     parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
     options = parse(argv)
     if options["suite"]:
@@ -177,7 +181,7 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
     earlier, record = kept.record(), resolve_paths(settings.record())
     if differing := sorted(
         name
-        for name in {*earlier, *record} - _FREE
+        for name in {*earlier, *record} - _free()
         if not _same(name, earlier.get(name), record.get(name))
     ):
         raise ConfigError(
@@ -194,10 +198,13 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
 def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
     """The options with files and folders from the root, so that they are the same everywhere."""
 
-    def placed(name: str, value: str) -> str:
-        return os.path.abspath(value) if name in _LOCAL or os.path.exists(value) else value
+    places = _places()
 
-    record = {k: placed(k, v) if v and k in _PATHS else v for k, v in record.items()}
+    def placed(name: str, value: str) -> str:
+        may_be_elsewhere = name == "encoders" or places[name].hub_id
+        return value if may_be_elsewhere and not os.path.exists(value) else os.path.abspath(value)
+
+    record = {k: placed(k, v) if v and k in places else v for k, v in record.items()}
     if "encoders" in record:
         pairs = (text.partition("=") for text in record["encoders"])
         record["encoders"] = [f"{n}={placed('encoders', source)}" for n, _, source in pairs]
@@ -209,7 +216,7 @@ def _same(name: str, kept: Any, given: Any) -> bool:
     if name == "encoders" and kept and given and len(kept) == len(given):
         pairs = [(k.partition("="), g.partition("=")) for k, g in zip(kept, given, strict=True)]
         return all(k[0] == g[0] and _same_place(k[2], g[2]) for k, g in pairs)
-    if name in _PATHS and kept and given:
+    if name in _places() and kept and given:
         return _same_place(kept, given)
     return bool(kept == given)
 

@@ -11,18 +11,17 @@ import yaml
 from gralora_diffusion.benchmark.evaluation.encoders import source_problem
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.staging import lies_in
-from gralora_diffusion.options.fields import group_table
-from gralora_diffusion.training.checks.paths import READ
+from gralora_diffusion.options.fields import Place, group_table, options_with, value_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,
-    SET_BY_THE_BENCHMARK,
     ComparedOptions,
     GenerationOptions,
     JudgingOptions,
     RunOptions,
+    set_by_benchmark,
 )
 
 ENCODERS = (
@@ -46,8 +45,6 @@ DRIFT_PROMPTS = (
 )
 #: Folders of a run in which it writes.
 MADE = ("units", "base", "class_pictures", "held_out", "report")
-_AT_LEAST_ONE = ["held_out", "images_per_prompt", "max_prompts", "drift_images", "inference_steps"]
-_AT_LEAST_ONE += ["prior_images", "drawing_batch_size", "mechanism_steps", "mechanism_k"]
 
 
 @dataclass(kw_only=True)
@@ -65,7 +62,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
         # the shell expands ~ only at the beginning of a word, and not in a YAML file
-        for name in ("output_dir", "dreambooth_dir", "captioned_dir"):
+        for name in options_with(type(self), Place):
             if value := getattr(self, name):
                 setattr(self, name, _from_home(value))
         self.encoders = ["=".join(map(_from_home, text.split("=", 1))) for text in self.encoders]
@@ -113,11 +110,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         return problems
 
     def _problems(self) -> list[str]:
-        problems = [
-            f"--{name} is {value}; it must be at least 1"
-            for name in _AT_LEAST_ONE
-            if (value := getattr(self, name)) is not None and value < 1
-        ]
+        problems = list(value_problems(self))
         protocols, training = self.protocols or [], self.training
         known = ("subject", "captioned", "drift", "prior")
         captioned = bool(self.captioned_dir), bool(training.dataset_name)
@@ -172,8 +165,12 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
 
     def _read_and_written(self) -> list[str]:
         """Inputs that the run would write to."""
-        read = {f"--{name}": getattr(self, name) for name in ("dreambooth_dir", "captioned_dir")}
-        read |= {f"--{name}": getattr(self.training, name) for name in READ}
+        read = {
+            f"--{name}": getattr(options, name)
+            for options in (self, self.training)
+            for name, place in options_with(type(options), Place).items()
+            if place.read
+        }
         read |= {f"--encoders {name}": path for name, path in self.encoder_sources.items()}
         here = {name: Path(path) for name, path in read.items() if path}
         made = [self.folder / name for name in MADE]
@@ -207,7 +204,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         for name in ("suite", "retry_failed", "report_only"):  # of a command, not of a run
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
-        return own | {k: v for k, v in training.items() if k not in SET_BY_THE_BENCHMARK}
+        return own | {k: v for k, v in training.items() if k not in set_by_benchmark()}
 
 
 def _from_home(path: str) -> str:
@@ -221,7 +218,7 @@ def options_table() -> str:
         "Made from the options themselves by `gralora_diffusion.benchmark.settings.options_table`. "
         "Each is given as `--name value` or as `name: value` in the file of `--config`; the "
         "command line wins. [The trainer's options](options.md) are given beside them, but for: "
-        + ", ".join(f"`{name}`" for name in SET_BY_THE_BENCHMARK)
+        + ", ".join(f"`{name}`" for name in set_by_benchmark())
         + ".",
         *map(group_table, BENCHMARK_GROUPS),
     ]

@@ -1,14 +1,123 @@
-"""What an option is: a field of a dataclass, with its help text; and groups of them as tables."""
+"""What an option is: a field of a dataclass, with its help text and how it behaves.
+
+How it behaves stands at its type, as in ``rank: Annotated[int, Limits(at_least=1)]``. Whoever needs
+the options of a kind asks ``options_with`` for them, so that an option is declared once.
+"""
 
 from __future__ import annotations
 
-from dataclasses import field, fields
-from typing import Any, Literal, get_args, get_type_hints
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar, get_args, get_type_hints
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Which numbers are allowed."""
+
+    at_least: float | None = None
+    above: float | None = None
+    below: float | None = None
+    infinite: bool = False
+
+    def allow(self, value: float) -> bool:
+        """Tell whether a number is within the limits; NaN never is."""
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.below is None or value < self.below)
+            and (self.infinite or not math.isinf(value))
+        )
+
+    def __str__(self) -> str:
+        named = {"at least": self.at_least, "above": self.above, "below": self.below}
+        return " and ".join(f"{name} {limit}" for name, limit in named.items() if limit is not None)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A file or folder. Public files hold its name only, and ``~`` is expanded.
+
+    Attributes:
+        read: the run reads it, so nothing may be written there.
+        written: the run writes there.
+        hub_id: it may be a Hub id instead.
+    """
+
+    read: bool = False
+    written: bool = False
+    hub_id: bool = False
+
+
+@dataclass(frozen=True)
+class Needs:
+    """It does nothing unless the option ``switch`` is given."""
+
+    switch: str
+
+
+@dataclass(frozen=True)
+class OnlyFor:
+    """It means something to one training objective only."""
+
+    objective: str
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A resumed run must have the value that the checkpoint was trained with.
+
+    Attributes:
+        switch: only if this option is given.
+    """
+
+    switch: str | None = None
+
+
+@dataclass(frozen=True)
+class ChangesSamples:
+    """It decides what the samples of a run are, or their order."""
+
+
+@dataclass(frozen=True)
+class MayDiffer:
+    """Between the processes of one run, or between two commands of one benchmark."""
+
+    processes: bool = False
+    commands: bool = False
+
+
+@dataclass(frozen=True)
+class SetByBenchmark:
+    """The benchmark sets it, and refuses it with this advice."""
+
+    advice: str
+
+
+@dataclass(frozen=True)
+class AlwaysReported:
+    """The benchmark's report has it even where it is the default."""
+
+
+@dataclass(frozen=True)
+class Unrecorded:
+    """It is written nowhere."""
+
+
+Trait = TypeVar("Trait")
 
 
 def option(default: Any, help: str, *, secret: bool = False) -> Any:
     """A dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
     return field(default=default, repr=not secret, metadata={"help": help})
+
+
+def options_with(options: type, trait: type[Trait]) -> dict[str, Trait]:
+    """Return name -> trait of the fields of a dataclass whose type is annotated with one."""
+    hints = get_type_hints(options, include_extras=True)
+    found = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
+    return {name: t for name, traits in found.items() for t in traits if isinstance(t, trait)}
 
 
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
@@ -19,6 +128,18 @@ def choices_of(options: type) -> dict[str, tuple[str, ...]]:
             if getattr(part, "__origin__", None) is Literal:
                 choices[name] = get_args(part)
     return choices
+
+
+def value_problems(options: Any) -> Iterator[str]:
+    """Yield which values are out of their limits or not among their choices."""
+    for name, limits in options_with(type(options), Limits).items():
+        value = getattr(options, name)
+        if value is not None and not limits.allow(value):
+            yield f"--{name} is {value}; it must be {limits}"
+    for name, allowed in choices_of(type(options)).items():
+        value = getattr(options, name)
+        if value is not None and value not in allowed:
+            yield f"--{name} is {value!r}; it must be one of {', '.join(allowed)}"
 
 
 def group_table(group: Any) -> str:

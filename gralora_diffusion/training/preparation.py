@@ -14,6 +14,7 @@ from accelerate import Accelerator
 
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.options.fields import MayDiffer, Place, options_with
 from gralora_diffusion.training.checkpoints.resume import (
     check_options,
     find_checkpoint,
@@ -23,7 +24,7 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import check_without_weights
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.checks.options import validate
-from gralora_diffusion.training.config.training_config import PATHS, TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import generate_class_images, missing_class_images
 from gralora_diffusion.training.data.data_module import find_class_images, find_images
 from gralora_diffusion.training.data.image_folder import Example
@@ -36,8 +37,6 @@ from gralora_diffusion.training.runtime.agreement import check_alike, from_first
 
 logger = logging.getLogger(__name__)
 
-#: Options that may be others in each process.
-_OF_A_PROCESS = {*PATHS, "dataloader_num_workers", "local_rank", "report_to"}
 #: What all processes get by these means, wherever they run.
 _SHARE = "Give all machines the same, in a folder that they share or as copies"
 
@@ -70,10 +69,13 @@ def find_beginning(
     """
     found = together(accelerator, lambda: _find(config, store, accelerator))
     if accelerator.num_processes > 1:
+        of_a_process = options_with(type(config), Place).keys() | {
+            name for name, may in options_with(type(config), MayDiffer).items() if may.processes
+        }
         options = {
             f"--{name} is": value
             for name, value in config.as_record().items()
-            if name not in _OF_A_PROCESS
+            if name not in of_a_process
         }
         check_alike(accelerator, options, "Give the same options to every process")
         facts = {

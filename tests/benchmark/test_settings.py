@@ -4,7 +4,7 @@ from dataclasses import fields
 
 import pytest
 
-from gralora_diffusion.benchmark.options import SET_BY_THE_BENCHMARK, training_groups
+from gralora_diffusion.benchmark.options import set_by_benchmark, training_groups
 from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -30,8 +30,8 @@ def test_defaults_and_what_is_given():
 def test_every_option_of_the_trainer_is_there_or_explained():
     names = {f.name for group in training_groups() for f in fields(group)}
     theirs = {f.name for f in fields(TrainingConfig)}
-    assert names | SET_BY_THE_BENCHMARK.keys() | {"output_dir"} == theirs
-    assert not names & SET_BY_THE_BENCHMARK.keys()
+    assert names | set_by_benchmark().keys() | {"output_dir"} == theirs
+    assert not names & set_by_benchmark().keys()
 
 
 @pytest.mark.parametrize(

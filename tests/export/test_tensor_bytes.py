@@ -95,7 +95,7 @@ def test_two_tensors_of_one_name():
 
 
 @pytest.mark.parametrize(
-    "lacking", [(), ("copy_file_range",), ("copy_file_range", "preadv", "pwrite")]
+    "missing", [(), ("copy_file_range",), ("copy_file_range", "preadv", "pwrite")]
 )
 def test_bytes_are_copied_between_any_places(missing, tmp_path, monkeypatch):
     """Also where the system has not what Linux has, and in pieces smaller than what is copied."""

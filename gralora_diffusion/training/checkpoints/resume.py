@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +12,12 @@ from torch import nn
 
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
-from gralora_diffusion.training.config.options import LossOptions
+from gralora_diffusion.options.fields import Fixed, options_with
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .store import CheckpointStore
 
 PROGRESS_NAME = "progress.json"
-#: Options that decide what a checkpoint holds, what it was trained over, and towards what.
-DECIDING = (
-    *("optimizer", "use_ema", "quantization", "with_prior_preservation"),
-    *(field.name for field in fields(LossOptions)),
-)
-#: Those of prior preservation, where there is one.
-_PRIOR = ("prior_source", "class_prompt", "prior_loss_weight")
 #: Numbers of each of a base's tensors that are looked at.
 _SAMPLE = 16
 
@@ -54,8 +46,11 @@ def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int
 
 def deciding_options(config: TrainingConfig) -> dict[str, Any]:
     """Return the options that may not change within a run; ``config`` has the family's defaults."""
-    names = (*DECIDING, *(_PRIOR if config.with_prior_preservation else ()))
-    return {name: getattr(config, name) for name in names}
+    return {
+        name: getattr(config, name)
+        for name, fixed in options_with(type(config), Fixed).items()
+        if fixed.switch is None or getattr(config, fixed.switch)
+    }
 
 
 def read_progress(path: Path) -> dict[str, Any]:

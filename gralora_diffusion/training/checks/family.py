@@ -9,18 +9,10 @@ import diffusers
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.options.fields import OnlyFor, options_with
 from gralora_diffusion.pipelines.generation import takes_negative_prompt
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import trained_components
-
-#: Options that mean something to one training objective only.
-OBJECTIVE_OPTIONS = {
-    "ddpm": ("noise_offset", "snr_gamma", "prediction_type"),
-    "flow_matching": (
-        *("weighting_scheme", "logit_mean", "logit_std", "mode_scale", "flow_shift"),
-        "guidance_scale",
-    ),
-}
 
 
 def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[str]:
@@ -102,9 +94,8 @@ def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str
     defaults = {f.name: f.default for f in fields(config)}
     foreign = [
         name
-        for objective, names in OBJECTIVE_OPTIONS.items()
-        if objective != family.objective
-        for name in names
+        for name, only in options_with(type(config), OnlyFor).items()
+        if only.objective != family.objective
     ]
     if family.max_sequence_length is None:
         foreign.append("max_sequence_length")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import importlib.util
-import math
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import fields
@@ -16,7 +15,7 @@ from pathlib import Path
 
 from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.options.fields import choices_of
+from gralora_diffusion.options.fields import Needs, options_with, value_problems
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.layer_patterns import check_patterns
 from gralora_diffusion.training.config.options import OPTIMIZERS
@@ -24,73 +23,6 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.buckets import listed_buckets
 
 from .paths import check_base, check_data, check_output, nearby
-
-AT_LEAST_ONE = (
-    "rank",
-    "gralora_k",
-    "lora_alpha",
-    "repeats",
-    "num_class_images",
-    "sample_batch_size",
-    "cached_crops",
-    "train_batch_size",
-    "gradient_accumulation_steps",
-    "num_train_epochs",
-    "max_train_steps",
-    "lr_num_cycles",
-    "checkpointing_steps",
-    "checkpoints_total_limit",
-    "num_validation_images",
-    "validation_epochs",
-    "validation_steps",
-    "validation_inference_steps",
-    "max_sequence_length",
-    "clip_skip",
-)
-AT_LEAST_ZERO = (
-    "hybrid_rank",
-    "noise_offset",
-    "prior_loss_weight",
-    "lr_warmup_steps",
-    "adam_weight_decay",
-    "adam_weight_decay_text_encoder",
-    "dataloader_num_workers",
-    "validation_guidance_scale",
-    "guidance_scale",
-)
-ABOVE_ZERO = (
-    "learning_rate",
-    "text_encoder_lr",
-    "adam_epsilon",
-    "lr_power",
-    "snr_gamma",
-    "max_grad_norm",
-    "logit_std",
-    "flow_shift",
-)
-BELOW_ONE = (
-    "adam_beta1",
-    "adam_beta2",
-    "prodigy_beta3",
-    "ema_decay",
-    "lora_dropout",
-    "caption_dropout",
-)
-
-# options that do nothing unless another one is given
-NEEDS = {
-    "train_text_encoder": "text_encoders text_encoder_lr text_encoder_target_preset "
-    "adam_weight_decay_text_encoder",
-    "with_prior_preservation": "class_prompt class_data_dir num_class_images prior_source "
-    "prior_loss_weight prior_generation_precision sample_batch_size",
-    "validation_prompt": "validation_negative_prompt num_validation_images validation_height "
-    "validation_width validation_epochs validation_steps validation_guidance_scale "
-    "validation_inference_steps",
-    "cache_latents": "cached_crops",
-    "dataset_name": "dataset_config_name",
-    "push_to_hub": "hub_token hub_model_id",
-    "use_ema": "ema_decay",
-}
 
 
 def validate(config: TrainingConfig) -> list[str]:
@@ -125,25 +57,8 @@ def find_problems(config: TrainingConfig) -> list[str]:
 
 
 def _values(config: TrainingConfig) -> Iterator[str]:
-    limits = (
-        (AT_LEAST_ONE, "at least 1", lambda v: v >= 1),
-        (AT_LEAST_ZERO, "at least 0", lambda v: v >= 0),
-        (ABOVE_ZERO, "above 0", lambda v: v > 0),
-        (BELOW_ONE, "at least 0 and below 1", lambda v: 0 <= v < 1),
-    )
-    for names, allowed, fits in limits:
-        for name in names:
-            value = getattr(config, name)
-            endless = value == math.inf and name != "max_grad_norm"  # there it means: never clip
-            if value is not None and (endless or not fits(value)):
-                yield f"--{name} is {value}; it must be {allowed}"
-    for name, allowed_values in choices_of(type(config)).items():
-        value = getattr(config, name)
-        if value is not None and value not in allowed_values:
-            yield f"--{name} is {value!r}; it must be one of {', '.join(allowed_values)}"
+    yield from value_problems(config)
     yield from size_problems(config)
-    if not 0 <= config.seed < 2**32:
-        yield f"--seed is {config.seed}; it must be from 0 to {2**32 - 1}"
 
 
 def _quantization(config: TrainingConfig) -> Iterator[str]:
@@ -287,10 +202,12 @@ def find_warnings(config: TrainingConfig) -> list[str]:
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:
     defaults = {f.name: f.default for f in fields(config)}
-    for switch, names in NEEDS.items():
-        idle = [f"--{n}" for n in names.split() if getattr(config, n) != defaults[n]]
-        if idle and not getattr(config, switch):
-            yield f"without --{switch} there is no use for {', '.join(idle)}"
+    idle_without: dict[str, list[str]] = {}
+    for name, needed in options_with(type(config), Needs).items():
+        if getattr(config, name) != defaults[name] and not getattr(config, needed.switch):
+            idle_without.setdefault(needed.switch, []).append(f"--{name}")
+    for switch, idle in idle_without.items():
+        yield f"without --{switch} there is no use for {', '.join(idle)}"
     if config.with_prior_preservation and config.prior_source == "teacher":
         drawing = (
             "class_data_dir",

@@ -18,6 +18,7 @@ from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.options.fields import Place, options_with
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import concept_folders, is_caption_file
@@ -29,12 +30,6 @@ MODEL_FOLDERS = {
     "pretrained_vae_model_name_or_path": ("config.json", False),
 }
 #: Options that name what a run reads, and those that name a folder which it writes to.
-READ = (
-    *MODEL_FOLDERS,
-    *("bnb_quantization_config_path", "dataset_name", "instance_data_dir", "class_data_dir"),
-    *("initial_adapter", "resume_from_checkpoint"),
-)
-WRITTEN = ("output_dir", "class_data_dir", "latent_cache_dir")
 #: What a run makes, replaces or deletes in its output folder, besides the tracker's files.
 MADE = (
     *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
@@ -194,8 +189,13 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
 
 def _read_and_written(config: TrainingConfig) -> Iterator[str]:
     """Inputs that the run would write to, or delete."""
-    read = {name: Path(value) for name in READ if (value := getattr(config, name))}
-    for name in WRITTEN:
+    places = options_with(type(config), Place)
+    read = {
+        name: Path(value)
+        for name, place in places.items()
+        if place.read and (value := getattr(config, name))
+    }
+    for name in (name for name, place in places.items() if place.written):
         for source, path in read.items():
             value = getattr(config, name)
             if not value or name == source or not lies_in(Path(value), path):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from gralora_diffusion.base_models.options import BaseModelOptions
-from gralora_diffusion.options.fields import group_table
+from gralora_diffusion.options.fields import Place, Unrecorded, group_table, options_with
 from gralora_diffusion.options.parsing import parse_options
 
 from .layer_patterns import layer_patterns
@@ -28,18 +28,6 @@ from .options import (
     ValidationOptions,
 )
 
-OPTION_GROUPS: tuple[type, ...] = (
-    BaseModelOptions,
-    DataOptions,
-    PriorOptions,
-    ImageOptions,
-    LossOptions,
-    AdapterOptions,
-    LengthOptions,
-    OptimizerOptions,
-    OutputOptions,
-    ValidationOptions,
-)
 # diffusers' options that we have no use for, and what takes their place
 NOT_CARRIED = {
     "tokenizer_name": "the tokenizer is always the base's",
@@ -61,27 +49,6 @@ NOT_CARRIED = {
     "do_fp8_training": "no fp8 products are computed; --quantization torchao-fp8 stores the frozen "
     "base in fp8",
 }
-PATHS = (
-    "config",
-    "pretrained_model_name_or_path",
-    "base_config",
-    "bnb_quantization_config_path",
-    "pretrained_vae_model_name_or_path",
-    "cache_dir",
-    "dataset_name",
-    "instance_data_dir",
-    "class_data_dir",
-    "latent_cache_dir",
-    "output_dir",
-    "resume_from_checkpoint",
-    "initial_adapter",
-    "logging_dir",
-)
-#: Those of them that may be Hub ids.
-_HUB_IDS = {
-    *("pretrained_model_name_or_path", "base_config", "pretrained_vae_model_name_or_path"),
-    *("dataset_name", "initial_adapter"),
-}
 
 
 @dataclass(kw_only=True)
@@ -97,7 +64,7 @@ class TrainingConfig(
     DataOptions,
     BaseModelOptions,
 ):
-    """All options of a training run; each is described in ``config_options``."""
+    """All options of a training run; each is described in ``config.options``."""
 
     def __post_init__(self) -> None:
         self.optimizer = self.optimizer.lower()
@@ -105,7 +72,9 @@ class TrainingConfig(
             self.optimizer = "adamw8bit"
         if self.aspect_ratio_buckets is not None:
             self.use_aspect_ratio_buckets = True
-        for name in PATHS:  # the shell expands ~ only on the command line, not in a YAML file
+        for name in options_with(
+            type(self), Place
+        ):  # the shell expands ~ only on the command line, not in a YAML file
             value = getattr(self, name)
             if value and value.startswith("~"):
                 setattr(self, name, str(Path(value).expanduser()))
@@ -159,8 +128,9 @@ class TrainingConfig(
 
     def as_record(self) -> dict[str, Any]:
         """All options and values in their groups' order, for trackers; without the Hub token."""
+        unrecorded = options_with(type(self), Unrecorded)
         names = [f.name for group in OPTION_GROUPS for f in fields(group)]
-        return {name: getattr(self, name) for name in names if name not in ("hub_token", "config")}
+        return {name: getattr(self, name) for name in names if name not in unrecorded}
 
     def to_yaml(self, *, public: bool = False) -> str:
         """Return the options that differ from the defaults, to be read again with ``--config``.
@@ -170,17 +140,22 @@ class TrainingConfig(
         """
         default = TrainingConfig().as_record()
 
-        def told(name: str, value: Any) -> Any:
-            if not (public and value and name in PATHS):
+        places = options_with(type(self), Place) if public else {}
+
+        def shown(name: str, value: Any) -> Any:
+            if not (value and name in places):
                 return value
-            return public_name(value) if name in _HUB_IDS else Path(value).resolve().name
+            return public_name(value) if places[name].hub_id else Path(value).resolve().name
 
         changed = {
-            name: told(name, value)
+            name: shown(name, value)
             for name, value in self.as_record().items()
             if value != default[name]
         }
         return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
+
+
+OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.data import DataLoader
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.options.fields import ChangesSamples, options_with
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
@@ -150,12 +152,7 @@ class Batches:
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
         sets = [s.digest for s in (self.instance, self.classes) if s is not None]
-        options = (
-            "seed resolution center_crop random_flip image_interpolation_mode cache_latents "
-            "cached_crops caption_dropout"
-        )
-        parts = [sets, self.samples_per_step, *(getattr(config, name) for name in options.split())]
-        parts += [config.clip_skip] if config.clip_skip else []
+        parts = [sets, self.samples_per_step, *_facts_of_samples(config)]
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -240,3 +237,28 @@ class Batches:
         bar = self.accelerator.is_local_main_process and len(prompts) >= MIN_FOR_PROGRESS
         self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
         self.prompts = cache
+
+
+def _facts_of_samples(config: TrainingConfig) -> list[Any]:
+    """The options that decide what the samples are, in an order that never changes.
+
+    Checkpoints hold a hash of it: first come the options of version 0.1, then each later one that
+    has another value than its default.
+    """
+    first = [
+        "seed",
+        "resolution",
+        "center_crop",
+        "random_flip",
+        "image_interpolation_mode",
+        "cache_latents",
+        "cached_crops",
+        "caption_dropout",
+    ]
+    facts: list[Any] = [getattr(config, name) for name in first]
+    facts += [config.clip_skip] if config.clip_skip else []
+    defaults = {f.name: f.default for f in fields(config)}
+    later = sorted(options_with(type(config), ChangesSamples).keys() - {*first, "clip_skip"})
+    return facts + [
+        [name, getattr(config, name)] for name in later if getattr(config, name) != defaults[name]
+    ]

@@ -315,7 +315,7 @@ def test_encoder_that_misses_weights_is_refused(tmp_path, dinov2):
 
 
 @pytest.mark.parametrize(
-    ("lacking", "said"),
+    ("missing", "said"),
     [
         ("config.json", "this folder has no config.json. Give a transformers folder"),
         ("model.safetensors", "this folder has no weights, model.safetensors or "),

@@ -5,6 +5,9 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import os
+import shutil
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -15,9 +18,9 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.options.fields import choices_of
+from gralora_diffusion.options.fields import Fixed, Needs, choices_of, options_with
 from gralora_diffusion.training.checks.base import check_sizes
-from gralora_diffusion.training.checks.options import NEEDS, find_problems, validate
+from gralora_diffusion.training.checks.options import find_problems, validate
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from tests import ROOT
 
@@ -382,7 +385,7 @@ BASE = "--pretrained_model_name_or_path"
             "--aspect_ratio_buckets holds 512,640 and 768,960, which are of one shape",
         ),
         ("--aspect_ratio_buckets 64,64;64,64", "holds 64,64 and 64,64, which are of one shape"),
-        ("--seed -1", "--seed is -1; it must be from 0 to 4294967295"),
+        ("--seed -1", "--seed is -1; it must be at least 0 and below 4294967296"),
         # the base
         (f"{BASE}=", f"{BASE} is missing. Give a diffusers folder, a Hub id"),
         (f"{BASE} ./bse", "'./bse': there is no such file or folder. Did you mean 'base'?"),
@@ -662,7 +665,7 @@ def test_no_problem(good: list[str], arguments: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "remark"),
+    ("arguments", "warning"),
     [
         (
             "--text_encoder_lr 1e-5",
@@ -726,9 +729,57 @@ def test_sizes_are_checked_again_once_the_base_is_known() -> None:
     ]
 
 
-def test_names_in_the_tables_are_options() -> None:
-    names = {f.name for f in fields(TrainingConfig)}
-    assert names >= NEEDS.keys() | set(" ".join(NEEDS.values()).split())
+def test_switches_are_options() -> None:
+    switches = {needed.switch for needed in options_with(TrainingConfig, Needs).values()}
+    switches |= {f.switch for f in options_with(TrainingConfig, Fixed).values() if f.switch}
+    assert switches <= {f.name for f in fields(TrainingConfig)}
+
+
+def test_an_option_is_declared_in_one_place(tmp_path) -> None:
+    """In a copy of the package, with one field more: everything else follows from it."""
+    copy = shutil.copytree(ROOT / "gralora_diffusion", tmp_path / "gralora_diffusion")
+    options = copy / "training" / "config" / "options.py"
+    before = "class LossOptions:\n"
+    text = options.read_text(encoding="utf-8")
+    assert text.count(before) == 1
+    field = (
+        "    shine: Annotated[float, Limits(at_least=0, below=2), Fixed()] = option(\n"
+        '        0.5, "How much it shines"\n    )\n'
+        "    polish: Annotated[str | None, Place(read=True), SetByBenchmark('use wax')] = option(\n"
+        '        None, "File of polish"\n    )\n'
+    )
+    head, _, rest = text.partition(before)
+    body, group, rest = rest.partition('_argument_group_name: ClassVar[str] = "Noise and loss"\n')
+    options.write_text(head + before + body + group + field + rest, encoding="utf-8")
+    program = tmp_path / "program.py"
+    program.write_text(
+        """
+import pytest
+from pathlib import Path
+from gralora_diffusion import CheckpointError, ConfigError, TrainingConfig, parse_config, validate
+from gralora_diffusion.benchmark.options import training_groups
+from gralora_diffusion.benchmark.run_config import parse_settings
+from gralora_diffusion.training.checkpoints.resume import check_options, deciding_options
+from gralora_diffusion.training.config.training_config import options_table
+
+config = parse_config(["--shine", "1.5", "--polish", "~/secret/wax.txt"])
+assert config.shine == 1.5 and config.polish == str(Path.home() / "secret/wax.txt")  # parsed
+with pytest.raises(ConfigError, match="--shine is 3.0; it must be at least 0 and below 2"):
+    validate(parse_config(["--shine", "3"]))  # checked
+assert "| `--shine` | `0.5` | How much it shines |" in options_table()  # documented
+assert config.as_record()["shine"] == 1.5 and "shine: 1.5" in config.to_yaml()  # recorded
+assert "polish: wax.txt" in config.to_yaml(public=True)
+there = {"options": deciding_options(TrainingConfig())}
+with pytest.raises(CheckpointError, match="--shine 0.5 there, 1.5 here"):
+    check_options(Path("checkpoint-1"), there, config)  # compared on resume
+assert parse_settings(["--shine", "1.5"]).training.shine == 1.5  # passed by the benchmark
+with pytest.raises(ConfigError, match="--polish is not for the benchmark: use wax"):
+    parse_settings(["--polish", "x"])
+""",
+        encoding="utf-8",
+    )
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    subprocess.run([sys.executable, program], env=environment, cwd=tmp_path, check=True)
 
 
 # ---------------------------------------------------------------- what others take from it

@@ -59,7 +59,7 @@ MASKS = "masks of pictures, left out, as training without masks is all there is"
 
 
 @pytest.mark.parametrize(
-    ("picture", "name"),
+    ("image", "name"),
     [
         *(("1.png", name) for name in ("1.txt", "1.TXT", "1.Caption", "1.caption", "1.png.txt")),
         *(("1.png", name) for name in ("1.png.caption", "1.PNG.TXT", "1.json", "1.png.json")),
