@@ -1,15 +1,15 @@
 """A frozen linear product and its GraLoRA updates as one autograd function.
 
-:func:`blockwise.linear_update` says what is computed; here it is computed with as little as can be.
-Where an implementation by autograd makes temporaries of the output's size (the update, the scaled
-update, the sum) and keeps a converted copy of the input,
+:func:`functional.linear_update` says what is computed; here it takes as little as can be. Where an
+implementation by autograd makes temporaries of the output's size (the update, the scaled update,
+the sum) and keeps a converted copy of the input,
 
 - the factors, which are small, are converted to the input's dtype and not the input to theirs;
 - products add into the output and into the input's gradient where those lie, scaled as they do;
 - kept for backward are the input as it came, which layers that share it keep once, the hidden
   tensor (k r values per token) and, if they had to be converted, the converted factors.
 
-There are two ways, and :func:`choose_way` tells which one is taken:
+There are two backends, and :func:`select_backend` chooses between them:
 
 *added*: the products with A and B follow the frozen one. 2 r (in + out) operations per token
 forward and 4 r (in + out) backward.
@@ -18,29 +18,39 @@ forward and 4 r (in + out) backward.
 operations each, stands for both. It saves a third of the above, and keeps no hidden tensor. Only in
 fp32 or better: in half precision the sum would round small updates away.
 
-The legend is that of :mod:`blockwise`; ``tokens`` is the input's leading dimensions as one.
+Autograd can neither transform sums in place nor differentiate a backward pass that it does not
+record. So under ``torch.func``, forward-mode AD and ``create_graph``, torch's own operations take
+over (:func:`functional.linear_update`).
+
+The legend is that of :mod:`functional`; ``tokens`` is the input's leading dimensions as one.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from collections.abc import Iterator, Sequence
+from enum import Enum
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+from torch.autograd import forward_ad
 
-from .functional import add_delta
-
-ArtifactLoader = Literal["added", "merged"]
+from .functional import add_delta, linear_update
 
 #: How many operations must be saved for each that forms merged weights. Measured: the blocks of an
 #: update are thin products, and the weight is copied (docs/performance.md).
 _WORTH_MERGING = 3.0
 #: And how many at least: in small layers the calls that form weights cost more than they save.
 _WORTH_CALLING = 20e6
+
+
+class Backend(Enum):
+    """How the frozen product and the updates become one."""
+
+    ADDED = "added"
+    MERGED = "merged"
 
 
 class Update(NamedTuple):
@@ -51,22 +61,25 @@ class Update(NamedTuple):
     scaling: float
 
 
-def choose_way(
+def select_backend(
     tokens: int, updates: Sequence[Update], dtype: torch.dtype, differentiable: bool
-) -> ArtifactLoader:
-    """Return the way that costs less for so many tokens; a rule, so that every run takes the same.
+) -> Backend:
+    """Return the backend that costs less for so many tokens.
+
+    It is a rule and not a measurement, so that every run takes the same backend.
 
     Args:
         differentiable: a backward pass may follow.
     """
     if dtype.itemsize < 4:
-        return "added"
+        return Backend.ADDED
     saved = forming = 0  # operations
     for A, B, _ in updates:
         (k, i, r), o = A.shape, B.shape[2]
         saved += 2 * tokens * r * k * (i + o)
         forming += 2 * k * i * o * r * (2 if differentiable else 1)
-    return "merged" if saved > max(_WORTH_MERGING * forming, _WORTH_CALLING) else "added"
+    worth_it = saved > max(_WORTH_MERGING * forming, _WORTH_CALLING)
+    return Backend.MERGED if worth_it else Backend.ADDED
 
 
 def adapted_linear(
@@ -75,11 +88,11 @@ def adapted_linear(
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     dtype: torch.dtype | None = None,
-    way: ArtifactLoader = "added",
+    backend: Backend = Backend.ADDED,
 ) -> Tensor:
     """Return ``x @ weight.T + bias`` plus the updates; without a weight, the updates alone.
 
-    Differentiable once, by ``x`` and the factors; weight and bias are frozen.
+    Differentiable by ``x`` and the factors; weight and bias are frozen.
 
     Args:
         x: (..., in).
@@ -87,99 +100,71 @@ def adapted_linear(
         weight: (out, in).
         bias: (out,), only with a weight.
         dtype: that of the products and of the result; default: the dtype of ``x``.
-        way: "merged" only with a weight.
+        backend: MERGED only with a weight.
 
     Returns:
         (..., out), in memory of its own.
     """
-    factors = [factor for update in updates for factor in (update.A, update.B)]
-    call = _Call(tuple(update.scaling for update in updates), dtype or x.dtype, way)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in (x, *factors)):
-        result: Tensor = _AdaptedLinear.apply(x, weight, bias, call, *factors)
-        return result
-    return call.forward(x, weight, bias, factors)[0]
+    dtype = dtype or x.dtype
+    # converted outside of the autograd function: a second derivative goes back to its inputs
+    factors = [_as(factor, dtype) for A, B, _ in updates for factor in (A, B)]
+    scalings = [update.scaling for update in updates]
+    weight = None if weight is None else _as(weight, dtype)
+    bias = None if bias is None else _as(bias, dtype)
+    if torch.compiler.is_compiling() or transforms_active():
+        return _by_operations(x, weight, bias, scalings, factors)
+    if not torch.is_grad_enabled():  # the call of an autograd function costs time even then
+        return _forward(x, weight, bias, backend, scalings, factors)[0]
+    result: Tensor = _AdaptedLinear.apply(x, weight, bias, backend, scalings, *factors)
+    return result
+
+
+def transforms_active() -> bool:
+    """Whether ``torch.func`` or forward-mode AD transforms each operation."""
+    # torch.autograd.Function asks the first itself, to refuse; neither question has a public name
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 class _AdaptedLinear(torch.autograd.Function):
+    """``factors`` are A and B of each update in turn, in the dtype of the products."""
+
     @staticmethod
     def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor | None,
         bias: Tensor | None,
-        call: _Call,
+        backend: Backend,
+        scalings: Sequence[float],
         *factors: Tensor,
     ) -> Tensor:
-        result, weight, converted, hidden = call.forward(x, weight, bias, factors)
-        ctx.save_for_backward(x, weight, *converted, *hidden)
-        ctx.call = call
+        result, hidden = _forward(x, weight, bias, backend, scalings, factors)
+        ctx.save_for_backward(x, weight, *factors, *hidden)
+        ctx.backend, ctx.scalings = backend, scalings
         return result
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, *kept = ctx.saved_tensors
-        count = 2 * len(ctx.call.scalings)
-        needs = (ctx.needs_input_grad[0], *ctx.needs_input_grad[4:])
-        gradient_x, gradients = ctx.call.backward(
-            x, weight, kept[:count], kept[count:], gradient, needs
-        )
-        return gradient_x, None, None, None, *gradients
-
-
-class _Call(NamedTuple):
-    """What a call is given besides tensors. ``factors`` are A and B of each update in turn."""
-
-    scalings: tuple[float, ...]
-    dtype: torch.dtype
-    way: ArtifactLoader
-
-    def forward(
-        self, x: Tensor, weight: Tensor | None, bias: Tensor | None, factors: Sequence[Tensor]
-    ) -> tuple[Tensor, Tensor | None, Sequence[Tensor], list[Tensor]]:
-        """Return the result and, for backward, the weight, the factors and the hidden tensors.
-
-        Weight and factors are in the dtype of the products: autograd would keep the same of them.
-        """
-        inputs, result, hidden = _as_rows(x, self.dtype), None, []
-        factors = [_as(factor, self.dtype) for factor in factors]
-        if weight is not None:
-            weight = _as(weight, self.dtype)
-            bias = None if bias is None else _as(bias, self.dtype)
-            result = F.linear(inputs, self._whole(weight, factors), bias)
-        if self.way == "added":
-            for A, B, scaling in zip(factors[::2], factors[1::2], self.scalings, strict=True):
-                hidden.append(_exchanged(inputs, A))
-                result = _add_products(result, hidden[-1], B, scaling)
-        assert result is not None
-        return result.view(*x.shape[:-1], result.shape[1]), weight, factors, hidden
-
-    def backward(
-        self,
-        x: Tensor,
-        weight: Tensor | None,
-        factors: Sequence[Tensor],
-        hidden: Sequence[Tensor],
-        gradient: Tensor,
-        needs: Sequence[bool],
-    ) -> tuple[Tensor | None, list[Tensor | None]]:
-        """Return the gradients of ``x`` and of the factors, of those that ``needs`` asks for.
-
-        All but ``x`` and ``gradient`` are what :meth:`forward` gave.
-        """
-        inputs, gradient = _as_rows(x, self.dtype), _as_rows(gradient, self.dtype)
-        needs_x, *needs_factors = needs
+        backend, scalings = ctx.backend, ctx.scalings
+        factors, hidden = kept[: 2 * len(scalings)], kept[2 * len(scalings) :]
+        needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
+        # is_grads_batched has a vmap of its own, which only the tensor shows
+        batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
+        if batched or torch.is_grad_enabled() or transforms_active():
+            gradient_x, *gradients = _gradients_by_operations(
+                x, weight, scalings, factors, gradient, (needs_x, *needs_factors)
+            )
+            return gradient_x, None, None, None, None, *gradients
+        inputs, gradient = _as_rows(x, gradient.dtype), _as_rows(gradient, gradient.dtype)
+        adds_to_x = needs_x and backend is Backend.ADDED
         gradient_x = None
         if needs_x and weight is not None:
-            gradient_x = gradient @ self._whole(weight, factors)
-        gradients: list[Tensor | None] = []
-        for u, scaling in enumerate(self.scalings):
-            (A, B), (needs_A, needs_B) = (
-                factors[2 * u : 2 * u + 2],
-                needs_factors[2 * u : 2 * u + 2],
-            )
+            gradient_x = gradient @ _whole(weight, backend, scalings, factors)
+        gradients = []
+        for u, (A, B, scaling) in enumerate(_updates(scalings, factors)):
+            needs_A, needs_B = needs_factors[2 * u : 2 * u + 2]
             gradient_A = gradient_B = None
-            adds_to_x = needs_x and self.way == "added"
             if needs_A or adds_to_x:
                 gradient_hidden = _exchanged(gradient, B.mT)  # but for the scaling
             if needs_A:
@@ -192,16 +177,79 @@ class _Call(NamedTuple):
             gradients += [gradient_A, gradient_B]
         if gradient_x is not None:
             gradient_x = _as(gradient_x.view(x.shape), x.dtype)
-        return gradient_x, gradients
+        return gradient_x, None, None, None, None, *gradients
 
-    def _whole(self, weight: Tensor, factors: Sequence[Tensor]) -> Tensor:
-        """The weight that the frozen product takes: with the updates if they are merged."""
-        if self.way == "added":
-            return weight
-        weight = weight.clone()
-        for A, B, scaling in zip(factors[::2], factors[1::2], self.scalings, strict=True):
-            add_delta(weight, A, B, scaling)
+
+def _forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    backend: Backend,
+    scalings: Sequence[float],
+    factors: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Return the result and, if ADDED, the hidden tensor of each update."""
+    inputs, result, hidden = _as_rows(x, factors[0].dtype), None, []
+    if weight is not None:
+        result = F.linear(inputs, _whole(weight, backend, scalings, factors), bias)
+    if backend is Backend.ADDED:
+        for A, B, scaling in _updates(scalings, factors):
+            hidden.append(_exchanged(inputs, A))
+            result = _add_products(result, hidden[-1], B, scaling)
+    assert result is not None
+    return result.view(*x.shape[:-1], result.shape[1]), hidden
+
+
+def _by_operations(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    scalings: Sequence[float],
+    factors: Sequence[Tensor],
+) -> Tensor:
+    """What :class:`_AdaptedLinear` computes, by operations that torch knows how to transform."""
+    x = _as(x, factors[0].dtype)
+    parts = [] if weight is None else [F.linear(x, weight, bias)]
+    parts += [linear_update(x, *update) for update in _updates(scalings, factors)]
+    return sum(parts[1:], parts[0])
+
+
+def _gradients_by_operations(
+    x: Tensor,
+    weight: Tensor | None,
+    scalings: Sequence[float],
+    factors: Sequence[Tensor],
+    gradient: Tensor,
+    needs: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of ``x`` and the factors, for which ``needs`` asks, differentiable in turn."""
+    with torch.enable_grad():
+        # aliases, because x may depend on the factors, whose gradients must not go through it
+        x, *factors = [tensor.view_as(tensor) for tensor in (x, *factors)]
+        result = _by_operations(x, weight, None, scalings, factors)
+    wanted = [t for t, needed in zip((x, *factors), needs, strict=True) if needed]
+    gradients = iter(
+        torch.autograd.grad(result, wanted, gradient, create_graph=torch.is_grad_enabled())
+    )
+    return [next(gradients) if needed else None for needed in needs]
+
+
+def _updates(
+    scalings: Sequence[float], factors: Sequence[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, float]]:
+    return zip(factors[::2], factors[1::2], scalings, strict=True)
+
+
+def _whole(
+    weight: Tensor, backend: Backend, scalings: Sequence[float], factors: Sequence[Tensor]
+) -> Tensor:
+    """The weight that the frozen product takes: with the updates if they are merged."""
+    if backend is Backend.ADDED:
         return weight
+    weight = weight.clone()
+    for A, B, scaling in _updates(scalings, factors):
+        add_delta(weight, A, B, scaling)
+    return weight
 
 
 def _as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:

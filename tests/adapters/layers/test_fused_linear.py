@@ -1,17 +1,22 @@
-"""The fused product and its gradients against autograd through the reference and the definition."""
+"""The fused product and its derivatives against autograd through the reference, the definition."""
 
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 
 from gralora_diffusion.adapters.layers import functional
-from gralora_diffusion.adapters.layers.fused_linear import Update, adapted_linear, choose_way
+from gralora_diffusion.adapters.layers.fused_linear import (
+    Backend,
+    Update,
+    adapted_linear,
+    select_backend,
+)
 from tests.reference import dense_update, relative_error
 
 IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
-LOADERS = ("added", "merged")
 
 
 def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True):
@@ -40,17 +45,17 @@ def expected(x, weight, bias, updates):
     return F.linear(x.double(), whole, None if bias is None else bias.double())
 
 
-@pytest.mark.parametrize("way", LOADERS)
+@pytest.mark.parametrize("backend", Backend)
 @pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("sizes", [((8, 4),), ((8, 2), (2, 1)), ((4, 1), (16, 8), (8, 4))])
 @pytest.mark.parametrize("leading", [(3, 5), (7,), (), (0,), (2, 0), (2, 3, 4)])
-def test_is_the_product_with_the_weight_and_its_updates(way, with_bias, sizes, leading):
+def test_is_the_product_with_the_weight_and_its_updates(backend, with_bias, sizes, leading):
     x, weight, bias, updates = make(sizes=sizes, leading=leading)
     bias = bias if with_bias else None
-    actual = adapted_linear(x, updates, weight, bias, way=way)
+    actual = adapted_linear(x, updates, weight, bias, backend=backend)
     torch.testing.assert_close(actual, expected(x, weight, bias, updates), rtol=0, atol=1e-13)
     with torch.no_grad():
-        assert torch.equal(adapted_linear(x, updates, weight, bias, way=way), actual)
+        assert torch.equal(adapted_linear(x, updates, weight, bias, backend=backend), actual)
 
 
 def test_without_a_weight_it_is_the_updates_alone():
@@ -64,24 +69,13 @@ def test_without_a_weight_it_is_the_updates_alone():
     )
 
 
-@pytest.mark.parametrize("way", LOADERS)
-def test_gradients_are_those_of_finite_differences(way):
-    x, weight, bias, updates = make()
-
-    def function(x, A, B, down, up):
-        pairs = [Update(A, B, 0.7), Update(down, up, -1.3)]
-        return adapted_linear(x, pairs, weight, bias, way=way)
-
-    assert torch.autograd.gradcheck(function, leaves(x, updates))
-
-
-@pytest.mark.parametrize("way", LOADERS)
+@pytest.mark.parametrize("backend", Backend)
 @pytest.mark.parametrize("wanted", [w for w in itertools.product([0, 1], repeat=3) if any(w)])
-def test_only_the_gradients_that_are_wanted(way, wanted):
+def test_only_the_gradients_that_are_wanted(backend, wanted):
     x, weight, bias, (update,) = make(torch.float32, sizes=((8, 4),))
     for tensor, needed in zip((x, update.A, update.B), wanted, strict=True):
         tensor.requires_grad_(bool(needed))
-    adapted_linear(x, [update], weight, bias, way=way).square().sum().backward()
+    adapted_linear(x, [update], weight, bias, backend=backend).square().sum().backward()
     actual = [tensor.grad for tensor in (x, update.A, update.B)]
     for tensor in (x, update.A, update.B):
         tensor.grad = None
@@ -145,35 +139,132 @@ def test_keeps_the_input_as_it_came_hidden_tensors_and_converted_factors(dtype):
     assert [(t.shape, t.dtype) for t in new] == [(s, dtype) for s in (*factors, *hidden)]
     kept.clear()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
-        adapted_linear(x, updates, weight.float(), bias, way="merged")
+        adapted_linear(x, updates, weight.float(), bias, backend=Backend.MERGED)
     assert {tuple(t.shape) for t in kept} == {tuple(t.shape) for t in (weight, *leaves(x, updates))}
 
 
-def test_differentiates_once():
-    x, weight, bias, updates = make()
-    result = adapted_linear(x, updates, weight, bias).square().sum()
-    (gradient,) = torch.autograd.grad(result, x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        gradient.sum().backward()
+class TestTransforms:
+    """Derivatives of derivatives, ``torch.func`` and forward-mode AD."""
+
+    @staticmethod
+    def functions(backend, dtype=torch.float64, **changes):
+        """The function, the same by the definition, and what both are differentiated by."""
+        x, weight, bias, updates = make(dtype, **changes)
+        scalings = [update.scaling for update in updates]
+
+        def function(x, *factors):
+            pairs = map(Update, factors[::2], factors[1::2], scalings)
+            return adapted_linear(x, list(pairs), weight, bias, backend=backend)
+
+        def definition(x, *factors):
+            whole = weight.double()
+            for A, B, scaling in zip(factors[::2], factors[1::2], scalings, strict=True):
+                whole = whole + scaling * dense_update(A, B)
+            return F.linear(x.double(), whole, bias.double())
+
+        return function, definition, leaves(x, updates)
+
+    @pytest.mark.parametrize("backend", Backend)
+    @pytest.mark.parametrize("leading", [(1, 2), (), (0,)])
+    def test_finite_differences(self, backend, leading):
+        """Of first and second derivatives, in both modes, one by one and batched."""
+        function, _, inputs = self.functions(backend, leading=leading, sizes=((4, 2), (2, 1)))
+        options = {"check_batched_grad": True, "fast_mode": leading != (1, 2)}
+        assert torch.autograd.gradcheck(
+            function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **options
+        )
+        assert torch.autograd.gradgradcheck(function, inputs, check_fwd_over_rev=True, **options)
+
+    @pytest.mark.parametrize("backend", Backend)
+    def test_gradients_of_gradients(self, backend):
+        """Also where the input comes from the factors, as where a layer is called twice."""
+        function, definition, inputs = self.functions(backend)
+        back = torch.randn(OUT, IN, dtype=torch.float64) / OUT
+
+        def second(function):
+            once = function(*inputs)
+            twice = function(torch.tanh(once @ back), *inputs[1:])
+            penalty = once.new_zeros(())
+            gradients = torch.autograd.grad(twice.square().sum(), inputs, create_graph=True)
+            for gradient in gradients:
+                penalty = penalty + gradient.square().sum()
+            return [*gradients, *torch.autograd.grad(penalty, inputs)]
+
+        for actual, exact in zip(second(function), second(definition), strict=True):
+            assert relative_error(actual, exact) < 1e-12
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("wanted", [w for w in itertools.product([0, 1], repeat=3) if any(w)])
+    def test_create_graph_changes_no_gradient(self, dtype, wanted):
+        x, weight, bias, (update,) = make(torch.float32, sizes=((8, 4),))
+        tensors = [x, *update[:2]]
+        needed = [t.requires_grad_(bool(w)) for t, w in zip(tensors, wanted, strict=True) if w]
+        for tensor, w in zip(tensors, wanted, strict=True):
+            tensor.requires_grad_(bool(w))
+        result = adapted_linear(x, [update], weight, bias, dtype)
+        loss = result.float().square().sum()
+        once = torch.autograd.grad(loss, needed, retain_graph=True)
+        again = torch.autograd.grad(loss, needed, create_graph=True)
+        for gradient, differentiable, tensor in zip(once, again, needed, strict=True):
+            assert differentiable.requires_grad
+            assert differentiable.dtype == gradient.dtype == tensor.dtype
+            assert relative_error(differentiable, gradient) < 4 * torch.finfo(dtype).eps
+
+    @pytest.mark.parametrize("backend", Backend)
+    def test_gradients_of_each_sample(self, backend):
+        function, definition, (x, *factors) = self.functions(backend, leading=(4, 3))
+        seed = torch.randn(4, 3, OUT, dtype=torch.float64)
+
+        def loss(factors, x, seed):
+            return (function(x, *factors) * seed).sum()
+
+        frozen = [factor.detach() for factor in factors]
+        each = torch.func.vmap(torch.func.grad(loss), (None, 0, 0))(frozen, x.detach(), seed)
+        for n in range(4):
+            exact = torch.autograd.grad((definition(x[n], *factors) * seed[n]).sum(), factors)
+            for actual, gradient in zip(each, exact, strict=True):
+                assert relative_error(actual[n], gradient) < 1e-12
+
+    @pytest.mark.parametrize("backend", Backend)
+    def test_tangents(self, backend):
+        function, definition, inputs = self.functions(backend)
+        inputs = tuple(tensor.detach() for tensor in inputs)
+        tangents = tuple(torch.randn_like(tensor) for tensor in inputs)
+        result, tangent = torch.func.jvp(function, inputs, tangents)
+        expected, exact = torch.autograd.functional.jvp(definition, inputs, tangents)
+        assert relative_error(result, expected) < 1e-12
+        assert relative_error(tangent, exact) < 1e-12
+        with torch.no_grad(), forward_ad.dual_level():
+            dual = function(*map(forward_ad.make_dual, inputs, tangents))
+            assert torch.equal(forward_ad.unpack_dual(dual).tangent, tangent)
+
+    @pytest.mark.parametrize("backend", Backend)
+    def test_factors_of_several_adapters_at_once(self, backend):
+        function, definition, (x, *factors) = self.functions(backend)
+        stacked = [torch.stack([factor, -2 * factor]).detach() for factor in factors]
+        with torch.no_grad():
+            both = torch.func.vmap(function, (None, *[0] * len(stacked)))(x, *stacked)
+        for n in range(2):
+            assert relative_error(both[n], definition(x, *[f[n] for f in stacked])) < 1e-12
 
 
-class TestWay:
-    def way(self, tokens, width=640, r=32, k=2, dtype=torch.float32, differentiable=True):
+class TestBackend:
+    def backend(self, tokens, width=640, r=32, k=2, dtype=torch.float32, differentiable=True):
         pair = torch.empty(k, width // k, r), torch.empty(k, r, width // k)
-        return choose_way(tokens, [Update(*pair, 1.0)], dtype, differentiable)
+        return select_backend(tokens, [Update(*pair, 1.0)], dtype, differentiable)
 
     def test_merges_in_fp32_where_tokens_are_many(self):
-        assert self.way(4096) == self.way(1024) == "merged"
-        assert self.way(77) == "added"
-        assert self.way(1024, width=3072) == "added"
-        assert self.way(1024, width=1280) == "added"
-        assert self.way(1024, width=1280, k=8) == "merged"
-        assert self.way(1024, width=64) == "added"
+        assert self.backend(4096) == self.backend(1024) == Backend.MERGED
+        assert self.backend(77) == Backend.ADDED
+        assert self.backend(1024, width=3072) == Backend.ADDED
+        assert self.backend(1024, width=1280) == Backend.ADDED
+        assert self.backend(1024, width=1280, k=8) == Backend.MERGED
+        assert self.backend(1024, width=64) == Backend.ADDED
 
     def test_without_a_backward_pass_the_weight_is_formed_once(self):
-        assert self.way(600) == "added"
-        assert self.way(600, differentiable=False) == "merged"
+        assert self.backend(600) == Backend.ADDED
+        assert self.backend(600, differentiable=False) == Backend.MERGED
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_never_rounds_the_sum_to_half_precision(self, dtype):
-        assert self.way(10**6, dtype=dtype) == "added"
+        assert self.backend(10**6, dtype=dtype) == Backend.ADDED

@@ -1,8 +1,8 @@
 """Our layers against stock PEFT's, where it has one, and against the dense update where not."""
 
 import copy
+import functools
 import pickle
-import re
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.func import functional_call, grad, hessian, jvp, vmap
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gralora_diffusion import GraloraConfig as PatternedConfig
 from gralora_diffusion import GraloraConv2d, GraloraLinear, inject
+from gralora_diffusion.adapters.layers.fused_linear import Backend
+from gralora_diffusion.adapters.layers.linear import Separate
 from tests.reference import dense_update, relative_error
 
 
@@ -287,25 +290,25 @@ def test_hooks_of_every_module_reach_the_base_layer():
         handle.remove()
     assert net.up.base_layer in called
     net.up(torch.randn(2, 5, 24))
-    assert net.up.way == "added"
+    assert net.up.backend is Backend.ADDED
 
 
-class TestWays:
+class TestBackends:
     """How a forward is computed, and that its result and gradients do not depend on it."""
 
     @pytest.mark.parametrize(
-        ("change", "way"),
+        ("change", "backend"),
         [
-            (lambda net: net, "added"),
-            (hooked, "separate: .*hooks"),
-            (backward_hooked, "separate: .*hooks"),
-            (offloaded, "separate: .*forward"),
-            (trained, "separate: .*trained"),
-            (under_lora, "separate: .*Linear"),
+            (lambda net: net, Backend.ADDED),
+            (hooked, Separate.HOOKS),
+            (backward_hooked, Separate.HOOKS),
+            (offloaded, Separate.BASE_LAYER),
+            (trained, Separate.TRAINED),
+            (under_lora, Separate.BASE_LAYER),
         ],
     )
     @pytest.mark.parametrize("hybrid_r", [0, 2])
-    def test_every_way_is_the_same(self, change, way, hybrid_r):
+    def test_every_backend_is_the_same(self, change, backend, hybrid_r):
         net = pair(hybrid_r=hybrid_r)[1]
         inject(net, config(alpha=5), "second")
         net.up.set_adapter(["default", "second"])
@@ -317,7 +320,7 @@ class TestWays:
         (exact,) = torch.autograd.grad(expected.square().sum(), x)
         layer = change(net).up
         actual = layer(x)
-        assert re.match(way, layer.way)
+        assert layer.backend is backend
         assert relative_error(actual, expected) < 1e-5
         (gradient,) = torch.autograd.grad(actual.square().sum(), x)
         assert relative_error(gradient, exact) < 1e-5
@@ -325,30 +328,32 @@ class TestWays:
     def test_merged_with_many_tokens_in_fp32(self):
         layer = pair(hybrid_r=2)[1].up
         few, many = torch.randn(5, 24), torch.randn(3, 20_000, 24)
-        for x, way in ((few, "added"), (many, "merged")):
+        for x, backend in ((few, Backend.ADDED), (many, Backend.MERGED)):
             update = x.double() @ (1.2 * dense(layer)).T
             assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
-            assert layer.way == way
+            assert layer.backend is backend
         with torch.autocast("cpu", torch.bfloat16):
             layer(many)
-        assert layer.way == "added"
+        assert layer.backend is Backend.ADDED
 
     def test_other_reasons(self):
         layer, x = pair(gralora_dropout=0.5)[1].up, torch.randn(5, 24)
         layer.train()(x)
-        assert "dropout" in layer.way
+        assert layer.backend is Separate.DROPOUT
         layer.eval()(x)
-        assert layer.way == "added"
+        assert layer.backend is Backend.ADDED
+        jvp(layer, (x,), (x,))
+        assert layer.backend is Separate.TRANSFORMS
         layer.to(torch.bfloat16).cast_adapter("default", torch.float32)
         layer(x.bfloat16())
-        assert "another dtype" in layer.way
+        assert layer.backend is Separate.DTYPE
         with torch.autocast("cpu", torch.bfloat16):
             layer(x)
-        assert layer.way == "added"
+        assert layer.backend is Backend.ADDED
         layer.base_layer.weight.data = layer.base_layer.weight.data.to(torch.float8_e4m3fn)
         layer.base_layer.forward = lambda x: x @ layer.base_layer.weight.to(x.dtype).T
         layer(x.bfloat16())
-        assert layer.way.startswith("separate")
+        assert layer.backend is Separate.BASE_LAYER
 
     def test_autocast_converts_no_input_twice(self):
         """Nothing of the size of input or output is converted, but what the products need."""
@@ -376,6 +381,104 @@ class TestWays:
             assert sorted(map(str, seen)) == sorted(
                 map(str, conversions + [pair[::-1] for pair in conversions])
             )
+
+
+@pytest.mark.parametrize("kind", ["linear", "conv"])
+class TestTransforms:
+    """A layer with two hybrid adapters, and the same by the definition; in float64."""
+
+    @staticmethod
+    def functions(kind):
+        """Both as functions of the trained factors, by name, and of an input; and those."""
+        names = ["default", "second"]
+        if kind == "linear":
+            net = pair(hybrid_r=2)[1]
+            layer = inject(net, config(hybrid_r=2, alpha=5), "second").up
+            product, x = F.linear, torch.randn(4, 5, 24)
+        else:
+            net = conv(names, ConvNet(stride=2, dilation=2), hybrid_r=2)
+            layer, x = net.conv, torch.randn(4, 1, 8, 9, 7)
+            product = functools.partial(F.conv2d, stride=2, padding=1, dilation=2)
+        layer.double().set_adapter(names)
+        layer.set_scale("second", -0.7)
+        base = layer.base_layer
+
+        def by_definition(factors, x):
+            weight = base.weight
+            for name in names:
+                A, B, down, up = (
+                    factors[path.format(name)]
+                    for path in (
+                        "gralora_A.{}",
+                        "gralora_B.{}",
+                        "gralora_A_general.{}.weight",
+                        "gralora_B_general.{}.weight",
+                    )
+                )
+                update = dense_update(A, B) + torch.einsum("or,ri...->oi...", up.flatten(1), down)
+                weight = weight + layer.scaling[name] * update
+            return product(x, weight, base.bias)
+
+        factors = {name: p for name, p in layer.named_parameters() if p.requires_grad}
+        assert len(factors) == 8
+        return (
+            lambda factors, x: functional_call(layer, factors, x),
+            by_definition,
+            factors,
+            x.double(),
+        )
+
+    def test_values_and_gradients_of_gradients(self, kind):
+        results = []
+        *functions, factors, x = self.functions(kind)
+        inputs = [x.requires_grad_(), *factors.values()]
+        for function in functions:
+            result = function(factors, x.flatten(0, -4) if kind == "conv" else x)
+            first = torch.autograd.grad(result.square().sum(), inputs, create_graph=True)
+            penalty = torch.stack([gradient.square().sum() for gradient in first]).sum()
+            results.append([result, *first, *torch.autograd.grad(penalty, inputs)])
+        for actual, exact in zip(*results, strict=True):
+            assert relative_error(actual, exact) < 1e-12
+
+    def test_gradients_of_each_sample(self, kind):
+        function, by_definition, factors, x = self.functions(kind)
+
+        def loss(factors, x):
+            return function(factors, x).square().sum()
+
+        frozen = {name: factor.detach() for name, factor in factors.items()}
+        each = vmap(grad(loss), (None, 0))(frozen, x)
+        for n, sample in enumerate(x):
+            result = by_definition(factors, sample).square().sum()
+            for name, exact in zip(
+                factors, torch.autograd.grad(result, list(factors.values())), strict=True
+            ):
+                assert relative_error(each[name][n], exact) < 1e-12, name
+
+    def test_tangents_are_those_of_finite_differences(self, kind):
+        function, by_definition, factors, x = self.functions(kind)
+        at = ({name: factor.detach() for name, factor in factors.items()}, x[0])
+        along = ({name: torch.randn_like(factor) for name, factor in at[0].items()}, x[1])
+        step = 1e-4
+
+        def moved(step):
+            factors = {name: factor + step * along[0][name] for name, factor in at[0].items()}
+            return by_definition(factors, at[1] + step * along[1])
+
+        result, tangent = jvp(function, at, along)
+        assert relative_error(result, by_definition(*at)) < 1e-12
+        assert relative_error(tangent, (moved(step) - moved(-step)) / (2 * step)) < 1e-6
+
+    def test_hessian(self, kind):
+        function, by_definition, factors, x = self.functions(kind)
+        at = {name: factor.detach() for name, factor in factors.items()}
+        A = "gralora_A.default"
+
+        def loss(function):
+            return lambda A_: function({**at, A: A_}, x[0]).square().sum()
+
+        exact = torch.autograd.functional.hessian(loss(by_definition), at[A])
+        assert relative_error(hessian(loss(function))(at[A]), exact) < 1e-12
 
 
 class TestScale:
@@ -613,7 +716,7 @@ class TestTorchMachinery:
             given = theirs[name].grad
             given = given.full_tensor() if wrap is fully_shard else given
             assert relative_error(given, gradient) < 1e-6, name
-        assert net.up.way == "added"
+        assert net.up.backend is Backend.ADDED
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_are_whole_and_independent(self, duplicate):

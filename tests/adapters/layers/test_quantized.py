@@ -9,6 +9,7 @@ from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, Torch
 from peft import GraloraConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -80,6 +81,42 @@ class TestLayers:
             assert relative_error(x.grad, gradients[0]) < 1e-5
             for (name, factor), gradient in zip(factors.items(), gradients[1:], strict=True):
                 assert relative_error(factor.grad, gradient) < 1e-5, name
+
+    def test_gradients_of_gradients(self, kind):
+        layer = adapted(kind).up
+        factors = [p for p in layer.parameters() if p.requires_grad]
+        weight, bias = dequantized(layer.base_layer), layer.base_layer.bias
+        values = torch.randn(5, 64)
+        results = []
+        for dtype, function in (
+            (torch.float32, layer),
+            (torch.float64, lambda x: x @ (weight + update(layer)).T + bias),
+        ):
+            inputs = [values.to(dtype).requires_grad_(), *factors]
+            loss = function(inputs[0]).tanh().sum()
+            first = torch.autograd.grad(loss, inputs, create_graph=True)
+            penalty = torch.stack([gradient.double().square().sum() for gradient in first]).sum()
+            results.append([*first, *torch.autograd.grad(penalty, inputs)])
+        for actual, exact in zip(*results, strict=True):
+            assert relative_error(actual, exact) < 1e-5
+
+    def test_function_transforms(self, kind):
+        """Where the base layer's own product can be transformed."""
+        layer, x, along = adapted(kind).up, torch.randn(4, 5, 64), torch.randn(4, 5, 64)
+        if kind.startswith("bnb"):  # its product is an autograd.Function without setup_context
+            with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch"):
+                grad(lambda x: layer.base_layer(x).sum())(x)
+            return
+        whole = dequantized(layer.base_layer) + update(layer)
+        assert relative_error(jvp(layer, (x,), (along,))[1], along.double() @ whole.T) < 1e-5
+        frozen = {n: p.detach() for n, p in layer.named_parameters() if p.requires_grad}
+        each = vmap(grad(lambda f, x: functional_call(layer, f, x).tanh().sum()), (None, 0))
+        factors = [layer.get_parameter(name) for name in frozen]
+        for n, gradients in enumerate(zip(*each(frozen, x).values(), strict=True)):
+            result = x[n].double() @ (dequantized(layer.base_layer) + update(layer)).T
+            loss = (result + layer.base_layer.bias).tanh().sum()
+            for actual, exact in zip(gradients, torch.autograd.grad(loss, factors), strict=True):
+                assert relative_error(actual, exact) < 1e-5
 
     def test_gradient_checkpointing_and_dropout(self, kind):
         net = adapted(kind, gralora_dropout=0.3).train()
