@@ -1,6 +1,7 @@
 """README and docs: every command is parsed, every Python block compiles or runs, every link leads
 somewhere, and the tree in architecture.md is the tree."""
 
+import ast
 import importlib
 import os
 import re
@@ -398,6 +399,44 @@ def _is_explained(message: str) -> bool:
     """Whether a page quotes something of the message; dots leave something out."""
     message = message.replace("`", "")
     return any(all(part.strip() in message for part in q.split("...")) for q in _quoted())
+
+
+#: Words that a message fills in, as the docs' examples have them.
+VALUES = (
+    "adamw bitsandbytes flux host k missing nan one process prodigy rank tokenizer torchao "
+    "torchvision transformer two unet unexpected weights"
+)
+#: What PEFT, Pillow and the operating system say in messages that the docs explain.
+OF_OTHERS = (
+    "not found in the base model",
+    "types found",
+    "object has no attribute",
+    "image file is truncated",
+    "space left on device",
+)
+
+
+def test_messages_are_quoted_as_the_package_words_them():
+    """Runs of plain words, between values and punctuation, stand in one of its strings."""
+    trees = (
+        ast.parse(path.read_text(encoding="utf-8"))
+        for path in (ROOT / "gralora_diffusion").rglob("*.py")
+    )
+    strings = "\n".join(
+        " ".join(node.value.replace("`", "").split())
+        for tree in trees
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    value = rf"\b(?:{VALUES.replace(' ', '|')})\b"
+    plain = re.compile(r"(?<![^\s(])[a-z]+(?:'s)?(?: [a-z]+(?:'s)?)+(?![\w.'/-]*[\w/-])")
+    stale = [
+        f"{words!r} in {message!r}"
+        for message in _quoted()
+        for words in plain.findall(re.sub(value, "...", message))
+        if words not in strings and words not in OF_OTHERS
+    ]
+    assert not stale, "\n".join(stale)
 
 
 @pytest.mark.parametrize(
