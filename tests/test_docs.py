@@ -47,7 +47,6 @@ from tests import ROOT, models
 from tests.offloading import offload_groups
 from tests.performance import layer
 
-ROOT = Path(__file__).parent.parent
 #: The generated example report quotes what it was made of, and links only within itself.
 GENERATED = ROOT / "docs/benchmark_tiny/report.md"
 DOCS = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {GENERATED})]
