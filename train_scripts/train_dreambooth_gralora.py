@@ -6,7 +6,7 @@
         --instance_data_dir my_pictures --instance_prompt "a photo of sks dog" \\
         --output_dir my_adapter
 
-``--help`` lists every option; docs/training.md explains them.
+``--help`` lists every option; docs/training/ explains them.
 """
 
 from gralora_diffusion.training.main import main

@@ -51,7 +51,7 @@ CLIPS = ("text_encoder", "text_encoder_2")
 
 def build(name: str, seed: int) -> Any:
     """A pipeline that diffusers' reader of single files can tell and take: see its limits in
-    docs/troubleshooting.md."""
+    docs/troubleshooting/base_models.md."""
     if name == "stable-diffusion-xl":
         return PIPELINES[name](seed, clip_g_layers=10)
     if name == "stable-diffusion-3":

@@ -286,7 +286,7 @@ def test_weights_for_use(averaged: bool) -> None:
     [(0.999, 200, 20), (0.99, 200, 20), (0.999, 800, 80), (0.99, 800, 80), (0.9, 200, 9)],
 )
 def test_how_old_an_average_is(decay: float, steps: int, age: float) -> None:
-    """As docs/training.md says; ``decay`` counts only where diffusers' warm-up has reached it."""
+    """See docs/training/techniques.md: ``decay`` only counts once diffusers' warm-up reaches it."""
     now = torch.nn.Parameter(torch.zeros(1, dtype=torch.float64))
     ema = EMAModel([now], decay=decay, foreach=True)
     for step in range(1, steps + 1):
