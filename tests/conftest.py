@@ -6,6 +6,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # quiet about torchvision, which is not needed
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -29,3 +30,21 @@ def _fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the settings of its first use for the whole process."""
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny Stable Diffusion pipeline in diffusers' folder layout."""
+    from tests.tiny.stable_diffusion import stable_diffusion  # takes seconds, with diffusers
+
+    folder = tmp_path_factory.mktemp("base")
+    stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of images to learn."""
+    from tests.training.runs import make_images
+
+    return make_images(tmp_path_factory.mktemp("images"))
