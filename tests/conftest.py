@@ -35,7 +35,7 @@ def _fresh_accelerate() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion pipeline in diffusers' folder layout."""
-    from tests.tiny.stable_diffusion import stable_diffusion  # takes seconds, with diffusers
+    from tests.models import stable_diffusion  # takes seconds, with diffusers
 
     folder = tmp_path_factory.mktemp("base")
     stable_diffusion().save_pretrained(folder)
