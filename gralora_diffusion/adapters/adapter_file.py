@@ -14,8 +14,10 @@ either directly (the adapter of one component) or in a sub-folder per component.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +26,12 @@ from typing import Any
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
-from torch import Tensor
+from torch import Tensor, float32, promote_types
 
 from gralora_diffusion.adapters.placement.layer_config import (
     PATTERNS,
     invalid_values,
+    layer_settings,
     mistyped_values,
 )
 from gralora_diffusion.io.errors import AdapterFileError
@@ -101,9 +104,16 @@ def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
 
 
 def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[Path]:
-    """Write ``<folder>/<component>`` for ``PeftModel.from_pretrained``; return these folders."""
+    """Write ``<folder>/<component>`` for ``PeftModel.from_pretrained``; return these folders.
+
+    PEFT reads neither ``alpha_pattern`` nor ``exclude_modules`` of GraLoRA, so both are resolved:
+    alphas are multiplied into B, and the layers are named one by one. With a ``rank_pattern`` or a
+    ``k_pattern``, PEFT rejects the shapes whatever else the folder says; it is then written as it
+    is, and this package reads it back.
+    """
     folders = []
     for name, part in adapter.components.items():
+        part = _for_peft(part)
         target = Path(folder) / name
         target.mkdir(parents=True, exist_ok=True)
         tensors = {
@@ -115,6 +125,30 @@ def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[
             temporary.write_text(text + "\n", encoding="utf-8")
         folders.append(target)
     return folders
+
+
+def _for_peft(part: ComponentAdapter) -> ComponentAdapter:
+    """Return the same update in terms that PEFT's GraLoRA knows."""
+    ours: Any = part.config
+    alphas, excluded = getattr(ours, "alpha_pattern", None), getattr(ours, "exclude_modules", None)
+    shapes = getattr(ours, "rank_pattern", None) or getattr(ours, "k_pattern", None)
+    if shapes or not (alphas or excluded):
+        return part
+    config, tensors = copy.deepcopy(ours), dict(part.tensors)
+    paths = sorted({path for key in tensors if (path := key.partition(".gralora_")[0]) != key})
+    if excluded:
+        names = "|".join(re.escape(path) for path in paths)
+        config.target_modules, config.exclude_modules = f"(?:{names})", None
+    if alphas:
+        # 1 where the config's own alpha is zero: B can then hold any layer's
+        config.alpha, config.alpha_pattern = ours.alpha or 1, {}
+        for key, tensor in tensors.items():
+            path, _, factor = key.partition(".gralora_")
+            if factor.startswith("B"):
+                ratio = layer_settings(ours, path).alpha / config.alpha
+                dtype = promote_types(tensor.dtype, float32)
+                tensors[key] = (tensor.double() * ratio).to(dtype)
+    return replace(part, config=config, tensors=tensors)
 
 
 def config_to_dict(config: PeftGraloraConfig) -> dict[str, Any]:

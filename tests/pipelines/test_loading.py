@@ -15,6 +15,7 @@ from diffusers import (
 )
 from diffusers.hooks import apply_layerwise_casting
 from peft import PeftModel, get_peft_model, inject_adapter_in_model
+from peft.tuners.gralora.layer import GraloraLayer as StockLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -182,6 +183,32 @@ class TestLoad:
         back.unet = PeftModel.from_pretrained(back.unet, tmp_path / "ours" / "unet").eval()
         back.unet = back.unet.base_model.model
         assert torch.equal(draw(back), expected)
+
+    @pytest.mark.parametrize(
+        ("alpha", "pattern"), [(16, {"to_q": 4, r"attn2\.to_k": 3.5}), (0, {"to_q": 4}), (16, {})]
+    )
+    def test_alphas_and_exclusions_reach_stock_peft(self, pipe, tmp_path, alpha, pattern):
+        torch.manual_seed(1)
+        excluded = r"mid_block\..*to_v"
+        ours = config(
+            ["to_q", "to_k", "to_v"],
+            hybrid_r=2,
+            alpha=alpha,
+            alpha_pattern=pattern,
+            exclude_modules=excluded,
+        )
+        inject(pipe.unet, ours, "a")
+        expected = draw(pipe)
+        pipe.save_gralora_weights(tmp_path, peft_format=True)
+        stock = stable_diffusion()
+        stock.unet = PeftModel.from_pretrained(stock.unet, tmp_path / "unet").eval()
+        adapted = {name for name, m in stock.unet.named_modules() if isinstance(m, StockLayer)}
+        assert len(adapted) == 3 * 8 - 2  # two layers were excluded
+        stock.unet = stock.unet.base_model.model
+        assert relative_error(draw(stock), expected) < 1e-5
+        back = stable_diffusion()
+        back.load_gralora_weights(tmp_path)
+        assert relative_error(draw(back), expected) < 1e-5
 
     def test_a_stock_config_may_name_what_is_not_there(self, pipe, tmp_path):
         """PEFT lets a pattern match nothing; what counts is that the file is whole."""
