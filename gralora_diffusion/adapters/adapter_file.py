@@ -23,8 +23,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from peft import GraloraConfig as PeftGraloraConfig
 from torch import Tensor, float32, promote_types
 
@@ -43,7 +41,7 @@ from gralora_diffusion.io.file_names import (
     WEIGHTS_NAME,
     looks_like_hub_id,
 )
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.json_files import parse_object, read_object
 from gralora_diffusion.io.tensor_files import read_safetensors, replacing, write_safetensors
 
@@ -261,17 +259,11 @@ def _read_from_hub(
     try:
         for names in ([weight_name or WEIGHTS_NAME], peft_names):
             patterns = [inside + name for name in names]
-            snapshot = Path(snapshot_download(repository, allow_patterns=patterns, **options))
+            snapshot = fetch(repository, patterns, **options)
             if weight_name or any(any(snapshot.glob(pattern)) for pattern in patterns):
                 break
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        problem = offline_problem(
-            error,
-            repository,
-            revision=options.get("revision"),
-            cache_dir=options.get("cache_dir"),
-        ) or (f"neither a local path nor a repository on the Hub that could be fetched: {error}")
-        raise AdapterFileError(f"{repository}: {problem}") from error
+    except OSError as error:
+        raise AdapterFileError(f"{repository}: {error}") from error
     try:
         adapter = _read_folder(snapshot / inside, weight_name)
     except AdapterFileError as error:

@@ -22,6 +22,7 @@ from torch import nn
 
 from gralora_diffusion.adapters.placement.targets import quantization_of
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.dtypes import short_name
 from gralora_diffusion.io.json_files import read_object
 
 from .options import BaseModelOptions
@@ -145,10 +146,10 @@ def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
     for name, component in pipe.components.items():
         for layer in component.modules() if isinstance(component, nn.Module) else ():
             quantized = (quantization_of(layer) or "").startswith("torchao")
-            if quantized and layer.weight.dtype != dtype:
-                theirs = str(layer.weight.dtype).removeprefix("torch.")
-                flags = {"float32": "no", "float16": "fp16", "bfloat16": "bf16"}
-                flag = flags.get(theirs, theirs)
+            held: Any = layer.weight.dtype if quantized else dtype
+            if held != dtype:
+                theirs = str(held).removeprefix("torch.")
+                flag = "no" if held == torch.float32 else short_name(held)
                 raise ValueError(
                     f"its {name} was quantized from {theirs} and computes in nothing else, but "
                     f"{str(dtype).removeprefix('torch.')} is asked for. Give --mixed_precision "

@@ -19,12 +19,12 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
-from huggingface_hub import snapshot_download
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.key_maps import DENOISER
 
 from .options import BaseModelOptions
@@ -91,9 +91,7 @@ class SingleFile(OriginalFile):
         index, parts = self.rest(options, family, given)
         folder = source = index.source
         if not Path(source).is_dir():
-            folder = snapshot_download(
-                source, cache_dir=options.cache_dir, allow_patterns=["*.json"]
-            )
+            folder = str(fetch(source, ["*.json"], cache_dir=options.cache_dir))
         held = self._held(family)
         read = [name for name in held if name not in given and name not in parts]
 

@@ -12,8 +12,6 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.utils.hub_utils import _add_variant
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
 from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
@@ -26,7 +24,7 @@ from gralora_diffusion.base_models.folder import (
 from gralora_diffusion.base_models.single_file_header import OriginalFile
 from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
 from gralora_diffusion.io.file_names import looks_like_hub_id
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import KeyMap, OriginalTensor, Shape
 
@@ -260,26 +258,16 @@ def _download(
 ) -> Path:
     """Fetch a pipeline's configs and tokenizers, then the weights of this variant alone."""
 
-    def fetch(patterns: Iterable[str]) -> Path:
+    def fetched(patterns: Iterable[str]) -> Path:
         try:
-            return Path(
-                snapshot_download(
-                    repository,
-                    allow_patterns=list(patterns),
-                    revision=revision,
-                    cache_dir=cache_dir,
-                )
-            )
-        except (OSError, HfHubHTTPError, HFValidationError) as error:
-            problem = offline_problem(
-                error, repository, revision=revision, cache_dir=cache_dir
-            ) or (f"neither a local path nor a pipeline on the Hub that could be fetched: {error}")
-            raise BaseError(f"{repository}: {problem}") from error
+            return fetch(repository, patterns, revision=revision, cache_dir=cache_dir)
+        except OSError as error:
+            raise BaseError(f"{repository}: {error}") from error
 
-    fetch([PIPELINE_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
+    fetched([PIPELINE_INDEX, "*/*.json", "*/*.txt", "*/*.model"])
     ending = f".{variant}" if variant else ""
     stems = [name.removesuffix(".safetensors") for name, _ in WEIGHT_NAMES]
-    return fetch(
+    return fetched(
         pattern
         for stem in stems
         for pattern in (f"*/{stem}{ending}.safetensors", f"*/{stem}{ending}-*-of-*.safetensors")

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
+from gralora_diffusion.io.dtypes import short_name
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import finish_header
@@ -20,7 +21,7 @@ from .choices import DTYPE_CHOICES, FORMATS
 from .dtypes import converted
 from .metadata import export_metadata
 from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
-from .rounding import NAMES, Rounding, RoundingLoss
+from .rounding import Rounding, RoundingLoss
 from .streaming import OutputTensor, sample_remedies, write_streamed
 
 #: Part of the update that may be lost before it is warned.
@@ -247,7 +248,7 @@ def _check_kept(base: Base, files: Mapping[str, list[Owned]]) -> None:
     outputs = [output for planned in files.values() for _, output in planned]
     for output in outputs:
         if output.dtype.itemsize == 1 and any(piece.update for piece in output.pieces):
-            stored = NAMES.get(output.dtype, output.dtype)
+            stored = short_name(output.dtype)
             raise BaseError(
                 f"{base.path}: {output.key} is stored in {stored}, which would round "
                 "most of what is added to it away. Give the base in 16 or 32 bits, or write this "

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.dtypes import short_name, torch_dtype
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.staging import check_output, staged
@@ -34,10 +35,9 @@ from .bases import Base, FileBase, FolderBase, open_base
 from .choices import READERS, STYLES
 from .metadata import export_metadata
 from .names import Names, Pair, StyleError, find_names
-from .rounding import NAMES
 
 _SHOWN = 20
-LORA_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LORA_DTYPES = {name: torch_dtype(name) for name in ("fp32", "bf16", "fp16")}
 
 
 @dataclass
@@ -80,7 +80,9 @@ class LoraReport:
             lines.append("exact: the very same update")
         if self.dtype != torch.float32 and self.errors:
             rounded = torch.finfo(self.dtype).eps / 2
-            lines[-1] += f", but for factors rounded to {NAMES[self.dtype]} (each to {rounded:.1g})"
+            lines[-1] += (
+                f", but for factors rounded to {short_name(self.dtype)} (each to {rounded:.1g})"
+            )
         return "\n".join([*lines, *self._readers()])
 
     def _readers(self) -> list[str]:

@@ -14,19 +14,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from gralora_diffusion.io.dtypes import torch_dtype
+
+from .choices import DTYPE_CHOICES
+
 #: The dtypes that can be written, by name.
-DTYPES = {
-    "fp32": torch.float32,
-    "bf16": torch.bfloat16,
-    "fp16": torch.float16,
-    "fp8_e4m3": torch.float8_e4m3fn,
-}
-#: What the dtypes of weights are called, those of bases too.
-NAMES = {
-    **{dtype: name for name, dtype in DTYPES.items()},
-    torch.float64: "fp64",
-    torch.float8_e5m2: "fp8_e5m2",
-}
+DTYPES = {name: torch_dtype(name) for name in DTYPE_CHOICES if name != "keep"}
 _BITS = {1: torch.int8, 2: torch.int16}
 
 

@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from gralora_diffusion.io.dtypes import short_name
 from gralora_diffusion.io.tensor_files import StoredTensor, replacing
 from gralora_diffusion.key_maps import Shape
 
-from .rounding import DTYPES, NAMES, Rounding, RoundingError, RoundingLoss, measure, round_to
+from .rounding import DTYPES, Rounding, RoundingError, RoundingLoss, measure, round_to
 from .tensor_bytes import Files, as_bytes, check_space, count, make_header
 
 #: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
@@ -132,7 +133,7 @@ def sample_remedies(output: OutputTensor, rounding: Rounding) -> dict[str, Round
     Returns:
         Name of the way, the present one first -> its cost.
     """
-    name = NAMES[output.dtype]
+    name = short_name(output.dtype)
     loaders = {name: (output, rounding)}
     if not rounding.stochastic:
         by_chance = replace(rounding, stochastic=True)
@@ -285,8 +286,8 @@ class _Job:
                 f"{self.output.key}: NaN or infinite values, in the base or with the adapter added"
             )
         raise RoundingError(
-            f"{self.output.key}: it has a value of {worst:.4g}, and {NAMES[self.output.dtype]} "
-            f"ends at {info.max:.4g}. Take bf16 or fp32"
+            f"{self.output.key}: it has a value of {worst:.4g}, and "
+            f"{short_name(self.output.dtype)} ends at {info.max:.4g}. Take bf16 or fp32"
             + (", or fp8 with scales" if self.output.dtype.itemsize == 1 else "")
         )
 

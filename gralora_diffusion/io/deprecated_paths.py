@@ -133,6 +133,11 @@ MODULES = {
 }
 #: What is in another place than the rest of its module, or has another name.
 NAMES = {
+    "training.pictures.decode": "io.image_files.read_image",
+    "training.pictures.read_image": "io.image_files.read_image",
+    "training.pictures.is_image": "io.image_files.is_image",
+    "training.pictures.as_srgb": "io.image_files.as_srgb",
+    "training.pictures.image_extensions": "io.image_files.image_extensions",
     "benchmark.claims.CLAIM_NAME": "benchmark.trial_locks.LOCK_NAME",
     "benchmark.claims.Claim": "benchmark.trial_locks.TrialLock",
     "benchmark.claims.claimant": "benchmark.trial_locks.holder",
@@ -141,7 +146,7 @@ NAMES = {
     "benchmark.encoders.read_picture": "benchmark.evaluation.encoders.read_image_file",
     "benchmark.kept.write_down": "benchmark.run_config.save_run_config",
     "benchmark.mechanism.MechanismLog": "benchmark.diagnostics.DiagnosticsLog",
-    "benchmark.metrics.unit": "benchmark.evaluation.metrics.trial",
+    "benchmark.metrics.unit": "benchmark.evaluation.metrics.normalize",
     "benchmark.report.content.Content": "benchmark.report.report_data.ReportData",
     "benchmark.report.content.MethodContent": "benchmark.report.report_data.MethodData",
     "benchmark.report.content.ParetoContent": "benchmark.report.report_data.ParetoData",
@@ -160,7 +165,8 @@ NAMES = {
     "bookkeeping.note_components": "pipelines.diffusers_registry.register_components",
     "bookkeeping.note_fused": "pipelines.diffusers_registry.register_fused",
     "export.ways.Way": "export.loaders.ArtifactLoader",
-    "fused_linear.Way": "adapters.layers.fused_linear.ArtifactLoader",
+    "fused_linear.Way": "adapters.layers.fused_linear.Backend",
+    "fused_linear.choose_way": "adapters.layers.fused_linear.select_backend",
     "layouts.layout.Layout": "key_maps.key_map.KeyMap",
     "layouts.layout.LayoutError": "key_maps.key_map.KeyMapError",
     "sampling.draw": "pipelines.generation.generate",
@@ -237,11 +243,16 @@ def names_of(module: str) -> Callable[[str], Any]:
     def get(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
-        home, _, new_name = NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}").rpartition(".")
-        try:
-            value = getattr(import_module(f"{_PACKAGE}.{home}"), new_name)
-        except AttributeError:
-            raise AttributeError(f"module {module!r} has no attribute {name!r}") from None
+        # errors were importable from every module that raised them
+        places = [NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}"), f"io.errors.{name}"]
+        for place in places:
+            home, _, new_name = place.rpartition(".")
+            new = import_module(f"{_PACKAGE}.{home}")
+            if hasattr(new, new_name):
+                break
+        else:
+            raise AttributeError(f"module {module!r} has no attribute {name!r}")
+        value = getattr(new, new_name)
         warnings.warn(
             f"{module}.{name} is now {_PACKAGE}.{home}.{new_name}; the old name will be removed in "
             "the next release",

@@ -1,18 +1,45 @@
-"""Why something could not be fetched from the Hugging Face Hub, where the network is at fault."""
+"""Files fetched from the Hugging Face Hub, and why they could not be."""
 
 from __future__ import annotations
 
 import os
 import shlex
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 _UNREACHABLE = (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)
 #: What httpx raises for them, under whatever name huggingface_hub has it.
 _OF_HTTPX = "TransportError"
+
+
+def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
+    """Fetch the files of a repository that match one of the patterns; return the folder.
+
+    Args:
+        options: for ``huggingface_hub.snapshot_download``: ``revision``, ``token``, ``cache_dir``,
+            ``local_files_only``, ...
+
+    Raises:
+        OSError: it could not be fetched; says why and what to do.
+    """
+    try:
+        return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
+    except (OSError, HfHubHTTPError, HFValidationError) as error:
+        revision, cache_dir = options.get("revision"), options.get("cache_dir")
+        problem = offline_problem(error, repository, revision=revision, cache_dir=cache_dir) or (
+            f"neither a local path nor a repository on the Hub that could be fetched: {error}"
+        )
+        raise OSError(problem) from error
 
 
 def offline_problem(

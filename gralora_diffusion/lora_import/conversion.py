@@ -56,6 +56,7 @@ def gralora_from_lora(
     seed: int = 0,
     header_alpha: HeaderAlpha | None = None,
     left_out: list[str] | None = None,
+    **hub_options: Any,
 ) -> tuple[Adapter, dict[str, ImportedLayer]]:
     """Make a GraLoRA adapter with the update of a LoRA, or what is nearest to it.
 
@@ -81,6 +82,8 @@ def gralora_from_lora(
             without a choice.
         left_out: If given, differences of norms and biases are left out, and their keys are
             appended to it. Without it such a LoRA is refused.
+        hub_options: for a Hub repository: ``revision``, ``token``, ``cache_dir``,
+            ``local_files_only``, ... of ``huggingface_hub.snapshot_download``.
 
     Returns:
         The adapter, and component.path -> how that layer came over.
@@ -93,7 +96,9 @@ def gralora_from_lora(
     check_numbers(rank, k, hybrid_rank, alpha)
     family = get_family(family) if isinstance(family, str) else family
     alpha = rank + hybrid_rank if alpha is None else alpha
-    pairs, metadata = read_lora(source, family, unet_config, weight_name, header_alpha, left_out)
+    pairs, metadata = read_lora(
+        source, family, unet_config, weight_name, header_alpha, left_out, hub_options
+    )
     where = "state dict" if isinstance(source, Mapping) else str(source)
     if base is not None:
         base.check(pairs, where)

@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import Tensor
 
 from gralora_diffusion.base_models.folder import read_json
@@ -21,7 +19,7 @@ from gralora_diffusion.io.file_names import (
     PEFT_WEIGHTS_NAME,
     looks_like_hub_id,
 )
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.tensor_files import read_safetensors
 
 _DENOISER_OF_COMFYUI = "diffusion_model."
@@ -41,6 +39,7 @@ def read_file(
     source: str | os.PathLike[str] | Mapping[str, Tensor],
     family: ModelFamily,
     weight_name: str | None = None,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> LoraFile:
     """Read a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
 
@@ -51,7 +50,11 @@ def read_file(
         return LoraFile(dict(source))
     path = Path(source).expanduser()
     if not path.exists() and isinstance(source, str) and looks_like_hub_id(source):
-        path = _download(source, weight_name)
+        patterns = [weight_name or "*.safetensors", f"*{PEFT_CONFIG_NAME}"]
+        try:
+            path = fetch(source, patterns, **(hub_options or {}))
+        except OSError as error:
+            raise AdapterFileError(f"{source}: {error}") from error
     if path.name == PEFT_WEIGHTS_NAME and path.with_name(PEFT_CONFIG_NAME).is_file():
         path = path.parent
     if path.is_dir() and (configs := _peft_configs(path, family)):
@@ -92,14 +95,3 @@ def _only_file(folder: Path, weight_name: str | None) -> Path:
             f"{folder}: expected one .safetensors file, found {names}. Name it with weight_name."
         )
     return files[0]
-
-
-def _download(repository: str, weight_name: str | None) -> Path:
-    patterns = [weight_name or "*.safetensors", f"*{PEFT_CONFIG_NAME}"]
-    try:
-        return Path(snapshot_download(repository, allow_patterns=patterns))
-    except (OSError, HfHubHTTPError, HFValidationError) as error:
-        problem = offline_problem(error, repository) or (
-            f"neither a local path nor a repository on the Hub that could be fetched: {error}"
-        )
-        raise AdapterFileError(f"{repository}: {problem}") from error

@@ -41,6 +41,8 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--hybrid_rank", type=int, default=0, help="rank of the general pair")
     result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
     result.add_argument("--weight_name", help="which file in a folder or repository")
+    result.add_argument("--revision", help="branch, tag or commit of the LoRA on the Hub")
+    result.add_argument("--cache_dir", help="folder for what is downloaded")
     result.add_argument(
         "--header_alpha",
         choices=HEADER_ALPHA,
@@ -97,6 +99,8 @@ def _import(options: argparse.Namespace, output: Path) -> str:
         weight_name=options.weight_name,
         header_alpha=options.header_alpha,
         left_out=left_out,
+        revision=options.revision,
+        cache_dir=options.cache_dir,
     )
     save_adapter(adapter, output)
     lines = [f"left out: {len(left_out)} tensors of norms and biases"] if left_out else []

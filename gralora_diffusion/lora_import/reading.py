@@ -45,6 +45,7 @@ def read_lora(
     weight_name: str | None = None,
     header_alpha: HeaderAlpha | None = None,
     left_out: list[str] | None = None,
+    hub_options: Mapping[str, Any] | None = None,
 ) -> tuple[Pairs, dict[str, str]]:
     """Return the pairs of a LoRA, (R, in, ...) and (out, R) in float32 at least, and its metadata.
 
@@ -55,12 +56,13 @@ def read_lora(
         header_alpha: see :class:`~gralora_diffusion.lora_files.scaling.LoraScalings`.
         left_out: If given, differences of norms and biases are left out, and their keys are
             appended to it; else they are refused.
+        hub_options: see :func:`gralora_diffusion.io.hub.fetch`.
 
     Raises:
         AdapterFileError: not a LoRA, or one of another family; keys that cannot be used; factors
             that are to be read in a way that is not known. All are named.
     """
-    file = read_file(source, family, weight_name)
+    file = read_file(source, family, weight_name, hub_options)
     layers, others = group_layers(file.tensors)
     small = _of_norms_and_biases(file, layers, others)
     if left_out is not None:

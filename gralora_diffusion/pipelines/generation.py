@@ -12,6 +12,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
+from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.process import print_safely, quiet_libraries
@@ -19,7 +20,7 @@ from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 
 #: Names of dtypes, as in the other commands -> torch's.
-DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
+DTYPES = ("fp32", "bf16", "fp16")
 
 
 def generate(
@@ -233,7 +234,7 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
         _check_taken(args, str(index.get("_class_name")), parser)
         name = args.dtype or usual_dtype(index, device)
         pipe = DiffusionPipeline.from_pretrained(
-            args.base, dtype=getattr(torch, DTYPES[name]), use_safetensors=True
+            args.base, dtype=torch_dtype(name), use_safetensors=True
         )
     except (OSError, ValueError, RecursionError) as error:
         problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"

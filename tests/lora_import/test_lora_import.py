@@ -11,7 +11,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from gralora_diffusion import AdapterFileError, cli, get_family
@@ -101,6 +101,29 @@ def test_kohya(rank, k, hybrid, alpha, tmp_path):
         assert (config.r, config.gralora_k, config.hybrid_r) == (rank, k, hybrid)
         assert config.alpha == (alpha or rank + hybrid)
         assert all(t.dtype == torch.float32 for t in part.tensors.values()), component
+
+
+def test_a_revision_in_a_cache_of_its_own(tmp_path, capsys):
+    """As huggingface_hub keeps repositories, without any network."""
+    repository = tmp_path / "models--someone--lora"
+    (repository / "refs").mkdir(parents=True)
+    expected = {}
+    for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        (repository / "refs" / revision).write_text(commit)
+        (repository / "snapshots" / commit).mkdir(parents=True)
+        tensors, _ = kohya(models.stable_diffusion(), names=("unet",))
+        if revision == "v2":
+            tensors = {k: 2 * t if "lora_up" in k else t for k, t in tensors.items()}
+        save_file(tensors, repository / "snapshots" / commit / "lora.safetensors")
+        expected[revision] = updates(gralora_from_lora(tensors, "stable-diffusion", 12, 4)[0])
+    key = next(iter(expected["main"]))
+    assert not torch.equal(expected["main"][key], expected["v2"][key])
+    line = ["--lora", "someone/lora", "--family", "stable-diffusion", "--rank", "12"]
+    line += ["--gralora_k", "4", "--revision", "v2", "--cache_dir", str(tmp_path)]
+    main([*line, "--output", str(tmp_path / "out")])
+    imported = updates(read_adapter(tmp_path / "out"))
+    assert imported.keys() == expected["v2"].keys()
+    assert all(torch.equal(imported[key], update) for key, update in expected["v2"].items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

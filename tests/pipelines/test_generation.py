@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.pipelines.generation import (
-    DTYPES,
     generate,
     labelled_grid,
     main,
@@ -189,7 +189,7 @@ def test_dtype(files: Path, name: str | None) -> None:
     """Without the option, fp32 on the CPU whatever the base is stored in."""
     line = ["--prompt", "a cat", "--size", "16", "--num_inference_steps", "2", "--seed", "3"]
     line += ["--base", str(files / "base"), "--output", str(files / "out.png")]
-    pipe = stable_diffusion().to(getattr(torch, DTYPES[name or "fp32"]))
+    pipe = stable_diffusion().to(torch_dtype(name or "fp32"))
     pipe.save_pretrained(files / "base", safe_serialization=True)
     main([*line, *(["--dtype", name] if name else [])])
     wanted = generate(pipe, ["a cat"], seed=3, size=16, inference_steps=2)[0][0]

@@ -24,7 +24,7 @@ Encoders = Mapping[str, Encoder]
 # -- of embeddings ---------------------------------------------------------------------------------
 
 
-def trial(embeddings: Tensor) -> Tensor:
+def normalize(embeddings: Tensor) -> Tensor:
     """Return embeddings (n, width) at length 1, fp64.
 
     Raises:
@@ -48,7 +48,7 @@ def pairwise_similarity(a: Tensor, b: Tensor) -> float:
     average pairwise cosine similarity" (section 4.1).
     """
     # the mean of all products is the product of the means
-    return float(trial(a).mean(dim=0) @ trial(b).mean(dim=0))
+    return float(normalize(a).mean(dim=0) @ normalize(b).mean(dim=0))
 
 
 def paired_similarity(a: Tensor, b: Tensor) -> float:
@@ -63,7 +63,7 @@ def paired_similarity(a: Tensor, b: Tensor) -> float:
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} embeddings cannot be paired with {len(b)}")
-    return float((trial(a) * trial(b)).sum(dim=1).mean())
+    return float((normalize(a) * normalize(b)).sum(dim=1).mean())
 
 
 def diversity(embeddings: Tensor) -> float:
@@ -78,7 +78,7 @@ def diversity(embeddings: Tensor) -> float:
     count = len(embeddings)
     if count < 2:
         raise ValueError("diversity is one of at least two pictures of a prompt")
-    total = trial(embeddings).sum(dim=0)
+    total = normalize(embeddings).sum(dim=0)
     return 1 - float((total @ total - count) / (count * (count - 1)))
 
 

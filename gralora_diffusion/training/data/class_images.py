@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 
 from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
@@ -33,12 +34,6 @@ from .seeds import generator
 
 #: Seconds after which a file that one process wrote is seen by all on a folder that they share.
 _SEEN_WITHIN = 20.0
-_PRECISIONS = {
-    "no": torch.float32,
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 def _drawn_prior(config: TrainingConfig) -> bool:
@@ -157,7 +152,7 @@ def _generation_dtype(
     config: TrainingConfig, family: ModelFamily, device: torch.device
 ) -> torch.dtype:
     usual = family.generation_precision if device.type == "cuda" else "fp32"
-    return _PRECISIONS[config.prior_generation_precision or usual]
+    return torch_dtype(config.prior_generation_precision or usual)
 
 
 def _place(pipe: Any, device: torch.device) -> None:

@@ -20,12 +20,13 @@ from accelerate.utils import (
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
 
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = {name: torch_dtype(name) for name in ("no", "fp16", "bf16")}
 
 
 #: What `accelerate launch` tells of ways to train that shard the model -> their names.
