@@ -44,13 +44,13 @@ from gralora_diffusion.base_models.quantization import check_quantization
 from gralora_diffusion.base_models.single_file_header import OriginalFile, OriginalFileError
 from gralora_diffusion.benchmark import ledger, run_config, trial_locks
 from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
+from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
 from gralora_diffusion.benchmark.report import write_report
-from gralora_diffusion.benchmark.results import UNITS_FOLDER, read_results, write_result
-from gralora_diffusion.errors import AdapterFileError, CheckpointError, ConfigError, DataError
 from gralora_diffusion.export.bases import BaseError, open_base
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.text import as_text
 from gralora_diffusion.io.colour_profiles import rgb_profile
+from gralora_diffusion.io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
 from gralora_diffusion.io.image_files import ImageError, image_suffix, read_image
 from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.io.tensor_files import write_safetensors
@@ -69,11 +69,11 @@ from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.tensor_store import TensorStore
 from gralora_diffusion.training.optimization.adapters import adapter_parameters, add_adapters
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
-from gralora_diffusion.training.outputs.metrics import MetricsFile, draw_curve
+from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
 from tests import models, originals
 from tests.benchmark import trials
 from tests.io.image_bytes import D65, PRIMARIES
-from tests.training.runs import make_pictures
+from tests.training.runs import make_images
 
 SD = "stable-diffusion"
 FAMILY = get_family(SD)
@@ -204,9 +204,9 @@ def _make_loras(folder: Path) -> None:
     said = {"ss_network_alpha": "2", "ss_tag_frequency": tags, "ss_base_model_version": "sd_v1"}
     _save(kohya, _part(folder, "kohya"), **said)
     _save(comfy, _part(folder, "diffusers"), lora_adapter_metadata=json.dumps(told))
-    part = _part(folder, "peft")
-    _save(peft, part).rename(part / "adapter_model.safetensors")
-    (part / "adapter_config.json").write_text(json.dumps(config))
+    peft_folder = _part(folder, "peft")
+    _save(peft, peft_folder).rename(peft_folder / "adapter_model.safetensors")
+    (peft_folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 def _save(tensors: dict[str, torch.Tensor], folder: Path, **metadata: str) -> Path:
@@ -342,7 +342,7 @@ lr_step_rules: "1:3,0.1"
 
 
 def _make_config(folder: Path) -> None:
-    make_pictures(folder / "config" / "pictures", 1, side=4)
+    make_images(folder / "config" / "pictures", 1, side=4)
     (folder / "config" / "file.yaml").write_text(YAML)
 
 
@@ -400,20 +400,20 @@ def _make_records(folder: Path) -> None:
 def _go_on(folder: Path) -> None:
     metrics = MetricsFile(folder, 3)
     metrics.add({"step": 4, "loss": 0.1})
-    draw_curve(metrics.read(), folder / "curve.png")
+    plot_curve(metrics.read(), folder / "curve.png")
 
 
 def _make_captions(folder: Path) -> None:
     names = ("0.png", "1.png", "2.png")
     rows = [{"file_name": name, "text": f"a dog, {name}", "tags": ["x"]} for name in names]
-    (make_pictures(folder / "jsonl", side=4) / "metadata.jsonl").write_text(
+    (make_images(folder / "jsonl", side=4) / "metadata.jsonl").write_text(
         "".join(json.dumps(row) + "\n" for row in rows)
     )
-    with open(make_pictures(folder / "csv", side=4) / "metadata.csv", "w", newline="") as file:
+    with open(make_images(folder / "csv", side=4) / "metadata.csv", "w", newline="") as file:
         csv.writer(file).writerows([["file_name", "text"], *([n, f"a, {n}"] for n in names)])
-    path = make_pictures(folder / "parquet", side=4) / "metadata.parquet"
+    path = make_images(folder / "parquet", side=4) / "metadata.parquet"
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-    beside = make_pictures(folder / "beside", side=4)
+    beside = make_images(folder / "beside", side=4)
     (beside / "0.txt").write_text("a dog\n")
     (beside / "1.caption").write_text("a dog, sitting\n")
     (beside / "2.json").write_text(json.dumps({"caption": "a dog", "tags": ["x", 1]}))
@@ -429,7 +429,7 @@ def _make_dataset(folder: Path) -> None:
     import datasets
 
     rows = [{"file_name": f"{i}.png", "text": f"a dog {i}"} for i in range(3)]
-    pictures = make_pictures(_part(folder, "pictures") / "data", side=4)
+    pictures = make_images(_part(folder, "pictures") / "data", side=4)
     (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = datasets.Dataset.from_dict(
         {
@@ -486,7 +486,7 @@ def _picture(mode: str) -> Image.Image:
     return image if mode == "RGBA" else image.convert("RGB").convert(mode)
 
 
-def _make_pictures(folder: Path) -> None:
+def _make_images(folder: Path) -> None:
     saved = {
         "png": ("RGB", "RGBA", "P", "L", "1", "I;16"),
         "jpeg": ("RGB", "CMYK", "L"),
@@ -537,7 +537,7 @@ def _show(folder: Path) -> None:
 def _make_results(folder: Path) -> None:
     output = _part(folder, "run")
     for key in trials.keys(trials.SUBJECTS[:2], trials.METHODS[:2], (0,)):
-        write_result(trials.unit(key, mechanism=True), output / key.path)
+        write_result(trials.trial(key, mechanism=True), output / key.path)
 
 
 def _results(folder: Path) -> None:
@@ -545,7 +545,7 @@ def _results(folder: Path) -> None:
     assert len(found) + len(unreadable) <= 4
     assert all(str(entry.reason) for entry in unreadable)
     ledger.Ledger(folder).failures()
-    for path in (folder / UNITS_FOLDER).glob("*/*/*/*/result.json"):
+    for path in (folder / TRIALS_FOLDER).glob("*/*/*/*/result.json"):
         ledger._why(path)
 
 
@@ -557,11 +557,11 @@ def _report(folder: Path) -> None:
 def _make_claims(folder: Path) -> None:
     (_part(folder, "own") / "unit").mkdir()
     facts = {"token": "0" * 32, "host": "a", "machine": "a", "pid": 2**22 + 1, "time": 0}
-    (folder / "own" / "unit" / trial_locks.CLAIM_NAME).write_text(json.dumps(facts))
+    (folder / "own" / "unit" / trial_locks.LOCK_NAME).write_text(json.dumps(facts))
 
 
 def _claim(folder: Path) -> None:
-    trial_locks.claimant(folder / "unit")
+    trial_locks.holder(folder / "unit")
     if found := trial_locks.claim(folder / "unit", patience=0.0):
         with found:
             assert found.is_held()
@@ -587,7 +587,7 @@ def _make_prompts(folder: Path) -> None:
     lines = source.read_text().split("\n")
     (part / PROMPTS_NAME).write_text("\n".join(lines[:4] + lines[15:]))
     for line in lines[3:4]:
-        make_pictures(part / line.partition(",")[0], 1, side=4)
+        make_images(part / line.partition(",")[0], 1, side=4)
 
 
 def _subjects(folder: Path) -> None:
@@ -623,11 +623,11 @@ READERS: dict[str, Reader] = {
     "config": Reader(_make_config, _parse, (ConfigError,)),
     "quantization": Reader(_make_quantization, _check_quantization),
     "checkpoint": Reader(_make_checkpoints, _resume, (CheckpointError,)),
-    "records": Reader(_make_records, _go_on, writes=True),
+    "records": Reader(_make_records, _go_on, (OSError,), writes=True),
     "captions": Reader(_make_captions, _find, (DataError,)),
     "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True),
     "cache": Reader(_make_cache, _read_cache, (DataError,)),
-    "pictures": Reader(_make_pictures, _show, (ImageError,)),
+    "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
     "results": Reader(_make_results, _results),
     "report": Reader(_make_results, _report, writes=True),
