@@ -10,7 +10,7 @@ import pytest
 from .fuzzing.readers import READERS
 from .fuzzing.worker import Worker
 
-COUNT, SEED = 100, 0
+COUNT, SLOW_COUNT, SEED = 100, 20, 0
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,8 @@ def worker() -> Iterator[Worker]:
 
 @pytest.mark.parametrize("name", READERS)
 def test_damaged_files(name: str, worker: Worker) -> None:
-    outcomes = [worker.read(name, SEED, number) for number in range(COUNT)]
+    count = SLOW_COUNT if READERS[name].slow else COUNT
+    outcomes = [worker.read(name, SEED, number) for number in range(count)]
     faults = [outcome for outcome in outcomes if outcome.fault]
     told = "\n".join(
         f"{f.fault}: python -m tests.fuzzing --reader {name} --seed {SEED} --only {f.number}\n"

@@ -88,12 +88,14 @@ class Reader:
         read: reads the sample in a folder.
         errors: those that its documentation names.
         writes: whether it may write into the folder that it reads.
+        slow: whether it loads models, or writes much.
     """
 
     make: Callable[[Path], None]
     read: Callable[[Path], object]
     errors: tuple[type[BaseException], ...] = ()
     writes: bool = False
+    slow: bool = False
 
 
 def _part(folder: Path, name: str) -> Path:
@@ -599,7 +601,7 @@ def _subjects(folder: Path) -> None:
 _FOLDER_ERRORS = (AdapterFileError, BaseError)
 READERS: dict[str, Reader] = {
     "adapter": Reader(_make_adapters, _read_adapter, (AdapterFileError,)),
-    "attached": Reader(_make_attached, _attach, (AdapterFileError,)),
+    "attached": Reader(_make_attached, _attach, (AdapterFileError,), slow=True),
     "lora": Reader(
         _make_loras, lambda f: gralora_from_lora(_file_or(f), FAMILY, 4, 2), (AdapterFileError,)
     ),
@@ -612,25 +614,25 @@ READERS: dict[str, Reader] = {
     "fused_file": Reader(
         _make_single, lambda f: open_base(f / "file.safetensors"), (OriginalFileError, BaseError)
     ),
-    "single_file": Reader(_make_single, _load_single, (ConfigError,)),
+    "single_file": Reader(_make_single, _load_single, (ConfigError,), slow=True),
     "fused_folder": Reader(_make_model, _open_folder, _FOLDER_ERRORS),
     "pipeline_index": Reader(_make_pipeline, _read_index, (AdapterFileError,)),
     "base_family": Reader(_make_pipeline, _find_family, (ConfigError,)),
-    "base_plan": Reader(_make_pipeline, _plan, (ConfigError,)),
-    "base": Reader(_make_model, _load, (ConfigError,)),
+    "base_plan": Reader(_make_pipeline, _plan, (ConfigError,), slow=True),
+    "base": Reader(_make_model, _load, (ConfigError,), slow=True),
     "lora_base": Reader(_make_pipeline, _check_lora, (ValueError,)),
-    "sample": Reader(_make_model, _sample, (SystemExit,)),
+    "sample": Reader(_make_model, _sample, (SystemExit,), slow=True),
     "config": Reader(_make_config, _parse, (ConfigError,)),
     "quantization": Reader(_make_quantization, _check_quantization),
     "checkpoint": Reader(_make_checkpoints, _resume, (CheckpointError,)),
-    "records": Reader(_make_records, _go_on, (OSError,), writes=True),
+    "records": Reader(_make_records, _go_on, (OSError,), writes=True, slow=True),
     "captions": Reader(_make_captions, _find, (DataError,)),
-    "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True),
+    "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True, slow=True),
     "cache": Reader(_make_cache, _read_cache, (DataError,)),
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
     "results": Reader(_make_results, _results),
-    "report": Reader(_make_results, _report, writes=True),
+    "report": Reader(_make_results, _report, writes=True, slow=True),
     "claims": Reader(_make_claims, _claim, writes=True),
     "kept": Reader(_make_kept, _keep, (ConfigError,)),
     "prompts": Reader(_make_prompts, _subjects, (DataError,)),
