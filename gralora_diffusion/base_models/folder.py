@@ -9,6 +9,7 @@ from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.tensor_files import read_header
 
 #: What diffusers calls the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
@@ -50,10 +51,11 @@ def shards(index: Path) -> list[Path]:
 
     Raises:
         AdapterFileError: the index cannot be read or names no files, or one of them is missing, is
-            no safetensors file, or lies in another folder.
+            no safetensors file, lies in another folder, or lacks a tensor of the index.
     """
     weight_map = read_json(index).get("weight_map")
-    names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+    weight_map = weight_map if isinstance(weight_map, dict) else {}
+    names = list(weight_map.values())
     if not names or not all(isinstance(name, str) for name in names):
         raise AdapterFileError(
             f"{index}: its weight_map should map the names of tensors to the names of files, at "
@@ -77,7 +79,25 @@ def shards(index: Path) -> list[Path]:
         raise AdapterFileError(
             f"{index}: it names files that lack: {first_few(missing)}. Fetch them."
         )
+    held = {file.name: read_header(file)[0] for file in files}
+    if lacking := [key for key, name in weight_map.items() if key not in held[name]]:
+        raise AdapterFileError(
+            f"{index}: the files that it names do not hold {first_few(lacking)}. They are damaged, "
+            "or of another model: fetch all of them again."
+        )
     return files
+
+
+def check_weight_files(folder: Path, variant: str | None = None) -> None:
+    """Check the weight files of a pipeline by their headers, before a library opens them.
+
+    Raises:
+        AdapterFileError: one cannot be read, or they are not what the index of a model names.
+    """
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for file in weight_files(part, variant):
+            if file.suffix == ".safetensors":
+                read_header(file)
 
 
 def _is_shard_name(name: str) -> bool:

@@ -8,19 +8,18 @@ from typing import Any, get_type_hints
 
 import diffusers
 import torch
-from safetensors import SafetensorError
 from torch import nn
 
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.safe_text import first_few
 
+from .folder import check_weight_files
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder
-
-LOADING_ERRORS = (ImportError, OSError, ValueError, KeyError, RuntimeError, SafetensorError)
 
 
 def find_base_family(options: BaseModelOptions) -> ModelFamily:
@@ -94,6 +93,8 @@ def load_base(
     for name in options.leave_out_text_encoders or ():
         given |= without_text_encoder(name)
     try:
+        if Path(base).is_dir():
+            check_weight_files(Path(base), options.variant)
         if Path(base).is_file():
             file = SingleFile(Path(base))
             base, parts = file.load(options, family, dtype, vae_dtype, given)
@@ -108,11 +109,12 @@ def load_base(
             **given,
             **loading_arguments(options, family, dtype),
         )
+        _check_all_there(pipe)
         check_computing_dtype(pipe, dtype)
         family.check_base(pipe)
     except ConfigError:
         raise
-    except LOADING_ERRORS as error:
+    except Exception as error:  # libraries raise whatever they meet in what is damaged
         base = options.pretrained_model_name_or_path
         problem = offline_problem(
             error, base, revision=options.revision, cache_dir=options.cache_dir
@@ -130,6 +132,15 @@ def load_base(
         if getattr(component, "is_loaded_in_4bit", False):
             component.to("cpu")
     return pipe
+
+
+def _check_all_there(pipe: Any) -> None:
+    """Raise ValueError if a model has weights that its files lack; diffusers only says so."""
+    for name, model in pipe.components.items():
+        if isinstance(model, nn.Module):
+            lacking = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+            if lacking:
+                raise ValueError(f"the files of its {name} lack {first_few(lacking)}")
 
 
 def freeze(pipe: Any) -> None:
@@ -174,7 +185,7 @@ def _vae(options: BaseModelOptions, pipeline_class: type, dtype: torch.dtype) ->
         )
     except ConfigError:
         raise
-    except LOADING_ERRORS as error:
+    except Exception as error:  # libraries raise whatever they meet in what is damaged
         problem = offline_problem(error, source, cache_dir=options.cache_dir)
         raise ConfigError([f"{option} cannot be used: {problem or error}"]) from error
     return {"vae": vae}

@@ -14,7 +14,6 @@ import diffusers
 import torch
 from accelerate import init_empty_weights
 from diffusers import ModelMixin
-from safetensors import SafetensorError
 from torch import nn
 
 from gralora_diffusion.families import ModelFamily
@@ -68,7 +67,7 @@ def empty_base(
         family.check_base(pipe)
     except ConfigError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # libraries raise whatever they meet in what is damaged
         problem = offline_problem(error, where, **hub) or (
             f"{error}. It is the configuration of {where} that is read; for a single file another "
             "one can be given with --base_config"

@@ -31,7 +31,7 @@ class PipelineIndex:
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
             if not isinstance(index, dict):
                 raise ValueError(f"its index holds a {type(index).__name__}, not an object")
-        except (OSError, ValueError, RecursionError) as error:  # diffusers lets the last through
+        except Exception as error:  # diffusers raises whatever it meets in what is damaged
             problem = offline_problem(error, source, revision=revision, cache_dir=cache_dir) or (
                 f"no diffusers pipeline there ({error}). Give a folder with model_index.json, or a "
                 "Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -42,7 +42,7 @@ class PipelineIndex:
         self._components = {
             name: entry
             for name, entry in index.items()
-            if isinstance(entry, list) and len(entry) == 2 and entry[1]
+            if isinstance(entry, list) and list(map(type, entry)) == [str, str]
         }
         self._check_libraries()
 

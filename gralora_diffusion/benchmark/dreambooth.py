@@ -13,6 +13,7 @@ from pathlib import Path
 
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import folder_images
+from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.training.data.captions import one_line
 
 PROMPTS_NAME = "prompts_and_classes.txt"
@@ -22,6 +23,8 @@ LIVE_CLASSES = frozenset({"cat", "dog"})
 _TABLE_HEAD = "subject_name,class"
 _PARTS = {"Object Prompts": False, "Live Subject Prompts": True}  # heading -> live
 _PROMPT = re.compile(r"'(?P<template>.*)'\.format\(unique_token, class_token\),?")
+#: Bytes of the file at most, and of a folder's name.
+_MOST_BYTES, _LONGEST_NAME = 1 << 20, 255
 _BETWEEN = {"", "Classes", "Prompts", "prompt_list = [", "]"}
 
 
@@ -144,7 +147,7 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
         DataError: with every line that is not understood; a part that lacks.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_regular(path, _MOST_BYTES).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(str(path), [f"cannot be read as UTF-8 text: {error}"]) from error
     classes: dict[str, str] = {}
@@ -176,7 +179,9 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
 
 def _is_folder(name: str) -> bool:
     """Whether a subject's name can be that of one folder, here and in a run's folder."""
-    return name not in ("", ".", "..") and "/" not in name and "\\" not in name
+    if name in ("", ".", "..") or len(name.encode()) > _LONGEST_NAME:
+        return False
+    return name.isprintable() and "/" not in name and "\\" not in name
 
 
 def _takes_two(template: str) -> bool:

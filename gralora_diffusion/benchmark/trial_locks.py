@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import socket
 import threading
@@ -19,12 +20,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from gralora_diffusion.io.json_files import read_object
+
 #: A claim's file, and the beginning of the name of its folder.
 LOCK_NAME, WORK_NAME = "claim.json", ".work."
 #: Seconds between two touches, and after how many without one a claim is taken over.
 TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
 #: Seconds between two looks at what other processes do.
 WAIT_SECONDS = 5.0
+#: More than a claim has.
+_MOST_BYTES = 1 << 16
 
 
 class TrialLock:
@@ -142,12 +147,13 @@ def _make(path: Path, token: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The facts of a claim; none if it is gone, or not written yet."""
+    """The facts of a claim; none if it is gone, not written yet, or damaged."""
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        facts = read_object(path, _MOST_BYTES)
+    except (OSError, ValueError):
         return {}
-    return facts if isinstance(facts, dict) else {}
+    # a token becomes part of a file's name
+    return facts if re.fullmatch("[0-9a-f]{32}", str(facts.get("token"))) else {}
 
 
 def _is_dead(path: Path, facts: dict[str, Any], patience: float) -> bool:

@@ -14,7 +14,7 @@ from gralora_diffusion.key_maps import DENOISER
 
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind
-from .source import Source
+from .source import ALWAYS_FINITE, Source
 
 __all__ = ["ComponentFacts", "Inspection", "LayerFacts", "inspect_file"]
 
@@ -84,7 +84,11 @@ def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[st
 
 
 def _non_finite(source: Source, keys: Iterable[str]) -> list[str]:
-    return [key for key in keys if not is_finite(source.read(key))]
+    return [
+        key
+        for key in keys
+        if source.headers[key].dtype_name not in ALWAYS_FINITE and not is_finite(source.read(key))
+    ]
 
 
 def _counts(key: str) -> bool:

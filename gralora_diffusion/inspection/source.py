@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 #: How the index of a model in several files ends.
 SHARD_INDEX = ".safetensors.index.json"
+#: Numbers of so few bits that none of them is NaN or infinity, by OCP's Microscaling Formats.
+ALWAYS_FINITE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class Source:
@@ -60,8 +62,14 @@ class Source:
             raise self.error("no tensors in it")
 
     def read(self, key: str) -> Tensor:
-        """Read one tensor."""
+        """Read one tensor.
+
+        Raises:
+            AdapterFileError: torch has no such numbers, or does not compute with them.
+        """
         header = self.headers[key]
+        if header.dtype_name in ALWAYS_FINITE:
+            raise self.error(f"{key} is stored as {header.dtype_name}, which torch cannot read")
         if header.path not in self._opened:
             self._opened[header.path] = safe_open(header.path, framework="pt")
         tensor: Tensor = self._opened[header.path].get_tensor(header.key)

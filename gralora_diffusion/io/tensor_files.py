@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .cleanup_on_exit import cleanup_on_exit
 from .errors import AdapterFileError
+from .json_files import parse_object
 from .regular_files import is_regular
 
 if TYPE_CHECKING:
@@ -199,8 +200,11 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             pass
         with open(path, "rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(begin - 8))
-    except (SafetensorError, OSError) as error:
+            header = parse_object(file.read(begin - 8))
+        # serde, which safetensors reads JSON with, also takes lists for objects, objects for names
+        if odd := [key for key, entry in header.items() if not _is_plain(key, entry)]:
+            raise ValueError(f"{odd[0]!r:.80} is not described as the format has it")
+    except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: {_why_unreadable(path, error)}") from error
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
@@ -215,6 +219,13 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
             )
         tensors[key] = StoredTensor(path, key, entry["dtype"], shape, begin + start, stop - start)
     return tensors, metadata
+
+
+def _is_plain(key: str, entry: object) -> bool:
+    """Whether an entry of a header that safetensors reads has the form that it writes."""
+    if key == "__metadata__" and entry is None:
+        return True
+    return isinstance(entry, dict) and isinstance(entry.get("dtype", ""), str)
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -263,6 +274,8 @@ def is_finite(tensor: Tensor) -> bool:
     """
     import torch
 
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor)
     if torch.isfinite(tensor.sum(dtype=torch.float32)):
         return True
     return bool(torch.isfinite(tensor.float() if tensor.itemsize < 2 else tensor).all())

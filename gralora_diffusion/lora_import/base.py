@@ -39,8 +39,8 @@ class LoraBase:
         self.source = source
         try:
             self._index = DiffusionPipeline.load_config(source)
-            name = self._index["_class_name"]
-        except (OSError, ValueError, KeyError) as error:
+            name = str(self._index["_class_name"])
+        except Exception as error:  # diffusers raises whatever it meets in what is damaged
             problem = offline_problem(error, source) or f"no diffusers pipeline there ({error})"
             raise ValueError(
                 f"--base {source}: {problem}. For another form of base give --family"
@@ -84,9 +84,10 @@ class LoraBase:
 
     def _layers(self, component: str) -> dict[str, LayerShape]:
         """Canonical path -> shape of the layers of a component; none if the base lacks it."""
-        library, class_name = self._index.get(component) or (None, None)
-        if library is None or class_name is None:
+        entry = self._index.get(component)
+        if not isinstance(entry, (list, tuple)) or list(map(type, entry)) != [str, str]:
             return {}
+        library, class_name = entry
         with self._reading(component):
             model = empty_model(library, class_name, self.source, component, {})
         return {
@@ -99,7 +100,7 @@ class LoraBase:
     def _reading(self, component: str) -> Iterator[None]:
         try:
             yield
-        except (OSError, ValueError) as error:
+        except Exception as error:  # libraries raise whatever they meet in what is damaged
             problem = offline_problem(error, self.source) or str(error)
             raise ValueError(
                 f"--base {self.source}: its {component} cannot be read: {problem}"

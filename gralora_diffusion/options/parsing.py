@@ -14,6 +14,10 @@ import yaml
 from transformers import HfArgumentParser
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.regular_files import read_regular
+
+#: Bytes of a YAML file at most.
+_MOST_BYTES = 1 << 20
 
 
 def parse_options(
@@ -117,13 +121,16 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     and ``1e-4`` as a string. A value left empty (or ``null``) leaves the default.
     """
     try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
+        text = read_regular(path, _MOST_BYTES).decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
         raise ConfigError([f"--config cannot be read: {error.strerror or error}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
     except yaml.YAMLError as error:
         raise ConfigError([f"--config is not YAML: {' '.join(str(error).split())}"]) from error
+    except RecursionError:
+        raise ConfigError(["--config is nested too deeply"]) from None
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
@@ -134,12 +141,15 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     seen: set[str] = set()
     for key, value in root.value:
         where = f"line {key.start_mark.line + 1}: "
-        name = str(key.value).replace("-", "_")
+        if not isinstance(key, yaml.ScalarNode):
+            problems.append(f"{where}the name of an option must be a plain text")
+            continue
+        name = key.value.replace("-", "_")
         action = parser.action_of(name)
         if name == "config":
             problems.append(f"{where}config is for the command line; a file cannot name another")
         elif action is None:
-            problems.append(where + parser.unknown(str(key.value), name))
+            problems.append(where + parser.unknown(key.value, name))
         elif name in seen:
             problems.append(f"{where}{name} is given twice. Keep one")
         elif isinstance(value, yaml.SequenceNode):

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
+from gralora_diffusion.base_models.folder import check_weight_files
 from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.hub import offline_problem
@@ -230,16 +231,18 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if Path(args.base).is_dir():
+            check_weight_files(Path(args.base))
         index = DiffusionPipeline.load_config(args.base)
         _check_taken(args, str(index.get("_class_name")), parser)
         name = args.dtype or usual_dtype(index, device)
         pipe = DiffusionPipeline.from_pretrained(
             args.base, dtype=torch_dtype(name), use_safetensors=True
         )
-    except (OSError, ValueError, RecursionError) as error:
+        return pipe.to(device)
+    except Exception as error:  # libraries raise whatever they meet in what is damaged
         problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"
         parser.error(f"--base {args.base}: {problem}")
-    return pipe.to(device)
 
 
 def _check_taken(

@@ -4,6 +4,8 @@ import json
 import os
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from gralora_diffusion import AdapterFileError
 from gralora_diffusion.base_models.folder import (
@@ -86,7 +88,7 @@ def test_links_lead_to_where_the_index_leads(tmp_path):
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "main"
     snapshot.mkdir(parents=True)
     index = index_of(blobs, "a.safetensors")
-    (blobs / "123").write_bytes(b"")
+    save_file({"layer0.weight": torch.ones(1)}, blobs / "123")
     (snapshot / INDEX).symlink_to(index)
     (snapshot / "a.safetensors").symlink_to(blobs / "123")
     assert weight_files(snapshot) == [snapshot / "a.safetensors", snapshot / INDEX]
@@ -95,6 +97,19 @@ def test_links_lead_to_where_the_index_leads(tmp_path):
     (own.parent / "a.safetensors").symlink_to(blobs / "123")
     with pytest.raises(AdapterFileError, match=r"it names 'a\.safetensors'\. Only"):
         weight_files(own.parent)
+
+
+def test_a_shard_lacks_what_the_index_says_of_it(tmp_path):
+    index = index_of(tmp_path, "a.safetensors", "b.safetensors")
+    save_file({"layer0.weight": torch.ones(1)}, tmp_path / "a.safetensors")
+    save_file({"layer1.weight": torch.ones(1)}, tmp_path / "b.safetensors")
+    assert len(shards(index)) == 2
+    save_file({"layer0.weight": torch.ones(1)}, tmp_path / "b.safetensors")
+    with pytest.raises(AdapterFileError, match=r"files that it names do not hold layer1\.weight\."):
+        shards(index)
+    (tmp_path / "b.safetensors").write_bytes(b"")
+    with pytest.raises(AdapterFileError, match=r"b\.safetensors: .*an empty file"):
+        shards(index)
 
 
 def test_a_shard_that_is_no_file(tmp_path):

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from gralora_diffusion.base_models.loading import find_base_family, load_base
@@ -187,6 +187,34 @@ def test_pickles_in_place_of_a_text_encoder_are_not_read(base: Path, tmp_path: P
     assert str(encoder) in problem
     (encoder / "pytorch_model.bin").rename(weights)
     assert "cannot be used" in problem_of(tmp_path / "a")
+
+
+def test_weights_that_lack_are_not_made_up(base: Path, tmp_path: Path) -> None:
+    shutil.copytree(base, tmp_path / "a")
+    file = tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(file)
+    tensors["conv_in.wight"] = tensors.pop("conv_in.weight")
+    save_file(tensors, file)
+    assert "the files of its unet lack conv_in.weight" in problem_of(tmp_path / "a")
+
+
+@pytest.mark.parametrize(
+    ("file", "place", "value", "text"),
+    [
+        ("unet/config.json", "block_out_channels", None, "cannot be used"),
+        ("text_encoder/config.json", "max_position_embeddings", "16", "cannot be used"),
+        ("tokenizer/tokenizer_config.json", None, 3, "cannot be used"),
+        ("model_index.json", "unet", ["diffusers", 3], "cannot be used"),
+    ],
+)
+def test_configs_with_values_of_other_types(
+    file: str, place: str | None, value: Any, text: str, base: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(base, tmp_path / "a")
+    path = tmp_path / "a" / file
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, place: value} if place else value))
+    assert text in problem_of(tmp_path / "a")
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "3", "{"])

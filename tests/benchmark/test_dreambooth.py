@@ -81,6 +81,8 @@ def test_folders_that_lack(tmp_path):
         ("cat2,cat", "cat2", "line 5 is not understood: cat2"),
         ("cat2,cat", "dog,cat", "line 6 is not understood: dog,dog"),
         ("cat2,cat", "../cat2,cat", "line 5 is not understood: ../cat2,cat"),
+        ("cat2,cat", f"{'x' * 256},cat", "line 5 is not understood: xxx"),
+        ("cat2,cat", "a\0b,cat", "line 5 is not understood: a\0b,cat"),
         ("cat2,cat", "..,cat", "line 5 is not understood: ..,cat"),
         ("'a red {0} {1}'", "'a red {0} {2}'", "line 22 is not understood: 'a red {0} {2}'.format"),
         ("'a red {0} {1}'", "'a {0} {1} {1}'", "line 22 is not understood"),

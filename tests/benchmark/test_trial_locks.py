@@ -108,13 +108,21 @@ def test_a_host_of_the_same_name_is_not_this_machine(tmp_path):
     assert claim(tmp_path, patience=60) is None
 
 
-def test_one_that_is_not_readable_waits_for_its_age(tmp_path):
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"tok',
+        *(json.dumps({"token": t}) for t in ("../x", "/../../x", "\0", "a" * 300, ["a"], None)),
+    ],
+)
+def test_one_that_is_not_readable_waits_for_its_age(text, tmp_path):
     path = tmp_path / LOCK_NAME
-    path.write_text('{"tok')
+    path.write_text(text)
     assert claim(tmp_path, patience=60) is None
     old = time.time() - 61
     os.utime(path, (old, old))
     assert claim(tmp_path, patience=60) is not None
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_is_touched_while_the_work_goes_on(tmp_path):

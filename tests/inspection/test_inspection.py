@@ -338,6 +338,25 @@ def test_a_checkpoint_is_checked_on_request(tmp_path):
     assert inspect_file(path, check=True).non_finite == [broken]
 
 
+@pytest.mark.parametrize(("dtype", "shape"), [("F4", [8, 4]), ("F6_E2M3", [8, 8])])
+def test_numbers_that_torch_does_not_compute_with(dtype, shape, tmp_path):
+    """Of 4 and 6 bits none is NaN, so that nothing has to be read to know it."""
+    size = math.prod(shape) * int(dtype[1]) // 8
+    kinds = {"unet": ["down_blocks.0.a"], "lora": ["x.lora_A.weight", "x.lora_B.weight"]}
+    for name, keys in kinds.items():
+        header = {
+            key: {"dtype": dtype, "shape": shape, "data_offsets": [i * size, (i + 1) * size]}
+            for i, key in enumerate(keys)
+        }
+        text = json.dumps(header).encode()
+        data = len(text).to_bytes(8, "little") + text + b"\xff" * size * len(keys)
+        (tmp_path / f"{name}.safetensors").write_bytes(data)
+    facts = inspect_file(tmp_path / "unet.safetensors", check=True)
+    assert (facts.dtypes, facts.non_finite) == ({dtype: 1}, [])
+    with pytest.raises(AdapterFileError, match=f"is stored as {dtype}, which torch cannot read"):
+        inspect_file(tmp_path / "lora.safetensors")
+
+
 # -- the command -----------------------------------------------------------------------------------
 
 

@@ -97,6 +97,8 @@ def test_a_tensor_is_finite_if_all_its_elements_are(dtype):
     assert not is_finite(largest)
     assert is_finite(torch.ones(4).to(torch.float8_e4m3fn))
     assert not is_finite(torch.tensor([1.0, torch.nan]).to(torch.float8_e4m3fn))
+    assert is_finite(torch.tensor([1 + 2j]))
+    assert not is_finite(torch.tensor([complex(1, torch.nan)]))
 
 
 # -- headers ---------------------------------------------------------------------------------------
@@ -188,6 +190,21 @@ class TestUnreadable:
     def test_a_header_that_contradicts_itself(self, read, entries, tmp_path):
         path = by_hand(tmp_path / "a.safetensors", entries, 8)
         with pytest.raises(AdapterFileError, match=r"a\.safetensors: .*damaged or truncated"):
+            read(path)
+
+    @pytest.mark.parametrize(
+        "entry",
+        [
+            '["F32", [1], [0, 4]]',
+            '{"dtype": {"F32": null}, "shape": [1], "data_offsets": [0, 4]}',
+        ],
+    )
+    def test_forms_that_safetensors_takes_and_never_writes(self, read, entry, tmp_path):
+        path, text = tmp_path / "a.safetensors", f'{{"a": {entry}}}'.encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with safe_open(path, "np") as file:
+            assert list(file.keys()) == ["a"]
+        with pytest.raises(AdapterFileError, match="'a' is not described as the format has it"):
             read(path)
 
     @pytest.mark.parametrize("length", [0x3C, 0x280, 0x480, 0x4034B50])

@@ -139,6 +139,11 @@ def test_no_base(base: Path) -> None:
     (base / "unet" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"--base {base}: its unet cannot be read: "):
         LoraBase(str(base))
+    (base / "unet" / "config.json").write_text(
+        '{"sample_size": {"a": [1]}, "layers_per_block": "x"}'
+    )
+    with pytest.raises(ValueError, match=f"--base {base}: its unet cannot be read: "):
+        LoraBase(str(base)).check({"unet": {}}, "lora")
     index = base / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "DiTPipeline"))
     with pytest.raises(ValueError, match="DiTPipeline is of no supported family"):

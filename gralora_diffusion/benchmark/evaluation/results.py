@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
@@ -217,7 +218,7 @@ class _Reader:
         return value
 
     def number(self, name: str) -> float:
-        if not _is_number(value := self.take(name)):
+        if not is_finite_number(value := self.take(name)):
             raise self.error(name, "a finite number", value)
         return float(value)
 
@@ -270,7 +271,7 @@ def _result(content: Any, path: Path) -> TrialResult:
 
 def _lowered_k(reader: _Reader) -> dict[int, int]:
     counts = reader.inside("lowered_k")
-    if not all(k.isdecimal() for k in counts.content):
+    if not all(re.fullmatch("[1-9][0-9]{0,8}", k) for k in counts.content):
         raise reader.error("lowered_k", "numbers of layers by k", counts.content)
     return {int(k): counts.count(k) for k in counts.content}
 
@@ -291,7 +292,7 @@ def _mechanism(reader: _Reader) -> Diagnostics:
     for layer in layers.content:
         inner = layers.inside(layer)
         steps, maps = inner.items("steps"), inner.items("norms")
-        if len(steps) != len(maps) or not all(map(_is_number, steps)):
+        if len(steps) != len(maps) or not all(map(is_finite_number, steps)):
             raise inner.error("steps", "a number for each of norms", steps)
         sizes = {len(rows) if isinstance(rows, list) else 0 for rows in maps}
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
@@ -300,12 +301,8 @@ def _mechanism(reader: _Reader) -> Diagnostics:
     return Diagnostics(norms, reader.numbers("effective_rank"), reader.numbers("input_outliers"))
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _is_square(rows: Any) -> bool:
     return isinstance(rows, list) and all(
-        isinstance(row, Sequence) and len(row) == len(rows) and all(map(_is_number, row))
+        isinstance(row, Sequence) and len(row) == len(rows) and all(map(is_finite_number, row))
         for row in rows
     )

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import torch
 
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
+from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.tensor_files import replacing
 
 METRICS_NAME = "metrics.jsonl"
-
-
 CURVE_NAME = "training_curve.png"
+#: More than the rows of any run.
+_MOST_BYTES = 1 << 28
 
 
 class MetricsFile:
@@ -24,15 +27,18 @@ class MetricsFile:
     Args:
         folder: output folder.
         first_step: steps already done; later lines are of a run that was killed and go.
+
+    Raises:
+        OSError: the file cannot be read or written.
     """
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         self.path = folder / METRICS_NAME
-        kept = [row for row in self.read() if row["step"] <= first_step] if first_step else []
+        kept = [text for text, row in self._lines() if row["step"] <= first_step]
+        kept = kept if first_step else []
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:  # a kill now must not lose what is kept
-            lines = [json.dumps(row) + "\n" for row in kept]
-            temporary.write_text("".join(lines), encoding="utf-8")
+            temporary.write_bytes(b"".join(text + b"\n" for text in kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it has a "step"."""
@@ -40,15 +46,24 @@ class MetricsFile:
             file.write(json.dumps(row) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the rows; a half-written last line is passed over."""
-        rows = []
-        if self.path.exists():
-            for line in self.path.read_text(encoding="utf-8").split("\n"):
-                try:
-                    rows.append(json.loads(line))
-                except ValueError:
-                    continue
-        return rows
+        """Return the rows; a half-written last line is passed over, and so is a damaged one.
+
+        Raises:
+            OSError: the file cannot be read.
+        """
+        return [row for _, row in self._lines()]
+
+    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """The lines that hold a row, and the rows."""
+        if not self.path.exists():
+            return
+        for line in read_regular(self.path, _MOST_BYTES).split(b"\n"):
+            try:
+                row = parse_object(line)
+            except ValueError:
+                continue
+            if is_integer(row.get("step")) and is_finite_number(row.get("loss")):
+                yield line, row
 
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -130,6 +130,8 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
         (("layers",), -1, "layers must be a whole number"),
         (("lowered_k",), [], "lowered_k must be an object"),
         (("lowered_k",), {"two": 3}, "lowered_k must be numbers of layers by k"),
+        (("lowered_k",), {"9" * 5000: 3}, "lowered_k must be numbers of layers by k"),
+        (("train_seconds",), 10**400, "train_seconds must be a finite number"),
         (("lowered_k",), {"2": 3.5}, r"lowered_k\.2 must be a whole number"),
         (("versions", "torch"), 2, r"versions\.torch must be a text"),
     ],

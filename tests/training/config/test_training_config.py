@@ -243,6 +243,9 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path: Path) -> None:
         ("no_cache_latents: true", "no_cache_latents is not an option. Did you mean cache_latents"),
         ("rank: eight", "argument --rank: invalid int value: 'eight'"),
         ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
+        ("[rank]: 8", "line 1: the name of an option must be a plain text"),
+        ("&a [*a]: 8", "line 1: the name of an option must be a plain text"),
+        ("[" * 3000, "is nested too deeply"),
         ("- rank", "must hold `name: value` lines"),
         ("rank: [8", "is not YAML"),
         ("tokenizer_name: x", "the tokenizer is always the base's"),
@@ -261,7 +264,7 @@ def test_faults_of_the_yaml_file_name_it(tmp_path: Path, content: str, text: str
 def test_unreadable_yaml_files(tmp_path: Path) -> None:
     binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"\xff\xfe\x00rank")
-    for path, text in ((binary, "not a UTF-8 text file"), (tmp_path, "Is a directory")):
+    for path, text in ((binary, "not a UTF-8 text file"), (tmp_path, "it is a folder, not a file")):
         with pytest.raises(ConfigError, match=text):
             parse_config(["--config", str(path)])
 

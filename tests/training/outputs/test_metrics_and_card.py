@@ -63,6 +63,19 @@ def test_files(finished: Path) -> None:
         assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
+def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
+    good = [b'{"step": 1, "loss": 0.5, "lr": 1e-4}', b'{"loss": 2, "step": 3}']
+    odd = [b"", b"{", b"[]", b"3", b"\xff", b"[" * 3000, b'{"step": 2}']
+    odd += [b'{"step": "2", "loss": 1}', b'{"step": 2, "loss": NaN}']
+    odd += [b'{"step": 2, "loss": ' + b"1" * 400 + b"}"]
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"\n".join([*odd, good[0], *odd, good[1], *odd]))
+    assert [row["step"] for row in MetricsFile(tmp_path, 3).read()] == [1, 3]
+    assert path.read_bytes() == b"".join(line + b"\n" for line in good)
+    MetricsFile(tmp_path, 1).add({"step": 2, "loss": 1.5})
+    assert [row["loss"] for row in metrics(tmp_path)] == [0.5, 1.5]
+
+
 def test_validation_images_are_files_in_a_grid(finished: Path) -> None:
     steps = sorted((finished / "validation").iterdir())
     assert [step.name for step in steps] == ["step-000000", "step-000002", "step-000004"]

@@ -1,0 +1,639 @@
+"""Every reader of files that others gave: small samples, how they are read, how they are refused.
+
+A sample is a folder. What is read is called ``file`` with an ending, or is the folder itself.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+import yaml
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from PIL import Image, ImageCms, features
+
+from gralora_diffusion import GraloraConfig, get_family, inject
+from gralora_diffusion.adapters.adapter_file import (
+    Adapter,
+    ComponentAdapter,
+    config_to_dict,
+    read_adapter,
+    save_adapter,
+    save_peft_folders,
+)
+from gralora_diffusion.base_models.folder import (
+    WEIGHT_NAMES,
+    read_pipeline_index,
+    weight_files,
+)
+from gralora_diffusion.base_models.loading import find_base_family, load_base
+from gralora_diffusion.base_models.meta_base import empty_base
+from gralora_diffusion.base_models.pipeline_index import PipelineIndex
+from gralora_diffusion.base_models.quantization import check_quantization
+from gralora_diffusion.base_models.single_file_header import OriginalFile, OriginalFileError
+from gralora_diffusion.benchmark import ledger, run_config, trial_locks
+from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
+from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
+from gralora_diffusion.benchmark.report import write_report
+from gralora_diffusion.export.bases import BaseError, open_base
+from gralora_diffusion.inspection import inspect_file
+from gralora_diffusion.inspection.text import as_text
+from gralora_diffusion.io.colour_profiles import rgb_profile
+from gralora_diffusion.io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
+from gralora_diffusion.io.image_files import ImageError, image_suffix, read_image
+from gralora_diffusion.io.safe_text import json_for_terminal
+from gralora_diffusion.io.tensor_files import write_safetensors
+from gralora_diffusion.lora_import import gralora_from_lora
+from gralora_diffusion.lora_import.base import LoraBase
+from gralora_diffusion.pipelines import generation
+from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
+from gralora_diffusion.training.checkpoints.resume import find_checkpoint
+from gralora_diffusion.training.checkpoints.state import RunState
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
+from gralora_diffusion.training.data.image_folder import find_examples
+from gralora_diffusion.training.data.tensor_store import TensorStore
+from gralora_diffusion.training.optimization.adapters import adapter_parameters, add_adapters
+from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
+from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
+from tests import models, originals
+from tests.benchmark import trials
+from tests.io.image_bytes import D65, PRIMARIES
+from tests.training.runs import make_images
+
+SD = "stable-diffusion"
+FAMILY = get_family(SD)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A reader of files.
+
+    Attributes:
+        make: writes samples, each into a folder of its own.
+        read: reads the sample in a folder.
+        errors: those that its documentation names.
+        writes: whether it may write into the folder that it reads.
+        slow: whether it loads models, or writes much.
+    """
+
+    make: Callable[[Path], None]
+    read: Callable[[Path], object]
+    errors: tuple[type[BaseException], ...] = ()
+    writes: bool = False
+    slow: bool = False
+
+
+def _part(folder: Path, name: str) -> Path:
+    (part := folder / name).mkdir(parents=True)
+    return part
+
+
+@cache
+def _base() -> str:
+    """An undamaged pipeline, for all cases of a process."""
+    folder = tempfile.mkdtemp()
+    models.stable_diffusion().save_pretrained(folder)
+    return folder
+
+
+def _no_weights(folder: Path) -> None:
+    models.stable_diffusion().save_pretrained(folder)
+    for file in folder.rglob("*.safetensors"):
+        file.unlink()
+
+
+# -- adapters and LoRAs ----------------------------------------------------------------------------
+
+
+def _adapter() -> Adapter:
+    unet = GraloraConfig(
+        r=4,
+        gralora_k=2,
+        alpha=8,
+        target_modules=["to_q"],
+        rank_pattern={"a": 8},
+        layers_to_transform=[1],
+        layers_pattern=["blocks"],
+        modules_to_save=["norm"],
+    )
+    text = GraloraConfig(r=4, gralora_k=2, hybrid_r=2, alpha=8, target_modules="x|y")
+    parts = {
+        name: ComponentAdapter(config, {f"to_q.gralora_{f}": torch.ones(2, 4, 4) for f in "AB"})
+        for name, config in (("unet", unet), ("text_encoder", text))
+    }
+    return Adapter(parts, SD, {"modelspec.trigger_phrase": "sks dog"})
+
+
+def _make_adapters(folder: Path) -> None:
+    save_adapter(_adapter(), _part(folder, "native") / "file.safetensors")
+    save_peft_folders(_adapter(), _part(folder, "peft"))
+
+
+def _read_adapter(folder: Path) -> None:
+    file = folder / "file.safetensors"
+    adapter = read_adapter(folder if (folder / "unet").exists() else file)
+    json.dumps([config_to_dict(part.config) for part in adapter.components.values()])
+    assert all(tensor.is_contiguous() for tensor in adapter.tensors.values())
+
+
+@cache
+def _pipe() -> Any:
+    return models.stable_diffusion()
+
+
+def _make_attached(folder: Path) -> None:
+    pipe = models.stable_diffusion()
+    inject(
+        pipe.unet, models.config("down.*(proj_in|to_q)", hybrid_r=2, rank_pattern={"to_q": 4}), "a"
+    )
+    pipe.save_gralora_weights(_part(folder, "native"))
+    pipe.save_gralora_weights(_part(folder, "peft"), peft_format=True)
+
+
+def _attach(folder: Path) -> None:
+    try:
+        load_gralora_weights(_pipe(), folder)
+    except AdapterFileError:
+        assert not any("gralora" in name for name, _ in _pipe().unet.named_modules())
+        raise
+    unload_gralora_weights(_pipe())
+
+
+def _pairs(name: str, **parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
+    return {f"{name}.{part}": torch.randn(shape) for part, shape in parts.items()}
+
+
+def _make_loras(folder: Path) -> None:
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_"
+    shapes = {"down": (4, 32), "up": (32, 4)}
+    kohya, peft, comfy = {}, {}, {}
+    for letter in "qkv":
+        for part, shape in shapes.items():
+            side = "A" if part == "down" else "B"
+            values = torch.randn(shape)
+            flat = f"lora_unet_{path}{letter}".replace(".", "_")
+            kohya[f"{flat}.lora_{part}.weight"] = values
+            peft[f"base_model.model.{path}{letter}.lora_{side}.weight"] = values
+            comfy[f"unet.{path}{letter}.lora_{side}.weight"] = values
+        kohya[f"{flat}.alpha"] = torch.tensor(2.0)
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "rank_pattern": {"to_q": 4},
+        "alpha_pattern": {"to_q": 2},
+        "use_rslora": True,
+        "target_modules": ["to_q"],
+        "bias": "none",
+    }
+    told = {f"unet.{key}": value for key, value in config.items() if key != "peft_type"}
+    tags = json.dumps({"1_dog": {"sks dog": 3, "grass": 1}})
+    said = {"ss_network_alpha": "2", "ss_tag_frequency": tags, "ss_base_model_version": "sd_v1"}
+    _save(kohya, _part(folder, "kohya"), **said)
+    _save(comfy, _part(folder, "diffusers"), lora_adapter_metadata=json.dumps(told))
+    peft_folder = _part(folder, "peft")
+    _save(peft, peft_folder).rename(peft_folder / "adapter_model.safetensors")
+    (peft_folder / "adapter_config.json").write_text(json.dumps(config))
+
+
+def _save(tensors: dict[str, torch.Tensor], folder: Path, **metadata: str) -> Path:
+    path = folder / "file.safetensors"
+    write_safetensors({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
+    return path
+
+
+def _file_or(folder: Path) -> Path:
+    """The file in a folder, there or not, unless the sample is the whole folder."""
+    others = [path for path in folder.iterdir() if path.name != "file.safetensors"]
+    return folder if others else folder / "file.safetensors"
+
+
+def _make_inspected(folder: Path) -> None:
+    _make_adapters(folder)
+    _make_attached(_part(folder, "..attached"))
+    for made in ("native", "peft"):
+        (folder / "..attached" / made).rename(folder / f"attached-{made}")
+    (folder / "..attached").rmdir()
+    _make_loras(_part(folder, "..loras"))
+    for made in ("kohya", "diffusers", "peft"):
+        (folder / "..loras" / made).rename(folder / f"lora-{made}")
+    (folder / "..loras").rmdir()
+    flat = "lora_unet_down_blocks_0_attentions_0_proj_in"
+    loha = {f"hada_w{i}_{s}": (8, 4) if s == "a" else (4, 8) for i in (1, 2) for s in "ab"}
+    _save(_pairs(flat, **loha, alpha=()), _part(folder, "loha"))
+    _save(_pairs(flat, lokr_w1=(4, 4), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8)), _part(folder, "lokr"))
+    _save(_pairs(f"{flat}.x", diff=(8, 8), diff_b=(8,)), _part(folder, "differences"))
+    _make_single(folder)
+    _make_model(folder)
+
+
+def _inspect(folder: Path) -> None:
+    facts = inspect_file(_file_or(folder), check=True)
+    as_text(facts)
+    json_for_terminal(facts.to_dict(), indent=2)
+
+
+# -- bases -----------------------------------------------------------------------------------------
+
+
+def _make_single(folder: Path) -> None:
+    _save(originals.ORIGINALS[SD](models.stable_diffusion()), _part(folder, "single"))
+
+
+def _config(**options: Any) -> TrainingConfig:
+    values = {"instance_data_dir": "x", "instance_prompt": "a dog", "output_dir": "x"}
+    return TrainingConfig(**{**values, **options})
+
+
+def _load_single(folder: Path) -> None:
+    file = str(folder / "file.safetensors")
+    config = _config(pretrained_model_name_or_path=file, base_config=_base())
+    load_base(config, find_base_family(config), torch.float32)
+
+
+def _make_model(folder: Path) -> None:
+    """A pipeline whose denoiser is in two files."""
+    part = _part(folder, "pipeline")
+    models.stable_diffusion().save_pretrained(part)
+    models.stable_diffusion().unet.save_pretrained(part / "unet", max_shard_size="200KB")
+    (part / "unet" / WEIGHT_NAMES[0][0]).unlink(missing_ok=True)
+
+
+def _make_pipeline(folder: Path) -> None:
+    _no_weights(_part(folder, "pipeline"))
+
+
+def _open_folder(folder: Path) -> None:
+    base = open_base(folder)
+    for component, files in base.files.items():  # type: ignore[union-attr]
+        assert weight_files(folder / component) == files
+    assert base.canonical_shapes("unet")
+    assert base.denoiser_dtype
+
+
+def _read_index(folder: Path) -> None:
+    assert isinstance(read_pipeline_index(folder), dict)
+
+
+def _find_family(folder: Path) -> None:
+    index = PipelineIndex("pretrained_model_name_or_path", str(folder), None)
+    for component in ("unet", "vae", "text_encoder"):
+        index.has_weights(component)
+        assert component not in index or len(index.component_class(component)) == 2
+    find_base_family(_config(pretrained_model_name_or_path=str(folder)))
+
+
+def _plan(folder: Path) -> None:
+    config = _config(pretrained_model_name_or_path=str(folder))
+    pipe = empty_base(config, FAMILY, torch.float32)
+    resolve_defaults(config, FAMILY, pipe, "no")
+
+
+def _check_lora(folder: Path) -> None:
+    pair = torch.ones(2, 32), torch.ones(32, 2)
+    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    LoraBase(str(folder)).check({"unet": {path: pair}}, "lora")
+
+
+def _load(folder: Path) -> None:
+    config = _config(pretrained_model_name_or_path=str(folder))
+    load_base(config, FAMILY, torch.float32)
+
+
+def _sample(folder: Path) -> None:
+    parser = generation.parser()
+    line = ["--base", str(folder), "--prompt", "x", "--output", "x.png"]
+    generation._pipeline(parser.parse_args(line), parser)
+
+
+# -- training --------------------------------------------------------------------------------------
+
+YAML = """\
+pretrained_model_name_or_path: stable-diffusion-v1-5/stable-diffusion-v1-5
+instance_data_dir: pictures
+instance_prompt: a sks dog
+output_dir: x
+rank: 16
+lora_alpha: 16
+learning_rate: 1e-4
+resolution: 64
+train_text_encoder: yes
+validation_prompt: [a sks dog, "a: sks dog"]
+rank_pattern: ["to_q=8", "re:.*to_k=4"]
+lora_layers: to_q,to_k
+max_train_steps: 100
+snr_gamma: 5
+adam_beta1: 0.9
+lr_step_rules: "1:3,0.1"
+"""
+
+
+def _make_config(folder: Path) -> None:
+    make_images(folder / "config" / "pictures", 1, side=4)
+    (folder / "config" / "file.yaml").write_text(YAML)
+
+
+def _parse(folder: Path) -> None:
+    config = parse_config(["--config", str(folder / "file.yaml")])
+    validate(config)
+    yaml.safe_load(config.to_yaml())
+
+
+@cache
+def _run(ema: bool) -> RunState:
+    options = {"use_ema": ema, "lr_scheduler": "cosine", "optimizer": "adamw"}
+    layers = {"lora_layers": "attn1.to_q", "rank": 4, "gralora_k": 2}
+    config = _config(pretrained_model_name_or_path="a/b", max_train_steps=4, **options, **layers)
+    pipe, accelerator = models.stable_diffusion(), Accelerator(cpu=True)
+    config = resolve_defaults(config, FAMILY, pipe, "no")
+    components = add_adapters(pipe, FAMILY, config)
+    parameters = list(adapter_parameters(pipe, "unet"))
+    optimizer = build_optimizer(config, parameters)
+    schedule = build_lr_scheduler(config, optimizer, 4)
+    average = EMAModel(parameters, foreach=True) if ema else None
+    sum(p.square().sum() for p in parameters).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    return RunState(
+        config, pipe, FAMILY, components, parameters, accelerator.prepare(optimizer), schedule,
+        average, accelerator, "digest", lambda step: {},
+    )  # fmt: skip
+
+
+def _make_checkpoints(folder: Path) -> None:
+    for ema in (False, True):
+        store = CheckpointStore(_part(folder, "average" if ema else "plain"))
+        state = _run(ema)
+        state.step = 2
+        store.write(2, state.save)
+
+
+def _resume(folder: Path) -> None:
+    state = _run((folder / "checkpoint-2" / "ema.safetensors").exists())
+    config = _config(resume_from_checkpoint="latest", output_dir=str(folder))
+    found = find_checkpoint(config, CheckpointStore(folder))
+    if found is None:
+        return
+    state.load(found[1])
+    assert 0 <= state.step <= 2**53
+    assert all(torch.is_tensor(tensor) for tensor in state.adapter().tensors.values())
+
+
+def _make_records(folder: Path) -> None:
+    rows = [{"step": step, "loss": 0.5 / step, "lr": 1e-4} for step in range(1, 6)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (_part(folder, "metrics") / "metrics.jsonl").write_text(text)
+
+
+def _go_on(folder: Path) -> None:
+    metrics = MetricsFile(folder, 3)
+    metrics.add({"step": 4, "loss": 0.1})
+    plot_curve(metrics.read(), folder / "curve.png")
+
+
+def _make_captions(folder: Path) -> None:
+    names = ("0.png", "1.png", "2.png")
+    rows = [{"file_name": name, "text": f"a dog, {name}", "tags": ["x"]} for name in names]
+    (make_images(folder / "jsonl", side=4) / "metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    with open(make_images(folder / "csv", side=4) / "metadata.csv", "w", newline="") as file:
+        csv.writer(file).writerows([["file_name", "text"], *([n, f"a, {n}"] for n in names)])
+    path = make_images(folder / "parquet", side=4) / "metadata.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    beside = make_images(folder / "beside", side=4)
+    (beside / "0.txt").write_text("a dog\n")
+    (beside / "1.caption").write_text("a dog, sitting\n")
+    (beside / "2.json").write_text(json.dumps({"caption": "a dog", "tags": ["x", 1]}))
+
+
+def _find(folder: Path) -> None:
+    for example in find_examples(folder, "a dog"):
+        example.caption.encode()
+        example.load()
+
+
+def _make_dataset(folder: Path) -> None:
+    import datasets
+
+    rows = [{"file_name": f"{i}.png", "text": f"a dog {i}"} for i in range(3)]
+    pictures = make_images(_part(folder, "pictures") / "data", side=4)
+    (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    made = datasets.Dataset.from_dict(
+        {
+            "image": [
+                {"bytes": (pictures / f"{i}.png").read_bytes(), "path": None} for i in range(3)
+            ],
+            "text": [row["text"] for row in rows],
+        }
+    )
+    made.to_parquet(_part(folder, "parquet") / "train.parquet")
+    made.save_to_disk(_part(folder, "disk") / "data")
+
+
+def _find_rows(folder: Path) -> None:
+    place = folder / "data" if (folder / "data").exists() else folder
+    found = find_dataset_examples(
+        str(place), "a dog", caption_column="text", cache_dir=str(folder / "cache")
+    )
+    for example in found:
+        example.caption.encode()
+
+
+def _make_cache(folder: Path) -> None:
+    store = TensorStore(_part(folder, "latents"))
+    store["key"] = {"mean": torch.ones(4, 2, 2), "std": torch.ones(4, 2, 2)}
+
+
+def _read_cache(folder: Path) -> None:
+    store = TensorStore(folder)
+    if "key" in store:
+        store["key"]
+    store.tell_damaged()
+
+
+def _make_quantization(folder: Path) -> None:
+    values = {
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_compute_dtype": "float32",
+    }
+    (_part(folder, "config") / "file.json").write_text(json.dumps(values))
+
+
+def _check_quantization(folder: Path) -> None:
+    list(check_quantization(_config(bnb_quantization_config_path=str(folder / "file.json"))))
+
+
+# -- pictures --------------------------------------------------------------------------------------
+
+
+def _picture(mode: str) -> Image.Image:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 4), dtype=np.uint8)
+    image = Image.fromarray(noise, "RGBA")
+    return image if mode == "RGBA" else image.convert("RGB").convert(mode)
+
+
+def _make_images(folder: Path) -> None:
+    saved = {
+        "png": ("RGB", "RGBA", "P", "L", "1", "I;16"),
+        "jpeg": ("RGB", "CMYK", "L"),
+        "tiff": ("RGB", "CMYK", "I;16", "P", "LAB"),
+        "gif": ("P",),
+        **dict.fromkeys(("bmp", "ppm", "tga", "ico", "jp2", "webp", "avif"), ("RGB",)),
+        **dict.fromkeys(("pcx", "sgi", "dds", "im", "qoi", "icns"), ("RGB",)),
+    }
+    for ending, modes in saved.items():
+        if ending in ("jp2", "webp", "avif") and not features.check(
+            {"jp2": "jpg_2000"}.get(ending, ending)
+        ):
+            continue
+        for mode in modes:
+            image = _picture("L") if mode == "I;16" else _picture(mode)
+            image = image.convert("I;16") if mode == "I;16" else image
+            path = _part(folder, f"{ending}-{mode.replace(';', '')}") / f"file.{ending}"
+            try:
+                image.save(path)
+            except (KeyError, OSError):  # Pillow reads it and does not write it
+                path.parent.rmdir()
+
+
+def _make_profiles(folder: Path) -> None:
+    profiles = {
+        "p3": rgb_profile((*PRIMARIES["display-p3"], *D65), None),
+        "gamma": rgb_profile((*PRIMARIES["adobe"], *D65), 2.2),
+        "srgb": ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes(),
+        "lab": ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes(),
+    }
+    for ending in ("png", "jpeg", "tiff"):
+        for name, profile in profiles.items():
+            path = _part(folder, f"{ending}-{name}") / f"file.{ending}"
+            _picture("RGB").save(path, icc_profile=profile)
+
+
+def _show(folder: Path) -> None:
+    (path,) = folder.iterdir() if any(folder.iterdir()) else (folder / "file.png",)
+    image = read_image(path, [])
+    assert image.mode == "RGB"
+    read_image(path.read_bytes(), at_least=4)
+    assert image_suffix(path.read_bytes())[0] == "."
+
+
+# -- the benchmark ---------------------------------------------------------------------------------
+
+
+def _make_results(folder: Path) -> None:
+    output = _part(folder, "run")
+    for key in trials.keys(trials.SUBJECTS[:2], trials.METHODS[:2], (0,)):
+        write_result(trials.trial(key, mechanism=True), output / key.path)
+
+
+def _results(folder: Path) -> None:
+    found, unreadable = read_results(folder)
+    assert len(found) + len(unreadable) <= 4
+    assert all(str(entry.reason) for entry in unreadable)
+    ledger.Ledger(folder).failures()
+    for path in (folder / TRIALS_FOLDER).glob("*/*/*/*/result.json"):
+        ledger._why(path)
+
+
+def _report(folder: Path) -> None:
+    found, unreadable = read_results(folder)
+    write_report(found, folder / "report", unreadable=unreadable, resamples=5)
+
+
+def _make_claims(folder: Path) -> None:
+    (_part(folder, "own") / "unit").mkdir()
+    facts = {"token": "0" * 32, "host": "a", "machine": "a", "pid": 2**22 + 1, "time": 0}
+    (folder / "own" / "unit" / trial_locks.LOCK_NAME).write_text(json.dumps(facts))
+
+
+def _claim(folder: Path) -> None:
+    trial_locks.holder(folder / "unit")
+    if found := trial_locks.claim(folder / "unit", patience=0.0):
+        with found:
+            assert found.is_held()
+
+
+def _make_kept(folder: Path) -> None:
+    part = _part(folder, "run")
+    text = (
+        "dreambooth_dir: db\npretrained_model_name_or_path: base\nmethods: [lora-r4, gralora-r4-k2]"
+    )
+    text += "\nseeds: [0, 1]\nencoders: [dinov2=samples/tiny-encoders/dinov2]\nsnr_gamma: 5.0\n"
+    (part / run_config.SETTINGS_NAME).write_text(text)
+
+
+def _keep(folder: Path) -> None:
+    settings = run_config.parse_settings(["--report_only", "--output_dir", str(folder)])
+    run_config.check_same_run(settings)
+
+
+def _make_prompts(folder: Path) -> None:
+    part = _part(folder, "set")
+    source = Path(__file__).parents[2] / "samples/subjects" / PROMPTS_NAME
+    lines = source.read_text().split("\n")
+    (part / PROMPTS_NAME).write_text("\n".join(lines[:4] + lines[15:]))
+    for line in lines[3:4]:
+        make_images(part / line.partition(",")[0], 1, side=4)
+
+
+def _subjects(folder: Path) -> None:
+    for subject in read_subjects(folder):
+        subject.prompts("sks")
+        subject.instance_prompt("sks")
+
+
+_FOLDER_ERRORS = (AdapterFileError, BaseError)
+READERS: dict[str, Reader] = {
+    "adapter": Reader(_make_adapters, _read_adapter, (AdapterFileError,)),
+    "attached": Reader(_make_attached, _attach, (AdapterFileError,), slow=True),
+    "lora": Reader(
+        _make_loras, lambda f: gralora_from_lora(_file_or(f), FAMILY, 4, 2), (AdapterFileError,)
+    ),
+    "inspect": Reader(_make_inspected, _inspect, (AdapterFileError,)),
+    "original_file": Reader(
+        _make_single,
+        lambda f: OriginalFile(f / "file.safetensors").find_family(),
+        (OriginalFileError,),
+    ),
+    "fused_file": Reader(
+        _make_single, lambda f: open_base(f / "file.safetensors"), (OriginalFileError, BaseError)
+    ),
+    "single_file": Reader(_make_single, _load_single, (ConfigError,), slow=True),
+    "fused_folder": Reader(_make_model, _open_folder, _FOLDER_ERRORS),
+    "pipeline_index": Reader(_make_pipeline, _read_index, (AdapterFileError,)),
+    "base_family": Reader(_make_pipeline, _find_family, (ConfigError,)),
+    "base_plan": Reader(_make_pipeline, _plan, (ConfigError,), slow=True),
+    "base": Reader(_make_model, _load, (ConfigError,), slow=True),
+    "lora_base": Reader(_make_pipeline, _check_lora, (ValueError,)),
+    "sample": Reader(_make_model, _sample, (SystemExit,), slow=True),
+    "config": Reader(_make_config, _parse, (ConfigError,)),
+    "quantization": Reader(_make_quantization, _check_quantization),
+    "checkpoint": Reader(_make_checkpoints, _resume, (CheckpointError,)),
+    "records": Reader(_make_records, _go_on, (OSError,), writes=True, slow=True),
+    "captions": Reader(_make_captions, _find, (DataError,)),
+    "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True, slow=True),
+    "cache": Reader(_make_cache, _read_cache, (DataError,)),
+    "pictures": Reader(_make_images, _show, (ImageError,)),
+    "profiles": Reader(_make_profiles, _show, (ImageError,)),
+    "results": Reader(_make_results, _results),
+    "report": Reader(_make_results, _report, writes=True, slow=True),
+    "claims": Reader(_make_claims, _claim, writes=True),
+    "kept": Reader(_make_kept, _keep, (ConfigError,)),
+    "prompts": Reader(_make_prompts, _subjects, (DataError,)),
+}
