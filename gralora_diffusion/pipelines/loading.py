@@ -8,7 +8,7 @@ it too.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -38,7 +38,9 @@ from gralora_diffusion.adapters.compatibility import (
     set_adapter_tensors,
 )
 from gralora_diffusion.adapters.injection import eject, inject, unchanged_on_error
+from gralora_diffusion.adapters.placement.fused_projections import replaced_projections
 from gralora_diffusion.families import find_family
+from gralora_diffusion.io.safe_text import first_few
 
 from .diffusers_registry import register_components, register_fused
 from .offloading import without_offloading
@@ -224,6 +226,7 @@ def fuse_gralora(
             f"already fused: {', '.join(fused)}. Call `unfuse_gralora()` before fusing at another "
             "scale, or name others with adapter_names."
         )
+    _check_projections(models.values(), names)
     with without_offloading(pipe, models.values()):
         for layer, chosen in names.items():
             layer.check_merge(chosen, scale)
@@ -243,13 +246,16 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
     """Take fused adapters out of the base weights again; they stay attached.
 
     The weights return to within one rounding of their dtype. Returns the components' names.
+
+    Raises:
+        ValueError: no component holds an adapter, or its projections were fused meanwhile.
     """
     models = _models_with_layers(pipe, components)
+    merged = [layer for m in models.values() for layer in gralora_layers(m) if layer.merged]
+    _check_projections(models.values(), merged)
     with without_offloading(pipe, models.values()):
-        for model in models.values():
-            for layer in gralora_layers(model):
-                if layer.merged:
-                    layer.unmerge()
+        for layer in merged:
+            layer.unmerge()
     register_fused(pipe, _adapter_names(models.values()))
     return list(models)
 
@@ -316,6 +322,22 @@ def _models_with_layers(
     if not found:
         raise ValueError("no GraLoRA adapter is attached. Call `load_gralora_weights` first.")
     return found
+
+
+def _check_projections(models: Iterable[nn.Module], layers: Collection[nn.Module]) -> None:
+    """Raise ValueError if a layer's weight is not in use: a fused projection has its values."""
+    unused = [
+        path
+        for model in models
+        for path in sorted(replaced_projections(model))
+        if model.get_submodule(path) in layers
+    ]
+    if unused:
+        raise ValueError(
+            f"fused projections have replaced {len(unused)} of the adapted layers "
+            f"({first_few(unused, 3)}), so that a change of their weights would have no effect. "
+            "Call `unfuse_qkv_projections()` on the model first, and fuse them again afterwards."
+        )
 
 
 def _adapter_names(models: Iterable[nn.Module]) -> list[str]:

@@ -358,6 +358,21 @@ class TestLoad:
             pipe.load_gralora_weights(folder, config=config())
 
 
+def test_fused_weights_whose_projections_were_fused_stay(pipe, folder, base):
+    """Else the update would stay in the joined projection for good, and nothing would say so."""
+    pipe.load_gralora_weights(folder)
+    pipe.fuse_gralora()
+    fused = draw(pipe)
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(ValueError, match=r"fused projections have replaced \d+ .*unfuse_qkv"):
+        pipe.unfuse_gralora()
+    assert same(draw(pipe), fused)
+    pipe.unet.unfuse_qkv_projections()
+    pipe.unfuse_gralora()
+    pipe.unload_gralora_weights()
+    assert same(draw(pipe), base)
+
+
 class TestPatterns:
     """Layers of another rank, k and alpha, image for image."""
 
