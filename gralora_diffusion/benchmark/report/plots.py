@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from markupsafe import Markup
+
 from gralora_diffusion.benchmark.evaluation.scores import score_named
 
 from .diagnostics import DiagnosticsData
@@ -11,6 +13,8 @@ from .report_data import ParetoData, ProtocolData, ScoreData
 from .summary import difference_text, direction
 from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
 
+#: A caption and its plot.
+Figure = tuple[str, Markup]
 #: Layers whose heat maps are drawn, of each method.
 LAYERS = 6
 _BLOCKS = ("output block", "input block")
@@ -21,8 +25,12 @@ def colours(methods: Iterable[str]) -> dict[str, int]:
     return {method: number % COLOURS for number, method in enumerate(methods)}
 
 
-def means(content: ScoreData, colour: Mapping[str, int]) -> str:
-    """Means with intervals."""
+def means(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
+    """Means with intervals, a plot for each score."""
+    return [(found.score.label, _means(found, colour)) for found in protocol.scores.values()]
+
+
+def _means(content: ScoreData, colour: Mapping[str, int]) -> Markup:
     rows = [
         Row(
             method,
@@ -40,22 +48,32 @@ def means(content: ScoreData, colour: Mapping[str, int]) -> str:
     return interval_plot(f"{score.label}: means", rows, f"{score.label}; {direction(score)}")
 
 
-def differences(content: ScoreData, reference: str, colour: Mapping[str, int]) -> str | None:
-    """Differences from a reference with intervals, and a line at zero."""
+def differences(protocol: ProtocolData, reference: str, colour: Mapping[str, int]) -> list[Figure]:
+    """Differences from a reference with intervals and a line at zero, a plot for each score."""
+    return [
+        (found.score.label, _differences(found, reference, colour))
+        for found in protocol.scores.values()
+        if found.comparisons.get(reference)
+    ]
+
+
+def _differences(content: ScoreData, reference: str, colour: Mapping[str, int]) -> Markup:
     rows = [
         Row(method, d.mean, d.low, d.high, colour[method], difference_text(d))
-        for method, comparison in content.comparisons.get(reference, {}).items()
+        for method, comparison in content.comparisons[reference].items()
         for d in (comparison.difference,)
     ]
-    if not rows:
-        return None
     better = {True: "better →", False: "← better", None: ""}[content.score.higher_is_better]
     axis = ", ".join(filter(None, (f"difference from {reference}", better)))
     return interval_plot(f"{content.score.label}: against {reference}", rows, axis, zero=True)
 
 
-def pareto(plot: ParetoData, protocol: ProtocolData, colour: Mapping[str, int]) -> str:
-    """Similarity against drift or parameters; the front is filled and joined."""
+def pareto(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
+    """Similarity against drift and parameters; the front is filled and joined."""
+    return [(pareto_title(plot), _pareto(plot, protocol, colour)) for plot in protocol.pareto]
+
+
+def _pareto(plot: ParetoData, protocol: ProtocolData, colour: Mapping[str, int]) -> Markup:
     drift = protocol.scores.get(plot.x)
     similarity = protocol.scores[plot.y]
     points = [
@@ -80,8 +98,8 @@ def pareto_title(plot: ParetoData) -> str:
     return f"{score_named(plot.y).label} against {x}"
 
 
-def heat_maps(method: str, content: DiagnosticsData) -> list[tuple[str, str]]:
-    """(caption, plot): the mean of all layers for each k, then the least even layers."""
+def heat_maps(method: str, content: DiagnosticsData) -> list[Figure]:
+    """The mean of all layers for each k, then the least even layers."""
     found = []
     for k, share in content.mean_share.items():
         count = sum(len(blocks) == k for blocks in content.gradient_share.values())
@@ -96,8 +114,8 @@ def heat_maps(method: str, content: DiagnosticsData) -> list[tuple[str, str]]:
 
 def layer_strips(
     mechanism: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
-) -> list[tuple[str, str]]:
-    """(caption, plot) of concentration, effective rank and outliers, a dot per layer."""
+) -> list[Figure]:
+    """Concentration, effective rank and outliers, a dot per layer."""
     kinds: dict[str, dict[str, list[float]]] = {
         "largest block's share of the gradient, over an even share": {
             method: [c for layer in found.layers if (c := found.concentration(layer)) is not None]

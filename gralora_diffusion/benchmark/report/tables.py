@@ -22,6 +22,9 @@ class Number:
     value: float
     text: str
 
+    def __str__(self) -> str:
+        return self.text
+
 
 #: Texts and numbers that stand one after the other in a cell.
 Cell = tuple[str | Number, ...]

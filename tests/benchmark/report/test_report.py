@@ -19,8 +19,10 @@ FILES = {"index.html", "report.md", "scores.csv", "report.json"}
 #: What could break out of HTML, an attribute, Markdown or a table.
 HOSTILE = (
     "</style></pre><script>alert('x')</script><img src=x onerror=\"y\"> | a_b *c* `d` & \n"
-    "\\| [e](f)"
+    "\\| [e](f) {{ 7 * 7 }} {% raw %} {# g #} ````"
 )
+#: What a terminal, a browser or a reader would obey, and how it is shown.
+CONTROLS, SHOWN = "a\x1b[31m\x9bb\x00\u202ec", "a\\x1b[31m\\x9bb\\x00\\u202ec"
 
 
 @pytest.fixture(scope="module")
@@ -291,6 +293,28 @@ def test_hostile_text_is_only_text(tmp_path):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in grid.splitlines()}
         assert len(columns) == 1, grid
     json.loads((tmp_path / "report/report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_control_characters_are_shown(tmp_path):
+    results = [
+        trial(
+            key,
+            mechanism=True,
+            prompts=(replace(trial(key).prompts[0], prompt=CONTROLS, images=("no.png",)),),
+            settings={CONTROLS: CONTROLS},
+            scores={CONTROLS: 0.5},
+            folder=tmp_path,
+        )
+        for key in keys(methods=("lora-r32", f"gralora{CONTROLS}"))
+    ]
+    write_report(results, tmp_path, title=CONTROLS, settings={"a": CONTROLS}, resamples=100)
+    for name in ("index.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert {letter for letter in text if not letter.isprintable()} == {"\n"}
+        assert text.count("\\x9bb") > 10
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.text.count(SHOWN) > 10
+    assert any(SHOWN in (plot["aria-label"] or "") for plot in page.of("svg"))
 
 
 def test_the_same_trials_in_any_order_make_the_same_bytes(made, tmp_path):
