@@ -54,20 +54,20 @@ class Estimate:
 
     @property
     def caveat(self) -> str:
-        """What the interval does not tell, in a sentence; empty if there is nothing to say."""
+        """What the interval does not cover, to follow a colon; empty if there is nothing to say."""
         if self.over is None:
             return (
-                f"no interval: {_counted(self.subjects, 'subject')}, "
-                f"{_counted(self.trials, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds "
-                f"of each and {self.subjects + MIN_FREEDOM} units"
+                f"there is no interval for {_counted(self.subjects, 'subject')} and "
+                f"{_counted(self.trials, 'trial')}. It takes {MIN_SUBJECTS} subjects, or two seeds "
+                f"of each and {self.subjects + MIN_FREEDOM} trials"
             )
         if self.over == "seeds":
             return (
-                f"over seeds alone: it holds for {_these(self.subjects)} and tells nothing of "
-                f"others ({MIN_SUBJECTS} are needed)"
+                f"the interval is over seeds alone. It holds for {_these(self.subjects)} and not "
+                f"for others, which would take {MIN_SUBJECTS} subjects"
             )
         if self.seeds == 1:
-            return "one seed: what all subjects owe to it is not in the interval"
+            return "there is only one seed. Its effect on all subjects is not in the interval"
         return ""
 
 

@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing beside itself. Pure."""
+"""A report as one self-contained page. Pure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .svg import COLOURS
 
 
 def as_html(content: ReportData, images: Embedded) -> str:
-    """Return the page. All text is escaped; the page forbids itself scripts and fetching."""
+    """Return the page. All text is escaped, and the page forbids scripts and fetching."""
     return render(
         __package__,
         "report.html.jinja",

@@ -1,4 +1,4 @@
-"""A report as Markdown: sentences and tables; plots and images are in the page. Pure."""
+"""A report as Markdown: sentences and tables, without plots and images. Pure."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from .report_data import ReportData
 
 
 def as_markdown(content: ReportData) -> str:
-    """Return the report as Markdown (GitHub's, for its tables)."""
+    """Return the report as Markdown in GitHub's dialect, which has tables."""
     text = render(__package__, "report.md.jinja", report=content, summary=summary, tables=tables)
     return text.rstrip() + "\n"

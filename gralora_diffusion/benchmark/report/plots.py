@@ -1,4 +1,4 @@
-"""Which plots a report has. Pure."""
+"""The plots of a report. Pure."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
 
 #: A caption and its plot.
 Figure = tuple[str, Markup]
-#: Layers whose heat maps are drawn, of each method.
+#: How many layers of each method have a heat map.
 LAYERS = 6
 _BLOCKS = ("output block", "input block")
 
@@ -65,7 +65,8 @@ def _differences(content: ScoreData, reference: str, colour: Mapping[str, int]) 
     ]
     better = {True: "better →", False: "← better", None: ""}[content.score.higher_is_better]
     axis = ", ".join(filter(None, (f"difference from {reference}", better)))
-    return interval_plot(f"{content.score.label}: against {reference}", rows, axis, zero=True)
+    title = f"{content.score.label} compared with {reference}"
+    return interval_plot(title, rows, axis, zero=True)
 
 
 def pareto(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
@@ -99,11 +100,11 @@ def pareto_title(plot: ParetoData) -> str:
 
 
 def heat_maps(method: str, content: DiagnosticsData) -> list[Figure]:
-    """The mean of all layers for each k, then the least even layers."""
+    """The mean over all layers for each k, then the most uneven layers."""
     found = []
     for k, share in content.mean_share.items():
         count = sum(len(blocks) == k for blocks in content.gradient_share.values())
-        caption = f"{method}: mean of {count} layers"
+        caption = f"{method}: mean over {count} layers"
         found.append((caption, heat_map(f"{caption}, k = {k}", share, *_BLOCKS)))
     uneven = sorted(content.gradient_share, key=lambda layer: -(content.concentration(layer) or 0))
     for layer in uneven[:LAYERS]:
@@ -113,19 +114,19 @@ def heat_maps(method: str, content: DiagnosticsData) -> list[Figure]:
 
 
 def layer_strips(
-    mechanism: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
+    diagnostics: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
 ) -> list[Figure]:
     """Concentration, effective rank and outliers, a dot per layer."""
     kinds: dict[str, dict[str, list[float]]] = {
-        "largest block's share of the gradient, over an even share": {
+        "largest block's gradient share, relative to an even share": {
             method: [c for layer in found.layers if (c := found.concentration(layer)) is not None]
-            for method, found in mechanism.items()
+            for method, found in diagnostics.items()
         },
         "effective rank of the learned update": {
-            method: list(found.effective_rank.values()) for method, found in mechanism.items()
+            method: list(found.effective_rank.values()) for method, found in diagnostics.items()
         },
-        "largest input channel, over the median one": {
-            method: list(found.input_outliers.values()) for method, found in mechanism.items()
+        "largest input channel, relative to the median channel": {
+            method: list(found.input_outliers.values()) for method, found in diagnostics.items()
         },
     }
     plots = []

@@ -1,7 +1,7 @@
 """Plots as inline SVG: points with intervals, scatter, strips, heat maps. Pure.
 
 Colours come from the page (classes ``c0`` to ``c7``, ``ink``, ``faint``), so that they suit light
-and dark alike. Plots are as wide as a phone; nothing in them is told by colour alone.
+and dark alike. Plots are as wide as a phone. Nothing in them is shown by colour alone.
 """
 
 from __future__ import annotations

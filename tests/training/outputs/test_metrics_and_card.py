@@ -1,4 +1,4 @@
-"""What a run leaves behind: pictures, tracker, metrics, curve, card, options."""
+"""The files of a run: images, tracker, metrics, curve, card, options."""
 
 from __future__ import annotations
 
@@ -140,7 +140,7 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert yaml.safe_load(options)["rank"] == 4
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
-    assert "(rank 4, k = 2; other values on some layers)" in card.text
+    assert "This is a GraLoRA adapter (rank 4, k = 2; other values on some layers)" in card.text
     assert "k lowered" not in card.text
     assert "quantized" not in card.text
     assert "dtype=torch.float32" in card.text
@@ -211,7 +211,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     assert pipe.unet.dtype == torch.bfloat16
 
 
-def test_card_tells_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> None:
+def test_card_reports_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> None:
     """conv_in takes 4 channels and conv_out makes 4, and k is 8 or, for the second one, 2."""
     out = run(
         output_dir=tmp_path / "out",
@@ -227,7 +227,10 @@ def test_card_tells_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> Non
     assert "(rank 8, k = 8; other values on some layers)" in text
     layers = len({key.partition(".gralora_")[0] for key in adapter(out)})
     assert f"| adapted layers | {layers} |" in text
-    assert "| k lowered | to 4 on 1 of these layers, whose widths ask for it |" in text
+    assert (
+        "| k lowered | to 4 on 1 of these layers, because their widths allow no larger one |"
+        in text
+    )
 
 
 #: Text that could end a fence, a table, the front matter, a literal or a tag.
