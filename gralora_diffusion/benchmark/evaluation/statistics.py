@@ -58,13 +58,13 @@ class Estimate:
         if self.over is None:
             return (
                 f"there is no interval for {_counted(self.subjects, 'subject')} and "
-                f"{_counted(self.trials, 'trial')}. It takes {MIN_SUBJECTS} subjects, or two seeds "
-                f"of each and {self.subjects + MIN_FREEDOM} trials"
+                f"{_counted(self.trials, 'trial')}. An interval needs {MIN_SUBJECTS} subjects, or "
+                f"two seeds of each subject and {self.subjects + MIN_FREEDOM} trials"
             )
         if self.over == "seeds":
             return (
-                f"the interval is over seeds alone. It holds for {_these(self.subjects)} and not "
-                f"for others, which would take {MIN_SUBJECTS} subjects"
+                f"the interval is over seeds alone, so it holds only for {_these(self.subjects)}. "
+                f"An interval over subjects needs {MIN_SUBJECTS} of them"
             )
         if self.seeds == 1:
             return "there is only one seed. Its effect on all subjects is not in the interval"

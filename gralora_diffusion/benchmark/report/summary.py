@@ -16,8 +16,8 @@ _VERDICTS = {
     "worse": "Worse",
     "higher": "Higher",
     "lower": "Lower",
-    "open": "Inconclusive, because the interval includes zero",
-    "too few": "Inconclusive, because there are too few trials for an interval",
+    "open": "Inconclusive (the interval includes zero)",
+    "too few": "Inconclusive (too few trials for an interval)",
 }
 #: How far chance reaches.
 _CHANCE = (

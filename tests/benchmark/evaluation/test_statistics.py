@@ -159,7 +159,7 @@ def test_too_few_trials_have_no_interval_and_say_so():
     one = estimate({("a", 0): 1.0})
     assert (one.low, one.high, one.over) == (None, None, None)
     assert "1 subject and 1 trial." in one.caveat
-    assert "6 subjects, or two seeds of each and 5 trials" in one.caveat
+    assert "6 subjects, or two seeds of each subject and 5 trials" in one.caveat
     few = estimate(by_place([[1.0], [2.0], [3.0], [4.0], [5.0]]))
     assert few.low is None
     assert "5 subjects and 5 trials." in few.caveat
