@@ -1,6 +1,7 @@
 """Whatever a value holds, a template shows it as text of its own language."""
 
 import ast
+import re
 from html.parser import HTMLParser
 
 import pytest
@@ -10,6 +11,7 @@ from markdown_it import MarkdownIt
 from markupsafe import Markup
 
 from gralora_diffusion.io.templates import render
+from tests import ROOT
 
 HOSTILE = (
     "<script>alert('x')</script>",
@@ -101,6 +103,13 @@ def test_python_takes_double_quotes_where_it_can(written):
 
 def test_what_is_markup_is_not_escaped_again(written):
     assert written("html", "{{ value }}", value=Markup("<b>1</b>")) == "<b>1</b>"
+
+
+@pytest.mark.parametrize(
+    "path", (ROOT / "gralora_diffusion").rglob("*.jinja"), ids=lambda path: path.name
+)
+def test_no_template_turns_escaping_off(path):
+    assert not re.search(r"\|\s*safe\b|autoescape|Markup", path.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize("kind", ["html", "md", "py"])

@@ -264,6 +264,7 @@ def test_hostile_text_is_only_text(tmp_path):
     results = [
         trial(
             key,
+            mechanism=True,
             prompts=(replace(trial(key).prompts[0], prompt=HOSTILE, images=("no.png",)),),
             settings={HOSTILE: HOSTILE, "same": 1},
             versions={HOSTILE: HOSTILE + key.subject},
@@ -286,7 +287,7 @@ def test_hostile_text_is_only_text(tmp_path):
     assert "<i>gralora & 'co'\" |" in page.text
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
-    assert "<script" not in outside
+    assert not re.search("<(script|i>)", outside)
     assert outside.count("&lt;script&gt;") >= 4
     grids = re.findall(r"(?:^\|.*\n)+", outside, re.MULTILINE)
     assert len(grids) >= 8
