@@ -572,6 +572,7 @@ def test_tree():
         for pattern in (
             "gralora_diffusion/**/*.py",
             "gralora_diffusion/py.typed",
+            "gralora_diffusion/**/templates/*",
             "train_scripts/**/*.py",
             "samples/*.sh",
             "samples/configs/*",

@@ -153,6 +153,7 @@ NAMES = {
     "benchmark.report.content.ProtocolContent": "benchmark.report.report_data.ProtocolData",
     "benchmark.report.content.ScoreContent": "benchmark.report.report_data.ScoreData",
     "benchmark.report.content.content_of": "benchmark.report.report_data.report_data_of",
+    "benchmark.report.mechanism.mechanism_of": "benchmark.report.diagnostics.diagnostics_of",
     "benchmark.report.mechanism.MechanismContent": "benchmark.report.diagnostics.DiagnosticsData",
     "benchmark.results.Mechanism": "benchmark.evaluation.results.Diagnostics",
     "benchmark.results.UNITS_FOLDER": "benchmark.evaluation.results.TRIALS_FOLDER",

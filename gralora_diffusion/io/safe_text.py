@@ -90,6 +90,14 @@ def _longest_run(text: str) -> int:
     return max((len(run) for run in re.findall("`+", text)), default=0)
 
 
+def for_python(value: object) -> str:
+    """Return Python for a value: text in double quotes if it has none itself."""
+    if not isinstance(value, str):
+        return repr(value)
+    double = repr("'" + value)  # with an apostrophe, and no other quote, Python takes double ones
+    return '"' + double[2:] if double.startswith('"') else repr(value)
+
+
 def for_csv(value: Any) -> Any:
     """Return a cell that no spreadsheet takes for a formula; what is no text is unchanged."""
     if isinstance(value, str) and value.lstrip(" ").startswith(_FORMULA):

@@ -1,4 +1,4 @@
-"""Made-up units of a benchmark: numbers by formula and by chance, pictures of one colour."""
+"""Made-up trials of a benchmark: numbers by formula and by chance, images of one colour."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def keys(
 
 
 def trial(key: TrialKey, mechanism: bool = False, **changes) -> TrialResult:
-    """A unit whose numbers depend on its key alone."""
+    """A trial whose numbers depend only on its key."""
     rng = np.random.default_rng([*key.subject.encode(), *key.method.encode(), key.seed])
     common = np.random.default_rng([*key.subject.encode(), key.seed]).normal(0.7, 0.05)
     gain = GAINS.get(key.method, 0.0)
@@ -80,7 +80,7 @@ def trial(key: TrialKey, mechanism: bool = False, **changes) -> TrialResult:
 
 
 def written(output: Path, results: Sequence[TrialResult], size: int = 64) -> list[TrialResult]:
-    """Write units with their pictures into a run's folder; give them with their folders."""
+    """Write trials with their images into a run's folder; return them with their folders."""
     found = []
     for number, result in enumerate(results):
         folder = output / result.key.path

@@ -1,4 +1,4 @@
-"""What the scores are called, and which way each is better."""
+"""The names of the scores, and which direction of each is better."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """A score as a reader meets it.
+    """A score as the report shows it.
 
     Attributes:
-        higher_is_better: None where the benchmark does not know: then nothing wins or loses.
-        kind: "similarity" (to the real pictures), "drift" (from what the base draws), or "other".
+        higher_is_better: None if the benchmark does not know; then no method wins or loses.
+        kind: "similarity" (to the real images), "drift" (from the base's images), or "other".
     """
 
     name: str
@@ -21,32 +21,37 @@ class Score:
     meaning: str
 
 
+_TO_REAL = "similarity to the real images, by"
 _KNOWN = (
-    # the one that stands for similarity in plots comes first
-    Score("dinov2", "DINOv2 similarity", True, "similarity", "to the real pictures, DINOv2"),
-    Score("dino", "DINO similarity", True, "similarity", "to the real pictures, DINO"),
-    Score("clip_i", "CLIP-I", True, "similarity", "to the real pictures, CLIP's image encoder"),
-    Score("clip_t", "CLIP-T", True, "other", "of the pictures to their prompts, CLIP"),
-    Score("div", "DIV", True, "other", "how much pictures of one prompt differ from each other"),
+    # the first of the similarities is the one in the plots of trade-offs
+    Score("dinov2", "DINOv2 similarity", True, "similarity", f"{_TO_REAL} DINOv2"),
+    Score("dino", "DINO similarity", True, "similarity", f"{_TO_REAL} DINO"),
+    Score("clip_i", "CLIP-I", True, "similarity", f"{_TO_REAL} CLIP's image encoder"),
+    Score("clip_t", "CLIP-T", True, "other", "similarity to the prompt, by CLIP"),
+    Score("div", "DIV", True, "other", "how much images of one prompt differ from each other"),
     Score(
-        "drift", "drift", False, "drift", "1 - similarity with and without adapter, other prompts"
+        "drift",
+        "drift",
+        False,
+        "drift",
+        "1 - similarity between images with and without the adapter, on other prompts",
     ),
-    Score("pres", "PRES", False, "other", "how much class pictures look like the subject"),
-    Score("prior", "prior drift", False, "other", "how far pictures of the class have moved"),
+    Score("pres", "PRES", False, "other", "how similar images of the class are to the subject"),
+    Score("prior", "prior drift", False, "other", "how far images of the class have moved"),
 )
 
-#: By whose eyes a score was seen.
-_EYES = {"dinov2": "DINOv2", "dino": "DINO", "clip_i": "CLIP"}
+#: The encoders behind a score.
+_ENCODERS = {"dinov2": "DINOv2", "dino": "DINO", "clip_i": "CLIP"}
 
 
 def score_named(name: str) -> Score:
-    """Return what is known of a score; ``drift_dinov2`` is a ``drift``, of others nothing is."""
+    """Return a score by its name; ``drift_dinov2`` is a ``drift``. Others have no direction."""
     for score in _KNOWN:
         if name == score.name:
             return score
         if name.startswith(f"{score.name}_"):
-            eyes = name.removeprefix(f"{score.name}_")
-            label = f"{score.label} ({_EYES.get(eyes, eyes)})"
+            encoder = name.removeprefix(f"{score.name}_")
+            label = f"{score.label} ({_ENCODERS.get(encoder, encoder)})"
             return Score(name, label, score.higher_is_better, score.kind, score.meaning)
     return Score(name, name, None, "other", "")
 

@@ -25,7 +25,7 @@ import numpy as np
 
 #: An interval over subjects needs so many of them.
 MIN_SUBJECTS = 6
-#: One over seeds needs so many degrees of freedom: units less subjects.
+#: An interval over seeds needs so many degrees of freedom: trials less subjects.
 MIN_FREEDOM = 4
 LEVEL = 0.95
 RESAMPLES = 10_000
@@ -39,9 +39,9 @@ class Estimate:
     """A mean: of the subjects' means, each of its seeds' values, so that all subjects weigh alike.
 
     Attributes:
-        low, high: the 95% interval, None if there are too few units for one.
+        low, high: the 95% interval; None if there are too few trials for one.
         over: what the interval is over, "subjects" or "seeds"; None if there is none.
-        subjects, seeds, units: how many there are; seeds: different ones.
+        subjects, seeds, trials: how many there are; seeds are counted once each.
     """
 
     mean: float
@@ -54,30 +54,30 @@ class Estimate:
 
     @property
     def caveat(self) -> str:
-        """What the interval does not tell, in a sentence; empty if there is nothing to say."""
+        """What the interval does not cover, to follow a colon; empty if there is nothing to say."""
         if self.over is None:
             return (
-                f"no interval: {_counted(self.subjects, 'subject')}, "
-                f"{_counted(self.trials, 'unit')}; it needs {MIN_SUBJECTS} subjects, or two seeds "
-                f"of each and {self.subjects + MIN_FREEDOM} units"
+                f"there is no interval for {_counted(self.subjects, 'subject')} and "
+                f"{_counted(self.trials, 'trial')}. An interval needs {MIN_SUBJECTS} subjects, or "
+                f"two seeds of each subject and {self.subjects + MIN_FREEDOM} trials"
             )
         if self.over == "seeds":
             return (
-                f"over seeds alone: it holds for {_these(self.subjects)} and tells nothing of "
-                f"others ({MIN_SUBJECTS} are needed)"
+                f"the interval is over seeds alone, so it holds only for {_these(self.subjects)}. "
+                f"An interval over subjects needs {MIN_SUBJECTS} of them"
             )
         if self.seeds == 1:
-            return "one seed: what all subjects owe to it is not in the interval"
+            return "there is only one seed. Its effect on all subjects is not in the interval"
         return ""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """A method against a reference, on the units that both have.
+    """A method against a reference, on the trials that both have.
 
     Attributes:
-        difference: method - reference, unit by unit.
-        wins, ties, losses: units; None if it is not known which way is better.
+        difference: method - reference, trial by trial.
+        wins, ties, losses: trials; wins and losses are None if the better direction is unknown.
         verdict: "better", "worse" ("higher", "lower" if it is not known which way is better),
             "open" (the interval includes zero) or "too few" (there is no interval).
     """
@@ -90,7 +90,7 @@ class Comparison:
 
     @property
     def win_rate(self) -> float | None:
-        """Wins and half the ties, of all units in both."""
+        """Wins and half the ties, as a share of the trials in both."""
         if self.wins is None:
             return None
         return (self.wins + self.ties / 2) / self.difference.trials
@@ -130,7 +130,7 @@ def compare(
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> Comparison | None:
-    """Compare a method with a reference, pair by pair; None if they have no unit in common."""
+    """Compare a method with a reference, pair by pair; None if they have no trial in common."""
     both = sorted(values.keys() & reference.keys())
     if not both:
         return None

@@ -33,30 +33,30 @@ def write_report(
     unreadable: Sequence[Unreadable] = (),
     real_images: Mapping[str, Sequence[Path]] | None = None,
     settings: Mapping[str, Any] | None = None,
-    picture_mib: float = 12.0,
+    image_mib: float = 12.0,
     resamples: int = RESAMPLES,
     bootstrap_seed: int = 0,
 ) -> Path:
     """Write index.html, report.md, scores.csv and report.json; return the page.
 
-    Everything is computed before the first file is written, and each file appears when it is whole.
-    The same results make the same bytes.
+    Everything is computed before the first file is written, and each file appears when it is
+    complete. The same results give the same bytes.
 
     Args:
-        results: of finished units, each once; there may be none.
-        folder: made if it is not there; other files in it stay.
+        results: those of finished trials, each once; there may be none.
+        folder: created if it does not exist; other files in it stay.
         references: methods that all others are compared with, by default those whose name begins
             with "lora".
-        expected: all units of the run; those without a result are listed as missing, and methods
+        expected: all trials of the run. Those without a result are listed as missing, and methods
             are shown in their order.
-        unreadable: result files that were left out, listed.
-        real_pictures: subject -> pictures to show beside those drawn.
-        settings: of the run, shown as given.
-        picture_mib: what the pictures may take of the page, in MiB; they are made smaller, then
+        unreadable: result files that could not be used; they are listed.
+        real_images: subject -> images to show beside the generated ones.
+        settings: those of the run, shown as given.
+        image_mib: how much of the page the images may take, in MiB. They are made smaller, then
             fewer, until they fit.
 
     Raises:
-        ValueError: more than one result of a unit, or a reference that no unit is of.
+        ValueError: more than one result of a trial, or a reference without trials.
         OutputError: the folder cannot be written to.
     """
     content = report_data_of(
@@ -70,7 +70,7 @@ def write_report(
         resamples=resamples,
         bootstrap_seed=bootstrap_seed,
     )
-    images = embedded(content, real_images or {}, int(picture_mib * 2**20))
+    images = embedded(content, real_images or {}, int(image_mib * 2**20))
     texts = {
         CSV_NAME: as_csv(content.trials),
         JSON_NAME: as_json(content),

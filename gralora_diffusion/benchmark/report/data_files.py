@@ -23,7 +23,7 @@ _TRIAL = (
 
 
 def as_json(content: ReportData) -> str:
-    """All numbers of the report. Prompts and logs of single units stay in their own results."""
+    """All numbers of the report. Prompts and logs of single trials stay in their own results."""
     return json.dumps(
         {
             "format": 1,
@@ -53,7 +53,7 @@ def as_json(content: ReportData) -> str:
 
 
 def as_csv(results: Sequence[TrialResult]) -> str:
-    """A row per unit, a column per score; what was not measured is empty."""
+    """A row per trial, a column per score; a value that was not measured is empty."""
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
@@ -96,6 +96,6 @@ def _protocol(protocol: ProtocolData) -> dict[str, Any]:
                 "input_outliers": found.input_outliers,
                 "concentration": {layer: found.concentration(layer) for layer in found.layers},
             }
-            for method, found in protocol.mechanism.items()
+            for method, found in protocol.diagnostics.items()
         },
     }

@@ -1,4 +1,4 @@
-"""What was logged of the mechanism, over the units of a method."""
+"""The diagnostics of a method, averaged over its trials."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ Map = list[list[float]]
 
 @dataclass(frozen=True)
 class DiagnosticsData:
-    """Means over units (and steps).
+    """Means over trials (and steps).
 
     Attributes:
-        units: that have a mechanism.
-        gradient_share: layer -> k x k: the share that each block has in the squared norm of the
-            gradient; all shares of a layer sum to one. Row: output block, column: input block.
-        mean_share: k -> the mean over layers with this k.
+        trials: how many have diagnostics.
+        gradient_share: layer -> k x k, each block's share of the squared norm of the gradient. The
+            shares of a layer sum to one. Row: output block, column: input block.
+        mean_share: k -> the mean over the layers with this k.
         effective_rank, input_outliers: layer -> value.
     """
 
@@ -33,18 +33,18 @@ class DiagnosticsData:
 
     @property
     def layers(self) -> list[str]:
-        """All layers of which something is known."""
+        """All layers with any diagnostics."""
         kinds = (self.gradient_share, self.effective_rank, self.input_outliers)
         return sorted({layer for kind in kinds for layer in kind})
 
     def concentration(self, layer: str) -> float | None:
-        """The largest share over an even one: 1 if all blocks get alike, k² if one gets all."""
+        """The largest share over an even one: 1 if all blocks are equal, k² if one has all."""
         share = self.gradient_share.get(layer)
         return None if share is None else float(np.max(share)) * np.size(share)
 
 
-def mechanism_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
-    """Gather the mechanism of a method's units; None if none has any."""
+def diagnostics_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
+    """Average the diagnostics of a method's trials; None if no trial has any."""
     logged = [result.mechanism for result in results if result.mechanism]
     if not logged:
         return None
@@ -62,7 +62,7 @@ def mechanism_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
     means = {
         layer: np.mean(maps, axis=0)
         for layer, maps in sorted(shares.items())
-        if len({len(blocks) for blocks in maps}) == 1  # units of another k are not averaged with
+        if len({len(blocks) for blocks in maps}) == 1  # trials that differ in k are not averaged
     }
     sizes = sorted({len(share) for share in means.values()})
     return DiagnosticsData(

@@ -1,4 +1,4 @@
-"""Which pictures a report shows, and how they get into the page within a budget of bytes."""
+"""The images of a report, chosen and shrunk to fit a budget of bytes."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from gralora_diffusion.io.image_files import ImageError, read_image
 
 from .report_data import ReportData
 
-#: Pixels of the longer side and prompts of a subject, from the best to the least.
+#: Pixels of the longer side and prompts per subject, from the best to the least.
 SIZES = ((256, 6), (192, 6), (128, 6), (128, 3), (96, 2), (96, 1), (64, 1))
 _REAL = 6
 _QUALITY = 85
-#: Pictures of up to so many pixels a side stay as they are.
+#: Images whose sides have at most so many pixels stay as they are.
 _SMALL = 128
 
 
 @dataclass(frozen=True)
 class SheetRow:
-    """Pictures of one prompt: by method, None where a method has none; ``real``: its own one."""
+    """Images of one prompt by method, None if a method has none; ``real``: the prompt's own."""
 
     prompt: str
     real: Path | None
@@ -34,7 +34,7 @@ class SheetRow:
 
 @dataclass(frozen=True)
 class Sheet:
-    """What a person judges a subject by: the same prompts and seed for every method."""
+    """The images of a subject: the same prompts and seed for every method."""
 
     protocol: str
     subject: str
@@ -52,11 +52,11 @@ class Sheet:
 
 @dataclass(frozen=True)
 class Embedded:
-    """Sheets and their pictures as data URIs.
+    """Sheets and their images as data URIs.
 
     Attributes:
-        uris: of the pictures that could be read.
-        side: pixels of the longer side at most; 0: no size would have kept to the budget.
+        uris: those of the images that could be read.
+        side: at most so many pixels on the longer side; 0 if no size fits the budget.
     """
 
     sheets: list[Sheet]
@@ -67,10 +67,10 @@ class Embedded:
 def embedded(
     content: ReportData, real_images: Mapping[str, Sequence[Path]], budget: int
 ) -> Embedded:
-    """Choose the sheets and make their pictures as large, and the prompts as many, as fit.
+    """Choose the sheets, with images as large and prompts as many as fit.
 
     Args:
-        budget: bytes of all data URIs together at most.
+        budget: at most so many bytes of data URIs in all.
     """
     for side, prompts in SIZES:
         chosen = sheets(content, real_images, prompts)
@@ -83,10 +83,10 @@ def embedded(
 def sheets(
     content: ReportData, real_images: Mapping[str, Sequence[Path]], prompts: int
 ) -> list[Sheet]:
-    """Choose pictures by a rule, not by looks.
+    """Choose images by rule, not by looks.
 
-    Of each subject, the seed that most methods have (of several the lowest), prompts evenly over
-    the list, and the first picture of each.
+    For each subject: the seed that most methods have, or the lowest of several; prompts spread
+    evenly over the list; and the first image of each prompt.
     """
     found = []
     for protocol in content.protocols:
@@ -124,7 +124,7 @@ def _row(prompt: str, methods: Sequence[str], trials: Mapping[str, TrialResult])
 
 
 def _uris(paths: Sequence[Path], side: int, budget: int) -> dict[Path, str] | None:
-    """Data URIs of those that can be read; None if they are too large together."""
+    """Data URIs of the readable ones; None if they exceed the budget."""
     uris: dict[Path, str] = {}
     for path in dict.fromkeys(paths):
         uri = data_uri(path, side)
@@ -137,9 +137,9 @@ def _uris(paths: Sequence[Path], side: int, budget: int) -> dict[Path, str] | No
 
 
 def data_uri(path: Path, side: int) -> str | None:
-    """Return a picture, its longer side at most ``side`` pixels, as a data URI; None if unreadable.
+    """Return an image, its longer side at most ``side`` pixels, as a data URI; None if unreadable.
 
-    JPEG, but PNG where the picture is small and stays as it is: there every pixel is looked at.
+    Small images stay as they are, as PNG, because there every pixel is visible; others are JPEG.
     """
     try:
         image = read_image(path, at_least=2 * side)

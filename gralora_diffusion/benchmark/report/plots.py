@@ -1,8 +1,10 @@
-"""Which plots a report has. Pure."""
+"""The plots of a report. Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+
+from markupsafe import Markup
 
 from gralora_diffusion.benchmark.evaluation.scores import score_named
 
@@ -11,7 +13,9 @@ from .report_data import ParetoData, ProtocolData, ScoreData
 from .summary import difference_text, direction
 from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
 
-#: Layers whose heat maps are drawn, of each method.
+#: A caption and its plot.
+Figure = tuple[str, Markup]
+#: How many layers of each method have a heat map.
 LAYERS = 6
 _BLOCKS = ("output block", "input block")
 
@@ -21,8 +25,12 @@ def colours(methods: Iterable[str]) -> dict[str, int]:
     return {method: number % COLOURS for number, method in enumerate(methods)}
 
 
-def means(content: ScoreData, colour: Mapping[str, int]) -> str:
-    """Means with intervals."""
+def means(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
+    """Means with intervals, a plot for each score."""
+    return [(found.score.label, _means(found, colour)) for found in protocol.scores.values()]
+
+
+def _means(content: ScoreData, colour: Mapping[str, int]) -> Markup:
     rows = [
         Row(
             method,
@@ -40,22 +48,33 @@ def means(content: ScoreData, colour: Mapping[str, int]) -> str:
     return interval_plot(f"{score.label}: means", rows, f"{score.label}; {direction(score)}")
 
 
-def differences(content: ScoreData, reference: str, colour: Mapping[str, int]) -> str | None:
-    """Differences from a reference with intervals, and a line at zero."""
+def differences(protocol: ProtocolData, reference: str, colour: Mapping[str, int]) -> list[Figure]:
+    """Differences from a reference with intervals and a line at zero, a plot for each score."""
+    return [
+        (found.score.label, _differences(found, reference, colour))
+        for found in protocol.scores.values()
+        if found.comparisons.get(reference)
+    ]
+
+
+def _differences(content: ScoreData, reference: str, colour: Mapping[str, int]) -> Markup:
     rows = [
         Row(method, d.mean, d.low, d.high, colour[method], difference_text(d))
-        for method, comparison in content.comparisons.get(reference, {}).items()
+        for method, comparison in content.comparisons[reference].items()
         for d in (comparison.difference,)
     ]
-    if not rows:
-        return None
     better = {True: "better →", False: "← better", None: ""}[content.score.higher_is_better]
     axis = ", ".join(filter(None, (f"difference from {reference}", better)))
-    return interval_plot(f"{content.score.label}: against {reference}", rows, axis, zero=True)
+    title = f"{content.score.label} compared with {reference}"
+    return interval_plot(title, rows, axis, zero=True)
 
 
-def pareto(plot: ParetoData, protocol: ProtocolData, colour: Mapping[str, int]) -> str:
-    """Similarity against drift or parameters; the front is filled and joined."""
+def pareto(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
+    """Similarity against drift and parameters; the front is filled and joined."""
+    return [(pareto_title(plot), _pareto(plot, protocol, colour)) for plot in protocol.pareto]
+
+
+def _pareto(plot: ParetoData, protocol: ProtocolData, colour: Mapping[str, int]) -> Markup:
     drift = protocol.scores.get(plot.x)
     similarity = protocol.scores[plot.y]
     points = [
@@ -80,12 +99,12 @@ def pareto_title(plot: ParetoData) -> str:
     return f"{score_named(plot.y).label} against {x}"
 
 
-def heat_maps(method: str, content: DiagnosticsData) -> list[tuple[str, str]]:
-    """(caption, plot): the mean of all layers for each k, then the least even layers."""
+def heat_maps(method: str, content: DiagnosticsData) -> list[Figure]:
+    """The mean over all layers for each k, then the most uneven layers."""
     found = []
     for k, share in content.mean_share.items():
         count = sum(len(blocks) == k for blocks in content.gradient_share.values())
-        caption = f"{method}: mean of {count} layers"
+        caption = f"{method}: mean over {count} layers"
         found.append((caption, heat_map(f"{caption}, k = {k}", share, *_BLOCKS)))
     uneven = sorted(content.gradient_share, key=lambda layer: -(content.concentration(layer) or 0))
     for layer in uneven[:LAYERS]:
@@ -95,19 +114,19 @@ def heat_maps(method: str, content: DiagnosticsData) -> list[tuple[str, str]]:
 
 
 def layer_strips(
-    mechanism: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
-) -> list[tuple[str, str]]:
-    """(caption, plot) of concentration, effective rank and outliers, a dot per layer."""
+    diagnostics: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
+) -> list[Figure]:
+    """Concentration, effective rank and outliers, a dot per layer."""
     kinds: dict[str, dict[str, list[float]]] = {
-        "largest block's share of the gradient, over an even share": {
+        "largest block's gradient share, relative to an even share": {
             method: [c for layer in found.layers if (c := found.concentration(layer)) is not None]
-            for method, found in mechanism.items()
+            for method, found in diagnostics.items()
         },
         "effective rank of the learned update": {
-            method: list(found.effective_rank.values()) for method, found in mechanism.items()
+            method: list(found.effective_rank.values()) for method, found in diagnostics.items()
         },
-        "largest input channel, over the median one": {
-            method: list(found.input_outliers.values()) for method, found in mechanism.items()
+        "largest input channel, relative to the median channel": {
+            method: list(found.input_outliers.values()) for method, found in diagnostics.items()
         },
     }
     plots = []

@@ -1,4 +1,4 @@
-"""With which settings and versions the units were made, and where they differ."""
+"""The settings and versions of the trials, and where they differ."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ class Provenance:
     """Values as text.
 
     Attributes:
-        common: setting -> what it is in all units.
-        by_method: setting -> method -> what it is in all units of this method.
-        by_place: settings that depend on protocol, subject and seed alone.
-        versions: program -> versions, with the number of units of each if they are several.
-        warnings: what keeps the units from being comparable.
+        common: setting -> its value in all trials.
+        by_method: setting -> method -> its value in all trials of this method.
+        by_place: settings that depend only on protocol, subject and seed.
+        versions: program -> versions, with the number of trials of each if there are several.
+        warnings: why trials may not be comparable.
     """
 
     common: dict[str, str]
@@ -31,7 +31,7 @@ class Provenance:
 
 
 def provenance_of(results: Sequence[TrialResult]) -> Provenance:
-    """Tell settings that all units share from those that differ, and how they differ."""
+    """Sort settings into those that all trials share and those that differ, and how."""
     flat = [_flat(result.settings) for result in results]
     common: dict[str, str] = {}
     by_method: dict[str, dict[str, str]] = {}
@@ -51,14 +51,14 @@ def provenance_of(results: Sequence[TrialResult]) -> Provenance:
         else:
             mixed = [method for method, found in methods.items() if len(found) > 1]
             warnings.append(
-                f"The setting {name} differs within {', '.join(mixed)}: {_counted(values)}."
+                f"The setting {name} varies within {', '.join(mixed)}: {_counted(values)}."
             )
     versions = {}
     for name in sorted({name for result in results for name in result.versions}):
-        found = [result.versions.get(name, "not told") for result in results]
+        found = [result.versions.get(name, "not recorded") for result in results]
         versions[name] = _counted(found) if len(set(found)) > 1 else found[0]
         if len(set(found)) > 1:
-            warnings.append(f"Not all units were made with the same {name}: {versions[name]}.")
+            warnings.append(f"Not all trials used the same {name}: {versions[name]}.")
     return Provenance(common, by_method, by_place, versions, warnings)
 
 
@@ -68,7 +68,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     for name, value in settings.items():
         if isinstance(value, Mapping) and value:
             flat |= _flat(value, f"{prefix}{name}.")
-        elif value is None:  # there is no such setting, as of a method without a rank
+        elif value is None:  # a method without this setting, such as a rank
             flat[f"{prefix}{name}"] = "-"
         else:
             text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
@@ -77,5 +77,8 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def _counted(values: Sequence[str]) -> str:
-    parts = [f"{value} in {count} units" for value, count in Counter(values).most_common(5)]
+    parts = [
+        f"{value} in {count} {'trial' if count == 1 else 'trials'}"
+        for value, count in Counter(values).most_common(5)
+    ]
     return ", ".join(parts) + (", and others" if len(set(values)) > len(parts) else "")

@@ -1,4 +1,4 @@
-"""What a report says, as values: computed once, then written as a page, as tables and as JSON."""
+"""The content of a report as values: computed once, then written as page, Markdown and JSON."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from gralora_diffusion.benchmark.evaluation.statistics import (
     spread,
 )
 
-from .diagnostics import DiagnosticsData, mechanism_of
+from .diagnostics import DiagnosticsData, diagnostics_of
 from .provenance import Provenance, provenance_of
 
 #: (mean, least, greatest)
@@ -28,7 +28,7 @@ Spread = tuple[float, float, float]
 
 @dataclass(frozen=True)
 class MethodData:
-    """What a method costs, over its units of a protocol; parameters are those of the largest.
+    """The cost of a method over its trials of a protocol; parameters are those of the largest.
 
     ``layers`` and ``lowered_k`` are those of ``TrialResult``.
     """
@@ -55,7 +55,7 @@ class ScoreData:
 
 @dataclass(frozen=True)
 class ParetoData:
-    """Similarity against what it costs. points: method -> (cost, similarity)."""
+    """Similarity against a cost. points: method -> (cost, similarity)."""
 
     x: str
     y: str
@@ -65,7 +65,7 @@ class ParetoData:
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """All of one protocol. ``methods`` are in the order in which they are shown."""
+    """The content of one protocol. ``methods`` are in the order in which they are shown."""
 
     name: str
     subjects: list[str]
@@ -73,12 +73,12 @@ class ProtocolData:
     methods: dict[str, MethodData]
     scores: dict[str, ScoreData]
     pareto: list[ParetoData]
-    mechanism: dict[str, DiagnosticsData]
+    diagnostics: dict[str, DiagnosticsData]
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """A whole report, but for the pictures."""
+    """A whole report, except for the images."""
 
     title: str
     protocols: list[ProtocolData]
@@ -93,7 +93,7 @@ class ReportData:
 
     @property
     def comparisons(self) -> int:
-        """How many differences have an interval, of which chance alone moves some off zero."""
+        """How many differences have an interval. By chance, some of them exclude zero."""
         return sum(
             comparison.difference.over is not None
             for protocol in self.protocols
@@ -117,18 +117,20 @@ def report_data_of(
     """Compute what the report says; see ``write_report`` for the arguments.
 
     Raises:
-        ValueError: two results of the same unit, or a reference that no unit is of.
+        ValueError: two results of the same trial, or a reference without trials.
     """
     trials = {result.key: result for result in results}
     if len(trials) < len(results):
         counts = Counter(str(result.key) for result in results)
         twice = [name for name, count in counts.items() if count > 1]
-        raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each unit once")
+        raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each trial once")
     order = _method_order(trials, expected)
     if references is None:
         references = [name for name in order if name.startswith("lora")]
     elif unknown := [name for name in references if name not in order]:
-        raise ValueError(f"references: {', '.join(unknown)}, but there are {', '.join(order)}")
+        raise ValueError(
+            f"references: no trial is of {', '.join(unknown)}. Methods: {', '.join(order)}"
+        )
     ordered = sorted(results, key=lambda r: (r.protocol, r.subject, order[r.method], r.seed))
     protocols = dict.fromkeys([*(key.protocol for key in expected), *(r.protocol for r in ordered)])
 
@@ -153,7 +155,7 @@ def report_data_of(
 def _method_order(
     trials: Mapping[TrialKey, TrialResult], expected: Sequence[TrialKey]
 ) -> dict[str, int]:
-    """Methods as the settings have them; what is not in those follows by name."""
+    """Methods in the order of the settings; others follow by name."""
     names = [key.method for key in expected] + sorted(key.method for key in trials)
     return {name: place for place, name in enumerate(dict.fromkeys(names))}
 
@@ -199,7 +201,7 @@ def _protocol(
         methods=methods,
         scores=scores,
         pareto=_pareto(scores, methods),
-        mechanism={m: c for m, found in by_method.items() if (c := mechanism_of(found))},
+        diagnostics={m: c for m, found in by_method.items() if (c := diagnostics_of(found))},
     )
 
 
@@ -207,7 +209,7 @@ def _method(results: Sequence[TrialResult]) -> MethodData:
     train = spread(r.train_seconds for r in results)
     draw = spread(r.generation_seconds for r in results)
     if train is None or draw is None:
-        raise ValueError("a method without a unit")
+        raise ValueError("a method without a trial")
     ranks = [r.update_rank for r in results]
     largest = max(results, key=lambda r: (r.parameters, r.layers or 0))
     return MethodData(
@@ -224,7 +226,7 @@ def _method(results: Sequence[TrialResult]) -> MethodData:
 
 
 def _pareto(scores: Mapping[str, ScoreData], methods: Mapping[str, MethodData]) -> list[ParetoData]:
-    """The first similarity there is against every drift, and against parameters."""
+    """The first similarity against every drift, and against parameters."""
     similar = next((s for s in scores.values() if s.score.kind == "similarity"), None)
     if similar is None:
         return []

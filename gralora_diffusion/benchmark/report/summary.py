@@ -1,4 +1,4 @@
-"""What was found and what must be kept in mind, in sentences. Pure."""
+"""The findings and their caveats, in sentences. Pure."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from gralora_diffusion.benchmark.evaluation.statistics import Comparison, Estima
 
 from .report_data import ProtocolData, ReportData
 
-#: Verdicts in the order in which they are told.
+#: Verdicts in the order in which they are reported.
 _VERDICTS = {
     "better": "Better",
     "worse": "Worse",
     "higher": "Higher",
     "lower": "Lower",
-    "open": "Nothing can be told, the interval includes zero",
-    "too few": "Nothing can be told, there are too few units for an interval",
+    "open": "Inconclusive (the interval includes zero)",
+    "too few": "Inconclusive (too few trials for an interval)",
 }
-#: How far chance reaches, said once.
+#: How far chance reaches.
 _CHANCE = (
-    "{} differences have an interval. Where there is no difference at all, about one in twenty "
-    "is still off zero by chance: look at all of them, not at the best one."
+    "{} differences have an interval. Even without any real difference, about one interval in "
+    "twenty excludes zero by chance. Look at all of them, not only at the best one."
 )
 
 
 @dataclass(frozen=True)
 class Headline:
-    """What was found in one score against one reference: who wins and who loses."""
+    """How methods compare with one reference in one score."""
 
     about: str
     findings: list[str]
@@ -38,7 +38,7 @@ class Headline:
 
 
 def headlines(protocol: ProtocolData) -> list[Headline]:
-    """One per score and reference: who wins, who loses, of whom nothing can be told."""
+    """One per score and reference: which methods are better, worse, or inconclusive."""
     return [
         headline(content.score, reference, comparisons)
         for content in protocol.scores.values()
@@ -48,7 +48,7 @@ def headlines(protocol: ProtocolData) -> list[Headline]:
 
 
 def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]) -> Headline:
-    """Say how the methods stand to the reference in this score."""
+    """Say how the methods compare with the reference in this score."""
     by_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
     for method, comparison in comparisons.items():
         text = f"{method} ({difference_text(comparison.difference)})"
@@ -60,25 +60,22 @@ def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]
         if found or verdict in always
     ]
     if {c.difference.over for c in comparisons.values()} == {"seeds"}:
-        findings.append("This holds for the subjects of this run only.")
-    return Headline(f"{score.label}, against {reference} ({direction(score)})", findings)
+        findings.append("This holds only for the subjects in this run.")
+    return Headline(f"{score.label} compared with {reference} ({direction(score)})", findings)
 
 
 def cautions(content: ReportData) -> list[str]:
-    """What a reader must know before he believes the numbers."""
+    """What a reader must know before trusting the numbers."""
     found = []
     total = len(content.trials) + len(content.missing)
     if content.missing:
-        found.append(f"{len(content.missing)} of {total} units are missing; see the end.")
+        found.append(f"Missing trials are listed at the end: {len(content.missing)} of {total}.")
     if content.unreadable:
-        found.append(
-            f"{len(content.unreadable)} result files could not be used and were left out; see the "
-            "end."
-        )
+        found.append(f"Unusable results are listed at the end: {len(content.unreadable)}.")
     if not content.trials:
-        return [*found, "There is no result yet."]
+        return [*found, "There are no results yet."]
     if not content.references:
-        found.append("There is no LoRA among the methods: nothing is compared.")
+        found.append("None of the methods is LoRA, so nothing is compared.")
     for protocol in content.protocols:
         places: dict[str, set[tuple[str, int]]] = {}
         for trial in content.trials:
@@ -86,8 +83,8 @@ def cautions(content: ReportData) -> list[str]:
                 places.setdefault(trial.method, set()).add((trial.subject, trial.seed))
         if len(set(map(frozenset, places.values()))) > 1:
             found.append(
-                f"Protocol {protocol.name}: not all methods have the same units. Their means are "
-                "over different ones; the differences are over those that both have."
+                f"Protocol {protocol.name}: the methods do not all have the same trials. A mean is "
+                "over all trials of its method. A difference is over the trials that both have."
             )
         caveats: dict[str, None] = {}
         for score in protocol.scores.values():
@@ -98,13 +95,16 @@ def cautions(content: ReportData) -> list[str]:
         found += [f"Protocol {protocol.name}: {caveat}." for caveat in caveats if caveat]
         if unknown := [s.score.name for s in protocol.scores.values() if s.score.meaning == ""]:
             found.append(
-                f"Protocol {protocol.name}: it is not known which way {', '.join(unknown)} is "
-                "better; no method wins or loses there."
+                f"Protocol {protocol.name}: no method wins or loses on {', '.join(unknown)}, "
+                "because the benchmark does not know which direction is better."
             )
         for method, costs in protocol.methods.items():
             if costs.lowered_k:
-                some = " and ".join(f"k {k} in {n:,}" for k, n in costs.lowered_k.items())
-                found.append(f"{method}: {some} of {costs.layers:,} layers, for their widths.")
+                some = " and ".join(f"{k} in {n:,}" for k, n in costs.lowered_k.items())
+                found.append(
+                    f"{method}: k is {some} of {costs.layers:,} layers, because their widths allow "
+                    "no larger one."
+                )
     found += content.provenance.warnings
     if content.comparisons > 1:
         found.append(_CHANCE.format(content.comparisons))
@@ -114,20 +114,21 @@ def cautions(content: ReportData) -> list[str]:
 def method_note(content: ReportData) -> str:
     """How means and intervals were computed."""
     return (
-        "Mean: of the subjects' means, each over its seeds. Interval (95%): cluster bootstrap over "
-        f"subjects, each with all of its seeds, {content.resamples:,} resamples, random seed "
-        f"{content.bootstrap_seed} (Davison and Hinkley 1997, section 3.8; Field and Welsh 2007), "
-        "percentiles expanded for small numbers (Hesterberg, arXiv 1411.5279). Difference: of "
-        "units of the same subject and seed. Win rate: units in which the method is better, and "
-        "half of those in which both are equal, of all that both have. A method is called better "
-        "or worse if the interval of its difference does not include zero."
+        "A method's mean is the mean of its subjects' means, and a subject's mean is over its "
+        "seeds. The 95% intervals come from a cluster bootstrap over subjects, each with all of "
+        f"its seeds, with {content.resamples:,} resamples and random seed {content.bootstrap_seed} "
+        "(Davison and Hinkley 1997, section 3.8; Field and Welsh 2007). Their percentiles are "
+        "expanded for small samples (Hesterberg, arXiv 1411.5279). A difference is between trials "
+        "of the same subject and seed. The win rate is the share of these pairs in which the "
+        "method is better; ties count half. A method is called better or worse if the interval "
+        "of its difference excludes zero."
     )
 
 
 def direction(score: Score) -> str:
-    """Which way is better, in words."""
+    """Which direction is better, in words."""
     if score.higher_is_better is None:
-        return "it is not known which way is better"
+        return "better direction unknown"
     return "higher is better" if score.higher_is_better else "lower is better"
 
 
@@ -140,5 +141,5 @@ def difference_text(difference: Estimate) -> str:
 
 
 def signed(value: float) -> str:
-    """Four decimals; more where a value beside zero would look like zero."""
+    """Four decimals, or more if a value close to zero would be shown as zero."""
     return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.1e}"

@@ -1,7 +1,7 @@
 """Plots as inline SVG: points with intervals, scatter, strips, heat maps. Pure.
 
 Colours come from the page (classes ``c0`` to ``c7``, ``ink``, ``faint``), so that they suit light
-and dark alike. Plots are as wide as a phone; nothing in them is told by colour alone.
+and dark alike. Plots are as wide as a phone. Nothing in them is shown by colour alone.
 """
 
 from __future__ import annotations
@@ -9,8 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from html import escape
 from statistics import median
+
+from markupsafe import Markup
+
+from gralora_diffusion.io.templates import for_html
 
 WIDTH = 400
 COLOURS = 8
@@ -46,7 +49,7 @@ class Point:
     y_interval: tuple[float, float] | None = None
 
 
-def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False) -> str:
+def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False) -> Markup:
     """Draw a point and its interval for each row, all on one axis; with ``zero``, a line there."""
     values = [v for row in rows for v in (row.mean, row.low, row.high) if v is not None]
     low, high = _range([*values, 0.0] if zero else values)
@@ -75,7 +78,7 @@ def scatter(
     y_axis: str,
     front: Sequence[str] = (),
     log_x: bool = False,
-) -> str:
+) -> Markup:
     """Draw labelled points; those named in ``front`` are filled and joined.
 
     Args:
@@ -99,7 +102,7 @@ def scatter(
     joined = [places[name] for name in front if name in places]
     if len(joined) > 1:
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in joined)
-        parts.append(f'<polyline class="front" points="{path}"/>')
+        parts.append(_markup('<polyline class="front" points="{}"/>', path))
     parts += _labels(points, places, names)
     for p in points:
         x, y = places[p.label]
@@ -116,7 +119,7 @@ def scatter(
 
 def strips(
     title: str, rows: Sequence[tuple[str, Sequence[float], int]], axis: str, log: bool = False
-) -> str:
+) -> Markup:
     """Draw a strip of dots for each row (label, values, colour), and a stroke at their median."""
     values = [value for _, found, _ in rows for value in found]
     low, high = _log_range(values) if log else _range(values)
@@ -138,22 +141,32 @@ def strips(
     return _svg(title, bottom + 40, parts)
 
 
-def heat_map(title: str, values: Sequence[Sequence[float]], rows: str, columns: str) -> str:
+def heat_map(title: str, values: Sequence[Sequence[float]], rows: str, columns: str) -> Markup:
     """Draw a k x k map: the darker the more, from zero to the largest; with numbers up to k = 8."""
     k, largest = len(values), max(max(row) for row in values) or 1.0
     left, top, side = 26, 22, 200
     cell = side / k
     parts = [
         _text(left, 14, f"{columns} →", "small"),
-        f'<g transform="translate(14 {top + side}) rotate(-90)">{_text(0, 0, f"← {rows}")}</g>',
+        _markup(
+            '<g transform="translate(14 {}) rotate(-90)">{}</g>',
+            top + side,
+            _text(0, 0, f"← {rows}"),
+        ),
     ]
     for j, row in enumerate(values):
         for n, value in enumerate(row):
             x, y = left + n * cell, top + j * cell
             parts.append(
-                f'<rect class="c0" x="{x:.1f}" y="{y:.1f}" width="{cell:.1f}" height="{cell:.1f}" '
-                f'fill-opacity="{0.04 + 0.56 * value / largest:.3f}">'
-                f"<title>{escape(f'{rows} {j + 1}, {columns} {n + 1}: {value:.4g}')}</title></rect>"
+                _markup(
+                    '<rect class="c0" x="{0:.1f}" y="{1:.1f}" width="{2:.1f}" height="{2:.1f}" '
+                    'fill-opacity="{3:.3f}"><title>{4}</title></rect>',
+                    x,
+                    y,
+                    cell,
+                    0.04 + 0.56 * value / largest,
+                    f"{rows} {j + 1}, {columns} {n + 1}: {value:.4g}",
+                )
             )
             if k <= 8:
                 text = f"{100 * value:.3g}%" if k <= 4 else f"{100 * value:.2g}"
@@ -162,26 +175,42 @@ def heat_map(title: str, values: Sequence[Sequence[float]], rows: str, columns: 
     return _svg(title, top + side + 8, parts, left + side + 14)
 
 
-def _svg(title: str, height: float, parts: Sequence[str], width: int = WIDTH) -> str:
-    name = escape(title)
-    return (
-        f'<svg viewBox="0 0 {width} {height:.0f}" role="img" aria-label="{name}" '
-        f'style="max-width:{1.25 * width:.0f}px">' + "".join(parts) + "</svg>"
+def _markup(template: str, *values: float | str) -> Markup:
+    """Fill in a piece of SVG; text is escaped, Markup is not."""
+    return Markup(template).format(*(for_html(v) if isinstance(v, str) else v for v in values))
+
+
+def _svg(title: str, height: float, parts: Sequence[Markup], width: int = WIDTH) -> Markup:
+    return _markup(
+        '<svg viewBox="0 0 {0} {1:.0f}" role="img" aria-label="{2}" style="max-width:{3:.0f}px">'
+        "{4}</svg>",
+        width,
+        height,
+        title,
+        1.25 * width,
+        Markup("").join(parts),
     )
 
 
-def _text(x: float, y: float, text: str, style: str = "small") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}">{escape(text)}</text>'
+def _text(x: float, y: float, text: str, style: str = "small") -> Markup:
+    return _markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>', style, x, y, text)
 
 
-def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> str:
-    return f'<line class="{style}" x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}"/>'
+def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> Markup:
+    return _markup(
+        '<line class="{}" x1="{:.1f}" y1="{:.1f}" x2="{:.1f}" y2="{:.1f}"/>', style, x0, y0, x1, y1
+    )
 
 
-def _dot(x: float, y: float, colour: int, size: float, title: str, style: str = "") -> str:
-    return (
-        f'<circle class="c{colour}{style}" cx="{x:.1f}" cy="{y:.1f}" r="{size}">'
-        f"<title>{escape(title)}</title></circle>"
+def _dot(x: float, y: float, colour: int, size: float, title: str, style: str = "") -> Markup:
+    return _markup(
+        '<circle class="c{}{}" cx="{:.1f}" cy="{:.1f}" r="{}"><title>{}</title></circle>',
+        colour,
+        style,
+        x,
+        y,
+        size,
+        title,
     )
 
 
@@ -197,9 +226,10 @@ def _ends(
 
 def _labels(
     points: Sequence[Point], places: dict[str, tuple[float, float]], left: float
-) -> list[str]:
+) -> list[Markup]:
     """Names in a column at the right, in the order of the points' heights, a line to each point."""
-    parts, level = [], -math.inf
+    parts: list[Markup] = []
+    level = -math.inf
     for point in sorted(points, key=lambda p: places[p.label][1]):
         x, y = places[point.label]
         level = max(y, level + 15)
@@ -216,7 +246,7 @@ def _x_axis(
     bottom: float,
     label: str,
     middle: float = WIDTH / 2,
-) -> list[str]:
+) -> list[Markup]:
     parts = [_line(place(tick), top, place(tick), bottom, "faint") for tick, _ in ticks]
     parts += [_text(place(tick), bottom + 14, text, "middle small") for tick, text in ticks]
     return [*parts, _text(middle, bottom + 32, label, "middle")]

@@ -1,4 +1,4 @@
-"""The tables of a report, for whatever they are written as. Pure."""
+"""The tables of a report, for page and Markdown alike. Pure."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from .summary import direction, signed
 
 @dataclass(frozen=True)
 class Number:
-    """A value, and the text that it is shown as."""
+    """A value and how it is shown."""
 
     value: float
     text: str
 
+    def __str__(self) -> str:
+        return self.text
 
-#: Texts and numbers that stand one after the other in a cell.
+
+#: A cell: texts and numbers, one after the other.
 Cell = tuple[str | Number, ...]
 
 
@@ -31,7 +34,7 @@ Cell = tuple[str | Number, ...]
 class Table:
     """Rows of cells under a head; the first ``labels`` columns are names, the others numbers.
 
-    ``note`` says below what a reader must know to read it.
+    ``note`` stands below and explains how to read the table.
     """
 
     title: str
@@ -42,7 +45,7 @@ class Table:
 
 
 def overview(content: ReportData) -> Table:
-    """What was run."""
+    """How many trials there are."""
     rows: list[tuple[Cell, ...]] = []
     for protocol in content.protocols:
         done = sum(trial.protocol == protocol.name for trial in content.trials)
@@ -51,22 +54,22 @@ def overview(content: ReportData) -> Table:
         numbers = (len(protocol.subjects), len(protocol.methods), done, missing)
         cells = [(count(number),) for number in numbers]
         rows.append(((protocol.name,), *cells, tuple(seeds[1:])))
-    head = ("protocol", "subjects", "methods", "units done", "units missing", "seeds")
-    return Table("What was run", head, rows)
+    head = ("protocol", "subjects", "methods", "trials done", "trials missing", "seeds")
+    return Table("Overview", head, rows)
 
 
 def meanings(protocol: ProtocolData) -> Table:
-    """What each score is."""
+    """What each score means."""
     rows: list[tuple[Cell, ...]] = [
         ((s.score.label,), (s.score.name,), (s.score.meaning or "-",), (direction(s.score),))
         for s in protocol.scores.values()
     ]
-    return Table("The scores", ("score", "name", "what it is", "direction"), rows, labels=4)
+    return Table("The scores", ("score", "name", "meaning", "direction"), rows, labels=4)
 
 
 def scores(protocol: ProtocolData) -> Table:
     """Means and intervals, a row per method."""
-    head = ["method", "units"]
+    head = ["method", "trials"]
     head += [f"{s.score.label} ({_arrow(s.score.name)})" for s in protocol.scores.values()]
     rows: list[tuple[Cell, ...]] = []
     for method, costs in protocol.methods.items():
@@ -78,12 +81,12 @@ def scores(protocol: ProtocolData) -> Table:
 
 def comparisons(protocol: ProtocolData, reference: str) -> Table:
     """Differences from a reference, a row per score and method."""
-    head = ("score", "method", "difference", "verdict", "win rate", "won", "tied", "lost")
+    head = ("score", "method", "difference", "verdict", "win rate", "wins", "ties", "losses")
     rows = []
     for content in protocol.scores.values():
         label = f"{content.score.label} ({_arrow(content.score.name)})"
         for method, found in content.comparisons.get(reference, {}).items():
-            verdict = {"open": "includes zero", "too few": "too few units"}.get(found.verdict)
+            verdict = {"open": "inconclusive", "too few": "too few trials"}.get(found.verdict)
             rate = found.win_rate
             rows.append(
                 (
@@ -97,15 +100,15 @@ def comparisons(protocol: ProtocolData, reference: str) -> Table:
                     ("-",) if found.losses is None else (count(found.losses),),
                 )
             )
-    title = f"Against {reference}: differences, unit by unit"
+    title = f"Differences from {reference}, trial by trial"
     return Table(title, head, rows, labels=2, note=_note(rows))
 
 
 def costs(protocol: ProtocolData) -> Table:
-    """Time and memory, a row per method: mean (least to greatest)."""
+    """Time and memory, a row per method: mean (minimum to maximum)."""
     head = (
-        *("method", "parameters", "layers", "lower k, in layers", "rank of the update", "steps"),
-        *("training, s", "drawing, s", "peak memory, GiB"),
+        *("method", "parameters", "layers", "lowered k, in layers", "rank of the update", "steps"),
+        *("training, s", "generation, s", "peak memory, GiB"),
     )
     rows = []
     for method, found in protocol.methods.items():
@@ -124,28 +127,29 @@ def costs(protocol: ProtocolData) -> Table:
                 _spread(found.peak_memory_gib, 2),
             )
         )
-    return Table("Size, time and memory of a unit: mean (least to greatest)", head, rows)
+    return Table("Size, time and memory of a trial: mean (minimum to maximum)", head, rows)
 
 
-def mechanisms(protocol: ProtocolData) -> Table:
+def diagnostics(protocol: ProtocolData) -> Table:
     """A row per method."""
     head = ("method", "layers", "concentration", "effective rank", "input outliers")
     rows: list[tuple[Cell, ...]] = []
-    for method, found in protocol.mechanism.items():
+    for method, found in protocol.diagnostics.items():
         concentrations = [found.concentration(layer) for layer in found.layers]
         known = [value for value in concentrations if value is not None]
         values = (known, found.effective_rank.values(), found.input_outliers.values())
         rows.append(((method,), (count(len(found.layers)),), *map(_over_layers, values)))
     note = (
-        "Concentration: the largest block's share of the squared norm of the gradient, over an "
-        "even share; 1 if all blocks have the same. Effective rank: of the learned update, the "
-        "exponential of the entropy of its singular values. Input outliers: the norm of the "
-        "largest input channel over that of the median one. Of each layer the mean of the units."
+        "Concentration is the largest block's share of the squared norm of the gradient, relative "
+        "to an even share. It is 1 if all blocks have the same share. The effective rank of the "
+        "learned update is the exponential of the entropy of its singular values. Input outliers "
+        "is the norm of the largest input channel, relative to that of the median channel. Each "
+        "layer's value is its mean over the trials."
     )
-    return Table("Layers: median (least to greatest)", head, rows, note=note)
+    return Table("Layers: median (minimum to maximum)", head, rows, note=note)
 
 
-def mechanism(method: str, content: DiagnosticsData) -> Table:
+def layers(method: str, content: DiagnosticsData) -> Table:
     """A row per layer."""
     head = ("layer", "blocks per side", "concentration", "effective rank", "input outliers")
     rows = []
@@ -155,25 +159,25 @@ def mechanism(method: str, content: DiagnosticsData) -> Table:
         values = (concentration, content.effective_rank.get(layer))
         cells = [_optional(value) for value in (*values, content.input_outliers.get(layer))]
         rows.append(((layer,), ("-",) if share is None else (count(len(share)),), *cells))
-    return Table(f"{method}: layers, means of {content.trials} units", head, rows)
+    return Table(f"{method}: layers, means over {content.trials} trials", head, rows)
 
 
 def shares(method: str, k: int, content: DiagnosticsData) -> Table:
-    """A heat map in numbers."""
+    """A heat map as numbers."""
     head = ("output block", *(f"input block {n + 1}" for n in range(k)))
     rows: list[tuple[Cell, ...]] = [
         ((f"{j + 1}",), *((Number(value, f"{value:.4f}"),) for value in row))
         for j, row in enumerate(content.mean_share[k])
     ]
-    return Table(f"{method}: share of the squared gradient norm, mean of layers", head, rows)
+    return Table(f"{method}: share of the squared gradient norm, mean over layers", head, rows)
 
 
 def trials(results: Sequence[TrialResult]) -> Table:
-    """Every unit with its scores."""
+    """Every trial with its scores."""
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     head = (
         *("protocol", "subject", "method", "seed", "parameters", "rank of the update", "steps"),
-        *("training, s", "drawing, s", "peak memory, GiB"),
+        *("training, s", "generation, s", "peak memory, GiB"),
     )
     rows = []
     for r in results:
@@ -192,25 +196,25 @@ def trials(results: Sequence[TrialResult]) -> Table:
                 *(("-",) if v is None else (Number(v, f"{v:.4f}"),) for v in found),
             )
         )
-    return Table("All units", (*head, *(score_named(n).label for n in names)), rows, labels=3)
+    return Table("All trials", (*head, *(score_named(n).label for n in names)), rows, labels=3)
 
 
 def missing(content: ReportData) -> Table:
-    """Units without a result."""
+    """Trials without a result."""
     rows: list[tuple[Cell, ...]] = [
         (*((name,) for name in key[:3]), (_name(key.seed),)) for key in content.missing
     ]
-    return Table("Missing units", ("protocol", "subject", "method", "seed"), rows, labels=3)
+    return Table("Missing trials", ("protocol", "subject", "method", "seed"), rows, labels=3)
 
 
 def unreadable(content: ReportData) -> Table:
-    """Result files that were left out."""
+    """Results that could not be used."""
     rows: list[tuple[Cell, ...]] = [((str(u.path),), (u.reason,)) for u in content.unreadable]
-    return Table("Result files that were left out", ("file", "why"), rows, labels=2)
+    return Table("Unusable results", ("file", "reason"), rows, labels=2)
 
 
 def settings(content: ReportData) -> list[Table]:
-    """Settings and versions, as far as there are any."""
+    """Settings and versions, if there are any."""
     found = content.provenance
     tables = []
     if found.by_method:
@@ -222,7 +226,7 @@ def settings(content: ReportData) -> list[Table]:
         tables.append(Table("Settings by method", head, rows, labels=len(head)))
     if found.common:
         rows = [((name,), (value,)) for name, value in found.common.items()]
-        tables.append(Table("Settings of all units", ("setting", "value"), rows, labels=2))
+        tables.append(Table("Settings of all trials", ("setting", "value"), rows, labels=2))
     if found.versions:
         rows = [((name,), (value,)) for name, value in found.versions.items()]
         tables.append(Table("Versions", ("program", "version"), rows, labels=2))
@@ -235,7 +239,7 @@ def count(value: int) -> Number:
 
 
 def interval(mean: Estimate, shown: Callable[[float], str] = "{:.4f}".format) -> Cell:
-    """A mean and its interval; a star where there is something to know about it."""
+    """A mean and its interval, with a star if a note applies."""
     parts: list[str | Number] = [Number(mean.mean, shown(mean.mean))]
     if mean.low is not None and mean.high is not None:
         low, high = (Number(value, shown(value)) for value in (mean.low, mean.high))
@@ -244,7 +248,7 @@ def interval(mean: Estimate, shown: Callable[[float], str] = "{:.4f}".format) ->
 
 
 def _name(seed: int) -> Number:
-    """A number that is a name: without commas."""
+    """A number that is a name, and so has no commas."""
     return Number(seed, f"{seed}")
 
 
@@ -258,7 +262,7 @@ def _optional(value: float | None) -> Cell:
 
 def _note(rows: Sequence[tuple[Cell, ...]]) -> str:
     starred = any(cell[-1:] == ("*",) for row in rows for cell in row)
-    text = "* There is no interval, or one over seeds alone: see To be kept in mind."
+    text = "* There is no interval, or only one over seeds. See the caveats."
     return text if starred else ""
 
 

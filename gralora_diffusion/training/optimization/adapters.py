@@ -210,8 +210,8 @@ def adapter_facts(models: Sequence[nn.Module], config: TrainingConfig) -> dict[s
     """Return what a model card says of the adapter on these models: its layers, and lowered k."""
     count = sum(isinstance(m, GraloraLayer) for model in models for m in model.modules())
     where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, config).items())
-    told = {LOWERED_K: f"to {where} of these layers, whose widths ask for it"} if where else {}
-    return {"adapted layers": count, **told}
+    lowered = f"to {where} of these layers, because their widths allow no larger one"
+    return {"adapted layers": count, **({LOWERED_K: lowered} if where else {})}
 
 
 def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:

@@ -158,11 +158,11 @@ def test_subjects_weigh_alike_however_many_seeds_they_have():
 def test_too_few_trials_have_no_interval_and_say_so():
     one = estimate({("a", 0): 1.0})
     assert (one.low, one.high, one.over) == (None, None, None)
-    assert "1 subject, 1 unit" in one.caveat
-    assert "6 subjects, or two seeds of each and 5 units" in one.caveat
+    assert "1 subject and 1 trial." in one.caveat
+    assert "6 subjects, or two seeds of each subject and 5 trials" in one.caveat
     few = estimate(by_place([[1.0], [2.0], [3.0], [4.0], [5.0]]))
     assert few.low is None
-    assert "5 subjects, 5 units" in few.caveat
+    assert "5 subjects and 5 trials." in few.caveat
     # as many units as needed, but one subject has a single seed: nothing tells how it varies
     assert estimate(by_place([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0]])).low is None
 

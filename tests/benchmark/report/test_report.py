@@ -1,4 +1,4 @@
-"""The report: its numbers, its sentences, and that it holds whatever the units hold."""
+"""The report: its numbers and sentences, whatever the trials contain."""
 
 import csv
 import json
@@ -19,13 +19,15 @@ FILES = {"index.html", "report.md", "scores.csv", "report.json"}
 #: What could break out of HTML, an attribute, Markdown or a table.
 HOSTILE = (
     "</style></pre><script>alert('x')</script><img src=x onerror=\"y\"> | a_b *c* `d` & \n"
-    "\\| [e](f)"
+    "\\| [e](f) {{ 7 * 7 }} {% raw %} {# g #} ````"
 )
+#: What a terminal, a browser or a reader would obey, and how it is shown.
+CONTROLS, SHOWN = "a\x1b[31m\x9bb\x00\u202ec", "a\\x1b[31m\\x9bb\\x00\\u202ec"
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
-    """A report of seven subjects, four methods and two seeds; two units are missing."""
+    """A report of seven subjects, four methods and two seeds; two trials are missing."""
     output = tmp_path_factory.mktemp("run")
     expected = keys()
     results = written(output, [trial(key, mechanism=True) for key in expected[:-2]])
@@ -117,13 +119,13 @@ def test_means_and_differences_are_those_of_the_trials(made, content):
 
 
 def test_who_wins_loses_or_neither_is_said(content, page):
-    """By how the units were made: k2 gains and drifts more, dora loses, k4 goes either way."""
+    """As the trials were made: k2 gains and drifts more, dora loses, k4 goes either way."""
     sentences = content["protocols"]["subject"]["headlines"]
-    about = {s.split(",")[0]: s for s in sentences}
+    about = {s.split(" compared with ")[0]: s for s in sentences}
     similarity, drift, clip = about["DINOv2 similarity"], about["drift"], about["CLIP-T"]
     assert re.search(r"Better: gralora-r32-k2 \([^)]*\)\.", similarity)
     assert re.search(r"Worse: dora-r32 \([^)]*\)\.", similarity)
-    assert re.search(r"Nothing can be told, the interval includes zero: gralora-r32-k4", similarity)
+    assert "Inconclusive (the interval includes zero): gralora-r32-k4" in similarity
     assert re.search(r"Better: dora-r32 \([^)]*\)\. Worse: gralora-r32-k2 \([^)]*\)\.", drift)
     assert "(lower is better)" in drift
     assert "Better: none. Worse: none." in clip
@@ -148,8 +150,8 @@ def test_the_tables_of_page_and_markdown_are_the_same(made, page):
 
 def test_markdown_shows_the_mechanism(made, content):
     text = (made[1] / "report.md").read_text(encoding="utf-8")
-    section = text[text.index("## The mechanism of subject") : text.index("## How it was comp")]
-    assert "Concentration: the largest block's share" in section
+    section = text[text.index("## Diagnostics: subject") : text.index("## How the numbers")]
+    assert "Concentration is the largest block's share" in section
     row = re.search(r"^\| gralora-r32-k4 \|.*$", section, re.MULTILINE)[0]
     found = content["protocols"]["subject"]["mechanism"]["gralora-r32-k4"]
     kinds = ("concentration", "effective_rank", "input_outliers")
@@ -158,14 +160,14 @@ def test_markdown_shows_the_mechanism(made, content):
         expected = (np.median(values), min(values), max(values))
         assert cell.strip() == "{:.4g} ({:.4g} to {:.4g})".format(*expected)
     for method in METHODS:
-        assert f"**{method}: share of the squared gradient norm, mean of layers**" in section
+        assert f"**{method}: share of the squared gradient norm, mean over layers**" in section
         folded = section[section.index(f"<summary>{method}, layer by layer</summary>\n\n**") :]
         assert folded[: folded.index("\n\n</details>")].count("\n| blocks.") == 12
     assert section.count("<details>") == section.count("</details>") == len(METHODS)
 
 
 def test_a_star_is_explained_where_there_is_one(tmp_path):
-    note = "There is no interval, or one over seeds alone: see To be kept in mind."
+    note = "There is no interval, or only one over seeds. See the caveats."
     for name, subjects in (("few", SUBJECTS[:2]), ("many", SUBJECTS)):
         write_report([trial(key) for key in keys(subjects)], tmp_path / name, resamples=100)
         text = (tmp_path / name / "report.md").read_text()
@@ -173,7 +175,7 @@ def test_a_star_is_explained_where_there_is_one(tmp_path):
         starred = [t for t in page.tables.values() if any(c[-1:] == "*" for r in t for c in r)]
         assert len(starred) == (2 if name == "few" else 0)  # means and differences
         assert page.text.count(f"* {note}") == text.count(f"\n\n\\* {note}\n") == len(starred)
-        assert ("## To be kept in mind" in text) == ("To be kept in mind" in page.text)
+        assert ("## Caveats" in text) == ("Caveats" in page.text)
 
 
 def test_a_single_method_leaves_no_heading_empty(tmp_path):
@@ -181,7 +183,7 @@ def test_a_single_method_leaves_no_heading_empty(tmp_path):
         write_report([trial(key) for key in keys(methods=methods)], tmp_path, resamples=100)
         text = (tmp_path / "report.md").read_text()
         assert re.findall(r"^#+ [^\n]*\n+(?=#|\Z)", text, re.MULTILINE) == []
-        page = (tmp_path / "index.html").read_text()
+        page = re.sub(r">\s+<", "><", (tmp_path / "index.html").read_text())
         assert re.findall(r"<h(\d)>[^<]*</h\1>(?:<div class=\"\w+\"></div>)*(?=<h|</)", page) == []
 
 
@@ -200,10 +202,11 @@ def test_the_csv_has_every_trial(made):
 
 def test_what_is_missing_is_named(page, content):
     wanted = [["subject", SUBJECTS[-1], METHODS[-1], seed] for seed in ("0", "1")]
-    assert page.tables["Missing units"][1:] == wanted
-    assert page.tables["Result files that were left out"][1][1] == "not readable as JSON"
-    assert "2 of 56 units are missing" in page.text
-    assert "not all methods have the same units" in page.text
+    assert page.tables["Missing trials"][1:] == wanted
+    assert page.tables["Unusable results"][1][1] == "not readable as JSON"
+    assert "Missing trials are listed at the end: 2 of 56." in page.text
+    assert "Unusable results are listed at the end: 1." in page.text
+    assert "the methods do not all have the same trials" in page.text
     assert len(content["missing"]) == 2
 
 
@@ -227,7 +230,7 @@ def test_a_heat_map_is_as_dark_as_its_shares(page, content):
         next(
             (tag, a)
             for tag, a in page.tags
-            if tag == "svg" and a["aria-label"] == "gralora-r32-k2: mean of 12 layers, k = 2"
+            if tag == "svg" and a["aria-label"] == "gralora-r32-k2: mean over 12 layers, k = 2"
         )
     )
     cells = [a for tag, a in page.tags[start:] if tag == "rect"][:4]
@@ -261,6 +264,7 @@ def test_hostile_text_is_only_text(tmp_path):
     results = [
         trial(
             key,
+            mechanism=True,
             prompts=(replace(trial(key).prompts[0], prompt=HOSTILE, images=("no.png",)),),
             settings={HOSTILE: HOSTILE, "same": 1},
             versions={HOSTILE: HOSTILE + key.subject},
@@ -283,7 +287,7 @@ def test_hostile_text_is_only_text(tmp_path):
     assert "<i>gralora & 'co'\" |" in page.text
     text = (tmp_path / "report/report.md").read_text(encoding="utf-8")
     outside = re.sub(r"^(`{3,})yaml\n.*?^\1$", "", text, flags=re.MULTILINE | re.DOTALL)
-    assert "<script" not in outside
+    assert not re.search("<(script|i>)", outside)
     assert outside.count("&lt;script&gt;") >= 4
     grids = re.findall(r"(?:^\|.*\n)+", outside, re.MULTILINE)
     assert len(grids) >= 8
@@ -291,6 +295,28 @@ def test_hostile_text_is_only_text(tmp_path):
         columns = {len(re.findall(r"(?<!\\)\|", line)) for line in grid.splitlines()}
         assert len(columns) == 1, grid
     json.loads((tmp_path / "report/report.json").read_text(), parse_constant=pytest.fail)
+
+
+def test_control_characters_are_shown(tmp_path):
+    results = [
+        trial(
+            key,
+            mechanism=True,
+            prompts=(replace(trial(key).prompts[0], prompt=CONTROLS, images=("no.png",)),),
+            settings={CONTROLS: CONTROLS},
+            scores={CONTROLS: 0.5},
+            folder=tmp_path,
+        )
+        for key in keys(methods=("lora-r32", f"gralora{CONTROLS}"))
+    ]
+    write_report(results, tmp_path, title=CONTROLS, settings={"a": CONTROLS}, resamples=100)
+    for name in ("index.html", "report.md"):
+        text = (tmp_path / name).read_text(encoding="utf-8")
+        assert {letter for letter in text if not letter.isprintable()} == {"\n"}
+        assert text.count("\\x9bb") > 10
+    page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
+    assert page.text.count(SHOWN) > 10
+    assert any(SHOWN in (plot["aria-label"] or "") for plot in page.of("svg"))
 
 
 def test_the_same_trials_in_any_order_make_the_same_bytes(made, tmp_path):
@@ -301,13 +327,13 @@ def test_the_same_trials_in_any_order_make_the_same_bytes(made, tmp_path):
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_one_subject_and_one_seed_tell_nothing_and_it_is_said(tmp_path):
+def test_one_subject_and_one_seed_are_inconclusive(tmp_path):
     write_report([trial(key) for key in keys(SUBJECTS[:1], seeds=(0,))], tmp_path)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert re.search(r"too few units for an interval: dora-r32 \(.*gralora-r32-k2 \(", page.text)
-    assert "no interval: 1 subject, 1 unit" in page.text
-    rows = page.tables["Against lora-r32: differences, unit by unit"][1:]
-    assert {row[3] for row in rows} == {"too few units"}
+    assert re.search(r"too few trials for an interval\): dora-r32 \(.*gralora-r32-k2 \(", page.text)
+    assert "no interval for 1 subject and 1 trial." in page.text
+    rows = page.tables["Differences from lora-r32, trial by trial"][1:]
+    assert {row[3] for row in rows} == {"too few trials"}
     assert all("[" not in row[2] and row[2].endswith("*") for row in rows)
 
 
@@ -322,7 +348,7 @@ def test_two_references_are_compared_once(tmp_path):
     }
 
 
-def test_a_score_of_which_nothing_is_known_has_no_winner(tmp_path):
+def test_an_unknown_score_has_no_winner(tmp_path):
     results = [trial(key) for key in keys()]
     results = [replace(r, scores={"news": r.scores["dinov2"]}) for r in results]
     write_report(results, tmp_path, resamples=500)
@@ -332,34 +358,33 @@ def test_a_score_of_which_nothing_is_known_has_no_winner(tmp_path):
     assert found["scores"]["news"]["comparisons"]["lora-r32"]["dora-r32"]["win_rate"] is None
 
 
-def test_settings_that_differ_within_a_method_are_warned_of(tmp_path):
+def test_settings_that_vary_within_a_method_are_warned_of(tmp_path):
     results = [trial(key) for key in keys()]
     odd = replace(results[3], settings={**results[3].settings, "learning_rate": 5e-4})
     odd = replace(odd, versions={**odd.versions, "torch": "2.8.0"})
     write_report([*results[:3], odd, *results[4:]], tmp_path, resamples=200)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert (
-        "learning_rate differs within gralora-r32-k2: 0.0001 in 55 units, 0.0005 in 1" in page.text
+        "learning_rate varies within gralora-r32-k2: 0.0001 in 55 trials, 0.0005 in 1 trial."
+        in page.text
     )
-    assert "not made with the same torch: 2.7.0 in 55 units, 2.8.0 in 1 units" in page.text.replace(
-        "Not all units were made", "not made"
-    )
+    assert "Not all trials used the same torch: 2.7.0 in 55 trials, 2.8.0 in 1 trial." in page.text
     assert page.tables["Settings by method"][1] == ["method.name", *sorted(METHODS)]
 
 
-def test_layers_with_a_lower_k_are_told(tmp_path):
+def test_layers_with_a_lowered_k_are_reported(tmp_path):
     of_k4 = {"layers": 1032, "lowered_k": {1: 4, 2: 3}}
     results = [
         trial(key, **(of_k4 if key.method == "gralora-r32-k4" else {"layers": 1032}))
         for key in keys(methods=("lora-r32", "gralora-r32-k4"))
     ]
     write_report(results, tmp_path, resamples=100)
-    said = "gralora-r32-k4: k 1 in 4 and k 2 in 3 of 1,032 layers, for their widths."
+    said = "gralora-r32-k4: k is 1 in 4 and 2 in 3 of 1,032 layers, because their widths allow no"
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert said in page.text
     assert said in (tmp_path / "report.md").read_text()
-    head, k4, lora = page.tables["Size, time and memory of a unit: mean (least to greatest)"]
-    assert head[2:4] == ["layers", "lower k, in layers"]
+    head, k4, lora = page.tables["Size, time and memory of a trial: mean (minimum to maximum)"]
+    assert head[2:4] == ["layers", "lowered k, in layers"]
     assert (k4[2:4], lora[2:4]) == (["1,032", "1 in 4, 2 in 3"], ["1,032", "-"])
     methods = json.loads((tmp_path / "report.json").read_text())["protocols"]["subject"]["methods"]
     assert methods["gralora-r32-k4"]["lowered_k"] == {"1": 4, "2": 3}
@@ -377,14 +402,14 @@ def test_what_a_method_does_not_have_is_a_dash(tmp_path):
         ["setting", "lora-r32", "full", "base"],
         ["rank", "32", "-", "-"],
     ]
-    assert page.tables["Settings of all units"][1:] == [["unset", "-"]]
+    assert page.tables["Settings of all trials"][1:] == [["unset", "-"]]
 
 
 def test_before_the_first_result_there_is_a_report_too(tmp_path):
     write_report([], tmp_path, expected=keys())
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
-    assert "There is no result yet." in page.text
-    assert len(page.tables["Missing units"]) == 57
+    assert "There are no results yet." in page.text
+    assert len(page.tables["Missing trials"]) == 57
     write_report([], tmp_path)
     assert set(os.listdir(tmp_path)) == FILES
 
@@ -396,7 +421,7 @@ def test_wrong_arguments_leave_the_old_report(tmp_path):
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(ValueError, match="more than one of subject, made-up ant, lora-r32, seed 0"):
         write_report([*results, results[0]], tmp_path)
-    with pytest.raises(ValueError, match="references: lora-r9, but there are dora-r32, gralora"):
+    with pytest.raises(ValueError, match=r"lora-r9\. Methods: dora-r32, gralora-r32-k2"):
         write_report(results, tmp_path, references=["lora-r9"])
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     with pytest.raises(OutputError):

@@ -1,4 +1,4 @@
-"""Pictures of the page: which, how large, and what becomes of those that cannot be shown."""
+"""Images of the page: which, how large, and how those that cannot be shown are reported."""
 
 import base64
 import io
@@ -27,7 +27,7 @@ def shown(folder, **options):
 
 @pytest.fixture
 def noisy(tmp_path):
-    """Two subjects whose pictures do not compress."""
+    """Two subjects whose images do not compress."""
     results = written(tmp_path, [trial(key) for key in keys(SUBJECTS[:2])], size=16)
     rng = np.random.default_rng(0)
     for path in sorted(tmp_path.rglob("*.png")):
@@ -56,7 +56,7 @@ def test_all_methods_side_by_side_with_the_real_ones(tmp_path):
 
 @pytest.mark.parametrize("mib", [2.0, 0.5, 0.2, 0.06])
 def test_they_keep_to_the_budget(tmp_path, noisy, mib):
-    page = shown(tmp_path / "report", results=noisy, picture_mib=mib)
+    page = shown(tmp_path / "report", results=noisy, image_mib=mib)
     uris = [i["src"] for i in page.of("img")]
     assert uris
     assert sum(map(len, uris)) <= mib * 2**20
@@ -69,12 +69,12 @@ def test_they_keep_to_the_budget(tmp_path, noisy, mib):
 def test_larger_budgets_give_larger_images_and_none_is_said(tmp_path, noisy):
     sides = []
     for mib in (4.0, 0.5, 0.06):
-        page = shown(tmp_path / "report", results=noisy, picture_mib=mib)
+        page = shown(tmp_path / "report", results=noisy, image_mib=mib)
         sides.append(decoded(page.of("img")[0]["src"]).width)
     assert sides == sorted(set(sides), reverse=True)
-    page = shown(tmp_path / "report", results=noisy, picture_mib=0.001)
+    page = shown(tmp_path / "report", results=noisy, image_mib=0.001)
     assert page.of("img") == []
-    assert "too many pictures for a page of this size" in page.text
+    assert "they do not fit into a page of this size" in page.text
 
 
 def test_broken_and_lost_images_and_lost_trials_are_said(tmp_path):
@@ -84,12 +84,12 @@ def test_broken_and_lost_images_and_lost_trials_are_said(tmp_path):
     lost.unlink()
     page = shown(tmp_path, results=results[:3], expected=[r.key for r in results])
     assert page.text.count("not readable") == 2
-    assert page.text.count("not drawn") == 0
+    assert page.text.count("not generated") == 0
     assert len(page.of("img")) == 3 * 3 - 2
-    # a method that has no unit of this subject, but of another
+    # a method that has no trial of this subject, but of another
     more = written(tmp_path / "run", [trial(key) for key in keys(SUBJECTS[1:2], seeds=(0,))])
     page = shown(tmp_path, results=[*results[:3], *more])
-    assert page.text.count("not drawn") == 3
+    assert page.text.count("not generated") == 3
 
 
 def test_the_real_image_of_a_caption_stands_first(tmp_path):

@@ -1,7 +1,8 @@
-"""What a run leaves behind: pictures, tracker, metrics, curve, card, options."""
+"""The files of a run: images, tracker, metrics, curve, card, options."""
 
 from __future__ import annotations
 
+import ast
 import io
 import re
 from pathlib import Path
@@ -13,13 +14,15 @@ import yaml
 from diffusers import StableDiffusionPipeline
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
+from markdown_it import MarkdownIt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from gralora_diffusion.training.config.training_config import parse_config
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import output_dir
 from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
+from gralora_diffusion.training.outputs.model_card import write_card
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
 from tests.training.runs import adapter, assert_same_run, make_images, metrics, run
@@ -137,7 +140,7 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
     assert yaml.safe_load(options)["rank"] == 4
     assert yaml.safe_load(options)["rank_pattern"] == ["attn1.to_q=8", "to_q=2"]
-    assert "(rank 4, k = 2; other values on some layers)" in card.text
+    assert "This is a GraLoRA adapter (rank 4, k = 2; other values on some layers)" in card.text
     assert "k lowered" not in card.text
     assert "quantized" not in card.text
     assert "dtype=torch.float32" in card.text
@@ -208,7 +211,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     assert pipe.unet.dtype == torch.bfloat16
 
 
-def test_card_tells_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> None:
+def test_card_reports_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> None:
     """conv_in takes 4 channels and conv_out makes 4, and k is 8 or, for the second one, 2."""
     out = run(
         output_dir=tmp_path / "out",
@@ -224,7 +227,53 @@ def test_card_tells_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> Non
     assert "(rank 8, k = 8; other values on some layers)" in text
     layers = len({key.partition(".gralora_")[0] for key in adapter(out)})
     assert f"| adapted layers | {layers} |" in text
-    assert "| k lowered | to 4 on 1 of these layers, whose widths ask for it |" in text
+    assert (
+        "| k lowered | to 4 on 1 of these layers, because their widths allow no larger one |"
+        in text
+    )
+
+
+#: Text that could end a fence, a table, the front matter, a literal or a tag.
+HOSTILE = (
+    "a `` <script>x</script> ``` {{ 7 * 7 }} {% raw %} | # *b*\n---\ntags: [x]\n\x1b[31m\u202e "
+    "\"); import os # '"
+)
+
+
+def test_hostile_text_in_a_card_is_only_text(tmp_path: Path) -> None:
+    config = TrainingConfig(
+        pretrained_model_name_or_path=HOSTILE,
+        revision=HOSTILE,
+        instance_prompt=HOSTILE,
+        hub_model_id=HOSTILE,
+        output_dir=str(tmp_path),
+    )
+    grid = tmp_path / "grid.png"
+    Image.new("RGB", (8, 8)).save(grid)
+    folder = tmp_path / HOSTILE.replace("/", "")
+    folder.mkdir()
+    path = write_card(folder, config, HOSTILE, {HOSTILE: HOSTILE}, grid, [HOSTILE])
+    text = path.read_text(encoding="utf-8")
+    assert {letter for letter in text if not letter.isprintable()} == {"\n"}
+    card = ModelCard.load(path)
+    data = card.data.to_dict()
+    assert (data["base_model"], data["instance_prompt"]) == (HOSTILE, HOSTILE)
+    assert data["tags"] == ["text-to-image", "diffusers", "gralora", "dreambooth", HOSTILE]
+    shown = MarkdownIt("commonmark").enable("table").parse(card.text)
+    inner = [child for token in shown for child in token.children or ()]
+    allowed = {"text", "image", "code_inline", "html_inline"}
+    assert {token.type for token in inner} <= allowed
+    assert {t.content for t in inner if t.type == "html_inline"} == {"<code>", "</code>"}
+    headings = [t.tag for t in shown if t.type == "heading_open"]
+    assert headings == ["h1", "h2", "h2"]
+    assert [t.info for t in shown if t.type == "fence"] == ["python", "yaml"]
+    assert "html_block" not in {token.type for token in shown}
+    code, options = (t.content for t in shown if t.type == "fence")
+    nodes = list(ast.walk(ast.parse(code)))
+    assert HOSTILE in {node.value for node in nodes if isinstance(node, ast.Constant)}
+    imports = [ast.unparse(node) for node in nodes if isinstance(node, ast.Import)]
+    assert imports == ["import torch", "import gralora_diffusion"]
+    assert yaml.safe_load(options)["instance_prompt"] == HOSTILE
 
 
 def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path) -> None:
