@@ -14,7 +14,7 @@ from safetensors import safe_open
 from train_tiny_base import grid_prompts
 
 from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
-from gralora_diffusion.benchmark.evaluation.metrics import pairwise_similarity, unit
+from gralora_diffusion.benchmark.evaluation.metrics import normalize, pairwise_similarity
 from gralora_diffusion.pipelines.generation import generate
 from tests.training.runs import ROOT, run
 
@@ -61,7 +61,9 @@ def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline, seen: bool
     options = {"guidance_scale": 4.0, "inference_steps": 12, "batch_size": 13}
     images = [row[0] for row in generate(pipe, [prompts[i] for i in asked], **options)]
     clip = load_encoder(ENCODERS / "clip")
-    nearest = (unit(clip.embed_images(images)) @ unit(clip.embed_texts(prompts)).T).argmax(dim=1)
+    nearest = (
+        normalize(clip.embed_images(images)) @ normalize(clip.embed_texts(prompts)).T
+    ).argmax(dim=1)
     right = sum(prompts[n] == prompts[i] for n, i in zip(nearest.tolist(), asked, strict=True))
     assert right >= len(asked) - 1
 
