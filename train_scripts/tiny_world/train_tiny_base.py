@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 import time
 from pathlib import Path
 
@@ -118,7 +117,6 @@ def export(run: Run, output_dir: Path) -> None:
     pipe.unet.half()
     pipe.tokenizer = models.build_tokenizer()  # a used one would be saved with its last padding
     pipe.save_pretrained(output_dir)
-    shutil.copy(run.work_dir / "training_log.jsonl", output_dir)
     for path in output_dir.rglob("*.safetensors"):
         path.chmod(0o644)
 

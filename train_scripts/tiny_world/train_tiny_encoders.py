@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -188,7 +187,6 @@ def main() -> None:
             part.save_pretrained(args.output_dir / name)
     for path in args.output_dir.rglob("*.safetensors"):
         path.chmod(0o644)
-    shutil.copy(args.work_dir / "training_log.jsonl", args.output_dir)
 
 
 if __name__ == "__main__":
