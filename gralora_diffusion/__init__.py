@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .io import deprecated_paths
 from .io.lazy import lazy_names
+from .io.version import __version__ as __version__
 from .pipelines.methods import install
 
 if TYPE_CHECKING:
@@ -54,8 +55,6 @@ else:
             "training.loop": ["train"],
         },
     )
-
-__version__ = "0.1.0"
 
 __all__ = [
     "AdapterFileError",

@@ -13,6 +13,7 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from gralora_diffusion.io.version import __version__
 from gralora_diffusion.options.fields import AlwaysReported, options_with
 from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
 from gralora_diffusion.training.optimization.adapters import lowered_ks
@@ -61,5 +62,9 @@ def named_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[st
 
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what comes out."""
-    names = ("gralora-diffusion", "torch", "diffusers", "transformers", "peft", "accelerate")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+    names = ("torch", "diffusers", "transformers", "peft", "accelerate")
+    return {
+        "python": platform.python_version(),
+        "gralora-diffusion": __version__,
+        **{name: version(name) for name in names},
+    }
