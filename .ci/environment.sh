@@ -6,8 +6,8 @@
 
 extras="${GRALORA_EXTRAS:-}"
 python="${PYTHON:-python3}"
-if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
-    echo "error: $python is not Python 3.10 or newer. Install it, or name another by PYTHON=..." >&2
+if ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+    echo "error: $python is not Python 3.11 or newer. Install it, or name another by PYTHON=..." >&2
     exit 1
 fi
 wanted="$extras $(cat pyproject.toml .ci/constraints.txt | cksum)"

@@ -18,15 +18,9 @@ from contextlib import suppress
 from functools import lru_cache, partial
 from typing import Any
 
-with warnings.catch_warnings():
-    # the parser of ``re``: private since Python 3.11, and deprecated under its old name
-    warnings.simplefilter("ignore", DeprecationWarning)
-    try:
-        from re import _constants as sre  # type: ignore[attr-defined]
-        from re import _parser as sre_parse  # type: ignore[attr-defined]
-    except ImportError:  # Python 3.10
-        import sre_constants as sre
-        import sre_parse
+# the parser of ``re``, which is private
+from re import _constants as sre  # type: ignore[attr-defined]
+from re import _parser as sre_parse  # type: ignore[attr-defined]
 
 #: Characters of a pattern. The longest that this package writes, for every layer of a large model,
 #: has some 60,000.

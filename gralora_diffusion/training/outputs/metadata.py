@@ -10,7 +10,7 @@ import json
 import time
 from collections import Counter
 from collections.abc import Iterable
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ def training_metadata(
 def time_metadata(began: float) -> dict[str, str]:
     """Return when a run began (seconds since 1970) and that it ends now."""
     ends = time.time()
-    date = datetime.fromtimestamp(int(ends), timezone.utc)
+    date = datetime.fromtimestamp(int(ends), UTC)
     return {
         "modelspec.date": date.isoformat().replace("+00:00", "Z"),
         "ss_training_started_at": str(began),
