@@ -51,6 +51,7 @@ from tests.performance import layer
 #: The generated example report quotes what it was made of, and links only within itself.
 GENERATED = ROOT / "docs/benchmark_tiny/report.md"
 DOCS = [ROOT / "README.md", *sorted({*(ROOT / "docs").rglob("*.md")} - {GENERATED})]
+LINKING = [*DOCS, *sorted((*ROOT.glob("samples/**/*.md"), *ROOT.glob(".github/*.md")))]
 BENCHMARK_CONFIGS = sorted((ROOT / "samples/configs").glob("benchmark_*.yaml"))
 CONFIGS = sorted({*(ROOT / "samples/configs").glob("*.yaml")} - {*BENCHMARK_CONFIGS})
 SCRIPT = "train_scripts/train_dreambooth_gralora.py"
@@ -542,7 +543,7 @@ def _links(path: Path) -> list[str]:
     return [link for link in re.findall(r"\]\(([^)\s]+)\)", text) if "://" not in link]
 
 
-@pytest.mark.parametrize("path", [*DOCS, *sorted(ROOT.glob("samples/**/*.md"))], ids=_name)
+@pytest.mark.parametrize("path", LINKING, ids=_name)
 def test_links(path):
     for target in _links(path):
         name, _, anchor = target.partition("#")

@@ -28,7 +28,7 @@ fi
 pytestmark = pytest.mark.skipif(shutil.which("bash") is None, reason="needs bash")
 
 
-def call(tmp_path: Path, script: str, *arguments: str) -> list[list[str]]:
+def call(tmp_path: Path, script: str, *arguments: str, **variables: str) -> list[list[str]]:
     """Run a script in a fresh clone from ``tmp_path/here``; return the commands that it gave."""
     clone, here, calls = tmp_path / "a clone", tmp_path / "here", tmp_path / "calls"
     for name in (*FILES, script):
@@ -38,11 +38,11 @@ def call(tmp_path: Path, script: str, *arguments: str) -> list[list[str]]:
     python = tmp_path / "python"
     python.write_text(STUB, encoding="utf-8")
     python.chmod(0o755)
-    inherited = {k: v for k, v in os.environ.items() if k != "GRALORA_EXTRAS"}
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("GRALORA_")}
     done = subprocess.run(
         ["bash", str(clone / script), *arguments],
         cwd=here,
-        env={**inherited, "PYTHON": str(python), "CALLS": str(calls)},
+        env={**inherited, "PYTHON": str(python), "CALLS": str(calls), **variables},
         capture_output=True,
         text=True,
         timeout=60,
@@ -55,6 +55,13 @@ def call(tmp_path: Path, script: str, *arguments: str) -> list[list[str]]:
 def installed(calls: list[list[str]]) -> str:
     (line,) = [call for call in calls if "pip" in call]
     return line[-1]
+
+
+def test_other_versions(tmp_path: Path) -> None:
+    for constraints in (".ci/constraints.txt", "/dev/null"):
+        calls = call(tmp_path, "tests/run.sh", GRALORA_CONSTRAINTS=constraints)
+        (line,) = [call for call in calls if "pip" in call][-1:]
+        assert line[line.index("-c") + 1] == constraints
 
 
 @pytest.mark.parametrize("given", [(), ("/some/folder",), ("a folder",), ("-odd/x",), ("",)])

@@ -16,11 +16,9 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from typing import Any
-
-# the parser of ``re``, which is private
 from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser as sre_parse  # type: ignore[attr-defined]
+from typing import Any
 
 #: Characters of a pattern. The longest that this package writes, for every layer of a large model,
 #: has some 60,000.

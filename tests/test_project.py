@@ -1,9 +1,13 @@
-"""What pip is told of the package is what the package says of itself."""
+"""The files around the package agree with it and with each other."""
 
 import email
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
+
+import yaml
 
 import gralora_diffusion
 from tests import ROOT
@@ -38,3 +42,18 @@ def test_the_version_needs_no_installation():
     line = [sys.executable, "-S", "-E", "-c", program]
     said = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert said.strip() == gralora_diffusion.__version__
+
+
+def test_hooks_have_the_linter_of_continuous_integration():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))
+    (rev,) = [repo["rev"] for repo in hooks["repos"] if "ruff" in repo["repo"]]
+    assert f"ruff=={rev.removeprefix('v')}" in (ROOT / ".ci/constraints.txt").read_text().split()
+
+
+def test_workflow_has_the_first_and_the_last_python():
+    workflow = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text(encoding="utf-8"))
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    pythons = re.findall(r"Python :: (3\.\d+)", " ".join(project["classifiers"]))
+    assert project["requires-python"] == f">={pythons[0]}"
+    tested = workflow["jobs"]["tests"]["strategy"]["matrix"]["python"]
+    assert tested == [pythons[0], pythons[-1]]
