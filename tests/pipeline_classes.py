@@ -144,8 +144,8 @@ def draw(pipe: Any, **options: Any) -> Tensor:
     name = type(pipe).__name__
     rng = torch.Generator().manual_seed(1)
     side = 64 if name.startswith("Flux2") else 16  # FLUX.2 takes no smaller pictures
-    image = torch.rand(1, 3, side, side, generator=rng)
-    image = Image.fromarray((255 * image[0].permute(1, 2, 0)).byte().numpy())
+    pixels = torch.rand(1, 3, side, side, generator=rng)[0].permute(1, 2, 0)
+    image = Image.fromarray((255 * pixels).byte().numpy())
     arguments = {
         "prompt": "a cat",
         "image": image,

@@ -50,8 +50,9 @@ def quantize(model: nn.Module, kind: str, **changes: Any) -> nn.Module:
     replace_with_bnb_linear(model, modules_to_not_convert=[], quantization_config=config)
     for name, layer in model.named_modules():
         if isinstance(layer, (Linear4bit, Linear8bitLt)):
+            quantized: Any = type(layer.weight)
             arguments = vars(layer.weight)
-            new = type(layer.weight)(weights[f"{name}.weight"], requires_grad=False, **arguments)
+            new = quantized(weights[f"{name}.weight"], requires_grad=False, **arguments)
             layer.weight = new.to("cpu")  # which quantizes
             layer.support_avx512bf16_for_cpu = False
             if layer.bias is not None:

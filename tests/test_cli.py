@@ -79,8 +79,8 @@ def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) 
 def test_a_reader_that_has_seen_enough() -> None:
     """As with ``gralora inspect ... | head -1``."""
     line = [sys.executable, "-m", "gralora_diffusion.cli", "inspect", "samples/tiny-base"]
-    pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    with subprocess.Popen([*line, *line[-1:] * 3], **pipe) as process:
+    line += line[-1:] * 2
+    with subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
         process.stdout.close()
         _, said = process.communicate()

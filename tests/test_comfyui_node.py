@@ -383,7 +383,7 @@ def test_the_folder_needs_nothing_but_torch_safetensors_and_comfyui(tmp_path, fi
     imported = {a.name for n in ast.walk(tree) if isinstance(n, ast.Import) for a in n.names}
     assert imported == {"os", "comfy.lora", "comfy.sd", "folder_paths"}
     categories = [
-        node.value.value
+        ast.literal_eval(node.value)
         for node in ast.walk(tree)
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CATEGORY"
     ]

@@ -5,6 +5,7 @@ Both runs had ``samples/tiny-base`` as their base and two of its layers adapted.
 
 import csv
 import shutil
+from typing import Any
 
 import pytest
 import torch
@@ -41,7 +42,7 @@ def test_adapter(name, prefix, weights):
     stored = load_file(WRITTEN / name / weights)
     assert {prefix + key for key in component.tensors} == stored.keys()
     assert all(torch.equal(stored[prefix + k], v) for k, v in component.tensors.items())
-    config = component.config
+    config: Any = component.config
     assert (config.r, config.gralora_k, config.hybrid_r, config.alpha) == (4, 2, 2, 6)
     assert config.alpha_pattern == {".*to_v": 3.0}
 

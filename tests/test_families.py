@@ -148,7 +148,7 @@ def test_predict_gives_the_denoiser_what_the_pipeline_gives(name, dtype):
         "flux-schnell": lambda: models.PIPELINES["flux"](dev=False),
         "stable-diffusion-3-no-t5": lambda: models.PIPELINES["stable-diffusion-3"](with_t5=False),
     }
-    pipe = variants.get(name, models.PIPELINES.get(name))().to(dtype)
+    pipe = (variants | models.PIPELINES)[name]().to(dtype)
     family = get_family(pipe)
     denoiser = getattr(pipe, family.denoiser)
     names = list(inspect.signature(denoiser.forward).parameters)
@@ -183,7 +183,7 @@ def test_predict_gives_the_denoiser_what_the_pipeline_gives(name, dtype):
         timesteps = timesteps * 1000  # the transformers of Flux take a thousandth
         latents = unpacked(theirs["hidden_states"], family, pipe)
     else:
-        latents = theirs.get("sample", theirs.get("hidden_states"))
+        latents = theirs["sample" if "sample" in theirs else "hidden_states"]
     prediction = family.predict(denoiser, latents, timesteps, conditioning)
     ours = seen[1]
     assert ours.keys() - {"return_dict"} == theirs.keys() - {"return_dict"}

@@ -130,7 +130,8 @@ def component_of(component: str, adapter: Adapter, names: Sequence[str]) -> str:
 
 
 def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
-    config, tensors = copy.deepcopy(part.config), part.tensors
+    config: Any = copy.deepcopy(part.config)
+    tensors = part.tensors
     level = ""
     if tensors and not hasattr(model, _CLIP_LEVEL.rstrip(".")):
         level = _CLIP_LEVEL if all(key.startswith(_CLIP_LEVEL) for key in tensors) else ""
@@ -157,7 +158,8 @@ def _pass_over_added(fit: Fit) -> None:
     targets = find_targets(fit.model, fit.config)
     added = {name for name in targets if _ADDED.search(name)}
     if added and not added & fit.layers:
-        fit.config.target_modules = set(targets) - added
+        config: Any = fit.config  # PEFT's type names a list, and its code makes a set of that
+        config.target_modules = set(targets) - added
 
 
 def _problems(fit: Fit) -> list[str]:
@@ -245,7 +247,7 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
         return
     here = _tensors(model, adapter_name)
     named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
-    result = set_peft_model_state_dict(model, named, adapter_name)
+    result: Any = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
         raise AdapterFileError(f"no place in the model for: {first_few(result.unexpected_keys)}")
 

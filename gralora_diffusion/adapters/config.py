@@ -54,7 +54,7 @@ class GraloraConfig(PeftGraloraConfig):
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], **kwargs: Any) -> None:
         """As PEFT's, which sorts all keys, but with patterns in their order, which counts."""
-        super().save_pretrained(save_directory, **kwargs)
+        super().save_pretrained(os.fspath(save_directory), **kwargs)
         path = Path(save_directory) / CONFIG_NAME
         values = json.loads(path.read_text(encoding="utf-8"))
         if ordered := {key: v for key, v in self.to_dict().items() if key in PATTERNS}:

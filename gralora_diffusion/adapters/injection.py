@@ -63,7 +63,7 @@ class GraloraTuner(GraloraModel):
     ) -> None:
         self._keys = None if state_dict is None else list(state_dict)
         self._device = torch.device("meta") if low_cpu_mem_usage else nullcontext()
-        config = self.peft_config[adapter_name]
+        config: Any = self.peft_config[adapter_name]
         with unchanged_on_error([model], adapter_name), _merged_kept(model, adapter_name):
             refuse(model, invalid_values(config))
             # PEFT matches them too, by `re` and so without a bound, only to warn of unused ones,
@@ -75,7 +75,7 @@ class GraloraTuner(GraloraModel):
                 )
             guard_projections(model, _computes_more)
 
-    def _prepare_model(self, peft_config: GraloraConfig, model: nn.Module) -> None:
+    def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
         with _fields(peft_config, self._patterns):
             check_targets(model, peft_config, self._keys)
@@ -86,19 +86,19 @@ class GraloraTuner(GraloraModel):
 
     def _create_and_replace(
         self,
-        gralora_config: GraloraConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **optional_kwargs: Any,
+        parameter_name: str | None = None,
     ) -> None:
-        with self._device, _fields(gralora_config, self._patterns):
+        with self._device, _fields(peft_config, self._patterns):
             if isinstance(target, GraloraLayer):
-                target.update_layer(adapter_name, current_key, gralora_config)
+                target.update_layer(adapter_name, current_key, peft_config)
                 return
-            new_module = self._create_new_module(gralora_config, adapter_name, target, current_key)
+            new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)

@@ -208,8 +208,8 @@ class DenseUpdate(nn.Module):
                 general = pair[0].weight, pair[1].weight.flatten(1)
             values = gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
         elif isinstance(layer, LoraLayer) and _dora_of(layer) is None:
-            down, up = layer.lora_A[name].weight, layer.lora_B[name].weight
-            values = singular_values(down, up.flatten(1))
+            pair = layer.lora_A[name].weight, layer.lora_B[name].weight
+            values = singular_values(pair[0], pair[1].flatten(1))
         else:
             update = self().flatten(1).double()
             if not update.isfinite().all():

@@ -78,7 +78,7 @@ def _config(values: Any, name: str, source: Source) -> Any:
     """
     if not isinstance(values, Mapping):
         raise source.error(f"{name}: the adapter's config is not a mapping but {values!r}")
-    config = SimpleNamespace(**_DEFAULTS | dict(values))
+    config: Any = SimpleNamespace(**_DEFAULTS | dict(values))
     if missing := [field for field in ("r", "gralora_k", "alpha") if field not in values]:
         problems = [f"it lacks {', '.join(missing)}"]
     else:

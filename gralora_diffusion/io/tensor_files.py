@@ -177,11 +177,10 @@ class StoredTensor:
         """
         from safetensors.torch import _TYPES
 
-        if self.dtype_name not in _TYPES:
+        if (dtype := _TYPES.get(self.dtype_name)) is None:
             raise AdapterFileError(
                 f"{self.path}: {self.key} is stored as {self.dtype_name}, which torch cannot read."
             )
-        dtype: torch.dtype = _TYPES[self.dtype_name]
         return dtype
 
 

@@ -121,7 +121,7 @@ def gralora_from_lora(
                 r=rank,
                 gralora_k=k,
                 hybrid_r=hybrid_rank,
-                alpha=alpha,
+                alpha=alpha,  # type: ignore[arg-type]  # PEFT takes fractions too
                 target_modules=_targets(list(ks)),
                 k_pattern=exact_pattern(lowered, list(ks)),
             )

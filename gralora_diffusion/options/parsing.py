@@ -78,7 +78,7 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
 
 class _Parser(HfArgumentParser):
     def __init__(
-        self, groups: Sequence[type], not_carried: Mapping[str, str], prog: str | None
+        self, groups: Sequence[Any], not_carried: Mapping[str, str], prog: str | None
     ) -> None:
         super().__init__(groups, prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter)
         self.names = {f.name for group in groups for f in fields(group)}

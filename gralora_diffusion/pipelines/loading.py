@@ -8,16 +8,20 @@ it too.
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import peft
 import torch
+import transformers
 from diffusers import DiffusionPipeline
 from peft import GraloraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
+from transformers.integrations import peft as transformers_peft
 
 from gralora_diffusion.adapters.adapter_file import (
     WEIGHTS_NAME,
@@ -131,6 +135,7 @@ def load_gralora_weights(
         for model in every_model:
             _activate(model, adapter_name)
     register_components(pipe)
+    _warn_of_old_peft(models)
     return LoadReport(
         adapter_name,
         adapter.source,
@@ -297,6 +302,23 @@ def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
         if adapter_name in layer.gralora_A and dtype is not None and dtype.itemsize >= 2:
             layer.cast_adapter(adapter_name, dtype)
     set_adapter_tensors(fit.model, adapter_name, fit.tensors)
+
+
+def _warn_of_old_peft(models: Iterable[nn.Module]) -> None:
+    """Warn of methods that transformers gives its models and refuses with the installed PEFT."""
+    if not any(isinstance(model, transformers_peft.PeftAdapterMixin) for model in models):
+        return
+    needed = transformers_peft.MIN_PEFT_VERSION
+    try:
+        transformers_peft.check_peft_version(needed)
+    except ValueError:
+        warnings.warn(
+            f"transformers {transformers.__version__} requires PEFT {needed}, and PEFT "
+            f"{peft.__version__} is installed. The methods of the pipeline work, but those of a "
+            "text encoder (add_adapter, set_adapter, disable_adapters, delete_adapter) raise "
+            f'errors. Install "peft>={needed}" if it is released, or "transformers<5.24".',
+            stacklevel=3,
+        )
 
 
 def _activate(model: nn.Module, adapter_name: str) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import resource
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -198,7 +199,7 @@ class TestNativeFile:
 
 
 class TestPatterns:
-    PATTERNS = {  # noqa: RUF012  sorted they would mean something else
+    PATTERNS: dict[str, dict[str, Any]] = {  # noqa: RUF012  sorted they would mean something else
         "rank_pattern": {"to_q": 2, r"attn1\.to_[qk]": 8},
         "k_pattern": {"to_v": 1, "^mid": 4, "a|b": 2},
         "alpha_pattern": {"z": 0.5, "y": 3},

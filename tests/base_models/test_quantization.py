@@ -226,10 +226,11 @@ def test_what_bitsandbytes_saves(
     kept = 0
     for layer in real.modules():
         if isinstance(layer, nn.Linear):
-            kept += layer.weight.nbytes
-            state = getattr(layer.weight, "quant_state", None)
+            weight: Any = layer.weight
+            kept += weight.nbytes
+            state = getattr(weight, "quant_state", None)
             if state is None:
-                kept += layer.weight.SCB.nbytes
+                kept += weight.SCB.nbytes
             else:
                 kept += state.absmax.nbytes + (state.state2.absmax.nbytes if state.nested else 0)
     dense = sum(m.weight.nbytes for m in empty.unet.modules() if isinstance(m, nn.Linear))

@@ -323,7 +323,7 @@ def test_outliers_are_those_of_the_inputs(checkpointing: bool, autocast: bool) -
     assert set(outliers) == set(paths)
     for path, inputs in seen.items():
         assert len(inputs) == 2
-        squares = 0
+        squares = torch.tensor(0.0)
         for x in inputs:
             channels = x.transpose(0, 1).flatten(1) if x.ndim == 4 else x.flatten(0, -2).T
             squares = squares + channels.square().sum(1)

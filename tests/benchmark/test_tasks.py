@@ -73,8 +73,8 @@ def test_captioned(world, tmp_path, monkeypatch):
     trained = {example.caption for example in task.examples}
     assert trained | set(task.prompts) == {f"picture {n}" for n in range(7)}
     for caption, path in zip(task.prompts, task.real, strict=True):
-        number = caption.removeprefix("picture ")
-        assert path.read_bytes() == (tmp_path / "set" / f"{number}.png").read_bytes()
+        shown = caption.removeprefix("picture ")
+        assert path.read_bytes() == (tmp_path / "set" / f"{shown}.png").read_bytes()
     monkeypatch.chdir(tmp_path / "set")
     here = {**options, "captioned_dir": ".", "held_out": 3}
     (again,) = read_tasks(runs.settings(world, tmp_path / "out", **here))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -48,7 +50,7 @@ def test_one_dtype_for_all_of_the_components(name):
 @pytest.mark.parametrize("prefix", [None, "", "m."])
 def test_fp8_of_the_matrices_of_the_denoiser(prefix, tmp_path):
     made = converted(planned(), "fp8_e4m3", "unet", prefix)
-    expected = {key: (dtype, None) for _, key, _, dtype in PLANNED}
+    expected: dict[str, tuple[Any, str | None]] = {k: (dtype, None) for _, k, _, dtype in PLANNED}
     scale = None if prefix is None else "m.linear.scale_weight"
     expected["m.linear.weight"] = (FP8, scale)
     if prefix is not None:

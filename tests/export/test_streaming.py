@@ -6,6 +6,7 @@ import multiprocessing
 import signal
 import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -357,12 +358,12 @@ def test_threads_of_torch_are_as_before(tmp_path):
         torch.set_num_threads(before)
 
 
-def write_limited(limit: int, *arguments) -> None:
+def write_limited(limit: int, path: Path, outputs: list[OutputTensor]) -> None:
     """Write with a limit on the size of files, as a disk with little space has it."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit,) * 2)
     with pytest.raises(OSError, match="File too large"):
-        write_streamed(*arguments, {}, Rounding(), progress=False)
+        write_streamed(path, outputs, {}, Rounding(), progress=False)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="forks, limits files as Linux does")

@@ -51,7 +51,7 @@ def test_grey_png_of_every_depth_and_its_transparent_value(bits, transparent):
     top = 2**bits - 1
     values = RNG.integers(0, top + 1, (5, 7))
     values[0, :3] = 0, 1, top
-    chunks = ()
+    chunks: tuple[tuple[bytes, bytes], ...] = ()
     if transparent is not None:
         transparent %= top + 1
         chunks = ((b"tRNS", struct.pack(">H", transparent)),)

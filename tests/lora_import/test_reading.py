@@ -45,7 +45,7 @@ class Transformer(nn.Module):
 def trained(folder: Path, **options: Any) -> Any:
     """A LoRA of PEFT that has been trained a little, saved; the model."""
     config = LoraConfig(**{"r": 4, "lora_alpha": 16, "target_modules": ["to_q", "to_k"]} | options)
-    model = get_peft_model(Transformer(), config)
+    model: Any = get_peft_model(Transformer(), config)
     if not isinstance(config.init_lora_weights, bool):
         model.peft_config["default"].init_lora_weights = True
         model.save_pretrained(folder / "initial")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,7 +74,8 @@ def make_shape(name: str, device: torch.device, dtype: torch.dtype) -> Shape:
     """
     kind, _, tokens = name.partition("@")
     if layer := re.fullmatch(r"(\d+)x(\d+)", kind):
-        make: Any = lambda count: _layer(*map(int, layer.groups()), count)  # noqa: E731
+        out_features, in_features = map(int, layer.groups())
+        make: Any = partial(_layer, out_features, in_features)
     elif kind in _BLOCKS:
         make = _BLOCKS[kind]
     else:

@@ -3,6 +3,7 @@ import json
 from pathlib import Path
 
 import accelerate
+import peft
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +20,7 @@ from peft.tuners.gralora.layer import GraloraLayer as StockLayer
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers.integrations import peft as transformers_peft
 
 import gralora_diffusion  # noqa: F401  gives pipelines their methods
 from gralora_diffusion import AdapterFileError, inject
@@ -620,6 +622,25 @@ class TestBesideLora:
         pipe.set_adapters("dog", 0.5)
         pipe.delete_adapters("dog")
         assert not any("lora" in name for name, _ in pipe.text_encoder.named_parameters())
+
+    def test_transformers_that_requires_a_newer_peft(
+        self, pipe, folder, other, adapted, lora_file, monkeypatch, recwarn
+    ):
+        monkeypatch.setattr(transformers_peft, "MIN_PEFT_VERSION", "1000.0")
+        pipe.load_gralora_weights(other, "unet alone")
+        assert not [w for w in recwarn if "requires PEFT" in str(w.message)]
+        pipe.unload_gralora_weights()
+        with pytest.warns(
+            UserWarning, match=rf"requires PEFT 1000.0, and PEFT {peft.__version__} "
+        ):
+            pipe.load_gralora_weights(folder, "ours")
+        with pytest.raises(ValueError, match="version of PEFT"):
+            pipe.text_encoder.disable_adapters()
+        pipe.load_lora_weights(lora_file, adapter_name="lora")
+        pipe.set_adapters("ours")
+        assert same(draw(pipe), adapted)
+        pipe.delete_adapters("lora")
+        assert same(draw(pipe), adapted)
 
 
 class TestDiffusersMethods:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -96,7 +97,7 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
     sampling = {"seed": 3, "size": 32, "inference_steps": 2}
     ((image,),) = generate(pipe, ["a sks dog"], **sampling)
     last = Image.open(whole / "validation" / f"step-{STEPS:06d}" / "00-00.png")
-    assert max(high for _, high in ImageChops.difference(image, last).getextrema()) <= 1
+    assert np.asarray(ImageChops.difference(image, last)).max() <= 1
     pipe.unload_gralora_weights()
     ((plain,),) = generate(pipe, ["a sks dog"], **sampling)
     assert ImageChops.difference(plain, last).getbbox() is not None

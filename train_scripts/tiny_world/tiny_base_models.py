@@ -77,7 +77,7 @@ def build_tokenizer() -> CLIPTokenizer:
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     trained.pre_tokenizer = pre_tokenizers.Whitespace()
     trained.train_from_iterator(sorted(words), trainer)
-    merges = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
+    merges: Any = [tuple(pair) for pair in json.loads(trained.to_str())["model"]["merges"]]
     tokens = [*alphabet, *endings, *("".join(pair) for pair in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}

@@ -121,7 +121,8 @@ def retrieval_power(model: CLIPModel, seen: bool, rounds: int = 16) -> dict[str,
     """
     tokenizer, hits = build_tokenizer(), torch.zeros(2)
     for index in range(rounds):
-        rng, shown = random.Random(f"retrieval {index}"), {}
+        rng = random.Random(f"retrieval {index}")
+        shown: dict[str, Image.Image] = {}
         while len(shown) < RETRIEVAL:
             name, colour, background = tiny_world.combination(rng)
             if not seen:

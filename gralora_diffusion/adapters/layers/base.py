@@ -80,7 +80,9 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     # -- adapters ----------------------------------------------------------------------------------
 
-    def update_layer(self, adapter_name: str, module_name: str, config: GraloraConfig) -> None:
+    def update_layer(  # type: ignore[override]  # PEFT's takes the rank too
+        self, adapter_name: str, module_name: str, config: GraloraConfig
+    ) -> None:
         """Add an adapter to this layer, or replace the one of that name."""
         if problems := invalid_values(config):
             raise ValueError(f"{module_name}: {' '.join(problems)}")
@@ -317,7 +319,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
             yield rows, total
 
     def _mergeable_weight(self) -> Tensor:
-        layer = self.get_base_layer()
+        layer: Any = self.get_base_layer()
         if kind := quantization_of(layer):
             raise ValueError(
                 f"{self.module_name}: cannot merge into a base weight stored as {kind}. Load the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import functional
 from .base import GraloraLayer
@@ -20,8 +20,8 @@ class GraloraConv2d(GraloraLayer):
     groups = 1  # PEFT's LoRA asks for it when it is put around this layer
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
-        conv: nn.Conv2d = self.get_base_layer()
-        padding: Any = conv.padding
+        conv: Any = self.get_base_layer()
+        padding = conv.padding
         x = x.to(self._product_dtype(x, adapter))
         if conv.padding_mode != "zeros":
             x = F.pad(x, conv._reversed_padding_repeated_twice, mode=conv.padding_mode)

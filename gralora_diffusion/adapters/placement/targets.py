@@ -6,6 +6,7 @@ import copy
 import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 from peft import GraloraConfig, PeftConfig
 from peft.tuners.tuners_utils import (
@@ -130,7 +131,8 @@ def find_targets(model: nn.Module, config: GraloraConfig, prefix: str = "") -> d
     Args:
         prefix: what the config expects in front of the model's paths.
     """
-    config = _maybe_include_all_linear_layers(copy.copy(config), model)
+    config = copy.copy(config)
+    _maybe_include_all_linear_layers(config, model)  # changes the copy
     return {
         name: layer for name, layer in adaptable_modules(model) if is_target(config, prefix + name)
     }
@@ -142,17 +144,18 @@ def is_target(config: PeftConfig, path: str) -> bool | re.Match[str] | _Excluded
     Raises:
         PatternError: one of them cannot be matched in bounded time.
     """
-    config, targets = copy.copy(config), config.target_modules
-    if isinstance(excluded := getattr(config, "exclude_modules", None), str):
+    asked: Any = copy.copy(config)
+    targets = asked.target_modules
+    if isinstance(excluded := getattr(asked, "exclude_modules", None), str):
         if excluded and is_named(path, excluded, pattern=True):
             return _ExcludedModule()
-        config.exclude_modules = None
+        asked.exclude_modules = None
     if isinstance(targets, str):
-        config.target_modules = []  # what is left to ask is whether modules_to_save has the path
-        found = check_target_module_exists(config, path)
+        asked.target_modules = []  # what is left to ask is whether modules_to_save has the path
+        found = check_target_module_exists(asked, path)
         is_saved = isinstance(found, _ExcludedModule)
         return found if is_saved else is_named(path, targets, pattern=True)
-    return check_target_module_exists(config, path)
+    return check_target_module_exists(asked, path)
 
 
 def check_targets(
@@ -234,7 +237,7 @@ def _unmatched(
     model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
 ) -> list[str]:
     """Describe patterns that match nothing, and those that the rest of the config makes useless."""
-    patterns = config.target_modules
+    patterns = config.target_modules or ()
     if not targets:
         return [_nothing_matches(model, config)]
     problems = []
@@ -281,7 +284,7 @@ def _naming_nothing(endings: Iterable[str], names: Sequence[str]) -> list[str]:
 
 
 def _nothing_matches(model: nn.Module, config: GraloraConfig) -> str:
-    wanted = config.target_modules
+    wanted = config.target_modules or ()
     wanted = repr(wanted) if isinstance(wanted, str) else ", ".join(sorted(wanted)) or "(empty)"
     limits = "".join(
         f" with {name}={value}"

@@ -1,3 +1,5 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,7 +26,7 @@ def factors(in_features, out_features, r, k, kernel=(), dtype=torch.float64):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_delta_weight_is_the_definition(shape, kernel):
-    A, B = factors(*shape, kernel)
+    A, B = factors(*shape, kernel=kernel)
     assert relative_error(functional.delta_weight(A, B), dense_update(A, B)) < 1e-14
 
 
@@ -52,7 +54,7 @@ def test_linear_update_is_a_product_with_the_dense_update(shape, tokens):
     ],
 )
 def test_conv2d_update_is_a_convolution_with_the_dense_update(shape, kernel, options):
-    A, B = factors(*shape, kernel)
+    A, B = factors(*shape, kernel=kernel)
     x = torch.randn(2, shape[0], 9, 8, dtype=torch.float64)
     expected = 0.7 * F.conv2d(x, dense_update(A, B), **options)
     torch.testing.assert_close(
@@ -66,7 +68,7 @@ def test_conv2d_update_is_a_convolution_with_the_dense_update(shape, kernel, opt
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("kernel", [(), (3, 3)])
 def test_lora_factors_have_the_same_update_exactly_and_its_rank(shape, kernel):
-    A, B = factors(*shape, kernel)
+    A, B = factors(*shape, kernel=kernel)
     down, up = functional.lora_factors(A, B)
     _, _, r, k = shape
     assert down.shape == (k * r, shape[0], *kernel)
@@ -95,7 +97,7 @@ ROW_SHAPES = [*SHAPES, (32, 56, 8, 8)]
 @pytest.mark.parametrize("scaling", [1.0, -0.3])
 def test_add_delta_rows_adds_rows_of_the_dense_update(shape, kernel, scaling):
     """Row ranges within a block, across one border and several, the whole, and none."""
-    A, B = factors(*shape, kernel)
+    A, B = factors(*shape, kernel=kernel)
     rows, factor_rows = shape[1], functional.row_factors(A, B)
     o = rows // shape[3]
     expected = scaling * dense_update(A, B).flatten(1)
@@ -115,7 +117,8 @@ def test_add_delta_rows_adds_rows_of_the_dense_update(shape, kernel, scaling):
 def test_gradients():
     A, B = (factor.requires_grad_() for factor in factors(8, 12, 4, 4))
     x = torch.randn(3, 8, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda *args: functional.linear_update(*args, 0.7), (x, A, B))
+    update = partial(functional.linear_update, scaling=0.7)
+    assert torch.autograd.gradcheck(update, (x, A, B))
     A, B = (factor.requires_grad_() for factor in factors(4, 8, 4, 4, (3, 3)))
     x = torch.randn(1, 4, 4, 4, dtype=torch.float64, requires_grad=True)
 

@@ -64,7 +64,7 @@ def test_without_a_weight_it_is_the_updates_alone():
     whole = expected(x, torch.zeros_like(weight), None, updates)
     torch.testing.assert_close(actual, whole, rtol=0, atol=1e-13)
     assert torch.autograd.gradcheck(
-        lambda x, *f: adapted_linear(x, [Update(*f[:2], 0.7), Update(*f[2:], 2.0)]),
+        lambda x, a, b, c, d: adapted_linear(x, [Update(a, b, 0.7), Update(c, d, 2.0)]),
         leaves(x, updates),
     )
 

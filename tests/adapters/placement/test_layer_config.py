@@ -2,6 +2,7 @@
 
 import json
 import random
+from typing import Any
 
 import pytest
 from peft import GraloraConfig as StockConfig
@@ -140,7 +141,7 @@ def test_rename_layers():
 
 
 class TestFiles:
-    PATTERNS = {  # noqa: RUF012  sorted they would mean something else
+    PATTERNS: dict[str, dict[str, Any]] = {  # noqa: RUF012  sorted they would mean something else
         "rank_pattern": {"to_q": 4, "attn1.to_q": 16},
         "k_pattern": {"x": 2, "^a": 1},
         "alpha_pattern": {"z": 0.5, "y": 3},

@@ -264,8 +264,8 @@ def test_images_of_every_kind(tmp_path, dinov2, clip):
     for folder in (dinov2, clip):
         encoder = load_encoder(folder)
         names = [name for name in expected if name != "half.png"]
-        got = encoder.embed_images([tmp_path / name for name in names])
-        close(got, encoder.embed_images([expected[name] for name in names]))
+        of_files = encoder.embed_images([tmp_path / name for name in names])
+        close(of_files, encoder.embed_images([expected[name] for name in names]))
 
 
 def test_broken_images_are_named(tmp_path, dinov2, drawn):

@@ -120,8 +120,8 @@ def test_it_is_light_or_dark_as_the_reader_has_it(report, tmp_path):
         )
         with Image.open(image) as taken:
             pixels = np.sort(np.asarray(taken.convert("L")).ravel())
-        brightness[name] = pixels[len(pixels) // 2], pixels[len(pixels) // 500]
-        brightness[name] += (pixels[-len(pixels) // 500],)
+        count = len(pixels)
+        brightness[name] = pixels[count // 2], pixels[count // 500], pixels[-count // 500]
     paper, ink, _ = brightness["light"]
     assert paper > 240
     assert ink < 90

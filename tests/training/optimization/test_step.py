@@ -280,7 +280,7 @@ def predicted(pipe: Any, denoiser: str, prompt: str, latents: Tensor, call: dict
     )
     try:
         # undecorated, for the pipelines forbid gradients
-        type(pipe).__call__.__wrapped__(
+        inspect.unwrap(type(pipe).__call__)(
             pipe, prompt=prompt, latents=latents, output_type="latent", **call
         )
     finally:
@@ -321,7 +321,8 @@ def test_stable_diffusion_2_trains(images: Path, tmp_path: Path) -> None:
             output_dir=tmp_path / "out",
             target_preset="attention+ff+proj",
         )
-        assert trainer.rows.step.objective.prediction_type == "v_prediction"
+        objective: Any = trainer.rows.step.objective
+        assert objective.prediction_type == "v_prediction"
         rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
         assert trainer.step(rows).isfinite().all()
 

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -108,7 +109,7 @@ def test_a_file_system_without_locks_is_told(
     number: int,
 ) -> None:
     class NoLocks(FileLock):  # as NFS without its lock service
-        def acquire(self, *arguments: object, **named: object) -> None:
+        def acquire(self, *arguments: Any, **named: Any) -> Any:
             raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(folder_lock, "FileLock", NoLocks)
