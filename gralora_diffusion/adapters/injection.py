@@ -84,21 +84,21 @@ class GraloraTuner(GraloraModel):
     def _check_target_module_exists(peft_config: PeftConfig, key: str) -> Any:
         return is_target(peft_config, key)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]  # as GraloraModel, unlike its BaseTuner
         self,
-        peft_config: Any,
+        gralora_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        parameter_name: str | None = None,
+        **optional_kwargs: Any,
     ) -> None:
-        with self._device, _fields(peft_config, self._patterns):
+        with self._device, _fields(gralora_config, self._patterns):
             if isinstance(target, GraloraLayer):
-                target.update_layer(adapter_name, current_key, peft_config)
+                target.update_layer(adapter_name, current_key, gralora_config)
                 return
-            new_module = self._create_new_module(peft_config, adapter_name, target, current_key)
+            new_module = self._create_new_module(gralora_config, adapter_name, target, current_key)
         if adapter_name not in self.active_adapters:
             new_module.requires_grad_(False)
         self._replace_module(parent, target_name, new_module, target)

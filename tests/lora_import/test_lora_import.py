@@ -227,9 +227,8 @@ def test_peft_folder(tmp_path):
     check(adapter, expected)
 
 
-FLUX: list[
-    tuple[str, tuple[int, int], dict[str, Any]]
-] = [  # name in sd-scripts, its widths, paths in diffusers with rows; None: halves exchanged
+# name in sd-scripts, its widths, paths in diffusers with rows; None: halves exchanged
+FLUX: list[tuple[str, tuple[int, int], dict[str, Any]]] = [
     (
         "double_blocks_0_img_attn_qkv",
         (3072, 9216),
