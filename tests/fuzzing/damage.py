@@ -212,7 +212,7 @@ def change_bytes(data: bytes, chance: Random) -> bytes:
                 number = chance.choice((0, 1, 2, -1, 127, 128, 255, 2**15, 2**31 - 1, 2**31, 2**63))
                 width, order = chance.choice((1, 2, 4, 8)), chance.choice(("little", "big"))
                 number %= 1 << 8 * width
-                changed[at : at + width] = number.to_bytes(width, order)  # type: ignore[arg-type]
+                changed[at : at + width] = number.to_bytes(width, order)
     return bytes(changed)
 
 
@@ -435,8 +435,8 @@ def _change_entry(entries: dict[str, tuple[str, list[int], bytes]], chance: Rand
         entries[key] = dtype, chance.choice(shapes), values
     elif what == 4:  # none, one, or more than memory holds
         shapes = [([], 1), ([0], 0), ([0, *shape[1:]], 0), ([*shape[:-1], 0], 0), ([2**62, 0], 0)]
-        new, count = chance.choice(shapes)
-        entries[key] = dtype, new, values[: count * DTYPES.get(dtype, 8) // 8]
+        new_shape, count = chance.choice(shapes)
+        entries[key] = dtype, new_shape, values[: count * DTYPES.get(dtype, 8) // 8]
     elif what == 5:  # the same bytes as other numbers
         new_dtype = chance.choice(list(DTYPES))
         entries[key] = new_dtype, [len(values) * 8 // DTYPES[new_dtype]], values

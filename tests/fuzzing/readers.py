@@ -280,7 +280,7 @@ def _make_pipeline(folder: Path) -> None:
 
 def _open_folder(folder: Path) -> None:
     base = open_base(folder)
-    for component, files in base.files.items():  # type: ignore[union-attr]
+    for component, files in base.files.items():
         assert weight_files(folder / component) == files
     assert base.canonical_shapes("unet")
     assert base.denoiser_dtype
@@ -366,7 +366,7 @@ def _run(ema: bool) -> RunState:
     optimizer = build_optimizer(config, parameters)
     schedule = build_lr_scheduler(config, optimizer, 4)
     average = EMAModel(parameters, foreach=True) if ema else None
-    sum(p.square().sum() for p in parameters).backward()  # type: ignore[union-attr]
+    sum(p.square().sum() for p in parameters).backward()
     optimizer.step()
     return RunState(
         config, pipe, FAMILY, components, parameters, accelerator.prepare(optimizer), schedule,
