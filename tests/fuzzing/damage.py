@@ -434,8 +434,8 @@ def _change_entry(entries: dict[str, tuple[str, list[int], bytes]], chance: Rand
         shapes = [shape[::-1], [count], [1, *shape], [*shape, 1, 1], [count, 1], [1] * 65 + [count]]
         entries[key] = dtype, chance.choice(shapes), values
     elif what == 4:  # none, one, or more than memory holds
-        shapes = [([], 1), ([0], 0), ([0, *shape[1:]], 0), ([*shape[:-1], 0], 0), ([2**62, 0], 0)]
-        new_shape, count = chance.choice(shapes)
+        sizes = [([], 1), ([0], 0), ([0, *shape[1:]], 0), ([*shape[:-1], 0], 0), ([2**62, 0], 0)]
+        new_shape, count = chance.choice(sizes)
         entries[key] = dtype, new_shape, values[: count * DTYPES.get(dtype, 8) // 8]
     elif what == 5:  # the same bytes as other numbers
         new_dtype = chance.choice(list(DTYPES))
