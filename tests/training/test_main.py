@@ -63,8 +63,11 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"--text_encoder_target_preset is 'all'; .*text_encoder.* attention, attention\+ff",
     ),
     ({"family": "sdxl"}, r"--family is 'sdxl'; it must be one of .*stable-diffusion"),
-    ({"with_prior_preservation": True}, r"--class_prompt is missing"),
-    ({"rank_pattern": ["to_(q=8"]}, r"--rank_pattern has 'to_\(q=8': 'to_\(q' is not a regular"),
+    ({"with_prior_preservation": True}, r"--with_prior_preservation needs --class_prompt"),
+    (
+        {"rank_pattern": ["to_(q=8"]},
+        r"--rank_pattern contains 'to_\(q=8': 'to_\(q' is not a regular",
+    ),
     ({"optimizer": "adamv"}, r"--optimizer is 'adamv'; it must be one of .*adamw"),
     ({"learning_rate": "fast"}, r"--learning_rate.*invalid float value: 'fast'"),
     ({"learing_rate": 1}, r"--learing_rate is not an option. Did you mean learning_rate"),
