@@ -1,8 +1,8 @@
-"""A set of captioned pictures, of which a part is trained on and the rest is asked for.
+"""A set of captioned images, of which a part is trained on and the rest is asked for.
 
 The form of the numbers in the GraLoRA paper (arXiv 2505.20355) and in PEFT's comparison
 (``method_comparison/image-gen``): what is drawn for a caption that was held out is compared with
-the picture that has it.
+the image that has it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ class CaptionedSplit:
 
 
 def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSplit:
-    """Hold ``held_out`` pictures out, the same whatever their names and order are.
+    """Hold ``held_out`` images out, the same whatever their names and order are.
 
-    Which they are depends on the pictures' contents and the seed alone; a picture that is there
+    Which they are depends on the images' contents and the seed alone; an image that is there
     twice is on one side, and counts once.
 
     Raises:
@@ -39,7 +39,7 @@ def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSpl
     contents = sorted({example.content_key for example in examples})
     if not 0 < held_out < len(contents):
         raise ValueError(
-            f"held_out is {held_out}, but there are {len(contents)} different pictures: hold out "
+            f"held_out is {held_out}, but there are {len(contents)} different images: hold out "
             f"1 to {len(contents) - 1}"
         )
     chosen = set(sorted(contents, key=lambda key: seed_from(seed, "held out", key))[:held_out])
@@ -50,14 +50,14 @@ def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSpl
 
 
 def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
-    """Write examples as a folder that the trainer reads; return the pictures' files, in order.
+    """Write examples as a folder that the trainer reads; return the images' files, in order.
 
     The folder appears when it is whole; one that holds them already, as another process may have
-    written it, stays as it is. The files are the pictures' own bytes.
+    written it, stays as it is. The files are the images' own bytes.
 
     Raises:
         OutputError: ``folder`` cannot be written to.
-        DataError: a picture is not there any more, or is another one.
+        DataError: an image is not there any more, or is another one.
     """
     files = {}
     for number, example in enumerate(examples):

@@ -1,4 +1,4 @@
-"""Class pictures of prior preservation, drawn once for all units."""
+"""Class images of prior preservation, drawn once for all units."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .trial_locks import WAIT_SECONDS, claim
 def share_class_images(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
 ) -> None:
-    """Draw the class pictures that lack, if there are to be any.
+    """Draw the class images that lack, if there are to be any.
 
     One process draws them while the others wait, which would otherwise train on a part of them, or
     on none. Their noise is not of the unit's seed: which of the seeds comes first is chance.

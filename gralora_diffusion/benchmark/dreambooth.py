@@ -1,7 +1,7 @@
 """The DreamBooth benchmark: its subjects, their classes and its prompts, word for word.
 
 From a clone of https://github.com/google/dreambooth, which came with arXiv 2208.12242: 30 subjects
-of 15 classes with 4 to 6 pictures each, 25 prompts for objects and 25 for live subjects.
+of 15 classes with 4 to 6 images each, 25 prompts for objects and 25 for live subjects.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Subject:
     Attributes:
         name: of the subject and of its folder.
         class_name: the class noun, such as "stuffed animal".
-        folder: holds the pictures to learn.
-        held_out: holds other pictures of it, to compare drawn ones with. If there are none such,
+        folder: holds the images to learn.
+        held_out: holds other images of it, to compare drawn ones with. If there are none such,
             that is done with those that were learned, as in DreamBooth (section 4.1).
         templates: one for each prompt, with {0} for the unique token and {1} for the class noun.
     """
@@ -54,7 +54,7 @@ class Subject:
 
     @property
     def images(self) -> list[Path]:
-        """The pictures to learn, sorted by name."""
+        """The images to learn, sorted by name."""
         return _images(self.folder)
 
     @property
@@ -67,7 +67,7 @@ class Subject:
         return one_line(f"a {unique_token} {self.class_name}")
 
     def prompts(self, unique_token: str = "") -> list[str]:
-        """Return the prompts to draw; without a token, those that pictures are compared with.
+        """Return the prompts to draw; without a token, those that images are compared with.
 
         Whether CLIP is to read the token too, the paper does not say. It means nothing to CLIP, or
         something else than the subject, and those who publish how they compare leave it out.
@@ -80,7 +80,7 @@ def read_subjects(
 ) -> list[Subject]:
     """Return the subjects of the benchmark, in the order of its file.
 
-    A subject's folder holds its pictures; in a set with pictures held out, which the published one
+    A subject's folder holds its images; in a set with images held out, which the published one
     is not, it holds the folders ``train`` and ``held_out``.
 
     Args:

@@ -189,7 +189,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
     """Write the report of all units in the run's folder; return how many failed."""
     results, unreadable = read_results(settings.folder)
     failures = Ledger(settings.folder).failures()
-    # without the pictures it is not known of which subjects all is missing
+    # without the images it is not known of which subjects all is missing
     learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
         TrialKey(*place, method.name, seed)
@@ -209,9 +209,9 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
 
 
 def _tasks_if_there(settings: BenchmarkSettings) -> list[Task]:
-    """The tasks, for a report of results that may have been brought here without the pictures."""
+    """The tasks, for a report of results that may have been brought here without the images."""
     try:
         return read_tasks(settings)
     except (ConfigError, DataError) as error:
-        logger.warning("the real pictures are not shown: %s", error)
+        logger.warning("the real images are not shown: %s", error)
         return []

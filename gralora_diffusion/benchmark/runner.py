@@ -79,7 +79,7 @@ class Runner:
     def run(
         self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
     ) -> TrialResult:
-        """Do a unit; its pictures and adapter are in ``folder`` afterwards.
+        """Do a unit; its images and adapter are in ``folder`` afterwards.
 
         The base is as before, whatever happens.
 
@@ -195,10 +195,10 @@ class Runner:
     def _denoiser(self) -> Any:
         return getattr(self.pipe, self.family.denoiser)
 
-    # -- pictures ----------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------
 
     def _wanted(self, task: Task) -> dict[str, tuple[tuple[str, ...], int]]:
-        """What is drawn: the beginning of the files' names -> prompts, pictures of each."""
+        """What is drawn: the beginning of the files' names -> prompts, images of each."""
         settings, protocols = self.settings, self.settings.protocols or ()
         wanted = {"": (task.prompts, settings.images_per_prompt)}
         if "drift" in protocols:
@@ -268,7 +268,7 @@ class Runner:
         folder: Path,
         home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
-        """Score the pictures; the scores of the unit, and those of each prompt."""
+        """Score the images; the scores of the unit, and those of each prompt."""
         encoders, wanted = self.encoders, self._wanted(task)
         if task.protocol == "captioned":
             scores = {"": score_captioned(encoders, drawn[""], task.texts, task.real)}
@@ -330,7 +330,7 @@ def _after_divergence(method: Method, config: TrainingConfig) -> str:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a picture is there and can be read: what a broken disk left is drawn again."""
+    """Whether an image is there and can be read: what a broken disk left is drawn again."""
     if not file.exists():
         return False
     try:
@@ -342,7 +342,7 @@ def _is_whole(file: Path) -> bool:
 
 @contextmanager
 def _decoding_one_by_one(vae: Any) -> Iterator[None]:
-    """At 1024 pixels, to decode four pictures at once takes more memory than all else."""
+    """At 1024 pixels, to decode four images at once takes more memory than all else."""
     before = vae.use_slicing
     vae.use_slicing = True
     try:

@@ -21,7 +21,7 @@ from .settings import BenchmarkSettings
 
 logger = logging.getLogger(__name__)
 
-#: Folder of class pictures and of held-out pictures, within that of the run.
+#: Folder of class images and of held-out images, within that of the run.
 CLASS_FOLDER, HELD_OUT_FOLDER = "class_pictures", "held_out"
 
 
@@ -35,8 +35,8 @@ class Task:
         config: the trainer's options but for method and seed.
         examples: what is trained on.
         prompts: what is drawn.
-        texts: what CLIP compares the pictures with, one for each prompt.
-        real: pictures to compare with: of the subject, or the one of each caption.
+        texts: what CLIP compares the images with, one for each prompt.
+        real: images to compare with: of the subject, or the one of each caption.
         class_prompt: "" for a captioned set.
     """
 
@@ -51,7 +51,7 @@ class Task:
 
 
 def read_tasks(settings: BenchmarkSettings) -> list[Task]:
-    """Find all that is learned, and decode every picture once.
+    """Find all that is learned, and decode every image once.
 
     Raises:
         DataError: with all that is wrong with the files, of all subjects.
@@ -110,7 +110,7 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
 def _images_of(
     subject: Subject, config: TrainingConfig, root: Path
 ) -> tuple[list[Example], list[Example]]:
-    """The pictures to learn, and those to compare with, which may be the same.
+    """The images to learn, and those to compare with, which may be the same.
 
     Raises:
         DataError: with all that is wrong with both, each with its folder below ``root``.

@@ -338,7 +338,7 @@ def test_an_epoch_trains_on_every_image_in_its_own_shape(
     assert sizes == {taller: 2, wider: 1}
     assert {len(groups) for _, _, groups in seen} == {2}
     assert "14,20: 3 (+1 repeated in each epoch); 16,16: 1 (+1 repeated" in caplog.text
-    assert "class pictures by aspect-ratio bucket (height,width): 12,22: 1 (+1" in caplog.text
+    assert "class images by aspect-ratio bucket (height,width): 12,22: 1 (+1" in caplog.text
 
 
 def test_accumulation_and_processes_share_out_the_same_buckets(
@@ -438,7 +438,7 @@ def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
         run(**again, rank=8)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
         run(**again, max_train_steps=4)
-    with pytest.raises(ConfigError, match="also holds checkpoint-4, checkpoint-6"):
+    with pytest.raises(ConfigError, match="also contains checkpoint-4, checkpoint-6"):
         run(**{**again, "resume_from_checkpoint": "checkpoint-2"})
     (out / "checkpoint-6" / "optimizer.bin").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="checkpoint-6 cannot be resumed from"):
@@ -460,7 +460,7 @@ def test_changed_images_are_noticed_on_resume(
     options = {**data, "instance_prompt": "another", "resume_from_checkpoint": "latest"}
     with caplog.at_level(logging.WARNING, logger="gralora_diffusion"):
         run(output_dir=tmp_path / "out", max_train_steps=4, **options)
-    assert "will not end as an uninterrupted one" in caplog.text
+    assert "its result will differ from an uninterrupted" in caplog.text
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(data: dict[str, Any], tmp_path: Path) -> None:

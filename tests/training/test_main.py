@@ -71,12 +71,12 @@ WRONG: list[tuple[dict[str, Any], str]] = [
     ({"optimizer": "adamv"}, r"--optimizer is 'adamv'; it must be one of .*adamw"),
     ({"learning_rate": "fast"}, r"--learning_rate.*invalid float value: 'fast'"),
     ({"learing_rate": 1}, r"--learing_rate is not an option. Did you mean learning_rate"),
-    ({"resume_from_checkpoint": "checkpoint-7"}, r"checkpoint-7: no such checkpoint"),
+    ({"resume_from_checkpoint": "checkpoint-7"}, r"checkpoint-7, but there is no such checkpoint"),
     ({"resolution": 17}, r"--resolution is 17; it must be a multiple of 8"),
     ({"mixed_precision": "fp8"}, r"--mixed_precision.*invalid choice: 'fp8'"),
     ({"lr_scheduler": "cosinus"}, r"--lr_scheduler.*invalid choice: 'cosinus'"),
     ({"config": "none.yaml"}, r"none.yaml: --config cannot be read: No such file"),
-    ({"push_to_hub": True}, r"--push_to_hub: the repository out cannot be made"),
+    ({"push_to_hub": True}, r"--push_to_hub: the repository out cannot be created"),
 ]
 
 
@@ -153,7 +153,7 @@ def test_widths_that_k_does_not_divide_get_a_smaller_one(
     options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}
     done = run_script(**options)
     assert done.returncode == 0, done.stderr
-    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths ask for it: " in done.stderr
+    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths require: " in done.stderr
     pipe = stable_diffusion()
     pipe.load_gralora_weights(tmp_path / "out")
     for path, layer in pipe.unet.named_modules():

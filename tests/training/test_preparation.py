@@ -62,7 +62,7 @@ def test_what_differs_is_told_by_all(base: Path, images: Path, tmp_path: Path) -
         ({"output_dir": here / "both", **resume}, "BEGAN 3 0 2"),
         (
             {"output_dir": here / "one", **resume},
-            "the checkpoint to go on from is step 2 of hash ",
+            "the checkpoint to resume is step 2 of hash ",
         ),
         ({"instance_data_dir": here / "other"}, "the images and captions are 2 of hash "),
         ({"instance_data_dir": here / "only-there"}, "there is no such folder"),

@@ -1,4 +1,4 @@
-"""Image encoders that judge pictures, from the Hub or from a folder, through transformers.
+"""Image encoders that judge images, from the Hub or from a folder, through transformers.
 
 ``facebook/dino-vits16``, ``facebook/dinov2-base`` and ``openai/clip-vit-base-patch32`` are those
 of the published numbers; any model is taken that gives a class token, or projected embeddings.
@@ -34,7 +34,7 @@ from gralora_diffusion.training.checks.paths import model_problem
 
 logger = logging.getLogger(__name__)
 
-#: A picture, or the file that holds it.
+#: An image, or the file that holds it.
 ShownImage = str | Path | Image.Image
 
 #: How DINO was evaluated by its authors (``eval_knn.py`` of facebookresearch/dino), and how DINO
@@ -60,11 +60,11 @@ class Encoder:
 
     Args:
         model: with ``get_image_features`` (and ``get_text_features``), such as ``CLIPModel``; or
-            one whose first token stands for the picture, such as ``ViTModel`` or ``Dinov2Model``.
-        processor: makes its pixels of pictures.
+            one whose first token stands for the image, such as ``ViTModel`` or ``Dinov2Model``.
+        processor: makes its pixels of images.
         tokenizer: of its text encoder.
         preprocessing: arguments of the processor's call, in the place of its own settings.
-        batch_size: pictures or texts at a time.
+        batch_size: images or texts at a time.
     """
 
     def __init__(
@@ -96,17 +96,17 @@ class Encoder:
         return self
 
     def embed_images(self, images: Sequence[ShownImage], *, keep: bool = False) -> Tensor:
-        """Return the embeddings of pictures, (pictures, width), fp32 on the CPU, not normalized.
+        """Return the embeddings of images, (images, width), fp32 on the CPU, not normalized.
 
         CLIP: the projected embedding. Others: the class token of the last layer, after its norm.
 
         Args:
-            keep: remember the embeddings of files by their contents, for the real pictures that
+            keep: remember the embeddings of files by their contents, for the real images that
                 every method is compared with.
 
         Raises:
-            DataError: a file cannot be read as a picture; its name comes first.
-            ValueError: no pictures.
+            DataError: a file cannot be read as an image; its name comes first.
+            ValueError: no images.
         """
         keys = [_content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in images]
         rows = {n: self._kept[key] for n, key in enumerate(keys) if key in self._kept}
@@ -195,10 +195,10 @@ def load_encoder(
             model that reads text.
         preprocessing: "published": as its authors evaluate it, which is what the image processor
             beside it does, but for DINO of 224 pixels: its processor on the Hub squeezes the whole
-            picture into a square, so ``DINO_PREPROCESSING`` is taken. "shipped": always as the
+            image into a square, so ``DINO_PREPROCESSING`` is taken. "shipped": always as the
             processor beside it does.
 
-    Pictures are resized by Pillow, as they are in the published evaluations, also where torchvision
+    Images are resized by Pillow, as they are in the published evaluations, also where torchvision
     is installed, with which transformers would give pixels that differ in rounding. An odd
     remainder is cropped with the smaller half first; torchvision's own CenterCrop, of the published
     scripts, rounds half a pixel to the even one, so that it may begin a pixel later.
@@ -239,7 +239,7 @@ def load_encoder(
 
 
 def read_image_file(image: ShownImage) -> Image.Image:
-    """Return a picture as the trainer reads it, see :func:`.image_files.read_image`.
+    """Return an image as the trainer reads it, see :func:`.image_files.read_image`.
 
     Raises:
         DataError: it cannot be; for a file, its name comes first.

@@ -45,12 +45,12 @@ class TrialKey(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptResult:
-    """The pictures of one prompt.
+    """The images of one prompt.
 
     Attributes:
-        pictures: files, relative to the unit's folder and within it.
-        scores: means over these pictures.
-        real: the real picture that the prompt is the caption of, relative to the unit's folder or
+        images: files, relative to the unit's folder and within it.
+        scores: means over these images.
+        real: the real image that the prompt is the caption of, relative to the unit's folder or
             absolute; None where there is none.
     """
 

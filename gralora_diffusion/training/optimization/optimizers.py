@@ -1,7 +1,7 @@
 """Optimizers from their libraries, and the schedule of the learning rate.
 
-The training loop steps optimizer and schedule itself, once per optimizer step: steps here are
-optimizer steps, whatever the number of processes and the accumulation.
+The training loop steps optimizer and schedule itself, once per optimizer step. Steps here are
+therefore optimizer steps, whatever the number of processes and the accumulation.
 """
 
 from __future__ import annotations
@@ -31,20 +31,21 @@ def build_optimizer(
     *,
     world_size: int = 1,
 ) -> Optimizer:
-    """Make the optimizer of ``config``, ready for training steps.
+    """Return the optimizer of ``config``, ready for training steps.
 
     Its parameter groups are named ("name") denoiser and text_encoder; each has its own learning
     rate and weight decay. A group without trainable parameters is left out.
 
     Args:
         config: with learning rates and weight decay resolved, see ``TrainingConfig.with_defaults``.
-        denoiser_parameters: those that need no gradient are passed over.
+        denoiser_parameters: those without a gradient are ignored.
         text_encoder_parameters: the same.
         world_size: number of processes, for ``scale_lr``.
 
     Raises:
-        ValueError: nothing is to be trained, a learning rate is open, or the optimizer is unknown.
-        ImportError: the optimizer's library is not installed; says how to install it.
+        ValueError: there is nothing to train, a learning rate is not set, or the optimizer is
+            unknown.
+        ImportError: the optimizer's library is not installed. The error says how to install it.
     """
     batch = config.train_batch_size * config.gradient_accumulation_steps * world_size
     factor = batch if config.scale_lr else 1
@@ -63,14 +64,14 @@ def build_optimizer(
     for group in groups:
         if group["lr"] is None or group["weight_decay"] is None:
             raise ValueError(
-                f"learning rate and weight decay of the {group['name']} are still open. Take the "
-                "family's first: config.with_defaults(...)"
+                f"learning rate and weight decay of the {group['name']} are not set. Apply the "
+                "family's defaults first: config.with_defaults(...)"
             )
         group["lr"] *= factor
     betas = (config.adam_beta1, config.adam_beta2)
 
     if config.optimizer == "adamw":
-        # one kernel for the whole step: a third of the time on the CPU too
+        # one kernel for the whole step takes a third of the time, on the CPU too
         fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
         return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused or None)
     if config.optimizer == "adamw8bit":
@@ -87,8 +88,8 @@ def build_optimizer(
             safeguard_warmup=config.prodigy_safeguard_warmup,
         )
     elif config.optimizer == "adafactor":
-        # the learning rate is ours and is not scaled by the weights' size, for the adapter's
-        # second factor starts at zero
+        # the learning rate is not scaled by the weights' size, because the adapter's second factor
+        # starts at zero
         optimizer = Adafactor(groups, relative_step=False, scale_parameter=False, warmup_init=False)
     elif config.optimizer == "schedulefree":
         optimizer = _library("schedulefree").AdamWScheduleFree(
@@ -97,7 +98,7 @@ def build_optimizer(
         optimizer.train()
     else:
         known = ", ".join(OPTIMIZERS)
-        raise ValueError(f"optimizer {config.optimizer!r} is unknown; there are: {known}")
+        raise ValueError(f"optimizer {config.optimizer!r} is unknown; it must be one of {known}")
     assert isinstance(optimizer, Optimizer)
     return optimizer
 
@@ -105,7 +106,7 @@ def build_optimizer(
 def build_lr_scheduler(
     config: TrainingConfig, optimizer: Optimizer, max_train_steps: int
 ) -> LRScheduler | None:
-    """Make diffusers' schedule of ``config``; None for schedule-free, which needs none.
+    """Return diffusers' schedule of ``config``, or None for schedule-free, which needs none.
 
     Step it once after each optimizer step. Do not give it to ``accelerator.prepare``, which would
     step it once per process.
@@ -113,7 +114,7 @@ def build_lr_scheduler(
     Args:
         config: ``lr_warmup_steps`` are optimizer steps.
         optimizer: from :func:`build_optimizer`.
-        max_train_steps: optimizer steps of the whole run, also of a resumed one.
+        max_train_steps: optimizer steps of the whole run, even if it is resumed.
     """
     if config.optimizer == "schedulefree":
         return None
@@ -131,11 +132,11 @@ def build_lr_scheduler(
 
 @contextmanager
 def evaluating(optimizer: Any) -> Iterator[None]:
-    """Have the weights to use within the block: for validation and for saving the adapter.
+    """Switch to the weights for validation and for saving the adapter inside.
 
-    Afterwards the training weights are back bit for bit, which schedule-free's own way back would
-    round, so that a validation never changes what is learned. Only schedule-free tells the two
-    apart. ``optimizer`` may be accelerate's wrapper.
+    Afterwards the training weights are restored bit for bit, so that a validation never changes the
+    training; schedule-free's own way back would round them. Only schedule-free distinguishes the
+    two. ``optimizer`` may be accelerate's wrapper.
     """
     if not optimizer.param_groups[0].get("train_mode"):
         yield
@@ -177,12 +178,12 @@ def optimizer_state_bytes(
     text_encoders: Sequence[tuple[str, Tensor]],
     device: torch.device,
 ) -> int:
-    """Bytes of the optimizer's state after its first step, for these (name, parameter).
+    """Return the bytes of the optimizer's state after its first step for these (name, parameter).
 
-    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
-    what is kept for a parameter from what is shared by all.
+    The real optimizer makes a step on two stand-ins for each shape. Two of them show which tensors
+    are kept for each parameter and which are shared by all.
     """
-    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
+    # factors that start at zero are told apart, since Prodigy stores no initial values for them
     groups = [
         Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
         for group in (denoiser, text_encoders)
@@ -193,7 +194,9 @@ def optimizer_state_bytes(
     optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
     optimizer.step()
     holders: Counter[int] = Counter()
-    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
+    kept: list[
+        tuple[int, list[Tensor]]
+    ] = []  # how many parameters a stand-in represents, its state
     for counts, group in zip(groups, stand_ins, strict=True):
         for kind, parameter in group:
             tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]

@@ -526,9 +526,12 @@ BASE = "--pretrained_model_name_or_path"
         ),
         (
             "--resume_from_checkpoint checkpoint-7 --output_dir done",
-            "no such checkpoint. In done: checkpoint-90, checkpoint-100. Give one of them",
+            "no such checkpoint. Checkpoints in done: checkpoint-90, checkpoint-100. Give one of",
         ),
-        ("--resume_from_checkpoint elsewhere/checkpoint-7", "no such checkpoint. In gralora-"),
+        (
+            "--resume_from_checkpoint elsewhere/checkpoint-7",
+            "no such checkpoint. Checkpoints in gralora-",
+        ),
         (
             "--output_dir done",
             "--output_dir is 'done', which contains checkpoint-100 of an earlier run",
