@@ -1,4 +1,4 @@
-"""One unit: a method put on the base, trained, drawn with, judged, and taken off again."""
+"""One trial: a method is attached to the base, trained, sampled, evaluated and detached."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
 
 IMAGES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
-#: Units of different seeds draw from different noise, those of a seed from the same.
+#: Trials with different seeds sample from different noise, those with one seed from the same.
 _NOISES_PER_SEED = 10_000
 
 #: The files of each prompt.
@@ -59,14 +59,14 @@ Generated = list[list[Path]]
 
 
 class Runner:
-    """What all units of a process share: the base, bare between them, and the encoders.
+    """Runs the trials of a process, which share the encoders and the base, bare between trials.
 
     Raises:
         ConfigError: the base or an encoder cannot be loaded.
     """
 
     def __init__(self, settings: BenchmarkSettings, config: TrainingConfig) -> None:
-        """``config``: the trainer's options of any unit."""
+        """``config``: the trainer's options of any trial."""
         self.settings = settings
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -79,17 +79,18 @@ class Runner:
     def run(
         self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
     ) -> TrialResult:
-        """Do a unit; its images and adapter are in ``folder`` afterwards.
+        """Run a trial; its images and adapter are in ``folder`` afterwards.
 
-        The base is as before, whatever happens.
+        The base is the same afterwards, even after an error.
 
         Args:
-            folder: without any of them.
-            home: where they will be moved, if they will; paths in the result are from there.
+            folder: does not contain images or an adapter yet.
+            home: folder to which they will be moved, if any; paths in the result are relative to
+                it.
 
         Raises:
             ConfigError: the method does not fit the base.
-            TrainingDiverged: the loss is no number any more.
+            TrainingDiverged: the loss is no longer a number.
         """
         config = method.configured(replace(task.config, seed=seed))
         config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
@@ -102,7 +103,7 @@ class Runner:
                 drawn = self._draw(self._wanted(task), config, folder / IMAGES)
                 seconds = time.perf_counter() - began
         finally:
-            # a new one, for it keeps the schedule, its optimizer, the average and fp16's scale
+            # a new one, because the old one keeps schedule, optimizer, average and fp16's scale
             self.accelerator.free_memory()
             self.accelerator = make_accelerator(config)
             free_memory()
@@ -131,7 +132,7 @@ class Runner:
         folder: Path,
         use: ExitStack,
     ) -> dict[str, Any]:
-        """Train; in ``use`` the weights are those to draw with. Returns what there is to tell."""
+        """Train, and give the models the weights for inference in ``use``; return the facts."""
         if method.kind == "base":
             nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
             return {**nothing, "peak_memory_gib": None}
@@ -175,9 +176,9 @@ class Runner:
         }
 
     def _watched_layers(self, config: TrainingConfig) -> list[str]:
-        """Paths in the bare denoiser of what every method but full fine-tuning adapts.
+        """Return paths in the bare denoiser of the layers that all methods but ``full`` adapt.
 
-        Not looked for if no mechanism is logged.
+        Returns none if no mechanism is logged.
         """
         if self.settings.mechanism_steps is None:
             return []
@@ -198,7 +199,7 @@ class Runner:
     # -- images ----------------------------------------------------------------------------------
 
     def _wanted(self, task: Task) -> dict[str, tuple[tuple[str, ...], int]]:
-        """What is drawn: the beginning of the files' names -> prompts, images of each."""
+        """Return what to generate: prefix of the files' names -> prompts, images per prompt."""
         settings, protocols = self.settings, self.settings.protocols or ()
         wanted = {"": (task.prompts, settings.images_per_prompt)}
         if "drift" in protocols:
@@ -210,7 +211,7 @@ class Runner:
     def _draw(
         self, wanted: dict[str, tuple[tuple[str, ...], int]], config: TrainingConfig, folder: Path
     ) -> dict[str, Generated]:
-        """Draw into ``folder`` what is not there yet; return the files of each prompt."""
+        """Generate the missing images into ``folder``; return the files of each prompt."""
         files = {
             kind: [
                 [folder / f"{kind}{row:03d}_{column}.png" for column in range(count)]
@@ -247,7 +248,7 @@ class Runner:
         return files
 
     def _images_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Generated]:
-        """What the base draws where an adapter should change nothing: drawn once for each seed."""
+        """Generate the base's images for comparison with an adapter's, once for each seed."""
         folder = self.settings.folder / BASE_FOLDER / f"seed{config.seed}"
         wanted = self._wanted(task)
         found: dict[str, Generated] = {}
@@ -268,7 +269,7 @@ class Runner:
         folder: Path,
         home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
-        """Score the images; the scores of the unit, and those of each prompt."""
+        """Score the images; return the scores of the trial and those of each prompt."""
         encoders, wanted = self.encoders, self._wanted(task)
         if task.protocol == "captioned":
             scores = {"": score_captioned(encoders, drawn[""], task.texts, task.real)}
@@ -321,7 +322,7 @@ def _load_encoders(
 
 
 def _after_divergence(method: Method, config: TrainingConfig) -> str:
-    """What to do, by the options of the benchmark rather than the trainer's."""
+    """Return advice that names the benchmark's options instead of the trainer's."""
     plain = replace(method, learning_rate="").name
     text = f"Give --methods {plain}-lr<rate> with a lower rate (it is {config.learning_rate:g})"
     if config.mixed_precision == "fp16":
@@ -330,7 +331,7 @@ def _after_divergence(method: Method, config: TrainingConfig) -> str:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether an image is there and can be read: what a broken disk left is drawn again."""
+    """Return whether an image exists and can be read; damaged ones are generated again."""
     if not file.exists():
         return False
     try:
@@ -342,7 +343,7 @@ def _is_whole(file: Path) -> bool:
 
 @contextmanager
 def _decoding_one_by_one(vae: Any) -> Iterator[None]:
-    """At 1024 pixels, to decode four images at once takes more memory than all else."""
+    """Decode images one by one: at 1024 pixels, four at once take more memory than all else."""
     before = vae.use_slicing
     vae.use_slicing = True
     try:

@@ -486,10 +486,10 @@ def test_watching_again_starts_anew() -> None:
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("nowhere", "the model has none of this path"),
-        ("norm", "a GroupNorm; only Linear"),
-        ("grouped", "a Conv2d; only Linear, and Conv2d with groups=1"),
-        ("frozen", "none of its parameters is trained; put a method on it first"),
+        ("nowhere", "the model has no layer at this path"),
+        ("norm", "it is a GroupNorm; only Linear"),
+        ("grouped", "it is a Conv2d; only Linear, and Conv2d with groups=1"),
+        ("frozen", "none of its parameters is trained; attach a method first"),
     ],
 )
 def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
@@ -500,7 +500,7 @@ def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
             "frozen": nn.Linear(4, 4).requires_grad_(False),
         }
     )
-    with pytest.raises(ValueError, match=f"cannot take the layer '{path}': {why}"):
+    with pytest.raises(ValueError, match=f"does not support layer '{path}': {why}"):
         DiagnosticsLog(model, [path], 2, steps=[1])
 
 
