@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Teach the bundled base a subject that it has never seen, on the CPU, and show the result.
-# All output goes to outputs/demo, or to the folder given as the first argument.
+# Teach the bundled base a subject it has never seen, on the CPU, and show what came of it.
+# Everything it makes lies in outputs/demo, or in the folder given as the first argument.
 set -euo pipefail
 output="${1:-}"
 case "$output" in
     "") output="outputs/demo" ;;
     /*) ;;
-    *) output="$PWD/$output" ;; # relative to the caller's folder
+    *) output="$PWD/$output" ;; # from where the caller is
 esac
 cd "$(dirname "$0")/.."
 . .ci/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
-# one thread is nearly as fast as two on such a small model, and leaves the other core free
+# on a model this small one thread does nearly what two do, and nothing beside it slows it down
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 accelerate launch --num_processes 1 --cpu --mixed_precision no --dynamo_backend no --num_machines 1 \
