@@ -67,10 +67,10 @@ class GenerationOptions:
 
     images_per_prompt: Annotated[int, Limits(at_least=1)] = option(4, "Number of images per prompt")
     max_prompts: Annotated[int | None, Limits(at_least=1)] = option(
-        None, "Use only the first so many prompts of each subject (default: all)"
+        None, "Maximum number of prompts per subject; the first ones are used (default: all)"
     )
     drift_prompts: list[str] | None = option(
-        None, "Prompts unrelated to what is trained (default: twelve built-in prompts)"
+        None, "Prompts unrelated to the training (default: twelve built-in prompts)"
     )
     drift_images: Annotated[int, Limits(at_least=1)] = option(
         2, "Number of images per unrelated prompt"

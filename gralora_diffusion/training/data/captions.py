@@ -89,12 +89,12 @@ def read_metadata(
         column: of the caption; None for the first of ``CAPTION_COLUMNS`` that a line has.
         problems: problems are appended to it.
     """
-    existing_models = sorted(name for name in names if name.lower() in METADATA_NAMES)
-    if len(existing_models) > 1:
-        problems.append(f"{' and '.join(existing_models)} both list images. Keep one of them")
-    if len(existing_models) != 1:
+    listings = sorted(name for name in names if name.lower() in METADATA_NAMES)
+    if len(listings) > 1:
+        problems.append(f"{' and '.join(listings)} both list images. Keep one of them")
+    if len(listings) != 1:
         return {}
-    (name,) = existing_models
+    (name,) = listings
     try:
         data = read_regular(folder / name, _MAX_METADATA)
         entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))

@@ -71,7 +71,7 @@ def find_dataset_examples(
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
-    except Exception as error:  # datasets raises whatever it meets in what is damaged
+    except Exception as error:  # datasets may raise anything for damaged data
         problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
         raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):

@@ -250,12 +250,12 @@ def _find_in(
 def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
     """Return unlisted images in sub-folders of which other images are listed."""
     parents = {Path(name).parent for name in names} - {Path()}
-    existing_models = {
+    there = {
         (parent / name).as_posix()
         for parent in parents
         for name in folder_images(path.name for path in (folder / parent).iterdir()).images
     }
-    return sorted(existing_models.difference(names))
+    return sorted(there.difference(names))
 
 
 def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> dict[str, list[str]]:

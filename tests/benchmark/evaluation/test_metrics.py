@@ -216,7 +216,7 @@ def test_real_images_are_embedded_once(dinov2, drawn, real, monkeypatch):
 
 
 def test_refused(encoders, drawn, real):
-    with pytest.raises(ValueError, match="pictures of 2 prompts, but 1 prompts"):
+    with pytest.raises(ValueError, match="images of 2 prompts, but 1 prompts"):
         score_subject(encoders, [drawn, drawn], ["a dog"], real)
     with pytest.raises(ValueError, match="a prompt has none"):
         score_subject(encoders, [drawn, []], ["a dog", "a cat"], real)

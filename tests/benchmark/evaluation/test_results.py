@@ -71,7 +71,7 @@ def test_a_folder_that_was_copied_does_not_count_twice(tmp_path):
     shutil.copytree(tmp_path / KEY.path, tmp_path / replace_key(seed=4).path)
     results, unreadable = read_results(tmp_path)
     assert [r.key for r in results] == [KEY]
-    assert "another unit" in unreadable[0].reason
+    assert "another trial" in unreadable[0].reason
 
 
 def test_bytes_that_are_no_text_and_folders_in_place_of_the_file(tmp_path):
