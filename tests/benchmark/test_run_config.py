@@ -196,7 +196,7 @@ def test_a_folder_of_a_training(tmp_path):
     settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
     (tmp_path / CONFIG_NAME).touch()
     for refused in (check_same_run, save_run_config):
-        with pytest.raises(ConfigError, match=r"is of a training \(training_config\.yaml\)"):
+        with pytest.raises(ConfigError, match=r"belongs to a training \(training_config\.yaml\)"):
             refused(settings)
     assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
 

@@ -46,7 +46,10 @@ def test_every_option_of_the_trainer_is_there_or_explained():
         ("--protocols captioned", ["needs one of --captioned_dir and"]),
         ("--captioned_dir x --protocols subject", ["need --protocols captioned instead"]),
         ("--methods full --quantization torchao-int8", ["full, which cannot train the weights"]),
-        ("--methods lora-r4-lr1e-3 lora-r4-lr0.001", ["lora-r4-lr1e-3 and lora-r4-lr0.001, the"]),
+        (
+            "--methods lora-r4-lr1e-3 lora-r4-lr0.001",
+            ["lora-r4-lr1e-3 and lora-r4-lr0.001, which are the"],
+        ),
         (
             "--captioned_dir x --with_prior_preservation",
             ["--with_prior_preservation needs --protocols subject"],

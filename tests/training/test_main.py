@@ -186,7 +186,11 @@ def test_a_folder_of_another(
         text = error_of(capsys, 2, **options)
         assert sorted(folder.iterdir()) == before
     name = "--class_data_dir" if holder == "class" else "--output_dir"
-    why = "is of a benchmark (benchmark.yaml)" if holder == "benchmark" else "is in use by process"
+    why = (
+        "belongs to a benchmark (benchmark.yaml)"
+        if holder == "benchmark"
+        else "is in use by process"
+    )
     assert f"{name} '{folder}' {why}" in text
     assert len(list(folder.iterdir())) == 1
     assert folder.name == "out" or not (tmp_path / "out").exists()

@@ -36,7 +36,9 @@ def own_folder(config: TrainingConfig, held: ExitStack) -> None:
     folder, told = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
     held.enter_context(owned(folder, told))
     if (folder / BENCHMARK_NAME).exists():
-        raise ConfigError([f"{told} is of a benchmark ({BENCHMARK_NAME}). Give another folder"])
+        raise ConfigError(
+            [f"{told} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
+        )
 
 
 def make_repository(config: TrainingConfig) -> None:

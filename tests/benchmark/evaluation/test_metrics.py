@@ -220,7 +220,7 @@ def test_refused(encoders, drawn, real):
         score_subject(encoders, [drawn, drawn], ["a dog"], real)
     with pytest.raises(ValueError, match="a prompt has none"):
         score_subject(encoders, [drawn, []], ["a dog", "a cat"], real)
-    with pytest.raises(ValueError, match="pictures of 1 prompts, but 3 real pictures"):
+    with pytest.raises(ValueError, match="images of 1 prompts, but 3 real images"):
         score_captioned(encoders, [drawn], ["a dog"], real)
     with pytest.raises(ValueError, match="numbers of images per prompt differ"):
         score_drift(encoders, [drawn[:2], drawn[2:]], [drawn[:3], drawn[3:]])

@@ -242,8 +242,8 @@ def test_two_metadata_files_are_refused(folder):
         ("a\0b.png", "does not exist"),
         ("x" * 5000, "does not exist"),
         ("\ud800.png", "does not exist"),
-        ("sub", "no file"),
-        ("pipe.png", "no file"),
+        ("sub", "which is not a file"),
+        ("pipe.png", "which is not a file"),
         ("out/1.png", "a link in its path leads out of it"),
     ],
 )

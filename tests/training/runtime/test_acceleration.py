@@ -48,7 +48,7 @@ def test_nothing_frozen_is_sent_round() -> None:
         ("ACCELERATE_USE_FSDP", "true", "set to FSDP, which shards"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "set to Megatron-LM, which shards"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "set to a parallelism config, which shards"),
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "set to mixed precision fp8; give"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "set to mixed precision fp8, which is not supported"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16, which needs a GPU"),
         (
             "ACCELERATE_DYNAMO_BACKEND",
