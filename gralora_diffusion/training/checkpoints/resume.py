@@ -13,6 +13,7 @@ from torch import nn
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.options.fields import Fixed, options_with
+from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .store import CheckpointStore
@@ -22,23 +23,24 @@ PROGRESS_NAME = "progress.json"
 _SAMPLE = 16
 
 
-def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
+def find_checkpoint(options: OutputOptions, store: CheckpointStore) -> tuple[int, Path] | None:
     """Return (step, path) of the checkpoint to go on from, if there is one.
 
     Raises:
         ConfigError: later ones are in the output folder.
         CheckpointError: it does not exist.
     """
-    if not config.resume_from_checkpoint:
+    if not options.resume_from_checkpoint:
         return None
-    found = store.find(config.resume_from_checkpoint)
+    found = store.find(options.resume_from_checkpoint)
     later = [path.name for step, path in store.list() if found and step > found[0]]
     if found and later:
         raise ConfigError(
             [
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
-                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
-                "away, or give another --output_dir and the checkpoint's path"
+                f"--resume_from_checkpoint {options.resume_from_checkpoint}: "
+                f"{options.output_dir!r} also holds {', '.join(later)}, and two runs would mix "
+                "there. Move what is later away, or give another --output_dir and the checkpoint's "
+                "path"
             ]
         )
     return found

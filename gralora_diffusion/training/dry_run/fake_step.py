@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.data_module import crop_plan, encode_images
@@ -114,21 +115,32 @@ class FakeData:
         return torch.empty(count, 3, *self.image_size)
 
 
-def fake_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
-    """The objective of the run, to be made before fake tensors are: it looks into its tables.
+class FakeObjective(Objective):
+    """The objective of the run; of the noise and timesteps that it draws, only the shapes count.
 
-    For the same reason it draws real numbers, of which the shapes are passed on.
+    It looks values up in its tables, so make it before the tensors are fake. For the same reason it
+    draws real numbers.
     """
-    objective = make_objective(config, family, pipe)
-    draw = objective.draw
 
-    def shapes_of_draws(seed: int, positions: Sequence[int], shape: torch.Size) -> Any:
+    def __init__(self, options: LossOptions, family: ModelFamily, pipe: Any) -> None:
+        self.real = make_objective(options, family, pipe)
+
+    def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         with unset_fake_temporarily():
-            drawn = draw(seed, positions, shape)
-        return tuple(torch.empty(part.shape, dtype=part.dtype) for part in drawn)
+            noise, timesteps = self.real.draw(seed, positions, shape)
+        return (
+            torch.empty(noise.shape, dtype=noise.dtype),
+            torch.empty(timesteps.shape, dtype=timesteps.dtype),
+        )
 
-    objective.draw = shapes_of_draws  # type: ignore[method-assign]
-    return objective
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.real.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.real.target(latents, noise, timesteps)
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        return self.real.weights(timesteps)
 
 
 def measure_step(
@@ -144,8 +156,8 @@ def measure_step(
     step = DenoisingStep(pipe, family, objective, trained, config.encoding)
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
-    imagined = replace(config, class_prompt=_PROMPT)
-    rows_of = BatchBuilder(step, data, imagined, accelerator.device, dtype)
+    fake_config = replace(config, class_prompt=_PROMPT)
+    builder = BatchBuilder(step, data, fake_config, accelerator.device, dtype)
     with_classes = config.with_prior_preservation and config.prior_source == "images"
     meter = _meter(pipe, accelerator.device)
     for parameter in step.parameters():
@@ -154,12 +166,12 @@ def measure_step(
     # from the second pass on, the gradients of the first are there
     for _ in range(min(2, config.gradient_accumulation_steps)):
         with meter:
-            rows = rows_of.rows(data.batch(), data.batch() if with_classes else None)
+            batches = builder.build(data.batch(), data.batch() if with_classes else None)
             with accelerator.autocast():
-                losses = step(rows)
-            loss = mean_loss(losses, rows)
+                losses = step(batches)
+            loss = mean_loss(losses, batches)
             loss.backward()
-            del rows, losses, loss
+            del batches, losses, loss
     return meter.peak - meter.noted_at_peak, meter.noted_at_peak
 
 

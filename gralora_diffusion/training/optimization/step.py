@@ -33,7 +33,7 @@ class TrainingDiverged(RuntimeError):
         return " ".join(self.args)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DenoisingBatch:
     """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""
 
@@ -52,14 +52,14 @@ class DenoisingBatch:
         if self.encoded is not None and other.encoded is not None:
             encoded = _joined(self.encoded, other.encoded)
         return DenoisingBatch(
-            torch.cat([self.noisy_latents, other.noisy_latents]),
-            torch.cat([self.timesteps, other.timesteps]),
-            torch.cat([self.target, other.target]),
-            self.prompts + other.prompts,
-            _joined(self.images, other.images),
-            encoded,
-            torch.cat([self.weights, other.weights]),
-            self.instances,
+            noisy_latents=torch.cat([self.noisy_latents, other.noisy_latents]),
+            timesteps=torch.cat([self.timesteps, other.timesteps]),
+            target=torch.cat([self.target, other.target]),
+            prompts=self.prompts + other.prompts,
+            images=_joined(self.images, other.images),
+            encoded=encoded,
+            weights=torch.cat([self.weights, other.weights]),
+            instances=self.instances,
         )
 
 
@@ -146,7 +146,7 @@ class Encodings(Protocol):
 
 
 class BatchBuilder:
-    """Turns collated samples into :class:`Rows` on the device.
+    """Turns collated samples into :class:`DenoisingBatch` objects on the device.
 
     Args:
         step: the unwrapped :class:`DenoisingStep`.
@@ -166,12 +166,12 @@ class BatchBuilder:
         self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
 
-    def rows(
+    def build(
         self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
     ) -> list[DenoisingBatch]:
-        """Make the rows of a batch, with the prior's rows if there is a prior.
+        """Build the batch of these samples, with the prior's rows if there is a prior.
 
-        They are one group, or two if the class pictures have another shape.
+        There are two batches if the class images have another shape.
         """
         rows = self._rows(instance, self.seed, 1.0)
         if self.data.teacher is not None:
@@ -199,14 +199,14 @@ class BatchBuilder:
         noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
         return DenoisingBatch(
-            objective.add_noise(latents, noise, timesteps).to(self.dtype),
-            timesteps,
-            objective.target(latents, noise, timesteps),
-            list(batch["prompts"]),
-            self._images(batch),
-            self._encoded(batch["prompts"]),
-            torch.full((count,), weight, device=self.device),
-            count,
+            noisy_latents=objective.add_noise(latents, noise, timesteps).to(self.dtype),
+            timesteps=timesteps,
+            target=objective.target(latents, noise, timesteps),
+            prompts=list(batch["prompts"]),
+            images=self._images(batch),
+            encoded=self._encoded(batch["prompts"]),
+            weights=torch.full((count,), weight, device=self.device),
+            instances=count,
         )
 
     def _posterior(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -246,6 +246,13 @@ class BatchBuilder:
         with adapters_disabled(*models), self.data.accelerator.autocast():
             target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **images})
         prompts = [self.class_prompt] * count
-        weights = torch.full((count,), self.prior_weight, device=self.device)
-        encoded = self._encoded(prompts)
-        return DenoisingBatch(noisy, timesteps, target, prompts, images, encoded, weights, count)
+        return DenoisingBatch(
+            noisy_latents=noisy,
+            timesteps=timesteps,
+            target=target,
+            prompts=prompts,
+            images=images,
+            encoded=self._encoded(prompts),
+            weights=torch.full((count,), self.prior_weight, device=self.device),
+            instances=count,
+        )

@@ -24,6 +24,9 @@ _MOST_BYTES = 1 << 28
 class MetricsFile:
     """One JSON object per optimizer step, appended as training goes.
 
+    What depends on the machine and the moment is under "performance"; the rest is the same for the
+    same options. Rows of earlier versions have neither "grad_norm" nor "performance".
+
     Args:
         folder: output folder.
         first_step: steps already done; later lines are of a run that was killed and go.
@@ -43,7 +46,7 @@ class MetricsFile:
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it has a "step"."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
         """Return the rows; a half-written last line is passed over, and so is a damaged one.

@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.config.options import LengthOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -102,14 +103,15 @@ def _not_shared(kind: str) -> str:
 
 
 class PeakMemory:
-    """The most bytes that tensors held on a CUDA device at once, of the times it was entered.
+    """The most memory that tensors held on a CUDA device while this was entered.
 
-    The CPU has no such counter: there it is None.
+    Attributes:
+        gib: in GiB; None before that, and on the CPU, which has no such counter.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bytes: int | None = None
+        self.gib: float | None = None
 
     def __enter__(self) -> None:
         if self.device.type == "cuda":
@@ -117,7 +119,8 @@ class PeakMemory:
 
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
-            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.gib = max(self.gib or 0.0, peak)
 
 
 def device_name(device: torch.device) -> str:
@@ -125,15 +128,15 @@ def device_name(device: torch.device) -> str:
 
 
 def enable_memory_savings(
-    config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
+    options: LengthOptions, denoiser: Any, trained: Iterable[Any], device: torch.device
 ) -> None:
-    """Set up what ``config`` asks for to spare memory and time; ``trained`` are all models."""
-    if config.gradient_checkpointing:
+    """Set up what the options ask for to spare memory and time; ``trained`` are all models."""
+    if options.gradient_checkpointing:
         for model in trained:
             checkpoint_gradients(model)
-    if config.enable_xformers_memory_efficient_attention:
+    if options.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
-    if config.torch_compile:
+    if options.torch_compile:
         if problem := compiler_problem(device):
             logger.warning("--torch_compile: goes on without compiling. %s", problem)
         else:
