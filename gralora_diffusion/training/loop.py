@@ -136,8 +136,8 @@ def _print_plan(config: TrainingConfig, accelerator: Accelerator) -> None:
 class Trainer:
     """A run in stages: ``set_up``, perhaps ``resume``, ``train``, ``save``, ``clean_up``.
 
-    To make an object takes no time and no memory; ``set_up`` does. ``steps`` is the part of
-    ``train`` that writes no files.
+    Construction is cheap: ``set_up`` loads the base. ``steps`` is the part of ``train`` that writes
+    no files of its own.
 
     Args:
         initial: values that the adapter starts from, in place of random ones.
