@@ -33,10 +33,7 @@ from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_class_images
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.optimization.adapters import (
-    adapter_configs,
-    trained_components,
-)
+from gralora_diffusion.training.optimization.adapters import adapter_configs, trained_components
 from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
