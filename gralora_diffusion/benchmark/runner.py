@@ -5,9 +5,8 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,7 @@ from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_class_images
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.optimization.adapters import (
-    adapter_configs,
-    inference_weights,
-    trained_components,
-)
+from gralora_diffusion.training.optimization.adapters import adapter_configs, trained_components
 from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
@@ -97,11 +92,8 @@ class Runner:
         components = trained_components(config, self.family)
         unmoved = self._images_of_the_base(task, config)
         try:
-            with bare_afterwards(self.pipe, components, method), ExitStack() as use:
-                facts = self._train(task, method, config, folder, use)
-                began = time.perf_counter()
-                drawn = self._draw(self._wanted(task), config, folder / IMAGES)
-                seconds = time.perf_counter() - began
+            with bare_afterwards(self.pipe, components, method):
+                facts, drawn = self._train_and_draw(task, method, config, folder)
         finally:
             # a new one, because the old one keeps schedule, optimizer, average and fp16's scale
             self.accelerator.free_memory()
@@ -115,7 +107,6 @@ class Runner:
             method.name,
             seed,
             update_rank=method.update_rank,
-            generation_seconds=seconds,
             scores=scores,
             prompts=prompts,
             settings=effective_settings(self.settings, method, config, self.pipe, self.device),
@@ -124,18 +115,28 @@ class Runner:
             **facts,
         )
 
-    def _train(
-        self,
-        task: Task,
-        method: Method,
-        config: TrainingConfig,
-        folder: Path,
-        use: ExitStack,
-    ) -> dict[str, Any]:
-        """Train, and give the models the weights for inference in ``use``; return the facts."""
+    def _train_and_draw(
+        self, task: Task, method: Method, config: TrainingConfig, folder: Path
+    ) -> tuple[dict[str, Any], dict[str, Generated]]:
+        """Return fields of the result, and the files of the trained weights' images."""
         if method.kind == "base":
-            nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
-            return {**nothing, "peak_memory_gib": None}
+            trainer = None
+            facts = {"parameters": 0, "steps": 0, "train_seconds": 0.0, "peak_memory_gib": None}
+        else:
+            trainer, facts = self._train(task, method, config, folder)
+        with nullcontext() if trainer is None else trainer.inference_weights():
+            if trainer is not None and self.settings.keep_adapters and method.kind != "full":
+                folder.joinpath(ADAPTER).mkdir(parents=True)
+                method.save(self.pipe, self.family, trainer.components, folder / ADAPTER)
+            began = time.perf_counter()
+            drawn = self._draw(self._wanted(task), config, folder / IMAGES)
+            facts["generation_seconds"] = time.perf_counter() - began
+        return facts, drawn
+
+    def _train(
+        self, task: Task, method: Method, config: TrainingConfig, folder: Path
+    ) -> tuple[Trainer, dict[str, Any]]:
+        """Train; return the trainer at its end, and fields of the result."""
         share_class_images(config, self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._watched_layers(config)
@@ -149,28 +150,25 @@ class Runner:
             pipe=self.pipe,
             attach=method.attach,
         )
-        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.state.components])
+        trainer.set_up()
+        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.components])
         log = self._mechanism_log(layers, trainer.max_steps)
-        in_use = partial(inference_weights, trainer.parameters, trainer.optimizer, trainer.ema)
-        with ExitStack() as stack:
-            if log is not None:
-                stack.enter_context(log.watch(trainer.optimizer, in_use))
+        watched = (
+            nullcontext()
+            if log is None
+            else log.watch(trainer.optimizer, trainer.inference_weights)
+        )
+        with watched, closing(trainer.steps(progress=False)) as steps:
             try:
-                for _ in stack.enter_context(closing(trainer.steps(progress=False))):
+                for _ in steps:
                     pass
             except TrainingDiverged as error:
                 raise TrainingDiverged(error.args[0], _after_divergence(method, config)) from None
-        seconds = time.perf_counter() - began
-        use.enter_context(in_use())
-        if self.settings.keep_adapters and method.kind != "full":
-            folder.joinpath(ADAPTER).mkdir(parents=True)
-            method.save(self.pipe, self.family, trainer.state.components, folder / ADAPTER)
-        peak = trainer.memory.bytes
-        return {
+        return trainer, {
             "parameters": sum(p.numel() for p in trainer.parameters),
             "steps": trainer.state.step,
-            "train_seconds": seconds,
-            "peak_memory_gib": None if peak is None else peak / 2**30,
+            "train_seconds": time.perf_counter() - began,
+            "peak_memory_gib": trainer.memory.gib,
             "mechanism": None if log is None else log.result(),
             **told,
         }
@@ -222,10 +220,11 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         encoders = existing_models(self.pipe, self.family.all_text_encoders)
         limit = self.family.max_sequence_length and config.max_sequence_length
-        with ExitStack() as stack:
-            stack.enter_context(self.accelerator.autocast())
-            stack.enter_context(encoding_apart(self.pipe, encoders, self.device))
-            stack.enter_context(_decoding_one_by_one(self.pipe.vae))
+        with (
+            self.accelerator.autocast(),
+            encoding_apart(self.pipe, encoders, self.device),
+            _decoding_one_by_one(self.pipe.vae),
+        ):
             for kind, (prompts, count) in wanted.items():
                 if all(_is_whole(file) for row in files[kind] for file in row):
                     continue

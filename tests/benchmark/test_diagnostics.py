@@ -372,6 +372,7 @@ def test_the_trainer_with_accumulation(tmp_path: Path) -> None:
             *(chosen, get_family("stable-diffusion"), find_images(chosen), []),
             *(make_accelerator(chosen), CheckpointStore(chosen.output_dir, None)),
         )
+        trainer.set_up()
         model = trainer.pipe.unet
         paths = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         log = DiagnosticsLog(model, paths, 4, steps=range(2, 100))

@@ -106,17 +106,17 @@ def test_the_next_rows_are_made_before_the_loss_is_waited_for(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    make, read = BatchBuilder.rows, Trainer._checked
+    make, read = BatchBuilder.build, Trainer._checked
 
     def rows(self: BatchBuilder, *batch: Any) -> Any:
         events.append("rows")
         return make(self, *batch)
 
-    def checked(self: Trainer, *values: Any) -> float:
+    def checked(self: Trainer, *values: Any) -> tuple[float, float]:
         events.append("loss")
         return read(self, *values)
 
-    monkeypatch.setattr(BatchBuilder, "rows", rows)
+    monkeypatch.setattr(BatchBuilder, "build", rows)
     monkeypatch.setattr(Trainer, "_checked", checked)
     run(output_dir=tmp_path / "a", max_train_steps=3, **data)
     assert events == ["rows", "rows", "loss", "rows", "loss", "loss"]
@@ -197,13 +197,13 @@ def test_bf16_keeps_adapter_and_vae_in_fp32_and_the_base_as_it_was(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    original = Trainer.run
+    original = Trainer.train
 
     def watched(self: Trainer) -> None:
         seen["pipe"], seen["before"] = self.pipe, frozen(self.pipe)
         original(self)
 
-    monkeypatch.setattr(Trainer, "run", watched)
+    monkeypatch.setattr(Trainer, "train", watched)
     run(
         output_dir=tmp_path / "out",
         mixed_precision="bf16",
@@ -312,14 +312,14 @@ def test_an_epoch_trains_on_every_image_in_its_own_shape(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen: list[tuple[Any, Any, list[Any]]] = []
-    original = BatchBuilder.rows
+    original = BatchBuilder.build
 
     def watched(self: BatchBuilder, instance: Any, classes: Any = None) -> Any:
         groups = original(self, instance, classes)
         seen.append((instance, classes, groups))
         return groups
 
-    monkeypatch.setattr(BatchBuilder, "rows", watched)
+    monkeypatch.setattr(BatchBuilder, "build", watched)
     options = {**shapes, "max_train_steps": None, "num_train_epochs": 2}
     with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
         out = run(output_dir=tmp_path / "out", **options)

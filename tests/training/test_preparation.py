@@ -18,9 +18,9 @@ from gralora_diffusion.training.runtime.acceleration import make_accelerator
 from gralora_diffusion.training.preparation import complete_class_images, find_beginning
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import parse_config
-import gralora_diffusion.training.prior as prior
+import gralora_diffusion.training.data.class_images as class_images
 
-prior._SEEN_WITHIN = 0.5
+class_images._SEEN_WITHIN = 0.5
 lines, rank = json.loads(sys.argv[1]), sys.argv[2]
 for line in lines:
     config = parse_config([part.replace("NODE", f"node{rank}") for part in line])
@@ -29,7 +29,7 @@ for line in lines:
     try:
         found = find_beginning(config, store, accelerator)
         images = complete_class_images(config, found, accelerator)
-        print("BEGAN", len(found.pictures), len(images), found.resume and found.resume[0])
+        print("BEGAN", len(found.images), len(images), found.resume and found.resume[0])
     except Exception as error:
         print("ERROR", type(error).__name__, str(error).replace(chr(10), " "))
 """

@@ -13,6 +13,7 @@ from torch import nn
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.options.fields import Fixed, options_with
+from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .store import CheckpointStore
@@ -22,22 +23,22 @@ PROGRESS_NAME = "progress.json"
 _SAMPLE = 16
 
 
-def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
+def find_checkpoint(options: OutputOptions, store: CheckpointStore) -> tuple[int, Path] | None:
     """Return (step, path) of the checkpoint to resume from, if there is one.
 
     Raises:
         ConfigError: the output folder contains later ones.
         CheckpointError: it does not exist.
     """
-    if not config.resume_from_checkpoint:
+    if not options.resume_from_checkpoint:
         return None
-    found = store.find(config.resume_from_checkpoint)
+    found = store.find(options.resume_from_checkpoint)
     later = [path.name for step, path in store.list() if found and step > found[0]]
     if found and later:
         raise ConfigError(
             [
-                f"--resume_from_checkpoint is {config.resume_from_checkpoint}, but "
-                f"{config.output_dir!r} also contains {', '.join(later)}, and two runs would mix "
+                f"--resume_from_checkpoint is {options.resume_from_checkpoint}, but "
+                f"{options.output_dir!r} also contains {', '.join(later)}, and two runs would mix "
                 "there. Move the later checkpoints away, or give another --output_dir and the "
                 "checkpoint's path"
             ]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import itertools
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +24,10 @@ from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.training.config.options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
-from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned
+from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run
 from gralora_diffusion.training.runtime.memory import bytes_of, tensors_of
 
 from .seeds import generator
@@ -36,23 +36,22 @@ from .seeds import generator
 _SEEN_WITHIN = 20.0
 
 
-def _drawn_prior(config: TrainingConfig) -> bool:
-    return config.with_prior_preservation and config.prior_source == "images"
+def _drawn_prior(options: PriorOptions) -> bool:
+    return options.with_prior_preservation and options.prior_source == "images"
 
 
-def existing_class_images(config: TrainingConfig) -> int:
+def existing_class_images(options: PriorOptions) -> int:
     """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed."""
-    if not _drawn_prior(config):
+    if not _drawn_prior(options):
         return 0
-    folder = Path(config.class_data_dir or "")
-    existing_models = folder.iterdir() if folder.is_dir() else ()
-    return sum(map(is_image, existing_models))
+    folder = Path(options.class_data_dir or "")
+    return sum(map(is_image, folder.iterdir() if folder.is_dir() else ()))
 
 
-def missing_class_images(config: TrainingConfig) -> int:
+def missing_class_images(options: PriorOptions) -> int:
     """Return how many are still to be generated; 0 if none are needed."""
-    there = existing_class_images(config)
-    return max(0, config.num_class_images - there) if _drawn_prior(config) else 0
+    there = existing_class_images(options)
+    return max(0, options.num_class_images - there) if _drawn_prior(options) else 0
 
 
 def generate_class_images(
@@ -76,40 +75,39 @@ def generate_class_images(
     Raises:
         ConfigError: another run uses the folder, or the processes do not share it.
     """
-    with ExitStack() as held:
-        numbers = from_first(accelerator, lambda: _begin(config, held))
-        if not numbers:
-            return False
-        together(accelerator, lambda: _check_shared(config, numbers[1]))
-        together(accelerator, lambda: _draw(config, family, accelerator, numbers[0]))
-    return True
+    if not from_first(accelerator, lambda: missing_class_images(config)):
+        return False
+    with owned_by_run(accelerator, Path(config.class_data_dir or ""), _told(config)):
+        # only now, since another run may just have generated them
+        numbers, owner = from_first(accelerator, lambda: _missing_numbers(config))
+        if numbers:
+            together(accelerator, lambda: _check_shared(config, owner))
+            together(accelerator, lambda: _draw(config, family, accelerator, numbers))
+    return bool(numbers)
 
 
-def _begin(config: TrainingConfig, held: ExitStack) -> tuple[set[int], str] | None:
-    """Lock the folder; return which images are missing, and the content of its owner's file."""
-    if not missing_class_images(config):
-        return None
-    folder = Path(config.class_data_dir or "")
-    held.enter_context(owned(folder, _told(config)))
-    count = missing_class_images(config)  # another run may just have made them
+def _missing_numbers(options: PriorOptions) -> tuple[set[int], str]:
+    """Return which images are missing, and the content of the file of the folder's owner."""
+    folder = Path(options.class_data_dir or "")
     missing = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
     owner = folder / OWNER_NAME
-    return set(itertools.islice(missing, count)), owner.read_text() if owner.exists() else ""
+    numbers = set(itertools.islice(missing, missing_class_images(options)))
+    return numbers, owner.read_text() if owner.exists() else ""
 
 
-def _told(config: TrainingConfig) -> str:
-    return f"--class_data_dir {config.class_data_dir!r}"
+def _told(options: PriorOptions) -> str:
+    return f"--class_data_dir {options.class_data_dir!r}"
 
 
-def _check_shared(config: TrainingConfig, owner: str) -> None:
+def _check_shared(options: PriorOptions, owner: str) -> None:
     """Check that this process sees the first one's file; some networks take a while."""
-    path = Path(config.class_data_dir or "") / OWNER_NAME
+    path = Path(options.class_data_dir or "") / OWNER_NAME
     end = time.monotonic() + _SEEN_WITHIN
     while owner and not (path.exists() and path.read_text() == owner):
         if time.monotonic() > end:
             raise ConfigError(
                 [
-                    f"{_told(config)} is not the same folder for all processes, so each would "
+                    f"{_told(options)} is not the same folder for all processes, so each would "
                     "train on its own share of the class images. Give a folder that all machines "
                     "share, or generate them on one machine and copy the folder to the others"
                 ]
@@ -150,10 +148,10 @@ def _class_image_name(number: int) -> str:
 
 
 def _generation_dtype(
-    config: TrainingConfig, family: ModelFamily, device: torch.device
+    options: PriorOptions, family: ModelFamily, device: torch.device
 ) -> torch.dtype:
     usual = family.generation_precision if device.type == "cuda" else "fp32"
-    return torch_dtype(config.prior_generation_precision or usual)
+    return torch_dtype(options.prior_generation_precision or usual)
 
 
 def _place(pipe: Any, device: torch.device) -> None:

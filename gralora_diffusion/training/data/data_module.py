@@ -19,6 +19,7 @@ from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.options.fields import ChangesSamples, options_with
+from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
@@ -75,18 +76,18 @@ def find_class_images(config: TrainingConfig) -> list[Example]:
     )
 
 
-def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
+def crop_plan(options: ImageOptions, size_divisor: int) -> CropPlan:
     """Return how the images of a run are cropped; ``size_divisor`` is the family's."""
-    assert config.resolution is not None
+    assert options.resolution is not None
     buckets = None
-    if config.use_aspect_ratio_buckets:
-        listed = listed_buckets(config.aspect_ratio_buckets)
-        buckets = Buckets(config.resolution, size_divisor, listed)
+    if options.use_aspect_ratio_buckets:
+        listed = listed_buckets(options.aspect_ratio_buckets)
+        buckets = Buckets(options.resolution, size_divisor, listed)
     return CropPlan(
-        config.resolution,
-        config.center_crop,
-        config.random_flip,
-        config.image_interpolation_mode,
+        options.resolution,
+        options.center_crop,
+        options.random_flip,
+        options.image_interpolation_mode,
         buckets,
     )
 

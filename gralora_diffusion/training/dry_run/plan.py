@@ -35,7 +35,7 @@ from gralora_diffusion.training.optimization.optimizers import optimizer_state_b
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import bytes_of, materialize, tensors_of
 
-from .fake_step import FakeData, fake_objective, measure_step
+from .fake_step import FakeData, FakeObjective, measure_step
 
 _OPTIMIZERS = {
     "adamw": "AdamW",
@@ -143,7 +143,7 @@ def plan_run(
     optimizer = optimizer_state_bytes(
         config, named[0], [entry for group in named[1:] for entry in group], device
     )
-    objective = fake_objective(config, family, pipe)
+    objective = FakeObjective(config, family, pipe)
     data = FakeData(config, family, pipe, [*images, *class_images], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):

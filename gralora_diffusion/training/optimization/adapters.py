@@ -33,7 +33,8 @@ from gralora_diffusion.adapters.placement.layer_config import (
 from gralora_diffusion.adapters.placement.targets import find_targets, is_named, lowered_k
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
-from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.layer_patterns import given_patterns, layer_patterns
+from gralora_diffusion.training.config.options import AdapterOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.seeds import seed_from
 
@@ -46,11 +47,11 @@ ADAPTER_NAME = "default"
 LOWERED_K = "k lowered"
 
 
-def trained_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
+def trained_components(options: AdapterOptions, family: ModelFamily) -> tuple[str, ...]:
     """Return the attributes of the pipeline that get an adapter, the denoiser first."""
-    if not config.train_text_encoder:
+    if not options.train_text_encoder:
         return (family.denoiser,)
-    chosen = config.text_encoders or family.usual_text_encoders or family.text_encoders
+    chosen = options.text_encoders or family.usual_text_encoders or family.text_encoders
     return (family.denoiser, *(name for name in family.text_encoders if name in chosen))
 
 
@@ -82,7 +83,7 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
 
 
 def adapter_configs(
-    models: Mapping[str, nn.Module], family: ModelFamily, config: TrainingConfig
+    models: Mapping[str, nn.Module], family: ModelFamily, options: AdapterOptions
 ) -> dict[str, GraloraConfig]:
     """Return the config of each component's adapter, with k lowered where a width requires it.
 
@@ -97,16 +98,16 @@ def adapter_configs(
     """
     try:
         configs = {
-            component: _adapter_config(model, component, family, config)
+            component: _adapter_config(model, component, family, options)
             for component, model in models.items()
         }
     except ValueError as error:
         raise _misfit(error) from error
-    if config.excluded_modules is not None:
-        _exclude(config.excluded_modules, configs, models)
+    if options.excluded_modules is not None:
+        _exclude(options.excluded_modules, configs, models)
     targets = {component: find_targets(models[component], c) for component, c in configs.items()}
     if all(targets.values()):  # otherwise there is a bigger problem to report
-        _check_patterns_used(config, configs, targets)
+        _check_patterns_used(options, configs, targets)
     for component, adapter_config in configs.items():
         lowered = lowered_k(models[component], adapter_config)
         _log_lowered(component, lowered, len(targets[component]))
@@ -119,20 +120,20 @@ def adapter_configs(
 
 
 def _adapter_config(
-    model: nn.Module, component: str, family: ModelFamily, config: TrainingConfig
+    model: nn.Module, component: str, family: ModelFamily, options: AdapterOptions
 ) -> GraloraConfig:
     is_denoiser = component == family.denoiser
-    targets = config.target_modules if is_denoiser else None
+    targets = options.target_modules if is_denoiser else None
     if targets is None:
-        preset = config.target_preset if is_denoiser else config.text_encoder_target_preset
+        preset = options.target_preset if is_denoiser else options.text_encoder_target_preset
         targets = family.resolve_preset(component, preset, model)
-    patterns: dict[str, Any] = config.patterns
+    patterns: dict[str, Any] = layer_patterns(options)
     return GraloraConfig(
-        r=config.rank,
-        gralora_k=config.gralora_k,
-        hybrid_r=config.hybrid_rank,
-        alpha=config.alpha,
-        gralora_dropout=config.lora_dropout,
+        r=options.rank,
+        gralora_k=options.gralora_k,
+        hybrid_r=options.hybrid_rank,
+        alpha=options.alpha,
+        gralora_dropout=options.lora_dropout,
         target_modules=targets,
         **patterns,
     )
@@ -167,7 +168,7 @@ def _exclude(
 
 
 def _check_patterns_used(
-    config: TrainingConfig,
+    options: AdapterOptions,
     configs: Mapping[str, GraloraConfig],
     targets: Mapping[str, Mapping[str, nn.Module]],
 ) -> None:
@@ -175,7 +176,7 @@ def _check_patterns_used(
     unused = [unused_patterns(configs[name], targets[name]) for name in configs]
     idle = {
         name: [key for key in given if all(key in part[name] for part in unused)]
-        for name, given in given_patterns(config).items()
+        for name, given in given_patterns(options).items()
     }
     paths = [path for part in targets.values() for path in part]
     if problems := describe_unused(idle, paths):
@@ -197,22 +198,22 @@ def _misfit(error: ValueError) -> ConfigError:
     return ConfigError([f"{flags} do not fit the base: {error}"])
 
 
-def lowered_ks(models: Iterable[nn.Module], config: TrainingConfig) -> dict[int, int]:
+def lowered_ks(models: Iterable[nn.Module], options: AdapterOptions) -> dict[int, int]:
     """Return k -> number of GraLoRA layers of these models whose k was lowered to it."""
-    wanted, lowered = given_patterns(config)["k_pattern"], Counter[int]()
+    wanted, lowered = given_patterns(options)["k_pattern"], Counter[int]()
     for model in models:
         for path, layer in model.named_modules():
             if isinstance(layer, GraloraLayer):
                 k = layer.gralora_k[ADAPTER_NAME]
-                if k < wanted.get(pattern_key(wanted, path), config.gralora_k):
+                if k < wanted.get(pattern_key(wanted, path), options.gralora_k):
                     lowered[k] += 1
     return dict(sorted(lowered.items()))
 
 
-def adapter_facts(models: Sequence[nn.Module], config: TrainingConfig) -> dict[str, Any]:
+def adapter_facts(models: Sequence[nn.Module], options: AdapterOptions) -> dict[str, Any]:
     """Return facts on the adapter on these models for a model card: layers and lowered k."""
     count = sum(isinstance(m, GraloraLayer) for model in models for m in model.modules())
-    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, config).items())
+    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, options).items())
     lowered = f"to {where} of these layers, because their widths allow no larger one"
     return {"adapted layers": count, **({LOWERED_K: lowered} if where else {})}
 

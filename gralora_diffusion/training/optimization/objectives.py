@@ -21,7 +21,7 @@ from torch import Tensor
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.data.seeds import generator
 
 
@@ -183,7 +183,7 @@ class FlowMatching(Objective):
         return timesteps / self.scheduler.config.num_train_timesteps
 
 
-def make_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
+def make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Objective:
     """Return the family's objective with the run's options.
 
     Raises:
@@ -196,15 +196,15 @@ def make_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Ob
         return FlowMatching(
             scheduler,
             lambda shape: family.shift_mu(pipe, shape),
-            config.weighting_scheme or "none",
-            config.logit_mean,
-            config.logit_std,
-            config.mode_scale,
-            config.flow_shift,
+            options.weighting_scheme or "none",
+            options.logit_mean,
+            options.logit_std,
+            options.mode_scale,
+            options.flow_shift,
         )
     if "beta_schedule" not in scheduler:
         raise ConfigError([_wrong_scheduler(name, family, "denoising diffusion")])
-    return DDPM(scheduler, config.prediction_type, config.snr_gamma, config.noise_offset)
+    return DDPM(scheduler, options.prediction_type, options.snr_gamma, options.noise_offset)
 
 
 def _wrong_scheduler(name: str, family: ModelFamily, wanted: str) -> str:

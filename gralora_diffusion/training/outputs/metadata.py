@@ -17,6 +17,7 @@ from typing import Any
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.options import AdapterOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
 from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches
@@ -107,24 +108,24 @@ def time_metadata(began: float) -> dict[str, str]:
     }
 
 
-def _network_fields(config: TrainingConfig) -> dict[str, Any]:
+def _network_fields(options: AdapterOptions) -> dict[str, Any]:
     arguments = {
         "algo": "gralora",
-        "gralora_k": config.gralora_k,
-        "hybrid_rank": config.hybrid_rank,
-        "target_preset": config.target_preset if config.lora_layers is None else None,
-        "lora_layers": config.lora_layers,
-        "exclude_modules": config.exclude_modules,
-        **{key: given or None for key, given in given_patterns(config).items()},
+        "gralora_k": options.gralora_k,
+        "hybrid_rank": options.hybrid_rank,
+        "target_preset": options.target_preset if options.lora_layers is None else None,
+        "lora_layers": options.lora_layers,
+        "exclude_modules": options.exclude_modules,
+        **{key: given or None for key, given in given_patterns(options).items()},
     }
     texts = {k: v if isinstance(v, dict) else str(v) for k, v in arguments.items() if v is not None}
-    one_rank = not config.rank_pattern
+    one_rank = not options.rank_pattern
     return {
         "ss_network_module": "gralora_diffusion",
-        "ss_network_dim": config.rank if one_rank else "Dynamic",
-        "ss_network_alpha": config.alpha if one_rank and not config.alpha_pattern else "Dynamic",
+        "ss_network_dim": options.rank if one_rank else "Dynamic",
+        "ss_network_alpha": options.alpha if one_rank and not options.alpha_pattern else "Dynamic",
         "ss_network_args": json.dumps(texts, ensure_ascii=False),
-        "ss_network_dropout": config.lora_dropout or None,
+        "ss_network_dropout": options.lora_dropout or None,
     }
 
 

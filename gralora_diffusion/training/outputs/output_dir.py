@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from huggingface_hub import create_repo, upload_folder
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
+from gralora_diffusion.training.runtime.agreement import from_first
+from gralora_diffusion.training.runtime.folder_lock import (
+    BENCHMARK_NAME,
+    CONFIG_NAME,
+    owned_by_run,
+)
 
 from .metrics import CURVE_NAME, METRICS_NAME, plot_curve
 from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
@@ -27,31 +34,37 @@ logger = logging.getLogger(__name__)
 _SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
 
 
-def own_folder(config: TrainingConfig, held: ExitStack) -> None:
-    """Make this run the only owner of the output folder until ``held`` is closed.
+@contextmanager
+def own_output_dir(options: OutputOptions, accelerator: Accelerator) -> Iterator[None]:
+    """Make this run the only owner of the output folder inside; every process must enter it.
 
     Raises:
         ConfigError: another run is using it, or it belongs to a benchmark.
     """
-    folder, told = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
-    held.enter_context(owned(folder, told))
-    if (folder / BENCHMARK_NAME).exists():
-        raise ConfigError(
-            [f"{told} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
-        )
+    folder, told = Path(options.output_dir), f"--output_dir {options.output_dir!r}"
+
+    def check() -> None:
+        if (folder / BENCHMARK_NAME).exists():
+            raise ConfigError(
+                [f"{told} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
+            )
+
+    with owned_by_run(accelerator, folder, told):
+        from_first(accelerator, check)
+        yield
 
 
-def make_repository(config: TrainingConfig) -> None:
+def make_repository(options: OutputOptions) -> None:
     """Create the Hub repository for an upload early, while an error costs nothing.
 
     Raises:
         ConfigError: it cannot be created.
     """
-    if not config.push_to_hub:
+    if not options.push_to_hub:
         return
-    repository = _repository(config)
+    repository = _repository(options)
     try:
-        create_repo(repository, exist_ok=True, token=config.hub_token)
+        create_repo(repository, exist_ok=True, token=options.hub_token)
     except (OSError, ValueError) as error:
         raise ConfigError(
             [
@@ -108,5 +121,5 @@ def _is_own(path: Path, folder: Path) -> bool:
     return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
-def _repository(config: TrainingConfig) -> str:
-    return config.hub_model_id or Path(config.output_dir).resolve().name
+def _repository(options: OutputOptions) -> str:
+    return options.hub_model_id or Path(options.output_dir).resolve().name

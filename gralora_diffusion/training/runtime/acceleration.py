@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.config.options import LengthOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -103,14 +104,15 @@ def _not_shared(kind: str) -> str:
 
 
 class PeakMemory:
-    """Measures the peak bytes of tensors on a CUDA device while it is entered, over all times.
+    """The most memory that tensors held on a CUDA device while this was entered.
 
-    The CPU has no such counter, so the result is None there.
+    Attributes:
+        gib: in GiB; None before that, and on the CPU, which has no such counter.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bytes: int | None = None
+        self.gib: float | None = None
 
     def __enter__(self) -> None:
         if self.device.type == "cuda":
@@ -118,7 +120,8 @@ class PeakMemory:
 
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
-            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.gib = max(self.gib or 0.0, peak)
 
 
 def device_name(device: torch.device) -> str:
@@ -126,15 +129,15 @@ def device_name(device: torch.device) -> str:
 
 
 def enable_memory_savings(
-    config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
+    options: LengthOptions, denoiser: Any, trained: Iterable[Any], device: torch.device
 ) -> None:
-    """Turn on the savings of memory and time in ``config``; ``trained`` are all trained models."""
-    if config.gradient_checkpointing:
+    """Turn on the savings of memory and time in ``options``; ``trained`` are all trained models."""
+    if options.gradient_checkpointing:
         for model in trained:
             checkpoint_gradients(model)
-    if config.enable_xformers_memory_efficient_attention:
+    if options.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
-    if config.torch_compile:
+    if options.torch_compile:
         if problem := compiler_problem(device):
             logger.warning("--torch_compile is ignored, since compiling fails here: %s", problem)
         else:

@@ -14,16 +14,19 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
+
+from .agreement import from_first
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +92,17 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
                 told,
                 error,
             )
+        yield
+
+
+@contextmanager
+def owned_by_run(accelerator: Accelerator, folder: Path, told: str) -> Iterator[None]:
+    """Make this run the owner of ``folder`` inside; its first process owns it for all.
+
+    Every process must enter it; see :func:`owned`.
+    """
+    with ExitStack() as held:
+        from_first(accelerator, lambda: held.enter_context(owned(folder, told)))
         yield
 
 

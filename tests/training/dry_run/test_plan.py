@@ -89,7 +89,9 @@ def trainer_of(**options: Any) -> Trainer:
     family = find_base_family(chosen)
     images, classes = find_images(chosen), find_class_images(chosen)
     store = CheckpointStore(chosen.output_dir)
-    return Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    trainer = Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    trainer.set_up()
+    return trainer
 
 
 def most_made(work: Callable[[], Any]) -> int:

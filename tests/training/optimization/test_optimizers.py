@@ -167,9 +167,9 @@ def test_settings_of_prodigy_arrive() -> None:
 
 
 def test_scale_lr() -> None:
-    config = make_config("adamw", scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3)
+    config = make_config("adamw", scale_lr=True)
     groups = build_optimizer(
-        config, [Parameter(torch.zeros(1))], [Parameter(torch.zeros(1))], world_size=4
+        config, [Parameter(torch.zeros(1))], [Parameter(torch.zeros(1))], samples_per_step=24
     ).param_groups
     assert [group["lr"] for group in groups] == [0.03 * 24, 0.03 * 24]
 
