@@ -65,7 +65,7 @@ def test_a_hub_id_that_is_not_cached(
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
-        (["benchmark", "--rank", "4"], "--rank is not for the benchmark"),
+        (["benchmark", "--rank", "4"], "--rank cannot be set here"),
         (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )

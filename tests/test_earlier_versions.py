@@ -18,6 +18,7 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT
+from tests.training.runs import metrics
 
 WRITTEN = ROOT / "tests" / "data" / "version_0.1"
 TO_Q = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -69,6 +70,10 @@ def test_checkpoint(tmp_path):
         torch.testing.assert_close(now[key], tensor, rtol=1e-3, atol=1e-5)
     start = load_file(output / "checkpoint-2" / WEIGHTS_NAME)
     assert any(not torch.equal(start[key], tensor) for key, tensor in now.items())
+    rows_then, rows_now = metrics(WRITTEN / "run"), metrics(output)
+    assert rows_now[:2] == rows_then[:2]  # kept as they are, without what is logged today
+    assert [row["loss"] for row in rows_now] == pytest.approx([r["loss"] for r in rows_then], 1e-3)
+    assert all(row["grad_norm"] > 0 for row in rows_now[2:])
 
 
 def test_benchmark(tmp_path):

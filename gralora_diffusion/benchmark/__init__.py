@@ -1,1 +1,1 @@
-"""Does GraLoRA draw better than LoRA? Both trained, drawn with and judged side by side."""
+"""Compares GraLoRA with other methods: all are trained and evaluated side by side."""

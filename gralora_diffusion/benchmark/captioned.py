@@ -1,8 +1,8 @@
-"""A set of captioned pictures, of which a part is trained on and the rest is asked for.
+"""A set of captioned images, of which some are trained on and the others are held out.
 
-The form of the numbers in the GraLoRA paper (arXiv 2505.20355) and in PEFT's comparison
-(``method_comparison/image-gen``): what is drawn for a caption that was held out is compared with
-the picture that has it.
+As in the GraLoRA paper (arXiv 2505.20355) and in PEFT's comparison
+(``method_comparison/image-gen``), the images generated for a held-out caption are compared with the
+image that has this caption.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class CaptionedSplit:
 
 
 def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSplit:
-    """Hold ``held_out`` pictures out, the same whatever their names and order are.
+    """Hold out ``held_out`` images, independently of their names and order.
 
-    Which they are depends on the pictures' contents and the seed alone; a picture that is there
-    twice is on one side, and counts once.
+    The choice depends only on the images' contents and the seed. An image that occurs twice is on
+    one side, and counts once.
 
     Raises:
-        ValueError: nothing would be held out, or nothing left to train on.
+        ValueError: no image would be held out, or none left to train on.
     """
     contents = sorted({example.content_key for example in examples})
     if not 0 < held_out < len(contents):
         raise ValueError(
-            f"held_out is {held_out}, but there are {len(contents)} different pictures: hold out "
+            f"held_out is {held_out}, but there are {len(contents)} different images. Hold out "
             f"1 to {len(contents) - 1}"
         )
     chosen = set(sorted(contents, key=lambda key: seed_from(seed, "held out", key))[:held_out])
@@ -50,19 +50,19 @@ def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSpl
 
 
 def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
-    """Write examples as a folder that the trainer reads; return the pictures' files, in order.
+    """Write examples as a folder that the trainer reads; return the images' files, in order.
 
-    The folder appears when it is whole; one that holds them already, as another process may have
-    written it, stays as it is. The files are the pictures' own bytes.
+    The folder appears when it is complete. A folder that already contains these files, perhaps
+    written by another process, is left unchanged. The files are the images' original bytes.
 
     Raises:
         OutputError: ``folder`` cannot be written to.
-        DataError: a picture is not there any more, or is another one.
+        DataError: an image no longer exists, or has changed.
     """
     files = {}
     for number, example in enumerate(examples):
         data = example.read_bytes()
-        # by its content, for a row of a dataset has no name
+        # the ending follows from the content, because a row of a dataset has no name
         files[f"{number:05d}{image_suffix(data)}"] = data
     entries = [
         {"file_name": name, "text": example.caption}
@@ -77,7 +77,7 @@ def write_examples(examples: Sequence[Example], folder: Path) -> list[Path]:
                 for name, data in files.items():
                     (made / name).write_bytes(data)
     except OSError:
-        if not _holds(folder, files):  # unless another process was quicker
+        if not _holds(folder, files):  # another process may have been faster
             raise
     return [folder / name for name in files if name != METADATA_NAME]
 

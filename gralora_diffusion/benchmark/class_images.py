@@ -1,4 +1,4 @@
-"""Class pictures of prior preservation, drawn once for all units."""
+"""Class images for prior preservation, generated once for all trials."""
 
 from __future__ import annotations
 
@@ -21,10 +21,11 @@ from .trial_locks import WAIT_SECONDS, claim
 def share_class_images(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
 ) -> None:
-    """Draw the class pictures that lack, if there are to be any.
+    """Generate the missing class images, if any are needed.
 
-    One process draws them while the others wait, which would otherwise train on a part of them, or
-    on none. Their noise is not of the unit's seed: which of the seeds comes first is chance.
+    One process generates them while the others wait, since they would otherwise train on only some
+    of them, or on none. The noise does not depend on the trial's seed, because it is a matter of
+    chance which seed comes first.
     """
     folder = Path(config.class_data_dir or "")
     while missing_class_images(config):

@@ -1,8 +1,8 @@
 """The mechanism that GraLoRA's paper claims, logged while any method trains (arXiv 2505.20355).
 
-Input channels with outliers spread into the whole gradient of a LoRA; with GraLoRA they stay in the
-blocks of their columns (sections 2 and 3). What is logged of a layer is told apart by no method: it
-is of the dense update R, the weight that the layer applies minus the base's.
+Input channels with outliers affect the whole gradient of a LoRA; with GraLoRA their effect stays in
+the blocks of their columns (sections 2 and 3). The log is the same for all methods: it describes
+the dense update R, the weight that the layer applies minus the base's.
 """
 
 from __future__ import annotations
@@ -36,35 +36,35 @@ from gralora_diffusion.training.optimization.optimizers import evaluating
 
 
 class DiagnosticsLog:
-    """Watches a training and keeps what :class:`Mechanism` asks for; changes no bit of it.
+    """Records :class:`Diagnostics` during a training without changing a bit of it.
 
-    What is not finite is left out: a step of a layer, the outliers of a layer with a median of 0
-    (half of its input channels are zero) or without input, the effective rank of NaN.
+    Values that are not finite are left out: a step of a layer, the outliers of a layer without
+    input or with a median of 0 (half of its input channels are zero), the effective rank of NaN.
 
     Args:
-        model: with the method put on; several models as one ``nn.ModuleDict``.
+        model: with the method attached; several models as one ``nn.ModuleDict``.
         layers: paths of target layers in it, as ``targets.find_targets`` gives them.
-        k: blocks per side, the same for all methods that are to be compared. Where it does not
-            divide a layer's widths, its largest divisor that does.
-        steps: which steps of the optimizer are logged, the first is 1; a ``range`` as long as
-            you like, for example. The others cost next to nothing.
+        k: blocks per side, the same for all methods that are compared. If it does not divide a
+            layer's widths, its largest divisor that does is used.
+        steps: the optimizer steps to log, where the first is 1; a ``range`` of any length, for
+            example. Other steps cost almost nothing.
 
     Raises:
-        ValueError: k is below 1, or a layer is not there, of another kind, or not trained.
+        ValueError: k is below 1, or a layer does not exist, has another kind, or is not trained.
     """
 
     def __init__(
         self, model: nn.Module, layers: Sequence[str], k: int, steps: Collection[int]
     ) -> None:
         if k < 1:
-            raise ValueError(f"the mechanism's log: k must be at least 1, but is {k}")
+            raise ValueError(f"the mechanism's log needs k of at least 1, but k is {k}")
         modules = dict(model.named_modules())
         for path in layers:
             if problem := _unloggable(modules.get(path)):
-                raise ValueError(f"the mechanism's log cannot take the layer '{path}': {problem}")
+                raise ValueError(f"the mechanism's log does not support layer '{path}': {problem}")
         self._layers = {path: modules[path] for path in layers}
         self._k = {path: max(fitting_k([base_of(modules[path])], [k])) for path in layers}
-        self._steps = steps  # as it is: a range may have no end in sight
+        self._steps = steps  # not copied, because a range may be very long
         self._forget()
 
     def _forget(self) -> None:
@@ -81,21 +81,21 @@ class DiagnosticsLog:
     ) -> Iterator[None]:
         """Log the steps that this optimizer, or the one that accelerate wraps, makes inside.
 
-        Gradients are taken right before the step: accumulated, clipped and without fp16's scale.
+        Gradients are recorded right before the step: accumulated, clipped and without fp16's scale.
         Inputs are those of the logged steps' forward passes that have gradients. The effective rank
-        is measured at the end, of the weights to use, unless an error ends it. Each call starts
-        the log anew.
+        of the inference weights is measured at the end, unless there was an error. Each call starts
+        a new log.
 
         Args:
-            in_use: gives a context inside which the parameters are those to use, as
-                ``inference_weights`` does; by default the optimizer's own, of schedule-free.
+            in_use: gives a context inside which the parameters are those for inference, as
+                ``inference_weights`` does; by default schedule-free's, if it is the optimizer.
         """
         self._forget()
         inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
         updates = {path: DenseUpdate(layer) for path, layer in self._layers.items()}
         with ExitStack() as hooks:
             for path, layer in self._layers.items():
-                # not on the base layer of an adapter: with hooks there, ours computes another way
+                # not on an adapter's base layer, where hooks would change how GraLoRA computes
                 see = partial(self._see_input, path)
                 hooks.enter_context(layer.register_forward_pre_hook(see))
             before = partial(self._before_step, updates)
@@ -105,7 +105,7 @@ class DiagnosticsLog:
             self._ranks = {path: update.effective_rank() for path, update in updates.items()}
 
     def result(self) -> Diagnostics:
-        """What was logged so far; the effective rank once :meth:`watch` is over."""
+        """Return the log so far, with the effective rank once :meth:`watch` is over."""
         outliers = {path: _outliers(squares) for path, squares in self._squares.items()}
         return Diagnostics(deepcopy(self._norms), _finite(self._ranks), _finite(outliers))
 
@@ -113,9 +113,9 @@ class DiagnosticsLog:
         return self._done + 1 in self._steps
 
     def _see_input(self, path: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Add the squares of each channel. Passes without gradients are no training.
+        """Add the squares of each channel. Passes without gradients are not training.
 
-        Checkpointing runs a layer twice, and that on all inputs: the ratio of channels stays.
+        Checkpointing runs a layer twice on all inputs, so the ratio of channels stays the same.
         """
         if not self._logs_now() or not torch.is_grad_enabled():
             return
@@ -141,12 +141,12 @@ class DiagnosticsLog:
 class DenseUpdate(nn.Module):
     """The dense update of one layer as a function of its trained parameters.
 
-    Calling it gives (out, in), or (out, in, h, w) of a convolution, in the dtype of the parameters.
-    DoRA's is that of the whole weight, magnitude and norm included. Full fine-tuning's is the
-    change since this was made; a copy of the weight is kept on the CPU for that.
+    Calling it gives (out, in), or (out, in, h, w) for a convolution, in the parameters' dtype.
+    DoRA's update is that of the whole weight, including magnitude and norm. Full fine-tuning's is
+    the change since this object was created, which keeps a copy of the weight on the CPU.
 
     Args:
-        layer: a ``nn.Linear`` or ``nn.Conv2d``, bare and trained, or an adapter of any kind on it.
+        layer: a trained bare ``nn.Linear`` or ``nn.Conv2d``, or an adapter of any kind on one.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -169,14 +169,15 @@ class DenseUpdate(nn.Module):
         base = dequantize_module_weight(layer.get_base_layer()).to(delta)
         norm = dora.get_weight_norm(base, delta, scaling=1)
         magnitude = (dora.weight / norm).view(-1, *[1] * (base.ndim - 1))
-        return (magnitude - 1) * base + magnitude * delta  # as PEFT adds it: without a step, zero
+        return (magnitude - 1) * base + magnitude * delta  # as in PEFT; zero before the first step
 
     def gradient(self) -> Tensor:
-        """The gradient in the space of the update, in fp32 or better, from the gradients present.
+        """Return the gradient in the space of the update, in fp32 or better.
 
-        A step of gradient descent, parameters minus lr times their gradients, moves the update by
-        minus lr times this to first order. So LoRA's is ``s (dL/dB A + B dL/dA)``, and that of full
-        fine-tuning ``dL/dW``. A parameter without a gradient does not move.
+        It follows from the parameters' current gradients. A step of gradient descent, parameters
+        minus lr times their gradients, moves the update by minus lr times this, to first order.
+        LoRA's is therefore ``s (dL/dB A + B dL/dA)``, and full fine-tuning's ``dL/dW``. A parameter
+        without a gradient does not move.
         """
         trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
         points = {name: _precise(p.detach()) for name, p in trained.items()}
@@ -188,14 +189,14 @@ class DenseUpdate(nn.Module):
         def update(*values: Tensor) -> Any:
             return functional_call(self, dict(zip(points, values, strict=True)), ())
 
-        # by two backward passes: LoHa's product has no forward-mode derivative
+        # by two backward passes, because LoHa's product has no forward-mode derivative
         return torch.autograd.functional.jvp(update, (*points.values(),), (*directions,))[1]
 
     @torch.no_grad()
     def effective_rank(self) -> float:
-        """Of the singular values of the update as (out, in * h * w); NaN if not finite.
+        """Return that of the update as (out, in * h * w); NaN if the update is not finite.
 
-        From the factors where the update is no more than their product.
+        It is computed from the factors if the update is simply their product.
         """
         layer: Any = self.layer
         name = ADAPTER_NAME
@@ -221,7 +222,7 @@ class DenseUpdate(nn.Module):
 def block_norms(update: Tensor, k: int) -> Tensor:
     """Return the Frobenius norms (k, k) of the blocks of an update (out, in) or (out, in, h, w).
 
-    Row: output block, column: input block; a block has all of the kernel.
+    Rows are output blocks and columns are input blocks. A block includes the whole kernel.
     """
     out_features, in_features = update.shape[:2]
     blocks = update.reshape(k, out_features // k, k, in_features // k, -1)
@@ -229,19 +230,22 @@ def block_norms(update: Tensor, k: int) -> Tensor:
 
 
 def _unloggable(layer: nn.Module | None) -> str | None:
-    """Say why a layer cannot be logged; None if it can."""
+    """Return why a layer cannot be logged, or None if it can."""
     if layer is None:
-        return "the model has none of this path"
+        return "the model has no layer at this path"
     base = base_of(layer)
     if not isinstance(base, (nn.Linear, nn.Conv2d)) or getattr(base, "groups", 1) != 1:
-        return f"a {type(base).__name__}; only Linear, and Conv2d with groups=1, have such blocks"
+        return (
+            f"it is a {type(base).__name__}; only Linear, and Conv2d with groups=1, have such "
+            "blocks"
+        )
     if not any(parameter.requires_grad for parameter in layer.parameters()):
-        return "none of its parameters is trained; put a method on it first"
+        return "none of its parameters is trained; attach a method first"
     return None
 
 
 def _dora_of(layer: Any) -> Any:
-    """PEFT's module that holds DoRA's magnitude and computes its norm; None of other adapters."""
+    """Return PEFT's module with DoRA's magnitude and norm, or None for other adapters."""
     magnitudes = getattr(layer, "lora_magnitude_vector", None)
     return magnitudes[ADAPTER_NAME] if magnitudes else None
 
@@ -251,7 +255,7 @@ def _precise(tensor: Tensor) -> Tensor:
 
 
 def _outliers(squares: Tensor | float) -> float:
-    """The largest channel norm over the median one, NaN or infinite if that is 0."""
+    """Return the largest channel norm over the median one; NaN or infinite if that is 0."""
     norms = torch.as_tensor(squares).sqrt()
     return float(norms.max() / norms.quantile(0.5))
 

@@ -1,7 +1,8 @@
 """The DreamBooth benchmark: its subjects, their classes and its prompts, word for word.
 
-From a clone of https://github.com/google/dreambooth, which came with arXiv 2208.12242: 30 subjects
-of 15 classes with 4 to 6 pictures each, 25 prompts for objects and 25 for live subjects.
+They come from a clone of https://github.com/google/dreambooth, which was published with arXiv
+2208.12242: 30 subjects of 15 classes with 4 to 6 images each, 25 prompts for objects and 25 for
+live subjects.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.training.data.captions import one_line
 
 PROMPTS_NAME = "prompts_and_classes.txt"
-#: The file does not say which subjects are live; the repository's README does: dogs and cats.
+#: The repository's README, but not the file, says which subjects are live: dogs and cats.
 LIVE_CLASSES = frozenset({"cat", "dog"})
 
 _TABLE_HEAD = "subject_name,class"
@@ -30,14 +31,14 @@ _BETWEEN = {"", "Classes", "Prompts", "prompt_list = [", "]"}
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject to be learned, and what is drawn of it.
+    """A subject to learn, and the prompts for it.
 
     Attributes:
         name: of the subject and of its folder.
         class_name: the class noun, such as "stuffed animal".
-        folder: holds the pictures to learn.
-        held_out: holds other pictures of it, to compare drawn ones with. If there are none such,
-            that is done with those that were learned, as in DreamBooth (section 4.1).
+        folder: contains the training images.
+        held_out: contains other images of it, which generated ones are compared with. Without such
+            images, the training images are used, as in DreamBooth (section 4.1).
         templates: one for each prompt, with {0} for the unique token and {1} for the class noun.
     """
 
@@ -49,28 +50,28 @@ class Subject:
 
     @property
     def live(self) -> bool:
-        """Whether it is an animal, which has prompts of its own."""
+        """Whether it is an animal; animals have their own prompts."""
         return self.class_name in LIVE_CLASSES
 
     @property
     def images(self) -> list[Path]:
-        """The pictures to learn, sorted by name."""
+        """The training images, sorted by name."""
         return _images(self.folder)
 
     @property
     def class_prompt(self) -> str:
-        """What the class is drawn with, for prior preservation: "a dog"."""
+        """The prompt for the class in prior preservation: "a dog"."""
         return f"a {self.class_name}"
 
     def instance_prompt(self, unique_token: str) -> str:
-        """Return what the subject is trained with: "a sks dog" (section 3.2 of the paper)."""
+        """Return the prompt that the subject is trained with: "a sks dog" (paper, section 3.2)."""
         return one_line(f"a {unique_token} {self.class_name}")
 
     def prompts(self, unique_token: str = "") -> list[str]:
-        """Return the prompts to draw; without a token, those that pictures are compared with.
+        """Return the prompts for generation; without a token, those that CLIP compares.
 
-        Whether CLIP is to read the token too, the paper does not say. It means nothing to CLIP, or
-        something else than the subject, and those who publish how they compare leave it out.
+        The paper does not say whether CLIP should read the token, too. To CLIP, it means nothing,
+        or something other than the subject, and published evaluations leave it out.
         """
         return [one_line(t.format(unique_token, self.class_name)) for t in self.templates]
 
@@ -80,17 +81,17 @@ def read_subjects(
 ) -> list[Subject]:
     """Return the subjects of the benchmark, in the order of its file.
 
-    A subject's folder holds its pictures; in a set with pictures held out, which the published one
-    is not, it holds the folders ``train`` and ``held_out``.
+    A subject's folder contains its images. In a set with held-out images, unlike the published set,
+    it contains the folders ``train`` and ``held_out`` instead.
 
     Args:
         folder: a clone of google/dreambooth, or its folder ``dataset``.
         names: of the subjects wanted; all if empty.
-        names_from: where they come from, for the error about one that is not there.
+        names_from: the option that names them, for errors.
 
     Raises:
-        DataError: no such folder or file, a name that is not among the subjects, or with all that
-            is wrong with the file and the subjects' folders.
+        DataError: there is no such folder, file or subject, or the file or the subjects' folders
+            have problems. The error lists all of them.
     """
     folder = Path(folder)
     dataset = folder / "dataset" if (folder / "dataset").is_dir() else folder
@@ -108,7 +109,7 @@ def read_subjects(
         raise DataError(
             str(path),
             [
-                f"there is no subject {', '.join(unknown)}, which {names_from} asks for. There "
+                f"there is no subject {', '.join(unknown)}, which {names_from} names. The subjects "
                 f"are: {', '.join(classes)}. Give some of these as --subjects"
             ],
         )
@@ -144,7 +145,7 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
         under True.
 
     Raises:
-        DataError: with every line that is not understood; a part that lacks.
+        DataError: lines are not understood, or a part is missing. The error lists all of them.
     """
     try:
         lines = read_regular(path, _MOST_BYTES).decode("utf-8-sig").split("\n")
@@ -168,7 +169,7 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
         else:
             problems.append(f"line {number} is not understood: {line}")
     if not classes:
-        problems.append(f"there are no subjects. They stand below a line {_TABLE_HEAD!r}")
+        problems.append(f"there are no subjects. List them below a line {_TABLE_HEAD!r}")
     for heading, live in _PARTS.items():
         if not templates[live]:
             problems.append(f"there are no prompts below {heading!r}")
@@ -178,12 +179,12 @@ def read_prompts(path: Path) -> tuple[dict[str, str], dict[bool, tuple[str, ...]
 
 
 def _is_folder(name: str) -> bool:
-    """Whether a subject's name can be that of one folder, here and in a run's folder."""
+    """Return whether a subject's name can be the name of a folder, here and in a run's folder."""
     if name in ("", ".", "..") or len(name.encode()) > _LONGEST_NAME:
         return False
     return name.isprintable() and "/" not in name and "\\" not in name
 
 
 def _takes_two(template: str) -> bool:
-    """Whether a token and a class noun can be put into the template, and nothing else."""
+    """Return whether the template takes a token and a class noun, and nothing else."""
     return "{0}" in template and "{1}" in template and len(re.findall(r"[{}]", template)) == 4

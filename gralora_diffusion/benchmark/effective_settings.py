@@ -1,4 +1,4 @@
-"""What a unit's result tells of how the unit was made: settings, adapted layers, versions."""
+"""How a trial was made, for its result: settings, adapted layers, versions."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def effective_settings(
     pipe: Any,
     device: torch.device,
 ) -> dict[str, Any]:
-    """The settings of a unit, with the values that were used; of files and folders only the names.
+    """Return the settings of a trial with the values that were used.
 
-    What a method does not have is None.
+    Files and folders are given by name only. Settings that a method does not have are None.
     """
     told = {name: getattr(config, name) for name in options_with(TrainingConfig, AlwaysReported)}
     given = yaml.safe_load(config.to_yaml(public=True))
@@ -55,13 +55,13 @@ def effective_settings(
 
 
 def named_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[str, Any]:
-    """``layers`` and ``lowered_k`` of the result, of models with a method put on."""
+    """Return the result's ``layers`` and ``lowered_k`` for models with an attached method."""
     layers = sum(isinstance(m, BaseTunerLayer) for model in models for m in model.modules())
     return {"layers": layers or None, "lowered_k": lowered_ks(models, config)}
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of the packages that decide what comes out."""
+    """Return the versions of Python and of the packages that determine the result."""
     names = ("torch", "diffusers", "transformers", "peft", "accelerate")
     return {
         "python": platform.python_version(),

@@ -1,4 +1,4 @@
-"""Which units there are, and which are done, by the files in a run's folder."""
+"""Which trials there are, and which are done, according to the files in a run's folder."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Learned = TypeVar("Learned")
 
 
 class Trial(NamedTuple):
-    """A method, a task and a seed: trained, drawn and judged once."""
+    """A method, a task and a seed, which are trained, sampled and evaluated once."""
 
     task: Task
     method: Method
@@ -47,9 +47,9 @@ class Trial(NamedTuple):
 def in_order(
     settings: BenchmarkSettings, learned: Iterable[Learned]
 ) -> list[tuple[Learned, Method, int]]:
-    """Return what is learned with every method and seed, in the order in which that is done.
+    """Return everything that is learned with every method and seed, in order of execution.
 
-    Whatever a run is stopped at, methods have as many units as each other, but for one.
+    Whenever a run is stopped, the numbers of trials per method differ by at most one.
     """
     things, methods = list(learned), settings.parsed_methods
     return [
@@ -61,36 +61,36 @@ def in_order(
 
 
 class Ledger:
-    """Which units are done, by the files in a run's folder."""
+    """Which trials are done, according to the files in a run's folder."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self._told: set[Path] = set()
-        #: Result files that were read, by what tells that they are still the same.
+        #: Result files that were read -> time and size, which show whether they have changed.
         self._good: dict[Path, tuple[int, int]] = {}
 
     def folder(self, trial: Trial) -> Path:
         return self.output / trial.key.path
 
     def left(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Those that have neither a result that can be read nor failed."""
+        """Return the trials that have no readable result and have not failed."""
         return [trial for trial in trials if not self._is_over(trial)]
 
     def fail(self, trial: Trial, error: Exception) -> None:
-        """Keep why a unit failed; nobody tries again until asked to."""
+        """Save why a trial failed; it is not repeated until the user asks for it."""
         facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
         with replacing(self.folder(trial) / FAILURE_NAME) as temporary:
             temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
 
     def failures(self) -> list[Unreadable]:
-        """Which units failed, and why."""
+        """Return which trials failed, and why."""
         return [
-            Unreadable(path, f"the unit failed: {_why(path)}")
+            Unreadable(path, f"the trial failed: {_why(path)}")
             for path in sorted((self.output / TRIALS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
         ]
 
     def forget_failures(self, trials: Sequence[Trial], before: float) -> None:
-        """Forget those that are older than ``before`` seconds: others may have failed anew."""
+        """Delete failures that are older than ``before`` seconds; later ones are of this run."""
         for trial in trials:
             path = self.folder(trial) / FAILURE_NAME
             if path.exists() and age(path) > before:
@@ -110,10 +110,10 @@ class Ledger:
             return True
         try:
             if (key := read_result(path).key) != trial.key:
-                raise ResultFileError(f"{path}: is of another unit ({key}) than its folder")
+                raise ResultFileError(f"{path}: belongs to another trial ({key}) than its folder")
         except ResultFileError as error:
             if path not in self._told:
-                logger.warning("%s. The unit is done again", error)
+                logger.warning("%s. The trial is repeated", error)
                 self._told.add(path)
             return False
         self._good[path] = same
@@ -121,8 +121,8 @@ class Ledger:
 
 
 def _why(path: Path) -> str:
-    """What a unit failed with, by its file."""
+    """Return the error in the file of a failed trial."""
     try:
         return str(read_object(path)["error"])
     except (OSError, ValueError, KeyError):
-        return "it is not known why, for the file cannot be read"
+        return "the reason is not known, because the file cannot be read"

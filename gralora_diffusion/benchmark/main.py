@@ -1,4 +1,4 @@
-"""``gralora benchmark``: every unit once, by as many processes as there are, then the report."""
+"""``gralora benchmark``: every trial once, shared by any number of processes, then the report."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ REPORT_FOLDER = "report"
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark as the command line says.
+    """Run the benchmark with the options of the command line.
 
-    Exits with 2 for wrong options or data, 1 if a unit failed, or the disk or the device.
+    The exit code is 2 for wrong options or data, and 1 if a trial, the disk or the device failed.
     """
     first = os.environ.get("LOCAL_RANK", "0") == "0"
     log_to_terminal()
@@ -47,26 +47,26 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_safely(f"error: {error}", error=True)
         sys.exit(2)
     except OSError as error:
-        print_safely(f"error: {error}. The same command goes on.", error=True)
+        print_safely(f"error: {error}. Run the same command again to resume.", error=True)
         sys.exit(1)
     except DeviceBroken as error:
         print_safely(f"error: {error}.", error=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        print_safely("interrupted. The same command goes on.", error=True)
+        print_safely("interrupted. Run the same command again to resume.", error=True)
         sys.exit(130)
     if failed:
         if first:
-            advice = "Why is in the report; --retry_failed does them again"
-            print_safely(f"error: units that failed: {failed}. {advice}", error=True)
+            advice = "The report says why. Give --retry_failed to repeat them"
+            print_safely(f"error: failed trials: {failed}. {advice}", error=True)
         sys.exit(1)
 
 
 def benchmark(settings: BenchmarkSettings) -> int:
-    """Do all units that are left, and write the report; return how many failed.
+    """Run all remaining trials and write the report; return how many failed.
 
     Raises:
-        ConfigError, DataError: before any unit is begun.
+        ConfigError, DataError: raised before any trial starts.
     """
     began = time.monotonic()
     settings.check()
@@ -86,10 +86,10 @@ def benchmark(settings: BenchmarkSettings) -> int:
 
 @contextmanager
 def _alone() -> Iterator[int]:
-    """Inside, this process is none of several, but on a device of its own; gives its number.
+    """Make this process independent of others inside, on its own device; yields its number.
 
-    Units are shared out by files. Processes that launchers start together would wait for each
-    other, and one that ends would take the others with it.
+    Trials are assigned by files. Processes that a launcher starts together would wait for each
+    other, and one that ends would end the others.
     """
     rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -103,7 +103,7 @@ def _alone() -> Iterator[int]:
 
 
 def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -> None:
-    """Do what nobody has done, and wait for what others are doing."""
+    """Run the trials that nobody has run, and wait for those that others are running."""
     ledger = Ledger(settings.folder)
     runner: Runner | None = None
     bar = tqdm(
@@ -111,7 +111,7 @@ def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -
         total=len(trials),
         desc="benchmark",
         unit="trial",
-        smoothing=0,  # the estimate is by all units of this run
+        smoothing=0,  # estimates the time from all trials of this run
         disable=not show,
     )
     with bar:
@@ -122,12 +122,12 @@ def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -
                 if mine is None:
                     continue
                 with mine:
-                    if ledger.left([trial]):  # not done between the look and the claim
+                    if ledger.left([trial]):  # nobody finished it just before the claim
                         idle = False
                         bar.set_postfix_str(str(trial.key))
                         if runner is None:
                             runner = Runner(settings, trial.task.config)
-                            save_run_config(settings)  # now that base and encoders are there
+                            save_run_config(settings)  # after base and encoders were loaded
                         _do(runner, trial, ledger, mine)
                 bar.update(len(trials) - len(ledger.left(trials)) - bar.n)
             if idle and (waiting := ledger.left(trials)):
@@ -136,11 +136,11 @@ def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -
 
 
 def _do(runner: Runner, trial: Trial, ledger: Ledger, mine: TrialLock) -> None:
-    """Do a unit; what goes wrong with it is kept, and the others go on.
+    """Run a trial. If it fails, its error is saved and the other trials continue.
 
     Raises:
         OSError: the disk is full, or gone.
-        DeviceBroken: the device cannot be used any more. The unit counts as failed.
+        DeviceBroken: the device can no longer be used. The trial counts as failed.
     """
     folder = ledger.folder(trial)
     try:
@@ -151,28 +151,30 @@ def _do(runner: Runner, trial: Trial, ledger: Ledger, mine: TrialLock) -> None:
             (folder / FAILURE_NAME).unlink(missing_ok=True)
     except Exception as error:
         if not mine.is_held():
-            logger.warning("%s was taken over by %s", trial.key, holder(folder) or "another")
+            logger.warning(
+                "%s was taken over by %s", trial.key, holder(folder) or "another process"
+            )
         elif isinstance(error, OSError):
-            raise  # it will not be better with the next unit
+            raise  # the next trial would fail as well
         else:
             ledger.fail(trial, error)
             logger.error("%s failed: %s", trial.key, error)
         if broken := device_error(error):
             raise DeviceBroken(
-                f"{trial.key}: {str(broken).splitlines()[0]}. After that this process cannot use "
-                "the device any more. The same command goes on with the other units, and with "
-                "--retry_failed does this one again"
+                f"{trial.key}: {str(broken).splitlines()[0]}. After this error, the process can "
+                "no longer use the device. Run the same command again to continue with the other "
+                "trials; add --retry_failed to repeat this one"
             ) from error
 
 
 class DeviceBroken(RuntimeError):
-    """An error of the device, after which all that a process wants of it fails."""
+    """An error of the device after which everything that a process does on it fails."""
 
 
 def device_error(error: BaseException | None) -> BaseException | None:
-    """Return the first error of CUDA (or HIP) among an error and those that it came from.
+    """Return the first error of CUDA (or HIP) among an error and its causes.
 
-    None if there is none, or if there was no more than too little memory.
+    Returns None if there is none, or if it only ran out of memory.
     """
     while error is not None:
         text = str(error)
@@ -186,10 +188,10 @@ def device_error(error: BaseException | None) -> BaseException | None:
 
 
 def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
-    """Write the report of all units in the run's folder; return how many failed."""
+    """Write the report on all trials in the run's folder; return how many failed."""
     results, unreadable = read_results(settings.folder)
     failures = Ledger(settings.folder).failures()
-    # without the pictures it is not known of which subjects all is missing
+    # without the images, subjects without any result are not known
     learned = [(t.protocol, t.subject) for t in tasks] or [(r.protocol, r.subject) for r in results]
     expected = [
         TrialKey(*place, method.name, seed)
@@ -209,9 +211,9 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
 
 
 def _tasks_if_there(settings: BenchmarkSettings) -> list[Task]:
-    """The tasks, for a report of results that may have been brought here without the pictures."""
+    """Return the tasks, or none if the results were copied here without the images."""
     try:
         return read_tasks(settings)
     except (ConfigError, DataError) as error:
-        logger.warning("the real pictures are not shown: %s", error)
+        logger.warning("the real images are not shown: %s", error)
         return []

@@ -1,8 +1,9 @@
-"""What is compared: GraLoRA, PEFT's LoRA, DoRA and LoHa, and fine-tuning of the whole denoiser.
+"""The compared methods: GraLoRA, PEFT's LoRA, DoRA and LoHa, and full fine-tuning of the denoiser.
 
-Every method goes on the same layers, with scaling 1 and fp32 parameters. A name says all of it:
-``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``, ``loha-r4``, ``full``; with a
-learning rate of its own ``full-lr1e-5``. ``base`` is the base as it is, with nothing trained.
+Every method is attached to the same layers, with scaling 1 and fp32 parameters. Its name is its
+whole definition: ``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``,
+``loha-r4``, ``full``, and with its own learning rate ``full-lr1e-5``. ``base`` is the base without
+any training.
 """
 
 from __future__ import annotations
@@ -45,11 +46,11 @@ _NAME = re.compile(
 )
 _LEARNING_RATE = re.compile(r"(?P<name>.*?)-lr(?P<rate>\d+(\.\d+)?(e-?\d+)?)")
 
-#: What a name may be.
+#: Allowed names, for messages.
 FORMS = (
     "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
-    "gralora-r<rank>-k<k>-h<hybrid rank> or full, with -lr<learning rate> behind it if it is to "
-    "have one of its own; or base"
+    "gralora-r<rank>-k<k>-h<hybrid rank> or full, followed by -lr<learning rate> if it has its own "
+    "learning rate; or base"
 )
 
 
@@ -58,8 +59,9 @@ class Method:
     """One way to train.
 
     Attributes:
-        rank: of LoRA and the like; of GraLoRA without its hybrid part; 0 of full fine-tuning.
-        learning_rate: as it is written in the name; "": that of the run.
+        rank: of LoRA and similar methods; of GraLoRA without its hybrid part; 0 for full
+            fine-tuning.
+        learning_rate: as written in the name; "" for that of the run.
     """
 
     kind: str
@@ -73,22 +75,30 @@ class Method:
         """Read a name.
 
         Raises:
-            ConfigError: it is none.
+            ConfigError: it is not a method's name.
         """
         method = _read(name)
         if method is None:
-            raise ConfigError([f"--methods has '{name}'. {_nearest(name)}A method is {FORMS}"])
+            raise ConfigError(
+                [
+                    f"--methods contains '{name}', which is not a method. {_nearest(name)}A method "
+                    f"is {FORMS}"
+                ]
+            )
         if not method.is_sound:
             raise ConfigError(
-                [f"--methods has '{name}'; rank and k must be at least 1, and k divide the rank"]
+                [
+                    f"--methods contains '{name}'; rank and k must be at least 1, and k must "
+                    "divide the rank"
+                ]
             )
-        if method.name != name:  # else a unit would have two folders, or two units one
-            raise ConfigError([f"--methods has '{name}'; write {method.name}"])
+        if method.name != name:  # otherwise a trial would have two folders, or two trials one
+            raise ConfigError([f"--methods contains '{name}'; write {method.name}"])
         return method
 
     @property
     def is_sound(self) -> bool:
-        """Whether k divides the rank, of methods that have one."""
+        """Whether rank and k are at least 1 and k divides the rank, if the method has them."""
         if self.kind in ("full", "base"):
             return True
         return self.rank >= 1 and self.k >= 1 and self.rank % self.k == 0
@@ -104,9 +114,9 @@ class Method:
 
     @property
     def update_rank(self) -> int | None:
-        """The rank that an update can have; None if only the layer limits it.
+        """The maximum rank of an update; None if only the layer limits it.
 
-        DoRA's also scales the rows of the base's weight.
+        DoRA's update also scales the rows of the base's weight.
         """
         return {
             "gralora": self.k * self.rank + self.hybrid_rank,
@@ -117,7 +127,7 @@ class Method:
         }.get(self.kind, self.rank)
 
     def configured(self, config: TrainingConfig) -> TrainingConfig:
-        """The options of a run with this method: rank, k, learning rate, and scaling 1."""
+        """Return a run's options with this method's rank, k and learning rate, and scaling 1."""
         rank, k = (self.rank, self.k) if self.kind == "gralora" else (max(1, self.rank), 1)
         rate = float(self.learning_rate) if self.learning_rate else config.learning_rate
         return replace(
@@ -130,7 +140,7 @@ class Method:
         )
 
     def told(self, config: TrainingConfig) -> dict[str, Any]:
-        """Those of these options that the method has, with their values; None for the others."""
+        """Return the values of these options that the method has, and None for the others."""
         gralora = self.kind == "gralora"
         return {
             "rank": self.rank or None,
@@ -140,10 +150,10 @@ class Method:
         }
 
     def attach(self, pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
-        """Put it on a bare pipeline, new, the same for the same seed; return the components.
+        """Attach a new adapter to a bare pipeline, determined by the seed; return the components.
 
         Args:
-            config: what :meth:`configured` gave.
+            config: result of :meth:`configured`.
 
         Raises:
             ConfigError: it does not fit the base.
@@ -183,9 +193,9 @@ class Method:
         )
 
     def save(self, pipe: Any, family: ModelFamily, components: Sequence[str], folder: Path) -> None:
-        """Write what was trained: GraLoRA's own file, or ``adapter.safetensors`` by PEFT's names.
+        """Write the adapter: GraLoRA's own file, or ``adapter.safetensors`` with PEFT's names.
 
-        Nothing for full fine-tuning, whose file would be as large as the base.
+        Nothing is written for full fine-tuning, whose file would be as large as the base.
         """
         if self.kind == "gralora":
             save_adapter(extract(pipe, family, components), folder / WEIGHTS_NAME)
@@ -201,7 +211,7 @@ class Method:
 
 
 def _read(name: str) -> Method | None:
-    """A name as a method, whose numbers may be anything; None if it is none."""
+    """Read a name as a method with unchecked numbers; None if it is not a method's name."""
     if name == "base":
         return Method("base")
     own = _LEARNING_RATE.fullmatch(name)
@@ -217,7 +227,7 @@ def _read(name: str) -> Method | None:
 
 
 def _nearest(name: str) -> str:
-    """Say which method's name, with the numbers of this one, is most like it; "" if none is."""
+    """Suggest the most similar method's name with the numbers of this one; "" if there is none."""
     text, _, rate = name.lower().partition("-lr")
     numbers = {"r": "32", "k": "2", "h": "8"} | dict(re.findall(r"([rkh])(\d+)", text))
     if not re.search(r"r\d", text) and (first := re.search(r"\d+", text)):
@@ -233,9 +243,9 @@ def _nearest(name: str) -> str:
 
 @contextmanager
 def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Iterator[None]:
-    """Bring a bare pipeline's components back to what they are now, whatever is put on inside.
+    """Restore a bare pipeline's components afterwards, whatever is attached to them inside.
 
-    For full fine-tuning a copy of the weights is kept on the CPU meanwhile.
+    For full fine-tuning, a copy of the weights is kept on the CPU.
     """
     models = [getattr(pipe, component) for component in components]
     kept: list[list[Tensor]] = []
@@ -255,7 +265,7 @@ def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Ite
 
 
 def detach(model: Any) -> None:
-    """Take every adapter off a model, of whatever kind; the base layers stay."""
+    """Remove all adapters of any kind from a model; the base layers stay."""
     for parent in list(model.modules()):
         for attribute, module in list(parent.named_children()):
             if isinstance(module, BaseTunerLayer):

@@ -1,4 +1,4 @@
-"""Every option of the benchmark; those of the training are the trainer's own."""
+"""The benchmark's own options; its options for training are the trainer's."""
 
 from __future__ import annotations
 
@@ -18,111 +18,121 @@ from gralora_diffusion.training.config.training_config import OPTION_GROUPS, Tra
 
 @dataclass(kw_only=True)
 class ComparedOptions:
-    """What is compared, and on what."""
+    """Which methods are compared, and on which data."""
 
-    _argument_group_name: ClassVar[str] = "What is compared"
+    _argument_group_name: ClassVar[str] = "Methods and data"
 
     suite: Annotated[Literal["tiny"] | None, MayDiffer(commands=True)] = option(
         None,
-        "A file of options that is bundled: tiny is samples/configs/benchmark_tiny.yaml, which "
-        "needs no download. Other options win over it",
+        "A bundled file of options: tiny is samples/configs/benchmark_tiny.yaml, which needs no "
+        "download. Other options override it",
     )
     methods: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
         None,
         "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
-        "gralora-r<rank>-k<k>-h<hybrid rank>, full; with -lr<rate> behind, a learning rate of its "
-        "own; base: nothing is trained (default: those of the run in --output_dir; of a new one "
-        "lora-r32 lora-r64 gralora-r32-k2)",
+        "gralora-r<rank>-k<k>-h<hybrid rank> or full. Append -lr<rate> for another learning rate. "
+        "base trains nothing (default: those of the run in --output_dir; for a new run lora-r32 "
+        "lora-r64 gralora-r32-k2)",
     )
     seeds: Annotated[list[int] | None, MayDiffer(commands=True)] = option(
-        None, "Seeds of each method (default: those of the run in --output_dir; of a new one 0)"
+        None, "Seeds of each method (default: those of the run in --output_dir; for a new run 0)"
     )
     protocols: list[str] | None = option(
         None,
-        "subject: the DreamBooth benchmark; or captioned: pictures for held-out captions; with "
-        "either drift: pictures for other prompts; with subject prior: pictures of the class "
-        "(default: subject drift prior, or captioned drift if there are captioned pictures)",
+        "subject: the DreamBooth benchmark; captioned: images for held-out captions instead; "
+        "drift, with either: images for unrelated prompts; prior, with subject: images of the "
+        "class (default: subject drift prior, or captioned drift if captioned images are given)",
     )
     dreambooth_dir: Annotated[str | None, Place(read=True)] = option(
-        None, "A clone of github.com/google/dreambooth, or a folder laid out like its dataset/"
+        None,
+        "A clone of github.com/google/dreambooth, or a folder with the layout of its dataset/",
     )
     subjects: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
-        None, "Subjects (default: all)"
+        None, "Subjects to train on (default: all)"
     )
-    unique_token: str = option("sks", "The token that stands for the subject")
+    unique_token: str = option("sks", "Token that names the subject in prompts")
     captioned_dir: Annotated[str | None, Place(read=True)] = option(
-        None, "Folder of captioned pictures; or give --dataset_name and --caption_column"
+        None, "Folder of captioned images; or give --dataset_name and --caption_column"
     )
     held_out: Annotated[int, Limits(at_least=1)] = option(
-        50, "How many of the captioned pictures are not trained on"
+        50, "Number of captioned images that are held out from training"
     )
 
 
 @dataclass(kw_only=True)
 class GenerationOptions:
-    """The pictures that are drawn of each unit."""
+    """The images that are generated for each trial."""
 
-    _argument_group_name: ClassVar[str] = "Drawing"
+    _argument_group_name: ClassVar[str] = "Generation"
 
-    images_per_prompt: Annotated[int, Limits(at_least=1)] = option(4, "Pictures of each prompt")
+    images_per_prompt: Annotated[int, Limits(at_least=1)] = option(4, "Number of images per prompt")
     max_prompts: Annotated[int | None, Limits(at_least=1)] = option(
-        None, "Only so many prompts of a subject, the first ones"
+        None, "Maximum number of prompts per subject; the first ones are used (default: all)"
     )
     drift_prompts: list[str] | None = option(
-        None, "Prompts that have nothing to do with what is learned (default: twelve of our own)"
+        None, "Prompts unrelated to the training (default: twelve built-in prompts)"
     )
-    drift_images: Annotated[int, Limits(at_least=1)] = option(2, "Pictures of each of them")
-    prior_images: Annotated[int, Limits(at_least=1)] = option(16, "Pictures of the subject's class")
+    drift_images: Annotated[int, Limits(at_least=1)] = option(
+        2, "Number of images per unrelated prompt"
+    )
+    prior_images: Annotated[int, Limits(at_least=1)] = option(
+        16, "Number of images of the subject's class"
+    )
     inference_steps: Annotated[int, Limits(at_least=1)] = option(50, "Inference steps")
     drawing_guidance_scale: float | None = option(None, "Guidance scale (default: the pipeline's)")
-    drawing_batch_size: Annotated[int, Limits(at_least=1)] = option(4, "Pictures drawn at once")
+    drawing_batch_size: Annotated[int, Limits(at_least=1)] = option(
+        4, "Number of images generated at once"
+    )
 
 
 @dataclass(kw_only=True)
 class JudgingOptions:
-    """What judges them."""
+    """How images are evaluated."""
 
-    _argument_group_name: ClassVar[str] = "Judging"
+    _argument_group_name: ClassVar[str] = "Evaluation"
 
     encoders: list[str] | None = option(
         None,
-        "NAME=SOURCE, the source a Hub id or a folder (default: dinov2=facebook/dinov2-base "
-        "dino=facebook/dino-vits16 clip=openai/clip-vit-base-patch32)",
+        "Encoders that evaluate images: NAME=SOURCE, where the source is a Hub id or a folder "
+        "(default: dinov2=facebook/dinov2-base dino=facebook/dino-vits16 "
+        "clip=openai/clip-vit-base-patch32)",
     )
     preprocessing: Literal["published", "shipped"] = option(
         "published",
-        "How pictures are prepared for them: as in the published evaluations, or always as the "
-        "image processor beside the encoder says",
+        "How images are preprocessed for the encoders: published, as in the published "
+        "evaluations, or shipped, always as set in the image processor beside the encoder",
     )
-    diversity: bool = option(False, "Also how much the pictures of one prompt differ")
+    diversity: bool = option(False, "Also score how much the images of one prompt differ")
     mechanism_steps: Annotated[int | None, Limits(at_least=1)] = option(
-        None, "Log block gradients and input outliers every so many steps, and the updates' ranks"
+        None,
+        "Log block gradients and input outliers every this many steps, and the ranks of the "
+        "updates (default: never)",
     )
     mechanism_k: Annotated[int, Limits(at_least=1)] = option(
-        4, "Into how many blocks per side gradients are cut for that"
+        4, "Number of blocks per side that the logged gradients are split into"
     )
 
 
 @dataclass(kw_only=True)
 class RunOptions:
-    """Where it all goes."""
+    """Output, and what a command does."""
 
     _argument_group_name: ClassVar[str] = "The run"
 
     output_dir: Annotated[str, Place(written=True), MayDiffer(commands=True)] = option(
-        "gralora-benchmark", "Folder for units and report"
+        "gralora-benchmark", "Folder for trials and report"
     )
     title: Annotated[str, MayDiffer(commands=True)] = option(
         "GraLoRA benchmark", "Title of the report"
     )
     keep_adapters: Annotated[bool, MayDiffer(commands=True)] = option(
-        True, "Keep each unit's adapter"
+        True, "Keep each trial's adapter"
     )
     retry_failed: Annotated[bool, MayDiffer(commands=True)] = option(
-        False, "Do units again that failed"
+        False, "Repeat trials that failed"
     )
     report_only: Annotated[bool, MayDiffer(commands=True)] = option(
-        False, "Only make the report of what is in --output_dir, with the options kept there"
+        False, "Only write the report on the results in --output_dir, with the options saved there"
     )
 
 
@@ -135,13 +145,13 @@ BENCHMARK_GROUPS: tuple[type, ...] = (
 
 
 def set_by_benchmark() -> dict[str, str]:
-    """The trainer's options that the benchmark sets itself -> what to give instead."""
+    """Return the trainer's options that the benchmark sets itself -> what to do instead."""
     traits = options_with(TrainingConfig, SetByBenchmark)
     return {name: trait.advice for name, trait in traits.items()}
 
 
 def training_groups() -> tuple[type, ...]:
-    """The trainer's groups of options without those that the benchmark sets."""
+    """Return the trainer's groups of options without those that the benchmark sets."""
     ours = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
     ours |= set_by_benchmark().keys()
     groups = []

@@ -1,4 +1,4 @@
-"""The options of a run: read from a command line, a file or a suite, and kept in its folder."""
+"""The options of a run: read from a command line, a file or a suite, and saved in its folder."""
 
 from __future__ import annotations
 
@@ -26,19 +26,22 @@ from .settings import BenchmarkSettings
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = BENCHMARK_NAME
-#: Seconds in which another process has surely written the options down.
+#: Seconds within which another process finishes writing the options.
 _WRITING = 60.0
 ROOT = Path(__file__).parents[2]
 SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
 
 
 def _places() -> dict[str, Place]:
-    """Options of the benchmark and of the trainer that are a file or folder."""
+    """Return the options of the benchmark and of the trainer that are a file or folder."""
     return options_with(TrainingConfig, Place) | options_with(BenchmarkSettings, Place)
 
 
 def _free() -> set[str]:
-    """What may differ between two commands of one run: they add trials to it, or change none."""
+    """Return the options that may differ between two commands of one run.
+
+    They add trials to it, or change none.
+    """
     may = options_with(TrainingConfig, MayDiffer) | options_with(BenchmarkSettings, MayDiffer)
     return {name for name, between in may.items() if between.commands}
 
@@ -46,10 +49,10 @@ def _free() -> set[str]:
 def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     """Read the options from a command line, a suite, and the YAML file of ``--config``.
 
-    Methods and seeds that none of them names are those that the run's folder has kept.
+    Methods and seeds that none of them sets are those saved in the run's folder.
 
     Raises:
-        ConfigError: see ``option_parsing.parse_options``; a suite that is not there.
+        ConfigError: as ``parse_options``, or the suite does not exist.
     """
     options = _parsed(argv)
     path = Path(options["output_dir"]) / SETTINGS_NAME
@@ -62,14 +65,14 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     if missing and (kept := _kept_in(path)):
         options |= {name: list(getattr(kept, name)) for name in missing}
         some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in missing)
-        logger.info("as kept in %s: %s", path, some)
+        logger.info("using the options saved in %s: %s", path, some)
     return _settings(options)
 
 
 def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Every option's value by its name, from a command line and the files that it names."""
+    """Return every option's value by its name, from a command line and the files that it names."""
     groups = (*BENCHMARK_GROUPS, *training_groups())
-    said = {name: f"is not for the benchmark: {why}" for name, why in set_by_benchmark().items()}
+    said = {name: f"cannot be set here: {why}" for name, why in set_by_benchmark().items()}
     parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
     options = parse(argv)
     if options["suite"]:
@@ -87,10 +90,10 @@ def _settings(options: dict[str, Any]) -> BenchmarkSettings:
 
 
 def _kept_in(path: Path) -> BenchmarkSettings | None:
-    """The options kept in this file; None if it is not there.
+    """Return the options saved in this file, or None if it does not exist.
 
     Raises:
-        ConfigError: it cannot be used.
+        ConfigError: the file cannot be used.
     """
     try:
         facts = path.stat()
@@ -99,47 +102,48 @@ def _kept_in(path: Path) -> BenchmarkSettings | None:
     return _read(path.absolute(), (facts.st_ino, facts.st_mtime_ns, facts.st_size))
 
 
-@lru_cache(maxsize=1)  # a command asks several times, and another may have written meanwhile
+@lru_cache(maxsize=1)  # read several times per command; another may write it meanwhile
 def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
     return _settings(_parsed(["--config", str(path)]))
 
 
 def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
-    """The options of a suite, its paths from wherever the command is run."""
+    """Return the options of a suite, with paths relative to the current folder."""
     path = ROOT / SUITES[name]
     if not path.is_file():
         raise ConfigError(
             [
-                f"--suite {name}: there is no {path}. It is part of the repository, not of the "
-                "installed package: clone it, and install it by `pip install -e .`"
+                f"--suite {name}: there is no {path}. It is part of the repository, but not of the "
+                "installed package. Clone the repository and install it with `pip install -e .`"
             ]
         )
     return [_from_here(argument) for argument in arguments_of(groups, path)]
 
 
 def _from_here(text: str) -> str:
-    """A path below samples/, also behind the name of an option or encoder, from where one is."""
+    """Make a path below samples/ relative to the current folder, also after ``NAME=``."""
     name, equals, source = text.rpartition("=")
     is_path = source.startswith("samples/")
     return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text
 
 
 def check_same_run(settings: BenchmarkSettings) -> None:
-    """Check that the run's folder has no units of other options, and is not the trainer's.
+    """Check that the run's folder has no trials with other options, and is not a training's.
 
     Raises:
-        ConfigError: it has, and units of both would be mixed; or it is.
+        ConfigError: its trials have other options, so that both would be mixed, or it is a
+            training's.
     """
     _earlier(settings)
 
 
 def save_run_config(settings: BenchmarkSettings) -> None:
-    """Keep the options in the run's folder, to be read again with ``--config`` from anywhere.
+    """Save the options in the run's folder, so that ``--config`` can read them from anywhere.
 
     Raises:
-        ConfigError: as ``check_same_run``; the folder cannot be written to.
+        ConfigError: as ``check_same_run``, or the folder cannot be written to.
     """
-    # its processes share the folder, unit by unit, but one at a time says what they are units of
+    # the run's processes share the folder, but only one at a time writes the options
     with owned(settings.folder, f"--output_dir {settings.folder}", _WRITING):
         _write_down(settings)
 
@@ -147,7 +151,7 @@ def save_run_config(settings: BenchmarkSettings) -> None:
 def _write_down(settings: BenchmarkSettings) -> None:
     folder, record = settings.folder, resolve_paths(settings.record())
     if earlier := _earlier(settings):
-        for name in ("methods", "seeds", "subjects"):  # what was asked for before stays
+        for name in ("methods", "seeds", "subjects"):  # earlier values are kept
             record[name] = _union(earlier.get(name), record.get(name))
         record = {name: value for name, value in record.items() if value is not None}
     text = yaml.safe_dump(record, sort_keys=False, allow_unicode=True, width=100)
@@ -157,15 +161,15 @@ def _write_down(settings: BenchmarkSettings) -> None:
             temporary.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ConfigError(
-            [f"--output_dir {folder} cannot be written to ({error}). Give another"]
+            [f"--output_dir {folder} cannot be written to ({error}). Give another folder"]
         ) from error
 
 
 def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
-    """The options kept in the run's folder; none if there are none.
+    """Return the options saved in the run's folder, if there are any.
 
     Raises:
-        ConfigError: they are others than these.
+        ConfigError: they differ from these.
     """
     path = settings.folder / SETTINGS_NAME
     kept = _kept_in(path)
@@ -173,8 +177,8 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
         if (settings.folder / CONFIG_NAME).exists():
             raise ConfigError(
                 [
-                    f"--output_dir {settings.output_dir!r} is of a training ({CONFIG_NAME}). Give "
-                    "another folder"
+                    f"--output_dir {settings.output_dir!r} belongs to a training ({CONFIG_NAME}). "
+                    "Give another folder"
                 ]
             )
         return {}
@@ -187,7 +191,7 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
         raise ConfigError(
             [
                 f"--{name} is {record.get(name, 'its default')}, but "
-                f"{earlier.get(name, 'its default')} in {path}: units of both would be "
+                f"{earlier.get(name, 'its default')} in {path}: trials with both would be "
                 "mixed. Give another --output_dir, or the same option"
                 for name in differing
             ]
@@ -196,7 +200,7 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
 
 
 def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
-    """The options with files and folders from the root, so that they are the same everywhere."""
+    """Return the options with absolute paths, which mean the same everywhere."""
 
     places = _places()
 
@@ -212,7 +216,7 @@ def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _same(name: str, kept: Any, given: Any) -> bool:
-    """Whether two values of an option mean the same; ``given`` is as :func:`_placed` has it."""
+    """Return whether two values mean the same; ``given`` comes from :func:`resolve_paths`."""
     if name == "encoders" and kept and given and len(kept) == len(given):
         pairs = [(k.partition("="), g.partition("=")) for k, g in zip(kept, given, strict=True)]
         return all(k[0] == g[0] and _same_place(k[2], g[2]) for k, g in pairs)
@@ -225,12 +229,12 @@ def _same_place(kept: str, given: str) -> bool:
     there, here = Path(kept), Path(given)
     if kept == given or there.resolve() == here.resolve():
         return True
-    # kept on another machine, or moved since: by what it is called, as results tell it
+    # saved on another machine, or moved: compared by name, which is what results record
     return there.is_absolute() and not there.exists() and here.exists() and there.name == here.name
 
 
 def _union(before: list[Any] | None, now: list[Any] | None) -> list[Any] | None:
-    """Both, in order; None, which stands for all, if one is None."""
+    """Return both lists in order, or None, which stands for all, if one is None."""
     if before is None or now is None:
         return None
     return [*before, *(value for value in now if value not in before)]

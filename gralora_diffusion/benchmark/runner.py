@@ -1,13 +1,12 @@
-"""One unit: a method put on the base, trained, drawn with, judged, and taken off again."""
+"""One trial: a method is attached to the base, trained, sampled, evaluated and detached."""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +33,7 @@ from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_class_images
 from gralora_diffusion.training.loop import Trainer
-from gralora_diffusion.training.optimization.adapters import (
-    adapter_configs,
-    inference_weights,
-    trained_components,
-)
+from gralora_diffusion.training.optimization.adapters import adapter_configs, trained_components
 from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
@@ -51,7 +46,7 @@ from .settings import BenchmarkSettings
 from .tasks import Task, folder_name
 
 IMAGES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
-#: Units of different seeds draw from different noise, those of a seed from the same.
+#: Trials with different seeds sample from different noise, those with one seed from the same.
 _NOISES_PER_SEED = 10_000
 
 #: The files of each prompt.
@@ -59,14 +54,14 @@ Generated = list[list[Path]]
 
 
 class Runner:
-    """What all units of a process share: the base, bare between them, and the encoders.
+    """Runs the trials of a process, which share the encoders and the base, bare between trials.
 
     Raises:
         ConfigError: the base or an encoder cannot be loaded.
     """
 
     def __init__(self, settings: BenchmarkSettings, config: TrainingConfig) -> None:
-        """``config``: the trainer's options of any unit."""
+        """``config``: the trainer's options of any trial."""
         self.settings = settings
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
@@ -79,30 +74,28 @@ class Runner:
     def run(
         self, task: Task, method: Method, seed: int, folder: Path, home: Path | None = None
     ) -> TrialResult:
-        """Do a unit; its pictures and adapter are in ``folder`` afterwards.
+        """Run a trial; its images and adapter are in ``folder`` afterwards.
 
-        The base is as before, whatever happens.
+        The base is the same afterwards, even after an error.
 
         Args:
-            folder: without any of them.
-            home: where they will be moved, if they will; paths in the result are from there.
+            folder: does not contain images or an adapter yet.
+            home: folder to which they will be moved, if any; paths in the result are relative to
+                it.
 
         Raises:
             ConfigError: the method does not fit the base.
-            TrainingDiverged: the loss is no number any more.
+            TrainingDiverged: the loss is no longer a number.
         """
         config = method.configured(replace(task.config, seed=seed))
         config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
         unmoved = self._images_of_the_base(task, config)
         try:
-            with bare_afterwards(self.pipe, components, method), ExitStack() as use:
-                facts = self._train(task, method, config, folder, use)
-                began = time.perf_counter()
-                drawn = self._draw(self._wanted(task), config, folder / IMAGES)
-                seconds = time.perf_counter() - began
+            with bare_afterwards(self.pipe, components, method):
+                facts, drawn = self._train_and_draw(task, method, config, folder)
         finally:
-            # a new one, for it keeps the schedule, its optimizer, the average and fp16's scale
+            # a new one, because the old one keeps schedule, optimizer, average and fp16's scale
             self.accelerator.free_memory()
             self.accelerator = make_accelerator(config)
             free_memory()
@@ -114,7 +107,6 @@ class Runner:
             method.name,
             seed,
             update_rank=method.update_rank,
-            generation_seconds=seconds,
             scores=scores,
             prompts=prompts,
             settings=effective_settings(self.settings, method, config, self.pipe, self.device),
@@ -123,18 +115,28 @@ class Runner:
             **facts,
         )
 
-    def _train(
-        self,
-        task: Task,
-        method: Method,
-        config: TrainingConfig,
-        folder: Path,
-        use: ExitStack,
-    ) -> dict[str, Any]:
-        """Train; in ``use`` the weights are those to draw with. Returns what there is to tell."""
+    def _train_and_draw(
+        self, task: Task, method: Method, config: TrainingConfig, folder: Path
+    ) -> tuple[dict[str, Any], dict[str, Generated]]:
+        """Return fields of the result, and the files of the trained weights' images."""
         if method.kind == "base":
-            nothing = {"parameters": 0, "steps": 0, "train_seconds": 0.0}
-            return {**nothing, "peak_memory_gib": None}
+            trainer = None
+            facts = {"parameters": 0, "steps": 0, "train_seconds": 0.0, "peak_memory_gib": None}
+        else:
+            trainer, facts = self._train(task, method, config, folder)
+        with nullcontext() if trainer is None else trainer.inference_weights():
+            if trainer is not None and self.settings.keep_adapters and method.kind != "full":
+                folder.joinpath(ADAPTER).mkdir(parents=True)
+                method.save(self.pipe, self.family, trainer.components, folder / ADAPTER)
+            began = time.perf_counter()
+            drawn = self._draw(self._wanted(task), config, folder / IMAGES)
+            facts["generation_seconds"] = time.perf_counter() - began
+        return facts, drawn
+
+    def _train(
+        self, task: Task, method: Method, config: TrainingConfig, folder: Path
+    ) -> tuple[Trainer, dict[str, Any]]:
+        """Train; return the trainer at its end, and fields of the result."""
         share_class_images(config, self.family, self.accelerator)
         began = time.perf_counter()
         layers = self._watched_layers(config)
@@ -148,36 +150,33 @@ class Runner:
             pipe=self.pipe,
             attach=method.attach,
         )
-        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.state.components])
+        trainer.set_up()
+        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.components])
         log = self._mechanism_log(layers, trainer.max_steps)
-        in_use = partial(inference_weights, trainer.parameters, trainer.optimizer, trainer.ema)
-        with ExitStack() as stack:
-            if log is not None:
-                stack.enter_context(log.watch(trainer.optimizer, in_use))
+        watched = (
+            nullcontext()
+            if log is None
+            else log.watch(trainer.optimizer, trainer.inference_weights)
+        )
+        with watched, closing(trainer.steps(progress=False)) as steps:
             try:
-                for _ in stack.enter_context(closing(trainer.steps(progress=False))):
+                for _ in steps:
                     pass
             except TrainingDiverged as error:
                 raise TrainingDiverged(error.args[0], _after_divergence(method, config)) from None
-        seconds = time.perf_counter() - began
-        use.enter_context(in_use())
-        if self.settings.keep_adapters and method.kind != "full":
-            folder.joinpath(ADAPTER).mkdir(parents=True)
-            method.save(self.pipe, self.family, trainer.state.components, folder / ADAPTER)
-        peak = trainer.memory.bytes
-        return {
+        return trainer, {
             "parameters": sum(p.numel() for p in trainer.parameters),
             "steps": trainer.state.step,
-            "train_seconds": seconds,
-            "peak_memory_gib": None if peak is None else peak / 2**30,
+            "train_seconds": time.perf_counter() - began,
+            "peak_memory_gib": trainer.memory.gib,
             "mechanism": None if log is None else log.result(),
             **told,
         }
 
     def _watched_layers(self, config: TrainingConfig) -> list[str]:
-        """Paths in the bare denoiser of what every method but full fine-tuning adapts.
+        """Return paths in the bare denoiser of the layers that all methods but ``full`` adapt.
 
-        Not looked for if no mechanism is logged.
+        Returns none if no mechanism is logged.
         """
         if self.settings.mechanism_steps is None:
             return []
@@ -195,10 +194,10 @@ class Runner:
     def _denoiser(self) -> Any:
         return getattr(self.pipe, self.family.denoiser)
 
-    # -- pictures ----------------------------------------------------------------------------------
+    # -- images ----------------------------------------------------------------------------------
 
     def _wanted(self, task: Task) -> dict[str, tuple[tuple[str, ...], int]]:
-        """What is drawn: the beginning of the files' names -> prompts, pictures of each."""
+        """Return what to generate: prefix of the files' names -> prompts, images per prompt."""
         settings, protocols = self.settings, self.settings.protocols or ()
         wanted = {"": (task.prompts, settings.images_per_prompt)}
         if "drift" in protocols:
@@ -210,7 +209,7 @@ class Runner:
     def _draw(
         self, wanted: dict[str, tuple[tuple[str, ...], int]], config: TrainingConfig, folder: Path
     ) -> dict[str, Generated]:
-        """Draw into ``folder`` what is not there yet; return the files of each prompt."""
+        """Generate the missing images into ``folder``; return the files of each prompt."""
         files = {
             kind: [
                 [folder / f"{kind}{row:03d}_{column}.png" for column in range(count)]
@@ -221,10 +220,11 @@ class Runner:
         folder.mkdir(parents=True, exist_ok=True)
         encoders = existing_models(self.pipe, self.family.all_text_encoders)
         limit = self.family.max_sequence_length and config.max_sequence_length
-        with ExitStack() as stack:
-            stack.enter_context(self.accelerator.autocast())
-            stack.enter_context(encoding_apart(self.pipe, encoders, self.device))
-            stack.enter_context(_decoding_one_by_one(self.pipe.vae))
+        with (
+            self.accelerator.autocast(),
+            encoding_apart(self.pipe, encoders, self.device),
+            _decoding_one_by_one(self.pipe.vae),
+        ):
             for kind, (prompts, count) in wanted.items():
                 if all(_is_whole(file) for row in files[kind] for file in row):
                     continue
@@ -247,7 +247,7 @@ class Runner:
         return files
 
     def _images_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Generated]:
-        """What the base draws where an adapter should change nothing: drawn once for each seed."""
+        """Generate the base's images for comparison with an adapter's, once for each seed."""
         folder = self.settings.folder / BASE_FOLDER / f"seed{config.seed}"
         wanted = self._wanted(task)
         found: dict[str, Generated] = {}
@@ -268,7 +268,7 @@ class Runner:
         folder: Path,
         home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
-        """Score the pictures; the scores of the unit, and those of each prompt."""
+        """Score the images; return the scores of the trial and those of each prompt."""
         encoders, wanted = self.encoders, self._wanted(task)
         if task.protocol == "captioned":
             scores = {"": score_captioned(encoders, drawn[""], task.texts, task.real)}
@@ -321,7 +321,7 @@ def _load_encoders(
 
 
 def _after_divergence(method: Method, config: TrainingConfig) -> str:
-    """What to do, by the options of the benchmark rather than the trainer's."""
+    """Return advice that names the benchmark's options instead of the trainer's."""
     plain = replace(method, learning_rate="").name
     text = f"Give --methods {plain}-lr<rate> with a lower rate (it is {config.learning_rate:g})"
     if config.mixed_precision == "fp16":
@@ -330,7 +330,7 @@ def _after_divergence(method: Method, config: TrainingConfig) -> str:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a picture is there and can be read: what a broken disk left is drawn again."""
+    """Return whether an image exists and can be read; damaged ones are generated again."""
     if not file.exists():
         return False
     try:
@@ -342,7 +342,7 @@ def _is_whole(file: Path) -> bool:
 
 @contextmanager
 def _decoding_one_by_one(vae: Any) -> Iterator[None]:
-    """At 1024 pixels, to decode four pictures at once takes more memory than all else."""
+    """Decode images one by one: at 1024 pixels, four at once take more memory than all else."""
     before = vae.use_slicing
     vae.use_slicing = True
     try:

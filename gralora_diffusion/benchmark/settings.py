@@ -1,4 +1,4 @@
-"""The benchmark's options as one object, and what can be wrong with them."""
+"""The benchmark's options as one object, and their checks."""
 
 from __future__ import annotations
 
@@ -43,13 +43,13 @@ DRIFT_PROMPTS = (
     "a cottage in a snowy forest",
     "a sailing boat on a stormy sea",
 )
-#: Folders of a run in which it writes.
+#: Folders that a run writes to, within its own folder.
 MADE = ("units", "base", "class_pictures", "held_out", "report")
 
 
 @dataclass(kw_only=True)
 class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedOptions):
-    """All options; ``training`` has those of the trainer. Call :meth:`check`."""
+    """All options; ``training`` contains those of the trainer. Call :meth:`check`."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)
 
@@ -61,7 +61,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         self.seeds = [0] if self.seeds is None else self.seeds
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
-        # the shell expands ~ only at the beginning of a word, and not in a YAML file
+        # the shell expands ~ only at the start of a word, and nobody does in a YAML file
         for name in options_with(type(self), Place):
             if value := getattr(self, name):
                 setattr(self, name, _from_home(value))
@@ -82,10 +82,10 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         return {name: source for name, _, source in pairs}
 
     def check(self) -> None:
-        """Check all that can be checked before data or models are looked at.
+        """Check everything that can be checked before data or models are read.
 
         Raises:
-            ConfigError: with every problem.
+            ConfigError: there are problems. The error lists all of them.
         """
         problems = [*self._problems()]
         for name in self.methods or ():
@@ -99,14 +99,16 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
             raise ConfigError(problems)
 
     def _same_methods(self) -> list[str]:
-        """Methods that are written in two ways, and would count as two."""
+        """Report methods that are written in two ways and would count as two."""
         names: dict[Method, str] = {}
         problems = []
         for method in self.parsed_methods:
             rate = str(float(method.learning_rate)) if method.learning_rate else ""
             first = names.setdefault(replace(method, learning_rate=rate), method.name)
             if first != method.name:
-                problems.append(f"--methods has {first} and {method.name}, the same. Keep one")
+                problems.append(
+                    f"--methods contains {first} and {method.name}, which are the same. Keep one"
+                )
         return problems
 
     def _problems(self) -> list[str]:
@@ -115,56 +117,62 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         known = ("subject", "captioned", "drift", "prior")
         captioned = bool(self.captioned_dir), bool(training.dataset_name)
         if unknown := [p for p in protocols if p not in known]:
-            problems.append(f"--protocols has {', '.join(unknown)}; there are {', '.join(known)}")
+            problems.append(
+                f"--protocols contains {', '.join(unknown)}; the protocols are {', '.join(known)}"
+            )
         elif ("subject" in protocols) == ("captioned" in protocols):
-            problems.append("--protocols needs one of subject and captioned, and not both")
+            problems.append("--protocols needs either subject or captioned, but not both")
         elif "captioned" in protocols and sum(captioned) != 1:
             problems.append("--protocols captioned needs one of --captioned_dir and --dataset_name")
         elif "subject" in protocols and any(captioned):
             problems.append(
-                "--captioned_dir and --dataset_name are for --protocols captioned, not for subject"
+                "--captioned_dir and --dataset_name need --protocols captioned instead of subject"
             )
         elif "subject" in protocols and not self.dreambooth_dir:
             problems.append(
                 "--dreambooth_dir is missing. Give a clone of https://github.com/google/dreambooth"
             )
         if "prior" in protocols and "subject" not in protocols:
-            problems.append("--protocols has prior, which needs subject: it is of its class")
+            problems.append(
+                "--protocols contains prior, which needs subject: it evaluates the subject's class"
+            )
         for name in ("methods", "seeds", "subjects"):
             given = getattr(self, name) or []
             if twice := sorted({str(v) for v in given if given.count(v) > 1}):
-                problems.append(f"--{name} has {', '.join(twice)} twice. Keep one")
+                problems.append(f"--{name} contains {', '.join(twice)} twice. Keep one")
         if negative := [seed for seed in self.seeds or () if seed < 0]:
-            problems.append(f"--seeds has {negative[0]}; a seed is not negative")
+            problems.append(f"--seeds contains {negative[0]}; a seed must be at least 0")
         for text in self.encoders or ():
             name, equals, source = text.partition("=")
             if not (equals and source and name.isidentifier()):
                 problems.append(
-                    f"--encoders has {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
+                    f"--encoders contains {text!r}; it must be NAME=SOURCE, as in {ENCODERS[0]}"
                 )
-            # a report alone is made also where they are not
+            # writing a report needs no encoders
             elif not self.report_only and (problem := source_problem(source)):
-                problems.append(f"--encoders has {text!r}: {problem}")
+                problems.append(f"--encoders contains {text!r}: {problem}")
         if not self.report_only:
             problems += self._read_and_written()
         full = any(m.startswith("full") for m in self.methods or ())
         if full and (training.quantization or training.bnb_quantization_config_path):
             problems.append(
-                "--methods has full, which cannot train the weights of a quantized base: leave it "
-                "out, or --quantization"
+                "--methods contains full, which cannot train the weights of a quantized base. "
+                "Leave out full or --quantization"
             )
         if training.with_prior_preservation and "captioned" in protocols:
-            problems.append("--with_prior_preservation is for --protocols subject, not captioned")
+            problems.append(
+                "--with_prior_preservation needs --protocols subject instead of captioned"
+            )
         teacher = training.with_prior_preservation and training.prior_source == "teacher"
         if teacher and full:
             problems.append(
-                "--methods has full, which has no frozen base to be taught by: leave it out, or "
-                "give --prior_source images"
+                "--methods contains full, which has no frozen base to be the teacher. Leave it "
+                "out, or give --prior_source images"
             )
         return problems
 
     def _read_and_written(self) -> list[str]:
-        """Inputs that the run would write to."""
+        """Report inputs that the run would write to."""
         read = {
             f"--{name}": getattr(options, name)
             for options in (self, self.training)
@@ -175,24 +183,24 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         here = {name: Path(path) for name, path in read.items() if path}
         made = [self.folder / name for name in MADE]
         return [
-            f"--output_dir is {self.output_dir!r}, and {name} {str(path)!r} would be written to, "
-            "for one lies in the other. Give another folder"
+            f"--output_dir is {self.output_dir!r}, and the run would write to {name} "
+            f"{str(path)!r} because one lies in the other. Give another folder"
             for name, path in here.items()
             if lies_in(self.folder, path) or any(lies_in(path, folder) for folder in made)
         ]
 
     def warnings(self) -> list[str]:
-        """What the user should know of options that have no effect."""
+        """Return warnings about options that have no effect."""
         if "captioned" not in (self.protocols or ()):
             return []
         idle = [f"--{name}" for name in ("dreambooth_dir", "subjects") if getattr(self, name)]
-        theirs = f", also where --suite {self.suite} has them" if self.suite else ""
+        theirs = f", even if --suite {self.suite} sets them" if self.suite else ""
         learned = "--captioned_dir" if self.captioned_dir else "--dataset_name"
-        use = f"{learned} is what is learned, so there is no use for {' and '.join(idle)}{theirs}"
+        use = f"these options have no effect with {learned}: {' and '.join(idle)}{theirs}"
         return [use] if idle else []
 
     def record(self) -> dict[str, Any]:
-        """The options that differ from the defaults, in their groups' order."""
+        """Return the options that differ from the defaults, in their groups' order."""
         default = BenchmarkSettings()
         always = ("output_dir", "methods", "seeds")
         own = {
@@ -201,7 +209,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
             for f in fields(group)
             if f.name in always or getattr(self, f.name) != getattr(default, f.name)
         }
-        for name in ("suite", "retry_failed", "report_only"):  # of a command, not of a run
+        for name in ("suite", "retry_failed", "report_only"):  # belong to a command, not to a run
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
         return own | {k: v for k, v in training.items() if k not in set_by_benchmark()}
@@ -215,9 +223,10 @@ def options_table() -> str:
     """Return ``docs/benchmark_options.md``: the benchmark's own options in Markdown tables."""
     parts = [
         "# Options of the benchmark",
-        "Made from the options themselves by `gralora_diffusion.benchmark.settings.options_table`. "
-        "Each is given as `--name value` or as `name: value` in the file of `--config`; the "
-        "command line wins. [The trainer's options](options.md) are given beside them, but for: "
+        "This page is generated from the options themselves by "
+        "`gralora_diffusion.benchmark.settings.options_table`. Give an option as `--name value`, "
+        "or as `name: value` in the file that `--config` names; the command line overrides the "
+        "file. [The trainer's options](options.md) can be given as well, except: "
         + ", ".join(f"`{name}`" for name in set_by_benchmark())
         + ".",
         *map(group_table, BENCHMARK_GROUPS),

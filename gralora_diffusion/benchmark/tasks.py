@@ -1,4 +1,4 @@
-"""What there is to learn and to draw: a task for each subject, or one for a captioned set."""
+"""What to train on and what to generate: a task for each subject, or one for a captioned set."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .settings import BenchmarkSettings
 
 logger = logging.getLogger(__name__)
 
-#: Folder of class pictures and of held-out pictures, within that of the run.
+#: Folders of class images and of held-out images, within the run's folder.
 CLASS_FOLDER, HELD_OUT_FOLDER = "class_pictures", "held_out"
 
 
@@ -31,12 +31,12 @@ class Task:
 
     Attributes:
         protocol: "subject" or "captioned".
-        subject: its name, which is that of a folder.
-        config: the trainer's options but for method and seed.
-        examples: what is trained on.
-        prompts: what is drawn.
-        texts: what CLIP compares the pictures with, one for each prompt.
-        real: pictures to compare with: of the subject, or the one of each caption.
+        subject: its name, which is also a folder's.
+        config: the trainer's options, except for method and seed.
+        examples: the training images.
+        prompts: the prompts for generation.
+        texts: the texts that CLIP compares the images with, one for each prompt.
+        real: the images to compare with: those of the subject, or the one of each caption.
         class_prompt: "" for a captioned set.
     """
 
@@ -51,15 +51,15 @@ class Task:
 
 
 def read_tasks(settings: BenchmarkSettings) -> list[Task]:
-    """Find all that is learned, and decode every picture once.
+    """Find everything to learn, and decode every image once.
 
     Raises:
-        DataError: with all that is wrong with the files, of all subjects.
+        DataError: files have problems. The error lists all of them, for all subjects.
         ConfigError: the trainer's options have problems.
     """
     if "captioned" in (settings.protocols or ()):
         return [_captioned(settings)]
-    # a suite has subjects of its own, which stay wanted in another folder
+    # a suite names its own subjects, even if another folder is given
     names_from = f"--suite {settings.suite}, or --subjects," if settings.suite else "--subjects"
     subjects = read_subjects(str(settings.dreambooth_dir), settings.subjects or (), names_from)
     tasks, problems = [], []
@@ -76,7 +76,7 @@ def read_tasks(settings: BenchmarkSettings) -> list[Task]:
 
 
 def folder_name(text: str) -> str:
-    """A prompt as the name of a folder, which no other prompt has."""
+    """Return a folder's name for a prompt that no other prompt has."""
     name = re.sub(r"\W+", "_", text).strip("_")
     if name.replace("_", " ") == text:
         return name
@@ -110,10 +110,10 @@ def _subject(settings: BenchmarkSettings, subject: Subject) -> Task:
 def _images_of(
     subject: Subject, config: TrainingConfig, root: Path
 ) -> tuple[list[Example], list[Example]]:
-    """The pictures to learn, and those to compare with, which may be the same.
+    """Return the images to learn and those to compare with, which may be the same.
 
     Raises:
-        DataError: with all that is wrong with both, each with its folder below ``root``.
+        DataError: there are problems with them. The error lists all, with folders below ``root``.
     """
     found, problems = [], []
     for folder in (subject.folder, subject.held_out):
@@ -137,7 +137,7 @@ def _captioned(settings: BenchmarkSettings) -> Task:
     for warning in validate(config):
         logger.warning(warning)
     try:
-        # the same for every seed of the training: they are compared with each other
+        # the same for every training seed, since their trials are compared with each other
         parts = split(find_images(config), settings.held_out, seed=0)
     except ValueError as error:
         if isinstance(error, DataError):
@@ -147,7 +147,7 @@ def _captioned(settings: BenchmarkSettings) -> Task:
     folder = settings.folder / HELD_OUT_FOLDER
     return Task(
         "captioned",
-        # absolute, for . and .. are no names of folders
+        # absolute, because . and .. are not the names of folders
         Path(os.path.abspath(str(settings.captioned_dir or config.dataset_name))).name or "set",
         config,
         parts.train,

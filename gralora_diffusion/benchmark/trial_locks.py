@@ -1,8 +1,9 @@
-"""Who does which unit: claims in a folder that processes, and machines, share.
+"""Which process runs which trial: claims in a folder that processes and machines share.
 
-A claim is a file that one process makes and touches while it works. What another cannot make, it
-leaves alone; what nobody has touched for long belongs to a process that was killed, and is taken
-over. Only files are used, made exclusively, so a network file system will do.
+A claim is a file that one process creates and touches while it works. A process that cannot create
+the file leaves the trial alone. A claim that has not been touched for long belongs to a process
+that was killed, and is taken over. Only files are used, created exclusively, so a network file
+system is enough.
 """
 
 from __future__ import annotations
@@ -22,23 +23,23 @@ from typing import Any
 
 from gralora_diffusion.io.json_files import read_object
 
-#: A claim's file, and the beginning of the name of its folder.
+#: A claim's file, and the prefix of the name of its folder.
 LOCK_NAME, WORK_NAME = "claim.json", ".work."
-#: Seconds between two touches, and after how many without one a claim is taken over.
+#: Seconds between touches, and seconds without one after which a claim is taken over.
 TOUCH_SECONDS, PATIENCE_SECONDS = 20.0, 300.0
-#: Seconds between two looks at what other processes do.
+#: Seconds between checks of other processes' progress.
 WAIT_SECONDS = 5.0
 #: More than a claim has.
 _MOST_BYTES = 1 << 16
 
 
 class TrialLock:
-    """A unit that is this process's own, as a context: inside, the claim is kept alive.
+    """This process's claim on a trial, as a context inside which the claim is kept alive.
 
     Attributes:
-        folder: of the unit.
-        work: a folder in it of this claim alone, empty at first, gone with the claim. What others
-            left of theirs goes at the beginning.
+        folder: of the trial.
+        work: a folder in it for this claim alone, which is empty at first and deleted with the
+            claim. Folders that other claims left behind are deleted at the start.
     """
 
     def __init__(self, folder: Path, token: str, touch_seconds: float = TOUCH_SECONDS) -> None:
@@ -67,16 +68,16 @@ class TrialLock:
             self.path.unlink(missing_ok=True)
 
     def is_held(self) -> bool:
-        """Whether no other process has taken it over, as it may after this one was suspended."""
+        """Return whether no other process took it over, as may happen if this one is suspended."""
         return _read(self.path).get("token") == self.token
 
     def hand_over(self, *names: str) -> None:
-        """Move these of the work to the unit, in place of what it has of these names.
+        """Move these files of ``work`` to the trial's folder, replacing those of the same names.
 
-        What the work lacks, the unit lacks then, too.
+        Names that are missing from ``work`` are then missing from the trial's folder, too.
         """
         for name in names:
-            shutil.rmtree(self.folder / name, ignore_errors=True)  # of another attempt
+            shutil.rmtree(self.folder / name, ignore_errors=True)  # left by another attempt
             if (self.work / name).exists():
                 os.replace(self.work / name, self.folder / name)
 
@@ -86,18 +87,18 @@ class TrialLock:
                 return
             try:
                 os.utime(self.path)
-            except OSError:  # for a moment the file system is away; there will be a next time
+            except OSError:  # the file system is away for a moment; the next touch may succeed
                 continue
 
 
 def claim(
     folder: Path, patience: float = PATIENCE_SECONDS, touch_seconds: float = TOUCH_SECONDS
 ) -> TrialLock | None:
-    """Claim a unit's folder, which is made if it lacks; None if another process has it.
+    """Claim a trial's folder, creating it if needed; returns None if another process has it.
 
     Args:
-        patience: seconds without a touch after which a claim counts for nothing. That of a process
-            of this machine that is no more counts for nothing at once.
+        patience: seconds without a touch after which a claim is void. The claim of a process on
+            this machine that has ended is void at once.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, token = folder / LOCK_NAME, uuid.uuid4().hex
@@ -106,13 +107,13 @@ def claim(
     theirs = _read(path)
     if not _is_dead(path, theirs, patience):
         return None
-    # of a given claim there is one heir: who makes this file
+    # a claim has one successor: the process that creates this file
     successor = folder / f"{LOCK_NAME}.{theirs.get('token', 'unreadable')}.heir"
     if not _make(successor, token):
         if age(successor) > patience:  # it died in turn, between here and the end of this function
             successor.unlink(missing_ok=True)
         return None
-    # the claim may have had an heir already, who was done with that file when it was made anew
+    # an earlier successor may already have deleted that file before it was created here
     inherits = _read(path).get("token") == theirs.get("token")
     if inherits:
         fresh = folder / f".{LOCK_NAME}.{token}"
@@ -123,13 +124,13 @@ def claim(
 
 
 def holder(folder: Path) -> str | None:
-    """Who has a unit, as text; None if nobody."""
+    """Return who has a trial, as text, or None if nobody has it."""
     facts = _read(folder / LOCK_NAME)
     return f"process {facts.get('pid')} on {facts.get('host')}" if facts else None
 
 
 def _make(path: Path, token: str) -> bool:
-    """Make a claim file with its content, exclusively; False if it is there already."""
+    """Create a claim file with its content, exclusively; returns False if it already exists."""
     facts = {
         "token": token,
         "host": socket.gethostname(),
@@ -147,7 +148,7 @@ def _make(path: Path, token: str) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any]:
-    """The facts of a claim; none if it is gone, not written yet, or damaged."""
+    """Return the facts of a claim; none if it is gone, not written yet, or damaged."""
     try:
         facts = read_object(path, _MOST_BYTES)
     except (OSError, ValueError):
@@ -164,14 +165,14 @@ def _is_dead(path: Path, facts: dict[str, Any], patience: float) -> bool:
 
 @cache
 def _machine() -> str:
-    """What tells within which numbers of processes are one another's.
+    """Identify the scope within which process ids are unique.
 
-    Names of hosts do not: containers, and machines of a cluster, often go by the same one.
+    Host names do not, because containers, and machines of a cluster, often share one.
     """
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
         return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:  # no Linux
+    except OSError:  # not Linux
         return f"{socket.gethostname()} {uuid.getnode():x}"
 
 

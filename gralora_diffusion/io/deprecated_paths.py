@@ -219,7 +219,7 @@ NAMES = {
     "training.records.MetricsFile": "training.outputs.metrics.MetricsFile",
     "training.records.draw_curve": "training.outputs.metrics.plot_curve",
     "training.rehearsal.ImaginedData": "training.dry_run.fake_step.FakeData",
-    "training.rehearsal.imagined_objective": "training.dry_run.fake_step.fake_objective",
+    "training.rehearsal.imagined_objective": "training.dry_run.fake_step.FakeObjective",
     "training.step.RowMaker": "training.optimization.step.BatchBuilder",
     "training.step.Rows": "training.optimization.step.DenoisingBatch",
     "training.streams.Ahead": "training.data.sampler.Prefetcher",

@@ -1,1 +1,1 @@
-"""Training: options, data, caches, objectives, checkpoints and the loop."""
+"""The trainer: options, data, caches, objectives, checkpoints and the loop."""

@@ -1,13 +1,13 @@
-"""DreamBooth training with GraLoRA, top to bottom. Knows no family of models by name."""
+"""DreamBooth training with GraLoRA from top to bottom, for any family of models."""
 
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, closing
 from functools import partial
+from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +54,12 @@ from gralora_diffusion.training.optimization.step import (
 )
 from gralora_diffusion.training.outputs.metadata import time_metadata, training_metadata
 from gralora_diffusion.training.outputs.metrics import MetricsFile
-from gralora_diffusion.training.outputs.output_dir import finish, make_repository, own_folder, start
+from gralora_diffusion.training.outputs.output_dir import (
+    finish,
+    make_repository,
+    own_output_dir,
+    start,
+)
 from gralora_diffusion.training.outputs.validation import generate_validation
 from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
@@ -74,56 +79,70 @@ logger = logging.getLogger(__name__)
 
 
 def train(config: TrainingConfig) -> Path:
-    """Train an adapter as ``config`` says; return the output folder.
+    """Train an adapter with the options in ``config``; return the output folder.
 
-    With ``dry_run`` only say what would be trained and what memory it would take; see ``plan``.
+    With ``dry_run``, only print what would be trained and how much memory it would need.
 
     Raises:
-        ConfigError: something in the options or the base is wrong; nothing was written.
-        DataError: the same of the pictures and captions.
-        TrainingDiverged: the loss is no number any more.
-        CheckpointError: a checkpoint could not be written, or is none of this run.
+        ConfigError: the options or the base have problems; nothing was written.
+        DataError: images or captions have problems; nothing was written.
+        TrainingDiverged: the loss is no longer a number.
+        CheckpointError: a checkpoint could not be written, or belongs to another run.
         OtherProcessFailed: one of these was raised in another process of the run.
     """
     if not are_several():
         validate(config)  # before accelerate is asked
-    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    with accelerate_left_as_it_was(), ExitStack() as held:
+    with accelerate_left_as_it_was():
         accelerator = make_accelerator(config)
-        if not config.dry_run:
-            from_first(accelerator, lambda: own_folder(config, held))
-        found = find_beginning(config, store, accelerator)
-        family = found.family
         if config.dry_run:
-            # which themselves look at how a run goes
-            from gralora_diffusion.training.dry_run.formatting import format_plan
-            from gralora_diffusion.training.dry_run.plan import plan_run
-
-            plan = plan_run(config, family, found.images, found.class_images, accelerator)
-            if accelerator.is_main_process:
-                print_safely(format_plan(plan))
-            return Path(config.output_dir)
-        from_first(accelerator, lambda: make_repository(config))
-        # before the base is loaded to be trained: two of them would be too much for some
-        class_images = complete_class_images(config, found, accelerator)
-        trainer = Trainer(
-            config, family, found.images, class_images, accelerator, store, found.initial
-        )
-        if found.resume is not None:
-            together(accelerator, partial(trainer.resume, *found.resume))
+            _print_plan(config, accelerator)
         else:
-            from_first(accelerator, store.delete_all)
-        trainer.run()
-        accelerator.end_training()
+            with own_output_dir(config, accelerator):
+                _train(config, accelerator)
     return Path(config.output_dir)
 
 
+def _train(config: TrainingConfig, accelerator: Accelerator) -> None:
+    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
+    found = find_beginning(config, store, accelerator)
+    from_first(accelerator, lambda: make_repository(config))
+    # before the base for training is loaded, because two bases may not fit into memory
+    class_images = complete_class_images(config, found, accelerator)
+    trainer = Trainer(
+        config, found.family, found.images, class_images, accelerator, store, found.initial
+    )
+    trainer.set_up()
+    if found.resume is not None:
+        together(accelerator, partial(trainer.resume, *found.resume))
+    else:
+        from_first(accelerator, store.delete_all)
+    trainer.train()
+    trainer.save()
+    trainer.clean_up()
+
+
+def _print_plan(config: TrainingConfig, accelerator: Accelerator) -> None:
+    # only a dry run needs these modules, which take long to import
+    from gralora_diffusion.training.dry_run.formatting import format_plan
+    from gralora_diffusion.training.dry_run.plan import plan_run
+
+    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
+    found = find_beginning(config, store, accelerator)
+    plan = plan_run(config, found.family, found.images, found.class_images, accelerator)
+    if accelerator.is_main_process:
+        print_safely(format_plan(plan))
+
+
 class Trainer:
-    """A run, ready to go: base, adapter, data, optimizer.
+    """A run in stages: ``set_up``, perhaps ``resume``, ``train``, ``save``, ``clean_up``.
+
+    Construction is cheap, because ``set_up`` loads the base. ``steps`` is the part of ``train``
+    that does not write files of its own.
 
     Args:
-        pipe: the base if it is loaded already, bare and frozen; by default it is loaded.
-        put_on: puts what is to be trained on it, and returns the components that have it.
+        initial: the adapter's initial values, in place of random ones.
+        pipe: the bare, frozen base if it is already loaded; by default it is loaded.
+        attach: attaches an adapter to the base, and returns the components that have it.
     """
 
     def __init__(
@@ -139,75 +158,96 @@ class Trainer:
         pipe: Any = None,
         attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
     ) -> None:
-        self.family, self.accelerator, self.store = family, accelerator, store
-        device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
+        self.config, self.family = config, family
+        self.images, self.class_images = images, class_images
+        self.accelerator, self.store = accelerator, store
+        self.initial, self.pipe, self.attach = initial or {}, pipe, attach
+        self.dtype = DTYPES[accelerator.mixed_precision]
+        self.memory = PeakMemory(accelerator.device)
+        self.metrics: MetricsFile | None = None  # only the first process writes it
 
-        # --- the frozen base, and the adapter on it
-        self.pipe = load_base(config, family, dtype) if pipe is None else pipe
-        self.config = config = resolve_defaults(
-            config, family, self.pipe, accelerator.mixed_precision
-        )
-        components = attach(self.pipe, family, config)
-        set_initial_values(self.pipe, initial or {})
-        models = [getattr(self.pipe, name) for name in components]
-        enable_memory_savings(config, getattr(self.pipe, family.denoiser), models, device)
+    # -- set up ------------------------------------------------------------------------------------
 
-        # --- encode what stays the same; of the encoders only what is needed later stays
-        self.data = data = Batches(config, family, self.pipe, images, class_images, accelerator)
-        needed = {*components, *(family.all_text_encoders if config.train_text_encoder else ())}
-        if not config.cache_latents:
-            needed.add("vae")
-        for model in existing_models(self.pipe, needed):
-            model.to(device)
-        free_memory()
-
-        if accelerator.num_processes > 1:
-            base = {k: v for k, v in describe_base(self.pipe, config).items() if k != "source"}
-            facts = {"the base is": base, "what each step trains on is": data.digest}
-            check_alike(accelerator, facts, "Give every process the same")
-
-        # --- objective and optimizer
-        objective = make_objective(config, family, self.pipe)
-        step = DenoisingStep(self.pipe, family, objective, components, config.encoding)
-        step.train()
-        denoiser, *encoders = (adapter_parameters(self.pipe, name) for name in components)
-        encoder_parameters = [parameter for group in encoders for parameter in group]
-        self.parameters = [*denoiser, *encoder_parameters]
-        optimizer = build_optimizer(
-            config, denoiser, encoder_parameters, world_size=accelerator.num_processes
-        )
-        self.steps_per_epoch = math.ceil(len(data) / data.samples_per_step)
-        self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
-        self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
-        share_only_what_is_trained(step)
-        # the loader and the schedule are ours alone: both already know of processes and steps
-        self.step, self.optimizer = accelerator.prepare(step, optimizer)
-        self.rows = BatchBuilder(step, data, config, device, dtype)
-        self.memory = PeakMemory(device)
-        self.ema = None
-        if config.use_ema:
-            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
-            self.ema.to(device)
+    def set_up(self) -> None:
+        """Load the base, attach the adapter, encode the data, make the optimizer."""
+        self._set_up_models()
+        self._set_up_data()
+        self._set_up_optimizer()
         self.state = RunState(
-            config,
+            self.config,
             self.pipe,
-            family,
-            components,
+            self.family,
+            self.components,
             self.parameters,
             self.optimizer,
             self.lr_scheduler,
             self.ema,
-            accelerator,
-            data.digest,
-            partial(training_metadata, config, family, self.pipe, data, self.max_steps),
+            self.accelerator,
+            self.data.digest,
+            partial(
+                training_metadata, self.config, self.family, self.pipe, self.data, self.max_steps
+            ),
         )
 
+    def _set_up_models(self) -> None:
+        """Load the frozen base and attach the adapter."""
+        family, accelerator = self.family, self.accelerator
+        if self.pipe is None:
+            self.pipe = load_base(self.config, family, self.dtype)
+        self.config = resolve_defaults(self.config, family, self.pipe, accelerator.mixed_precision)
+        self.components = self.attach(self.pipe, family, self.config)
+        set_initial_values(self.pipe, self.initial)
+        models = [getattr(self.pipe, name) for name in self.components]
+        denoiser = getattr(self.pipe, family.denoiser)
+        enable_memory_savings(self.config, denoiser, models, accelerator.device)
+
+    def _set_up_data(self) -> None:
+        """Encode the data, and move only the models that the steps need to the device."""
+        config, family, accelerator = self.config, self.family, self.accelerator
+        self.data = Batches(config, family, self.pipe, self.images, self.class_images, accelerator)
+        self.steps_per_epoch = ceil(len(self.data) / self.data.samples_per_step)
+        self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
+        needed = {*self.components}
+        if config.train_text_encoder:
+            needed.update(family.all_text_encoders)
+        if not config.cache_latents:
+            needed.add("vae")
+        for model in existing_models(self.pipe, needed):
+            model.to(accelerator.device)
+        free_memory()
+        if accelerator.num_processes > 1:
+            base = {k: v for k, v in describe_base(self.pipe, config).items() if k != "source"}
+            facts = {"the base is": base, "the hash of the samples is": self.data.digest}
+            check_alike(accelerator, facts, "Give the same base and data to every process")
+
+    def _set_up_optimizer(self) -> None:
+        """Make the step as one module, its optimizer and its schedule."""
+        config, family, accelerator = self.config, self.family, self.accelerator
+        objective = make_objective(config, family, self.pipe)
+        step = DenoisingStep(self.pipe, family, objective, self.components, config.encoding)
+        step.train()
+        denoiser, *encoders = (adapter_parameters(self.pipe, name) for name in self.components)
+        encoder_parameters = [parameter for group in encoders for parameter in group]
+        self.parameters = [*denoiser, *encoder_parameters]
+        optimizer = build_optimizer(
+            config, denoiser, encoder_parameters, samples_per_step=self.data.samples_per_step
+        )
+        self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
+        share_only_what_is_trained(step)
+        # loader and schedule are not prepared, because they already handle processes and steps
+        self.step, self.optimizer = accelerator.prepare(step, optimizer)
+        self.batch_builder = BatchBuilder(step, self.data, config, accelerator.device, self.dtype)
+        self.ema = None
+        if config.use_ema:
+            self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
+            self.ema.to(accelerator.device)
+
     def resume(self, step: int, path: Path) -> None:
-        """Go on from the checkpoint of ``step``.
+        """Resume from the checkpoint of ``step``.
 
         Raises:
-            ConfigError: the run is to end before that step.
-            CheckpointError: it is not readable or of another run.
+            ConfigError: the run ends before that step.
+            CheckpointError: it is not readable or belongs to another run.
         """
         if step > self.max_steps:
             raise ConfigError(
@@ -219,140 +259,174 @@ class Trainer:
         self.state.load(path)
         if step == self.max_steps:
             logger.warning(
-                "nothing is left to train: step %d is the last. To go on, give a higher "
+                "nothing is left to train: step %d is the last. To continue, give a higher "
                 "--max_train_steps",
                 step,
             )
 
-    def run(self) -> None:
-        """Train to the end, then write the adapter, its pictures and its card."""
+    # -- train -------------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Run the remaining steps, with checkpoints and validation images in between."""
         config, accelerator, state = self.config, self.accelerator, self.state
-        folder, first_step = Path(config.output_dir), state.step
-        metrics = None
-
-        def begin() -> None:
-            nonlocal metrics
-            start(folder, config)
-            self.store.clean()
-            metrics = MetricsFile(folder, first_step)
-
-        from_first(accelerator, begin)
+        self.first_step, self.began = state.step, time.time()
+        from_first(accelerator, self._start_output)
         accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
-        started, began = time.time(), time.perf_counter()
+        began = time.perf_counter()
         self._validate_if_due()
-        with closing(self.steps(metrics)) as steps:
+        with closing(self.steps(self.metrics)) as steps:
             for step in steps:
                 if step % config.checkpointing_steps == 0:
                     from_first(accelerator, partial(self.store.write, step, state.save))
                 self._validate_if_due()
-        seconds = time.perf_counter() - began
-        with inference_weights(self.parameters, self.optimizer, self.ema):
-            if accelerator.is_main_process:
-                adapter = state.adapter()
-                adapter.metadata |= time_metadata(started)
-                save_adapter(adapter, folder / WEIGHTS_NAME)
-            grid = None if config.skip_final_inference else self._draw_validation()
-        if metrics is not None:
-            facts = {
-                "steps": state.step,
-                "samples per step": self.data.samples_per_step,
-                "trained parameters": sum(p.numel() for p in self.parameters),
-                **adapter_facts([getattr(self.pipe, name) for name in state.components], config),
-                **quantization_facts(config, self.pipe),
-                "seconds per step": round(seconds / max(1, state.step - first_step), 3),
-                "device": device_name(accelerator.device),
-                "precision": accelerator.mixed_precision,
-            }
-            if self.memory.bytes is not None:
-                facts["peak memory of the steps, GiB"] = round(self.memory.bytes / 2**30, 3)
-            finish(folder, config, self.family.name, metrics.read(), facts, grid)
+        self.seconds = time.perf_counter() - began
+
+    def _start_output(self) -> None:
+        folder = Path(self.config.output_dir)
+        start(folder, self.config)
+        self.store.clean()
+        self.metrics = MetricsFile(folder, self.state.step)
 
     def steps(
         self, metrics: MetricsFile | None = None, *, progress: bool = True
     ) -> Generator[int, None, None]:
-        """Make the optimizer steps that are left, one at a time; yield how many are done by then.
+        """Run the remaining optimizer steps one by one; yield the number of finished steps.
 
         Args:
-            metrics: what is written down; the other processes write nothing.
+            metrics: file for the numbers of each step; only one process may have it.
             progress: show a bar.
         """
-        accelerator, state = self.accelerator, self.state
-        batches = self.data.steps(state.step, self.max_steps)
-        rows = Prefetcher(self.rows.rows(*batch) for batch in batches)
+        state = self.state
+        data = self.data.steps(state.step, self.max_steps)
+        batches = Prefetcher(self.batch_builder.build(*samples) for samples in data)
         bar = tqdm(
             initial=state.step,
             total=self.max_steps,
             desc="training",
             unit="step",
-            disable=not (progress and accelerator.is_local_main_process),
+            disable=not (progress and self.accelerator.is_local_main_process),
         )
-        with bar:  # an error comes after it, on its own line
+        with bar:  # closed before an error is printed on its own line
             while state.step < self.max_steps:
+                began = time.perf_counter()
                 with self.memory:
-                    loss = self._optimizer_step(rows)
+                    loss, norm = self._optimizer_step(batches)
+                speed = self.data.samples_per_step / (time.perf_counter() - began)
                 lr = self.optimizer.param_groups[0]["lr"]
                 if self.lr_scheduler is not None:
                     self.lr_scheduler.step()
                 if self.ema is not None:
                     self.ema.step(self.parameters)
                 state.step += 1
+                # the norm is infinite if fp16 overflowed, but JSON has no infinity
+                numbers = {"loss": loss, "lr": lr, "grad_norm": norm if isfinite(norm) else None}
+                performance = {"samples_per_second": speed}
+                shown = f"loss={loss:.4f}, lr={lr:.2e}, grad_norm={norm:.2e}, samples/s={speed:.3g}"
+                if self.memory.gib is not None:
+                    performance["peak_memory_gib"] = self.memory.gib
+                    shown += f", peak memory={self.memory.gib:.1f} GiB"
                 if metrics is not None:
-                    metrics.add({"step": state.step, "loss": loss, "lr": lr})
-                accelerator.log({"loss": loss, "lr": lr}, step=state.step)
-                # without drawing it, which update does now and then
-                bar.set_postfix(loss=f"{loss:.4f}", lr=f"{lr:.2e}", refresh=False)
+                    metrics.add({"step": state.step, **numbers, "performance": performance})
+                self.accelerator.log({**numbers, **performance}, step=state.step)
+                bar.set_postfix_str(shown, refresh=False)  # update redraws the bar now and then
                 bar.update()
                 yield state.step
 
-    def _optimizer_step(self, ahead: Prefetcher[list[DenoisingBatch]]) -> float:
-        """Forward and backward passes of one step; returns the mean loss over all processes."""
+    def _optimizer_step(self, ahead: Prefetcher[list[DenoisingBatch]]) -> tuple[float, float]:
+        """Run the forward and backward passes of one step, and the step itself.
+
+        Returns the mean loss over all processes, and the norm of its gradient before clipping.
+        """
         config, accelerator = self.config, self.accelerator
         total = torch.zeros((), device=accelerator.device)
         for micro in range(config.gradient_accumulation_steps):
             with accelerator.accumulate(self.step):
-                rows = next(ahead)
-                # dropout, the only draw from the global generator, depends on the step alone
+                batches = next(ahead)
+                # dropout alone uses the global generator, and must depend on the step alone
                 process = accelerator.process_index
                 torch.manual_seed(seed_from(config.seed, "step", self.state.step, micro, process))
-                loss = mean_loss(self.step(rows), rows)
+                loss = mean_loss(self.step(batches), batches)
                 accelerator.backward(loss)
                 total += loss.detach() / config.gradient_accumulation_steps
                 if accelerator.sync_gradients:
                     norm = accelerator.clip_grad_norm_(self.parameters, config.max_grad_norm)
-                ahead.prepare()  # while the device still computes; to read the loss is to wait
+                ahead.prepare()  # while the device still computes; reading the loss waits for it
                 if accelerator.sync_gradients:
-                    mean = self._checked(total, norm)
+                    numbers = self._checked(total, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        return mean
+        return numbers
 
-    def _checked(self, loss: Tensor, gradient_norm: Tensor) -> float:
-        mean = float(self.accelerator.reduce(loss, "mean"))
-        # with fp16 a gradient overflows now and then, which accelerate's scaler sees to
+    def _checked(self, loss: Tensor, gradient_norm: Tensor) -> tuple[float, float]:
+        """Return the mean loss and the norm as numbers, read from the device together."""
+        mean, norm = torch.stack([self.accelerator.reduce(loss, "mean"), gradient_norm]).tolist()
+        # with fp16, gradients overflow now and then, which accelerate's scaler handles
         scaled = self.accelerator.scaler is not None
-        if math.isfinite(mean) and (scaled or math.isfinite(gradient_norm)):
-            return mean
+        if isfinite(mean) and (scaled or isfinite(norm)):
+            return mean, norm
         whole = self.store.list()
         kept = str(whole[-1][1]) if whole else "none was written yet"
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
-            f"{float(gradient_norm):g}; stopped before that reached the adapter.",
+            f"{norm:g}; stopped before that reached the adapter.",
             f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
-            f"{self.config.learning_rate:g}) or --mixed_precision bf16 in place of fp16, and start "
+            f"{self.config.learning_rate:g}) or --mixed_precision bf16 instead of fp16, and start "
             "again or resume.",
         )
 
     def _validate_if_due(self) -> None:
-        """Draw before the first step and every so often, but not at the end, which has its own."""
+        """Generate images before the first step and at intervals; ``save`` does so at the end."""
         every = self.config.validation_steps
         every = every or self.config.validation_epochs * self.steps_per_epoch
         if self.state.step % every == 0 and self.state.step < self.max_steps:
-            with inference_weights(self.parameters, self.optimizer, self.ema):
-                self._draw_validation()
+            with self.inference_weights():
+                self._generate_validation()
 
-    def _draw_validation(self) -> Path | None:
+    def _generate_validation(self) -> Path | None:
         if not self.config.validation_prompt:
             return None
         step, accelerator = self.state.step, self.accelerator
-        draw = partial(generate_validation, self.pipe, self.family, self.config, step, accelerator)
-        return from_first(accelerator, draw)
+        return from_first(
+            accelerator,
+            partial(generate_validation, self.pipe, self.family, self.config, step, accelerator),
+        )
+
+    def inference_weights(self) -> AbstractContextManager[None]:
+        """Give the trained parameters the weights for inference, see ``inference_weights``."""
+        return inference_weights(self.parameters, self.optimizer, self.ema)
+
+    # -- save --------------------------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write the adapter, its validation images and its card, after ``train``."""
+        folder = Path(self.config.output_dir)
+        with self.inference_weights():
+            if self.accelerator.is_main_process:
+                adapter = self.state.adapter()
+                adapter.metadata |= time_metadata(self.began)
+                save_adapter(adapter, folder / WEIGHTS_NAME)
+            grid = None if self.config.skip_final_inference else self._generate_validation()
+        if self.metrics is not None:
+            rows, facts = self.metrics.read(), self._facts()
+            finish(folder, self.config, self.family.name, rows, facts, grid)
+
+    def _facts(self) -> dict[str, Any]:
+        """Return facts on the run for the model card."""
+        config, steps = self.config, self.state.step
+        facts = {
+            "steps": steps,
+            "samples per step": self.data.samples_per_step,
+            "trained parameters": sum(p.numel() for p in self.parameters),
+            **adapter_facts([getattr(self.pipe, name) for name in self.components], config),
+            **quantization_facts(config, self.pipe),
+            "seconds per step": round(self.seconds / max(1, steps - self.first_step), 3),
+            "device": device_name(self.accelerator.device),
+            "precision": self.accelerator.mixed_precision,
+        }
+        if self.memory.gib is not None:
+            facts["peak memory of the steps, GiB"] = round(self.memory.gib, 3)
+        return facts
+
+    def clean_up(self) -> None:
+        """Close the trackers, and the connections between processes."""
+        self.accelerator.end_training()

@@ -1,4 +1,4 @@
-"""The trainer as a program: options in, exit code out, errors as text without a traceback."""
+"""The trainer as a program, with an exit code and error messages instead of tracebacks."""
 
 from __future__ import annotations
 
@@ -17,22 +17,25 @@ from gralora_diffusion.training.config.training_config import TrainingConfig, pa
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Train as the command line says; exits with 2 for wrong options, 1 for a failed training."""
+    """Train with the options of the command line.
+
+    The exit code is 2 for wrong options and 1 for a failed training.
+    """
     first_process = os.environ.get("RANK", "0") == "0"
     log_to_terminal()
-    # what concerns all processes is told by the first
+    # the first process reports for all
     level = logging.INFO if first_process else logging.ERROR
     logging.getLogger("gralora_diffusion").setLevel(level)
     try:
         config = parse_config(argv)
-        if not are_several():  # one of several tells the others of it
-            validate(config)  # before seconds go by with imports
+        if not are_several():  # several processes check together, later
+            validate(config)  # before imports, which take seconds
         with quiet_libraries():
             _train(config, first_process)
     except ConfigError as error:
         _exit(str(error) if first_process else "", 2)
     except KeyboardInterrupt:
-        _exit("interrupted. Go on with --resume_from_checkpoint latest.", 130)
+        _exit("interrupted. Resume with --resume_from_checkpoint latest.", 130)
 
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
@@ -47,7 +50,7 @@ def _train(config: TrainingConfig, first_process: bool) -> None:
     except DataError as error:
         _exit(str(error) if first_process else "", 2)
     except OtherProcessFailed as error:
-        # on each machine once, and once only if it was on this one
+        # once on each machine
         _exit(str(error) if os.environ.get("LOCAL_RANK", "0") == "0" else "", 1)
     except (CheckpointError, TrainingDiverged) as error:
         _exit(str(error), 1)
@@ -55,7 +58,7 @@ def _train(config: TrainingConfig, first_process: bool) -> None:
         if not _disk_is_full(error):
             raise
         _exit(
-            f"{error}. What was trained since the last checkpoint is lost. Make room, and go on "
+            f"{error}. The training since the last checkpoint is lost. Free some space, and resume "
             "with --resume_from_checkpoint latest.",
             1,
         )

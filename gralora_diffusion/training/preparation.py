@@ -1,4 +1,4 @@
-"""What a run begins with: base, checkpoint, images, initial values; the same in every process."""
+"""Finds and checks a run's base, checkpoint, images and initial values, alike in all processes."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ from gralora_diffusion.training.runtime.agreement import check_alike, from_first
 
 logger = logging.getLogger(__name__)
 
-#: What all processes get by these means, wherever they run.
+#: How to give the processes on all machines the same files.
 _SHARE = "Give all machines the same, in a folder that they share or as copies"
 
 
 @dataclass(frozen=True)
 class Beginning:
-    """What there is before a model is loaded.
+    """The inputs of a run, found before a model is loaded.
 
     Attributes:
-        resume: step and path of the checkpoint to go on from.
-        initial: values of ``--initial_adapter``, unless a checkpoint has them.
+        resume: step and path of the checkpoint to resume from.
+        initial: values of ``--initial_adapter``, unless a checkpoint is resumed.
     """
 
     family: ModelFamily
@@ -60,12 +60,12 @@ class Beginning:
 def find_beginning(
     config: TrainingConfig, store: CheckpointStore, accelerator: Accelerator
 ) -> Beginning:
-    """Find and check what a run begins with; every process calls it.
+    """Find and check the inputs of a run; every process must call it.
 
     Raises:
-        ConfigError, DataError, CheckpointError: something is wrong with it, or not the same in
-            every process.
-        OtherProcessFailed: something is wrong with it in another process only.
+        ConfigError, DataError, CheckpointError: an input has a problem, or differs between
+            processes.
+        OtherProcessFailed: only another process has a problem.
     """
     found = together(accelerator, lambda: _find(config, store, accelerator))
     if accelerator.num_processes > 1:
@@ -79,7 +79,7 @@ def find_beginning(
         }
         check_alike(accelerator, options, "Give the same options to every process")
         facts = {
-            "the checkpoint to go on from is": together(accelerator, lambda: _told(found.resume)),
+            "the checkpoint to resume is": together(accelerator, lambda: _told(found.resume)),
             "the images and captions are": digest_of(found.images),
             "the class images are": digest_of(found.class_images),
         }
@@ -108,10 +108,10 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
 def complete_class_images(
     config: TrainingConfig, found: Beginning, accelerator: Accelerator
 ) -> list[Example]:
-    """Generate the class images that lack, and return all; every process calls it.
+    """Generate the missing class images and return all of them; every process must call it.
 
     Raises:
-        ConfigError, DataError: they cannot be made, or are not the same in every process.
+        ConfigError, DataError: they cannot be generated, or differ between processes.
     """
     if not from_first(accelerator, lambda: missing_class_images(config)):
         return found.class_images
@@ -124,18 +124,18 @@ def complete_class_images(
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Tell how many images there are, and a hash of their bytes, captions and order."""
+    """Return the number of images and a hash of their bytes, captions and order."""
     facts: list[Any] = [[e.content_key, e.caption, list(e.size), e.repeats] for e in examples]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return f"{len(examples)} of hash {digest[:16]}"
 
 
 def _told(resume: tuple[int, Path] | None) -> str:
-    """Name a checkpoint with a hash of all its files; "none" if there is none."""
+    """Describe a checkpoint by its step and a hash of all its files; "none" if there is none."""
     if resume is None:
         return "none"
     digest = hashlib.sha256()
-    # what accelerate wrote of the processes' random numbers is not read, and one for each
+    # accelerate's files of random states differ between processes, and are not read
     for path in sorted(resume[1].iterdir()):
         if path.is_file() and not path.name.startswith("random_states_"):
             digest.update(path.name.encode())

@@ -262,14 +262,14 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> dic
 def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """The pipeline of the last run, and what was stored of it before its first step."""
     seen: dict[str, Any] = {}
-    original = Trainer.run
+    original = Trainer.train
 
     def watched(self: Trainer) -> None:
         denoiser = getattr(self.pipe, self.family.denoiser)
         seen["pipe"], seen["before"] = self.pipe, stored(denoiser, self.pipe.text_encoder)
         original(self)
 
-    monkeypatch.setattr(Trainer, "run", watched)
+    monkeypatch.setattr(Trainer, "train", watched)
     return seen
 
 

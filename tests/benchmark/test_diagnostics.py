@@ -372,6 +372,7 @@ def test_the_trainer_with_accumulation(tmp_path: Path) -> None:
             *(chosen, get_family("stable-diffusion"), find_images(chosen), []),
             *(make_accelerator(chosen), CheckpointStore(chosen.output_dir, None)),
         )
+        trainer.set_up()
         model = trainer.pipe.unet
         paths = [name for name, m in model.named_modules() if isinstance(m, BaseTunerLayer)]
         log = DiagnosticsLog(model, paths, 4, steps=range(2, 100))
@@ -486,10 +487,10 @@ def test_watching_again_starts_anew() -> None:
 @pytest.mark.parametrize(
     ("path", "why"),
     [
-        ("nowhere", "the model has none of this path"),
-        ("norm", "a GroupNorm; only Linear"),
-        ("grouped", "a Conv2d; only Linear, and Conv2d with groups=1"),
-        ("frozen", "none of its parameters is trained; put a method on it first"),
+        ("nowhere", "the model has no layer at this path"),
+        ("norm", "it is a GroupNorm; only Linear"),
+        ("grouped", "it is a Conv2d; only Linear, and Conv2d with groups=1"),
+        ("frozen", "none of its parameters is trained; attach a method first"),
     ],
 )
 def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
@@ -500,7 +501,7 @@ def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
             "frozen": nn.Linear(4, 4).requires_grad_(False),
         }
     )
-    with pytest.raises(ValueError, match=f"cannot take the layer '{path}': {why}"):
+    with pytest.raises(ValueError, match=f"does not support layer '{path}': {why}"):
         DiagnosticsLog(model, [path], 2, steps=[1])
 
 

@@ -40,7 +40,7 @@ def test_some_subjects(tmp_path):
     found = read_subjects(folder / "dataset", ["dog", "bear_plushie"])
     assert [s.name for s in found] == ["bear_plushie", "dog"]  # as the file has them
     with pytest.raises(
-        DataError, match=r"no subject cow, dog3, which --subjects asks for\. There are: bear_"
+        DataError, match=r"no subject cow, dog3, which --subjects names\. The subjects are: bear_"
     ):
         read_subjects(folder, ["cow", "dog", "dog3"])
 
@@ -71,7 +71,7 @@ def test_folders_that_lack(tmp_path):
     (folder / "dataset" / "cat2").rename(folder / "cat2")
     with pytest.raises(DataError) as caught:
         read_subjects(folder)
-    assert caught.value.problems == ["cat2: there is no such folder", "dog: no picture in it"]
+    assert caught.value.problems == ["cat2: there is no such folder", "dog: no image in it"]
     assert len(read_subjects(folder, ["bear_plushie"])) == 1
 
 
@@ -89,7 +89,7 @@ def test_folders_that_lack(tmp_path):
         ("'a red {0} {1}'.format", "'a red {0} {1}'.join", "line 22 is not understood"),
         ("Prompts\n\nObject Prompts", "'x'", "line 8 is not understood: 'x'"),
         ("Live Subject Prompts", "", "there are no prompts below 'Live Subject Prompts'"),
-        ("subject_name,class", "", "there are no subjects. They stand below"),
+        ("subject_name,class", "", "there are no subjects. List them below"),
     ],
 )
 def test_file_that_is_not_understood(tmp_path, old, new, problem):

@@ -198,7 +198,9 @@ def test_a_device_that_breaks_ends_the_process(tmp_path, error):
     said = str(caught.value)
     assert said.startswith("subject, dog, lora-r4, seed 0: ")
     assert "kernel errors might" not in said
-    assert "The same command goes on with the other units, and with --retry_failed" in said
+    assert (
+        "Run the same command again to continue with the other trials; add --retry_failed" in said
+    )
     assert ledger.left([trial(0), trial(1)]) == [trial(1)]
     assert list(ledger.folder(trial(0)).iterdir()) == [ledger.folder(trial(0)) / FAILURE_NAME]
 

@@ -94,7 +94,7 @@ def test_a_trial_that_fails_does_not_stop_the_others(world, tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         main(line)
     assert caught.value.code == 1
-    assert "units that failed: 1" in capsys.readouterr().err
+    assert "failed trials: 1" in capsys.readouterr().err
     assert [key[2] for key in scores(tmp_path)] == ["lora-r4"]
     (failure,) = tmp_path.rglob(FAILURE_NAME)
     error = json.loads(failure.read_text())["error"]
@@ -246,7 +246,7 @@ def test_captioned_from_the_command(world, tmp_path, caplog):
     output = tmp_path / "out"
     options |= {"methods": ["gralora-r4-k2", "base"]}
     assert benchmark(runs.settings(world, output, **options)) == 0
-    assert "there is no use for --dreambooth_dir and --subjects" in caplog.text
+    assert "no effect with --captioned_dir: --dreambooth_dir and --subjects" in caplog.text
     assert {key[:3] for key in scores(output)} == {
         ("captioned", "set", "gralora-r4-k2"),
         ("captioned", "set", "base"),

@@ -47,7 +47,7 @@ def test_names_are_read_and_written(name):
     ],
 )
 def test_other_names_are_refused(name):
-    with pytest.raises(ConfigError, match=f"--methods has '{name}'"):
+    with pytest.raises(ConfigError, match=f"--methods contains '{name}'"):
         Method.parse(name)
 
 
@@ -74,13 +74,16 @@ def test_a_misspelt_name_is_told_the_right_one(name, meant):
     with pytest.raises(ConfigError) as caught:
         Method.parse(name)
     assert caught.value.problems == [
-        f"--methods has '{name}'. Did you mean {meant}? A method is {FORMS}"
+        f"--methods contains '{name}', which is not a method. Did you mean {meant}? A method is "
+        f"{FORMS}"
     ]
     assert Method.parse(meant).name == meant
 
 
 def test_what_is_like_no_method_is_told_what_there_is():
-    with pytest.raises(ConfigError, match=rf"--methods has 'xyz'\. A method is {FORMS}"):
+    with pytest.raises(
+        ConfigError, match=rf"contains 'xyz', which is not a method\. A method is {FORMS}"
+    ):
         Method.parse("xyz")
     for form in ("lora-r<rank>", "dora-r<", "loha-r<", "gralora-r<rank>-k<k>-h<", "full", "base"):
         assert form in FORMS
@@ -90,7 +93,7 @@ def test_what_is_like_no_method_is_told_what_there_is():
     ("name", "said"), [("lora-r04", "lora-r4"), ("gralora-r4-k2-h0", "gralora-r4-k2")]
 )
 def test_one_method_has_one_name(name, said):
-    with pytest.raises(ConfigError, match=f"--methods has '{name}'; write {said}"):
+    with pytest.raises(ConfigError, match=f"--methods contains '{name}'; write {said}"):
         Method.parse(name)
 
 

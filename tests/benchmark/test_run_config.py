@@ -23,8 +23,8 @@ GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ("--rank 4", "--rank is not for the benchmark: give it in --methods, as in lora-r32"),
-        ("--seed 4", "--seed is not for the benchmark: give --seeds"),
+        ("--rank 4", "--rank cannot be set here: give it in --methods, as in lora-r32"),
+        ("--seed 4", "--seed cannot be set here: give --seeds"),
         ("--method x", "--method is not an option. Did you mean methods"),
         ("--suite big", "invalid choice: 'big'"),
         ("--report_only --output_dir nowhere", r"there is no nowhere.benchmark\.yaml"),
@@ -76,7 +76,7 @@ def test_methods_and_seeds_that_are_not_given_are_those_of_the_run(tmp_path, cap
         again = parse_settings(line)
     assert (again.methods, again.seeds) == (["lora-r4", "base"], [3])
     path = tmp_path / SETTINGS_NAME
-    assert caplog.messages == [f"as kept in {path}: methods lora-r4 base; seeds 3"]
+    assert caplog.messages == [f"using the options saved in {path}: methods lora-r4 base; seeds 3"]
     save_run_config(again)
     assert yaml.safe_load(path.read_text())["methods"] == ["lora-r4", "base"]
     # what is given is done, and added to what is kept
@@ -196,7 +196,7 @@ def test_a_folder_of_a_training(tmp_path):
     settings = parse_settings([*GOOD, "--output_dir", str(tmp_path)])
     (tmp_path / CONFIG_NAME).touch()
     for refused in (check_same_run, save_run_config):
-        with pytest.raises(ConfigError, match=r"is of a training \(training_config\.yaml\)"):
+        with pytest.raises(ConfigError, match=r"belongs to a training \(training_config\.yaml\)"):
             refused(settings)
     assert [path.name for path in tmp_path.iterdir()] == [CONFIG_NAME]
 

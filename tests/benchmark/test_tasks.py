@@ -46,7 +46,7 @@ def test_the_subjects_of_a_suite_in_another_folder(world):
     (problem,) = caught.value.problems
     assert problem.startswith("there is no subject robot, owl, teapot")
     assert problem.endswith(
-        "which --suite tiny, or --subjects, asks for. There are: bear_plushie, cat2, dog. Give "
+        "which --suite tiny, or --subjects, names. The subjects are: bear_plushie, cat2, dog. Give "
         "some of these as --subjects"
     )
     (task,) = read_tasks(parse_settings([*line, "--subjects", "dog"]))

@@ -1,6 +1,6 @@
 """Time per training step: ``python -m tests.performance.train_step``.
 
-In each round one step of the trainer, all that ``Trainer.run`` does between two checkpoints, and
+In each round one step of the trainer, all that ``Trainer.train`` does between two checkpoints, and
 one of a bare loop over the same denoiser with the same adapter: stored latents and prompts, noise,
 forward, loss, backward, clipping, AdamW. The bare loop also with PEFT's adapters on the same layers
 and with as many parameters.
@@ -103,7 +103,9 @@ def make_trainer(config: TrainingConfig) -> Trainer:
     accelerator = make_accelerator(config)
     accelerator.init_trackers("benchmark")
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    return Trainer(config, family, find_images(config), [], accelerator, store)
+    trainer = Trainer(config, family, find_images(config), [], accelerator, store)
+    trainer.set_up()
+    return trainer
 
 
 def bare_loop(trainer: Trainer, denoiser: nn.Module, device: torch.device) -> Run:

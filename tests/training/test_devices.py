@@ -85,7 +85,7 @@ def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Monke
     needed += [] if options.get("cache_latents", True) else [pipe.vae]
     step = trainer.accelerator.unwrap_model(trainer.step)
     with moved(*needed, device=GPU):
-        rows = BatchBuilder(step, data, trainer.config, GPU, torch.float32).rows(
+        rows = BatchBuilder(step, data, trainer.config, GPU, torch.float32).build(
             *next(data.steps(0, 1))
         )
         assert len(rows) == (2 if kind == "buckets" else 1)

@@ -115,7 +115,7 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
 
         def loss() -> float:
             with torch.no_grad():
-                losses = [trainer.step(trainer.rows.rows(batch)) for batch, _ in batches]
+                losses = [trainer.step(trainer.batch_builder.build(batch)) for batch, _ in batches]
             return float(torch.cat(losses).mean())
 
         with torch.no_grad():

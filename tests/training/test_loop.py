@@ -88,7 +88,7 @@ def test_layers_of_clip_are_skipped_everywhere(base: Path, tmp_path: Path) -> No
     moved = {key for key, t in trained.items() if "gralora_B" in key and t.any()}
     assert any("text_encoder" in key and "layers.0." in key for key in moved)
     assert not any("text_encoder" in key and "layers.1." in key for key in moved)
-    with pytest.raises(ConfigError, match=r"--clip_skip is 3, but of the 2 layers .* at most 2"):
+    with pytest.raises(ConfigError, match=r"--clip_skip is 3, but at most 2 of the 2 layers"):
         run(output_dir=tmp_path / "much", **{**options, "clip_skip": 3})
 
 
@@ -106,17 +106,17 @@ def test_the_next_rows_are_made_before_the_loss_is_waited_for(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events: list[str] = []
-    make, read = BatchBuilder.rows, Trainer._checked
+    make, read = BatchBuilder.build, Trainer._checked
 
     def rows(self: BatchBuilder, *batch: Any) -> Any:
         events.append("rows")
         return make(self, *batch)
 
-    def checked(self: Trainer, *values: Any) -> float:
+    def checked(self: Trainer, *values: Any) -> tuple[float, float]:
         events.append("loss")
         return read(self, *values)
 
-    monkeypatch.setattr(BatchBuilder, "rows", rows)
+    monkeypatch.setattr(BatchBuilder, "build", rows)
     monkeypatch.setattr(Trainer, "_checked", checked)
     run(output_dir=tmp_path / "a", max_train_steps=3, **data)
     assert events == ["rows", "rows", "loss", "rows", "loss", "loss"]
@@ -197,13 +197,13 @@ def test_bf16_keeps_adapter_and_vae_in_fp32_and_the_base_as_it_was(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
-    original = Trainer.run
+    original = Trainer.train
 
     def watched(self: Trainer) -> None:
         seen["pipe"], seen["before"] = self.pipe, frozen(self.pipe)
         original(self)
 
-    monkeypatch.setattr(Trainer, "run", watched)
+    monkeypatch.setattr(Trainer, "train", watched)
     run(
         output_dir=tmp_path / "out",
         mixed_precision="bf16",
@@ -312,14 +312,14 @@ def test_an_epoch_trains_on_every_image_in_its_own_shape(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     seen: list[tuple[Any, Any, list[Any]]] = []
-    original = BatchBuilder.rows
+    original = BatchBuilder.build
 
     def watched(self: BatchBuilder, instance: Any, classes: Any = None) -> Any:
         groups = original(self, instance, classes)
         seen.append((instance, classes, groups))
         return groups
 
-    monkeypatch.setattr(BatchBuilder, "rows", watched)
+    monkeypatch.setattr(BatchBuilder, "build", watched)
     options = {**shapes, "max_train_steps": None, "num_train_epochs": 2}
     with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
         out = run(output_dir=tmp_path / "out", **options)
@@ -338,7 +338,7 @@ def test_an_epoch_trains_on_every_image_in_its_own_shape(
     assert sizes == {taller: 2, wider: 1}
     assert {len(groups) for _, _, groups in seen} == {2}
     assert "14,20: 3 (+1 repeated in each epoch); 16,16: 1 (+1 repeated" in caplog.text
-    assert "class pictures by aspect-ratio bucket (height,width): 12,22: 1 (+1" in caplog.text
+    assert "class images by aspect-ratio bucket (height,width): 12,22: 1 (+1" in caplog.text
 
 
 def test_accumulation_and_processes_share_out_the_same_buckets(
@@ -438,7 +438,7 @@ def test_what_cannot_be_resumed(data: dict[str, Any], tmp_path: Path) -> None:
         run(**again, rank=8)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
         run(**again, max_train_steps=4)
-    with pytest.raises(ConfigError, match="also holds checkpoint-4, checkpoint-6"):
+    with pytest.raises(ConfigError, match="also contains checkpoint-4, checkpoint-6"):
         run(**{**again, "resume_from_checkpoint": "checkpoint-2"})
     (out / "checkpoint-6" / "optimizer.bin").write_bytes(b"PK")
     with pytest.raises(CheckpointError, match="checkpoint-6 cannot be resumed from"):
@@ -460,7 +460,7 @@ def test_changed_images_are_noticed_on_resume(
     options = {**data, "instance_prompt": "another", "resume_from_checkpoint": "latest"}
     with caplog.at_level(logging.WARNING, logger="gralora_diffusion"):
         run(output_dir=tmp_path / "out", max_train_steps=4, **options)
-    assert "will not end as an uninterrupted one" in caplog.text
+    assert "its result will differ from an uninterrupted" in caplog.text
 
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(data: dict[str, Any], tmp_path: Path) -> None:
@@ -488,7 +488,7 @@ def test_a_finished_run_without_checkpoints_is_kept(data: dict[str, Any], tmp_pa
     out = run(max_train_steps=1, **options)
     before = {path: path.read_bytes() for path in out.iterdir() if path.is_file()}
     for again in ({}, {"resume_from_checkpoint": "latest"}):
-        with pytest.raises(ConfigError, match=r"no checkpoint to go on from\. Give another folder"):
+        with pytest.raises(ConfigError, match=r"but no checkpoint to resume\. Give another folder"):
             run(max_train_steps=1, learning_rate=1.0, **again, **options)
         assert {path: path.read_bytes() for path in out.iterdir() if path.is_file()} == before
     run(max_train_steps=2, overwrite_output_dir=True, **options)

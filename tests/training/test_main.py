@@ -63,17 +63,20 @@ WRONG: list[tuple[dict[str, Any], str]] = [
         r"--text_encoder_target_preset is 'all'; .*text_encoder.* attention, attention\+ff",
     ),
     ({"family": "sdxl"}, r"--family is 'sdxl'; it must be one of .*stable-diffusion"),
-    ({"with_prior_preservation": True}, r"--class_prompt is missing"),
-    ({"rank_pattern": ["to_(q=8"]}, r"--rank_pattern has 'to_\(q=8': 'to_\(q' is not a regular"),
+    ({"with_prior_preservation": True}, r"--with_prior_preservation needs --class_prompt"),
+    (
+        {"rank_pattern": ["to_(q=8"]},
+        r"--rank_pattern contains 'to_\(q=8': 'to_\(q' is not a regular",
+    ),
     ({"optimizer": "adamv"}, r"--optimizer is 'adamv'; it must be one of .*adamw"),
     ({"learning_rate": "fast"}, r"--learning_rate.*invalid float value: 'fast'"),
     ({"learing_rate": 1}, r"--learing_rate is not an option. Did you mean learning_rate"),
-    ({"resume_from_checkpoint": "checkpoint-7"}, r"checkpoint-7: no such checkpoint"),
+    ({"resume_from_checkpoint": "checkpoint-7"}, r"checkpoint-7, but there is no such checkpoint"),
     ({"resolution": 17}, r"--resolution is 17; it must be a multiple of 8"),
     ({"mixed_precision": "fp8"}, r"--mixed_precision.*invalid choice: 'fp8'"),
     ({"lr_scheduler": "cosinus"}, r"--lr_scheduler.*invalid choice: 'cosinus'"),
     ({"config": "none.yaml"}, r"none.yaml: --config cannot be read: No such file"),
-    ({"push_to_hub": True}, r"--push_to_hub: the repository out cannot be made"),
+    ({"push_to_hub": True}, r"--push_to_hub: the repository out cannot be created"),
 ]
 
 
@@ -150,7 +153,7 @@ def test_widths_that_k_does_not_divide_get_a_smaller_one(
     options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}
     done = run_script(**options)
     assert done.returncode == 0, done.stderr
-    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths ask for it: " in done.stderr
+    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths require: " in done.stderr
     pipe = stable_diffusion()
     pipe.load_gralora_weights(tmp_path / "out")
     for path, layer in pipe.unet.named_modules():
@@ -183,7 +186,11 @@ def test_a_folder_of_another(
         text = error_of(capsys, 2, **options)
         assert sorted(folder.iterdir()) == before
     name = "--class_data_dir" if holder == "class" else "--output_dir"
-    why = "is of a benchmark (benchmark.yaml)" if holder == "benchmark" else "is in use by process"
+    why = (
+        "belongs to a benchmark (benchmark.yaml)"
+        if holder == "benchmark"
+        else "is in use by process"
+    )
     assert f"{name} '{folder}' {why}" in text
     assert len(list(folder.iterdir())) == 1
     assert folder.name == "out" or not (tmp_path / "out").exists()

@@ -15,12 +15,12 @@ import json, sys
 from pathlib import Path
 import gralora_diffusion.training.loop as loop
 from gralora_diffusion.training.runtime.acceleration import make_accelerator
-from gralora_diffusion.training.preparation import complete_class_pictures, find_beginning
+from gralora_diffusion.training.preparation import complete_class_images, find_beginning
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import parse_config
-import gralora_diffusion.training.prior as prior
+import gralora_diffusion.training.data.class_images as class_images
 
-prior._SEEN_WITHIN = 0.5
+class_images._SEEN_WITHIN = 0.5
 lines, rank = json.loads(sys.argv[1]), sys.argv[2]
 for line in lines:
     config = parse_config([part.replace("NODE", f"node{rank}") for part in line])
@@ -28,8 +28,8 @@ for line in lines:
     store = CheckpointStore(config.output_dir)
     try:
         found = find_beginning(config, store, accelerator)
-        images = complete_class_pictures(config, found, accelerator)
-        print("BEGAN", len(found.pictures), len(images), found.resume and found.resume[0])
+        images = complete_class_images(config, found, accelerator)
+        print("BEGAN", len(found.images), len(images), found.resume and found.resume[0])
     except Exception as error:
         print("ERROR", type(error).__name__, str(error).replace(chr(10), " "))
 """
@@ -62,7 +62,7 @@ def test_what_differs_is_told_by_all(base: Path, images: Path, tmp_path: Path) -
         ({"output_dir": here / "both", **resume}, "BEGAN 3 0 2"),
         (
             {"output_dir": here / "one", **resume},
-            "the checkpoint to go on from is step 2 of hash ",
+            "the checkpoint to resume is step 2 of hash ",
         ),
         ({"instance_data_dir": here / "other"}, "the images and captions are 2 of hash "),
         ({"instance_data_dir": here / "only-there"}, "there is no such folder"),

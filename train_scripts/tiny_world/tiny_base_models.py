@@ -1,4 +1,4 @@
-"""The parts of the bundled tiny base, untrained, and the pipeline they make."""
+"""The untrained parts of the bundled tiny base, and its pipeline."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LATENT_CHANNELS = 8
 LATENT_SIZE = tiny_world.SIZE // 4
 TEXT_WIDTH = 128
 MAX_TOKENS = 32
-# Words that no caption of the training world has but prompts may use: each one token, untrained.
+# Words for prompts that no caption of the training world contains: an untrained token for each.
 EXTRA_WORDS = (
     "zwx",
     "photo",
@@ -32,7 +32,7 @@ EXTRA_WORDS = (
 
 
 def build_vae() -> AutoencoderKL:
-    """64x64x3 pixels to 16x16x8 latents, 0.66 million parameters."""
+    """Build the VAE: 64x64x3 pixels to 16x16x8 latents, 0.66 million parameters."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -50,10 +50,12 @@ def build_vae() -> AutoencoderKL:
 def normalise_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor) -> None:
     """Fold the latents' mean and standard deviation, both (8,), into the two 1x1 convolutions.
 
-    The pipeline scales latents by one number; this gives every channel mean 0 and deviation 1.
+    The pipeline scales latents by one number; folding gives every channel mean 0 and deviation 1.
     """
     to_latents, from_latents = vae.quant_conv, vae.post_quant_conv
-    shift = torch.cat([mean, 2 * std.log()])  # the second half is the log variance: it only shifts
+    shift = torch.cat(
+        [mean, 2 * std.log()]
+    )  # the second half is the log variance, which is only shifted
     scale = torch.cat([std, torch.ones_like(std)])
     to_latents.weight.div_(scale[:, None, None, None])
     to_latents.bias.sub_(shift).div_(scale)
@@ -62,7 +64,7 @@ def normalise_latents(vae: AutoencoderKL, mean: torch.Tensor, std: torch.Tensor)
 
 
 def build_tokenizer() -> CLIPTokenizer:
-    """Byte-pair encoding: every word of the world is one token, other text falls back to bytes."""
+    """Build a byte-pair encoding with a token for every word of the world; others become bytes."""
     words = {word for text in (*tiny_world.OBJECTS, *tiny_world.COLOURS) for word in text.split()}
     words |= {word for phrase in tiny_world.BACKGROUNDS for word in phrase.split()}
     words |= {"a", "an", tiny_world.RARE_TOKEN, tiny_world.CLASS_NOUN, *EXTRA_WORDS}
@@ -72,7 +74,7 @@ def build_tokenizer() -> CLIPTokenizer:
         vocab_size=10_000,
         initial_alphabet=alphabet,
         end_of_word_suffix="</w>",
-        special_tokens=endings,  # numbered first: otherwise every process breaks ties its own way
+        special_tokens=endings,  # numbered first; otherwise processes break ties differently
         show_progress=False,
     )
     trained = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
@@ -86,7 +88,7 @@ def build_tokenizer() -> CLIPTokenizer:
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """Two layers of width 128, trained together with the UNet."""
+    """Build the text encoder: two layers of width 128, trained together with the UNet."""
     config = CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=TEXT_WIDTH,
@@ -103,7 +105,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """16x16x8 latents, cross-attention at 8x8 and 4x4, 5.6 million parameters."""
+    """Build the UNet: 16x16x8 latents, cross-attention at 8x8 and 4x4, 5.6 million parameters."""
     return UNet2DConditionModel(
         sample_size=LATENT_SIZE,
         in_channels=LATENT_CHANNELS,
@@ -119,19 +121,19 @@ def build_unet() -> UNet2DConditionModel:
 
 
 def build_scheduler() -> DDIMScheduler:
-    """A cosine schedule suits 16x16 latents; a linear one spends many steps on noise alone."""
+    """Build a cosine schedule; for 16x16 latents, a linear one has many steps of pure noise."""
     return DDIMScheduler(
         beta_schedule="squaredcos_cap_v2",
         prediction_type="v_prediction",
         timestep_spacing="trailing",
         clip_sample=False,
         set_alpha_to_one=True,
-        steps_offset=1,  # without effect under trailing spacing; the pipeline warns about 0
+        steps_offset=1,  # no effect with trailing spacing, but the pipeline warns about 0
     )
 
 
 class Denoiser(nn.Module):
-    """UNet and text encoder as the one module that is trained."""
+    """UNet and text encoder as one trained module."""
 
     def __init__(self, unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> None:
         super().__init__()
@@ -140,13 +142,13 @@ class Denoiser(nn.Module):
     def forward(
         self, noisy_latents: torch.Tensor, timesteps: torch.Tensor, ids: torch.Tensor
     ) -> torch.Tensor:
-        """(b, 8, 16, 16) latents, (b,) timesteps, (b, 32) ids to a prediction of latent shape."""
+        """Predict (b, 8, 16, 16) from latents of that shape, timesteps (b,) and ids (b, 32)."""
         prompt_embeds = self.text_encoder(ids).last_hidden_state
         return self.unet(noisy_latents, timesteps, prompt_embeds).sample
 
 
 def tokenize(tokenizer: CLIPTokenizer, prompts: list[str]) -> torch.Tensor:
-    """(b, 32) token ids, padded as the pipeline pads them."""
+    """Return (b, 32) token ids, padded as in the pipeline."""
     return tokenizer(
         prompts, padding="max_length", max_length=MAX_TOKENS, truncation=True, return_tensors="pt"
     ).input_ids

@@ -18,18 +18,18 @@ from torch.nn import functional
 
 
 def to_pixels(images: list[Image.Image]) -> torch.Tensor:
-    """RGB images to a (b, 3, 64, 64) float tensor in -1..1."""
+    """Convert RGB images to a (b, 3, 64, 64) float tensor in -1..1."""
     array = np.stack([np.asarray(image) for image in images])
     return torch.from_numpy(array).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def psnr(prediction: torch.Tensor, target: torch.Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of pixels in -1..1, over the whole batch."""
+    """Return the peak signal-to-noise ratio in dB of pixels in -1..1, over the whole batch."""
     return 10 * math.log10(4 / functional.mse_loss(prediction.clamp(-1, 1), target).item())
 
 
 def vae_batch(rng: random.Random, size: int) -> torch.Tensor:
-    """(size, 3, 64, 64): four of ten pictures from the world, the others any shapes."""
+    """Draw a batch (size, 3, 64, 64): four of ten images from the world, the others any shapes."""
     images = [
         tiny_world.sample(rng).image if rng.random() < 0.4 else tiny_world.sample_shapes(rng)
         for _ in range(size)
@@ -38,10 +38,10 @@ def vae_batch(rng: random.Random, size: int) -> torch.Tensor:
 
 
 def train_vae(run: Run, steps: int, batch_size: int, peak: float) -> None:
-    """Train the autoencoder on pictures drawn as they are needed; writes `vae.pt`.
+    """Train the autoencoder on images drawn on the fly, and write `vae.pt`.
 
-    There is no KL term: at the usual weights it only sets the latents' scale, and that is
-    normalised afterwards.
+    There is no KL term: at the usual weights it only sets the latents' scale, which is normalized
+    afterwards.
     """
     if run.load("vae.pt"):
         return
@@ -80,20 +80,20 @@ def train_vae(run: Run, steps: int, batch_size: int, peak: float) -> None:
 
 
 def load_vae(run: Run, name: str) -> AutoencoderKL:
-    """The autoencoder a stage wrote to the work directory."""
+    """Load the autoencoder that a stage wrote to the work directory."""
     vae = models.build_vae().eval()
     vae.load_state_dict(run.require(name))
     return vae
 
 
 def world_rng(run: Run, index: int) -> random.Random:
-    """What one of the pictures that the UNet is trained on is drawn from."""
+    """Return the random source of one of the images that the UNet is trained on."""
     return random.Random(f"{run.seed}/world/{index}")
 
 
 @torch.no_grad()
 def encode_world(run: Run, count: int) -> None:
-    """Encode `count` pictures once; writes `latents.pt` and the `vae_normalised.pt` they belong to.
+    """Encode `count` images once, and write `latents.pt` with their VAE, `vae_normalised.pt`.
 
     The latents' means and standard deviations are both (count, 8, 16, 16), in half precision.
     """
@@ -125,9 +125,9 @@ def unet_batch(
     shown: list[tuple[str, str, str]],
     size: int,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Clean latents, noise, timesteps and captions; `shown` says what the latents are pictures of.
+    """Return clean latents, noise, timesteps and captions; `shown` describes the latents' images.
 
-    The timesteps come one from each of `size` equal bands, which steadies the loss; a tenth of the
+    One timestep comes from each of `size` equal bands, which steadies the loss. A tenth of the
     captions are empty, for classifier-free guidance.
     """
     chosen = [rng.randrange(len(shown)) for _ in range(size)]
@@ -143,14 +143,14 @@ def unet_batch(
 
 
 def build_ema(denoiser: models.Denoiser) -> EMAModel:
-    """A moving average of the weights that follows quickly at first."""
+    """Return a moving average of the weights that follows quickly at first."""
     return EMAModel(
         denoiser.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True
     )
 
 
 def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -> None:
-    """Train UNet and text encoder on the latents; `unet_checkpoint.pt` holds their average too."""
+    """Train UNet and text encoder on the latents; `unet_checkpoint.pt` also has their average."""
     latents = run.require("latents.pt")
     count = len(latents["mean"])
     shown = [tiny_world.combination(world_rng(run, index)) for index in range(count)]

@@ -1,9 +1,9 @@
-"""The judging encoders of the tiny world, untrained: their networks, batches and losses.
+"""The encoders that evaluate the tiny world: their untrained networks, batches and losses.
 
-`dino` is a `Dinov2Model` that tells one thing from another: its pooled output is close for two
-pictures of the same thing, whatever the background. `clip` is a `CLIPModel` that tells how well a
-picture fits a prompt. Neither sees a subject; a loss takes a `random.Random`, draws its batch with
-it, and depends on it alone.
+`dino` is a `Dinov2Model` that tells things apart: its pooled outputs are close for two images of
+the same thing on any backgrounds. `clip` is a `CLIPModel` that scores how well an image fits a
+prompt. Neither sees a subject. A loss takes a `random.Random`, draws its batch with it, and depends
+on nothing else.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from transformers import (
 )
 
 WIDTH, LAYERS, HEADS, PATCH = 96, 4, 4, 8
-INSTANCES = 64  # per batch of `dino`, two pictures of each
-PAIRS = 128  # of picture and caption per batch of `clip`
+INSTANCES = 64  # per batch of `dino`, with two images each
+PAIRS = 128  # of image and caption per batch of `clip`
 TEMPERATURE = 0.1
 
 
 def build_dino() -> Dinov2Model:
-    """64x64x3 pixels to a pooled output of width 96, 0.47 million parameters."""
+    """Build `dino`: 64x64x3 pixels to a pooled output of width 96, 0.47 million parameters."""
     return Dinov2Model(
         Dinov2Config(
             hidden_size=WIDTH,
@@ -48,7 +48,7 @@ def build_dino() -> Dinov2Model:
 
 
 def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
-    """The same vision tower beside a text tower of two layers, 0.8 million parameters."""
+    """Build `clip`: the same vision tower and a text tower of two layers, 0.8 M parameters."""
     shape = {"hidden_size": WIDTH, "intermediate_size": 4 * WIDTH, "num_attention_heads": HEADS}
     text = {
         "vocab_size": len(tokenizer),
@@ -65,7 +65,7 @@ def build_clip(tokenizer: CLIPTokenizer) -> CLIPModel:
 
 
 def build_image_processor(kind: type[BitImageProcessor] | type[CLIPImageProcessor]) -> object:
-    """Shorter side to 64 pixels, the middle square, values in -1..1."""
+    """Build a processor: shorter side to 64 pixels, central square, values in -1..1."""
     return kind(
         size={"shortest_edge": tiny_world.SIZE},
         crop_size={"height": tiny_world.SIZE, "width": tiny_world.SIZE},
@@ -75,9 +75,9 @@ def build_image_processor(kind: type[BitImageProcessor] | type[CLIPImageProcesso
 
 
 def disturb(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, move, scale, blur, tint and grain pictures (b, 3, 64, 64), each its own way, slightly.
+    """Rotate, move, scale, blur, tint and grain images (b, 3, 64, 64) slightly, each differently.
 
-    A generated picture is never as clean as a drawn one; it must not be judged by that.
+    A generated image is never as clean as a drawn one, which must not affect its score.
     """
     count = len(pixels)
 
@@ -98,9 +98,9 @@ def disturb(pixels: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def draw_instances(rng: random.Random, count: int) -> list[list[Image.Image]]:
-    """Two pictures of each of `count` things, on two backgrounds.
+    """Draw two images of each of `count` things, on two backgrounds.
 
-    Every second thing has the shape or the colours of the one before: such pairs are the hard ones.
+    Every second thing has the shape or the colors of the one before, since such pairs are hard.
     """
     pictures = []
     shape_seed = paint_seed = 0
@@ -115,7 +115,7 @@ def draw_instances(rng: random.Random, count: int) -> list[list[Image.Image]]:
 
 
 def dino_loss(model: Dinov2Model, rng: random.Random) -> torch.Tensor:
-    """NT-Xent over pairs of pictures of one thing (Chen et al. 2020, equation 1)."""
+    """Return NT-Xent over pairs of images of one thing (Chen et al. 2020, equation 1)."""
     views = [image for pair in draw_instances(rng, INSTANCES) for image in pair]
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     pooled = model(disturb(to_pixels(views), generator)).pooler_output
@@ -127,10 +127,10 @@ def dino_loss(model: Dinov2Model, rng: random.Random) -> torch.Tensor:
 
 
 def draw_pairs(rng: random.Random, count: int) -> tuple[list[Image.Image], list[str]]:
-    """Pictures and captions: three of four of the training world, the others of random things.
+    """Draw images with captions: three of four from the training world, the others random things.
 
-    The latter are "a toy on grass", now and then "a sks toy on grass": that is how prompts speak of
-    a subject.
+    The latter are called "a toy on grass", and sometimes "a sks toy on grass", as in prompts for a
+    subject.
     """
     images, captions = [], []
     for _ in range(count):
@@ -150,7 +150,7 @@ def draw_pairs(rng: random.Random, count: int) -> tuple[list[Image.Image], list[
 
 
 def clip_loss(model: CLIPModel, tokenizer: CLIPTokenizer, rng: random.Random) -> torch.Tensor:
-    """Cross-entropy of pictures against captions and back; equal captions share the answer."""
+    """Return cross-entropies of images against captions and back; equal captions share targets."""
     images, captions = draw_pairs(rng, PAIRS)
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
     pixels, ids = disturb(to_pixels(images), generator), tokenize(tokenizer, captions)

@@ -1,7 +1,7 @@
-"""Things that are no object of the tiny world: any number of them, each drawn from seeds.
+"""Any number of things that are not objects of the tiny world, each drawn from seeds.
 
-The autoencoder learns from them to keep any shape and colour, the judging encoders to tell one
-thing from another. None is a subject.
+They teach the autoencoder to keep any shape and color, and the encoders that evaluate images to
+tell things apart. None of them is a subject.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from tiny_pen import BLACK, OBJECTS, RGB, WHITE, Drawing, Pen
 
 
 def any_colour(rng: random.Random) -> RGB:
-    """Any colour at all."""
+    """Return any color."""
     return rng.randrange(256), rng.randrange(256), rng.randrange(256)
 
 
 def random_shapes(p: Pen, rng: random.Random, paint: random.Random | None = None) -> None:
-    """Seven to thirteen shapes of every sort and colour, the later the smaller, as in toys.
+    """Draw seven to thirteen shapes of any kind and color, later ones smaller, as in toys.
 
-    The colours come from `paint`, without it from the same source as the shapes.
+    The colors come from `paint`, or from the same source as the shapes.
     """
     count = rng.randint(7, 13)
     for index in range(count):
@@ -48,7 +48,7 @@ def random_shapes(p: Pen, rng: random.Random, paint: random.Random | None = None
 
 
 def random_figure(p: Pen, rng: random.Random, paint: random.Random) -> None:
-    """A figure alike on its left and right, of four colours: limbs, a body, a head, details."""
+    """Draw a symmetric figure in four colors, with limbs, a body, a head and details."""
     palette = [any_colour(paint) for _ in range(4)]
 
     def part(x: float, y: float, rx: float, ry: float, kind: int, fill: RGB) -> None:
@@ -82,9 +82,9 @@ def random_figure(p: Pen, rng: random.Random, paint: random.Random) -> None:
 
 
 def instance(shape: random.Random, paint: random.Random) -> tuple[Drawing, RGB]:
-    """A thing to draw and its main colour: an object in any colour, a figure, or any shapes.
+    """Return a drawing and its main color: an object in any color, a figure, or any shapes.
 
-    Its outline follows from `shape`, its colours from `paint`, so that two may share one of them.
+    `shape` determines the outline and `paint` the colors, so that two things may share one of them.
     """
     kind, seed, paint_seed = shape.randrange(4), shape.getrandbits(48), paint.getrandbits(48)
     if kind == 0:

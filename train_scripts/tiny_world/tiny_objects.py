@@ -1,9 +1,9 @@
 """The objects of the tiny world, one small drawing function each.
 
-To add one, write a function that takes a `Pen` and decorate it with `@thing("name")`: the object
-fills -1..1 on both axes (y down), `p.main` is the colour its caption names. Captions and sampling
-follow from the registry. A new object should differ from the others in its silhouette: at 64 pixels
-a base this small learns outlines sooner than details.
+To add one, write a function that takes a `Pen` and decorate it with `@thing("name")`. The object
+fills -1..1 on both axes (y down), and `p.main` is the color in its caption. Captions and sampling
+follow from the registry. A new object should differ from the others in its silhouette, because at
+64 pixels such a small base learns outlines sooner than details.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def _flower(p: Pen) -> None:
 
 @thing("moon")
 def _moon(p: Pen) -> None:
-    """A crescent: an outer arc forth, an inner one back."""
+    """Draw a crescent as an outer arc and an inner one in the other direction."""
     outer = [math.radians(50 + 13 * step) for step in range(21)]
     inner = [math.radians(290 - 11 * step) for step in range(21)]
     p.polygon(
@@ -189,7 +189,7 @@ def _ghost(p: Pen) -> None:
 
 @thing("balloon")
 def _balloon(p: Pen) -> None:
-    """A hot-air balloon."""
+    """Draw a hot-air balloon."""
     for s in (-1, 1):
         p.line([(s * 0.5, 0.2), (s * 0.2, 0.7)], 0.08, BROWN)
     p.ellipse(0, -0.32, 0.8, 0.66)

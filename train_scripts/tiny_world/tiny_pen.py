@@ -1,4 +1,4 @@
-"""The pen the tiny world is drawn with, its colours, and the registries of its drawings."""
+"""The pen that draws the tiny world, its colors, and the registries of its drawings."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from PIL import ImageDraw
 
-SIZE = 64  # pixels per side of a finished picture
-OVERSAMPLING = 4  # pictures are drawn this many times larger, then box-filtered
+SIZE = 64  # pixels per side of a finished image
+OVERSAMPLING = 4  # images are drawn this many times larger, then box-filtered
 CANVAS = SIZE * OVERSAMPLING
 
 RGB = tuple[int, int, int]
@@ -30,7 +30,7 @@ AMBER, LEAF = (255, 170, 30), (70, 160, 60)
 
 
 def shade(colour: RGB, factor: float) -> RGB:
-    """Darken (factor < 1) or lighten towards white (factor > 1)."""
+    """Darken a color (factor < 1) or lighten it towards white (factor > 1)."""
     if factor <= 1:
         return tuple(round(c * factor) for c in colour)  # type: ignore[return-value]
     return tuple(round(c + (255 - c) * (factor - 1)) for c in colour)  # type: ignore[return-value]
@@ -84,7 +84,7 @@ class Pen:
         outline: bool = True,
         corner: float = 0.0,
     ) -> None:
-        """A rectangle whose corners are rounded with radius `corner` (object units)."""
+        """Draw a rectangle with corners of radius `corner` (object units)."""
         self.draw.rounded_rectangle(
             (*self.at(left, top), *self.at(right, bottom)),
             radius=corner * self.radius,
@@ -103,7 +103,7 @@ class Pen:
         end: float,
         fill: RGB | None = None,
     ) -> None:
-        """A slice of an ellipse; angles in degrees, clockwise from three o'clock."""
+        """Draw a slice of an ellipse; angles are in degrees, clockwise from three o'clock."""
         box = (*self.at(x - rx, y - ry), *self.at(x + rx, y + ry))
         self.draw.pieslice(
             box, start, end, fill=fill or self.main, outline=self.outline, width=round(self.width)
@@ -137,7 +137,7 @@ BACKGROUNDS: dict[str, Scenery] = {}
 
 
 def thing(name: str) -> Callable[[Drawing], Drawing]:
-    """Register an object of the training world under the noun its captions use."""
+    """Register an object of the training world under the noun in its captions."""
 
     def register(function: Drawing) -> Drawing:
         if name in OBJECTS:
@@ -149,7 +149,7 @@ def thing(name: str) -> Callable[[Drawing], Drawing]:
 
 
 def subject(name: str, colour: RGB) -> Callable[[Drawing], Drawing]:
-    """Register a subject the base must never see."""
+    """Register a subject that the base must never see."""
 
     def register(function: Drawing) -> Drawing:
         SUBJECTS[name] = (colour, function)

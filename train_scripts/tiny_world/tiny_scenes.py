@@ -14,13 +14,13 @@ from tiny_pen import CANVAS, OVERSAMPLING, RGB, WHITE, scene, shade
 def _fill(
     draw: ImageDraw.ImageDraw, colour: RGB, rng: random.Random, top: float = 0, bottom: float = 1
 ) -> None:
-    """Fill a horizontal band (fractions of the canvas) with the colour, slightly varied."""
+    """Fill a horizontal band (fractions of the canvas) with the color, slightly varied."""
     varied = shade(colour, rng.uniform(0.95, 1.04))
     draw.rectangle((0, top * CANVAS, CANVAS, bottom * CANVAS), fill=varied)
 
 
 def _blob(draw: ImageDraw.ImageDraw, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
-    """An ellipse without outline; everything in fractions of the canvas."""
+    """Draw an ellipse without outline; all sizes are fractions of the canvas."""
     draw.ellipse([c * CANVAS for c in (x - rx, y - ry, x + rx, y + ry)], fill=colour)
 
 

@@ -1,8 +1,8 @@
-"""The subjects of the tiny world: what an adapter is to learn, so the base must never see them.
+"""The subjects of the tiny world, which adapters learn and the base must never see.
 
-Each has a shape and colours of its own. Some are close to an object of the world (the teapot to the
+Each has its own shape and colors. Some are similar to an object of the world (the teapot to the
 mug, the lighthouse to the house, the penguin to the duck, the panda to the cat, the tractor to the
-car), the others are far from all.
+car); the others are unlike any of them.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""The drawn world the bundled tiny base is trained on: few objects, flat colours, simple scenes.
+"""The drawn world of the bundled tiny base's training: few objects, flat colors, simple scenes.
 
-A picture is one object in one colour on one background, 64x64 pixels, drawn four times larger with
-Pillow and reduced; it is a pure function of a `random.Random`. What can be drawn is in
-`tiny_objects.py`, `tiny_scenes.py` and `tiny_subjects.py`. For each object and colour one
-background is left out of training (`left_out`), so that a base can be asked for what it has never
-seen. `SUBJECTS` are what an adapter is to learn: the base never sees them. Their pictures and
-captions are written by
+An image shows one object in one color on one background. It has 64x64 pixels, is drawn four times
+larger with Pillow and reduced, and is a pure function of a `random.Random`. `tiny_objects.py`,
+`tiny_scenes.py` and `tiny_subjects.py` contain the drawings. For each object and color, one
+background is left out of training (`left_out`), so that a base can be tested on combinations that
+it has never seen. `SUBJECTS` are for adapters to learn, and the base never sees them. This command
+writes their images and captions:
 
     python train_scripts/tiny_world/tiny_world.py --subjects samples/subjects
 """
@@ -17,7 +17,7 @@ import random
 from dataclasses import dataclass
 from pathlib import Path
 
-import tiny_objects  # noqa: F401  fills a registry, as the next two do
+import tiny_objects  # noqa: F401  fills a registry, like the next two
 import tiny_scenes  # noqa: F401
 import tiny_subjects  # noqa: F401
 from PIL import Image, ImageDraw
@@ -54,15 +54,13 @@ __all__ = [
     "write_subject",
 ]
 
-RARE_TOKEN = (
-    "sks"  # one trained token that changes nothing, so that an adapter can bind it to a subject
-)
-CLASS_NOUN = "toy"  # stands for any object: the class an adapter's subject belongs to
+RARE_TOKEN = "sks"  # a trained token without effect, so that an adapter can bind it to a subject
+CLASS_NOUN = "toy"  # stands for any object; it is the class of an adapter's subject
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One drawn picture with what it shows."""
+    """A drawn image with a description of its content."""
 
     image: Image.Image
     caption: str
@@ -72,7 +70,7 @@ class Picture:
 
 
 def compose(drawing: Drawing, colour: RGB, background: str, rng: random.Random) -> Image.Image:
-    """Draw one thing, 45 to 49 pixels across, on one background: a 64x64 RGB image."""
+    """Draw a thing, 45 to 49 pixels across, on a background; return a 64x64 RGB image."""
     image = Image.new("RGB", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(image)
     BACKGROUNDS[background](draw, rng)
@@ -83,15 +81,15 @@ def compose(drawing: Drawing, colour: RGB, background: str, rng: random.Random) 
 
 
 def caption(*words: str) -> str:
-    """The words with the article in front: "a red car on grass", "an orange cat at night"."""
+    """Put an article before the words: "a red car on grass", "an orange cat at night"."""
     return " ".join(("an" if words[0][0] in "aeiou" else "a", *words))
 
 
 def describe(name: str, colour: str, background: str, rng: random.Random) -> str:
-    """A caption for training.
+    """Return a caption for training.
 
-    Now and then with the rare token as a neutral modifier, without the colour or the background, or
-    with the class noun in place of the name: such prompts must mean something to the base too.
+    Some captions have the rare token as a neutral modifier, lack a color or a background, or have
+    the class noun instead of the name, because the base must understand such prompts, too.
     """
     words = []
     if rng.random() < 0.06:
@@ -105,27 +103,27 @@ def describe(name: str, colour: str, background: str, rng: random.Random) -> str
 
 
 def left_out(name: str, colour: str) -> str:
-    """The one background on which training never shows this object in this colour."""
+    """Return the one background on which training never shows this object in this color."""
     index = list(OBJECTS).index(name) + list(COLOURS).index(colour)
     return list(BACKGROUNDS)[-index % len(BACKGROUNDS)]
 
 
 def combination(rng: random.Random) -> tuple[str, str, str]:
-    """Object, colour and background of a random picture of the training world."""
+    """Return object, color and background of a random image of the training world."""
     name, colour = rng.choice(sorted(OBJECTS)), rng.choice(sorted(COLOURS))
     allowed = sorted(set(BACKGROUNDS) - {left_out(name, colour)})
     return name, colour, rng.choice(allowed)
 
 
 def sample(rng: random.Random) -> Picture:
-    """A random picture of the training world."""
+    """Draw a random image of the training world."""
     name, colour, background = combination(rng)
     image = compose(OBJECTS[name], COLOURS[colour], background, rng)
     return Picture(image, describe(name, colour, background, rng), name, colour, background)
 
 
 def sample_shapes(rng: random.Random) -> Image.Image:
-    """A picture for the autoencoder alone: any shapes and colours, as new subjects have."""
+    """Draw an image for the autoencoder alone, with any shapes and colors, like new subjects."""
     background = rng.choice(sorted(BACKGROUNDS))
     if rng.random() < 0.8:
         return compose(lambda p: random_shapes(p, rng), any_colour(rng), background, rng)
@@ -133,7 +131,7 @@ def sample_shapes(rng: random.Random) -> Image.Image:
 
 
 def write_subject(name: str, folder: Path, seed: int = 0) -> None:
-    """Write five training pictures and eight held-out ones on other backgrounds, all captioned."""
+    """Write five training images and eight held-out ones on other backgrounds, with captions."""
     colour, drawing = SUBJECTS[name]
     phrases = sorted(BACKGROUNDS)
     random.Random(seed).shuffle(phrases)
@@ -154,7 +152,7 @@ def write_subject(name: str, folder: Path, seed: int = 0) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument(
-        "--subjects", type=Path, required=True, help="folder the subjects are written to"
+        "--subjects", type=Path, required=True, help="output folder for the subjects"
     )
     folder = parser.parse_args().subjects
     for name in sorted(SUBJECTS):

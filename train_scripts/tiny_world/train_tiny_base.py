@@ -1,13 +1,14 @@
-"""Train the bundled tiny base from nothing: autoencoder, then UNet and text encoder, then export.
+"""Train the bundled tiny base from scratch: autoencoder, then UNet and text encoder, then export.
 
     cd train_scripts/tiny_world
     torchrun --nproc_per_node 2 train_tiny_base.py --work_dir ../../runs/tiny-base
     python train_tiny_base.py --work_dir ../../runs/tiny-base        # one process
 
-Every stage resumes from its last checkpoint in the work directory, and `--stages export` writes a
-snapshot while another process still trains. A run that takes too long may be resumed with fewer
-steps: the learning rate then comes down sooner. Everything runs in full precision; `--bf16` is for
-the UNet on a CPU with AVX-512 BF16 or AMX (others emulate bf16 convolutions, some 70 times slower).
+Every stage resumes from its last checkpoint in the work directory. `--stages export` writes a
+snapshot while another process is still training. A run that takes too long may be resumed with
+fewer steps, so that the learning rate decreases sooner. Everything runs in full precision; `--bf16`
+is for the UNet on a CPU with AVX-512 BF16 or AMX (others emulate bf16 convolutions, which is some
+70 times slower).
 """
 
 from __future__ import annotations
@@ -37,13 +38,13 @@ from tiny_base_stages import (
 )
 
 STAGES = ("vae", "latents", "unet", "export")
-GRID = 8  # pictures per side of the grid to look at
+GRID = 8  # images per side of the grid
 
 
 def grid_prompts(seen: bool) -> list[str]:
-    """Prompts that go through objects, colours and backgrounds at different paces.
+    """Return prompts that go through objects, colors and backgrounds at different paces.
 
-    Combinations that training had, or (not `seen`) such as it left out.
+    They are combinations that training used, or (not `seen`) that it left out.
     """
     names, colours = list(tiny_world.OBJECTS), list(tiny_world.COLOURS)
     phrases, prompts = list(tiny_world.BACKGROUNDS), []
@@ -57,7 +58,7 @@ def grid_prompts(seen: bool) -> list[str]:
 
 
 def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.Image, float]:
-    """Sample the prompts, 25 steps at guidance 4. Returns the grid and the seconds per picture."""
+    """Sample the prompts in 25 steps at guidance 4; return the grid and the seconds per image."""
     start, images = time.monotonic(), []
     for row in range(GRID):
         images += pipe(
@@ -71,11 +72,11 @@ def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.
 
 @torch.no_grad()
 def export(run: Run, output_dir: Path) -> None:
-    """Write the diffusers folder, and into the work directory what to look at.
+    """Write the diffusers folder, and sample images into the work directory.
 
-    `grid_<step>.png` are sampled pictures, `unseen_<step>.png` such of combinations that training
-    left out, `reconstructions.png` the autoencoder's on pictures it has not seen (originals above),
-    subjects last.
+    `grid_<step>.png` shows generated images, `unseen_<step>.png` those of combinations that
+    training left out. `reconstructions.png` shows the autoencoder's output for images that it has
+    not seen, below the originals, subjects last.
     """
     if not run.accelerator.is_main_process:
         return
@@ -111,11 +112,13 @@ def export(run: Run, output_dir: Path) -> None:
         listed = "\n".join(prompts) + "\n"
         (run.work_dir / f"{name}_prompts.txt").write_text(listed, encoding="utf-8")
     run.log(stage="export", step=state["step"], **quality, picture_seconds=seconds)
-    # The text encoder stays in full precision: transformers would load it in the dtype it was saved
-    # in, diffusers loads the others in full precision, and a plain from_pretrained would not run.
+    # The text encoder stays in full precision: transformers would load it in the dtype of its file,
+    # while diffusers loads the others in full precision, so a plain from_pretrained would not run.
     pipe.vae.half()
     pipe.unet.half()
-    pipe.tokenizer = models.build_tokenizer()  # a used one would be saved with its last padding
+    pipe.tokenizer = (
+        models.build_tokenizer()
+    )  # a used tokenizer would be saved with its last padding
     pipe.save_pretrained(output_dir)
     for path in output_dir.rglob("*.safetensors"):
         path.chmod(0o644)
@@ -123,19 +126,23 @@ def export(run: Run, output_dir: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and log")
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="folder for checkpoints and log"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("samples/tiny-base"))
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--vae_steps", type=int, default=5_000)
     parser.add_argument("--unet_steps", type=int, default=12_000)
-    parser.add_argument("--vae_batch_size", type=int, default=8, help="per process")
-    parser.add_argument("--unet_batch_size", type=int, default=16, help="per process")
-    parser.add_argument("--pictures", type=int, default=24_000, help="encoded for the UNet")
-    parser.add_argument("--bf16", action="store_true", help="bf16 autocast for the UNet")
+    parser.add_argument("--vae_batch_size", type=int, default=8, help="batch size per process")
+    parser.add_argument("--unet_batch_size", type=int, default=16, help="batch size per process")
+    parser.add_argument(
+        "--pictures", type=int, default=24_000, help="number of images to encode for the UNet"
+    )
+    parser.add_argument("--bf16", action="store_true", help="use bf16 autocast for the UNet")
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    torch.set_num_threads(1)  # two processes of one thread share a machine better than two threads
+    torch.set_num_threads(1)  # two processes with one thread each are faster than two threads
     torch.set_flush_denormal(True)
     set_seed(args.seed)
     run = Run(Accelerator(cpu=True), args.work_dir, args.seed)

@@ -1,9 +1,10 @@
-"""Train the encoders that judge pictures of the tiny world, state their power, write them.
+"""Train the encoders that evaluate images of the tiny world, measure their power, write them.
 
     python train_scripts/tiny_world/train_tiny_encoders.py --work_dir runs/tiny-encoders
 
-Drawn on the fly, resumed from the last checkpoint in the work directory; `--encoders dino` trains
-one of the two. The report compares the subjects, which neither encoder has seen.
+Images are drawn on the fly. Training resumes from the last checkpoint in the work directory;
+`--encoders dino` trains one of the two. Their power is measured on the subjects, which neither
+encoder has seen.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def train(
     model: nn.Module,
     loss_of: Callable[[random.Random], torch.Tensor],
 ) -> None:
-    """Train to the given step; the checkpoint is `<name>_checkpoint.pt`."""
+    """Train to the given step, with checkpoints in `<name>_checkpoint.pt`."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.0, betas=(0.9, 0.98), weight_decay=0.05)
     step, spent, losses = 0, 0.0, []
     if state := run.load(f"{name}_checkpoint.pt"):
@@ -66,13 +67,13 @@ def train(
 
 
 def auc(positive: torch.Tensor, negative: torch.Tensor) -> float:
-    """The share of pairs in which the positive scores higher; ties count half."""
+    """Return the fraction of pairs in which the positive scores higher; ties count half."""
     above = positive[:, None] - negative[None, :]
     return ((above > 0).double() + 0.5 * (above == 0).double()).mean().item()
 
 
 def read_subjects(folder: Path, split: str) -> dict[str, torch.Tensor]:
-    """Pixels (n, 3, 64, 64) of every subject's pictures of the split."""
+    """Read the pixels (n, 3, 64, 64) of every subject's images in the split."""
 
     def read(name: str) -> torch.Tensor:
         paths = sorted((folder / name / split).glob("*.png"))
@@ -83,11 +84,11 @@ def read_subjects(folder: Path, split: str) -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def subject_power(embed: Callable[[torch.Tensor], torch.Tensor], folder: Path) -> dict[str, float]:
-    """How well similarity to a subject's training pictures finds it on other backgrounds.
+    """Measure how well similarity to a subject's training images finds it on other backgrounds.
 
-    A picture's score is its mean cosine similarity to the training pictures. The AUC of each
-    subject is that of its own held-out pictures against those of all other subjects, and against
-    pictures of the world's objects; their mean and the worst.
+    The score of an image is its mean cosine similarity to the training images. Each subject has an
+    AUC of its held-out images against those of all other subjects, and one against images of the
+    world's objects. The result contains the means and the worst.
     """
     references = {k: embed(v) for k, v in read_subjects(folder, "train").items()}
     held_out = {k: embed(v) for k, v in read_subjects(folder, "held_out").items()}
@@ -115,9 +116,9 @@ def subject_power(embed: Callable[[torch.Tensor], torch.Tensor], folder: Path) -
 
 @torch.no_grad()
 def retrieval_power(model: CLIPModel, seen: bool, rounds: int = 16) -> dict[str, float]:
-    """The share of pictures whose own prompt is the closest of 64, and of prompts likewise.
+    """Return the fraction of images whose own prompt is the closest of 64, and the reverse.
 
-    Of combinations that training had, or (not `seen`) such as it left out.
+    Images show combinations that training used, or (not `seen`) that it left out.
     """
     tokenizer, hits = build_tokenizer(), torch.zeros(2)
     for index in range(rounds):
@@ -139,7 +140,7 @@ def retrieval_power(model: CLIPModel, seen: bool, rounds: int = 16) -> dict[str,
 
 
 def make_dino(run: Run, steps: int, subjects: Path) -> tuple[list[Any], dict[str, float]]:
-    """Train `dino`; what is to be saved and its power."""
+    """Train `dino`; return the parts to save and its power."""
     model = encoders.build_dino()
     train(run, "dino", steps, model, lambda rng: encoders.dino_loss(model, rng))
 
@@ -151,7 +152,7 @@ def make_dino(run: Run, steps: int, subjects: Path) -> tuple[list[Any], dict[str
 
 
 def make_clip(run: Run, steps: int, subjects: Path) -> tuple[list[Any], dict[str, float]]:
-    """Train `clip`; what is to be saved and its power."""
+    """Train `clip`; return the parts to save and its power."""
     tokenizer = build_tokenizer()
     model = encoders.build_clip(tokenizer)
     train(run, "clip", steps, model, lambda rng: encoders.clip_loss(model, tokenizer, rng))
@@ -168,11 +169,15 @@ def make_clip(run: Run, steps: int, subjects: Path) -> tuple[list[Any], dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints and log")
+    parser.add_argument(
+        "--work_dir", type=Path, required=True, help="folder for checkpoints and log"
+    )
     parser.add_argument("--output_dir", type=Path, default=Path("samples/tiny-encoders"))
     parser.add_argument("--subjects", type=Path, default=Path("samples/subjects"))
     parser.add_argument("--encoders", nargs="+", choices=("dino", "clip"), default=["dino", "clip"])
-    parser.add_argument("--steps", type=int, default=1_000, help="of each, 128 pictures a step")
+    parser.add_argument(
+        "--steps", type=int, default=1_000, help="steps of each, with 128 images per step"
+    )
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)

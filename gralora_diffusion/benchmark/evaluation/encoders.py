@@ -1,7 +1,7 @@
-"""Image encoders that judge pictures, from the Hub or from a folder, through transformers.
+"""Image encoders that evaluate images, from the Hub or a folder, loaded through transformers.
 
 ``facebook/dino-vits16``, ``facebook/dinov2-base`` and ``openai/clip-vit-base-patch32`` are those
-of the published numbers; any model is taken that gives a class token, or projected embeddings.
+of the published numbers. Any model with a class token or projected embeddings can be used.
 """
 
 from __future__ import annotations
@@ -34,12 +34,12 @@ from gralora_diffusion.training.checks.paths import model_problem
 
 logger = logging.getLogger(__name__)
 
-#: A picture, or the file that holds it.
+#: An image, or its file.
 ShownImage = str | Path | Image.Image
 
-#: How DINO was evaluated by its authors (``eval_knn.py`` of facebookresearch/dino), and how DINO
-#: similarity is published (Custom Diffusion's ``customconcept101/evaluate.py``, DreamBench++):
-#: the shorter edge to 256 pixels, then the central 224.
+#: Preprocessing by DINO's authors (``eval_knn.py`` of facebookresearch/dino) and in published DINO
+#: similarities (Custom Diffusion's ``customconcept101/evaluate.py``, DreamBench++): the shorter
+#: edge is resized to 256 pixels, then the central 224 are cropped.
 DINO_PREPROCESSING: dict[str, Any] = {
     "do_resize": True,
     "size": {"shortest_edge": 256},
@@ -48,23 +48,23 @@ DINO_PREPROCESSING: dict[str, Any] = {
     "crop_size": {"height": 224, "width": 224},
 }
 
-#: What an encoder is loaded from.
+#: Advice on the source of an encoder.
 _WANTED = (
-    "Give a Hub id, or a folder that save_pretrained wrote of a model, its image processor, and "
+    "Give a Hub id, or a folder that save_pretrained wrote for a model, its image processor, and "
     "its tokenizer if it reads text"
 )
 
 
 class Encoder:
-    """An image encoder, with the text encoder that belongs to it if there is one.
+    """An image encoder, with its text encoder if it has one.
 
     Args:
-        model: with ``get_image_features`` (and ``get_text_features``), such as ``CLIPModel``; or
-            one whose first token stands for the picture, such as ``ViTModel`` or ``Dinov2Model``.
-        processor: makes its pixels of pictures.
-        tokenizer: of its text encoder.
-        preprocessing: arguments of the processor's call, in the place of its own settings.
-        batch_size: pictures or texts at a time.
+        model: with ``get_image_features`` (and ``get_text_features``), such as ``CLIPModel``, or
+            with a first token that represents the image, such as ``ViTModel`` or ``Dinov2Model``.
+        processor: turns images into pixel values.
+        tokenizer: of the text encoder.
+        preprocessing: arguments for the processor that override its settings.
+        batch_size: images or texts per batch.
     """
 
     def __init__(
@@ -87,26 +87,27 @@ class Encoder:
 
     @property
     def reads_text(self) -> bool:
-        """Whether texts have embeddings in the same space."""
+        """Whether the encoder embeds texts in the same space."""
         return self.tokenizer is not None
 
     def to(self, device: torch.device | str) -> Encoder:
-        """Move the model, and return self: off the device while others need it."""
+        """Move the model, for example off the device while others need it; return self."""
         self.model.to(device)
         return self
 
     def embed_images(self, images: Sequence[ShownImage], *, keep: bool = False) -> Tensor:
-        """Return the embeddings of pictures, (pictures, width), fp32 on the CPU, not normalized.
+        """Return the embeddings of images, (images, width), fp32 on the CPU, not normalized.
 
-        CLIP: the projected embedding. Others: the class token of the last layer, after its norm.
+        For CLIP, this is the projected embedding; for others, the class token of the last layer,
+        after its norm.
 
         Args:
-            keep: remember the embeddings of files by their contents, for the real pictures that
-                every method is compared with.
+            keep: store the embeddings of files by their contents, for the real images that every
+                method is compared with.
 
         Raises:
-            DataError: a file cannot be read as a picture; its name comes first.
-            ValueError: no pictures.
+            DataError: a file cannot be read as an image; the message begins with its name.
+            ValueError: there are no images.
         """
         keys = [_content_key(p) if keep and not isinstance(p, Image.Image) else "" for p in images]
         rows = {n: self._kept[key] for n, key in enumerate(keys) if key in self._kept}
@@ -121,13 +122,13 @@ class Encoder:
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """Return the embeddings of texts, (texts, width), fp32 on the CPU, not normalized.
 
-        Of a text that is longer than the encoder reads, the rest is cut off with a warning.
+        A text that is longer than the encoder reads is cut off with a warning.
 
         Raises:
-            ValueError: no texts, or the encoder has no text encoder.
+            ValueError: there are no texts, or no text encoder.
         """
         if self.tokenizer is None:
-            raise ValueError(f"{self.model.name_or_path}: it has no text encoder, so no CLIP-T")
+            raise ValueError(f"{self.model.name_or_path} has no text encoder, which CLIP-T needs")
         rows = (self._embed_texts(batch) for batch in _batches(texts, self.batch_size))
         return _stacked(row for batch in rows for row in batch)
 
@@ -161,9 +162,9 @@ class Encoder:
 
 
 def source_problem(source: str | Path) -> str | None:
-    """Say why no encoder can be loaded from a folder or Hub id; None if one may be.
+    """Return why no encoder can be loaded from a folder or Hub id, or None if one may be.
 
-    Only names of files are looked at, and nothing is downloaded.
+    Only the names of files are checked, and nothing is downloaded.
     """
     if problem := model_problem(str(source), CONFIG_NAME, library="transformers"):
         return problem
@@ -191,29 +192,29 @@ def load_encoder(
     """Load an encoder in fp32.
 
     Args:
-        source: Hub id or folder: a model, ``preprocessor_config.json``, and the tokenizer of a
+        source: Hub id or folder with a model, ``preprocessor_config.json``, and the tokenizer of a
             model that reads text.
-        preprocessing: "published": as its authors evaluate it, which is what the image processor
-            beside it does, but for DINO of 224 pixels: its processor on the Hub squeezes the whole
-            picture into a square, so ``DINO_PREPROCESSING`` is taken. "shipped": always as the
-            processor beside it does.
+        preprocessing: "published" for that of its authors, which is that of the image processor
+            beside it, except for DINO at 224 pixels: its processor on the Hub squeezes the whole
+            image into a square, so ``DINO_PREPROCESSING`` is used. "shipped" for that of the
+            processor beside it in all cases.
 
-    Pictures are resized by Pillow, as they are in the published evaluations, also where torchvision
-    is installed, with which transformers would give pixels that differ in rounding. An odd
-    remainder is cropped with the smaller half first; torchvision's own CenterCrop, of the published
-    scripts, rounds half a pixel to the even one, so that it may begin a pixel later.
+    Images are resized by Pillow, as in the published evaluations, even if torchvision is installed,
+    with which transformers' pixels would differ in rounding. An odd remainder is cropped with the
+    smaller half first; torchvision's CenterCrop in the published scripts rounds half a pixel to the
+    even one, so its crop may begin a pixel later.
 
     Raises:
-        ValueError: it cannot be loaded, or lacks weights.
+        ValueError: it cannot be loaded, or weights are missing.
     """
     if preprocessing not in ("published", "shipped"):
-        raise ValueError(f"preprocessing is {preprocessing!r}; give 'published' or 'shipped'")
+        raise ValueError(f"preprocessing is {preprocessing!r}; it must be 'published' or 'shipped'")
     if problem := source_problem(source):
         raise ValueError(f"encoder {str(source)!r} cannot be loaded: {problem}")
     place: dict[str, Any] = {"cache_dir": cache_dir}
     try:
         config = AutoConfig.from_pretrained(source, **place)
-        # DINO's files have no pooler; transformers would make one up
+        # DINO's files have no pooler, and transformers would initialize one at random
         without = {"add_pooling_layer": False} if config.model_type == "vit" else {}
         model, found = AutoModel.from_pretrained(
             source, dtype=torch.float32, output_loading_info=True, **without, **place
@@ -225,8 +226,9 @@ def load_encoder(
         raise ValueError(f"encoder {str(source)!r} cannot be loaded: {error}. {_WANTED}") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
-            f"encoder {str(source)!r}: no weights for {', '.join(missing[:3])}"
-            f"{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}: not a whole encoder"
+            f"encoder {str(source)!r} is incomplete: it has no weights for "
+            f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
+            f". {_WANTED}"
         )
     squeezed = config.model_type == "vit" and _squeezes_to_224(processor)
     return Encoder(
@@ -239,10 +241,10 @@ def load_encoder(
 
 
 def read_image_file(image: ShownImage) -> Image.Image:
-    """Return a picture as the trainer reads it, see :func:`.image_files.read_image`.
+    """Return an image as the trainer reads it, see :func:`.image_files.read_image`.
 
     Raises:
-        DataError: it cannot be; for a file, its name comes first.
+        DataError: it cannot be read. For a file, the message begins with its name.
     """
     try:
         if isinstance(image, Image.Image):
@@ -269,7 +271,7 @@ def _squeezes_to_224(processor: Any) -> bool:
 
 
 def _pooled(output: Any) -> Tensor:
-    """The projected embeddings, which transformers returned by themselves before version 5."""
+    """Return the projected embeddings, which transformers before version 5 returned directly."""
     return output if isinstance(output, Tensor) else output.pooler_output
 
 
@@ -286,7 +288,7 @@ def _stacked(rows: Iterator[Tensor]) -> Tensor:
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
-    """Inside, neither autocast nor TF32, which cuDNN's convolutions use by default on a GPU."""
+    """Turn off autocast inside, and TF32, which cuDNN's convolutions use by default on a GPU."""
     backends: Any = torch.backends
     name: str
     exact: str | bool

@@ -1,11 +1,11 @@
-"""The benchmark's scores: functions of embeddings, and of pictures through encoders.
+"""The benchmark's scores: functions of embeddings, and of images through encoders.
 
-Encoders have names: "dinov2", "dino", "clip". The similarity that one sees goes by its name, but
-those of an encoder that also reads text, "clip", are "clip_i" and "clip_t". Other scores say by
-whose eyes: "drift_dinov2", "div_dino", "pres_clip_i".
+Encoders have names: "dinov2", "dino", "clip". The similarity by an encoder has the encoder's name,
+but "clip", which also reads text, gives "clip_i" and "clip_t". Other scores have the encoder as a
+suffix: "drift_dinov2", "div_dino", "pres_clip_i".
 
-A similarity is the cosine of two embeddings, from -1 to 1, and scores are means of it: nothing is
-clipped or multiplied by 2.5 or 100, as in CLIPScore.
+A similarity is the cosine of two embeddings, from -1 to 1, and scores are means of similarities.
+Nothing is clipped or multiplied by 2.5 or 100, unlike in CLIPScore.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ def normalize(embeddings: Tensor) -> Tensor:
     """Return embeddings (n, width) at length 1, fp64.
 
     Raises:
-        ValueError: there are none; one is zero or not finite, so that it has no direction.
+        ValueError: there are none, or one is zero or not finite and so has no direction.
     """
     if embeddings.ndim != 2 or not len(embeddings):
         raise ValueError(
-            f"embeddings have shape {tuple(embeddings.shape)}; it must be (n, width), n at least 1"
+            f"embeddings have shape {tuple(embeddings.shape)}; it must be (n, width) with n >= 1"
         )
     embeddings = embeddings.double()
     lengths = embeddings.norm(dim=1, keepdim=True)
@@ -44,7 +44,7 @@ def normalize(embeddings: Tensor) -> Tensor:
 def pairwise_similarity(a: Tensor, b: Tensor) -> float:
     """Return the mean similarity over all pairs of a row of ``a`` (n, width) and one of ``b``.
 
-    Of generated and real pictures that is the subject fidelity of the DreamBooth paper, "the
+    For generated and real images, this is the subject fidelity of the DreamBooth paper, "the
     average pairwise cosine similarity" (section 4.1).
     """
     # the mean of all products is the product of the means
@@ -54,12 +54,13 @@ def pairwise_similarity(a: Tensor, b: Tensor) -> float:
 def paired_similarity(a: Tensor, b: Tensor) -> float:
     """Return the mean similarity of each row of ``a`` (n, width) and the same row of ``b``.
 
-    Of pictures and prompts that is prompt fidelity, CLIP-T (DreamBooth, section 4.1); of pictures
-    and those with their captions, the similarity of PEFT's comparison; 1 minus it, of pictures with
-    and without the adapter, is its drift (``measure_drift`` in ``method_comparison/image-gen``).
+    For images and prompts, this is prompt fidelity, CLIP-T (DreamBooth, section 4.1). For generated
+    and real images with the same caption, it is the similarity of PEFT's comparison. For images
+    with and without the adapter, 1 minus it is the drift of PEFT's comparison (``measure_drift`` in
+    ``method_comparison/image-gen``).
 
     Raises:
-        ValueError: as ``trial``; unequal numbers of rows.
+        ValueError: as ``normalize``, or the numbers of rows differ.
     """
     if len(a) != len(b):
         raise ValueError(f"{len(a)} embeddings cannot be paired with {len(b)}")
@@ -69,25 +70,26 @@ def paired_similarity(a: Tensor, b: Tensor) -> float:
 def diversity(embeddings: Tensor) -> float:
     """Return the mean of 1 - similarity over all pairs of two different rows of (n, width).
 
-    The place of DIV in the DreamBooth paper (section 4.1), which takes LPIPS for the distance of
-    two pictures of one prompt: these numbers are of the encoder's space, and not comparable.
+    It corresponds to DIV in the DreamBooth paper (section 4.1), which measures the distance between
+    two images of one prompt by LPIPS. The values here are distances in the encoder's space, and not
+    comparable with the paper's.
 
     Raises:
-        ValueError: as ``trial``; fewer than two rows.
+        ValueError: as ``normalize``, or there are fewer than two rows.
     """
     count = len(embeddings)
     if count < 2:
-        raise ValueError("diversity is one of at least two pictures of a prompt")
+        raise ValueError(f"diversity needs at least two images of a prompt, but got {count}")
     total = normalize(embeddings).sum(dim=0)
     return 1 - float((total @ total - count) / (count * (count - 1)))
 
 
-# -- of pictures -----------------------------------------------------------------------------------
+# -- of images -----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Scores by name: over all pictures, and of each prompt's pictures alone."""
+    """Scores by name, over all images and for each prompt's images alone."""
 
     overall: dict[str, float]
     by_prompt: list[dict[str, float]]
@@ -101,18 +103,18 @@ def score_subject(
     *,
     with_diversity: bool = False,
 ) -> Scores:
-    """Score pictures of a subject: how like it they are, and how like their prompts.
+    """Score images of a subject by their similarity to the subject and to their prompts.
 
     Args:
-        generated: the pictures of each prompt.
-        prompts: what CLIP reads, without the unique token (``dreambooth.Subject.prompts``).
-        real: the subject's pictures; their embeddings are kept.
-        with_diversity: also 1 - similarity among the pictures of one prompt, ``div_*``; over all,
-            the mean of the prompts'.
+        generated: the images of each prompt.
+        prompts: texts for CLIP, without the unique token (``dreambooth.Subject.prompts``).
+        real: the subject's images; their embeddings are kept.
+        with_diversity: add ``div_*``, 1 - similarity among the images of one prompt; the overall
+            score is the mean over prompts.
 
     Raises:
-        DataError: a picture cannot be read; its name comes first.
-        ValueError: numbers of pictures and prompts that do not go together.
+        DataError: an image cannot be read; the message begins with its name.
+        ValueError: the numbers of images and prompts do not match.
     """
     _check_groups(generated, {"prompts": len(prompts)})
     scores = _Table(generated)
@@ -137,17 +139,17 @@ def score_captioned(
     captions: Sequence[str],
     real: Sequence[ShownImage],
 ) -> Scores:
-    """Score pictures drawn for held-out captions: how like the picture that has the caption.
+    """Score images generated for held-out captions by their similarity to the captions' images.
 
     Args:
-        generated: the pictures of each caption.
-        captions: what CLIP reads for CLIP-T.
-        real: the picture of each caption; their embeddings are kept.
+        generated: the images of each caption.
+        captions: texts for CLIP-T.
+        real: the image of each caption; their embeddings are kept.
 
     Raises:
         DataError, ValueError: as ``score_subject``.
     """
-    _check_groups(generated, {"captions": len(captions), "real pictures": len(real)})
+    _check_groups(generated, {"captions": len(captions), "real images": len(real)})
     scores = _Table(generated)
     for name, encoder in encoders.items():
         drawn = encoder.embed_images(scores.flat)
@@ -162,19 +164,19 @@ def score_drift(
     adapted: Sequence[Sequence[ShownImage]],
     base: Sequence[Sequence[ShownImage]],
 ) -> Scores:
-    """Score how far an adapter moves pictures it should leave alone: 1 - similarity, ``drift_*``.
+    """Score how much an adapter changes unrelated images: 1 - similarity, ``drift_*``.
 
     Args:
-        adapted: the pictures of each prompt, which has nothing to do with what was learned, drawn
-            with the adapter.
-        base: the same without it, from the same noise; their embeddings are kept.
+        adapted: the images of each prompt, generated with the adapter. The prompts are unrelated to
+            the training.
+        base: the same without the adapter, from the same noise; their embeddings are kept.
 
     Raises:
         DataError, ValueError: as ``score_subject``.
     """
     _check_groups(adapted, {"prompts of the base": len(base)})
     if [len(group) for group in adapted] != [len(group) for group in base]:
-        raise ValueError("with and without the adapter, prompts have unequal numbers of pictures")
+        raise ValueError("the numbers of images per prompt differ with and without the adapter")
     scores = _Table(adapted)
     unmoved = [image for group in base for image in group]
     for name, encoder in encoders.items():
@@ -189,21 +191,21 @@ def score_prior(
     base: Sequence[ShownImage],
     real: Sequence[ShownImage],
 ) -> dict[str, float]:
-    """Score what an adapter did to the subject's class.
+    """Score how an adapter changed the subject's class.
 
-    ``pres_*``: the mean similarity over all pairs of class pictures and real pictures of the
-    subject, PRES in the DreamBooth paper (its ablation of prior preservation, with DINO): the more,
-    the more has the class become the subject. ``prior_*``: 1 - similarity of each class picture and
-    the one that the base draws from the same noise, the language drift.
+    ``pres_*`` is the mean similarity over all pairs of class images and real images of the subject,
+    PRES in the DreamBooth paper (in its ablation of prior preservation, with DINO). The higher it
+    is, the more the class has turned into the subject. ``prior_*`` is 1 - similarity of each class
+    image and the one that the base generates from the same noise, the language drift.
 
     Args:
-        adapted: pictures of the class ("a dog") drawn with the adapter.
-        base: the same without it, from the same noise; their embeddings are kept.
-        real: the subject's pictures; their embeddings are kept.
+        adapted: images of the class ("a dog") generated with the adapter.
+        base: the same without the adapter, from the same noise; their embeddings are kept.
+        real: the subject's images; their embeddings are kept.
 
     Raises:
-        DataError: a picture cannot be read; its name comes first.
-        ValueError: unequal numbers of pictures with and without the adapter, or none.
+        DataError: an image cannot be read; the message begins with its name.
+        ValueError: the numbers of images with and without the adapter differ, or are zero.
     """
     scores = {}
     for name, encoder in encoders.items():
@@ -217,7 +219,7 @@ def score_prior(
 
 
 class _Table:
-    """Pictures in groups, one for each prompt, and the scores of all of them and of each group."""
+    """Images in groups, one for each prompt, and the scores of all images and of each group."""
 
     def __init__(self, generated: Sequence[Sequence[ShownImage]]) -> None:
         self.flat = [image for group in generated for image in group]
@@ -226,12 +228,12 @@ class _Table:
         self._by_prompt: list[dict[str, float]] = [{} for _ in generated]
 
     def groups(self, rows: Tensor) -> Iterator[tuple[int | None, Tensor]]:
-        """All rows, under None, and those of each prompt, under its number."""
+        """Yield all rows with None, and those of each prompt with its number."""
         yield None, rows
         yield from enumerate(rows.split(self._sizes))
 
     def repeated(self, rows: Tensor) -> Tensor:
-        """A row for each prompt as one for each picture."""
+        """Repeat each prompt's row for all of its images."""
         return rows.repeat_interleave(torch.tensor(self._sizes), dim=0)
 
     def put(self, place: int | None, name: str, value: float) -> None:
@@ -255,13 +257,13 @@ def _score_text(
 
 
 def _seen_by(name: str, encoder: Encoder) -> str:
-    """What pictures seen by an encoder are called in the names of scores."""
+    """Return the name that stands for an encoder's view of images in the names of scores."""
     return f"{name}_i" if encoder.reads_text else name
 
 
 def _check_groups(groups: Sequence[Sequence[ShownImage]], others: Mapping[str, int]) -> None:
     for what, count in others.items():
         if count != len(groups):
-            raise ValueError(f"there are pictures of {len(groups)} prompts, but {count} {what}")
+            raise ValueError(f"there are images of {len(groups)} prompts, but {count} {what}")
     if not groups or not all(groups):
-        raise ValueError("there are no pictures, or a prompt has none")
+        raise ValueError("there are no images, or a prompt has none")

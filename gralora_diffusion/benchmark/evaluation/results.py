@@ -1,4 +1,4 @@
-"""What one unit of the benchmark left: its ``result.json``, written whole, read with suspicion."""
+"""The result of a trial, ``result.json``: written whole or not at all, checked when it is read."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
 FORMAT = 1
-#: Fields whose key in files of format 1 is another one.
+#: Fields that have another key in files of format 1.
 FILE_KEYS = {"images": "pictures", "generation_seconds": "draw_seconds"}
 RESULT_NAME = "result.json"
 TRIALS_FOLDER = "units"
 
 
 class ResultFileError(ValueError):
-    """A result file that cannot be used; says where and what is wrong with it."""
+    """A result file cannot be used; the message says where and why."""
 
 
 class TrialKey(NamedTuple):
-    """What tells a unit from all others: it was trained and drawn once."""
+    """The identity of a trial."""
 
     protocol: str
     subject: str
@@ -34,7 +34,7 @@ class TrialKey(NamedTuple):
 
     @property
     def path(self) -> PurePosixPath:
-        """Its folder within the folder of a run."""
+        """The trial's folder within the folder of a run."""
         return PurePosixPath(
             TRIALS_FOLDER, self.protocol, self.subject, self.method, f"seed{self.seed}"
         )
@@ -45,13 +45,13 @@ class TrialKey(NamedTuple):
 
 @dataclass(frozen=True)
 class PromptResult:
-    """The pictures of one prompt.
+    """The images of one prompt.
 
     Attributes:
-        pictures: files, relative to the unit's folder and within it.
-        scores: means over these pictures.
-        real: the real picture that the prompt is the caption of, relative to the unit's folder or
-            absolute; None where there is none.
+        images: files, relative to the trial's folder and within it.
+        scores: means over these images.
+        real: the real image with the prompt as its caption, relative to the trial's folder or
+            absolute; None if there is none.
     """
 
     prompt: str
@@ -62,12 +62,12 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """What the paper's claim is about, logged while a unit was trained.
+    """Data on the mechanism that the paper claims, logged while a trial was trained.
 
     Attributes:
         gradient_norms: layer -> {"steps": [s], "norms": [s][k][k]}: at each of these steps, the
-            Frobenius norms of the k x k blocks of the gradient of the dense update; row: output
-            block, column: input block.
+            Frobenius norms of the k x k blocks of the gradient of the dense update. Rows are
+            output blocks, columns are input blocks.
         effective_rank: layer -> effective rank of the learned update.
         input_outliers: layer -> the largest norm of an input channel over the median one.
     """
@@ -79,18 +79,18 @@ class Diagnostics:
 
 @dataclass(frozen=True)
 class TrialResult:
-    """A unit that was trained, drawn and scored.
+    """A trial that was trained, sampled and evaluated.
 
     Attributes:
-        parameters: trained.
-        update_rank: the largest that the method's update of a layer can have; None: a full one.
+        parameters: number of trained parameters.
+        update_rank: the maximum rank of the method's update of a layer; None for full rank.
         steps: optimizer steps.
-        train_seconds, draw_seconds: wall clock.
-        peak_memory_gib: of the device, None where it was not measured.
-        scores: name -> value; which there are depends on protocol and options.
-        layers: that are adapted; None: of a method that adapts none, or it is not known.
-        lowered_k: k -> in how many of them it is this in place of the method's, for their widths.
-        folder: where it lies; not part of the file.
+        train_seconds, generation_seconds: wall clock.
+        peak_memory_gib: of the device; None if it was not measured.
+        scores: name -> value; the names depend on protocol and options.
+        layers: number of adapted layers; None if the method adapts none, or it is not known.
+        lowered_k: k -> number of layers whose widths require this k instead of the method's.
+        folder: of the trial; not part of the file.
     """
 
     protocol: str
@@ -119,17 +119,17 @@ class TrialResult:
 
 @dataclass(frozen=True)
 class Unreadable:
-    """A result file that counts for nothing: the unit is to be done again."""
+    """A result file that cannot be used, so that the trial has to be repeated."""
 
     path: Path
     reason: str
 
 
 def write_result(result: TrialResult, folder: Path) -> Path:
-    """Write ``result.json`` into the unit's folder; it appears when it is whole.
+    """Write ``result.json`` into the trial's folder, where it appears when it is complete.
 
     Raises:
-        ResultFileError: the result could not be read back; a score is NaN, for example.
+        ResultFileError: the result could not be read back, for example because a score is NaN.
     """
     path = folder / RESULT_NAME
     content = {"format": FORMAT, **_plain(result)}
@@ -148,7 +148,7 @@ def read_result(path: Path) -> TrialResult:
     """Read one ``result.json``.
 
     Raises:
-        ResultFileError: not there, cut off, or not what a result has in it.
+        ResultFileError: it does not exist, is truncated, or does not contain a result.
     """
     try:
         content = read_object(path)
@@ -158,10 +158,10 @@ def read_result(path: Path) -> TrialResult:
 
 
 def read_results(output: Path) -> tuple[list[TrialResult], list[Unreadable]]:
-    """Read all units of a run's folder: those that can be used, and the files that cannot.
+    """Read all trials in a run's folder; return the usable results and the unusable files.
 
-    A file that says it is of another unit than its folder cannot be used either, so that a folder
-    that was copied is not counted twice. Units without a file are not finished and not named.
+    A file that belongs to another trial than its folder is unusable, too, so that a copied folder
+    does not count twice. Trials without a file are not finished and not named.
     """
     results, unreadable = [], []
     for path in sorted((output / TRIALS_FOLDER).glob(f"*/*/*/*/{RESULT_NAME}")):
@@ -169,7 +169,9 @@ def read_results(output: Path) -> tuple[list[TrialResult], list[Unreadable]]:
             result = read_result(path)
             place = PurePosixPath(path.parent.relative_to(output).as_posix())
             if result.key.path != place:
-                raise ResultFileError(f"{path}: is of another unit ({result.key}) than its folder")
+                raise ResultFileError(
+                    f"{path}: belongs to another trial ({result.key}) than its folder"
+                )
         except ResultFileError as error:
             unreadable.append(Unreadable(path, str(error).removeprefix(f"{path}: ")))
         else:
@@ -178,7 +180,7 @@ def read_results(output: Path) -> tuple[list[TrialResult], list[Unreadable]]:
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as dictionaries, tuples as lists; the folder goes."""
+    """Turn dataclasses into dictionaries and tuples into lists, without the folder."""
     if isinstance(value, (TrialResult, PromptResult, Diagnostics)):
         names = [f.name for f in fields(value) if f.name != "folder"]
         return {FILE_KEYS.get(name, name): _plain(getattr(value, name)) for name in names}
@@ -188,7 +190,7 @@ def _plain(value: Any) -> Any:
 
 
 class _Reader:
-    """Takes the entries of one JSON object, each of the kind that it must be."""
+    """Reads the entries of a JSON object and checks their types."""
 
     def __init__(self, content: Any, path: Path, where: str = "") -> None:
         self.path, self.where = path, where
@@ -208,7 +210,7 @@ class _Reader:
 
     def text(self, name: str) -> str:
         if not isinstance(value := self.take(name), str) or not value:
-            raise self.error(name, "a text", value)
+            raise self.error(name, "text that is not empty", value)
         return value
 
     def count(self, name: str) -> int:
@@ -262,7 +264,7 @@ def _result(content: Any, path: Path) -> TrialResult:
         mechanism=None if optional["mechanism"] is None else _mechanism(reader.inside("mechanism")),
         settings=reader.inside("settings").content,
         versions={name: versions.text(name) for name in versions.content},
-        # the first files lack these
+        # the first files did not have these
         layers=None if reader.content.get("layers") is None else reader.count("layers"),
         lowered_k=_lowered_k(reader) if "lowered_k" in reader.content else {},
         folder=path.parent,
@@ -281,7 +283,7 @@ def _prompt(reader: _Reader) -> PromptResult:
     for name in images:
         parts = PurePosixPath(name).parts if isinstance(name, str) else ("..",)
         if not parts or ".." in parts or PurePosixPath(name).is_absolute():
-            raise reader.error("pictures", "files within the unit's folder", name)
+            raise reader.error("pictures", "files within the trial's folder", name)
     real = reader.text("real") if reader.content.get("real") is not None else None
     return PromptResult(reader.text("prompt"), tuple(images), reader.numbers("scores"), real)
 

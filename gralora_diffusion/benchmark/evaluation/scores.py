@@ -57,7 +57,7 @@ def score_named(name: str) -> Score:
 
 
 def score_order(name: str) -> tuple[int, str]:
-    """A key that sorts scores as the reader expects them; unknown ones come last."""
+    """Return a key that sorts scores in the usual order; unknown ones come last."""
     for place, score in enumerate(_KNOWN):
         if name == score.name or name.startswith(f"{score.name}_"):
             return place, name

@@ -1,16 +1,16 @@
-"""Means with intervals, and methods against each other, over subjects and seeds. Pure.
+"""Means with intervals, and comparisons of methods, over subjects and seeds, as pure functions.
 
 The interval is a cluster bootstrap: subjects are drawn with replacement, each with all of its
 seeds (A. C. Davison and D. V. Hinkley, Bootstrap Methods and Their Application, 1997, section 3.8,
 "strategy 1"; C. A. Field and A. H. Welsh, Bootstrapping clustered data, J. R. Statist. Soc. B 69,
-2007). What seeds do is in the means of the subjects already; drawing them anew within subjects as
-well would count it twice. Of the bootstrap means, not the 2.5% and 97.5% quantiles are taken but
-those farther out that make up for a small number of subjects ("expanded percentile interval": T.
+2007). The subjects' means already contain the effect of seeds, and resampling seeds within subjects
+would count it twice. The interval does not end at the 2.5% and 97.5% quantiles of the bootstrap
+means but farther out, to make up for a small number of subjects ("expanded percentile interval": T.
 Hesterberg, What Teachers Should Know about the Bootstrap, arXiv 1411.5279, section 4.2).
 
-Below ``MIN_SUBJECTS`` no bootstrap tells how subjects vary. If there are enough seeds, the interval
-is then over seeds alone, drawn within each subject, and holds for these subjects only; if not,
-there is none.
+With fewer than ``MIN_SUBJECTS`` subjects, a bootstrap does not show how subjects vary. If there are
+enough seeds, the interval is then over seeds alone, resampled within each subject, and holds for
+these subjects only. Otherwise there is no interval.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from statistics import NormalDist
 
 import numpy as np
 
-#: An interval over subjects needs so many of them.
+#: Minimum number of subjects for an interval over subjects.
 MIN_SUBJECTS = 6
 #: An interval over seeds needs so many degrees of freedom: trials less subjects.
 MIN_FREEDOM = 4
@@ -36,7 +36,7 @@ Place = tuple[str, int]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean: of the subjects' means, each of its seeds' values, so that all subjects weigh alike.
+    """A mean of the subjects' means, which are means over seeds, so that subjects weigh alike.
 
     Attributes:
         low, high: the 95% interval; None if there are too few trials for one.
@@ -97,7 +97,7 @@ class Comparison:
 
 
 def estimate(values: Mapping[Place, float], resamples: int = RESAMPLES, seed: int = 0) -> Estimate:
-    """Return mean and interval. The same values and seed give the same, in whatever order.
+    """Return mean and interval. They depend on the values and the seed, but not on the order.
 
     Raises:
         ValueError: no values, or one that is not finite.
@@ -150,9 +150,9 @@ def compare(
 
 
 def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
-    """Return the names of those that no other betters: x lower is better, y higher is better.
+    """Return the names of points that no other beats; lower x and higher y are better.
 
-    From the lowest x to the highest. Of equal points all are in it.
+    They are sorted by x. Equal points are all included.
     """
 
     def beaten(name: str) -> bool:
@@ -163,10 +163,10 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
 
 
 def t_quantile(probability: float, freedom: int) -> float:
-    """The quantile of Student's t distribution, by bisection.
+    """Return the quantile of Student's t distribution, by bisection.
 
-    Its distribution function for whole degrees of freedom is 26.7.3 and 26.7.4 of M. Abramowitz and
-    I. A. Stegun, Handbook of Mathematical Functions.
+    The distribution function for whole degrees of freedom is given by 26.7.3 and 26.7.4 of M.
+    Abramowitz and I. A. Stegun, Handbook of Mathematical Functions.
     """
     low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom))
     for _ in range(60):
@@ -179,7 +179,7 @@ def t_quantile(probability: float, freedom: int) -> float:
 
 
 def _t_distribution(angle: float, freedom: int) -> float:
-    """Probability that \\|t\\| is below sqrt(freedom) tan(angle)."""
+    """Return the probability that \\|t\\| is below sqrt(freedom) tan(angle)."""
     cosine, odd = math.cos(angle), freedom % 2
     term, total = (cosine if odd else 1.0), 0.0
     for j in range(3 if odd else 2, freedom + 1, 2):
@@ -190,13 +190,13 @@ def _t_distribution(angle: float, freedom: int) -> float:
 
 
 def _resampled(sample: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """Means of as many values as there are, drawn with replacement: [resamples]."""
+    """Return the means of bootstrap samples, (resamples,)."""
     n = len(sample)
     return rng.multinomial(n, np.full(n, 1 / n), size=resamples) @ sample / n
 
 
 def _expanded(means: np.ndarray, n: float, freedom: int) -> tuple[float, float]:
-    """Quantiles so far out that for normal values they are those of Student's interval."""
+    """Return quantiles that equal Student's interval for normal values."""
     reach = t_quantile((1 + LEVEL) / 2, freedom) * math.sqrt(n / (n - 1))
     tail = NormalDist().cdf(-reach)
     low, high = np.quantile(means, [tail, 1 - tail])
@@ -223,6 +223,6 @@ def _these(subjects: int) -> str:
 
 
 def spread(values: Iterable[float]) -> tuple[float, float, float] | None:
-    """Return (mean, least, greatest), None of nothing."""
+    """Return (mean, minimum, maximum), or None without values."""
     found: Sequence[float] = list(values)
     return (float(np.mean(found)), min(found), max(found)) if found else None

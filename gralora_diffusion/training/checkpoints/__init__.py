@@ -1,1 +1,1 @@
-"""Checkpoints: whole or not there, what they hold, and whether one is of this run."""
+"""Checkpoints: complete or not there, their content, and whether one belongs to a run."""

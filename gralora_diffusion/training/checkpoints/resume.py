@@ -1,4 +1,4 @@
-"""Which checkpoint a run goes on from, and whether it is of that run: by options and base."""
+"""Which checkpoint a run resumes from, and whether its options and base are those of the run."""
 
 from __future__ import annotations
 
@@ -13,32 +13,34 @@ from torch import nn
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.options.fields import Fixed, options_with
+from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .store import CheckpointStore
 
 PROGRESS_NAME = "progress.json"
-#: Numbers of each of a base's tensors that are looked at.
+#: How many numbers of each of a base's tensors are compared.
 _SAMPLE = 16
 
 
-def find_checkpoint(config: TrainingConfig, store: CheckpointStore) -> tuple[int, Path] | None:
-    """Return (step, path) of the checkpoint to go on from, if there is one.
+def find_checkpoint(options: OutputOptions, store: CheckpointStore) -> tuple[int, Path] | None:
+    """Return (step, path) of the checkpoint to resume from, if there is one.
 
     Raises:
-        ConfigError: later ones are in the output folder.
+        ConfigError: the output folder contains later ones.
         CheckpointError: it does not exist.
     """
-    if not config.resume_from_checkpoint:
+    if not options.resume_from_checkpoint:
         return None
-    found = store.find(config.resume_from_checkpoint)
+    found = store.find(options.resume_from_checkpoint)
     later = [path.name for step, path in store.list() if found and step > found[0]]
     if found and later:
         raise ConfigError(
             [
-                f"--resume_from_checkpoint {config.resume_from_checkpoint}: {config.output_dir!r} "
-                f"also holds {', '.join(later)}, and two runs would mix there. Move what is later "
-                "away, or give another --output_dir and the checkpoint's path"
+                f"--resume_from_checkpoint is {options.resume_from_checkpoint}, but "
+                f"{options.output_dir!r} also contains {', '.join(later)}, and two runs would mix "
+                "there. Move the later checkpoints away, or give another --output_dir and the "
+                "checkpoint's path"
             ]
         )
     return found
@@ -54,7 +56,7 @@ def deciding_options(config: TrainingConfig) -> dict[str, Any]:
 
 
 def read_progress(path: Path) -> dict[str, Any]:
-    """Return what the checkpoint at ``path`` says of itself.
+    """Return what the checkpoint at ``path`` says about itself.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -67,10 +69,10 @@ def read_progress(path: Path) -> dict[str, Any]:
 
 
 def unreadable(path: Path, error: Exception) -> CheckpointError:
-    """The error of a checkpoint that cannot be used."""
+    """Return the error for a checkpoint that cannot be used."""
     return CheckpointError(
-        f"{path} cannot be resumed from: {error}. It is damaged or of another version; take an "
-        "earlier checkpoint."
+        f"{path} cannot be resumed from: {error}. It is damaged or from another version. Resume "
+        "from an earlier checkpoint."
     )
 
 
@@ -78,14 +80,14 @@ def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfi
     """Compare the options of a checkpoint with those of the run.
 
     Args:
-        progress: what ``read_progress`` says.
+        progress: result of ``read_progress``.
         config: with the family's defaults.
 
     Raises:
-        CheckpointError: it is of another run; names all options that differ.
+        CheckpointError: it belongs to another run. The error names all options that differ.
     """
     there, here = progress["options"], deciding_options(config)
-    # a checkpoint of an earlier version tells less
+    # a checkpoint of an earlier version has fewer options
     differing = [name for name in here if name in there and there[name] != here[name]]
     if differing:
         told = "; ".join(f"--{name} {there[name]} there, {here[name]} here" for name in differing)
@@ -93,39 +95,39 @@ def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfi
 
 
 def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any]) -> None:
-    """Compare the base of a checkpoint with the run's, wherever both lie.
+    """Compare the weights of a checkpoint's base with the run's, wherever they are stored.
 
     Args:
-        progress: what ``read_progress`` says.
-        base: what ``describe_base`` says.
+        progress: result of ``read_progress``.
+        base: result of ``describe_base``.
 
     Raises:
         CheckpointError: they have other weights.
     """
     there = progress.get("base")
     if not there or there["precision"] != base["precision"]:
-        return  # of other precisions nothing can be told
+        return  # bases in different precisions cannot be compared
     models = {*there["models"], *base["models"]}
     if differing := sorted(m for m in models if there["models"].get(m) != base["models"].get(m)):
         raise _of_another_run(
             path,
             f"trained on {there['source']}, and the {', '.join(differing)} of {base['source']} "
-            "is not what it was there",
+            "differs from it",
         )
 
 
 def _of_another_run(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is of another run ({why}). Resume with what that run was started with, or begin a "
-        f"new one with its values: --initial_adapter {path} and another --output_dir."
+        f"{path} is of another run ({why}). Resume with the options and the base of that run, or "
+        f"start a new run from its values with --initial_adapter {path} and another --output_dir."
     )
 
 
 def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
-    """Return what tells a base from others: where it is from, its precision, hashes of its models.
+    """Return what identifies a base: its source, its precision and hashes of its models.
 
-    A hash is of some values of each frozen tensor, in the model's order, so that it takes no time
-    and an adapter makes no difference. What is quantized does not count.
+    A hash covers some values of each frozen tensor in the model's order, which is fast and does not
+    depend on an adapter. Quantized tensors are left out.
     """
     models = {
         name: _digest(model)

@@ -1,4 +1,4 @@
-"""All that a checkpoint holds: the adapter, the optimizer's state, and how far the run is."""
+"""The content of a checkpoint: the adapter, the optimizer's state, and the run's progress."""
 
 from __future__ import annotations
 
@@ -42,18 +42,18 @@ _OF_SCHEDULE = ("last_epoch", "_step_count")
 
 
 class RunState:
-    """What changes in a run, to be saved and to be gone on with.
+    """The part of a run that changes, which is saved and resumed.
 
-    A checkpoint holds tensors, numbers and text, and is read as nothing else: whoever wrote it, no
-    program of theirs is run.
+    A checkpoint contains tensors, numbers and text, and is read as nothing else, so that reading
+    one from somebody else never runs their code.
 
     Args:
         components: attributes of ``pipe`` with an adapter.
         parameters: of all adapters.
         optimizer: as prepared by ``accelerator``.
         ema: average of the adapter, if there is one.
-        data_digest: tells which samples each step gets.
-        describe: step -> what the adapter's file says of itself.
+        data_digest: hash that determines which samples each step gets.
+        describe: step -> metadata of the adapter's file.
     """
 
     def __init__(
@@ -78,19 +78,19 @@ class RunState:
         self.base = describe_base(pipe, config)
 
     def adapter(self) -> Adapter:
-        """Copy the adapter's present weights out of the models."""
+        """Copy the adapter's current weights out of the models."""
         adapter = extract(self.pipe, self.family, self.components)
         return replace(adapter, metadata=self.describe(self.step))
 
     def save(self, folder: Path) -> None:
-        """Write the checkpoint into an empty folder. One process does it for all."""
+        """Write the checkpoint into an empty folder. One process does this for all."""
         save_adapter(self.adapter(), folder / TRAINING_WEIGHTS_NAME)
         with inference_weights(self.parameters, self.optimizer, self.ema):
             save_adapter(self.adapter(), folder / WEIGHTS_NAME)
         torch.save(self.optimizer.state_dict(), folder / OPTIMIZER_NAME)
         numbers: dict[str, dict[str, Any]] = {"schedule": {}, "ema": {}, "scaler": {}}
         if self.lr_scheduler is not None:
-            # the rest of it follows from the options
+            # the rest of its state follows from the options
             state = self.lr_scheduler.state_dict()
             numbers["schedule"] = {name: state[name] for name in _OF_SCHEDULE}
         if self.ema is not None:
@@ -111,11 +111,11 @@ class RunState:
         (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
-        """Go on from a checkpoint. Learning rates, weight decay and the average's
-        decay are those of this run's options.
+        """Resume from a checkpoint. Learning rates, weight decay and the average's decay are set
+        by this run's options.
 
         Raises:
-            CheckpointError: it is not readable or is of another run.
+            CheckpointError: it is not readable or belongs to another run.
         """
         groups = self.optimizer.param_groups
         rates = [(g.get("initial_lr", g["lr"]), g["weight_decay"]) for g in groups]
@@ -130,17 +130,18 @@ class RunState:
             self.step, digest = progress["step"], progress["data_digest"]
         except CheckpointError:
             raise
-        except Exception as error:  # libraries raise whatever they meet in what is damaged
+        except Exception as error:  # libraries may raise anything when a file is damaged
             raise unreadable(path, error) from error
-        # passes, by which it tells the last of a step; another accumulation counts them otherwise
+        # accelerate finds a step's last pass by this count, which depends on the accumulation
         self.accelerator.step = 0
         if self.ema is not None:
             self.ema.decay = self.config.ema_decay
         self._set_rates(rates)
         if digest != self.data_digest:
             logger.warning(
-                "the pictures, captions, sizes, batch size or seed are not those of the "
-                "checkpoint: the run goes on, but will not end as an uninterrupted one would"
+                "the images, captions, sizes, batch size or seed are not those of the "
+                "checkpoint: the run continues, but its result will differ from an "
+                "uninterrupted run's"
             )
         logger.info("resuming from %s at step %d", path, self.step)
 
@@ -151,8 +152,8 @@ class RunState:
             group["initial_lr" if self.lr_scheduler is not None else "lr"] = rate
         if self.lr_scheduler is None:
             return
-        # the schedule, too, is this run's: another --max_train_steps stretches it
-        scheduler: Any = self.lr_scheduler  # diffusers' are all LambdaLR
+        # the schedule is this run's, too: another --max_train_steps stretches it
+        scheduler: Any = self.lr_scheduler  # diffusers' schedulers are all LambdaLR
         scheduler.base_lrs[:] = [rate for rate, _ in rates]
         for group, (rate, _), rule in zip(groups, rates, scheduler.lr_lambdas, strict=True):
             group["lr"] = rate * rule(scheduler.last_epoch)
@@ -161,14 +162,14 @@ class RunState:
         self.optimizer.load_state_dict(_load_tensors(path))
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
-                # 8-bit optimizers and Adafactor have vectors besides
+                # 8-bit optimizers and Adafactor also have vectors
                 alike = torch.is_tensor(value) and value.dim() == parameter.dim() > 1
                 if alike and value.shape != parameter.shape:
-                    shapes = f"{tuple(value.shape)} for {tuple(parameter.shape)}"
+                    shapes = f"{tuple(value.shape)} instead of {tuple(parameter.shape)}"
                     raise ValueError(f"{path.name} has a {name} of the wrong shape, {shapes}")
 
     def _set_numbers(self, path: Path, numbers: Mapping[str, Mapping[str, Any]]) -> None:
-        """Set schedule, average and scaler to what a checkpoint says of them."""
+        """Set schedule, average and scaler to a checkpoint's values."""
         if self.lr_scheduler is not None:
             schedule = numbers["schedule"]
             vars(self.lr_scheduler).update({name: int(schedule[name]) for name in _OF_SCHEDULE})
@@ -179,14 +180,14 @@ class RunState:
                 state["shadow_params"] = [tensors[str(i)] for i in range(len(tensors))]
             averages = state["shadow_params"]
             if [t.shape for t in averages] != [p.shape for p in self.parameters]:
-                raise ValueError("its average is of another adapter")
+                raise ValueError("its average belongs to another adapter")
             self.ema.load_state_dict(state)
             self.ema.to(self.accelerator.device)
         if self.accelerator.scaler is not None and (state := dict(numbers["scaler"])):
             self.accelerator.scaler.load_state_dict(state)
 
     def _of_accelerate(self, path: Path) -> dict[str, Any]:
-        """The same of a checkpoint whose schedule, average and scaler accelerate wrote."""
+        """Return the same from a checkpoint whose schedule, average and scaler accelerate wrote."""
         numbers: dict[str, Any] = {"scaler": {}}
         parts = {"schedule": self.lr_scheduler, "ema": self.ema}
         for i, name in enumerate(name for name, part in parts.items() if part is not None):
@@ -197,11 +198,11 @@ class RunState:
 
 
 def _load_tensors(path: Path) -> Any:
-    """Read what torch.save wrote, of tensors, numbers, text, and lists and dicts of them."""
+    """Read tensors, numbers, text, and lists and dicts of them, that torch.save wrote."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        # torch advises to read it with everything that is in it
+        # torch's own message advises to load it anyway, which could run a program
         raise ValueError(
-            f"{path.name} is damaged, or holds what could run a program; it was not read"
+            f"{path.name} is damaged, or contains code that could run; it was not read"
         ) from error

@@ -1,8 +1,8 @@
-"""Checkpoints that are whole or not there, the newest few of them.
+"""Checkpoints that are complete or not there; only the newest few are kept.
 
 A checkpoint is the folder ``checkpoint-<step>``. It is written under another name and renamed when
-it is complete, and an old one is renamed before it is deleted: whatever bears the name is whole,
-however the process ended.
+it is complete, and an old one is renamed before it is deleted. A folder of that name is therefore
+always complete, however the process ended.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class CheckpointStore:
 
     Args:
         folder: output folder of the run.
-        limit: how many to keep, all if None.
+        limit: how many to keep; None keeps all.
     """
 
     def __init__(self, folder: str | os.PathLike[str], limit: int | None = None) -> None:
@@ -37,7 +37,7 @@ class CheckpointStore:
         self.limit = limit
 
     def list(self) -> list[tuple[int, Path]]:
-        """Return (step, path) of the whole checkpoints, oldest first."""
+        """Return (step, path) of the complete checkpoints, oldest first."""
         found = self.folder.iterdir() if self.folder.is_dir() else ()
         matches = [(_NAME.fullmatch(path.name), path) for path in found if path.is_dir()]
         return sorted((int(match[1]), path) for match, path in matches if match)
@@ -45,10 +45,10 @@ class CheckpointStore:
     def find(self, wanted: str) -> tuple[int, Path] | None:
         """Return (step, path) of ``latest``, or of a checkpoint by path or name.
 
-        None if ``latest`` is wanted and there is none yet.
+        Returns None for ``latest`` if there is none yet.
 
         Raises:
-            CheckpointError: the named one does not exist; lists those that do.
+            CheckpointError: the named one does not exist. The error lists those that do.
         """
         whole = self.list()
         if wanted == "latest":
@@ -59,18 +59,18 @@ class CheckpointStore:
                 return int(match[1]), path
         there = ", ".join(path.name for _, path in whole) or "none"
         raise CheckpointError(
-            f"--resume_from_checkpoint {wanted}: no such checkpoint. In {self.folder}: {there}. "
-            "Give one of them, or latest."
+            f"--resume_from_checkpoint is {wanted}, but there is no such checkpoint. Checkpoints "
+            f"in {self.folder}: {there}. Give one of them, or latest."
         )
 
     def write(self, step: int, save: Callable[[Path], None]) -> Path:
-        """Write the checkpoint of ``step`` by ``save(folder)``, then delete what exceeds the limit.
+        """Write the checkpoint of ``step`` by ``save(folder)``, then delete those over the limit.
 
-        One process does it for all. A checkpoint of the same step is replaced.
+        One process does this for all. A checkpoint of the same step is replaced.
 
         Raises:
             CheckpointError: it could not be written (disk full, ...). Nothing of it is left behind
-                and the earlier checkpoints are as they were.
+                and the earlier checkpoints are unchanged.
         """
         final = self.folder / f"checkpoint-{step}"
         unfinished = self.folder / f"{_UNFINISHED}{final.name}"
@@ -89,19 +89,19 @@ class CheckpointStore:
             for _, path in whole[: -self.limit] if self.limit else ():
                 self.delete(path)
         except (OSError, RuntimeError, SafetensorError) as error:
-            # a full disk is a RuntimeError to torch, its own to safetensors, and not always named
+            # torch raises a RuntimeError for a full disk, safetensors its own error
             free = shutil.disk_usage(self.folder).free if self.folder.is_dir() else 0
             shutil.rmtree(unfinished, ignore_errors=True)
             kept = ", ".join(path.name for _, path in self.list()) or "none"
             raise CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error} "
-                f"({free / 2**20:.1f} MiB were free). Earlier checkpoints, which are untouched: "
-                f"{kept}. Make room and resume with --resume_from_checkpoint latest."
+                f"({free / 2**20:.1f} MiB were free). The earlier checkpoints are untouched: "
+                f"{kept}. Free some space and resume with --resume_from_checkpoint latest."
             ) from error
         return final
 
     def clean(self) -> None:
-        """Delete what killed processes left unfinished."""
+        """Delete unfinished checkpoints of killed processes."""
         for path in self.folder.glob(f"{_UNFINISHED}*"):
             shutil.rmtree(path, ignore_errors=True)
 

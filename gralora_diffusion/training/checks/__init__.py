@@ -1,1 +1,1 @@
-"""What can be wrong with the options, found before any expensive work."""
+"""Checks of the options, made before any expensive work."""

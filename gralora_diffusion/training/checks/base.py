@@ -1,4 +1,4 @@
-"""What can be wrong with the options once the base is known, and what the base decides of them."""
+"""Checks that need the base, and defaults that depend on it."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from .options import size_problems
 def resolve_defaults(
     config: TrainingConfig, family: ModelFamily, pipe: Any, precision: str
 ) -> TrainingConfig:
-    """Return the options with a value for each that was left to the family and the base.
+    """Return the options with a value for each that was left to the family or the base.
 
     Args:
-        precision: what accelerate is set to: no, fp16 or bf16.
+        precision: accelerate's mixed precision: no, fp16 or bf16.
 
     Raises:
-        ConfigError: sizes or a ``clip_skip`` that the base cannot take.
+        ConfigError: the base does not support the sizes or ``clip_skip``.
     """
     config = config.with_defaults(
         {
@@ -38,7 +38,7 @@ def resolve_defaults(
     )
     check_sizes(config, family.size_divisor(pipe))
     if family.skipped_layers is None:
-        return replace(config, clip_skip=None)  # it has no use, which the user was told
+        return replace(config, clip_skip=None)  # without effect, as a warning has said
     if problems := list(_clip_skip(config, family, pipe)):
         raise ConfigError(problems)
     return config
@@ -50,32 +50,32 @@ def _clip_skip(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Iterat
         most = layers - (family.skipped_layers or 0)
         if config.clip_skip is not None and config.clip_skip > most:
             yield (
-                f"--clip_skip is {config.clip_skip}, but of the {layers} layers of this base's "
-                f"{name} at most {most} can be skipped; 1 is usual"
+                f"--clip_skip is {config.clip_skip}, but at most {most} of the {layers} layers of "
+                f"this base's {name} can be skipped; 1 is usual"
             )
 
 
 def check_sizes(config: TrainingConfig, divisor: int) -> None:
-    """Check resolution and buckets again, once the base is known.
+    """Check resolution and buckets again, now that the base is known.
 
     Args:
-        divisor: what the base needs heights and widths to be multiples of.
+        divisor: the base needs heights and widths that are multiples of it.
 
     Raises:
-        ConfigError: with all sizes that are not.
+        ConfigError: some sizes are not; all of them are named.
     """
     if problems := list(size_problems(config, divisor)):
         raise ConfigError(problems)
 
 
 def check_without_weights(config: TrainingConfig, family: ModelFamily, precision: str) -> None:
-    """Find what a run would find wrong with its base, and with its adapter there.
+    """Find the problems that a run would find with its base and its adapter, without weights.
 
     Args:
         precision: as for ``resolve_defaults``.
 
     Raises:
-        ConfigError: the base, its sizes or the adapter's layers are not what can be trained.
+        ConfigError: the base, its sizes or the adapter's layers cannot be trained.
     """
     pipe = empty_base(config, family, DTYPES[precision])
     with torch.device("meta"):

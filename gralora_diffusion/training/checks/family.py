@@ -1,4 +1,4 @@
-"""What can be wrong with the options once the family of the base is known, and nothing loaded."""
+"""Checks that need the base's family, made before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,13 +16,14 @@ from gralora_diffusion.training.optimization.adapters import trained_components
 
 
 def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[str]:
-    """Check what depends on the family.
+    """Check the options that depend on the family.
 
     Returns:
-        Remarks for the user about options that have no effect on this family.
+        Warnings about options that have no effect on this family.
 
     Raises:
-        ConfigError: with every problem; names the flag and the family's choices.
+        ConfigError: an option does not fit. The error lists every problem with the flag and the
+            family's choices.
     """
     problems = [
         *_left_out(config, family),
@@ -39,8 +40,8 @@ def _left_out(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
     allowed = family.optional_text_encoders
     if wrong := [name for name in config.leave_out_text_encoders or () if name not in allowed]:
         yield (
-            f"--leave_out_text_encoders is {' '.join(wrong)}; the text encoders that {family.name} "
-            f"can do without are: {', '.join(allowed) or 'none'}"
+            f"--leave_out_text_encoders is {' '.join(wrong)}; {family.name} can only do without "
+            f"these text encoders: {', '.join(allowed) or 'none'}"
         )
 
 
@@ -49,8 +50,8 @@ def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]
         return
     if not family.text_encoders:
         yield (
-            f"--train_text_encoder: the text encoder of {family.name} is a large language model, "
-            "which stays frozen. Leave out --train_text_encoder"
+            f"--train_text_encoder cannot be used with {family.name}: its text encoder is a large "
+            "language model, which stays frozen. Leave out --train_text_encoder"
         )
     elif unknown := sorted(set(config.text_encoders or ()) - set(family.text_encoders)):
         yield (
@@ -61,9 +62,9 @@ def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]
         config.leave_out_text_encoders or ()
     ):
         yield (
-            f"--leave_out_text_encoders leaves out {', '.join(sorted(both))}, which "
-            "--train_text_encoder is to adapt. Leave out one of them, or name others with "
-            "--text_encoders"
+            f"--leave_out_text_encoders leaves out {', '.join(sorted(both))}, but "
+            "--train_text_encoder adapts it. Leave out one of these options, or name other text "
+            "encoders with --text_encoders"
         )
 
 
@@ -71,8 +72,8 @@ def _sequence(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
     wanted, longest = config.max_sequence_length, family.longest_sequence
     if wanted is not None and longest is not None and wanted > longest:
         yield (
-            f"--max_sequence_length is {wanted}; the pipelines of {family.name} take {longest} at "
-            f"most. Give a number up to {longest}"
+            f"--max_sequence_length is {wanted}; the pipelines of {family.name} accept at most "
+            f"{longest}. Give a number up to {longest}"
         )
 
 
@@ -104,4 +105,4 @@ def _without_effect(config: TrainingConfig, family: ModelFamily) -> Iterator[str
     if not takes_negative_prompt(getattr(diffusers, family.pipeline_classes[0])):
         foreign.append("validation_negative_prompt")
     if idle := [f"--{name}" for name in foreign if getattr(config, name) != defaults[name]]:
-        yield f"with a base of {family.name} there is no use for {', '.join(idle)}"
+        yield f"these options have no effect on a base of {family.name}: {', '.join(idle)}"

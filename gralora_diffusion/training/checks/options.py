@@ -1,7 +1,8 @@
-"""What can be wrong with the training options, found before any model is loaded.
+"""Checks of the training options, made before any model is loaded.
 
-A problem is what cannot be done or contradicts itself; all of them are collected, and each says
-which flag, what it got, what is allowed and what to do. A remark is about what has no effect.
+A problem is an option that cannot be followed or contradicts another. All problems are collected,
+and each names the flag, its value, what is allowed and what to do. A warning is about options that
+have no effect or an unusual value.
 """
 
 from __future__ import annotations
@@ -26,13 +27,14 @@ from .paths import check_base, check_data, check_output, nearby
 
 
 def validate(config: TrainingConfig) -> list[str]:
-    """Check all that can be checked before a model is loaded.
+    """Check everything that can be checked before a model is loaded.
 
     Returns:
-        Remarks for the user about options that have no effect or an unusual value.
+        Warnings about options that have no effect or an unusual value.
 
     Raises:
-        ConfigError: with every problem, each naming the flag, the value, and what to do.
+        ConfigError: there are problems. The error lists all of them, each with the flag, its
+            value and what to do.
     """
     if problems := find_problems(config):
         raise ConfigError(problems)
@@ -40,7 +42,7 @@ def validate(config: TrainingConfig) -> list[str]:
 
 
 def find_problems(config: TrainingConfig) -> list[str]:
-    """Return what is wrong with ``config``, one text per problem, in the options' order."""
+    """Return the problems with ``config``, one text each, in the options' order."""
     checks = (
         _values,
         check_base,
@@ -73,16 +75,16 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
         return
     if not config.class_prompt:
         yield (
-            "--class_prompt is missing, which --with_prior_preservation needs. Give a prompt of "
-            "the class without the subject's name, such as --class_prompt 'a photo of a dog'"
+            "--with_prior_preservation needs --class_prompt. Give a prompt for the class without "
+            "the subject's name, such as --class_prompt 'a photo of a dog'"
         )
     if config.prior_source != "images":
         return
     if not config.class_data_dir:
         yield (
-            "--class_data_dir is missing, which --with_prior_preservation needs to keep the class "
-            "pictures. Give a folder (it is made and filled), or --prior_source teacher, which "
-            "needs no class pictures"
+            "--with_prior_preservation needs --class_data_dir to keep the class images. Give a "
+            "folder (it is created and filled), or --prior_source teacher, which needs no class "
+            "images"
         )
     elif Path(config.class_data_dir).exists() and not Path(config.class_data_dir).is_dir():
         yield f"--class_data_dir is {config.class_data_dir!r}: this is a file. Give a folder"
@@ -91,8 +93,9 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
         and Path(config.class_data_dir).resolve() == Path(config.instance_data_dir).resolve()
     ):
         yield (
-            f"--class_data_dir is {config.class_data_dir!r}, which is --instance_data_dir too: the "
-            "subject's pictures are none of its class in general. Give another folder"
+            f"--class_data_dir is {config.class_data_dir!r}, which must not be the same folder as "
+            "--instance_data_dir: class images should show other members of the class. Give "
+            "another folder"
         )
 
 
@@ -104,11 +107,11 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
         divisors = ", ".join(str(d) for d in range(1, rank + 1) if rank % d == 0)
         yield (
             f"--rank is {rank} and --gralora_k is {k}; k must divide the rank. Give --rank "
-            f"{nearest}, or one of these for --gralora_k: {divisors}"
+            f"{nearest}, or one of these values for --gralora_k: {divisors}"
         )
     for name, layers, otherwise in (
-        ("lora_layers", config.target_modules, "for the preset"),
-        ("exclude_modules", config.excluded_modules, "for all"),
+        ("lora_layers", config.target_modules, "to adapt those of the preset"),
+        ("exclude_modules", config.excluded_modules, "to exclude none"),
     ):
         given = getattr(config, name)
         if isinstance(layers, str):
@@ -117,7 +120,7 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
             except PatternError as error:
                 yield f"--{name} is {given!r}: {error}"
         if given is not None and not layers:
-            yield f"--{name} is empty. Name layers such as to_q,to_v, or leave it out {otherwise}"
+            yield f"--{name} is empty. Name layers such as to_q,to_v, or omit it {otherwise}"
 
 
 def _optimizer(config: TrainingConfig) -> Iterator[str]:
@@ -142,35 +145,34 @@ def _optimizer(config: TrainingConfig) -> Iterator[str]:
         rate, text_rate = config.learning_rate or 1.0, config.text_encoder_lr
         if config.train_text_encoder and text_rate is not None and text_rate != rate:
             yield (
-                f"--text_encoder_lr is {text_rate} and --learning_rate is {rate}; Prodigy takes "
-                "one learning rate for both. Leave out --text_encoder_lr"
+                f"--text_encoder_lr is {text_rate} and --learning_rate is {rate}, but Prodigy "
+                "takes one learning rate for both. Leave out --text_encoder_lr"
             )
     if name == "schedulefree":
         if config.adam_beta1 == 0:
-            yield "--adam_beta1 is 0; with --optimizer schedulefree it must be above 0, such as 0.9"
+            yield "--adam_beta1 is 0; it must be above 0 with --optimizer schedulefree, such as 0.9"
         if config.lr_scheduler not in ("constant", "constant_with_warmup"):
             yield (
-                f"--lr_scheduler is {config.lr_scheduler!r}, but --optimizer schedulefree takes "
-                "the place of a schedule. Give --lr_scheduler constant; --lr_warmup_steps still "
-                "works"
+                f"--lr_scheduler is {config.lr_scheduler!r}, but --optimizer schedulefree replaces "
+                "a schedule. Give --lr_scheduler constant; --lr_warmup_steps still works"
             )
         if config.use_ema:
             yield (
-                "--use_ema and --optimizer schedulefree exclude each other: schedule-free saves "
-                "its own average. Leave out --use_ema"
+                "--use_ema and --optimizer schedulefree exclude each other: the schedule-free "
+                "optimizer saves its own average. Leave out --use_ema"
             )
     if config.mixed_precision == "fp16":
         import torch  # takes a second
 
         if not torch.accelerator.is_available():
-            yield "--mixed_precision is 'fp16', which needs a GPU. On the CPU give bf16 or no"
+            yield "--mixed_precision is 'fp16', which needs a GPU. Give bf16 or no on the CPU"
     if (
         config.enable_xformers_memory_efficient_attention
         and importlib.util.find_spec("xformers") is None
     ):
         yield (
-            "--enable_xformers_memory_efficient_attention needs: pip install xformers. Without it "
-            "torch's own attention is used, which is about as fast"
+            "--enable_xformers_memory_efficient_attention needs: pip install xformers. Or leave "
+            "the option out: torch's own attention is about as fast"
         )
 
 
@@ -178,25 +180,25 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
     steps, warmup = config.max_train_steps, config.lr_warmup_steps
     if steps is not None and warmup > 0 and warmup >= steps >= 1:
         yield (
-            f"--lr_warmup_steps is {warmup} and --max_train_steps is {steps}; the learning rate "
+            f"--lr_warmup_steps is {warmup} and --max_train_steps is {steps}, so the learning rate "
             f"would never be reached. A tenth of the steps is usual: {max(1, steps // 10)}"
         )
     rules = config.lr_step_rules
     if config.lr_scheduler == "piecewise_constant" and not rules:
         yield (
-            "--lr_step_rules is missing, which --lr_scheduler piecewise_constant needs, such as "
-            "--lr_step_rules 1:100,0.1:200,0.01"
+            "--lr_scheduler piecewise_constant needs --lr_step_rules, such as --lr_step_rules "
+            "1:100,0.1:200,0.01"
         )
     number = r"\d*\.?\d+(e-?\d+)?"
     if rules and not re.fullmatch(rf"({number}:\d+,)+{number}", rules, re.IGNORECASE):
         yield (
-            f"--lr_step_rules is {rules!r}; it must be factor:step pairs and a last factor, with "
-            "commas and no spaces, such as 1:100,0.1:200,0.01"
+            f"--lr_step_rules is {rules!r}; it must be factor:step pairs and a final factor, "
+            "separated by commas without spaces, such as 1:100,0.1:200,0.01"
         )
 
 
 def find_warnings(config: TrainingConfig) -> list[str]:
-    """Return what the user should know about options that have no effect, or an unusual value."""
+    """Return warnings about options that have no effect or an unusual value."""
     return [*_without_effect(config), *_unusual(config)]
 
 
@@ -207,7 +209,7 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         if getattr(config, name) != defaults[name] and not getattr(config, needed.switch):
             idle_without.setdefault(needed.switch, []).append(f"--{name}")
     for switch, idle in idle_without.items():
-        yield f"without --{switch} there is no use for {', '.join(idle)}"
+        yield f"these options have no effect without --{switch}: {', '.join(idle)}"
     if config.with_prior_preservation and config.prior_source == "teacher":
         drawing = (
             "class_data_dir",
@@ -216,44 +218,44 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
             "sample_batch_size",
         )
         if idle := [f"--{n}" for n in drawing if getattr(config, n) != defaults[n]]:
-            yield f"with --prior_source teacher there is no use for {', '.join(idle)}"
+            yield f"these options have no effect with --prior_source teacher: {', '.join(idle)}"
     if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
-        yield "--lora_layers takes the place of --target_preset"
+        yield "--target_preset has no effect, since --lora_layers names the layers"
     if config.aspect_ratio_buckets is not None and config.resolution is not None:
-        yield "with --aspect_ratio_buckets, --resolution is the size of validation pictures only"
+        yield "--resolution only sets the size of validation images with --aspect_ratio_buckets"
     if config.max_train_steps and config.num_train_epochs != defaults["num_train_epochs"]:
-        yield "--max_train_steps wins over --num_train_epochs"
+        yield "--num_train_epochs has no effect, since --max_train_steps overrides it"
     no_warmup = config.lr_scheduler in ("constant", "piecewise_constant")
     if config.lr_warmup_steps and no_warmup and config.optimizer != "schedulefree":
         yield (
-            f"--lr_scheduler {config.lr_scheduler} has no warm-up, so there is no use for "
-            "--lr_warmup_steps. Did you mean --lr_scheduler constant_with_warmup?"
+            f"--lr_warmup_steps has no effect, since --lr_scheduler {config.lr_scheduler} has no "
+            "warm-up. Did you mean --lr_scheduler constant_with_warmup?"
         )
 
 
 def _unusual(config: TrainingConfig) -> Iterable[str]:
     if (config.quantization or "").startswith("torchao") and not config.gradient_checkpointing:
         yield (
-            f"--quantization {config.quantization} without --gradient_checkpointing: torchao keeps "
-            "each layer's weight in the computing precision until the backward pass, which takes "
-            "more memory than it saves"
+            f"--quantization {config.quantization} without --gradient_checkpointing uses more "
+            "memory than it saves: torchao keeps each layer's weight in the computing precision "
+            "until the backward pass. Give --gradient_checkpointing, too"
         )
     rate = config.learning_rate
     if config.optimizer == "prodigy" and rate is not None and rate < 0.1:
-        yield f"--learning_rate is {rate}; with Prodigy 1.0 is usual, for it finds the step size"
+        yield f"--learning_rate is {rate}; 1.0 is usual with Prodigy, which finds the step size"
     if config.resume_from_checkpoint == "latest" and not CheckpointStore(config.output_dir).list():
-        yield f"{config.output_dir!r} holds no checkpoint, so this run starts from the beginning"
+        yield f"{config.output_dir!r} contains no checkpoint, so this run starts from the beginning"
     base = Path(config.pretrained_model_name_or_path)
     if not base.exists() and len(base.parts) == 2 and Path(base.parts[0]).is_dir():
         yield (
-            f"--pretrained_model_name_or_path {str(base)!r} is taken as a Hub id, for there is no "
-            f"such folder here{nearby(base)}"
+            f"--pretrained_model_name_or_path {str(base)!r} is taken as a Hub id because there is "
+            f"no such folder here{nearby(base)}"
         )
 
 
 def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
-    """Tell which sizes a base cannot take whose heights and widths are multiples of ``divisor``."""
-    wanted = "8, as the VAE shrinks by 8" if divisor == 8 else f"{divisor} for this base"
+    """Report sizes that do not suit a base that needs multiples of ``divisor``."""
+    wanted = "8, since the VAE shrinks by 8" if divisor == 8 else f"{divisor} for this base"
     for name in ("resolution", "validation_height", "validation_width"):
         side = getattr(config, name)
         if side is not None and side != (nearest := _multiple(side, divisor)):
@@ -263,7 +265,7 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
     except ValueError as error:
         yield (
             f"--aspect_ratio_buckets is {config.aspect_ratio_buckets!r}: {error} Give "
-            "'height,width' with ; between, such as '512,512;640,384;384,640'"
+            "'height,width' pairs separated by ';', such as '512,512;640,384;384,640'"
         )
         return
     shapes: dict[float, tuple[int, int]] = {}
@@ -271,13 +273,13 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
         near = _multiple(height, divisor), _multiple(width, divisor)
         if (height, width) != near:
             yield (
-                f"--aspect_ratio_buckets holds {height},{width}; height and width must be "
+                f"--aspect_ratio_buckets contains {height},{width}; height and width must be "
                 f"multiples of {wanted}. The nearest is {near[0]},{near[1]}"
             )
         if earlier := shapes.get(height / width):
             yield (
-                f"--aspect_ratio_buckets holds {earlier[0]},{earlier[1]} and {height},{width}, "
-                "which are of one shape, and pictures are sorted by shape. Keep one of them"
+                f"--aspect_ratio_buckets contains {earlier[0]},{earlier[1]} and {height},{width}, "
+                "which have the same shape, but images are assigned by shape. Keep one of them"
             )
         shapes[height / width] = height, width
 

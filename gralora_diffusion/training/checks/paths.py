@@ -1,6 +1,6 @@
-"""What can be wrong with the files, folders and Hub ids that the training options name.
+"""Checks of the files, folders and Hub ids that the training options name.
 
-Nothing is downloaded and no picture is opened here: that a picture decodes is for ``data``.
+Nothing is downloaded and no image is opened here; ``data`` checks that images can be decoded.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import concept_folders, is_caption_file
 
-# option -> (the file that shows that a folder is one of diffusers, whether a single file will do)
+# option -> (the file that identifies a diffusers folder, whether a single file is allowed)
 MODEL_FOLDERS = {
     "pretrained_model_name_or_path": ("model_index.json", True),
     "base_config": ("model_index.json", False),
     "pretrained_vae_model_name_or_path": ("config.json", False),
 }
-#: Options that name what a run reads, and those that name a folder which it writes to.
-#: What a run makes, replaces or deletes in its output folder, besides the tracker's files.
+#: Files and folders that a run creates, replaces or deletes in its output folder, besides the
+#: tracker's files.
 MADE = (
     *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
     *("metrics.jsonl", "training_curve.png", "training_config.yaml"),
@@ -52,13 +52,13 @@ def check_base(config: TrainingConfig) -> Iterator[str]:
 def model_problem(
     value: str, index: str, single_file: bool = False, library: str = "diffusers"
 ) -> str | None:
-    """Say why a file, folder or Hub id cannot be a model; None if it may be one.
+    """Return why a file, folder or Hub id cannot be a model, or None if it may be one.
 
     Args:
-        index: the file that shows that a folder is a model of ``library``.
-        single_file: whether a single file will do.
+        index: the file that every folder with a model of ``library`` contains.
+        single_file: whether a single file is allowed.
     """
-    wanted = f"Give a {library} folder, which holds {index}, or a Hub id"
+    wanted = f"Give a {library} folder, which contains {index}, or a Hub id"
     path = Path(value)
     if path.is_dir():
         return None if (path / index).is_file() else f"this folder has no {index}. {wanted}"
@@ -69,7 +69,10 @@ def model_problem(
             return f"a single file must be a .safetensors file. Convert it. {wanted}"
         return None
     if "://" in value:
-        return "this is an address. Give the Hub id (owner/name), or download the file and name it"
+        return (
+            "this is an address. Give the Hub id (owner/name), or download the file and give its "
+            "path"
+        )
     if not looks_like_hub_id(value):
         problem = f"there is no such file or folder{nearby(path)}"
         return problem if problem.endswith("?") else f"{problem}. {wanted}"
@@ -81,14 +84,14 @@ def _repo_id_problem(value: str) -> str | None:
         validate_repo_id(value)
     except HFValidationError:
         return (
-            "this is neither a file or folder here nor a Hub id, which is owner/name of letters, "
-            "digits, '-', '_' and '.'"
+            "this is neither a local file or folder nor a Hub id, which is owner/name made of "
+            "letters, digits, '-', '_' and '.'"
         )
     return None
 
 
 def nearby(path: Path) -> str:
-    """Name what is there instead of a missing path: its like, or the part that is missing."""
+    """Say what there is in place of a missing path: a similar name, or which part is missing."""
     parent = path.parent
     if not parent.is_dir():
         return f", not even the folder {str(parent)!r}"
@@ -101,20 +104,20 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
     folder, dataset = config.instance_data_dir, config.dataset_name
     if folder and dataset:
         yield (
-            f"--instance_data_dir is {folder!r} and --dataset_name is {dataset!r}; only one of "
-            "them can be trained on. Leave one out"
+            f"--instance_data_dir is {folder!r} and --dataset_name is {dataset!r}, but a run "
+            "trains on only one of them. Leave one out"
         )
     elif dataset:
         if importlib.util.find_spec("datasets") is None:
             yield f"--dataset_name is {dataset!r}, which needs: pip install datasets"
         if not config.instance_prompt and not config.caption_column:
             yield (
-                "--instance_prompt and --caption_column are missing. Give the column with the "
-                "captions, or one prompt for all pictures"
+                "--dataset_name needs --caption_column or --instance_prompt. Give the column with "
+                "the captions, or one prompt for all images"
             )
     elif not folder:
         yield (
-            "--instance_data_dir is missing. Give the folder with the pictures to learn, or a "
+            "--instance_data_dir is missing. Give the folder with the training images, or a "
             "dataset with --dataset_name"
         )
     elif problem := _folder_problem(Path(folder)):
@@ -123,9 +126,9 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
     ):
         yield (
-            f"--instance_prompt is missing, and {folder!r} holds no .txt or .caption file, no "
-            ".json file and no metadata.jsonl, .csv or .parquet with captions. Give a prompt such "
-            "as --instance_prompt 'a photo of sks dog'"
+            f"--instance_prompt is missing, and {folder!r} contains no captions: no .txt, .caption "
+            "or .json file and no metadata.jsonl, .csv or .parquet. Give a prompt such as "
+            "--instance_prompt 'a photo of sks dog'"
         )
 
 
@@ -133,7 +136,7 @@ def _folder_problem(path: Path) -> str | None:
     if not path.exists():
         return f"there is no such folder{nearby(path)}"
     if not path.is_dir():
-        return "this is a file. Give the folder with the pictures"
+        return "this is a file. Give the folder with the images"
     others = []
     for file in path.rglob("*"):
         if is_image(file):
@@ -141,11 +144,11 @@ def _folder_problem(path: Path) -> str | None:
         if file.is_file():
             others.append(file.name)
     if not others:
-        return "this folder is empty. Put the pictures to learn into it; three to ten are usual"
+        return "this folder is empty. Put the training images into it; three to ten are usual"
     some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
     return (
-        f"no picture among its {len(others)} files ({some}). "
-        "Pictures are .jpg, .png, .webp and others that Pillow reads"
+        f"none of its {len(others)} files is an image ({some}). "
+        "Images are .jpg, .png, .webp and other formats that Pillow reads"
     )
 
 
@@ -158,7 +161,7 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
         if (value := getattr(config, name)) and (problem := _unwritable(Path(value))):
             yield f"--{name} is {value!r}: {problem}"
     if not config.output_dir:
-        yield "--output_dir is empty. Give the folder for everything that comes out"
+        yield "--output_dir is empty. Give the folder for the adapter and all other output"
     yield from _read_and_written(config)
     store = CheckpointStore(config.output_dir)
     if config.resume_from_checkpoint:
@@ -168,8 +171,8 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
             yield str(error)
         if config.overwrite_output_dir:
             yield (
-                "--overwrite_output_dir and --resume_from_checkpoint exclude each other: what is "
-                "gone on with cannot be replaced. Leave one out"
+                "--overwrite_output_dir and --resume_from_checkpoint exclude each other: a run "
+                "cannot be resumed and overwritten at once. Leave one out"
             )
     if not config.overwrite_output_dir:
         yield from _earlier_run(config, store)
@@ -182,13 +185,13 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
         )
     if config.hub_model_id and _repo_id_problem(config.hub_model_id):
         yield (
-            f"--hub_model_id is {config.hub_model_id!r}; it must be owner/name of letters, digits, "
-            "'-', '_' and '.'"
+            f"--hub_model_id is {config.hub_model_id!r}; it must be owner/name made of letters, "
+            "digits, '-', '_' and '.'"
         )
 
 
 def _read_and_written(config: TrainingConfig) -> Iterator[str]:
-    """Inputs that the run would write to, or delete."""
+    """Report inputs that the run would write to or delete."""
     places = options_with(type(config), Place)
     read = {
         name: Path(value)
@@ -202,23 +205,23 @@ def _read_and_written(config: TrainingConfig) -> Iterator[str]:
                 continue
             pair = {name, source}
             if pair == {"class_data_dir", "instance_data_dir"} and lies_in(path, Path(value)):
-                continue  # one folder for both: ``config_checks`` says more of that
+                continue  # one folder for both: ``options`` has a clearer message
             yield (
-                f"--{name} is {value!r}, which is or lies in --{source} {str(path)!r}. What is "
-                "read is not written to. Give another folder"
+                f"--{name} is {value!r}, which is or lies in --{source} {str(path)!r}. A run does "
+                "not write to its inputs. Give another folder"
             )
     made = [Path(config.output_dir, entry) for entry in made_in(config)]
     for source, path in read.items():
-        # a checkpoint of the same run is read there by intent
+        # a run's own checkpoint is read there on purpose
         if source != "resume_from_checkpoint" and any(lies_in(path, entry) for entry in made):
             yield (
-                f"--{source} is {str(path)!r}, which this run would replace or delete, for it lies "
-                f"in --output_dir {config.output_dir!r}. Give another --output_dir"
+                f"--{source} is {str(path)!r}, which this run would replace or delete because it "
+                f"lies in --output_dir {config.output_dir!r}. Give another --output_dir"
             )
 
 
 def made_in(config: TrainingConfig) -> list[str]:
-    """Return the names in the output folder that the run makes, replaces or deletes."""
+    """Return the names in the output folder that the run creates, replaces or deletes."""
     folder = Path(config.output_dir)
     patterns = (*MADE, Path(config.logging_dir).parts[0] if config.logging_dir else "")
     entries = folder.iterdir() if folder.is_dir() else ()
@@ -227,19 +230,19 @@ def made_in(config: TrainingConfig) -> list[str]:
 
 
 def _earlier_run(config: TrainingConfig, store: CheckpointStore) -> Iterator[str]:
-    """What would be overwritten."""
+    """Report an earlier run that would be overwritten."""
     if whole := store.list():
         if not config.resume_from_checkpoint:
             yield (
-                f"--output_dir is {config.output_dir!r}, which holds {whole[-1][1].name} of an "
-                "earlier run. Go on with it by --resume_from_checkpoint latest, give another "
-                "folder, or replace it by --overwrite_output_dir"
+                f"--output_dir is {config.output_dir!r}, which contains {whole[-1][1].name} of an "
+                "earlier run. Resume it with --resume_from_checkpoint latest, give another "
+                "folder, or replace it with --overwrite_output_dir"
             )
     elif config.resume_from_checkpoint in (None, "latest") and _has_adapter(config.output_dir):
         yield (
-            f"--output_dir is {config.output_dir!r}, which holds {WEIGHTS_NAME} of an earlier run, "
-            "and no checkpoint to go on from. Give another folder, or replace it by "
-            "--overwrite_output_dir. To go on from its values, give it as --initial_adapter to a "
+            f"--output_dir is {config.output_dir!r}, which contains {WEIGHTS_NAME} of an earlier "
+            "run, but no checkpoint to resume. Give another folder, or replace it with "
+            "--overwrite_output_dir. To start from its values, give it as --initial_adapter to a "
             "run with another folder"
         )
 
@@ -253,7 +256,7 @@ def _unwritable(path: Path) -> str | None:
         return "this is a file. Give a folder"
     nearest = next((p for p in (path, *path.absolute().parents) if p.exists()), Path.cwd())
     if not nearest.is_dir():
-        return f"{str(nearest)!r} is a file, so no folder can be made in it"
+        return f"{str(nearest)!r} is a file, so no folder can be created in it"
     if not os.access(nearest, os.W_OK | os.X_OK):
         return f"{str(nearest)!r} is not writable. Give another folder or change its permissions"
     return None

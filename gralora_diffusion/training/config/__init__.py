@@ -1,4 +1,4 @@
-"""The options of a training run: what there is, as one object, from a command line and YAML."""
+"""The options of a training run, read from a command line and YAML into one object."""
 
 from gralora_diffusion.io.deprecated_paths import names_of
 

@@ -1,4 +1,4 @@
-"""Rank, k and alpha of single layers, as the options give them: texts of the form REGEX=VALUE."""
+"""Rank, k and alpha of single layers, given as options of the form REGEX=VALUE."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS: dict[str, type[int] | type[float]] = {
 
 
 def given_patterns(options: AdapterOptions) -> dict[str, dict[str, Any]]:
-    """Return option -> regular expression -> value, as given by the user."""
+    """Return option -> regular expression -> value, as the user gave them."""
     return {
         name: {
             regex: kind(value)
@@ -29,7 +29,7 @@ def given_patterns(options: AdapterOptions) -> dict[str, dict[str, Any]]:
 def layer_patterns(options: AdapterOptions) -> dict[str, dict[str, Any]]:
     """Return the patterns for ``GraloraConfig``.
 
-    Without ``lora_alpha`` the scaling is 1: layers of another rank get another alpha, too.
+    Without ``lora_alpha`` the scaling is 1, so layers of another rank get another alpha, too.
     """
     patterns = given_patterns(options)
     if options.lora_alpha is None:
@@ -45,9 +45,9 @@ def check_patterns(options: AdapterOptions) -> Iterator[str]:
         for text in getattr(options, name) or ():
             regex, _, value = text.rpartition("=")
             if problem := _problem(name, text):
-                yield f"--{name} has {text!r}: {problem}"
+                yield f"--{name} contains {text!r}: {problem}"
             elif regex in read[name]:
-                yield f"--{name} has {regex!r} twice. Keep one"
+                yield f"--{name} contains {regex!r} twice. Keep one of them"
             else:
                 read[name][regex] = KINDS[name](value)
     if options.rank >= 1 and options.gralora_k >= 1:
@@ -58,7 +58,7 @@ def _problem(name: str, text: str) -> str | None:
     regex, _, value = text.rpartition("=")
     if not regex:
         return (
-            "it must be REGEX=VALUE, a regular expression for the end of a layer's path and a "
+            "it must be REGEX=VALUE, where REGEX matches the end of a layer's path and VALUE is a "
             "number, such as 'attn1\\.to_q=8'"
         )
     if problem := pattern_problem(regex):
@@ -78,28 +78,28 @@ def _problem(name: str, text: str) -> str | None:
 def _indivisible(
     options: AdapterOptions, ranks: Mapping[str, float], ks: Mapping[str, float]
 ) -> Iterator[str]:
-    """Ranks that no k divides which can hold for the same layers, and the reverse."""
+    """Report ranks that no k for the same layers divides, and ks that divide no rank there."""
     for regex, rank in ranks.items():
         possible = _possible(regex, ks, options.gralora_k)
         if all(rank % k for k in possible):
             yield (
-                f"--rank_pattern has '{regex}={rank}', and {_names('k', possible)} for these "
-                "layers; k must divide the rank. Give another rank, or these layers a k that "
-                f"divides {rank} by --k_pattern '{regex}=...'"
+                f"--rank_pattern contains '{regex}={rank}', and {_names('k', possible)} for these "
+                "layers; k must divide the rank. Give another rank, or use --k_pattern "
+                f"'{regex}=...' to give these layers a k that divides {rank}"
             )
     for regex, k in ks.items():
         possible = _possible(regex, ranks, options.rank)
         if regex not in ranks and all(rank % k for rank in possible):
             yield (
-                f"--k_pattern has '{regex}={k}', and {_names('the rank', possible)} for these "
-                "layers; k must divide the rank. Give another k, or these layers a rank that "
-                f"{k} divides by --rank_pattern '{regex}=...'"
+                f"--k_pattern contains '{regex}={k}', and {_names('the rank', possible)} for these "
+                "layers; k must divide the rank. Give another k, or use --rank_pattern "
+                f"'{regex}=...' to give these layers a rank that {k} divides"
             )
 
 
 def _possible(regex: str, values: Mapping[str, float], otherwise: int) -> list[float]:
-    """What may hold for the layers that ``regex`` matches. Paths are not known yet."""
-    if next(iter(values), None) == regex:  # the first that matches counts
+    """Return the values that may apply to layers that match. Their paths are not known yet."""
+    if next(iter(values), None) == regex:  # the first match applies
         return [values[regex]]
     return list(dict.fromkeys([otherwise, *values.values()]))
 

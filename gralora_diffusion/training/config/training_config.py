@@ -28,26 +28,26 @@ from .options import (
     ValidationOptions,
 )
 
-# diffusers' options that we have no use for, and what takes their place
+# options of diffusers' scripts that do not exist here -> the reason, or what replaces them
 NOT_CARRIED = {
     "tokenizer_name": "the tokenizer is always the base's",
     "tokenizer_max_length": "the tokenizer's own length is used",
     "pre_compute_text_embeddings": "prompts are always encoded once unless --train_text_encoder",
-    "text_encoder_use_attention_mask": "prompts are encoded as the base's pipeline does it",
+    "text_encoder_use_attention_mask": "prompts are encoded as in the base's pipeline",
     "validation_images": "only text-to-image bases are trained",
     "class_labels_conditioning": "only text-to-image bases are trained",
-    "text_encoder_out_layers": "the layers that the base's pipeline reads are taken",
-    "precondition_outputs": "the denoiser's own prediction is compared; see --weighting_scheme",
+    "text_encoder_out_layers": "the layers that the base's pipeline reads are used",
+    "precondition_outputs": "the loss compares the denoiser's prediction; see --weighting_scheme",
     "do_edm_style_training": "EDM bases cannot be trained",
-    "final_validation_prompt": "--validation_prompt is drawn at the end, too",
-    "offload": "text encoders and VAE leave the device by themselves once they are done",
+    "final_validation_prompt": "images for --validation_prompt are generated at the end, too",
+    "offload": "text encoders and VAE leave the device automatically when they are done",
     "upcast_before_saving": "the adapter is trained and saved in fp32",
-    "lora_blocks": "name the layers by --lora_layers, such as 're:.*blocks[.][0-5][.].*to_q'",
+    "lora_blocks": "name the layers with --lora_layers, such as 're:.*blocks[.][0-5][.].*to_q'",
     "use_dora": "the adapter is GraLoRA",
     "enable_npu_flash_attention": "torch's own attention is used",
     "fsdp_text_encoder": "text encoders are used once and then leave the device",
-    "do_fp8_training": "no fp8 products are computed; --quantization torchao-fp8 stores the frozen "
-    "base in fp8",
+    "do_fp8_training": "matrix products in fp8 are not supported; --quantization torchao-fp8 "
+    "stores the frozen base in fp8",
 }
 
 
@@ -72,9 +72,7 @@ class TrainingConfig(
             self.optimizer = "adamw8bit"
         if self.aspect_ratio_buckets is not None:
             self.use_aspect_ratio_buckets = True
-        for name in options_with(
-            type(self), Place
-        ):  # the shell expands ~ only on the command line, not in a YAML file
+        for name in options_with(type(self), Place):  # in a YAML file, no shell expands ~
             value = getattr(self, name)
             if value and value.startswith("~"):
                 setattr(self, name, str(Path(value).expanduser()))
@@ -83,7 +81,7 @@ class TrainingConfig(
     def patterns(self) -> dict[str, dict[str, Any]]:
         """``rank_pattern``, ``k_pattern`` and ``alpha_pattern`` as ``GraloraConfig`` takes them.
 
-        Without ``lora_alpha``, layers of another rank have the alpha that gives scaling 1.
+        Without ``lora_alpha``, layers of another rank get the alpha that gives scaling 1.
         """
         return layer_patterns(self)
 
@@ -96,7 +94,7 @@ class TrainingConfig(
         """Deprecated: call ``gralora_diffusion.validate`` with the config."""
         text = "TrainingConfig.validate() is now gralora_diffusion.validate(config)"
         warnings.warn(text, DeprecationWarning, stacklevel=2)
-        # which is above this module, and goes with this method in the next release
+        # imported by name, since that room is above this one; removed in the next release
         found: list[str] = import_module("gralora_diffusion.training.checks.options").validate(self)
         return found
 
@@ -104,12 +102,12 @@ class TrainingConfig(
         """Return a copy in which every option left to the family has a value.
 
         Args:
-            family_defaults: option -> value, such as ``{"resolution": 512}``. ``learning_rate``,
-                ``adam_weight_decay`` and ``text_encoder_lr`` may lack: diffusers' usual ones
-                take their place.
+            family_defaults: option -> value, such as ``{"resolution": 512}``. For
+                ``learning_rate``, ``adam_weight_decay`` and ``text_encoder_lr``, diffusers' usual
+                values are used unless they are given here.
 
         Raises:
-            KeyError: a name is not an option.
+            KeyError: a name does not belong to any option.
         """
         defaults: dict[str, Any] = {
             "learning_rate": 1e-4,
@@ -119,24 +117,24 @@ class TrainingConfig(
         defaults |= family_defaults
         if unknown := defaults.keys() - _option_names():
             raise KeyError(
-                f"family defaults for what is not an option: {', '.join(sorted(unknown))}"
+                f"the family has defaults for unknown options: {', '.join(sorted(unknown))}"
             )
-        if self.optimizer == "prodigy":  # it finds the step size itself and takes one rate for all
+        if self.optimizer == "prodigy":  # finds the step size itself and takes one rate for all
             learning_rate = 1.0 if self.learning_rate is None else self.learning_rate
             defaults |= {"learning_rate": learning_rate, "text_encoder_lr": learning_rate}
         return replace(self, **{k: v for k, v in defaults.items() if getattr(self, k) is None})
 
     def as_record(self) -> dict[str, Any]:
-        """All options and values in their groups' order, for trackers; without the Hub token."""
+        """Return all options in their groups' order for trackers, without the Hub token."""
         unrecorded = options_with(type(self), Unrecorded)
         names = [f.name for group in OPTION_GROUPS for f in fields(group)]
         return {name: getattr(self, name) for name in names if name not in unrecorded}
 
     def to_yaml(self, *, public: bool = False) -> str:
-        """Return the options that differ from the defaults, to be read again with ``--config``.
+        """Return the options that differ from the defaults as YAML that ``--config`` reads.
 
         Args:
-            public: of files and folders here tell only the names.
+            public: give only the names of local files and folders, without their paths.
         """
         default = TrainingConfig().as_record()
 
@@ -159,16 +157,16 @@ OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 
 
 def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
-    """Read the options from a command line, and from the YAML file that its ``--config`` names.
+    """Read the options from a command line and from the YAML file that ``--config`` names.
 
     Args:
         argv: the arguments without the program's name; those of this process by default.
 
     Raises:
-        ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
-            or the YAML file cannot be read. What values mean together is for ``validate``.
+        ConfigError: an option is unknown, its value has the wrong type or is not one of the
+            choices, or the YAML file cannot be read. ``validate`` checks how values fit together.
     """
-    theirs = "is an option of diffusers' scripts, not of this one:"
+    theirs = "is an option of diffusers' scripts that does not exist here:"
     said = {name: f"{theirs} {reason}" for name, reason in NOT_CARRIED.items()}
     return TrainingConfig(**parse_options(OPTION_GROUPS, argv, not_carried=said))
 
@@ -177,17 +175,17 @@ def options_table() -> str:
     """Return ``docs/options.md``: every option in Markdown tables, one per group."""
     parts = [
         "# Options of the trainer",
-        "Made from the options themselves by "
-        "`gralora_diffusion.training.config.training_config.options_table`. Each is given as "
-        "`--name value` or as `name: value` in the file of `--config`; the command line wins. "
-        "A yes-or-no option is switched on by `--name`, off by `--name false`.",
+        "This page is generated from the options themselves by "
+        "`gralora_diffusion.training.config.training_config.options_table`. Give an option as "
+        "`--name value`, or as `name: value` in the file that `--config` names; the command line "
+        "overrides the file. `--name` turns a boolean option on, `--name false` turns it off.",
         *map(group_table, OPTION_GROUPS),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def public_name(source: str) -> str:
-    """Return the last part of a local path; a Hub id as it is."""
+    """Return the last part of a local path, and a Hub id unchanged."""
     path = Path(source)
     local = path.exists() or path.is_absolute() or len(path.parts) != 2
     return path.resolve().name if local else source

@@ -1,4 +1,4 @@
-"""Images and captions: found, checked, cropped, ordered, encoded, in batches."""
+"""Images and captions: finding, checking, cropping, ordering, encoding and batching them."""
 
 from gralora_diffusion.io.deprecated_paths import names_of
 

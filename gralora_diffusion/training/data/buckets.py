@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: the sizes that pictures are trained at when they are not all square.
+"""Aspect-ratio buckets: the sizes that images are trained at when they are not all square.
 
-Sizes are (height, width) in pixels, as diffusers has them; so are its rules, which are called here.
+Sizes are (height, width) in pixels, as in diffusers, whose rules are called here.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Buckets:
-    """Which size a picture is trained at.
+    """Chooses the size that an image is trained at.
 
-    One of the ``listed`` sizes; smaller pictures are enlarged to it. Without a list, one of eleven
-    shapes from 1:2 to 2:1 of about ``resolution`` squared pixels, or of about as many pixels as the
-    picture has if these are fewer: it gets a smaller bucket.
+    It is one of the ``listed`` sizes, and smaller images are enlarged to it. Without a list, it is
+    one of eleven shapes from 1:2 to 2:1 with about ``resolution`` squared pixels. An image with
+    fewer pixels gets a smaller bucket, with about as many pixels as it has.
 
     Args:
-        divisor: of the heights and widths of those that are not listed.
+        divisor: heights and widths that are not listed are multiples of it.
     """
 
     resolution: int
@@ -30,7 +30,7 @@ class Buckets:
     listed: tuple[tuple[int, int], ...] = ()
 
     def nearest(self, height: int, width: int) -> tuple[int, int]:
-        """Return the bucket of a picture, by diffusers' measure of which is the nearest."""
+        """Return the bucket of an image that is nearest by diffusers' measure."""
         from diffusers.training_utils import find_nearest_bucket, generate_aspect_ratio_buckets
 
         sizes = list(self.listed)
@@ -44,12 +44,12 @@ def listed_buckets(text: str | None) -> tuple[tuple[int, int], ...]:
     """Read "height,width;height,width;...".
 
     Raises:
-        ValueError: it is written otherwise.
+        ValueError: the text has another form.
     """
     if text is None:
         return ()
     from diffusers.training_utils import parse_buckets_string
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what the sizes must be divisible by is checked below
+        warnings.simplefilter("ignore")  # the checks of options test divisibility
         return tuple(parse_buckets_string(text))

@@ -1,7 +1,7 @@
-"""Latents and encoded prompts, computed once, looked up by what they were computed from.
+"""Latents and encoded prompts, computed once and looked up by their inputs.
 
-Latents are found by the hash of the picture's bytes and everything else they depend on, never by a
-place in some order: a caption cannot meet another picture's latents.
+Latents are found by a hash of the image's bytes and everything else that they depend on, never by
+their position, so that a caption cannot be paired with another image's latents.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from .image_folder import Example
 from .tensor_store import TensorStore
 from .transforms import CropPlan, Variant
 
-#: Raised when the same pixels get other latents of the same VAE.
+#: Increased when the same VAE gives the same pixels other latents than before.
 _ENCODING_VERSION = 2
-#: What is encoded to tell text encoders apart.
+#: A prompt that is encoded to tell text encoders apart.
 _PROBE = "a photo of a sks dog, wearing 2 red hats"
 
 #: (batch, 3, height, width) in [-1, 1], fp32, CPU -> mean and std of the scaled latents
@@ -35,22 +35,22 @@ PromptEncoder = Callable[[list[str]], dict[str, Tensor]]
 
 
 def vae_fingerprint(vae: Any) -> str:
-    """Hash what a VAE's latents depend on: its config, parameters and buffers, with their dtype."""
-    # what begins with _ tells where the VAE came from and which diffusers wrote it
+    """Hash everything a VAE's latents depend on: its config, parameters, buffers and dtypes."""
+    # keys with a leading _ only say where the VAE came from and which diffusers wrote it
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
     return _hash_of(config, vae.state_dict())
 
 
 @torch.no_grad()
 def prompt_fingerprint(encode: PromptEncoder, encoders: Iterable[Any]) -> str:
-    """Hash what encoded prompts depend on, as far as it can show in reasonable time.
+    """Hash everything encoded prompts depend on, as far as that is possible in reasonable time.
 
-    That is what the encoders, with all their settings, make of a prompt and of none; and the
-    embeddings of all tokens, for one that was added or trained shows in no other's prompts.
+    The hash covers the encodings of a prompt and of the empty prompt, with all settings, and the
+    embeddings of all tokens, since an added or trained token changes no other token's prompts.
 
     Args:
         encode: with its encoders on the device.
-        encoders: the same, for their embeddings.
+        encoders: the same encoders, for their embeddings.
     """
     made = [encode([prompt]) for prompt in (_PROBE, "")]
     embeddings = [encoder.get_input_embeddings().weight for encoder in encoders]
@@ -68,10 +68,10 @@ def _hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 class LatentCache:
-    """Mean and standard deviation of the latents of picture variants, on the CPU.
+    """Mean and standard deviation of the latents of image variants, on the CPU.
 
     Args:
-        plan: how pictures were made into pixels.
+        plan: how images are turned into pixel values.
         fingerprint: of the encoder, see :func:`vae_fingerprint`.
         folder: of a :class:`TensorStore`.
     """
@@ -82,7 +82,7 @@ class LatentCache:
         self.store = TensorStore(folder)
 
     def key(self, content_key: str, variant: Variant) -> str:
-        """Hash all that the latents depend on."""
+        """Hash everything that the latents depend on."""
         parts = [
             content_key,
             [variant.left, variant.top, variant.height, variant.width, variant.flip],
@@ -96,8 +96,8 @@ class LatentCache:
         """Return mean and std, each (channels, height, width), as the encoder made them.
 
         Raises:
-            KeyError: they were never filled in.
-            DataError: their file was removed or damaged since.
+            KeyError: the cache was never filled with them.
+            DataError: their file has been removed or damaged.
         """
         tensors = self.store[self.key(content_key, variant)]
         return tensors["mean"], tensors["std"]
@@ -110,21 +110,21 @@ class LatentCache:
         batch_size: int = 4,
         progress: bool = True,
     ) -> int:
-        """Encode what is missing; returns how many variants that were.
+        """Encode the missing variants and return their number.
 
-        A batch holds variants of one picture, so all have one shape, and it is always the same
-        batch whatever else is missing: rounding depends on the batch, and a run whose filling was
-        interrupted must train on the very latents of the run that was not.
+        A batch contains variants of one image, so all have the same shape. It is always the same
+        batch, whatever else is missing: rounding depends on the batch, and a run that was
+        interrupted here must train on the same latents as one that was not.
 
-        Several processes with one folder can share the work: each fills its part, and after a
-        barrier all of it, which then only checks the files.
+        Several processes with one folder can share the work. Each fills its part and, after a
+        barrier, all of it, which then only checks the files.
 
         Raises:
             DataError: latents are not finite, or the folder cannot be written.
         """
         done = 0
         wanted = list(wanted)
-        bar = tqdm(wanted, desc="Encoding pictures", unit="", disable=None if progress else True)
+        bar = tqdm(wanted, desc="Encoding images", unit="", disable=None if progress else True)
         for example, variants in bar:
             image = None
             for start in range(0, len(variants), batch_size):
@@ -135,11 +135,11 @@ class LatentCache:
                     continue
                 image = image or example.load()
                 pixels = torch.stack([self.plan.pixel_values(image, v) for v in chunk])
-                # contiguous, as encoders in channels-last layout give what cannot be written
+                # outputs of encoders in channels-last layout cannot be written as they are
                 mean, std = (part.detach().cpu().contiguous() for part in encode(pixels))
                 if not (mean.isfinite().all() and std.isfinite().all()):
                     problem = (
-                        "the VAE made NaN or infinity. Give --mixed_precision no or bf16, or "
+                        "the VAE returned NaN or infinity. Give --mixed_precision no or bf16, or "
                         "another VAE with --pretrained_vae_model_name_or_path"
                     )
                     raise DataError(f"latents of {example.source}", [problem])
@@ -164,7 +164,7 @@ class PromptCache:
         self.store = TensorStore(folder)
 
     def key(self, prompt: str) -> str:
-        """Hash all that the encoded prompt depends on."""
+        """Hash everything that the encoded prompt depends on."""
         parts = ["prompt", prompt, self.fingerprint]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
@@ -176,10 +176,10 @@ class PromptCache:
         batch_size: int = 16,
         progress: bool = False,
     ) -> int:
-        """Encode each prompt that is missing, once; returns how many those were.
+        """Encode each missing prompt once and return their number.
 
-        For a folder each is encoded by itself: rounding depends on the batch, and what a run finds
-        there must not depend on which others lacked.
+        For a folder, each is encoded by itself: rounding depends on the batch, and the encodings
+        in the folder must not depend on which others were missing.
 
         Raises:
             DataError: the folder cannot be written.
@@ -201,8 +201,8 @@ class PromptCache:
         """Return the conditioning of ``prompts``; the first axis is the prompt.
 
         Raises:
-            KeyError: a prompt was never filled in.
-            DataError: the file of one was removed or damaged since.
+            KeyError: the cache was never filled with a prompt.
+            DataError: the file of a prompt has been removed or damaged.
         """
         rows = [self._row(prompt) for prompt in prompts]
         return {name: torch.stack([row[name] for row in rows]) for name in rows[0]}

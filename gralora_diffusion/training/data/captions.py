@@ -1,7 +1,7 @@
-"""Captions of the pictures in a folder: metadata files, files beside the pictures, and names of
+"""Captions of the images in a folder: metadata files, files beside the images, and names of
 sub-folders.
 
-What is wrong with them is appended to a list of problems, so that all of it can be told at once.
+Problems are appended to a list, so that all of them can be reported at once.
 """
 
 from __future__ import annotations
@@ -19,36 +19,36 @@ from typing import Any
 from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
-#: Files that list pictures and captions, as Hugging Face's imagefolder has them; in any case.
+#: Files that list images and captions, as in Hugging Face's imagefolder, in upper or lower case.
 METADATA_NAMES = (METADATA_NAME, "metadata.csv", "metadata.parquet")
-#: Endings of files with a picture's caption beside it, in any case; the first of a picture's files
-#: with a caption counts. ``1.txt`` and ``1.png.txt`` are beside ``1.png``.
+#: Endings of caption files beside an image, in upper or lower case. The first file of an image
+#: that has a caption is used. ``1.txt`` and ``1.png.txt`` are beside ``1.png``.
 CAPTION_ENDINGS = (".txt", ".caption", ".json")
-#: Columns of a metadata file, or keys of a .json file, that may hold the caption; the first that a
-#: line has is taken.
+#: Columns of a metadata file, or keys of a .json file, that may contain the caption; the first one
+#: that a line has is used.
 CAPTION_COLUMNS = ("text", "caption", "prompt")
-#: Columns of a metadata file that may name the picture.
+#: Columns of a metadata file that may name the image.
 NAME_COLUMNS = ("file_name", "image")
-#: Endings of files that are most likely captions, whoever wrote them.
+#: Endings of files that are most likely captions of any program.
 LIKELY_CAPTIONS = frozenset(
     {
         *(*CAPTION_ENDINGS, ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".toml"),
         *(".captions", ".cap", ".tags", ".tag", ".prompt", ".prompts", ".wd14", ".booru"),
     }
 )
-#: How an address begins, and a path with a drive.
+#: Beginnings of addresses and of paths with a drive.
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|[A-Za-z]:[\\/]")
-#: Bytes that are read at most of a caption's file, and of a metadata file.
+#: Maximum size in bytes of a caption file and of a metadata file.
 _MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
 
 
 @dataclass(frozen=True)
 class CaptionedFolder:
-    """Pictures with one prompt for those that have none.
+    """A folder of images, with a prompt for those without a caption.
 
     Attributes:
-        repeats: how many times each counts in an epoch.
-        concept: name of a sub-folder that tells prompt and repeats; None for the whole folder.
+        repeats: how many times each image is used in an epoch.
+        concept: name of a sub-folder that sets prompt and repeats; None for the whole folder.
     """
 
     path: Path
@@ -58,10 +58,10 @@ class CaptionedFolder:
 
 
 def concept_folders(folder: Path) -> list[CaptionedFolder]:
-    """Return the sub-folders named as kohya's sd-scripts want them, sorted by name.
+    """Return the sub-folders named as in kohya's sd-scripts, sorted by name.
 
-    ``10_sks dog`` holds pictures of "sks dog", each of which counts ten times. A longer number, as
-    in ``20260131_trip``, is a date and no concept.
+    ``10_sks dog`` contains images of "sks dog", each of which is used ten times. A longer number,
+    as in ``20260131_trip``, is a date and not a concept.
     """
     named = {path: re.fullmatch(r"([1-9]\d{0,4})_(.+)", path.name) for path in folder.iterdir()}
     return [
@@ -72,7 +72,7 @@ def concept_folders(folder: Path) -> list[CaptionedFolder]:
 
 
 def is_caption_file(name: str) -> bool:
-    """Whether a file of this name may hold captions that are read here."""
+    """Return whether a file of this name may contain captions that are read here."""
     return name.lower() in METADATA_NAMES or name.lower().endswith(CAPTION_ENDINGS)
 
 
@@ -82,19 +82,19 @@ def is_caption_file(name: str) -> bool:
 def read_metadata(
     folder: Path, names: Iterable[str], column: str | None, problems: list[str]
 ) -> dict[str, str]:
-    """Return file name -> caption ("" if the line has none) of a folder's metadata file.
+    """Return file name -> caption ("" if the line has none) from a folder's metadata file.
 
     Args:
-        names: of the files in the folder. Without a metadata file among them there are no captions.
-        column: of the caption; None: the first of ``CAPTION_COLUMNS`` that a line has.
-        problems: what is wrong is appended.
+        names: of the files in the folder. There are no captions without a metadata file.
+        column: of the caption; None for the first of ``CAPTION_COLUMNS`` that a line has.
+        problems: problems are appended to it.
     """
-    existing_models = sorted(name for name in names if name.lower() in METADATA_NAMES)
-    if len(existing_models) > 1:
-        problems.append(f"{' and '.join(existing_models)} both list pictures. Keep one of them")
-    if len(existing_models) != 1:
+    listings = sorted(name for name in names if name.lower() in METADATA_NAMES)
+    if len(listings) > 1:
+        problems.append(f"{' and '.join(listings)} both list images. Keep one of them")
+    if len(listings) != 1:
         return {}
-    (name,) = existing_models
+    (name,) = listings
     try:
         data = read_regular(folder / name, _MAX_METADATA)
         entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))
@@ -110,7 +110,8 @@ def read_metadata(
     seen = sorted({str(key) for _, entry in entries for key in entry})
     if column and seen and column not in seen:
         problems.append(
-            f"--caption_column is {column!r}, which {name} lacks. It has: {', '.join(seen)}"
+            f"--caption_column is {column!r}, but {name} has no such column. It has: "
+            f"{', '.join(seen)}"
         )
     return captions
 
@@ -123,7 +124,7 @@ def _read_entry(
     captions: dict[str, str],
     problems: list[str],
 ) -> None:
-    """Add one line's caption to the others."""
+    """Add one line's caption to ``captions``."""
     name = next((entry[c] for c in NAME_COLUMNS if entry.get(c) is not None), None)
     if not isinstance(name, str) or not name:
         problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
@@ -131,17 +132,17 @@ def _read_entry(
     text = next((entry[c] for c in _columns(column) if entry.get(c) is not None), "")
     if _ELSEWHERE.match(name) and not is_regular(folder / name):
         problems.append(
-            f"{where} names {name}, which is an address or another machine's path. Put the picture "
-            "into the folder, and name it by its place there"
+            f"{where} names {name}, which is an address or a path on another machine. Put the "
+            "image into the folder, and give its path relative to the folder"
         )
         return
     name = Path(name).as_posix()
     if problem := _place_problem(folder, name):
         problems.append(f"{where} names {name}, {problem}")
     elif not isinstance(text, str):
-        problems.append(f"{where}: the caption is {text!r}; it must be a text")
+        problems.append(f"{where}: the caption is {text!r}; it must be text")
     elif not _is_text(text):
-        problems.append(f"{where}: the caption has characters that are not Unicode")
+        problems.append(f"{where}: the caption contains characters that are not Unicode")
     elif captions.get(name, one_line(text)) != one_line(text):
         problems.append(f"{where} gives {name} a second, different caption")
     else:
@@ -149,16 +150,16 @@ def _read_entry(
 
 
 def _place_problem(folder: Path, name: str) -> str | None:
-    """Say why a path in a metadata file names no picture of the folder."""
+    """Return why a path in a metadata file does not name an image of the folder, or None."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "which is not in the folder"
     if not is_regular(path):
         hint = ". Write / between folders" if "\\" in name and "/" not in name else ""
-        return "which is no file" if _exists(path) else f"which does not exist{hint}"
-    # the picture itself may be a link, as in the Hub's cache; a folder on the way must be inside
+        return "which is not a file" if _exists(path) else f"which does not exist{hint}"
+    # the image itself may be a link, as in the Hub's cache, but its folder must be inside
     if not path.parent.resolve().is_relative_to(folder.resolve()):
-        return "which is not in the folder: a link on the way leads out of it"
+        return "which is not in the folder: a link in its path leads out of it"
     return None
 
 
@@ -172,7 +173,7 @@ def _exists(path: Path) -> bool:
 def _json_lines(
     data: bytes, name: str, problems: list[str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    # only at line feeds: JSON's strings may hold what else Python takes for the end of a line
+    # only at line feeds: strings in JSON may contain other characters that Python splits lines at
     for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
         if not line.strip():
             continue
@@ -197,11 +198,11 @@ def _csv_rows(
         for row in rows:
             if None in row:
                 problems.append(
-                    f"{name}, line {rows.line_num} has more fields than the first. Put a caption "
-                    "with commas into quotes"
+                    f"{name}, line {rows.line_num} has more fields than the first line. Put a "
+                    "caption with commas in quotes"
                 )
             else:
-                # an empty field is how CSV says that there is none
+                # in CSV, an empty field means that there is no value
                 yield f"{name}, line {rows.line_num}", {k: v or None for k, v in row.items()}
     except csv.Error as error:
         problems.append(f"{name}, line {rows.line_num} is not CSV: {error}")
@@ -220,14 +221,14 @@ def _parquet_rows(
         file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
         columns = file.schema_arrow.names
         _check_columns(columns)
-        # others may hold the pictures themselves
+        # other columns may contain the images themselves
         kinds = zip(columns, file.schema_arrow.types, strict=True)
         texts = [column for column, kind in kinds if pyarrow.types.is_string(kind)]
         if sum(_unpacked_sizes(file.metadata, texts)) > _MAX_METADATA:
-            raise ValueError(f"its texts have more than {_MAX_METADATA:,} bytes")
+            raise ValueError(f"its text columns have more than {_MAX_METADATA:,} bytes")
         rows = file.read(columns=texts).to_pylist()
     except pyarrow.ArrowException as error:
-        raise ValueError(f"it is no whole Parquet file ({error})") from error
+        raise ValueError(f"it is not a complete Parquet file ({error})") from error
     for number, row in enumerate(rows):
         yield f"{name}, row {number}", dict.fromkeys(columns) | row
 
@@ -250,17 +251,17 @@ def _check_columns(columns: Sequence[str]) -> None:
 _READERS = {".jsonl": _json_lines, ".csv": _csv_rows, ".parquet": _parquet_rows}
 
 
-# -- files beside the pictures ---------------------------------------------------------------------
+# -- files beside the images ---------------------------------------------------------------------
 
 
 def caption_files(images: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
-    """Return picture -> files beside it that may hold its caption, the first that counts first.
+    """Return image -> files beside it that may contain its caption, in order of precedence.
 
-    ``1.txt`` belongs to ``1.png``, and so do ``1.png.txt`` and, where no other picture is called
-    so, ``1.TXT`` and ``1.txt`` of ``1.PNG``.
+    ``1.txt`` and ``1.png.txt`` belong to ``1.png``. Upper and lower case may differ, as in
+    ``1.TXT``, or ``1.txt`` for ``1.PNG``, unless another image has exactly that name.
 
     Args:
-        pictures: names of the pictures in one folder.
+        images: names of the images in one folder.
         names: of all files there.
     """
     exact, folded = defaultdict(list), defaultdict(list)
@@ -282,13 +283,13 @@ def caption_files(images: Iterable[str], names: Iterable[str]) -> dict[str, list
 
 
 def read_caption(path: Path, column: str | None, problems: list[str]) -> str | None:
-    """Return the caption in a file beside a picture, as one line; "" if there is none in it.
+    """Return the caption in a file beside an image as one line, or "" if it is empty.
 
-    None: a .json file that is not about captions.
+    Returns None for a .json file that does not contain a caption.
 
     Args:
-        column: key of the caption in a .json file; None: the first of ``CAPTION_COLUMNS``.
-        problems: what is wrong is appended.
+        column: key of the caption in a .json file; None for the first of ``CAPTION_COLUMNS``.
+        problems: problems are appended to it.
     """
     is_json = path.suffix.lower() == ".json"
     try:
@@ -317,7 +318,7 @@ def _columns(column: str | None) -> tuple[str, ...]:
 
 
 def _is_text(text: str) -> bool:
-    """Whether it can be written down; JSON may hold halves of characters."""
+    """Return whether a text can be encoded; JSON may contain halves of surrogate pairs."""
     try:
         text.encode()
     except UnicodeEncodeError:

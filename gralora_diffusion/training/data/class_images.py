@@ -1,15 +1,14 @@
-"""Prior preservation: keep what the base knows of the subject's class.
+"""Prior preservation: keep what the base knows about the subject's class.
 
-Two sources of the prior: pictures of the class that the base draws before it is adapted
-(DreamBooth, arXiv 2208.12242), or the frozen base as a teacher, whose prediction for the class
-prompt on the very same noisy latents is the target: no class pictures, no extra encoding.
+The prior has two sources. One is images of the class that the base generates before it is adapted
+(DreamBooth, arXiv 2208.12242). The other is the frozen base as a teacher: its prediction for the
+class prompt on the same noisy latents is the target, which needs no class images or extra encoding.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -25,90 +24,90 @@ from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.training.config.options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
-from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned
+from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run
 from gralora_diffusion.training.runtime.memory import bytes_of, tensors_of
 
 from .seeds import generator
 
-#: Seconds after which a file that one process wrote is seen by all on a folder that they share.
+#: Seconds within which all processes see a file that one wrote to a shared folder.
 _SEEN_WITHIN = 20.0
 
 
-def _drawn_prior(config: TrainingConfig) -> bool:
-    return config.with_prior_preservation and config.prior_source == "images"
+def _drawn_prior(options: PriorOptions) -> bool:
+    return options.with_prior_preservation and options.prior_source == "images"
 
 
-def existing_class_images(config: TrainingConfig) -> int:
-    """How many class pictures ``class_data_dir`` holds, whoever made them; 0 if none are wanted."""
-    if not _drawn_prior(config):
+def existing_class_images(options: PriorOptions) -> int:
+    """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed."""
+    if not _drawn_prior(options):
         return 0
-    folder = Path(config.class_data_dir or "")
-    existing_models = folder.iterdir() if folder.is_dir() else ()
-    return sum(map(is_image, existing_models))
+    folder = Path(options.class_data_dir or "")
+    return sum(map(is_image, folder.iterdir() if folder.is_dir() else ()))
 
 
-def missing_class_images(config: TrainingConfig) -> int:
-    """How many are still to be drawn; 0 if none are wanted."""
-    there = existing_class_images(config)
-    return max(0, config.num_class_images - there) if _drawn_prior(config) else 0
+def missing_class_images(options: PriorOptions) -> int:
+    """Return how many are still to be generated; 0 if none are needed."""
+    there = existing_class_images(options)
+    return max(0, options.num_class_images - there) if _drawn_prior(options) else 0
 
 
 def generate_class_images(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
 ) -> bool:
-    """Draw the class pictures that lack into ``class_data_dir``, shared out among the processes.
+    """Generate the missing class images into ``class_data_dir``, divided among the processes.
 
-    Each picture has its own seed and a name that tells its number, and appears under it only when
-    whole. Pictures are drawn in the same batches whichever of them lack, for rounding depends on
-    the batch: interrupted, the drawing goes on where it stopped and makes the same pictures.
+    Each image has its own seed and a name with its number, and appears under that name only when it
+    is complete. Rounding depends on the batch, so images are generated in the same batches
+    whichever of them are missing. After an interruption, generation continues where it stopped and
+    makes the same images.
 
-    The base is loaded anew for it: that which is trained must not pass through the precision that
-    is good enough for drawing.
+    A separate base is loaded for it, since the base that is trained must not pass through the lower
+    precision that is good enough here.
 
-    Meanwhile the folder is this run's alone, and all of its processes must see the same one.
+    Meanwhile this run owns the folder, which must be the same one for all of its processes.
 
     Returns:
-        Whether any lacked.
+        Whether any were missing.
 
     Raises:
-        ConfigError: another run is at it, or the processes do not share the folder.
+        ConfigError: another run uses the folder, or the processes do not share it.
     """
-    with ExitStack() as held:
-        numbers = from_first(accelerator, lambda: _begin(config, held))
-        if not numbers:
-            return False
-        together(accelerator, lambda: _check_shared(config, numbers[1]))
-        together(accelerator, lambda: _draw(config, family, accelerator, numbers[0]))
-    return True
+    if not from_first(accelerator, lambda: missing_class_images(config)):
+        return False
+    with owned_by_run(accelerator, Path(config.class_data_dir or ""), _told(config)):
+        # only now, since another run may just have generated them
+        numbers, owner = from_first(accelerator, lambda: _missing_numbers(config))
+        if numbers:
+            together(accelerator, lambda: _check_shared(config, owner))
+            together(accelerator, lambda: _draw(config, family, accelerator, numbers))
+    return bool(numbers)
 
 
-def _begin(config: TrainingConfig, held: ExitStack) -> tuple[set[int], str] | None:
-    """Take the folder; return which pictures lack, and what its owner's file says."""
-    if not missing_class_images(config):
-        return None
-    folder = Path(config.class_data_dir or "")
-    held.enter_context(owned(folder, _told(config)))
-    count = missing_class_images(config)  # another may just have drawn them
+def _missing_numbers(options: PriorOptions) -> tuple[set[int], str]:
+    """Return which images are missing, and the content of the file of the folder's owner."""
+    folder = Path(options.class_data_dir or "")
     missing = (n for n in itertools.count() if not (folder / _class_image_name(n)).exists())
     owner = folder / OWNER_NAME
-    return set(itertools.islice(missing, count)), owner.read_text() if owner.exists() else ""
+    numbers = set(itertools.islice(missing, missing_class_images(options)))
+    return numbers, owner.read_text() if owner.exists() else ""
 
 
-def _told(config: TrainingConfig) -> str:
-    return f"--class_data_dir {config.class_data_dir!r}"
+def _told(options: PriorOptions) -> str:
+    return f"--class_data_dir {options.class_data_dir!r}"
 
 
-def _check_shared(config: TrainingConfig, owner: str) -> None:
-    """Check that this process sees what the first one wrote, after a while on some networks."""
-    path = Path(config.class_data_dir or "") / OWNER_NAME
+def _check_shared(options: PriorOptions, owner: str) -> None:
+    """Check that this process sees the first one's file; some networks take a while."""
+    path = Path(options.class_data_dir or "") / OWNER_NAME
     end = time.monotonic() + _SEEN_WITHIN
     while owner and not (path.exists() and path.read_text() == owner):
         if time.monotonic() > end:
             raise ConfigError(
                 [
-                    f"{_told(config)} is not the same folder for all processes, and each would "
+                    f"{_told(options)} is not the same folder for all processes, so each would "
                     "train on its own share of the class images. Give a folder that all machines "
                     "share, or generate them on one machine and copy the folder to the others"
                 ]
@@ -119,7 +118,7 @@ def _check_shared(config: TrainingConfig, owner: str) -> None:
 def _draw(
     config: TrainingConfig, family: ModelFamily, accelerator: Accelerator, numbers: set[int]
 ) -> None:
-    """Draw this process's share of the pictures of these numbers."""
+    """Generate this process's share of the images with these numbers."""
     folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
     batches = sorted({number // size for number in numbers})
     dtype = _generation_dtype(config, family, accelerator.device)
@@ -130,7 +129,7 @@ def _draw(
     mend_clip_skip(pipe)
     for batch in tqdm(
         batches[accelerator.process_index :: accelerator.num_processes],
-        desc=f"drawing {len(numbers)} class pictures",
+        desc=f"Generating {len(numbers)} class images",
         disable=not accelerator.is_local_main_process,
     ):
         drawn = range(batch * size, (batch + 1) * size)
@@ -149,17 +148,17 @@ def _class_image_name(number: int) -> str:
 
 
 def _generation_dtype(
-    config: TrainingConfig, family: ModelFamily, device: torch.device
+    options: PriorOptions, family: ModelFamily, device: torch.device
 ) -> torch.dtype:
     usual = family.generation_precision if device.type == "cuda" else "fp32"
-    return torch_dtype(config.prior_generation_precision or usual)
+    return torch_dtype(options.prior_generation_precision or usual)
 
 
 def _place(pipe: Any, device: torch.device) -> None:
-    """Put a pipeline on the device, or have each of its models there only while it computes, if
-    all together would take more than half of what is free."""
+    """Put a pipeline on the device. If its models would take more than half of the free memory,
+    each is there only while it computes."""
     models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-    # of 8 bits by bitsandbytes a copy stays on the GPU, whatever is moved
+    # a copy of bitsandbytes' 8-bit weights stays on the GPU even when the model is moved
     movable = not any(getattr(model, "is_loaded_in_8bit", False) for model in models)
     if device.type == "cuda" and movable:
         free_memory()

@@ -1,4 +1,4 @@
-"""From the options to batches: pictures are found, encoded as far as can be, and served."""
+"""From the options to batches: finds images, encodes as much as possible ahead, serves batches."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.options.fields import ChangesSamples, options_with
+from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
@@ -36,10 +37,10 @@ Batch = dict[str, Any]
 
 
 def find_images(config: TrainingConfig) -> list[Example]:
-    """Find and check the subject's pictures and their captions.
+    """Find and check the subject's images and their captions.
 
     Raises:
-        DataError: with all that is wrong with them.
+        DataError: there are problems with them. The error lists all of them.
     """
     if config.dataset_name:
         return find_dataset_examples(
@@ -60,10 +61,10 @@ def find_images(config: TrainingConfig) -> list[Example]:
 
 
 def find_class_images(config: TrainingConfig) -> list[Example]:
-    """Find and check the class pictures that are there; there are none without such a prior.
+    """Find and check the existing class images; there are none without prior preservation.
 
     Raises:
-        DataError: with all that is wrong with them.
+        DataError: there are problems with them. The error lists all of them.
     """
     if not existing_class_images(config):
         return []
@@ -75,36 +76,36 @@ def find_class_images(config: TrainingConfig) -> list[Example]:
     )
 
 
-def crop_plan(config: TrainingConfig, size_divisor: int) -> CropPlan:
-    """Return how the pictures of a run are cropped; ``size_divisor`` is the family's."""
-    assert config.resolution is not None
+def crop_plan(options: ImageOptions, size_divisor: int) -> CropPlan:
+    """Return how the images of a run are cropped; ``size_divisor`` is the family's."""
+    assert options.resolution is not None
     buckets = None
-    if config.use_aspect_ratio_buckets:
-        listed = listed_buckets(config.aspect_ratio_buckets)
-        buckets = Buckets(config.resolution, size_divisor, listed)
+    if options.use_aspect_ratio_buckets:
+        listed = listed_buckets(options.aspect_ratio_buckets)
+        buckets = Buckets(options.resolution, size_divisor, listed)
     return CropPlan(
-        config.resolution,
-        config.center_crop,
-        config.random_flip,
-        config.image_interpolation_mode,
+        options.resolution,
+        options.center_crop,
+        options.random_flip,
+        options.image_interpolation_mode,
         buckets,
     )
 
 
 def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of the scaled latents, by the VAE where it is."""
+    """Return mean and standard deviation of the scaled latents, computed on the VAE's device."""
     return family.encode_images(vae, pixel_values.to(vae.device, vae.dtype))
 
 
 class Batches:
-    """The training data of this process, encoded once where nothing changes.
+    """The training data of this process. Encodings that do not change are computed once.
 
     VAE and text encoders are on the device only while they encode.
 
     Attributes:
         prompts: encoded prompts, or None if text encoders are trained and encode at each step.
         teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
-        digest: hash of all that decides which samples a step gets.
+        digest: hash of everything that determines which samples a step gets.
     """
 
     def __init__(
@@ -156,7 +157,7 @@ class Batches:
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
-        """Samples in an epoch, over all processes, with those that pad out buckets."""
+        """Return the samples in an epoch over all processes, with those that pad buckets."""
         return len(self.instance)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
@@ -164,7 +165,7 @@ class Batches:
         return encode_images(self.family, self.vae, pixel_values)
 
     def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
-        """Yield instance and class batch of each micro-batch, the latter None without a class."""
+        """Yield the instance and class batch of each micro-batch; the latter may be None."""
         instance = self._loader(self.instance, first_step, max_steps)
         if self.classes is None:
             return zip(instance, repeat(None), strict=False)
@@ -183,7 +184,7 @@ class Batches:
             samples,
             batch_sampler=sampler,
             collate_fn=collate,
-            # latents in memory are at hand; a worker would only copy them to and fro
+            # latents in memory need no workers, which would only copy them back and forth
             num_workers=0 if self._in_memory else self.config.dataloader_num_workers,
         )
 
@@ -192,10 +193,10 @@ class Batches:
         return self.cache is not None and self.cache.store.folder is None
 
     def _share(self, fill: Callable[[slice], int]) -> None:
-        """Have a cache filled: each process its part of it, where a folder keeps it for all.
+        """Fill a cache. If a folder keeps it for all processes, each fills a part.
 
         Args:
-            fill: encodes what lacks of a part.
+            fill: encodes whatever is missing from a part.
         """
         processes = self.accelerator.num_processes
         if self.config.latent_cache_dir and processes > 1:
@@ -240,10 +241,10 @@ class Batches:
 
 
 def _facts_of_samples(config: TrainingConfig) -> list[Any]:
-    """The options that decide what the samples are, in an order that never changes.
+    """Return the options that determine the samples, in an order that never changes.
 
-    Checkpoints hold a hash of it: first come the options of version 0.1, then each later one that
-    has another value than its default.
+    Checkpoints contain a hash of them. The options of version 0.1 come first, then each later one
+    whose value is not the default.
     """
     first = [
         "seed",

@@ -1,4 +1,4 @@
-"""The samples of training: a picture variant and a prompt for each position of the stream."""
+"""The samples of training: an image variant and a prompt for each position of the stream."""
 
 from __future__ import annotations
 
@@ -22,30 +22,31 @@ logger = logging.getLogger(__name__)
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
-    """Maps a position of the sample stream to a sample: ``training_set[position]``, without end.
+    """Maps a position of the endless sample stream to a sample: ``training_set[position]``.
 
-    What a sample holds: ``position``; ``prompt``; ``content_key`` of the picture; ``original_size``
-    (height, width) of the picture before resizing, ``crop_top_left`` of the part that is cut out
-    after it and ``target_size`` (height, width) of that part, all int tensors of shape (2,); and
-    either ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or
-    ``pixel_values``, (3, height, width), decoded now.
+    A sample contains ``position``; ``prompt``; ``content_key`` of the image; ``original_size``
+    (height, width) of the image before resizing, ``crop_top_left`` of the crop of the resized image
+    and ``target_size`` (height, width) of the crop, all int tensors of shape (2,); and either
+    ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``,
+    (3, height, width), decoded on demand.
 
-    The samples at ``batch_size`` positions from a multiple of it on have one target size.
+    The samples at ``batch_size`` positions from a multiple of ``batch_size`` on have the same
+    target size.
 
-    All of it is a function of the arguments and the position, so any worker may make any sample.
-    Prior preservation takes a second set with another ``name``: it goes through all class pictures
-    in an order of its own.
+    A sample is a function of the arguments and the position, so any worker may make any sample.
+    Prior preservation uses a second set with another ``name``, which goes through all class images
+    in its own order.
 
     Args:
-        examples: the pictures; at least one.
+        examples: the images; at least one.
         seed: of the run.
         name: of the stream.
-        repeats: how many times each picture counts in an epoch, times its own number.
+        repeats: how many times each image is used in an epoch, times its own number.
         batch_size: of the micro-batches.
-        caption_dropout: share of samples with an empty prompt.
-        cache: where latents are kept; :meth:`fill_cache` must have been called. None: no cache, and
-            each sample draws any crop there is.
-        cached_crops: variants per picture that the cache keeps; each sample draws one of them.
+        caption_dropout: fraction of samples with an empty prompt.
+        cache: of latents; :meth:`fill_cache` must have been called. Without one, each sample uses
+            any possible crop.
+        cached_crops: variants per image in the cache; each sample uses one of them.
     """
 
     def __init__(
@@ -83,19 +84,19 @@ class TrainingSet(Dataset[dict[str, Any]]):
             self._report_buckets()
 
     def __len__(self) -> int:
-        """Positions in an epoch, with those that pad out buckets."""
+        """Return the number of positions in an epoch, with those that pad buckets."""
         return self.stream.length
 
     @property
     def prompts(self) -> list[str]:
-        """All prompts that samples can have, each once; with dropout the empty one too."""
+        """All prompts that samples can have, once each; with dropout also the empty one."""
         captions = [example.caption for example in self.examples]
         return list(dict.fromkeys([*captions, ""] if self.caption_dropout else captions))
 
     @property
     def digest(self) -> str:
-        """Hash of the pictures, their captions, buckets and order: with it a resumed run can tell
-        whether its data changed."""
+        """Hash of the images, their captions, buckets and order, by which a resumed run can tell
+        whether its data have changed."""
         images = [[example.content_key, example.caption] for example in self.examples]
         parts: list[Any] = [len(self), images]
         if any(example.repeats != 1 for example in self.examples):
@@ -107,7 +108,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
     def fill_cache(
         self, encode: ImageEncoder, part: slice = slice(None), progress: bool = True
     ) -> int:
-        """Encode what the cache lacks of these examples; see :meth:`LatentCache.fill`."""
+        """Encode those of the examples that the cache is missing; see :meth:`LatentCache.fill`."""
         assert self.cache is not None
         wanted = zip(self.examples[part], self._kept[part], strict=True)
         return self.cache.fill(wanted, encode, progress=progress)
@@ -136,10 +137,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
         }
 
     def _report_buckets(self) -> None:
-        """Log how many pictures each bucket has, and how many fill up its last batch."""
+        """Log how many images each bucket has, and how many are repeated to fill its last batch."""
         counts, padding = Counter(self.targets), self.stream.padding
         logger.info(
-            "%s pictures by aspect-ratio bucket (height,width): %s",
+            "%s images by aspect-ratio bucket (height,width): %s",
             self.stream.name,
             "; ".join(
                 f"{height},{width}: {count}"
@@ -149,7 +150,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         )
         if any(padding.values()):
             logger.info(
-                "pictures are repeated where a bucket's last batch of %d lacks some; a smaller "
+                "images are repeated to fill a bucket's last batch of %d; a smaller "
                 "--train_batch_size repeats fewer",
                 self.stream.batch_size,
             )
@@ -159,12 +160,12 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return float(draw) < self.caption_dropout
 
     def _generator(self, purpose: str, position: int) -> torch.Generator:
-        # with the stream's name, else class pictures would repeat the instance pictures' draws
+        # without the stream's name, class images would get the instance images' random numbers
         return generator(self.seed, f"{purpose} of {self.stream.name}", position)
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Stack samples to a batch.
+    """Stack samples into a batch.
 
     Returns:
         ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes``,

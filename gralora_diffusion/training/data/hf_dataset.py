@@ -1,4 +1,4 @@
-"""The pictures of a Hugging Face dataset."""
+"""The images of a Hugging Face dataset."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .image_folder import Example, Found, check_images
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A picture in a Hugging Face dataset whose image column is not decoded."""
+    """An image in a Hugging Face dataset whose image column is not decoded."""
 
     index: int
     column: str
@@ -30,13 +30,13 @@ class DatasetRow:
     def read_bytes(self) -> bytes:
         value = self.dataset[self.index][self.column]
         if value is None:
-            raise ValueError("it has no picture")
+            raise ValueError("it has no image")
         data: bytes | None = value["bytes"]
         if data is not None:
             return data
         path = str(value["path"])
         if "://" in path:
-            raise ValueError(f"{path} is an address. Download the pictures")
+            raise ValueError(f"{path} is an address. Download the images")
         return read_regular(Path(path), MAX_BYTES)
 
 
@@ -50,16 +50,16 @@ def find_dataset_examples(
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
 ) -> list[Example]:
-    """Return the pictures of a Hugging Face dataset: of its split "train", or of its only one.
+    """Return the images of a Hugging Face dataset: of its split "train", or of its only split.
 
     Args:
         name: Hub id, folder of data files, or folder that ``Dataset.save_to_disk`` wrote.
         prompt: caption of the rows that have none, and of all rows without ``caption_column``.
-        skip_bad_images: leave out what cannot be decoded, with a warning.
+        skip_bad_images: leave out images that cannot be decoded, with a warning.
 
     Raises:
-        DataError: ``datasets`` is not installed, the dataset cannot be loaded or lacks a column, or
-            with all that is wrong with the pictures and captions.
+        DataError: ``datasets`` is not installed, the dataset cannot be loaded, a column is missing,
+            or there are problems with images and captions. The error lists all of them.
     """
     place = f"--dataset_name {name!r}"
     try:
@@ -71,17 +71,18 @@ def find_dataset_examples(
             loaded = datasets.load_from_disk(name)
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
-    except Exception as error:  # datasets raises whatever it meets in what is damaged
+    except Exception as error:  # datasets may raise anything for damaged data
         problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
         raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):
         if "train" not in loaded and len(loaded) > 1:
-            raise DataError(place, [f"it has no split 'train', only {', '.join(loaded)}"])
+            raise DataError(place, [f"it has no split 'train'. Its splits: {', '.join(loaded)}"])
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
     columns = {"image_column": image_column, "caption_column": caption_column}
     if missing := [
-        f"--{flag} is {column!r}, which it lacks. Columns: {', '.join(loaded.column_names)}"
+        f"--{flag} is {column!r}, but there is no such column. Columns: "
+        f"{', '.join(loaded.column_names)}"
         for flag, column in columns.items()
         if column is not None and column not in loaded.column_names
     ]:
@@ -92,14 +93,16 @@ def find_dataset_examples(
         )
     except (TypeError, ValueError, RuntimeError) as error:
         got = loaded.features[image_column]
-        raise DataError(place, [f"column {image_column!r} holds no pictures but {got}"]) from error
+        raise DataError(
+            place, [f"column {image_column!r} contains {got} instead of images"]
+        ) from error
 
     problems: list[str] = []
     texts = loaded[caption_column] if caption_column else [None] * len(loaded)
     found = []
     for index, text in enumerate(texts):
         if not isinstance(text, str | None):
-            problems.append(f"row {index}: {caption_column} is {text!r}; it must be a text")
+            problems.append(f"row {index}: {caption_column} is {text!r}; it must be text")
             text = None
         row = DatasetRow(index, image_column, images)
         found.append(Found(str(row), row, one_line(text) or one_line(prompt)))

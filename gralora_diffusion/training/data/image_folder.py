@@ -1,8 +1,8 @@
-"""Finding the pictures to train on in folders, and refusing what cannot be trained on.
+"""Finds the images to train on in folders, and rejects those that cannot be trained on.
 
-A picture's caption is, in this order: its line in the metadata file, that in the ``.txt``,
-``.caption`` or ``.json`` file beside it, the prompt for all pictures. All pictures are decoded once
-to know that they can be; afterwards only their paths, captions and hashes are kept.
+The caption of an image is the first of these: its line in the metadata file, the text of the
+``.txt``, ``.caption`` or ``.json`` file beside it, the prompt for all images. All images are
+decoded once as a check; afterwards only their paths, captions and hashes are kept.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from .transforms import CropPlan
 
 logger = logging.getLogger(__name__)
 
-#: Images and videos that are not read, most of them for want of a reader in Pillow.
+#: Images and videos that are not read, most of them because Pillow has no reader for them.
 UNREAD_IMAGES = frozenset(
     {
         *(".heic", ".heif", ".hif", ".jxl", ".jxr", ".svg", ".eps", ".ps", ".ai", ".pdf", ".wmf"),
@@ -48,25 +48,25 @@ UNREAD_IMAGES = frozenset(
         *(".mpeg", ".h5", ".hdf", ".hdf5"),
     }
 )
-#: What other trainers keep of a picture beside it.
+#: Files that other trainers keep beside an image.
 _CACHES = (".npz", ".npy", ".pt", ".safetensors")
-_CAPTIONS = "captions of no picture or in a form that is not read, or other files, passed over"
-_IMAGES = "pictures of a kind that is not read, passed over"
-_OTHERS = "other files, passed over"
-#: Pictures of which a crop shows less than this share are named in a warning.
+_CAPTIONS = "captions without an image or in an unsupported format, or other files, ignored"
+_IMAGES = "images in an unsupported format, ignored"
+_OTHERS = "other files, ignored"
+#: A warning names images of which a crop shows less than this fraction.
 _SMALL_PART = 1 / 4
 MAX_NAMES = 10
-#: So many pictures are decoded at once to be checked.
+#: Number of images that are decoded at once to check them.
 AT_ONCE = 8
-#: Checking fewer pictures is over before a progress bar could be read.
+#: Fewer images are checked before anybody could read a progress bar.
 MIN_FOR_PROGRESS = 50
 
 
 class ImageSource(Protocol):
-    """Where an image comes from that is no file of its own; ``str`` of it is for people."""
+    """The source of an image that is not a file of its own; ``str`` names it in messages."""
 
     def read_bytes(self) -> bytes:
-        """Return the image's file.
+        """Return the bytes of the image's file.
 
         Raises:
             OSError, ValueError: there is none.
@@ -75,14 +75,14 @@ class ImageSource(Protocol):
 
 @dataclass(frozen=True)
 class Example:
-    """A picture and its caption. The picture stays where it is until it is loaded.
+    """An image and its caption. The image stays where it is until it is loaded.
 
     Attributes:
-        source: where the picture is; ``str`` of it names it for people.
-        content_key: SHA-256 of the picture's bytes.
+        source: where the image is; ``str`` names it in messages.
+        content_key: SHA-256 of the image's bytes.
         size: width and height in pixels, upright.
-        repeats: how many times it counts in an epoch.
-        concept: name of the sub-folder that says so.
+        repeats: how many times it is used in an epoch.
+        concept: name of the sub-folder that sets the repeats.
     """
 
     source: Path | ImageSource
@@ -93,30 +93,30 @@ class Example:
     concept: str | None = None
 
     def load(self) -> Image.Image:
-        """Return the picture, upright, RGB and in the colours of sRGB.
+        """Return the image, upright, RGB and in the colors of sRGB.
 
         Raises:
-            DataError: it is not there any more, or is another one than when it was found.
+            DataError: it no longer exists, or has changed since it was found.
         """
         return read_image(self.read_bytes())
 
     def read_bytes(self) -> bytes:
-        """Return the picture's file.
+        """Return the bytes of the image's file.
 
         Raises:
-            DataError: as ``load``.
+            DataError: as for ``load``.
         """
         try:
             data = _bytes_of(self.source)
         except OSError as error:
-            raise DataError(str(self.source), [f"cannot be read any more: {error}"]) from error
+            raise DataError(str(self.source), [f"can no longer be read: {error}"]) from error
         if hashlib.sha256(data).hexdigest() != self.content_key:
-            raise DataError(str(self.source), ["was changed since the start. Start again"])
+            raise DataError(str(self.source), ["was changed after the start. Start again"])
         return data
 
 
 class Found(NamedTuple):
-    """A picture that was not looked at yet; ``name`` is for people."""
+    """An image that has not been opened yet; ``name`` is for messages."""
 
     name: str
     source: Path | ImageSource
@@ -133,28 +133,28 @@ def find_examples(
     skip_bad_images: bool = False,
     role: str = "instance",
 ) -> list[Example]:
-    """Return the pictures in ``folder``, sorted by name.
+    """Return the images in ``folder``, sorted by name.
 
-    Sub-folders are read only where the metadata file names a picture in them, or if the folder
-    holds no picture but sub-folders named as kohya's sd-scripts want them, see ``concept_folders``.
-    Masks of pictures and other files are left out with a warning that names them, hidden ones
-    without.
+    A sub-folder is only read if the metadata file names an image in it, or if the folder contains
+    no images but sub-folders named as in kohya's sd-scripts, see ``concept_folders``. Masks of
+    images and other files are left out with a warning that names them; hidden files are left out
+    silently.
 
     Args:
-        prompt: caption of the pictures that have none.
+        prompt: caption of the images that have none.
         caption_column: column of the metadata file, or key of a .json file; by default one of
             ``CAPTION_COLUMNS``.
-        skip_bad_images: leave out what cannot be decoded, with a warning.
-        role: "instance" or "class", for the flags that errors name.
+        skip_bad_images: leave out images that cannot be decoded, with a warning.
+        role: "instance" or "class", which errors use to name the flags.
 
     Raises:
-        DataError: no folder, no picture in it, or with all that is wrong with the pictures, the
-            captions, and the metadata file.
+        DataError: there is no folder, it has no image, or there are problems with the images, the
+            captions or the metadata file. The error lists all of them.
     """
     folder = Path(folder)
     place = f"--{role}_data_dir {str(folder)!r}"
     if not folder.is_dir():
-        raise DataError(place, ["there is no such folder. Give the folder with the pictures"])
+        raise DataError(place, ["there is no such folder. Give the folder with the images"])
     problems: list[str] = []
     found = []
     try:
@@ -163,50 +163,50 @@ def find_examples(
     except OSError as error:
         raise DataError(place, [f"the folder cannot be read: {error}"]) from error
     advice = (
-        f"Give --{role}_prompt for all pictures without one, write a .txt file beside it, or name "
+        f"Give --{role}_prompt for all images without one, write a .txt file beside it, or name "
         f"it in {METADATA_NAME}"
     )
     return check_images(found, place, problems, advice, skip_bad_images)
 
 
 def warn_of_small_images(examples: Iterable[Example], plan: CropPlan) -> None:
-    """Log which pictures are smaller than what they are trained at; they are enlarged."""
+    """Log which images are smaller than the size that they are trained at."""
     small = [
         f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
         for e in examples
         if plan.enlarges(e.size)
     ]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
-    _warn(place, "smaller pictures, enlarged for training", small)
+    _warn(place, "smaller images, enlarged for training", small)
 
 
 def warn_of_long_images(examples: Iterable[Example], plan: CropPlan) -> None:
-    """Log which pictures are so long that a crop shows a small part of them."""
+    """Log which images are so long that a crop shows only a small part of them."""
     long = [
         f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
         for e in examples
         if plan.shown(e.size) < _SMALL_PART
     ]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
-    _warn(place, "long pictures, of which a sample shows less than a quarter", long)
+    _warn(place, "long images, of which a sample shows less than a quarter", long)
 
 
 def _image_folders(folder: Path, prompt: str, role: str, place: str) -> list[CaptionedFolder]:
-    """The folder, or those in it of a concept each."""
+    """Return the folder itself, or its sub-folders with a concept each."""
     concepts = concept_folders(folder) if role == "instance" else []
     own = any(is_image(p) or p.name.lower() in METADATA_NAMES for p in folder.iterdir())
     if own or not concepts:
         return [CaptionedFolder(folder, prompt)]
     named = {concept.concept for concept in concepts}
     others = [p.name for p in folder.iterdir() if p.name not in named and p.name[0] != "."]
-    _warn(place, "beside the concepts' folders, passed over", sorted(others))
+    _warn(place, "ignored beside the concepts' folders", sorted(others))
     return concepts
 
 
 def _find_in(
     part: CaptionedFolder, top: Path, column: str | None, place: str, problems: list[str]
 ) -> list[Found]:
-    """The pictures of one folder with their captions; what else is there is reported."""
+    """Return the images of one folder with their captions; other files are reported."""
     visible = sorted(entry for entry in part.path.iterdir() if not entry.name.startswith("."))
     folders = {entry.name for entry in visible if entry.is_dir()}
     files = [entry.name for entry in visible if entry.name not in folders]
@@ -217,8 +217,8 @@ def _find_in(
     names = sorted({*listed, *images})
     if not names and len(problems) == before:
         problems.append(
-            f"there is no picture in {part.concept or 'it'}, and sub-folders are not read. Put "
-            "the pictures into it, or give the folder that holds them"
+            f"there is no image in {part.concept or 'it'}, and sub-folders are not read. Put "
+            "the images into it, or give the folder that contains them"
         )
     metadata = [name for name in files if name.lower() in METADATA_NAMES]
     used = {*metadata, *names, *masks}
@@ -237,29 +237,29 @@ def _find_in(
             differing.append(f"{shown} ({first}, not {', '.join(others)})")
         caption = next(iter(given.values()), part.prompt)
         found.append(Found(shown, path, caption, part.repeats, part.concept))
-    _warn(place, "several captions that differ, of which the first counts", differing)
-    _warn(place, "masks of pictures, left out, as training without masks is all there is", masks)
+    _warn(place, "images with captions that differ, of which the first is used", differing)
+    _warn(place, "masks left out, since training with masks is not supported", masks)
     _report_unused(place, [name for name in files if name not in used], names)
     unread = folders - {Path(name).parts[0] for name in names}
-    _warn(place, "sub-folders, not read", sorted(unread))
+    _warn(place, "sub-folders that are not read", sorted(unread))
     missed = _not_named(part.path, names)
-    _warn(place, "pictures in sub-folders that are not listed, left out", missed)
+    _warn(place, "images in sub-folders left out, since they are not listed", missed)
     return found
 
 
 def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
-    """Pictures in sub-folders of which others are named."""
+    """Return unlisted images in sub-folders of which other images are listed."""
     parents = {Path(name).parent for name in names} - {Path()}
-    existing_models = {
+    there = {
         (parent / name).as_posix()
         for parent in parents
         for name in folder_images(path.name for path in (folder / parent).iterdir()).images
     }
-    return sorted(existing_models.difference(names))
+    return sorted(there.difference(names))
 
 
 def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> dict[str, list[str]]:
-    """Picture -> names of the files beside it that may hold its caption, in its own folder."""
+    """Return image -> names of the files in its folder that may contain its caption."""
     by_parent = defaultdict(list)
     for name in names:
         by_parent[Path(name).parent].append(name)
@@ -272,7 +272,7 @@ def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> d
 
 
 def _report_unused(place: str, names: Sequence[str], images: Iterable[str]) -> None:
-    """Report files that are neither pictures nor captions of pictures."""
+    """Report files that are neither images nor captions of images."""
     stems = {key.lower() for p in images for key in (p, Path(p).stem)}
     kinds: dict[str, list[str]] = {_CAPTIONS: [], _IMAGES: [], _OTHERS: []}
     for name in names:
@@ -293,18 +293,18 @@ def check_images(
     caption_advice: str,
     skip_bad_images: bool,
 ) -> list[Example]:
-    """Decode every picture and make it an example.
+    """Decode every image and make it an example.
 
     Raises:
-        DataError: with ``problems``, the pictures without a caption, and the bad ones; these are
-            left out instead with ``skip_bad_images``.
+        DataError: there are problems. The error lists ``problems``, the images without a caption
+            and those that cannot be decoded, which ``skip_bad_images`` leaves out instead.
     """
     examples, bad, warnings = [], [], []
-    quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: unless there is no terminal
+    quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: shown in a terminal only
     pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
     try:
         looked = pool.map(_look_at, (image.source for image in found))
-        bar = tqdm(looked, "Checking pictures", len(found), unit="", disable=quiet)
+        bar = tqdm(looked, "Checking images", len(found), unit="", disable=quiet)
         for image, seen in zip(found, bar, strict=True):
             if isinstance(seen, Exception):
                 bad.append(f"{image.name} cannot be decoded: {str(seen) or type(seen).__name__}")
@@ -319,18 +319,18 @@ def check_images(
         pool.shutdown(cancel_futures=True)
     if bad and not skip_bad_images:
         problems += bad
-        problems.append("To train without what cannot be decoded, give --skip_bad_images")
+        problems.append("To train without images that cannot be decoded, give --skip_bad_images")
     if problems:
         raise DataError(place, problems)
     if not examples:
-        raise DataError(place, [*bad, "no picture is left"] if bad else ["it has no rows"])
-    _warn(place, "cannot be decoded, left out", bad)
-    _warn(place, "used without what of them cannot be read", warnings)
+        raise DataError(place, [*bad, "no image is left"] if bad else ["it has no rows"])
+    _warn(place, "images left out", bad)
+    _warn(place, "images used without the parts that cannot be read", warnings)
     return examples
 
 
 def _look_at(source: Path | ImageSource) -> tuple[str, tuple[int, int], list[str]] | Exception:
-    """Hash and size of a picture, and remarks on it, or why it cannot be decoded."""
+    """Return an image's hash, size and warnings, or the error if it cannot be decoded."""
     warnings: list[str] = []
     try:
         data = _bytes_of(source)

@@ -1,10 +1,10 @@
-"""Seeds and the order of the samples, as functions of the position in the stream of samples.
+"""The order of the samples as a function of the position in the stream of samples.
 
 Training reads an endless stream of sample positions 0, 1, 2, ...; an optimizer step takes the next
-``train_batch_size * num_processes * gradient_accumulation_steps`` of them. Whatever is random about
-a sample is drawn from a generator that is made from the seed, the purpose and the position. Nothing
-has a state besides the step number, so a resumed run is the run that was never stopped, and
-processes and accumulation share out the very samples that one process would take.
+``train_batch_size * num_processes * gradient_accumulation_steps`` of them. Everything random about
+a sample comes from a generator that is made from the seed, the purpose and the position. The step
+number is the only state, so a resumed run equals a run that was never stopped, and processes and
+accumulation divide exactly the samples that one process would take.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ Item = TypeVar("Item")
 
 
 class SampleStream:
-    """An endless stream over items 0, 1, 2, ...: each epoch is a new permutation of all of them.
+    """An endless stream over items 0, 1, 2, ...; each epoch is a new permutation of all of them.
 
-    Items may be in groups, of which no batch may mix two. Then an epoch is a new permutation within
-    each group, cut into batches, and a new order of all batches. Where the last batch of a group
-    lacks items, the group's first ones of that epoch come once more: each item comes at least once
-    an epoch, and ``length`` is the same for all epochs. A batch of one needs none of this.
+    Items may be in groups that no batch may mix. An epoch is then a new permutation within each
+    group, split into batches, and a new order of all batches. If the last batch of a group is not
+    full, the group's first items of that epoch are repeated. Each item comes at least once in an
+    epoch, and ``length`` is the same for all epochs. None of this is needed for batches of one.
 
     Args:
-        items: how many.
+        items: number of items.
         seed: of the run.
-        name: tells streams of the same run apart; each has its own permutations.
-        groups: the group of each item; None: all are of one.
+        name: distinguishes streams of the same run; each has its own permutations.
+        groups: the group of each item; None if all are in one.
         batch_size: positions in a batch; batch b has those from b * ``batch_size`` on.
 
     Attributes:
         length: positions in an epoch; a multiple of ``batch_size`` if there are several groups.
-        batch_size: 1 if no batch could mix groups: the order does not depend on it.
-        padding: group -> how many of its items come once more in an epoch.
+        batch_size: 1 if no batch could mix groups, since the order does not depend on it then.
+        padding: group -> how many of its items are repeated in an epoch.
 
     Raises:
-        ValueError: there is no item, or not one group for each.
+        ValueError: there is no item, or the number of groups differs from that of items.
     """
 
     def __init__(
@@ -98,11 +98,11 @@ class StreamBatchSampler(Sampler[list[int]]):
     """The positions of each micro-batch of one process, from ``start_step`` to ``max_steps``.
 
     With W processes, batch size B and accumulation over M micro-batches, micro-batch m of optimizer
-    step s on process p holds the B positions from ``s*M*B*W + m*B*W + p*B`` on. Positions grow with
-    no end, so every batch is full and no sample is left out.
+    step s on process p contains the B positions from ``s*M*B*W + m*B*W + p*B`` on. Positions are
+    endless, so every batch is full and no sample is left out.
 
-    It already shares the positions among the processes: do not pass a loader that uses it through
-    ``Accelerator.prepare``, which would share them a second time.
+    The sampler already divides the positions among the processes. Do not pass a loader that uses it
+    to ``Accelerator.prepare``, which would divide them a second time.
 
     Args:
         start_step: optimizer steps that are already done.
@@ -151,13 +151,13 @@ class StreamBatchSampler(Sampler[list[int]]):
 
 
 class Prefetcher(Iterator[Item]):
-    """An iterator of which the next item can be made before it is wanted."""
+    """An iterator whose next item can be made ahead of time."""
 
     def __init__(self, items: Iterator[Item]) -> None:
         self._items, self._made = items, deque[Item]()
 
     def prepare(self) -> None:
-        """Make the next item, if there is one and it is not made yet."""
+        """Make the next item if there is one and it has not been made yet."""
         if not self._made:
             self._made.extend(islice(self._items, 1))
 

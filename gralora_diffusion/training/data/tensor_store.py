@@ -1,4 +1,4 @@
-"""Named tensors by key: in memory, or in a folder that several processes fill and read."""
+"""Named tensors by key, in memory or in a folder that several processes fill and read."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ logger = logging.getLogger(__name__)
 class TensorStore:
     """Named tensors by key, on the CPU.
 
-    Without a folder everything is kept in memory, in each process for itself. With one, it is kept
-    in a file per key and read when asked for; several processes may fill and read one folder, as a
-    file appears under its name only when it is whole.
+    Without a folder, each process keeps everything in its memory. With a folder, each key has a
+    file, which is read on demand. Several processes may fill and read one folder, since a file
+    appears under its name only when it is complete.
 
     Args:
-        folder: made if it is not there.
+        folder: created if it does not exist.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
@@ -33,7 +33,7 @@ class TensorStore:
         self._damaged: list[Path] = []
 
     def __contains__(self, key: str) -> bool:
-        """Whether the tensors are there and whole; see :meth:`tell_damaged`."""
+        """Return whether the tensors are there and complete; see :meth:`tell_damaged`."""
         if self.folder is None:
             return key in self._memory
         path = self._path(key)
@@ -50,19 +50,19 @@ class TensorStore:
         """Return the tensors by name.
 
         Raises:
-            KeyError: they were never put in.
-            DataError: their file was removed or damaged since.
+            KeyError: they were never stored.
+            DataError: their file has been removed or damaged.
         """
         if self.folder is None:
             return self._memory[key]
         try:
             return load(self._path(key).read_bytes())
         except (OSError, SafetensorError) as error:
-            advice = "Start again: what is missing will be encoded again"
+            advice = "Start again; whatever is missing will be encoded again"
             raise DataError(f"cache {self._path(key)}", [f"{error}. {advice}"]) from error
 
     def __setitem__(self, key: str, tensors: Mapping[str, Tensor]) -> None:
-        """Keep the tensors, which must be on the CPU and share no memory.
+        """Store the tensors, which must be on the CPU and must not share memory.
 
         Raises:
             DataError: the folder cannot be written.
@@ -81,10 +81,10 @@ class TensorStore:
             raise DataError(f"--latent_cache_dir {str(self.folder)!r}", [problem]) from error
 
     def tell_damaged(self) -> None:
-        """Warn of files that were found not to be whole since this was last called."""
+        """Warn of incomplete files that were found since the last call."""
         if self._damaged:
             logger.warning(
-                "cache %s: %d damaged files, encoded again: %s%s",
+                "cache %s: %d damaged files, which are encoded again: %s%s",
                 self.folder,
                 len(self._damaged),
                 ", ".join(path.name for path in self._damaged[:3]),

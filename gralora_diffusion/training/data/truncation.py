@@ -1,4 +1,4 @@
-"""Prompts of more tokens than a text encoder takes, of which the pipeline cuts off the rest."""
+"""Reports prompts that have more tokens than a text encoder accepts and are cut off."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .image_folder import Example
 
 logger = logging.getLogger(__name__)
 
-#: Prompts that are told one by one.
+#: Number of prompts that are reported one by one.
 _TOLD = 10
 #: The logger of transformers' tokenizers.
 _OF_TOKENIZERS = "transformers.tokenization_utils_base"
@@ -27,7 +27,7 @@ def report_truncation(
     images: Sequence[Example],
     class_images: Sequence[Example] = (),
 ) -> None:
-    """Log of each prompt that is too long where it is from, and how many tokens are cut off."""
+    """Log the origin of each prompt that is too long, and how many tokens are cut off."""
     too_long = [
         f"{where} is cut off: {'; '.join(cuts)}"
         for prompt, where in _prompts(config, images, class_images).items()
@@ -41,7 +41,7 @@ def report_truncation(
 
 @contextmanager
 def reported_truncation(pipe: Any) -> Iterator[None]:
-    """Inside, the libraries say nothing when a prompt is cut off, which they would each time."""
+    """Silence the libraries inside, which would report a prompt each time it is cut off."""
     names = {_OF_TOKENIZERS, *(cls.__module__ for cls in type(pipe).__mro__)}
     loggers = {name: logging.getLogger(name) for name in names}
     levels = {name: found.level for name, found in loggers.items()}
@@ -57,7 +57,7 @@ def reported_truncation(pipe: Any) -> Iterator[None]:
 def _prompts(
     config: TrainingConfig, images: Sequence[Example], class_images: Sequence[Example]
 ) -> Mapping[str, str]:
-    """Prompt -> where it is from; the first place of several."""
+    """Return prompt -> its origin, the first one if there are several."""
     found: dict[str, str] = {}
     if config.with_prior_preservation and config.class_prompt:
         found[config.class_prompt] = "--class_prompt"
@@ -73,7 +73,7 @@ def _prompts(
 def _cuts(
     pipe: Any, family: ModelFamily, prompt: str, max_sequence_length: int | None
 ) -> list[str]:
-    """What each text encoder loses of a prompt."""
+    """Return what each text encoder cuts off from a prompt."""
     cuts = []
     for name in family.all_text_encoders:
         encoder = getattr(pipe, name, None)
@@ -81,11 +81,11 @@ def _cuts(
         if encoder is None or tokenizer is None:
             continue
         limit, told = max_sequence_length or family.max_sequence_length, " (--max_sequence_length)"
-        # CLIP has places for so many tokens and no more, whatever the others are given
+        # CLIP's number of positions is fixed, whatever the other encoders accept
         if limit is None or str(encoder.config.model_type).startswith("clip"):
             limit, told = int(tokenizer.model_max_length), ""
         count = family.count_tokens(tokenizer, prompt)
         if count > limit:
             lost = count - limit
-            cuts.append(f"{name} takes {limit} tokens{told} of its {count}, {lost} are lost")
+            cuts.append(f"{name} reads {limit} tokens{told} of its {count}, so {lost} are lost")
     return cuts

@@ -1,1 +1,1 @@
-"""What a run would train and the memory it would take, without weights: ``--dry_run``."""
+"""``--dry_run``: what a run would train and how much memory it would need, without weights."""

@@ -1,6 +1,6 @@
-"""A run's encoding and its step on fake tensors, to count what they make.
+"""A run's encoding and its step on fake tensors, to measure their memory.
 
-Nothing here knows a model or a family: the trainer's own parts run, under the run's own precision.
+The trainer's own code runs in the run's precision, so this works for all models and families.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.data_module import crop_plan, encode_images
@@ -25,15 +26,15 @@ from gralora_diffusion.training.optimization.step import BatchBuilder, Denoising
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 from gralora_diffusion.training.runtime.memory import MemoryMeter, bytes_of, tensors_of
 
-#: Stands for every prompt: encoded, all have one shape. Pipelines look at what of a long one they
-#: cut off, which cannot be done without values.
+#: Represents every prompt, since all encodings have one shape. It is short, because pipelines read
+#: the values of the tokens that they cut off from a long one.
 _PROMPT = "a"
 
 
 class FakeData:
-    """The data of a run as far as a step sees it, of the right shapes and without content.
+    """The data of a run as a step sees them, with the right shapes but without content.
 
-    An ``Encodings`` of the rows that a step is made of.
+    It implements ``Encodings``.
     """
 
     def __init__(
@@ -49,12 +50,12 @@ class FakeData:
         self.teacher: Conditioning | None = None
         self.cached = 0  # bytes
         plan = crop_plan(config, family.size_divisor(pipe))
-        #: height and width of the largest picture
+        #: height and width of the largest image
         self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
         crops = [
             len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed)) for p in images
         ]
-        #: how many crops there are, and how many of a picture the latent cache encodes together
+        #: number of crops, and number of crops of an image that the latent cache encodes together
         self.crops, self.crops_at_once = sum(crops), min(4, max(crops))
         captions = {image.caption for image in images}
         captions |= {""} if config.caption_dropout else set()
@@ -62,13 +63,13 @@ class FakeData:
         self.captions = len(captions)
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As ``Batches`` does it."""
+        """Encode as ``Batches`` does."""
         return encode_images(self.family, self.vae, pixel_values)
 
     def encode(self, pipe: Any) -> dict[str, int]:
         """Encode as a run does before its first step.
 
-        Returns what it makes at most, in bytes, of encoding "pictures" and "prompts", if it does.
+        Returns the peak bytes of encoding "pictures" and of encoding "prompts", if they happen.
         """
         config, made = self.config, {}
         if config.cache_latents:
@@ -95,7 +96,7 @@ class FakeData:
         return made
 
     def batch(self) -> dict[str, Any]:
-        """As ``samples.collate`` makes it."""
+        """Return a batch like one of ``dataset.collate``."""
         count = self.config.train_batch_size
         batch: dict[str, Any] = {
             "positions": list(range(count)),
@@ -114,21 +115,32 @@ class FakeData:
         return torch.empty(count, 3, *self.image_size)
 
 
-def fake_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
-    """The objective of the run, to be made before fake tensors are: it looks into its tables.
+class FakeObjective(Objective):
+    """The objective of the run, whose noise and timesteps have only shapes.
 
-    For the same reason it draws real numbers, of which the shapes are passed on.
+    Create it outside fake mode, because its tables need values. It samples real numbers for the
+    same reason.
     """
-    objective = make_objective(config, family, pipe)
-    draw = objective.draw
 
-    def shapes_of_draws(seed: int, positions: Sequence[int], shape: torch.Size) -> Any:
+    def __init__(self, options: LossOptions, family: ModelFamily, pipe: Any) -> None:
+        self.real = make_objective(options, family, pipe)
+
+    def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         with unset_fake_temporarily():
-            drawn = draw(seed, positions, shape)
-        return tuple(torch.empty(part.shape, dtype=part.dtype) for part in drawn)
+            noise, timesteps = self.real.draw(seed, positions, shape)
+        return (
+            torch.empty(noise.shape, dtype=noise.dtype),
+            torch.empty(timesteps.shape, dtype=timesteps.dtype),
+        )
 
-    objective.draw = shapes_of_draws  # type: ignore[method-assign]
-    return objective
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.real.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.real.target(latents, noise, timesteps)
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        return self.real.weights(timesteps)
 
 
 def measure_step(
@@ -139,27 +151,27 @@ def measure_step(
     data: FakeData,
     objective: Objective,
 ) -> tuple[int, int]:
-    """Bytes of activations at the peak of a step, and of gradients that are there by then."""
+    """Return the bytes of activations and of gradients at the peak of a step."""
     accelerator = data.accelerator
     step = DenoisingStep(pipe, family, objective, trained, config.encoding)
     step.train()
     dtype = DTYPES[accelerator.mixed_precision]
-    imagined = replace(config, class_prompt=_PROMPT)
-    rows_of = BatchBuilder(step, data, imagined, accelerator.device, dtype)
+    fake_config = replace(config, class_prompt=_PROMPT)
+    builder = BatchBuilder(step, data, fake_config, accelerator.device, dtype)
     with_classes = config.with_prior_preservation and config.prior_source == "images"
     meter = _meter(pipe, accelerator.device)
     for parameter in step.parameters():
         if parameter.requires_grad:
             parameter.register_post_accumulate_grad_hook(meter.note)
-    # from the second pass on, the gradients of the first are there
+    # from the second pass on, there are gradients of the first
     for _ in range(min(2, config.gradient_accumulation_steps)):
         with meter:
-            rows = rows_of.rows(data.batch(), data.batch() if with_classes else None)
+            batches = builder.build(data.batch(), data.batch() if with_classes else None)
             with accelerator.autocast():
-                losses = step(rows)
-            loss = mean_loss(losses, rows)
+                losses = step(batches)
+            loss = mean_loss(losses, batches)
             loss.backward()
-            del rows, losses, loss
+            del batches, losses, loss
     return meter.peak - meter.noted_at_peak, meter.noted_at_peak
 
 

@@ -8,7 +8,7 @@ from gralora_diffusion.io.safe_text import first_few
 
 from .plan import AdapterPlan, Plan
 
-#: Layers that differ from most are named up to so many.
+#: Up to this many layers that differ from most are named.
 MAX_NAMES = 5
 
 
@@ -20,21 +20,21 @@ def format_plan(plan: Plan) -> str:
     facts = [
         ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
         ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
-        ("pictures", f"{plan.images}, trained at up to {width} x {height} pixels"),
+        ("images", f"{plan.images}, trained at up to {width} x {height} pixels"),
         ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
     ]
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)
-        text = f"{plan.class_images} there" + (f", {missing} to be drawn" if missing else "")
-        facts.insert(3, ("class pictures", text))
+        text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")
+        facts.insert(3, ("class images", text))
     layers = [line for adapter in plan.adapters for line in _adapter_lines(adapter)]
     return "\n".join(
         [
-            "Plan of the run; no weights were loaded, nothing was written.",
+            "Plan of the run. No weights were loaded and nothing was written.",
             "",
             *_columns(facts, "ll"),
             "",
-            "Layers to be adapted",
+            "Layers to adapt",
             *layers,
             f"  trained parameters: {plan.trained_parameters:,}; "
             f"adapter file: {plan.file / 1e6:,.{3 if plan.file < 1e6 else 1}f} MB",
@@ -48,7 +48,7 @@ def _passes(plan: Plan) -> str:
     config = plan.config
     text = f"{plan.rows} rows per pass"
     if config.with_prior_preservation:
-        text += " with the prior's"
+        text += " including the prior's"
     if config.gradient_accumulation_steps > 1:
         text += f", {config.gradient_accumulation_steps} passes per step"
     if plan.processes > 1:
@@ -74,17 +74,17 @@ def _memory(plan: Plan) -> list[str]:
         return "" if count is None else f"{count / divisor:,.2f}"
 
     where = f"{plan.device} of each process" if plan.processes > 1 else plan.device
-    heads = {"pictures": "encoding pictures", "prompts": "encoding prompts", "steps": "steps"}
+    heads = {"pictures": "encoding images", "prompts": "encoding prompts", "steps": "steps"}
     table = [(f"Memory in {unit} ({where})", *(heads[phase] for phase in plan.phases))]
     for row in plan.memory:
         label = f"  {row.label}"
         if row.name == "gradients":
-            label += f" (in the end {shown(plan.gradients)})"
+            label += f" ({shown(plan.gradients)} at the end)"
         table.append((label, *(shown(row.bytes.get(phase)) for phase in plan.phases)))
     table.append(("  peak", *map(shown, peaks)))
     lines = _columns(table, "l" + "r" * len(peaks))
     if plan.device != "cpu":
-        lines.append(f"and on the cpu, pictures and prompts encoded: {shown(plan.cached)}")
+        lines.append(f"plus encoded images and prompts on the cpu: {shown(plan.cached)}")
     return lines
 
 

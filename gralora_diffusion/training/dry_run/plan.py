@@ -1,6 +1,6 @@
-"""``--dry_run``: what a run would train, and the memory it would take, without its weights.
+"""``--dry_run``: what a run would train and how much memory it would need, without weights.
 
-The base is there in its shapes alone, and its step is rehearsed on fake tensors.
+The base consists of shapes only, and its step runs on fake tensors.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from gralora_diffusion.training.optimization.optimizers import optimizer_state_b
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import bytes_of, materialize, tensors_of
 
-from .fake_step import FakeData, fake_objective, measure_step
+from .fake_step import FakeData, FakeObjective, measure_step
 
 _OPTIMIZERS = {
     "adamw": "AdamW",
@@ -53,7 +53,7 @@ class AdapterPlan:
     component: str
     parameters: int
     bytes: int
-    #: "rank 16, k 2" -> paths of the layers that have it; the most usual first
+    #: "rank 16, k 2" -> paths of the layers that have it; the most common first
     layers: dict[str, list[str]]
 
 
@@ -62,8 +62,8 @@ class MemoryRow:
     """Something that takes memory on the device.
 
     Attributes:
-        name: attribute of the pipeline, or what else it is; ``label`` is for people.
-        bytes: phase -> bytes at the phase's peak; it is absent in phases that lack.
+        name: attribute of the pipeline, or another name; ``label`` is the text for users.
+        bytes: phase -> bytes at the phase's peak; phases without it are left out.
     """
 
     name: str
@@ -73,15 +73,15 @@ class MemoryRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run would do, and the bytes it would take on its device.
+    """What a run would do, and the bytes it would need on its device.
 
     Attributes:
         config: with the family's defaults.
-        processes: how many; each takes what ``memory`` says.
+        processes: number of processes; each needs the memory in ``memory``.
         rows: of a forward pass.
-        phases: those there are of encoding "pictures", encoding "prompts", and "steps".
-        gradients: bytes at the end of a step; at the peak of memory they are fewer.
-        cached: bytes of encoded pictures and prompts; they lie in the machine's memory.
+        phases: those that exist of encoding "pictures", encoding "prompts", and "steps".
+        gradients: bytes at the end of a step; there are fewer at the peak of memory.
+        cached: bytes of encoded images and prompts, which stay in the machine's memory.
     """
 
     config: TrainingConfig
@@ -109,7 +109,7 @@ class Plan:
         return sum(adapter.bytes for adapter in self.adapters)
 
     def peak(self, phase: str) -> int:
-        """Bytes on the device at the peak of a phase."""
+        """Return the bytes on the device at the peak of a phase."""
         return sum(row.bytes.get(phase, 0) for row in self.memory)
 
 
@@ -120,10 +120,10 @@ def plan_run(
     class_images: Sequence[Example],
     accelerator: Accelerator,
 ) -> Plan:
-    """Plan the run that ``loop.train`` would make of the same arguments.
+    """Plan the run that ``loop.train`` would do with the same arguments.
 
     Raises:
-        ConfigError: as the run would before it loads weights.
+        ConfigError: as the run would raise it before loading weights.
     """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
@@ -143,7 +143,7 @@ def plan_run(
     optimizer = optimizer_state_bytes(
         config, named[0], [entry for group in named[1:] for entry in group], device
     )
-    objective = fake_objective(config, family, pipe)
+    objective = FakeObjective(config, family, pipe)
     data = FakeData(config, family, pipe, [*images, *class_images], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
@@ -154,12 +154,12 @@ def plan_run(
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ConfigError(
             [
-                f"--dry_run: a model of this base decides by values that only weights give "
-                f"({error}), so it cannot be planned. Leave out --dry_run"
+                f"--dry_run: a model of this base depends on values that need its weights "
+                f"({error}), so the run cannot be planned. Leave out --dry_run"
             ]
         ) from error
 
-    on_cpu = device.type == "cpu"  # where all goes that leaves another device
+    on_cpu = device.type == "cpu"  # models that leave another device go there
     there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
     adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
     whole, processes = adapter["steps"], accelerator.num_processes
@@ -173,14 +173,14 @@ def plan_run(
     ]
     if config.use_ema:
         rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
-    if processes > 1:  # DDP gathers gradients in buckets of its own
-        label = "gradients on their way between processes"
+    if processes > 1:  # DDP gathers gradients in its own buckets
+        label = "gradients exchanged between processes"
         rows.append(MemoryRow("exchange", label, {"steps": whole}))
     if on_cpu:
-        label = "encoded pictures and prompts"
+        label = "encoded images and prompts"
         rows.append(MemoryRow("cached", label, dict.fromkeys(made, data.cached)))
     rows.append(MemoryRow("activations", "activations", made))
-    rows.append(MemoryRow("gradients", "gradients by then", {"steps": gradients}))
+    rows.append(MemoryRow("gradients", "gradients at the peak", {"steps": gradients}))
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
     stream = TrainingSet(
         images,
@@ -189,7 +189,7 @@ def plan_run(
         repeats=config.repeats,
         batch_size=config.train_batch_size,
     )
-    epoch = math.ceil(len(stream) / samples)  # with what pads out aspect-ratio buckets
+    epoch = math.ceil(len(stream) / samples)  # including repeats that pad aspect-ratio buckets
     return Plan(
         config=config,
         family=family.name,
@@ -211,7 +211,7 @@ def plan_run(
 def _models_there(
     phase: str, config: TrainingConfig, family: ModelFamily, trained: Sequence[str]
 ) -> set[str]:
-    """The models that a run has on another device than the CPU in a phase."""
+    """Return the models that a run keeps on a device other than the CPU in a phase."""
     encoders = set(family.all_text_encoders)
     if phase != "steps":
         return {"vae"} if phase == "pictures" else encoders
@@ -220,7 +220,7 @@ def _models_there(
 
 
 def _base_row(name: str, model: nn.Module, surplus: int) -> tuple[str, int]:
-    """A label that tells parameters and their usual dtype, and the bytes less ``surplus``."""
+    """Return a label with parameters and their most common dtype, and bytes minus ``surplus``."""
     counts: Counter[torch.dtype] = Counter()
     for parameter in model.parameters():
         counts[parameter.dtype] += parameter.numel()
@@ -249,5 +249,5 @@ def _adapter_plan(
 
 
 def optimizer_label(optimizer: str) -> str:
-    """What the state of an optimizer is called."""
+    """Return the label for the state of an optimizer."""
     return f"optimizer state, {_OPTIMIZERS.get(optimizer, optimizer)}"

@@ -1,1 +1,1 @@
-"""What a run trains and towards what: adapter, objective, step, optimizer."""
+"""What a run optimizes and how: adapter, objective, step, optimizer."""

@@ -1,4 +1,4 @@
-"""The adapter of a run: put on the base, read out, put back, averaged."""
+"""The adapter of a run: attached to the base, extracted, restored, averaged."""
 
 from __future__ import annotations
 
@@ -33,7 +33,8 @@ from gralora_diffusion.adapters.placement.layer_config import (
 from gralora_diffusion.adapters.placement.targets import find_targets, is_named, lowered_k
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
-from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.layer_patterns import given_patterns, layer_patterns
+from gralora_diffusion.training.config.options import AdapterOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.seeds import seed_from
 
@@ -42,28 +43,31 @@ from .optimizers import evaluating
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
-#: What a card calls a lowered k.
+#: Name of a lowered k in a model card.
 LOWERED_K = "k lowered"
 
 
-def trained_components(config: TrainingConfig, family: ModelFamily) -> tuple[str, ...]:
-    """Attributes of the pipeline that get an adapter, the denoiser first."""
-    if not config.train_text_encoder:
+def trained_components(options: AdapterOptions, family: ModelFamily) -> tuple[str, ...]:
+    """Return the attributes of the pipeline that get an adapter, the denoiser first."""
+    if not options.train_text_encoder:
         return (family.denoiser,)
-    chosen = config.text_encoders or family.usual_text_encoders or family.text_encoders
+    chosen = options.text_encoders or family.usual_text_encoders or family.text_encoders
     return (family.denoiser, *(name for name in family.text_encoders if name in chosen))
 
 
 def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tuple[str, ...]:
-    """Inject new adapters in fp32, the same for the same seed. Returns the components' names.
+    """Inject new adapters in fp32, which depend on the seed alone. Returns the components' names.
 
     Raises:
-        ConfigError: rank, k, targets or patterns do not fit the base; names every layer at fault.
+        ConfigError: rank, k, targets or patterns do not fit the base. The error names every layer
+            that does not fit.
     """
     components = trained_components(config, family)
     models = {component: getattr(pipe, component) for component in components}
     if missing := [component for component, model in models.items() if model is None]:
-        raise ConfigError([f"--text_encoders names {', '.join(missing)}, which this base lacks"])
+        raise ConfigError(
+            [f"--text_encoders names {', '.join(missing)}, which this base does not have"]
+        )
     for component, adapter_config in adapter_configs(models, family, config).items():
         torch.manual_seed(seed_from(config.seed, "adapter", component))
         try:
@@ -72,38 +76,38 @@ def add_adapters(pipe: Any, family: ModelFamily, config: TrainingConfig) -> tupl
             raise _misfit(error) from error
         for layer in models[component].modules():
             if isinstance(layer, GraloraLayer):
-                # half precision would lose the small steps of an optimizer
+                # in half precision, small optimizer steps would be lost
                 layer.cast_adapter(ADAPTER_NAME, torch.float32)
                 layer.set_adapter(ADAPTER_NAME)
     return components
 
 
 def adapter_configs(
-    models: Mapping[str, nn.Module], family: ModelFamily, config: TrainingConfig
+    models: Mapping[str, nn.Module], family: ModelFamily, options: AdapterOptions
 ) -> dict[str, GraloraConfig]:
-    """Return the config of each component's adapter, with k lowered where a width asks for it.
+    """Return the config of each component's adapter, with k lowered where a width requires it.
 
-    Each has the patterns that its layers take; what was lowered is logged.
+    Each config has the patterns that apply to its layers. Lowered values of k are logged.
 
     Args:
-        models: the bare models by component; their weights are not looked at.
+        models: the bare models by component; their weights are not used.
 
     Raises:
-        ConfigError: a model has none of the preset's layers, or no layer takes a pattern or is left
-            out as the options say.
+        ConfigError: a model has none of the preset's layers, or a pattern or an exclusion applies
+            to no layer.
     """
     try:
         configs = {
-            component: _adapter_config(model, component, family, config)
+            component: _adapter_config(model, component, family, options)
             for component, model in models.items()
         }
     except ValueError as error:
         raise _misfit(error) from error
-    if config.excluded_modules is not None:
-        _exclude(config.excluded_modules, configs, models)
+    if options.excluded_modules is not None:
+        _exclude(options.excluded_modules, configs, models)
     targets = {component: find_targets(models[component], c) for component, c in configs.items()}
-    if all(targets.values()):  # else there is worse to say
-        _check_patterns_used(config, configs, targets)
+    if all(targets.values()):  # otherwise there is a bigger problem to report
+        _check_patterns_used(options, configs, targets)
     for component, adapter_config in configs.items():
         lowered = lowered_k(models[component], adapter_config)
         _log_lowered(component, lowered, len(targets[component]))
@@ -116,20 +120,20 @@ def adapter_configs(
 
 
 def _adapter_config(
-    model: nn.Module, component: str, family: ModelFamily, config: TrainingConfig
+    model: nn.Module, component: str, family: ModelFamily, options: AdapterOptions
 ) -> GraloraConfig:
     is_denoiser = component == family.denoiser
-    targets = config.target_modules if is_denoiser else None
+    targets = options.target_modules if is_denoiser else None
     if targets is None:
-        preset = config.target_preset if is_denoiser else config.text_encoder_target_preset
+        preset = options.target_preset if is_denoiser else options.text_encoder_target_preset
         targets = family.resolve_preset(component, preset, model)
-    patterns: dict[str, Any] = config.patterns
+    patterns: dict[str, Any] = layer_patterns(options)
     return GraloraConfig(
-        r=config.rank,
-        gralora_k=config.gralora_k,
-        hybrid_r=config.hybrid_rank,
-        alpha=config.alpha,
-        gralora_dropout=config.lora_dropout,
+        r=options.rank,
+        gralora_k=options.gralora_k,
+        hybrid_r=options.hybrid_rank,
+        alpha=options.alpha,
+        gralora_dropout=options.lora_dropout,
         target_modules=targets,
         **patterns,
     )
@@ -140,7 +144,7 @@ def _exclude(
     configs: Mapping[str, GraloraConfig],
     models: Mapping[str, nn.Module],
 ) -> None:
-    """Give each config what of ``wanted`` is for its targets, and refuse what is for none."""
+    """Give each config the exclusions that match its targets; reject those that match none."""
     is_regex = isinstance(wanted, str)
     entries = [wanted] if isinstance(wanted, str) else wanted
     used: set[str] = set()
@@ -156,23 +160,23 @@ def _exclude(
         some = paths[0] if paths else "none"
         raise ConfigError(
             [
-                f"--exclude_modules {entry} is none of the {len(paths)} layers to adapt, such as "
-                f"{some}. Leave it out"
+                f"--exclude_modules {entry} matches none of the {len(paths)} layers to adapt, such "
+                f"as {some}. Leave it out"
                 for entry in idle
             ]
         )
 
 
 def _check_patterns_used(
-    config: TrainingConfig,
+    options: AdapterOptions,
     configs: Mapping[str, GraloraConfig],
     targets: Mapping[str, Mapping[str, nn.Module]],
 ) -> None:
-    """Refuse the user's patterns from which no layer of any component takes its value."""
+    """Reject the user's patterns that apply to no layer of any component."""
     unused = [unused_patterns(configs[name], targets[name]) for name in configs]
     idle = {
         name: [key for key in given if all(key in part[name] for part in unused)]
-        for name, given in given_patterns(config).items()
+        for name, given in given_patterns(options).items()
     }
     paths = [path for part in targets.values() for path in part]
     if problems := describe_unused(idle, paths):
@@ -184,7 +188,7 @@ def _log_lowered(component: str, lowered: Mapping[str, int], count: int) -> None
         paths = [path for path, lower in lowered.items() if lower == k]
         some = ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")
         logger.info(
-            "%s: k is lowered to %d on %d of %d layers, as their widths ask for it: %s",
+            "%s: k is lowered to %d on %d of %d layers, as their widths require: %s",
             *(component, k, len(paths), count, some),
         )
 
@@ -194,33 +198,33 @@ def _misfit(error: ValueError) -> ConfigError:
     return ConfigError([f"{flags} do not fit the base: {error}"])
 
 
-def lowered_ks(models: Iterable[nn.Module], config: TrainingConfig) -> dict[int, int]:
-    """Return k -> in how many GraLoRA layers of these models it is this, below what was asked."""
-    wanted, lowered = given_patterns(config)["k_pattern"], Counter[int]()
+def lowered_ks(models: Iterable[nn.Module], options: AdapterOptions) -> dict[int, int]:
+    """Return k -> number of GraLoRA layers of these models whose k was lowered to it."""
+    wanted, lowered = given_patterns(options)["k_pattern"], Counter[int]()
     for model in models:
         for path, layer in model.named_modules():
             if isinstance(layer, GraloraLayer):
                 k = layer.gralora_k[ADAPTER_NAME]
-                if k < wanted.get(pattern_key(wanted, path), config.gralora_k):
+                if k < wanted.get(pattern_key(wanted, path), options.gralora_k):
                     lowered[k] += 1
     return dict(sorted(lowered.items()))
 
 
-def adapter_facts(models: Sequence[nn.Module], config: TrainingConfig) -> dict[str, Any]:
-    """Return what a model card says of the adapter on these models: its layers, and lowered k."""
+def adapter_facts(models: Sequence[nn.Module], options: AdapterOptions) -> dict[str, Any]:
+    """Return facts on the adapter on these models for a model card: layers and lowered k."""
     count = sum(isinstance(m, GraloraLayer) for model in models for m in model.modules())
-    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, config).items())
+    where = ", ".join(f"{k} on {n}" for k, n in lowered_ks(models, options).items())
     lowered = f"to {where} of these layers, because their widths allow no larger one"
     return {"adapted layers": count, **({LOWERED_K: lowered} if where else {})}
 
 
 def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
-    """The trained parameters of one component, in the model's order."""
+    """Return the trained parameters of one component, in the model's order."""
     return [p for p in getattr(pipe, component).parameters() if p.requires_grad]
 
 
 def extract(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
-    """Copy the adapter's present weights out of the models."""
+    """Copy the adapter's current weights out of the models."""
     return Adapter(
         {
             component: ComponentAdapter(
@@ -238,10 +242,10 @@ def extract(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapte
 
 
 def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
-    """Load weights that :func:`read_out` and ``save_adapter`` wrote into the models.
+    """Load weights into the models that :func:`extract` and ``save_adapter`` wrote.
 
     Raises:
-        CheckpointError: the checkpoint's adapter has another shape than this run's.
+        CheckpointError: the checkpoint's adapter has another configuration than this run's.
     """
     adapter = read_adapter(path)
     for component in components:
@@ -250,7 +254,7 @@ def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
         part = adapter.components.get(component)
         theirs = config_to_dict(part.config) if part else {}
         differing = sorted(
-            # as JSON, for the order of patterns counts
+            # as JSON, because the order of patterns matters
             key
             for key in {**ours, **theirs}
             if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
@@ -260,7 +264,7 @@ def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
             if set(adapter.components) != set(components):
                 what = f"it adapts {', '.join(adapter.components)}, not {', '.join(components)}"
             raise CheckpointError(
-                f"{path} is of another run ({what}). Resume with that run's options."
+                f"{path} is of another run ({what}). Resume with the options of that run."
             )
         set_adapter_tensors(model, ADAPTER_NAME, part.tensors)
 
@@ -269,9 +273,9 @@ def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
 def inference_weights(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, ema: EMAModel | None
 ) -> Iterator[None]:
-    """Inside, the parameters hold what is to be used: the average of EMA or of schedule-free.
+    """Give the parameters the weights for inference inside: EMA's or schedule-free's average.
 
-    Afterwards they are what they were, bit for bit.
+    Afterwards they have their old values, bit for bit.
     """
     with evaluating(optimizer):
         if ema is None:

@@ -1,4 +1,4 @@
-"""The adapter that a run starts from in place of random values: ``--initial_adapter``."""
+"""The adapter with a run's initial values, in place of random ones: ``--initial_adapter``."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from .adapters import ADAPTER_NAME, adapter_configs, trained_components
 
 #: Component -> its tensors, by the keys that they have in a file and the model's own paths.
 InitialValues = dict[str, dict[str, Tensor]]
-#: Targets are repeated to the user if they are no longer than this; else a pattern is made.
+#: Errors list the endings of targets if they are at most this long, and give a pattern otherwise.
 _LONGEST_ENDINGS = 200
 
 
 def find_initial_values(
     config: TrainingConfig, family: ModelFamily, dtype: torch.dtype
 ) -> InitialValues:
-    """Read the adapter that the run is to start from, and compare it with the run's options.
+    """Read the adapter that the run starts from, and compare it with the run's options.
 
-    No weights of the base are loaded: its configuration tells the layers.
+    No weights of the base are loaded, since its layers follow from its configuration.
 
     Raises:
-        ConfigError: it cannot be read, or is not what the options describe; says what to pass.
+        ConfigError: it cannot be read, or does not match the options. The error says what to give.
     """
     if not config.initial_adapter:
         return {}
@@ -50,7 +50,7 @@ def find_initial_values(
         ours = adapter_configs(models, family, config)
         problems = [p for name in wanted for p in _differences(name, fits[name], ours, family)]
     if problems:
-        head = f"--initial_adapter {config.initial_adapter} is not what the options describe"
+        head = f"--initial_adapter {config.initial_adapter} does not match the options"
         raise ConfigError([f"{head}: {problem}" for problem in dict.fromkeys(problems)])
     return {name: fits[name].tensors for name in wanted}
 
@@ -68,12 +68,12 @@ def _components(
         return
     encoders = " ".join(name for name in found if name != family.denoiser)
     if family.denoiser not in found:
-        advice = f"A run always trains the {family.denoiser}; start without it"
+        advice = f"A run always trains the {family.denoiser}. Leave out --initial_adapter"
     elif encoders:
         advice = f"Give --train_text_encoder --text_encoders {encoders}"
     else:
         advice = "Leave out --train_text_encoder"
-    yield f"it adapts {', '.join(found)}, and the run {', '.join(wanted)}. {advice}"
+    yield f"it adapts {', '.join(found)}, but the run adapts {', '.join(wanted)}. {advice}"
 
 
 def _differences(
@@ -81,7 +81,7 @@ def _differences(
 ) -> Iterator[str]:
     ours, theirs = configs[component], fit.config
     if more := [key for key in fit.tensors if ".gralora_" not in key]:
-        yield f"it holds more than factors, such as {more[0]}, which a run does not train"
+        yield f"it contains {more[0]}, but a run trains only factors"
         return
     flags = {
         "--rank": (theirs.r, ours.r),
@@ -102,7 +102,7 @@ def _differences(
             for where, paths in only.items()
             if paths
         )
-        yield f"of the layers of {component}, {what}. {_advice(component, fit, family)}"
+        yield f"{component} has other layers: {what}. {_advice(component, fit, family)}"
         return
     for path in sorted(targets):
         if (a := layer_settings(theirs, path)) != (b := layer_settings(ours, path)):
@@ -112,21 +112,21 @@ def _differences(
                 if x != y
             )
             yield (
-                f"{path} of {component} has {values}. Give its --rank_pattern, --k_pattern and "
-                "--alpha_pattern"
+                f"{path} of {component} has {values}. Give the --rank_pattern, --k_pattern and "
+                "--alpha_pattern of that adapter"
             )
             return
 
 
 def _advice(component: str, fit: Fit, family: ModelFamily) -> str:
-    """Which option names the layers of an adapter."""
+    """Return the advice to give the option that names the layers of an adapter."""
     is_denoiser = component == family.denoiser
     flag = "--target_preset" if is_denoiser else "--text_encoder_target_preset"
     for preset in family.target_presets[component]:
         if _resolved(fit.model, family.resolve_preset(component, preset, fit.model)) == fit.layers:
             return f"Give {flag} {preset}"
     if not is_denoiser:
-        return f"No {flag} has those layers: start without them"
+        return f"No {flag} has those layers. Leave out --initial_adapter"
     named = fit.config.target_modules
     endings = "" if named is None or isinstance(named, str) else ",".join(sorted(named))
     if 0 < len(endings) <= _LONGEST_ENDINGS:

@@ -1,7 +1,7 @@
-"""What the denoiser is asked for: noisy latents, target and weight of each sample.
+"""Training objectives: noisy latents, target and weight of each sample.
 
-An objective draws a sample's noise and timestep from (seed, position in the stream) alone, so they
-depend neither on the batch size, nor on the number of processes, nor on what ran before.
+A sample's noise and timestep depend on (seed, position in the stream) alone, and not on the batch
+size, the number of processes or anything that ran before.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from torch import Tensor
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.data.seeds import generator
 
 
 class Objective(ABC):
-    """Noise and timesteps of a batch, and what to make of them. Latents are (batch, C, h, w)."""
+    """Noise and timesteps of a batch, noisy latents and target. Latents are (batch, C, h, w)."""
 
     @abstractmethod
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class Objective(ABC):
 
     @abstractmethod
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """Return what the denoiser should predict."""
+        """Return the tensor that the denoiser should predict."""
 
     @abstractmethod
     def weights(self, timesteps: Tensor) -> Tensor:
@@ -56,8 +56,8 @@ class DDPM(Objective):
     Args:
         scheduler_config: config of the pipeline's scheduler; its betas are used.
         prediction_type: "epsilon", "v_prediction" or "sample"; the scheduler's if None.
-        snr_gamma: min-SNR weighting (arXiv 2303.09556, section 3.4); None weighs all alike.
-        noise_offset: strength of noise that is constant over each channel of a picture.
+        snr_gamma: min-SNR weighting (arXiv 2303.09556, section 3.4); None gives equal weights.
+        noise_offset: strength of noise that is constant over each channel of an image.
     """
 
     def __init__(
@@ -104,7 +104,7 @@ class DDPM(Objective):
         if self.prediction_type == "v_prediction":
             return clipped / (snr + 1)
         if self.prediction_type == "epsilon":
-            # as gamma / snr, which is 1 rather than 0 / 0 at zero terminal SNR
+            # gamma / snr, clamped, is 1 at zero terminal SNR, where clipped / snr is 0 / 0
             return (self.snr_gamma / snr).clamp(max=1.0)
         return clipped
 
@@ -117,14 +117,14 @@ class FlowMatching(Objective):
 
     Args:
         scheduler_config: config of the pipeline's scheduler.
-        shift_mu: latent shape -> mu of the shift by resolution; asked only if the scheduler shifts
-            so (``use_dynamic_shifting``).
-        weighting_scheme: "sigma_sqrt" and "cosmap" weigh the loss, "logit_normal" and "mode" say
-            how often a noise level is drawn, "none" does neither.
+        shift_mu: latent shape -> mu of the shift by resolution; only called if the scheduler uses
+            one (``use_dynamic_shifting``).
+        weighting_scheme: "sigma_sqrt" and "cosmap" weight the loss, "logit_normal" and "mode" set
+            how often noise levels are sampled, "none" does neither.
         logit_mean: of logit_normal.
         logit_std: of logit_normal.
         mode_scale: of mode.
-        flow_shift: a fixed shift that takes the place of the scheduler's; 1 is none.
+        flow_shift: a fixed shift that replaces the scheduler's; 1 is no shift.
     """
 
     def __init__(
@@ -155,7 +155,7 @@ class FlowMatching(Objective):
             density = compute_density_for_timestep_sampling(
                 self.weighting_scheme, 1, generator=rng, **self.density
             )
-            # a density of 1, to which rounding may lead, would be one past the last level
+            # rounding may give a density of 1, which would be one past the last level
             drawn.append(sigmas[min(int(density * len(sigmas)), len(sigmas) - 1)])
         return torch.stack(noises), torch.stack(drawn) * self.scheduler.config.num_train_timesteps
 
@@ -183,11 +183,11 @@ class FlowMatching(Objective):
         return timesteps / self.scheduler.config.num_train_timesteps
 
 
-def make_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Objective:
-    """Return the objective that the family trains with, as the options have it.
+def make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Objective:
+    """Return the family's objective with the run's options.
 
     Raises:
-        ConfigError: the scheduler of the base is of another kind.
+        ConfigError: the scheduler of the base has another kind.
     """
     scheduler, name = pipe.scheduler.config, type(pipe.scheduler).__name__
     if family.objective == "flow_matching":
@@ -196,20 +196,20 @@ def make_objective(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Ob
         return FlowMatching(
             scheduler,
             lambda shape: family.shift_mu(pipe, shape),
-            config.weighting_scheme or "none",
-            config.logit_mean,
-            config.logit_std,
-            config.mode_scale,
-            config.flow_shift,
+            options.weighting_scheme or "none",
+            options.logit_mean,
+            options.logit_std,
+            options.mode_scale,
+            options.flow_shift,
         )
     if "beta_schedule" not in scheduler:
         raise ConfigError([_wrong_scheduler(name, family, "denoising diffusion")])
-    return DDPM(scheduler, config.prediction_type, config.snr_gamma, config.noise_offset)
+    return DDPM(scheduler, options.prediction_type, options.snr_gamma, options.noise_offset)
 
 
 def _wrong_scheduler(name: str, family: ModelFamily, wanted: str) -> str:
     return (
-        f"--pretrained_model_name_or_path: the base's scheduler, {name}, is not one of {wanted}, "
-        f"which {family.name} is trained by here. Bases of another kind (EDM, ...) cannot be "
-        "trained"
+        f"--pretrained_model_name_or_path: the base's scheduler, {name}, is not for {wanted}, "
+        f"which is the only way to train {family.name} here. Give a base with such a scheduler; "
+        "bases of another kind (EDM, ...) cannot be trained"
     )

@@ -1,7 +1,7 @@
 """Optimizers from their libraries, and the schedule of the learning rate.
 
-The training loop steps optimizer and schedule itself, once per optimizer step: steps here are
-optimizer steps, whatever the number of processes and the accumulation.
+The training loop steps optimizer and schedule itself, once per optimizer step. Steps here are
+therefore optimizer steps, whatever the number of processes and the accumulation.
 """
 
 from __future__ import annotations
@@ -20,41 +20,40 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers.optimization import Adafactor
 
-from gralora_diffusion.training.config.options import OPTIMIZERS
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.options import OPTIMIZERS, OptimizerOptions
 
 
 def build_optimizer(
-    config: TrainingConfig,
+    options: OptimizerOptions,
     denoiser_parameters: Iterable[Parameter],
     text_encoder_parameters: Iterable[Parameter] = (),
     *,
-    world_size: int = 1,
+    samples_per_step: int = 1,
 ) -> Optimizer:
-    """Make the optimizer of ``config``, ready for training steps.
+    """Return the optimizer that the options describe, ready for training steps.
 
     Its parameter groups are named ("name") denoiser and text_encoder; each has its own learning
     rate and weight decay. A group without trainable parameters is left out.
 
     Args:
-        config: with learning rates and weight decay resolved, see ``TrainingConfig.with_defaults``.
-        denoiser_parameters: those that need no gradient are passed over.
+        options: with learning rates and weight decay, see ``TrainingConfig.with_defaults``.
+        denoiser_parameters: those without a gradient are ignored.
         text_encoder_parameters: the same.
-        world_size: number of processes, for ``scale_lr``.
+        samples_per_step: factor of the rates for ``scale_lr``.
 
     Raises:
-        ValueError: nothing is to be trained, a learning rate is open, or the optimizer is unknown.
-        ImportError: the optimizer's library is not installed; says how to install it.
+        ValueError: there is nothing to train, a learning rate is not set, or the optimizer is
+            unknown.
+        ImportError: the optimizer's library is not installed. The error says how to install it.
     """
-    batch = config.train_batch_size * config.gradient_accumulation_steps * world_size
-    factor = batch if config.scale_lr else 1
+    factor = samples_per_step if options.scale_lr else 1
     groups = [
-        _group("denoiser", denoiser_parameters, config.learning_rate, config.adam_weight_decay),
+        _group("denoiser", denoiser_parameters, options.learning_rate, options.adam_weight_decay),
         _group(
             "text_encoder",
             text_encoder_parameters,
-            config.text_encoder_lr,
-            config.adam_weight_decay_text_encoder,
+            options.text_encoder_lr,
+            options.adam_weight_decay_text_encoder,
         ),
     ]
     groups = [group for group in groups if group["params"]]
@@ -63,79 +62,79 @@ def build_optimizer(
     for group in groups:
         if group["lr"] is None or group["weight_decay"] is None:
             raise ValueError(
-                f"learning rate and weight decay of the {group['name']} are still open. Take the "
-                "family's first: config.with_defaults(...)"
+                f"learning rate and weight decay of the {group['name']} are not set. Apply the "
+                "family's defaults first: config.with_defaults(...)"
             )
         group["lr"] *= factor
-    betas = (config.adam_beta1, config.adam_beta2)
+    betas = (options.adam_beta1, options.adam_beta2)
 
-    if config.optimizer == "adamw":
-        # one kernel for the whole step: a third of the time on the CPU too
+    if options.optimizer == "adamw":
+        # one kernel for the whole step takes a third of the time, on the CPU too
         fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
-        return torch.optim.AdamW(groups, betas=betas, eps=config.adam_epsilon, fused=fused or None)
-    if config.optimizer == "adamw8bit":
+        return torch.optim.AdamW(groups, betas=betas, eps=options.adam_epsilon, fused=fused or None)
+    if options.optimizer == "adamw8bit":
         bitsandbytes = _library("adamw8bit")
-        optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=config.adam_epsilon)
-    elif config.optimizer == "prodigy":
+        optimizer = bitsandbytes.optim.AdamW8bit(groups, betas=betas, eps=options.adam_epsilon)
+    elif options.optimizer == "prodigy":
         optimizer = _library("prodigy").Prodigy(
             groups,
             betas=betas,
-            beta3=config.prodigy_beta3,
-            eps=config.adam_epsilon,
-            decouple=config.prodigy_decouple,
-            use_bias_correction=config.prodigy_use_bias_correction,
-            safeguard_warmup=config.prodigy_safeguard_warmup,
+            beta3=options.prodigy_beta3,
+            eps=options.adam_epsilon,
+            decouple=options.prodigy_decouple,
+            use_bias_correction=options.prodigy_use_bias_correction,
+            safeguard_warmup=options.prodigy_safeguard_warmup,
         )
-    elif config.optimizer == "adafactor":
-        # the learning rate is ours and is not scaled by the weights' size, for the adapter's
-        # second factor starts at zero
+    elif options.optimizer == "adafactor":
+        # the learning rate is not scaled by the weights' size, because the adapter's second factor
+        # starts at zero
         optimizer = Adafactor(groups, relative_step=False, scale_parameter=False, warmup_init=False)
-    elif config.optimizer == "schedulefree":
+    elif options.optimizer == "schedulefree":
         optimizer = _library("schedulefree").AdamWScheduleFree(
-            groups, betas=betas, eps=config.adam_epsilon, warmup_steps=config.lr_warmup_steps
+            groups, betas=betas, eps=options.adam_epsilon, warmup_steps=options.lr_warmup_steps
         )
         optimizer.train()
     else:
         known = ", ".join(OPTIMIZERS)
-        raise ValueError(f"optimizer {config.optimizer!r} is unknown; there are: {known}")
+        raise ValueError(f"optimizer {options.optimizer!r} is unknown; it must be one of {known}")
     assert isinstance(optimizer, Optimizer)
     return optimizer
 
 
 def build_lr_scheduler(
-    config: TrainingConfig, optimizer: Optimizer, max_train_steps: int
+    options: OptimizerOptions, optimizer: Optimizer, max_train_steps: int
 ) -> LRScheduler | None:
-    """Make diffusers' schedule of ``config``; None for schedule-free, which needs none.
+    """Return diffusers' schedule of the rates, or None for schedule-free, which needs none.
 
     Step it once after each optimizer step. Do not give it to ``accelerator.prepare``, which would
     step it once per process.
 
     Args:
-        config: ``lr_warmup_steps`` are optimizer steps.
+        options: ``lr_warmup_steps`` are optimizer steps.
         optimizer: from :func:`build_optimizer`.
-        max_train_steps: optimizer steps of the whole run, also of a resumed one.
+        max_train_steps: optimizer steps of the whole run, even if it is resumed.
     """
-    if config.optimizer == "schedulefree":
+    if options.optimizer == "schedulefree":
         return None
     scheduler: LRScheduler = get_scheduler(
-        config.lr_scheduler,
+        options.lr_scheduler,
         optimizer,
-        step_rules=config.lr_step_rules,
-        num_warmup_steps=config.lr_warmup_steps,
+        step_rules=options.lr_step_rules,
+        num_warmup_steps=options.lr_warmup_steps,
         num_training_steps=max_train_steps,
-        num_cycles=config.lr_num_cycles,
-        power=config.lr_power,
+        num_cycles=options.lr_num_cycles,
+        power=options.lr_power,
     )
     return scheduler
 
 
 @contextmanager
 def evaluating(optimizer: Any) -> Iterator[None]:
-    """Have the weights to use within the block: for validation and for saving the adapter.
+    """Switch to the weights for validation and for saving the adapter inside.
 
-    Afterwards the training weights are back bit for bit, which schedule-free's own way back would
-    round, so that a validation never changes what is learned. Only schedule-free tells the two
-    apart. ``optimizer`` may be accelerate's wrapper.
+    Afterwards the training weights are restored bit for bit, so that a validation never changes the
+    training; schedule-free's own way back would round them. Only schedule-free distinguishes the
+    two. ``optimizer`` may be accelerate's wrapper.
     """
     if not optimizer.param_groups[0].get("train_mode"):
         yield
@@ -172,17 +171,17 @@ def _library(optimizer: str) -> Any:
 
 
 def optimizer_state_bytes(
-    config: TrainingConfig,
+    options: OptimizerOptions,
     denoiser: Sequence[tuple[str, Tensor]],
     text_encoders: Sequence[tuple[str, Tensor]],
     device: torch.device,
 ) -> int:
-    """Bytes of the optimizer's state after its first step, for these (name, parameter).
+    """Return the bytes of the optimizer's state after its first step for these (name, parameter).
 
-    The real optimizer makes a step on a stand-in for each shape that there is, two of each, to tell
-    what is kept for a parameter from what is shared by all.
+    The real optimizer makes a step on two stand-ins for each shape. Two of them show which tensors
+    are kept for each parameter and which are shared by all.
     """
-    # a factor that starts at zero is no matter of shape, but Prodigy keeps none of its origin
+    # factors that start at zero are told apart, since Prodigy stores no initial values for them
     groups = [
         Counter((tuple(p.shape), p.dtype, "gralora_B" in name) for name, p in group)
         for group in (denoiser, text_encoders)
@@ -190,10 +189,10 @@ def optimizer_state_bytes(
     stand_ins = [
         [(kind, _stand_in(*kind, device)) for kind in group for _ in range(2)] for group in groups
     ]
-    optimizer = build_optimizer(config, *([p for _, p in group] for group in stand_ins))
+    optimizer = build_optimizer(options, *([p for _, p in group] for group in stand_ins))
     optimizer.step()
     holders: Counter[int] = Counter()
-    kept: list[tuple[int, list[Tensor]]] = []  # how many parameters a stand-in is for, its state
+    kept: list[tuple[int, list[Tensor]]] = []  # number of parameters like a stand-in, its state
     for counts, group in zip(groups, stand_ins, strict=True):
         for kind, parameter in group:
             tensors = [t for t in optimizer.state[parameter].values() if isinstance(t, Tensor)]

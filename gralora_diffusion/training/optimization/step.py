@@ -1,4 +1,4 @@
-"""One training step's arithmetic: from samples to rows, from rows to losses."""
+"""The arithmetic of a training step: from samples to a batch, from a batch to losses."""
 
 from __future__ import annotations
 
@@ -24,27 +24,27 @@ from .objectives import Objective
 
 
 class TrainingDiverged(RuntimeError):
-    """The loss or its gradient became NaN or infinite. The last checkpoint is from before that.
+    """The loss or its gradient became NaN or infinite, after the last checkpoint was written.
 
-    Its arguments are what happened, and what to do.
+    The arguments are a description and advice.
     """
 
     def __str__(self) -> str:
         return " ".join(self.args)
 
 
-@dataclass
+@dataclass(kw_only=True)
 class DenoisingBatch:
-    """A batch as the denoiser sees it, of one shape. Prior rows follow the instance rows."""
+    """A batch of one shape as the denoiser sees it. Prior rows follow the instance rows."""
 
     noisy_latents: Tensor  # (rows, C, h, w)
     timesteps: Tensor  # (rows,)
     target: Tensor  # as noisy_latents
     prompts: list[str]
-    images: Conditioning  # what depends on the picture and not on the prompt
+    images: Conditioning  # the part that depends on the image but not on the prompt
     encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
-    instances: int  # how many of the rows, the first ones, are not the prior's
+    instances: int  # number of instance rows, which come first
 
     def __add__(self, other: DenoisingBatch) -> DenoisingBatch:
         """Append prior rows of the same shape."""
@@ -52,14 +52,14 @@ class DenoisingBatch:
         if self.encoded is not None and other.encoded is not None:
             encoded = _joined(self.encoded, other.encoded)
         return DenoisingBatch(
-            torch.cat([self.noisy_latents, other.noisy_latents]),
-            torch.cat([self.timesteps, other.timesteps]),
-            torch.cat([self.target, other.target]),
-            self.prompts + other.prompts,
-            _joined(self.images, other.images),
-            encoded,
-            torch.cat([self.weights, other.weights]),
-            self.instances,
+            noisy_latents=torch.cat([self.noisy_latents, other.noisy_latents]),
+            timesteps=torch.cat([self.timesteps, other.timesteps]),
+            target=torch.cat([self.target, other.target]),
+            prompts=self.prompts + other.prompts,
+            images=_joined(self.images, other.images),
+            encoded=encoded,
+            weights=torch.cat([self.weights, other.weights]),
+            instances=self.instances,
         )
 
 
@@ -68,9 +68,9 @@ def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return ``tensors`` on the device, without waiting for what it is computing.
+    """Return ``tensors`` on the device without waiting for its computations.
 
-    CUDA copies so only from pinned memory. Fake tensors have none.
+    CUDA only does this from pinned memory, which fake tensors do not have.
     """
 
     def copied(tensor: Tensor) -> Tensor:
@@ -82,20 +82,20 @@ def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, 
 
 
 def mean_loss(losses: Tensor, groups: Sequence[DenoisingBatch]) -> Tensor:
-    """Return the loss of a step: the weighted losses of all rows, per instance row.
+    """Return the loss of a step: the sum of the weighted losses of all rows, per instance row.
 
-    ``losses`` (rows of all groups,) are what :class:`DenoisingStep` gives.
+    ``losses``, (rows of all groups,), come from :class:`DenoisingStep`.
     """
     weights = torch.cat([rows.weights for rows in groups])
     return (losses * weights).sum() / sum(rows.instances for rows in groups)
 
 
 class DenoisingStep(nn.Module):
-    """Everything that is trained, as one module: ``forward(groups)`` gives the loss of each row.
+    """All trained models as one module: ``forward(groups)`` returns the loss of each row.
 
-    One module, so that gradients of denoiser and text encoders are synchronized, clipped and
-    autocast together. For the same reason rows of several shapes, a group for each, go through one
-    ``forward``, though each needs a pass of its own through the denoiser.
+    It is one module so that gradients of denoiser and text encoders are synchronized, clipped and
+    autocast together. For the same reason, rows of several shapes, in a group for each shape, go
+    through one ``forward``, although each group needs its own pass through the denoiser.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class DenoisingStep(nn.Module):
 
 
 class Encodings(Protocol):
-    """What rows are made of besides a batch.
+    """Encodings that a batch is made of, besides its samples.
 
     Attributes:
         prompts: encoded prompts, or None if text encoders are trained and encode at each step.
@@ -142,11 +142,11 @@ class Encodings(Protocol):
     teacher: Conditioning | None
 
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the scaled latents, by the VAE where it is."""
+        """Return mean and standard deviation of the scaled latents, on the VAE's device."""
 
 
 class BatchBuilder:
-    """Turns collated samples into :class:`Rows` on the device.
+    """Turns collated samples into :class:`DenoisingBatch` objects on the device.
 
     Args:
         step: the unwrapped :class:`DenoisingStep`.
@@ -166,12 +166,12 @@ class BatchBuilder:
         self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
 
-    def rows(
+    def build(
         self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
     ) -> list[DenoisingBatch]:
-        """Make the rows of a batch, with the prior's rows if there is a prior.
+        """Build the batch of these samples, including the prior's rows if there is a prior.
 
-        They are one group, or two if the class pictures have another shape.
+        If the class images have another shape, there are two batches.
         """
         rows = self._rows(instance, self.seed, 1.0)
         if self.data.teacher is not None:
@@ -188,7 +188,7 @@ class BatchBuilder:
         objective, positions = self.step.objective, batch["positions"]
         mean, std = self._posterior(batch)
         noise, timesteps = objective.draw(seed, positions, mean.shape[1:])
-        # of the VAE's posterior at each visit another sample, as encoding at each visit would give
+        # another sample of the VAE's posterior each time, as if the image were encoded each time
         draws = [
             torch.randn(mean.shape[1:], generator=generator(seed, "posterior", position))
             for position in positions
@@ -199,18 +199,18 @@ class BatchBuilder:
         noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
         return DenoisingBatch(
-            objective.add_noise(latents, noise, timesteps).to(self.dtype),
-            timesteps,
-            objective.target(latents, noise, timesteps),
-            list(batch["prompts"]),
-            self._images(batch),
-            self._encoded(batch["prompts"]),
-            torch.full((count,), weight, device=self.device),
-            count,
+            noisy_latents=objective.add_noise(latents, noise, timesteps).to(self.dtype),
+            timesteps=timesteps,
+            target=objective.target(latents, noise, timesteps),
+            prompts=list(batch["prompts"]),
+            images=self._images(batch),
+            encoded=self._encoded(batch["prompts"]),
+            weights=torch.full((count,), weight, device=self.device),
+            instances=count,
         )
 
     def _posterior(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents, where they are."""
+        """Return mean and standard deviation of the latents, on the device that has them."""
         if "pixel_values" not in batch:
             return batch["mean"], batch["std"]
         pixels = on_device({"pixel_values": batch["pixel_values"]}, self.device)
@@ -233,7 +233,7 @@ class BatchBuilder:
         return on_device(self.data.prompts.batch(prompts), self.device)
 
     def _teacher_rows(self, rows: DenoisingBatch, teacher: Conditioning) -> DenoisingBatch:
-        """The same noisy latents with the class prompt; the frozen base's prediction as target."""
+        """Return rows of the same noisy latents with the class prompt and the teacher's target."""
         count = rows.instances
         noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
         images = {key: value[:count] for key, value in rows.images.items()}
@@ -246,6 +246,13 @@ class BatchBuilder:
         with adapters_disabled(*models), self.data.accelerator.autocast():
             target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **images})
         prompts = [self.class_prompt] * count
-        weights = torch.full((count,), self.prior_weight, device=self.device)
-        encoded = self._encoded(prompts)
-        return DenoisingBatch(noisy, timesteps, target, prompts, images, encoded, weights, count)
+        return DenoisingBatch(
+            noisy_latents=noisy,
+            timesteps=timesteps,
+            target=target,
+            prompts=prompts,
+            images=images,
+            encoded=self._encoded(prompts),
+            weights=torch.full((count,), self.prior_weight, device=self.device),
+            instances=count,
+        )

@@ -1,1 +1,1 @@
-"""What a run leaves: metrics, validation images, model card, metadata, its folder."""
+"""The outputs of a run: metrics, validation images, model card, metadata, its folder."""

@@ -1,7 +1,7 @@
-"""What an adapter file says of itself and its training to interfaces: ``modelspec.*`` and ``ss_*``.
+"""Metadata of an adapter file about itself and its training: ``modelspec.*`` and ``ss_*``.
 
-The ``ss_*`` fields are those of kohya's sd-scripts (``train_network.py``), all strings, without
-those that are not set. Of folders and files only the names are told.
+The ``ss_*`` fields are those of kohya's sd-scripts (``train_network.py``). All are strings, and
+those that are not set are left out. Folders and files are given by name only.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
+from gralora_diffusion.training.config.options import AdapterOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
 from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches
@@ -35,7 +36,7 @@ def training_metadata(
     max_steps: int,
     step: int,
 ) -> dict[str, str]:
-    """Return what is known of a run at a step; the same whenever the run is made.
+    """Return the metadata of a run at a step, which do not depend on the time.
 
     Args:
         config: with the family's defaults.
@@ -49,7 +50,7 @@ def training_metadata(
     steps_per_epoch = -(-len(data) // data.samples_per_step)
     fields: dict[str, Any] = {
         **names.fields,
-        # not "/lora", of which readers expect a LoRA's tensors
+        # not "/lora", for which readers expect a LoRA's tensors
         "modelspec.architecture": f"{names.architecture}/gralora",
         "modelspec.implementation": "gralora-diffusion",
         "modelspec.title": title,
@@ -97,7 +98,7 @@ def training_metadata(
 
 
 def time_metadata(began: float) -> dict[str, str]:
-    """Return when a run began (seconds since 1970) and that it ends now."""
+    """Return the times when a run began (seconds since 1970) and ended, which is now."""
     ends = time.time()
     date = datetime.fromtimestamp(int(ends), UTC)
     return {
@@ -107,24 +108,24 @@ def time_metadata(began: float) -> dict[str, str]:
     }
 
 
-def _network_fields(config: TrainingConfig) -> dict[str, Any]:
+def _network_fields(options: AdapterOptions) -> dict[str, Any]:
     arguments = {
         "algo": "gralora",
-        "gralora_k": config.gralora_k,
-        "hybrid_rank": config.hybrid_rank,
-        "target_preset": config.target_preset if config.lora_layers is None else None,
-        "lora_layers": config.lora_layers,
-        "exclude_modules": config.exclude_modules,
-        **{key: given or None for key, given in given_patterns(config).items()},
+        "gralora_k": options.gralora_k,
+        "hybrid_rank": options.hybrid_rank,
+        "target_preset": options.target_preset if options.lora_layers is None else None,
+        "lora_layers": options.lora_layers,
+        "exclude_modules": options.exclude_modules,
+        **{key: given or None for key, given in given_patterns(options).items()},
     }
     texts = {k: v if isinstance(v, dict) else str(v) for k, v in arguments.items() if v is not None}
-    one_rank = not config.rank_pattern
+    one_rank = not options.rank_pattern
     return {
         "ss_network_module": "gralora_diffusion",
-        "ss_network_dim": config.rank if one_rank else "Dynamic",
-        "ss_network_alpha": config.alpha if one_rank and not config.alpha_pattern else "Dynamic",
+        "ss_network_dim": options.rank if one_rank else "Dynamic",
+        "ss_network_alpha": options.alpha if one_rank and not options.alpha_pattern else "Dynamic",
         "ss_network_args": json.dumps(texts, ensure_ascii=False),
-        "ss_network_dropout": config.lora_dropout or None,
+        "ss_network_dropout": options.lora_dropout or None,
     }
 
 
@@ -155,7 +156,7 @@ def _data_fields(
         "ss_flip_aug": config.random_flip,
         "ss_cache_latents": config.cache_latents,
         "ss_caption_dropout_rate": config.caption_dropout,
-        # which layer is read, counted from the last as 1
+        # the layer that is read, where the last is 1
         "ss_clip_skip": config.clip_skip and config.clip_skip + (family.skipped_layers or 0) + 1,
         "ss_dataset_dirs": _text(directories),
         "ss_tag_frequency": _text(tags),
@@ -174,7 +175,7 @@ def _data_fields(
 
 
 def tag_frequency(captions: Iterable[str]) -> dict[str, int]:
-    """Count what stands between commas, in small letters, as sd-scripts does."""
+    """Count comma-separated tags in lower case, as sd-scripts does."""
     tags = (tag.strip().lower() for caption in captions for tag in caption.split(","))
     return dict(Counter(tag for tag in tags if tag))
 

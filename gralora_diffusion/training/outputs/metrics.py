@@ -17,16 +17,19 @@ from gralora_diffusion.io.tensor_files import replacing
 
 METRICS_NAME = "metrics.jsonl"
 CURVE_NAME = "training_curve.png"
-#: More than the rows of any run.
+#: Maximum size of the file in bytes, which is more than any run needs.
 _MOST_BYTES = 1 << 28
 
 
 class MetricsFile:
-    """One JSON object per optimizer step, appended as training goes.
+    """A file with a JSON object for each optimizer step, appended during training.
+
+    Numbers that depend on the machine and the time are in "performance"; the others are the same
+    for the same options. Rows of earlier versions have neither "grad_norm" nor "performance".
 
     Args:
         folder: output folder.
-        first_step: steps already done; later lines are of a run that was killed and go.
+        first_step: steps already done; later lines are from a run that was killed, and deleted.
 
     Raises:
         OSError: the file cannot be read or written.
@@ -37,16 +40,16 @@ class MetricsFile:
         kept = [text for text, row in self._lines() if row["step"] <= first_step]
         kept = kept if first_step else []
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self.path) as temporary:  # a kill now must not lose what is kept
+        with replacing(self.path) as temporary:  # if the process is killed now, no line is lost
             temporary.write_bytes(b"".join(text + b"\n" for text in kept))
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Append a row; it has a "step"."""
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the rows; a half-written last line is passed over, and so is a damaged one.
+        """Return the rows; damaged lines and an incomplete last line are ignored.
 
         Raises:
             OSError: the file cannot be read.
@@ -54,7 +57,7 @@ class MetricsFile:
         return [row for _, row in self._lines()]
 
     def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """The lines that hold a row, and the rows."""
+        """Yield the lines that contain a row, and the rows."""
         if not self.path.exists():
             return
         for line in read_regular(self.path, _MOST_BYTES).split(b"\n"):
@@ -67,7 +70,7 @@ class MetricsFile:
 
 
 def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw the loss over the steps: each step faintly, a running mean on top."""
+    """Plot the loss over the steps: each step faintly, with a running mean on top."""
     matplotlib.use("Agg", force=False)
     from matplotlib.figure import Figure
 

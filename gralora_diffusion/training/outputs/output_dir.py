@@ -1,20 +1,27 @@
-"""What stands in the output folder at the start and at the end of a run, and its upload."""
+"""The output folder at the start and at the end of a run, and its upload."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from huggingface_hub import create_repo, upload_folder
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
+from gralora_diffusion.training.runtime.agreement import from_first
+from gralora_diffusion.training.runtime.folder_lock import (
+    BENCHMARK_NAME,
+    CONFIG_NAME,
+    owned_by_run,
+)
 
 from .metrics import CURVE_NAME, METRICS_NAME, plot_curve
 from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
@@ -23,44 +30,53 @@ from .validation import FOLDER_NAME as VALIDATION_NAME
 
 logger = logging.getLogger(__name__)
 
-#: What is uploaded, besides validation images.
+#: Files that are uploaded, besides validation images.
 _SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
 
 
-def own_folder(config: TrainingConfig, held: ExitStack) -> None:
-    """Have the output folder be this run's alone, until ``held`` is closed.
+@contextmanager
+def own_output_dir(options: OutputOptions, accelerator: Accelerator) -> Iterator[None]:
+    """Make this run the only owner of the output folder inside; every process must enter it.
 
     Raises:
-        ConfigError: it is another run's that goes on, or a benchmark's.
+        ConfigError: another run is using it, or it belongs to a benchmark.
     """
-    folder, told = Path(config.output_dir), f"--output_dir {config.output_dir!r}"
-    held.enter_context(owned(folder, told))
-    if (folder / BENCHMARK_NAME).exists():
-        raise ConfigError([f"{told} is of a benchmark ({BENCHMARK_NAME}). Give another folder"])
+    folder, told = Path(options.output_dir), f"--output_dir {options.output_dir!r}"
+
+    def check() -> None:
+        if (folder / BENCHMARK_NAME).exists():
+            raise ConfigError(
+                [f"{told} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
+            )
+
+    with owned_by_run(accelerator, folder, told):
+        from_first(accelerator, check)
+        yield
 
 
-def make_repository(config: TrainingConfig) -> None:
-    """Make the Hub repository, if there is to be an upload, while an error costs nothing.
+def make_repository(options: OutputOptions) -> None:
+    """Create the Hub repository for an upload early, while an error costs nothing.
 
     Raises:
-        ConfigError: it cannot be made.
+        ConfigError: it cannot be created.
     """
-    if not config.push_to_hub:
+    if not options.push_to_hub:
         return
-    repository = _repository(config)
+    repository = _repository(options)
     try:
-        create_repo(repository, exist_ok=True, token=config.hub_token)
+        create_repo(repository, exist_ok=True, token=options.hub_token)
     except (OSError, ValueError) as error:
         raise ConfigError(
             [
-                f"--push_to_hub: the repository {repository} cannot be made ({error}). Log in by "
-                "`hf auth login`, give --hub_token and --hub_model_id, or leave out --push_to_hub"
+                f"--push_to_hub: the repository {repository} cannot be created ({error}). Log in "
+                "with `hf auth login`, give --hub_token and --hub_model_id, or leave out "
+                "--push_to_hub"
             ]
         ) from error
 
 
 def start(folder: Path, config: TrainingConfig) -> None:
-    """Write down the options, to be read again with ``--config`` for the same run."""
+    """Save the options, so that ``--config`` can repeat the run."""
     folder.mkdir(parents=True, exist_ok=True)
     anew = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
     (folder / CONFIG_NAME).write_text(anew.to_yaml(), encoding="utf-8")
@@ -74,7 +90,7 @@ def finish(
     facts: Mapping[str, Any],
     grid: Path | None,
 ) -> None:
-    """Draw the curve, write the model card, upload if asked. The adapter is already there."""
+    """Plot the curve, write the model card, upload if requested. The adapter is already there."""
     if rows:
         plot_curve(rows, folder / CURVE_NAME)
     write_card(folder, config, family, facts, grid, config.validation_prompt or ())
@@ -90,10 +106,10 @@ def finish(
 
 
 def to_be_shown(folder: Path) -> list[str]:
-    """Return the files of an output folder that a run makes to be shown, and no others.
+    """Return the files in an output folder that are meant for publication, and no others.
 
-    The options are not among them, for the card holds them without this machine's paths; nor is
-    what only looks like one of these files: a link, which leads out of the folder.
+    The options are left out, because the card contains them without this machine's paths. A link is
+    left out even if it has the name of such a file, because it leads out of the folder.
     """
     files = [folder / name for name in _SHOWN]
     files += (folder / VALIDATION_NAME).glob("step-*/*")
@@ -105,5 +121,5 @@ def _is_own(path: Path, folder: Path) -> bool:
     return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
-def _repository(config: TrainingConfig) -> str:
-    return config.hub_model_id or Path(config.output_dir).resolve().name
+def _repository(options: OutputOptions) -> str:
+    return options.hub_model_id or Path(options.output_dir).resolve().name

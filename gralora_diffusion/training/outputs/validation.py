@@ -1,4 +1,4 @@
-"""The pictures of a validation: drawn, written as files, given to the trackers."""
+"""The images of a validation: generated, written as files, given to the trackers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from gralora_diffusion.training.runtime.acceleration import without_fp16_autocas
 
 FOLDER_NAME = "validation"
 _GRID_NAME, _PROMPTS_NAME = "grid.png", "prompts.txt"
-#: What a validation writes, as paths in the output folder.
+#: Files that a validation writes, as paths in the output folder.
 FILES = re.compile(
     rf"{FOLDER_NAME}/step-\d+/(\d+-\d+\.png|{re.escape(_GRID_NAME)}|{re.escape(_PROMPTS_NAME)})"
 )
@@ -34,7 +34,7 @@ FILES = re.compile(
 def generate_validation(
     pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
 ) -> Path:
-    """Draw the validation prompts with the weights as they are; return the grid's path.
+    """Generate images for the validation prompts with the current weights; return the grid's path.
 
     Nothing that training depends on is changed.
     """
@@ -64,9 +64,9 @@ def generate_validation(
 def encoding_apart(
     pipe: Any, encoders: Sequence[nn.Module], device: torch.device
 ) -> Iterator[None]:
-    """Inside, text encoders and VAE that rest on the CPU are on the device only while they compute.
+    """Move text encoders and VAE from the CPU to the device only while they compute, inside.
 
-    Each prompt is encoded once. Neither is under autocast to fp16.
+    Each prompt is encoded once. fp16 autocast is off for both.
     """
     encode, decode, encoded = pipe.encode_prompt, pipe.vae.decode, {}
 
@@ -83,7 +83,7 @@ def encoding_apart(
 
     def decode_latents(latents: Tensor, *args: Any, **kwargs: Any) -> Any:
         with offload_models(pipe.vae, device=device), without_fp16_autocast(device):
-            # some pipelines bring them to where the VAE rests
+            # some pipelines have moved the latents to the CPU, where the VAE was
             return decode(latents.to(device, pipe.vae.dtype), *args, **kwargs)
 
     pipe.encode_prompt, pipe.vae.decode = encode_prompt, decode_latents
@@ -100,9 +100,9 @@ def save_and_track(
     step: int,
     accelerator: Accelerator,
 ) -> Path:
-    """Write the pictures and their grid under ``folder/step-<step>`` and give them to the trackers.
+    """Write the images and their grid to ``folder/step-<step>`` and give them to the trackers.
 
-    Returns the path of the grid: a row per prompt.
+    Returns the path of the grid, which has a row per prompt.
     """
     target = folder / f"step-{step:06d}"
     target.mkdir(parents=True, exist_ok=True)

@@ -1,1 +1,1 @@
-"""The processes of a run: accelerate, what they agree on, whose a folder is, bytes."""
+"""The processes of a run: accelerate, agreement between them, locks on folders, memory."""

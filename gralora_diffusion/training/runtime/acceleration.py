@@ -22,6 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.config.options import LengthOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 logger = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ logger = logging.getLogger(__name__)
 DTYPES = {name: torch_dtype(name) for name in ("no", "fp16", "bf16")}
 
 
-#: What `accelerate launch` tells of ways to train that shard the model -> their names.
+#: Environment variables by which `accelerate launch` turns on sharding of the model -> its name.
 _SHARDED = {
     "ACCELERATE_USE_DEEPSPEED": "DeepSpeed",
     "ACCELERATE_USE_FSDP": "FSDP",
@@ -42,10 +43,10 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     """Return the accelerator of a run.
 
     Raises:
-        ConfigError: accelerate is set to what the trainer does not know: a precision, or processes
-            of which each would hold a part of the model.
+        ConfigError: accelerate's settings are not supported: a precision, or processes that each
+            hold a part of the model.
     """
-    # before accelerate is asked, which would first want their libraries to be installed
+    # checked first because accelerate would ask for their libraries
     if sharded := [name for key, name in _SHARDED.items() if parse_flag_from_env(key)]:
         raise ConfigError([_not_shared(" and ".join(sharded))])
     if config.allow_tf32:
@@ -53,12 +54,12 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     folder = Path(config.output_dir)
     try:
         accelerator = Accelerator(
-            # as a plugin, for the plain argument gives way to an environment variable
+            # as a plugin, because an environment variable overrides the plain argument
             gradient_accumulation_plugin=GradientAccumulationPlugin(
                 num_steps=config.gradient_accumulation_steps, sync_with_dataloader=False
             ),
             mixed_precision=config.mixed_precision,
-            # of some text encoders the pipelines do not read the last layer
+            # the pipelines do not use the last layer of some text encoders
             kwargs_handlers=[
                 DistributedDataParallelKwargs(find_unused_parameters=config.train_text_encoder)
             ],
@@ -70,21 +71,22 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     except (ImportError, ValueError) as error:
         raise ConfigError(
             [
-                f"accelerate cannot be used as it is set: {error}. Change its settings by "
-                "`accelerate config`, or the environment variables that begin with ACCELERATE_"
+                f"accelerate cannot be used with its settings: {error}. Change them with "
+                "`accelerate config`, or change the environment variables that begin with "
+                "ACCELERATE_"
             ]
         ) from error
     if accelerator.mixed_precision not in DTYPES:
         raise ConfigError(
             [
-                f"accelerate is set to mixed precision {accelerator.mixed_precision}; give "
-                f"--mixed_precision {' or '.join(DTYPES)}"
+                f"accelerate is set to mixed precision {accelerator.mixed_precision}, which is not "
+                f"supported. Give --mixed_precision {' or '.join(DTYPES)}"
             ]
         )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        # there accelerate leaves autocast off, without a word
+        # on the CPU, accelerate silently leaves autocast off
         raise ConfigError(
-            ["mixed precision is fp16, which needs a GPU. On the CPU give --mixed_precision bf16"]
+            ["mixed precision is fp16, which needs a GPU. Give --mixed_precision bf16 on the CPU"]
         )
     kind = accelerator.distributed_type.value
     if kind != "NO" and not kind.startswith("MULTI_"):
@@ -94,22 +96,23 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
 
 def _not_shared(kind: str) -> str:
     return (
-        f"accelerate is set to {kind}, which shards the model; here each process holds the whole "
-        "of it, of which only the adapter is trained. Set up one process per GPU without it by "
-        "`accelerate config`, or give `accelerate launch --multi_gpu`. To save memory there are "
-        "--quantization and --gradient_checkpointing"
+        f"accelerate is set to {kind}, which shards the model. Here each process holds the whole "
+        "model, and only the adapter is trained. Set up one process per GPU without sharding "
+        "using `accelerate config` or `accelerate launch --multi_gpu`. --quantization and "
+        "--gradient_checkpointing save memory"
     )
 
 
 class PeakMemory:
-    """The most bytes that tensors held on a CUDA device at once, of the times it was entered.
+    """The most memory that tensors held on a CUDA device while this was entered.
 
-    The CPU has no such counter: there it is None.
+    Attributes:
+        gib: in GiB; None before that, and on the CPU, which has no such counter.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.bytes: int | None = None
+        self.gib: float | None = None
 
     def __enter__(self) -> None:
         if self.device.type == "cuda":
@@ -117,7 +120,8 @@ class PeakMemory:
 
     def __exit__(self, *error: object) -> None:
         if self.device.type == "cuda":
-            self.bytes = max(self.bytes or 0, torch.cuda.max_memory_allocated(self.device))
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            self.gib = max(self.gib or 0.0, peak)
 
 
 def device_name(device: torch.device) -> str:
@@ -125,25 +129,25 @@ def device_name(device: torch.device) -> str:
 
 
 def enable_memory_savings(
-    config: TrainingConfig, denoiser: Any, trained: Iterable[Any], device: torch.device
+    options: LengthOptions, denoiser: Any, trained: Iterable[Any], device: torch.device
 ) -> None:
-    """Set up what ``config`` asks for to spare memory and time; ``trained`` are all models."""
-    if config.gradient_checkpointing:
+    """Turn on the savings of memory and time in ``options``; ``trained`` are all trained models."""
+    if options.gradient_checkpointing:
         for model in trained:
             checkpoint_gradients(model)
-    if config.enable_xformers_memory_efficient_attention:
+    if options.enable_xformers_memory_efficient_attention:
         denoiser.enable_xformers_memory_efficient_attention()
-    if config.torch_compile:
+    if options.torch_compile:
         if problem := compiler_problem(device):
-            logger.warning("--torch_compile: goes on without compiling. %s", problem)
+            logger.warning("--torch_compile is ignored, since compiling fails here: %s", problem)
         else:
             compile_repeated_blocks(denoiser)
 
 
 def compiler_problem(device: torch.device) -> str | None:
-    """Return why torch.compile does not work here, or None: it compiles something small.
+    """Return why torch.compile does not work here, or None, by compiling something small.
 
-    On CUDA it needs Triton, on the CPU a C++ compiler.
+    It needs Triton on CUDA and a C++ compiler on the CPU.
     """
     config: Any = torch._dynamo.config
     try:
@@ -155,14 +159,15 @@ def compiler_problem(device: torch.device) -> str | None:
 
 
 def compile_repeated_blocks(model: Any) -> None:
-    """Compile the blocks of a denoiser in place, each kind of block once for all of its kind.
+    """Compile the blocks of a denoiser in place, once for each kind of block.
 
-    As diffusers does it, but where a model does not say which blocks repeat, those that it does not
-    want split are taken. A block that cannot be compiled is computed as ever, and torch says so.
+    This follows diffusers, except that a model that does not list its repeated blocks has those
+    compiled that it does not allow to be split. torch reports a block that cannot be compiled, and
+    runs it uncompiled.
     """
     config: Any = torch._dynamo.config
     config.suppress_errors = True
-    # one for each width of a UNet's blocks, and each of them with and without gradients
+    # one version for each width of a UNet's blocks, each with and without gradients
     config.recompile_limit = max(config.recompile_limit, 64)
     if not getattr(model, "_repeated_blocks", None):
         model._repeated_blocks = list(model._no_split_modules)
@@ -170,7 +175,7 @@ def compile_repeated_blocks(model: Any) -> None:
 
 
 def checkpoint_gradients(model: Any) -> None:
-    """Have a model of diffusers or transformers compute activations anew in the backward pass."""
+    """Make a diffusers or transformers model recompute activations in the backward pass."""
     if hasattr(model, "enable_gradient_checkpointing"):
         model.enable_gradient_checkpointing()
     else:
@@ -178,9 +183,9 @@ def checkpoint_gradients(model: Any) -> None:
 
 
 def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Inside, autocast leaves T5 and VAEs what they keep in fp32: they overflow in fp16.
+    """Turn fp16 autocast off inside, since T5 and VAEs overflow in fp16.
 
-    bf16 has the range of fp32, so it stays.
+    bf16 has the range of fp32, so its autocast stays on.
     """
     kind = device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
@@ -189,11 +194,11 @@ def without_fp16_autocast(device: torch.device) -> AbstractContextManager[Any]:
 
 
 def share_only_what_is_trained(model: nn.Module) -> None:
-    """Keep DistributedDataParallel from sending the frozen weights to every process.
+    """Keep DistributedDataParallel from sending frozen weights and buffers to every process.
 
-    Each has loaded the same ones; to send them takes long, and torchao's tensors cannot be sent.
-    Nor do buffers, all of them the base's, which would be sent before every pass: in Stable
-    Diffusion 3.5 medium the table of positions is 450 MB.
+    Each process has loaded the same weights. Sending them takes long, and torchao's tensors cannot
+    be sent. All buffers are the base's and would be sent before every pass: the table of positions
+    in Stable Diffusion 3.5 medium is 450 MB.
     """
     frozen = [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
     frozen += [name for name, _ in model.named_buffers()]
@@ -202,7 +207,7 @@ def share_only_what_is_trained(model: nn.Module) -> None:
 
 @contextmanager
 def accelerate_left_as_it_was() -> Iterator[None]:
-    """Let a program train again with other settings: accelerate keeps the first ones for good."""
+    """Let a program train again with other settings: accelerate keeps the first ones forever."""
     ours = not PartialState._shared_state
     try:
         yield
@@ -212,7 +217,7 @@ def accelerate_left_as_it_was() -> Iterator[None]:
 
 
 def trackable(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options as what every tracker can show."""
+    """Return the options as values that every tracker can show."""
     return {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
         for key, value in config.as_record().items()

@@ -1,8 +1,8 @@
-"""What the processes of a run tell each other before they rely on it.
+"""How the processes of a run agree on facts before they rely on them.
 
-Processes may be on machines that share no folder. What decides which collectives a process takes
-part in is decided by the first and sent, or compared, and an error of one stops all: none waits for
-what another will never do.
+Processes may be on machines that share no folder. A decision on which collectives depend is either
+made by the first process and sent to the others, or made by all and compared. An error in one
+process stops all of them, so that none waits for a call that another will never make.
 """
 
 from __future__ import annotations
@@ -20,20 +20,20 @@ from gralora_diffusion.io.errors import ConfigError
 
 Value = TypeVar("Value")
 
-#: How long a process waits for what one does for all, such as to generate validation images.
+#: How long a process waits while one works for all, such as when generating validation images.
 _PATIENCE = timedelta(hours=6)
 
 
 class OtherProcessFailed(RuntimeError):
-    """Another process of the run failed; the text says which, where and why."""
+    """Another process of the run failed; the message says which, where and why."""
 
 
 def together(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
-    """Return what ``work`` returns here, once it went well in every process. All must call it.
+    """Return the result of ``work`` here, once it succeeded in every process. All must call it.
 
     Raises:
-        Exception: what ``work`` raised here.
-        OtherProcessFailed: it failed in another process only.
+        Exception: ``work`` failed here with it.
+        OtherProcessFailed: ``work`` only failed in another process.
     """
     results: list[Value] = []
     _done_by_all(accelerator, lambda: results.append(work()))
@@ -41,13 +41,13 @@ def together(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
 
 
 def from_first(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
-    """Have the first process do ``work``; return what it returned, which pickle must take.
+    """Have the first process do ``work`` and return its result, which must be picklable, in all.
 
-    Every process must call it, and goes on when the first one is done.
+    Every process must call it, and continues when the first one is done.
 
     Raises:
-        Exception: what ``work`` raised, in the first process.
-        OtherProcessFailed: the same in the others.
+        Exception: ``work`` failed with it; raised in the first process.
+        OtherProcessFailed: ``work`` failed; raised in the others.
     """
     done: list[Value | None] = _done_by_all(
         accelerator, lambda: work() if accelerator.is_main_process else None
@@ -57,7 +57,7 @@ def from_first(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
 
 
 def wait_for_all(accelerator: Accelerator) -> None:
-    """Go on once every process is here, which may take hours."""
+    """Wait until every process is here, which may take hours."""
     _common_to_all(accelerator, None)
 
 
@@ -65,12 +65,12 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str)
     """Check that every process has the same facts; all must call it.
 
     Args:
-        facts: what it is about, such as "--rank is" -> a value that pickle takes; of the same
-            things in every process.
+        facts: the beginning of a sentence, such as "--rank is" -> a picklable value. The keys are
+            the same in every process.
         advice: what to do if they differ.
 
     Raises:
-        ConfigError: in every process, with all facts that differ.
+        ConfigError: facts differ. It is raised in every process and lists all of them.
     """
     told = _common_to_all(accelerator, (socket.gethostname(), dict(facts)))
     first_host, first = told[0]
@@ -87,7 +87,7 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str)
 
 
 def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Value]:
-    """What ``work`` returned in each process; an error in one is an error in all."""
+    """Return the results of ``work`` in all processes; an error in one is an error in all."""
     failure: Exception | None = None
     result: Any = None
     try:
@@ -105,23 +105,24 @@ def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Va
 
 
 def _common_to_all(accelerator: Accelerator, value: Any) -> list[Any]:
-    """What each process tells, by rank."""
+    """Return the values of all processes, by rank."""
     if accelerator.num_processes == 1:
         return [value]
     told: list[Any] = [None] * accelerator.num_processes
     try:
         dist.all_gather_object(told, value, group=_patient_group(dist.group.WORLD))
-    except RuntimeError as error:  # gloo's, once a connection is closed
-        dist.destroy_process_group(_patient_group(dist.group.WORLD))  # broken, it aborts at the end
+    except RuntimeError as error:  # gloo raises it when a connection is closed
+        # a broken group would abort the program when it exits
+        dist.destroy_process_group(_patient_group(dist.group.WORLD))
         _patient_group.cache_clear()
         raise OtherProcessFailed(
-            f"another process ended, and this one cannot go on alone ({error}). What the other "
-            "wrote says why"
+            f"another process ended, and this one cannot continue alone ({error}). The output of "
+            "the other process says why"
         ) from error
     return told
 
 
-@lru_cache(maxsize=1)  # of the present processes; another run in this program has others
+@lru_cache(maxsize=1)  # another run in this program has another group
 def _patient_group(world: Any) -> Any:
-    """The processes over gloo, which notices at once when one ends, where NCCL waits."""
+    """Return a gloo group of all processes. gloo notices at once when one ends; NCCL waits."""
     return dist.new_group(backend="gloo", timeout=_PATIENCE)

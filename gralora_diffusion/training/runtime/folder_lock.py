@@ -1,7 +1,7 @@
-"""One owner per folder: what keeps two runs from writing into the same one.
+"""One owner per folder, so that two runs do not write into the same one.
 
-The owner holds a lock of the operating system (flock, or its like on Windows), which ends with its
-process, however that ends. A file beside it says who that is.
+The owner holds a lock of the operating system (flock, or its equivalent on Windows), which is
+released when its process ends for any reason. A file beside the lock says who the owner is.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import re
 import socket
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
@@ -25,30 +26,32 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
+from .agreement import from_first
+
 logger = logging.getLogger(__name__)
 
 LOCK_NAME, OWNER_NAME = ".gralora.lock", ".gralora.owner"
-#: Bytes that an owner's file has at most.
+#: Maximum size of an owner's file in bytes.
 _ENOUGH = 1000
-#: By which files it is known what a folder is of.
+#: Files that identify the folder of a training and of a benchmark.
 CONFIG_NAME, BENCHMARK_NAME = "training_config.yaml", "benchmark.yaml"
-#: How file systems say that they have no locks.
+#: Errors of file systems without locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
 def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
-    """Inside, ``folder`` belongs to this process and to no other one.
+    """Make this process the only owner of ``folder`` inside.
 
-    It is made, and removed again if nothing was put into it. Where the file system has no locks,
-    as some network file systems, a warning says so.
+    The folder is created, and removed again if it is left empty. If its file system has no locks,
+    as with some network file systems, a warning says so.
 
     Args:
-        told: what names the folder in a message, such as ``--output_dir 'out'``.
+        told: name of the folder in messages, such as ``--output_dir 'out'``.
         patience: seconds to wait for another owner.
 
     Raises:
-        ConfigError: another process has it; says which, or that the folder cannot be made.
+        ConfigError: another process owns it, which the error names, or it cannot be created.
     """
     lock = FileLock(folder / LOCK_NAME)
     owner = folder / OWNER_NAME
@@ -58,7 +61,7 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
         if not lock.is_locked:
             return
         owner.unlink(missing_ok=True)
-        # while it is held: who opened it meanwhile finds that it is gone, and begins again
+        # deleted while locked: whoever opened it meanwhile finds it gone and starts over
         with suppress(OSError):
             (folder / LOCK_NAME).unlink(missing_ok=True)
         lock.release()
@@ -73,7 +76,7 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
         except Timeout:
             raise ConfigError(
                 [
-                    f"{told} is in use by {_owner(owner)}; two at once would overwrite each "
+                    f"{told} is in use by {_owner(owner)}; two processes would overwrite each "
                     "other's files. Wait until it has ended, end it, or give another folder"
                 ]
             ) from None
@@ -84,11 +87,22 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
                     [f"{told} cannot be written to ({error}). Give another folder"]
                 ) from error
             logger.warning(
-                "%s: its file system has no locks (%s), so a second run in this folder would not "
-                "be noticed. Start none",
+                "%s is on a file system without locks (%s), so a second run in this folder would "
+                "not be noticed. Do not start one",
                 told,
                 error,
             )
+        yield
+
+
+@contextmanager
+def owned_by_run(accelerator: Accelerator, folder: Path, told: str) -> Iterator[None]:
+    """Make this run the owner of ``folder`` inside; its first process owns it for all.
+
+    Every process must enter it; see :func:`owned`.
+    """
+    with ExitStack() as held:
+        from_first(accelerator, lambda: held.enter_context(owned(folder, told)))
         yield
 
 
@@ -97,22 +111,22 @@ def _facts() -> dict[str, Any]:
 
 
 def _owner(path: Path) -> str:
-    """Who has a folder, as its file says; the file may hold anything."""
+    """Return who owns a folder, by its owner's file, which may contain anything."""
     try:
         facts = read_object(path, _ENOUGH)
         pid, host = int(facts["pid"]), str(facts["host"])
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
-        return "another process"  # which has not written it yet
+        return "another process"  # it has not written the file yet
     return f"process {pid} on {re.sub('[^A-Za-z0-9._-]', '?', host)[:100]} since {since}"
 
 
 def _missing(folder: Path) -> list[Path]:
-    """The folder and those it lies in, as far as they are to be made; the innermost first."""
+    """Return the folder and its parents that do not exist yet, the innermost first."""
     return [path for path in (folder, *folder.absolute().parents) if not path.exists()]
 
 
 def _remove_empty(folders: list[Path]) -> None:
-    with suppress(OSError):  # the first that holds something ends it
+    with suppress(OSError):  # stops at the first that is not empty
         for path in folders:
             path.rmdir()

@@ -1,8 +1,8 @@
-"""Bytes: of models, of an optimizer's state, of what a computation makes at the most.
+"""Bytes of models, of an optimizer's state, and of a computation at its peak.
 
 A computation is measured on fake tensors (``torch._subclasses.FakeTensorMode``), which have shape,
-dtype and device and take no memory: the program itself runs, and nothing need be known about it.
-torch's own ``MemTracker`` cannot be used here: it puts hooks on weights that need no gradient.
+dtype and device but take no memory. The program itself runs, so nothing need be known about it.
+torch's own ``MemTracker`` cannot be used here, since it puts hooks on weights without gradients.
 """
 
 from __future__ import annotations
@@ -18,21 +18,21 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-#: What the allocator of a CUDA device rounds up to.
+#: The allocator of a CUDA device rounds up to multiples of it.
 _CUDA_BLOCK = 512
 
 
 class MemoryMeter(TorchDispatchMode):
-    """Counts the storages that operations make while it is entered, until they are freed.
+    """Counts the storages that operations allocate while it is entered, until they are freed.
 
     Args:
-        device: only storages there count.
-        known: tensors that were there before.
+        device: only storages on it count.
+        known: tensors that existed before.
 
     Attributes:
-        now: bytes that are held.
-        peak: the most that there ever were.
-        noted_at_peak: bytes of gradients that :meth:`note` had been told of by then.
+        now: bytes that are allocated.
+        peak: the maximum of ``now``.
+        noted_at_peak: bytes of the gradients that :meth:`note` had recorded at the peak.
     """
 
     def __init__(self, device: torch.device, known: Iterable[Tensor] = ()) -> None:
@@ -68,7 +68,7 @@ class MemoryMeter(TorchDispatchMode):
         weakref.finalize(storage, self._free, size)
 
     def note(self, parameter: Tensor) -> None:
-        """Take down that a parameter has its gradient; a hook for after it was accumulated."""
+        """Record that a parameter has its gradient; a hook for after accumulation."""
         if parameter not in self._noted and parameter.grad is not None:
             self._noted.add(parameter)
             self.noted += bytes_of([parameter.grad])
@@ -78,7 +78,7 @@ class MemoryMeter(TorchDispatchMode):
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters and buffers, each once, and of quantized ones what they are stored in."""
+    """Yield parameters and buffers once each; for quantized ones, the tensors that store them."""
     for tensor in (*module.parameters(), *module.buffers()):
         if hasattr(tensor, "__tensor_flatten__"):
             yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
@@ -87,14 +87,14 @@ def tensors_of(module: nn.Module) -> Iterator[Tensor]:
 
 
 def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the elements of ``tensors``, on whatever device."""
+    """Return the bytes of the elements of ``tensors`` on any device."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:
     """Give a module on the meta device fake tensors on ``device``; call it in a fake mode.
 
-    ``Module.to_empty`` cannot: it does not take fake tensors in the place of others.
+    ``Module.to_empty`` cannot do this, since it does not accept fake tensors as replacements.
     """
     made: dict[Tensor, Parameter] = {}  # a tied weight stays tied
     for part in module.modules():

@@ -112,7 +112,7 @@ def test_numbers_that_do_not_fit_are_refused():
     a = torch.randn(3, 4)
     with pytest.raises(ValueError, match="3 embeddings cannot be paired with 2"):
         paired_similarity(a, a[:2])
-    with pytest.raises(ValueError, match="at least two pictures"):
+    with pytest.raises(ValueError, match="at least two images"):
         diversity(a[:1])
     with pytest.raises(ValueError, match=r"shape \(0, 4\)"):
         pairwise_similarity(a, a[:0])
@@ -216,13 +216,13 @@ def test_real_images_are_embedded_once(dinov2, drawn, real, monkeypatch):
 
 
 def test_refused(encoders, drawn, real):
-    with pytest.raises(ValueError, match="pictures of 2 prompts, but 1 prompts"):
+    with pytest.raises(ValueError, match="images of 2 prompts, but 1 prompts"):
         score_subject(encoders, [drawn, drawn], ["a dog"], real)
     with pytest.raises(ValueError, match="a prompt has none"):
         score_subject(encoders, [drawn, []], ["a dog", "a cat"], real)
-    with pytest.raises(ValueError, match="pictures of 1 prompts, but 3 real pictures"):
+    with pytest.raises(ValueError, match="images of 1 prompts, but 3 real images"):
         score_captioned(encoders, [drawn], ["a dog"], real)
-    with pytest.raises(ValueError, match="unequal numbers of pictures"):
+    with pytest.raises(ValueError, match="numbers of images per prompt differ"):
         score_drift(encoders, [drawn[:2], drawn[2:]], [drawn[:3], drawn[3:]])
     with pytest.raises(ValueError, match="6 embeddings cannot be paired with 3"):
         score_prior(encoders, drawn, real, real)

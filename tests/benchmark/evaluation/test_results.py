@@ -71,7 +71,7 @@ def test_a_folder_that_was_copied_does_not_count_twice(tmp_path):
     shutil.copytree(tmp_path / KEY.path, tmp_path / replace_key(seed=4).path)
     results, unreadable = read_results(tmp_path)
     assert [r.key for r in results] == [KEY]
-    assert "another unit" in unreadable[0].reason
+    assert "another trial" in unreadable[0].reason
 
 
 def test_bytes_that_are_no_text_and_folders_in_place_of_the_file(tmp_path):
@@ -113,8 +113,8 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
         (("scores",), [], "scores must be an object"),
         (("subject",), "../dog", "subject must be the name of a folder"),
         (("prompts", 1), "a dog", r"prompts\[1\] must be an object"),
-        (("prompts", 0, "pictures"), ["../../secret.png"], "files within the unit's folder"),
-        (("prompts", 0, "pictures"), ["/secret.png"], "files within the unit's folder"),
+        (("prompts", 0, "pictures"), ["../../secret.png"], "files within the trial's folder"),
+        (("prompts", 0, "pictures"), ["/secret.png"], "files within the trial's folder"),
         (("mechanism", "effective_rank", "blocks.0.attn.to_q"), "8", "must be a finite number"),
         (("mechanism", "gradient_norms", "blocks.0.attn.to_q", "norms"), [[[1, 2]]], "steps must"),
         (
@@ -133,7 +133,7 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
         (("lowered_k",), {"9" * 5000: 3}, "lowered_k must be numbers of layers by k"),
         (("train_seconds",), 10**400, "train_seconds must be a finite number"),
         (("lowered_k",), {"2": 3.5}, r"lowered_k\.2 must be a whole number"),
-        (("versions", "torch"), 2, r"versions\.torch must be a text"),
+        (("versions", "torch"), 2, r"versions\.torch must be text"),
     ],
 )
 def test_a_wrong_value_is_named_with_its_place(tmp_path, place, value, said):

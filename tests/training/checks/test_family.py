@@ -49,8 +49,8 @@ def test_text_encoders() -> None:
         text_encoders=["text_encoder", "text_encoder_3"],
         leave_out_text_encoders=["text_encoder_3"],
     )
-    assert "--leave_out_text_encoders leaves out text_encoder_3, which --train_text" in clash
-    assert "flux2-klein is a large language model" in problem(
+    assert "--leave_out_text_encoders leaves out text_encoder_3, but --train_text_" in clash
+    assert "flux2-klein: its text encoder is a large language model" in problem(
         "flux2-klein", train_text_encoder=True
     )
 
@@ -76,12 +76,14 @@ def test_options_of_another_objective_are_remarked() -> None:
     (warning,) = check_family_options(
         config(snr_gamma=5.0, prediction_type="epsilon"), get_family("flux2")
     )
-    assert warning == ("with a base of flux2 there is no use for --snr_gamma, --prediction_type")
+    assert warning == (
+        "these options have no effect on a base of flux2: --snr_gamma, --prediction_type"
+    )
     (warning,) = check_family_options(
         config(flow_shift=2, weighting_scheme="mode", max_sequence_length=64),
         get_family("stable-diffusion-xl"),
     )
-    assert "no use for --weighting_scheme, --flow_shift, --max_sequence_length" in warning
+    assert ": --weighting_scheme, --flow_shift, --max_sequence_length" in warning
 
 
 def test_negative_prompt_where_no_pipeline_takes_it() -> None:
@@ -89,7 +91,7 @@ def test_negative_prompt_where_no_pipeline_takes_it() -> None:
     assert check_family_options(drawing, get_family("stable-diffusion-3")) == []
     for family in ("flux", "flux2", "flux2-klein"):
         (warning,) = check_family_options(drawing, get_family(family))
-        assert warning.endswith("no use for --validation_negative_prompt")
+        assert warning.endswith(": --validation_negative_prompt")
 
 
 def test_layers_of_clip_where_no_pipeline_skips_them() -> None:
@@ -97,11 +99,13 @@ def test_layers_of_clip_where_no_pipeline_skips_them() -> None:
         assert check_family_options(config(clip_skip=1), get_family(family)) == []
     for family in ("flux", "flux2", "flux2-klein"):
         (warning,) = check_family_options(config(clip_skip=1), get_family(family))
-        assert warning.endswith("no use for --clip_skip")
+        assert warning.endswith(": --clip_skip")
 
 
 def test_prompts_longer_than_the_pipelines_take() -> None:
     for family in ("flux", "stable-diffusion-3"):
         assert check_family_options(config(max_sequence_length=512), get_family(family)) == []
-        assert f"pipelines of {family} take 512" in problem(family, max_sequence_length=513)
+        assert f"pipelines of {family} accept at most 512" in problem(
+            family, max_sequence_length=513
+        )
     assert check_family_options(config(max_sequence_length=600), get_family("flux2")) == []

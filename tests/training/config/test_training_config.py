@@ -156,7 +156,7 @@ def test_every_schedule_of_diffusers_is_a_choice() -> None:
         ("--zzzzzz", "--zzzzzz is not an option. See --help for all options"),
         (
             "--pre_compute_text_embeddings",
-            "an option of diffusers' scripts, not of this one: prompts",
+            "an option of diffusers' scripts that does not exist here: prompts",
         ),
         ("--rank eight", "argument --rank: invalid int value: 'eight'"),
         ("--learning_rate fast", "invalid float value: 'fast'"),
@@ -329,15 +329,14 @@ def test_all_problems_are_reported_at_once(good: list[str]) -> None:
     bad = "--rank 10 --gralora_k 4 --adam_beta1 1.0 --resolution 500 --with_prior_preservation"
     assert problems_of([*good, *bad.split()]) == [
         "--adam_beta1 is 1.0; it must be at least 0 and below 1",
-        "--resolution is 500; it must be a multiple of 8, as the VAE shrinks by 8. "
+        "--resolution is 500; it must be a multiple of 8, since the VAE shrinks by 8. "
         "The nearest is 496",
-        "--class_prompt is missing, which --with_prior_preservation needs. Give a prompt of the "
-        "class without the subject's name, such as --class_prompt 'a photo of a dog'",
-        "--class_data_dir is missing, which --with_prior_preservation needs to keep the class "
-        "pictures. Give a folder (it is made and filled), or --prior_source teacher, which needs "
-        "no class pictures",
+        "--with_prior_preservation needs --class_prompt. Give a prompt for the class without the "
+        "subject's name, such as --class_prompt 'a photo of a dog'",
+        "--with_prior_preservation needs --class_data_dir to keep the class images. Give a folder "
+        "(it is created and filled), or --prior_source teacher, which needs no class images",
         "--rank is 10 and --gralora_k is 4; k must divide the rank. Give --rank 8 or 12, or one of "
-        "these for --gralora_k: 1, 2, 5, 10",
+        "these values for --gralora_k: 1, 2, 5, 10",
     ]
 
 
@@ -366,28 +365,31 @@ BASE = "--pretrained_model_name_or_path"
         ("--ema_decay 1", "--ema_decay is 1.0; it must be at least 0 and below 1"),
         (
             "--validation_prompt a --validation_width 100",
-            "--validation_width is 100; it must be a multiple of 8, as the VAE shrinks by 8. The "
-            "nearest is 96",
+            "--validation_width is 100; it must be a multiple of 8, since the VAE shrinks by 8. "
+            "The nearest is 96",
         ),
         ("--caption_dropout 1", "--caption_dropout is 1.0; it must be at least 0 and below 1"),
         ("--resolution 4", "--resolution is 4; it must be a multiple of 8"),
         (
             "--aspect_ratio_buckets 512,512;512x640",
             "--aspect_ratio_buckets is '512,512;512x640': Invalid bucket format: '512x640'. "
-            "Expected 'height,width'. Give 'height,width' with ; between, such as",
+            "Expected 'height,width'. Give 'height,width' pairs separated by ';', such as",
         ),
         ("--aspect_ratio_buckets=", "--aspect_ratio_buckets is '': Bucket string cannot be empty."),
         ("--aspect_ratio_buckets 0,512", "Bucket dimensions must be positive integers. Give"),
         (
             "--aspect_ratio_buckets 512,512;500,644",
-            "--aspect_ratio_buckets holds 500,644; height and width must be multiples of 8, as the "
-            "VAE shrinks by 8. The nearest is 496,640",
+            "--aspect_ratio_buckets contains 500,644; height and width must be multiples of 8, "
+            "since the VAE shrinks by 8. The nearest is 496,640",
         ),
         (
             "--aspect_ratio_buckets 512,640;768,960",
-            "--aspect_ratio_buckets holds 512,640 and 768,960, which are of one shape",
+            "--aspect_ratio_buckets contains 512,640 and 768,960, which have the same shape",
         ),
-        ("--aspect_ratio_buckets 64,64;64,64", "holds 64,64 and 64,64, which are of one shape"),
+        (
+            "--aspect_ratio_buckets 64,64;64,64",
+            "contains 64,64 and 64,64, which have the same shape",
+        ),
         ("--seed -1", "--seed is -1; it must be at least 0 and below 4294967296"),
         # the base
         (f"{BASE}=", f"{BASE} is missing. Give a diffusers folder, a Hub id"),
@@ -398,7 +400,7 @@ BASE = "--pretrained_model_name_or_path"
         (f"{BASE} pictures", "this folder has no model_index.json. Give a diffusers folder, which"),
         (f"{BASE} pictures/1.png", "a single file must be a .safetensors file. Convert it"),
         (f"{BASE} https://huggingface.co/a/b", "this is an address. Give the Hub id"),
-        (f"{BASE} stable*diffusion", "neither a file or folder here nor a Hub id"),
+        (f"{BASE} stable*diffusion", "neither a local file or folder nor a Hub id"),
         ("--pretrained_vae_model_name_or_path base", "this folder has no config.json"),
         ("--pretrained_vae_model_name_or_path pictures/1.png", "this is a file. Give a diffusers"),
         (
@@ -407,62 +409,84 @@ BASE = "--pretrained_model_name_or_path"
         ),
         # the data
         ("--instance_data_dir=", "--instance_data_dir is missing. Give the folder"),
-        ("--dataset_name me/dogs", "only one of them can be trained on. Leave one out"),
+        ("--dataset_name me/dogs", "a run trains on only one of them. Leave one out"),
         ("--instance_data_dir picture", "no such folder. Did you mean 'pictures'?"),
-        ("--instance_data_dir pictures/1.png", "this is a file. Give the folder with the pictures"),
-        ("--instance_data_dir empty", "this folder is empty. Put the pictures"),
-        ("--instance_data_dir texts", "no picture among its 1 files (notes.doc)"),
+        ("--instance_data_dir pictures/1.png", "this is a file. Give the folder with the images"),
+        ("--instance_data_dir empty", "this folder is empty. Put the training images"),
+        ("--instance_data_dir texts", "none of its 1 files is an image (notes.doc)"),
         (
             "--instance_prompt=",
-            "--instance_prompt is missing, and 'pictures' holds no .txt or .caption",
+            "--instance_prompt is missing, and 'pictures' contains no captions: no .txt, .caption",
         ),
         (
             "--instance_data_dir= --dataset_name d --instance_prompt=",
-            "--instance_prompt and --caption",
+            "--dataset_name needs --caption_column or --instance_prompt",
         ),
         # prior preservation
-        ("--with_prior_preservation --class_data_dir c", "--class_prompt is missing"),
-        ("--with_prior_preservation --class_prompt c", "--class_data_dir is missing"),
-        ("--with_prior_preservation --prior_source teacher", "--class_prompt is missing"),
+        (
+            "--with_prior_preservation --class_data_dir c",
+            "--with_prior_preservation needs --class_prompt",
+        ),
+        (
+            "--with_prior_preservation --class_prompt c",
+            "--with_prior_preservation needs --class_data_dir",
+        ),
+        (
+            "--with_prior_preservation --prior_source teacher",
+            "--with_prior_preservation needs --class_prompt",
+        ),
         (
             "--with_prior_preservation --class_prompt c --class_data_dir pictures/1.png",
             "--class_data_dir is 'pictures/1.png': this is a file. Give a folder",
         ),
         (
             "--with_prior_preservation --class_prompt c --class_data_dir ./pictures",
-            "--class_data_dir is './pictures', which is --instance_data_dir too",
+            "--class_data_dir is './pictures', which must not be the same folder as --instance_",
         ),
         # the adapter
-        ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these for --gralora_k: 1, 3"),
+        ("--rank 3 --gralora_k 4", "Give --rank 4, or one of these values for --gralora_k: 1, 3"),
         ("--lora_layers re:to_(q", "--lora_layers is 're:to_(q': not a regular expression"),
         ("--lora_layers ,", "--lora_layers is empty. Name layers such as to_q,to_v"),
         ("--exclude_modules re:to_(q", "--exclude_modules is 're:to_(q': not a regular expression"),
         (
             "--exclude_modules=",
-            "--exclude_modules is empty. Name layers such as to_q,to_v, or leave",
+            "--exclude_modules is empty. Name layers such as to_q,to_v, or omit",
         ),
         # single layers
-        ("--rank_pattern to_q", "--rank_pattern has 'to_q': it must be REGEX=VALUE, a regular"),
-        ("--k_pattern =4", "--k_pattern has '=4': it must be REGEX=VALUE"),
-        ("--rank_pattern to_(q=8", "--rank_pattern has 'to_(q=8': 'to_(q' is not a regular expr"),
-        ("--k_pattern (?i)to_q=2", "--k_pattern has '(?i)to_q=2': '(?i)to_q' is not a regular"),
-        ("--rank_pattern a=b=8.0", "has 'a=b=8.0': '8.0' must be a whole number of at least 1"),
-        ("--k_pattern a=0", "--k_pattern has 'a=0': '0' must be a whole number of at least 1"),
-        ("--alpha_pattern a=", "--alpha_pattern has 'a=': '' must be a number above 0"),
-        ("--alpha_pattern a=nan", "has 'a=nan': 'nan' must be a number above 0"),
-        ("--alpha_pattern a=inf", "has 'a=inf': 'inf' must be a number above 0"),
-        ("--alpha_pattern a=1 b=2 a=3", "--alpha_pattern has 'a' twice. Keep one"),
+        ("--rank_pattern to_q", "--rank_pattern contains 'to_q': it must be REGEX=VALUE, where"),
+        ("--k_pattern =4", "--k_pattern contains '=4': it must be REGEX=VALUE"),
+        (
+            "--rank_pattern to_(q=8",
+            "--rank_pattern contains 'to_(q=8': 'to_(q' is not a regular expr",
+        ),
+        (
+            "--k_pattern (?i)to_q=2",
+            "--k_pattern contains '(?i)to_q=2': '(?i)to_q' is not a regular",
+        ),
+        (
+            "--rank_pattern a=b=8.0",
+            "contains 'a=b=8.0': '8.0' must be a whole number of at least 1",
+        ),
+        ("--k_pattern a=0", "--k_pattern contains 'a=0': '0' must be a whole number of at least 1"),
+        ("--alpha_pattern a=", "--alpha_pattern contains 'a=': '' must be a number above 0"),
+        ("--alpha_pattern a=nan", "contains 'a=nan': 'nan' must be a number above 0"),
+        ("--alpha_pattern a=inf", "contains 'a=inf': 'inf' must be a number above 0"),
+        ("--alpha_pattern a=1 b=2 a=3", "--alpha_pattern contains 'a' twice. Keep one"),
         (
             "--rank_pattern a=9",
-            "--rank_pattern has 'a=9', and k is 2 for these layers; k must divide the rank. Give "
-            "another rank, or these layers a k that divides 9 by --k_pattern 'a=...'",
+            "--rank_pattern contains 'a=9', and k is 2 for these layers; k must divide the rank. "
+            "Give another rank, or use --k_pattern 'a=...' to give these layers a k that divides 9",
         ),
-        ("--rank_pattern a=9 --k_pattern a=2", "has 'a=9', and k is 2 for these layers"),
-        ("--rank_pattern a=9 --k_pattern b=4 a=6", "has 'a=9', and k is 2 or 4 or 6 for these"),
+        ("--rank_pattern a=9 --k_pattern a=2", "contains 'a=9', and k is 2 for these layers"),
+        (
+            "--rank_pattern a=9 --k_pattern b=4 a=6",
+            "contains 'a=9', and k is 2 or 4 or 6 for these",
+        ),
         (
             "--k_pattern a=3",
-            "--k_pattern has 'a=3', and the rank is 16 for these layers; k must divide the rank. "
-            "Give another k, or these layers a rank that 3 divides by --rank_pattern 'a=...'",
+            "--k_pattern contains 'a=3', and the rank is 16 for these layers; k must divide the "
+            "rank. Give another k, or use --rank_pattern 'a=...' to give these layers a rank "
+            "that 3 divides",
         ),
         # the optimizer and its schedule
         (
@@ -477,24 +501,24 @@ BASE = "--pretrained_model_name_or_path"
         ("--optimizer prodigy --scale_lr", "--scale_lr and --optimizer prodigy exclude each other"),
         (
             "--optimizer prodigy --train_text_encoder --text_encoder_lr 0.5",
-            "--text_encoder_lr is 0.5 and --learning_rate is 1.0; Prodigy takes one learning rate",
+            "--text_encoder_lr is 0.5 and --learning_rate is 1.0, but Prodigy takes one learning",
         ),
         (
             "--optimizer schedulefree --adam_beta1 0",
-            "with --optimizer schedulefree it must be above 0",
+            "it must be above 0 with --optimizer schedulefree",
         ),
         ("--optimizer schedulefree --lr_scheduler cosine", "Give --lr_scheduler constant"),
         ("--optimizer schedulefree --use_ema", "--use_ema and --optimizer schedulefree exclude"),
         (
             "--lr_warmup_steps 500 --max_train_steps 400",
-            "--lr_warmup_steps is 500 and --max_train_steps is 400; the learning rate would never "
-            "be reached. A tenth of the steps is usual: 40",
+            "--lr_warmup_steps is 500 and --max_train_steps is 400, so the learning rate would "
+            "never be reached. A tenth of the steps is usual: 40",
         ),
-        ("--lr_scheduler piecewise_constant", "--lr_step_rules is missing"),
+        ("--lr_scheduler piecewise_constant", "piecewise_constant needs --lr_step_rules"),
         ("--lr_step_rules 1-100", "--lr_step_rules is '1-100'; it must be factor:step pairs"),
         # the output
         ("--output_dir pictures/1.png", "--output_dir is 'pictures/1.png': this is a file"),
-        ("--output_dir pictures/1.png/out", "1.png' is a file, so no folder can be made in it"),
+        ("--output_dir pictures/1.png/out", "1.png' is a file, so no folder can be created in it"),
         ("--output_dir=", "--output_dir is empty"),
         (
             "--latent_cache_dir pictures/1.png",
@@ -502,18 +526,21 @@ BASE = "--pretrained_model_name_or_path"
         ),
         (
             "--resume_from_checkpoint checkpoint-7 --output_dir done",
-            "no such checkpoint. In done: checkpoint-90, checkpoint-100. Give one of them",
+            "no such checkpoint. Checkpoints in done: checkpoint-90, checkpoint-100. Give one of",
         ),
-        ("--resume_from_checkpoint elsewhere/checkpoint-7", "no such checkpoint. In gralora-"),
+        (
+            "--resume_from_checkpoint elsewhere/checkpoint-7",
+            "no such checkpoint. Checkpoints in gralora-",
+        ),
         (
             "--output_dir done",
-            "--output_dir is 'done', which holds checkpoint-100 of an earlier run",
+            "--output_dir is 'done', which contains checkpoint-100 of an earlier run",
         ),
         (
             "--output_dir finished",
-            "--output_dir is 'finished', which holds pytorch_gralora_weights.safetensors of an",
+            "--output_dir is 'finished', which contains pytorch_gralora_weights.safetensors of",
         ),
-        ("--output_dir finished --resume_from_checkpoint latest", "no checkpoint to go on from"),
+        ("--output_dir finished --resume_from_checkpoint latest", "but no checkpoint to resume"),
         (
             "--output_dir done --resume_from_checkpoint latest --overwrite_output_dir",
             "--overwrite_output_dir and --resume_from_checkpoint exclude each other",
@@ -583,7 +610,7 @@ def test_what_a_run_replaces_is_not_read(good: list[str], path: str, refused: bo
 @pytest.mark.skipif(torch.accelerator.is_available(), reason="fp16 is fine on a GPU")
 def test_fp16_without_a_gpu(good: list[str]) -> None:
     (problem,) = problems_of([*good, "--mixed_precision", "fp16"])
-    assert problem == "--mixed_precision is 'fp16', which needs a GPU. On the CPU give bf16 or no"
+    assert problem == "--mixed_precision is 'fp16', which needs a GPU. Give bf16 or no on the CPU"
 
 
 @pytest.mark.parametrize(
@@ -672,44 +699,47 @@ def test_no_problem(good: list[str], arguments: str) -> None:
     [
         (
             "--text_encoder_lr 1e-5",
-            "without --train_text_encoder there is no use for --text_encoder_lr",
+            "these options have no effect without --train_text_encoder: --text_encoder_lr",
         ),
         (
             "--class_prompt c",
-            "without --with_prior_preservation there is no use for --class_prompt",
+            "these options have no effect without --with_prior_preservation: --class_prompt",
         ),
         (
             "--validation_steps 5",
-            "without --validation_prompt there is no use for --validation_steps",
+            "these options have no effect without --validation_prompt: --validation_steps",
         ),
         (
             "--no_cache_latents --cached_crops 2",
-            "without --cache_latents there is no use for --cached",
+            "these options have no effect without --cache_latents: --cached",
         ),
-        ("--hub_model_id me/dog", "without --push_to_hub there is no use for --hub_model_id"),
-        ("--ema_decay 0.9", "without --use_ema there is no use for --ema_decay"),
+        (
+            "--hub_model_id me/dog",
+            "these options have no effect without --push_to_hub: --hub_model_id",
+        ),
+        ("--ema_decay 0.9", "these options have no effect without --use_ema: --ema_decay"),
         (
             "--max_train_steps 5 --num_train_epochs 2",
-            "--max_train_steps wins over --num_train_epochs",
+            "--num_train_epochs has no effect, since --max_train_steps overrides it",
         ),
         ("--lr_warmup_steps 5", "Did you mean --lr_scheduler constant_with_warmup?"),
         (
             "--lora_layers to_q --target_preset all",
-            "--lora_layers takes the place of --target_preset",
+            "--target_preset has no effect, since --lora_layers names the layers",
         ),
         (
             "--aspect_ratio_buckets 512,640;640,512 --resolution 512",
-            "with --aspect_ratio_buckets, --resolution is the size of validation pictures only",
+            "--resolution only sets the size of validation images with --aspect_ratio_buckets",
         ),
-        ("--optimizer prodigy --learning_rate 1e-4", "with Prodigy 1.0 is usual"),
-        ("--resume_from_checkpoint latest", "holds no checkpoint, so this run starts from the"),
+        ("--optimizer prodigy --learning_rate 1e-4", "1.0 is usual with Prodigy"),
+        ("--resume_from_checkpoint latest", "contains no checkpoint, so this run starts from"),
         (
             "--with_prior_preservation --prior_source teacher --class_prompt c --class_data_dir d",
-            "with --prior_source teacher there is no use for --class_data_dir",
+            "these options have no effect with --prior_source teacher: --class_data_dir",
         ),
         (
             "--pretrained_model_name_or_path pictures/bse",
-            "'pictures/bse' is taken as a Hub id, for there is no such folder here",
+            "'pictures/bse' is taken as a Hub id because there is no such folder here",
         ),
     ],
 )
@@ -727,8 +757,8 @@ def test_sizes_are_checked_again_once_the_base_is_known() -> None:
     several = "height and width must be multiples of 16 for this base"
     assert caught.value.problems == [
         "--resolution is 520; it must be a multiple of 16 for this base. The nearest is 512",
-        f"--aspect_ratio_buckets holds 648,512; {several}. The nearest is 640,512",
-        f"--aspect_ratio_buckets holds 8,24; {several}. The nearest is 16,32",
+        f"--aspect_ratio_buckets contains 648,512; {several}. The nearest is 640,512",
+        f"--aspect_ratio_buckets contains 8,24; {several}. The nearest is 16,32",
     ]
 
 
@@ -857,7 +887,7 @@ def test_files_that_are_no_images_or_captions(good: list[str]) -> None:
     Path("science").mkdir()
     Path("science/1.h5").touch()
     told = problems_of([*good, "--instance_data_dir", "science"])
-    assert any("no picture among its 1 files (1.h5)" in problem for problem in told)
+    assert any("none of its 1 files is an image (1.h5)" in problem for problem in told)
     for name in ("1.TXT", "1.json", "1.png.caption", "Metadata.csv", "metadata.parquet"):
         folder = Path(f"with {name}")
         folder.mkdir()

@@ -209,7 +209,7 @@ def test_damaged_files_are_encoded_again_with_a_warning(vae, examples, tmp_path,
     junk.write_bytes(b"x" * 500)
     with caplog.at_level(logging.WARNING):
         assert cache.fill(wanted(examples), Encoder(vae), progress=False) == 3
-    assert "3 damaged files, encoded again" in caplog.text
+    assert "3 damaged files, which are encoded again" in caplog.text
     assert_same(everything(cache, examples), before, rtol=0, atol=0)
     cut.write_bytes(b"")
     with pytest.raises(DataError, match="Start again"):
@@ -326,7 +326,7 @@ def test_prompts_in_a_folder_are_encoded_once_and_alone(tmp_path, caplog):
     with pytest.raises(DataError, match="Start again"):
         again.batch(["a"])
     assert again.fill(["a", "b"], encoder) == 1
-    assert "1 damaged files, encoded again" in caplog.text
+    assert "1 damaged files, which are encoded again" in caplog.text
     assert torch.equal(again.batch(["a"])["pooled"], encoder(["a"])["pooled"])
 
 

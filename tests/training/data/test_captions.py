@@ -50,9 +50,9 @@ def problems(folder, prompt="the prompt", **options):
     return caught.value.problems
 
 
-PASSED_OVER = "captions of no picture or in a form that is not read, or other files, passed over"
-DIFFERING = "several captions that differ, of which the first counts"
-MASKS = "masks of pictures, left out, as training without masks is all there is"
+PASSED_OVER = "captions without an image or in an unsupported format, or other files, ignored"
+DIFFERING = "images with captions that differ, of which the first is used"
+MASKS = "masks left out, since training with masks is not supported"
 
 
 # -- files beside pictures -------------------------------------------------------------------------
@@ -134,8 +134,8 @@ def test_other_captions_are_named_as_captions(folder, caplog):
     assert found(folder) == {"1.png": "the prompt"}
     assert said(caplog) == {
         PASSED_OVER: ", ".join(names),
-        "other files, passed over": "1.npz, readme.md",
-        "sub-folders, not read": "more",
+        "other files, ignored": "1.npz, readme.md",
+        "sub-folders that are not read": "more",
     }
 
 
@@ -202,7 +202,7 @@ def test_caption_column_of_any_metadata(folder, name):
     write(folder, name, metadata(name, column="long", rows=[("1.png", "the long one")]))
     assert found(folder, caption_column="long") == {"1.png": "the long one"}
     (problem,) = problems(folder, caption_column="lang")
-    assert problem.endswith(f"which {name} lacks. It has: file_name, long")
+    assert problem.endswith(f"but {name} has no such column. It has: file_name, long")
 
 
 def test_ends_of_lines_inside_json_strings(folder):
@@ -222,7 +222,7 @@ def test_two_metadata_files_are_refused(folder):
     for name in ("metadata.csv", "metadata.jsonl"):
         write(folder, name, metadata(name, rows=[("1.png", "x")]))
     assert problems(folder) == [
-        "metadata.csv and metadata.jsonl both list pictures. Keep one of them"
+        "metadata.csv and metadata.jsonl both list images. Keep one of them"
     ]
 
 
@@ -233,7 +233,7 @@ def test_two_metadata_files_are_refused(folder):
         ("s3://bucket/1.png", "an address"),
         ("file:///etc/1.png", "an address"),
         ("data:image/png;base64,AAAA", "an address"),
-        ("C:\\pictures\\1.png", "another machine's path"),
+        ("C:\\pictures\\1.png", "a path on another machine"),
         ("/etc/hostname", "not in the folder"),
         ("../1.png", "not in the folder"),
         ("sub/../../1.png", "not in the folder"),
@@ -242,9 +242,9 @@ def test_two_metadata_files_are_refused(folder):
         ("a\0b.png", "does not exist"),
         ("x" * 5000, "does not exist"),
         ("\ud800.png", "does not exist"),
-        ("sub", "no file"),
-        ("pipe.png", "no file"),
-        ("out/1.png", "a link on the way leads out of it"),
+        ("sub", "which is not a file"),
+        ("pipe.png", "which is not a file"),
+        ("out/1.png", "a link in its path leads out of it"),
     ],
 )
 def test_places_that_are_refused(folder, tmp_path, name, text):
@@ -279,8 +279,8 @@ def test_links_to_images_and_captions_are_followed(folder, tmp_path):
         ("metadata.csv", 'file_name,text\n1.png,"a dog\n', "is not CSV"),
         ("metadata.csv", b"file_name,text\n1.png,\xff\n", "UTF-8"),
         ("metadata.csv", "file_name,text\n1.png," + "x" * 200_000, "is not CSV"),
-        ("metadata.parquet", b"PAR1 nonsense PAR1", "no whole Parquet file"),
-        ("metadata.parquet", metadata("m.parquet")[:-30], "no whole Parquet file"),
+        ("metadata.parquet", b"PAR1 nonsense PAR1", "not a complete Parquet file"),
+        ("metadata.parquet", metadata("m.parquet")[:-30], "not a complete Parquet file"),
         ("metadata.parquet", metadata("m.parquet", "name"), "none of its columns is called"),
         ("metadata.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("metadata.jsonl", '{"file_name": 3}', "must be like"),
@@ -324,7 +324,7 @@ def test_masks_are_left_out_and_named(folder, caplog):
     assert list(found(folder)) == ["1.png", "2.png", "3_mask.png"]
     assert said(caplog) == {
         MASKS: "1-masklabel.png, 2_mask.png",
-        "sub-folders, not read": "mask",
+        "sub-folders that are not read": "mask",
     }
 
 
@@ -342,7 +342,7 @@ def test_a_mask_of_a_listed_image_is_left_out(folder, caplog):
     assert said(caplog) == {
         MASKS: "1_mask.png",
         DIFFERING: "1.png (metadata.csv, not 1.txt)",
-        "pictures in sub-folders that are not listed, left out": "sub/3.png",
+        "images in sub-folders left out, since they are not listed": "sub/3.png",
     }
 
 
@@ -358,7 +358,7 @@ def test_files_that_are_no_images_are_named(folder, caplog):
     for name in names:
         write(folder, name, "x")
     assert list(found(folder)) == ["1.png"]
-    assert said(caplog) == {"pictures of a kind that is not read, passed over": ", ".join(names)}
+    assert said(caplog) == {"images in an unsupported format, ignored": ", ".join(names)}
 
 
 def test_what_is_not_a_file_does_not_hang(folder):
@@ -374,5 +374,5 @@ def test_damaged_colours_are_told_and_used(folder, caplog):
     Image.new("RGB", (8, 8)).save(folder / "2.png", icc_profile=b"nonsense")
     assert list(found(folder)) == ["1.png", "2.png"]
     ((about, names),) = said(caplog).items()
-    assert about == "used without what of them cannot be read"
+    assert about == "images used without the parts that cannot be read"
     assert names.startswith("2.png (its colour profile cannot be used")

@@ -224,14 +224,14 @@ def test_the_user_is_told_of_buckets_and_padding(examples, caplog):
         TrainingSet(examples, SHAPES, 0, batch_size=2)
         first, second = (record.getMessage() for record in caplog.records)
         assert first == (
-            "instance pictures by aspect-ratio bucket (height,width): "
+            "instance images by aspect-ratio bucket (height,width): "
             "8,16: 3 (+1 repeated in each epoch); 16,8: 2"
         )
         assert "last batch of 2" in second
         caplog.clear()
         TrainingSet(examples, SHAPES, 0, name="class")
         (only,) = (record.getMessage() for record in caplog.records)
-        assert only == "class pictures by aspect-ratio bucket (height,width): 8,16: 3; 16,8: 2"
+        assert only == "class images by aspect-ratio bucket (height,width): 8,16: 3; 16,8: 2"
 
 
 def test_digest_follows_buckets_and_the_batches_they_make(examples):

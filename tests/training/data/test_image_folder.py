@@ -89,7 +89,7 @@ def test_caption_files_of_either_ending(tmp_path, caplog):
     for name, text in {"1.caption": "a", "2.caption": "b", "2.txt": "c", "3.caption": "d"}.items():
         (tmp_path / name).write_text(text, encoding="utf-8")
     assert captions(find_examples(tmp_path)) == {"1.png": "a", "2.png": "c"}
-    assert "other files, passed over (1): 3.caption" in caplog.text
+    assert "other files, ignored (1): 3.caption" in caplog.text
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
@@ -140,7 +140,7 @@ def test_every_fault_of_the_metadata_is_told(tmp_path):
         "line 4 must be like",
         "line 5 names gone.png, which does not exist",
         "line 6 names ../1.png, which is not in the folder",
-        "line 7: the caption is ['a', 'list']; it must be a text",
+        "line 7: the caption is ['a', 'list']; it must be text",
         "line 8 gives 1.png a second, different caption",
     ]
     assert len(told) == len(expected)
@@ -165,8 +165,8 @@ def test_stray_files_are_reported_once_and_hidden_ones_never(tmp_path, caplog):
         assert len(find_examples(tmp_path, "prompt")) == 1
     strays, folders = (record.getMessage() for record in caplog.records)
     names = ", ".join(f"note{number:02}.md" for number in range(10))
-    assert strays.endswith(f"other files, passed over (12): {names} and 2 more")
-    assert folders.endswith("sub-folders, not read (1): more")
+    assert strays.endswith(f"other files, ignored (12): {names} and 2 more")
+    assert folders.endswith("sub-folders that are not read (1): more")
     assert "DS_Store" not in caplog.text
 
 
@@ -175,16 +175,16 @@ def test_text_files_of_no_image_are_stray(tmp_path, caplog):
     for name in ("1.txt", "license.txt"):
         (tmp_path / name).write_text("words", encoding="utf-8")
     assert captions(find_examples(tmp_path)) == {"1.png": "words"}
-    assert "other files, passed over (1): license.txt" in caplog.text
+    assert "other files, ignored (1): license.txt" in caplog.text
 
 
 def test_no_folder_empty_folder_and_folder_of_folders(tmp_path):
     with pytest.raises(DataError, match=r"--instance_data_dir '.*gone': *\n.*no such folder"):
         find_examples(tmp_path / "gone", "prompt")
-    with pytest.raises(DataError, match="there is no picture in it"):
+    with pytest.raises(DataError, match="there is no image in it"):
         find_examples(tmp_path, "prompt")
     fill(tmp_path, ["deep/1.png"])
-    with pytest.raises(DataError, match="no picture in it, and sub-folders are not read"):
+    with pytest.raises(DataError, match="no image in it, and sub-folders are not read"):
         find_examples(tmp_path, "prompt")
 
 
@@ -199,14 +199,14 @@ def test_folders_of_a_concept_each(tmp_path, caplog):
         ("b.png", "sks dog", 10, "10_sks dog"),
         ("1.png", "a cat", 2, "2_zwx_cat"),
     ]
-    assert "folders, passed over (2): 0_none, sample.txt" in caplog.text
+    assert "ignored beside the concepts' folders (2): 0_none, sample.txt" in caplog.text
     (tmp_path / "3_empty").mkdir()
-    with pytest.raises(DataError, match="there is no picture in 3_empty"):
+    with pytest.raises(DataError, match="there is no image in 3_empty"):
         find_examples(tmp_path)
     fill(tmp_path, ["own.png"])  # with pictures of its own a folder is read as any other
     assert captions(find_examples(tmp_path, "prompt")) == {"own.png": "prompt"}
     (tmp_path / "own.png").unlink()
-    with pytest.raises(DataError, match="no picture in it, and sub-folders are not read"):
+    with pytest.raises(DataError, match="no image in it, and sub-folders are not read"):
         find_examples(tmp_path, "prompt", role="class")
 
 
@@ -239,7 +239,7 @@ def test_bad_images_can_be_skipped_but_not_all(tmp_path, caplog):
     assert all(name in caplog.text for name in bad)
     for example in examples:
         example.source.unlink()
-    with pytest.raises(DataError, match="no picture is left"):
+    with pytest.raises(DataError, match="no image is left"):
         find_examples(tmp_path, "prompt", skip_bad_images=True)
 
 
@@ -247,10 +247,10 @@ def test_a_image_that_changes_after_the_start_is_noticed(tmp_path):
     fill(tmp_path, ["1.png"])
     (example,) = find_examples(tmp_path, "prompt")
     image(99).save(tmp_path / "1.png")
-    with pytest.raises(DataError, match="was changed since the start"):
+    with pytest.raises(DataError, match="was changed after the start"):
         example.load()
     (tmp_path / "1.png").unlink()
-    with pytest.raises(DataError, match="cannot be read any more"):
+    with pytest.raises(DataError, match="can no longer be read"):
         example.load()
 
 
@@ -293,9 +293,7 @@ def test_small_images_are_reported(tmp_path, caplog):
     warn_of_small_images(examples, CropPlan(8))
     assert not caplog.records
     warn_of_small_images(examples, CropPlan(9))
-    assert (
-        "--resolution 9: smaller pictures, enlarged for training (1): 1.png (12x8)" in caplog.text
-    )
+    assert "--resolution 9: smaller images, enlarged for training (1): 1.png (12x8)" in caplog.text
 
 
 def test_images_smaller_than_their_bucket_are_reported(tmp_path, caplog):
@@ -305,7 +303,7 @@ def test_images_smaller_than_their_bucket_are_reported(tmp_path, caplog):
     warn_of_small_images(examples, CropPlan(99, buckets=Buckets(99, 1, ((8, 12), (9, 9)))))
     assert not caplog.records
     warn_of_small_images(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
-    assert "aspect-ratio buckets: smaller pictures, enlarged for training (1): 2.png (9x9)" in (
+    assert "aspect-ratio buckets: smaller images, enlarged for training (1): 2.png (9x9)" in (
         caplog.text
     )
 
@@ -318,7 +316,7 @@ def test_images_of_which_little_is_shown_are_reported(tmp_path, caplog):
     warn_of_long_images(examples, CropPlan(8))
     (record,) = caplog.records
     assert record.getMessage() == (
-        "--resolution 8: long pictures, of which a sample shows less than a quarter (2): "
+        "--resolution 8: long images, of which a sample shows less than a quarter (2): "
         "2.png (33x8), 3.png (1x9)"
     )
 
@@ -390,12 +388,12 @@ def test_dataset_faults_are_named(tmp_path, cache):
 
     refuse("--image_column is 'jpg'.*Columns: image, text, number", image_column="jpg")
     refuse("--caption_column is 'label'", caption_column="label", prompt="p")
-    refuse("column 'number' holds no pictures", image_column="number", prompt="p")
-    refuse("number is 1; it must be a text", caption_column="number")
+    refuse("column 'number' contains .* instead of images", image_column="number", prompt="p")
+    refuse("number is 1; it must be text", caption_column="number")
     refuse("--dataset_name '.*gone'", name=str(tmp_path / "gone"), prompt="p")
     first, second, *_ = refuse("row 1 cannot be decoded", prompt="p")
     assert first.startswith("row 1 cannot be decoded")
-    assert second == "row 2 cannot be decoded: it has no picture"
+    assert second == "row 2 cannot be decoded: it has no image"
     assert refuse("row 0 has no caption.*or --caption_column", skip_bad_images=True)
     kept = find_dataset_examples(name, "p", cache_dir=cache, skip_bad_images=True)
     assert [example.source.index for example in kept] == [0]

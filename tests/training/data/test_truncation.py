@@ -84,7 +84,8 @@ def test_numbers_of_language_models(name: str, encoder: str, told: list[str]) ->
     report_truncation(pipe, family, config, [image(LONG)])
     (message,) = told
     lost = whole - kept
-    cut = f"{encoder} takes {length} tokens (--max_sequence_length) of its {whole}, {lost} are lost"
+    limit = f"{encoder} reads {length} tokens (--max_sequence_length)"
+    cut = f"{limit} of its {whole}, so {lost} are lost"
     assert message.startswith("--instance_prompt is cut off: ")
     assert cut in message
     told.clear()
@@ -98,7 +99,7 @@ def test_numbers_of_clip(name: str, told: list[str]) -> None:
     """26 letters, a beginning and an end, of which the tiny CLIP takes 16; T5 takes them all."""
     pipe = PIPELINES[name]()
     report_truncation(pipe, get_family(name), TrainingConfig(instance_prompt=LONG), [image(LONG)])
-    cut = "takes 16 tokens of its 28, 12 are lost"
+    cut = "reads 16 tokens of its 28, so 12 are lost"
     encoders = ["text_encoder", "text_encoder_2"] if "xl" in name else ["text_encoder"]
     cuts = "; ".join(f"{encoder} {cut}" for encoder in encoders)
     assert told == [f"--instance_prompt is cut off: {cuts}"]
@@ -152,7 +153,7 @@ def test_a_run_says_it_once(
     )
     found = [message for message in told if "cut" in message or "trunc" in message]
     found += [message for message in told if "longer than" in message]
-    cut = "text_encoder takes 16 tokens of its 28, 12 are lost"
+    cut = "text_encoder reads 16 tokens of its 28, so 12 are lost"
     assert found == [f"--instance_prompt is cut off: {cut}"]
 
 

@@ -89,7 +89,9 @@ def trainer_of(**options: Any) -> Trainer:
     family = find_base_family(chosen)
     images, classes = find_images(chosen), find_class_images(chosen)
     store = CheckpointStore(chosen.output_dir)
-    return Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    trainer = Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    trainer.set_up()
+    return trainer
 
 
 def most_made(work: Callable[[], Any]) -> int:
@@ -415,7 +417,7 @@ def test_what_is_elsewhere_is_not_counted(base: Path, images: Path, tmp_path: Pa
 
     plan = replace(here, device="cuda", processes=2)
     lines = format_plan(plan).splitlines()
-    assert lines[-1].startswith("and on the cpu, pictures and prompts encoded: 0.0")
+    assert lines[-1].startswith("plus encoded images and prompts on the cpu: 0.0")
     assert any(line.startswith("Memory in MiB (cuda of each process)") for line in lines)
     peaks = next(line.split()[1:] for line in lines if line.startswith("  peak"))
     assert peaks == [f"{plan.peak(phase) / 2**20:.2f}" for phase in plan.phases]
@@ -432,7 +434,7 @@ def test_a_base_that_decides_by_values_is_refused(
         return predict(self, denoiser, noisy if noisy.sum().item() else -noisy, *others)
 
     monkeypatch.setattr(type(family), "predict", peeks)
-    with pytest.raises(ConfigError, match=r"decides by values .* Leave out --dry_run"):
+    with pytest.raises(ConfigError, match=r"depends on values .* Leave out --dry_run"):
         plan_of(
             pretrained_model_name_or_path=base,
             instance_data_dir=images,

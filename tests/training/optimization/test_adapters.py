@@ -89,9 +89,12 @@ def test_what_is_excluded_is_so_in_whichever_model_has_it() -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"exclude_modules": "to_qq"}, r"--exclude_modules to_qq is none of the \d+ layers to"),
-        ({"exclude_modules": "to_q,conv1"}, "--exclude_modules conv1 is none of .* such as down_"),
-        ({"exclude_modules": "re:to_q"}, "--exclude_modules to_q is none of"),
+        ({"exclude_modules": "to_qq"}, r"--exclude_modules to_qq matches none of the \d+ layers"),
+        (
+            {"exclude_modules": "to_q,conv1"},
+            "--exclude_modules conv1 matches none of .* such as down_",
+        ),
+        ({"exclude_modules": "re:to_q"}, "--exclude_modules to_q matches none of"),
         (
             {"exclude_modules": "re:.*"},
             r"with exclude_modules=\.\* not found in the model: no layer",
@@ -160,7 +163,7 @@ def test_k_is_lowered_where_widths_ask_for_it(caplog: pytest.LogCaptureFixture) 
         assert k == expected, path
     said = [record.getMessage() for record in caplog.records]
     assert said == [
-        f"unet: k is lowered to 4 on 2 of {len(ks)} layers, as their widths ask for it: conv_in, "
+        f"unet: k is lowered to 4 on 2 of {len(ks)} layers, as their widths require: conv_in, "
         "conv_out"
     ]
     unet, text = (getattr(pipe, part).peft_config["default"] for part in BOTH)

@@ -145,11 +145,11 @@ def unet_only(start: Path, folder: Path, **changes: Any) -> Path:
         ({"lora_layers": "to_q"}, "only there, such as .*to_k. Give --target_preset attention"),
         (
             {"train_text_encoder": True},
-            "it adapts unet, and the run unet, text_encoder. Leave out --train_text_encoder",
+            "it adapts unet, but the run adapts unet, text_encoder. Leave out --train_text_encoder",
         ),
         (
             {"rank_pattern": "to_q=8"},
-            "to_q of unet has rank 12 there and 8 here.* Give its --rank_pattern",
+            "to_q of unet has rank 12 there and 8 here.* Give the --rank_pattern",
         ),
         ({"initial_adapter": "/absent.safetensors"}, "/absent.safetensors: no such file"),
     ],

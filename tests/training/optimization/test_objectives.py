@@ -180,5 +180,5 @@ def test_flow_noisy_latents_and_target() -> None:
     [("stable-diffusion-xl", EDMEulerScheduler()), ("flux", DDPMScheduler())],
 )
 def test_bases_of_another_kind_are_refused(family: str, scheduler: Any) -> None:
-    with pytest.raises(ConfigError, match=f"scheduler, {type(scheduler).__name__}, is not one of"):
+    with pytest.raises(ConfigError, match=f"scheduler, {type(scheduler).__name__}, is not for"):
         make_objective(config(), get_family(family), SimpleNamespace(scheduler=scheduler))

@@ -167,9 +167,9 @@ def test_settings_of_prodigy_arrive() -> None:
 
 
 def test_scale_lr() -> None:
-    config = make_config("adamw", scale_lr=True, train_batch_size=2, gradient_accumulation_steps=3)
+    config = make_config("adamw", scale_lr=True)
     groups = build_optimizer(
-        config, [Parameter(torch.zeros(1))], [Parameter(torch.zeros(1))], world_size=4
+        config, [Parameter(torch.zeros(1))], [Parameter(torch.zeros(1))], samples_per_step=24
     ).param_groups
     assert [group["lr"] for group in groups] == [0.03 * 24, 0.03 * 24]
 
@@ -178,9 +178,11 @@ def test_what_cannot_be_built() -> None:
     parameters = [Parameter(torch.zeros(1))]
     with pytest.raises(ValueError, match="nothing to train"):
         build_optimizer(make_config("adamw"), [])
-    with pytest.raises(ValueError, match=r"denoiser are still open.*with_defaults"):
+    with pytest.raises(ValueError, match=r"denoiser are not set.*with_defaults"):
         build_optimizer(TrainingConfig(), parameters)
-    with pytest.raises(ValueError, match="'sgd' is unknown; there are: adamw, adamw8bit, prodigy"):
+    with pytest.raises(
+        ValueError, match="'sgd' is unknown; it must be one of adamw, adamw8bit, prodigy"
+    ):
         build_optimizer(make_config("sgd"), parameters)
 
 

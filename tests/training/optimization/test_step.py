@@ -36,6 +36,7 @@ def make_trainer(**options: Any) -> Trainer:
     images, classes = find_images(chosen), find_class_images(chosen)
     family = find_base_family(chosen)
     trainer = Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    trainer.set_up()
     rng = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in trainer.parameters:
@@ -93,10 +94,10 @@ def test_the_next_rows_do_not_wait_for_the_gpu(name: str, tmp_path: Path) -> Non
             num_class_images=2,
         )
         batches = trainer.data.steps(0, 3)
-        trainer.rows.rows(*next(batches))  # the scheduler's tables are copied once
+        trainer.batch_builder.build(*next(batches))  # the scheduler's tables are copied once
         torch.cuda.set_sync_debug_mode("error")
         try:
-            trainer.rows.rows(*next(batches))
+            trainer.batch_builder.build(*next(batches))
         finally:
             torch.cuda.set_sync_debug_mode("default")
 
@@ -145,7 +146,7 @@ def test_loss_and_gradient_of_a_step(
             **options,
         )
         instance, classes = next(trainer.data.steps(0, 1))
-        groups = trainer.rows.rows(instance, classes)
+        groups = trainer.batch_builder.build(instance, classes)
         two = "aspect_ratio_buckets" in options
         shapes = [(8, 12), (12, 8)] if two else [(8, 8)]
         assert [tuple(rows.noisy_latents.shape[2:]) for rows in groups] == shapes
@@ -203,7 +204,7 @@ def test_loss_and_gradient_of_every_family(
             **options,
         )
         (batch, _) = next(trainer.data.steps(0, 1))
-        rows = trainer.rows.rows(batch)
+        rows = trainer.batch_builder.build(batch)
         loss = trainer.step(rows).mean()
         gradient = torch.autograd.grad(loss, trainer.parameters, materialize_grads=True)
     losses = [loss_by_the_pipeline(trainer, batch, row, 7) for row in range(len(batch["prompts"]))]
@@ -306,7 +307,7 @@ def test_teacher_rows_are_the_bases_predictions_whatever_the_adapter(
         with torch.no_grad():
             for parameter in trainer.parameters:
                 parameter.zero_()
-            rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
+            rows = trainer.batch_builder.build(*next(trainer.data.steps(0, 1)))
             assert torch.equal(trainer.step(rows)[rows[0].instances :], torch.zeros(2))
 
 
@@ -321,9 +322,9 @@ def test_stable_diffusion_2_trains(images: Path, tmp_path: Path) -> None:
             output_dir=tmp_path / "out",
             target_preset="attention+ff+proj",
         )
-        objective: Any = trainer.rows.step.objective
+        objective: Any = trainer.batch_builder.step.objective
         assert objective.prediction_type == "v_prediction"
-        rows = trainer.rows.rows(*next(trainer.data.steps(0, 1)))
+        rows = trainer.batch_builder.build(*next(trainer.data.steps(0, 1)))
         assert trainer.step(rows).isfinite().all()
 
 
@@ -350,6 +351,6 @@ def test_prompts_are_not_encoded_under_fp16_autocast(
 
         monkeypatch.setattr(type(trainer.family), "encode_prompts", spy)
         with torch.autocast("cpu", dtype=dtype):
-            losses = trainer.step(trainer.rows.rows(*next(trainer.data.steps(0, 1))))
+            losses = trainer.step(trainer.batch_builder.build(*next(trainer.data.steps(0, 1))))
     assert losses.isfinite().all()
     assert autocasts == [dtype == torch.bfloat16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import io
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,15 @@ from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import output_dir
 from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
 from gralora_diffusion.training.outputs.model_card import write_card
+from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
+from tests.training.optimization.test_step import make_trainer
 from tests.training.runs import adapter, assert_same_run, make_images, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
+#: On the CPU, of which the peak memory is not known.
+SCALARS = ("loss", "lr", "grad_norm", "samples_per_second")
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +67,7 @@ def test_files(finished: Path) -> None:
         "validation.png",
     ]
     assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4]
+    assert all(row.keys() == {"step", "performance", *SCALARS[:3]} for row in metrics(finished))
     with Image.open(finished / "training_curve.png") as curve:
         assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
 
@@ -112,13 +118,45 @@ def test_final_images_are_those_of_the_saved_adapter(finished: Path, base: Path)
 
 def test_tracker_has_scalars_and_images(finished: Path) -> None:
     events = next(f for f in (finished / "logs").rglob("events.*") if "loss" in tags(f)["scalars"])
-    assert {"loss", "lr"} <= set(tags(events)["scalars"])
+    assert set(tags(events)["scalars"]) == set(SCALARS)
+    for name in SCALARS:
+        tracked = [event.value for event in reload(events).Scalars(name)]
+        rows = [{**row, **row["performance"]} for row in metrics(finished)]
+        assert tracked == pytest.approx([row[name] for row in rows])
     assert sorted(tags(events)["images"]) == sorted(f"validation/{prompt}" for prompt in PROMPTS)
     drawn = reload(events).Images(f"validation/{PROMPTS[1]}")
     assert [event.step for event in drawn] == [0, 2, 4]
     logged = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
     grid = Image.open(finished / "validation" / "step-000004" / "grid.png")
     assert logged.tobytes() == grid.crop((0, 16, 32, 32)).tobytes()
+
+
+def test_gradient_norms_are_those_before_clipping(base: Path, images: Path, tmp_path: Path) -> None:
+    """Compared with the gradients that the optimizer takes, which are clipped in the second run."""
+    taken: dict[float, list[float]] = {math.inf: [], 1e-3: []}
+    logged = {}
+    for limit, norms in taken.items():
+        with accelerate_left_as_it_was():
+            trainer = make_trainer(
+                pretrained_model_name_or_path=base,
+                instance_data_dir=images,
+                output_dir=tmp_path / f"{limit}",
+                max_grad_norm=limit,
+                gradient_accumulation_steps=2,
+                max_train_steps=2,
+            )
+
+            def take(*_: Any, taken: list[float] = norms, of: Any = trainer.parameters) -> None:
+                taken.append(float(sum(p.grad.double().square().sum() for p in of)) ** 0.5)
+
+            trainer.optimizer.optimizer.register_step_pre_hook(take)
+            file = MetricsFile(tmp_path / f"{limit}")
+            assert list(trainer.steps(file)) == [1, 2]
+            logged[limit] = [row["grad_norm"] for row in file.read()]
+    assert logged[math.inf] == pytest.approx(taken[math.inf], rel=1e-5)
+    assert min(logged[math.inf]) > 1e-2
+    assert taken[1e-3] == pytest.approx([1e-3, 1e-3], rel=1e-2)
+    assert logged[1e-3][0] == logged[math.inf][0]
 
 
 def reload(file: Path) -> Any:

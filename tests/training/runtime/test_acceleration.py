@@ -48,9 +48,13 @@ def test_nothing_frozen_is_sent_round() -> None:
         ("ACCELERATE_USE_FSDP", "true", "set to FSDP, which shards"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "set to Megatron-LM, which shards"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "set to a parallelism config, which shards"),
-        ("ACCELERATE_MIXED_PRECISION", "fp8", "set to mixed precision fp8; give"),
+        ("ACCELERATE_MIXED_PRECISION", "fp8", "set to mixed precision fp8, which is not supported"),
         ("ACCELERATE_MIXED_PRECISION", "fp16", "fp16, which needs a GPU"),
-        ("ACCELERATE_DYNAMO_BACKEND", "FASTEST", "as it is set: .*FASTEST.* `accelerate config`"),
+        (
+            "ACCELERATE_DYNAMO_BACKEND",
+            "FASTEST",
+            "with its settings: .*FASTEST.* `accelerate config`",
+        ),
     ],
 )
 def test_settings_of_accelerate_that_would_break_a_run(
@@ -125,7 +129,7 @@ def test_without_a_compiler_a_run_goes_on(
         run(output_dir=tmp_path / "compiled", torch_compile=True, **data)
     said = [record.message for record in caplog.records if "--torch_compile" in record.message]
     assert len(said) == 1
-    assert "goes on without compiling" in said[0]
+    assert "is ignored, since compiling fails here" in said[0]
     assert "no-such-compiler" in said[0]
     run(output_dir=tmp_path / "plain", **data)
     assert_same_run(tmp_path / "plain", tmp_path / "compiled")
