@@ -1,4 +1,4 @@
-"""The options that say which base is loaded, and how."""
+"""The options for the base model and how it is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class BaseModelOptions:
 
     config: Annotated[str | None, Place(), MayDiffer(commands=True), Unrecorded()] = option(
         None,
-        "YAML file of options, `name: value` per line; what is on the command line wins over it",
+        "YAML file of options, `name: value` per line; the command line overrides it",
     )
     pretrained_model_name_or_path: Annotated[str, Place(read=True, hub_id=True)] = option(
         "",
@@ -25,12 +25,13 @@ class BaseModelOptions:
     base_config: Annotated[str | None, Place(read=True, hub_id=True)] = option(
         None,
         "For a base in one .safetensors file: folder or Hub id of a pipeline of the same kind, for "
-        "the configuration and the models that the file lacks (default: found on the Hub)",
+        "the configuration and the models that the file does not contain (default: found on the "
+        "Hub)",
     )
     revision: str | None = option(None, "Branch, tag or commit of the base on the Hub")
     variant: str | None = option(None, "Variant of the weight files of the base, such as fp16")
     cache_dir: Annotated[str | None, Place(), MayDiffer(commands=True)] = option(
-        None, "Folder for what is downloaded (default: the Hub's own)"
+        None, "Folder for downloads (default: the Hub's own)"
     )
     pretrained_vae_model_name_or_path: Annotated[str | None, Place(read=True, hub_id=True)] = (
         option(None, "VAE to use in place of the base's: a folder or a Hub id")
@@ -41,7 +42,7 @@ class BaseModelOptions:
         "Stable Diffusion 3",
     )
     family: str | None = option(
-        None, "Model family of the base, such as stable-diffusion (default: found from the base)"
+        None, "Model family of the base, such as stable-diffusion (default: found in the base)"
     )
     quantization: Annotated[
         Literal["bnb-nf4", "bnb-int8", "torchao-fp8", "torchao-int8"] | None, Fixed()
@@ -49,14 +50,14 @@ class BaseModelOptions:
         None,
         "Store the frozen denoiser in 8 or 4 bits (needs bitsandbytes and a GPU, or torchao)",
     )
-    quantize_text_encoders: bool = option(False, "The same for the text encoders")
+    quantize_text_encoders: bool = option(False, "Quantize the text encoders as well")
     bnb_quantization_config_path: Annotated[str | None, Place(read=True)] = option(
         None, "JSON file with the arguments of BitsAndBytesConfig, in place of --quantization"
     )
 
     @property
     def quantizes(self) -> bool:
-        """Whether the options say anything of a base in fewer bits."""
+        """Whether any option asks for a quantized base."""
         return bool(
             self.quantization or self.bnb_quantization_config_path or self.quantize_text_encoders
         )
