@@ -1,8 +1,8 @@
 """GraLoRA (granular low-rank adaptation, arXiv 2505.20355) for image models.
 
 Importing this package gives every diffusers pipeline the methods ``load_gralora_weights``,
-``save_gralora_weights``, ``fuse_gralora``, ``unfuse_gralora`` and ``unload_gralora_weights``. It
-takes no time: what needs torch and diffusers is imported when it is first used.
+``save_gralora_weights``, ``fuse_gralora``, ``unfuse_gralora`` and ``unload_gralora_weights``. This
+takes no time, because torch and diffusers are only imported at the first use.
 """
 
 from typing import TYPE_CHECKING

@@ -1,4 +1,4 @@
-"""The ``gralora`` command: one sub-command per job."""
+"""The ``gralora`` command: one subcommand per task."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser(
         "train", add_help=False, help="train an adapter (the same options as the training script)"
     )
-    commands.add_parser("sample", add_help=False, help="draw pictures with a base and an adapter")
+    commands.add_parser("sample", add_help=False, help="generate images with a base and an adapter")
     commands.add_parser(
         "export", add_help=False, help="write a checkpoint, a LoRA or a folder for other programs"
     )
-    commands.add_parser("import", add_help=False, help="make an adapter of an existing LoRA")
-    commands.add_parser("inspect", add_help=False, help="say what a file is, and what is in it")
+    commands.add_parser("import", add_help=False, help="convert an existing LoRA to an adapter")
+    commands.add_parser("inspect", add_help=False, help="report what a file is and contains")
     commands.add_parser(
-        "benchmark", add_help=False, help="train methods side by side, judge and compare them"
+        "benchmark", add_help=False, help="train, evaluate and compare methods side by side"
     )
-    # each command parses its own options, so that its --help is its own
+    # each command parses its own options and prints its own help
     command = parser.parse_args(arguments[:1]).command
     try:
         _run(command, arguments[1:])
         sys.stdout.flush()
-    except BrokenPipeError:  # who reads it, such as head, has seen enough
-        # the interpreter flushes once more as it ends
+    except BrokenPipeError:  # the reader, such as head, has closed the pipe
+        # the interpreter flushes once more when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)  # as of SIGPIPE
+        sys.exit(141)  # the exit code of SIGPIPE
     except KeyboardInterrupt:
         parser.exit(130, f"\ngralora {command}: interrupted\n")
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
-# Teach the bundled base a subject it has never seen, on the CPU, and show what came of it.
-# Everything it makes lies in outputs/demo, or in the folder given as the first argument.
+# Train an adapter of a new subject on the bundled base, on the CPU, and show the result.
+# All output is in outputs/demo, or in the folder given as the first argument.
 set -euo pipefail
 output="${1:-}"
 case "$output" in
     "") output="outputs/demo" ;;
     /*) ;;
-    *) output="$PWD/$output" ;; # from where the caller is
+    *) output="$PWD/$output" ;; # relative to the caller's folder
 esac
 cd "$(dirname "$0")/.."
 . .ci/environment.sh
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false TRANSFORMERS_VERBOSITY=error
-# on a model this small one thread does nearly what two do, and nothing beside it slows it down
+# for such a small model, one thread is nearly as fast as two, and other processes slow it down less
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 
 accelerate launch --num_processes 1 --cpu --mixed_precision no --dynamo_backend no --num_machines 1 \

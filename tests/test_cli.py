@@ -52,8 +52,10 @@ def test_a_hub_id_that_is_not_cached(
         main(line.format(tmp_path).split())
     assert caught.value.code == 2
     told = capsys.readouterr().err
-    assert "owner/absent: there is no such folder, the Hub's cache lacks it or a part" in told
-    assert "HF_HUB_OFFLINE is set. Fetch it where there is a network, by `hf download " in told
+    assert (
+        "owner/absent: there is no such folder, the Hub's cache does not contain all of it" in told
+    )
+    assert "HF_HUB_OFFLINE is set. With network access, download it by `hf download " in told
     assert list(tmp_path.iterdir()) == []
 
 

@@ -226,7 +226,10 @@ def test_a_layer_that_is_some_rows_of_a_weight():
 @pytest.mark.parametrize(
     ("component", "message"),
     [
-        ("transformer", r"The model lacks 1 layers of this GraLoRA, such as transformer.attn.to_q"),
+        (
+            "transformer",
+            r"The model does not have 1 layers of this GraLoRA, such as transformer.attn.to_q",
+        ),
         ("text_encoder_2", r"not loaded.*text_encoder_2; such as.*strength_clip to 0"),
     ],
 )
@@ -256,7 +259,9 @@ def test_family(family, classes, right):
     if right:
         node.check_family(file, classes)
     else:
-        with pytest.raises(node.GraloraError, match=f"family {family}; the model is {classes[0]}"):
+        with pytest.raises(
+            node.GraloraError, match=f"family {family}, but the model is {classes[0]}"
+        ):
             node.check_family(file, classes)
 
 
@@ -290,10 +295,10 @@ UNET = {"r": 4, "gralora_k": 2, "alpha": 4}
         ({"description": {"components": {"transformer": UNET}}}, "does not describe unet"),
         ({"description": {"components": {"unet": {**UNET, "gralora_k": 4}}}}, "k 4"),
         ({"description": {"components": {"unet": {**UNET, "r": 8}}}}, "rank 8"),
-        ({"description": {"components": {"unet": {**UNET, "hybrid_r": 2}}}}, "should have"),
+        ({"description": {"components": {"unet": {**UNET, "hybrid_r": 2}}}}, "must have"),
         ({"tensors": {"unet.to_q.bias": torch.ones(10)}}, "unet.to_q.bias.*gralora export"),
-        ({"tensors": {"unet.to_q.gralora_B": None}}, "should have"),
-        ({"tensors": {"unet.to_q.gralora_B": torch.ones(2, 2, 5)}}, "do not go with"),
+        ({"tensors": {"unet.to_q.gralora_B": None}}, "must have"),
+        ({"tensors": {"unet.to_q.gralora_B": torch.ones(2, 2, 5)}}, "do not fit"),
         ({"tensors": {"unet.to_q.gralora_A": torch.full((2, 3, 4), torch.nan)}}, "NaN"),
         (
             {"tensors": {"unet.to_q.gralora_A": None, "unet.to_q.gralora_B": None}},
@@ -324,13 +329,13 @@ def test_a_general_pair_of_another_width_is_refused(tmp_path):
 def test_other_and_damaged_files_are_refused(tmp_path, files):
     lora = tmp_path / "lora.safetensors"
     save_file({"unet.to_q.lora_A.weight": torch.ones(2, 4)}, lora)
-    with pytest.raises(node.GraloraError, match="A LoRA is for the node Load LoRA"):
+    with pytest.raises(node.GraloraError, match="Use the node Load LoRA for a LoRA"):
         node.read_gralora(str(lora))
     whole = files["flux"].read_bytes()
     lora.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(node.GraloraError, match="not a whole safetensors file"):
+    with pytest.raises(node.GraloraError, match="not a complete safetensors file"):
         node.read_gralora(str(lora))
-    with pytest.raises(node.GraloraError, match="not a whole safetensors file"):
+    with pytest.raises(node.GraloraError, match="not a complete safetensors file"):
         node.read_gralora(str(tmp_path / "none.safetensors"))
 
 

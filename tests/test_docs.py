@@ -194,6 +194,8 @@ def test_command(command, workplace):
         PARSERS[program]().parse_args(arguments)
     elif program.startswith("tests.performance."):
         importlib.import_module(program).build_parser().parse_args(arguments)
+    elif program == "tests.fuzzing":
+        importlib.import_module("tests.fuzzing.__main__").build_parser().parse_args(arguments)
     else:
         assert command[:2] in (["pip", "install"], ["git", "clone"])
 

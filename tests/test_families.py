@@ -79,7 +79,7 @@ class TestLookUp:
 
     def test_unknown(self):
         with pytest.raises(
-            ValueError, match=r"no family named 'sd15'. Families: .*stable-diffusion"
+            ValueError, match=r"no family is named 'sd15'. Choose from .*stable-diffusion"
         ):
             get_family("sd15")
         with pytest.raises(ValueError, match="SimpleNamespace is not a pipeline of a supported"):
@@ -120,9 +120,9 @@ class TestEachFamily:
 
     def test_presets_that_do_not_fit(self, name):
         family, pipe = get_family(name), models.PIPELINES[name]()
-        with pytest.raises(ValueError, match=r"no target preset 'most' for .* Presets: attention"):
+        with pytest.raises(ValueError, match=r"has no target preset 'most'. Presets: attention"):
             family.resolve_preset(family.denoiser, "most", pipe)
-        with pytest.raises(ValueError, match=r"for vae of .* Presets: none"):
+        with pytest.raises(ValueError, match=r"vae of .* Presets: none"):
             family.resolve_preset("vae", "attention", pipe.vae)
         with pytest.raises(ValueError, match="this Linear has none of the layers of preset"):
             family.resolve_preset(family.denoiser, "attention", nn.Linear(2, 2))

@@ -1,1 +1,1 @@
-"""The adapter: its mathematics, its layers, where they go in a model, and its file."""
+"""The adapter: its mathematics, its layers, their placement in a model, and its file."""

@@ -1,15 +1,16 @@
-"""The adapter file: what is in it, reading, writing, and refusing what is not whole.
+"""The adapter file: its content, how it is read and written, and which files are refused.
 
 One file holds the adapters of a pipeline, ``pytorch_gralora_weights.safetensors``:
 
 * tensors named ``<component>.<module path>.gralora_A`` and so on, as PEFT names them, where the
   component is the attribute of the pipeline (``unet``, ``text_encoder``, ...);
 * metadata ``gralora_adapter_metadata``: JSON with ``format_version``, ``family`` and
-  ``components``, the config of each component. Shapes alone cannot tell alpha, so a file
-  without it is refused.
+  ``components``, the config of each component. A file without it is refused, because alpha does
+  not follow from the shapes.
 
-Also read and written: PEFT's folder, ``adapter_config.json`` beside ``adapter_model.safetensors``,
-either directly (the adapter of one component) or in a sub-folder per component.
+PEFT's folder is read and written as well: ``adapter_config.json`` beside
+``adapter_model.safetensors``, either directly (the adapter of one component) or in a sub-folder per
+component.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ from gralora_diffusion.io.tensor_files import read_safetensors, replacing, write
 from .config import GraloraConfig
 
 FORMAT_VERSION = 1
-#: Stands for the denoiser in a PEFT folder, which does not say of which component it is.
+#: Name of the only component of a PEFT folder, which does not record its component's name.
 DENOISER = "denoiser"
 
 
@@ -64,7 +65,7 @@ class ComponentAdapter:
 class Adapter:
     """The adapters of a pipeline's components, and the family of base model they were trained for.
 
-    ``metadata`` holds whatever else the file says (strings): ``modelspec.*``, ``ss_*``, ...
+    ``metadata`` holds the file's other strings: ``modelspec.*``, ``ss_*``, ...
     """
 
     components: dict[str, ComponentAdapter]
@@ -74,7 +75,7 @@ class Adapter:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All of them on the CPU, by the keys of the native file."""
+        """All tensors on the CPU, by the keys of the native file."""
         return {
             f"{component}.{key}": tensor.detach().to("cpu").contiguous()
             for component, part in self.components.items()
@@ -86,7 +87,7 @@ class Adapter:
 
 
 def save_adapter(adapter: Adapter, path: str | os.PathLike[str]) -> Path:
-    """Write the native file. It appears under its name only when it is whole. Returns the path."""
+    """Write the native file and return its path. It appears under its name once it is complete."""
     path = Path(path)
     parts = sorted(adapter.components.items())
     description = {
@@ -126,7 +127,7 @@ def save_peft_folders(adapter: Adapter, folder: str | os.PathLike[str]) -> list[
 
 
 def _for_peft(part: ComponentAdapter) -> ComponentAdapter:
-    """Return the same update in terms that PEFT's GraLoRA knows."""
+    """Return the same update without fields that PEFT's GraLoRA does not read."""
     ours: Any = part.config
     alphas, excluded = getattr(ours, "alpha_pattern", None), getattr(ours, "exclude_modules", None)
     shapes = getattr(ours, "rank_pattern", None) or getattr(ours, "k_pattern", None)
@@ -138,7 +139,7 @@ def _for_peft(part: ComponentAdapter) -> ComponentAdapter:
         names = "|".join(re.escape(path) for path in paths)
         config.target_modules, config.exclude_modules = f"(?:{names})", None
     if alphas:
-        # 1 where the config's own alpha is zero: B can then hold any layer's
+        # 1 if the config's own alpha is zero, so that B can include the alpha of any layer
         config.alpha, config.alpha_pattern = ours.alpha or 1, {}
         for key, tensor in tensors.items():
             path, _, factor = key.partition(".gralora_")
@@ -150,9 +151,9 @@ def _for_peft(part: ComponentAdapter) -> ComponentAdapter:
 
 
 def config_to_dict(config: PeftGraloraConfig) -> dict[str, Any]:
-    """The config as JSON-ready values, without what only concerns the machine it was made on.
+    """Return the config as JSON-ready values, without the fields that describe a single machine.
 
-    All is sorted but the patterns, of which the first that matches counts.
+    Everything is sorted except the patterns: the first one that matches counts.
     """
     values = config.to_dict()
     values.pop("runtime_config", None)
@@ -169,23 +170,27 @@ def config_from_dict(values: Mapping[str, Any], where: str) -> GraloraConfig:
     """Rebuild a config. A field that this version does not know is refused, not dropped.
 
     Raises:
-        AdapterFileError: of another method, with unknown, missing or impossible values.
+        AdapterFileError: the config is of another method, or has unknown, missing or invalid
+            values.
     """
     if not isinstance(values, Mapping):
         raise AdapterFileError(f"{where}: the adapter's config is not a mapping but {values!r}.")
     kind = str(values.get("peft_type", "GRALORA")).split(".")[-1]
     if kind != "GRALORA":
         raise AdapterFileError(
-            f"{where}: a {kind} adapter, not GraLoRA. LoRAs load by `pipe.load_lora_weights(...)`."
+            f"{where}: this is a {kind} adapter, not a GraLoRA adapter. Load a LoRA with "
+            "`pipe.load_lora_weights(...)`."
         )
     known = set(GraloraConfig.__dataclass_fields__)
     if unknown := sorted(set(values) - known):
         raise AdapterFileError(
-            f"{where}: the config has fields this version does not know: {', '.join(unknown)}. "
-            "The file comes from a newer version; upgrade gralora-diffusion (and peft)."
+            f"{where}: the config has fields that this version does not know: "
+            f"{', '.join(unknown)}. A newer version wrote it; upgrade gralora-diffusion (and peft)."
         )
     if missing := [name for name in ("r", "gralora_k", "alpha") if name not in values]:
-        raise AdapterFileError(f"{where}: the adapter's config lacks {', '.join(missing)}.")
+        raise AdapterFileError(
+            f"{where}: these fields are missing in the adapter's config: {', '.join(missing)}."
+        )
     if not (problems := mistyped_values(values)):
         try:
             config = GraloraConfig(**{k: v for k, v in values.items() if k != "peft_type"})
@@ -217,7 +222,8 @@ def read_adapter(
             ``cache_dir``, ``force_download``, ``local_files_only``.
 
     Raises:
-        AdapterFileError: nothing there, not safetensors, truncated, or without its config.
+        AdapterFileError: no adapter was found, or its file is not safetensors, is truncated or has
+            no config.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -232,7 +238,7 @@ def read_adapter(
 def _read_folder(folder: Path, weight_name: str | None) -> Adapter:
     if weight_name:
         if not (folder / weight_name).is_file():
-            raise AdapterFileError(f"{folder}: no file named {weight_name} in this folder.")
+            raise AdapterFileError(f"{folder}: this folder contains no file named {weight_name}.")
         return _read_file(folder / weight_name)
     if (folder / WEIGHTS_NAME).is_file():
         return _read_file(folder / WEIGHTS_NAME)
@@ -245,9 +251,9 @@ def _read_folder(folder: Path, weight_name: str | None) -> Adapter:
     if parts:
         return Adapter(parts, source=str(folder))
     raise AdapterFileError(
-        f"{folder}: no GraLoRA adapter here. Expected {WEIGHTS_NAME}, or a PEFT folder "
-        f"({PEFT_CONFIG_NAME} beside {PEFT_WEIGHTS_NAME}), or such folders named after the "
-        "components; for another file name pass weight_name=..."
+        f"{folder}: this folder contains no GraLoRA adapter. Expected {WEIGHTS_NAME}, a PEFT "
+        f"folder ({PEFT_CONFIG_NAME} beside {PEFT_WEIGHTS_NAME}), or a PEFT folder for each "
+        "component. If the file has another name, pass weight_name=..."
     )
 
 
@@ -276,12 +282,12 @@ def _read_peft_folder(folder: Path) -> ComponentAdapter:
     weights_path = folder / PEFT_WEIGHTS_NAME
     if not weights_path.is_file():
         raise AdapterFileError(
-            f"{folder}: {PEFT_CONFIG_NAME} without {PEFT_WEIGHTS_NAME} beside it."
+            f"{folder}: this folder contains {PEFT_CONFIG_NAME} but no {PEFT_WEIGHTS_NAME}."
         )
     try:
         values = read_object(config_path)
     except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{config_path}: not readable as JSON: {error}") from error
+        raise AdapterFileError(f"{config_path} cannot be read as JSON: {error}") from error
     config = config_from_dict(values, str(config_path))
     tensors, _ = read_safetensors(weights_path)
     return ComponentAdapter(config, {k.removeprefix(PEFT_PREFIX): v for k, v in tensors.items()})
@@ -297,15 +303,15 @@ def _read_file(path: Path) -> Adapter:
         version, configs = description["format_version"], description["components"]
         family = description.get("family")
         if not (isinstance(configs, dict) and isinstance(family, str | None)):
-            raise ValueError("components should map names to configs, and family be a string")
+            raise ValueError("components must map names to configs, and family must be a string")
         if not configs:
-            raise ValueError("components names none, so there are no weights at all")
+            raise ValueError("components is empty, so the adapter has no weights")
     except (ValueError, KeyError) as error:
         raise AdapterFileError(f"{path}: metadata {METADATA_KEY} is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise AdapterFileError(
-            f"{path}: format_version {version}, this version of gralora-diffusion reads "
-            f"{FORMAT_VERSION}. Upgrade gralora-diffusion."
+            f"{path}: the file has format_version {version}, but this version of "
+            f"gralora-diffusion reads {FORMAT_VERSION}. Upgrade gralora-diffusion."
         )
     parts = {
         name: ComponentAdapter(config_from_dict(values, f"{path}, {name}"), {})
@@ -315,7 +321,8 @@ def _read_file(path: Path) -> Adapter:
         component, _, rest = key.partition(".")
         if component not in parts:
             raise AdapterFileError(
-                f"{path}: key {key!r} belongs to no component of its metadata ({', '.join(parts)})."
+                f"{path}: key {key!r} does not belong to any component in its metadata "
+                f"({', '.join(parts)})."
             )
         parts[component].tensors[rest] = tensor
     metadata.pop("format", None)
@@ -326,14 +333,14 @@ def _why_no_metadata(path: Path, tensors: Mapping[str, Tensor]) -> str:
     if not any("gralora_" in key for key in tensors):
         if any("lora_A" in key or "lora_down" in key or ".lora." in key for key in tensors):
             return (
-                f"{path}: a LoRA, not a GraLoRA file: `pipe.load_lora_weights(...)` loads it, "
-                "`gralora import` makes an adapter of it."
+                f"{path}: this is a LoRA file, not a GraLoRA file. Load it with "
+                "`pipe.load_lora_weights(...)`, or convert it with `gralora import`."
             )
         first = next(iter(tensors), None)
-        return f"{path}: no GraLoRA weights in this file (first key: {first!r})."
+        return f"{path}: this file contains no GraLoRA weights (first key: {first!r})."
     return (
-        f"{path}: no `{METADATA_KEY}` in the file's metadata, and shapes alone cannot tell alpha. "
-        "Pass the state dict with its config: "
+        f"{path}: the file's metadata does not contain `{METADATA_KEY}`, and alpha does not follow "
+        "from the shapes. Pass the state dict with its config: "
         "`pipe.load_gralora_weights(safetensors.torch.load_file(path), "
         "config=GraloraConfig(r=..., gralora_k=..., alpha=..., target_modules=[...]))`."
     )
@@ -347,17 +354,17 @@ def adapter_from_state_dict(
     """Make an :class:`Adapter` from tensors in memory and their config.
 
     Args:
-        state_dict: keys with the component in front (``unet.``), or of one component without it.
+        state_dict: keys that start with the component (``unet.``); the keys of a single component
+            may leave it out.
         config: one config for every component, or a mapping from component to config.
-        component_names: components the pipeline has; the first is the denoiser.
+        component_names: the pipeline's components; the first is the denoiser.
 
     Raises:
-        AdapterFileError: no config, an impossible one, a component without one, or something that
-            is no tensor.
+        AdapterFileError: a config is missing or invalid, or a value is not a tensor.
     """
     if config is None:
         raise AdapterFileError(
-            "A state dict alone does not say rank, k and alpha. Pass `config=GraloraConfig(...)`, "
+            "A state dict does not contain rank, k and alpha. Pass `config=GraloraConfig(...)`, "
             "or a mapping from component to config such as {'unet': GraloraConfig(...)}."
         )
     tensors: dict[str, dict[str, Tensor]] = {}

@@ -1,4 +1,4 @@
-"""Whether an adapter fits a pipeline, and how its tensors are called in the models there."""
+"""Whether an adapter fits a pipeline, and the names of its tensors in the pipeline's models."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ from .adapter_file import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .injection import check_adapter_name
 from .layers import GraloraLayer
 
-#: transformers 5 took this level out of CLIPTextModel; files of transformers 4 have it.
+#: transformers 5 removed this level from CLIPTextModel; files of transformers 4 have it.
 _CLIP_LEVEL = "text_model."
-#: Parts that AnimateDiff, IP-Adapter and GLIGEN add to a denoiser; some have a to_q and so on.
+#: Parts that AnimateDiff, IP-Adapter and GLIGEN add to a denoiser; some contain a to_q.
 _ADDED = re.compile(r"(^|\.)(motion_modules|encoder_hid_proj|image_proj|processor|fuser)\.")
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A model of a pipeline and the part of an adapter that goes on it, in the model's names."""
+    """A model of a pipeline, and the part of an adapter for it under the model's names."""
 
     model: Any
     config: GraloraConfig
@@ -52,7 +52,10 @@ class Fit:
 
 
 def component_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
-    """Attributes that may hold adapters, the denoiser first: the family's, or diffusers' list."""
+    """Return the attributes that may hold adapters, the denoiser first.
+
+    They come from the family, or from diffusers' list.
+    """
     family = find_family(pipe)
     if family:
         return family.components
@@ -62,7 +65,10 @@ def component_names(pipe: DiffusionPipeline) -> tuple[str, ...]:
 
 
 def component_models(pipe: DiffusionPipeline) -> dict[str, Any]:
-    """The models that may hold adapters, by attribute, the denoiser first; compiled ones bare."""
+    """Return the models that may hold adapters by attribute, the denoiser first.
+
+    Compiled models are returned without their wrapper.
+    """
     models = {name: getattr(pipe, name, None) for name in component_names(pipe)}
     return {
         name: getattr(model, "_orig_mod", model)
@@ -72,34 +78,35 @@ def component_models(pipe: DiffusionPipeline) -> dict[str, Any]:
 
 
 def gralora_layers(model: nn.Module) -> list[GraloraLayer]:
-    """All GraLoRA layers of a model."""
+    """Return all GraLoRA layers of a model."""
     return [module for module in model.modules() if isinstance(module, GraloraLayer)]
 
 
 def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> dict[str, Fit]:
-    """Find every reason to refuse an adapter. Touches nothing.
+    """Find every reason to refuse an adapter. Nothing is changed.
 
     Raises:
-        AdapterFileError: another family, a component that is not there, missing, unexpected,
-            misshapen or non-finite tensors. All of them are listed.
-        ValueError: the adapter name is taken or cannot be one.
+        AdapterFileError: the adapter is for another family or for a component that the pipeline
+            does not have, or tensors are missing, unexpected, misshapen or non-finite. The message
+            lists all of them.
+        ValueError: the adapter name is taken or invalid.
     """
     family, where = find_family(pipe), type(pipe).__name__
     if adapter.family and family and adapter.family != family.name:
         raise AdapterFileError(
-            f"{adapter.source}: trained for {adapter.family}, but {where} is {family.name}. "
-            f"Load it into a pipeline of {adapter.family}."
+            f"{adapter.source}: this adapter was trained for {adapter.family}, but {where} is "
+            f"{family.name}. Load it into a pipeline of {adapter.family}."
         )
     models = component_models(pipe)
     fits: dict[str, Fit] = {}
-    problems = [] if adapter.components else ["no weights at all"]
+    problems = [] if adapter.components else ["it has no weights"]
     for component, part in adapter.components.items():
         name = component_of(component, adapter, tuple(models))
         if name not in models:
             left_out = getattr(pipe, name, models) is None
             remedy = f" Load the pipeline with its {name}." if left_out else ""
             problems.append(
-                f"weights for {name!r}, which this {where} does not have (it has "
+                f"it has weights for {name!r}, which this {where} does not have (it has "
                 f"{', '.join(models)}).{remedy}"
             )
             continue
@@ -118,10 +125,13 @@ def check_fit(pipe: DiffusionPipeline, adapter: Adapter, adapter_name: str) -> d
 
 
 def component_of(component: str, adapter: Adapter, names: Sequence[str]) -> str:
-    """Which component a part is for. A lone PEFT folder tells it by its own name, if at all.
+    """Return the component that a part belongs to.
+
+    For a single PEFT folder this is the folder's name if a component has that name, and the
+    denoiser otherwise.
 
     Args:
-        names: of the components there are, the denoiser first.
+        names: the pipeline's components, the denoiser first.
     """
     if component != DENOISER:
         return component
@@ -136,13 +146,14 @@ def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
     if tensors and not hasattr(model, _CLIP_LEVEL.rstrip(".")):
         level = _CLIP_LEVEL if all(key.startswith(_CLIP_LEVEL) for key in tensors) else ""
     tensors = {key.removeprefix(level): t for key, t in tensors.items() if not _is_copy(key)}
-    if config.target_modules is None:  # only a config given with a state dict: the keys tell
+    # only a config passed with a state dict has no targets; they follow from the keys
+    if config.target_modules is None:
         config.target_modules = {layer_of(key) for key in tensors if ".gralora_" in key}
     elif level:
         config.target_modules = set(find_targets(model, config, level))
         config.layers_to_transform = config.layers_pattern = None
         if getattr(config, "exclude_modules", None):
-            config.exclude_modules = None  # they are not among the targets any more
+            config.exclude_modules = None  # the targets no longer contain them
     if level:
         rename_layers(config, {path: level + path for path in sorted(config.target_modules)})
     if level and config.modules_to_save:
@@ -151,9 +162,9 @@ def _in_names_of(model: nn.Module, part: ComponentAdapter) -> Fit:
 
 
 def _pass_over_added(fit: Fit) -> None:
-    """Take layers that another network brought into the model off the config's targets.
+    """Remove layers that another network added to the model from the config's targets.
 
-    The base that the adapter was trained on had none of them, though its config may name them.
+    The base that the adapter was trained on did not have them, although the config may match them.
     """
     targets = find_targets(fit.model, fit.config)
     added = {name for name in targets if _ADDED.search(name)}
@@ -173,22 +184,22 @@ def _problems(fit: Fit) -> list[str]:
         if keys:
             problems.append(f"{len(keys)} {kind} keys: {first_few(keys)}")
     misshapen = [
-        f"{key} has shape {tuple(tensor.shape)}, this base needs {expected[key]}"
+        f"{key} has shape {tuple(tensor.shape)}, but this base needs {expected[key]}"
         for key, tensor in fit.tensors.items()
         if key in expected and tuple(tensor.shape) != expected[key]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} tensors of another shape: {first_few(misshapen)}")
+        problems.append(f"{len(misshapen)} tensors have another shape: {first_few(misshapen)}")
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
-        problems.append(f"{len(broken)} tensors with NaN or infinite values: {first_few(broken)}")
+        problems.append(f"{len(broken)} tensors have NaN or infinite values: {first_few(broken)}")
     return problems
 
 
 def _expected_shapes(
     model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
 ) -> dict[str, tuple[int, ...]]:
-    """Every key that an adapter of this config has on this model, with its shape."""
+    """Return every key that an adapter with this config has on this model, with its shape."""
     hybrid_r = config.hybrid_r
     expected: dict[str, tuple[int, ...]] = {}
     for name, layer in targets.items():
@@ -216,12 +227,12 @@ def _expected_shapes(
 
 
 def _is_copy(key: str) -> bool:
-    """Whether PEFT, collecting biases, took the key from inside a wrapper of modules_to_save."""
+    """Whether PEFT found the key inside a wrapper of modules_to_save when it collected biases."""
     return ".original_module." in key or ".modules_to_save." in key
 
 
 def adapter_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
-    """The adapter's tensors as they lie in the model, by the keys that they have in a file."""
+    """Return the adapter's tensors as the model holds them, by their keys in a file."""
     places = _places(model, adapter_name)
     tensors = {key: getattr(holder, name).detach() for key, (_, holder, name) in places.items()}
     config = model.peft_config[adapter_name]
@@ -231,12 +242,12 @@ def adapter_tensors(model: Any, adapter_name: str) -> dict[str, Tensor]:
 
 
 def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[str, Tensor]) -> None:
-    """Copy tensors, by the keys that they have in a file, into an adapter of the model.
+    """Copy tensors, by their keys in a file, into an adapter of the model.
 
-    Factors that :func:`inject` left on the meta device come to that of their base layer.
+    Factors that :func:`inject` left on the meta device move to the device of their base layer.
 
     Raises:
-        AdapterFileError: a key that the adapter does not have.
+        AdapterFileError: the adapter does not have one of the keys.
     """
     places = _places(model, adapter_name)
     rest = {key: tensor for key, tensor in tensors.items() if key not in places}
@@ -249,13 +260,14 @@ def set_adapter_tensors(model: nn.Module, adapter_name: str, tensors: Mapping[st
     named = {here[key][0] if key in here else key: tensor for key, tensor in rest.items()}
     result: Any = set_peft_model_state_dict(model, named, adapter_name)
     if result.unexpected_keys:
-        raise AdapterFileError(f"no place in the model for: {first_few(result.unexpected_keys)}")
+        unexpected = first_few(result.unexpected_keys)
+        raise AdapterFileError(f"the adapter in the model does not have these keys: {unexpected}")
 
 
 def _places(model: nn.Module, adapter_name: str) -> dict[str, tuple[GraloraLayer, nn.Module, str]]:
-    """Key in a file -> the layer, what holds the factor there, and its name in that.
+    """Return key in a file -> the layer, the module that holds the factor, and its name there.
 
-    PEFT goes by a state dict of the whole model, which takes several times as long.
+    PEFT makes a state dict of the whole model instead, which takes several times as long.
     """
     places: dict[str, tuple[GraloraLayer, nn.Module, str]] = {}
     for path, layer in model.named_modules():
@@ -285,10 +297,10 @@ def _fill(layer: GraloraLayer, holder: nn.Module, name: str, tensor: Tensor) -> 
 
 
 def _tensors(model: Any, adapter_name: str) -> dict[str, tuple[str, Tensor]]:
-    """Key in a file -> (PEFT's key in this model, tensor).
+    """Return key in a file -> (PEFT's key in this model, tensor).
 
-    They differ where another tuner's layer lies around ours, or ours around its. Of biases PEFT
-    gives those of other tuners' layers too; "gralora_only" means ours.
+    The keys differ where another tuner's layer wraps a GraLoRA layer or is wrapped by one. PEFT
+    also returns biases of other tuners' layers; "gralora_only" leaves those out.
     """
     state = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
     plain = {key: key.replace(".base_layer", "") for key in state if not _is_copy(key)}

@@ -1,4 +1,4 @@
-"""Put GraLoRA layers into a model, and take them out: the tuner, and one call for any model."""
+"""Insert GraLoRA layers into a model and remove them: the tuner, and functions for any model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["GraloraTuner", "TargetError", "eject", "inject"]
 
 @contextmanager
 def _fields(config: PeftConfig, values: Mapping[str, Any]) -> Iterator[None]:
-    """Give fields of a config other values for a while."""
+    """Inside, these fields of a config have other values."""
     before = {name: getattr(config, name) for name in values}
     vars(config).update(values)
     try:
@@ -42,7 +42,7 @@ def _fields(config: PeftConfig, values: Mapping[str, Any]) -> Iterator[None]:
 
 
 class GraloraTuner(GraloraModel):
-    """Drop-in for PEFT's ``GraloraModel`` that makes the layers of this package.
+    """Drop-in for PEFT's ``GraloraModel`` that creates the layers of this package.
 
     The constructor is PEFT's: ``GraloraTuner(model, config, adapter_name, low_cpu_mem_usage=False,
     state_dict=None)``. The model is changed in place, and only if every target fits. Adapters that
@@ -50,7 +50,7 @@ class GraloraTuner(GraloraModel):
 
     Raises:
         TargetError: a target has a width that k does not divide or is of an unsupported type, or a
-            pattern matches nothing. All of them are listed, and the model is left untouched.
+            pattern matches nothing. The message lists all of them, and the model is unchanged.
     """
 
     def inject_adapter(
@@ -66,8 +66,8 @@ class GraloraTuner(GraloraModel):
         config: Any = self.peft_config[adapter_name]
         with unchanged_on_error([model], adapter_name), _merged_kept(model, adapter_name):
             refuse(model, invalid_values(config))
-            # PEFT matches them too, by `re` and so without a bound, only to warn of unused ones,
-            # which are refused here
+            # hidden from PEFT, which matches them with `re` in unbounded time, only to warn of
+            # unused patterns; these are refused here
             self._patterns = {name: p for name in PATTERNS if (p := getattr(config, name, None))}
             with _fields(config, {name: {} for name in self._patterns}):
                 super().inject_adapter(
@@ -76,7 +76,7 @@ class GraloraTuner(GraloraModel):
             guard_projections(model, _computes_more)
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        # PEFT calls this when the config is final and nothing is replaced yet: the moment to refuse
+        # PEFT calls this once the config is final and before it replaces a layer
         with _fields(peft_config, self._patterns):
             check_targets(model, peft_config, self._keys)
 
@@ -106,8 +106,8 @@ class GraloraTuner(GraloraModel):
     def _replace_module(
         self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module
     ) -> None:
-        # PEFT's also moves the layer, which already lies where its base layer does, and cannot do
-        # so on the meta device
+        # PEFT's method also moves the layer. The layer is already on the device of its base layer,
+        # and moving fails on the meta device
         setattr(parent, child_name, new_module)
 
     @staticmethod
@@ -119,8 +119,8 @@ class GraloraTuner(GraloraModel):
         **kwargs: Any,
     ) -> GraloraLayer:
         base_layer = base_of(target)
-        # the weight's orientation is the layer's, not the user's to choose; as in PEFT, the config
-        # is corrected so that what is saved says what was done
+        # the layer determines the weight's orientation, not the user; as in PEFT, the config is
+        # corrected so that the saved one is true
         if isinstance(base_layer, Conv1D) != gralora_config.fan_in_fan_out:
             warnings.warn(
                 f"fan_in_fan_out is set to {gralora_config.fan_in_fan_out} but the target module "
@@ -149,18 +149,18 @@ def inject(
 
     Args:
         model: any module, usually a UNet, transformer or text encoder.
-        config: a ``GraloraConfig``, PEFT's or ours; the model keeps a copy.
-        adapter_name: name that is not taken in this model.
-        low_cpu_mem_usage: leave the new factors on the meta device, to be assigned by loading.
-        state_dict: take the layers from these keys rather than from ``config.target_modules``.
+        config: a ``GraloraConfig`` of PEFT or of this package; the model keeps a copy.
+        adapter_name: a name that no adapter of this model has.
+        low_cpu_mem_usage: leave the new factors on the meta device until values are loaded.
+        state_dict: adapt the layers of these keys instead of ``config.target_modules``.
 
     Raises:
         TargetError: see :class:`GraloraTuner`.
-        ValueError: the adapter name is taken or cannot be one.
+        ValueError: the adapter name is taken or invalid.
     """
     check_adapter_name(model, adapter_name)
     with warnings.catch_warnings():
-        # a second adapter is what was asked for
+        # the caller asked for a second adapter
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         GraloraTuner(
             model,
@@ -174,10 +174,10 @@ def inject(
 
 
 def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
-    """Refuse a name that is taken, or that PEFT could not tell apart in the keys of a state dict.
+    """Refuse a name that is taken, or that PEFT could not recognize in the keys of a state dict.
 
     Raises:
-        ValueError: with what is allowed.
+        ValueError: the message says what is allowed.
     """
     where = type(model).__name__
     if adapter_name in (getattr(model, "peft_config", None) or {}):
@@ -187,7 +187,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
         )
     problem = None
     if not isinstance(adapter_name, str) or not adapter_name or "." in adapter_name:
-        problem = "a name is a text of at least one character, without a dot"
+        problem = "a name must be a string of at least one character, without a dot"
     elif hasattr(nn.ModuleDict(), adapter_name) or hasattr(nn.ParameterDict(), adapter_name):
         problem = "an attribute of torch's modules has that name"
     elif adapter_name in {part for name, _ in model.named_parameters() for part in name.split(".")}:
@@ -197,7 +197,7 @@ def check_adapter_name(model: nn.Module, adapter_name: str) -> None:
 
 
 def eject(model: nn.Module, *adapter_names: str) -> None:
-    """Take GraLoRA adapters out of ``model``, and the layers that are left without any adapter.
+    """Remove GraLoRA adapters from ``model``, and the layers that are left without an adapter.
 
     The other adapters keep their state, and none becomes active instead. A fused update stays in
     the base weight, as it does after diffusers' ``unload_lora_weights``.
@@ -245,7 +245,7 @@ def unchanged_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterat
     try:
         yield
     except BaseException:
-        for model in models if is_new else ():  # PEFT lets an adapter be made anew
+        for model in models if is_new else ():  # PEFT allows an adapter to be replaced
             eject(model, adapter_name)
         for module, state in zip(tuned, states, strict=True):
             module._active_adapter, module._disable_adapters = state
@@ -258,8 +258,8 @@ def unchanged_on_error(models: Iterable[nn.Module], adapter_name: str) -> Iterat
 def _merged_kept(model: nn.Module, adapter_name: str) -> Iterator[None]:
     """Hide merged adapters from PEFT, which would unmerge them to make the new one active.
 
-    An earlier adapter of the new one's name stays in sight: a layer must unmerge it before its
-    factors are replaced, for nothing could take its update out of the base weight afterwards.
+    An earlier adapter with the same name stays visible: a layer must unmerge it before its factors
+    are replaced, because its update could not be subtracted from the base weight afterwards.
     """
     merged = {m: m.merged_adapters for m in model.modules() if isinstance(m, GraloraLayer)}
     for layer, names in merged.items():
@@ -280,9 +280,9 @@ def mark_adapted(model: Any, adapted: bool) -> None:
 
 @contextmanager
 def adapters_disabled(*models: nn.Module) -> Iterator[None]:
-    """Inside, the models predict as if they had no adapter. No gradient is recorded."""
+    """Inside, the models predict as if they had no adapter, and no gradients are recorded."""
     layers = [m for model in models for m in model.modules() if isinstance(m, BaseTunerLayer)]
-    # PEFT's enable_adapters would also flip requires_grad, which DDP does not allow midway
+    # PEFT's enable_adapters would also change requires_grad, which DDP does not allow midway
     before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True

@@ -1,1 +1,1 @@
-"""The frozen base: told apart, loaded from wherever it lies, quantized, or without its weights."""
+"""The frozen base: recognized, loaded from any source, quantized, or built without its weights."""

@@ -1,4 +1,4 @@
-"""Where the weights of a model lie in its folder, as diffusers and transformers write it."""
+"""Find the weights of a model in its folder, as diffusers and transformers write it."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import read_header
 
-#: What diffusers calls the index of a pipeline and the config of a model.
+#: diffusers' names of the index of a pipeline and the config of a model.
 PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
-#: What a model's file is called, and the index in its place if there are several: by diffusers and
-#: by transformers (``SAFE_WEIGHTS_INDEX_NAME`` in the ``utils`` of either), which take seconds to
-#: import.
+#: Names of a model's file, and of the index that replaces it if there are several files, for
+#: diffusers and transformers (``SAFE_WEIGHTS_INDEX_NAME`` in the ``utils`` of either). They are
+#: repeated here because both libraries take seconds to import.
 WEIGHT_NAMES = (
     ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
     ("model.safetensors", "model.safetensors.index.json"),
@@ -23,10 +23,10 @@ WEIGHT_NAMES = (
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """Return a model's weight file, or its shards and then their index; nothing if there are none.
+    """Return a model's weight file, or its shards followed by their index; empty without weights.
 
     Args:
-        variant: of the files, such as fp16.
+        variant: variant of the files, such as fp16.
 
     Raises:
         AdapterFileError: as :func:`shards`.
@@ -45,21 +45,22 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def shards(index: Path) -> list[Path]:
-    """Return the files that an index names, all of them beside it.
+    """Return the files that an index names. All of them must be in its folder.
 
-    A link counts as beside it if it leads to where the index itself leads, as in the Hub's cache.
+    A link is accepted if its target is in the folder of the index's own target, as in the Hub's
+    cache.
 
     Raises:
-        AdapterFileError: the index cannot be read or names no files, or one of them is missing, is
-            no safetensors file, lies in another folder, or lacks a tensor of the index.
+        AdapterFileError: the index cannot be read or names no files, or a file is missing, is not a
+            safetensors file, lies in another folder, or does not have a tensor of the index.
     """
     weight_map = read_json(index).get("weight_map")
     weight_map = weight_map if isinstance(weight_map, dict) else {}
     names = list(weight_map.values())
     if not names or not all(isinstance(name, str) for name in names):
         raise AdapterFileError(
-            f"{index}: its weight_map should map the names of tensors to the names of files, at "
-            "least one. The index is damaged: fetch it again."
+            f"{index}: its weight_map must map the names of tensors to the names of files, and "
+            "must not be empty. The index is damaged: download it again."
         )
     names = sorted(set(names))
     files = [index.parent / name for name in names if _is_shard_name(name)]
@@ -72,18 +73,18 @@ def shards(index: Path) -> list[Path]:
     ]
     if elsewhere:
         raise AdapterFileError(
-            f"{index}: it names {first_few(elsewhere)}. Only .safetensors files in the folder "
-            "of the index are read."
+            f"{index}: it names {first_few(elsewhere)}. Only .safetensors files in the folder of "
+            "the index are read."
         )
     if missing := [file.name for file in files if not is_regular(file)]:
         raise AdapterFileError(
-            f"{index}: it names files that lack: {first_few(missing)}. Fetch them."
+            f"{index}: it names files that are missing: {first_few(missing)}. Download them."
         )
     held = {file.name: read_header(file)[0] for file in files}
-    if lacking := [key for key, name in weight_map.items() if key not in held[name]]:
+    if absent := [key for key, name in weight_map.items() if key not in held[name]]:
         raise AdapterFileError(
-            f"{index}: the files that it names do not hold {first_few(lacking)}. They are damaged, "
-            "or of another model: fetch all of them again."
+            f"{index}: the files that it names do not contain {first_few(absent)}. They are "
+            "damaged or belong to another model: download all of them again."
         )
     return files
 
@@ -92,7 +93,7 @@ def check_weight_files(folder: Path, variant: str | None = None) -> None:
     """Check the weight files of a pipeline by their headers, before a library opens them.
 
     Raises:
-        AdapterFileError: one cannot be read, or they are not what the index of a model names.
+        AdapterFileError: a file cannot be read, or the files do not match the index of a model.
     """
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         for file in weight_files(part, variant):
@@ -101,7 +102,7 @@ def check_weight_files(folder: Path, variant: str | None = None) -> None:
 
 
 def _is_shard_name(name: str) -> bool:
-    """Whether it names a safetensors file and no folder, on any system."""
+    """Whether it is the name of a safetensors file without a folder, on any system."""
     return name.endswith(".safetensors") and name.isprintable() and not set(name) & set("/\\:")
 
 
@@ -109,25 +110,25 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
     """Read the index of a pipeline in its folder.
 
     Raises:
-        AdapterFileError: it cannot be read, or a component has a name that no attribute has, such
+        AdapterFileError: it cannot be read, or the name of a component cannot be an attribute, such
             as a path.
     """
     index = read_json(folder / PIPELINE_INDEX)
     if wrong := [repr(name) for name in index if not name.isidentifier()]:
         raise AdapterFileError(
             f"{folder / PIPELINE_INDEX}: {first_few(wrong)} cannot be the name of a component. "
-            "Names have letters, digits and underscores alone."
+            "Names may only contain letters, digits and underscores."
         )
     return index
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Read an object of JSON.
+    """Read a JSON object.
 
     Raises:
-        AdapterFileError: it cannot be read as one.
+        AdapterFileError: the file cannot be read as one.
     """
     try:
         return read_object(path)
     except (OSError, ValueError) as error:
-        raise AdapterFileError(f"{path}: not readable as JSON: {error}.") from error
+        raise AdapterFileError(f"{path} cannot be read as JSON: {error}.") from error

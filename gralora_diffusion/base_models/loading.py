@@ -23,10 +23,10 @@ from .single_file import SingleFile, without_text_encoder
 
 
 def find_base_family(options: BaseModelOptions) -> ModelFamily:
-    """Tell the family of the base from its index or its keys, before any weight is loaded.
+    """Find the family of the base from its index or its keys, before any weight is loaded.
 
     Raises:
-        ConfigError: the base is not there, not readable, or of no supported family.
+        ConfigError: the base does not exist, is not readable, or its family is not supported.
     """
     base = options.pretrained_model_name_or_path
     if options.family and options.family not in list_families():
@@ -48,7 +48,7 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
 
 
 def _named_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:
-    """The family that ``--family`` and the index, if there is one, agree on."""
+    """Return the family in ``--family`` and in the index, if there is one; they must agree."""
     chosen = get_family(options.family) if options.family else None
     if index is None:
         return chosen
@@ -56,14 +56,14 @@ def _named_family(options: BaseModelOptions, index: PipelineIndex | None) -> Mod
         raise ConfigError(
             [
                 f"--family {options.family}, but --{index.option} is {index.family.name} "
-                f"({index.pipeline_class}). Leave out --family, or give a base of {options.family}"
+                f"({index.pipeline_class}). Leave out --family, or pass a base of {options.family}"
             ]
         )
     if not (chosen or index.family):
         raise ConfigError(
             [
-                f"--{index.option} {index.source}: {index.pipeline_class} is of no supported "
-                f"family ({', '.join(list_families())}). If it is one of them, say --family"
+                f"--{index.option} {index.source}: {index.pipeline_class} does not belong to a "
+                f"supported family ({', '.join(list_families())}). If its models do, pass --family"
             ]
         )
     return chosen or index.family
@@ -75,20 +75,20 @@ def load_base(
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Load the base as a text-to-image pipeline, all its weights frozen, on the CPU.
+    """Load the base as a text-to-image pipeline on the CPU, with all its weights frozen.
 
-    bitsandbytes quantizes on the GPU: 4 bits are brought back, so that only those models are there
-    that compute. Of 8 bits a copy would stay there, and come to be two.
+    bitsandbytes quantizes on the GPU. Models in 4 bits are moved back, so that only models in use
+    are on the GPU. Models in 8 bits are not, because a copy would remain there.
 
-    The denoiser and the text encoders come in ``dtype``. The VAE of a training is fp32: its
-    half-precision latents are wrong in some bases, and each picture passes through it once.
+    The denoiser and the text encoders have ``dtype``. The VAE of a training is fp32, because some
+    bases give wrong latents in half precision, and it encodes each image only once.
 
     Raises:
-        ConfigError: the base cannot be loaded or is not one to train.
+        ConfigError: the base cannot be loaded or cannot be trained.
     """
     base, revision = options.pretrained_model_name_or_path, options.revision
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
-    # a component that is given is not loaded from the base
+    # components that are passed are not loaded from the base
     given: dict[str, Any] = {**family.load_options, **_vae(options, pipeline_class, vae_dtype)}
     for name in options.leave_out_text_encoders or ():
         given |= without_text_encoder(name)
@@ -114,15 +114,15 @@ def load_base(
         family.check_base(pipe)
     except ConfigError:
         raise
-    except Exception as error:  # libraries raise whatever they meet in what is damaged
+    except Exception as error:  # libraries may raise anything on damaged files
         base = options.pretrained_model_name_or_path
         problem = offline_problem(
             error, base, revision=options.revision, cache_dir=options.cache_dir
         ) or str(error)
         if Path(base).is_file() and options.base_config is None:
             problem += (
-                ". What a single file lacks comes from the Hub; offline, give a folder with a "
-                "pipeline of the same kind as --base_config"
+                ". Models that a single file does not contain come from the Hub. Offline, pass a "
+                "folder with a pipeline of the same kind as --base_config"
             )
         raise ConfigError(
             [f"--pretrained_model_name_or_path {base} cannot be used: {problem}"]
@@ -135,16 +135,16 @@ def load_base(
 
 
 def _check_all_there(pipe: Any) -> None:
-    """Raise ValueError if a model has weights that its files lack; diffusers only says so."""
+    """Raise ValueError if weights of a model are not in its files; diffusers only warns."""
     for name, model in pipe.components.items():
         if isinstance(model, nn.Module):
-            lacking = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
-            if lacking:
-                raise ValueError(f"the files of its {name} lack {first_few(lacking)}")
+            missing = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+            if missing:
+                raise ValueError(f"the files of its {name} do not contain {first_few(missing)}")
 
 
 def freeze(pipe: Any) -> None:
-    """Have no weight of the base trained, and all compute what they compute in the pipeline."""
+    """Freeze all weights of the base, in evaluation mode and without dropout."""
     for component in pipe.components.values():
         if isinstance(component, nn.Module):
             component.requires_grad_(False).eval()
@@ -152,12 +152,12 @@ def freeze(pipe: Any) -> None:
 
 
 def existing_models(pipe: Any, names: Iterable[str]) -> list[nn.Module]:
-    """Return those of the pipeline's models that are there: it may lack a text encoder."""
+    """Return the pipeline's models that exist: a text encoder may be missing."""
     return [model for name in names if (model := getattr(pipe, name)) is not None]
 
 
 def _remove_dropout(model: nn.Module) -> None:
-    """Have the frozen layers compute in training what they compute in the pipeline (T5 drops)."""
+    """Remove dropout from frozen layers, such as T5's, so that training does not change them."""
     for module in model.modules():
         attribute = "p" if isinstance(module, nn.Dropout) else "dropout"
         if isinstance(vars(module).get(attribute), float):
@@ -165,12 +165,12 @@ def _remove_dropout(model: nn.Module) -> None:
 
 
 def vae_class(pipeline_class: type) -> Any:
-    """Return the class of VAE that a pipeline was written for, by its annotation."""
+    """Return the class of VAE that a pipeline needs, according to its annotation."""
     return get_type_hints(pipeline_class.__init__)["vae"]  # type: ignore[misc]
 
 
 def _vae(options: BaseModelOptions, pipeline_class: type, dtype: torch.dtype) -> dict[str, Any]:
-    """The VAE that takes the place of the base's, if there is to be one."""
+    """Return the VAE that replaces the base's, if the options name one."""
     source = options.pretrained_vae_model_name_or_path
     if not source:
         return {}
@@ -185,7 +185,7 @@ def _vae(options: BaseModelOptions, pipeline_class: type, dtype: torch.dtype) ->
         )
     except ConfigError:
         raise
-    except Exception as error:  # libraries raise whatever they meet in what is damaged
+    except Exception as error:  # libraries may raise anything on damaged files
         problem = offline_problem(error, source, cache_dir=options.cache_dir)
         raise ConfigError([f"{option} cannot be used: {problem or error}"]) from error
     return {"vae": vae}

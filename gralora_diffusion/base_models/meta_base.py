@@ -1,7 +1,7 @@
 """The base without its weights: every model in its shape, on the meta device.
 
-Only configurations are read, and fetched where the base is on the Hub; tokenizers and the scheduler
-come with them, for they are small.
+Only configurations are read, and downloaded if the base is on the Hub. Tokenizers and the scheduler
+are loaded as well, because they are small.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ def empty_base(
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
 ) -> Any:
-    """Return what ``load_base`` would, with its models on the meta device.
+    """Return the pipeline of ``load_base``, but with its models on the meta device.
 
     Raises:
-        ConfigError: a configuration is missing, or the base is not one to train.
+        ConfigError: a configuration is missing, or the base cannot be trained.
     """
     base = where = options.pretrained_model_name_or_path
     hub: dict[str, Any] = {"cache_dir": options.cache_dir}
     try:
-        # a component that is given is not loaded from the base, nor downloaded
+        # components that are passed are neither downloaded nor loaded from the base
         given: dict[str, Any] = dict(family.load_options)
         for name in options.leave_out_text_encoders or ():
             given |= without_text_encoder(name)
@@ -67,10 +67,10 @@ def empty_base(
         family.check_base(pipe)
     except ConfigError:
         raise
-    except Exception as error:  # libraries raise whatever they meet in what is damaged
+    except Exception as error:  # libraries may raise anything on damaged files
         problem = offline_problem(error, where, **hub) or (
-            f"{error}. It is the configuration of {where} that is read; for a single file another "
-            "one can be given with --base_config"
+            f"{error}. This concerns the configuration of {where}; for a single file, "
+            "--base_config names another one"
         )
         raise ConfigError(
             [f"--pretrained_model_name_or_path {base} cannot be planned: {problem}"]
@@ -83,15 +83,15 @@ def empty_base(
 
 
 def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, Any]]:
-    """The entries of a pipeline's index that are components which the pipeline takes."""
+    """Return the entries of a pipeline's index for components that the pipeline takes."""
     taken = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
     return [(k, v) for k, v in index.items() if k in taken and isinstance(v, (list, tuple))]
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Bring weights to ``dtype`` as ``from_pretrained(dtype=...)`` does."""
+    """Convert weights to ``dtype`` as ``from_pretrained(dtype=...)`` does."""
     kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    # transformers' second list is for fp16 alone
+    # transformers' second list only concerns fp16
     if isinstance(model, ModelMixin) or dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
     for name, tensor in model.state_dict(keep_vars=True).items():

@@ -1,4 +1,4 @@
-"""Models of a pipeline by their configuration alone, on the meta device."""
+"""Build models of a pipeline from their configuration alone, on the meta device."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from transformers import PreTrainedModel
 def empty_model(
     library: str, class_name: str, source: str, name: str, hub: Mapping[str, Any]
 ) -> Any:
-    """Return a component of a pipeline without its weights; None for what is no model.
+    """Return a component of a pipeline without its weights; None if it is not a model.
 
     Args:
-        library, class_name: of the component, as ``model_index.json`` says.
+        library, class_name: of the component, as in ``model_index.json``.
         source: folder or Hub id of the pipeline.
         name: the component.
-        hub: ``revision``, ``cache_dir`` and the like, for downloads.
+        hub: ``revision``, ``cache_dir`` and similar options for downloads.
 
     Raises:
-        OSError, ValueError: it has no configuration there, or one that cannot be used.
+        OSError, ValueError: its configuration is missing or cannot be used.
     """
     cls = simple_get_class_obj(library, class_name)
     if issubclass(cls, ModelMixin):
@@ -33,6 +33,6 @@ def empty_model(
             return cls.from_config(settings)
     if issubclass(cls, PreTrainedModel):
         settings = cls.config_class.from_pretrained(source, subfolder=name, **hub)
-        with torch.device("meta"):  # accelerate's way would untie weights that are tied
+        with torch.device("meta"):  # accelerate's function would untie tied weights
             return cls(settings)
     return None

@@ -1,4 +1,4 @@
-"""``model_index.json`` of a pipeline in diffusers' layout: what it is and what it is made of."""
+"""``model_index.json`` of a pipeline in diffusers' layout: its family and its components."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class PipelineIndex:
         option: the training option that names it, for errors.
 
     Raises:
-        ConfigError: there is none, or a component is of a library that is not installed.
+        ConfigError: the index does not exist, or a component needs a library that is not installed.
     """
 
     def __init__(
@@ -30,11 +30,11 @@ class PipelineIndex:
         try:
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
             if not isinstance(index, dict):
-                raise ValueError(f"its index holds a {type(index).__name__}, not an object")
-        except Exception as error:  # diffusers raises whatever it meets in what is damaged
+                raise ValueError(f"its index is a JSON {type(index).__name__}, not an object")
+        except Exception as error:  # diffusers may raise anything on damaged files
             problem = offline_problem(error, source, revision=revision, cache_dir=cache_dir) or (
-                f"no diffusers pipeline there ({error}). Give a folder with model_index.json, or a "
-                "Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
+                f"no diffusers pipeline could be loaded ({error}). Pass a folder with "
+                "model_index.json, or a Hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5"
             )
             raise ConfigError([f"--{option} {source}: {problem}"]) from error
         self.option, self.source = option, source
@@ -48,19 +48,19 @@ class PipelineIndex:
 
     @property
     def family(self) -> ModelFamily | None:
-        """The family of the pipeline, if it is a supported one."""
+        """The family of the pipeline, if it is supported."""
         return find_family(getattr(diffusers, self.pipeline_class, object))
 
     def __contains__(self, component: str) -> bool:
         return component in self._components
 
     def component_class(self, component: str) -> tuple[str, str]:
-        """Library and name of the class of a component."""
+        """Return library and name of the class of a component."""
         library, name = self._components[component]
         return library, name
 
     def has_weights(self, component: str) -> bool:
-        """Whether this pipeline has that model. Of a Hub id only the index is known."""
+        """Whether this pipeline has that model. For a Hub id, only the index is checked."""
         folder = Path(self.source)
         if component not in self or not folder.is_dir():
             return component in self
@@ -72,7 +72,7 @@ class PipelineIndex:
         for component, (library, name) in self._components.items():
             if library not in ("diffusers", "transformers"):
                 continue
-            # both have placeholders for classes that need a library which is not there
+            # both have placeholders for classes whose library is not installed
             found: Any = getattr(importlib.import_module(library), name, None)
             try:
                 getattr(found, "from_pretrained", None)

@@ -1,7 +1,7 @@
-"""A quantized frozen base: the kinds there are, what each needs, how the libraries are told.
+"""A quantized frozen base: the supported kinds, their requirements, and the libraries' settings.
 
-The base is quantized as it is loaded, by diffusers and transformers, and the adapter is put on
-afterwards: it is fp32 whatever the base is stored in.
+diffusers and transformers quantize the base when they load it. The adapter is attached afterwards,
+and it is fp32 whatever the base is stored in.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from gralora_diffusion.io.json_files import read_object
 
 from .options import BaseModelOptions
 
-#: What a card calls a quantized base.
+#: Label of a quantized base in model cards.
 QUANTIZED_BASE = "quantized base"
-#: --quantization -> the package that does it.
+#: --quantization -> the package that quantizes.
 PACKAGES = {
     "bnb-nf4": "bitsandbytes",
     "bnb-int8": "bitsandbytes",
@@ -39,28 +39,28 @@ PACKAGES = {
 
 
 def check_quantization(options: BaseModelOptions) -> Iterator[str]:
-    """Yield what is wrong with the options about quantization, or with this machine for them."""
+    """Yield problems with the quantization options, or reasons why this machine cannot use them."""
     if options.quantization and options.bnb_quantization_config_path:
         yield (
-            "--quantization and --bnb_quantization_config_path exclude each other: both say how "
-            "the base is quantized. Leave one out"
+            "--quantization and --bnb_quantization_config_path exclude each other, because both "
+            "set how the base is quantized. Leave one out"
         )
         return
     if not (flag := _flag(options)):
         if options.quantize_text_encoders:
             yield (
                 "--quantize_text_encoders needs --quantization or --bnb_quantization_config_path, "
-                "which say how"
+                "which set the kind of quantization"
             )
         return
     package = PACKAGES.get(options.quantization or "bnb-nf4")
     if package is None:
-        return  # no such choice, which is said elsewhere
+        return  # an invalid choice, which is reported elsewhere
     if Path(options.pretrained_model_name_or_path).is_file():
         yield (
-            f"{flag} needs a base in diffusers' folder layout, for diffusers quantizes no single "
-            "file as it loads it. Load the file once in Python, by from_single_file of its "
-            "pipeline, write it by save_pretrained, and give that folder"
+            f"{flag} needs a base in diffusers' folder layout, because diffusers does not quantize "
+            "a single file when it loads it. Load the file once in Python with from_single_file of "
+            "its pipeline, write it with save_pretrained, and pass that folder"
         )
     if importlib.util.find_spec(package) is None:
         yield f"{flag} needs: pip install {package}"
@@ -71,20 +71,20 @@ def check_quantization(options: BaseModelOptions) -> Iterator[str]:
         yield f"{flag}: {error}"
         return
     try:
-        # diffusers' own look at packages, versions and devices
+        # diffusers' own check of packages, versions and devices
         DiffusersAutoQuantizer.from_config(wanted, pre_quantized=False).validate_environment()
     except (ImportError, RuntimeError, ValueError) as error:
-        advice = "" if package == "torchao" else " torchao's kinds work without a GPU"
+        advice = "" if package == "torchao" else " The torchao kinds work without a GPU"
         yield f"{flag} cannot be used on this machine: {error}{advice}"
 
 
 def loading_arguments(
     options: BaseModelOptions, family: ModelFamily, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """Return the arguments by which ``from_pretrained`` of the family's pipeline quantizes.
+    """Return the arguments that make ``from_pretrained`` of the family's pipeline quantize.
 
     Args:
-        dtype: what the base computes in.
+        dtype: the dtype that the base computes in.
 
     Raises:
         ValueError: the base is quantized already.
@@ -96,7 +96,7 @@ def loading_arguments(
         name: _model_config(options, diffusers if name == family.denoiser else transformers, dtype)
         for name in _quantized_components(options, family)
     }
-    # LLM.int8 computes in fp16 whatever it is given, and says so of every product
+    # LLM.int8 always computes in fp16, and warns about it at every product
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     return {"quantization_config": diffusers.PipelineQuantizationConfig(quant_mapping=mapping)}
 
@@ -104,23 +104,23 @@ def loading_arguments(
 def quantize_empty(
     options: BaseModelOptions, family: ModelFamily, name: str, model: nn.Module, dtype: torch.dtype
 ) -> int:
-    """Quantize a model on the meta device as it would be on loading, as far as that can be done.
+    """Quantize a model on the meta device as it would be on loading, as far as possible.
 
-    Torchao's tensors can be made there. What bitsandbytes makes cannot: its layers stay as they
-    are, and compute the same shapes.
+    torchao's tensors can be created there. Those of bitsandbytes cannot, so their layers stay
+    unquantized and compute the same shapes.
 
     Args:
         name: the model's attribute of the pipeline.
 
     Returns:
-        The bytes that the model as it is now has too many.
+        How many bytes the model on the meta device has more than the quantized model.
     """
     wanted: Any = None
-    theirs = getattr(getattr(model, "config", None), "quantization_config", None)
+    stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if _flag(options) and name in _quantized_components(options, family):
         wanted = _model_config(options, diffusers, dtype)
-    elif theirs and name == family.denoiser:  # it is quantized on disk
-        wanted = DiffusersAutoQuantizer.from_dict(dict(theirs))
+    elif stored and name == family.denoiser:  # it is quantized on disk
+        wanted = DiffusersAutoQuantizer.from_dict(dict(stored))
     if isinstance(wanted, diffusers.TorchAoConfig):
         from torchao.quantization import quantize_
 
@@ -128,7 +128,7 @@ def quantize_empty(
         model.requires_grad_(False)
     if not isinstance(wanted, diffusers.BitsAndBytesConfig):
         return 0
-    # 4 bits, and a scale of fp32 for 64 weights, or one of 8 bits with a scale of its own for 256
+    # 4 bits, and an fp32 scale for 64 weights, or an 8-bit scale with an fp32 scale for 256 of them
     scale = 1 / 64 + 4 / (64 * 256) if wanted.bnb_4bit_use_double_quant else 4 / 64
     per_weight = 0.5 + scale if wanted.load_in_4bit else 1.0
     layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
@@ -138,40 +138,40 @@ def quantize_empty(
 
 
 def check_computing_dtype(pipe: Any, dtype: torch.dtype) -> None:
-    """Refuse a base that was quantized by torchao from another precision: it computes in that.
+    """Refuse a base that torchao quantized from another precision, because it computes in that.
 
     Raises:
-        ValueError: names the component and the precision to take.
+        ValueError: the message names the component and the precision to use.
     """
     for name, component in pipe.components.items():
         for layer in component.modules() if isinstance(component, nn.Module) else ():
             quantized = (quantization_of(layer) or "").startswith("torchao")
             held: Any = layer.weight.dtype if quantized else dtype
             if held != dtype:
-                theirs = str(held).removeprefix("torch.")
+                stored = str(held).removeprefix("torch.")
                 flag = "no" if held == torch.float32 else short_name(held)
                 raise ValueError(
-                    f"its {name} was quantized from {theirs} and computes in nothing else, but "
-                    f"{str(dtype).removeprefix('torch.')} is asked for. Give --mixed_precision "
-                    f"{flag}, and the same to --prior_generation_precision if class pictures are "
-                    "drawn"
+                    f"its {name} was quantized from {stored} and only computes in that, but the "
+                    f"options ask for {str(dtype).removeprefix('torch.')}. Pass --mixed_precision "
+                    f"{flag}, and the same as --prior_generation_precision if class images are "
+                    "generated"
                 )
 
 
 def quantization_facts(options: BaseModelOptions, pipe: Any) -> dict[str, str]:
-    """Return what a model card says of a base that was quantized, on loading or on disk."""
+    """Return a model card's facts about a base that is quantized, on loading or on disk."""
     kinds = {}
     for name, model in pipe.components.items():
-        if theirs := getattr(getattr(model, "config", None), "quantization_config", None):
-            values = theirs if isinstance(theirs, dict) else theirs.to_dict()
+        if config := getattr(getattr(model, "config", None), "quantization_config", None):
+            values = config if isinstance(config, dict) else config.to_dict()
             method = values.get("quant_method", "some method")
             kinds[name] = options.quantization or str(getattr(method, "value", method))
-    told = ", ".join(f"{name} by {kind}" for name, kind in kinds.items())
-    return {QUANTIZED_BASE: told} if told else {}
+    text = ", ".join(f"{name} by {kind}" for name, kind in kinds.items())
+    return {QUANTIZED_BASE: text} if text else {}
 
 
 def _flag(options: BaseModelOptions) -> str | None:
-    """The option that asks for quantization, with its value."""
+    """Return the option that asks for quantization, with its value."""
     if options.quantization:
         return f"--quantization {options.quantization}"
     if options.bnb_quantization_config_path:
@@ -185,7 +185,7 @@ def _quantized_components(options: BaseModelOptions, family: ModelFamily) -> tup
 
 
 def _model_config(options: BaseModelOptions, library: ModuleType, dtype: torch.dtype) -> Any:
-    """The config of one model, of the class that its library (diffusers, transformers) has."""
+    """Return the config of one model, of the class in its library (diffusers, transformers)."""
     if PACKAGES.get(options.quantization or "") == "torchao":
         from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
 
@@ -197,7 +197,7 @@ def _model_config(options: BaseModelOptions, library: ModuleType, dtype: torch.d
         arguments = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     else:
         arguments = _read_arguments(Path(str(options.bnb_quantization_config_path)))
-    if arguments.get("load_in_4bit"):  # as diffusers' scripts do, whatever a file says
+    if arguments.get("load_in_4bit"):  # as in diffusers' scripts, this overrides the file
         arguments["bnb_4bit_compute_dtype"] = dtype
     return library.BitsAndBytesConfig(**arguments)
 
@@ -206,7 +206,7 @@ def _read_arguments(path: Path) -> dict[str, Any]:
     """Read a file of arguments for diffusers' ``BitsAndBytesConfig``.
 
     Raises:
-        ValueError: not such a file; says what is wrong with it.
+        ValueError: it is not such a file; the message says why.
     """
     try:
         arguments = read_object(path)
@@ -214,10 +214,10 @@ def _read_arguments(path: Path) -> dict[str, Any]:
         raise ValueError(f"cannot be read: {error.strerror or error}") from error
     except ValueError as error:
         raise ValueError(
-            f"must hold a JSON object, the arguments of BitsAndBytesConfig: {error}"
+            f"must contain a JSON object with the arguments of BitsAndBytesConfig: {error}"
         ) from error
     parameters = inspect.signature(diffusers.BitsAndBytesConfig.__init__).parameters
-    # what a config writes of itself, besides its arguments
+    # fields that a config writes besides its arguments
     written = {"quant_method", "_load_in_4bit", "_load_in_8bit"}
     known = parameters.keys() - {"self", "kwargs"}
     if unknown := sorted(arguments.keys() - known - written):
@@ -225,21 +225,24 @@ def _read_arguments(path: Path) -> dict[str, Any]:
             f"BitsAndBytesConfig has no {', '.join(unknown)}; it takes {', '.join(sorted(known))}"
         )
     if not (arguments.get("load_in_4bit") or arguments.get("load_in_8bit")):
-        raise ValueError('neither "load_in_4bit" nor "load_in_8bit" is true, so nothing would be')
+        raise ValueError(
+            'neither "load_in_4bit" nor "load_in_8bit" is true, so nothing would be quantized. '
+            "Set one of them"
+        )
     return {name: value for name, value in arguments.items() if name in known}
 
 
 def _refuse_quantized(options: BaseModelOptions, family: ModelFamily, flag: str) -> None:
-    """Raise ValueError if the denoiser on disk is quantized: diffusers would leave it so."""
-    theirs = diffusers.AutoModel.load_config(
+    """Raise ValueError if the denoiser on disk is quantized, because diffusers would keep that."""
+    stored = diffusers.AutoModel.load_config(
         options.pretrained_model_name_or_path,
         subfolder=family.denoiser,
         revision=options.revision,
         cache_dir=options.cache_dir,
     ).get("quantization_config")
-    if theirs:
-        method = theirs.get("quant_method", "some method")
+    if stored:
+        method = stored.get("quant_method", "some method")
         raise ValueError(
-            f"its {family.denoiser} is quantized already ({method}), so {flag} has no use. Leave "
-            "it out, or give the unquantized base"
+            f"its {family.denoiser} is already quantized ({method}), so {flag} would have no "
+            "effect. Leave it out, or pass the unquantized base"
         )

@@ -1,7 +1,7 @@
-"""A base in one original .safetensors file: what it is, and its models, read by diffusers.
+"""A base in one original .safetensors file: its family, and its models, read by diffusers.
 
-Such a file holds a denoiser and often a VAE and text encoders. What it lacks, always the scheduler
-and the tokenizers, comes from a pipeline of the same kind in diffusers' layout.
+Such a file contains a denoiser and often a VAE and text encoders. The missing parts, always the
+scheduler and the tokenizers, come from a pipeline of the same kind in diffusers' layout.
 """
 
 from __future__ import annotations
@@ -45,25 +45,26 @@ class SingleFile(OriginalFile):
     """An original checkpoint as a base. Only its header is read until :meth:`load`.
 
     Raises:
-        ConfigError: not a whole .safetensors file.
+        ConfigError: it is not a complete .safetensors file.
     """
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
 
-    def family_told(self, told: ModelFamily | None) -> ModelFamily:
+    def family_told(self, expected: ModelFamily | None) -> ModelFamily:
         """Return the family of this file.
 
         Args:
-            told: what the options say that it is.
+            expected: the family in the options, if they name one.
 
         Raises:
-            ConfigError: no base of a supported family, or another one than told.
+            ConfigError: the file is not a base of a supported family, or not of the expected one.
         """
         family = self.find_family()
-        if told and told is not family:
+        if expected and expected is not family:
             raise self.error(
-                f"this single file is {family.name}, but --family or --base_config says {told.name}"
+                f"this single file is {family.name}, but --family or --base_config says "
+                f"{expected.name}"
             )
         return family
 
@@ -78,15 +79,15 @@ class SingleFile(OriginalFile):
         """Read the models of the file.
 
         Args:
-            dtype: of denoiser and text encoders.
-            given: components that are not to be read.
+            dtype: dtype of denoiser and text encoders.
+            given: components that need not be read.
 
         Returns:
-            The folder or Hub id that the rest of the pipeline is to be loaded from, and component
-            -> model; None for an optional text encoder that is neither here nor there.
+            The folder or Hub id for the rest of the pipeline, and component -> model; None for an
+            optional text encoder that is in neither of them.
 
         Raises:
-            ConfigError: something lacks here and there, or the weights are not of the family.
+            ConfigError: a component is in neither of them, or the weights do not fit the family.
         """
         index, parts = self.rest(options, family, given)
         folder = source = index.source
@@ -105,7 +106,7 @@ class SingleFile(OriginalFile):
                 parts[name] = models.model(name, tensors, vae_dtype)
             else:
                 parts[name] = models.text_encoder(name, tensors, dtype)
-        if "v_pred" in self.keys:  # how files of Stable Diffusion XL say it
+        if "v_pred" in self.keys:  # the mark in files of Stable Diffusion XL
             scheduler = getattr(diffusers, index.component_class("scheduler")[1])
             betas = {"rescale_betas_zero_snr": True} if "ztsnr" in self.keys else {}
             parts["scheduler"] = scheduler.from_pretrained(
@@ -116,10 +117,10 @@ class SingleFile(OriginalFile):
     def rest(
         self, options: BaseModelOptions, family: ModelFamily, given: Collection[str]
     ) -> tuple[PipelineIndex, dict[str, Any]]:
-        """Return the pipeline that completes the file, and component -> None for what it lacks too.
+        """Return the pipeline that completes the file, and component -> None for absent encoders.
 
         Raises:
-            ConfigError: there is no such pipeline, or something else lacks here and there.
+            ConfigError: there is no such pipeline, or another component is in neither of them.
         """
         source = self._source_of_the_rest(options, family)
         try:
@@ -128,22 +129,23 @@ class SingleFile(OriginalFile):
             if options.base_config:
                 raise
             raise self.error(
-                f"what it lacks would come from {source}, as nothing else was given. Offline, give "
-                f"a folder with a pipeline of the same kind as --base_config. {error.problems[0]}"
+                f"its missing parts would come from {source}, the default for this family, which "
+                "cannot be used. Offline, pass a folder with a pipeline of the same kind as "
+                f"--base_config. {error.problems[0]}"
             ) from error
         return index, self._left_out(options, family, index, self._held(family), given)
 
     # -- the header --------------------------------------------------------------------------------
 
     def _held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
-        """VAE and text encoders that the file holds -> how their keys begin."""
+        """Return VAE and text encoders in the file -> the prefixes of their keys."""
         held: dict[str, tuple[str, ...]] = {"vae": VAES}
         for name, key_maps in family.original_key_maps.items():
             if name in family.all_text_encoders:
                 held[name] = tuple(prefix for key_map in key_maps for prefix in key_map.prefixes)
         return {name: starts for name, starts in held.items() if self.begins_with(starts)}
 
-    # -- what lacks --------------------------------------------------------------------------------
+    # -- missing parts -----------------------------------------------------------------------------
 
     def _source_of_the_rest(self, options: BaseModelOptions, family: ModelFamily) -> str:
         if options.base_config:
@@ -151,8 +153,8 @@ class SingleFile(OriginalFile):
         if self.kind in family.single_file_types and family.single_file_default:
             return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self.kind]["pretrained_model_name_or_path"]
         raise self.error(
-            f"this single file is {family.name}, but which of them cannot be told from it. Give "
-            "the pipeline that it belongs to, a folder or a Hub id, as --base_config"
+            f"this single file is {family.name}, but it does not show which of these models it is. "
+            "Pass its pipeline as --base_config: a folder or a Hub id"
         )
 
     def _left_out(
@@ -163,7 +165,7 @@ class SingleFile(OriginalFile):
         held: Collection[str],
         given: Collection[str],
     ) -> dict[str, Any]:
-        """Find what is neither in the file nor in the pipeline for the rest."""
+        """Return the text encoders that are neither in the file nor in the other pipeline."""
         left_out: dict[str, Any] = {}
         problems = []
         whole = any(name in held for name in family.all_text_encoders)
@@ -176,12 +178,14 @@ class SingleFile(OriginalFile):
                 continue
             if optional:
                 left_out |= without_text_encoder(name)
-                logger.warning("the base is loaded without %s, which %s lacks", name, self.path)
+                logger.warning(
+                    "the base is loaded without %s: %s does not contain it", name, self.path
+                )
             else:
                 misses = "configuration" if name in held else "weights"
                 problems.append(
-                    f"--base_config {index.source}: no {misses} of the {name} there, which the "
-                    "single file needs from it. Give a pipeline that has them"
+                    f"--base_config {index.source} does not contain the {misses} of the {name}, "
+                    "which the single file needs. Pass a pipeline that does"
                 )
         if problems:
             raise ConfigError(problems)
@@ -189,7 +193,7 @@ class SingleFile(OriginalFile):
 
 
 class _Models:
-    """Models of a single file, made with the configuration in a pipeline's folder."""
+    """Models of a single file, built with the configuration in a pipeline's folder."""
 
     def __init__(self, file: SingleFile, index: PipelineIndex, folder: str) -> None:
         self.file, self.index, self.folder = file, index, folder
@@ -197,18 +201,18 @@ class _Models:
     def denoiser(
         self, name: str, tensors: dict[str, Tensor], prefix: str, dtype: torch.dtype
     ) -> nn.Module:
-        # diffusers looks for a UNet under the prefix, and for some transformers without
+        # diffusers expects the prefix for a UNet, and no prefix for some transformers
         wanted = DENOISER if name == "unet" else ""
         tensors = {wanted + key.removeprefix(prefix): t for key, t in tensors.items()}
         count = _numbers(tensors)
         model = self.model(name, tensors, dtype)
         expected = _numbers(model.state_dict())
-        if expected != count:  # what has no place in the model would be passed over
-            raise self._unreadable(name, f"it has {count} weights, the model {expected}")
+        if expected != count:  # diffusers would ignore weights that the model does not have
+            raise self._unreadable(name, f"it has {count} weights, but the model has {expected}")
         return model
 
     def model(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-        """One of diffusers' models."""
+        """Read one of diffusers' models."""
         model_class = getattr(diffusers, self.index.component_class(name)[1])
         try:
             return model_class.from_single_file(
@@ -218,7 +222,7 @@ class _Models:
             raise self._unreadable(name, f"{type(error).__name__}: {error}") from error
 
     def text_encoder(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
-        """One of transformers' models."""
+        """Read one of transformers' models."""
         class_name = self.index.component_class(name)[1]
         try:
             model = TEXT_ENCODERS[class_name](
@@ -230,20 +234,20 @@ class _Models:
             )
         except (ValueError, KeyError, RuntimeError) as error:
             raise self._unreadable(name, f"{type(error).__name__}: {error}") from error
-        model.tie_weights()  # T5 is written without the copy of its embedding
+        model.tie_weights()  # files of T5 do not contain the copy of its embedding
         if absent := [key for key, p in model.named_parameters() if p.is_meta]:
-            raise self._unreadable(name, f"{len(absent)} weights lack, such as {absent[0]}")
+            raise self._unreadable(name, f"{len(absent)} weights are missing, such as {absent[0]}")
         return model
 
     def _unreadable(self, name: str, problem: str) -> ConfigError:
         return self.file.error(
             f"its {name} cannot be read with the configuration of {self.index.source} ({problem}). "
-            "Give the pipeline that it belongs to as --base_config"
+            "Pass its own pipeline as --base_config"
         )
 
 
 def _taken(checkpoint: dict[str, Tensor], start: str | tuple[str, ...]) -> dict[str, Tensor]:
-    """Take the tensors whose keys begin so out of the checkpoint."""
+    """Remove the tensors with this prefix from the checkpoint, and return them."""
     return {key: checkpoint.pop(key) for key in list(checkpoint) if key.startswith(start)}
 
 
@@ -252,5 +256,5 @@ def _numbers(tensors: Mapping[str, Tensor]) -> int:
 
 
 def without_text_encoder(name: str) -> dict[str, None]:
-    """Arguments for a pipeline that leave out a text encoder and its tokenizer."""
+    """Return arguments for a pipeline without a text encoder and its tokenizer."""
     return {name: None, name.replace("text_encoder", "tokenizer"): None}

@@ -1,4 +1,4 @@
-"""An adapter in the forms that others read: fused checkpoints, LoRA files, dense updates."""
+"""Export an adapter to formats that other programs read: checkpoints, LoRA files, dense updates."""
 
 from typing import TYPE_CHECKING
 

@@ -1,4 +1,4 @@
-"""An adapter as export sees it: scaled updates of layers, by component and path. No model."""
+"""Read an adapter without a model, as scaled updates of layers by component and path."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _GENERAL = ("gralora_A_general.weight", "gralora_B_general.weight")
 
 @dataclass(frozen=True)
 class LayerUpdate:
-    """The update of one layer: ``scaling`` times what the factors make.
+    """The update of one layer: ``scaling`` times the update that the factors define.
 
     Attributes:
         A: (k, in/k, r[, h, w]).
@@ -59,7 +59,7 @@ class LayerUpdate:
         return row_factors(self.A.float(), self.B.float())
 
     def lora_pair(self) -> tuple[Tensor, Tensor]:
-        """Return the LoRA with the very same update, scaling folded in, in fp32.
+        """Return the LoRA with exactly the same update in fp32, with the scaling folded in.
 
         ``down`` is (rank, in[, h, w]), ``up`` (out, rank).
         """
@@ -73,35 +73,38 @@ class LayerUpdate:
 
 @dataclass(frozen=True)
 class AdapterLayers:
-    """All that an adapter has for one component, by canonical name (see ``key_maps``)."""
+    """The part of an adapter for one component, by canonical name (see ``key_maps``)."""
 
     updates: dict[str, LayerUpdate] = field(default_factory=dict)
-    #: Trained biases and whole modules: key of the model -> the value that takes its place.
+    #: Trained biases and whole modules: key of the model -> the value that replaces the model's.
     replaced: dict[str, Tensor] = field(default_factory=dict)
 
 
-def find_adapter_family(adapter: Adapter, told: str | None) -> ModelFamily:
-    """Return the family that an adapter is for, which its file says or the caller.
+def find_adapter_family(adapter: Adapter, given: str | None) -> ModelFamily:
+    """Return an adapter's family from its file or from the caller.
+
+    Args:
+        given: the caller's family, if there is one.
 
     Raises:
-        AdapterFileError: they do not agree, or neither does.
+        AdapterFileError: the two differ, or both are missing.
     """
-    if adapter.family and told and adapter.family != told:
+    if adapter.family and given and adapter.family != given:
         raise AdapterFileError(
-            f"{adapter.source}: trained for {adapter.family}, but the base is {told}. Give a base "
-            f"of {adapter.family}."
+            f"{adapter.source}: this adapter was trained for {adapter.family}, but the base is "
+            f"{given}. Pass a base of {adapter.family}."
         )
-    name = adapter.family or told
+    name = adapter.family or given
     if name is None:
         raise AdapterFileError(
-            f"{adapter.source}: the file does not say for which family of base models it is. Give "
-            "the base, or the family."
+            f"{adapter.source}: the file does not name its family of base models. Pass the base or "
+            "the family."
         )
     return get_family(name)
 
 
 def adapts_denoiser_only(adapter: Adapter) -> bool:
-    """Return whether an adapter leaves every text encoder alone."""
+    """Whether an adapter does not change any text encoder."""
     known = {name for family in list_families() for name in get_family(family).components}
     names = [component_of(part, adapter, ["", *known]) for part in adapter.components]
     return not any(name.startswith("text_encoder") for name in names)
@@ -113,10 +116,11 @@ def adapter_layers(
     """Sort the tensors of an adapter into updates and replaced values, by component.
 
     Args:
-        scale: the user's, multiplied into the scaling of each layer.
+        scale: the user's scale, multiplied into the scaling of each layer.
 
     Raises:
-        AdapterFileError: something is missing, unexpected, misshapen or not finite; all is named.
+        AdapterFileError: tensors are missing, unexpected, misshapen or not finite. The message
+            names all of them.
     """
     if not math.isfinite(scale):
         raise ValueError(f"scale is {scale}; it must be a finite number")
@@ -125,7 +129,9 @@ def adapter_layers(
         name = component_of(component, adapter, family.components)
         if name not in family.components:
             known = ", ".join(family.components)
-            problems.append(f"weights for {name!r}, which {family.name} does not have ({known})")
+            problems.append(
+                f"it has weights for {name!r}, which {family.name} does not have (it has {known})"
+            )
             continue
         try:
             parts[name], found = _sorted_out(part, partial(family.canonical, name), scale)
@@ -133,7 +139,7 @@ def adapter_layers(
             found = [f"a pattern of its config is {error}"]
         problems += [f"{name}: {problem}" for problem in found]
     if not problems and not any(p.updates or p.replaced for p in parts.values()):
-        problems.append("no weights at all")
+        problems.append("it has no weights")
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         raise AdapterFileError(f"{adapter.source} cannot be exported:\n{lines}")
@@ -173,9 +179,7 @@ def _problem(
 ) -> str | None:
     if set(held) != expected:
         missing, more = sorted(expected - set(held)), sorted(set(held) - expected)
-        return (
-            f"missing {', '.join(missing) or 'nothing'}; unexpected {', '.join(more) or 'nothing'}"
-        )
+        return f"missing: {', '.join(missing) or 'none'}; unexpected: {', '.join(more) or 'none'}"
     A, B = held["gralora_A"], held["gralora_B"]
     fits = A.dim() in (3, 5) and B.dim() == 3 and A.shape[0] == B.shape[0] == k
     fits = fits and A.shape[2] == B.shape[1] == rank and rank % k == 0
@@ -186,4 +190,4 @@ def _problem(
     if fits:
         return None
     shapes = ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in held.items())
-    return f"{shapes} do not fit together, or not rank {rank} and k {k} of the config"
+    return f"{shapes} do not fit each other, or do not fit rank {rank} and k {k} of the config"

@@ -1,4 +1,4 @@
-"""The base that an adapter is fused into: an original single file, or a folder of diffusers'."""
+"""The base that an adapter is fused into: an original single file, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .tensor_bytes import count
 
 
 class BaseError(ValueError):
-    """A base that nothing can be fused into."""
+    """An adapter cannot be fused into this base."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,9 @@ class FileBase:
     """An original single file.
 
     Attributes:
-        tensors: as they lie in the file, by key.
-        layouts: of the components that it holds.
-        prefixes: how their keys begin.
+        tensors: the tensors in the file by key.
+        key_maps: key maps of the components in the file.
+        prefixes: prefixes of their keys.
     """
 
     path: Path
@@ -62,7 +62,7 @@ class FileBase:
         }
 
     def read(self, component: str) -> list[tuple[OriginalTensor, list[Shape]]]:
-        """The tensors of a component, and the whole shape of the diffusers tensor of each part."""
+        """Return a component's tensors, each with the shapes of its parts' diffusers tensors."""
         tensors = []
         for tensor in self.key_maps[component].read(self.shapes(component)):
             rows: dict[str, int] = {}
@@ -94,15 +94,15 @@ class FileBase:
 
     @property
     def misses(self) -> str:
-        """What to do about a component that it does not hold."""
+        """Advice for a component that is not in the file."""
         if set(self.key_maps) == set(self.family.original_key_maps):
             return (
                 f"Its place in a single file of {self.family.name} is not known. Export a "
                 "diffusers folder, or a LoRA in style comfyui"
             )
         return (
-            f"{self.path} holds only {', '.join(self.key_maps)}: a file of parts alone? Give the "
-            "full checkpoint, or the folder or Hub id of the pipeline"
+            f"{self.path} only contains {', '.join(self.key_maps)}. Pass the full checkpoint, or "
+            "the folder or Hub id of the pipeline"
         )
 
 
@@ -111,9 +111,9 @@ class FolderBase:
     """A pipeline in diffusers' layout.
 
     Attributes:
-        tensors: component -> its tensors, of all shards, by the keys of the files.
+        tensors: component -> the tensors of all its shards, by the keys of the files.
         files: component -> weight files, and the index of shards if there is one.
-        index: what ``model_index.json`` says.
+        index: content of ``model_index.json``.
     """
 
     path: Path
@@ -123,7 +123,7 @@ class FolderBase:
     files: dict[str, list[Path]]
 
     def published_names(self) -> PublishedNames:
-        """What other programs call this base."""
+        """Return the names of this base in other programs."""
         denoiser = _json(self.path / self.family.denoiser / MODEL_CONFIG)
         return self.family.published_names(denoiser, self.scheduler)
 
@@ -144,8 +144,8 @@ class FolderBase:
 
     @property
     def misses(self) -> str:
-        """What to do about a component that it does not hold."""
-        return f"{self.path} holds only {', '.join(self.tensors)}. Give the whole pipeline"
+        """Advice for a component that is not in the folder."""
+        return f"{self.path} only contains {', '.join(self.tensors)}. Pass the whole pipeline"
 
 
 Base = FileBase | FolderBase
@@ -169,12 +169,13 @@ def open_base(
     """Read the headers of a base: a single file, a diffusers folder or a Hub id.
 
     Args:
-        variant: of the weight files in a folder, such as fp16.
-        denoiser_only: whether nothing else is asked of it: the rest may be quantized, or absent.
+        variant: variant of the weight files in a folder, such as fp16.
+        denoiser_only: only the denoiser is needed; the rest may be quantized or missing.
 
     Raises:
-        BaseError: nothing there, not of a supported family, without safetensors, or quantized.
-        OriginalFileError: a single file that is no base.
+        BaseError: nothing was found, the family is not supported, the weights are not safetensors,
+            or the base is quantized.
+        OriginalFileError: the single file is not a base.
     """
     path = Path(source).expanduser()
     if path.is_file():
@@ -203,7 +204,7 @@ def _open_file(path: Path, denoiser_only: bool) -> FileBase:
 def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> FolderBase:
     if not (path / PIPELINE_INDEX).is_file():
         raise BaseError(
-            f"{path}: no {PIPELINE_INDEX} there. Give the folder of a whole pipeline as "
+            f"{path} contains no {PIPELINE_INDEX}. Pass the folder of a whole pipeline as "
             "save_pretrained writes it, or an original .safetensors file"
         )
     index = read_pipeline_index(path)
@@ -211,7 +212,7 @@ def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> Folder
     family = find_family(pipeline) if pipeline else None
     if family is None:
         raise BaseError(
-            f"{path}: {index.get('_class_name')} is of no supported family "
+            f"{path}: {index.get('_class_name')} does not belong to a supported family "
             f"({', '.join(list_families())})"
         )
     base = FolderBase(path, family, index, {}, {})
@@ -231,21 +232,22 @@ def _open_folder(path: Path, variant: str | None, denoiser_only: bool) -> Folder
 
 
 def _weight_files(folder: Path, variant: str | None) -> list[Path]:
-    """The weight files of a component, all shards of it."""
+    """Return the weight files of a component with all its shards."""
     config = _json(folder / MODEL_CONFIG)
     if "quantization_config" in config:
         raise BaseError(
-            f"{folder}: a quantized base; what is added to it would be rounded away. Give the one "
-            "in 16 or 32 bits: the adapter fits it too. If the denoiser is not quantized, an "
-            "export of it alone (--denoiser_only) takes this base, too"
+            f"{folder}: this is a quantized base, and rounding would lose the update that is added "
+            "to it. Pass the base in 16 or 32 bits: the adapter fits it too. If the denoiser is "
+            "not quantized, --denoiser_only exports it from this base"
         )
     if files := weight_files(folder, variant):
         return files
-    there = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    found = sorted(p.name for p in folder.iterdir() if p.suffix in (".safetensors", ".bin"))
+    names = " or ".join(_add_variant(names[0], variant) for names in WEIGHT_NAMES)
     raise BaseError(
-        f"{folder}: no {' or '.join(_add_variant(names[0], variant) for names in WEIGHT_NAMES)}"
-        + (f" (there are: {', '.join(there)}; is it another --variant?)" if there else "")
-        + ". Weights must be safetensors: load the pipeline once and save_pretrained it"
+        f"{folder} contains no {names}"
+        + (f" (it contains {', '.join(found)}; is it another --variant?)" if found else "")
+        + ". Weights must be safetensors: load the pipeline once and save it with save_pretrained"
     )
 
 
@@ -256,7 +258,7 @@ def _json(path: Path) -> dict[str, Any]:
 def _download(
     repository: str, variant: str | None, revision: str | None, cache_dir: str | None
 ) -> Path:
-    """Fetch a pipeline's configs and tokenizers, then the weights of this variant alone."""
+    """Fetch a pipeline's configs and tokenizers, then only the weights of this variant."""
 
     def fetched(patterns: Iterable[str]) -> Path:
         try:

@@ -1,21 +1,21 @@
-"""What there is to choose from for an export, by name, and what its report is called."""
+"""The names of export formats, styles and dtypes, and the path of an export's report."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-#: Forms of the adapter added to its base.
+#: Formats of a base with the adapter added to it.
 FORMATS = ("checkpoint", "diffusers")
-#: Whose names a LoRA file has -> who reads all of it.
+#: Style of the names in a LoRA file -> the programs that read all of it.
 READERS = {
     "comfyui": "ComfyUI",
     "kohya": "AUTOMATIC1111, Forge, sd-scripts and ComfyUI",
     "diffusers": "load_lora_weights of diffusers 0.36 and later",
 }
 STYLES = tuple(READERS)
-#: Dtypes of what is written; keep: that of what is read.
+#: Dtypes of the output; keep: the dtype of the input.
 DTYPE_CHOICES = ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
-#: What people may say of a file, each a field ``modelspec.<name>``.
+#: Fields of the metadata that users may set, each as ``modelspec.<name>``.
 SAID = (
     *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),
     *("resolution", "date"),
@@ -23,5 +23,5 @@ SAID = (
 
 
 def parity_path(output: Path) -> Path:
-    """Return where the report on an output lies."""
+    """Return the path of the report on an output."""
     return output.with_name(f"{output.name}.parity.json")

@@ -1,4 +1,4 @@
-"""The adapter as dense updates, ``.diff``, which ComfyUI adds to weights as they are."""
+"""Export the adapter as dense updates, ``.diff``, which ComfyUI adds to weights unchanged."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def export_diff(
 ) -> LoraReport:
     """Write an adapter as dense updates, for ComfyUI's LoRA loaders.
 
-    As large as the adapted weights of the base. Arguments and errors are those of
-    :func:`export_lora`. ComfyUI passes over ``.diff_b`` of split layers, so trained biases are
-    refused as there.
+    The file is as large as the adapted weights of the base. Arguments and errors are those of
+    :func:`export_lora`. ComfyUI ignores ``.diff_b`` of split layers, so trained biases are refused
+    here as well.
     """
     path = Path(output)
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
@@ -64,7 +64,7 @@ def export_diff(
 
 
 def _output(names: Names, path: str, update: LayerUpdate, dtype: torch.dtype) -> OutputTensor:
-    """The dense update, in the order of rows that the name's layout has."""
+    """Return the dense update, with the rows in the order of the layout of its name."""
     rows, nothing = update.shape[0], torch.zeros(1).expand(update.shape)
     location = locate(path, names.rules) if names.rules else None
     bounds = [(0, rows)]

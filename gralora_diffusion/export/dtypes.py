@@ -1,4 +1,4 @@
-"""The dtype of what is written: the base's or another, and fp8 as ComfyUI reads it."""
+"""Convert outputs to another dtype, with fp8 in ComfyUI's format."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def converted(
 ) -> list[OutputTensor]:
     """Return the tensors in a dtype of ``choices.DTYPE_CHOICES``.
 
-    Only floating-point tensors of components are converted. To fp8 go the matrices of the
-    denoiser's linear layers alone: norms, biases, convolutions and the other components stay.
+    Only floating-point tensors of components are converted. For fp8, only the matrices of the
+    denoiser's linear layers are converted; norms, biases, convolutions and the other components
+    keep their dtype.
 
     Args:
-        denoiser: name of that component.
-        scale_prefix: if given, fp8 has a scale per tensor, and keys of the denoiser begin so. Names
+        denoiser: name of the denoiser.
+        scale_prefix: prefix of the denoiser's keys; if given, fp8 has a scale per tensor. The names
             are those of ComfyUI up to 0.3.64 (``scaled_fp8``, ``scale_weight``), which later
-            versions convert on loading (``convert_old_quants``). Two values in ``scaled_fp8`` ask
-            for products in full precision.
+            versions convert on loading (``convert_old_quants``). Two values in ``scaled_fp8``
+            request products in full precision.
     """
     if dtype == "keep":
         return [output for _, output in outputs]

@@ -1,4 +1,4 @@
-"""The adapter added to its base: an original single file, or a folder in diffusers' layout."""
+"""Export the base with the adapter added: an original single file, or a diffusers folder."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
 from .rounding import Rounding, RoundingLoss
 from .streaming import OutputTensor, sample_remedies, write_streamed
 
-#: Part of the update that may be lost before it is warned.
+#: Part of an update that may be lost without a warning.
 BOUND = 0.1
 _SHOWN, _SAMPLED = 5, 3
 
 
 @dataclass
 class FusedReport:
-    """What was written.
+    """The result of an export.
 
     Attributes:
-        family: of base and adapter.
-        layers: component -> how many of its layers something was added to.
-        losses: tensor of the output -> what rounding cost of the update.
-        remedies: another way of rounding -> what it would have cost, if this one cost much.
+        family: family of base and adapter.
+        layers: component -> number of layers with an update.
+        losses: tensor of the output -> the part of its update lost by rounding.
+        remedies: alternative rounding -> its loss, measured if the actual loss is large.
     """
 
     path: Path
@@ -48,7 +48,7 @@ class FusedReport:
 
     @property
     def loss(self) -> RoundingLoss:
-        """What rounding cost over all layers."""
+        """The loss by rounding over all layers."""
         return sum(self.losses.values(), start=RoundingLoss())
 
     def note_costly(
@@ -57,7 +57,7 @@ class FusedReport:
         outputs: Sequence[OutputTensor],
         rounding: Rounding,
     ) -> None:
-        """Measure what other ways of rounding would cost, if more was lost than the bound."""
+        """Measure the losses of other ways of rounding, if a loss exceeds the bound."""
         costly = {key: loss for key, loss in losses.items() if loss.error > BOUND}
         worst = sorted(costly, key=lambda key: -costly[key].difference)[:_SAMPLED]
         for output in outputs:
@@ -67,10 +67,10 @@ class FusedReport:
 
     def __str__(self) -> str:
         total = ", ".join(f"{count} layers of {name}" for name, count in self.layers.items())
-        lines = [f"{self.path}: {self.family}, the update added to {total}"]
+        lines = [f"{self.path}: {self.family}, update added to {total}"]
         if not self.losses:
             return lines[0]
-        lines.append(f"rounding, over all layers: {self.loss}")
+        lines.append(f"loss by rounding, over all layers: {self.loss}")
         costly = {key: loss for key, loss in self.losses.items() if loss.error > BOUND}
         worst = sorted(self.losses, key=lambda key: -self.losses[key].error)[:_SHOWN]
         lines += [f"  {self.losses[key]}  {key}" for key in worst]
@@ -79,7 +79,7 @@ class FusedReport:
         if costly:
             lines.append(
                 f"WARNING: {len(costly)} of {len(self.losses)} layers lose more than {BOUND:.0%} "
-                "of their update. Measured on rows of the worst:"
+                "of their update. Alternatives, measured on rows of the worst layers:"
             )
             lines += [f"  {loss}  with {name}" for name, loss in self.remedies.items()]
         return "\n".join(lines)
@@ -109,38 +109,45 @@ def export_fused(
     """Write the base with the adapter added to it, tensor by tensor, each rounded once.
 
     Args:
-        adapter: or where :func:`read_adapter` finds it.
+        adapter: an adapter, or a source for :func:`read_adapter`.
         base: an original single file, a diffusers folder or a Hub id.
         output: the file, or the folder.
-        format: checkpoint, the original layout in one file; or diffusers, the folder's.
+        format: checkpoint (one file in the original layout) or diffusers (a folder).
         dtype: keep (of each tensor), fp32, bf16, fp16, or fp8_e4m3 (matrices of the denoiser).
-        scale: of the adapter.
-        stochastic: round up or down by chance, so that the mean is right.
-        seed: of that chance.
+        scale: scale of the adapter.
+        stochastic: round up or down at random, so that the mean is exact.
+        seed: seed of stochastic rounding.
         fp8_scale: store fp8 with a scale per tensor.
-        denoiser_only: a checkpoint of the denoiser alone, for "Load Diffusion Model".
-        variant: of the weight files of a folder, such as fp16.
-        metadata: what is to be said of the file, see ``choices.SAID``.
-        hashes: put ``modelspec.hash_sha256`` and the like into the header. Takes a reading of all.
-        overwrite: replace what exists.
-        progress: show a bar.
-        verify: called with what was written, before it appears under its name; may raise.
+        denoiser_only: write a checkpoint of the denoiser alone, for "Load Diffusion Model".
+        variant: variant of the weight files of a folder, such as fp16.
+        metadata: fields for the file's metadata, see ``choices.SAID``.
+        hashes: write ``modelspec.hash_sha256`` and similar fields; this reads the output once more.
+        overwrite: replace an existing output.
+        progress: show a progress bar.
+        verify: called with the output before it appears under its name; may raise.
 
     Raises:
-        AdapterFileError: the adapter is not whole or does not fit the base; all is named.
-        BaseError, OriginalFileError: a base that nothing can be fused into.
-        OutputError: the output is there already, or is or lies in what is read.
-        RoundingError: a value that the dtype cannot hold.
-        ValueError: an impossible option.
+        AdapterFileError: the adapter is incomplete or does not fit the base. The message names all
+            problems.
+        BaseError, OriginalFileError: the adapter cannot be fused into this base.
+        OutputError: the output exists already, or overlaps an input.
+        RoundingError: the dtype cannot represent a value.
+        ValueError: an option is invalid.
     """
     if format not in FORMATS:
         raise ValueError(f"format is {format!r}; it must be one of {', '.join(FORMATS)}")
     if format == "diffusers" and denoiser_only:
-        raise ValueError("a diffusers folder is of the whole pipeline; denoiser_only is for files")
+        raise ValueError(
+            "denoiser_only is only allowed with format='checkpoint', because a diffusers folder "
+            "contains the whole pipeline"
+        )
     if dtype not in DTYPE_CHOICES:
         raise ValueError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPE_CHOICES)}")
     if format == "diffusers" and dtype == "fp8_e4m3":
-        raise ValueError("fp8_e4m3 is for checkpoints; diffusers reads no such folder")
+        raise ValueError(
+            "dtype fp8_e4m3 is only allowed with format='checkpoint', because diffusers does not "
+            "read folders in fp8"
+        )
     path, rounding = Path(output), Rounding(stochastic, seed)
     read = adapter if isinstance(adapter, Adapter) else read_adapter(adapter)
     opened = open_base(
@@ -181,22 +188,22 @@ def export_fused(
 
 
 def _plan(base: Base, planner: Planner, format: str, denoiser_only: bool) -> dict[str, list[Owned]]:
-    """File within the output -> its tensors; "" where the output is the file."""
+    """Return file within the output -> its tensors; "" if the output is the file."""
     if format == "checkpoint":
         if isinstance(base, FileBase):
             return {"": plan_from_file(base, planner, denoiser_only)}
         return {"": plan_original(base, planner, denoiser_only)}
     if isinstance(base, FileBase):
         raise BaseError(
-            f"{base.path}: an original file, and a diffusers folder is wanted. Give the folder or "
-            "Hub id of the pipeline as base, or export a checkpoint"
+            f"{base.path}: a diffusers folder cannot be exported from an original file. Pass the "
+            "folder or Hub id of the pipeline as base, or export a checkpoint"
         )
     planned = plan_folder(base, planner)
     return {f"{file.parent.name}/{file.name}": outputs for file, outputs in planned.items()}
 
 
 def _scale_prefix(base: Base, denoiser_only: bool) -> str:
-    """How keys of the denoiser begin in the output."""
+    """Return the prefix of the denoiser's keys in the output."""
     if denoiser_only:
         return ""
     if isinstance(base, FileBase):
@@ -214,7 +221,7 @@ def _metadata(
     hashes: bool,
     said: dict[str, Any],
 ) -> dict[str, str]:
-    """What the header says; that of a diffusers folder's files is theirs."""
+    """Return the header's metadata; files of a diffusers folder get diffusers' own."""
     if format == "diffusers":
         return {"format": "pt"}
     made = {"dtype": dtype, "rounding": "stochastic" if stochastic else "nearest"}
@@ -238,26 +245,26 @@ def _check_scale(layers: Mapping[str, AdapterLayers], scale: float) -> None:
     replaced = [f"{name}: {key}" for name, part in layers.items() for key in part.replaced]
     if replaced and scale != 1.0:
         raise AdapterFileError(
-            f"scale is {scale}, but the adapter brings whole values that take the base's place "
-            f"({', '.join(replaced[:3])}) and cannot be scaled. Export with scale 1"
+            f"scale is {scale}, but the adapter contains values that replace the base's "
+            f"({', '.join(replaced[:3])}), and they cannot be scaled. Export with scale 1"
         )
 
 
 def _check_kept(base: Base, files: Mapping[str, list[Owned]]) -> None:
-    """Refuse to add to weights in 8 bits and to round to 8 bits again without being asked."""
+    """Refuse to add an update to 8-bit weights and to round the sum to 8 bits by default."""
     outputs = [output for planned in files.values() for _, output in planned]
     for output in outputs:
         if output.dtype.itemsize == 1 and any(piece.update for piece in output.pieces):
             stored = short_name(output.dtype)
             raise BaseError(
-                f"{base.path}: {output.key} is stored in {stored}, which would round "
-                "most of what is added to it away. Give the base in 16 or 32 bits, or write this "
-                "one in 16: --dtype bf16. If it is to have 8 again: --dtype fp8_e4m3, a checkpoint"
+                f"{base.path}: {output.key} is stored in {stored}, and rounding to it would lose "
+                "most of the update. Pass the base in 16 or 32 bits, or write 16 bits with --dtype "
+                "bf16. To write 8 bits all the same, export a checkpoint with --dtype fp8_e4m3"
             )
 
 
 def _copy_rest(base: FolderBase, target: Path) -> None:
-    """Copy what makes up the pipeline, but for the weights that are written anew."""
+    """Copy the pipeline's files except the weights, which are written anew."""
     for entry in sorted(base.path.iterdir()):
         if entry.is_file() and entry.suffix in (".json", ".md", ".txt"):
             target.mkdir(exist_ok=True)
@@ -271,6 +278,6 @@ def _copy_rest(base: FolderBase, target: Path) -> None:
 
 
 def _weights(folder: str, names: list[str]) -> set[str]:
-    """Weight files and their indexes, of any variant and library."""
+    """Return the weight files and their indexes, of any variant and library."""
     endings = (".safetensors", ".bin", ".msgpack", ".h5", ".onnx", ".pb")
     return {name for name in names if name.endswith(endings) or ".index." in name}

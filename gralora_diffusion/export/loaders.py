@@ -1,7 +1,7 @@
-"""Ways to draw with a file that was exported: what a user of it would call.
+"""Ways to generate with an exported artifact, by the same calls that a user would make.
 
-A way is called with the base's pipeline and gives a context; the pipeline that it gives draws, and
-the base's is as it was afterwards.
+A loader takes the base's pipeline and returns a context manager. Inside, the yielded pipeline
+generates with the artifact. Afterwards, the base's pipeline is unchanged.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _ADAPTER_NAME = "gralora_parity"
 def attached_adapter(
     adapter: Adapter | str | os.PathLike[str], scale: float = 1.0
 ) -> ArtifactLoader:
-    """The adapter itself, attached by ``load_gralora_weights``."""
+    """Attach the adapter itself with ``load_gralora_weights``."""
 
     @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
+    def loader(pipe: Any) -> Iterator[Any]:
         pipe.load_gralora_weights(adapter, _ADAPTER_NAME)
         try:
             pipe.set_adapters(_ADAPTER_NAME, scale)
@@ -37,15 +37,15 @@ def attached_adapter(
         finally:
             pipe.unload_gralora_weights()
 
-    return way
+    return loader
 
 
 def lora_file(path: Path) -> ArtifactLoader:
-    """A LoRA file, by diffusers' own ``load_lora_weights``; its name may be any."""
+    """Load a LoRA file of any name with diffusers' own ``load_lora_weights``."""
 
     @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
-        # by another name as tensors, for diffusers goes by the ending
+    def loader(pipe: Any) -> Iterator[Any]:
+        # under another name as tensors, because diffusers checks the file's suffix
         file = path if path.suffix == ".safetensors" else load_file(path)
         pipe.load_lora_weights(file, adapter_name=_ADAPTER_NAME)
         try:
@@ -53,38 +53,38 @@ def lora_file(path: Path) -> ArtifactLoader:
         finally:
             pipe.unload_lora_weights()
 
-    return way
+    return loader
 
 
 def fused_folder(path: Path) -> ArtifactLoader:
-    """A fused pipeline in diffusers' layout, loaded beside the base."""
+    """Load a fused pipeline in diffusers' layout beside the base."""
 
     @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
+    def loader(pipe: Any) -> Iterator[Any]:
         fused = type(pipe).from_pretrained(path, dtype=computing_dtype(pipe))
         yield fused.to(pipe.device)
 
-    return way
+    return loader
 
 
 def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> ArtifactLoader:
-    """Fused weights that ``load`` sets in the components of the pipeline, which get theirs back."""
+    """Set fused weights in the components of the pipeline with ``load``, and restore their own."""
 
     @contextmanager
-    def way(pipe: Any) -> Iterator[Any]:
+    def loader(pipe: Any) -> Iterator[Any]:
         models = [getattr(pipe, name) for name in components]
-        kept = [{key: t.clone() for key, t in model.state_dict().items()} for model in models]
+        before = [{key: t.clone() for key, t in model.state_dict().items()} for model in models]
         try:
             load(pipe)
             yield pipe
         finally:
-            for model, state in zip(models, kept, strict=True):
+            for model, state in zip(models, before, strict=True):
                 model.load_state_dict(state)
 
-    return way
+    return loader
 
 
 def computing_dtype(pipe: Any) -> torch.dtype:
-    """The denoiser's dtype; others, such as the VAE, may be of another."""
+    """Return the denoiser's dtype; other components, such as the VAE, may have another."""
     dtype: torch.dtype = next(iter(component_models(pipe).values())).dtype
     return dtype

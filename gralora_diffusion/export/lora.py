@@ -1,4 +1,4 @@
-"""The adapter as an ordinary LoRA file, exact or truncated, in the names of each reader."""
+"""Export the adapter as an ordinary LoRA file, exact or truncated, with names of each reader."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ LORA_DTYPES = {name: torch_dtype(name) for name in ("fp32", "bf16", "fp16")}
 
 @dataclass
 class LoraReport:
-    """What a LoRA file holds.
+    """The content of an exported LoRA file.
 
     Attributes:
         ranks: name in the file -> rank.
-        errors: component and path -> what truncation left out, relative to the layer's update
-            (Frobenius norms). Zero where nothing was.
-        dtype: of the factors.
-        unread: names that ComfyUI would pass over; for a file in diffusers' names.
+        errors: component and path -> the part of the update lost by truncation, relative to the
+            layer's update (Frobenius norms). It is zero if the layer is exact.
+        dtype: dtype of the factors.
+        unread: names that ComfyUI would ignore, in a file with diffusers' names.
     """
 
     path: Path
@@ -70,32 +70,33 @@ class LoraReport:
             worst_first = sorted(self.errors.items(), key=lambda item: -item[1])
             mean = sum(self.errors.values()) / len(self.errors)
             lines.append(
-                f"left out by truncation, relative to each layer's update: {worst:.2%} at most, "
-                f"{mean:.2%} in the mean of {len(self.errors)} layers"
+                f"lost by truncation, relative to each layer's update: {worst:.2%} at most, "
+                f"{mean:.2%} on average over {len(self.errors)} layers"
             )
             lines += [f"  {error:8.2%}  {layer}" for layer, error in worst_first[:_SHOWN]]
             if len(worst_first) > _SHOWN:
                 lines.append(f"  {len(worst_first) - _SHOWN} layers lose less")
         elif self.errors:
-            lines.append("exact: the very same update")
+            lines.append("exact: the same update")
         if self.dtype != torch.float32 and self.errors:
             rounded = torch.finfo(self.dtype).eps / 2
             lines[-1] += (
-                f", but for factors rounded to {short_name(self.dtype)} (each to {rounded:.1g})"
+                f", except that factors are rounded to {short_name(self.dtype)} (relative error up "
+                f"to {rounded:.1g})"
             )
         return "\n".join([*lines, *self._readers()])
 
     def _readers(self) -> list[str]:
-        """Who reads the file, and who reads a part of it only."""
+        """Return who reads the file, and who reads only a part of it."""
         if not self.errors:  # dense updates
             return [f"for {READERS['comfyui']}"]
         others = ""
         if self.style == "kohya":
-            others = ". diffusers reads a part of it, or nothing: for that take --style diffusers"
+            others = ". diffusers reads only a part of it, or nothing: use --style diffusers for it"
         elif self.unread:
             others = (
-                f". ComfyUI would pass over {len(self.unread)} of these {len(self.ranks)} layers, "
-                f"without a word ({first_few(self.unread, 3)}): for that take --style comfyui"
+                f". ComfyUI would silently ignore {len(self.unread)} of these {len(self.ranks)} "
+                f"layers ({first_few(self.unread, 3)}): use --style comfyui for it"
             )
         return [f"for {READERS[self.style]}{others}"]
 
@@ -115,33 +116,34 @@ def export_lora(
     overwrite: bool = False,
     verify: Callable[[Path], None] | None = None,
 ) -> LoraReport:
-    """Write an adapter as a LoRA file with the very same update, or the nearest of lower rank.
+    """Write an adapter as a LoRA file with exactly the same update, or the closest of lower rank.
 
-    The exact one has rank k * r + hybrid_r in every layer. The scaling and ``scale`` lie in the
-    factors, and alpha is the rank: so a reader that passes over alpha is right, too. Where layers
-    have different ranks, alpha is the most common one all the same, and the factors of the others
-    make up for it: diffusers gives alphas that differ to the wrong layers. In diffusers' own names
-    there is no alpha; what its versions before 0.42 do not conclude is in the header.
+    The exact LoRA has rank k * r + hybrid_r in every layer. The factors include the scaling and
+    ``scale``, and alpha is the rank, so a reader that ignores alpha gets the right update, too. If
+    layers have different ranks, alpha is the most common one in all layers, and the factors of the
+    other layers compensate for it, because diffusers assigns differing alphas to the wrong layers.
+    With diffusers' own names there is no alpha. The header states what diffusers before 0.42 does
+    not infer.
 
     Args:
-        adapter: or where :func:`read_adapter` finds it.
+        adapter: an adapter, or a source for :func:`read_adapter`.
         output: the file.
-        style: whose names the layers have: comfyui, kohya or diffusers.
-        dtype: of the factors: keep (the adapter's; fp32 for one in fp8), fp32, bf16 or fp16.
+        style: style of the layers' names: comfyui, kohya or diffusers.
+        dtype: dtype of the factors: keep (the adapter's; fp32 for fp8), fp32, bf16 or fp16.
         rank: truncate each layer to this rank.
         energy: truncate to the smallest rank that keeps this part of the squared norm.
-        base: a base that tells what the adapter alone may not: the family, the number of layers
-            per block of a UNet, the kind of text encoder.
-        family: where neither adapter nor base tells it.
-        metadata: what is to be said of the file, see ``choices.SAID``.
-        overwrite: replace what exists.
+        base: a base that supplies what the adapter may not contain: the family, the number of
+            layers per block of a UNet, the kind of text encoder.
+        family: the family, if neither adapter nor base names it.
+        metadata: fields for the file's metadata, see ``choices.SAID``.
+        overwrite: replace an existing output.
         verify: called with the file before it appears under its name; may raise.
 
     Raises:
-        AdapterFileError: the adapter is not whole, or has what a LoRA cannot hold.
+        AdapterFileError: the adapter is incomplete, or a LoRA cannot represent it.
         StyleError: the style has no names for a component. Nothing is written.
-        OutputError: the output is there already, or is or lies in what is read.
-        ValueError: an impossible option.
+        OutputError: the output exists already, or overlaps an input.
+        ValueError: an option is invalid.
     """
     if style not in STYLES:
         raise ValueError(f"style is {style!r}; it must be one of {', '.join(STYLES)}")
@@ -193,10 +195,11 @@ def export_lora(
 def component_names(
     family: ModelFamily, parts: Mapping[str, AdapterLayers], style: str, base: Base | None
 ) -> dict[str, Names]:
-    """Return component -> names of its layers. All that a file in this style cannot hold is told.
+    """Return component -> names of its layers.
 
     Raises:
-        StyleError: there is something of that kind, or a layer that the base does not have.
+        StyleError: a file in this style cannot represent all of the adapter, or the base does not
+            have one of its layers. The message names all problems.
     """
     names, problems = {}, []
     for component, layers in parts.items():
@@ -204,22 +207,22 @@ def component_names(
             problems.append(
                 f"{component}: {len(layers.replaced)} trained biases or whole modules "
                 f"({first_few(list(layers.replaced), 3)}), "
-                "which are no LoRA. Export a checkpoint or a diffusers folder"
+                "which a LoRA cannot represent. Export a checkpoint or a diffusers folder"
             )
         if style == "diffusers" and component not in read_by_diffusers(family):
             problems.append(
-                f"{component}: diffusers' load_lora_weights takes none for it with {family.name}. "
-                f"{_other_ways(family, component, layers)}"
+                f"{component}: diffusers' load_lora_weights does not read this component of "
+                f"{family.name}. {_alternatives(family, component, layers)}"
             )
             continue
         own = _shapes(layers)
-        # where a single file has it is not known of every component, so there nothing is compared
+        # the place in a single file is not known for every component; those are not compared
         is_reported = not isinstance(base, FileBase) or component in family.original_key_maps
         known = base.canonical_shapes(component) if base and is_reported else own
         for key, shape in own.items():
             if known.get(key) != shape:
                 problems.append(
-                    f"{component}: {key} has an update of {shape}, the base has "
+                    f"{component}: the update of {key} has shape {shape}, but the base has "
                     f"{known.get(key, 'no such layer')}"
                 )
         try:
@@ -227,10 +230,11 @@ def component_names(
             for path in layers.updates:
                 names[component].name(path)
         except StyleError as error:
-            loaders = _other_ways(family, component, layers)
-            problems.append(f"{component}: {error}. {loaders}")
+            problems.append(f"{component}: {error}. {_alternatives(family, component, layers)}")
     if problems:
-        raise StyleError("\n".join(["this adapter cannot be written so:", *problems]))
+        raise StyleError(
+            "\n".join([f"this adapter cannot be written in style {style}:", *problems])
+        )
     return names
 
 
@@ -250,15 +254,15 @@ def _has_names(family: ModelFamily, component: str, layers: AdapterLayers, style
         return False
 
 
-def _other_ways(family: ModelFamily, component: str, layers: AdapterLayers) -> str:
-    """Say what else can be done with a component that a style has no names for."""
-    loaders = [f"style {name}" for name in STYLES if _has_names(family, component, layers, name)]
-    loaders += ["a checkpoint"] if component in family.original_key_maps else []
-    return f"Export it as {' or '.join([*loaders, 'a diffusers folder'])}"
+def _alternatives(family: ModelFamily, component: str, layers: AdapterLayers) -> str:
+    """Name the other exports for a component that a style has no names for."""
+    others = [f"style {name}" for name in STYLES if _has_names(family, component, layers, name)]
+    others += ["a checkpoint"] if component in family.original_key_maps else []
+    return f"Export it as {' or '.join([*others, 'a diffusers folder'])}"
 
 
 def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
-    """Return the components that diffusers' ``load_lora_weights`` takes a LoRA for."""
+    """Return the components that diffusers' ``load_lora_weights`` reads."""
     pipeline = getattr(diffusers, family.pipeline_classes[0])
     return tuple(getattr(pipeline, "_lora_loadable_modules", ()))
 
@@ -266,8 +270,8 @@ def read_by_diffusers(family: ModelFamily) -> tuple[str, ...]:
 def lora_dtype(dtype: str, parts: Mapping[str, AdapterLayers]) -> torch.dtype:
     """Return the dtype of an option's value.
 
-    keep is the adapter's own: the one that holds all of its factors, and fp32 for those of fp8,
-    which with the scaling in them would be rounded once more.
+    keep is the adapter's own: the dtype that can represent all of its factors. For fp8 it is fp32,
+    because factors that include the scaling would be rounded once more.
     """
     if dtype == "keep":
         held = {
@@ -296,7 +300,7 @@ def _tensors(
     for factor in rounded.values():
         if not torch.isfinite(factor).all():
             raise AdapterFileError(
-                f"{name}: its factors are too large for {dtype}. Take bf16 or fp32"
+                f"{name}: its factors are too large for {dtype}. Use bf16 or fp32"
             )
     if style == "diffusers":
         return {
@@ -306,6 +310,6 @@ def _tensors(
     return {
         f"{name}.lora_down.weight": rounded["down"],
         f"{name}.lora_up.weight": rounded["up"],
-        # fp32 holds every rank; in bf16 515 would become 516
+        # fp32 represents every rank; in bf16, 515 would become 516
         f"{name}.alpha": torch.tensor(float(alpha)),
     }

@@ -1,4 +1,4 @@
-"""``gralora export``: an adapter in the forms that others read."""
+"""``gralora export``: convert an adapter to formats that other programs read."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
     from .lora import LoraReport
 
 _FP8 = (
-    "This file is for ComfyUI: diffusers passes over the scales and would draw noise. For a file "
-    "that both read take --no_fp8_scale."
+    "This file is for ComfyUI: diffusers ignores the scales and would generate noise. For a file "
+    "that both read, pass --no_fp8_scale."
 )
-#: Options that only these formats take.
+#: Format -> options that only it takes.
 _ONLY = {
     "lora": ("rank", "energy"),
     "checkpoint": ("denoiser_only", "no_fp8_scale", "hash"),
@@ -38,55 +38,62 @@ def parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=(*FORMATS, "lora", "diff"),
-        help="checkpoint: the base with the adapter in it, one file in the original layout, as "
-        "ComfyUI reads it. diffusers: the same as a folder. lora: an ordinary LoRA with the very "
-        "same update. diff: the dense update, for ComfyUI",
+        help="checkpoint: the base with the adapter added, as one file in the original layout, "
+        "which ComfyUI reads. diffusers: the same as a folder. lora: an ordinary LoRA with exactly "
+        "the same update. diff: the dense update, for ComfyUI",
     )
     command.add_argument("--output", required=True, type=Path, help="file, or folder for diffusers")
     command.add_argument(
         "--base",
-        help="original .safetensors file, diffusers folder or Hub id. Needed for checkpoint, "
-        "diffusers and --verify; else it only checks that the adapter fits",
+        help="original .safetensors file, diffusers folder or Hub id. It is required for "
+        "checkpoint, diffusers and --verify. Otherwise it is only used to check that the adapter "
+        "fits",
     )
     command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
     command.add_argument(
         "--dtype",
         default="keep",
         choices=DTYPE_CHOICES,
-        help="of what is written; keep: the base's, or for lora and diff the adapter's (of one in "
-        "fp8 fp32)",
+        help="dtype of the output; keep: the base's, or the adapter's for lora and diff (fp32 if "
+        "it is fp8)",
     )
-    command.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    command.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     command.add_argument(
-        "--family", choices=list_families(), help="of the base, where neither file says it"
+        "--family", choices=list_families(), help="family of the base, if neither file names it"
     )
 
     group = command.add_argument_group("lora")
     group.add_argument(
         "--style",
         choices=STYLES,
-        help="whose names (default: comfyui). "
+        help="style of the names (default: comfyui). "
         + ". ".join(f"{style}: for {readers}" for style, readers in READERS.items())
-        + ". Others pass over what they do not know, without a word",
+        + ". Other programs silently ignore names that they do not know",
     )
-    group.add_argument("--rank", type=int, help="truncate to this rank")
-    group.add_argument("--energy", type=float, help="truncate, keep this part of the squared norm")
+    group.add_argument("--rank", type=int, help="truncate each layer to this rank")
+    group.add_argument(
+        "--energy", type=float, help="truncate, but keep this part of the squared norm"
+    )
 
     group = command.add_argument_group("checkpoint and diffusers")
     group.add_argument(
-        "--denoiser_only", action="store_true", help='a file for "Load Diffusion Model"'
+        "--denoiser_only", action="store_true", help='write a file for "Load Diffusion Model"'
     )
     group.add_argument(
-        "--stochastic_rounding", action="store_true", help="round up or down by chance"
+        "--stochastic_rounding", action="store_true", help="round up or down at random"
     )
-    group.add_argument("--seed", type=int, default=0, help="of that chance, and of --verify")
-    group.add_argument("--no_fp8_scale", action="store_true", help="fp8 without scales")
-    group.add_argument("--hash", action="store_true", help="write hashes; takes one more reading")
-    group.add_argument("--variant", help="of the base's weight files, such as fp16")
+    group.add_argument(
+        "--seed", type=int, default=0, help="seed of stochastic rounding and of --verify"
+    )
+    group.add_argument("--no_fp8_scale", action="store_true", help="write fp8 without scales")
+    group.add_argument(
+        "--hash", action="store_true", help="write hashes; this reads the output once more"
+    )
+    group.add_argument("--variant", help="variant of the base's weight files, such as fp16")
     group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
-    group.add_argument("--cache_dir", help="folder for what is downloaded")
+    group.add_argument("--cache_dir", help="folder for downloads")
 
-    group = command.add_argument_group("what the file says of itself")
+    group = command.add_argument_group("metadata of the file")
     for name in SAID:
         group.add_argument(f"--{name}", help=f"modelspec.{name}")
 
@@ -94,14 +101,16 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--verify",
         action="store_true",
-        help="draw latents with the attached adapter and with what was exported; fail, and write "
-        "nothing, if they differ",
+        help="generate latents with the attached adapter and with the exported file; if they "
+        "differ, fail and write nothing",
     )
     group.add_argument("--verify_prompt", nargs="+", default=["a photo"], metavar="PROMPT")
     group.add_argument("--verify_steps", type=int, default=4)
     group.add_argument("--verify_size", type=int, help="pixels per side (default: the base's)")
     group.add_argument(
-        "--verify_bound", type=float, help="largest difference, in units of the adapter's effect"
+        "--verify_bound",
+        type=float,
+        help="largest allowed difference, in units of the adapter's effect",
     )
     group.add_argument(
         "--base_config", help="pipeline that completes a base in one file, for --verify"
@@ -115,15 +124,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = command.parse_args(argv)
     args.output = args.output.expanduser()
     _check(args, command)
-    # of a folder with an adapter not everything is read; ``export_*`` knows what is
+    # not every file of an adapter's folder is read; ``export_*`` checks those that are
     adapter = args.adapter if Path(args.adapter).expanduser().is_file() else None
     read = [adapter, args.base, args.base_config]
     try:  # before anything is imported or downloaded
         check_output(args.output, args.overwrite, read)
         if source := find_overlap(parity_path(args.output), read):
             raise OutputError(
-                f"--output {args.output}: {source} is read, and a report on the output would take "
-                "its place. Give another"
+                f"--output {args.output}: the report on this output would replace {source}, which "
+                "is read. Choose another --output"
             )
     except OutputError as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
@@ -133,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         try:
             with tidied_when_ended():
                 print_safely(_export(args))
-            if not args.verify:  # a report on what was there before
+            if not args.verify:  # it would be a report on the previous output
                 parity_path(args.output).unlink(missing_ok=True)
             if args.dtype == "fp8_e4m3" and not args.no_fp8_scale:
                 print(_FP8)
@@ -142,33 +151,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
-    """Stop at options that do not go together, before anything is read."""
+    """Reject invalid combinations of options before anything is read."""
     fused = args.format in FORMATS
     if fused and not args.base:
-        command.error(f"--format {args.format} needs --base: what the adapter is added to")
+        command.error(f"--format {args.format} needs --base, the base that the adapter is added to")
     if args.verify and not args.base:
-        command.error("--verify needs --base: what it draws with")
+        command.error("--verify needs --base, the base that it generates with")
     if args.verify and args.format == "diff":
         command.error(
-            "--verify is for checkpoint, diffusers and lora; diffusers reads no .diff file"
+            "--verify is not possible for --format diff, because diffusers does not read .diff "
+            "files. It is possible for checkpoint, diffusers and lora"
         )
     for format, options in _ONLY.items():
         given = [f"--{name}" for name in options if getattr(args, name) not in (None, False)]
         if given and args.format != format:
-            command.error(f"{', '.join(given)}: for --format {format} alone")
+            command.error(f"{', '.join(given)}: only allowed with --format {format}")
     if args.style and args.format != "lora":
-        command.error("--style: for --format lora alone")
+        command.error("--style: only allowed with --format lora")
     if args.stochastic_rounding and not fused:
-        command.error("--stochastic_rounding: for --format checkpoint or diffusers alone")
+        command.error("--stochastic_rounding: only allowed with --format checkpoint or diffusers")
     if args.family and fused:
-        command.error("--family: for --format lora or diff alone; the base says it here")
+        command.error(
+            "--family: only allowed with --format lora or diff, because otherwise the base "
+            "determines the family"
+        )
     if args.no_fp8_scale and args.dtype != "fp8_e4m3":
-        command.error("--no_fp8_scale: for --dtype fp8_e4m3 alone")
+        command.error("--no_fp8_scale: only allowed with --dtype fp8_e4m3")
     if args.verify_steps < 1:
         command.error(f"--verify_steps is {args.verify_steps}; it must be at least 1")
     if args.verify_size is not None and (args.verify_size < 8 or args.verify_size % 8):
         command.error(
-            f"--verify_size is {args.verify_size}; it must be a multiple of 8, such as 512"
+            f"--verify_size is {args.verify_size}; it must be a positive multiple of 8, such as 512"
         )
     if args.verify_bound is not None and not args.verify_bound > 0:
         command.error(f"--verify_bound is {args.verify_bound}; it must be above 0")
@@ -179,7 +192,7 @@ def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
     if args.energy is not None and not 0 < args.energy <= 1:
         command.error(f"--energy is {args.energy}; it must be above 0 and at most 1")
     if args.format != "diffusers" and args.output.suffix != ".safetensors":
-        command.error(f"--output is '{args.output}'; it must be a file that ends in .safetensors")
+        command.error(f"--output is '{args.output}'; its name must end in .safetensors")
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:

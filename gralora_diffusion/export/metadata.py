@@ -1,8 +1,8 @@
-"""What an exported file says of itself to interfaces: ``modelspec.*``, ``ss_*``, and its origin.
+"""The metadata of an exported file for user interfaces: ``modelspec.*``, ``ss_*``, and its origin.
 
 Sources: Stability AI's ModelSpec 1.0.1 (github.com/Stability-AI/ModelSpec); kohya's sd-scripts
 (``library/sai_model_spec.py``, ``train_network.py``, ``networks/resize_lora.py``). Readers: SwarmUI
-takes the class of a model from ``modelspec.architecture``, AUTOMATIC1111 a LoRA's base from
+finds the class of a model in ``modelspec.architecture``, and AUTOMATIC1111 finds a LoRA's base in
 ``ss_base_model_version`` and ``ss_v2``.
 """
 
@@ -29,8 +29,8 @@ SOURCE_KEY = "gralora_source"
 
 Kind = Literal["checkpoint", "lora", "diff"]
 
-#: What a fused file keeps of its base's metadata, where it says so: how to compute with it, and
-#: under which terms. Title, date, author, hash and picture are those of another model.
+#: Fields of its base's metadata that a fused file keeps: how to compute with it, and its license.
+#: Title, date, author, hash and image describe another model.
 _KEPT_OF_BASE = (
     *("architecture", "implementation", "implementation_version", "resolution", "license"),
     *("prediction_type", "encoder_layer", "timestep_range", "unet_dtype", "vae_dtype"),
@@ -56,28 +56,30 @@ def export_metadata(
 ) -> dict[str, str]:
     """Return the metadata of a file that an adapter was exported to.
 
-    What the adapter's own file says is carried over and corrected for the new file. Nothing in it
-    depends on the time, so that the same export makes the same bytes.
+    The metadata of the adapter's own file is carried over and corrected for the new file. It does
+    not depend on the time, so the same export gives the same bytes.
 
     Args:
         kind: a fused checkpoint, a LoRA, or a file of dense ``.diff`` updates.
         original_names: whether keys are those of the original layout or kohya's, not diffusers'.
-        ranks: of the LoRA's layers, by their names in the file.
-        alpha: of all of them.
-        scale: that is folded in.
-        names: of the base, if it is known; else what the adapter's file says, or the family's.
-        base_metadata: of the single file that the adapter was fused into.
-        base_name: its name, without a folder.
-        made: more to note of how the file was made, ready for JSON, such as ``{"energy": 0.95}``.
-        hashes: whether the file will have ``HASH_FIELDS``, for which room is kept here. Readers
-            take what stands there for the truth, so it must be filled in.
-        said: any of ``choices.SAID``; wins over what the adapter says.
+        ranks: ranks of the LoRA's layers, by their names in the file.
+        alpha: alpha of all layers.
+        scale: the scale that is folded in.
+        names: names of the base, if known; otherwise those of the adapter's file, or the family's.
+        base_metadata: metadata of the single file that the adapter was fused into.
+        base_name: name of that file, without a folder.
+        made: further settings of the export, ready for JSON, such as ``{"energy": 0.95}``.
+        hashes: reserve room for ``HASH_FIELDS``. They must be filled in, because readers trust
+            them.
+        said: values for fields of ``choices.SAID``; they override the adapter's.
 
     Raises:
-        ValueError: something else was said.
+        ValueError: a field is not in ``choices.SAID``.
     """
     if unknown := sorted(set(said) - set(SAID)):
-        raise ValueError(f"no field {', '.join(unknown)}; there are {', '.join(SAID)}")
+        raise ValueError(
+            f"unknown metadata fields: {', '.join(unknown)}. Choose from {', '.join(SAID)}"
+        )
     carried = {k: v for k, v in adapter.metadata.items() if not _is_of_its_tensors(k)}
     names = names or _names_of(carried, family)
     fields = carried | names.fields
@@ -103,7 +105,7 @@ def export_metadata(
     return {**fields, **source, **(HASH_FIELDS if hashes else {})}
 
 
-#: LyCORIS calls a file of dense updates so (``lycoris/modules/full.py``).
+#: LyCORIS's description of a file of dense updates (``lycoris/modules/full.py``).
 _DIFF_FIELDS = {
     "ss_network_module": "lycoris.kohya",
     "ss_network_args": json.dumps({"algo": "full"}),
@@ -126,11 +128,11 @@ def _lora_fields(
 def diffusers_metadata(ranks: Mapping[str, int]) -> str:
     """Return PEFT's config of each component as ``save_lora_weights`` of diffusers writes it.
 
-    Without it, diffusers before 0.42 takes one alpha for layers of every rank, and all versions
+    Without it, diffusers before 0.42 uses one alpha for layers of every rank, and all versions
     guess the rank of a text projection.
 
     Args:
-        ranks: by component and path, in diffusers' names. The alpha of each layer is its rank.
+        ranks: ranks by component and path, in diffusers' names. The alpha of a layer is its rank.
     """
     components: dict[str, dict[str, int]] = {}
     for name, rank in ranks.items():
@@ -140,7 +142,7 @@ def diffusers_metadata(ranks: Mapping[str, int]) -> str:
     for component, layers in components.items():
         usual = Counter(layers.values()).most_common(1)[0][0]
         is_text = component.startswith("text_encoder")
-        # transformers 5 has no such level in some encoders, so there the end of a path must do
+        # transformers 5 has no such level in some encoders, so the end of a path is used there
         paths = {path: path.removeprefix("text_model.") if is_text else path for path in layers}
         others = {
             paths[path] if is_text else f"^{path}": rank
@@ -159,7 +161,7 @@ def diffusers_metadata(ranks: Mapping[str, int]) -> str:
 
 
 def _names_of(carried: Mapping[str, str], family: ModelFamily) -> PublishedNames:
-    """The names in an adapter's own file, and what it lacks from the family."""
+    """Return the names in an adapter's own file, completed from the family."""
     general = family.published_names()
     return PublishedNames(
         carried.get("modelspec.architecture", general.architecture).partition("/")[0],
@@ -176,13 +178,13 @@ def _of_base(metadata: Mapping[str, str]) -> dict[str, str]:
 
 
 def _is_of_its_tensors(key: str) -> bool:
-    """Whether a field says something of the tensors of the very file that it is in."""
-    told = (SOURCE_KEY, DIFFUSERS_METADATA, "_quantization_metadata")
-    return key in told or key.startswith(("modelspec.hash_", "sshs_"))
+    """Whether a field describes the tensors of its own file."""
+    names = (SOURCE_KEY, DIFFUSERS_METADATA, "_quantization_metadata")
+    return key in names or key.startswith(("modelspec.hash_", "sshs_"))
 
 
 def _source(adapter: Adapter, scale: float, made: Mapping[str, Any]) -> str:
-    """JSON: which adapter it was, in its own terms, and what was made of it."""
+    """Return JSON with the identity and settings of the adapter, and the settings of the export."""
     components = {}
     for name, part in sorted(adapter.components.items()):
         fields = ("r", "gralora_k", "alpha", "hybrid_r", *PATTERNS)

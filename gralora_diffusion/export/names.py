@@ -1,4 +1,4 @@
-"""Key styles of LoRA files: what each reader calls a layer, and what it wants as one layer.
+"""Key styles of LoRA files: each reader's names of layers, and the layers that it joins.
 
 Sources: diffusers' ``load_lora_weights`` (PEFT's keys under the component's name); kohya's
 sd-scripts (``networks/lora*.py``); ComfyUI (``comfy/lora.py``, ``model_lora_keys_unet`` and
@@ -21,7 +21,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 class StyleError(ValueError):
-    """A layer that a style has no name for."""
+    """A style has no name for a layer."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Names:
     """The layers of one component in one style.
 
     Args:
-        prefix: what each name begins with, its separator included.
-        separator: between the parts of a path.
-        rules: if given, names are the original layout's.
-        split_prefix: if given, layers that are one in the original stay apart, with diffusers'
-            names behind this prefix; else they are joined.
+        prefix: prefix of each name, including its separator.
+        separator: separator between the parts of a path.
+        rules: if given, names are those of the original layout.
+        split_prefix: if given, layers that are joined in the original stay separate, under
+            diffusers' names with this prefix. Otherwise they are joined.
     """
 
     prefix: str
@@ -45,7 +45,7 @@ class Names:
         """Return the layer's name.
 
         Raises:
-            StyleError: the original layout has no place for it.
+            StyleError: the original layout does not contain it.
         """
         if self.rules is not None:
             location = locate(path, self.rules)
@@ -57,7 +57,7 @@ class Names:
         return self.prefix + path.replace(".", self.separator)
 
     def pairs(self, pairs: Mapping[str, Pair]) -> dict[str, Pair]:
-        """Return name -> pair; of layers that are one there, one pair with the same updates."""
+        """Return name -> pair; layers that the style joins become one pair with equal updates."""
         if self.rules is None:
             return {self.name(path): pair for path, pair in pairs.items()}
         named: dict[str, Pair] = {}
@@ -80,7 +80,7 @@ class Names:
 
 
 def _joined(parts: Mapping[int, Pair], rule: Rule) -> Pair:
-    """One layer of several; those that were not trained get an update of nothing."""
+    """Join several layers; layers that were not trained get an update of zero."""
     number, (down, up) = next(iter(parts.items()))
     unit = up.shape[0] // rule.sizes[number]
     nothing = down.new_zeros(0, *down.shape[1:])
@@ -98,8 +98,8 @@ def find_names(
     """Return the names of a component's layers in a style.
 
     Args:
-        shapes: by canonical key, of the weights that will be named, or of the whole model where it
-            is known.
+        shapes: shapes by canonical key, of the weights to name, or of the whole model if it is
+            known.
 
     Raises:
         StyleError: the style has no names for this component.
@@ -115,7 +115,7 @@ def find_names(
         rules = tuple(key_map.rules_of(shapes))
         if style == "kohya" and prefix:
             return Names(prefix, "_", rules if family.kohya_original_names else None)
-        # ComfyUI finds the rows of split ones itself: a third of the size of what joined ones take
+        # ComfyUI finds the rows of split layers itself; they are a third of the size of joined ones
         return Names("diffusion_model.", ".", rules, f"{component}.")
     if prefix is None:
         raise StyleError(f"style {style} has no names for this {component} of {family.name}")

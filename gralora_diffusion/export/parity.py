@@ -1,8 +1,8 @@
-"""Whether an exported file draws what the adapter draws: latents of the same prompt and seed.
+"""Check that an exported file generates the same latents as the adapter, for a prompt and a seed.
 
-The attached adapter is the truth. Each *way*, such as fused weights or a LoRA, is compared with it,
-and the difference is told in units of the adapter's effect: what attaching it changes. So 0 is the
-same picture, and 1 what a file without the adapter would give.
+The attached adapter is the reference. Each artifact, such as fused weights or a LoRA, is compared
+with it. Differences are given in units of the adapter's effect, the change when it is attached: 0
+means the same image, and 1 is the difference of a file without the adapter.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ from .loaders import ArtifactLoader, attached_adapter, computing_dtype
 
 #: Dtype of the exported weights -> the largest difference that passes, in units of the adapter's
 #: effect. Measured in fp32 on tiny pipelines of every family and, with trained adapters, on the
-#: bundled base, down to updates of 0.2% of the weights: fp32 7e-5, fp16 0.012, bf16 0.17; with a
-#: single layer of an fp32 LoRA left out 0.004 or more, 0.03 in the median. Of fp8 it is only asked
-#: to be nearer to the adapter than to the base: most of such an update is lost.
+#: bundled base, down to updates of 0.2% of the weights: fp32 7e-5, fp16 0.012, bf16 0.17. With a
+#: single layer of an fp32 LoRA left out, it is 0.004 or more, and 0.03 in the median. fp8 only has
+#: to be closer to the adapter than to the base, because it loses most of such an update.
 STORED_BOUNDS = {
     torch.float32: 1e-3,
     torch.float16: 0.02,
     torch.bfloat16: 0.2,
     torch.float8_e4m3fn: 1.0,
 }
-#: Dtype computed in -> the same for what its rounding adds; measured there: fp16 0.14, bf16 0.49.
+#: Dtype of the computation -> the bound for its own rounding; measured: fp16 0.14, bf16 0.49.
 COMPUTED_BOUNDS = {torch.float32: 1e-3, torch.float16: 0.25, torch.bfloat16: 0.6}
-#: Dtype computed in -> mean difference, relative to the mean of the latents, that is taken for
-#: rounding. Of an adapter that changes less, the latents do not show whether it is there.
+#: Dtype of the computation -> mean difference, relative to the mean of the latents, that counts as
+#: rounding. If an adapter changes less, the latents do not show whether it is attached.
 NOISE = {torch.float32: 1e-5, torch.float16: 5e-3, torch.bfloat16: 4e-2}
 _PACKAGES = ("torch", "diffusers", "transformers", "peft", "safetensors")
 
 
 class ParityError(RuntimeError):
-    """An exported file that does not draw what the adapter draws. ``report`` has the numbers."""
+    """An exported file does not generate the adapter's latents. ``report`` has the numbers."""
 
     def __init__(self, message: str, report: ParityReport) -> None:
         super().__init__(message)
@@ -57,9 +57,9 @@ class ParityError(RuntimeError):
 
 @dataclass(frozen=True)
 class Difference:
-    """Between two sets of latents: the largest and the mean of the absolute differences.
+    """The largest and the mean absolute difference between two sets of latents.
 
-    ``relative`` is the larger of both in units of the adapter's effect; None if it has none.
+    ``relative`` is the larger of both in units of the adapter's effect; None without an effect.
     """
 
     largest: float
@@ -69,15 +69,15 @@ class Difference:
 
 @dataclass(frozen=True)
 class ParityReport:
-    """How far each way of using an adapter is from attaching it.
+    """How much the results of exported artifacts differ from those of the attached adapter.
 
     Attributes:
-        effect: of the attached adapter, against the base alone.
-        ways: against the attached adapter.
+        effect: difference of the attached adapter from the base alone.
+        loaders: difference of each artifact from the attached adapter.
         latents: mean of the absolute values of the base's latents.
         bound: the largest ``relative`` that passes.
         noise: differences up to this are rounding.
-        settings: what was drawn, and how.
+        settings: settings of the generation.
     """
 
     effect: Difference
@@ -94,12 +94,12 @@ class ParityReport:
 
     @property
     def failed(self) -> list[str]:
-        """The ways that are too far from the attached adapter."""
+        """The artifacts that differ too much from the attached adapter."""
         return [name for name, difference in self.loaders.items() if not self._passes(difference)]
 
     @property
     def verdict(self) -> str:
-        """In words."""
+        """The result in words."""
         if self.failed:
             return f"failed: {', '.join(self.failed)}"
         if self.without_effect:
@@ -107,28 +107,28 @@ class ParityReport:
         return "passed"
 
     def check(self) -> None:
-        """Raise unless every way is within the bound.
+        """Raise unless every artifact is within the bound.
 
         Raises:
-            ParityError: the latents of some are not.
+            ParityError: the latents of an artifact are not.
         """
         if self.failed:
             raise ParityError(
-                f"the exported file does not draw what the adapter draws.\n{self}\nIf its dtype "
-                "is a coarse one, export to a finer one or with stochastic rounding; if this is "
-                "meant (a truncated LoRA), give a higher bound.",
+                f"the exported file does not generate the same latents as the adapter.\n{self}\n"
+                "If its dtype is coarse, export to a finer dtype or with stochastic rounding. If "
+                "the difference is intended (a truncated LoRA), pass a higher bound.",
                 self,
             )
 
     def write(self, path: Path, exported: Path, **about: Any) -> None:
-        """Write JSON: all numbers, versions, and the sha256 of what was exported.
+        """Write JSON with all numbers, versions, and the sha256 of the exported files.
 
         Args:
-            path: of the JSON: by custom ``<exported>.parity.json``.
-            exported: a file, or a folder of them.
-            about: more to tell, such as base and adapter; of local paths tell only the names.
+            path: path of the JSON, by convention ``<exported>.parity.json``.
+            exported: a file, or a folder of files.
+            about: further entries, such as base and adapter; local paths should only be names.
         """
-        told = {
+        content = {
             "verdict": self.verdict,
             **about,
             "sha256": _sha256_of(exported),
@@ -144,7 +144,7 @@ class ParityReport:
             },
         }
         with replacing(path) as temporary:
-            text = json.dumps(told, indent=2, ensure_ascii=False)
+            text = json.dumps(content, indent=2, ensure_ascii=False)
             temporary.write_text(text + "\n", encoding="utf-8")
 
     def __str__(self) -> str:
@@ -152,11 +152,11 @@ class ParityReport:
             f"adapter's effect on the latents: mean {self.effect.mean:.3g}, largest "
             f"{self.effect.largest:.3g} (the base's latents: mean {self.latents:.3g})"
         ]
-        for name, way in self.loaders.items():
-            told = f"{name}: mean difference {way.mean:.3g}, largest {way.largest:.3g}"
-            if way.relative is not None:
-                told += f"; {way.relative:.2g} of the effect, bound {self.bound:g}"
-            lines.append(told)
+        for name, found in self.loaders.items():
+            line = f"{name}: mean difference {found.mean:.3g}, largest {found.largest:.3g}"
+            if found.relative is not None:
+                line += f"; {found.relative:.2g} of the effect, bound {self.bound:g}"
+            lines.append(line)
         return "\n".join([*lines, self.verdict])
 
     def _passes(self, difference: Difference) -> bool:
@@ -179,27 +179,27 @@ def compare(
     stored: torch.dtype | None = None,
     bound: float | None = None,
 ) -> ParityReport:
-    """Draw latents with the base, with the attached adapter, and in each way; compare them.
+    """Generate latents with the base, the attached adapter and each artifact, and compare them.
 
-    Latents i start from noise of ``seed + i``, drawn on the CPU. The pipeline is left as it was.
+    Latents i start from noise of ``seed + i``, sampled on the CPU. The pipeline is unchanged.
 
     Args:
-        pipe: the base, without adapters, on the device and in the dtype to compute in. In fp32 the
-            exported weights alone count; half precision adds rounding of its own.
-        adapter: what ``load_gralora_weights`` takes.
-        ways: name -> way, of those in ``loaders`` or others.
-        scale: of the attached adapter; that which is folded into the file.
-        size: pixels per side, the pipeline's own if None.
-        stored: dtype of the exported weights, the pipeline's if None.
+        pipe: the base without adapters, on the device and in the dtype of the computation. In fp32
+            only the exported weights count; half precision adds its own rounding.
+        adapter: a source for ``load_gralora_weights``.
+        loaders: name -> loader of an artifact.
+        scale: scale of the attached adapter: the scale that is folded into the file.
+        size: pixels per side; the pipeline's own if None.
+        stored: dtype of the exported weights; the pipeline's if None.
         bound: in units of the adapter's effect; by default the larger one of ``STORED_BOUNDS`` and
             ``COMPUTED_BOUNDS``.
 
     Raises:
-        ValueError: the pipeline has adapters, or computes in another dtype than the above.
+        ValueError: the pipeline has adapters, or computes in a dtype without a bound.
         AdapterFileError: the adapter does not fit it.
     """
     if names := sorted({n for m in component_models(pipe).values() for n in _adapters(m)}):
-        raise ValueError(f"the pipeline has adapters ({', '.join(names)}); give the base alone")
+        raise ValueError(f"the pipeline has adapters ({', '.join(names)}); pass the base alone")
     computing = computing_dtype(pipe)
     if computing not in COMPUTED_BOUNDS:
         known = ", ".join(_short(dtype) for dtype in COMPUTED_BOUNDS)
@@ -210,24 +210,24 @@ def compare(
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
 
-    def draw(drawing: Any) -> Tensor:
-        with generation_mode(drawing), _own_scheduler(drawing):
+    def generate(loaded: Any) -> Tensor:
+        with generation_mode(loaded), _own_scheduler(loaded):
             latents = [
-                drawing(
+                loaded(
                     prompt=prompt, generator=torch.Generator().manual_seed(seed + i), **options
                 ).images
                 for i, prompt in enumerate(prompts)
             ]
         return torch.cat(latents).double().cpu()
 
-    drawn = {}
+    generated = {}
     with _trainable_as_it_was(pipe):
-        base = draw(pipe)
+        base = generate(pipe)
         with attached_adapter(adapter, scale)(pipe):
-            truth = draw(pipe)
-        for name, way in loaders.items():
-            with way(pipe) as drawing:
-                drawn[name] = draw(drawing)
+            truth = generate(pipe)
+        for name, loader in loaders.items():
+            with loader(pipe) as loaded:
+                generated[name] = generate(loaded)
     if bound is None:
         bound = max(STORED_BOUNDS[stored or computing], COMPUTED_BOUNDS[computing])
     latents = float(base.abs().mean())
@@ -237,7 +237,7 @@ def compare(
         effect,
         {
             name: _difference(found, truth, effect if effect.mean > noise else None)
-            for name, found in drawn.items()
+            for name, found in generated.items()
         },
         latents,
         bound,
@@ -259,7 +259,7 @@ def compare(
 
 @contextmanager
 def _own_scheduler(pipe: Any) -> Iterator[None]:
-    """Inside, the pipeline has a fresh scheduler, for drawing leaves traces in it."""
+    """Inside, the pipeline has a fresh scheduler, because generating changes the scheduler."""
     scheduler = pipe.scheduler
     pipe.scheduler = type(scheduler).from_config(scheduler.config)
     try:
@@ -270,7 +270,7 @@ def _own_scheduler(pipe: Any) -> Iterator[None]:
 
 @contextmanager
 def _trainable_as_it_was(pipe: Any) -> Iterator[None]:
-    """Attaching an adapter freezes the model that it is attached to."""
+    """Restore ``requires_grad`` afterwards, because attaching an adapter freezes the model."""
     parameters = [p for model in component_models(pipe).values() for p in model.parameters()]
     trainable = [parameter.requires_grad for parameter in parameters]
     try:

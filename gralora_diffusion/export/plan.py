@@ -1,6 +1,6 @@
-"""Which tensors a fused file has, and of what each is made: from headers alone.
+"""Plan the tensors of a fused file and their sources, from headers alone.
 
-Whatever does not fit together is told here, before a weight is read.
+Everything that does not fit is reported here, before a weight is read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Owned = tuple[str, OutputTensor]
 
 @dataclass(frozen=True)
 class UpdateRows:
-    """A layer's update, or its transpose, from row ``first`` on. Made anew for each use of it."""
+    """A layer's update, or its transpose, from row ``first`` on. Each use creates a new one."""
 
     update: LayerUpdate
     first: int
@@ -46,12 +46,12 @@ class UpdateRows:
 
 @dataclass
 class Planner:
-    """Puts an adapter's values into pieces of the output, and knows which it has put where.
+    """Assigns an adapter's values to pieces of the output, and records which ones are used.
 
     Attributes:
-        layers: component -> what the adapter has for it.
-        used: component -> names that found their place.
-        problems: what did not fit.
+        layers: component -> the adapter's part for it.
+        used: component -> names that were assigned.
+        problems: descriptions of everything that does not fit.
     """
 
     layers: Mapping[str, AdapterLayers]
@@ -71,10 +71,11 @@ class Planner:
 
         Args:
             name: canonical key of the diffusers tensor.
-            part: which rows of it.
+            part: the rows of the diffusers tensor.
             full: shape of the diffusers tensor.
-            source: what holds these rows: the diffusers tensor, or the original one.
-            start: in the original one, the first of these rows. None: it is the diffusers tensor.
+            source: the tensor with these rows: the diffusers tensor, or the original one.
+            start: the first of these rows in the original tensor. None means that the source is
+                the diffusers tensor.
         """
         layers = self.layers.get(component, AdapterLayers())
         turned = part.transposed and start is None
@@ -85,7 +86,7 @@ class Planner:
             value = layers.replaced[name]
             if tuple(value.shape) != full:
                 self.problems.append(
-                    f"{component}: {name} is {tuple(value.shape)}, in the base it is {full}"
+                    f"{component}: {name} has shape {tuple(value.shape)}, but the base has {full}"
                 )
             value = value.mT if part.transposed else value
             return Piece(value, part.start, part.stop)
@@ -96,12 +97,12 @@ class Planner:
         self.used.setdefault(component, set()).add(path)
         if update.shape != full:
             self.problems.append(
-                f"{component}: {path} has an update of {update.shape}, its weight in the base is "
-                f"{full}"
+                f"{component}: the update of {path} has shape {update.shape}, but its weight in "
+                f"the base has {full}"
             )
 
         def make() -> RowUpdate:
-            # a copy, for what it computes once is to go with it
+            # a copy, so that its cached rows are freed with it
             return UpdateRows(replace(update), part.start, part.transposed)
 
         return Piece(source, start, stop, turned, make)
@@ -110,7 +111,7 @@ class Planner:
         """Raise AdapterFileError unless all of the adapter was used and fits.
 
         Args:
-            lacks: component that is not there -> what to do about it.
+            misses: component that is not in the base or output -> advice for it.
         """
         for component, layers in self.layers.items():
             if component in misses:
@@ -124,7 +125,9 @@ class Planner:
         if self.problems:
             lines = "\n".join(f"  {problem}" for problem in self.problems[:_SHOWN])
             if len(self.problems) > _SHOWN:
-                lines += f"\n  and {len(self.problems) - _SHOWN} more: a base of other widths?"
+                lines += (
+                    f"\n  and {len(self.problems) - _SHOWN} more. The base may have other widths"
+                )
             raise AdapterFileError(f"the adapter does not fit {where}:\n{lines}")
 
 
@@ -157,7 +160,7 @@ def plan_from_file(base: FileBase, planner: Planner, denoiser_only: bool) -> lis
 
 
 def _owner(base: FileBase, key: str) -> str:
-    """The component whose prefix a key has; the longest one counts. "" if there is none."""
+    """Return the component with the longest prefix that a key starts with; "" if there is none."""
     owners = [(len(p), name) for name, p in base.prefixes.items() if key.startswith(p)]
     return max(owners)[1] if owners else ""
 
@@ -166,15 +169,15 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
     """Return the tensors of an original file for a pipeline in diffusers' layout.
 
     Raises:
-        BaseError: the original layout has no place for something, or a component lacks.
+        BaseError: the original layout cannot represent a tensor, or a component is missing.
     """
     family, outputs = base.family, list[Owned]()
     components = [family.denoiser] if denoiser_only else list(family.original_key_maps)
     missing = [name for name in components if name not in base.tensors]
     if needed := [name for name in missing if name not in family.optional_text_encoders]:
         raise BaseError(
-            f"{base.path}: no {', '.join(needed)} there, which a full file holds. Give the whole "
-            "pipeline, or export the denoiser alone"
+            f"{base.path} does not contain {', '.join(needed)}, which a full file needs. Pass the "
+            "whole pipeline, or export the denoiser alone"
         )
     for component in components:
         stored = base.tensors.get(component)
@@ -215,7 +218,7 @@ def plan_original(base: FolderBase, planner: Planner, denoiser_only: bool) -> li
 
 
 _NOT_HELD = (
-    "This file would not hold it: export a diffusers folder, a LoRA, or an adapter without it"
+    "This file would not contain it: export a diffusers folder, a LoRA, or an adapter without it"
 )
 
 

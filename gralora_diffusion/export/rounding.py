@@ -1,8 +1,8 @@
-"""Rounding of fused weights: to nearest or by chance, and what it costs of the update.
+"""Round fused weights to nearest or stochastically, and measure the loss of the update.
 
-A weight in half precision is a point of a grid. An update that is small against the distance to the
-next point is lost, or kept only in part: at |dW| / |W| = 0.02 about 1 % of the update in fp16, 8 %
-in bf16, and most of it in fp8.
+A weight in half precision is a point of a grid. An update that is small compared with the distance
+to the next point is lost completely or in part: at |dW| / |W| = 0.02, about 1% of the update is
+lost in fp16, 8% in bf16, and most of it in fp8.
 """
 
 from __future__ import annotations
@@ -24,15 +24,15 @@ _BITS = {1: torch.int8, 2: torch.int16}
 
 
 class RoundingError(ValueError):
-    """A value that the dtype cannot hold."""
+    """The dtype cannot represent a value."""
 
 
 @dataclass(frozen=True)
 class RoundingLoss:
-    """How much of an update is in what was written. Losses of tensors can be added.
+    """How much of an update is in the output. Losses of tensors can be added.
 
-    With W the base's value in the dtype of the output, O the value written and dW the update, what
-    was kept is O - W. The fields are sums over all values.
+    W is the base's value in the dtype of the output, O the written value and dW the update. O - W
+    is the part of the update that was kept. The fields are sums over all values.
 
     Attributes:
         weight: |W|^2.
@@ -56,12 +56,12 @@ class RoundingLoss:
 
     @property
     def error(self) -> float:
-        """|(O - W) - dW| / |dW|: the part of the update that is lost, or noise in its place."""
+        """|(O - W) - dW| / |dW|: the part of the update that is lost or replaced by noise."""
         return math.sqrt(self.difference / self.update) if self.update else 0.0
 
     @property
     def gain(self) -> float:
-        """<O - W, dW> / |dW|^2: how strong the update still is; 1 if noise has no bias."""
+        """<O - W, dW> / |dW|^2: the strength of the remaining update; 1 if noise has no bias."""
         return self.agreement / self.update if self.update else 1.0
 
     def __str__(self) -> str:
@@ -81,15 +81,16 @@ class Rounding:
     """How values are rounded.
 
     Args:
-        stochastic: up or down by chance, in proportion to the distances: right in the mean.
-        seed: of that chance. Same seed, same bytes.
+        stochastic: round up or down at random, in proportion to the distances, so that the mean is
+            exact.
+        seed: seed of stochastic rounding. The same seed gives the same bytes.
     """
 
     stochastic: bool = False
     seed: int = 0
 
     def generator(self, key: str, block: int) -> torch.Generator | None:
-        """Return the source of chance for one block of rows of a tensor, if there is any."""
+        """Return the random generator for one block of rows of a tensor; None for nearest."""
         if not self.stochastic:
             return None
         digest = hashlib.sha256(f"{self.seed} {block} {key}".encode()).digest()
@@ -97,16 +98,17 @@ class Rounding:
 
 
 def round_to(values: Tensor, out: Tensor, generator: torch.Generator | None) -> None:
-    """Round fp32 values to the dtype of ``out``: to nearest or, with a generator, by chance.
+    """Round fp32 values to the dtype of ``out``: to nearest or, with a generator, stochastically.
 
-    What lies beyond the dtype's range becomes infinite or, in fp8, NaN.
+    Values beyond the dtype's range become infinite or, in fp8, NaN.
     """
     nearest, dtype = out.copy_(values), out.dtype
     if generator is None or dtype.itemsize >= 4:
         return
     rounded, bits = nearest.float(), nearest.view(_BITS[dtype.itemsize])
     error = values - rounded
-    # a float's bits are its magnitude: one more is the next value away from zero, one less towards
+    # a float's bits are its magnitude: plus one is the next value away from zero, minus one the
+    # next towards zero
     step = (torch.signbit(error) == torch.signbit(rounded)).to(bits.dtype).mul_(2).sub_(1)
     gap = (bits + step).view(dtype).float().sub_(rounded).abs_()
     chance = torch.rand(values.shape, generator=generator)
@@ -114,13 +116,13 @@ def round_to(values: Tensor, out: Tensor, generator: torch.Generator | None) -> 
 
 
 def measure(base: Tensor, base_rounded: Tensor, total: Tensor, rounded: Tensor) -> RoundingLoss:
-    """Return what rounding costs of the update of a block of values, one row of them in fp32.
+    """Return the loss of a block of values by rounding, given as one row in fp32.
 
     Args:
-        base: W before it is rounded.
-        base_rounded: W; the same tensor where the base is of the output's dtype.
-        total: base + update. The update takes its place.
-        rounded: O. Overwritten.
+        base: W before rounding.
+        base_rounded: W; the same tensor if the base has the output's dtype.
+        total: base + update. It is overwritten with the update.
+        rounded: O. It is overwritten.
     """
     error = rounded.sub_(total)
     if base_rounded is not base:

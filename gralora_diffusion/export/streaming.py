@@ -1,6 +1,6 @@
-"""Write a large safetensors file tensor by tensor, from stored ones with updates added.
+"""Write a large safetensors file tensor by tensor, from stored tensors with updates added.
 
-Only a few blocks of rows are in memory at a time. What is not changed is copied byte for byte.
+Only a few blocks of rows are in memory at a time. Unchanged tensors are copied byte for byte.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from gralora_diffusion.key_maps import Shape
 from .rounding import DTYPES, Rounding, RoundingError, RoundingLoss, measure, round_to
 from .tensor_bytes import Files, as_bytes, check_space, count, make_header
 
-#: Values in a block of rows: few enough that all that is done with them stays in a core's cache.
+#: Values in a block of rows: few enough that the work on a block fits into a core's cache.
 _BLOCK = 1 << 19
 _FP8_MAX = torch.finfo(torch.float8_e4m3fn).max
 
 
 class RowUpdate(Protocol):
-    """What is added to the rows of a piece."""
+    """An update that is added to the rows of a piece."""
 
     def add_to(self, target: Tensor, start: int) -> None:
         """Add rows ``start``... of the update to ``target`` (rows, columns), fp32, in place."""
@@ -43,11 +43,11 @@ class Piece:
     """Consecutive rows (first axis) of an output tensor.
 
     Args:
-        source: stored, or in memory.
-        start, stop: rows of the source, as it is after transposing.
-        transposed: the source is the transpose.
-        update: makes what is added, when it is wanted: so factors are not held for all layers.
-            Its rows count from the piece's first one.
+        source: a stored tensor, or one in memory.
+        start, stop: rows of the source after transposing.
+        transposed: whether the source is transposed.
+        update: creates the update when it is needed, so that not all factors are in memory. Its
+            rows count from the piece's first row.
     """
 
     source: StoredTensor | Tensor
@@ -62,7 +62,7 @@ class OutputTensor:
     """A tensor of the output.
 
     Args:
-        scale_key: the values are stored divided by a scale of the tensor, which is written under
+        scale_key: if given, the values are divided by a scale per tensor, which is written under
             this key.
     """
 
@@ -82,18 +82,18 @@ def write_streamed(
     progress: bool = True,
     workers: int | None = None,
 ) -> dict[str, RoundingLoss]:
-    """Write a safetensors file; it appears under its name only when it is whole.
+    """Write a safetensors file. It appears under its name once it is complete.
 
     Args:
-        progress: show a bar.
-        workers: threads; as many as there are cores if None.
+        progress: show a progress bar.
+        workers: number of threads; the number of cores if None.
 
     Returns:
-        Key -> what rounding cost, of each tensor that something was added to.
+        Key -> loss by rounding, for each tensor with an update.
 
     Raises:
-        RoundingError: a value that the dtype cannot hold, or NaN or infinity.
-        OSError: no space.
+        RoundingError: a value is NaN, infinite or too large for the dtype.
+        OSError: there is not enough space.
     """
     tensors = [(o.key, o.dtype, o.shape) for o in outputs]
     tensors += [(o.scale_key, torch.float32, ()) for o in outputs if o.scale_key]
@@ -103,7 +103,7 @@ def write_streamed(
     workers = workers or os.cpu_count()
     losses: dict[str, RoundingLoss] = {}
     try:
-        torch.set_num_threads(1)  # a tensor per thread, and none of torch's beside them
+        torch.set_num_threads(1)  # each thread handles a tensor; torch adds no threads of its own
         with (
             replacing(path, sync=False) as temporary,
             Files(temporary, total) as files,
@@ -120,7 +120,7 @@ def write_streamed(
             try:
                 done, _ = wait(jobs, return_when=FIRST_EXCEPTION)
                 losses |= {jobs[job]: loss for job in done if (loss := job.result())}
-            finally:  # after an error or an interrupt, none is begun any more
+            finally:  # after an error or an interrupt, no further job starts
                 pool.shutdown(cancel_futures=True)
     finally:
         torch.set_num_threads(threads)
@@ -128,25 +128,25 @@ def write_streamed(
 
 
 def sample_remedies(output: OutputTensor, rounding: Rounding) -> dict[str, RoundingLoss]:
-    """Measure, on the first block of rows of each piece, what other ways of rounding would cost.
+    """Measure the losses of other ways of rounding on the first block of rows of each piece.
 
     Returns:
-        Name of the way, the present one first -> its cost.
+        Name of the alternative -> its loss; the current way comes first.
     """
     name = short_name(output.dtype)
-    loaders = {name: (output, rounding)}
+    alternatives = {name: (output, rounding)}
     if not rounding.stochastic:
-        by_chance = replace(rounding, stochastic=True)
-        loaders[f"{name} and stochastic rounding"] = (output, by_chance)
+        stochastic = replace(rounding, stochastic=True)
+        alternatives[f"{name} and stochastic rounding"] = (output, stochastic)
     for other, dtype in DTYPES.items():
         if torch.finfo(dtype).eps < torch.finfo(output.dtype).eps:
-            loaders[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
-    costs = {}
+            alternatives[other] = (replace(output, dtype=dtype, scale_key=None), rounding)
+    losses = {}
     with Files() as files, tqdm(disable=True) as bar:
-        for way, (tensor, how) in loaders.items():
-            with suppress(RoundingError):  # no remedy where it cannot hold the values
-                costs[way] = _Job(tensor, {}, files, how, _Buffers(), bar).sample()
-    return costs
+        for alternative, (tensor, how) in alternatives.items():
+            with suppress(RoundingError):  # a dtype that cannot represent the values is left out
+                losses[alternative] = _Job(tensor, {}, files, how, _Buffers(), bar).sample()
+    return losses
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class _Job:
     bar: tqdm
 
     def run(self) -> RoundingLoss | None:
-        """Write it; what rounding cost if something was added."""
+        """Write it; return the loss by rounding if it has an update."""
         columns = count(self.output.shape[1:])
         offset = self.offsets[self.output.key]
         scale = self._scale() if self.output.scale_key else 1.0
@@ -189,7 +189,7 @@ class _Job:
         return loss
 
     def sample(self) -> RoundingLoss:
-        """What rounding costs in the first block of each piece; nothing is written."""
+        """Return the loss by rounding in the first block of each piece; nothing is written."""
         columns = count(self.output.shape[1:])
         scale = self._scale() if self.output.scale_key else 1.0
         total = RoundingLoss()
@@ -205,9 +205,9 @@ class _Job:
         return as_it_is and isinstance(source, StoredTensor) and source.dtype == self.output.dtype
 
     def _blocks(self, piece: Piece, columns: int) -> Iterator[tuple[int, Tensor]]:
-        """Give blocks of rows in their own dtype, each with its first row within the piece.
+        """Yield blocks of rows in their own dtype, each with its first row within the piece.
 
-        A block is to be used before the next one is asked for.
+        A block is only valid until the next one is requested.
         """
         rows = max(1, _BLOCK // max(1, columns))
         source = piece.source
@@ -230,7 +230,7 @@ class _Job:
     def _rounded(
         self, base: Tensor, update: RowUpdate | None, first: int, scale: float, block: int
     ) -> tuple[RoundingLoss | None, memoryview]:
-        """A block as it is written, and what rounding cost if something was added."""
+        """Return the loss by rounding if there is an update, and the rounded block."""
         dtype = self.output.dtype
         if not dtype.is_floating_point:
             return None, as_bytes(base.to(dtype))
@@ -238,7 +238,7 @@ class _Job:
         total.rows.copy_(base)
         if update:
             update.add_to(total.rows, first)
-        # by chance only where there is something to keep; the base's own values stay nearest
+        # stochastic only with an update; the base's own values are rounded to nearest
         generator = self.rounding.generator(self.output.key, block) if update else None
         scaled = total.rows
         if scale != 1.0:
@@ -257,12 +257,12 @@ class _Job:
             before = self._base_rounded(values.rows, scale).flat
             back.flat.mul_(scale)
         loss = measure(values.flat, before, total.flat, back.flat)
-        if not math.isfinite(loss.difference):  # a value that became infinite, or was
+        if not math.isfinite(loss.difference):  # a value is or became infinite
             self._check(values.flat.add_(total.flat))
         return loss, rounded.data
 
     def _base_rounded(self, values: Tensor, scale: float) -> _Buffer:
-        """The base's values in the dtype of the output, the largest of it where they are larger."""
+        """Return the base's values in the dtype of the output, clamped to its range."""
         dtype, largest = self.output.dtype, torch.finfo(self.output.dtype).max
         before = self.buffers.take("before", values.shape)
         torch.div(values, scale, out=before.rows).clamp_(-largest, largest)
@@ -271,32 +271,33 @@ class _Job:
         return before
 
     def _check(self, values: Tensor) -> None:
-        """Raise RoundingError if the dtype does not hold the values.
+        """Raise RoundingError if the dtype cannot represent the values.
 
-        They are looked at before they are rounded: some versions of torch make infinity the largest
-        value of fp8, others NaN.
+        They are checked before rounding: some versions of torch turn infinity into the largest
+        value of fp8, others into NaN.
         """
         info = torch.finfo(self.output.dtype)
         low, high = (float(end) for end in values.aminmax())
         worst = max(-low, high)
-        if worst <= info.max * (1 + info.eps / 4):  # up to there it is rounded to the largest
+        if worst <= info.max * (1 + info.eps / 4):  # up to this it is rounded to the largest value
             return
         if not math.isfinite(worst):
             raise RoundingError(
-                f"{self.output.key}: NaN or infinite values, in the base or with the adapter added"
+                f"{self.output.key} has NaN or infinite values, in the base or with the adapter "
+                "added"
             )
         raise RoundingError(
-            f"{self.output.key}: it has a value of {worst:.4g}, and "
-            f"{short_name(self.output.dtype)} ends at {info.max:.4g}. Take bf16 or fp32"
+            f"{self.output.key} has a value of {worst:.4g}, but the largest value of "
+            f"{short_name(self.output.dtype)} is {info.max:.4g}. Use bf16 or fp32"
             + (", or fp8 with scales" if self.output.dtype.itemsize == 1 else "")
         )
 
     def _scale(self) -> float:
-        """The smallest power of two with which the largest value fits into the dtype.
+        """Return the smallest power of two for which the largest value fits into the dtype.
 
-        Dividing by it loses nothing, and whoever multiplies by it in half precision, as ComfyUI
-        does, gets exactly what is stored: another scale would be rounded there, and with it all
-        weights, by up to 0.2 % to the same side. So it is not below fp16's smallest normal number.
+        Dividing by it is exact, and so is multiplying by it in half precision, as ComfyUI does.
+        Another scale would be rounded there, and would change all weights by up to 0.2% in the same
+        direction. For this reason it is not below fp16's smallest normal number.
         """
         columns, largest = count(self.output.shape[1:]), 0.0
         for piece in self.output.pieces:
@@ -312,7 +313,7 @@ class _Job:
 
 
 class _Buffer(NamedTuple):
-    """One memory as rows and columns, as values and as bytes."""
+    """The same memory as rows and columns, as values and as bytes."""
 
     rows: Tensor
     flat: Tensor
@@ -320,9 +321,9 @@ class _Buffer(NamedTuple):
 
 
 class _Buffers(threading.local):
-    """Memory that each thread uses again and again: new one costs more than what is done with it.
+    """Memory that each thread reuses, because allocating takes longer than the computation.
 
-    So do views of it: each is a moment in which a thread may wait for another one's Python.
+    The views are reused as well: while a thread creates one, it may have to wait for the GIL.
     """
 
     def __init__(self) -> None:
@@ -330,7 +331,7 @@ class _Buffers(threading.local):
         self.views: dict[tuple[str, torch.dtype, Shape], _Buffer] = {}
 
     def take(self, name: str, shape: Shape, dtype: torch.dtype = torch.float32) -> _Buffer:
-        """Return memory for (rows, columns), of any values."""
+        """Return memory for (rows, columns) with arbitrary values."""
         buffer = self.views.get((name, dtype, shape))
         if buffer is None:
             held = self.held.get((name, dtype))

@@ -1,4 +1,4 @@
-"""Safetensors files by their bytes: a new header, reading and writing at any place."""
+"""Create, read and write safetensors files as bytes at any offset."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from gralora_diffusion.key_maps import Shape
 _COPY_BYTES = 1 << 26
 _BINARY = getattr(os, "O_BINARY", 0)
 _TYPE_NAMES = {dtype: name for name, dtype in _TYPES.items()}
-#: In the order in which safetensors lays out their tensors: the widest first.
+#: safetensors' names of dtypes in the order of their tensors in a file, the widest first.
 _ORDER = (
     *("U64", "I64", "F64", "C64", "F32", "U32", "I32", "BF16", "F16", "U16", "I16"),
     *("F8_E5M2FNUZ", "F8_E4M3FNUZ", "F8_E4M3", "F8_E5M2", "I8", "U8", "BOOL"),
@@ -29,23 +29,23 @@ _ORDER = (
 
 
 def count(shape: Shape) -> int:
-    """How many values a tensor of this shape has."""
+    """Return the number of values of a tensor with this shape."""
     return math.prod(shape)
 
 
 def make_header(
     tensors: Sequence[tuple[str, torch.dtype, Shape]], metadata: Mapping[str, str]
 ) -> tuple[bytes, dict[str, int], int]:
-    """Return a header as safetensors writes it, where each tensor begins, and the file's size.
+    """Return a header as safetensors writes it, the offset of each tensor, and the file's size.
 
     Args:
         tensors: key, dtype and shape.
     """
     if len({key for key, *_ in tensors}) < len(tensors):
-        raise ValueError("two tensors of one name")
+        raise ValueError("two tensors have the same name")
     entries: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     begin, offsets = 0, {}
-    # wide dtypes first, so that each value lies at a multiple of its size
+    # wide dtypes first, so that each value's offset is a multiple of its size
     order = {_TYPES[name]: number for number, name in enumerate(_ORDER)}
     for key, dtype, shape in sorted(tensors, key=lambda tensor: (order[tensor[1]], tensor[0])):
         end = begin + count(shape) * dtype.itemsize
@@ -63,18 +63,19 @@ def make_header(
 
 
 def check_space(path: Path, total: int) -> None:
-    """Raise OSError if a file of so many bytes does not fit where it is to lie."""
+    """Raise OSError if there is not enough space for a file of this many bytes at ``path``."""
     free = shutil.disk_usage(path.parent).free
     if free < total:
         raise OSError(
-            f"{path}: {total / 2**30:.2f} GiB are needed, {free / 2**30:.2f} GiB are free there"
+            f"{path}: not enough space; {total / 2**30:.2f} GiB are needed, and "
+            f"{free / 2**30:.2f} GiB are free"
         )
 
 
 class Files:
-    """An output of a known size and its sources, at any place and by several threads at once.
+    """An output of a known size and its sources, used by several threads at any offset.
 
-    Without a path there are sources only.
+    Without a path, there are only sources.
     """
 
     def __init__(self, path: Path | None = None, total: int = 0) -> None:
@@ -111,7 +112,10 @@ class Files:
                 count = len(data)
                 buffer[:count] = data
             if not count:
-                raise AdapterFileError(f"{path}: it became shorter while it was read")
+                raise AdapterFileError(
+                    f"{path} became shorter while it was read. Check that no other program "
+                    "changes it, and try again"
+                )
             buffer, offset = buffer[count:], offset + count
 
     def write(self, data: bytes | memoryview, offset: int) -> None:
@@ -127,7 +131,7 @@ class Files:
             rest, offset = rest[count:], offset + count
 
     def copy(self, path: Path, start: int, offset: int, count: int) -> None:
-        """Copy bytes of a source to the output, by the kernel where it can."""
+        """Copy bytes of a source to the output, in the kernel if possible."""
         source = self._source(path)
         while count and hasattr(os, "copy_file_range"):
             try:
@@ -135,7 +139,7 @@ class Files:
             except OSError as error:
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
                     raise
-                break  # not between these file systems
+                break  # not supported between these file systems
             if not done:
                 break
             start, offset, count = start + done, offset + done, count - done
@@ -148,5 +152,5 @@ class Files:
 
 
 def as_bytes(tensor: Tensor) -> memoryview:
-    """The memory of a tensor in one piece."""
+    """Return the memory of a tensor as one contiguous view."""
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""``--verify``: what was exported draws what the adapter draws, or the export fails."""
+"""``--verify``: the export fails unless its output generates the same latents as the adapter."""
 
 from __future__ import annotations
 
@@ -35,9 +35,9 @@ _FUSED, _LORA = "fused weights", "LoRA by load_lora_weights"
 
 @dataclass
 class Verification:
-    """Draws latents with the base, the adapter and what was exported, and compares them.
+    """Generates latents with the base, the adapter and the exported files, and compares them.
 
-    Writes ``<output>.parity.json`` beside the output.
+    It writes ``<output>.parity.json`` beside the output.
 
     Args:
         base: as for ``export_fused``.
@@ -59,41 +59,41 @@ class Verification:
 
     @cached_property
     def opened(self) -> Base:
-        """The base, all of it.
+        """The whole base.
 
         Raises:
-            BaseError: it cannot be drawn with.
+            BaseError: it cannot generate.
         """
         try:
             return open_base(self.base, **self.open_options)
         except (BaseError, OriginalFileError) as error:
             raise BaseError(
-                f"--verify draws with the whole base. {error}. Or leave out --verify"
+                f"--verify needs the whole base to generate with. {error}. Or leave out --verify"
             ) from error
 
     def check_fused(self, exported: Path, denoiser_only: bool = False) -> None:
         """Compare a fused file or folder, and the exact LoRA, with the attached adapter.
 
         Raises:
-            ParityError: they do not draw the same.
+            ParityError: their latents differ.
         """
         opened = self.opened
         if exported.is_dir():
-            way = fused_folder(exported)
+            loader = fused_folder(exported)
         else:
             file = _as_base(exported, opened, denoiser_only)
             adapted = self._components(opened.family)
             names = [name for name in adapted if name in file.key_maps] or [opened.family.denoiser]
-            way = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
-        self._compare(opened, exported, {_FUSED: way})
+            loader = fused_in_place(lambda pipe: _set_weights(pipe, file, names), names)
+        self._compare(opened, exported, {_FUSED: loader})
 
     def check_lora(self, exported: Path, style: str, dtype: str, **options: Any) -> None:
         """Compare a LoRA file with the attached adapter.
 
-        One in other names than diffusers' is written once more in those, from the same factors.
+        A file with other names than diffusers' is written again with those, from the same factors.
 
         Raises:
-            ParityError: it does not draw the same.
+            ParityError: its latents differ.
         """
         opened = self.opened
         self._compare(
@@ -106,13 +106,13 @@ class Verification:
         )
 
     def _is_lora(self, family: ModelFamily) -> bool:
-        """Whether diffusers takes a LoRA for all that the adapter has."""
+        """Whether diffusers can load all of the adapter as a LoRA."""
         keys = [key for part in self.adapter.components.values() for key in part.tensors]
         read = set(read_by_diffusers(family))
         return self._components(family) <= read and all(".gralora_" in key for key in keys)
 
     def _components(self, family: ModelFamily) -> set[str]:
-        """The components that the adapter has something for."""
+        """Return the components that the adapter changes."""
         parts = self.adapter.components
         return {component_of(name, self.adapter, family.components) for name in parts}
 
@@ -141,7 +141,7 @@ class Verification:
                 loaders = {**loaders, _LORA: lora_file(lora)}
             if not loaders:
                 raise ValueError(
-                    "--verify: diffusers loads no LoRA for all that this adapter has, so there is "
+                    "--verify: diffusers cannot load all of this adapter as a LoRA, so there is "
                     "nothing to compare. Leave out --verify, or export a checkpoint"
                 )
             report = compare(
@@ -178,31 +178,31 @@ class Verification:
                 pipe = pipeline_class.from_single_file(path, config=self.base_config, dtype=dtype)
             except (OSError, ValueError) as error:
                 raise ValueError(
-                    f"--verify: {path} is a single file, and the pipeline that completes it is not "
-                    f"to be had. Give a folder or Hub id as --base_config. ({error})"
+                    f"--verify: {path} is a single file, and the pipeline that completes it could "
+                    f"not be loaded. Pass a folder or Hub id as --base_config. ({error})"
                 ) from error
         return pipe.to("cuda" if on_gpu else "cpu")
 
 
 def _computed_in(stored: torch.dtype) -> torch.dtype:
-    """The dtype that a base stored in this one computes in: of fp8, which none does, bf16."""
+    """Return the dtype that a base stored in this dtype computes in: bf16 if stored in fp8."""
     if stored in COMPUTED_BOUNDS:
         return stored
     return torch.bfloat16 if stored.itemsize == 1 else torch.float32
 
 
 def _coarsest_dtype(exported: Path) -> torch.dtype:
-    """The coarsest dtype of the weights in a file or folder."""
+    """Return the coarsest dtype of the weights in a file or folder."""
     files = exported.rglob("*.safetensors") if exported.is_dir() else [exported]
     dtypes = {tensor.dtype for file in files for tensor in read_header(file)[0].values()}
     return max(dtypes & STORED_BOUNDS.keys(), key=lambda dtype: torch.finfo(dtype).eps)
 
 
 def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:
-    """The exported file with the layouts that it was written in."""
+    """Return the exported file with the key maps that it was written with."""
     family = base.family
     tensors, metadata = read_header(exported)
-    # what belongs to fp8 is not of the layout
+    # the tensors for fp8 are not in the key maps
     tensors = {k: t for k, t in tensors.items() if not k.endswith(("scale_weight", "scaled_fp8"))}
     if isinstance(base, FileBase):
         key_maps, prefixes = base.key_maps, base.prefixes
@@ -218,7 +218,7 @@ def _as_base(exported: Path, base: Base, denoiser_only: bool) -> FileBase:
 
 
 def _set_weights(pipe: Any, file: FileBase, components: Sequence[str]) -> None:
-    """Put the weights of an original file into the models of a pipeline."""
+    """Copy the weights of an original file into the models of a pipeline."""
     family: ModelFamily = file.family
     with safe_open(file.path, framework="pt") as held, torch.no_grad():
         keys = set(held.keys())

@@ -1,7 +1,7 @@
-"""What differs between base models, one file each, found here.
+"""The families of base models, one file each, and functions to find them.
 
 A family is a module of this package that ends in ``FAMILY = Name()`` with a :class:`ModelFamily`.
-Help texts name them all, so torch and diffusers are imported by the methods that compute.
+Help texts list all families, so only methods that compute import torch and diffusers.
 """
 
 from __future__ import annotations
@@ -34,9 +34,9 @@ __all__ = [
     "mend_clip_skip",
 ]
 
-#: Modules of this package that are no family.
+#: Modules of this package that are not families.
 _SHARED = ("base", "clip_skip", "presets")
-#: Fields of a header that name the base, in the order in which they are believed.
+#: Fields of a header that name the base. The first one that is known counts.
 _NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 
 
@@ -68,7 +68,7 @@ def list_families() -> list[str]:
 
 
 def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
-    """Return the family whose pipeline classes this pipeline (or class) is of, if any."""
+    """Return the family of a pipeline or pipeline class, if it is supported."""
     for cls in (pipe if isinstance(pipe, type) else type(pipe)).__mro__:
         if family := find_pipeline_family(cls.__name__):
             return family
@@ -76,15 +76,15 @@ def find_family(pipe: DiffusionPipeline | type) -> ModelFamily | None:
 
 
 def find_pipeline_family(class_name: str) -> ModelFamily | None:
-    """Return the family of the pipeline class of that name, if any."""
+    """Return the family of the pipeline class with this name, if it is supported."""
     families = _families().values()
     return next((f for f in families if class_name in f.pipeline_classes), None)
 
 
 def family_called(text: str) -> ModelFamily | None:
-    """Return the family that a file's metadata means, such as ``stable-diffusion-xl-v1-base/lora``.
+    """Return the family of a name in a file's metadata, such as ``stable-diffusion-v1/lora``.
 
-    That is the one that has the longest beginning of the text in its ``known_as``.
+    It is the family whose ``known_as`` contains the longest prefix of the name.
     """
     plain = re.sub(r"[._ ]", "-", text.lower())
     known = [(len(k), f) for f in _families().values() for k in f.known_as if plain.startswith(k)]
@@ -92,7 +92,7 @@ def family_called(text: str) -> ModelFamily | None:
 
 
 def family_of_metadata(metadata: Mapping[str, str]) -> tuple[ModelFamily, str] | None:
-    """Return the family that a file's metadata means, and the field that says so."""
+    """Return the family in a file's metadata, and the field that names it."""
     for name in _NAMES_OF_THE_BASE:
         if (text := metadata.get(name)) and (family := family_called(text)):
             return family, name
@@ -100,7 +100,7 @@ def family_of_metadata(metadata: Mapping[str, str]) -> tuple[ModelFamily, str] |
 
 
 def families_of_layers(layers: Mapping[str, tuple[int, int]]) -> list[ModelFamily]:
-    """Return the families by whose marks most of these layers are known; none if no layer is.
+    """Return the families whose marks match most of these layers; empty if no layer matches.
 
     Args:
         layers: path with ``_`` for every dot -> inputs and outputs.
@@ -125,20 +125,22 @@ def _bears(mark: LayerMark, path: str, inputs: int, outputs: int) -> bool:
 
 
 def get_family(which: str | DiffusionPipeline) -> ModelFamily:
-    """Return the family of that name, or of that pipeline.
+    """Return the family with this name, or of this pipeline.
 
     Raises:
-        ValueError: no such family; lists those there are.
+        ValueError: there is no such family; the message lists all families.
     """
     families = _families()
     if isinstance(which, str):
         if which not in families:
-            raise ValueError(f"no family named {which!r}. Families: {', '.join(list_families())}.")
+            raise ValueError(
+                f"no family is named {which!r}. Choose from {', '.join(list_families())}."
+            )
         return families[which]
     family = find_family(which)
     if family is None:
         raise ValueError(
             f"{type(which).__name__} is not a pipeline of a supported family. "
-            f"Families: {', '.join(list_families())}."
+            f"Supported families: {', '.join(list_families())}."
         )
     return family

@@ -14,7 +14,7 @@ from gralora_diffusion.key_maps import KeyMap, Shape
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: What the denoiser needs besides latents and timesteps; tensors whose first axis is the batch.
+#: Inputs of the denoiser besides latents and timesteps: tensors whose first axis is the batch.
 Conditioning: TypeAlias = "dict[str, Tensor]"
 #: A config that is not known.
 UNKNOWN: Mapping[str, Any] = MappingProxyType({})
@@ -24,11 +24,11 @@ STABILITY_AI = "https://github.com/Stability-AI/generative-models"
 
 
 class LayerMark(NamedTuple):
-    """Layers of a denoiser by which an adapter's family can be told.
+    """Layers of a denoiser that identify an adapter's family.
 
     Attributes:
-        pattern: regular expression for their paths, in any layout, with ``_`` for every dot.
-        inputs, outputs: widths that they have in the published models; any if empty.
+        pattern: regular expression for their paths in any layout, with ``_`` in place of dots.
+        inputs, outputs: their widths in the published models; any width if empty.
     """
 
     pattern: str
@@ -38,14 +38,14 @@ class LayerMark(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedNames:
-    """What other programs call a kind of base model in the metadata of files.
+    """Other programs' names of a kind of base model in the metadata of files.
 
     Attributes:
-        architecture: ``modelspec.architecture``, as SwarmUI and ComfyUI have it.
-        version: ``ss_base_model_version``, as kohya's sd-scripts and musubi-tuner have it.
-        implementation: ``modelspec.implementation`` of original files: whose names their keys are.
-        lora_module: ``ss_network_module`` of a LoRA in kohya's names.
-        is_v2: ``ss_v2``, by which AUTOMATIC1111 tells Stable Diffusion 2 from 1.
+        architecture: ``modelspec.architecture``, as in SwarmUI and ComfyUI.
+        version: ``ss_base_model_version``, as in kohya's sd-scripts and musubi-tuner.
+        implementation: ``modelspec.implementation`` of original files: the source of their keys.
+        lora_module: ``ss_network_module`` of a LoRA with kohya's names.
+        is_v2: ``ss_v2``, which AUTOMATIC1111 uses to distinguish Stable Diffusion 2 from 1.
     """
 
     architecture: str
@@ -56,7 +56,7 @@ class PublishedNames:
 
     @property
     def fields(self) -> dict[str, str]:
-        """What all files for such a base say, following ModelSpec 1.0.1 and sd-scripts."""
+        """Metadata of all files for such a base, following ModelSpec 1.0.1 and sd-scripts."""
         return {
             "modelspec.sai_model_spec": "1.0.1",
             "modelspec.architecture": self.architecture,
@@ -67,95 +67,95 @@ class PublishedNames:
 
 
 class ModelFamily(ABC):
-    """What the trainer and the loaders must know of one family of base models.
+    """The properties of one family of base models that the trainer and the loaders need.
 
-    A family holds no state: its methods take the pipeline or its parts.
+    A family has no state: its methods take the pipeline or its parts.
     """
 
     #: Name in files and on the command line.
     name: str
-    #: diffusers classes; subclasses of them count too. The first can be made for text to image.
+    #: diffusers classes, including their subclasses. The first one generates images from text.
     pipeline_classes: tuple[str, ...]
     #: Attribute of the pipeline that holds the denoiser: "unet" or "transformer".
     denoiser: str
-    #: Attributes of the pipeline that hold text encoders which can be trained.
+    #: Attributes of the pipeline that hold trainable text encoders.
     text_encoders: tuple[str, ...]
     #: Training objective: "ddpm" or "flow_matching".
     objective: str
     #: component -> preset name -> endings of module paths, or whole paths with ``*`` for a part of
-    #: them. Those that a model lacks are left out.
+    #: them. Entries that a model does not have are left out.
     target_presets: ClassVar[Mapping[str, Mapping[str, Sequence[str]]]]
     #: Pixels per side that the base was trained at.
     default_resolution: int
 
-    #: Of ``text_encoders``, those that training adapts unless told which; all if empty.
+    #: The ``text_encoders`` that training adapts by default; all if empty.
     usual_text_encoders: tuple[str, ...] = ()
-    #: Attributes that hold text encoders too large for the trainer. An adapter may lie in them all
-    #: the same: injected by hand, it is loaded, saved and fused like the others.
+    #: Attributes that hold text encoders too large for the trainer. They may have adapters all the
+    #: same: an adapter that is injected by hand is loaded, saved and fused like the others.
     frozen_text_encoders: tuple[str, ...] = ()
-    #: Text encoders without which the pipeline works, too.
+    #: Text encoders that the pipeline can do without.
     optional_text_encoders: tuple[str, ...] = ()
-    #: Tokens of a prompt at most, as the pipeline has it; None: the tokenizer's own length.
+    #: Maximum number of tokens of a prompt in the pipeline; None: the tokenizer's own length.
     max_sequence_length: int | None = None
-    #: Last layers of CLIP that the pipelines skip unless told; None: they take no ``clip_skip``.
+    #: Last layers of CLIP that the pipelines skip by default; None: they take no ``clip_skip``.
     skipped_layers: int | None = None
-    #: More tokens than that are refused by the family's pipelines; None: they take any number.
+    #: Largest number of tokens that the family's pipelines accept; None: any number.
     longest_sequence: int | None = None
-    #: Latents per side of what the denoiser takes as one token.
+    #: Latents per side of one token of the denoiser.
     patch_size: int = 1
 
     #: Names that diffusers' ``infer_diffusers_model_type`` gives to this family's single files.
     single_file_types: tuple[str, ...] = ()
-    #: Keys that the denoiser has in every single file of this family. If those of several families
-    #: are there, the one with the most of them is meant.
+    #: Keys of the denoiser in every single file of this family. If a file has those of several
+    #: families, it belongs to the family with the most keys.
     single_file_keys: tuple[str, ...] = ()
-    #: component -> how it is written in a single file; of several layouts the first one that fits.
-    #: A component that lacks there is left out or taken from another base.
+    #: component -> its key maps in single files; the first one that fits is used. A component
+    #: without an entry is left out or read from another base.
     original_key_maps: Mapping[str, Sequence[KeyMap]] = MappingProxyType({})
-    #: component -> how the names of its layers begin in LoRA files of kohya's sd-scripts.
+    #: component -> prefix of the names of its layers in LoRA files of kohya's sd-scripts.
     kohya_prefixes: Mapping[str, str] = MappingProxyType({})
-    #: Whether sd-scripts calls the denoiser's layers as the original layout does.
+    #: Whether sd-scripts uses the original layout's names of the denoiser's layers.
     kohya_original_names: bool = True
-    #: Layers that ComfyUI (0.33, ``comfy/lora.py``) does not find in a LoRA in diffusers' names:
+    #: Layers that ComfyUI (0.33, ``comfy/lora.py``) does not find in a LoRA with diffusers' names:
     #: component and path, with ``*`` for parts of them.
     unread_by_comfyui: tuple[str, ...] = ("text_encoder*.text_projection",)
-    #: How ``modelspec.architecture`` and ``ss_base_model_version`` begin in files for this family,
-    #: in lower case and with ``-`` for dots, spaces and underscores.
+    #: Prefixes of ``modelspec.architecture`` and ``ss_base_model_version`` in files for this
+    #: family, in lower case and with ``-`` in place of dots, spaces and underscores.
     known_as: tuple[str, ...] = ()
-    #: What tells adapters for this family's denoiser, where their metadata does not.
+    #: Marks of adapters for this family's denoiser, for files whose metadata does not name it.
     layer_marks: tuple[LayerMark, ...] = ()
-    #: Arguments for ``lora_state_dict`` of the pipeline class besides the file: what the names of
-    #: its layers do not tell in some LoRA files, as the published models have it.
+    #: Arguments for ``lora_state_dict`` of the pipeline class besides the file: properties of the
+    #: published models that the names of layers do not show in some LoRA files.
     lora_options: Mapping[str, Any] = MappingProxyType({})
-    #: Whether the pipeline that diffusers knows for such a file is of this family.
+    #: Whether diffusers' default pipeline for such a file is of this family.
     single_file_default: bool = True
-    #: Arguments for ``from_pretrained`` that leave out what neither training nor sampling needs.
+    #: Arguments for ``from_pretrained`` that leave out parts that are not needed.
     load_options: Mapping[str, Any] = MappingProxyType({})
-    #: In which class pictures are drawn on a GPU, unless the user says: "fp16" or "bf16".
+    #: Default precision for generating images on a GPU: "fp16" or "bf16".
     generation_precision: str = "fp16"
-    #: Training options -> values that suit this family, where the user leaves them open.
+    #: Training options -> this family's defaults.
     training_defaults: Mapping[str, Any] = MappingProxyType({})
 
     @property
     def components(self) -> tuple[str, ...]:
-        """Attributes of the pipeline that an adapter may live in, the denoiser first."""
+        """Attributes of the pipeline that may have an adapter, the denoiser first."""
         return (self.denoiser, *self.all_text_encoders)
 
     @property
     def all_text_encoders(self) -> tuple[str, ...]:
-        """Attributes of the pipeline that hold text encoders; some may be None there."""
+        """Attributes of the pipeline that hold text encoders; some may be None."""
         return (*self.text_encoders, *self.frozen_text_encoders)
 
     def resolve_preset(self, component: str, preset: str, model: nn.Module) -> list[str]:
-        """Return the targets of a preset that ``model`` has; a ``*`` is spelled out.
+        """Return the targets of a preset that ``model`` has, with ``*`` replaced by its paths.
 
         Raises:
-            ValueError: no such preset, or the model has none of its layers.
+            ValueError: there is no such preset, or the model has none of its layers.
         """
         presets = self.target_presets.get(component, {})
         if preset not in presets:
             raise ValueError(
-                f"no target preset {preset!r} for {component} of {self.name}. "
+                f"{component} of {self.name} has no target preset {preset!r}. "
                 f"Presets: {', '.join(presets) or 'none'}."
             )
         names = [name for name, _ in model.named_modules()]
@@ -168,41 +168,41 @@ class ModelFamily(ABC):
         if not found:
             raise ValueError(
                 f"this {type(model).__name__} has none of the layers of preset {preset!r}: "
-                f"{', '.join(presets[preset])}. Name its layers with target_modules."
+                f"{', '.join(presets[preset])}. Name the layers with target_modules instead."
             )
         return found
 
     def find_key_map(self, component: str, shapes: Mapping[str, Shape]) -> KeyMap | None:
-        """Return how a component with tensors of these shapes is written in single files.
+        """Return the key map for a component with tensors of these shapes.
 
         Args:
-            shapes: by key, in diffusers' names; of some layers is enough.
+            shapes: shapes by key in diffusers' names; those of some layers are enough.
         """
         key_maps = self.original_key_maps.get(component, ())
         return next((key_map for key_map in key_maps if key_map.fits(shapes)), None)
 
     def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
-        """Return keys of empty tensors by which a single file says how it is to be sampled.
+        """Return keys of empty tensors in a single file that describe how to sample with it.
 
         Args:
-            scheduler: its config.
+            scheduler: config of the scheduler.
         """
         del scheduler
         return ()
 
     def comfyui_prefix(self, component: str, shapes: Mapping[str, Shape]) -> str | None:
-        """Return how ComfyUI begins the names of a text encoder's layers in LoRA files, if it does.
+        """Return ComfyUI's prefix of a text encoder's layers in LoRA files, if it reads them.
 
         Args:
-            shapes: as for :meth:`find_layout`.
+            shapes: as for :meth:`find_key_map`.
         """
         key_map = self.find_key_map(component, shapes)
         return f"text_encoders.{key_map.comfyui_name}.transformer." if key_map else None
 
     def canonical(self, component: str, key: str) -> str:
-        """Return a key or path, as a file or a model has it, in the form of the layout's rules.
+        """Return a key or path of a file or model in the form of the key map's rules.
 
-        It is the same for all versions of a library that name the same tensor differently.
+        The result is the same for all versions of a library that name a tensor differently.
         """
         key_maps = self.original_key_maps.get(component)
         return key_maps[0].canonical(key) if key_maps else key
@@ -217,19 +217,19 @@ class ModelFamily(ABC):
     ) -> Conditioning:
         """Encode prompts as the pipeline does, with gradients if they are enabled.
 
-        An empty one is what the pipeline's guidance starts from without a negative prompt.
+        An empty prompt gives the embedding that guidance uses without a negative prompt.
 
         Args:
-            max_sequence_length: in place of the family's.
-            clip_skip: how many layers at the end of CLIP to skip, for families with
-                ``skipped_layers``; others pass over it.
+            max_sequence_length: replaces the family's if given.
+            clip_skip: number of layers to skip at the end of CLIP, for families with
+                ``skipped_layers``; others ignore it.
         """
 
     def count_tokens(self, tokenizer: Any, prompt: str) -> int:
-        """Return how many tokens the pipeline makes of a prompt before it cuts them to a number.
+        """Return the number of tokens of a prompt in the pipeline, before it is truncated.
 
         Args:
-            tokenizer: any of the pipeline's.
+            tokenizer: any tokenizer of the pipeline.
         """
         return len(tokenizer(prompt, verbose=False).input_ids)
 
@@ -241,16 +241,16 @@ class ModelFamily(ABC):
         target_sizes: Tensor,
         guidance_scale: float | None,
     ) -> Conditioning:
-        """Return what the denoiser needs to know besides the prompt.
+        """Return the denoiser's inputs besides the prompt.
 
-        By default the guidance scale, as ``guidance``, for a denoiser that was distilled to take it
-        as an input (``guidance_embeds`` in its config); nothing for others.
+        By default this is the guidance scale, as ``guidance``, for a denoiser that was distilled to
+        take it as an input (``guidance_embeds`` in its config). For others it is empty.
 
         Args:
-            original_sizes: (batch, 2), height and width of the pictures before resizing.
-            crop_top_lefts: (batch, 2), top and left of the crop in the resized picture.
+            original_sizes: (batch, 2), height and width of the images before resizing.
+            crop_top_lefts: (batch, 2), top and left of the crop in the resized image.
             target_sizes: (batch, 2), height and width of the crop.
-            guidance_scale: for such a denoiser.
+            guidance_scale: guidance scale for such a denoiser.
         """
         import torch
 
@@ -258,13 +258,16 @@ class ModelFamily(ABC):
         if not getattr(getattr(pipe, self.denoiser).config, "guidance_embeds", False):
             return {}
         if guidance_scale is None:
-            raise ValueError(f"a {self.name} base that takes guidance needs a guidance scale")
+            raise ValueError(
+                f"guidance_scale is None, but this {self.name} base takes guidance as an input. "
+                "Pass a number"
+            )
         return {"guidance": torch.full((len(target_sizes),), float(guidance_scale))}
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents: a sample is mean + std * noise.
 
-        They are scaled as the family's own pipeline scales them; by default by ``shift_factor`` and
+        They are scaled as in the family's own pipeline, by default with ``shift_factor`` and
         ``scaling_factor`` of the VAE's config.
 
         ``pixel_values`` is (batch, 3, height, width) in [-1, 1], in the VAE's dtype.
@@ -284,14 +287,14 @@ class ModelFamily(ABC):
     ) -> Tensor:
         """Run the denoiser as the pipeline does and return its prediction, shaped as the latents.
 
-        ``timesteps`` (batch,) are in the scheduler's units; ``conditioning`` is what
-        :meth:`encode_prompts` and :meth:`picture_conditioning` returned, in one dict.
+        ``timesteps`` (batch,) are in the scheduler's units; ``conditioning`` contains the results
+        of :meth:`encode_prompts` and :meth:`image_conditioning` in one dict.
         """
 
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
         """Return mu of the resolution-dependent shift of sigmas, as the pipeline computes it.
 
-        Asked only where the scheduler has ``use_dynamic_shifting``.
+        It is only called if the scheduler has ``use_dynamic_shifting``.
 
         Args:
             latent_shape: (..., height, width) of the latents.
@@ -310,32 +313,32 @@ class ModelFamily(ABC):
         )
 
     def image_tokens(self, latent_shape: Sequence[int]) -> int:
-        """Return how many tokens latents of this shape (..., height, width) are."""
+        """Return the number of tokens for latents of this shape (..., height, width)."""
         height, width = latent_shape[-2:]
         return (height // self.patch_size) * (width // self.patch_size)
 
     def size_divisor(self, pipe: Any) -> int:
-        """Return what height and width of a picture must be multiples of, in pixels."""
+        """Return the number of pixels that divides height and width of every image."""
         return int(pipe.vae_scale_factor) * self.patch_size
 
     def published_names(
         self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
     ) -> PublishedNames:
-        """Return what other programs call such a base; by default the family's own name.
+        """Return other programs' names of such a base; by default the family's own name.
 
         Args:
-            denoiser: its config. What tells no known variant is called by the most general name.
-            scheduler: its config.
+            denoiser: config of the denoiser. An unknown variant gets the most general name.
+            scheduler: config of the scheduler.
         """
         del denoiser, scheduler
         return PublishedNames(self.name, self.name)
 
     def check_base(self, pipe: Any) -> None:
-        """Raise ValueError if this base cannot be trained, before anything is done with it."""
-        del pipe  # unless a family says otherwise, any of its bases will do
+        """Raise ValueError if this base cannot be trained."""
+        del pipe  # by default, any base of a family can be trained
 
     def native_resolution(self, pipe: Any) -> int:
-        """Pixels per side that this base draws, as its config says, or the family's default."""
+        """Return pixels per side of this base's images from its config, or the family's default."""
         latents = getattr(getattr(pipe, self.denoiser).config, "sample_size", None)
         if not isinstance(latents, int):
             return self.default_resolution
@@ -343,10 +346,10 @@ class ModelFamily(ABC):
 
 
 def check_channels(taken: int, made: int) -> None:
-    """Raise ValueError unless the denoiser takes just the channels that the VAE makes."""
+    """Raise ValueError unless the denoiser takes exactly the channels that the VAE makes."""
     if taken != made:
         raise ValueError(
-            f"the denoiser takes {taken} channels and the VAE makes {made}: a base for inpainting, "
-            "depth, editing or control. Train on the text-to-image base; the adapter can be loaded "
-            "into the others' pipelines where widths agree."
+            f"the denoiser takes {taken} channels and the VAE makes {made}: this is a base for "
+            "inpainting, depth, editing or control. Train on the text-to-image base. The adapter "
+            "can be loaded into the other pipelines if the widths agree."
         )

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 
 _ATTENTION_FF = (
     *(*JOINT_ATTENTION, *JOINT_FEED_FORWARD),
-    # in single blocks the second one is the attention's output and the feed-forward's in one
+    # in single blocks, the second is the joint output of attention and feed-forward
     *("proj_mlp", "single_transformer_blocks.*.proj_out"),
 )
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-#: Names in the file that Black Forest Labs published; what FLUX.2 shares first.
+#: Names in the file that Black Forest Labs published; those that FLUX.2 shares come first.
 ORIGINAL_ENDS = (
     rename("x_embedder", "img_in"),
     rename("context_embedder", "txt_in"),
@@ -45,7 +45,7 @@ ORIGINAL_DOUBLE_ATTENTION = (
 )
 ORIGINAL_NORMS = tuple(
     rename(f"{name}.weight", f"{original}.{leaf}")
-    # ComfyUI writes them with the second ending
+    # ComfyUI writes the second ending
     for leaf in ("scale", "weight")
     for name, original in (
         (f"{_DOUBLE}.attn.norm_q", "double_blocks.*.img_attn.norm.query_norm"),
@@ -130,7 +130,7 @@ class Flux(ModelFamily):
         }
     )
     kohya_prefixes = MappingProxyType(
-        # as sd-scripts has it, and ComfyUI reads it: the second is not there
+        # as in sd-scripts and ComfyUI, which have no lora_te2 for it
         {"transformer": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te3"}
     )
     known_as = ("flux-1", "flux1", "flux-dev", "flux-schnell")
@@ -188,7 +188,7 @@ class Flux(ModelFamily):
             ),
             return_dict=False,
         )[0]
-        # sizes in pixels of a VAE that shrinks by one
+        # sizes in pixels, for a VAE with a scale factor of 1
         return FluxPipeline._unpack_latents(prediction, height, width, 1)
 
     def published_names(

@@ -24,7 +24,7 @@ from .presets import JOINT_ATTENTION, LANGUAGE_MODEL_PRESETS
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-#: In single blocks one layer makes queries, keys, values and the feed-forward's input.
+#: In single blocks, one layer computes queries, keys, values and the feed-forward's input.
 _ATTENTION = (*JOINT_ATTENTION, "to_qkv_mlp_proj", "single_transformer_blocks.*.attn.to_out")
 _ATTENTION_FF = (
     *_ATTENTION,
@@ -33,7 +33,7 @@ _ATTENTION_FF = (
 #: Width of the language model -> ComfyUI's name for it (comfy/text_encoders/flux.py).
 _COMFYUI_NAMES = {5120: "mistral3_24b", 2560: "qwen3_4b", 4096: "qwen3_8b"}
 _DOUBLE, _SINGLE = "transformer_blocks.*", "single_transformer_blocks.*"
-#: Names in the file that Black Forest Labs published: of the transformer alone.
+#: Names in the file that Black Forest Labs published, which only contains the transformer.
 _ORIGINAL = (
     *(*ORIGINAL_ENDS, *ORIGINAL_DOUBLE_ATTENTION, *ORIGINAL_NORMS),
     *(
@@ -62,7 +62,7 @@ _ORIGINAL = (
 
 
 def layer_marks(*widths: int) -> tuple[LayerMark, ...]:
-    """What tells adapters for transformers of these widths."""
+    """Return the marks of adapters for transformers of these widths."""
     return (
         LayerMark(r"single_transformer_blocks_\d+_attn_to_qkv_mlp_proj$", inputs=widths),
         LayerMark(r"^transformer_blocks_\d+_ff(_context)?_linear_in$", inputs=widths),
@@ -115,7 +115,7 @@ class Flux2(ModelFamily):
         return name and f"text_encoders.{name}.transformer.model."
 
     def canonical(self, component: str, key: str) -> str:
-        # transformers writes the language model's levels in the other order than it has them
+        # transformers writes the language model's levels in another order than its modules have
         return (
             re.sub(r"^(model\.|language_model\.)+", "", key) if component != "transformer" else key
         )
@@ -144,8 +144,11 @@ class Flux2(ModelFamily):
         return len(encoded["input_ids"][0])
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the pipeline encodes reference pictures: the posterior's mode, 2 x 2 latents stacked
-        as channels, each channel normalized. So the standard deviation is zero."""
+        """Encode as the pipeline encodes reference images, so the standard deviation is zero.
+
+        This is the posterior's mode, with 2 x 2 latents stacked as channels and each channel
+        normalized.
+        """
         import torch
         from diffusers import Flux2Pipeline
 
@@ -180,7 +183,7 @@ class Flux2(ModelFamily):
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
         from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu
 
-        # it also depends on the number of steps: those the pipeline takes unless told otherwise
+        # it also depends on the number of steps: this is the pipeline's default
         steps = inspect.signature(type(pipe).__call__).parameters["num_inference_steps"].default
         return compute_empirical_mu(self.image_tokens(latent_shape), steps)
 

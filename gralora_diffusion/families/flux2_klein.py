@@ -1,4 +1,4 @@
-"""FLUX.2 klein: as FLUX.2 dev, with a smaller language model and without guidance as an input."""
+"""FLUX.2 klein: as FLUX.2 dev, but with a smaller language model and without a guidance input."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ class Flux2Klein(Flux2):
         "Flux2KleinInpaintPipeline",
         "Flux2KleinKVPipeline",
     )
-    # diffusers takes a klein file for dev, which has guidance as an input; and there are several
-    # kleins, which keys do not tell apart
+    # diffusers takes a klein file for dev, which has a guidance input; and there are several klein
+    # models with the same keys
     single_file_keys = ("single_stream_modulation.lin.weight",)
     single_file_default = False
     known_as = ("flux-2-klein", "flux2-klein")

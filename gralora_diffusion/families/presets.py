@@ -14,15 +14,15 @@ T5_PRESETS = {
     ),
 }
 _LANGUAGE_ATTENTION = tuple(f"self_attn.{name}_proj" for name in "qkvo")
-#: Presets of transformers' language models such as Mistral and Qwen, not of what sees pictures.
+#: Presets of transformers' language models such as Mistral and Qwen, without their vision part.
 LANGUAGE_MODEL_PRESETS = {
     "attention": _LANGUAGE_ATTENTION,
     "attention+ff": (*_LANGUAGE_ATTENTION, "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"),
 }
-#: Attention in transformers of two streams, picture and text.
+#: Attention in transformers with two streams, image and text.
 JOINT_ATTENTION = (
     *("to_q", "to_k", "to_v", "to_out.0"),
     *("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
 )
-#: Feed-forward layers of such transformers' blocks of two streams.
+#: Feed-forward layers in the two-stream blocks of such transformers.
 JOINT_FEED_FORWARD = ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2")

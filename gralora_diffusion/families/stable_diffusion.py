@@ -124,7 +124,7 @@ class StableDiffusion(ModelFamily):
         return {"prompt_embeds": prompt_embeds}
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the pipelines do, which take only ``scaling_factor`` of the VAE's config."""
+        """Encode as the pipelines do, which only use ``scaling_factor`` of the VAE's config."""
         posterior = vae.encode(pixel_values).latent_dist
         scale = vae.config.scaling_factor
         return posterior.mean * scale, posterior.std * scale

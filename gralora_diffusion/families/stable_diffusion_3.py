@@ -1,4 +1,4 @@
-"""Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP text encoders and, if wanted, T5."""
+"""Stable Diffusion 3 and 3.5: MMDiT, flow matching, two CLIP text encoders and optionally T5."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ _ORIGINAL = (
     ),
     *(rename(f"{_BLOCK}.attn.norm_added_{n}", f"{_TEXT}.attn.ln_{n}") for n in "qk"),
     rename(f"{_BLOCK}.norm1.linear", f"{_IMAGE}.adaLN_modulation.1"),
-    # of the last block, which does not go on with the text, shift comes before scale
+    # in the last block, which drops the text, shift comes before scale
     swap(f"{_BLOCK}.norm1_context.linear", f"{_TEXT}.adaLN_modulation.1"),
     rename(f"{_BLOCK}.ff.net.0.proj", f"{_IMAGE}.mlp.fc1"),
     rename(f"{_BLOCK}.ff.net.2", f"{_IMAGE}.mlp.fc2"),

@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: UNet with cross-attention, two CLIP text encoders, picture sizes."""
+"""Stable Diffusion XL: UNet with cross-attention, two CLIP text encoders, image sizes."""
 
 from __future__ import annotations
 
@@ -66,14 +66,14 @@ class StableDiffusionXL(StableDiffusion):
     known_as = ("stable-diffusion-xl", "sd-xl", "sdxl")
     layer_marks = (
         LayerMark(r"_attn2_to_[kv]$", inputs=(2048,)),
-        # only its attentions have more than one of these blocks
+        # only this family's attentions have more than one of these blocks
         LayerMark(r"(attentions_\d|put_blocks_\d_1|middle_block_1)_transformer_blocks_[1-9]_"),
         LayerMark(r"^(add_embedding|label_emb)_"),
     )
     load_options = MappingProxyType({"add_watermarker": False})
 
     def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
-        # without them ComfyUI takes it for one that predicts noise (comfy/supported_models.py)
+        # without them ComfyUI assumes that it predicts noise (comfy/supported_models.py)
         if scheduler.get("prediction_type") != "v_prediction":
             return ()
         return ("v_pred", "ztsnr") if scheduler.get("rescale_betas_zero_snr") else ("v_pred",)
@@ -93,7 +93,7 @@ class StableDiffusionXL(StableDiffusion):
             clip_skip=clip_skip,
         )
         if pipe.config.force_zeros_for_empty_prompt and not all(prompts):
-            # from zeros the pipeline's guidance starts
+            # the pipeline's guidance uses zeros for the empty prompt
             empty = pooled.new_tensor([not prompt for prompt in prompts]).bool()
             prompt_embeds = prompt_embeds.masked_fill(empty[:, None, None], 0)
             pooled = pooled.masked_fill(empty[:, None], 0)
@@ -109,13 +109,16 @@ class StableDiffusionXL(StableDiffusion):
     ) -> Conditioning:
         import torch
 
-        # arXiv 2307.01952, section 2.2. In fp32: half precision would round sizes above 256
+        # arXiv 2307.01952, section 2.2; in fp32, because bf16 would round sizes above 256
         ids = torch.cat([original_sizes, crop_top_lefts, target_sizes], dim=1)
         return {"time_ids": ids.float()}
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
-        """As the pipelines do: by ``latents_mean`` and ``latents_std`` of the VAE's config, too, if
-        it has both (Playground v2.5)."""
+        """Encode as the pipelines do.
+
+        They also use ``latents_mean`` and ``latents_std`` of the VAE's config if it has both
+        (Playground v2.5).
+        """
         config = vae.config
         if not _has_statistics(config):
             return super().encode_images(vae, pixel_values)
@@ -154,7 +157,7 @@ class StableDiffusionXL(StableDiffusion):
         super().check_base(pipe)
         if pipe.text_encoder is None or pipe.text_encoder_2 is None:
             raise ValueError(
-                "it lacks one of the two text encoders, as the refiner does. Train on the base "
+                "one of the two text encoders is missing, as in the refiner. Train on the base "
                 "model, such as stabilityai/stable-diffusion-xl-base-1.0"
             )
         if _has_statistics(pipe.vae.config):
@@ -162,13 +165,13 @@ class StableDiffusionXL(StableDiffusion):
 
 
 def _has_statistics(config: Any) -> bool:
-    """Whether the pipelines shift and scale by statistics of the latents; one alone they ignore."""
+    """Whether the pipelines use statistics of the latents; they need both to be set."""
     values = (getattr(config, name, None) for name in ("latents_mean", "latents_std"))
     return all(value is not None for value in values)
 
 
 def _check_statistics(config: Any) -> None:
-    """Raise ValueError unless the statistics are a number for each channel."""
+    """Raise ValueError unless the statistics have one number for each channel."""
     for name in ("latents_mean", "latents_std"):
         values = getattr(config, name)
         numbers = isinstance(values, list | tuple) and all(
@@ -180,9 +183,10 @@ def _check_statistics(config: Any) -> None:
             or (name == "latents_std" and min(values) <= 0)
         ):
             raise ValueError(
-                f"{name} in the VAE's config is {values!r}; it must be "
-                f"{config.latent_channels} numbers, and latents_std positive ones. Correct "
-                "vae/config.json, or name another VAE by --pretrained_vae_model_name_or_path"
+                f"{name} in the VAE's config is {values!r}; it must have "
+                f"{config.latent_channels} numbers, and those of latents_std must be positive. "
+                "Correct vae/config.json, or pass another VAE as "
+                "--pretrained_vae_model_name_or_path"
             )
 
 

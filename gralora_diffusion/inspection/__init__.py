@@ -1,4 +1,4 @@
-"""What a file is: an adapter of this or another program, a checkpoint, a pipeline."""
+"""Identify a file: an adapter of this or another program, a checkpoint, or a pipeline."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ _FIRST = ("unet", "transformer", "denoiser", "model")
 def inspect_file(
     path: str | os.PathLike[str], *, check: bool = False, sha256: bool = False
 ) -> Inspection:
-    """Look at a file or folder.
+    """Inspect a file or folder.
 
-    Of an adapter all tensors are read, one layer after the other; of anything else the headers
-    alone, so that a checkpoint of any size takes no time.
+    All tensors of an adapter are read, one layer after the other. Of other files only the headers
+    are read, so a checkpoint of any size takes no time.
 
     Args:
-        check: read all tensors of a checkpoint too, and name those with NaN or infinity.
+        check: also read all tensors of a checkpoint, and list those with NaN or infinity.
         sha256: hash the files.
 
     Raises:
-        AdapterFileError: nothing there, not a whole safetensors file, or none of the kinds that
-            are known.
+        AdapterFileError: the path does not exist, a file is not a complete safetensors file, or its
+            kind is not known.
     """
     source = Source(path)
     kind = find_kind(source)
@@ -70,8 +70,8 @@ def inspect_file(
 
 
 def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[str], list[str]]:
-    """The layers, what cannot be followed of what is said of reading, and non-finite tensors."""
-    from .layers import Settings, layer_facts  # which compute, by torch
+    """Return the layers, problems with the file's scaling information, and non-finite tensors."""
+    from .layers import Settings, layer_facts  # needs torch, which takes seconds to import
 
     settings, layers = Settings(source, kind), []
     non_finite = _non_finite(source, kind.others)
@@ -133,7 +133,7 @@ def _part_of_a_model(key: str, source: Source, kind: Kind) -> str:
 
 
 def _trigger(metadata: Mapping[str, str]) -> str | None:
-    """The words that call an adapter's subject: as told, or the most frequent tag."""
+    """Return the trigger phrase: the one in the metadata, or the most frequent tag."""
     for name in ("modelspec.trigger_phrase", "trained_words", "instance_prompt"):
         if metadata.get(name):
             return metadata[name]

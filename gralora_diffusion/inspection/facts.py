@@ -1,4 +1,4 @@
-"""The facts of a file, as plain values: what ``gralora inspect`` prints and gives as JSON."""
+"""The facts of a file as plain values, which ``gralora inspect`` prints as text or JSON."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ class LayerFacts:
     """One adapted layer.
 
     Attributes:
-        path: its name in the file.
-        component: the part of the pipeline that it is in.
-        rank, k, hybrid_rank, alpha: those that it has.
-        scaling: by which its factors' product is multiplied.
-        inputs, outputs, kernel: of the layer.
-        norm: Frobenius norm of its update, scaled; None if it is not computed.
+        path: name of the layer in the file.
+        component: the part of the pipeline that the layer belongs to.
+        rank, k, hybrid_rank, alpha: None where the kind of adapter has no such number.
+        scaling: the factor that multiplies the product of the layer's factors.
+        inputs, outputs, kernel: sizes of the layer.
+        norm: Frobenius norm of the scaled update; None if it is not computed.
         effective_rank: see ``low_rank.effective_rank``.
-        problem: Why scaling, norm and effective rank are not known, if a tensor is odd or what the
-            file says of alpha contradicts itself.
+        problem: Why scaling, norm and effective rank are not known: a tensor is malformed, or the
+            file's statements about alpha contradict each other.
     """
 
     path: str
@@ -50,18 +50,18 @@ class ComponentFacts:
 
 @dataclass
 class Inspection:
-    """What a file or folder is.
+    """All facts of a file or folder.
 
     Attributes:
-        families: those it may be for; more than one where nothing tells which.
-        family_told_by: by what they were told.
+        families: the families that it may be for; several if the file does not distinguish them.
+        family_told_by: the evidence for the families.
         dtypes: dtype -> number of tensors.
-        others: keys of an adapter file that belong to no layer.
-        problems: What the file says of how its factors are to be read, so that they are no LoRA
-            for its base as it is: a changed base, another formula, or what is not known here.
-        norm: of the whole update; None if a layer's is not known.
+        others: keys of an adapter file that do not belong to any layer.
+        problems: Why the factors are not a LoRA for the unchanged base: they belong to a changed
+            base, enter another formula, or have settings that are not known here.
+        norm: norm of the whole update; None if the norm of a layer is not known.
         non_finite: tensors with NaN or infinity; None if the values were not read.
-        sha256: file -> hash, if asked for.
+        sha256: file -> hash, if requested.
     """
 
     path: str
@@ -86,5 +86,5 @@ class Inspection:
     sha256: dict[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """As values that JSON has."""
+        """Return the facts as JSON-ready values."""
         return asdict(self)

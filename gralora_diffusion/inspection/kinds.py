@@ -1,4 +1,4 @@
-"""What a file is, as its keys, metadata and config files tell, and for which family of models."""
+"""Find a file's kind and its family of models from its keys, metadata and config files."""
 
 from __future__ import annotations
 
@@ -27,17 +27,17 @@ _MODELS_OF_DIFFUSERS = ("down_blocks.", "transformer_blocks.", "single_transform
 
 @dataclass
 class Kind:
-    """What a source is.
+    """The kind of a source.
 
     Attributes:
-        title: in words.
-        adapter: the kinds of its layers (GraLoRA, LoRA, LoHa, ...) with how many there are; empty
-            if it is no adapter.
-        style: whose names its layers have, if it is an adapter.
+        title: a description in words.
+        adapter: kind of layer (GraLoRA, LoRA, LoHa, ...) -> number of layers; empty if the source
+            is not an adapter.
+        style: the program or library whose layer names an adapter uses.
         layers: the adapter's layers by name.
-        others: keys of an adapter file that belong to no layer.
-        families: those it may be for; more than one where it cannot be told.
-        told_by: what the families were told by.
+        others: keys of an adapter file that do not belong to any layer.
+        families: the families that it may be for; several if they cannot be distinguished.
+        told_by: the evidence for the families.
     """
 
     title: str
@@ -50,10 +50,10 @@ class Kind:
 
 
 def find_kind(source: Source) -> Kind:
-    """Tell what ``source`` is.
+    """Return the kind of ``source``.
 
     Raises:
-        AdapterFileError: none of the kinds that are known.
+        AdapterFileError: its kind is not known.
     """
     layers, others = group_layers(source.headers)
     if METADATA_KEY in source.metadata or any("peft_type" in c for c in source.configs.values()):
@@ -84,7 +84,7 @@ def _adapter(layers: dict[str, Layer], others: list[str]) -> Kind:
     style = styles.most_common(1)[0][0] if styles else "bare"
     what = " and ".join(kinds)
     if "GraLoRA" in kinds:
-        title = "GraLoRA weights without their config, which rank and alpha cannot be told from"
+        title = "GraLoRA weights without their config, so rank and alpha are not known"
     elif set(kinds) == {"difference"}:
         title = f"differences of whole weights (.diff), {style} names"
     else:
@@ -105,17 +105,17 @@ def _model(source: Source) -> Kind:
         return Kind(f"one model in diffusers' layout{f' ({name})' if name else ''}")
     some, known = ", ".join(sorted(file.keys)[:3]), ", ".join(list_families())
     raise source.error(
-        f"nothing that is known here: no adapter, and no base of {known} (its keys: {some}, ...)"
+        f"this is neither a known adapter nor a base of {known} (its keys: {some}, ...)"
     )
 
 
 def _particulars(file: OriginalHeader, family: ModelFamily) -> str:
-    told = "" if file.prefix else " of the denoiser alone"
+    text = "" if file.prefix else " of the denoiser alone"
     if file.quantized:
-        told += f", quantized ({file.quantized})"
+        text += f", quantized ({file.quantized})"
     if kind := file.other_kind(family):
-        told += f", which diffusers takes for {kind!r}"
-    return told
+        text += f", which diffusers takes for {kind!r}"
+    return text
 
 
 def _named(kind: Kind, class_name: str) -> Kind:
@@ -125,9 +125,9 @@ def _named(kind: Kind, class_name: str) -> Kind:
 
 
 def _families(source: Source, kind: Kind) -> tuple[list[ModelFamily], str]:
-    told = described(source.metadata).get("family")
-    if told in list_families():
-        return [get_family(told)], "its metadata"
+    name = described(source.metadata).get("family")
+    if name in list_families():
+        return [get_family(name)], "its metadata"
     if named := family_of_metadata(source.metadata):
         return [named[0]], named[1]
     widths = {
@@ -140,7 +140,7 @@ def _families(source: Source, kind: Kind) -> tuple[list[ModelFamily], str]:
 
 
 def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
-    """Inputs and outputs of an adapted layer, if its parts' shapes tell."""
+    """Return inputs and outputs of an adapted layer, if they follow from its parts' shapes."""
     shapes = {part: source.headers[key].shape for part, key in layer.parts.items()}
     shapes = {part: shape for part, shape in shapes.items() if len(shape) > 1}
     if {"down", "up"} <= set(shapes):
@@ -156,7 +156,7 @@ def layer_widths(layer: Layer, source: Source) -> tuple[int, int] | None:
 
 
 def described(metadata: Mapping[str, str]) -> dict[str, Any]:
-    """Return what the metadata of a native file says; nothing if it is damaged."""
+    """Return the description in the metadata of a native file; empty if it is damaged."""
     try:
         return parse_object(metadata.get(METADATA_KEY, "{}"))
     except ValueError:
@@ -164,15 +164,15 @@ def described(metadata: Mapping[str, str]) -> dict[str, Any]:
 
 
 def component_of(layer: Layer, kind: Kind, source: Source) -> str:
-    """Return the part of the pipeline that a layer is in, by the pipeline's attribute if told."""
+    """Return the part of the pipeline that a layer belongs to: its attribute, if it is known."""
     first = layer.name.partition(".")[0]
     if first in source.configs or first in {f.denoiser for f in kind.families}:
         return first
     if layer.name.startswith("text_encoders."):
         return ".".join(layer.name.split(".")[:2])
     prefixes = {f"{p}_": c for family in kind.families for c, p in family.kohya_prefixes.items()}
-    if told := next((c for prefix, c in prefixes.items() if layer.name.startswith(prefix)), None):
-        return told
+    if named := next((c for prefix, c in prefixes.items() if layer.name.startswith(prefix)), None):
+        return named
     if layer.text_encoder:
         return layer.text_encoder
     denoisers = {family.denoiser for family in kind.families}

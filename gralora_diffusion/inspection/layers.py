@@ -1,4 +1,4 @@
-"""Facts of one adapted layer of each kind, from its factors: the dense update is never made."""
+"""Facts of one adapted layer of each kind, computed from its factors without the dense update."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .source import Source
 
 
 class Settings:
-    """What a source says of rank, k and alpha besides its tensors.
+    """Rank, k and alpha as the metadata and configs of a source state them.
 
     Raises:
         AdapterFileError: the config of a GraLoRA adapter is damaged.
@@ -51,7 +51,7 @@ class Settings:
         self.lora = LoraScalings(loras, source.metadata, of_loras)
 
     def gralora(self, name: str) -> dict[str, float]:
-        """Alpha and scaling of a GraLoRA layer, if a config says them.
+        """Return alpha and scaling of a GraLoRA layer, if a config sets them.
 
         Raises:
             AdapterFileError: a pattern of the config cannot be matched in bounded time.
@@ -67,20 +67,20 @@ class Settings:
         return {"alpha": float(alpha), "scaling": alpha / (r + config.hybrid_r)}
 
 
-#: What PEFT's config has where a file leaves it out, of what is looked at here.
+#: PEFT's defaults of the fields that are read here.
 _DEFAULTS = {"hybrid_r": 0, "gralora_dropout": 0.0, "bias": "none"}
 
 
 def _config(values: Any, name: str, source: Source) -> Any:
-    """What a file's config says, with PEFT's names; PEFT's class takes seconds to import.
+    """Return a file's config under PEFT's names, without PEFT's class: it takes seconds to import.
 
-    A field of a later version does no harm here, where the adapter is only looked at.
+    A field of a later version does no harm here, because the adapter is not loaded.
     """
     if not isinstance(values, Mapping):
         raise source.error(f"{name}: the adapter's config is not a mapping but {values!r}")
     config: Any = SimpleNamespace(**_DEFAULTS | dict(values))
     if missing := [field for field in ("r", "gralora_k", "alpha") if field not in values]:
-        problems = [f"it lacks {', '.join(missing)}"]
+        problems = [f"these fields are missing: {', '.join(missing)}"]
     else:
         try:
             problems = invalid_values(config)
@@ -101,7 +101,7 @@ def _of_a_component(name: str, components: Mapping[str, Any]) -> tuple[str | Non
 def layer_facts(
     layer: Layer, component: str, source: Source, settings: Settings, tensors: dict[str, Tensor]
 ) -> LayerFacts:
-    """Return the facts of a layer whose tensors, by part, were read."""
+    """Return the facts of a layer from its tensors by part."""
     facts = LayerFacts(
         path=layer.name.replace(PEFT_PREFIX, "", 1),
         component=component,
@@ -123,13 +123,13 @@ def layer_facts(
 
 
 def _describe_gralora(
-    facts: LayerFacts, tensors: dict[str, Tensor], told: dict[str, float]
+    facts: LayerFacts, tensors: dict[str, Tensor], settings: dict[str, float]
 ) -> None:
     A = tensors["gralora_A"]
     facts.k, facts.rank, facts.kernel = A.shape[0], A.shape[2], list(A.shape[3:])
     general = tensors.get("gralora_A_general")
     facts.hybrid_rank = 0 if general is None else len(general)
-    facts.alpha, facts.scaling = told.get("alpha"), told.get("scaling")
+    facts.alpha, facts.scaling = settings.get("alpha"), settings.get("scaling")
 
 
 def _describe_other(
@@ -153,7 +153,7 @@ def _describe_other(
         facts.problem, facts.scaling = str(error), None
         return
     if facts.alpha is not None:
-        # a layer of rank 0 has no update to be scaled
+        # a layer of rank 0 has no update to scale
         facts.scaling = facts.alpha / facts.rank if facts.rank else None
 
 
@@ -173,7 +173,7 @@ def _measure(facts: LayerFacts, tensors: dict[str, Tensor]) -> None:
 
 
 def _singular_values(tensors: dict[str, Tensor]) -> Tensor | None:
-    """Those of the update, unscaled; None where they would need the dense update."""
+    """Return those of the unscaled update; None if they would need the dense update."""
     if {"gralora_A", "gralora_B"} <= set(tensors):
         general = None
         if {"gralora_A_general", "gralora_B_general"} <= set(tensors):

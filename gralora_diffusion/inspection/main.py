@@ -17,20 +17,22 @@ def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     result = TerminalParser(
         prog="gralora inspect",
-        description="Say what a file or folder is: an adapter of this or another program, a "
-        "checkpoint, a pipeline. Exit code 1 if a value is NaN or infinite, or if a layer is "
-        "damaged or its scaling cannot be told, 2 if it is none of these. Of several files, all "
-        "are looked at, and the worst counts.",
+        description="Report what a file or folder is: an adapter of this or another program, a "
+        "checkpoint, or a pipeline. The exit code is 1 if a value is NaN or infinite, if a layer "
+        "is damaged, or if its scaling cannot be determined. It is 2 if the file is none of these. "
+        "If you pass several files, all are inspected, and the exit code is the highest.",
     )
     result.add_argument("paths", metavar="FILE", nargs="+", help="files or folders")
     result.add_argument(
-        "--json", action="store_true", help="print the same facts as JSON; of several, a list"
+        "--json",
+        action="store_true",
+        help="print the same facts as JSON, as a list for several files",
     )
     result.add_argument("--all_layers", action="store_true", help="list every layer's update")
     result.add_argument(
         "--check",
         action="store_true",
-        help="read all tensors of a checkpoint too, and look for NaN and infinity",
+        help="also read all tensors of a checkpoint, and look for NaN and infinity",
     )
     result.add_argument("--sha256", action="store_true", help="hash the file")
     return result

@@ -1,4 +1,4 @@
-"""What lies at a path: safetensors files with their headers."""
+"""The safetensors files at a path, with their headers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: How the index of a model in several files ends.
+#: Ending of the index of a model that is split into several files.
 SHARD_INDEX = ".safetensors.index.json"
-#: Numbers of so few bits that none of them is NaN or infinity, by OCP's Microscaling Formats.
+#: Dtypes without NaN and infinity, because they have few bits (OCP's Microscaling Formats).
 ALWAYS_FINITE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
@@ -35,17 +35,17 @@ class Source:
     """A file, or the files of a folder. Tensors are only read by :meth:`read`.
 
     Attributes:
-        path: as given.
-        files: those that hold tensors.
-        headers: key -> header. In a folder of several models, the name of a model's own folder
-            stands in front of the key.
-        metadata: what the headers of all files say besides, in one.
+        path: the path that was passed.
+        files: the files with tensors.
+        headers: key -> header. In a folder of several models, the key starts with the name of the
+            model's own folder.
+        metadata: the metadata of all headers in one mapping.
         configs: JSON of ``adapter_config.json``, ``model_index.json`` or ``config.json``, by the
-            name of the model's own folder; empty for the folder itself.
-        is_pipeline: a folder of models with their index.
+            name of the model's own folder; the folder itself has the empty name.
+        is_pipeline: whether it is a folder of models with their index.
 
     Raises:
-        AdapterFileError: nothing there, no safetensors file, or not a whole one.
+        AdapterFileError: the path does not exist, or has no complete safetensors file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -59,13 +59,13 @@ class Source:
         for file, prefix in self._find_files():
             self._open(file, prefix)
         if not self.headers:
-            raise self.error("no tensors in it")
+            raise self.error("it contains no tensors")
 
     def read(self, key: str) -> Tensor:
         """Read one tensor.
 
         Raises:
-            AdapterFileError: torch has no such numbers, or does not compute with them.
+            AdapterFileError: torch does not have the tensor's dtype, or cannot compute with it.
         """
         header = self.headers[key]
         if header.dtype_name in ALWAYS_FINITE:
@@ -93,7 +93,7 @@ class Source:
     # -- finding files -----------------------------------------------------------------------------
 
     def _find_files(self) -> Iterator[tuple[Path, str]]:
-        """Yield files and what goes in front of their keys."""
+        """Yield files and the prefixes of their keys."""
         path = self.path
         if path.is_file():
             files = shards(path) if path.name.endswith(SHARD_INDEX) else [path]
@@ -122,10 +122,10 @@ class Source:
                 self.configs[""] = read_json(path / MODEL_CONFIG)
             files = self._model(path)
             if not files:
-                raise self.error("no .safetensors file in this folder")
+                raise self.error("this folder contains no .safetensors file")
             if len(files) > 1 and not list(path.glob(f"*{SHARD_INDEX}")):
                 names = ", ".join(file.name for file in files)
-                raise self.error(f"several files in this folder ({names}). Name one of them")
+                raise self.error(f"this folder contains several files ({names}). Pass one of them")
             yield from ((file, "") for file in files)
 
     def _peft(self, folder: Path, name: str) -> Path:
@@ -133,11 +133,13 @@ class Source:
         file = folder / PEFT_WEIGHTS_NAME
         if not file.is_file():
             others = ", ".join(path.name for path in folder.glob("adapter_model.*")) or "nothing"
-            raise self.error(f"{PEFT_CONFIG_NAME} without {file.name} beside it, but {others}")
+            raise self.error(
+                f"{PEFT_CONFIG_NAME} needs {file.name} beside it; found {others} instead"
+            )
         return file
 
     def _model(self, folder: Path) -> list[Path]:
-        """The files of one model; of several variants of it the one without a name of its own."""
+        """Return the files of one model; of several variants, the one without a variant name."""
         files = [file for file in weight_files(folder) if file.suffix == ".safetensors"]
         return files or sorted(folder.glob("*.safetensors"))
 

@@ -9,15 +9,15 @@ from gralora_diffusion.io.safe_text import first_few, for_terminal, for_terminal
 
 from .facts import Inspection, LayerFacts
 
-#: Layers of the largest norms that are listed, unless all are asked for.
+#: Number of layers that are listed, those with the largest norms first.
 LISTED = 10
-#: Metadata that is shown elsewhere or is no line of text.
+#: Metadata that is shown elsewhere or is not a line of text.
 _ELSEWHERE = {"gralora_adapter_metadata", "lora_adapter_metadata", "format"}
 _LONGEST_VALUE = 100
 
 
 def as_text(inspection: Inspection, all_layers: bool = False) -> str:
-    """Return what a person reads."""
+    """Return the inspection as text for the terminal."""
     blocks = [
         _head(inspection),
         _components(inspection),
@@ -32,7 +32,7 @@ def as_text(inspection: Inspection, all_layers: bool = False) -> str:
 
 
 def _head(inspection: Inspection) -> str:
-    family = " or ".join(inspection.families) or "not told"
+    family = " or ".join(inspection.families) or "unknown"
     if inspection.families:
         family += f" (by {inspection.family_told_by})"
     count = len(inspection.files)
@@ -63,7 +63,7 @@ def _components(inspection: Inspection) -> str:
 
 
 def _settings(layers: Sequence[LayerFacts]) -> str:
-    """Rank, k, alpha and scaling, one line for all layers that have the same."""
+    """Return rank, k, alpha and scaling, with one line for all layers that share them."""
     if not layers:
         return ""
     combinations = Counter(
@@ -98,19 +98,20 @@ def _others(inspection: Inspection) -> str:
         return ""
     first = ", ".join(inspection.others[:5]) + (", ..." if len(inspection.others) > 5 else "")
     return (
-        f"{len(inspection.others)} keys that belong to no adapted layer: {for_terminal_line(first)}"
+        f"{len(inspection.others)} keys do not belong to any adapted layer: "
+        f"{for_terminal_line(first)}"
     )
 
 
 def _problems(inspection: Inspection) -> str:
-    """What cannot be followed, and the layers of which something is not known."""
+    """Return the problems of the file, and the layers whose scaling is not known."""
     lines = list(inspection.problems)
     by_problem: dict[str, list[str]] = {}
     for layer in inspection.layers:
         if layer.problem:
             by_problem.setdefault(layer.problem, []).append(layer.path)
     lines += [f"{first_few(paths, 3)}: {problem}" for problem, paths in by_problem.items()]
-    return "\n  ".join(["how it is to be read:", *lines]) if lines else ""
+    return "\n  ".join(["problems:", *lines]) if lines else ""
 
 
 def _metadata(metadata: dict[str, str]) -> str:
@@ -158,7 +159,7 @@ def _size(count: int) -> str:
 
 
 def table(rows: Sequence[Sequence[str]], right: Iterable[int] = ()) -> str:
-    """Return rows of cells as lines with aligned columns; those of ``right`` end alike."""
+    """Return rows of cells as lines with aligned columns; the columns in ``right`` align right."""
     rows = [[for_terminal_line(cell) for cell in row] for row in rows]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     numbers = set(right)

@@ -1,1 +1,1 @@
-"""Files, the Hub, the process and its terminal: what the package reads and writes, and how."""
+"""Files, the Hub, the process and its terminal: how the package reads and writes."""

@@ -1,30 +1,30 @@
-"""What is not finished yet, and how it is taken away, whatever ends the work on it."""
+"""Clean up partial outputs on any exit, including signals."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 
-_TIDYING: dict[object, Callable[[], None]] = {}
+_CLEANUPS: dict[object, Callable[[], None]] = {}
 
 
 @contextmanager
-def cleanup_on_exit(tidy: Callable[[], None]) -> Iterator[None]:
-    """Call ``tidy`` at the end, however that comes about, or when the process is ended inside.
+def cleanup_on_exit(clean_up: Callable[[], None]) -> Iterator[None]:
+    """Call ``clean_up`` when the body ends in any way, and when the process is ended inside it.
 
-    It may be called at any moment, more than once, and when all is finished.
+    ``clean_up`` may be called at any moment, more than once, and after the work is finished.
     """
     key = object()
-    _TIDYING[key] = tidy
+    _CLEANUPS[key] = clean_up
     try:
         yield
     finally:
-        tidy()
-        del _TIDYING[key]
+        clean_up()
+        del _CLEANUPS[key]
 
 
 def clean_up_all() -> None:
-    """Take away whatever is unfinished, for the process is about to end."""
-    for tidy in list(_TIDYING.values()):
+    """Remove all partial outputs before the process ends."""
+    for clean_up in list(_CLEANUPS.values()):
         with suppress(Exception):
-            tidy()
+            clean_up()

@@ -1,7 +1,7 @@
-"""Which colours the numbers of an image stand for, and the same colours in sRGB.
+"""Find the colors that the numbers of an image stand for, and convert them to sRGB.
 
-A file says it by an ICC profile, by code points (CICP, ITU-T H.273: the ``cICP`` chunk of PNG, the
-``nclx`` box of AVIF), or by the ``gAMA`` and ``cHRM`` chunks of PNG. One that says nothing is sRGB.
+A file states them by an ICC profile, by code points (CICP, ITU-T H.273: the ``cICP`` chunk of PNG,
+the ``nclx`` box of AVIF), or by the ``gAMA`` and ``cHRM`` chunks of PNG. Otherwise it is sRGB.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ _PRIMARIES = {
     12: (0.680, 0.320, 0.265, 0.690, 0.150, 0.060, 0.3127, 0.3290),  # Display P3
 }
 _SRGB_PRIMARIES = _PRIMARIES[1]
-#: Powers by H.273's code of the transfer function (table 3); those of ``_AS_SRGB`` are read as
-#: sRGB's, for that is how viewers show images that were encoded for television.
+#: Powers by H.273's code of the transfer function (table 3). The codes in ``_AS_SRGB`` are read as
+#: sRGB, because viewers show images that were encoded for television in this way.
 _POWERS = {4: 2.2, 5: 2.8, 8: 1.0}
 _AS_SRGB = (1, 2, 6, 13, 14, 15)
 _HDR = {16: "PQ", 18: "HLG"}
-#: ``gAMA`` that encoders write for sRGB (PNG, third edition, section 11.3.2.5), and how near to it
-#: a value is taken for it.
+#: ``gAMA`` that encoders write for sRGB (PNG, third edition, section 11.3.2.5), and the largest
+#: difference from it that still counts as sRGB.
 _SRGB_GAMMA, _NEAR = 0.45455, 0.005
 #: Parameters g, a, b, c, d of sRGB's curve as ICC's parametric curve of type 3.
 _SRGB_CURVE = (2.4, 1 / 1.055, 0.055 / 1.055, 1 / 12.92, 0.04045)
@@ -41,27 +41,27 @@ _D50 = (0.9642, 1.0, 0.8249)
 _BRADFORD = np.array(
     [[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389, -0.0685, 1.0296]]
 )
-#: Images of these modes can have a profile of such a colour space.
+#: Color space of a profile -> the modes of images that can have it.
 _SPACES = {"RGB": ("RGB", "L"), "GRAY": ("L",), "CMYK": ("CMYK",)}
-#: A profile that changes no colour by more levels than this is sRGB itself.
+#: A profile that changes no color by more levels than this counts as sRGB.
 _ROUNDING = 1
 
 
 class UnknownColours(ValueError):
-    """The file says which colours it has, and they cannot be converted."""
+    """The file states its colors, but they cannot be converted."""
 
 
 def to_srgb(image: Image.Image, profile: bytes | None, warnings: list[str]) -> Image.Image:
-    """Return an image without transparency in RGB, with the colours of ``profile`` in sRGB.
+    """Return an image without transparency in RGB, with the colors of ``profile`` in sRGB.
 
-    The rendering intent is perceptual. Without a profile, or with one that is sRGB, Pillow's own
-    conversion is taken. The same holds for a damaged profile, or one of another colour space than
-    the pixels, as in viewers.
+    The rendering intent is perceptual. Without a profile, or if it is sRGB, Pillow's own conversion
+    is used. As in viewers, the same holds if the profile is damaged or has another color space than
+    the pixels.
 
     Args:
-        image: of mode L, RGB, CMYK, YCbCr, HSV or LAB.
+        image: an image of mode L, RGB, CMYK, YCbCr, HSV or LAB.
         profile: ICC; None for sRGB, empty for one that cannot be read.
-        remarks: what could not be used is appended.
+        warnings: problems with the profile are appended.
     """
     if image.mode in ("YCbCr", "HSV"):
         image = image.convert("RGB")
@@ -72,7 +72,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, warnings: list[str]) -> I
         space = source.profile.xcolor_space.strip()
         if image.mode not in _SPACES.get(space, ()):
             shown = space if space.isalnum() else repr(space)
-            warnings.append(f"its colour profile is for {shown}, its pixels are {image.mode}")
+            warnings.append(f"its color profile is for {shown}, but its pixels are {image.mode}")
             return image.convert("RGB")
         if space == "RGB":
             image = image.convert("RGB")
@@ -82,13 +82,13 @@ def to_srgb(image: Image.Image, profile: bytes | None, warnings: list[str]) -> I
             return image.convert("RGB")
         return _applied(transform, image)
     except (ImageCms.PyCMSError, ImportError, OSError, TypeError, ValueError) as error:
-        warnings.append(f"its colour profile cannot be used ({error_line(error)})")
+        warnings.append(f"its color profile cannot be used ({error_line(error)})")
         return image.convert("RGB")
 
 
 def _applied(transform: ImageCms.ImageCmsTransform, image: Image.Image) -> Image.Image:
     converted = ImageCms.applyTransform(image, transform)
-    assert converted is not None  # it is None only where it replaces the image
+    assert converted is not None  # it is only None if it replaces the image
     return converted
 
 
@@ -107,23 +107,23 @@ def _is_identity(transform: ImageCms.ImageCmsTransform, mode: str) -> bool:
 def find_profile(
     file_format: str | None, info: Mapping[Any, Any], data: bytes, warnings: list[str]
 ) -> bytes | None:
-    """Return the ICC profile of a file, or one of the same meaning; None for sRGB.
+    """Return the ICC profile of a file, or one with the same meaning; None for sRGB.
 
     Args:
-        file_format: Pillow's name.
-        info: what Pillow read of it.
-        data: the file.
-        remarks: what could not be used is appended.
+        file_format: Pillow's name of the format.
+        info: Pillow's ``info`` of the file.
+        data: the content of the file.
+        warnings: problems with the profile are appended.
 
     Raises:
-        UnknownColours: the colours are of high dynamic range (PQ, HLG), or of no known kind.
+        UnknownColours: the colors have high dynamic range (PQ, HLG), or are of an unknown kind.
     """
     codes = None
     if file_format == "PNG":
         codes = next((body[:2] for name, body in _chunks(data) if name == b"cICP"), None)
     elif file_format == "AVIF" and not info.get("icc_profile"):
         box = next(_boxes(data, (b"meta", b"iprp", b"ipco", b"colr"), b"nclx"), b"")
-        codes = box[1:4:2]  # of the numbers of two bytes, the lower ones
+        codes = box[1:4:2]  # the lower bytes of two-byte numbers
     if codes and len(codes) == 2:
         return _coded_profile(*codes)
     if "icc_profile" in info:
@@ -145,8 +145,8 @@ def _coded_profile(primaries: int, transfer: int) -> bytes | None:
     power = _POWERS.get(transfer)
     if points is None or (power is None and transfer not in _AS_SRGB):
         raise UnknownColours(
-            f"its colours have the code points {primaries}/{transfer} (CICP), which are not read. "
-            "Save it as sRGB"
+            f"its colors have the code points {primaries}/{transfer} (CICP), which are not "
+            "supported. Save it as sRGB"
         )
     if points == _SRGB_PRIMARIES and power is None:
         return None
@@ -160,7 +160,7 @@ def _png_profile(info: Mapping[Any, Any], warnings: list[str]) -> bytes | None:
     power = None
     if gamma is not None and abs(gamma - _SRGB_GAMMA) > _NEAR:
         if not 0.05 <= gamma <= 5:
-            warnings.append(f"its gAMA chunk says {gamma}")
+            warnings.append(f"its gAMA chunk has the impossible value {gamma}")
             return None
         power = 1 / gamma
     # PNG begins with the white point
@@ -170,19 +170,20 @@ def _png_profile(info: Mapping[Any, Any], warnings: list[str]) -> bytes | None:
     try:
         return rgb_profile(points, power)
     except (np.linalg.LinAlgError, struct.error, OverflowError, ValueError, ZeroDivisionError):
-        warnings.append("its cHRM chunk names no possible colours")
+        warnings.append("its cHRM chunk describes impossible colors")
         return None
 
 
 def rgb_profile(points: tuple[float, ...], power: float | None) -> bytes:
-    """Return an ICC profile (version 4) of RGB numbers.
+    """Return an ICC profile (version 4) for RGB numbers.
 
     Args:
         points: x and y of red, green, blue and white.
-        power: of the number, for light; None: sRGB's curve.
+        power: the power of a number that gives the light; None for sRGB's curve.
 
     Raises:
-        ValueError, ArithmeticError, numpy.linalg.LinAlgError, struct.error: no such colours.
+        ValueError, ArithmeticError, numpy.linalg.LinAlgError, struct.error: the colors are
+            impossible.
     """
     xyz = [
         np.array([x / y, 1.0, (1 - x - y) / y]) for x, y in zip(*[iter(points)] * 2, strict=True)
@@ -192,7 +193,7 @@ def rgb_profile(points: tuple[float, ...], power: float | None) -> bytes:
     cones = (_BRADFORD @ np.array(_D50)) / (_BRADFORD @ white)  # the profile's white is D50
     matrix = np.linalg.inv(_BRADFORD) @ np.diag(cones) @ _BRADFORD @ matrix
     if not np.isfinite(matrix).all():
-        raise ValueError("no such colours")
+        raise ValueError("the colors are impossible")
     parameters = _SRGB_CURVE if power is None else (power,)
     curve = b"para" + struct.pack(">IHH", 0, 0 if power else 3, 0) + _fixed(parameters)
     tags = {b"wtpt": b"XYZ \0\0\0\0" + _fixed(_D50)}
@@ -211,12 +212,12 @@ def rgb_profile(points: tuple[float, ...], power: float | None) -> bytes:
 
 
 def _fixed(values: Any) -> bytes:
-    """Numbers as ICC's s15Fixed16Number."""
+    """Return numbers as ICC's s15Fixed16Number."""
     return b"".join(struct.pack(">i", round(float(value) * 65536)) for value in values)
 
 
 def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Names and contents of a PNG's chunks before its pixels."""
+    """Yield names and contents of a PNG's chunks before its pixels."""
     place = 8
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
@@ -227,12 +228,14 @@ def _chunks(data: bytes) -> Iterator[tuple[bytes, bytes]]:
 
 
 def _boxes(data: bytes, path: tuple[bytes, ...], start: bytes) -> Iterator[bytes]:
-    """Contents of the boxes at a path in an ISO base media or JPEG 2000 file, of those that begin
-    with ``start``, and after it."""
+    """Yield contents of boxes at a path in an ISO base media or JPEG 2000 file.
+
+    Only contents with the prefix ``start`` are returned, without the prefix.
+    """
     place = 0
     while place + 8 <= len(data):
         length, name = struct.unpack_from(">I4s", data, place)
-        if length < 8:  # to the end of the file, or longer than 4 GiB: nothing of ours is behind
+        if length < 8:  # it extends to the end of the file, or beyond 4 GiB: no such box follows
             length = len(data) - place
         if name == path[0]:
             body = data[place + 8 : place + length]

@@ -1,6 +1,6 @@
-"""Names of version 0.1 that have moved: they go on working for one release, with a warning.
+"""Names of version 0.1 that have moved: they keep working for one release, with a warning.
 
-``install`` lets the old modules be imported; ``names_of`` is the ``__getattr__`` of a package that
+``install`` makes the old modules importable. ``names_of`` is the ``__getattr__`` of a package that
 has the name of an old module.
 """
 
@@ -16,7 +16,7 @@ from types import ModuleType
 from typing import Any
 
 _PACKAGE = __name__.partition(".")[0]
-#: Module of version 0.1 -> where its contents are now.
+#: Module of version 0.1 -> the module with its contents now.
 MODULES = {
     "benchmark.claims": "benchmark.trial_locks",
     "benchmark.class_pictures": "benchmark.class_images",
@@ -232,7 +232,7 @@ NAMES = {
 
 
 def install() -> None:
-    """Let the modules of version 0.1 be imported."""
+    """Make the modules of version 0.1 importable."""
     if not any(isinstance(finder, _Finder) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Finder())
 
@@ -266,7 +266,7 @@ def names_of(module: str) -> Callable[[str], Any]:
 
 
 class _Finder:
-    """Finds the old modules, which have nothing but ``names_of``."""
+    """Finds the old modules, which only contain ``names_of``."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None

@@ -31,6 +31,6 @@ def torch_dtype(name: str) -> torch.dtype:
 
 
 def short_name(dtype: torch.dtype) -> str:
-    """Return the short name of a dtype, or torch's own where it has none."""
+    """Return the short name of a dtype, or torch's own name if it has none."""
     name = str(dtype).removeprefix("torch.")
     return next((short for short, full in NAMES.items() if full == name), name)

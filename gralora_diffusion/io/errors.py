@@ -1,4 +1,4 @@
-"""What callers of the package may want to catch; a command prints it without a traceback."""
+"""The errors that callers of the package may want to catch. Commands print no traceback."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 
 class AdapterFileError(ValueError):
-    """An adapter file that cannot be used; says where, what was found and what to do."""
+    """An adapter file cannot be used. The message says where, what was found and what to do."""
 
 
 class ConfigError(ValueError):
-    """Options that cannot be used. ``problems`` holds one text for each."""
+    """Options cannot be used. ``problems`` has one text for each problem."""
 
     def __init__(self, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -20,7 +20,7 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """Pictures or captions that cannot be trained on. ``problems`` holds one text for each."""
+    """Images or captions cannot be used. ``problems`` has one text for each problem."""
 
     def __init__(self, place: str, problems: Sequence[str]) -> None:
         self.problems = list(problems)
@@ -28,4 +28,4 @@ class DataError(ValueError):
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that could not be written or is not one to resume from."""
+    """A checkpoint could not be written, or a run cannot be resumed from it."""

@@ -1,4 +1,4 @@
-"""Files fetched from the Hugging Face Hub, and why they could not be."""
+"""Fetch files from the Hugging Face Hub, and explain downloads that fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from huggingface_hub.errors import (
 )
 
 _UNREACHABLE = (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)
-#: What httpx raises for them, under whatever name huggingface_hub has it.
+#: Base class of httpx's errors for them; huggingface_hub may import httpx under another name.
 _OF_HTTPX = "TransportError"
 
 
@@ -30,14 +30,14 @@ def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
             ``local_files_only``, ...
 
     Raises:
-        OSError: it could not be fetched; says why and what to do.
+        OSError: it could not be fetched. The message says why and what to do.
     """
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         revision, cache_dir = options.get("revision"), options.get("cache_dir")
         problem = offline_problem(error, repository, revision=revision, cache_dir=cache_dir) or (
-            f"neither a local path nor a repository on the Hub that could be fetched: {error}"
+            f"this is not a local path, and it could not be fetched from the Hub: {error}"
         )
         raise OSError(problem) from error
 
@@ -50,21 +50,21 @@ def offline_problem(
     revision: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
 ) -> str | None:
-    """Say that the Hub could not be asked for a repository, and what to do; None if it was.
+    """Return a message if the Hub could not be asked for a repository; None if it was asked.
 
     Args:
-        error: what the library raised, whose causes are looked at.
-        repository: as the user named it, who may have meant a folder.
-        is_dataset: it is one of ``datasets``, which has a cache of its own.
-        revision, cache_dir: as given for the download.
+        error: the library's error, whose causes are checked.
+        repository: the user's name for it, which may have meant a folder.
+        is_dataset: it is a repository of ``datasets``, which has its own cache.
+        revision, cache_dir: the options of the download.
     """
     causes = [] if Path(repository).exists() else list(_causes(error))
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        reason = "is not asked, for HF_HUB_OFFLINE is set"
+        reason = "is not asked because HF_HUB_OFFLINE is set"
     elif any(_is_of_the_cache(cause) for cause in causes):
-        reason = "is not asked, for only local files are wanted"
+        reason = "is not asked because only local files are allowed"
     elif any(_is_unreachable(cause) for cause in causes):
-        reason = "cannot be reached from here"
+        reason = "cannot be reached from this machine"
     else:
         return None
     options = {"--revision": revision, "--cache-dir": None if is_dataset else cache_dir}
@@ -72,15 +72,15 @@ def offline_problem(
     command += [text for name, value in options.items() if value for text in (name, str(value))]
     if is_dataset:
         command += ["--repo-type", "dataset", "--local-dir", "FOLDER"]
-    there = "and give that folder" if is_dataset else "or give a folder"
+    folder = "and pass that folder" if is_dataset else "or pass a folder"
     return (
-        "there is no such folder, the Hub's cache lacks it or a part of it, and the Hub "
-        f"{reason}. Fetch it where there is a network, by `{shlex.join(command)}`, {there}"
+        "there is no such folder, the Hub's cache does not contain all of it, and the Hub "
+        f"{reason}. With network access, download it by `{shlex.join(command)}`, {folder}"
     )
 
 
 def _is_of_the_cache(error: BaseException) -> bool:
-    """Whether nothing but the cache was looked at."""
+    """Whether only the cache was searched."""
     return isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None
 
 
@@ -90,7 +90,7 @@ def _is_unreachable(error: BaseException) -> bool:
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """The error, what it was raised from, and so on."""
+    """Yield the error, the error that it was raised from, and so on."""
     while error is not None:
         yield error
         context = None if error.__suppress_context__ else error.__context__

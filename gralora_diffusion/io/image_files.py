@@ -1,7 +1,7 @@
-"""Image files: which files are images, and from a file to upright RGB pixels in sRGB.
+"""Image files: recognize them, and read them as upright RGB pixels in sRGB.
 
-Everything that reads images of the user's reads them here: training, ``gralora sample``, the
-benchmark and its report.
+All of the user's images are read here: by training, ``gralora sample``, the benchmark and its
+report.
 """
 
 from __future__ import annotations
@@ -21,35 +21,35 @@ from .colour_profiles import UnknownColours, find_profile, to_srgb
 from .regular_files import read_regular
 from .safe_text import error_line
 
-#: Raised when the same file gives other pixels than before, for what is kept of them.
+#: Increased when the same file gives other pixels than before, because caches depend on them.
 DECODER_VERSION = 2
-#: Pillow's formats that are read, as far as it has them. Left out are what no image is (HDF5, GRIB,
-#: BUFR, MPEG, PDF), what programs would be run for (EPS, WMF), what opens files of any format
-#: inside (IPTC), and numbers without a range (FITS, SPIDER). Those that are recognised by a strong
-#: signature come first.
+#: Pillow's formats that are read, if this Pillow supports them. Left out are formats that are not
+#: images (HDF5, GRIB, BUFR, MPEG, PDF), that would run programs (EPS, WMF), that contain files of
+#: any format (IPTC), or whose numbers have no range (FITS, SPIDER). Formats with a strong signature
+#: come first.
 _FORMATS = (
     *("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM", "QOI", "PSD"),
     *("ICNS", "DDS", "BLP", "FTEX", "SGI", "PCX", "DCX", "SUN", "MSP", "GBR", "PIXAR", "XPM"),
     *("XBM", "IM", "PCD", "DIB", "ICO", "CUR", "FLI", "TGA"),
 )
-#: Formats with endings of their own that are opened by another one's reader.
+#: Formats with their own extensions that another format's reader opens.
 _READ_WITH = {"MPO": "JPEG"}
-#: Pixels of an image at most. Cameras and phones make up to 108 million; it takes 8 bytes each.
+#: Maximum number of pixels. Cameras and phones have up to 108 million; each takes 8 bytes.
 MAX_PIXELS = 110_000_000
-#: Bytes of an image file at most: that many pixels of six bytes.
+#: Maximum size of an image file: that many pixels of six bytes, and more.
 MAX_BYTES = 1 << 30
-#: Images of more pixels are decoded one at a time, whatever the number of threads.
+#: Images with more pixels are decoded one at a time, whatever the number of threads.
 _LARGE_PIXELS = 1 << 24
 _large = threading.Lock()
-#: Pixels that are converted at once.
+#: Number of pixels that are converted at once.
 _STRIP_PIXELS = 1 << 22
-#: How the names of masks end that trainers read beside an image: OneTrainer's masks and
+#: Endings of the names of masks that trainers read beside an image: OneTrainer's masks and
 #: conditioning images, and the usual names elsewhere.
 _MASK_ENDINGS = ("-masklabel", "-condlabel", "_masklabel", "_mask", "-mask", ".mask")
-#: Those that are used for nothing else.
+#: The endings that are only used for masks.
 _ONLY_MASKS = ("-masklabel", "-condlabel", "_masklabel")
 _WHITE = (255, 255, 255, 255)
-#: What turns an image upright, by EXIF's orientation.
+#: EXIF's orientation -> the operation that makes the image upright.
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -60,16 +60,16 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _TIFF_BITS, _TIFF_PHOTOMETRIC = 258, 262
-#: 8-bit levels of a PNG's grey of fewer bits are multiples of these, by Pillow's raw mode.
+#: Pillow's raw mode of a gray PNG with fewer than 8 bits -> largest value, and 8-bit level of 1.
 _GREY_STEPS = {"1": (1, 255), "L;2": (3, 85), "L;4": (15, 17)}
 
 
 class ImageError(ValueError):
-    """A file that is no image, is damaged, or cannot be shown in sRGB."""
+    """A file is not an image, is damaged, or cannot be shown in sRGB."""
 
 
 class FolderImages(NamedTuple):
-    """Names of files in a folder, sorted: images, and masks of these."""
+    """Sorted names of files in a folder: images, and masks of these images."""
 
     images: list[str]
     masks: list[str]
@@ -84,7 +84,7 @@ def formats() -> tuple[str, ...]:
 
 @cache
 def image_extensions() -> frozenset[str]:
-    """Endings, lower case and with the dot, of the files that are taken for images."""
+    """Extensions of image files, in lower case and with the dot."""
     known = formats()
     return frozenset(
         ending
@@ -94,15 +94,15 @@ def image_extensions() -> frozenset[str]:
 
 
 def is_image(path: Path) -> bool:
-    """Whether a file is taken for an image, by its name; hidden ones are not."""
+    """Whether a file is an image according to its name; hidden files are not."""
     return path.suffix.lower() in image_extensions() and not path.name.startswith(".")
 
 
 def folder_images(names: Iterable[str]) -> FolderImages:
-    """Tell the images of a folder from their masks, by the names of its files.
+    """Separate the images of a folder from their masks, by the names of its files.
 
-    A mask is called like an image of the folder, with an ending such as ``-masklabel`` or ``_mask``
-    before the extension.
+    A mask has the name of an image of the folder, with an ending such as ``-masklabel`` or
+    ``_mask`` before the extension.
     """
     found = sorted(name for name in names if is_image(Path(name)))
     stems = {Path(name).stem.lower() for name in found}
@@ -117,10 +117,10 @@ def _is_mask(stem: str, stems: set[str]) -> bool:
 
 
 def image_suffix(data: bytes) -> str:
-    """Return an ending, with the dot, for an image file by its content.
+    """Return the extension, with the dot, that fits the content of an image file.
 
     Raises:
-        ImageError: it is no image of a format that is read.
+        ImageError: it is not an image of a supported format.
     """
     image = _open(data)
     endings = Image.registered_extensions().items()
@@ -135,20 +135,20 @@ def read_image(
 ) -> Image.Image:
     """Return an image file as an upright image of mode RGB, in sRGB.
 
-    - Colours of an ICC profile, of CICP, or of PNG's ``gAMA`` and ``cHRM`` are converted, see
+    - Colors of an ICC profile, of CICP, or of PNG's ``gAMA`` and ``cHRM`` are converted, see
       :func:`.colour_profiles.to_srgb`. CMYK without a profile is converted by Pillow's formula.
-    - Transparency is laid on white, after that conversion.
-    - 16 bits per channel become 8: grey by rounding, RGB by its upper 8 bits.
+    - Transparent pixels are placed on white after that conversion.
+    - 16 bits per channel become 8: gray by rounding, RGB by its upper 8 bits.
     - The camera's orientation (EXIF) is applied.
-    - Of an animation or a file of several pages, the first is taken.
+    - Only the first frame of an animation, or the first of several pages, is read.
 
     Args:
         source: a path, the bytes of a file, or a file opened for reading bytes.
-        remarks: what of the file could not be used, such as a damaged profile, is appended.
-        at_least: a JPEG may be decoded smaller, though not to fewer pixels a side than this.
+        warnings: problems that do not prevent reading, such as a damaged profile, are appended.
+        at_least: a JPEG may be decoded smaller, but not below this number of pixels per side.
 
     Raises:
-        ImageError: it is no image of a format that is read, is damaged, has more than
+        ImageError: it is not an image of a supported format, is damaged, has more than
             ``MAX_PIXELS``, or its pixels have no fixed range.
     """
     warnings = [] if warnings is None else warnings
@@ -170,7 +170,7 @@ def as_srgb(image: Image.Image) -> Image.Image:
     """Return an image in memory as :func:`read_image` returns its file.
 
     Raises:
-        ImageError: as there.
+        ImageError: as in :func:`read_image`.
     """
     with _as_image_errors():
         return _converted(image, b"", [])
@@ -182,7 +182,7 @@ def _as_image_errors() -> Iterator[None]:
         yield
     except ImageError:
         raise
-    except Exception as error:  # Pillow raises almost any kind on a damaged file
+    except Exception as error:  # Pillow raises almost any kind of error on a damaged file
         raise ImageError(error_line(error)) from error
 
 
@@ -192,7 +192,7 @@ def _open(data: bytes) -> Image.Image:
     except UnidentifiedImageError:
         kinds = ", ".join(formats()[:7])
         raise ImageError(
-            f"it is no picture of a kind that is read with Pillow ({kinds} and others)"
+            f"it is not an image in a format that is supported ({kinds} and others)"
             if data
             else "the file is empty"
         ) from None
@@ -203,7 +203,7 @@ def _open(data: bytes) -> Image.Image:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ImageError(
-            f"it has {width} x {height} pixels; at most {MAX_PIXELS:,} are read. Make it smaller"
+            f"it has {width} x {height} pixels; at most {MAX_PIXELS:,} are allowed. Make it smaller"
         )
     return image
 
@@ -232,7 +232,7 @@ def _converted(image: Image.Image, data: bytes, warnings: list[str]) -> Image.Im
 
 
 def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
-    """Cut a part of an image into strips: copies of a whole large one would fill the memory."""
+    """Cut a part of an image into strips, because copies of a large image would fill the memory."""
     left, top, right, bottom = box
     rows = max(1, _STRIP_PIXELS // max(1, right - left))
     for start in range(top, bottom, rows):
@@ -240,15 +240,15 @@ def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int
 
 
 def _png_raw_mode(image: Image.Image) -> str:
-    """How a PNG that is not loaded yet holds its pixels."""
+    """Return Pillow's raw mode of a PNG that is not loaded yet."""
     tiles = getattr(image, "tile", None)
     return str(tiles[0][3]) if image.format == "PNG" and tiles else ""
 
 
 def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
-    """The part of a GIF that is not loaded yet that its first frame covers, if it is not all of it.
+    """Return the part that the first frame of an unloaded GIF covers, unless it covers all of it.
 
-    The rest is see-through. Pillow fills it with some colour of the palette.
+    The rest is transparent, but Pillow fills it with a color of the palette.
     """
     tiles = getattr(image, "tile", None)
     box = tuple(tiles[0][1]) if image.format == "GIF" and tiles else None
@@ -256,10 +256,10 @@ def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
 
 
 def _orientation(image: Image.Image, warnings: list[str]) -> int:
-    """EXIF's orientation. ``ImageOps.exif_transpose`` also writes EXIF anew, which may fail."""
+    """Return EXIF's orientation. ``ImageOps.exif_transpose`` also rewrites EXIF, which may fail."""
     try:
         found = image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception as error:  # whatever damaged EXIF leads to
+    except Exception as error:  # damaged EXIF data may raise anything
         warnings.append(f"its EXIF data are damaged ({error}); it may not be upright")
         return 1
     return found if isinstance(found, int) else 1
@@ -271,7 +271,7 @@ def _separated(
     levels: np.ndarray[Any, Any] | None,
     lower: Image.Image | None,
 ) -> tuple[Image.Image, Image.Image | None]:
-    """The colours, of mode L, RGB, CMYK, YCbCr, HSV or LAB, and the opacity, of mode L, if any.
+    """Return the colors in mode L, RGB, CMYK, YCbCr, HSV or LAB, and the opacity in L, if any.
 
     Args:
         raw: see :func:`_png_raw_mode`.
@@ -298,7 +298,7 @@ def _separated(
     if image.mode in ("LA", "RGBA"):
         return image.convert(image.mode[:-1]), image.getchannel("A")
     if image.mode not in ("L", "RGB", "CMYK", "YCbCr", "HSV", "LAB"):
-        raise ImageError(f"its pixels are of a kind that is not read, {image.mode}")
+        raise ImageError(f"its pixels have the mode {image.mode}, which is not supported")
     if transparent is None or mode in ("P", "PA") or image.mode not in ("L", "RGB"):
         return image, None
     pixels = np.asarray(image)
@@ -321,18 +321,18 @@ def _mask(opaque: np.ndarray[Any, Any] | None) -> Image.Image | None:
 
 
 def _lower_bytes(data: bytes) -> Image.Image | None:
-    """The lower halves of a PNG's channels of 16 bits, of which Pillow gives the upper ones."""
+    """Return the lower bytes of a PNG's 16-bit channels; Pillow returns the upper bytes."""
     if not data:
         return None
     with Image.open(io.BytesIO(data), formats=("PNG",)) as image:
-        # read as if the lower byte came last, what seems to be the upper half is the lower one
+        # read as little-endian, so that the lower byte is returned as the upper one
         image.tile = [tile._replace(args="RGB;16L") for tile in image.tile]
         image.load()
         return image
 
 
 def _levels(image: Image.Image) -> np.ndarray[Any, Any]:
-    """8-bit levels by value, of one channel of 16 bits, or such a channel kept in 32 bits."""
+    """Return 8-bit levels by value for a 16-bit channel, which may be stored in 32 bits."""
     tags = getattr(image, "tag_v2", {})
     top = 0xFFF if tags.get(_TIFF_BITS) == (12,) else 0xFFFF
     arrays = (np.asarray(image.crop(strip)) for strip in _strips((0, 0, *image.size)))
@@ -344,9 +344,9 @@ def _levels(image: Image.Image) -> np.ndarray[Any, Any]:
         )
     if image.mode == "I" and image.format == "TIFF" and 0 < high <= 255:
         raise ImageError(
-            f"its pixels range from {low} to {high}, and can be of 8 or of 16 bits; save it as PNG"
+            f"its pixels range from {low} to {high}, which may be 8 or 16 bits; save it as PNG"
         )
-    # Pillow's own conversion would cut off all above 255
+    # Pillow's own conversion would clip all values above 255
     levels = np.rint(np.arange(top + 1) * (255 / top)).astype(np.uint8)
-    # where 0 is white, Pillow sees to it for 8 bits only
+    # if 0 is white, Pillow only inverts 8-bit values
     return levels[::-1] if tags.get(_TIFF_PHOTOMETRIC) == 0 else levels

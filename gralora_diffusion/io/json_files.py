@@ -1,4 +1,4 @@
-"""Objects of JSON in files that others gave."""
+"""Read JSON objects from untrusted files."""
 
 from __future__ import annotations
 
@@ -8,32 +8,34 @@ from typing import Any
 
 from .regular_files import read_regular
 
-#: More than any config, index or result has.
+#: Maximum size of a file. No config, index or result is as large.
 MOST_BYTES = 64 << 20
 
 
 def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Return the object that a text of JSON holds; a byte order mark in bytes is passed over.
+    """Return the object in a JSON text; a byte order mark in bytes is ignored.
 
     Raises:
-        ValueError: it is no JSON, nested too deeply, or holds something other than an object.
+        ValueError: the text is not JSON, is nested too deeply, or is not an object.
     """
     try:
         content = json.loads(text)
     except UnicodeDecodeError as error:
-        raise ValueError(f"it is no text in UTF-8 ({error.reason} at byte {error.start})") from None
+        raise ValueError(
+            f"it is not text in UTF-8 ({error.reason} at byte {error.start})"
+        ) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not an object ({{...}})")
+        raise ValueError(f"it contains a {type(content).__name__}, not an object ({{...}})")
     return content
 
 
 def read_object(path: Path, most_bytes: int = MOST_BYTES) -> dict[str, Any]:
-    """Read a file that holds one object of JSON.
+    """Read a file with one JSON object.
 
     Raises:
-        OSError: the file cannot be read, is no regular file, or has more bytes than allowed.
-        ValueError: it holds no such object; see :func:`parse_object`.
+        OSError: the file cannot be read, is not a regular file, or has more bytes than allowed.
+        ValueError: it does not contain an object; see :func:`parse_object`.
     """
     return parse_object(read_regular(path, most_bytes))

@@ -1,6 +1,6 @@
-"""Names of a package that are imported when they are first asked for (PEP 562).
+"""Names of a package that are imported at their first use (PEP 562).
 
-torch, PEFT and diffusers take seconds to import, which help texts and wrong options can do without.
+torch, PEFT and diffusers take seconds to import, and help texts and option errors do not need them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def lazy_names(
 
     Args:
         package: its ``__name__``.
-        homes: module in the package -> the names that come from there.
+        homes: module in the package -> the names that it defines.
     """
     home_of = {name: f"{package}.{home}" for home, names in homes.items() for name in names}
 

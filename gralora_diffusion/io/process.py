@@ -1,4 +1,4 @@
-"""What a command does to its process while it works: quiet libraries, and an orderly end."""
+"""Process-wide settings of a command: quiet libraries, safe terminal output, an orderly end."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from types import FrameType, TracebackType
 from .cleanup_on_exit import clean_up_all
 from .safe_text import TerminalFormatter, for_terminal
 
-#: Loggers that warn of what is not used here, such as kernels for other machines and torchvision,
-#: or of what was asked for, such as a LoRA that leaves the text encoder alone.
+#: Loggers that warn about unused things, such as kernels for other machines and torchvision, or
+#: about intended ones, such as a LoRA without layers in the text encoder.
 _OF_NO_USE = (
     "bitsandbytes.backends.cpu.ops",
     "torchao",
@@ -27,16 +27,16 @@ _OF_NO_USE = (
     "diffusers.loaders.peft",
     "transformers.utils.import_utils",
 )
-#: Signals by which others end a process; Windows has not all of them.
+#: Signals that ask a process to end; Windows does not have all of them.
 _ENDS = ("SIGTERM", "SIGHUP")
-#: How the standard library makes a warning a text, whatever replaces it later.
+#: The standard library's formatting of warnings, before anything replaces it.
 _format_warning = warnings.formatwarning
 
 
 def guard_terminal() -> None:
-    """From now on warnings, logs without a handler and tracebacks hold no control characters.
+    """Remove control characters from warnings, logs without a handler and tracebacks.
 
-    It holds until the process ends: a traceback is printed after the command has returned.
+    This lasts until the process ends, because a traceback is printed after the command returns.
     """
 
     def format_warning(
@@ -62,7 +62,7 @@ def guard_terminal() -> None:
 
 
 def log_to_terminal() -> None:
-    """Guard the terminal, and print log records from WARNING on, unless that is set up already."""
+    """Guard the terminal, and print log records from WARNING on unless logging is set up."""
     guard_terminal()
     handler = logging.StreamHandler()
     handler.setFormatter(TerminalFormatter("%(levelname)s: %(message)s"))
@@ -81,16 +81,16 @@ def are_several() -> bool:
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Inside, they show no bars for loading and say nothing of ``_OF_NO_USE``; errors are shown.
+    """Inside, libraries show no bars for loading and no warnings of ``_OF_NO_USE``.
 
-    Bars of downloads stay. Afterwards all is as it was.
+    Errors and bars for downloads are still shown. Afterwards the settings are restored.
     """
     with ExitStack() as stack:
         for name in _OF_NO_USE:
             logger = logging.getLogger(name)
             stack.callback(logger.setLevel, logger.level)
             logger.setLevel(logging.ERROR)
-        # only now, for to import them is to hear from them
+        # imported here, because their imports already log warnings
         from diffusers.utils import logging as of_diffusers
         from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
         from transformers.utils import logging as of_transformers
@@ -100,18 +100,18 @@ def quiet_libraries() -> Iterator[None]:
             if library.is_progress_bar_enabled():
                 stack.callback(library.enable_progress_bar)
                 library.disable_progress_bar()
-        if downloads_are_shown:  # transformers' bars and those of downloads go together
+        if downloads_are_shown:  # transformers' switch also affects the bars of downloads
             enable_progress_bars()
         yield
 
 
 @contextmanager
 def tidied_when_ended() -> Iterator[None]:
-    """Inside, SIGTERM and SIGHUP take away what is unfinished before they end the process.
+    """Inside, SIGTERM and SIGHUP remove partial outputs before they end the process.
 
-    That is done where they are met, and nothing is raised: an exception between any two steps of
-    the main thread may leave a lock held, for which the threads that write would wait for ever.
-    Ctrl-C raises KeyboardInterrupt as ever.
+    The handler does this itself instead of raising: an exception at any point of the main thread
+    may leave a lock held, and threads that write would wait for it forever. Ctrl-C raises
+    KeyboardInterrupt as usual.
     """
 
     def end(number: int, frame: FrameType | None) -> None:
@@ -120,9 +120,9 @@ def tidied_when_ended() -> Iterator[None]:
         os.kill(os.getpid(), number)
 
     handlers = {}
-    if threading.current_thread() is threading.main_thread():  # no other one has handlers
+    if threading.current_thread() is threading.main_thread():  # no other thread can set handlers
         numbers = [getattr(signal, name) for name in _ENDS if hasattr(signal, name)]
-        # what nohup has ignored stays ignored
+        # signals that nohup ignores stay ignored
         numbers = [number for number in numbers if signal.getsignal(number) != signal.SIG_IGN]
         handlers = {number: signal.signal(number, end) for number in numbers}
     try:

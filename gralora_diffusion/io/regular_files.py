@@ -1,4 +1,4 @@
-"""Files that others gave, read without trusting what lies at a path."""
+"""Read untrusted paths safely: only regular files are opened."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ _KINDS = {
 
 
 def is_regular(path: Path) -> bool:
-    """Whether a path leads to a file with contents, through links or not.
+    """Whether a path leads to a regular file, directly or through links.
 
-    A name that no file can have, such as one that is too long, leads to none.
+    A name that no file can have, such as one that is too long, does not.
     """
     try:
         return stat.S_ISREG(path.stat().st_mode)
@@ -28,18 +28,18 @@ def is_regular(path: Path) -> bool:
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file; links are followed.
 
-    A named pipe would block for ever, and a device may never end: neither is opened.
+    A named pipe would block forever and a device may never end, so neither is opened.
 
     Args:
-        limit: bytes at most.
+        limit: maximum number of bytes.
 
     Raises:
-        OSError: the file cannot be read, is no regular file, or is longer than ``limit``.
+        OSError: the file cannot be read, is not a regular file, or is longer than ``limit``.
     """
     status = path.stat()
     if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "no regular file")
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(f"it is {kind}, not a file")
     if status.st_size > limit:
-        raise OSError(f"it has {status.st_size:,} bytes; at most {limit:,} are read")
+        raise OSError(f"it has {status.st_size:,} bytes; at most {limit:,} are allowed")
     return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Outputs that appear under their name when they are whole, and replace nothing that is read."""
+"""Outputs that appear under their name once they are complete, and never replace an input."""
 
 from __future__ import annotations
 
@@ -14,35 +14,39 @@ from .json_files import read_object
 
 
 class OutputError(ValueError):
-    """A place that nothing can be written to."""
+    """The output cannot be written to this place."""
 
 
 Source = str | os.PathLike[str]
 
 
 def check_output(output: Path, overwrite: bool, sources: Iterable[Source | None]) -> None:
-    """Raise OutputError if the output exists already, or if writing it would change what is read.
+    """Raise OutputError if the output exists already, or if writing it would change an input.
 
     Args:
-        overwrite: what exists may be replaced.
-        sources: files and folders that are read; those that are not here, such as Hub ids, and
-            None are passed over.
+        overwrite: an existing output may be replaced.
+        sources: input files and folders. None and sources that do not exist locally, such as Hub
+            ids, are ignored.
     """
     if output.parent.exists() and not output.parent.is_dir():
-        raise OutputError(f"--output {output}: {output.parent} is a file, no folder")
+        raise OutputError(f"--output {output}: {output.parent} is a file, not a folder")
     if source := find_overlap(output, sources):
-        raise OutputError(f"--output {output}: that is {source}, which is read. Give another")
+        raise OutputError(
+            f"--output {output} overlaps {source}, which is read. Choose another --output"
+        )
     if output.exists() and not overwrite:
-        raise OutputError(f"--output {output}: it exists already. Give another, or --overwrite")
+        raise OutputError(
+            f"--output {output} exists already. Choose another --output, or pass --overwrite"
+        )
     if output.is_dir():
         _check_folder(output)
 
 
 def find_overlap(output: Path, sources: Iterable[Source | None]) -> Path | None:
-    """Return what would be lost of the sources if the output were replaced, or written into.
+    """Return the source that would change if the output were replaced or written into.
 
-    That is a source which the output is, contains or lies in, or a file of a source folder, through
-    whatever links it is reached.
+    It is a source that equals or contains the output, or one of its files that the output equals or
+    contains. Links are followed.
     """
     for source in sources:
         path = Path(source).expanduser() if source else None
@@ -58,12 +62,12 @@ def find_overlap(output: Path, sources: Iterable[Source | None]) -> Path | None:
 
 
 def lies_in(path: Path, place: Path) -> bool:
-    """Return whether a path, which need not exist, is a file or folder or lies in that folder.
+    """Whether a path, which need not exist, is this file or folder, or lies in this folder.
 
     Links are followed, and two names of one file are the same place.
     """
     here = _identity(place)
-    # a link lies both where it is and where it leads
+    # a link lies both in its own folder and in the folder of its target
     names = (path.resolve(), path.parent.resolve())
     return here is not None and any(
         _identity(place) == here for name in names for place in (name, *name.parents)
@@ -79,7 +83,7 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _files(source: Path) -> Iterator[Path]:
-    """The source itself and all files in it; linked folders too, each folder once."""
+    """Yield the source itself and all files in it, also in linked folders, each folder once."""
     yield source
     seen = {_identity(source)}
     for folder, folders, files in os.walk(source, followlinks=True):
@@ -90,26 +94,27 @@ def _files(source: Path) -> Iterator[Path]:
 
 
 def _check_folder(output: Path) -> None:
-    """Raise OutputError unless the folder is a pipeline and nothing else."""
+    """Raise OutputError unless the folder contains a pipeline and nothing else."""
     index = output / "model_index.json"
     try:
         parts = {index.name, "README.md", *read_object(index)}
     except (OSError, ValueError) as error:
         raise OutputError(
-            f"--output {output}: a folder, but no pipeline that may be replaced"
+            f"--output {output} is a folder without a pipeline, so it is not replaced. Choose "
+            "another --output"
         ) from error
     if others := sorted(entry.name for entry in output.iterdir() if entry.name not in parts):
         raise OutputError(
-            f"--output {output}: the folder also holds {', '.join(others[:3])}, which would be "
-            "lost. Give another"
+            f"--output {output}: the folder also contains {', '.join(others[:3])}, which would be "
+            "lost. Choose another --output"
         )
 
 
 @contextmanager
 def staged(output: Path) -> Iterator[Path]:
-    """Give a path of the same name in a folder beside ``output``, and move it there in the end.
+    """Yield a path with the same name in a folder beside ``output``, and move it there at the end.
 
-    Whatever goes wrong before, nothing is left behind and what was there is as it was.
+    If anything fails before that, nothing is left behind and an existing output is unchanged.
     """
     folder = output.with_name(f".{output.name}.{secrets.token_hex(4)}")
     made, replaced = folder / output.name, folder / f".{output.name}"
@@ -124,10 +129,8 @@ def staged(output: Path) -> Iterator[Path]:
             output.parent.mkdir(parents=True, exist_ok=True)
             folder.mkdir(mode=0o700)
         except OSError as error:
-            raise OutputError(
-                f"--output {output}: cannot be written to ({error.strerror})"
-            ) from error
+            raise OutputError(f"--output {output} cannot be written ({error.strerror})") from error
         yield made
-        if output.is_dir():  # a folder cannot be replaced in one go
+        if output.is_dir():  # a folder cannot be replaced in one step
             os.replace(output, replaced)
         os.replace(made, output)

@@ -1,6 +1,6 @@
-"""Safetensors files that are whole: written all or not at all, and refused when they are not.
+"""Complete safetensors files: written as a whole or not at all, and refused if incomplete.
 
-Headers, too, are read here, and here alone.
+Headers are only read here.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-#: Fields of the metadata that are hashes of the tensors -> room for them; see ``file_hashes``.
+#: Fields of the metadata for hashes of the tensors -> placeholders; see ``file_hashes``.
 HASH_FIELDS = {
     "modelspec.hash_sha256": "0x" + "0" * 64,
     "sshs_model_hash": "0" * 64,
@@ -35,24 +35,24 @@ HASH_FIELDS = {
 }
 #: The longest header that safetensors reads (``MAX_HEADER_SIZE`` in its ``tensor.rs``).
 _MOST_HEADER_BYTES = 100_000_000
-#: What torch holds: 64 dimensions, and bytes that a signed number of 64 bits counts in any dtype.
+#: torch's limits: 64 dimensions, and a number of bytes that fits into 64 bits for any dtype.
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 59
-#: The bytes of a file that its legacy hash is of.
+#: The range of bytes for the legacy hash.
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
 
 _PICKLE = (
     "a pickle (.ckpt, .pt, .bin), which may run any program when it is read, so it was not read. "
-    "Convert it to .safetensors in a place where that does no harm"
+    "Convert it to .safetensors in a safe environment"
 )
-#: How files begin that are something else.
+#: First bytes of files of other kinds -> a description of the kind.
 _OTHER_FILES = {
     b"PK\x03\x04": _PICKLE,
     b"\x80\x02": _PICKLE,
     b"\x80\x04": _PICKLE,
     b"GGUF": "a GGUF file, whose weights are quantized: they can be neither adapted nor fused. "
-    "Give the .safetensors file that it was made of",
-    b"<": "a web page in place of the file. Download it again, logged in if the site asks for it",
+    "Pass the .safetensors file that it was made from",
+    b"<": "a web page in place of the file. Download it again; log in if the site requires it",
     b"version https://git-lfs": "a pointer of Git LFS in place of the file. Fetch it with "
     "`git lfs pull`",
 }
@@ -61,10 +61,9 @@ _OTHER_FILES = {
 def write_safetensors(
     tensors: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]
 ) -> None:
-    """Write the file; it appears under its name only when it is whole.
+    """Write the file. It appears under its name once it is complete.
 
-    The same content makes the same bytes. Of ``HASH_FIELDS``, those that the metadata has get their
-    values here.
+    The same content gives the same bytes. Fields of ``HASH_FIELDS`` in the metadata are filled in.
     """
     from safetensors.torch import save_file
 
@@ -73,14 +72,14 @@ def write_safetensors(
         temporary.touch()
         mode = temporary.stat().st_mode
         save_file(dict(tensors), temporary, metadata=metadata)
-        temporary.chmod(mode)  # the usual one, where safetensors makes the file private
+        temporary.chmod(mode)  # the usual mode, because safetensors makes the file private
         finish_header(temporary)
 
 
 def finish_header(path: Path) -> None:
-    """Put the metadata in order, which safetensors writes in a random one, and fill in the hashes.
+    """Sort the metadata, which safetensors writes in random order, and fill in the hashes.
 
-    The file is not longer afterwards: ``HASH_FIELDS`` kept room for them.
+    The file does not get longer, because ``HASH_FIELDS`` reserved room for the hashes.
     """
     with open(path, "r+b") as file:
         size = int.from_bytes(file.read(8), "little")
@@ -97,13 +96,13 @@ def finish_header(path: Path) -> None:
 
 
 def file_hashes(path: Path) -> dict[str, str]:
-    """Return ``HASH_FIELDS`` of a safetensors file, which depend on its tensors alone.
+    """Return ``HASH_FIELDS`` of a safetensors file.
 
-    Two are sha256 of all behind the header: ``modelspec.hash_sha256`` (Stability AI's ModelSpec
-    1.0.1) and ``sshs_model_hash`` (kohya's sd-scripts, ``addnet_hash_safetensors``).
-    ``sshs_legacy_hash`` is of 64 KiB from 1 MiB on, in a file of the same tensors with no metadata
-    but what begins with "ss_" (``precalculate_safetensors_hashes``, ``addnet_hash_legacy``): for
-    smaller files, of nothing.
+    Two are sha256 of everything after the header: ``modelspec.hash_sha256`` (Stability AI's
+    ModelSpec 1.0.1) and ``sshs_model_hash`` (kohya's sd-scripts, ``addnet_hash_safetensors``).
+    ``sshs_legacy_hash`` covers 64 KiB from 1 MiB on, in a file with the same tensors and only the
+    metadata that starts with "ss_" (``precalculate_safetensors_hashes``, ``addnet_hash_legacy``).
+    For smaller files, it is the hash of an empty string.
     """
     whole = hashlib.sha256()
     with open(path, "rb") as file:
@@ -127,21 +126,21 @@ def file_hashes(path: Path) -> dict[str, str]:
 
 
 def _as_text(header: Mapping[str, object]) -> bytes:
-    """A header as safetensors writes it."""
+    """Return a header as safetensors writes it."""
     return json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
 
 
 @contextmanager
 def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
-    """Give a name beside ``path`` to write to, and rename it into place if all went well.
+    """Yield a temporary path beside ``path``, and rename it to ``path`` if the body succeeds.
 
-    So neither a kill nor a full disk harms what was there.
+    Neither a kill nor a full disk then damages an existing file.
 
     Args:
-        sync: wait for the disk, so that a loss of power does not harm it either. That takes long
+        sync: wait for the disk, so that a power failure does not damage it either. This takes long
             for gigabytes.
     """
-    # on a folder that machines share, processes of two of them may have the same number
+    # in a folder that machines share, two processes may have the same number
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
     with cleanup_on_exit(lambda: temporary.unlink(missing_ok=True)):
         yield temporary
@@ -153,12 +152,12 @@ def replacing(path: Path, sync: bool = True) -> Iterator[Path]:
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """What the header of a safetensors file says of a tensor, and where it lies.
+    """A tensor as the header of a safetensors file describes it.
 
     Attributes:
-        key: there.
-        dtype_name: as the format calls it, such as "BF16".
-        offset: its first byte, counted from the beginning of the file.
+        key: its key in the file.
+        dtype_name: the format's name of the dtype, such as "BF16".
+        offset: position of its first byte in the file.
     """
 
     path: Path
@@ -170,10 +169,10 @@ class StoredTensor:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The same in torch.
+        """The dtype in torch.
 
         Raises:
-            AdapterFileError: the format has it, torch has not.
+            AdapterFileError: torch does not have this dtype.
         """
         from safetensors.torch import _TYPES
 
@@ -185,24 +184,24 @@ class StoredTensor:
 
 
 def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """Return the tensors of a safetensors file, in their order there, and its metadata.
+    """Return the tensors of a safetensors file, in their order in the file, and its metadata.
 
     Raises:
-        AdapterFileError: truncated, not safetensors, no file at all, or of a header that
-            contradicts itself or that torch has no room for.
+        AdapterFileError: the file does not exist, is truncated or is not safetensors, or its header
+            is inconsistent or exceeds torch's limits.
     """
-    if path.exists() and not is_regular(path):  # to open a named pipe would block for ever
-        raise AdapterFileError(f"{path}: it is no file that can be read, such as a named pipe.")
+    if path.exists() and not is_regular(path):  # opening a named pipe would block forever
+        raise AdapterFileError(f"{path}: this is not a regular file. Pass a .safetensors file.")
     try:
-        # checks length, shapes, gaps and overlaps; without torch, which takes seconds to import
+        # it checks length, shapes, gaps and overlaps; numpy, because torch takes seconds to import
         with safe_open(path, framework="np"):
             pass
         with open(path, "rb") as file:
             begin = 8 + int.from_bytes(file.read(8), "little")
             header = parse_object(file.read(begin - 8))
-        # serde, which safetensors reads JSON with, also takes lists for objects, objects for names
+        # safetensors' JSON reader, serde, also accepts lists for objects, and objects for names
         if odd := [key for key, entry in header.items() if not _is_plain(key, entry)]:
-            raise ValueError(f"{odd[0]!r:.80} is not described as the format has it")
+            raise ValueError(f"the entry of {odd[0]!r:.80} does not follow the format")
     except (SafetensorError, OSError, ValueError) as error:
         raise AdapterFileError(f"{path}: {_why_unreadable(path, error)}") from error
     metadata = header.pop("__metadata__", None) or {}
@@ -210,18 +209,18 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     for key, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, stop = entry["data_offsets"]
         shape = tuple(entry["shape"])
-        # a tensor without elements may have any shape as far as the format is concerned
+        # the format allows any shape for a tensor without elements
         if len(shape) > _MOST_DIMENSIONS or math.prod(max(n, 1) for n in shape) > _MOST_ELEMENTS:
             raise AdapterFileError(
                 f"{path}: {key!r:.80} has {len(shape)} dimensions or more elements than torch can "
-                "address. The file is damaged: fetch it again."
+                "address. The file is damaged: download it again."
             )
         tensors[key] = StoredTensor(path, key, entry["dtype"], shape, begin + start, stop - start)
     return tensors, metadata
 
 
 def _is_plain(key: str, entry: object) -> bool:
-    """Whether an entry of a header that safetensors reads has the form that it writes."""
+    """Whether an entry of a header that safetensors accepts has the form that it writes."""
     if key == "__metadata__" and entry is None:
         return True
     return isinstance(entry, dict) and isinstance(entry.get("dtype", ""), str)
@@ -243,14 +242,14 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _why_unreadable(path: Path, error: Exception) -> str:
-    """What a file is that safetensors does not read, and what to do."""
+    """Describe a file that safetensors does not read, and what to do."""
     if not path.is_file():
         return f"no such file ({error})"
     size = path.stat().st_size
     with open(path, "rb") as file:
         beginning = file.read(64)
-    declared = int.from_bytes(beginning[:8], "little")  # how long the header is
-    # the length of a header may look like the beginning of another file
+    declared = int.from_bytes(beginning[:8], "little")  # the length of the header
+    # the length of a header may look like the first bytes of another kind of file
     is_ours = declared <= _MOST_HEADER_BYTES and beginning[8:9] in (b"{", b"")
     if not is_ours or size < 8:
         for start, what in _OTHER_FILES.items():
@@ -260,16 +259,16 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         return f"not a safetensors file ({size:,} bytes): {error}"
     what = f"damaged or truncated ({error})" if size else "an empty file"
     return (
-        f"not a whole safetensors file ({size:,} bytes): {what}. If it was downloaded or copied, "
-        "fetch it again"
+        f"not a complete safetensors file ({size:,} bytes): {what}. If it was downloaded or "
+        "copied, download or copy it again"
     )
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether a tensor, on whatever device, has neither NaN nor infinity.
+    """Whether a tensor on any device has neither NaN nor infinity.
 
-    A sum is finite only if its terms are, and to form it takes a tenth of the time that looking at
-    each does, which is left to do where large terms sum to infinity.
+    A sum is only finite if all its terms are, and it takes a tenth of the time of checking each
+    term. That check is only needed if the sum is not finite: large terms may sum to infinity.
     """
     import torch
 

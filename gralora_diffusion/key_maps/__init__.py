@@ -1,4 +1,4 @@
-"""The layouts of original single files, and how their tensors are made of diffusers' ones."""
+"""The layouts of original single files, and how their tensors are built from diffusers' tensors."""
 
 from .key_map import (
     KeyMap,

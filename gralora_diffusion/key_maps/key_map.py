@@ -1,9 +1,9 @@
 """Rules between the names of two layouts, and the map of tensors that follows from them.
 
-The *diffusers* layout is that of a model's ``state_dict``, the *original* one that of the single
-files that the model was first published in. A tensor of the original is made of whole rows (first
-axis) of diffusers tensors: mostly one to one, but queries, keys and values may be one tensor, and
-shift and scale may come in the other order.
+The *diffusers* layout is that of a model's ``state_dict``. The *original* layout is that of the
+single files that the model was first published in. An original tensor consists of whole rows (first
+axis) of diffusers tensors. Mostly there is one for one, but queries, keys and values may be one
+tensor, and shift and scale may be in the other order.
 """
 
 from __future__ import annotations
@@ -17,22 +17,22 @@ Shape = tuple[int, ...]
 
 
 class KeyMapError(ValueError):
-    """Tensors that a layout has no place for, or that do not belong together there."""
+    """A layout does not contain a tensor, or cannot join tensors."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a part of a model is called in both layouts.
+    """The names of a part of a model in both layouts.
 
-    Names are beginnings of keys, up to a dot or the end; ``*`` stands for a number.
+    Names are prefixes of keys, up to a dot or the end; ``*`` stands for a number.
 
     Args:
-        names: in diffusers. Several are joined in this order, one after another along the rows.
-        original: in the original.
-        sizes: how many rows each of several has, in units that they share.
-        halves_swapped: the two halves of the rows come in the other order. Holds for a layer with
-            twice as many outputs as inputs only: of the others, which have the same name in other
-            blocks, the order is the same.
+        names: names in diffusers. Several tensors are joined along the rows in this order.
+        original: name in the original.
+        sizes: number of rows of each of several tensors, in a common unit.
+        halves_swapped: the two halves of the rows are in the other order. This only applies to
+            layers with twice as many outputs as inputs. Layers with the same name in other blocks
+            have the same order.
         transposed: the original is the transpose.
         convolution: the matrix is a 1 x 1 convolution in the original.
     """
@@ -54,17 +54,17 @@ class Rule:
 
 
 def rename(name: str, original: str) -> Rule:
-    """Return the rule for what differs in its name alone."""
+    """Return the rule for a part that only differs in its name."""
     return Rule((name,), original)
 
 
 def join(names: Sequence[str], original: str, sizes: Sequence[int] = ()) -> Rule:
-    """Return the rule for layers that are one in the original; of equal sizes unless told."""
+    """Return the rule for layers that are joined in the original; by default of equal sizes."""
     return Rule(tuple(names), original, tuple(sizes) or (1,) * len(names))
 
 
 def swap(name: str, original: str) -> Rule:
-    """Return the rule for a layer whose two halves come in the other order in the original."""
+    """Return the rule for a layer whose two halves are in the other order in the original."""
     return Rule((name,), original, halves_swapped=True)
 
 
@@ -74,13 +74,13 @@ def _pattern(name: str) -> re.Pattern[str]:
 
 
 def _filled(name: str, match: re.Match[str]) -> str:
-    numbers = iter(match.groups())  # the rest, last among them, is not reached
+    numbers = iter(match.groups())  # the last group, the rest of the key, is not reached
     return re.sub(r"\*", lambda _: next(numbers), name) + match["rest"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start`` to ``stop`` of a diffusers tensor (of its transpose, if so)."""
+    """Rows ``start`` to ``stop`` of a diffusers tensor, or of its transpose."""
 
     key: str
     start: int
@@ -90,7 +90,7 @@ class Part:
 
 @dataclass(frozen=True)
 class OriginalTensor:
-    """A tensor of the original layout: its parts, one after another along the rows."""
+    """A tensor of the original layout: its parts, joined along the rows."""
 
     key: str
     shape: Shape
@@ -99,7 +99,7 @@ class OriginalTensor:
 
 @dataclass(frozen=True)
 class Location:
-    """Where a diffusers name lies in the original: part number ``part`` of ``original``."""
+    """The place of a diffusers name in the original: part number ``part`` of ``original``."""
 
     original: str
     part: int
@@ -111,14 +111,14 @@ class KeyMap:
     """How one component of a pipeline is written in an original file.
 
     Args:
-        prefixes: how its keys may begin there; the first one is written.
-        rules: either the rules, or a function that makes them of the keys of a model, whose second
-            argument says whether these are the original's (prefix taken off).
-        canonical: brings a diffusers key, of a file or of an adapter, into the form of the rules.
-        passed_over: diffusers keys that the original does without, as a regular expression.
-        fits: whether a model with these tensors is written in this layout, where there are several.
-        copies: original key and diffusers key of what is written twice.
-        comfyui_name: what ComfyUI calls a text encoder in the keys of LoRA files.
+        prefixes: prefixes that its keys may have in the file; the first one is written.
+        rules: the rules, or a function that returns them for the keys of a model. Its second
+            argument says whether these are the original's keys (without prefix).
+        canonical: converts a diffusers key of a file or an adapter to the form of the rules.
+        passed_over: regular expression for diffusers keys that the original does not contain.
+        fits: whether a model with these tensors is written in this layout, if there are several.
+        copies: original key and diffusers key of tensors that are written twice.
+        comfyui_name: ComfyUI's name of a text encoder in the keys of LoRA files.
     """
 
     prefixes: tuple[str, ...]
@@ -137,10 +137,11 @@ class KeyMap:
         """Return the original's tensors, without prefix, for the tensors of a diffusers model.
 
         Args:
-            shapes: by the model's own keys.
+            shapes: shapes by the model's own keys.
 
         Raises:
-            LayoutError: a tensor has no place, or a joined one lacks a part. All are named.
+            KeyMapError: the layout does not contain a tensor, or a part of a joined tensor is
+                missing. The message names all of them.
         """
         own = {self.canonical(key): key for key in shapes}
         canonical = {name: shapes[key] for name, key in own.items()}
@@ -152,7 +153,7 @@ class KeyMap:
                 continue
             where = locate(name, rules)
             if where is None:
-                problems.append(f"no place for {own[name]}")
+                problems.append(f"the original layout does not contain {own[name]}")
                 continue
             found.setdefault(where.original, {})[where.part] = name
             of_rule[where.original] = where.rule
@@ -160,7 +161,7 @@ class KeyMap:
         for key, parts in found.items():
             rule = of_rule[key]
             if len(parts) < len(rule.names):
-                problems.append(f"{key} needs {len(rule.names)} parts, there are only {parts}")
+                problems.append(f"{key} needs {len(rule.names)} parts, but there are only {parts}")
                 continue
             joined = [parts[number] for number in range(len(parts))]
             rows = sum(canonical[name][0] for name in joined)
@@ -186,10 +187,10 @@ class KeyMap:
         return tensors
 
     def read(self, shapes: Mapping[str, Shape]) -> list[OriginalTensor]:
-        """Return what the tensors of an original file are in diffusers' (canonical) names.
+        """Return the tensors of an original file with diffusers' (canonical) names of their parts.
 
         Args:
-            shapes: by original key, without the prefix. What no rule knows is passed over.
+            shapes: shapes by original key, without the prefix. Keys without a rule are ignored.
         """
         rules, tensors = self.rules_of(shapes, original=True), []
         for key, shape in shapes.items():
@@ -202,7 +203,7 @@ class KeyMap:
         return tensors
 
     def begins(self, keys: Iterable[str]) -> str | None:
-        """Return the longest prefix with which some of these keys begin, if any."""
+        """Return the longest prefix that some of these keys have, if any."""
         keys = list(keys)
         found = [p for p in self.prefixes if any(key.startswith(p) for key in keys)]
         return max(found, key=len, default=None)
@@ -218,7 +219,7 @@ def locate(name: str, rules: Sequence[Rule]) -> Location | None:
 
 
 def _cut(rule: Rule, names: Sequence[str], rows: int, double: bool) -> list[Part]:
-    """The parts that a tensor of so many rows is made of."""
+    """Return the parts of a tensor with this number of rows."""
     if rule.halves_swapped and double:
         return [Part(names[0], rows // 2, rows), Part(names[0], 0, rows // 2)]
     unit, left = divmod(rows, sum(rule.sizes))

@@ -1,4 +1,4 @@
-"""The UNet and the autoencoder in the names of latent-diffusion (CompVis, later Stability AI)."""
+"""UNet and autoencoder with the names of latent-diffusion (CompVis, later Stability AI)."""
 
 from __future__ import annotations
 
@@ -27,21 +27,22 @@ _UNET_ENDS = {
     "conv_norm_out": "out.0",
     "conv_out": "out.2",
 }
-#: Of published bases; taken where an adapter's layers do not tell.
+#: The number in published bases, used if it does not follow from an adapter's layers.
 USUAL_LAYERS_PER_BLOCK = 2
 
 
 def unet_rules(keys: Iterable[str], original: bool) -> list[Rule]:
-    """Return the rules for a UNet, whose blocks are numbered through in the original.
+    """Return the rules for a UNet, whose blocks are numbered consecutively in the original.
 
     Args:
-        keys: of the whole model or, in diffusers' names, of some layers of it: then the number of
-            layers per block is that of published bases unless a layer in ``up_blocks`` tells it.
+        keys: keys of the whole model or, in diffusers' names, of some of its layers. In the second
+            case, the number of layers per block is that of published bases, unless a layer in
+            ``up_blocks`` shows a larger one.
         original: whether the keys are the original's.
     """
     keys = list(keys)
     levels, layers = _original_shape(keys) if original else _shape(keys)
-    rules = [rename(name, theirs) for name, theirs in _UNET_ENDS.items()]
+    rules = [rename(name, renamed) for name, renamed in _UNET_ENDS.items()]
     rules += _resnet("mid_block.resnets.0", "middle_block.0")
     rules.append(rename("mid_block.attentions.0", "middle_block.1"))
     rules += _resnet("mid_block.resnets.1", "middle_block.2")
@@ -70,21 +71,21 @@ def unet_rules(keys: Iterable[str], original: bool) -> list[Rule]:
 
 
 def _resnet(name: str, original: str) -> list[Rule]:
-    return [rename(f"{name}.{n}", f"{original}.{theirs}") for n, theirs in _RESNET.items()]
+    return [rename(f"{name}.{n}", f"{original}.{renamed}") for n, renamed in _RESNET.items()]
 
 
 def _shape(keys: list[str]) -> tuple[int, int]:
-    """How many levels a UNet has, and layers in each, from keys in diffusers' names."""
+    """Return a UNet's number of levels and of layers per level, from keys in diffusers' names."""
     levels = {int(n) for key in keys for n in re.findall(r"^(?:down|up)_blocks\.(\d+)\.", key)}
     ups = {int(n) for key in keys for n in re.findall(r"^up_blocks\.\d+\.\w+\.(\d+)\.", key)}
     downs = {int(n) for key in keys for n in re.findall(r"^down_blocks\.\d+\.\w+\.(\d+)\.", key)}
-    told = max([*ups, *(n + 1 for n in downs)], default=0)
+    layers = max([*ups, *(n + 1 for n in downs)], default=0)
     whole = "conv_out.weight" in keys
-    return max(levels, default=0) + 1, told if whole else max(told, USUAL_LAYERS_PER_BLOCK)
+    return max(levels, default=0) + 1, layers if whole else max(layers, USUAL_LAYERS_PER_BLOCK)
 
 
 def _original_shape(keys: list[str]) -> tuple[int, int]:
-    """The same from the original's keys: a level ends with what makes the picture smaller."""
+    """Return the same from the original's keys: a level ends with its downsampling layer."""
     ends = {int(n) for key in keys for n in re.findall(r"^input_blocks\.(\d+)\.0\.op\.", key)}
     blocks = {int(n) for key in keys for n in re.findall(r"^input_blocks\.(\d+)\.", key)}
     return len(ends) + 1, (min(ends) if ends else max(blocks, default=0) + 1) - 1
@@ -98,7 +99,7 @@ _VAE_ATTENTION = {
     "to_k": "k",
     "to_v": "v",
     "to_out.0": "proj_out",
-    # what diffusers called them until 2023, as many files still do
+    # diffusers' names until 2023, which many files still have
     "query": "q",
     "key": "k",
     "value": "v",
@@ -116,16 +117,16 @@ def _vae_rules(keys: Iterable[str], original: bool) -> list[Rule]:
         for number in range(2):
             here = f"{side}.mid_block.resnets.{number}"
             rules.append(rename(here, f"{side}.mid.block_{number + 1}"))
-        for name, theirs in _VAE_ATTENTION.items():
-            here, there = f"{side}.mid_block.attentions.0.{name}", f"{side}.mid.attn_1.{theirs}"
+        for name, renamed in _VAE_ATTENTION.items():
+            here, there = f"{side}.mid_block.attentions.0.{name}", f"{side}.mid.attn_1.{renamed}"
             rules.append(Rule((here,), there, convolution=name != "group_norm"))
     for level in range(levels):
         sides = (
             ("encoder.down_blocks", "encoder.down", level, "down"),
             ("decoder.up_blocks", "decoder.up", levels - 1 - level, "up"),
         )
-        for name, theirs, number, way in sides:
-            here, there = f"{name}.{level}", f"{theirs}.{number}"
+        for name, renamed, number, way in sides:
+            here, there = f"{name}.{level}", f"{renamed}.{number}"
             for old, new in (("conv_shortcut", "nin_shortcut"), *((n, n) for n in _VAE_BLOCK)):
                 rules.append(rename(f"{here}.resnets.*.{old}", f"{there}.block.*.{new}"))
             rules.append(rename(f"{here}.{way}samplers.0", f"{there}.{way}sample"))
@@ -134,5 +135,5 @@ def _vae_rules(keys: Iterable[str], original: bool) -> list[Rule]:
 
 
 def autoencoder(*prefixes: str) -> KeyMap:
-    """An ``AutoencoderKL``; the first prefix is written."""
+    """Return the key map of an ``AutoencoderKL``; the first prefix is written."""
     return KeyMap(prefixes, _vae_rules)

@@ -1,4 +1,4 @@
-"""Text encoders in single files: CLIP as transformers wrote it up to version 4, OpenCLIP, T5."""
+"""Text encoders in single files: CLIP as written by transformers up to version 4, OpenCLIP, T5."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 from .key_map import KeyMap, Rule, Shape, join, rename
 
-#: transformers 5 took this level out of CLIPTextModel; files have it.
+#: transformers 5 removed this level from CLIPTextModel; files have it.
 _LEVEL = "text_model."
 _POSITION_IDS = r"text_model\.embeddings\.position_ids"
 _LAYER = "text_model.encoder.layers.*"
@@ -29,7 +29,7 @@ _OPEN_CLIP = (
     rename(f"{_LAYER}.mlp.fc1", f"{_BLOCK}.mlp.c_fc"),
     rename(f"{_LAYER}.mlp.fc2", f"{_BLOCK}.mlp.c_proj"),
 )
-#: Weights that tell the width, and the axis that has it.
+#: Weights that show the width -> the axis that has it.
 _WIDTHS = {
     **{f"self_attn.{name}_proj.weight": 1 for name in ("q", "k", "v", "out")},
     "mlp.fc1.weight": 1,
@@ -38,12 +38,12 @@ _WIDTHS = {
 
 
 def with_level(key: str) -> str:
-    """Put the level into a key or path of CLIP that lacks it."""
+    """Add the level to a key or path of CLIP if it is missing."""
     return key if key.startswith((_LEVEL, "text_projection")) else _LEVEL + key
 
 
 def clip(prefix: str, comfyui_name: str) -> KeyMap:
-    """CLIP in the names of transformers, under ``prefix`` (with its dot)."""
+    """Return the key map of CLIP with transformers' names and ``prefix`` (including its dot)."""
     rules = (
         rename("text_model", "transformer.text_model"),
         rename("text_projection", "transformer.text_projection"),
@@ -52,7 +52,7 @@ def clip(prefix: str, comfyui_name: str) -> KeyMap:
 
 
 def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> KeyMap:
-    """CLIP in the names of OpenCLIP; if ``width`` is given, encoders of that width only."""
+    """Return the key map of CLIP with OpenCLIP's names, for encoders of ``width`` if given."""
 
     def fits(shapes: Mapping[str, Shape]) -> bool:
         return width is None or any(
@@ -66,7 +66,7 @@ def open_clip(prefix: str, comfyui_name: str, width: int | None = None) -> KeyMa
 
 
 def t5(prefix: str, comfyui_name: str) -> KeyMap:
-    """T5's encoder. Its embedding is written twice: diffusers' reader does not tie the copy."""
+    """Return T5's key map. The embedding is written twice, as diffusers' reader does not tie it."""
     rules = (
         rename("encoder", "transformer.encoder"),
         rename("shared", "transformer.shared"),

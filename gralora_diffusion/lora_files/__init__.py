@@ -1,1 +1,1 @@
-"""What LoRA files say, whoever wrote them: names of layers, PEFT's config, scaling."""
+"""Interpret LoRA files of any program: names of layers, PEFT's config, scaling."""

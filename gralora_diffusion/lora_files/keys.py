@@ -1,7 +1,8 @@
-"""How the adapter files of other programs name what belongs to one layer, whatever its own name.
+"""Find the tensors of each layer in adapter files of other programs, by the endings of their keys.
 
-A key is the layer's name and an ending that says which of the layer's tensors it is. Endings are
-those that ComfyUI reads (``comfy/lora.py``, ``comfy/weight_adapter/``), diffusers and PEFT write.
+A key is the layer's name and an ending that identifies one of the layer's tensors. The endings are
+those that ComfyUI reads (``comfy/lora.py``, ``comfy/weight_adapter/``) and that diffusers and PEFT
+write.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 #: Key of a header under which diffusers keeps PEFT's config.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
-#: Ending of a key -> the part of the layer that it holds.
+#: Ending of a key -> the part of the layer that its tensor is.
 _ENDINGS = {
     **dict.fromkeys(
         (
@@ -58,11 +59,11 @@ _ENDINGS = {
     **{f".{name}": name for name in ("diff", "diff_b", "set_weight", "w_norm", "b_norm")},
     ".reshape_weight": "reshape",
 }
-#: XLabs' names of queries, keys and values in one and of what follows them, which end in a number.
+#: XLabs' names of joined queries, keys and values and of the output projection, with a number.
 _NUMBERED = re.compile(r"(.+\.processor\.(?:qkv|proj)_lora[12]?)\.(down|up)\.weight")
 _LONGEST_FIRST = sorted(_ENDINGS, key=len, reverse=True)
 
-#: Kinds of adapters and parts that make a layer one of them; the first that it has all of counts.
+#: Kinds of adapters and the parts that define them; the first kind with all its parts counts.
 _KINDS: tuple[tuple[str, set[str]], ...] = (
     ("GraLoRA", {"gralora_A", "gralora_B"}),
     ("DoRA", {"magnitude", "down", "up"}),
@@ -78,7 +79,7 @@ _KINDS: tuple[tuple[str, set[str]], ...] = (
     *(("difference", {part}) for part in ("diff", "diff_b", "set_weight", "w_norm", "b_norm")),
 )
 
-#: How names of layers begin -> the style of the file.
+#: Prefix of layer names -> the style of the file.
 _STYLES = {
     **dict.fromkeys(("lora_transformer_", "lora_transformer."), "OneTrainer"),
     "lora_unet_": "kohya",
@@ -92,7 +93,7 @@ _STYLES = {
     "transformer.": "diffusers",
     "text_encoder": "diffusers",
 }
-#: How names of layers begin that say the text encoder -> its attribute of the pipeline.
+#: Prefix of the layer names of a text encoder -> its attribute of the pipeline.
 _TEXT_ENCODERS = {
     **dict.fromkeys(("lora_te1_", "lora_te_"), "text_encoder"),
     **{f"lora_te{n}_": f"text_encoder_{n}" for n in (2, 3, 4)},
@@ -107,7 +108,7 @@ _BEGINNINGS = sorted(
 _FLAT_STYLES = ("kohya", "OneTrainer", "LyCORIS")
 
 _MOST_AXES = 5  # of a convolution over three axes
-#: Part -> how many axes it may have: a convolution's factors have those of its kernel as well.
+#: Part -> least and largest number of axes: a convolution's factors also have those of its kernel.
 _AXES = {
     **dict.fromkeys(("down", "up", "lokr_w2", "gralora_A_general", "gralora_B_general"), (2, 5)),
     **dict.fromkeys(("mid", "lokr_t2", "hada_t1", "hada_t2"), (3, 5)),
@@ -117,14 +118,14 @@ _AXES = {
     "gralora_B": (3, 3),
     "alpha": (0, 1),
 }
-#: Part -> those of its sizes that cannot be 0.
+#: Part -> the sizes that must not be 0.
 _SIZED: dict[str, Callable[[Sequence[int]], Sequence[int]]] = {
     "down": lambda shape: shape[1:],
     "up": lambda shape: shape[:1],
     "gralora_A": lambda shape: shape,
     "gralora_B": lambda shape: shape,
 }
-#: What factors may be stored as, in torch's terms; 8 bits as they are, without scales.
+#: torch's names of the dtypes that factors may have; 8-bit values are read without scales.
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
@@ -137,22 +138,22 @@ class Layer:
 
     @property
     def kind(self) -> str:
-        """Which adapter it is: GraLoRA, LoRA, DoRA, LoHa, LoKr, OFT, GLoRA, difference."""
+        """The kind of adapter: GraLoRA, LoRA, DoRA, LoHa, LoKr, OFT, GLoRA or difference."""
         return next((kind for kind, parts in _KINDS if parts <= set(self.parts)), "unknown")
 
     @property
     def style(self) -> str:
-        """Whose way of naming layers it is."""
+        """The program or library whose names the layer follows."""
         return next((s for start, s in _STYLES.items() if self.name.startswith(start)), "bare")
 
     @property
     def text_encoder(self) -> str | None:
-        """The text encoder that the name says it is in, if any."""
+        """The text encoder in the name, if there is one."""
         return next((c for start, c in _TEXT_ENCODERS.items() if self.name.startswith(start)), None)
 
     @property
     def path(self) -> str:
-        """The name without what it begins with."""
+        """The name without its prefixes."""
         name = self.name
         while start := next((s for s in _BEGINNINGS if name.startswith(s)), None):
             name = name.removeprefix(start)
@@ -160,29 +161,29 @@ class Layer:
 
     @property
     def is_flat(self) -> bool:
-        """Whether the path has ``_`` for every dot."""
+        """Whether the path has ``_`` in place of every dot."""
         return self.style in _FLAT_STYLES and "." not in self.path
 
     @property
     def plain_name(self) -> str:
-        """The path with ``_`` for every dot."""
+        """The path with ``_`` in place of every dot."""
         return re.sub(r"\W", "_", self.path.replace(".processor.", "."))
 
     def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
-        """Say why these tensors, by part, make no layer of this kind; None if they do.
+        """Return why these tensors, by part, do not form a layer of this kind; None if they do.
 
-        A rank of 0 is no fault: such a layer has no update.
+        A rank of 0 is valid: such a layer has no update.
         """
         for part, tensor in tensors.items():
             dtype = str(tensor.dtype).removeprefix("torch.")
             if dtype not in _DTYPES and (part != "alpha" or not dtype.startswith(("int", "uint"))):
-                return f"{part} holds {dtype}; expected {', '.join(_DTYPES)}"
+                return f"{part} has dtype {dtype}; expected {', '.join(_DTYPES)}"
             fewest, most = _AXES.get(part, (0, _MOST_AXES))
             if not fewest <= tensor.dim() <= most:
                 allowed = f"{fewest}" if fewest == most else f"{fewest} to {most}"
                 return f"{part} has {tensor.dim()} axes; expected {allowed}"
             if part in _SIZED and 0 in _SIZED[part](tensor.shape):
-                return f"{part} is empty, of shape {tuple(tensor.shape)}"
+                return f"{part} is empty: its shape is {tuple(tensor.shape)}"
         if "alpha" in tensors and tensors["alpha"].numel() != 1:
             return f"alpha has {tensors['alpha'].numel()} values; expected one"
         for what, one, other in _sizes_that_agree({p: t.shape for p, t in tensors.items()}):
@@ -192,7 +193,7 @@ class Layer:
 
 
 def _sizes_that_agree(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str, int, int]]:
-    """What should be the same in two parts of a layer, and what it is in each."""
+    """Yield a description of sizes that must be equal in two parts of a layer, and both sizes."""
     down, up, mid = (shapes.get(part) for part in ("down", "up", "mid"))
     if down is not None and up is not None:
         if mid is None:
@@ -221,7 +222,7 @@ def _sizes_that_agree(shapes: Mapping[str, Sequence[int]]) -> Iterator[tuple[str
 
 
 def _split(key: str) -> tuple[str, str | None]:
-    """The layer's name and the part."""
+    """Return the layer's name and the part."""
     if numbered := _NUMBERED.fullmatch(key):
         return numbered[1], numbered[2]
     for ending in _LONGEST_FIRST:
@@ -231,9 +232,9 @@ def _split(key: str) -> tuple[str, str | None]:
 
 
 def group_layers(keys: Iterable[str]) -> tuple[dict[str, Layer], list[str]]:
-    """Return the layers that an adapter file's keys name, and the keys that are of none.
+    """Return the layers in an adapter file's keys, and the keys that do not belong to any layer.
 
-    Two keys for one part of a layer leave the second among the rest.
+    If two keys stand for the same part of a layer, the second is in the rest.
     """
     layers: dict[str, Layer] = {}
     rest = []
@@ -241,7 +242,7 @@ def group_layers(keys: Iterable[str]) -> tuple[dict[str, Layer], list[str]]:
         name, part = _split(key)
         if part is None or layers.setdefault(name, Layer(name)).parts.setdefault(part, key) != key:
             rest.append(key)
-    # half a pair, or an ending that a model's own parameter happens to have
+    # an incomplete pair, or a model's own parameter with one of these endings
     for name, layer in list(layers.items()):
         if layer.kind == "unknown":
             rest += layers.pop(name).parts.values()

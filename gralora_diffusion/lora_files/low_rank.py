@@ -1,15 +1,16 @@
-"""The mathematics of low-rank pairs, the form that every LoRA has; the dense update is never made.
+"""The mathematics of low-rank pairs, the form of every LoRA, without forming the dense update.
 
 A pair is ``down`` (R, in), or (R, in, h, w) for a convolution, and ``up`` (out, R); its update of a
-weight is ``up @ down``, (out, in) or (out, in, h, w). In what follows c is in, or in * h * w.
+weight is ``up @ down``, (out, in) or (out, in, h, w). Below, c is in, or in * h * w.
 
-All is computed in float64, from thin QR decompositions of both and a small matrix between them::
+Everything is computed in float64, from thin QR decompositions of both and a small matrix between
+them::
 
     up = Q_up R_up,  down^T = Q_down R_down,  up @ down = Q_up (R_up R_down^T) Q_down^T
 
-The matrix in the middle, at most R x R, has the singular values of the update: O((out + c) R^2)
-operations, where a decomposition of the update itself takes O(out c min(out, c)). What is returned
-is in float32, or in float64 if the pair is, for the caller to round once.
+The matrix in the middle, at most R x R, has the singular values of the update. This takes
+O((out + c) R^2) operations; a decomposition of the update itself would take O(out c min(out, c)).
+Results are in float32, or in float64 if the pair is, so that the caller rounds them once.
 """
 
 from __future__ import annotations
@@ -27,27 +28,27 @@ Pair = tuple[Tensor, Tensor]
 def truncate(
     down: Tensor, up: Tensor, rank: int | None = None, energy: float | None = None
 ) -> tuple[Tensor, Tensor, float]:
-    """Return the best pair of lower rank (Eckart-Young), and what it leaves out.
+    """Return the best pair of lower rank (Eckart-Young), and its error.
 
-    Each singular value is split evenly between both, which keeps them in the range of half
-    precision.
+    Each singular value is split evenly between the two factors, which keeps them in the range of
+    half precision.
 
     Args:
-        rank: the largest rank of the new pair. If it is not below the pair's own, the pair is
-            returned as it is.
+        rank: the largest rank of the new pair. If the pair's own rank is not larger, the pair is
+            returned unchanged.
         energy: in (0, 1]; the smallest rank that keeps this part of the squared Frobenius norm. If
             ``rank`` is given too, the smaller of both counts.
 
     Returns:
-        ``down``, ``up`` and the Frobenius norm of what is left out over that of the whole. An
-        update of zeros makes a pair of rank 1, or ``rank`` if that is what it has; error 0.
+        ``down``, ``up`` and the Frobenius norm of the lost part of the update, relative to the
+        whole. An update of zeros gives a pair of rank 1 (or the unchanged pair) and error 0.
 
     Raises:
-        ValueError: neither rank nor energy or impossible ones; shapes that make no pair; NaN or
-            infinity.
+        ValueError: rank and energy are both missing or invalid, the shapes do not form a pair, or
+            there are NaN or infinite values.
     """
     if rank is None and energy is None:
-        raise ValueError("truncate: give rank, energy or both")
+        raise ValueError("truncate: pass rank, energy or both")
     if rank is not None and rank < 1:
         raise ValueError(f"truncate: rank should be at least 1 but is {rank}")
     if energy is not None and not 0.0 < energy <= 1.0:
@@ -68,17 +69,17 @@ def truncate(
 def singular_values(down: Tensor, up: Tensor) -> Tensor:
     """Return the update's singular values in float64, largest first: at most min(R, out, c).
 
-    Those left out are zero. An update of a convolution counts as a matrix (out, c).
+    All others are zero. The update of a convolution is treated as a matrix (out, c).
     """
     return torch.linalg.svdvals(_core(_matrix(down, up), up)[1])
 
 
 def gralora_singular_values(A: Tensor, B: Tensor, general: Pair | None = None) -> Tensor:
-    """Return those of a GraLoRA update, unscaled, in float64, largest first.
+    """Return the singular values of an unscaled GraLoRA update in float64, largest first.
 
-    As :func:`singular_values` of the pair that ``blockwise.lora_factors`` returns, but from a
-    matrix of k (r + hybrid) rows and columns that costs k times fewer operations to make: input
-    and output blocks do not overlap, so each has a basis of its own.
+    The result is that of :func:`singular_values` of the pair from ``functional.lora_factors``, but
+    the matrix of k (r + hybrid) rows and columns takes k times fewer operations: input and output
+    blocks do not overlap, so each has its own basis.
 
     Args:
         A, B: see :mod:`gralora_diffusion.adapters.layers.functional`.
@@ -104,9 +105,9 @@ def norm(down: Tensor, up: Tensor) -> float:
 def effective_rank(values: Tensor) -> float:
     """Return exp(-sum p ln p), where p are the singular values over their sum.
 
-    Between 1 and the rank: n equal singular values give n. No update at all gives 0. That is the
-    definition of Roy and Vetterli, "The effective rank: a measure of effective dimensionality",
-    EUSIPCO 2007: of the values themselves, not of their squares.
+    It lies between 1 and the rank: n equal singular values give n. An update of zeros gives 0. This
+    is the definition of Roy and Vetterli, "The effective rank: a measure of effective
+    dimensionality", EUSIPCO 2007. It uses the values themselves, not their squares.
     """
     total = values.sum()
     if not total > 0:
@@ -115,11 +116,11 @@ def effective_rank(values: Tensor) -> float:
 
 
 def join_rows(pairs: Sequence[Pair]) -> Pair:
-    """Return the pair of a layer whose outputs are those of several layers of the same input.
+    """Return the pair of a layer that joins the outputs of several layers with the same input.
 
-    So queries, keys and values that were adapted one by one become one layer: ``down`` (sum of R,
-    in, ...) stacked, ``up`` (sum of out, sum of R) block-diagonal. Exact. A layer without an update
-    is a pair of rank 0.
+    This joins separately adapted queries, keys and values exactly: ``down`` (sum of R, in, ...) is
+    stacked, ``up`` (sum of out, sum of R) is block-diagonal. A layer without an update is a pair of
+    rank 0.
 
     Raises:
         ValueError: inputs or kernels differ, or there are no pairs.
@@ -127,7 +128,7 @@ def join_rows(pairs: Sequence[Pair]) -> Pair:
     inputs = [tuple(down.shape[1:]) for down, _ in pairs]
     if len(set(inputs)) != 1:
         got = ", ".join(map(str, inputs)) or "none"
-        raise ValueError(f"join_rows: expected pairs of layers of one input, got {got}")
+        raise ValueError(f"join_rows: expected pairs of layers with the same input, got {got}")
     for down, up in pairs:
         if len(down) or up.shape[1]:
             _matrix(down, up)
@@ -135,9 +136,9 @@ def join_rows(pairs: Sequence[Pair]) -> Pair:
 
 
 def split(down: Tensor, up: Tensor, rank: int) -> tuple[Pair, Pair]:
-    """Return two pairs whose sum is the pair, the first of this rank with most of the update.
+    """Return two pairs whose sum is the pair.
 
-    That is the update's largest singular values; the second has the rest.
+    The first has this rank and the update's largest singular values; the second has the rest.
     """
     U, values, V = _decompose(_matrix(down, up), up)
     halves = []
@@ -151,23 +152,24 @@ def gralora_factors(down: Tensor, up: Tensor, rank: int, k: int) -> tuple[Tensor
     """Return the pair in GraLoRA's layout (:mod:`..adapters.layers.functional`), unscaled.
 
     Block (j, n) of the update is the j-th of k parts of ``up``'s rows times the n-th of ``down``'s
-    columns, a pair of rank R, and GraLoRA has room for rank / k there. If that is at least R, the
-    parts are copied as they are: exact. Else each block is truncated to its best approximation of
-    that rank. Room that is left holds zeros, in A and in B.
+    columns: a pair of rank R. GraLoRA has room for rank / k there. If that is at least R, the parts
+    are copied exactly. Otherwise each block becomes its best approximation of that rank. Unused
+    room is zero, in A and in B.
 
     Returns:
-        A (k, in / k, rank, ...), B (k, rank, out / k), and the Frobenius norm of what is left out
-        of all blocks over that of the update.
+        A (k, in / k, rank, ...), B (k, rank, out / k), and the Frobenius norm of the lost parts of
+        all blocks, relative to the update.
 
     Raises:
-        ValueError: k does not divide in, out and rank; shapes that make no pair; NaN or infinity.
+        ValueError: k does not divide in, out and rank, the shapes do not form a pair, or there are
+            NaN or infinite values.
     """
     matrix = _matrix(down, up)
     (own, width, *kernel), height = down.shape, len(up)
     numbers = {"in": width, "out": height, "rank": rank}
     wrong = [f"{name}={number}" for name, number in numbers.items() if number % k or number < k]
     if wrong:
-        raise ValueError(f"gralora_factors: {', '.join(wrong)} not divisible by k={k}")
+        raise ValueError(f"gralora_factors: {', '.join(wrong)} must be divisible by k={k}")
     s = rank // k
     downs = matrix.unflatten(1, (k, -1)).transpose(0, 1)  # (n, R, c / k)
     ups = up.unflatten(0, (k, -1))  # (j, o, R)
@@ -193,7 +195,7 @@ def gralora_factors(down: Tensor, up: Tensor, rank: int, k: int) -> tuple[Tensor
 
 
 def _core(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Q_up (..., out, m), the matrix in the middle (..., m, l), Q_down (..., c, l).
+    """Return Q_up (..., out, m), the matrix in the middle (..., m, l), and Q_down (..., c, l).
 
     ``down`` is (..., R, c) and ``up`` (..., out, R).
     """
@@ -203,14 +205,14 @@ def _core(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _decompose(down: Tensor, up: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U (..., out, q), singular values (..., q) and V (..., c, q): the update is U diag(s) V^T."""
+    """Return U (..., out, q), s (..., q) and V (..., c, q): the update is U diag(s) V^T."""
     Q_up, core, Q_down = _core(down, up)
     U, values, Vh = torch.linalg.svd(core, full_matrices=False)
     return Q_up @ U, values, Q_down @ Vh.mT
 
 
 def _balanced(U: Tensor, values: Tensor, V: Tensor) -> Pair:
-    """The pair of U (..., out, q), values and V (..., c, q): a root of each value on each side."""
+    """Return the pair of U (..., out, q), values and V (..., c, q), with roots on both sides."""
     roots = values.sqrt().unsqueeze(-2)
     return (V * roots).mT, U * roots
 
@@ -226,24 +228,24 @@ def _rank_of_energy(values: Tensor, energy: float) -> int:
 
 
 def _rounded(factor: Tensor, given: Tensor) -> Tensor:
-    """In the dtype of the pair that was given, float32 at least."""
+    """Return the factor in the dtype of the given pair, but at least in float32."""
     return factor.to(torch.promote_types(given.dtype, torch.float32))
 
 
-# -- what makes a pair -----------------------------------------------------------------------------
+# -- checks ----------------------------------------------------------------------------------------
 
 
 def _matrix(down: Tensor, up: Tensor) -> Tensor:
-    """``down`` as (R, c), if the two make a pair.
+    """Return ``down`` as (R, c).
 
     Raises:
-        ValueError: they do not, or hold NaN or infinity.
+        ValueError: the two do not form a pair, or have NaN or infinite values.
     """
     if down.dim() < 2 or up.dim() != 2 or len(down) != up.shape[1] or not len(down):
         raise ValueError(
-            f"down {tuple(down.shape)} and up {tuple(up.shape)} are no pair: expected (R, in) or "
-            "(R, in, height, width), and (out, R)"
+            f"down {tuple(down.shape)} and up {tuple(up.shape)} are not a pair: expected (R, in) "
+            "or (R, in, height, width), and (out, R)"
         )
     if not (torch.isfinite(down).all() and torch.isfinite(up).all()):
-        raise ValueError("the pair holds NaN or infinite values")
+        raise ValueError("the pair has NaN or infinite values")
     return down.flatten(1)

@@ -1,8 +1,8 @@
-"""How the factors of a LoRA are to be read, from all that its file and PEFT's config say of it.
+"""Find the scaling of a LoRA's factors from its tensors, its header and PEFT's config.
 
-A layer's update is ``alpha / rank * up @ down``. A tensor says what alpha is (kohya's sd-scripts,
-ComfyUI), or the header (diffusers), or ``adapter_config.json`` (PEFT); where none of them does, it
-is the rank, as every reader has it.
+A layer's update is ``alpha / rank * up @ down``. Alpha is in a tensor (kohya's sd-scripts,
+ComfyUI), in the header (diffusers), or in ``adapter_config.json`` (PEFT). If it is in none of them,
+it is the rank, as in every other reader.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ from gralora_diffusion.adapters.placement.path_patterns import PatternError
 from .keys import DIFFUSERS_METADATA, Layer
 from .peft_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
 
-#: What to do with an alpha that only a header's field of its own tells; see ``LoraScalings``.
+#: How to treat an alpha that only a separate field of the header states; see ``LoraScalings``.
 HeaderAlpha = Literal["apply", "ignore"]
 HEADER_ALPHA: tuple[HeaderAlpha, ...] = ("apply", "ignore")
-#: Fields of a header that tell one alpha for all layers; that of sd-scripts, which writes a tensor
-#: in every layer besides, is often no number.
+#: Fields of a header that state one alpha for all layers. The field of sd-scripts is often not a
+#: number, because sd-scripts also writes a tensor for every layer.
 _HEADER_ALPHAS = ("lora_alpha", "network_alpha", "alpha", "ss_network_alpha")
 _OF_SD_SCRIPTS = "ss_network_alpha"
-#: sd-scripts' arguments by which alpha differs from layer to layer.
+#: sd-scripts' arguments that make alpha differ between layers.
 _ALPHAS_BY_LAYER = ("conv_alpha", "block_alphas", "conv_block_alphas")
 
-#: Styles of names whose readers take alpha from a tensor wherever there is one.
+#: Styles of names whose readers use alpha from a tensor whenever it exists.
 _BY_TENSOR = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI")
-#: Alphas that were rounded to half precision are taken for the same.
+#: Relative difference of alphas that still count as equal: rounding to half precision.
 _ROUNDING = 2.0**-8
 
 
 @dataclass(frozen=True)
 class _Config:
-    """What PEFT's config says of scaling, found to be valid."""
+    """The validated scaling fields of PEFT's config."""
 
     rank: int | None
     alpha: float | None
@@ -47,14 +47,14 @@ class _Config:
     stabilized: bool
 
     def alpha_of(self, path: str, rank: int, own: float | None) -> float | None:
-        """Alpha of a layer; that of rank-stabilized LoRA, over the rank's root, is made up for."""
+        """Return alpha of a layer, adjusted for rank-stabilized LoRA, which divides by the root."""
         wanted = self.rank_pattern.get(pattern_key(self.rank_pattern, path), self.rank)
         if wanted is not None and rank and wanted != rank:
-            raise ValueError(f"the config says rank {wanted}, and the factors have rank {rank}")
+            raise ValueError(f"the config says rank {wanted}, but the factors have rank {rank}")
         alpha = self.alpha_pattern.get(pattern_key(self.alpha_pattern, path), self.alpha)
         if alpha is None:
             if own is None:
-                raise ValueError("the config says no lora_alpha")
+                raise ValueError("the config does not contain lora_alpha")
             return None
         return alpha * math.sqrt(rank) if self.stabilized else alpha
 
@@ -63,17 +63,17 @@ class LoraScalings:
     """The scalings of all layers of a LoRA.
 
     Args:
-        layers: by name, as ``group_layers`` returns them.
-        metadata: the header's.
+        layers: layers by name, as ``group_layers`` returns them.
+        metadata: the header's metadata.
         configs: PEFT's ``adapter_config.json`` by component; the empty name if it is the only one.
-        header_alpha: Whether an alpha counts that only a field of the header tells, such as
-            ``lora_alpha`` or ``ss_network_alpha``. diffusers, ComfyUI and sd-scripts pass over it,
-            some programs apply it, and some that fold alpha into the factors leave the field as it
-            was. So nothing is assumed: without a choice such layers have no alpha that can be told.
-        without_biases: biases are left out, so that a config may tell of them.
+        header_alpha: Whether to apply an alpha that only a field of the header states, such as
+            ``lora_alpha`` or ``ss_network_alpha``. diffusers, ComfyUI and sd-scripts ignore it and
+            some programs apply it. Others fold alpha into the factors and leave the field
+            unchanged. Nothing is assumed, so without a choice such layers have no known alpha.
+        without_biases: biases are left out, so a config may mention them.
 
     Attributes:
-        problems: What is said of reading and cannot be followed, in words.
+        problems: Descriptions of statements about the factors that cannot be followed.
     """
 
     def __init__(
@@ -89,8 +89,8 @@ class LoraScalings:
         self._is_damaged = False
         self._choice = header_alpha
         self._encoders_only = all(layer.text_encoder for layer in layers.values())
-        told = dict(configs or {}) or self._of_diffusers(metadata)
-        for component, values in told.items():
+        by_component = dict(configs or {}) or self._of_diffusers(metadata)
+        for component, values in by_component.items():
             where = f"{component}: " if component else ""
             wrong = list(invalid_scaling(values))
             found = wrong or list(other_adapter(values, without_biases))
@@ -100,31 +100,31 @@ class LoraScalings:
         self._check_patterns(layers)
 
     def alpha(self, layer: Layer, rank: int, own: float | None) -> float | None:
-        """Return the alpha of a layer; None if nothing tells one, which means the rank.
+        """Return the alpha of a layer; None if it is stated nowhere, which means the rank.
 
         Args:
-            own: that of the layer's own tensor.
+            own: alpha in the layer's own tensor.
 
         Raises:
-            ValueError: It cannot be told, or two places tell different ones.
+            ValueError: it cannot be determined, or two places contradict each other.
         """
         if own is not None and layer.style in _BY_TENSOR:
             return own
-        component, told = self._component(layer), None
+        component, stated = self._component(layer), None
         if component is not None:
             config = self._configs[component]
             if config is None:
-                raise ValueError("what its config says of scaling is not valid")
+                raise ValueError("the scaling fields of its config are not valid")
             if layer.is_flat and (config.alpha_pattern or config.rank_pattern):
                 raise ValueError("the config's patterns are for paths with dots")
-            told = config.alpha_of(layer.path, rank, own)
+            stated = config.alpha_of(layer.path, rank, own)
         if own is not None:
-            if told is not None and not math.isclose(own, told, rel_tol=_ROUNDING):
-                raise ValueError(f"a tensor says alpha {own:g}, and the config {told:g}")
+            if stated is not None and not math.isclose(own, stated, rel_tol=_ROUNDING):
+                raise ValueError(f"alpha is {own:g} in a tensor, but {stated:g} in the config")
             return own
         if self._is_damaged:
-            raise ValueError("what the header says of scaling is damaged")
-        return told if component is not None else self._alpha_of_header(rank)
+            raise ValueError("the scaling fields of the header are damaged")
+        return stated if component is not None else self._alpha_of_header(rank)
 
     def _alpha_of_header(self, rank: int) -> float | None:
         others = {alpha: field for field, alpha in self._header.items() if alpha != rank}
@@ -133,19 +133,17 @@ class LoraScalings:
         said = ", ".join(f"{field} {alpha:g}" for alpha, field in others.items())
         if self._choice is None:
             raise ValueError(
-                f"the header says {said}, and no tensor does. Some programs mean that the update "
-                f"is scaled by it over the rank, which is {rank}; others have scaled the factors "
-                "already. Choose with --header_alpha apply or --header_alpha ignore"
+                f"only the header states alpha ({said}), and no tensor does. Some programs scale "
+                f"the update by alpha over the rank, which is {rank}; others have already scaled "
+                "the factors. Choose --header_alpha apply or --header_alpha ignore"
             )
         if len(set(self._header.values())) > 1 or self._differ:
             differ = ", ".join([*self._header, *self._differ])
-            raise ValueError(
-                f"what the header says of alpha is not for all layers alike ({differ})"
-            )
+            raise ValueError(f"the header does not state the same alpha for all layers ({differ})")
         return next(iter(others))
 
     def _component(self, layer: Layer) -> str | None:
-        """Whose config a layer's is; None if there is none for it."""
+        """Return the component whose config applies to a layer; None if no config does."""
         first, encoder = layer.name.partition(".")[0], layer.text_encoder
         if first in self._configs:
             return first
@@ -154,19 +152,19 @@ class LoraScalings:
         known = [name for name in self._configs if name.startswith("text_encoder") == bool(encoder)]
         if "" in self._configs:
             if encoder and not self._encoders_only:
-                raise ValueError("the config does not say which of several models it is for")
+                raise ValueError("the config does not name which of several models it is for")
             return ""
         if encoder:
-            # the number in other programs' names of an encoder is not the pipeline's
+            # other programs do not number encoders as the pipeline does
             if known and layer.style != "diffusers":
-                raise ValueError(f"whether its config is that of {', '.join(known)} is not said")
+                raise ValueError(_unclear(known))
             return None
         if known and (len(known) > 1 or first in ("unet", "transformer")):
-            raise ValueError(f"whether its config is that of {', '.join(known)} is not said")
+            raise ValueError(_unclear(known))
         return known[0] if known else None
 
     def _of_diffusers(self, metadata: Mapping[str, str]) -> dict[str, dict[str, Any]]:
-        """Component -> config of diffusers' ``lora_adapter_metadata``, where a file has it."""
+        """Return component -> config of diffusers' ``lora_adapter_metadata``, if it exists."""
         text = metadata.get(DIFFUSERS_METADATA)
         if not text:
             return {}
@@ -174,11 +172,11 @@ class LoraScalings:
             values = json.loads(text)
         except (ValueError, RecursionError) as error:
             self._is_damaged = True
-            self.problems.append(f"{DIFFUSERS_METADATA} in the header is no JSON ({error})")
+            self.problems.append(f"{DIFFUSERS_METADATA} in the header is not JSON ({error})")
             return {}
         if not isinstance(values, dict):
             self._is_damaged = True
-            self.problems.append(f"{DIFFUSERS_METADATA} in the header is no mapping")
+            self.problems.append(f"{DIFFUSERS_METADATA} in the header is not a mapping")
             return {}
         found: dict[str, dict[str, Any]] = {}
         for name, value in values.items():
@@ -187,7 +185,7 @@ class LoraScalings:
         return found
 
     def _of_header(self, metadata: Mapping[str, str], without_biases: bool) -> dict[str, float]:
-        """Field -> the alpha that it tells for all layers."""
+        """Return field -> the alpha that it states for all layers."""
         named = ("init_lora_weights", "use_rslora", *OTHER_FORMULA, *BESIDES)
         said = {name: _parsed(metadata[name]) for name in named if name in metadata}
         stabilized = said.pop("use_rslora", False)
@@ -204,11 +202,13 @@ class LoraScalings:
                 alphas[field] = float(alpha)
             elif field != _OF_SD_SCRIPTS:
                 self._is_damaged = True
-                self.problems.append(f"{field} in the header is no number ({reprlib.repr(alpha)})")
+                self.problems.append(
+                    f"{field} in the header is not a number ({reprlib.repr(alpha)})"
+                )
         return alphas
 
     def _check_patterns(self, layers: Mapping[str, Layer]) -> None:
-        """A pattern that no layer matches may be for other names than the file's."""
+        """Report patterns that match no layer: they may be for names that the file does not use."""
         if not any(c and (c.alpha_pattern or c.rank_pattern) for c in self._configs.values()):
             return
         paths: dict[str, list[str]] = {}
@@ -238,8 +238,12 @@ class LoraScalings:
                     continue
                 if unused:
                     self.problems.append(
-                        f"{name} names layers that are not there: {', '.join(unused[:3])}"
+                        f"{name} names layers that do not exist: {', '.join(unused[:3])}"
                     )
+
+
+def _unclear(components: list[str]) -> str:
+    return f"it is not clear whether the config of {', '.join(components)} applies to it"
 
 
 def _config(values: Mapping[str, Any]) -> _Config:
@@ -254,7 +258,7 @@ def _config(values: Mapping[str, Any]) -> _Config:
 
 
 def _parsed(text: str) -> Any:
-    """A header's value, which is always text."""
+    """Parse a header's value, which is always a string."""
     try:
         return json.loads(text.lower() if text in ("True", "False") else text)
     except (ValueError, RecursionError):

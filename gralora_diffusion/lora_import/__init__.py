@@ -1,4 +1,4 @@
-"""An existing LoRA as a GraLoRA adapter, to use or to go on training from."""
+"""Convert a LoRA to a GraLoRA adapter, to use it or to continue training."""
 
 from typing import TYPE_CHECKING
 

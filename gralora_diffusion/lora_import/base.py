@@ -1,4 +1,4 @@
-"""The base that a LoRA is for, in diffusers' layout: its family, and which layers it has."""
+"""The base of a LoRA, in diffusers' layout: its family and its layers."""
 
 from __future__ import annotations
 
@@ -22,17 +22,17 @@ LayerShape = tuple[int, int, tuple[int, ...]]
 
 
 class LoraBase:
-    """A base of which only the configuration is read.
+    """A base whose configuration is read, but not its weights.
 
     Args:
         source: folder or Hub id of a pipeline.
 
     Attributes:
         family: its family.
-        unet_config: of its UNet, where that tells which layers the names of a LoRA mean.
+        unet_config: config of its UNet, if the names in a LoRA depend on it.
 
     Raises:
-        ValueError: no pipeline there, or of no supported family.
+        ValueError: the pipeline cannot be loaded, or its family is not supported.
     """
 
     def __init__(self, source: str) -> None:
@@ -40,15 +40,18 @@ class LoraBase:
         try:
             self._index = DiffusionPipeline.load_config(source)
             name = str(self._index["_class_name"])
-        except Exception as error:  # diffusers raises whatever it meets in what is damaged
-            problem = offline_problem(error, source) or f"no diffusers pipeline there ({error})"
+        except Exception as error:  # diffusers may raise anything on damaged files
+            problem = (
+                offline_problem(error, source) or f"no diffusers pipeline could be loaded ({error})"
+            )
             raise ValueError(
-                f"--base {source}: {problem}. For another form of base give --family"
+                f"--base {source}: {problem}. If the base has another form, pass --family instead"
             ) from error
         family = find_pipeline_family(name)
         if family is None:
             raise ValueError(
-                f"--base {source}: {name} is of no supported family ({', '.join(list_families())})"
+                f"--base {source}: {name} does not belong to a supported family "
+                f"({', '.join(list_families())})"
             )
         self.family, self.unet_config = family, None
         if "unet_config" in family.lora_options:
@@ -64,26 +67,29 @@ class LoraBase:
             where: the LoRA's name, for errors.
 
         Raises:
-            AdapterFileError: layers that the base lacks or has of other widths; tells some.
+            AdapterFileError: the base does not have all layers, or has them with other widths. The
+                message names some.
         """
         count = sum(len(layers) for layers in pairs.values())
         misfits = []
         for component, layers in pairs.items():
-            there = self._layers(component)
+            in_base = self._layers(component)
             for path, (down, up) in layers.items():
                 shape = down.shape[1], len(up), tuple(down.shape[2:])
-                found = there.get(self.family.canonical(component, path))
+                found = in_base.get(self.family.canonical(component, path))
                 if found is None or not _same(shape, found):
                     held = _text(found) if found else "no such layer"
-                    misfits.append(f"{component}.{path} ({_text(shape)} here, {held} there)")
+                    misfits.append(
+                        f"{component}.{path} ({_text(shape)} in the LoRA, {held} in the base)"
+                    )
         if misfits:
             raise AdapterFileError(
-                f"{where}: does not fit --base {self.source}: {len(misfits)} of {count} layers: "
-                f"{first_few(misfits, 3)}. Give the base that it was trained for."
+                f"{where} does not fit --base {self.source}: {len(misfits)} of {count} layers "
+                f"differ: {first_few(misfits, 3)}. Pass the base that it was trained for."
             )
 
     def _layers(self, component: str) -> dict[str, LayerShape]:
-        """Canonical path -> shape of the layers of a component; none if the base lacks it."""
+        """Return canonical path -> shape of a component's layers; empty without the component."""
         entry = self._index.get(component)
         if not isinstance(entry, (list, tuple)) or list(map(type, entry)) != [str, str]:
             return {}
@@ -100,7 +106,7 @@ class LoraBase:
     def _reading(self, component: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # libraries raise whatever they meet in what is damaged
+        except Exception as error:  # libraries may raise anything on damaged files
             problem = offline_problem(error, self.source) or str(error)
             raise ValueError(
                 f"--base {self.source}: its {component} cannot be read: {problem}"

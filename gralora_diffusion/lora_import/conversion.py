@@ -1,4 +1,4 @@
-"""A LoRA's pairs as GraLoRA's factors, layer by layer, and what could not come over."""
+"""Convert a LoRA's pairs to GraLoRA's factors layer by layer, and measure the loss."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from .reading import read_lora
 
 @dataclass(frozen=True)
 class ImportedLayer:
-    """How a layer came over.
+    """How a layer was converted.
 
     Attributes:
-        rank: of the LoRA there.
-        k: of the new layer; below what was asked for where the layer's widths ask for it.
+        rank: rank of the LoRA in this layer.
+        k: k of the new layer; smaller than requested if the layer's widths require it.
         norm: Frobenius norm of the LoRA's update.
-        error: Frobenius norm of what is left out over that norm; 0 if nothing is.
+        error: Frobenius norm of the lost part of the update, relative to ``norm``; 0 if exact.
     """
 
     rank: int
@@ -58,40 +58,40 @@ def gralora_from_lora(
     left_out: list[str] | None = None,
     **hub_options: Any,
 ) -> tuple[Adapter, dict[str, ImportedLayer]]:
-    """Make a GraLoRA adapter with the update of a LoRA, or what is nearest to it.
+    """Make a GraLoRA adapter with the update of a LoRA, or with the closest possible update.
 
-    A layer whose LoRA has a rank of at most ``hybrid_rank + rank / k`` comes over exactly: the
-    general pair takes ``hybrid_rank`` of it, every block has room for the rest. Of a larger one the
-    general pair takes the largest singular values, and each block is the best approximation of its
-    part of what is left. The LoRA's scale is folded in. Room that is left gets the usual random
-    values in A and zeros in B: it changes nothing, and can be trained.
+    A layer is converted exactly if its LoRA has a rank of at most ``hybrid_rank + rank / k``: the
+    general pair takes ``hybrid_rank`` of it, and every block has room for the rest. For a larger
+    rank, the general pair takes the largest singular values, and each block is the best
+    approximation of its part of the rest. The LoRA's scale is folded in. Unused room gets the usual
+    random values in A and zeros in B: it does not change the update, and can be trained.
 
     Args:
-        source: a LoRA file in the names of diffusers, kohya's sd-scripts, ComfyUI or whatever else
-            diffusers reads for this family; PEFT's folder; a Hub repository; or a state dict.
-        family: of its base.
-        rank, k, hybrid_rank, alpha: of the new adapter; alpha is rank + hybrid_rank by default. On
-            layers whose widths k does not divide, it is the largest smaller one that does.
-        unet_config: config of the base's UNet, for LoRAs in the names of original UNets, where it
-            is not the family's usual one.
-        base: the base itself, whose layers the LoRA's must fit.
+        source: a LoRA file with names of diffusers, kohya's sd-scripts, ComfyUI or another program
+            that diffusers reads for this family; PEFT's folder; a Hub repository; or a state dict.
+        family: family of its base.
+        rank, k, hybrid_rank, alpha: of the new adapter; alpha is rank + hybrid_rank by default. A
+            layer whose widths k does not divide gets the largest smaller k that divides them.
+        unet_config: config of the base's UNet if it is not the family's usual one, for LoRAs with
+            names of original UNets.
+        base: the base; the LoRA's layers must fit its layers.
         weight_name: which file in a folder or repository.
-        seed: of the random values.
-        header_alpha: "apply" or "ignore" an alpha that only a field of the file's header tells,
-            such as ``ss_network_alpha``. Programs disagree on it, so one that matters is refused
-            without a choice.
+        seed: seed of the random values.
+        header_alpha: "apply" or "ignore" an alpha that only a field of the file's header states,
+            such as ``ss_network_alpha``. Programs disagree about it, so without a choice such a
+            LoRA is refused if the alpha matters.
         left_out: If given, differences of norms and biases are left out, and their keys are
-            appended to it. Without it such a LoRA is refused.
+            appended to it. Otherwise such a LoRA is refused.
         hub_options: for a Hub repository: ``revision``, ``token``, ``cache_dir``,
             ``local_files_only``, ... of ``huggingface_hub.snapshot_download``.
 
     Returns:
-        The adapter, and component.path -> how that layer came over.
+        The adapter, and component.path -> how that layer was converted.
 
     Raises:
-        AdapterFileError: no LoRA, one that cannot be taken over whole or does not fit the base;
-            names the keys at fault.
-        ValueError: rank, k, hybrid_rank or alpha that cannot be.
+        AdapterFileError: the source is not a LoRA, cannot be converted completely or does not fit
+            the base. The message names the keys at fault.
+        ValueError: rank, k, hybrid_rank or alpha is invalid.
     """
     check_numbers(rank, k, hybrid_rank, alpha)
     family = get_family(family) if isinstance(family, str) else family
@@ -130,7 +130,7 @@ def gralora_from_lora(
 
 
 def overall_error(layers: Mapping[str, ImportedLayer]) -> float:
-    """Return the Frobenius norm of all that is left out over that of the whole LoRA."""
+    """Return the Frobenius norm of the lost part of the update, relative to the whole LoRA's."""
     whole = math.hypot(*(layer.norm for layer in layers.values()))
     return math.hypot(*(layer.error * layer.norm for layer in layers.values())) / (whole or 1.0)
 
@@ -138,7 +138,7 @@ def overall_error(layers: Mapping[str, ImportedLayer]) -> float:
 def _layer(
     down: Tensor, up: Tensor, rank: int, k: int, hybrid_rank: int
 ) -> tuple[dict[str, Tensor], float]:
-    """The tensors of one layer by PEFT's names, and the relative error."""
+    """Return the tensors of one layer by PEFT's names, and the relative error."""
     outputs, inputs, kernel = len(up), down.shape[1], down.shape[2:]
     A, B = init_factors(inputs, outputs, rank, k, kernel)
     tensors, rest, part = {}, (down, up), 1.0
@@ -160,14 +160,14 @@ def _layer(
 
 
 def _split(down: Tensor, up: Tensor, general: int, block: int) -> tuple[Pair, Pair]:
-    """What the general pair takes and what is left for the blocks: as it is if both have room."""
+    """Return the general pair's part and the blocks' part, without a decomposition if both fit."""
     if len(down) <= general + block:
         return (down[:general], up[:, :general]), (down[general:], up[:, general:])
     return split(down, up, general)
 
 
 def _with_spare_room(A: Tensor, B: Tensor, random: Tensor) -> tuple[Tensor, Tensor]:
-    """A with random values where it and B hold zeros, which could not be trained."""
+    """Return A with random values where A and B are zero, because those could not be trained."""
     k, _, r = A.shape[:3]
     s = r // k
     # column (n, j, q) of A meets row (j, n, q) of B
@@ -179,13 +179,13 @@ def _with_spare_room(A: Tensor, B: Tensor, random: Tensor) -> tuple[Tensor, Tens
 
 
 def _targets(paths: list[str]) -> list[str] | str:
-    """Paths as targets. One without a dot would also be the end of others, as a list has it."""
+    """Return paths as targets; a regular expression if a path without a dot could match others."""
     if all("." in path for path in paths):
         return sorted(paths)
     return "|".join(re.escape(path) for path in sorted(paths))
 
 
 def _kept(metadata: Mapping[str, str]) -> dict[str, str]:
-    """What a LoRA's metadata says of its subject, which is still true."""
+    """Return the part of a LoRA's metadata that remains true: the part about its subject."""
     names = ("modelspec.title", "modelspec.author", "modelspec.trigger_phrase", "ss_tag_frequency")
     return {name: metadata[name] for name in names if name in metadata}

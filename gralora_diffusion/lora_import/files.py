@@ -1,4 +1,4 @@
-"""Files of LoRAs: what they hold and say, wherever they lie."""
+"""Read LoRA files, PEFT's folders and Hub repositories."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _DENOISER_OF_COMFYUI = "diffusion_model."
 
 @dataclass(frozen=True)
 class LoraFile:
-    """Tensors, the header's metadata, component -> PEFT's config beside it, and the name."""
+    """Tensors, the header's metadata, component -> PEFT's config beside the file, and a name."""
 
     tensors: dict[str, Tensor]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -44,7 +44,8 @@ def read_file(
     """Read a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
 
     Raises:
-        AdapterFileError: nothing there, several files, not a whole safetensors file.
+        AdapterFileError: nothing was found, there are several files, or the file is not a complete
+            safetensors file.
     """
     if isinstance(source, Mapping):
         return LoraFile(dict(source))
@@ -79,7 +80,7 @@ def _peft_configs(folder: Path, family: ModelFamily) -> dict[str, Path]:
 
 
 def _named(component: str, key: str) -> str:
-    """A key of PEFT's with its component in front; of other names the beginning says it."""
+    """Return a key of PEFT's with its component in front; other names already start with it."""
     if key.startswith(_DENOISER_OF_COMFYUI):  # as diffusion-pipe writes it
         return key
     return f"{component}.{key.removeprefix(PEFT_PREFIX)}"
@@ -92,6 +93,6 @@ def _only_file(folder: Path, weight_name: str | None) -> Path:
     if len(files) != 1:
         names = ", ".join(file.name for file in files) or "none"
         raise AdapterFileError(
-            f"{folder}: expected one .safetensors file, found {names}. Name it with weight_name."
+            f"{folder}: expected one .safetensors file, found {names}. Choose one with weight_name."
         )
     return files[0]

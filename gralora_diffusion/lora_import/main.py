@@ -18,9 +18,9 @@ from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 if TYPE_CHECKING:
     from .conversion import ImportedLayer
 
-#: Layers with the largest errors that are listed.
+#: Number of layers that are listed, those with the largest errors first.
 LISTED = 20
-#: What is left out of a layer where only the last bits differ.
+#: Errors below this are rounding errors.
 ROUNDING = 1e-6
 
 
@@ -28,9 +28,10 @@ def parser() -> argparse.ArgumentParser:
     """Return the command's parser."""
     result = TerminalParser(
         prog="gralora import",
-        description="Make a GraLoRA adapter of a LoRA: exactly, where hybrid_rank + rank / k is at "
-        "least the LoRA's rank, else the nearest one, with what is left out. To go on training, "
-        "give it to gralora train as --initial_adapter.",
+        description="Convert a LoRA to a GraLoRA adapter. A layer is converted exactly if "
+        "hybrid_rank + rank / k is at least the LoRA's rank. Otherwise it gets the closest "
+        "update, and the loss is reported. To continue training, pass the adapter to gralora "
+        "train as --initial_adapter.",
     )
     result.add_argument("--lora", required=True, help="file, PEFT folder or Hub id of the LoRA")
     base = result.add_mutually_exclusive_group(required=True)
@@ -42,20 +43,20 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
     result.add_argument("--weight_name", help="which file in a folder or repository")
     result.add_argument("--revision", help="branch, tag or commit of the LoRA on the Hub")
-    result.add_argument("--cache_dir", help="folder for what is downloaded")
+    result.add_argument("--cache_dir", help="folder for downloads")
     result.add_argument(
         "--header_alpha",
         choices=HEADER_ALPHA,
-        help="what to do with an alpha that only a field of the header tells, such as "
-        "ss_network_alpha: scale by it, or take the factors as they are",
+        help="how to treat an alpha that only a field of the header states, such as "
+        "ss_network_alpha: scale by it, or use the factors unchanged",
     )
     result.add_argument(
         "--leave_out_norms_and_biases",
         action="store_true",
         help="leave out differences of norms and biases (.diff, .diff_b), which ComfyUI's Train "
-        "LoRA writes, and name them; without this such a file is refused",
+        "LoRA writes, and list them; without this option such a file is refused",
     )
-    result.add_argument("--overwrite", action="store_true", help="replace what is at --output")
+    result.add_argument("--overwrite", action="store_true", help="replace an existing --output")
     result.add_argument("--output", required=True, type=Path, help="file, or folder for the file")
     return result
 
@@ -112,14 +113,14 @@ def _report(layers: Mapping[str, ImportedLayer]) -> str:
     from .conversion import overall_error
 
     exact = sum(layer.error < ROUNDING for layer in layers.values())
-    lines = [f"{exact} of {len(layers)} layers came over exactly"]
+    lines = [f"{exact} of {len(layers)} layers were converted exactly"]
     lossy = sorted(layers.items(), key=lambda item: -item[1].error * item[1].norm)
     lossy = [(name, layer) for name, layer in lossy if layer.error >= ROUNDING]
     if lossy:
-        lines.append(f"{'left out':>8}  rank  k  layer")
+        lines.append(f"{'lost':>8}  rank  k  layer")
     for name, layer in lossy[:LISTED]:
         lines.append(f"{layer.error:>8.2%}  {layer.rank:>4}  {layer.k}  {name}")
     if len(lossy) > LISTED:
         lines.append(f"... and {len(lossy) - LISTED} more")
-    lines.append(f"left out of the whole update: {overall_error(layers):.3%}")
+    lines.append(f"lost of the whole update: {overall_error(layers):.3%}")
     return "\n".join(lines)

@@ -1,7 +1,7 @@
-"""Names of layers in LoRA files that follow a base's original layout, as diffusers has them.
+"""Translate names in LoRA files that follow a base's original layout to diffusers' names.
 
-Those of ComfyUI, and of kohya's sd-scripts for transformers and text encoders. diffusers reads but
-some of them, FLUX.1's in its published width alone.
+These are the names of ComfyUI, and those of kohya's sd-scripts for transformers and text encoders.
+diffusers only reads some of them, and FLUX.1's only at its published width.
 """
 
 from __future__ import annotations
@@ -17,41 +17,41 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.key_maps import KeyMap, Shape, locate
 from gralora_diffusion.lora_files.low_rank import Pair
 
-#: How names of the denoiser's layers may begin, whichever layout follows.
+#: Prefixes of the denoiser's layers, in any layout.
 _DENOISER = (
     *("diffusion_model.", "model.diffusion_model.", "base_model.model."),
     *("lora_transformer.", ""),  # OneTrainer's FLUX.2 first
 )
 _KOHYA_DENOISER = "lora_unet_"
-#: How names begin that are diffusers' paths with ``_`` for every dot: OneTrainer's and LyCORIS'.
+#: Prefixes of diffusers' paths with ``_`` in place of every dot: OneTrainer's and LyCORIS's.
 FLAT_DIFFUSERS = ("lora_transformer_", "lycoris_")
 _COMFYUI_ENCODER = re.compile(r"text_encoders\.(\w+)\.transformer\.(.+)")
 _KOHYA_ENCODER = re.compile(r"(lora_te\d?)_(.+)")
-#: Parts of paths in CLIP and T5 that have an underscore of their own.
+#: Parts of paths in CLIP and T5 that contain an underscore.
 _WORDS = re.compile(r"text_model|text_projection|self_attn|(?:q|k|v|out)_proj|wi_[01]")
-#: Paths of layers in them that can be adapted.
+#: Paths of their layers that can be adapted.
 _ENCODER_LAYER = re.compile(
     r"(?:text_model\.)?encoder\.layers\.\d+\.(?:self_attn\.(?:q|k|v|out)_proj|mlp\.fc[12])"
     r"|text_projection"
     r"|encoder\.block\.\d+\.layer\.\d+\.(?:SelfAttention\.[qkvo]|DenseReluDense\.(?:wi(_[01])?|wo))"
 )
-#: What ComfyUI calls T5, and how the paths of its layers begin.
+#: ComfyUI's name of T5, and the prefix of the paths of its layers.
 _T5, _T5_BLOCKS = "t5xxl", "encoder.block."
 
 
 @dataclass(frozen=True)
 class Place:
-    """A layer of diffusers, and the rows of the LoRA's layer that make it up, in their order."""
+    """A layer of diffusers, and the rows of the LoRA's layer that form it, in their order."""
 
     component: str
     path: str
     rows: tuple[slice, ...]
 
     def pair_of(self, down: Tensor, up: Tensor) -> Pair:
-        """Return the layer's pair of that of the LoRA's layer, (R, in, ...) and (out, R).
+        """Return the layer's part of the LoRA layer's pair, (R, in, ...) and (out, R).
 
-        Of layers that were adapted one by one and then joined, ``up`` is block-diagonal: what is
-        for the others alone is left out.
+        If layers were adapted one by one and then joined, ``up`` is block-diagonal. The part that
+        only concerns the other layers is left out.
         """
         up = torch.cat([up[rows] for rows in self.rows])
         used = up.any(dim=0)
@@ -62,7 +62,7 @@ class OriginalNames:
     """The names of one family.
 
     Args:
-        names: of all layers of the LoRA.
+        names: names of all layers of the LoRA.
         layers_per_block: of the base's UNet, if it has one.
     """
 
@@ -71,7 +71,7 @@ class OriginalNames:
         key_maps = family.original_key_maps.get(family.denoiser, ())
         self._key_map = key_maps[0] if key_maps else KeyMap(("",), ())
         self._rules = self._key_map.rules_of(_telling_keys(names, layers_per_block))
-        # rules of a UNet stand for blocks, and what follows cannot be told apart without dots
+        # a UNet's rules stand for blocks, and the rest of a name is ambiguous without dots
         whole = not callable(self._key_map.rules)
         self._flat = [(_flat(rule.original), rule) for rule in self._rules if whole]
         self._flat_own = [
@@ -79,10 +79,10 @@ class OriginalNames:
         ]
 
     def places(self, name: str, shape: Shape) -> list[Place]:
-        """Return the layers of diffusers that a layer is; none if its name is of another style.
+        """Return the layers of diffusers for a LoRA's layer; none if its name has another style.
 
         Args:
-            shape: of its update, (out, in, ...).
+            shape: shape of its update, (out, in, ...).
         """
         if match := _COMFYUI_ENCODER.fullmatch(name):
             return self._in_text_encoder(self._called(match[1]), match[2])
@@ -107,7 +107,7 @@ class OriginalNames:
         return []
 
     def misses(self, name: str) -> bool:
-        """Whether a name is of a style whose names are all known, and none of them."""
+        """Whether a name is unknown although all names of its style are known."""
         return bool(self._flat_own) and name.startswith(FLAT_DIFFUSERS)
 
     def knows(self, component: str, path: str) -> bool:
@@ -119,7 +119,7 @@ class OriginalNames:
         return _ENCODER_LAYER.fullmatch(path) is not None
 
     def _in_denoiser(self, path: str, shape: Shape) -> list[Place]:
-        """By the original's name, or diffusers' own where that stands alone."""
+        """Find a path of the original layout, or a path of diffusers if it has no other meaning."""
         component, key = self._family.denoiser, f"{path}.weight"
         if locate(path, self._rules) and not self._is_original(path):
             return [Place(component, path, (slice(None),))]
@@ -139,7 +139,7 @@ class OriginalNames:
         ]
 
     def _is_original(self, path: str) -> bool:
-        """Whether a layer has just this name in the original."""
+        """Whether a layer has exactly this name in the original."""
         matches = (rule.original_pattern.match(path) for rule in self._rules)
         return any(match and not match["rest"] for match in matches)
 
@@ -148,7 +148,7 @@ class OriginalNames:
         return [Place(component or "", path, (slice(None),))] if known else []
 
     def _called(self, name: str) -> str | None:
-        """The text encoder of that name in ComfyUI."""
+        """Return the text encoder with that name in ComfyUI."""
         return next(
             (
                 component
@@ -160,7 +160,7 @@ class OriginalNames:
         )
 
     def _numbered(self, prefix: str, path: str) -> str | None:
-        """The text encoder under that prefix in sd-scripts; T5 has several."""
+        """Return the text encoder with that prefix in sd-scripts; T5 has several prefixes."""
         if path.startswith(_T5_BLOCKS):
             return self._called(_T5)
         prefixes = {start: c for c, start in self._family.kohya_prefixes.items()}
@@ -170,24 +170,24 @@ class OriginalNames:
 
 
 def _telling_keys(names: Iterable[str], layers_per_block: int) -> list[str]:
-    """Keys in diffusers' names that tell the rules of a UNet whose original names these are.
+    """Return keys in diffusers' names from which the rules of the UNet with these names follow.
 
-    More levels than there are do no harm: blocks are numbered through.
+    Levels that do not exist do no harm, because the blocks are numbered consecutively.
     """
     names = [name.removeprefix(start) for name in names for start in _DENOISER[:1]]
     blocks = [int(n) for name in names for n in re.findall(r"(?:input|output)_blocks\.(\d+)", name)]
     levels = max(blocks, default=0) // (layers_per_block + 1) + 1
-    # a sampler comes third in a block that attends
+    # in a block with attention, the sampler comes third
     attending = [int(n) for name in names for n in re.findall(r"output_blocks\.(\d+)\.2\.", name)]
     return [
-        "conv_out.weight",  # so that the others tell all
+        "conv_out.weight",  # so that the other keys determine all rules
         *(f"up_blocks.{level}.resnets.{layers_per_block}.conv1" for level in range(levels)),
         *(f"up_blocks.{n // (layers_per_block + 1)}.attentions.0.norm" for n in attending),
     ]
 
 
 def _flat(original: str) -> re.Pattern[str]:
-    """The pattern of a name whose dots are underscores."""
+    """Return the pattern of a name with underscores in place of dots."""
     return re.compile(re.escape(original.replace(".", "_")).replace(re.escape("*"), r"(\d+)"))
 
 
@@ -197,6 +197,6 @@ def _filled(name: str, match: re.Match[str]) -> str:
 
 
 def _dotted(name: str) -> str:
-    """A path in CLIP or T5 with its dots again."""
-    kept = _WORDS.sub(lambda match: match[0].replace("_", "\0"), name)
-    return kept.replace("_", ".").replace("\0", "_")
+    """Return a path in CLIP or T5 with its dots restored."""
+    marked = _WORDS.sub(lambda match: match[0].replace("_", "\0"), name)
+    return marked.replace("_", ".").replace("\0", "_")

@@ -1,4 +1,4 @@
-"""A LoRA of any program as pairs by component and layer, scaled; nothing is passed over."""
+"""Read a LoRA of any program as scaled pairs by component and layer; no key is ignored."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from .files import LoraFile, read_file
 from .names import OriginalNames
 from .through_diffusers import through_diffusers
 
-#: Component -> path of a layer -> its pair, whose update is that of the LoRA at scale 1.
+#: Component -> path of a layer -> its pair, whose update is the LoRA's update at scale 1.
 Pairs = dict[str, dict[str, Pair]]
 _REMEDIES = {
-    "DoRA": "it scales the columns of the whole weight anew, which is no sum of a weight and an "
-    "update. Load it into its base, fuse it there and train on the fused base",
+    "DoRA": "DoRA rescales the columns of the whole weight, so the result is not a sum of a weight "
+    "and an update. Load it into its base, fuse it there and train on the fused base",
     "GraLoRA": "this is a GraLoRA adapter already. Load it with `pipe.load_gralora_weights(...)`",
     "difference": "it holds differences of whole weights. Extract a LoRA from it first, with the "
-    "tools of the program that it came from",
+    "tools of the program that wrote it",
 }
-#: Parts that may be of a norm or a bias.
+#: Parts that may belong to a norm or a bias.
 _OF_NORMS_AND_BIASES = {"diff", "diff_b", "w_norm", "b_norm", "up_bias"}
 _OTHER_REMEDY = (
-    "its update is no product of two matrices. Extract a LoRA from it first, with LyCORIS's tools "
-    "or ComfyUI's node for extracting LoRA"
+    "its update is not a product of two matrices. Extract a LoRA from it first, with LyCORIS's "
+    "tools or ComfyUI's node for extracting LoRA"
 )
 
 
@@ -51,16 +51,17 @@ def read_lora(
 
     Args:
         source: a file, PEFT's folder, a folder or a Hub repository with one file, or a state dict.
-        unet_config: the base's, for names of original UNets; the family's usual one if not given.
+        unet_config: config of the base's UNet, for names of original UNets; the family's usual one
+            if None.
         weight_name: which file in a folder or repository.
         header_alpha: see :class:`~gralora_diffusion.lora_files.scaling.LoraScalings`.
         left_out: If given, differences of norms and biases are left out, and their keys are
-            appended to it; else they are refused.
+            appended to it; otherwise they are refused.
         hub_options: see :func:`gralora_diffusion.io.hub.fetch`.
 
     Raises:
-        AdapterFileError: not a LoRA, or one of another family; keys that cannot be used; factors
-            that are to be read in a way that is not known. All are named.
+        AdapterFileError: the source is not a LoRA or belongs to another family, keys cannot be
+            used, or the scaling of factors is not known. The message names all of them.
     """
     file = read_file(source, family, weight_name, hub_options)
     layers, others = group_layers(file.tensors)
@@ -88,17 +89,17 @@ def read_lora(
             left[name] = down, up.reshape(*up.shape, *[1] * (down.dim() - 2))
     if missing := [name for name in left if original.misses(name)]:
         raise AdapterFileError(
-            f"{file.name}: {len(missing)} of {len(layers)} layers have no place in the "
+            f"{file.name}: {len(missing)} of {len(layers)} layers do not exist in the "
             f"{family.denoiser} of {family.name}: {first_few(missing)}. Check that the file is "
-            "for this family; else pass the state dict without these layers."
+            "for this family. If it is, pass the state dict without these layers."
         )
     keys = {name: (layers[name].parts["down"], layers[name].parts["up"]) for name in left}
     for other, pair in through_diffusers(left, keys, family, options, file.name).items():
         _add(found, other, pair, file.name)
     if strange := [".".join(place) for place in found if not original.knows(*place)]:
         raise AdapterFileError(
-            f"{file.name}: no such layers in {family.name}: {first_few(strange)}. Check that "
-            "the file is for this family; else pass the state dict without these layers."
+            f"{file.name}: these layers do not exist in {family.name}: {first_few(strange)}. Check "
+            "that the file is for this family. If it is, pass the state dict without these layers."
         )
 
     pairs: Pairs = {}
@@ -112,7 +113,7 @@ def _add(
 ) -> None:
     if place in found:
         raise AdapterFileError(
-            f"{where}: two layers of the file are {'.'.join(place)}. Leave out one of them."
+            f"{where}: two layers of the file stand for {'.'.join(place)}. Leave out one of them."
         )
     found[place] = pair
 
@@ -123,11 +124,11 @@ def _scaled_pairs(
     header_alpha: HeaderAlpha | None,
     without_biases: bool,
 ) -> dict[str, Pair]:
-    """The layers' pairs with their scales in ``up``.
+    """Return the layers' pairs with their scales in ``up``.
 
     Raises:
-        AdapterFileError: tensors that make no pair, or what is said of reading them cannot be
-            followed. All is named.
+        AdapterFileError: tensors do not form a pair, or their scaling is not known. The message
+            names all of them.
     """
     scalings = LoraScalings(layers, file.metadata, file.configs, header_alpha, without_biases)
     scaled: dict[str, Pair] = {}
@@ -146,17 +147,17 @@ def _scaled_pairs(
 
 
 def _scaled(parts: Mapping[str, Tensor], layer: Layer, scalings: LoraScalings) -> Pair:
-    """The layer's pair with its scale in ``up``.
+    """Return the layer's pair with its scale in ``up``.
 
     Raises:
-        ValueError: there is none; says why.
+        ValueError: the tensors do not form a pair; the message says why.
     """
     if problem := layer.problem(parts):
         raise ValueError(problem)
     numbers = {part: t if t.dtype == torch.float64 else t.float() for part, t in parts.items()}
     for part, tensor in numbers.items():
         if not torch.isfinite(tensor).all():
-            raise ValueError(f"{part} holds NaN or infinite values")
+            raise ValueError(f"{part} has NaN or infinite values")
     down, up = numbers["down"], numbers["up"].flatten(1)
     rank = up.shape[1]
     own = float(numbers["alpha"].reshape(())) if "alpha" in numbers else None
@@ -168,14 +169,14 @@ def _scaled(parts: Mapping[str, Tensor], layer: Layer, scalings: LoraScalings) -
     if alpha is not None and alpha != rank:
         up = (up.double() * alpha / rank).to(up)
         if not torch.isfinite(up).all():
-            raise ValueError(f"scaled by {alpha:g} / {rank} it holds infinite values")
+            raise ValueError(f"scaled by {alpha:g} / {rank}, it has infinite values")
     return down, up
 
 
 def _of_norms_and_biases(
     file: LoraFile, layers: Mapping[str, Layer], others: list[str]
 ) -> list[str]:
-    """Keys of what may be left out on request: it changes norms and biases alone."""
+    """Return the keys that only change norms and biases, which may be left out on request."""
     parts = [
         key
         for layer in layers.values()
@@ -192,15 +193,15 @@ def _refuse_other_kinds(
     hint = ""
     if can_be_left_out:
         hint = (
-            " Of norms and biases, which ComfyUI's Train LoRA trains too, the differences can be "
-            "left out with --leave_out_norms_and_biases; the other layers come over as they are."
+            " The differences of norms and biases, which ComfyUI's Train LoRA also trains, can be "
+            "left out with --leave_out_norms_and_biases; this does not change the other layers."
         )
     for kind in dict.fromkeys(layer.kind for layer in layers.values()):
         if kind != "LoRA":
             names = [name for name, layer in layers.items() if layer.kind == kind]
             remedy = _REMEDIES.get(kind, _OTHER_REMEDY)
             raise AdapterFileError(
-                f"{where}: {len(names)} of {len(layers)} layers are {kind} and no LoRA "
+                f"{where}: {len(names)} of {len(layers)} layers are {kind}, not LoRA "
                 f"({first_few(names)}): {remedy}.{hint}"
             )
     known = {"down", "up", "alpha", "mid"}
@@ -208,12 +209,12 @@ def _refuse_other_kinds(
         key for layer in layers.values() for part, key in layer.parts.items() if part not in known
     ]
     if not layers:
-        raise AdapterFileError(f"{where}: no LoRA; its keys are {first_few(others)}.")
+        raise AdapterFileError(f"{where} is not a LoRA; its keys are {first_few(others)}.")
     if others:
         raise AdapterFileError(
-            f"{where}: {len(others)} keys besides the pairs of the LoRA, which cannot be taken "
-            f"over: {first_few(others)}. Without them it is another adapter; if that is what "
-            f"you want, pass the state dict without these keys.{hint}"
+            f"{where}: {len(others)} keys do not belong to the LoRA's pairs and cannot be "
+            f"converted: {first_few(others)}. The result would differ without them; if you accept "
+            f"that, pass the state dict without these keys.{hint}"
         )
 
 
@@ -221,9 +222,9 @@ def _refuse_other_families(
     file: LoraFile, layers: Mapping[str, Layer], family: ModelFamily
 ) -> None:
     if named := family_of_metadata(file.metadata):
-        families, told_by = [named[0]], f"its {named[1]}"
+        families, evidence = [named[0]], f"its {named[1]}"
     else:
-        told_by = "names and shapes of its layers"
+        evidence = "the names and shapes of its layers"
         families = families_of_layers(
             {
                 layer.plain_name: (file.tensors[layer.parts["down"]].shape[1], len(up))
@@ -233,7 +234,8 @@ def _refuse_other_families(
             }
         )
     if families and family not in families:
-        told = " or ".join(other.name for other in families)
+        names = " or ".join(other.name for other in families)
         raise AdapterFileError(
-            f"{file.name}: a LoRA for {told}, as {told_by} tell; not for {family.name}."
+            f"{file.name} is a LoRA for {names} according to {evidence}, not for {family.name}. "
+            "Pass the family of its base."
         )

@@ -1,8 +1,8 @@
-"""LoRA names that diffusers' own ``lora_state_dict`` translates, and what it passes over.
+"""Translate LoRA names with diffusers' own ``lora_state_dict``, and find the layers it ignores.
 
-It knows those of kohya's sd-scripts for UNets, of XLabs, OneTrainer and others, and its own older
-ones. What it does not know it leaves out, often with a line in the log. So it is asked twice: the
-second time with numbers in the factors' place, which show what has come through.
+It knows the names of kohya's sd-scripts for UNets, of XLabs, OneTrainer and others, and its own
+older ones. It leaves out names that it does not know, often with only a line in the log. It is
+therefore called twice: the second time, numbers in place of the factors show which layers remain.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.lora_files.keys import group_layers
 from gralora_diffusion.lora_files.low_rank import Pair
 
-#: Styles of names that diffusers' own models do not have: what is still called so was not read.
+#: Styles of names that diffusers' own models do not have: names in such a style were not read.
 _FOREIGN = ("kohya", "OneTrainer", "LyCORIS", "ComfyUI", "PEFT")
-#: Endings that diffusers takes for signs of kohya's names, where the names are its own.
+#: Endings that diffusers mistakes for kohya's names although the names are its own.
 _PLAIN_ENDINGS = {".lora_down.weight": ".lora_A.weight", ".lora_up.weight": ".lora_B.weight"}
 
 
@@ -42,13 +42,13 @@ def through_diffusers(
     """Return (component, path) -> pair.
 
     Args:
-        pairs: by the layers' names in the file, scaled.
+        pairs: scaled pairs by the layers' names in the file.
         keys: name -> the keys of both factors in the file.
-        options: for ``lora_state_dict``.
-        where: for messages.
+        options: options for ``lora_state_dict``.
+        where: name of the file for messages.
 
     Raises:
-        AdapterFileError: diffusers does not read the names, or passes over some. All are named.
+        AdapterFileError: diffusers does not read the names or ignores some. The message names them.
     """
     if not pairs:
         return {}
@@ -64,9 +64,9 @@ def through_diffusers(
     }
     if lost := [name for name, number in numbers.items() if number not in came]:
         raise AdapterFileError(
-            f"{where}: diffusers passes over {len(lost)} of {len(pairs)} layers when it reads "
-            f"this file for {family.name}: {first_few(lost)}. They have no place in its pipelines; "
-            "convert the file to diffusers' names, or pass the state dict without these layers."
+            f"{where}: diffusers ignores {len(lost)} of {len(pairs)} layers when it reads this "
+            f"file for {family.name}: {first_few(lost)}. Its pipelines do not have these layers. "
+            "Convert the file to diffusers' names, or pass the state dict without these layers."
         )
     return found
 
@@ -85,7 +85,7 @@ def _translated(
             for ending, plain in _PLAIN_ENDINGS.items() if own else ():
                 key = key.replace(ending, plain)
             tensors[key] = factor
-        if name.startswith("lora_"):  # some converters insist on one; the scale is folded in
+        if name.startswith("lora_"):  # some converters require an alpha; the scale is folded in
             tensors[f"{name}.alpha"] = torch.tensor(float(len(pair[0])))
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     try:

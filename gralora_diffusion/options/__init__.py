@@ -1,1 +1,1 @@
-"""Options of a command as dataclasses: fields with help texts, from a command line and YAML."""
+"""Options of a command as dataclasses: fields with help texts, parsed from arguments and YAML."""

@@ -1,7 +1,7 @@
-"""What an option is: a field of a dataclass, with its help text and how it behaves.
+"""Options as fields of a dataclass, with their help text and behavior.
 
-How it behaves stands at its type, as in ``rank: Annotated[int, Limits(at_least=1)]``. Whoever needs
-the options of a kind asks ``options_with`` for them, so that an option is declared once.
+The type declares the behavior, as in ``rank: Annotated[int, Limits(at_least=1)]``. Code that needs
+the options with some behavior calls ``options_with``, so each option is declared in one place.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 @dataclass(frozen=True)
 class Limits:
-    """Which numbers are allowed."""
+    """The allowed range of a number."""
 
     at_least: float | None = None
     above: float | None = None
@@ -22,7 +22,7 @@ class Limits:
     infinite: bool = False
 
     def allow(self, value: float) -> bool:
-        """Tell whether a number is within the limits; NaN never is."""
+        """Whether a number is within the limits; NaN never is."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
@@ -37,11 +37,11 @@ class Limits:
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder. Public files hold its name only, and ``~`` is expanded.
+    """A file or folder. Public files only contain its name, and ``~`` is expanded.
 
     Attributes:
         read: the run reads it, so nothing may be written there.
-        written: the run writes there.
+        written: the run writes to it.
         hub_id: it may be a Hub id instead.
     """
 
@@ -52,14 +52,14 @@ class Place:
 
 @dataclass(frozen=True)
 class Needs:
-    """It does nothing unless the option ``switch`` is given."""
+    """The option has no effect unless the option ``switch`` is given."""
 
     switch: str
 
 
 @dataclass(frozen=True)
 class OnlyFor:
-    """It means something to one training objective only."""
+    """The option only applies to one training objective."""
 
     objective: str
 
@@ -69,7 +69,7 @@ class Fixed:
     """A resumed run must have the value that the checkpoint was trained with.
 
     Attributes:
-        switch: only if this option is given.
+        switch: the rule only applies if this option is given.
     """
 
     switch: str | None = None
@@ -77,12 +77,12 @@ class Fixed:
 
 @dataclass(frozen=True)
 class ChangesSamples:
-    """It decides what the samples of a run are, or their order."""
+    """The option affects the samples of a run, or their order."""
 
 
 @dataclass(frozen=True)
 class MayDiffer:
-    """Between the processes of one run, or between two commands of one benchmark."""
+    """The value may differ between processes of a run, or between commands of a benchmark."""
 
     processes: bool = False
     commands: bool = False
@@ -90,38 +90,38 @@ class MayDiffer:
 
 @dataclass(frozen=True)
 class SetByBenchmark:
-    """The benchmark sets it, and refuses it with this advice."""
+    """The benchmark sets the option itself, and refuses it with this advice."""
 
     advice: str
 
 
 @dataclass(frozen=True)
 class AlwaysReported:
-    """The benchmark's report has it even where it is the default."""
+    """The benchmark's report lists the value even if it is the default."""
 
 
 @dataclass(frozen=True)
 class Unrecorded:
-    """It is written nowhere."""
+    """The value is not recorded in any file."""
 
 
 Trait = TypeVar("Trait")
 
 
 def option(default: Any, help: str, *, secret: bool = False) -> Any:
-    """A dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
+    """Return a dataclass field that ``HfArgumentParser`` turns into a flag with this help text."""
     return field(default=default, repr=not secret, metadata={"help": help})
 
 
 def options_with(options: type, trait: type[Trait]) -> dict[str, Trait]:
-    """Return name -> trait of the fields of a dataclass whose type is annotated with one."""
+    """Return name -> trait for the fields of a dataclass whose type has such an annotation."""
     hints = get_type_hints(options, include_extras=True)
     found = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
     return {name: t for name, traits in found.items() for t in traits if isinstance(t, trait)}
 
 
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
-    """Return name -> allowed values of the fields of a dataclass that have such a list."""
+    """Return name -> allowed values for the fields of a dataclass with a list of choices."""
     choices = {}
     for name, hint in get_type_hints(options).items():
         for part in (hint, *get_args(hint)):
@@ -131,7 +131,7 @@ def choices_of(options: type) -> dict[str, tuple[str, ...]]:
 
 
 def value_problems(options: Any) -> Iterator[str]:
-    """Yield which values are out of their limits or not among their choices."""
+    """Yield a problem for each value that is outside its limits or not among its choices."""
     for name, limits in options_with(type(options), Limits).items():
         value = getattr(options, name)
         if value is not None and not limits.allow(value):
@@ -149,7 +149,7 @@ def group_table(group: Any) -> str:
     for f in fields(group):
         value = str(f.default).lower() if isinstance(f.default, bool) else f.default
         default = "" if value in (None, "") else f"`{value}`"
-        text = f.metadata["help"].replace("<", "\\<")  # Markdown would take it for a tag
+        text = f.metadata["help"].replace("<", "\\<")  # Markdown would read it as a tag
         allowed = f". One of {', '.join(choices[f.name])}" if choices.get(f.name) else ""
         rows.append(f"| `--{f.name}` | {default} | {text}{allowed} |")
     return "\n\n".join([f"## {group._argument_group_name}", "\n".join(rows)])

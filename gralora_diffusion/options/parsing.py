@@ -1,4 +1,4 @@
-"""Options that dataclasses describe, from a command line and from the YAML file that it names."""
+"""Parse the options of dataclasses from a command line and from the YAML file that it names."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def parse_options(
     """Read options from a command line, and from the YAML file that its ``--config`` names.
 
     Args:
-        groups: dataclasses of fields made by ``config_options.option``.
+        groups: dataclasses with fields made by ``options.fields.option``.
         argv: the arguments without the program's name; those of this process by default.
-        not_carried: names that a user may take for options -> what is said of them, after the name.
-        before: arguments that the file and the command line win over.
-        prog: how the program is called, for ``--help``.
+        not_carried: name that a user may take for an option -> the rest of its error message.
+        before: arguments that the file and the command line override.
+        prog: name of the program, for ``--help``.
 
     Returns:
-        Every option's value by its name.
+        The value of every option by its name.
 
     Raises:
         ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
@@ -52,14 +52,14 @@ def parse_options(
     path = Path(options["config"])
     try:
         from_file = _yaml_to_arguments(parser, path)
-        parser.read(from_file)  # alone, so that an error in the file is known to be the file's
+        parser.read(from_file)  # separately, so that errors of the file name the file
     except ConfigError as error:
         raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
     return parser.read([*before, *from_file, *arguments])
 
 
 def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
-    """Return the options of a YAML file as command-line arguments; lists as several values.
+    """Return the options of a YAML file as command-line arguments; lists become several values.
 
     Raises:
         ConfigError: as ``parse_options`` of the file.
@@ -68,7 +68,7 @@ def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
-    """Adds the default to the help only where there is one."""
+    """Adds the default to the help text if there is one."""
 
     def _get_help_string(self, action: Action) -> str | None:
         if action.option_strings and action.option_strings[0].startswith("--no_"):
@@ -85,10 +85,10 @@ class _Parser(HfArgumentParser):
         self.not_carried = not_carried
 
     def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])  # rather than a page of usage and the end of the process
+        raise ConfigError([message])  # instead of printing the usage and ending the process
 
     def action_of(self, name: str) -> Action | None:
-        """The argparse action of the option ``name``, None for an unknown one."""
+        """Return the argparse action of the option ``name``; None if it is unknown."""
         return self._option_string_actions.get(f"--{name}") if name in self.names else None
 
     def read(self, arguments: list[str]) -> dict[str, Any]:
@@ -98,14 +98,14 @@ class _Parser(HfArgumentParser):
         if unknown:
             flags = [text.split("=")[0][2:] for text in unknown if text.startswith("--")]
             stray = (
-                f"{unknown[0]!r} belongs to no option. If it is part of a text, put the text in "
-                "quotes"
+                f"{unknown[0]!r} does not belong to any option. If it is part of a text, put the "
+                "text in quotes"
             )
             raise ConfigError([self.unknown(f"--{flag}", flag) for flag in flags] or [stray])
         return {name: value for group in groups for name, value in vars(group).items()}
 
     def unknown(self, spelled: str, name: str) -> str:
-        """What is to be said of an option that is none."""
+        """Return the error message for an unknown option."""
         name = name.replace("-", "_")
         if name in self.not_carried:
             return f"{spelled} {self.not_carried[name]}"
@@ -115,10 +115,10 @@ class _Parser(HfArgumentParser):
 
 
 def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
-    """Turn a flat YAML mapping into command-line arguments, to be checked by the same parser.
+    """Turn a flat YAML mapping into command-line arguments, which the same parser checks.
 
-    The texts of the values are passed on as they are written, for YAML would read ``no`` as false
-    and ``1e-4`` as a string. A value left empty (or ``null``) leaves the default.
+    Values are passed on as they are written, because YAML would read ``no`` as false and ``1e-4``
+    as a string. An empty value (or ``null``) keeps the default.
     """
     try:
         text = read_regular(path, _MOST_BYTES).decode()
@@ -134,7 +134,7 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     if root is None:
         return []
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(["--config must hold `name: value` lines"])
+        raise ConfigError(["--config must contain lines of the form `name: value`"])
 
     arguments: list[str] = []
     problems: list[str] = []
@@ -142,27 +142,29 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     for key, value in root.value:
         where = f"line {key.start_mark.line + 1}: "
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{where}the name of an option must be a plain text")
+            problems.append(f"{where}the name of an option must be plain text")
             continue
         name = key.value.replace("-", "_")
         action = parser.action_of(name)
         if name == "config":
-            problems.append(f"{where}config is for the command line; a file cannot name another")
+            problems.append(
+                f"{where}config is only allowed on the command line; a file cannot name another one"
+            )
         elif action is None:
             problems.append(where + parser.unknown(key.value, name))
         elif name in seen:
-            problems.append(f"{where}{name} is given twice. Keep one")
+            problems.append(f"{where}{name} is given twice. Remove one")
         elif isinstance(value, yaml.SequenceNode):
             if action.nargs != "+":
                 problems.append(f"{where}{name} takes one value, not a list")
             elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
-                problems.append(f"{where}{name} takes a list of plain values, one at least")
+                problems.append(f"{where}{name} takes a list of at least one plain value")
             else:
                 arguments += [f"--{name}", *(item.value for item in value.value)]
         elif isinstance(value, yaml.MappingNode):
-            problems.append(f"{where}{name} takes a plain value. Options are not nested")
+            problems.append(f"{where}{name} takes a plain value, because options are not nested")
         elif value.tag != "tag:yaml.org,2002:null":
-            arguments.append(f"--{name}={value.value}")  # with = a value may begin with a hyphen
+            arguments.append(f"--{name}={value.value}")  # after =, a value may start with a hyphen
         seen.add(name)
     if problems:
         raise ConfigError(problems)

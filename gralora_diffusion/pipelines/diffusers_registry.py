@@ -1,7 +1,7 @@
-"""What diffusers' own adapter methods must know of a pipeline: who holds adapters, what is fused.
+"""Tell diffusers' own adapter methods which components hold adapters, and which are fused.
 
-``set_adapters``, ``delete_adapters``, ``fuse_lora`` and the others walk the components in
-``_lora_loadable_modules``, a list of the class, and count what is fused in ``_merged_adapters``.
+``set_adapters``, ``delete_adapters``, ``fuse_lora`` and the others visit the components in
+``_lora_loadable_modules``, a list of the class, and record fused adapters in ``_merged_adapters``.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ _LISTED, _FUSED = "_lora_loadable_modules", "_merged_adapters"
 
 
 def register_components(pipe: DiffusionPipeline) -> None:
-    """Have diffusers' methods reach every component that holds an adapter of ours.
+    """Have diffusers' methods reach every component that holds a GraLoRA adapter.
 
-    Its list lacks T5: for LoRA it is not trained. So this pipeline, not its class, gets a list of
-    its own while it is needed. Pipelines without these methods have no list, and get none.
+    diffusers' list does not contain T5, because LoRAs do not train it. This pipeline, not its
+    class, therefore gets its own list while it needs one. Pipelines without these methods have no
+    list and get none.
     """
     listed = getattr(type(pipe), _LISTED, None)
     if not listed:
@@ -32,7 +33,7 @@ def register_components(pipe: DiffusionPipeline) -> None:
 
 
 def register_fused(pipe: DiffusionPipeline, adapter_names: Iterable[str]) -> None:
-    """Keep ``pipe.fused_loras`` and ``num_fused_loras`` true of these adapters."""
+    """Keep ``pipe.fused_loras`` and ``num_fused_loras`` correct for these adapters."""
     if hasattr(pipe, _FUSED):
         fused = {
             name

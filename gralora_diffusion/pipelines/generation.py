@@ -1,4 +1,4 @@
-"""Draw pictures with a pipeline, with and without its adapter, and lay them out to be looked at."""
+"""Generate images with a pipeline, with and without its adapter, and arrange them in a grid."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from gralora_diffusion.io.process import print_safely, quiet_libraries
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 
-#: Names of dtypes, as in the other commands -> torch's.
+#: Names of dtypes, as in the other commands.
 DTYPES = ("fp32", "bf16", "fp16")
 
 
@@ -38,18 +38,18 @@ def generate(
     clip_skip: int | None = None,
     batch_size: int = 1,
 ) -> list[list[Image.Image]]:
-    """Draw pictures, a list per prompt. Picture i of each prompt starts from noise of ``seed + i``.
+    """Generate images, a list per prompt. Image i of each prompt starts from noise of ``seed + i``.
 
-    The modules are put back into the mode they were in, and no random state but the pictures' own
-    is used: drawing in the middle of a training changes nothing in it.
+    The modules return to the mode they were in. The images use random generators of their own, so
+    generating them in the middle of a training does not change the training.
 
     Args:
         size: pixels per side, or height and width; the pipeline's own if None.
-        negative_prompt: what guidance leads away from, for pipelines that take it.
+        negative_prompt: what guidance steers away from, for pipelines that take it.
         guidance_scale: the pipeline's own if None.
-        max_sequence_length: tokens of a prompt at most, for pipelines that take it.
+        max_sequence_length: maximum number of tokens of a prompt, for pipelines that take it.
         clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
-        batch_size: pictures at once, of one prompt or several.
+        batch_size: images to generate at once, for one prompt or several.
     """
     import torch
 
@@ -71,16 +71,16 @@ def generate(
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             if negative_prompt:
                 options["negative_prompt"] = [negative_prompt] * len(batch)
-            # by name, for in some pipelines a picture comes before the prompt
+            # by name, because some pipelines take an image before the prompt
             images += pipe(prompt=list(batch), generator=generators, **options).images
     starts = range(0, len(images), images_per_prompt)
     return [images[start : start + images_per_prompt] for start in starts]
 
 
 def takes_negative_prompt(pipeline_class: type) -> bool:
-    """Whether a negative prompt has an effect in a pipeline of this class as :func:`draw` calls it.
+    """Whether a negative prompt has an effect in pipelines of this class under :func:`generate`.
 
-    Some, such as those of FLUX.1, take it for a guidance of its own (``true_cfg_scale``) alone.
+    Some pipelines, such as FLUX.1's, only use it with a guidance of its own (``true_cfg_scale``).
     """
     parameters = inspect.signature(pipeline_class.__call__).parameters
     return "negative_prompt" in parameters and "true_cfg_scale" not in parameters
@@ -88,7 +88,7 @@ def takes_negative_prompt(pipeline_class: type) -> bool:
 
 @contextmanager
 def generation_mode(pipe: Any) -> Iterator[None]:
-    """Inside, no module is in training mode and there is no progress bar."""
+    """Inside, every module is in evaluation mode and no progress bar is shown."""
     from torch import nn
 
     modules = [m for m in pipe.components.values() if isinstance(m, nn.Module)]
@@ -106,12 +106,12 @@ def labelled_grid(
     captions: Sequence[str] = (),
     cell: int = 192,
 ) -> Image.Image:
-    """Lay pictures out in rows with a label on the left and, below the last row, a caption each.
+    """Arrange images in rows, with labels on the left and captions below the last row.
 
     Args:
-        rows: (label, pictures); rows may differ in length.
+        rows: (label, images); rows may differ in length.
         captions: one per column.
-        cell: pixels per side of a picture in the grid; smaller ones are enlarged without blurring.
+        cell: pixels per side of an image in the grid; smaller images are enlarged without blurring.
     """
     gap, label_width, font = 8, 112, ImageFont.load_default(size=15)
     columns = max(len(images) for _, images in rows)
@@ -151,10 +151,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
     command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
-    command.add_argument("--negative_prompt", help="what no picture shall be")
-    command.add_argument("--output", required=True, type=Path, help="picture file for the grid")
-    command.add_argument("--compare", action="store_true", help="draw the base alone, too")
-    command.add_argument("--reference", type=Path, help="folder of pictures to show on top")
+    command.add_argument("--negative_prompt", help="what to steer away from")
+    command.add_argument("--output", required=True, type=Path, help="image file for the grid")
+    command.add_argument(
+        "--compare", action="store_true", help="also generate images with the base alone"
+    )
+    command.add_argument(
+        "--reference", type=Path, help="folder with images to show in the first row"
+    )
     command.add_argument("--images_per_prompt", type=int, default=1)
     command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
     command.add_argument("--seed", type=int, default=0)
@@ -169,25 +173,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--dtype",
         choices=DTYPES,
-        help="in which is computed (default: fp32 on the CPU; on a GPU fp16, or bf16 for bases "
-        "made for it, such as Stable Diffusion 3 and FLUX)",
+        help="precision of the computation (default: fp32 on the CPU; fp16 on a GPU, or bf16 for "
+        "bases made for it, such as Stable Diffusion 3 and FLUX)",
     )
     return command
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """``gralora sample``: draw a grid of pictures with a base and an adapter."""
+    """``gralora sample``: generate a grid of images with a base and an adapter."""
     command = parser()
     args = command.parse_args(argv)
     if args.compare and not args.adapter:
-        command.error("--compare needs --adapter to compare with")
+        command.error("--compare needs an adapter to compare with. Pass --adapter")
     _check(args, command)
 
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
         rows.append(("the subject", _images(args.reference, command)))
     with quiet_libraries():
-        rows += _drawn(args, command)
+        rows += _generated_rows(args, command)
     try:
         with staged(args.output) as temporary:
             labelled_grid(rows, args.prompt).save(temporary)
@@ -196,10 +200,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     print_safely(args.output)
 
 
-def _drawn(
+def _generated_rows(
     args: argparse.Namespace, command: argparse.ArgumentParser
 ) -> list[tuple[str, list[Image.Image]]]:
-    """The rows of the grid that are drawn."""
+    """Generate the images, as rows of the grid."""
     rows: list[tuple[str, list[Image.Image]]] = []
     pipe = _pipeline(args, command)
     options: dict[str, Any] = {
@@ -225,7 +229,7 @@ def _drawn(
 
 
 def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
-    """The base, where it computes and in what."""
+    """Load the base on its device, in the precision it computes in."""
     import torch
     from diffusers import DiffusionPipeline
 
@@ -240,15 +244,17 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
             args.base, dtype=torch_dtype(name), use_safetensors=True
         )
         return pipe.to(device)
-    except Exception as error:  # libraries raise whatever they meet in what is damaged
-        problem = offline_problem(error, args.base) or f"no diffusers pipeline there ({error})"
+    except Exception as error:  # libraries may raise anything on damaged files
+        problem = (
+            offline_problem(error, args.base) or f"no diffusers pipeline could be loaded ({error})"
+        )
         parser.error(f"--base {args.base}: {problem}")
 
 
 def _check_taken(
     args: argparse.Namespace, class_name: str, parser: argparse.ArgumentParser
 ) -> None:
-    """Stop at options that pipelines of this class do not take."""
+    """Reject options that pipelines of this class do not take."""
     import diffusers
 
     pipeline_class = getattr(diffusers, class_name, None)
@@ -260,14 +266,14 @@ def _check_taken(
     }
     for name in taken:
         if getattr(args, name) is not None and not taken[name]:
-            parser.error(f"--{name}: {class_name} takes none. Leave it out")
+            parser.error(f"--{name}: {class_name} does not take this option. Leave it out")
 
 
 def usual_dtype(index: Mapping[str, Any], device: str) -> str:
-    """Return in which of ``DTYPES`` a pipeline draws unless told otherwise.
+    """Return the name in ``DTYPES`` that a pipeline generates in by default.
 
     Args:
-        index: its ``model_index.json``.
+        index: content of the pipeline's ``model_index.json``.
     """
     if device == "cpu":
         return "fp32"
@@ -276,22 +282,24 @@ def usual_dtype(index: Mapping[str, Any], device: str) -> str:
 
 
 def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Stop at what cannot be done before a model is loaded."""
+    """Reject invalid options before a model is loaded."""
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
-        parser.error(f"--output is '{args.output}'; it must be a picture file, such as grid.png")
+        parser.error(f"--output is '{args.output}'; it must be an image file, such as grid.png")
     adapter = Path(args.adapter or "").expanduser()
-    # beside the adapter a grid may lie; what is read of such a folder are these files
+    # a grid may lie beside the adapter: only these files of an adapter's folder are read
     weights = adapter.rglob("*.safetensors") if args.adapter and adapter.is_dir() else [adapter]
     read = [args.base, args.reference, *(file for file in weights if file.is_file())]
     if source := find_overlap(args.output, read):
-        parser.error(f"--output {args.output}: that is {source}, which is read. Give another")
+        parser.error(
+            f"--output {args.output} overlaps {source}, which is read. Choose another --output"
+        )
     for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
             parser.error(f"--{name} is {value}; it must be at least 1")
     if args.size is not None and (args.size < 8 or args.size % 8):
         parser.error(
-            f"--size is {args.size}; it must be a multiple of 8. The nearest is "
+            f"--size is {args.size}; it must be a positive multiple of 8. The nearest is "
             f"{max(8, 8 * round(args.size / 8))}"
         )
 
@@ -300,9 +308,9 @@ def _images(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
     try:
         files = folder_images(file.name for file in folder.iterdir()).images
     except OSError as error:
-        parser.error(f"--reference {folder}: no folder with pictures ({error.strerror})")
+        parser.error(f"--reference {folder} cannot be read as a folder: {error.strerror}")
     if not files:
-        parser.error(f"--reference {folder}: no folder with pictures")
+        parser.error(f"--reference {folder} contains no images")
     images, problems = [], []
     for name in files:
         try:
@@ -317,5 +325,5 @@ def _images(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
 def _rows(
     label: str, images: Sequence[Sequence[Image.Image]]
 ) -> list[tuple[str, list[Image.Image]]]:
-    """A column per prompt, a row per picture of a prompt."""
+    """Return one row for each image of a prompt, with one column per prompt."""
     return [(label, list(row)) for row in zip(*images, strict=True)]

@@ -1,6 +1,6 @@
 """GraLoRA on diffusers' pipelines: load, save, fuse, unfuse, unload.
 
-``pipeline_methods`` makes these functions methods of ``DiffusionPipeline``. While an adapter is
+``pipelines.methods`` makes these functions methods of ``DiffusionPipeline``. While an adapter is
 attached, diffusers' own methods (``set_adapters``, ``fuse_lora``, ``delete_adapters``, ...) work on
 it too.
 """
@@ -52,7 +52,7 @@ from .offloading import without_offloading
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What a file matched: layers and tensors per component."""
+    """How many layers and tensors of each component an adapter file matched."""
 
     adapter_name: str
     source: str
@@ -82,36 +82,39 @@ def load_gralora_weights(
 ) -> LoadReport:
     """Attach a GraLoRA adapter to the pipeline and make it the only active one.
 
-    Earlier adapters, a LoRA among them, stay attached and become inactive in every component, also
-    in those that the new adapter has no part for: as after ``pipe.set_adapters(adapter_name)``.
+    Earlier adapters, including LoRAs, stay attached. They become inactive in every component, even
+    where the new adapter has no layers: as after ``pipe.set_adapters(adapter_name)``.
 
     Args:
         source: a file, a folder, a PEFT folder, a repository on the Hub, a state dict, or an
             ``Adapter`` in memory.
-        adapter_name: name to address it by; chosen if None.
+        adapter_name: name of the adapter in the pipeline; a free one is chosen if None.
         config: for a state dict: its config, or a config per component.
         weight_name: which file in a folder or repository.
         subfolder: which folder in a folder or repository.
         adapter_dtype: dtype of the factors; the component's own by default.
         revision: branch, tag or commit of a repository.
-        token: for a private repository; True takes the one that was logged in with.
-        cache_dir: where downloads are kept.
-        force_download: download even what is in the cache.
-        local_files_only: take nothing from the network.
+        token: access token for a private repository; True uses the one from ``hf auth login``.
+        cache_dir: folder for downloads.
+        force_download: download files again even if they are in the cache.
+        local_files_only: do not use the network.
 
     Returns:
-        What was matched, per component. Every tensor of the file was used, or the call raises.
+        Matched layers and tensors per component. The call uses every tensor of the file, or raises.
 
     Raises:
-        AdapterFileError: the file is not whole, has no config, was trained for another family, has
-            missing, unexpected, misshapen or non-finite tensors. The pipeline is left as it was.
+        AdapterFileError: the file is incomplete, has no config, was trained for another family, or
+            has missing, unexpected, misshapen or non-finite tensors. The pipeline is unchanged.
         ValueError: the adapter name is taken, or a model is offloaded to disk.
     """
     names = component_names(pipe)
     if isinstance(source, Mapping):
         adapter = adapter_from_state_dict(source, config, names)
     elif config is not None:
-        raise ValueError("`config` goes with a state dict; a file brings its own.")
+        raise ValueError(
+            "`config` is only allowed with a state dict, because a file contains its own config. "
+            "Leave `config` out."
+        )
     elif isinstance(source, Adapter):
         adapter = source
     else:
@@ -155,11 +158,11 @@ def save_gralora_weights(
     dtype: torch.dtype | None = None,
     metadata: Mapping[str, str] | None = None,
 ) -> Path:
-    """Write one adapter of the pipeline, all components in one file.
+    """Write one adapter of the pipeline, with all its components in one file.
 
     Args:
-        save_directory: folder, made if missing.
-        adapter_name: which adapter; may be left out when there is only one.
+        save_directory: folder; it is created if it does not exist.
+        adapter_name: which adapter; may be left out if only one is attached.
         weight_name: name of the file.
         peft_format: write a PEFT folder per component instead, for ``PeftModel.from_pretrained``.
         dtype: dtype to store, the adapter's own by default.
@@ -169,7 +172,7 @@ def save_gralora_weights(
         Path of the file, or of the folder for ``peft_format``.
 
     Raises:
-        ValueError: no such adapter, or several and none was named.
+        ValueError: no adapter has this name, or several are attached and none was named.
     """
     if Path(save_directory).is_file():
         raise ValueError(f"{save_directory} is a file; `save_directory` must be a folder.")
@@ -201,21 +204,23 @@ def fuse_gralora(
 
     Args:
         scale: multiplies each adapter's own scale (see ``set_adapters``) for this fusion.
-        adapter_names: the active ones if None.
-        components: all that hold the adapters if None.
+        adapter_names: adapters to fuse; the active ones if None.
+        components: components to fuse; all that hold the adapters if None.
 
     Returns:
         Names of the components that were fused.
 
     Raises:
-        ValueError: nothing to fuse, already fused, not finite, a quantized or fp8 base weight, or
-            a model that is offloaded to disk.
+        ValueError: no such adapter is active, it is fused already, the result would not be finite,
+            a base weight is quantized or fp8, or a model is offloaded to disk.
     """
     wanted = [adapter_names] if isinstance(adapter_names, str) else adapter_names
     models = _models_with_layers(pipe, components)
     known = _adapter_names(models.values())
     if missing := sorted(set(wanted or ()) - set(known)):
-        raise ValueError(f"no adapter named {', '.join(missing)}; attached: {', '.join(known)}.")
+        raise ValueError(
+            f"no adapter is named {', '.join(missing)}; attached adapters: {', '.join(known)}."
+        )
     names = {
         layer: chosen
         for model in models.values()
@@ -223,13 +228,15 @@ def fuse_gralora(
         if (chosen := [n for n in wanted or layer.active_adapters if n in layer.gralora_A])
     }
     if not names:
-        raise ValueError(f"no adapter is active; attached: {', '.join(known)}. Say adapter_names.")
+        raise ValueError(
+            f"no adapter is active; attached adapters: {', '.join(known)}. Pass `adapter_names`."
+        )
     if fused := sorted(
         {n for layer, ns in names.items() for n in ns if n in layer.merged_adapters}
     ):
         raise ValueError(
-            f"already fused: {', '.join(fused)}. Call `unfuse_gralora()` before fusing at another "
-            "scale, or name others with adapter_names."
+            f"already fused: {', '.join(fused)}. Call `unfuse_gralora()` before you fuse at "
+            "another scale, or choose other adapters with `adapter_names`."
         )
     _check_projections(models.values(), names)
     with without_offloading(pipe, models.values()):
@@ -248,7 +255,7 @@ def fuse_gralora(
 
 
 def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = None) -> list[str]:
-    """Take fused adapters out of the base weights again; they stay attached.
+    """Subtract fused adapters from the base weights again; the adapters stay attached.
 
     The weights return to within one rounding of their dtype. Returns the components' names.
 
@@ -266,14 +273,14 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
 
 
 def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
-    """Remove every GraLoRA adapter; other adapters (LoRA) stay.
+    """Remove every GraLoRA adapter; other adapters, such as LoRAs, stay.
 
-    As with diffusers' ``unload_lora_weights``, weights that were fused stay fused: unfuse first to
-    have the base back. So do biases that an adapter with ``bias`` other than "none" brought.
-    Returns the names of the adapters removed.
+    As with diffusers' ``unload_lora_weights``, fused weights stay fused; unfuse first to get the
+    base back. Biases of an adapter with ``bias`` other than "none" stay as well.
+    Returns the names of the removed adapters.
     """
     models = component_models(pipe).values()
-    # model by model, for on another one a name may be a LoRA's
+    # model by model, because the same name may belong to a LoRA on another model
     attached = {model: _adapter_names([model]) for model in models if gralora_layers(model)}
     with without_offloading(pipe, attached):
         for model, names in attached.items():
@@ -284,7 +291,8 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
 
 def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
     fit.config.inference_mode = True
-    # what the file has values for is not drawn; PEFT would leave modules_to_save without them too
+    # the file has the values, so none are initialized; PEFT would leave modules_to_save on the
+    # meta device as well
     is_whole = not fit.config.modules_to_save
     inject(
         fit.model,
@@ -295,8 +303,8 @@ def _attach(fit: Fit, adapter_name: str, dtype: torch.dtype | None) -> None:
     )
     dtype = dtype or getattr(fit.model, "dtype", None)
     for layer in gralora_layers(fit.model):
-        # after disable_lora() the new layers would work and the old ones not; and enable_adapters
-        # would make the factors trainable
+        # after disable_lora() only the new layers would be enabled; enable_adapters is not called,
+        # because it would make the factors trainable
         layer._disable_adapters = False
         # a base stored in fp8 computes in another dtype
         if adapter_name in layer.gralora_A and dtype is not None and dtype.itemsize >= 2:
@@ -322,9 +330,9 @@ def _warn_of_old_peft(models: Iterable[nn.Module]) -> None:
 
 
 def _activate(model: nn.Module, adapter_name: str) -> None:
-    """Make one adapter the only active one of a model, which need not have it.
+    """Make one adapter the only active one of a model, even if the model does not have it.
 
-    As diffusers' ``set_adapters``: a layer without that adapter computes as the base does.
+    As with diffusers' ``set_adapters``, a layer without that adapter computes as the base does.
     """
     for module in model.modules():
         if isinstance(module, BaseTunerLayer):
@@ -339,7 +347,9 @@ def _models_with_layers(
 ) -> dict[str, nn.Module]:
     models = component_models(pipe)
     if wrong := sorted(set(wanted or ()) - set(models)):
-        raise ValueError(f"no component {', '.join(wrong)}; choose from {', '.join(models)}.")
+        raise ValueError(
+            f"no component is named {', '.join(wrong)}; choose from {', '.join(models)}."
+        )
     found = {n: m for n, m in models.items() if n in (wanted or models) and gralora_layers(m)}
     if not found:
         raise ValueError("no GraLoRA adapter is attached. Call `load_gralora_weights` first.")
@@ -357,13 +367,13 @@ def _check_projections(models: Iterable[nn.Module], layers: Collection[nn.Module
     if unused:
         raise ValueError(
             f"fused projections have replaced {len(unused)} of the adapted layers "
-            f"({first_few(unused, 3)}), so that a change of their weights would have no effect. "
-            "Call `unfuse_qkv_projections()` on the model first, and fuse them again afterwards."
+            f"({first_few(unused, 3)}), so a change of their weights would have no effect. Call "
+            "`unfuse_qkv_projections()` on the model first, and fuse them again afterwards."
         )
 
 
 def _adapter_names(models: Iterable[nn.Module]) -> list[str]:
-    """Names of the GraLoRA adapters attached to any of the models."""
+    """Return the names of the GraLoRA adapters attached to any of the models."""
     layers = [layer for model in models for layer in gralora_layers(model)]
     return sorted({name for layer in layers for name in layer.gralora_A})
 
@@ -374,8 +384,10 @@ def _one_adapter(models: Iterable[nn.Module], adapter_name: str | None) -> str:
         return names[0]
     if adapter_name in names:
         return str(adapter_name)
-    asked = f"no adapter named {adapter_name!r}" if adapter_name else "say which: `adapter_name=`"
-    raise ValueError(f"{asked}; GraLoRA adapters attached: {', '.join(names) or 'none'}.")
+    attached = f"attached GraLoRA adapters: {', '.join(names) or 'none'}."
+    if adapter_name:
+        raise ValueError(f"no adapter is named {adapter_name!r}; {attached}")
+    raise ValueError(f"pass `adapter_name` to choose an adapter; {attached}")
 
 
 def _free_name(models: Iterable[nn.Module]) -> str:

@@ -1,4 +1,4 @@
-"""The methods that every diffusers pipeline gains, there from the start and imported when used."""
+"""The methods that every diffusers pipeline gains; their code is imported at the first use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
-#: Functions of ``pipelines`` that take a pipeline first.
+#: Functions of ``pipelines`` whose first argument is a pipeline.
 METHODS = (
     "load_gralora_weights",
     "save_gralora_weights",
@@ -25,7 +25,7 @@ _HOME = "diffusers.pipelines.pipeline_utils"
 def install() -> None:
     """Make ``METHODS`` methods of ``DiffusionPipeline``: now, or as soon as diffusers defines it.
 
-    So that diffusers is not imported for it.
+    This way diffusers does not have to be imported.
     """
     if hasattr(sys.modules.get(_HOME), "DiffusionPipeline"):
         _add_methods(sys.modules[_HOME])
@@ -52,7 +52,7 @@ def _add_methods(module: ModuleType) -> None:
 
 
 class _Finder:
-    """Finds no module itself, but adds the methods behind the import of diffusers' one."""
+    """Finds no module itself, but adds the methods after the import of diffusers' module."""
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None

@@ -1,4 +1,4 @@
-"""Models without the hooks that keep their weights elsewhere, while their layers change."""
+"""Remove offloading hooks while layers change, and put them back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ _GROUP_HOOKS = (_GROUP_OFFLOADING, _LAYER_EXECUTION_TRACKER, _LAZY_PREFETCH_GROU
 
 @contextmanager
 def without_offloading(pipe: DiffusionPipeline, models: Iterable[nn.Module]) -> Iterator[None]:
-    """Take offloading hooks off, accelerate's of the whole pipeline and diffusers' of these models.
+    """Remove accelerate's offloading hooks of the whole pipeline, and diffusers' of these models.
 
-    They are put back afterwards. Meanwhile every weight can be read and changed, on the host or on
-    the device, wherever it happened to lie.
+    They are put back afterwards. Inside, every weight can be read and changed on the device where
+    it lies.
 
     Raises:
-        ValueError: one of these models is offloaded to disk. Nothing is touched then.
+        ValueError: one of these models is offloaded to disk. Nothing is changed then.
     """
     groups = {m: config for m in models if (config := _group_config(m))}
     model_offload, sequential_offload, _ = _func_optionally_disable_offloading(pipe)
@@ -53,8 +53,8 @@ def _group_config(model: nn.Module) -> GroupOffloadingConfig | None:
     if hook and (folder := hook.config.offload_to_disk_path):
         raise ValueError(
             f"{type(model).__name__} is offloaded to disk (group offloading with "
-            f"offload_to_disk_path={folder!r}): its weights are not in memory, and the files there "
-            "are of its layers as they were. Load the pipeline anew, load and fuse what is wanted, "
-            "and only then offload it, into an empty folder."
+            f"offload_to_disk_path={folder!r}), so its weights are not in memory and the files in "
+            "that folder would not follow a change. Load the pipeline again, load and fuse the "
+            "adapters, and only then offload it, into an empty folder."
         )
     return hook.config if hook else None

@@ -1,4 +1,4 @@
-"""ComfyUI nodes that load a native GraLoRA file: a folder for ComfyUI's ``custom_nodes``."""
+"""ComfyUI nodes that load a native GraLoRA file; this folder belongs in ``custom_nodes``."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def _version(path: str) -> tuple[str, int, int]:
 
 
 class GraloraLoader:
-    """Puts a GraLoRA on a model and its text encoders, as the exact LoRA that it is."""
+    """Attaches a GraLoRA to a model and its text encoders, as the equivalent LoRA."""
 
     RETURN_TYPES: ClassVar = ("MODEL", "CLIP")
     FUNCTION = "load"
@@ -52,7 +52,7 @@ class GraloraLoader:
 
     @classmethod
     def IS_CHANGED(cls, gralora_name: str, **_: Any) -> str:
-        """A file that was trained anew under the same name is loaded anew."""
+        """Return the file's version, so that a newly trained file of the same name is reloaded."""
         return str(_version(folder_paths.get_full_path_or_raise("loras", gralora_name)))
 
     def load(
@@ -80,7 +80,7 @@ class GraloraLoader:
     def _file(self, name: str) -> GraloraFile:
         version = _version(folder_paths.get_full_path_or_raise("loras", name))
         if self._read is None or self._read[0] != version:
-            self._read = None  # not two files in memory at once
+            self._read = None  # frees the old file before the new one is read
             self._read = version, read_gralora(version[0])
         return self._read[1]
 
@@ -103,8 +103,8 @@ class GraloraLoaderModelOnly(GraloraLoader):
         text = sorted({x.component for x in self._file(gralora_name).layers} - set(DENOISERS))
         if text:
             raise GraloraError(
-                f"{gralora_name} adapts {', '.join(text)} too, which this node would leave out. "
-                "Use Load GraLoRA; with strength_clip 0 it does without them."
+                f"{gralora_name} also adapts {', '.join(text)}, which this node would leave out. "
+                "Use Load GraLoRA. To leave them out, set its strength_clip to 0."
             )
         return (self.load(model, None, gralora_name, strength_model, 0)[0],)
 

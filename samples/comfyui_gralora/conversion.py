@@ -1,8 +1,8 @@
-"""A native GraLoRA file as an ordinary LoRA under the names that ComfyUI gives a model's weights.
+"""Convert a native GraLoRA file to an ordinary LoRA with ComfyUI's names of a model's weights.
 
-Pure functions of tensors, names and shapes: needs torch and safetensors, neither ComfyUI nor
-gralora_diffusion. The format is described in docs/file_format.md of gralora_diffusion, the
-mathematics in docs/how_it_works.md.
+These are pure functions of tensors, names and shapes. They need torch and safetensors, but neither
+ComfyUI nor gralora_diffusion. docs/file_format.md of gralora_diffusion describes the format, and
+docs/how_it_works.md the mathematics.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 METADATA_KEY = "gralora_adapter_metadata"
 FORMAT_VERSION = 1
 DENOISERS = ("unet", "transformer")
-#: ComfyUI's class for a model -> families of base models that it stands for.
+#: ComfyUI's class of a model -> the families of base models that it may be.
 FAMILIES = {
     "SD15": ("stable-diffusion",),
     "SD20": ("stable-diffusion",),
@@ -30,7 +30,7 @@ FAMILIES = {
     "Flux": ("flux",),
     "Flux2": ("flux2", "flux2-klein"),
 }
-#: FLUX.2's layers that ComfyUI's table of diffusers' names lacks, under their original names.
+#: FLUX.2's layers that are not in ComfyUI's table of diffusers' names -> their original names.
 FLUX2_NAMES = {
     "double_stream_modulation_img.linear": "double_stream_modulation_img.lin",
     "double_stream_modulation_txt.linear": "double_stream_modulation_txt.lin",
@@ -46,12 +46,12 @@ _FACTOR = re.compile(r"(.+)\.(gralora_[AB](?:_general\.weight)?)")
 
 
 class GraloraError(ValueError):
-    """A file that cannot be used, or not with this model; says what to do."""
+    """A file cannot be used, or not with this model. The message says what to do."""
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One adapted layer as a LoRA pair: ``up @ down`` is its update, all scaling in ``up``.
+    """One adapted layer as a LoRA pair: ``up @ down`` is its update, with the scaling in ``up``.
 
     ``down`` is (rank, in, *kernel), ``up`` (out, rank, *1 per kernel axis), both float32.
     """
@@ -64,7 +64,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class GraloraFile:
-    """The layers of a file, and the family of base models they were trained for, if it says."""
+    """The layers of a file, and the family of base models in it; None if it names no family."""
 
     layers: tuple[Layer, ...]
     family: str | None
@@ -74,10 +74,10 @@ class GraloraFile:
 
 
 def read_gralora(path: str) -> GraloraFile:
-    """Read a native file, ``pytorch_gralora_weights.safetensors`` or under another name.
+    """Read a native file, ``pytorch_gralora_weights.safetensors`` or with another name.
 
     Raises:
-        GraloraError: damaged, of another kind, or with weights that are no part of a LoRA.
+        GraloraError: the file is damaged or of another kind, or a LoRA cannot represent it.
     """
     try:
         with safe_open(path, framework="pt") as file:
@@ -85,8 +85,8 @@ def read_gralora(path: str) -> GraloraFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise GraloraError(
-            f"{path}: not a whole safetensors file ({error}). If it was copied or downloaded, "
-            "fetch it again."
+            f"{path}: not a complete safetensors file ({error}). If it was copied or downloaded, "
+            "copy or download it again."
         ) from error
     description = _description(path, metadata, tensors)
     layers = []
@@ -103,10 +103,10 @@ def _description(path: str, metadata: Mapping[str, str], keys: Iterable[str]) ->
     if METADATA_KEY not in metadata:
         if any("gralora_" in key for key in keys):
             raise GraloraError(
-                f"{path}: without its metadata {METADATA_KEY}, so alpha is not known. Save it with "
-                "`pipe.save_gralora_weights(...)`."
+                f"{path}: the metadata {METADATA_KEY} is missing, so alpha is not known. Save it "
+                "with `pipe.save_gralora_weights(...)`."
             )
-        raise GraloraError(f"{path}: not a GraLoRA file. A LoRA is for the node Load LoRA.")
+        raise GraloraError(f"{path}: not a GraLoRA file. Use the node Load LoRA for a LoRA.")
     try:
         description = json.loads(metadata[METADATA_KEY])
         version, components = description["format_version"], description["components"]
@@ -115,11 +115,14 @@ def _description(path: str, metadata: Mapping[str, str], keys: Iterable[str]) ->
         raise GraloraError(f"{path}: its metadata is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise GraloraError(
-            f"{path}: format_version {version}, this node reads {FORMAT_VERSION}. Replace the "
-            "folder comfyui_gralora by that of a newer gralora-diffusion."
+            f"{path}: the file has format_version {version}, but this node reads "
+            f"{FORMAT_VERSION}. Replace the folder comfyui_gralora by that of a newer "
+            "gralora-diffusion."
         )
     if kinds - {"GRALORA"}:
-        raise GraloraError(f"{path}: an adapter of another kind, {', '.join(sorted(kinds))}.")
+        raise GraloraError(
+            f"{path}: this is an adapter of another kind, {', '.join(sorted(kinds))}, not GraLoRA."
+        )
     return description
 
 
@@ -131,23 +134,23 @@ def _factors(path: str, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], 
         component, _, rest = key.partition(".")
         if (found := _FACTOR.fullmatch(rest)) is None:
             others.append(key)
-        elif not torch.isfinite(tensor.float()).all():  # fp8 has no such operation of its own
+        elif not torch.isfinite(tensor.float()).all():  # fp8 has no isfinite of its own
             raise GraloraError(f"{path}: {key} has NaN or infinite values; the training diverged.")
         else:
             factors.setdefault((component, found[1]), {})[found[2]] = tensor
     if others:
         raise GraloraError(
-            f"{path}: {len(others)} tensors are no factors of an update (trained biases or whole "
-            f"modules), such as {others[0]}. A LoRA cannot hold them: fuse the adapter into its "
-            "base with `gralora export --format checkpoint` and load that."
+            f"{path}: {len(others)} tensors are not factors of an update (trained biases or whole "
+            f"modules), such as {others[0]}. A LoRA cannot represent them: fuse the adapter into "
+            "its base with `gralora export --format checkpoint` and load that file."
         )
     if not factors:
-        raise GraloraError(f"{path}: no layers in this file.")
+        raise GraloraError(f"{path}: this file contains no layers.")
     return factors
 
 
 def _setting(config: Mapping[str, Any], pattern: str, field: str, layer: str) -> Any:
-    """Return what a config says of one layer: the first key that matches counts, as in PEFT."""
+    """Return a layer's value in a config: the first key that matches counts, as in PEFT."""
     for key, value in (config.get(pattern) or {}).items():
         if re.match(rf"(.*\.)?({key})$", layer):
             return value
@@ -157,7 +160,7 @@ def _setting(config: Mapping[str, Any], pattern: str, field: str, layer: str) ->
 def _lora_pair(
     where: str, config: Mapping[str, Any], layer: str, factors: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Return up and down of a layer, scaled, the hybrid part as further rows and columns."""
+    """Return up and down of a layer, scaled, with the hybrid part as further rows and columns."""
     try:
         rank = _setting(config, "rank_pattern", "r", layer)
         k = _setting(config, "k_pattern", "gralora_k", layer)
@@ -168,13 +171,13 @@ def _lora_pair(
     names = ("A", "B", "A_general.weight", "B_general.weight") if hybrid else ("A", "B")
     wanted = {f"gralora_{name}" for name in names}
     if set(factors) != wanted:
-        raise GraloraError(f"{where}: has {sorted(factors)}, should have {sorted(wanted)}.")
+        raise GraloraError(f"{where}: it has {sorted(factors)}, but must have {sorted(wanted)}.")
     A, B = factors["gralora_A"], factors["gralora_B"]
     right = A.ndim in (3, 5) and A.shape[::2][:2] == (k, rank) and B.shape[:2] == (k, rank)
     if not right or B.ndim != 3 or rank % k:
         raise GraloraError(
-            f"{where}: shapes {tuple(A.shape)} and {tuple(B.shape)} do not go with rank {rank} and "
-            f"k {k} of the metadata."
+            f"{where}: shapes {tuple(A.shape)} and {tuple(B.shape)} do not fit rank {rank} and "
+            f"k {k} in the metadata."
         )
     up, down = lora_factors(A.float(), B.float())
     if hybrid:
@@ -183,17 +186,17 @@ def _lora_pair(
         if (len(plain_down), *plain_up.shape) != (hybrid, len(up), hybrid) or (
             plain_down.shape[1:] != down.shape[1:]
         ):
-            raise GraloraError(f"{where}: the general pair does not go with hybrid_r {hybrid}.")
+            raise GraloraError(f"{where}: the general pair does not fit hybrid_r {hybrid}.")
         down, up = torch.cat([down, plain_down]), torch.cat([up, plain_up], dim=1)
     up = up * (alpha / (rank + hybrid))
     return up.reshape(*up.shape, *[1] * (down.ndim - 2)).contiguous(), down.contiguous()
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return up (out, k r) and down (k r, in, *kernel) with the very update of A and B, unscaled.
+    """Return up (out, k r) and down (k r, in, *kernel) with exactly the unscaled update of A and B.
 
     Block (j, n) of the update is ``(A[n][:, chunk j] @ B[j][chunk n]).T``: row (n, j, s) of
-    ``down`` reads input block n, the same column of ``up`` feeds output block j.
+    ``down`` reads input block n, and the same column of ``up`` feeds output block j.
 
     Args:
         A: (k, in / k, r, *kernel), one slice per input block n.
@@ -213,9 +216,9 @@ def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def comfyui_names(component: str, path: str) -> Sequence[str]:
-    """Return the names, one of which ComfyUI gives a layer; which one depends on the model.
+    """Return ComfyUI's possible names of a layer; it depends on the model which one applies.
 
-    ``component`` and ``path`` are diffusers' and transformers': ``unet``,
+    ``component`` and ``path`` are diffusers' and transformers' names, such as ``unet`` and
     ``mid_block.attentions.0.proj_in``.
     """
     if component == "unet":
@@ -228,7 +231,7 @@ def comfyui_names(component: str, path: str) -> Sequence[str]:
     if path.startswith(("text_model.", "encoder.layers.", "embeddings.", "text_projection")):
         encoders = CLIP_ENCODERS.get(component, ())
         if not path.startswith(("text_model.", "text_projection")):
-            path = f"text_model.{path}"  # transformers 5 has no such level, ComfyUI has
+            path = f"text_model.{path}"  # ComfyUI has this level, transformers 5 does not
     elif path.startswith(("encoder.block.", "shared")):
         encoders = ("t5xxl",)
     path = path.replace("model.language_model.", "model.")
@@ -239,31 +242,32 @@ def check_family(file: GraloraFile, class_names: Iterable[str]) -> None:
     """Raise GraloraError unless the file's family is that of the model.
 
     Args:
-        class_names: of ComfyUI's config of the model, the class itself first, then what it
-            derives from.
+        class_names: names of the class of ComfyUI's model config and of its base classes, in the
+            order of inheritance.
     """
     names = list(class_names)
     known = next((FAMILIES[name] for name in names if name in FAMILIES), ())
     if file.family is not None and file.family not in known:
         raise GraloraError(
-            f"This GraLoRA was trained on a base of the family {file.family}; the model is "
-            f"{names[0]} ({' or '.join(known) or 'no family that GraLoRA knows'}). Load a model of "
-            "the same family."
+            f"This GraLoRA was trained on a base of the family {file.family}, but the model is "
+            f"{names[0]} ({' or '.join(known) or 'not a supported family'}). Load a model of the "
+            "same family."
         )
 
 
 def lora_for(
     layers: Iterable[Layer], targets: Mapping[str, Any], shapes: Mapping[str, Sequence[int]]
 ) -> dict[str, Tensor]:
-    """Return the layers as the tensors of a LoRA file that ComfyUI applies whole.
+    """Return the layers as the tensors of a LoRA file that ComfyUI applies completely.
 
     Args:
-        targets: ComfyUI's name of a layer -> key of its weight, or a tuple of that key, the rows
-            that belong to it as (0, first, count) or None, and perhaps more.
+        targets: ComfyUI's name of a layer -> key of its weight, or a tuple of that key, the layer's
+            rows as (0, first, count) or None, and possibly more.
         shapes: key of a weight -> its shape.
 
     Raises:
-        GraloraError: ComfyUI has no such layer, or one of another shape; says which.
+        GraloraError: ComfyUI does not have a layer, or has it with another shape. The message names
+            it.
     """
     lora: dict[str, Tensor] = {}
     unknown, misfits = [], []
@@ -286,9 +290,9 @@ def lora_for(
 
 
 def weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each weight as the model computes with it, by its key.
+    """Return the logical shape of each weight by its key.
 
-    ``state_dict()`` would tell how it is stored: two values of NVFP4 are one byte, and GGUF has
+    ``state_dict()`` would give the shape in storage: two values of NVFP4 are one byte, and GGUF has
     blocks. Parameters have the logical shape.
     """
     both = {"remove_duplicate": False}  # tied weights have two keys
@@ -297,7 +301,7 @@ def weight_shapes(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
 
 
 def _matrix_shape(target: Any, shapes: Mapping[str, Sequence[int]]) -> tuple[int, int] | None:
-    """Return rows and columns of what a name stands for; None if the model does not tell."""
+    """Return rows and columns of a target's weight; None if its shape is not known."""
     key, rows = (target, None) if isinstance(target, str) else target[:2]
     if key not in shapes:
         return None
@@ -310,17 +314,18 @@ def _problems(unknown: Sequence[str], misfits: Sequence[str]) -> Iterator[str]:
     rest = [name for name in unknown if name.startswith(DENOISERS)]
     if text:
         yield (
-            f"{len(text)} layers of this GraLoRA are in a text encoder that is not loaded, or is "
-            f"another one ({', '.join(sorted({name.split('.')[0] for name in text}))}; such as "
-            f"{text[0]}). Load that text encoder too, or set strength_clip to 0 to do without."
+            f"{len(text)} layers of this GraLoRA are in a text encoder that is not loaded or has "
+            f"another type ({', '.join(sorted({name.split('.')[0] for name in text}))}; such as "
+            f"{text[0]}). Load that text encoder, too, or set strength_clip to 0 to leave it out."
         )
     if rest:
         yield (
-            f"The model lacks {len(rest)} layers of this GraLoRA, such as {rest[0]}: it was "
-            "trained on another base. Load a model of the same kind."
+            f"The model does not have {len(rest)} layers of this GraLoRA, such as {rest[0]}: it "
+            "was trained on another base. Load a model of the same kind."
         )
     if misfits:
         yield (
-            f"{len(misfits)} layers of this GraLoRA have another shape (out, in) than the model's, "
-            f"such as {misfits[0]}: it was trained on another base. Load a model of the same kind."
+            f"{len(misfits)} layers of this GraLoRA have another shape (out, in) than in the "
+            f"model, such as {misfits[0]}: it was trained on another base. Load a model of the "
+            "same kind."
         )

@@ -260,11 +260,19 @@ class TestPeftFolders:
     @pytest.mark.parametrize(
         ("name", "content", "text"),
         [
-            ("adapter_config.json", b"{", "not readable as JSON"),
-            ("adapter_config.json", b"[1]", "holds a list, not an object"),
-            ("adapter_config.json", b'{"r": 4}', "config lacks gralora_k, alpha"),
-            ("adapter_model.safetensors", b"", "not a whole safetensors file"),
-            ("adapter_model.safetensors", None, "without adapter_model.safetensors beside it"),
+            ("adapter_config.json", b"{", "cannot be read as JSON"),
+            ("adapter_config.json", b"[1]", "contains a list, not an object"),
+            (
+                "adapter_config.json",
+                b'{"r": 4}',
+                "are missing in the adapter's config: gralora_k, alpha",
+            ),
+            ("adapter_model.safetensors", b"", "not a complete safetensors file"),
+            (
+                "adapter_model.safetensors",
+                None,
+                "adapter_config.json but no adapter_model.safetensors",
+            ),
         ],
     )
     def test_refusals(self, adapter, tmp_path, name, content, text):
@@ -279,7 +287,7 @@ class TestPeftFolders:
         LoraConfig(r=2).save_pretrained(tmp_path)
         (tmp_path / "adapter_model.safetensors").write_bytes(b"")
         with pytest.raises(
-            AdapterFileError, match=r"a LORA adapter, not GraLoRA.*load_lora_weights"
+            AdapterFileError, match=r"a LORA adapter, not a GraLoRA adapter.*load_lora_weights"
         ):
             read_adapter(tmp_path)
 
@@ -347,23 +355,26 @@ def unet_config(**values):
 
 
 REFUSED = [
-    (truncated, r"not a whole safetensors file \([\d,]+ bytes\)"),
-    (cut_short, "not a whole safetensors file"),
-    (emptied, r"not a whole safetensors file \(0 bytes\)"),
+    (truncated, r"not a complete safetensors file \([\d,]+ bytes\)"),
+    (cut_short, "not a complete safetensors file"),
+    (emptied, r"not a complete safetensors file \(0 bytes\)"),
     (pickled, "a pickle .* which may run any program when it is read, so it was not read"),
-    (without_metadata, "no `gralora_adapter_metadata`.*Pass the state dict with its config"),
-    (a_lora, "a LoRA, not a GraLoRA file"),
-    (something_else, "no GraLoRA weights in this file .first key: 'conv.weight'"),
-    (stray_key, "'vae.x.gralora_A' belongs to no component of its metadata"),
+    (
+        without_metadata,
+        "does not contain `gralora_adapter_metadata`.*Pass the state dict with its config",
+    ),
+    (a_lora, "this is a LoRA file, not a GraLoRA file"),
+    (something_else, "this file contains no GraLoRA weights .first key: 'conv.weight'"),
+    (stray_key, "'vae.x.gralora_A' does not belong to any component in its metadata"),
     (not_json, "metadata gralora_adapter_metadata is damaged"),
     (described(lambda d: d.pop("components")), "is damaged"),
     (described(lambda d: d.update(format_version=2)), "format_version 2.*reads 1. Upgrade"),
-    (unet_config(gralora_magic=1), "unet: .*fields this version does not know: gralora_magic"),
+    (unet_config(gralora_magic=1), "unet: .*fields that this version does not know: gralora_magic"),
     (unet_config(r=5), "config is not valid: r should be divisible"),
     (unet_config(r="4"), "config is not valid"),
-    (described(lambda d: d.update(components=[])), "components should map names to configs"),
-    (described(lambda d: d.update(components={})), "components names none"),
-    (described(lambda d: d.update(family=["x"])), "and family be a string"),
+    (described(lambda d: d.update(components=[])), "components must map names to configs"),
+    (described(lambda d: d.update(components={})), "components is empty"),
+    (described(lambda d: d.update(family=["x"])), "and family must be a string"),
     (nested, "is damaged: .*nested too deeply"),
     (unet_config(r=True), "`r` should be an integer but is True"),
     (unet_config(gralora_k=0), "config is not valid"),
@@ -393,8 +404,11 @@ REFUSED = [
         unet_config(k_pattern={"a": 0}, alpha_pattern={"b": "c"}),
         "not valid: `k_pattern` 'a' should give a positive.*; `alpha_pattern` 'b' should give",
     ),
-    (unet_config(peft_type="LOHA"), "a LOHA adapter, not GraLoRA"),
-    (described(lambda d: d["components"]["unet"].pop("alpha")), "config lacks alpha"),
+    (unet_config(peft_type="LOHA"), "a LOHA adapter, not a GraLoRA adapter"),
+    (
+        described(lambda d: d["components"]["unet"].pop("alpha")),
+        "are missing in the adapter's config: alpha",
+    ),
     (described(lambda d: d["components"].update(unet=3)), "not a mapping but 3"),
 ]
 
@@ -409,11 +423,15 @@ class TestRefusals:
         assert str(path) in str(caught.value)
 
     def test_folders(self, tmp_path):
-        with pytest.raises(AdapterFileError, match=f"no GraLoRA adapter here. Expected {NAME}"):
+        with pytest.raises(
+            AdapterFileError, match=f"this folder contains no GraLoRA adapter. Expected {NAME}"
+        ):
             read_adapter(tmp_path)
-        with pytest.raises(AdapterFileError, match=r"no file named x\.safetensors"):
+        with pytest.raises(AdapterFileError, match=r"contains no file named x\.safetensors"):
             read_adapter(tmp_path, weight_name="x.safetensors")
-        with pytest.raises(AdapterFileError, match=r"/nowhere: no GraLoRA adapter here"):
+        with pytest.raises(
+            AdapterFileError, match=r"/nowhere: this folder contains no GraLoRA adapter"
+        ):
             read_adapter(tmp_path, subfolder="nowhere")
 
     @pytest.mark.parametrize(
@@ -444,13 +462,16 @@ class TestStateDict:
     @pytest.mark.parametrize(
         ("config", "text"),
         [
-            (None, "does not say rank, k and alpha"),
+            (None, "does not contain rank, k and alpha"),
             ({"text_encoder": config()}, "weights for unet, but `config` has no 'unet'"),
             (
                 config(rank_pattern={"*": 2}),
                 r"config for unet is not valid: `rank_pattern` '\*': not",
             ),
-            ({"unet": {"r": 4}}, r"config\['unet'\]: the adapter's config lacks gralora_k, alpha"),
+            (
+                {"unet": {"r": 4}},
+                r"config\['unet'\]: these fields are missing .*config: gralora_k, alpha",
+            ),
         ],
     )
     def test_refusals(self, config, text):
@@ -505,14 +526,22 @@ class TestHub:
     @pytest.mark.parametrize(
         ("repository", "options", "text"),
         [
-            ("some one/dog", {}, "some one/dog: neither a local path nor a repository"),
-            ("someone/dog", {}, "someone/dog: there is no such folder, the Hub's cache lacks it"),
+            ("some one/dog", {}, "some one/dog: this is not a local path, and it could not"),
+            (
+                "someone/dog",
+                {},
+                "someone/dog: there is no such folder, the Hub's cache does not contain",
+            ),
             ("someone/cat", {"revision": "v3"}, "`hf download someone/cat --revision v3 --cache"),
-            ("someone/cat", {"subfolder": "none"}, "someone/cat on the Hub: .*no GraLoRA adapter"),
+            (
+                "someone/cat",
+                {"subfolder": "none"},
+                "someone/cat on the Hub: .*contains no GraLoRA adapter",
+            ),
             (
                 "someone/cat",
                 {"weight_name": "no.safetensors"},
-                "on the Hub: .*no file named no.saf",
+                "on the Hub: .*contains no file named no.saf",
             ),
         ],
     )

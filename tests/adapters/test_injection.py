@@ -231,7 +231,7 @@ class TestOptions:
         for key, tensor in get_peft_model_state_dict(model).items():
             assert torch.equal(tensor, state[key]), key
         keys = {"encoder.layers.7.fc.gralora_A": torch.zeros(1)}
-        with pytest.raises(TargetError, match=r"not there: encoder\.layers\.7\.fc\."):
+        with pytest.raises(TargetError, match=r"not in the model: encoder\.layers\.7\.fc\."):
             inject(models.text_encoder(), config(["q_proj"]), state_dict=keys)
 
     def test_half_precision_base(self):
@@ -265,8 +265,8 @@ REFUSED = [
     (config(".*nowhere"), ["'.*nowhere' not found", "regular expression"]),
     (config("*to_q"), [r"'\*to_q' is not a regular expression"]),
     (config(["to_q"], layers_to_transform=[7]), ["layers_to_transform=.7. not found"]),
-    (config(".*to_q", layers_to_transform=[0]), ["layers_to_transform goes with a list"]),
-    (config(["to_q"], layers_pattern="blocks"), ["layers_pattern goes with layers_to_transform"]),
+    (config(".*to_q", layers_to_transform=[0]), ["layers_to_transform needs a list"]),
+    (config(["to_q"], layers_pattern="blocks"), ["layers_pattern needs layers_to_transform"]),
     (config(["to_q"], modules_to_save=["conv_outt"]), ["modules_to_save match no module: conv_ou"]),
     (config(["to_q"], bias="some"), ["`bias` should be one of none, all, gralora_only"]),
     (config(["to_q"], r=0), ["`r` should be a positive integer"]),
@@ -337,7 +337,7 @@ class TestRefusals:
         [
             ("a.b", "without a dot"),
             ("", "at least one character"),
-            (3, "a text"),
+            (3, "must be a string"),
             ("to_q", "a layer or weight of UNet2DConditionModel has that name"),
             ("0", "a layer or weight of UNet2DConditionModel has that name"),
             ("weight", "a layer or weight of UNet2DConditionModel has that name"),

@@ -36,16 +36,16 @@ def test_one_file_or_shards_and_their_index(name, variant, tmp_path):
     assert parts == sorted((tmp_path / "many").glob("*.safetensors")) == shards(index)
     assert index.suffix == ".json"
     parts[0].unlink()
-    with pytest.raises(AdapterFileError, match=f"names files that lack: {parts[0].name}"):
+    with pytest.raises(AdapterFileError, match=f"names files that are missing: {parts[0].name}"):
         weight_files(tmp_path / "many", variant)
     index.write_text("{")
-    with pytest.raises(AdapterFileError, match="not readable as JSON"):
+    with pytest.raises(AdapterFileError, match="cannot be read as JSON"):
         weight_files(tmp_path / "many", variant)
 
 
 def test_what_is_no_object_of_json(tmp_path):
     (tmp_path / "a.json").write_text("[1, 2]")
-    with pytest.raises(AdapterFileError, match=r"a\.json: not readable as JSON"):
+    with pytest.raises(AdapterFileError, match=r"a\.json cannot be read as JSON"):
         read_json(tmp_path / "a.json")
 
 
@@ -105,7 +105,9 @@ def test_a_shard_lacks_what_the_index_says_of_it(tmp_path):
     save_file({"layer1.weight": torch.ones(1)}, tmp_path / "b.safetensors")
     assert len(shards(index)) == 2
     save_file({"layer0.weight": torch.ones(1)}, tmp_path / "b.safetensors")
-    with pytest.raises(AdapterFileError, match=r"files that it names do not hold layer1\.weight\."):
+    with pytest.raises(
+        AdapterFileError, match=r"files that it names do not contain layer1\.weight\."
+    ):
         shards(index)
     (tmp_path / "b.safetensors").write_bytes(b"")
     with pytest.raises(AdapterFileError, match=r"b\.safetensors: .*an empty file"):
@@ -115,14 +117,14 @@ def test_a_shard_lacks_what_the_index_says_of_it(tmp_path):
 def test_a_shard_that_is_no_file(tmp_path):
     index = index_of(tmp_path, "a.safetensors")
     os.mkfifo(tmp_path / "a.safetensors")
-    with pytest.raises(AdapterFileError, match=r"lack: a\.safetensors"):
+    with pytest.raises(AdapterFileError, match=r"missing: a\.safetensors"):
         shards(index)
 
 
 @pytest.mark.parametrize("weight_map", [None, {}, [], "a", 3, {"a": 3}, {"a": ["b"]}, {"a": None}])
 def test_an_index_that_names_no_files(weight_map, tmp_path):
     (tmp_path / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    with pytest.raises(AdapterFileError, match=rf"{INDEX}: its weight_map should map"):
+    with pytest.raises(AdapterFileError, match=rf"{INDEX}: its weight_map must map"):
         weight_files(tmp_path)
 
 

@@ -169,7 +169,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     write(alone, tmp_path / "unet.safetensors")
     with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*full checkpoint"):
         export_fused(tmp_path / "adapter", tmp_path / "unet.safetensors", output)
-    with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
+    with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not contain it"):
         export_fused(tmp_path / "adapter", tmp_path / "base", output, denoiser_only=True)
     PIPELINES["flux"]().save_pretrained(tmp_path / "flux")
     with pytest.raises(
@@ -187,7 +187,7 @@ def test_what_does_not_fit_is_named_and_nothing_is_written(tmp_path):
     config = json.loads((tmp_path / "base/unet/config.json").read_text())
     config["quantization_config"] = {"quant_method": "bitsandbytes"}
     (tmp_path / "base/unet/config.json").write_text(json.dumps(config))
-    with pytest.raises(BaseError, match="a quantized base"):
+    with pytest.raises(BaseError, match="this is a quantized base"):
         export_fused(tmp_path / "adapter", tmp_path / "base", output)
     assert not output.exists()
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
@@ -232,7 +232,9 @@ def test_a_base_whose_text_encoder_alone_is_quantized(tmp_path):
         output.unlink()
     adapt_everywhere(tiny(name)).save_gralora_weights(tmp_path / "both")
     for base in (file, tmp_path / "base"):
-        with pytest.raises(AdapterFileError, match=r"weights for text_encoder(.|\n)*not hold it"):
+        with pytest.raises(
+            AdapterFileError, match=r"weights for text_encoder(.|\n)*not contain it"
+        ):
             export_fused(tmp_path / "both", base, tmp_path / "x.safetensors", denoiser_only=True)
         with pytest.raises(ValueError, match="quantized"):
             export_lora(tmp_path / "both", tmp_path / "new.safetensors", base=base)
@@ -258,7 +260,7 @@ def test_a_file_of_flux2_with_its_text_encoder(tmp_path):
         export_fused(tmp_path / "text", base, tmp_path / "new.safetensors")
     with pytest.raises(StyleError) as caught:
         export_lora(tmp_path / "text", tmp_path / "new.safetensors", style="diffusers", base=base)
-    advice = "takes none for it with flux2-klein. Export it as a diffusers folder"
+    advice = "does not read this component of flux2-klein. Export it as a diffusers folder"
     assert str(caught.value).endswith(advice)
 
 

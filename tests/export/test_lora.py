@@ -138,7 +138,7 @@ def test_what_comfyui_passes_over_is_told(name, tmp_path):
     assert told.startswith("for load_lora_weights of diffusers 0.36 and later")
     assert ("--style comfyui" in told) == bool(UNREAD[name])
     kohya = export_lora(tmp_path / "adapter", tmp_path / "kohya.safetensors", style="kohya")
-    assert str(kohya).endswith("for that take --style diffusers")
+    assert str(kohya).endswith("use --style diffusers for it")
 
 
 def is_adaptable(module: nn.Module) -> bool:
@@ -366,7 +366,7 @@ def test_what_a_style_cannot_hold_is_named_and_nothing_is_written(tmp_path):
         with pytest.raises(ValueError, match=option):
             export_lora(adapter, file, **{option: value})
     with pytest.raises(
-        AdapterFileError, match="trained for stable-diffusion-3, but the base is flux"
+        AdapterFileError, match="was trained for stable-diffusion-3, but the base is flux"
     ):
         export_lora(adapter, file, family="flux")
     assert not file.exists()

@@ -40,7 +40,7 @@ def test_every_format_verified(place, tmp_path, capsys):
     export(place, model, "--format", "checkpoint", *base, "--hash")
     export(place, folder, "--format", "diffusers", *base)
     told = capsys.readouterr().out
-    assert "exact: the very same update" in told
+    assert "exact: the same update" in told
     assert told.count("passed\n") == 3
     for output in (lora, model, folder):
         report = json.loads((tmp_path / f"{output.name}.parity.json").read_text())
@@ -98,24 +98,39 @@ def test_a_file_that_draws_something_else_does_not_appear(place, tmp_path, capsy
     options = ["--base", str(place / "base"), "--verify", "--verify_size", "32", "--rank", "1"]
     with pytest.raises(SystemExit):
         export(place, lora, "--format", "lora", *options)
-    assert "does not draw what the adapter draws" in capsys.readouterr().err
+    assert "does not generate the same latents as the adapter" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 WRONG = [
     (["--format", "checkpoint"], "needs --base"),
     (["--format", "lora", "--verify"], "--verify needs --base"),
-    (["--format", "lora", "--denoiser_only"], "--denoiser_only: for --format checkpoint"),
-    (["--format", "diff", "--rank", "4"], "--rank: for --format lora"),
-    (["--format", "diff", "--style", "kohya"], "--style: for --format lora"),
-    (["--format", "lora", "--stochastic_rounding"], "--stochastic_rounding: for --format"),
+    (
+        ["--format", "lora", "--denoiser_only"],
+        "--denoiser_only: only allowed with --format checkpoint",
+    ),
+    (["--format", "diff", "--rank", "4"], "--rank: only allowed with --format lora"),
+    (["--format", "diff", "--style", "kohya"], "--style: only allowed with --format lora"),
+    (
+        ["--format", "lora", "--stochastic_rounding"],
+        "--stochastic_rounding: only allowed with --format",
+    ),
     (["--format", "lora", "--energy", "1.5"], "--energy is 1.5"),
     (["--format", "lora", "--rank", "0"], "--rank is 0"),
     (["--format", "lora", "--verify_steps", "0"], "--verify_steps is 0"),
-    (["--format", "lora", "--verify_size", "100"], "--verify_size is 100; it must be a multiple"),
+    (
+        ["--format", "lora", "--verify_size", "100"],
+        "--verify_size is 100; it must be a positive multiple",
+    ),
     (["--format", "lora", "--verify_bound", "-1"], "--verify_bound is -1.0"),
-    (["--format", "checkpoint", "--base", "b", "--no_fp8_scale"], "for --dtype fp8_e4m3 alone"),
-    (["--format", "checkpoint", "--base", "b", "--family", "flux"], "--family: for --format lora"),
+    (
+        ["--format", "checkpoint", "--base", "b", "--no_fp8_scale"],
+        "only allowed with --dtype fp8_e4m3",
+    ),
+    (
+        ["--format", "checkpoint", "--base", "b", "--family", "flux"],
+        "--family: only allowed with --format lora",
+    ),
     (["--format", "onnx"], "invalid choice: 'onnx'"),
 ]
 
@@ -131,12 +146,12 @@ def test_options_that_do_not_go_together(options, message, place, tmp_path, caps
 def test_output_must_be_free_and_named_as_a_file(place, tmp_path, capsys):
     with pytest.raises(SystemExit):
         export(place, tmp_path / "x.ckpt", "--format", "lora")
-    assert "ends in .safetensors" in capsys.readouterr().err
+    assert "its name must end in .safetensors" in capsys.readouterr().err
     taken = tmp_path / "taken.safetensors"
     taken.write_text("mine")
     with pytest.raises(SystemExit):
         export(place, taken, "--format", "lora")
-    assert "it exists already. Give another, or --overwrite" in capsys.readouterr().err
+    assert "exists already. Choose another --output, or pass --overwrite" in capsys.readouterr().err
     assert taken.read_text() == "mine"
     export(place, taken, "--format", "lora", "--overwrite")
     assert load_file(taken)
@@ -149,7 +164,7 @@ def test_what_is_read_is_never_replaced(place, tmp_path, capsys):
     options = ["--adapter", str(adapter), "--output", str(adapter), "--overwrite"]
     with pytest.raises(SystemExit):
         main(["export", "--format", "lora", *options])
-    assert "which is read. Give another" in capsys.readouterr().err
+    assert "which is read. Choose another --output" in capsys.readouterr().err
     assert adapter.read_bytes() == before
 
 
@@ -171,12 +186,12 @@ def test_the_base_is_never_replaced(format, place, tmp_path, capsys):
     for base, output in outputs:
         with pytest.raises(SystemExit):
             export(place, output, "--format", format, "--base", str(base), "--overwrite")
-        assert "which is read. Give another" in capsys.readouterr().err
+        assert "which is read. Choose another --output" in capsys.readouterr().err
     inside = config / "unet" / "x.safetensors"
     options = ["--base", str(folder), "--base_config", str(config)]
     with pytest.raises(SystemExit):
         export(place, inside, "--format", format, *options, "--overwrite")
-    assert "which is read. Give another" in capsys.readouterr().err
+    assert "which is read. Choose another --output" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
@@ -187,7 +202,7 @@ def test_a_report_does_not_take_the_place_of_what_is_read(place, tmp_path, capsy
     output = ["--output", str(tmp_path / "x.safetensors"), "--format", "lora"]
     with pytest.raises(SystemExit):
         main(["export", "--adapter", str(adapter), *output])
-    assert "a report on the output would take its place" in capsys.readouterr().err
+    assert "the report on this output would replace" in capsys.readouterr().err
     assert adapter.read_bytes() == before
 
 
@@ -213,7 +228,7 @@ def test_a_folder_with_other_things_is_not_replaced(place, tmp_path, capsys):
     (folder / "notes.txt").write_text("mine")
     with pytest.raises(SystemExit):
         export(place, folder, *base, "--overwrite")
-    assert "also holds notes.txt, which would be lost" in capsys.readouterr().err
+    assert "also contains notes.txt, which would be lost" in capsys.readouterr().err
     (folder / "notes.txt").unlink()
     export(place, folder, *base, "--overwrite")
     assert (folder / "model_index.json").is_file()
@@ -222,7 +237,7 @@ def test_a_folder_with_other_things_is_not_replaced(place, tmp_path, capsys):
 def test_scaled_fp8_is_verified(place, tmp_path, capsys):
     base = ["--format", "checkpoint", "--base", str(place / "base"), "--dtype", "fp8_e4m3"]
     export(place, tmp_path / "x.safetensors", *base, "--verify", "--verify_size", "32")
-    assert "diffusers passes over the scales" in capsys.readouterr().out
+    assert "diffusers ignores the scales" in capsys.readouterr().out
     report = json.loads((tmp_path / "x.safetensors.parity.json").read_text())
     assert 0 < report["ways"]["fused weights"]["relative"] < 0.5
     export(place, tmp_path / "x.safetensors", *base, "--overwrite")
@@ -235,9 +250,9 @@ def test_other_errors_say_what_to_do(place, tmp_path, capsys):
         (place / "nothing", "no such file or folder"),
         (
             place / "adapter" / "pytorch_gralora_weights.safetensors",
-            "it is an adapter. Give",
+            "it is an adapter. Pass",
         ),
-        (place / "adapter", "no model_index.json"),
+        (place / "adapter", "contains no model_index.json"),
     ):
         with pytest.raises(SystemExit):
             export(place, output, "--format", "checkpoint", "--base", str(base))

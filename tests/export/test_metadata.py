@@ -219,5 +219,7 @@ def test_the_note_of_origin_names_the_native_file(tmp_path: Path):
 
 
 def test_fields_that_are_none():
-    with pytest.raises(ValueError, match="no field colour; there are title, author"):
+    with pytest.raises(
+        ValueError, match=r"unknown metadata fields: colour\. Choose from title, author"
+    ):
         export_metadata(adapter(), kind="lora", family=FAMILY, colour="red")

@@ -183,7 +183,7 @@ def test_differences_are_those_of_the_latents(adapter: Path, pipe: Any, tmp_path
     assert way.relative == pytest.approx(float(relative), rel=1e-3)
     assert report.failed == ["wrong"]
     with pytest.raises(
-        ParityError, match=r"does not draw.*\n.*\nwrong: mean diff.*bound 0.001"
+        ParityError, match=r"does not generate.*\n.*\nwrong: mean diff.*bound 0.001"
     ) as e:
         report.check()
     assert e.value.report is report
@@ -308,7 +308,7 @@ def test_adapters_in_memory(pipe: Any, tmp_path: Path) -> None:
 
 def test_a_pipeline_that_will_not_do(adapter: Path, pipe: Any) -> None:
     pipe.load_gralora_weights(adapter, "mine")
-    with pytest.raises(ValueError, match=r"has adapters \(mine\); give the base alone"):
+    with pytest.raises(ValueError, match=r"has adapters \(mine\); pass the base alone"):
         compare(pipe, adapter, {}, prompts=PROMPTS)
     pipe.unload_gralora_weights()
     pipe.unet.double()

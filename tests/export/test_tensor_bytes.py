@@ -90,7 +90,7 @@ def test_tensors_lie_as_safetensors_lays_them(tmp_path):
 
 
 def test_two_tensors_of_one_name():
-    with pytest.raises(ValueError, match="two tensors of one name"):
+    with pytest.raises(ValueError, match="two tensors have the same name"):
         make_header([("a", torch.half, (1,)), ("a", torch.half, (2,))], {})
 
 
@@ -125,5 +125,5 @@ def test_a_source_that_became_shorter(tmp_path):
 
 def test_too_little_space_is_told_with_sizes(tmp_path):
     check_space(tmp_path / "a", 1)
-    with pytest.raises(OSError, match=r"1048576\.00 GiB are needed, [0-9.]+ GiB are free"):
+    with pytest.raises(OSError, match=r"1048576\.00 GiB are needed, and [0-9.]+ GiB are free"):
         check_space(tmp_path / "a", 1 << 50)

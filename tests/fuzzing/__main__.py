@@ -15,7 +15,8 @@ from collections import Counter, defaultdict
 from .worker import Outcome, Worker
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the command's parser."""
     command = argparse.ArgumentParser(prog="python -m tests.fuzzing", description=__doc__)
     command.add_argument("--reader", default="all", help="one of --list, several by commas, or all")
     command.add_argument("--count", type=int, default=1000, help="damaged files per reader")
@@ -23,6 +24,11 @@ def main() -> None:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--only", type=int, help="number of a single case, told in full")
     command.add_argument("--list", action="store_true", help="print the names of the readers")
+    return command
+
+
+def main() -> None:
+    command = build_parser()
     options = command.parse_args()
     logging.disable(logging.WARNING)  # of libraries that are imported
     from .readers import READERS

@@ -284,7 +284,7 @@ def test_pipeline_folder(tmp_path):
     index = tmp_path / "unet/diffusion_pytorch_model.safetensors.index.json"
     assert inspect_file(index).parameters == unet.parameters
     next((tmp_path / "unet").glob("*00001*")).unlink()
-    with pytest.raises(AdapterFileError, match="names files that lack"):
+    with pytest.raises(AdapterFileError, match="names files that are missing"):
         inspect_file(index)
 
 
@@ -457,7 +457,7 @@ def test_truncated(left, tmp_path):
     save_file(lora(KOHYA, 8, 4), tmp_path / "x.safetensors")
     whole = (tmp_path / "x.safetensors").read_bytes()
     (tmp_path / "x.safetensors").write_bytes(whole[:left])
-    with pytest.raises(AdapterFileError, match=r"not a whole safetensors file .* truncated"):
+    with pytest.raises(AdapterFileError, match=r"not a complete safetensors file .* truncated"):
         inspect_file(tmp_path / "x.safetensors")
 
 
@@ -492,12 +492,12 @@ def _peft_of_pickles(folder: Path) -> Path:
 @pytest.mark.parametrize(
     ("make", "text"),
     [
-        (_unknown, "nothing that is known here: no adapter, and no base of flux, "),
-        (_several, r"several files in this folder \(a.safetensors, b.safetensors\)"),
-        (_no_tensors, "no tensors in it"),
+        (_unknown, "this is neither a known adapter nor a base of flux, "),
+        (_several, r"contains several files \(a.safetensors, b.safetensors\)\. Pass one"),
+        (_no_tensors, "it contains no tensors"),
         (_damaged_metadata, "gralora_adapter_metadata is damaged"),
-        (_peft_of_pickles, "without adapter_model.safetensors beside it, but adapter_model.bin"),
-        (lambda folder: folder, "no .safetensors file in this folder"),
+        (_peft_of_pickles, "needs adapter_model.safetensors beside it; found adapter_model.bin"),
+        (lambda folder: folder, "this folder contains no .safetensors file"),
         (lambda folder: folder / "absent", "no such file or folder"),
     ],
 )

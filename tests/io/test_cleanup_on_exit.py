@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gralora_diffusion.io.cleanup_on_exit import _TIDYING, clean_up_all, cleanup_on_exit
+from gralora_diffusion.io.cleanup_on_exit import _CLEANUPS, clean_up_all, cleanup_on_exit
 from gralora_diffusion.io.staging import staged
 from gralora_diffusion.io.tensor_files import replacing
 
@@ -25,7 +25,7 @@ def test_tidied_at_the_end() -> None:
     assert calls == ["inner", "outer", "failed"]
     clean_up_all()
     assert calls == ["inner", "outer", "failed"]
-    assert _TIDYING == {}
+    assert _CLEANUPS == {}
 
 
 def test_all_is_tidied_though_one_fails(tmp_path: Path) -> None:

@@ -134,7 +134,7 @@ def test_grey_profile():
     assert_near(got, expected)
     got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     np.testing.assert_array_equal(got, COLOURS)
-    assert warnings == ["its colour profile is for GRAY, its pixels are RGB"]
+    assert warnings == ["its color profile is for GRAY, but its pixels are RGB"]
 
 
 @pytest.mark.parametrize("file_format", ["TIFF", "JPEG"])
@@ -164,7 +164,7 @@ def test_a_damaged_profile_is_told_and_passed_over(profile):
     got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     np.testing.assert_array_equal(got, COLOURS)
     (warning,) = warnings
-    assert warning.startswith("its colour profile ")
+    assert warning.startswith("its color profile ")
 
 
 def test_a_profile_that_is_not_compressed_as_png_wants_it():
@@ -179,7 +179,7 @@ def test_a_profile_of_another_colour_space_is_told_and_passed_over():
     plain, _ = read(encoded(image, "TIFF"))
     got, warnings = read(encoded(image, "TIFF", icc_profile=SRGB))
     np.testing.assert_array_equal(got, plain)
-    assert warnings == ["its colour profile is for RGB, its pixels are CMYK"]
+    assert warnings == ["its color profile is for RGB, but its pixels are CMYK"]
 
 
 # -- PNG's own chunks, and code points -------------------------------------------------------------

@@ -15,8 +15,10 @@ from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.hub import offline_problem
 
-SET = "and the Hub is not asked, for HF_HUB_OFFLINE is set. Fetch it where there is a network, by "
-UNREACHABLE = "and the Hub cannot be reached from here. Fetch it where there is a network, by "
+SET = "and the Hub is not asked because HF_HUB_OFFLINE is set. With network access, download it by "
+UNREACHABLE = (
+    "and the Hub cannot be reached from this machine. With network access, download it by "
+)
 CALLS: dict[str, Callable[[str], object]] = {
     "snapshot": snapshot_download,
     "index": DiffusionPipeline.load_config,
@@ -42,8 +44,8 @@ def error_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str],
 def test_offline_mode(call: str, error_of: Callable[[str], Exception]) -> None:
     text = offline_problem(error_of(call), "owner/absent")
     assert text is not None
-    assert text.startswith("there is no such folder, the Hub's cache lacks it or a part of it, ")
-    assert text.endswith(f"{SET}`hf download owner/absent`, or give a folder")
+    assert text.startswith("there is no such folder, the Hub's cache does not contain all of it, ")
+    assert text.endswith(f"{SET}`hf download owner/absent`, or pass a folder")
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -58,7 +60,7 @@ def test_no_network(
     monkeypatch.setattr("time.sleep", lambda seconds: None)  # between huggingface_hub's attempts
     text = offline_problem(error_of(call), "owner/absent", revision="v 1", cache_dir="/c")
     assert text is not None
-    command = "`hf download owner/absent --revision 'v 1' --cache-dir /c`, or give a folder"
+    command = "`hf download owner/absent --revision 'v 1' --cache-dir /c`, or pass a folder"
     assert text.endswith(UNREACHABLE + command)
 
 
@@ -66,7 +68,7 @@ def test_local_files_only(error_of: object, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(AdapterFileError) as caught:
         read_adapter("owner/absent", local_files_only=True, revision="v1")
-    reason = "and the Hub is not asked, for only local files are wanted. Fetch it where there is a "
+    reason = "and the Hub is not asked because only local files are allowed. With network access, "
     assert reason in str(caught.value)
     assert "`hf download owner/absent --revision v1`" in str(caught.value)
 
@@ -75,7 +77,7 @@ def test_a_dataset() -> None:
     text = offline_problem(ConnectionError("x"), "owner/set", is_dataset=True, cache_dir="/c")
     assert text is not None
     command = "hf download owner/set --repo-type dataset --local-dir FOLDER"
-    assert text.endswith(f"{UNREACHABLE}`{command}`, and give that folder")
+    assert text.endswith(f"{UNREACHABLE}`{command}`, and pass that folder")
 
 
 def test_other_errors_are_left_alone(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ def test_an_object_with_or_without_a_byte_order_mark(mark, tmp_path):
     assert read_object(path) == {"ä": [1, {"b": None}]}
     size = path.stat().st_size
     assert read_object(path, size)
-    with pytest.raises(OSError, match=f"it has {size} bytes; at most {size - 1} are read"):
+    with pytest.raises(OSError, match=f"it has {size} bytes; at most {size - 1} are allowed"):
         read_object(path, size - 1)
 
 
@@ -24,10 +24,10 @@ def test_an_object_with_or_without_a_byte_order_mark(mark, tmp_path):
     [
         (b"", "Expecting value"),
         (b"{", "Expecting property name"),
-        (b"[1, 2]", "it holds a list, not an object"),
-        (b"null", "it holds a NoneType"),
-        (b'"{}"', "it holds a str"),
-        (b'{"a": "\xff"}', "it is no text in UTF-8"),
+        (b"[1, 2]", "it contains a list, not an object"),
+        (b"null", "it contains a NoneType"),
+        (b'"{}"', "it contains a str"),
+        (b'{"a": "\xff"}', "it is not text in UTF-8"),
         (b"[" * 100_000, "it is nested too deeply"),
         (b'{"a":' * 100_000, "it is nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "integer"),

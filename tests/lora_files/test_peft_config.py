@@ -52,7 +52,7 @@ def test_initialisations_that_leave_the_base_as_it_was(kind):
         ({"layer_replication": [[0, 2]]}, "some layers repeated"),
         ({"megatron_config": {"a": 1}}, "shards"),
         ({"fan_in_fan_out": True}, "transposed weights"),
-        ({"target_parameters": ["experts"]}, "no layer's weight"),
+        ({"target_parameters": ["experts"]}, "not the weight of a layer"),
         ({"bias": "all"}, "biases of the base were trained as well"),
         ({"lora_bias": True}, "biases of the layers were trained as well"),
         ({"modules_to_save": ["proj_out"]}, "whole modules were trained as well"),
@@ -81,8 +81,8 @@ def test_biases_may_be_told_of_where_they_are_left_out():
         ({"lora_alpha": True}, "lora_alpha should be a finite number"),
         ({"lora_alpha": float("nan")}, "lora_alpha should be a finite number"),
         ({"lora_alpha": 10**400}, "lora_alpha should be a finite number"),
-        ({"r": 0}, "r should be a positive whole number"),
-        ({"r": 4.5}, "r should be a positive whole number"),
+        ({"r": 0}, "r should be a positive integer"),
+        ({"r": 4.5}, "r should be a positive integer"),
         ({"use_rslora": "yes"}, "use_rslora should be true or false"),
         ({"alpha_pattern": [1]}, "alpha_pattern should be a mapping"),
         ({"rank_pattern": "to_q"}, "rank_pattern should be a mapping"),
@@ -99,4 +99,4 @@ def test_invalid_scaling(changes, text):
 @pytest.mark.parametrize("config", [None, [], "text", 3])
 def test_no_mapping(config):
     (problem,) = invalid_scaling(config)
-    assert "the config is no mapping" in problem
+    assert "the config is not a mapping" in problem

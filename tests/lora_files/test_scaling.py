@@ -102,21 +102,33 @@ def test_a_tensor_and_the_config():
     assert alphas([f"transformer.{PATH}"], told, own=16.03) == [16.03]  # as bfloat16 rounds
     assert alphas([f"diffusion_model.{PATH}"], told, own=2.0) == [2.0]
     scalings = LoraScalings(layers(f"transformer.{PATH}"), told)
-    with pytest.raises(ValueError, match="a tensor says alpha 2, and the config 16"):
+    with pytest.raises(ValueError, match="alpha is 2 in a tensor, but 16 in the config"):
         scalings.alpha(layers(f"transformer.{PATH}")[f"transformer.{PATH}"], 4, 2.0)
 
 
 @pytest.mark.parametrize(
     ("names", "told", "text"),
     [
-        ([PATH], header(bare=CONFIG | {"r": 8}), "config says rank 8, and the factors have rank 4"),
+        ([PATH], header(bare=CONFIG | {"r": 8}), "config says rank 8, but the factors have rank 4"),
         ([PATH], header(bare=CONFIG | {"rank_pattern": {"to_q": 2}}), "config says rank 2"),
-        ([PATH], header(bare={"r": 4}), "the config says no lora_alpha"),
-        ([PATH], header(unet=CONFIG, transformer=CONFIG), "is that of unet, transformer is not"),
-        ([f"unet.{PATH}"], header(transformer=CONFIG), "is that of transformer is not said"),
+        ([PATH], header(bare={"r": 4}), "the config does not contain lora_alpha"),
+        (
+            [PATH],
+            header(unet=CONFIG, transformer=CONFIG),
+            "the config of unet, transformer applies to it",
+        ),
+        ([f"unet.{PATH}"], header(transformer=CONFIG), "the config of transformer applies to it"),
         ([f"text_encoder.{PATH}", PATH], header(bare=CONFIG), "which of several models"),
-        ([f"text_encoders.t5xxl.transformer.{PATH}"], header(text_encoder=CONFIG), "is not said"),
-        ([f"lora_te3_{FLAT}"], header(text_encoder_2=CONFIG), "is that of text_encoder_2 is not"),
+        (
+            [f"text_encoders.t5xxl.transformer.{PATH}"],
+            header(text_encoder=CONFIG),
+            "it is not clear whether the config",
+        ),
+        (
+            [f"lora_te3_{FLAT}"],
+            header(text_encoder_2=CONFIG),
+            "the config of text_encoder_2 applies to it",
+        ),
     ],
 )
 def test_what_cannot_be_told(names, told, text):
@@ -129,10 +141,10 @@ def test_what_cannot_be_told(names, told, text):
 @pytest.mark.parametrize(
     ("metadata", "problem"),
     [
-        ({"lora_adapter_metadata": "{"}, "is no JSON"),
-        ({"lora_adapter_metadata": "[" * 100_000}, "is no JSON"),
-        ({"lora_adapter_metadata": "[1]"}, "is no mapping"),
-        ({"lora_alpha": "much"}, "lora_alpha in the header is no number"),
+        ({"lora_adapter_metadata": "{"}, "is not JSON"),
+        ({"lora_adapter_metadata": "[" * 100_000}, "is not JSON"),
+        ({"lora_adapter_metadata": "[1]"}, "is not a mapping"),
+        ({"lora_alpha": "much"}, "lora_alpha in the header is not a number"),
         (header(transformer=CONFIG | {"lora_alpha": "much"}), "transformer: lora_alpha should be"),
     ],
 )
@@ -165,7 +177,7 @@ FIELDS = ["lora_alpha", "network_alpha", "alpha", "ss_network_alpha", "transform
 @pytest.mark.parametrize("field", FIELDS)
 def test_an_alpha_that_the_header_alone_tells_needs_a_choice(field):
     told = {field: "16.0", "ss_network_args": "{}"}
-    with pytest.raises(ValueError, match=f"{field} 16, and no tensor does.*--header_alpha"):
+    with pytest.raises(ValueError, match=rf"{field} 16\), and no tensor does.*--header_alpha"):
         alphas([PATH], told)
     assert alphas([PATH], told, header_alpha="apply") == [16]
     assert alphas([PATH], told, header_alpha="ignore") == [None]
@@ -187,5 +199,5 @@ def test_what_sd_scripts_writes_in_place_of_a_number(text):
     ],
 )
 def test_an_alpha_of_the_header_that_is_not_for_all_layers(more):
-    with pytest.raises(ValueError, match="is not for all layers alike"):
+    with pytest.raises(ValueError, match="does not state the same alpha for all layers"):
         alphas([PATH], {"lora_alpha": "16"} | more, header_alpha="apply")

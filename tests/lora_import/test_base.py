@@ -87,8 +87,11 @@ def test_other_widths(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(AdapterFileError) as caught:
         gralora_from_lora(tensors, "stable-diffusion", 8, 2, base=LoraBase(str(base)))
     told = str(caught.value)
-    assert f"state dict: does not fit --base {base}: {wide} of {len(tensors) // 2} layers: " in told
-    assert f"{path} (48 -> 32 here, 32 -> 32 there)" in told
+    assert (
+        f"state dict does not fit --base {base}: {wide} of {len(tensors) // 2} layers differ"
+        in told
+    )
+    assert f"{path} (48 -> 32 in the LoRA, 32 -> 32 in the base)" in told
     file = save(tensors, tmp_path / "lora.safetensors")
     line = f"--lora {file} --base {base} --rank 8 --gralora_k 2 --output {tmp_path}/new"
     with pytest.raises(SystemExit):
@@ -102,7 +105,7 @@ def test_layers_and_parts_that_the_base_misses(base: Path) -> None:
         key.replace("down_blocks.1", "down_blocks.7"): tensor for key, tensor in tensors.items()
     }
     with pytest.raises(
-        AdapterFileError, match=r"down_blocks\.7\.\S+ \(.* here, no such layer there"
+        AdapterFileError, match=r"down_blocks\.7\.\S+ \(.* in the LoRA, no such layer in the base"
     ):
         gralora_from_lora(tensors, "stable-diffusion", 8, 2, base=LoraBase(str(base)))
     pipe = PIPELINES["stable-diffusion-3"]()
@@ -110,7 +113,7 @@ def test_layers_and_parts_that_the_base_misses(base: Path) -> None:
     pipe.register_modules(text_encoder_3=None, tokenizer_3=None)
     without_weights(pipe, base.parent / "without T5")
     found = LoraBase(str(base.parent / "without T5"))
-    with pytest.raises(AdapterFileError, match=r"text_encoder_3\.\S+ \(.*no such layer there"):
+    with pytest.raises(AdapterFileError, match=r"text_encoder_3\.\S+ .*no such layer in the base"):
         gralora_from_lora(tensors, found.family, 8, 2, base=found)
 
 
@@ -119,13 +122,16 @@ def test_another_kernel(base: Path) -> None:
     key = next(key for key, t in tensors.items() if t.dim() == 4 and t.shape[2] == 3)
     tensors[key] = torch.randn(*tensors[key].shape[:2], 5, 5)
     with pytest.raises(
-        AdapterFileError, match=r"1 of \d+ layers: .* 5x5 here, \d+ -> \d+ 3x3 there"
+        AdapterFileError,
+        match=r"1 of \d+ layers differ: .* 5x5 in the LoRA, \d+ -> \d+ 3x3 in the base",
     ):
         gralora_from_lora(tensors, "stable-diffusion", 8, 2, base=LoraBase(str(base)))
 
 
 def test_no_base(base: Path) -> None:
-    with pytest.raises(ValueError, match=r"--base ./nowhere: no diffusers pipeline there"):
+    with pytest.raises(
+        ValueError, match=r"--base ./nowhere: no diffusers pipeline could be loaded"
+    ):
         LoraBase("./nowhere")
     (base / "text_encoder" / "config.json").write_text("{")
     with pytest.raises(ValueError, match=f"--base {base}: its text_encoder cannot be read: "):
@@ -146,5 +152,5 @@ def test_no_base(base: Path) -> None:
         LoraBase(str(base)).check({"unet": {}}, "lora")
     index = base / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "DiTPipeline"))
-    with pytest.raises(ValueError, match="DiTPipeline is of no supported family"):
+    with pytest.raises(ValueError, match="DiTPipeline does not belong to a supported family"):
         LoraBase(str(base))

@@ -436,26 +436,30 @@ def loha(name: str) -> dict[str, Tensor]:
             "stable-diffusion",
             "1 of 1 layers are DoRA",
         ),
-        (lora() | loha("lora_unet_b"), "stable-diffusion", r"1 of 2 layers are LoHa .*lora_unet_b"),
+        (
+            lora() | loha("lora_unet_b"),
+            "stable-diffusion",
+            r"1 of 2 layers are LoHa, not LoRA .*lora_unet_b",
+        ),
         (
             {"lora_unet_x.lokr_w1": torch.ones(2, 2), "lora_unet_x.lokr_w2": torch.ones(2, 2)},
             "stable-diffusion",
-            "LoKr and no LoRA .*Extract a LoRA",
+            "LoKr, not LoRA .*Extract a LoRA",
         ),
         (lora() | {"lora_unet_x.diff": torch.ones(2)}, "stable-diffusion", "1 of 2 .* difference"),
-        (lora() | {"odd": torch.ones(1)}, "stable-diffusion", "1 keys besides .*: odd"),
+        (lora() | {"odd": torch.ones(1)}, "stable-diffusion", "1 keys do not belong to .*: odd"),
         (lora() | {f"{UNET}.diff_b": torch.ones(2)}, "stable-diffusion", f"{UNET}.diff_b"),
-        ({"a.weight": torch.ones(1)}, "stable-diffusion", "no LoRA; its keys are a.weight"),
-        ({f"{UNET}.lora_down.weight": torch.ones(2, 2)}, "stable-diffusion", "no LoRA"),
+        ({"a.weight": torch.ones(1)}, "stable-diffusion", "is not a LoRA; its keys are a.weight"),
+        ({f"{UNET}.lora_down.weight": torch.ones(2, 2)}, "stable-diffusion", "is not a LoRA"),
         (
             {k: t * math.nan for k, t in lora().items()},
             "stable-diffusion",
-            f"{UNET}: down holds NaN",
+            f"{UNET}: down has NaN",
         ),
         (
             lora() | {f"{UNET}.alpha": torch.tensor(math.inf)},
             "stable-diffusion",
-            f"{UNET}: alpha holds NaN or infinite",
+            f"{UNET}: alpha has NaN or infinite",
         ),
         (
             {**lora(), f"{UNET}.lora_up.weight": torch.ones(16, 3)},
@@ -470,27 +474,27 @@ def loha(name: str) -> dict[str, Tensor]:
         (
             lora("lycoris_transformer_blocks_0_attn5"),
             "stable-diffusion-3",
-            "1 of 1 layers have no place in .*: lycoris_transformer_blocks_0_attn5",
+            "1 of 1 layers do not exist in .*: lycoris_transformer_blocks_0_attn5",
         ),
         (
             lora("lora_te1_text_model_embeddings_token_embedding"),
             "flux",
-            "no such layers in flux: text_encoder.text_model.embeddings.token.embedding",
+            "these layers do not exist in flux: text_encoder.text_model.embeddings.token.embedding",
         ),
         (
             lora("unet.down_blocks.0.attentions.0.attn5"),
             "stable-diffusion-3",
-            "no such layers in stable-diffusion-3: transformer.unet.down_blocks",
+            "these layers do not exist in stable-diffusion-3: transformer.unet.down_blocks",
         ),
         (
             lora("transformer.proj_out", 8, 8) | lora("diffusion_model.final_layer.linear", 8, 8),
             "flux",
-            "two layers of the file are transformer.proj_out",
+            "two layers of the file stand for transformer.proj_out",
         ),
         (
             lora(UNET) | lora("lora_unet_input_blocks_1_1_proj_in"),
             "stable-diffusion",
-            "passes over 1 of 2 layers .*: lora_unet_input_blocks_1_1_proj_in",
+            "ignores 1 of 2 layers .*: lora_unet_input_blocks_1_1_proj_in",
         ),
     ],
 )
@@ -515,7 +519,7 @@ def test_numbers_that_cannot_be(numbers, text):
 def test_metadata_of_another_family(tmp_path):
     path = save(lora(), tmp_path / "x.safetensors", ss_base_model_version="sdxl_base_v1-0")
     with pytest.raises(
-        AdapterFileError, match="for stable-diffusion-xl, as its ss_base_model_vers"
+        AdapterFileError, match="for stable-diffusion-xl according to its ss_base_model_vers"
     ):
         gralora_from_lora(path, "stable-diffusion", 8, 4)
 
@@ -539,8 +543,8 @@ def test_command(tmp_path, capsys):
     cli.main(["import", *line.split()])
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
-        f"{len(expected)} of {len(expected)} layers came over exactly",
-        "left out of the whole update: 0.000%",
+        f"{len(expected)} of {len(expected)} layers were converted exactly",
+        "lost of the whole update: 0.000%",
         f"{tmp_path}/new/{WEIGHTS_NAME}",
     ]
     adapter = read_adapter(tmp_path / "new")
@@ -552,7 +556,7 @@ def test_command(tmp_path, capsys):
         with pytest.raises(SystemExit):  # neither what was there nor the LoRA itself is lost
             cli.main(["import", *again.split()])
     told = capsys.readouterr().err
-    assert "it exists already" in told
+    assert "exists already" in told
     assert "which is read" in told
     assert path.read_bytes() == before
     cli.main(["import", *line.split(), "--overwrite"])
@@ -582,10 +586,10 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
         f"--lora_alpha 4 --output {tmp_path}/new.safetensors".split()
     )
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == f"0 of {len(expected)} layers came over exactly"
-    assert lines[1] == "left out  rank  k  layer"
+    assert lines[0] == f"0 of {len(expected)} layers were converted exactly"
+    assert lines[1] == "    lost  rank  k  layer"
     assert lines[-3] == f"... and {len(expected) - 20} more"
-    assert lines[-2].startswith("left out of the whole update: ")
+    assert lines[-2].startswith("lost of the whole update: ")
     part = read_adapter(tmp_path / "new.safetensors").components["unet"]
     assert (part.config.alpha, part.config.hybrid_r) == (4, 2)
     assert load_file(tmp_path / "new.safetensors")
@@ -598,7 +602,7 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
         ("--lora absent.safetensors --base ./absent", "--base ./absent: no diffusers pipeline"),
         (
             "--lora absent.safetensors --base absent",
-            "--base absent: there is no such folder, the Hub's cache lacks it",
+            "--base absent: there is no such folder, the Hub's cache does not contain",
         ),
         ("--lora x --family flux --hybrid_rank -1", "hybrid_rank should not be negative but is -1"),
         ("--lora absent.safetensors", "one of the arguments --family --base is required"),

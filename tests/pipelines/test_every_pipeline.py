@@ -317,8 +317,8 @@ class TestOtherBases:
         pipe = build(name)
         width, before = pipe.transformer.config.in_channels, structure(pipe.transformer)
         text = (
-            rf"does not fit {name}:\n  transformer: 1 tensors of another shape: x_embedder\."
-            rf"gralora_A has shape \(4, 4, 8\), this base needs \(4, {width // 4}, 8\)"
+            rf"does not fit {name}:\n  transformer: 1 tensors have another shape: x_embedder\."
+            rf"gralora_A has shape \(4, 4, 8\), but this base needs \(4, {width // 4}, 8\)"
         )
         with pytest.raises(AdapterFileError, match=text):
             pipe.load_gralora_weights(with_embedder)
@@ -331,7 +331,7 @@ class TestOtherBases:
             before = structure(*models)
             for other in [other for other in list_families() if other != family]:
                 text = (
-                    f"trained for {other}, but {where} is {family}. "
+                    f"this adapter was trained for {other}, but {where} is {family}. "
                     f"Load it into a pipeline of {other}."
                 )
                 with pytest.raises(AdapterFileError) as caught:

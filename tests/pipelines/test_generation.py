@@ -143,7 +143,7 @@ def test_command_writes_over_nothing_that_it_reads(
     for output in ("subject/1.png", "subject/2.png", "base/grid.png", "hard.png", "link.png"):
         with pytest.raises(SystemExit):
             main([*line, "--output", str(files / output)])
-        assert "which is read. Give another" in capsys.readouterr().err
+        assert "which is read. Choose another --output" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in files.rglob("*") if path.is_file()} == before
 
 
@@ -174,13 +174,13 @@ def test_references_that_cannot_be_read_are_all_named(
     line = ["--prompt", "x", "--base", "nowhere", "--output", str(files / "out.png"), "--reference"]
     with pytest.raises(SystemExit):
         main([*line, str(folder)])
-    assert "no folder with pictures" in capsys.readouterr().err
+    assert f"--reference {folder} contains no images" in capsys.readouterr().err
     (folder / "1.png").write_text("%!PS-Adobe-3.0 EPSF-3.0\n")
     os.mkfifo(folder / "2.png")
     with pytest.raises(SystemExit):
         main([*line, str(folder)])
     told = capsys.readouterr().err
-    assert "1.png cannot be decoded: it is no picture of a kind that is read" in told
+    assert "1.png cannot be decoded: it is not an image in a format that is supported" in told
     assert "2.png cannot be decoded: it is a named pipe" in told
 
 
@@ -214,16 +214,19 @@ def test_usual_dtype(pipeline: str, device: str, name: str) -> None:
     ("options", "text"),
     [
         (["--dtype", "half"], "invalid choice: 'half'"),
-        (["--base", "./nowhere"], "--base ./nowhere: no diffusers pipeline there"),
-        (["--compare"], "--compare needs --adapter"),
-        (["--reference", "nowhere"], "--reference nowhere: no folder with pictures"),
+        (["--base", "./nowhere"], "--base ./nowhere: no diffusers pipeline could be loaded"),
+        (["--compare"], "--compare needs an adapter"),
+        (
+            ["--reference", "nowhere"],
+            "--reference nowhere cannot be read as a folder: No such file",
+        ),
         (["--adapter", "./nowhere"], "--adapter ./nowhere"),
-        (["--output", "out.text"], "--output is 'out.text'; it must be a picture file, such as"),
-        (["--output", "."], "--output is '.'; it must be a picture file"),
+        (["--output", "out.text"], "--output is 'out.text'; it must be an image file, such as"),
+        (["--output", "."], "--output is '.'; it must be an image file"),
         (["--images_per_prompt", "0"], "--images_per_prompt is 0; it must be at least 1"),
         (["--num_inference_steps", "0"], "--num_inference_steps is 0; it must be at least 1"),
         (["--clip_skip", "0"], "--clip_skip is 0; it must be at least 1"),
-        (["--size", "31"], "--size is 31; it must be a multiple of 8. The nearest is 32"),
+        (["--size", "31"], "--size is 31; it must be a positive multiple of 8. The nearest is 32"),
     ],
 )
 def test_errors_of_the_command(

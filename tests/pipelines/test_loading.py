@@ -356,7 +356,7 @@ class TestLoad:
     def test_options_that_do_not_exist(self, pipe, folder):
         with pytest.raises(TypeError, match="adapter_nam"):
             pipe.load_gralora_weights(folder, adapter_nam="cat")
-        with pytest.raises(ValueError, match="`config` goes with a state dict"):
+        with pytest.raises(ValueError, match="`config` is only allowed with a state dict"):
             pipe.load_gralora_weights(folder, config=config())
 
 
@@ -495,7 +495,7 @@ class TestPatterns:
         source.save_gralora_weights(tmp_path)
         path = edit(lambda t, d: d["components"]["unet"].pop(name))(tmp_path, tmp_path / "changed")
         before = structure(pipe.unet, pipe.text_encoder)
-        with pytest.raises(AdapterFileError, match=r"unet: \d+ tensors of another shape"):
+        with pytest.raises(AdapterFileError, match=r"unet: \d+ tensors have another shape"):
             pipe.load_gralora_weights(path)
         assert structure(pipe.unet, pipe.text_encoder) == before
 
@@ -531,13 +531,17 @@ class TestSave:
         assert {t.dtype for t in load_file(path).values()} == {torch.bfloat16}
 
     def test_which_adapter(self, pipe, folder, other, tmp_path):
-        with pytest.raises(ValueError, match=r"say which.*attached: none"):
+        with pytest.raises(
+            ValueError, match=r"pass `adapter_name`.*attached GraLoRA adapters: none"
+        ):
             pipe.save_gralora_weights(tmp_path)
         pipe.load_gralora_weights(folder, "a")
         pipe.load_gralora_weights(other, "b")
-        with pytest.raises(ValueError, match=r"say which: `adapter_name=`; .*attached: a, b"):
+        with pytest.raises(
+            ValueError, match=r"pass `adapter_name` .*attached GraLoRA adapters: a, b"
+        ):
             pipe.save_gralora_weights(tmp_path)
-        with pytest.raises(ValueError, match=r"no adapter named 'c'; .*attached: a, b"):
+        with pytest.raises(ValueError, match=r"no adapter is named 'c'; attached .*adapters: a, b"):
             pipe.save_gralora_weights(tmp_path, "c")
         for name, source in (("a", folder), ("b", other)):
             assert_stored_as(pipe.save_gralora_weights(tmp_path, name), source)
@@ -800,13 +804,15 @@ class TestFuse:
         with pytest.raises(ValueError, match="no GraLoRA adapter is attached"):
             pipe.unfuse_gralora()
         pipe.load_gralora_weights(folder)
-        with pytest.raises(ValueError, match="no adapter named x; attached: default"):
+        with pytest.raises(ValueError, match="no adapter is named x; attached adapters: default"):
             pipe.fuse_gralora(adapter_names=["x"])
-        with pytest.raises(ValueError, match="no component vae; choose from unet, text_encoder"):
+        with pytest.raises(
+            ValueError, match="no component is named vae; choose from unet, text_encoder"
+        ):
             pipe.fuse_gralora(components=["vae"])
         for layer in [*gralora_layers(pipe.unet), *gralora_layers(pipe.text_encoder)]:
             layer.set_adapter([])
-        with pytest.raises(ValueError, match="no adapter is active; attached: default"):
+        with pytest.raises(ValueError, match="no adapter is active; attached adapters: default"):
             pipe.fuse_gralora()
 
     @pytest.mark.parametrize("failure", ["nan", "overflow", "fp8"])
@@ -1052,13 +1058,16 @@ REFUSED = [
     (missing, r"text_encoder: 1 missing keys: encoder\.layers\.1\.self_attn\.q_proj\.gralora_B"),
     (missing_layer, r"2 missing keys: .*q_proj\.gralora_A, .*q_proj\.gralora_B"),
     (unexpected, r"1 unexpected keys: encoder\.layers\.9\.q_proj\.gralora_A"),
-    (misshapen, r"q_proj\.gralora_A has shape \(4, 8, 9\), this base needs \(4, 8, 8\)"),
-    (not_finite, r"1 tensors with NaN or infinite values: .*q_proj\.gralora_A"),
-    (another_family, "trained for flux, but StableDiffusionPipeline is stable-diffusion"),
+    (misshapen, r"q_proj\.gralora_A has shape \(4, 8, 9\), but this base needs \(4, 8, 8\)"),
+    (not_finite, r"1 tensors have NaN or infinite values: .*q_proj\.gralora_A"),
+    (
+        another_family,
+        "this adapter was trained for flux, but StableDiffusionPipeline is stable-diffusion",
+    ),
     (another_component, r"weights for 'text_encoder_2', which .* \(it has unet, text_encoder\)"),
     (other_widths, "4 of 4 target layers cannot take GraLoRA of r=9, gralora_k=3"),
     (other_targets, "8 unexpected keys"),
-    (empty, "no weights at all"),
+    (empty, "the adapter has no weights"),
 ]
 
 
@@ -1093,7 +1102,9 @@ class TestRefusals:
     def test_another_size_of_base(self, folder):
         wide = stable_diffusion(block_out_channels=(32, 64), cross_attention_dim=64)
         before = structure(wide.unet, wide.text_encoder)
-        with pytest.raises(AdapterFileError, match=r"tensors of another shape: .*this base needs"):
+        with pytest.raises(
+            AdapterFileError, match=r"tensors have another shape: .*but this base needs"
+        ):
             wide.load_gralora_weights(folder)
         assert structure(wide.unet, wide.text_encoder) == before
 

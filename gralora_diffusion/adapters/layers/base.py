@@ -1,8 +1,8 @@
-"""What GraLoRA layers share: a frozen layer plus a granular low-rank update of its weight.
+"""The base class of GraLoRA layers: a frozen layer plus a granular low-rank update of its weight.
 
-They subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
-adapter management (switching, deleting, state dicts) works on them unchanged. They add what PEFT's
-own layer lacks: the run-time scale that diffusers needs, and merging that is exact and checked.
+The layers subclass PEFT's ``GraloraLayer`` and keep its parameter names, so PEFT's and diffusers'
+adapter management (switching, deleting, state dicts) works on them unchanged. Unlike PEFT's own
+layer, they have the run-time scale that diffusers needs, and merging is exact and checked.
 """
 
 from __future__ import annotations
@@ -24,20 +24,20 @@ from gralora_diffusion.adapters.placement.targets import layer_shape, quantizati
 from . import functional
 from .parameters import FactorDict, Projection
 
-#: Values of a weight that are merged at once: 2 MiB in fp32.
+#: How many values of a weight are merged at once: 2 MiB in fp32.
 _VALUES_AT_ONCE = 2**19
 
 
 class GraloraLayer(nn.Module, PeftGraloraLayer):
-    """What linear and convolutional GraLoRA layers share: factors, scale, merging.
+    """Factors, scale and merging of linear and convolutional GraLoRA layers.
 
-    ``scaling[adapter]`` is alpha / (r + hybrid_r) times what :meth:`set_scale` was given.
+    ``scaling[adapter]`` is alpha / (r + hybrid_r) times the scale passed to :meth:`set_scale`.
 
     Args:
         base_layer: the frozen layer, or another tuner's layer around it.
         adapter_name: name of the first adapter.
         module_name: path of the layer in its model, for the config's patterns and for messages.
-        config: rank, k, alpha and the rest: PEFT's ``GraloraConfig`` or ours.
+        config: rank, k, alpha and the rest: the ``GraloraConfig`` of PEFT or of this package.
 
     Raises:
         ValueError: the widths are not divisible by k, or a number of the config is out of range.
@@ -46,7 +46,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     if TYPE_CHECKING:
 
         def __getattr__(self, name: str) -> Any:
-            """Hide nn.Module's, which calls what is inherited from PEFT Tensor | Module."""
+            """Hide nn.Module's, which types the attributes inherited from PEFT Tensor | Module."""
 
     def __init__(
         self,
@@ -80,10 +80,10 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     # -- adapters ----------------------------------------------------------------------------------
 
-    def update_layer(  # type: ignore[override]  # PEFT's takes the rank too
+    def update_layer(  # type: ignore[override]  # PEFT's also takes the rank
         self, adapter_name: str, module_name: str, config: GraloraConfig
     ) -> None:
-        """Add an adapter to this layer, or replace the one of that name."""
+        """Add an adapter to this layer, or replace the adapter of that name."""
         if problems := invalid_values(config):
             raise ValueError(f"{module_name}: {' '.join(problems)}")
         (r, k, alpha), hybrid_r = layer_settings(config, module_name), config.hybrid_r
@@ -113,15 +113,15 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         self.set_adapter(self.active_adapters)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Remove an adapter; a merged one is unmerged first, so that nothing of it stays behind."""
+        """Remove an adapter. A merged one is unmerged first, so that its update does not remain."""
         if adapter_name in self.merged_adapters:
             self.unmerge([adapter_name])
         super().delete_adapter(adapter_name)
 
     def forget(self, adapter_name: str) -> None:
-        """Remove an adapter and nothing else: what was merged of it stays in the base weight.
+        """Remove an adapter; a merged update stays in the base weight.
 
-        No other adapter is made active or trainable instead.
+        No other adapter becomes active or trainable instead.
         """
         if adapter_name in self.merged_adapters:
             self.merged_adapters.remove(adapter_name)
@@ -130,7 +130,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         super().delete_adapter(adapter_name)
 
     def cast_adapter(self, adapter_name: str, dtype: torch.dtype) -> None:
-        """Bring the factors of one adapter to ``dtype``."""
+        """Convert the factors of one adapter to ``dtype``."""
         for name in self.adapter_layer_names:
             part = getattr(self, name)
             if adapter_name not in part:
@@ -147,7 +147,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     ) -> tuple[torch.device | None, torch.dtype | None]:
         device, dtype = super()._get_base_layer_device_and_dtype(base_layer)
         if dtype is not None and dtype.itemsize < 2:
-            dtype = None  # a storage dtype such as fp8, not one for factors: move, do not cast
+            dtype = None  # fp8 is for storage: the factors are moved, but not cast to it
         return device, dtype
 
     # -- scale: as in peft/tuners/lora/layer.py, on which diffusers relies -------------------------
@@ -194,14 +194,14 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         return result
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
-        """The adapter's scaled contribution to the output."""
+        """Return the adapter's scaled contribution to the output."""
         raise NotImplementedError
 
     def _product_dtype(self, x: Tensor, adapter: str) -> torch.dtype:
-        """The dtype that an update is computed in: autocast's, or that of its factors.
+        """Return the dtype that an update is computed in: autocast's, or that of its factors.
 
-        ``cast_input_dtype_enabled`` is not asked: the factors are never held in a storage dtype
-        such as fp8, so the cast loses nothing.
+        ``cast_input_dtype_enabled`` has no influence: factors never have a storage dtype such as
+        fp8, so casting the input loses nothing.
         """
         if autocasts(x):
             return torch.get_autocast_dtype(x.device.type)
@@ -211,7 +211,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         return self.gralora_A[adapter].dtype
 
     def _factors(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
-        """A and B of the granular part and, if hybrid, of the plain part: GraLoRA with k=1."""
+        """Return A and B of the granular part and, if hybrid, of the plain part (k=1)."""
         factors = [(self.gralora_A(adapter), self.gralora_B(adapter))]
         if adapter in self.gralora_A_general:
             down, up = self.gralora_A_general[adapter](), self.gralora_B_general[adapter]()
@@ -223,7 +223,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the scaled update in the shape of the base weight, in the adapter's dtype."""
         A = self.gralora_A[adapter]
-        # in fp32 or better: half precision would round it twice
+        # in fp32 or better, because half precision would round it twice
         dtype = torch.promote_types(A.dtype, torch.float32)
         delta = torch.zeros(
             self.out_features, self.in_features, *self.kernel_size, dtype=dtype, device=A.device
@@ -244,11 +244,12 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         The sum is formed in fp32 and rounded once to the dtype of the weight.
 
         Args:
-            safe_merge: check that the sum is finite before the weight is touched.
-            scale: multiplies the current scaling for this merge alone.
+            safe_merge: check that the sum is finite before the weight is changed.
+            scale: multiplies the current scaling for this merge only.
 
         Raises:
-            ValueError: not finite under ``safe_merge``, or a base weight that cannot take a sum.
+            ValueError: the sum is not finite (under ``safe_merge``), or the base weight is
+                quantized, fp8 or offloaded.
         """
         names = check_adapters_to_merge(self, adapter_names) or []
         scalings = {n: scale * self.scaling[n] for n in names if n in self.gralora_A}
@@ -262,20 +263,21 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     @torch.no_grad()
     def check_merge(self, adapter_names: Iterable[str], scale: float = 1.0) -> None:
-        """Raise what :meth:`merge` with ``safe_merge`` would raise; nothing is changed."""
+        """Raise the errors of :meth:`merge` with ``safe_merge``, without changing anything."""
         scalings = {n: scale * self.scaling[n] for n in adapter_names}
         for rows, total in self._sums(scalings, in_place=False):
-            # NaN and what is too large for the dtype show in the least and the largest value
+            # the least and the largest value show NaN and values too large for the dtype
             if not torch.stack(total.aminmax()).to(rows.dtype).isfinite().all():
                 raise ValueError(
                     f"{self.module_name}: merging adapter {', '.join(scalings)} gives NaN or "
-                    f"infinite weights in {rows.dtype}; the base weight was left as it is. Either "
-                    "the adapter is broken or its scale is too large for the dtype."
+                    f"infinite weights in {rows.dtype}; the base weight is unchanged. Either the "
+                    "adapter is broken or its scale is too large for the dtype. Use a smaller "
+                    "scale, or a base in bf16 or fp32."
                 )
 
     @torch.no_grad()
     def unmerge(self, adapter_names: Iterable[str] | None = None) -> None:
-        """Subtract what was merged (default: all of it), at the scale it was merged with.
+        """Subtract merged adapters (default: all), at the scale that they were merged with.
 
         The base weight returns to within one rounding of its dtype.
         """
@@ -293,9 +295,9 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def _sums(self, scalings: dict[str, float], in_place: bool) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield rows of the base weight, as a view, and their sum with updates at these scalings.
 
-        The sum is in fp32 or better, for the caller to round once; ``in_place``, it may be the rows
-        themselves. A few rows at a time stay in the processor's cache, and no temporary has the
-        size of the weight.
+        The sum is in fp32 or better, so that the caller rounds it once. With ``in_place`` it may be
+        the rows themselves. A few rows at a time fit into the processor's cache, and no temporary
+        has the size of the weight.
         """
         weight = self._mergeable_weight()
         dtype = torch.promote_types(weight.dtype, torch.float32)
@@ -330,7 +332,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
         if weight.is_meta:
             raise ValueError(
                 f"{self.module_name}: the base weight is not in memory (offloaded). Remove the "
-                "offloading hooks before merging, or use `pipe.fuse_gralora()`, which does."
+                "offloading hooks before merging, or use `pipe.fuse_gralora()`, which removes them."
             )
         return weight.detach()
 

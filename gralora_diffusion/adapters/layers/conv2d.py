@@ -17,7 +17,7 @@ class GraloraConv2d(GraloraLayer):
     A has the layer's kernel, (k, in / k, r, h, w); B is 1 x 1 and keeps its shape (k, r, out / k).
     """
 
-    groups = 1  # PEFT's LoRA asks for it when it is put around this layer
+    groups = 1  # PEFT's LoRA reads it when it wraps this layer
 
     def _update(self, x: Tensor, adapter: str) -> Tensor:
         conv: Any = self.get_base_layer()

@@ -1,7 +1,7 @@
 """The mathematics of GraLoRA as pure functions of tensors (arXiv 2505.20355).
 
-A GraLoRA update of a weight of shape (out, in) is a k x k grid of low-rank blocks. One legend, used
-for shapes and einsum letters alike:
+A GraLoRA update of a weight of shape (out, in) is a k x k grid of low-rank blocks. One legend is
+used for shapes and einsum letters:
 
     k   blocks per side             n   input block (0..k-1)     j   output block (0..k-1)
     i   in / k, inputs per block    o   out / k, outputs per block
@@ -10,8 +10,8 @@ for shapes and einsum letters alike:
     A   (k, i, r)  or (k, i, r, h, w) for a convolution; one slice per *input* block n
     B   (k, r, o)                                      ; one slice per *output* block j
 
-Block (j, n) of the update is ``(A[n][:, j*s:(j+1)*s] @ B[j][n*s:(n+1)*s, :]).T``. So A has the
-parameters of a LoRA's down matrix and B those of its up matrix, while the update has rank k * r.
+Block (j, n) of the update is ``(A[n][:, j*s:(j+1)*s] @ B[j][n*s:(n+1)*s, :]).T``. A has as many
+parameters as a LoRA's down matrix and B as many as its up matrix, but the update has rank k * r.
 Layout and meaning of A and B are PEFT's (``peft/tuners/gralora/layer.py``).
 """
 
@@ -35,13 +35,13 @@ def init_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return new factors A (k, i, r, *kernel_size) and B (k, r, o).
 
-    A is Kaiming-uniform per block, as in PEFT; B is zero, so that the update starts at zero, or
-    Kaiming-uniform too when ``zero_update`` is False. Blocks are drawn in PEFT's order: for a
-    linear layer the same seed gives the factors that PEFT draws.
+    A is Kaiming-uniform per block, as in PEFT. B is zero, so that the update starts at zero, or
+    Kaiming-uniform too if ``zero_update`` is False. Blocks are sampled in PEFT's order: for a
+    linear layer, the same seed gives the same factors as PEFT.
     """
     i, o = in_features // k, out_features // k
     A, B = torch.empty(k, i, rank, *kernel_size), torch.empty(k, rank, o)
-    if A.is_meta:  # no values to draw, and to pretend takes long
+    if A.is_meta:  # there are no values to initialize, and the calls take long even so
         return A, B
     for n in range(k):
         a, b = torch.empty(rank, i, *kernel_size), torch.empty(o, rank)
@@ -63,8 +63,8 @@ def init_plain_factors(
 ) -> tuple[Tensor, Tensor]:
     """Return new factors of a hybrid's plain LoRA, (rank, in, *kernel_size) and (out, rank, 1...).
 
-    Drawn as :func:`init_factors` draws, and twice as PEFT does, once on making its two layers and
-    once more to set them: so the same seed gives the factors that PEFT draws.
+    They are initialized as in :func:`init_factors`, but sampled twice, as in PEFT: when its two
+    layers are created, and when they are set. The same seed therefore gives the same factors.
     """
     down = torch.empty(rank, in_features, *kernel_size)
     up = torch.empty(out_features, rank, *[1] * len(kernel_size))
@@ -78,8 +78,9 @@ def init_plain_factors(
 def linear_update(x: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
     """Apply ``scaling`` times the update to ``x`` (..., in); returns (..., out).
 
-    Never forms the update: two batched products with an exchange of rank chunks between them. B is
-    scaled, which is small; to scale the result would be one more pass over it and its gradient.
+    The update is never formed: there are two batched products with an exchange of rank chunks
+    between them. B is scaled because it is small; scaling the result would need another pass over
+    it and its gradient.
     """
     k, i, r = A.shape
     s, o = r // k, B.shape[2]
@@ -102,8 +103,9 @@ def conv2d_update(
 ) -> Tensor:
     """Apply ``scaling`` times the update to ``x`` (batch, in, height, width).
 
-    Two grouped convolutions, the first with the layer's kernel, the second 1 x 1, with the exchange
-    of rank chunks between them. Returns (batch, out, height', width'); batch may be left out.
+    There are two grouped convolutions with the exchange of rank chunks between them. The first has
+    the layer's kernel, the second is 1 x 1. Returns (batch, out, height', width'); batch may be
+    left out.
     """
     k, i, r, *kernel = A.shape
     s, o = r // k, B.shape[2]
@@ -125,13 +127,13 @@ def delta_weight(A: Tensor, B: Tensor) -> Tensor:
 def add_delta(target: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> None:
     """Add ``scaling`` times the dense update to ``target`` (out, in * h * w), in place.
 
-    In the target's dtype, to which A and B are converted; see :func:`add_delta_rows`.
+    A and B are converted to the target's dtype; see :func:`add_delta_rows`.
     """
     add_delta_rows(target, *row_factors(A.to(target.dtype), B.to(target.dtype)), 0, scaling)
 
 
 def row_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return A and B as :func:`add_delta_rows` takes them: (n, r, i * h * w) and (j, r, o)."""
+    """Return A and B for :func:`add_delta_rows`: (n, r, i * h * w) and (j, r, o)."""
     k, _, r = A.shape[:3]
     return A.transpose(1, 2).reshape(k, r, -1).contiguous(), B.contiguous()
 
@@ -141,11 +143,11 @@ def add_delta_rows(
 ) -> None:
     """Add ``scaling`` times rows ``start``... of the dense update to ``target``, in place.
 
-    Costs what the blocks cost, r / k multiplications per value, and makes no temporary.
+    It takes r / k multiplications per value, and no temporary.
 
     Args:
         target: (rows, in * h * w), the weight's rows from ``start`` on.
-        rows_A, rows_B: of :func:`row_factors`.
+        rows_A, rows_B: the factors from :func:`row_factors`.
     """
     (k, r, i), o = rows_A.shape, rows_B.shape[2]
     s, stop = r // k, start + len(target)
@@ -159,7 +161,7 @@ def add_delta_rows(
 
 
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the ordinary LoRA pair with exactly the same update, of rank k * r.
+    """Return the ordinary LoRA pair of rank k * r with exactly the same update.
 
     ``down`` is (k * r, in, *kernel), 1/k dense; ``up`` is (out, k * r), and ``up @ down`` is
     :func:`delta_weight`. Row (n, j, s) of ``down`` reads input block n and feeds output block j.

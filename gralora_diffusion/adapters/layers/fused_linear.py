@@ -1,28 +1,29 @@
 """A frozen linear product and its GraLoRA updates as one autograd function.
 
-:func:`functional.linear_update` says what is computed; here it takes as little as can be. Where an
-implementation by autograd makes temporaries of the output's size (the update, the scaled update,
-the sum) and keeps a converted copy of the input,
+:func:`functional.linear_update` defines the result; this module computes it with less memory and
+time. An implementation by autograd makes temporaries of the output's size (the update, the scaled
+update, the sum) and keeps a converted copy of the input. Here instead
 
-- the factors, which are small, are converted to the input's dtype and not the input to theirs;
-- products add into the output and into the input's gradient where those lie, scaled as they do;
-- kept for backward are the input as it came, which layers that share it keep once, the hidden
+- the small factors are converted to the input's dtype, not the input to theirs;
+- products are scaled and added in place, into the output and into the input's gradient;
+- the backward pass needs the unchanged input, which layers that share it keep once, the hidden
   tensor (k r values per token) and, if they had to be converted, the converted factors.
 
 There are two backends, and :func:`select_backend` chooses between them:
 
-*added*: the products with A and B follow the frozen one. 2 r (in + out) operations per token
-forward and 4 r (in + out) backward.
+*added*: the products with A and B follow the frozen product. They take 2 r (in + out) operations
+per token forward and 4 r (in + out) backward.
 
-*merged*: the frozen weight plus the updates, formed anew forward and backward for 2 r in out / k
-operations each, stands for both. It saves a third of the above, and keeps no hidden tensor. Only in
-fp32 or better: in half precision the sum would round small updates away.
+*merged*: one product with the frozen weight plus the updates. The sum is formed forward and again
+backward, with 2 r in out / k operations each. This saves a third of the operations above, and keeps
+no hidden tensor. It is only used in fp32 or better, because in half precision the sum would round
+small updates away.
 
 Autograd can neither transform sums in place nor differentiate a backward pass that it does not
 record. So under ``torch.func``, forward-mode AD and ``create_graph``, torch's own operations take
 over (:func:`functional.linear_update`).
 
-The legend is that of :mod:`functional`; ``tokens`` is the input's leading dimensions as one.
+The legend is that of :mod:`functional`; ``tokens`` stands for all leading dimensions of the input.
 """
 
 from __future__ import annotations
@@ -39,22 +40,22 @@ from torch.autograd import forward_ad
 
 from .functional import add_delta, linear_update
 
-#: How many operations must be saved for each that forms merged weights. Measured: the blocks of an
-#: update are thin products, and the weight is copied (docs/performance.md).
+#: Operations that must be saved for each operation that forms merged weights. It is measured: the
+#: blocks of an update are thin products, and the weight is copied (docs/performance.md).
 _WORTH_MERGING = 3.0
-#: And how many at least: in small layers the calls that form weights cost more than they save.
+#: Least number of saved operations: in small layers, forming the weights costs more than it saves.
 _WORTH_CALLING = 20e6
 
 
 class Backend(Enum):
-    """How the frozen product and the updates become one."""
+    """How the frozen product and the updates are combined."""
 
     ADDED = "added"
     MERGED = "merged"
 
 
 class Update(NamedTuple):
-    """One update of a linear layer: A (k, i, r), B (k, r, o), and what its product is scaled by."""
+    """One update of a linear layer: A (k, i, r), B (k, r, o), and the scaling of their product."""
 
     A: Tensor
     B: Tensor
@@ -64,9 +65,9 @@ class Update(NamedTuple):
 def select_backend(
     tokens: int, updates: Sequence[Update], dtype: torch.dtype, differentiable: bool
 ) -> Backend:
-    """Return the backend that costs less for so many tokens.
+    """Return the backend that costs less for this number of tokens.
 
-    It is a rule and not a measurement, so that every run takes the same backend.
+    It follows a rule and not a measurement, so that every run uses the same backend.
 
     Args:
         differentiable: a backward pass may follow.
@@ -96,14 +97,14 @@ def adapted_linear(
 
     Args:
         x: (..., in).
-        updates: at least one; each may have a k and r of its own.
+        updates: at least one; each may have its own k and r.
         weight: (out, in).
         bias: (out,), only with a weight.
-        dtype: that of the products and of the result; default: the dtype of ``x``.
+        dtype: dtype of the products and of the result; default: the dtype of ``x``.
         backend: MERGED only with a weight.
 
     Returns:
-        (..., out), in memory of its own.
+        (..., out), in new memory.
     """
     dtype = dtype or x.dtype
     # converted outside of the autograd function: a second derivative goes back to its inputs
@@ -121,7 +122,7 @@ def adapted_linear(
 
 def transforms_active() -> bool:
     """Whether ``torch.func`` or forward-mode AD transforms each operation."""
-    # torch.autograd.Function asks the first itself, to refuse; neither question has a public name
+    # torch.autograd.Function checks the first one itself, to refuse; neither has a public function
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
@@ -149,7 +150,7 @@ class _AdaptedLinear(torch.autograd.Function):
         backend, scalings = ctx.backend, ctx.scalings
         factors, hidden = kept[: 2 * len(scalings)], kept[2 * len(scalings) :]
         needs_x, needs_factors = ctx.needs_input_grad[0], ctx.needs_input_grad[5:]
-        # is_grads_batched has a vmap of its own, which only the tensor shows
+        # is_grads_batched uses a vmap of its own, which only the tensor reveals
         batched = torch._C._functorch.is_legacy_batchedtensor(gradient)
         if batched or torch.is_grad_enabled() or transforms_active():
             gradient_x, *gradients = _gradients_by_operations(
@@ -166,7 +167,7 @@ class _AdaptedLinear(torch.autograd.Function):
             needs_A, needs_B = needs_factors[2 * u : 2 * u + 2]
             gradient_A = gradient_B = None
             if needs_A or adds_to_x:
-                gradient_hidden = _exchanged(gradient, B.mT)  # but for the scaling
+                gradient_hidden = _exchanged(gradient, B.mT)  # without the scaling
             if needs_A:
                 gradient_A = _transposed_products(gradient_hidden, inputs, scaling).mT
             if needs_B:
@@ -207,7 +208,7 @@ def _by_operations(
     scalings: Sequence[float],
     factors: Sequence[Tensor],
 ) -> Tensor:
-    """What :class:`_AdaptedLinear` computes, by operations that torch knows how to transform."""
+    """Compute the result of :class:`_AdaptedLinear` with operations that torch can transform."""
     x = _as(x, factors[0].dtype)
     parts = [] if weight is None else [F.linear(x, weight, bias)]
     parts += [linear_update(x, *update) for update in _updates(scalings, factors)]
@@ -222,7 +223,7 @@ def _gradients_by_operations(
     gradient: Tensor,
     needs: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of ``x`` and the factors, for which ``needs`` asks, differentiable in turn."""
+    """Return differentiable gradients of ``x`` and the factors, where ``needs`` is true."""
     with torch.enable_grad():
         # aliases, because x may depend on the factors, whose gradients must not go through it
         x, *factors = [tensor.view_as(tensor) for tensor in (x, *factors)]
@@ -243,7 +244,7 @@ def _updates(
 def _whole(
     weight: Tensor, backend: Backend, scalings: Sequence[float], factors: Sequence[Tensor]
 ) -> Tensor:
-    """The weight that the frozen product takes: with the updates if they are merged."""
+    """Return the weight for the frozen product, with the updates added if they are merged."""
     if backend is Backend.ADDED:
         return weight
     weight = weight.clone()
@@ -253,36 +254,37 @@ def _whole(
 
 
 def _as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """(..., features) as (tokens, features) in this dtype; a view where it can be one."""
+    """Return (..., features) as (tokens, features) in this dtype, as a view if possible."""
     x = _as(x, dtype)
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
 def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """``x.to(dtype)``, but for the call where nothing is to be done: layers are many, and small."""
+    """Return ``x.to(dtype)`` without a needless call, whose time counts in small layers."""
     return x if x.dtype is dtype else x.to(dtype)
 
 
 def _blocks(x: Tensor, k: int) -> Tensor:
-    """(tokens, features) as a view (k, tokens, features / k)."""
+    """Return (tokens, features) as a view (k, tokens, features / k)."""
     tokens, features = x.shape
     return x.view(tokens, k, features // k).transpose(0, 1)
 
 
 def _loops(x: Tensor) -> bool:
-    """Whether to go through blocks one by one: on the CPU, bmm copies strided half precision.
+    """Whether to multiply blocks one by one, because bmm copies strided half precision on the CPU.
 
-    With few tokens that costs less than the calls do.
+    With few tokens, the copy costs less than the calls.
     """
     return x.is_cpu and x.dtype.itemsize < 4 and x.shape[0] > 256
 
 
 def _exchanged(x: Tensor, factor: Tensor) -> Tensor:
-    """Multiply the blocks of ``x`` (tokens, k i) by ``factor`` (k, i, r), exchange rank chunks.
+    """Multiply the blocks of ``x`` (tokens, k i) by ``factor`` (k, i, r) and exchange rank chunks.
 
-    Returns (k, tokens, r): chunk j of block n's product is chunk n of slice j. Forwards this takes
-    the input and A to what B multiplies; backwards the output's gradient and B transposed to what A
-    transposed multiplies, as the exchange is its own inverse.
+    Returns (k, tokens, r): chunk j of block n's product is chunk n of slice j. In the forward pass,
+    the arguments are the input and A, and B multiplies the result. In the backward pass, they are
+    the output's gradient and B transposed, and A transposed multiplies the result, because the
+    exchange is its own inverse.
     """
     tokens, (k, _, r) = x.shape[0], factor.shape
     if not _loops(x):
@@ -297,7 +299,7 @@ def _exchanged(x: Tensor, factor: Tensor) -> Tensor:
 def _add_products(total: Tensor | None, hidden: Tensor, factor: Tensor, scaling: float) -> Tensor:
     """Add ``scaling * hidden @ factor``, (k, tokens, r) and (k, r, o), to (tokens, k o), in place.
 
-    Returns ``total``, or a new tensor of the products if it is None.
+    Returns ``total``, or a new tensor with the products if it is None.
     """
     k, tokens, _ = hidden.shape
     beta = 1
@@ -310,7 +312,8 @@ def _add_products(total: Tensor | None, hidden: Tensor, factor: Tensor, scaling:
 def _transposed_products(hidden: Tensor, x: Tensor, scaling: float) -> Tensor:
     """Return ``scaling * hidden.mT @ blocks of x`` (k, r, features / k).
 
-    The gradient of B; and, transposed, that of A. Autograd brings it to the factor's dtype.
+    This is the gradient of B and, transposed, that of A. Autograd converts its dtype to the
+    factor's.
     """
     k, _, r = hidden.shape
     blocks = _blocks(x, k)

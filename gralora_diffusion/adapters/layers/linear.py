@@ -12,12 +12,12 @@ from torch.nn.modules.module import _has_any_global_hook
 from .base import GraloraLayer, autocasts
 from .fused_linear import Backend, Update, adapted_linear, select_backend, transforms_active
 
-#: Modules of the tensor classes whose values torch's own products read.
+#: Modules of the tensor classes that torch's own products can read.
 _PLAIN = {"torch", "torch.nn.parameter", "torch._subclasses.fake_tensor"}
 
 
 class Separate(Enum):
-    """Why the base layer computes its product itself, apart from the updates."""
+    """Why the base layer computes its product itself, separately from the updates."""
 
     BASE_LAYER = "the base layer is not torch's own Linear with its own forward"
     HOOKS = "the base layer has hooks"
@@ -32,16 +32,17 @@ class Separate(Enum):
 class GraloraLinear(GraloraLayer):
     """GraLoRA around ``nn.Linear`` or transformers' ``Conv1D``: from (..., in) to (..., out).
 
-    ``backend`` keeps how the last forward was computed. A ``Backend`` of :mod:`.fused_linear`
-    computes the base layer's product too, with one buffer each for the output and the input's
-    gradient. :class:`Separate` is the reason against it; it costs a pass over the output, and the
-    input's gradient is summed from parts.
+    ``backend`` records how the last forward was computed. A ``Backend`` of :mod:`.fused_linear`
+    also computes the base layer's product, with one buffer each for the output and the input's
+    gradient. :class:`Separate` is the reason why this was not possible: the output then takes
+    another pass, and the input's gradient is summed from parts.
     """
 
     backend: Backend | Separate | None = None
 
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
-        if torch.compiler.is_compiling():  # the compiler fuses, and sees no functions in a function
+        # the compiler fuses operations itself, and cannot look into an autograd function
+        if torch.compiler.is_compiling():
             return super()._adapted(x, names, *args, **kwargs)
         if reason := self._why_separate(x, names):
             self.backend = reason

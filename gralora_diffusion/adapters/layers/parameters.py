@@ -1,4 +1,4 @@
-"""How a layer holds its adapters' factors, so that offloading and casting treat them right."""
+"""How a layer holds its adapters' factors, so that offloading and casting handle them correctly."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from torch import Tensor, nn
 class FactorDict(nn.ParameterDict):
     """Factors by adapter name. Call it to read one: ``factors(name)``.
 
-    Indexing would read the parameter as it lies there. A call goes through the module's hooks, so
+    Indexing would return the parameter where it currently lies. A call runs the module's hooks, so
     that offloading (accelerate's ``AlignDevicesHook``, diffusers' ``GroupOffloadingHook``) first
-    brings the factor to the computing device.
+    moves the factor to the computing device.
     """
 
     __call__ = nn.Module.__call__  # ParameterDict forbids calling
@@ -23,8 +23,8 @@ class FactorDict(nn.ParameterDict):
 class Projection(nn.Module):
     """One factor of the hybrid (plain LoRA) pair, with weight (out, in, *kernel).
 
-    Not an ``nn.Linear``, so that whatever casts or quantizes the linear layers of a model
-    (layerwise fp8 casting, torchao, quanto) leaves the adapter alone.
+    It is not an ``nn.Linear``, so that libraries that cast or quantize the linear layers of a model
+    (layerwise fp8 casting, torchao, quanto) do not change the adapter.
     """
 
     def __init__(self, weight: Tensor) -> None:
@@ -36,15 +36,15 @@ class Projection(nn.Module):
 
 
 def _outlasting_hooks(holder: nn.Module, factor: Tensor) -> Tensor:
-    """The factor; where hooks lie around ``holder``, as an alias.
+    """Return the factor, or an alias of it if ``holder`` has hooks.
 
-    diffusers' group offloading sets the parameter's ``data`` when the call is over, that is before
-    the product has read it. An alias keeps the memory that was there in the call.
+    diffusers' group offloading resets the parameter's ``data`` at the end of the call, before the
+    product has read it. An alias keeps the memory that the parameter had during the call.
     """
-    if "forward" not in vars(holder):  # such hooks replace it
+    if "forward" not in vars(holder):  # these hooks replace it
         return factor
     if factor.is_cuda:
-        # what a side stream brought is given back to that stream once the alias is gone, and would
-        # be overwritten there while the product may still be waiting in this one
+        # memory allocated on a side stream returns to that stream when the alias is freed. Without
+        # this, it could be overwritten there while the product is still waiting in this stream
         factor.record_stream(torch.cuda.current_stream(factor.device))
     return factor.view_as(factor)

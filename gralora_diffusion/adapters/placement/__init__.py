@@ -1,1 +1,1 @@
-"""Which layers of a model an adapter goes on, and with what rank, k and alpha."""
+"""The layers of a model that an adapter adapts, and their rank, k and alpha."""

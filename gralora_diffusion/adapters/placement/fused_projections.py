@@ -1,7 +1,7 @@
-"""Attention whose projections diffusers has fused: an adapter on them would have no effect.
+"""Find attention whose projections diffusers has fused: an adapter on them would have no effect.
 
 ``fuse_qkv_projections`` joins the weights of ``to_q``, ``to_k`` and ``to_v`` (or of some of them)
-in one new layer, which takes their place in the forward pass. The old layers stay where they were.
+in one new layer, which replaces them in the forward pass. The old layers stay in the model.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-#: The joined layer -> the layers whose place it takes (diffusers, ``fuse_projections`` of
+#: The joined layer -> the layers that it replaces (diffusers, ``fuse_projections`` of
 #: ``models/attention.py``, ``models/attention_processor.py`` and of transformers such as Wan's).
 _REPLACED = {
     "to_qkv": ("to_q", "to_k", "to_v"),
@@ -38,8 +38,8 @@ def replaced_projections(model: nn.Module) -> set[str]:
 def _is_fused(module: nn.Module) -> bool:
     if not getattr(module, "fused_projections", False):
         return False
-    # The older Attention keeps the flag and the joined layers after it was unfused, and only gets
-    # its own processor back. The newer classes delete both.
+    # After unfusing, the older Attention keeps the flag and the joined layers and only gets its own
+    # processor back. The newer classes delete both.
     processor = type(getattr(module, "processor", None)).__name__
     return hasattr(module, "unfuse_projections") or processor.startswith("Fused")
 
@@ -47,14 +47,14 @@ def _is_fused(module: nn.Module) -> bool:
 def guard_projections(model: nn.Module, is_adapted: Callable[[nn.Module], bool]) -> None:
     """Have attention in ``model`` refuse to fuse projections while one of them is adapted.
 
-    ``fuse_projections`` would copy the bare weights, and drop the adapter without a word. Call this
-    again after adapters came or went: a module without adapted projections gets its own method
-    back.
+    ``fuse_projections`` would copy the bare weights and silently drop the adapter. Call this again
+    whenever adapters were added or removed: a module without adapted projections gets its own
+    method back.
 
     Args:
         model: any module.
-        is_adapted: whether a layer computes something that is not in its weight. It is asked again
-            whenever projections are to be fused, so a merged adapter is no obstacle.
+        is_adapted: whether a layer computes something that is not in its weight. It is called again
+            when projections are fused, so a merged adapter does not prevent fusing.
     """
     for name, module in model.named_modules():
         if not hasattr(type(module), "fuse_projections"):

@@ -1,4 +1,4 @@
-"""What a config, PEFT's or ours, says of each layer, and what in it fits no model; without PEFT."""
+"""Settings of single layers in a config, and values invalid for any model; without PEFT."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from .path_patterns import PatternError, check_cost, path_pattern
 
 Value = TypeVar("Value", int, float)
 
-#: Pattern field -> the field in whose place its values stand.
+#: Pattern field -> the field that its values replace.
 PATTERNS = {"rank_pattern": "r", "k_pattern": "gralora_k", "alpha_pattern": "alpha"}
 BIAS_CHOICES = ("none", "all", "gralora_only")
 
 
 def pattern_key(patterns: Iterable[str], path: str) -> str:
-    """Return the first of the regular expressions that matches the path or its end, or the path.
+    """Return the first regular expression that matches the path or its end, or else the path.
 
-    As PEFT's ``get_pattern_key``, which takes seconds to import.
+    It does the same as PEFT's ``get_pattern_key``, which takes seconds to import.
     """
     return next((key for key in patterns if path_pattern(key).matches_end(path)), path)
 
 
 class LayerSettings(NamedTuple):
-    """What a config says of one layer."""
+    """Rank, k and alpha of one layer."""
 
     r: int
     k: int
@@ -36,7 +36,7 @@ class LayerSettings(NamedTuple):
 
 
 def layer_settings(config: PeftGraloraConfig, path: str) -> LayerSettings:
-    """Return what a config, PEFT's or ours, says of the layer at ``path``."""
+    """Return the settings that a config of PEFT or of this package gives the layer at ``path``."""
     return LayerSettings(*(_value(config, name, path) for name in PATTERNS))
 
 
@@ -50,7 +50,7 @@ def _pattern(config: PeftGraloraConfig, name: str) -> dict[str, Any]:
 
 
 def unused_patterns(config: PeftGraloraConfig, paths: Collection[str]) -> dict[str, list[str]]:
-    """Return field -> patterns that none of the layers at ``paths`` takes its value from."""
+    """Return field -> patterns that do not set the value of any layer at ``paths``."""
     unused = {}
     for name in PATTERNS:
         pattern = _pattern(config, name)
@@ -60,7 +60,7 @@ def unused_patterns(config: PeftGraloraConfig, paths: Collection[str]) -> dict[s
 
 
 def describe_unused(unused: Mapping[str, Collection[str]], paths: Collection[str]) -> list[str]:
-    """Say of each of these patterns (by field) why no layer at ``paths`` takes it."""
+    """Describe why each of these patterns (by field) has no effect on the layers at ``paths``."""
     problems, some = [], next(iter(paths), "")
     for name, keys in unused.items():
         for key in keys:
@@ -68,19 +68,19 @@ def describe_unused(unused: Mapping[str, Collection[str]], paths: Collection[str
             reason = f"matches none of the {len(paths)} target layers, such as {some}"
             if count:
                 reason = (
-                    f"has no effect: earlier ones take all {count} layers that it matches. Put "
-                    "what is for fewer layers first"
+                    f"has no effect: earlier patterns match all {count} layers that it matches. "
+                    "Put patterns for fewer layers first"
                 )
             problems.append(f"{name} '{key}' {reason}.")
     return problems
 
 
 def exact_pattern(values: Mapping[str, Value], paths: Collection[str]) -> dict[str, Value]:
-    """Return a pattern with one key per value that gives each path its value, and no other path.
+    """Return a pattern with one key per value that sets the values of exactly these paths.
 
     Args:
         values: path -> value.
-        paths: all paths there are. Those that differ by numbers alone and have the same value are
+        paths: all existing paths. Paths with the same value that differ only in numbers are
             written as one, with ``\\d+``.
     """
     shapes = {path: re.sub(r"\d+", r"\\d+", re.escape(path)) for path in paths}
@@ -98,7 +98,7 @@ def exact_pattern(values: Mapping[str, Value], paths: Collection[str]) -> dict[s
 
 
 def rename_layers(config: PeftGraloraConfig, names: Mapping[str, str]) -> None:
-    """Make the patterns of a config, in place, say of new paths what they say of the old ones.
+    """Rewrite a config's patterns in place, so that new paths get the values of the old ones.
 
     Args:
         names: new path -> old path of all target layers.
@@ -111,10 +111,10 @@ def rename_layers(config: PeftGraloraConfig, names: Mapping[str, str]) -> None:
 
 
 def pattern_problem(key: object) -> str | None:
-    """Say why a key of a pattern is no regular expression for paths; None if it is one."""
+    """Return why a key of a pattern is not a regular expression for paths; None if it is."""
     try:
         path_pattern(key)
-        re.compile(rf"(.*\.)?({key})$")  # as PEFT uses it: flags for the whole fail only here
+        re.compile(rf"(.*\.)?({key})$")  # PEFT's form, in which global flags are errors
     except PatternError as error:
         return str(error)
     except (re.error, TypeError) as error:
@@ -123,7 +123,7 @@ def pattern_problem(key: object) -> str | None:
 
 
 def patterns_problem(patterns: Iterable[str]) -> str | None:
-    """Say why patterns are too much together; None if they are not."""
+    """Return why the patterns together take too long to match; None if they do not."""
     try:
         check_cost(patterns)
     except PatternError as error:
@@ -132,9 +132,9 @@ def patterns_problem(patterns: Iterable[str]) -> str | None:
 
 
 def mistyped_values(values: Mapping[str, Any]) -> list[str]:
-    """Describe fields of a config whose values are not of the type that PEFT gives them.
+    """Describe fields of a config whose values do not have the types that PEFT declares.
 
-    PEFT checks none, and compares, iterates or compiles them later.
+    PEFT does not check them, and compares, iterates or compiles them later.
     """
     return [
         f"`{name}` should be {_TYPES[name][0]} but is {value!r:.80}"
@@ -144,7 +144,7 @@ def mistyped_values(values: Mapping[str, Any]) -> list[str]:
 
 
 def invalid_values(config: PeftGraloraConfig) -> list[str]:
-    """Describe values of a config that fit no model."""
+    """Describe values of a config that are invalid for any model."""
     if problems := mistyped_values(vars(config)):
         return problems
     if config.gralora_k < 1:
@@ -168,7 +168,7 @@ def invalid_values(config: PeftGraloraConfig) -> list[str]:
                 path_pattern(value)
             except PatternError as error:
                 problems.append(
-                    f"{name} {value!r:.200} is {error}. For the endings of paths pass a list."
+                    f"{name} {value!r:.200} is {error}. To match endings of paths, pass a list."
                 )
     return problems + [p for name in PATTERNS for p in _invalid_pattern(config, name)]
 
@@ -190,20 +190,20 @@ def _invalid_pattern(config: PeftGraloraConfig, name: str) -> list[str]:
 
 
 def is_integer(value: object) -> bool:
-    """Whether a value from JSON is a whole number; true and false are none."""
+    """Whether a value from JSON is an integer; true and false are not."""
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def is_finite_number(value: object) -> bool:
-    """Whether a value from JSON is a finite number; true and false are none."""
+    """Whether a value from JSON is a finite number; true and false are not."""
     try:
         return (is_integer(value) or isinstance(value, float)) and math.isfinite(value)  # type: ignore[arg-type]
-    except OverflowError:  # an integer beyond what a float holds
+    except OverflowError:  # an integer that is too large for a float
         return False
 
 
 def check_numbers(rank: int, k: int, hybrid_rank: int, alpha: float | None) -> None:
-    """Raise ValueError with all that is wrong with the numbers of a new adapter."""
+    """Raise ValueError with every problem of a new adapter's numbers."""
     problems = []
     if k < 1 or rank < 1 or rank % k:
         problems.append(f"rank {rank} should be a multiple of k, which is {k}")
@@ -240,7 +240,7 @@ _NUMBER = ("a finite number", is_finite_number)
 _BOOLEAN = ("true or false", lambda value: isinstance(value, bool))
 _OPTIONAL_TEXT = ("a string or nothing", _is_optional_text)
 _NAMES = ("a list of strings, a string or nothing", _are_names)
-#: Field -> what it should be, and whether a value is that.
+#: Field -> a description of its type, and a test whether a value has it.
 _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "r": _INTEGER,
     "hybrid_r": _INTEGER,

@@ -1,11 +1,11 @@
 """Regular expressions for paths of layers, matched in bounded time.
 
-An adapter's file names layers by regular expressions, and a file is not to be trusted: Python's
-``re`` tries one way after another, and ``([a-z]+)+!`` keeps it busy for years. Patterns that can be
-gone through in few ways are left to ``re``. All others are matched by an automaton that
-follows every way at once (K. Thompson, "Regular expression search algorithm", 1968), built state by
-state as paths ask for it. The answers are those of ``re.fullmatch``. What an automaton cannot do,
-such as back references, is refused.
+An adapter's file names layers by regular expressions, and files are not trusted: Python's ``re``
+tries one way after another, and ``([a-z]+)+!`` keeps it busy for years. ``re`` only matches
+patterns that allow few ways. An automaton matches all others. It follows every way at once
+(K. Thompson, "Regular expression search algorithm", 1968), and its states are built when a path
+needs them. The answers are those of ``re.fullmatch``. Patterns that an automaton cannot match, such
+as back references, are refused.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from re import _constants as sre  # type: ignore[attr-defined]
 from re import _parser as sre_parse  # type: ignore[attr-defined]
 from typing import Any
 
-#: Characters of a pattern. The longest that this package writes, for every layer of a large model,
-#: has some 60,000.
+#: Maximum length of a pattern. The longest that this package writes, for every layer of a large
+#: model, has some 60,000 characters.
 MAX_LENGTH = 200_000
-#: Characters of a path. Those of real models have fewer than 200, but a file may name any.
+#: Maximum length of a path. Real models stay below 200 characters, but a file may name any path.
 MAX_PATH = 1_000
-#: Cost of all patterns of one field, see :attr:`PathPattern.cost`: some thousand layers by name, or
-#: a hundred patterns of two repeats.
+#: Maximum cost of all patterns of one field, see :attr:`PathPattern.cost`: some thousand layers by
+#: name, or a hundred patterns with two repeats.
 MAX_COST = 500_000
 #: Cost of a state of an automaton, in ways of ``re``.
 _STATE_COST = 25
-#: States of an automaton, counted repeats written out.
+#: Maximum number of states of an automaton, with counted repeats written out.
 _MAX_STATES = 5_000
-#: States that an automaton may visit for all paths together: some seconds.
+#: Maximum number of states that an automaton visits for all paths together: some seconds.
 _MAX_VISITS = 2_000_000
-#: Ways of going through a pattern up to which ``re`` is left to it, where a repeat counts as
-#: ``_LENGTH`` ways: two repeats, or some thousand layers by name.
+#: ``re`` matches patterns with at most this many ways. A repeat counts as ``_LENGTH`` ways: this
+#: allows two repeats, or some thousand layers by name.
 _MAX_WAYS = 5_000.0
 _LENGTH = 64.0
 
@@ -57,35 +57,35 @@ _UNBOUNDED = "not matched in bounded time: write it without {}"
 
 
 class PatternError(ValueError):
-    """A pattern is no regular expression, or none that can be matched in bounded time."""
+    """A pattern is not a regular expression, or cannot be matched in bounded time."""
 
 
 class PathPattern:
     """A regular expression for paths of layers.
 
     Args:
-        text: as Python's ``re`` takes it.
+        text: in the syntax of Python's ``re``.
 
     Attributes:
-        cost: What a match may cost, in ways that ``re`` goes through a pattern.
+        cost: Maximum cost of a match, in ways of ``re`` through a pattern.
 
     Raises:
-        PatternError: with the reason. The methods raise it too, for a pattern that turns out to
-            take too many states, and for a path that is too long.
+        PatternError: with the reason. The methods raise it too, for a pattern that needs too many
+            states, and for a path that is too long.
     """
 
     def __init__(self, text: str) -> None:
         if not isinstance(text, str):
-            raise PatternError("not a regular expression (it is not a text)")
+            raise PatternError("not a regular expression (it is not a string)")
         if len(text) > MAX_LENGTH:
-            raise PatternError(f"too long: {len(text)} characters, and {MAX_LENGTH} are allowed")
+            raise PatternError(f"too long: {len(text)} characters, but {MAX_LENGTH} are allowed")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 tree = sre_parse.parse(text)
-            loaders = _ways(tree, _END)
-            if loaders <= _MAX_WAYS:
-                self._matches, self.cost = _by_re(text), int(loaders)
+            ways = _ways(tree, _END)
+            if ways <= _MAX_WAYS:
+                self._matches, self.cost = _by_re(text), int(ways)
             else:
                 automaton = _Automaton(tree)
                 self._matches, self.cost = automaton.matches, automaton.size * _STATE_COST
@@ -100,7 +100,7 @@ class PathPattern:
         return self._matches(path, 0)
 
     def matches_end(self, path: str) -> bool:
-        """Whether it matches ``path`` or what follows one of its dots; ``^`` is the path's start.
+        """Whether it matches ``path`` or its end after a dot; ``^`` is the start of the path.
 
         As PEFT's ``get_pattern_key``: ``re.match(rf"(.*\\.)?({pattern})$", path)``.
         """
@@ -111,17 +111,17 @@ class PathPattern:
 
 @lru_cache(maxsize=4096)
 def path_pattern(text: str) -> PathPattern:
-    """Return the pattern of this text, which is kept for the next call."""
+    """Return the pattern of this text; it is cached for the next call."""
     return PathPattern(text)
 
 
 def check_cost(patterns: Iterable[str]) -> None:
-    """Refuse patterns that take bounded time each, but too much together.
+    """Refuse patterns that each take bounded time, but too much time together.
 
-    Those that are not valid by themselves are passed over.
+    Invalid patterns are skipped.
 
     Raises:
-        PatternError: with the number of the first pattern that is too much.
+        PatternError: with the number of the first pattern above the limit.
     """
     cost = 0
     for number, text in enumerate(patterns, 1):
@@ -129,7 +129,7 @@ def check_cost(patterns: Iterable[str]) -> None:
             cost += path_pattern(text).cost
         if cost > MAX_COST:
             raise PatternError(
-                f"too slow to match together from the {number}. on: write fewer patterns, or "
+                f"too slow to match together from number {number} on: write fewer patterns, or "
                 "patterns with fewer repeats"
             )
 
@@ -148,13 +148,13 @@ def _by_re(text: str) -> Callable[[str, int], bool]:
 
 
 def _ways(tree: Any, following: Any) -> float:
-    """In how many ways ``re`` may go through a pattern; infinite if that grows without bound.
+    """Return in how many ways ``re`` may go through a pattern; infinite if there is no bound.
 
     Args:
-        following: what comes after ``tree``: the code of a character, ``_END``, or None for
-            anything else. A repeat that cannot take what follows has one way.
+        following: the part after ``tree``: the code of a character, ``_END``, or None for anything
+            else. A repeat that cannot match the part after it has one way.
     """
-    loaders, parts = 1.0, list(tree)
+    ways, parts = 1.0, list(tree)
     for n, (op, value) in enumerate(parts):
         after = following
         if n + 1 < len(parts):
@@ -163,26 +163,26 @@ def _ways(tree: Any, following: Any) -> float:
             low, high, body = value
             if len(body) == 1 and body[0][0] in _CHARACTERS:
                 if low != high and not _stops_at(body[0], after):
-                    loaders *= min(float(high) - low + 1, _LENGTH)
+                    ways *= min(float(high) - low + 1, _LENGTH)
             elif high == 1:
-                loaders *= 1 + _ways(body, after)
+                ways *= 1 + _ways(body, after)
             else:
                 return math.inf
         elif op is sre.BRANCH:
-            loaders *= sum(_ways(alternative, after) for alternative in value[1])
+            ways *= sum(_ways(alternative, after) for alternative in value[1])
         elif op is sre.SUBPATTERN:
-            loaders *= _ways(value[3], after)
+            ways *= _ways(value[3], after)
         elif op in (sre.ASSERT, sre.ASSERT_NOT):
-            loaders *= 1 + _ways(value[1], None)
+            ways *= 1 + _ways(value[1], None)
         elif op not in _CHARACTERS and op is not sre.AT:
             return math.inf
-        if loaders > _MAX_WAYS:
+        if ways > _MAX_WAYS:
             return math.inf
-    return loaders
+    return ways
 
 
 def _stops_at(part: Any, following: Any) -> bool:
-    """Whether a repeated character cannot be the one that follows, so that there is no choice."""
+    """Whether a repeat cannot match the character after it, so that there is only one way."""
     if following is _END:
         return True
     op, value = part
@@ -194,7 +194,7 @@ def _stops_at(part: Any, following: Any) -> bool:
 
 
 class _Automaton:
-    """States are numbers. ``_edges[s]``: a test and the next state; or None and all next states."""
+    """States are numbers. ``_edges[s]`` is a test and the next state, or None and all of them."""
 
     def __init__(self, tree: Any) -> None:
         self._flags = tree.state.flags
@@ -203,13 +203,13 @@ class _Automaton:
         self._edges: list[tuple[Any, Any]] = [("match", None)]
         self._visits = 0
         self._start = self._sequence(tree, 0)
-        # both are kept, so that matching again is free however often a pattern is used
+        # both are cached, so that matching the same path again costs nothing
         self._starts: dict[tuple[bool, bool], frozenset[int]] = {}
         self._moves: dict[tuple[frozenset[int], str, bool], frozenset[int]] = {}
 
     @property
     def size(self) -> int:
-        """How many states it has."""
+        """The number of states."""
         return len(self._edges)
 
     def matches(self, path: str, start: int) -> bool:
@@ -234,7 +234,7 @@ class _Automaton:
         return self._closed(after, is_start=False, is_end=is_end)
 
     def _closed(self, states: list[int], is_start: bool, is_end: bool) -> frozenset[int]:
-        """These states and all that are reached from them without a character."""
+        """Return these states and all that can be reached from them without a character."""
         reached: set[int] = set()
         while states:
             state = states.pop()
@@ -252,7 +252,7 @@ class _Automaton:
         if self._visits > _MAX_VISITS:
             raise PatternError("too slow to match: write it with fewer repeats")
 
-    # -- building, from the end to the start: each part is given the state that follows it ---------
+    # -- building, from the end to the start: each part gets the state that follows it -------------
 
     def _state(self, kind: Any, following: Any) -> int:
         if len(self._edges) >= _MAX_STATES:
@@ -261,7 +261,7 @@ class _Automaton:
         return len(self._edges) - 1
 
     def _sequence(self, tree: Any, following: int) -> int:
-        self._count(10)  # repeats of nothing make no states
+        self._count(10)  # a repeat of nothing adds no state, but takes time
         for op, value in reversed(list(tree)):
             following = self._part(op, value, following)
         return following
@@ -321,7 +321,7 @@ class _Automaton:
                 category = re.compile(_CATEGORIES[value], self._flags & re.ASCII)
                 yield partial(_is_of, category)
             else:
-                raise PatternError(f"of an unknown class of characters: {op}")
+                raise PatternError(f"not supported: it has an unknown class of characters, {op}")
 
 
 def _is_between(first: int, last: int, character: str) -> bool:

@@ -1,4 +1,4 @@
-"""What GraLoRA can go on: the layers that a config names in a model, and why one is refused."""
+"""The layers of a model that a config targets, and why GraLoRA refuses one."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from .fused_projections import replaced_projections
 from .layer_config import describe_unused, layer_settings, unused_patterns
 from .path_patterns import path_pattern
 
-#: Base layers that GraLoRA can adapt; what to name in an error message.
+#: The base layers that GraLoRA can adapt, for error messages.
 SUPPORTED_LAYERS = "torch.nn.Linear, transformers' Conv1D, torch.nn.Conv2d with groups=1"
 
 
 class TargetError(ValueError):
-    """The targets of a config do not fit the model. Lists every layer and pattern at fault."""
+    """The targets of a config do not fit the model. The message lists every layer and pattern."""
 
 
 def layer_shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
@@ -43,7 +43,7 @@ def layer_shape(layer: nn.Module) -> tuple[int, int, tuple[int, ...]]:
 
 
 def unsupported(layer: nn.Module) -> str | None:
-    """Say why no GraLoRA at all can go on this base layer; None if it can."""
+    """Return why this base layer cannot have any GraLoRA; None if it can."""
     if not isinstance(layer, (nn.Linear, Conv1D, nn.Conv2d)):
         return f"a {type(layer).__name__}, which is not supported ({SUPPORTED_LAYERS})"
     if isinstance(layer, nn.Conv2d) and layer.groups != 1:
@@ -52,7 +52,7 @@ def unsupported(layer: nn.Module) -> str | None:
 
 
 def unsuitable(layer: nn.Module, r: int, k: int) -> str | None:
-    """Say why GraLoRA of rank r with k blocks cannot go on this base layer; None if it can."""
+    """Return why this base layer cannot have GraLoRA of rank r with k blocks; None if it can."""
     problem = unsupported(layer)
     if problem:
         return problem
@@ -81,8 +81,8 @@ def common_divisors(numbers: Collection[int]) -> list[int]:
 def lowered_k(model: nn.Module, config: GraloraConfig) -> dict[str, int]:
     """Return path -> k of the target layers whose widths the config's k does not divide.
 
-    That is the largest divisor of the layer's rank and of both its widths below the config's k. A
-    layer that no k helps, or whose rank k does not divide, is left for :func:`check_targets`.
+    It is the largest divisor of the layer's rank and of both its widths below the config's k.
+    :func:`check_targets` reports layers that no k fits, or whose rank k does not divide.
     """
     lowered = {}
     for path, layer in find_targets(model, config).items():
@@ -93,11 +93,12 @@ def lowered_k(model: nn.Module, config: GraloraConfig) -> dict[str, int]:
 
 
 def quantization_of(layer: nn.Module) -> str | None:
-    """Say how a layer's weight is stored if an update cannot be added to it; None if it can.
+    """Return how a layer's weight is stored if an update cannot be added to it; None if it can.
 
-    The class of the weight tells: each library that quantizes has one of its own, while the dtype
-    of torchao's tensors is that they compute in, and bitsandbytes packs 4 bits into any dtype. A
-    weight of torch's own class is plain unless its dtype is an integer's or fp8.
+    This depends on the class of the weight, because each library that quantizes has its own. The
+    dtype does not show it: torchao's tensors have the dtype that they compute in, and bitsandbytes
+    packs 4 bits into any dtype. A weight of torch's own class is plain unless its dtype is an
+    integer or fp8.
     """
     weight = getattr(layer, "weight", None)
     if not isinstance(weight, Tensor):
@@ -110,12 +111,12 @@ def quantization_of(layer: nn.Module) -> str | None:
 
 
 def base_of(module: nn.Module) -> nn.Module:
-    """Return the layer underneath any tuner's layers."""
+    """Return the layer beneath any tuner's layers."""
     return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
 
 
 def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, base layer) of every module that a target may name: no adapter's insides."""
+    """Yield (path, base layer) of every module that a target may name, except inside adapters."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
         if not name or name.startswith(inside):
@@ -126,10 +127,10 @@ def adaptable_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def find_targets(model: nn.Module, config: GraloraConfig, prefix: str = "") -> dict[str, nn.Module]:
-    """Return path -> base layer of what ``config`` targets in ``model``, in the model's order.
+    """Return path -> base layer of the layers that ``config`` targets, in the model's order.
 
     Args:
-        prefix: what the config expects in front of the model's paths.
+        prefix: the prefix of the model's paths in the config.
     """
     config = copy.copy(config)
     _maybe_include_all_linear_layers(config, model)  # changes the copy
@@ -142,7 +143,7 @@ def is_target(config: PeftConfig, path: str) -> bool | re.Match[str] | _Excluded
     """As PEFT's ``check_target_module_exists``, but regular expressions take bounded time.
 
     Raises:
-        PatternError: one of them cannot be matched in bounded time.
+        PatternError: a regular expression cannot be matched in bounded time.
     """
     asked: Any = copy.copy(config)
     targets = asked.target_modules
@@ -151,7 +152,7 @@ def is_target(config: PeftConfig, path: str) -> bool | re.Match[str] | _Excluded
             return _ExcludedModule()
         asked.exclude_modules = None
     if isinstance(targets, str):
-        asked.target_modules = []  # what is left to ask is whether modules_to_save has the path
+        asked.target_modules = []  # so PEFT only checks whether modules_to_save has the path
         found = check_target_module_exists(asked, path)
         is_saved = isinstance(found, _ExcludedModule)
         return found if is_saved else is_named(path, targets, pattern=True)
@@ -161,10 +162,10 @@ def is_target(config: PeftConfig, path: str) -> bool | re.Match[str] | _Excluded
 def check_targets(
     model: nn.Module, config: GraloraConfig, keys: Iterable[str] | None = None
 ) -> dict[str, nn.Module]:
-    """As :func:`find_targets`, and refuse what cannot be done.
+    """As :func:`find_targets`, but refuse targets that cannot be adapted.
 
     Args:
-        keys: keys of a state dict; if given, its layers are the targets and not the config's.
+        keys: keys of a state dict; if given, its layers are the targets instead of the config's.
 
     Raises:
         TargetError: with every layer and pattern at fault.
@@ -177,7 +178,9 @@ def check_targets(
         wanted = dict.fromkeys(layer_of(key) for key in keys if ".gralora_" in key)
         targets = {name: modules[name] for name in wanted if name in modules}
         absent = ", ".join(name for name in wanted if name not in modules)
-        problems = [f"these layers of the state dict are not there: {absent}."] if absent else []
+        problems = (
+            [f"these layers of the state dict are not in the model: {absent}."] if absent else []
+        )
     refuse(model, [*problems, *misfits(targets, config), *_without_effect(model, targets)])
     return targets
 
@@ -187,9 +190,9 @@ def _without_effect(model: nn.Module, targets: Iterable[str]) -> list[str]:
     if not replaced:
         return []
     return [
-        f"{len(replaced)} of the layers, such as {replaced[0]}, are out of use, for their "
-        "projections are fused, and an adapter on them would have no effect. Call "
-        "`unfuse_qkv_projections()` first, or load the model anew if it was fused twice."
+        f"{len(replaced)} of the layers, such as {replaced[0]}, are not in use because their "
+        "projections are fused, so an adapter on them would have no effect. Call "
+        "`unfuse_qkv_projections()` first, or load the model again if it was fused twice."
     ]
 
 
@@ -200,7 +203,7 @@ def refuse(model: nn.Module, problems: Sequence[str]) -> None:
 
 
 def misfits(targets: Mapping[str, nn.Module], config: GraloraConfig) -> list[str]:
-    """Describe, in one text, the targets that their rank and k do not fit, and what would fit."""
+    """Describe in one text the targets that their rank and k do not fit, and values that would."""
     settings = {path: layer_settings(config, path) for path in targets}
     reasons = {path: unsuitable(layer, *settings[path][:2]) for path, layer in targets.items()}
     lines = [f"  {path}: {reason}" for path, reason in reasons.items() if reason]
@@ -236,25 +239,27 @@ def layer_of(key: str) -> str:
 def _unmatched(
     model: nn.Module, config: GraloraConfig, targets: Mapping[str, nn.Module]
 ) -> list[str]:
-    """Describe patterns that match nothing, and those that the rest of the config makes useless."""
+    """Describe patterns that match nothing, and fields that have no effect in this config."""
     patterns = config.target_modules or ()
     if not targets:
         return [_nothing_matches(model, config)]
     problems = []
     if isinstance(patterns, str):
         if config.layers_to_transform is not None and patterns.lower() != "all-linear":
-            problems.append("layers_to_transform goes with a list of target_modules, not a regex.")
+            problems.append(
+                "layers_to_transform needs a list of target_modules, not a regular expression."
+            )
         patterns = ()
     if config.layers_pattern and config.layers_to_transform is None:
-        problems.append("layers_pattern goes with layers_to_transform, which is not given.")
-    # excluded or filtered layers count as matched: only a pattern that names nothing is a slip
+        problems.append("layers_pattern needs layers_to_transform, which is not given.")
+    # excluded or filtered layers count as matched: only a pattern that names nothing is a mistake
     names = [name for name, _ in adaptable_modules(model)]
     if absent := _naming_nothing(patterns, names):
         problems.append(
             f"these target_modules match no layer: {', '.join(absent)}. The others match "
             f"{len(targets)} layers. Layers of this model end in: {_endings(model)}."
         )
-    # for its own tasks PEFT adds names of which only one needs to be there
+    # with a task_type, PEFT adds names, and only one of them has to exist
     saved = config.modules_to_save if config.task_type is None else ()
     if absent := _naming_nothing(saved or (), names):
         problems.append(f"these modules_to_save match no module: {', '.join(absent)}.")
@@ -269,10 +274,10 @@ def _unmatched(
 
 
 def is_named(path: str, entry: str, pattern: bool = False) -> bool:
-    """Whether an entry of ``target_modules`` or ``exclude_modules`` means a layer, as in PEFT.
+    """Whether an entry of ``target_modules`` or ``exclude_modules`` names a layer, as in PEFT.
 
     Args:
-        pattern: the entry is a regular expression for the whole path, and not an ending of it.
+        pattern: the entry is a regular expression for the whole path, not an ending of it.
     """
     if pattern:
         return path_pattern(entry).matches(path)
@@ -293,13 +298,13 @@ def _nothing_matches(model: nn.Module, config: GraloraConfig) -> str:
     )
     return (
         f"target_modules {wanted}{limits} not found in the model: no layer matches. "
-        f"Layers of this model end in: {_endings(model)}. A string is matched as a regular "
-        "expression against the whole path; a list as endings of it."
+        f"Layers of this model end in: {_endings(model)}. A string must match the whole path as a "
+        "regular expression; the entries of a list are endings of paths."
     )
 
 
 def _endings(model: nn.Module) -> str:
-    """The distinct ends of the paths of adaptable layers, such as ``to_q`` or ``to_out.0``."""
+    """Return the distinct ends of paths of adaptable layers, such as ``to_q`` or ``to_out.0``."""
     endings: Counter[str] = Counter()
     for name, layer in adaptable_modules(model):
         if unsupported(layer) is None:

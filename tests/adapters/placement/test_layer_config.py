@@ -84,7 +84,7 @@ class TestUnused:
         late, absent, covered = describe_unused(unused, PATHS)
         count = sum(path.endswith("attn1.to_q") for path in PATHS)
         assert late.startswith(
-            f"rank_pattern 'attn1.to_q' has no effect: earlier ones take all {count} layers"
+            f"rank_pattern 'attn1.to_q' has no effect: earlier patterns match all {count} layers"
         )
         assert absent == (
             f"rank_pattern 'to_z' matches none of the {len(PATHS)} target layers, such as conv_in."

@@ -375,4 +375,4 @@ def test_damaged_colours_are_told_and_used(folder, caplog):
     assert list(found(folder)) == ["1.png", "2.png"]
     ((about, names),) = said(caplog).items()
     assert about == "images used without the parts that cannot be read"
-    assert names.startswith("2.png (its colour profile cannot be used")
+    assert names.startswith("2.png (its color profile cannot be used")

@@ -200,7 +200,7 @@ def test_configs_need_no_weights() -> None:
             {"rank_pattern": ["to_z=8", "to_q=8", "attn1.to_q=4"], "alpha_pattern": ["fc7=1"]},
             [
                 "--rank_pattern 'to_z' matches none of the 40 target layers, such as down_blocks",
-                "--rank_pattern 'attn1.to_q' has no effect: earlier ones take all 4 layers",
+                "--rank_pattern 'attn1.to_q' has no effect: earlier patterns match all 4 layers",
                 "--alpha_pattern 'fc7' matches none",
             ],
         ),
