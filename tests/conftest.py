@@ -6,13 +6,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # quiet about torchvision, which is not needed
 
 import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
+# else a forked process that is killed may hold the lock of all, for which the others wait for ever
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
 
 

@@ -226,7 +226,7 @@ def test_killed_at_any_moment_and_resumed(base: Path, tmp_path: Path, buckets: b
         "pretrained_model_name_or_path": base,
         "instance_data_dir": make_shapes(tmp_path / "pictures", sizes),
         "use_aspect_ratio_buckets": buckets,
-        "max_train_steps": 40,
+        "max_train_steps": 20,
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 2,
         "train_text_encoder": True,
