@@ -5,14 +5,26 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # quiet about torchvision, which is not needed
 
+import gc
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
+from tqdm import tqdm
 
+# else a forked process that is killed may hold the lock of all, for which the others wait for ever
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish() -> None:
+    """Leave what is imported by now out of the trainer's garbage collections: a second in each."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

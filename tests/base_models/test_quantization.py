@@ -42,7 +42,7 @@ from tests.training.runs import (
     config,
     metrics,
     run,
-    run_script,
+    run_two,
 )
 
 FAMILY = get_family("stable-diffusion")
@@ -449,9 +449,7 @@ def test_a_base_on_disk_that_this_machine_cannot_run(
 def test_two_processes(data: dict[str, Any], tmp_path: Path, which: str) -> None:
     data |= {"quantization": which, "max_train_steps": 2, **SMOOTH}
     one = run(output_dir=tmp_path / "one", train_batch_size=4, **data)
-    two = tmp_path / "two"
-    result = run_script(processes=2, output_dir=two, train_batch_size=2, **data)
-    assert result.returncode == 0, result.stderr[-3000:]
+    two = run_two(output_dir=tmp_path / "two", train_batch_size=2, **data)
     assert_close(one, two, 1e-3)
 
 

@@ -205,7 +205,7 @@ def test_the_folders_adapter(
     shared: dict[str, Any] = {
         "instance_data_dir": images,
         "max_train_steps": 2,
-        "resolution": 32,
+        "resolution": 16,
         "train_text_encoder": bool(family.text_encoders) or None,
         "max_sequence_length": 8 if family.max_sequence_length else None,
         "mixed_precision": "bf16" if base.pipe.dtype == torch.bfloat16 else "no",

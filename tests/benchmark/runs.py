@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.benchmark.run_config import parse_settings
 from gralora_diffusion.benchmark.settings import BenchmarkSettings
 from tests.benchmark import judges
-from tests.training.runs import environment
+from tests.forked import Forked
 
 #: As the public file is written, but shorter.
 TEXT = """\
@@ -85,12 +83,7 @@ def settings(world: Path, output: Path, **options: Any) -> BenchmarkSettings:
     return parse_settings(arguments(world, output, **options))
 
 
-def start(world: Path, output: Path, **options: Any) -> subprocess.Popen[str]:
+def start(world: Path, output: Path, **options: Any) -> Forked:
     """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "gralora_diffusion.benchmark", *arguments(world, output, **options)],
-        env=environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+    program = "from gralora_diffusion.benchmark.main import main; main()"
+    return Forked(program, *arguments(world, output, **options), ACCELERATE_USE_CPU="true")

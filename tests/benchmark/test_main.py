@@ -1,7 +1,6 @@
 """The command: every unit once, whatever happens on the way."""
 
 import json
-import signal
 import subprocess
 import sys
 import time
@@ -208,10 +207,10 @@ def test_a_run_that_is_refused_leaves_the_images_held_out(world, tmp_path, capsy
 
 
 def test_killed_and_started_again(whole, world, tmp_path):
-    process = runs.start(world, tmp_path)
-    until(lambda: result_files(tmp_path), process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    killed = runs.start(world, tmp_path)
+    until(lambda: result_files(tmp_path), killed)
+    killed.process.kill()
+    killed.wait()
     done = {path: path.stat().st_mtime_ns for path in result_files(tmp_path)}
     assert benchmark(runs.settings(world, tmp_path)) == 0
     assert scores(tmp_path) == scores(whole)
@@ -253,9 +252,9 @@ def test_captioned_from_the_command(world, tmp_path, caplog):
     }
 
 
-def until(happened, process, seconds=120):
+def until(happened, forked, seconds=120):
     deadline = time.monotonic() + seconds
     while not happened():
-        assert process.poll() is None, process.stdout.read()
+        assert forked.process.is_alive(), forked.wait()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)

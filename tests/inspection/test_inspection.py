@@ -300,9 +300,9 @@ def test_nothing_but_the_header_of_a_large_checkpoint_is_read(tmp_path):
     with open(tmp_path / "large.safetensors", "wb") as file:
         file.write(struct.pack("<Q", len(text)) + text)
         file.truncate(8 + len(text) + 2 * size)
-    began = time.perf_counter()
+    began = time.process_time()  # other processes may keep this one waiting
     facts = inspect_file(tmp_path / "large.safetensors")
-    assert time.perf_counter() - began < 2
+    assert time.process_time() - began < 2
     assert facts.families == ["flux"]
     assert facts.parameters == size
 

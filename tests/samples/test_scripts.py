@@ -89,5 +89,6 @@ def test_tests(tmp_path: Path) -> None:
     assert calls[-1] == ["python", "-m", "pytest", *(given[0], there, *given[2:])]
 
 
-def test_tests_without_arguments(tmp_path: Path) -> None:
-    assert call(tmp_path, "tests/run.sh")[-1] == ["python", "-m", "pytest"]
+def test_all_tests_take_all_cores(tmp_path: Path) -> None:
+    line = ["python", "-m", "pytest", "-n", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
+    assert call(tmp_path, "tests/run.sh")[-1] == line

@@ -20,8 +20,10 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT
+from tests.forked import Forked, fork_ranks
 
 SCRIPT = ROOT / "train_scripts" / "train_dreambooth_gralora.py"
+PROGRAM = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
 #: What each run has unless a test says otherwise: fast, and nothing drawn.
 USUAL: dict[str, Any] = {
     "instance_prompt": "a sks dog",
@@ -75,8 +77,12 @@ def run_script(
     *, processes: int = 1, timeout: float = 120, **options: Any
 ) -> subprocess.CompletedProcess[str]:
     """Train with the script, as a user does."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone"]
+        launcher += ["--nproc_per_node", str(processes)]
     return subprocess.run(
-        command(processes=processes, **options),
+        [*launcher, str(SCRIPT), *arguments(**options)],
         env=environment(),
         capture_output=True,
         text=True,
@@ -85,12 +91,16 @@ def run_script(
     )
 
 
-def command(*, processes: int = 1, **options: Any) -> list[str]:
-    launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone"]
-        launcher += ["--nproc_per_node", str(processes)]
-    return [*launcher, str(SCRIPT), *arguments(**options)]
+def fork(**options: Any) -> Forked:
+    """Begin to train in another process."""
+    return Forked(PROGRAM, *arguments(**options), ACCELERATE_USE_CPU="true")
+
+
+def run_two(timeout: float = 120, **options: Any) -> Path:
+    """Train in two processes; return the output folder."""
+    for code, text in fork_ranks(PROGRAM, *arguments(**options), timeout=timeout):
+        assert code == 0, text[-3000:]
+    return Path(options["output_dir"])
 
 
 def environment() -> dict[str, str]:

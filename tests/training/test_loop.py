@@ -36,6 +36,7 @@ from tests.training.runs import (
     metrics,
     run,
     run_script,
+    run_two,
 )
 
 
@@ -346,8 +347,7 @@ def test_accumulation_and_processes_share_out_the_same_buckets(
 ) -> None:
     one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **shapes)
     two = tmp_path / "two"
-    result = run_script(processes=2, output_dir=two, **shapes)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(output_dir=two, **shapes)
     assert_close(one, two, 1e-3)
     losses = [[row["loss"] for row in metrics(folder)] for folder in (one, two)]
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]))
@@ -531,8 +531,7 @@ def test_two_processes_are_one_with_the_larger_batch(data: dict[str, Any], tmp_p
 
     shutil.rmtree(two / "checkpoint-6")
     before = adapter(two)
-    result = run_script(processes=2, train_batch_size=2, resume_from_checkpoint="latest", **options)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(train_batch_size=2, resume_from_checkpoint="latest", **options)
     after = adapter(two)
     assert all(torch.equal(before[key], after[key]) for key in before)
 
@@ -545,8 +544,7 @@ def test_two_processes_share_a_cache_folder(data: dict[str, Any], tmp_path: Path
     one = run(output_dir=tmp_path / "one", train_batch_size=4, **options)
     folder, two = tmp_path / "cache", tmp_path / "two"
     options |= {"latent_cache_dir": folder, "output_dir": two, "train_batch_size": 2}
-    result = run_script(processes=2, **options)
-    assert result.returncode == 0, result.stderr[-3000:]
+    run_two(**options)
     assert_close(one, two, 1e-3)
     files = {path: path.stat().st_mtime_ns for path in folder.iterdir()}
     kinds = Counter("mean" in load_file(path) for path in files)

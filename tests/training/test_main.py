@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import logging
 import re
-import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -23,8 +21,7 @@ from tests.models import stable_diffusion
 from tests.training.runs import (
     arguments,
     assert_same_run,
-    command,
-    environment,
+    fork,
     make_images,
     make_shapes,
     run,
@@ -229,7 +226,7 @@ def test_killed_at_any_moment_and_resumed(base: Path, tmp_path: Path, buckets: b
         "pretrained_model_name_or_path": base,
         "instance_data_dir": make_shapes(tmp_path / "pictures", sizes),
         "use_aspect_ratio_buckets": buckets,
-        "max_train_steps": 40,
+        "max_train_steps": 20,
         "checkpointing_steps": 1,
         "checkpoints_total_limit": 2,
         "train_text_encoder": True,
@@ -242,16 +239,14 @@ def test_killed_at_any_moment_and_resumed(base: Path, tmp_path: Path, buckets: b
         options["class_data_dir"] = make_shapes(tmp_path / "class", shapes, seed=1)
     whole = run(output_dir=tmp_path / "whole", **options)
     options |= {"output_dir": tmp_path / "out", "resume_from_checkpoint": "latest"}
-    process = subprocess.Popen(
-        command(**options), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
+    killed = fork(**options)
     deadline = time.monotonic() + 120
     while not list((tmp_path / "out").glob("checkpoint-3*")) and time.monotonic() < deadline:
-        assert process.poll() is None or process.returncode == 0
+        assert not killed.process.exitcode
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait(timeout=60)
-    result = run_script(**options)
-    assert result.returncode == 0, result.stderr[-3000:]
+    killed.process.kill()
+    killed.wait(60)
+    code, text = fork(**options).wait()
+    assert code == 0, text[-3000:]
     assert_same_run(whole, tmp_path / "out")
     assert not list((tmp_path / "out").glob(".unfinished*"))

@@ -7,21 +7,21 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from tests.training.machines import on_two_machines
+from tests.forked import fork_ranks
 from tests.training.runs import arguments, make_images, run
 
 PROGRAM = """
-import json, sys
+import json, os, sys
 from pathlib import Path
 import gralora_diffusion.training.loop as loop
 from gralora_diffusion.training.runtime.acceleration import make_accelerator
 from gralora_diffusion.training.preparation import complete_class_images, find_beginning
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import parse_config
-import gralora_diffusion.training.data.class_images as class_images
+from gralora_diffusion.training.data import class_images
 
 class_images._SEEN_WITHIN = 0.5
-lines, rank = json.loads(sys.argv[1]), sys.argv[2]
+lines, rank = json.loads(sys.argv[1]), os.environ["RANK"]
 for line in lines:
     config = parse_config([part.replace("NODE", f"node{rank}") for part in line])
     accelerator = make_accelerator(config)
@@ -72,7 +72,7 @@ def test_what_differs_is_told_by_all(base: Path, images: Path, tmp_path: Path) -
         (of_class("none"), "is not the same folder for all processes"),
     ]
     lines = json.dumps([arguments(**{**usual, **options}) for options, _ in cases])
-    told = on_two_machines(PROGRAM, lines)
+    told = fork_ranks(PROGRAM, lines, machines=True)
     answers = []
     for code, text in told:
         assert code == 0, text
@@ -97,7 +97,7 @@ def test_processes_that_share_a_folder_share_the_class_images(
         num_class_images=3,
         sample_batch_size=1,
     )
-    for code, text in on_two_machines(PROGRAM, json.dumps([line])):
+    for code, text in fork_ranks(PROGRAM, json.dumps([line]), machines=True):
         assert code == 0, text
         assert "BEGAN 3 3 None" in text
     names = sorted(path.name for path in (tmp_path / "class").iterdir())

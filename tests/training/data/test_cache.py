@@ -249,13 +249,13 @@ def write_over_and_over(example, folder, started):
 
 
 def test_killed_and_concurrent_writers_leave_only_whole_files(examples, tmp_path):
-    # spawned, for the threads and locks of this process would not live in a forked one
-    spawn = multiprocessing.get_context("spawn")
+    # not forked from this process, whose threads and locks would not live there
+    server = multiprocessing.get_context("forkserver")
     folder = tmp_path / "cache"
     for delay in (0.05, 0.13):
-        started = [spawn.Event() for _ in range(2)]
+        started = [server.Event() for _ in range(2)]
         writers = [
-            spawn.Process(
+            server.Process(
                 target=write_over_and_over, args=(examples[0], folder, event), daemon=True
             )
             for event in started

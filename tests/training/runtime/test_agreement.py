@@ -12,13 +12,13 @@ from gralora_diffusion.training.runtime.agreement import (
     together,
     wait_for_all,
 )
-from tests.training.machines import on_two_machines
+from tests.forked import fork_ranks
 
 PROGRAM = """
 import os
 from accelerate import Accelerator
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.training.processes import (
+from gralora_diffusion.training.runtime.agreement import (
     OtherProcessFailed, check_alike, from_first, together, wait_for_all
 )
 accelerator = Accelerator()
@@ -50,7 +50,7 @@ told(lambda: wait_for_all(accelerator))
 
 
 def test_two_processes() -> None:
-    (code, first), (other_code, second) = on_two_machines(PROGRAM)
+    (code, first), (other_code, second) = fork_ranks(PROGRAM, machines=True)
     assert (code, other_code) == (0, 7), first + second
 
     def lines(text: str) -> list[str]:
