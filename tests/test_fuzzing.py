@@ -11,6 +11,8 @@ from .fuzzing.readers import READERS
 from .fuzzing.worker import Worker
 
 COUNT, SLOW_COUNT, SEED = 100, 20, 0
+#: What is damaged here is passed over or made again.
+FORGIVING = {"records", "cache"}
 
 
 @pytest.fixture(scope="module")
@@ -32,4 +34,5 @@ def test_damaged_files(name: str, worker: Worker) -> None:
     assert not faults, told
     # not all damage is found out, nor does all of it end at the first look
     assert any(outcome.error is None for outcome in outcomes)
-    assert not READERS[name].errors or any(outcome.error for outcome in outcomes)
+    refuses = READERS[name].errors and name not in FORGIVING
+    assert not refuses or any(outcome.error for outcome in outcomes)

@@ -506,5 +506,5 @@ def test_layers_that_cannot_be_logged(path: str, why: str) -> None:
 
 
 def test_k_below_one_is_refused() -> None:
-    with pytest.raises(ValueError, match="k must be at least 1, but is 0"):
+    with pytest.raises(ValueError, match="needs k of at least 1, but k is 0"):
         DiagnosticsLog(Two(), ["first"], 0, steps=[1])

@@ -30,7 +30,7 @@ def test_images_held_out_are_compared_with(world, tmp_path):
     (folder / "dataset/dog/train/1.png").write_bytes(b"no picture")
     with pytest.raises(DataError, match=str(folder)) as caught:
         read_tasks(runs.settings(world, tmp_path / "out", **options))
-    images = [p.split(" cannot")[0] for p in caught.value.problems if "Pillow" in p]
+    images = [p.split(" cannot")[0] for p in caught.value.problems if "is not an image" in p]
     assert images == ["dataset/dog/train: 1.png", "dataset/dog/held_out: 3.png"]
     judges.draw(folder / "dataset/dog/train", 2)
     (task,) = read_tasks(runs.settings(world, tmp_path / "out", skip_bad_images=True, **options))
@@ -79,7 +79,7 @@ def test_captioned(world, tmp_path, monkeypatch):
     here = {**options, "captioned_dir": ".", "held_out": 3}
     (again,) = read_tasks(runs.settings(world, tmp_path / "out", **here))
     assert again.subject == "set"
-    with pytest.raises(ConfigError, match="--held_out is 7, but there are 7 different pictures"):
+    with pytest.raises(ConfigError, match="--held_out is 7, but there are 7 different images"):
         read_tasks(runs.settings(world, tmp_path / "out", held_out=7, **options))
 
 

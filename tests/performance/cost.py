@@ -35,12 +35,21 @@ class Peak:
 
 
 def measure_peak(device: torch.device, dtype: torch.dtype) -> Peak:
-    """Time a plain product of 2048 x 2048 and a copy of 256 MiB (8192 and 1 GiB on a GPU)."""
-    side, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
-    a = torch.randn(side, side, device=device, dtype=dtype)
+    """Time a plain product of 2048 x 2048 and a copy of 256 MiB (8192 and 1 GiB on a GPU).
+
+    The product is smaller where one takes long, as on a CPU that emulates bf16.
+    """
+    largest, size = (8192, 2**30) if device.type == "cuda" else (2048, 2**28)
+    side = 128
+    while True:
+        a = torch.randn(side, side, device=device, dtype=dtype)
+        out = torch.empty_like(a)
+        product = min(timed(lambda a=a, out=out: torch.mm(a, a, out=out), device) for _ in range(5))
+        if side == largest or product > 0.05:
+            break
+        side *= 2
     source = torch.ones(size // 4, device=device)
-    target, out = torch.empty_like(source), torch.empty_like(a)
-    product = min(timed(lambda: torch.mm(a, a, out=out), device) for _ in range(5))
+    target = torch.empty_like(source)
     copy = statistics.median(timed(lambda: target.copy_(source), device) for _ in range(5))
     return Peak(2 * side**3 / product, 2 * size / copy)
 

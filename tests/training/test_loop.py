@@ -372,7 +372,9 @@ def test_sizes_that_the_base_does_not_take_are_refused(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ModelFamily, "size_divisor", lambda self, pipe: 16)
-    with pytest.raises(ConfigError, match=r"holds 24,16; .*16 for this base. The nearest is 32,16"):
+    with pytest.raises(
+        ConfigError, match=r"contains 24,16; .*16 for this base. The nearest is 32,16"
+    ):
         run(output_dir=tmp_path / "out", aspect_ratio_buckets="16,16;24,16", **data)
     assert not (tmp_path / "out").exists()
 

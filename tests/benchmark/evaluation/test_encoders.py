@@ -277,7 +277,7 @@ def test_broken_images_are_named(tmp_path, dinov2, drawn):
     for keep in (False, True):
         with pytest.raises(DataError, match=r"cut\.png:\n  cannot be decoded: .*truncated"):
             encoder.embed_images([drawn[1], cut], keep=keep)
-        with pytest.raises(DataError, match=r"text\.png:\n  cannot be decoded: it is no picture"):
+        with pytest.raises(DataError, match=r"text\.png:\n  cannot be decoded: it is not an image"):
             encoder.embed_images([text], keep=keep)
         with pytest.raises(DataError, match=r"none\.png:\n  cannot be read: No such file"):
             encoder.embed_images([tmp_path / "none.png"], keep=keep)

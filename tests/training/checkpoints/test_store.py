@@ -35,7 +35,7 @@ def test_written_listed_found_and_limited(tmp_path: Path) -> None:
     assert names(store) == ["checkpoint-10", "checkpoint-100"]
     assert store.find("latest") == (100, store.folder / "checkpoint-100")
     assert store.find("checkpoint-10") == store.find(str(store.folder / "checkpoint-10"))
-    with pytest.raises(CheckpointError, match=r"In .*: checkpoint-10, checkpoint-100"):
+    with pytest.raises(CheckpointError, match=r"Checkpoints in .*: checkpoint-10, checkpoint-100"):
         store.find("checkpoint-5")
 
 

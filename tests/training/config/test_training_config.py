@@ -812,7 +812,7 @@ there = {"options": deciding_options(TrainingConfig())}
 with pytest.raises(CheckpointError, match="--shine 0.5 there, 1.5 here"):
     check_options(Path("checkpoint-1"), there, config)  # compared on resume
 assert parse_settings(["--shine", "1.5"]).training.shine == 1.5  # passed by the benchmark
-with pytest.raises(ConfigError, match="--polish is not for the benchmark: use wax"):
+with pytest.raises(ConfigError, match="--polish cannot be set here: use wax"):
     parse_settings(["--polish", "x"])
 """,
         encoding="utf-8",

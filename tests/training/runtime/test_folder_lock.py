@@ -115,7 +115,7 @@ def test_a_file_system_without_locks_is_told(
     monkeypatch.setattr(folder_lock, "FileLock", NoLocks)
     with owned(tmp_path / "out", "--output_dir 'out'"):
         (tmp_path / "out" / "result").touch()
-    assert "--output_dir 'out': its file system has no locks" in caplog.text
+    assert "--output_dir 'out' is on a file system without locks" in caplog.text
     assert (tmp_path / "out" / "result").exists()
 
 
