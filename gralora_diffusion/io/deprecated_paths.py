@@ -285,3 +285,17 @@ class _Loader(Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         module.__dict__["__getattr__"] = names_of(module.__name__)
+        module.__class__ = _OldModule
+
+
+class _OldModule(ModuleType):
+    """What is set in an old module, as tests do that replace a function, is set in the new one."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name.startswith("__") or isinstance(value, ModuleType):
+            super().__setattr__(name, value)
+            return
+        old = self.__name__.removeprefix(f"{_PACKAGE}.")
+        place = NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}")
+        home, _, new_name = place.rpartition(".")
+        setattr(import_module(f"{_PACKAGE}.{home}"), new_name, value)

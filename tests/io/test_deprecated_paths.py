@@ -3,6 +3,7 @@
 import importlib
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 
@@ -52,3 +53,11 @@ def test_what_is_no_name():
         exec("from gralora_diffusion.warm_start import nothing")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("gralora_diffusion.nothing")
+
+
+def test_what_is_set_in_an_old_module_is_set_in_the_new_one(monkeypatch):
+    old: Any = importlib.import_module("gralora_diffusion.training.outcome")
+    new = importlib.import_module("gralora_diffusion.training.outputs.output_dir")
+    monkeypatch.setattr(new, "upload_folder", None)  # taken back at the end
+    old.upload_folder = print
+    assert new.upload_folder is print
