@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
+from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 
@@ -115,9 +116,15 @@ def option(default: Any, help: str, *, secret: bool = False) -> Any:
 
 def options_with(options: type, trait: type[Trait]) -> dict[str, Trait]:
     """Return name -> trait for the fields of a dataclass whose type has such an annotation."""
-    hints = get_type_hints(options, include_extras=True)
-    found = {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
+    found = _traits(options)
     return {name: t for name, traits in found.items() for t in traits if isinstance(t, trait)}
+
+
+@cache
+def _traits(options: type) -> dict[str, tuple[Any, ...]]:
+    """Return name -> all traits, once for each class: evaluating annotations takes milliseconds."""
+    hints = get_type_hints(options, include_extras=True)
+    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
 
 
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
