@@ -37,8 +37,8 @@ class MetricsFile:
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         self.path = folder / METRICS_NAME
-        kept = [text for text, row in self._lines() if row["step"] <= first_step]
-        kept = kept if first_step else []
+        lines = self._lines() if first_step else ()
+        kept = [text for text, row in lines if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:  # if the process is killed now, no line is lost
             temporary.write_bytes(b"".join(text + b"\n" for text in kept))
