@@ -237,16 +237,20 @@ def install() -> None:
         sys.meta_path.insert(0, _Finder())
 
 
+def _place(module: str, name: str) -> str:
+    """Return where a name of an old module is now, from the package on."""
+    old = module.removeprefix(f"{_PACKAGE}.")
+    return NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}")
+
+
 def names_of(module: str) -> Callable[[str], Any]:
     """Return the ``__getattr__`` of a module of version 0.1."""
-    old = module.removeprefix(f"{_PACKAGE}.")
 
     def get(name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(f"module {module!r} has no attribute {name!r}")
         # errors were importable from every module that raised them
-        places = [NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}"), f"io.errors.{name}"]
-        for place in places:
+        for place in (_place(module, name), f"io.errors.{name}"):
             home, _, new_name = place.rpartition(".")
             new = import_module(f"{_PACKAGE}.{home}")
             if hasattr(new, new_name):
@@ -295,7 +299,5 @@ class _OldModule(ModuleType):
         if name.startswith("__") or isinstance(value, ModuleType):
             super().__setattr__(name, value)
             return
-        old = self.__name__.removeprefix(f"{_PACKAGE}.")
-        place = NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}")
-        home, _, new_name = place.rpartition(".")
+        home, _, new_name = _place(self.__name__, name).rpartition(".")
         setattr(import_module(f"{_PACKAGE}.{home}"), new_name, value)
