@@ -25,6 +25,7 @@ from gralora_diffusion.benchmark.evaluation.metrics import (
 )
 from gralora_diffusion.benchmark.evaluation.results import PromptResult, TrialResult
 from gralora_diffusion.io.errors import ConfigError, DataError
+from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -90,15 +91,10 @@ class Runner:
         config = method.configured(replace(task.config, seed=seed))
         config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
-        unmoved = self._images_of_the_base(task, config)
-        try:
+        with tf32_products(config.allow_tf32), self._fresh_afterwards(config):
+            unmoved = self._images_of_the_base(task, config)
             with bare_afterwards(self.pipe, components, method):
                 facts, drawn = self._train_and_draw(task, method, config, folder)
-        finally:
-            # a new one, because the old one keeps schedule, optimizer, average and fp16's scale
-            self.accelerator.free_memory()
-            self.accelerator = make_accelerator(config)
-            free_memory()
         home = home or folder
         scores, prompts = self._judge(task, drawn, unmoved, folder, home)
         return TrialResult(
@@ -114,6 +110,25 @@ class Runner:
             folder=home,
             **facts,
         )
+
+    @contextmanager
+    def _fresh_afterwards(self, config: TrainingConfig) -> Iterator[None]:
+        """Afterwards, the models are where they were, and there is a new accelerator.
+
+        Training leaves text encoders and VAE on the device if its steps need them. The old
+        accelerator keeps schedule, optimizer, average and fp16's scale.
+        """
+        models = existing_models(self.pipe, {"vae", *self.family.all_text_encoders})
+        places = {model: next(model.parameters()).device for model in models}
+        try:
+            yield
+        finally:
+            for model, device in places.items():
+                if next(model.parameters()).device != device:
+                    model.to(device)
+            self.accelerator.free_memory()
+            self.accelerator = make_accelerator(config)
+            free_memory()
 
     def _train_and_draw(
         self, task: Task, method: Method, config: TrainingConfig, folder: Path

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
+from gralora_diffusion.io.precision import exact_fp32
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import generation_mode
 
@@ -185,7 +186,7 @@ def compare(
 
     Args:
         pipe: the base without adapters, on the device and in the dtype of the computation. In fp32
-            only the exported weights count; half precision adds its own rounding.
+            (without TF32) only the exported weights count; half precision adds its own rounding.
         adapter: a source for ``load_gralora_weights``.
         loaders: name -> loader of an artifact.
         scale: scale of the attached adapter: the scale that is folded into the file.
@@ -221,7 +222,7 @@ def compare(
         return torch.cat(latents).double().cpu()
 
     generated = {}
-    with _trainable_as_it_was(pipe):
+    with _trainable_as_it_was(pipe), exact_fp32():
         base = generate(pipe)
         with attached_adapter(adapter, scale)(pipe):
             truth = generate(pipe)
@@ -252,7 +253,7 @@ def compare(
             "pipeline": type(pipe).__name__,
             "dtype": _short(computing),
             "stored_dtype": _short(stored or computing),
-            "device": str(pipe.device),
+            "device": str(pipe._execution_device),
         },
     )
 

@@ -203,9 +203,11 @@ NAMES = {
     "training.data.warn_of_long_pictures": "training.data.image_folder.warn_of_long_images",
     "training.data.warn_of_small_pictures": "training.data.image_folder.warn_of_small_images",
     "training.empty_base.check_without_weights": "training.checks.base.check_without_weights",
+    "training.memory.bytes_of": "pipelines.placement.bytes_of",
     "training.memory.optimizer_state_bytes": (
         "training.optimization.optimizers.optimizer_state_bytes"
     ),
+    "training.memory.tensors_of": "pipelines.placement.tensors_of",
     "training.plan_text.optimizer_label": "training.dry_run.plan.optimizer_label",
     "training.plan_text.plan_text": "training.dry_run.formatting.format_plan",
     "training.prior.class_pictures_lacking": "training.data.class_images.missing_class_images",

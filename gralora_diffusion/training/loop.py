@@ -22,6 +22,7 @@ from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.process import are_several, print_safely
 from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
@@ -92,7 +93,7 @@ def train(config: TrainingConfig) -> Path:
     """
     if not are_several():
         validate(config)  # before accelerate is asked
-    with accelerate_left_as_it_was():
+    with accelerate_left_as_it_was(), tf32_products(config.allow_tf32):
         accelerator = make_accelerator(config)
         if config.dry_run:
             _print_plan(config, accelerator)

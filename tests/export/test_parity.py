@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from gralora_diffusion.adapters.adapter_file import DENOISER, Adapter, read_adap
 from gralora_diffusion.adapters.layers.functional import lora_factors
 from gralora_diffusion.export.loaders import ArtifactLoader, fused_folder, fused_in_place, lora_file
 from gralora_diffusion.export.parity import ParityError, compare
+from gralora_diffusion.io.precision import exact_fp32
 from tests.models import PIPELINES, adapt_everywhere, config, merged, structure
 from tests.originals import ORIGINALS, write
 from tests.tiny.parts import text_encoder_with_projection
@@ -146,6 +147,46 @@ def test_weights_set_in_place_are_taken_out_again(adapter: Path, pipe: Any) -> N
         compare(pipe, adapter, {"x": fused_in_place(fail, ["unet"])}, prompts=PROMPTS)
     assert all(torch.equal(t, before[k]) for k, t in pipe.unet.state_dict().items())
     assert not getattr(pipe.unet, "peft_config", {})
+
+
+def rounded_to_tf32(tensor: torch.Tensor) -> torch.Tensor:
+    """To 10 bits of the mantissa, half away from zero or to even."""
+    bits = tensor.contiguous().view(torch.int32)
+    return ((bits + 0xFFF + ((bits >> 13) & 1)) & ~0x1FFF).view(torch.float32)
+
+
+def convolutions_round() -> bool:
+    """Whether they would on a GPU."""
+    cudnn: Any = torch.backends.cudnn
+    if hasattr(cudnn, "conv"):
+        return bool(cudnn.conv.fp32_precision == "tf32")
+    return bool(cudnn.allow_tf32)
+
+
+def test_convolutions_do_not_round_as_gpus_do_by_default(
+    adapter: Path, pipe: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """cuDNN's TF32, emulated, would make a correct export look wrong."""
+    loaders = {"lora": lora_file(exact_lora(adapter, tmp_path / "lora"))}
+    expected = compare(pipe, adapter, loaders, prompts=PROMPTS, steps=2)
+    plain, rounded = torch.nn.functional.conv2d, []
+
+    def conv2d(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **named: Any) -> torch.Tensor:
+        rounded.append(convolutions_round())
+        if rounded[-1]:
+            x, weight = rounded_to_tf32(x), rounded_to_tf32(weight)
+        return plain(x, weight, *rest, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", conv2d)
+    monkeypatch.setattr("gralora_diffusion.export.parity.exact_fp32", nullcontext)
+    differs = compare(pipe, adapter, loaders, prompts=PROMPTS, steps=2)
+    assert differs.loaders["lora"].largest > 10 * expected.loaders["lora"].largest
+    assert all(rounded)
+    monkeypatch.setattr("gralora_diffusion.export.parity.exact_fp32", exact_fp32)
+    rounded.clear()
+    assert compare(pipe, adapter, loaders, prompts=PROMPTS, steps=2) == expected
+    assert rounded
+    assert not any(rounded)
 
 
 def test_differences_are_those_of_the_latents(adapter: Path, pipe: Any, tmp_path: Path) -> None:

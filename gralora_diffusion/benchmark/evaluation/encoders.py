@@ -29,6 +29,7 @@ from transformers.utils import (
 
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import MAX_BYTES, ImageError, as_srgb, read_image
+from gralora_diffusion.io.precision import exact_fp32
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.training.checks.paths import model_problem
 
@@ -132,10 +133,16 @@ class Encoder:
         rows = (self._embed_texts(batch) for batch in _batches(texts, self.batch_size))
         return _stacked(row for batch in rows for row in batch)
 
+    @contextmanager
+    def _full_precision(self) -> Iterator[None]:
+        """Turn off autocast and TF32 inside."""
+        with exact_fp32(), torch.autocast(self.model.device.type, enabled=False):
+            yield
+
     def _embed_images(self, images: list[Image.Image]) -> Tensor:
         inputs = self.processor(images=images, return_tensors="pt", **self.preprocessing)
         pixels = inputs["pixel_values"].to(self.model.device)
-        with torch.inference_mode(), _full_precision(self.model.device):
+        with torch.inference_mode(), self._full_precision():
             if hasattr(self.model, "get_image_features"):
                 embeddings = _pooled(self.model.get_image_features(pixel_values=pixels))
             else:
@@ -157,7 +164,7 @@ class Encoder:
             max_length=limit,
             return_tensors="pt",
         ).to(self.model.device)
-        with torch.inference_mode(), _full_precision(self.model.device):
+        with torch.inference_mode(), self._full_precision():
             return _pooled(self.model.get_text_features(**inputs)).float().cpu()
 
 
@@ -284,28 +291,3 @@ def _stacked(rows: Iterator[Tensor]) -> Tensor:
     if not collected:
         raise ValueError("there is nothing to embed")
     return torch.stack(collected)
-
-
-@contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Turn off autocast inside, and TF32, which cuDNN's convolutions use by default on a GPU."""
-    backends: Any = torch.backends
-    name: str
-    exact: str | bool
-    if hasattr(backends.cudnn, "conv"):  # torch >= 2.9
-        switches, name, exact = (
-            [backends.cuda.matmul, backends.cudnn.conv],
-            "fp32_precision",
-            "ieee",
-        )
-    else:
-        switches, name, exact = [backends.cuda.matmul, backends.cudnn], "allow_tf32", False
-    before = [getattr(switch, name) for switch in switches]
-    for switch in switches:
-        setattr(switch, name, exact)
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        for switch, was in zip(switches, before, strict=True):
-            setattr(switch, name, was)

@@ -49,8 +49,6 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     # checked first because accelerate would ask for their libraries
     if sharded := [name for key, name in _SHARDED.items() if parse_flag_from_env(key)]:
         raise ConfigError([_not_shared(" and ".join(sharded))])
-    if config.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
     folder = Path(config.output_dir)
     try:
         accelerator = Accelerator(
