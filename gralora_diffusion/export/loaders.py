@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
+from gralora_diffusion.pipelines.placement import placed_beside
 
 ArtifactLoader = Callable[[Any], AbstractContextManager[Any]]
 
@@ -57,12 +58,13 @@ def lora_file(path: Path) -> ArtifactLoader:
 
 
 def fused_folder(path: Path) -> ArtifactLoader:
-    """Load a fused pipeline in diffusers' layout beside the base."""
+    """Load a fused pipeline in diffusers' layout; the base leaves the device if both do not fit."""
 
     @contextmanager
     def loader(pipe: Any) -> Iterator[Any]:
         fused = type(pipe).from_pretrained(path, dtype=computing_dtype(pipe))
-        yield fused.to(pipe.device)
+        with placed_beside(fused, pipe):
+            yield fused
 
     return loader
 
@@ -73,7 +75,11 @@ def fused_in_place(load: Callable[[Any], None], components: Sequence[str]) -> Ar
     @contextmanager
     def loader(pipe: Any) -> Iterator[Any]:
         models = [getattr(pipe, name) for name in components]
-        before = [{key: t.clone() for key, t in model.state_dict().items()} for model in models]
+        # on the CPU, because a device may not have room for both
+        before = [
+            {key: tensor.to("cpu", copy=True) for key, tensor in model.state_dict().items()}
+            for model in models
+        ]
         try:
             load(pipe)
             yield pipe

@@ -23,6 +23,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.tensor_files import read_header
+from gralora_diffusion.pipelines.placement import place
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
 from .choices import parity_path
@@ -181,7 +182,8 @@ class Verification:
                     f"--verify: {path} is a single file, and the pipeline that completes it could "
                     f"not be loaded. Pass a folder or Hub id as --base_config. ({error})"
                 ) from error
-        return pipe.to("cuda" if on_gpu else "cpu")
+        place(pipe, torch.device("cuda" if on_gpu else "cpu"))
+        return pipe
 
 
 def _computed_in(stored: torch.dtype) -> torch.dtype:

@@ -233,6 +233,8 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
+    from gralora_diffusion.pipelines.placement import place
+
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if Path(args.base).is_dir():
@@ -243,7 +245,8 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             args.base, dtype=torch_dtype(name), use_safetensors=True
         )
-        return pipe.to(device)
+        place(pipe, torch.device(device))
+        return pipe
     except Exception as error:  # libraries may raise anything on damaged files
         problem = (
             offline_problem(error, args.base) or f"no diffusers pipeline could be loaded ({error})"

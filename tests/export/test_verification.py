@@ -9,7 +9,6 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import DiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
@@ -22,13 +21,12 @@ from tests.originals import ORIGINALS, write
 @pytest.fixture
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if there was one: all is as on one but for the last step, to the device."""
-    to = DiffusionPipeline.to
 
-    def moved(pipe: Any, *arguments: Any, **options: Any) -> Any:
-        return pipe if arguments == ("cuda",) else to(pipe, *arguments, **options)
+    def place(pipe: Any, device: torch.device) -> None:
+        assert device.type == "cuda"
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(DiffusionPipeline, "to", moved)
+    monkeypatch.setattr(verification, "place", place)
 
 
 def opened_pipeline(base: Path, **options: Any) -> Any:

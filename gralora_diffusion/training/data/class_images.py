@@ -10,12 +10,10 @@ from __future__ import annotations
 import itertools
 import time
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
-from torch import nn
 from tqdm.auto import tqdm
 
 from gralora_diffusion.base_models.loading import load_base
@@ -24,11 +22,11 @@ from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.pipelines.placement import place
 from gralora_diffusion.training.config.options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
 from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run
-from gralora_diffusion.training.runtime.memory import bytes_of, tensors_of
 
 from .seeds import generator
 
@@ -123,7 +121,7 @@ def _draw(
     batches = sorted({number // size for number in numbers})
     dtype = _generation_dtype(config, family, accelerator.device)
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
-    _place(pipe, accelerator.device)
+    place(pipe, accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     options = {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
     mend_clip_skip(pipe)
@@ -152,18 +150,3 @@ def _generation_dtype(
 ) -> torch.dtype:
     usual = family.generation_precision if device.type == "cuda" else "fp32"
     return torch_dtype(options.prior_generation_precision or usual)
-
-
-def _place(pipe: Any, device: torch.device) -> None:
-    """Put a pipeline on the device. If its models would take more than half of the free memory,
-    each is there only while it computes."""
-    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
-    # a copy of bitsandbytes' 8-bit weights stays on the GPU even when the model is moved
-    movable = not any(getattr(model, "is_loaded_in_8bit", False) for model in models)
-    if device.type == "cuda" and movable:
-        free_memory()
-        free, _ = torch.cuda.mem_get_info(device)
-        if 2 * sum(bytes_of(tensors_of(model)) for model in models) > free:
-            pipe.enable_model_cpu_offload(device=device)
-            return
-    pipe.to(device)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
@@ -24,7 +25,7 @@ from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
 from gralora_diffusion.training.optimization.step import BatchBuilder, DenoisingStep, mean_loss
 from gralora_diffusion.training.runtime.acceleration import DTYPES
-from gralora_diffusion.training.runtime.memory import MemoryMeter, bytes_of, tensors_of
+from gralora_diffusion.training.runtime.memory import MemoryMeter
 
 #: Represents every prompt, since all encodings have one shape. It is short, because pipelines read
 #: the values of the tokens that they cut off from a long one.

@@ -24,6 +24,7 @@ from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import quantize_empty
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import existing_class_images
@@ -33,7 +34,7 @@ from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_adapters
 from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
-from gralora_diffusion.training.runtime.memory import bytes_of, materialize, tensors_of
+from gralora_diffusion.training.runtime.memory import materialize
 
 from .fake_step import FakeData, FakeObjective, measure_step
 

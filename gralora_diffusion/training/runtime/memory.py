@@ -8,7 +8,7 @@ torch's own ``MemTracker`` cannot be used here, since it puts hooks on weights w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -17,6 +17,8 @@ from torch.nn import Parameter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
+
+from gralora_diffusion.pipelines.placement import bytes_of
 
 #: The allocator of a CUDA device rounds up to multiples of it.
 _CUDA_BLOCK = 512
@@ -75,20 +77,6 @@ class MemoryMeter(TorchDispatchMode):
 
     def _free(self, size: int) -> None:
         self.now -= size
-
-
-def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters and buffers once each; for quantized ones, the tensors that store them."""
-    for tensor in (*module.parameters(), *module.buffers()):
-        if hasattr(tensor, "__tensor_flatten__"):
-            yield from (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        else:
-            yield tensor
-
-
-def bytes_of(tensors: Iterable[Tensor]) -> int:
-    """Return the bytes of the elements of ``tensors`` on any device."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def materialize(module: nn.Module, device: torch.device) -> None:

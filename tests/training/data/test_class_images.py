@@ -16,7 +16,6 @@ from gralora_diffusion.families import get_family, list_families
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import (
     _generation_dtype,
-    _place,
     existing_class_images,
     generate_class_images,
 )
@@ -107,36 +106,6 @@ def test_precision_of_drawing_on_a_gpu(name: str, tmp_path: Path) -> None:
     assert _generation_dtype(prior(tmp_path, tmp_path), family, cuda) == wanted
     chosen = prior(tmp_path, tmp_path, prior_generation_precision="fp32")
     assert _generation_dtype(chosen, family, cuda) == torch.float32
-
-
-@pytest.mark.parametrize(
-    ("gpu", "bits", "share", "offloads"),
-    [
-        ("cuda:0", None, 2.1, False),
-        ("cuda:0", None, 1.9, True),
-        ("cuda:0", "is_loaded_in_8bit", 1.9, False),
-        ("cuda:0", "is_loaded_in_4bit", 1.9, True),
-        ("cpu", None, 1.9, False),
-    ],
-)
-def test_drawing_with_little_memory(
-    gpu: str, bits: str | None, share: float, offloads: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pipe, device, calls = stable_diffusion(), torch.device(gpu), []
-    if bits:
-        setattr(pipe.unet, bits, True)
-    weights = sum(
-        sum(tensor.nbytes for tensor in [*model.parameters(), *model.buffers()])
-        for model in (pipe.unet, pipe.vae, pipe.text_encoder)
-    )
-    free = int(share * weights)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 10 * free))
-    monkeypatch.setattr(pipe, "to", lambda place: calls.append(("to", place)))
-    monkeypatch.setattr(
-        pipe, "enable_model_cpu_offload", lambda device: calls.append(("offload", device))
-    )
-    _place(pipe, device)
-    assert calls == [("offload" if offloads else "to", device)]
 
 
 def lora(pipe) -> None:
