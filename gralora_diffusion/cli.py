@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from gralora_diffusion.io.process import guard_terminal
 from gralora_diffusion.io.safe_text import TerminalParser
+from gralora_diffusion.io.version import __version__
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -15,10 +16,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = list(sys.argv[1:] if argv is None else argv)
     guard_terminal()
     parser = TerminalParser(prog="gralora", description="GraLoRA for image models.")
+    parser.add_argument("--version", action="version", version=f"gralora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
-    commands.add_parser(
-        "train", add_help=False, help="train an adapter (the same options as the training script)"
-    )
+    commands.add_parser("train", add_help=False, help="train an adapter")
     commands.add_parser("sample", add_help=False, help="generate images with a base and an adapter")
     commands.add_parser(
         "export", add_help=False, help="write a checkpoint, a LoRA or a folder for other programs"
@@ -28,6 +28,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser(
         "benchmark", add_help=False, help="train, evaluate and compare methods side by side"
     )
+    commands.add_parser(
+        "demo", add_help=False, help="train on the bundled base, on the CPU, without a download"
+    )
+    commands.add_parser("samples", add_help=False, help="copy the bundled samples to a folder")
     # each command parses its own options and prints its own help
     command = parser.parse_args(arguments[:1]).command
     try:
@@ -66,6 +70,14 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from gralora_diffusion.benchmark.main import main as benchmark
 
         benchmark(rest)
+    elif command == "demo":
+        from gralora_diffusion.demo import demo
+
+        demo(rest)
+    elif command == "samples":
+        from gralora_diffusion.demo import copy_samples
+
+        copy_samples(rest)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,8 @@ from tests import ROOT
         (["inspect", "--help"], "--json"),
         (["import", "--help"], "--gralora_k"),
         (["benchmark", "--help"], "usage: gralora benchmark"),
+        (["demo", "--help"], "usage: gralora demo [-h] [folder] [options]"),
+        (["samples", "--help"], "usage: gralora samples"),
     ],
 )
 def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -68,6 +70,8 @@ def test_a_hub_id_that_is_not_cached(
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
         (["benchmark", "--rank", "4"], "--rank cannot be set here"),
+        (["demo", "--no_such", "1"], "--no_such is not an option"),
+        (["samples", "--output", "."], "--output . exists already"),
         (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 from torch.distributed.run import get_args_parser as torchrun_parser
 from transformers import T5Config, T5EncoderModel
 
-from gralora_diffusion import AdapterFileError, cli, families, get_family
+from gralora_diffusion import AdapterFileError, cli, demo, families, get_family
 from gralora_diffusion.benchmark.run_config import (
     SETTINGS_NAME,
     SUITES,
@@ -55,7 +55,8 @@ LINKING = [*DOCS, *sorted((*ROOT.glob("samples/**/*.md"), *ROOT.glob(".github/*.
 BENCHMARK_CONFIGS = sorted((ROOT / "samples/configs").glob("benchmark_*.yaml"))
 CONFIGS = sorted({*(ROOT / "samples/configs").glob("*.yaml")} - {*BENCHMARK_CONFIGS})
 SCRIPT = "train_scripts/train_dreambooth_gralora.py"
-BENCHMARK = "gralora_diffusion.benchmark"
+PACKAGE = "gralora_diffusion"  # as a module, the same as the command
+BENCHMARK = f"{PACKAGE}.benchmark"
 BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 #: What a machine may lack on which a right command is checked.
 OF_THE_MACHINE = ("needs a GPU", "pip install", "cannot be used on this machine")
@@ -152,15 +153,15 @@ def _program(command: list[str]) -> tuple[str, list[str]]:
     program, *rest = [word for word in command if not re.match(r"[A-Z_]+=", word)]
     if (program, *rest[:1]) == ("accelerate", "launch"):
         launch = launch_command_parser().parse_args(rest[1:])
-        assert bool(launch.module) == (launch.training_script == BENCHMARK)
+        assert bool(launch.module) == (launch.training_script in (PACKAGE, BENCHMARK))
         program, rest = launch.training_script, launch.training_script_args
     elif program == "torchrun":
         launch = torchrun_parser().parse_args(rest)
-        assert bool(launch.module) == (launch.training_script == BENCHMARK)
+        assert bool(launch.module) == (launch.training_script in (PACKAGE, BENCHMARK))
         program, rest = launch.training_script, launch.training_script_args
     elif (program, *rest[:1]) == ("python", "-m"):
         program, *rest = rest[1:]
-    elif program == "gralora":
+    if program in ("gralora", PACKAGE):
         program, *rest = f"gralora {rest[0]}", *rest[1:]
     return program, rest
 
@@ -188,6 +189,8 @@ def test_command(command, workplace):
         assert _problems(parse_config(arguments)) == []
     elif program in (BENCHMARK, "gralora benchmark"):
         assert _benchmark_problems(parse_settings(arguments)) == []
+    elif program == "gralora demo":
+        assert arguments == []
     elif program.startswith("./"):
         assert os.access(program, os.X_OK)
     elif program in PARSERS:
@@ -212,10 +215,12 @@ PARSERS = {
     "gralora inspect": inspecting.parser,
     "gralora import": importing.parser,
     "gralora sample": generation.parser,
+    "gralora samples": demo.samples_parser,
 }
 FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
+FLAGS |= {"--version"}
 FLAGS |= {f for a in layer.build_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
 WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
@@ -241,7 +246,7 @@ def test_benchmark_config(path, workplace):
     settings = parse_settings(["--config", str(path), "--output_dir", "new"])
     assert _benchmark_problems(settings) == []
     assert {task.subject for task in read_tasks(settings)} == {*settings.subjects}
-    assert path.relative_to(ROOT).as_posix() in SUITES.values()
+    assert path.relative_to(ROOT / "samples").as_posix() in SUITES.values()
 
 
 # -- Python ----------------------------------------------------------------------------------------

@@ -1,8 +1,8 @@
 """What is installed is what is in the tree, and the files around the package agree with it."""
 
 import email
+import importlib.util
 import re
-import shutil
 import subprocess
 import sys
 import tomllib
@@ -10,52 +10,97 @@ import zipfile
 
 import pytest
 import yaml
+from markdown_it import MarkdownIt
 
 import gralora_diffusion
 from tests import ROOT
-
-#: Builds as pip does, where neither the package nor its libraries can be imported.
-BUILD = """
-import sys
-
-sys.modules |= dict.fromkeys(["torch", "diffusers", "peft", "gralora_diffusion"])
-from setuptools import build_meta
-
-build_meta.build_wheel(sys.argv[1])
-"""
+from tests.built import OF_A_CLONE, build, tree
 
 
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("wheel")
-    source = folder / "source"
-    ignored = shutil.ignore_patterns("__pycache__")
-    shutil.copytree(ROOT / "gralora_diffusion", source / "gralora_diffusion", ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source / name)
-    line = [sys.executable, "-I", "-c", BUILD, str(folder)]
-    made = subprocess.run(line, cwd=source, capture_output=True, text=True)
-    assert made.returncode == 0, made.stderr
-    (path,) = folder.glob("*.whl")
+def built(tmp_path_factory):
+    return build(tmp_path_factory.mktemp("built"))
+
+
+@pytest.fixture(scope="module")
+def wheel(built):
+    (path,) = built.glob("*.whl")
     with zipfile.ZipFile(path) as opened:
         yield opened
 
 
-def test_a_wheel_holds_every_file_of_the_package(wheel):
+def test_a_wheel_holds_every_file_of_the_package_and_the_samples(wheel):
     names = {name for name in wheel.namelist() if ".dist-info/" not in name}
     files = {
-        p.relative_to(ROOT).as_posix()
-        for p in (ROOT / "gralora_diffusion").rglob("*")
-        if p.is_file() and "__pycache__" not in p.parts
+        name if name.startswith("gralora_diffusion/") else f"gralora_diffusion/{name}": path
+        for name, path in tree("gralora_diffusion", "samples").items()
+        if name not in OF_A_CLONE
     }
     assert "gralora_diffusion/benchmark/report/templates/report.html.jinja" in files
-    assert names == files
+    assert names == files.keys()
+    for name, path in files.items():
+        assert wheel.read(name) == path.read_bytes(), name
+
+
+def metadata_of(wheel):
+    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
+    return email.message_from_bytes(wheel.read(name))
 
 
 def test_a_wheel_has_the_version_of_the_package(wheel):
-    (name,) = [name for name in wheel.namelist() if name.endswith(".dist-info/METADATA")]
-    metadata = email.message_from_bytes(wheel.read(name))
-    assert metadata["Version"] == gralora_diffusion.__version__
+    assert metadata_of(wheel)["Version"] == gralora_diffusion.__version__
+
+
+# -- the page of a package index -------------------------------------------------------------------
+
+
+def targets(markdown):
+    """The links and images of a page, as a parser of CommonMark finds them."""
+    tokens = [t for block in MarkdownIt().parse(markdown) for t in block.children or ()]
+    links = {token.attrs["href"] for token in tokens if token.type == "link_open"}
+    return links, {token.attrs["src"] for token in tokens if token.type == "image"}
+
+
+def test_an_index_shows_the_readme_without_broken_links(wheel):
+    metadata = metadata_of(wheel)
+    assert metadata["Description-Content-Type"] == "text/markdown"
+    shown = metadata.get_payload(decode=True).decode()
+    links, images = targets(shown)
+    assert images == set()
+    assert all(re.match("https://|#", link) for link in links)
+    theirs, _ = targets((ROOT / "README.md").read_text(encoding="utf-8"))
+    assert links == {link for link in theirs if re.match("https://|#", link)}
+    assert "train SDXL, SD 3.5 or FLUX" in shown  # the words of a link
+
+
+@pytest.fixture(scope="module")
+def public_readme():
+    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci/public_readme.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_with_an_address_links_lead_to_the_repository(public_readme):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    address = "https://example.org/owner/name"
+    links, images = targets(public_readme.shown_elsewhere(text, "README.md", address))
+    assert images == {f"{address}/raw/main/docs/images/demo_grid.png"}
+    there = {link for link in links if link.startswith(address)}
+    assert f"{address}/blob/main/docs/training/memory.md#plan-a-run" in there
+    for link in there:
+        assert (ROOT / link.removeprefix(f"{address}/blob/main/").partition("#")[0]).exists()
+    assert all(re.match("https://|#", link) for link in links)
+
+
+def test_links_are_relative_to_their_page_and_code_is_no_link(public_readme):
+    text = "[a](../x.md#y) `[b](c)` [d](#e) [f](https://g.org/h)\n\n```\n[i](j)\n```\n![k](l.png)"
+    shown = public_readme.shown_elsewhere(text, "docs/page.md", "A")
+    expected = text.replace("(../x.md#y)", "(A/blob/main/x.md#y)")
+    assert shown == expected.replace("(l.png)", "(A/raw/main/docs/l.png)")
+
+
+# -- the files around the package ------------------------------------------------------------------
 
 
 def test_the_version_needs_no_installation():

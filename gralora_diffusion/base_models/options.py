@@ -16,7 +16,8 @@ class BaseModelOptions:
 
     config: Annotated[str | None, Place(), MayDiffer(commands=True), Unrecorded()] = option(
         None,
-        "YAML file of options, one `name: value` per line; the command line overrides it",
+        "YAML file of options, one `name: value` per line, or the name of a bundled one, such as "
+        "sdxl; the command line overrides it",
     )
     pretrained_model_name_or_path: Annotated[str, Place(read=True, hub_id=True)] = option(
         "",

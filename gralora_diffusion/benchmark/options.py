@@ -24,8 +24,8 @@ class ComparedOptions:
 
     suite: Annotated[Literal["tiny"] | None, MayDiffer(commands=True)] = option(
         None,
-        "A bundled file of options: tiny is samples/configs/benchmark_tiny.yaml, which needs no "
-        "download. Other options override it",
+        "A bundled file of options: tiny is benchmark_tiny.yaml, which needs no download. Other "
+        "options override it",
     )
     methods: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
         None,

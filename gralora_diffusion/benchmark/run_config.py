@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from gralora_diffusion.io.bundled import samples_folder
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.fields import MayDiffer, Place, options_with
@@ -28,8 +29,8 @@ logger = logging.getLogger(__name__)
 SETTINGS_NAME = BENCHMARK_NAME
 #: Seconds within which another process finishes writing the options.
 _WRITING = 60.0
-ROOT = Path(__file__).parents[2]
-SUITES = {"tiny": "samples/configs/benchmark_tiny.yaml"}
+#: Name of a suite -> its file of options in the bundled samples.
+SUITES = {"tiny": "configs/benchmark_tiny.yaml"}
 
 
 def _places() -> dict[str, Place]:
@@ -76,7 +77,11 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
     options = parse(argv)
     if options["suite"]:
-        options = parse(argv, before=_suite_arguments(groups, options["suite"]))
+        try:
+            suite = samples_folder() / SUITES[options["suite"]]
+        except FileNotFoundError as error:
+            raise ConfigError([f"--suite {options['suite']}: {error}"]) from error
+        options = parse(argv, before=arguments_of(groups, suite))
     return options
 
 
@@ -105,26 +110,6 @@ def _kept_in(path: Path) -> BenchmarkSettings | None:
 @lru_cache(maxsize=1)  # read several times per command; another may write it meanwhile
 def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
     return _settings(_parsed(["--config", str(path)]))
-
-
-def _suite_arguments(groups: Sequence[type], name: str) -> list[str]:
-    """Return the options of a suite, with paths relative to the current folder."""
-    path = ROOT / SUITES[name]
-    if not path.is_file():
-        raise ConfigError(
-            [
-                f"--suite {name}: there is no {path}. It is part of the repository, but not of the "
-                "installed package. Clone the repository and install it with `pip install -e .`"
-            ]
-        )
-    return [_from_here(argument) for argument in arguments_of(groups, path)]
-
-
-def _from_here(text: str) -> str:
-    """Make a path below samples/ relative to the current folder, also after ``NAME=``."""
-    name, equals, source = text.rpartition("=")
-    is_path = source.startswith("samples/")
-    return f"{name}{equals}{os.path.relpath(ROOT / source)}" if is_path else text
 
 
 def check_same_run(settings: BenchmarkSettings) -> None:

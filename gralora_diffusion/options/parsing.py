@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers import HfArgumentParser
 
+from gralora_diffusion.io.bundled import config_names, find_config, is_bundled, locate
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
 
@@ -29,6 +30,8 @@ def parse_options(
     prog: str | None = None,
 ) -> dict[str, Any]:
     """Read options from a command line, and from the YAML file that its ``--config`` names.
+
+    A name such as ``sdxl`` is that of a bundled file, see ``io.bundled``.
 
     Args:
         groups: dataclasses with fields made by ``options.fields.option``.
@@ -49,7 +52,7 @@ def parse_options(
     options = parser.read([*before, *arguments])
     if options["config"] is None:
         return options
-    path = Path(options["config"])
+    path = find_config(options["config"])
     try:
         from_file = _yaml_to_arguments(parser, path)
         parser.read(from_file)  # separately, so that errors of the file name the file
@@ -118,13 +121,21 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     """Turn a flat YAML mapping into command-line arguments, which the same parser checks.
 
     Values are passed on as they are written, because YAML would read ``no`` as false and ``1e-4``
-    as a string. An empty value (or ``null``) keeps the default.
+    as a string. An empty value (or ``null``) keeps the default. Paths in a bundled file are below
+    ``samples/``, wherever that is installed.
     """
+    found = locate if is_bundled(path) else str
     try:
         text = read_regular(path, _MOST_BYTES).decode()
         root = yaml.compose(text, Loader=yaml.SafeLoader)
     except OSError as error:
-        raise ConfigError([f"--config cannot be read: {error.strerror or error}"]) from error
+        names = ", ".join(config_names())
+        raise ConfigError(
+            [
+                f"--config cannot be read: {error.strerror or error}. Give a YAML file, or the "
+                f"name of a bundled one: {names}"
+            ]
+        ) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
     except yaml.YAMLError as error:
@@ -160,11 +171,12 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
             elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
                 problems.append(f"{where}{name} takes a list of at least one plain value")
             else:
-                arguments += [f"--{name}", *(item.value for item in value.value)]
+                arguments += [f"--{name}", *(found(item.value) for item in value.value)]
         elif isinstance(value, yaml.MappingNode):
             problems.append(f"{where}{name} takes a plain value, because options are not nested")
         elif value.tag != "tag:yaml.org,2002:null":
-            arguments.append(f"--{name}={value.value}")  # after =, a value may start with a hyphen
+            # after =, a value may start with a hyphen
+            arguments.append(f"--{name}={found(value.value)}")
         seen.add(name)
     if problems:
         raise ConfigError(problems)

@@ -7,7 +7,6 @@ import yaml
 
 from gralora_diffusion.benchmark import run_config
 from gralora_diffusion.benchmark.run_config import (
-    ROOT,
     SETTINGS_NAME,
     check_same_run,
     parse_settings,
@@ -16,6 +15,7 @@ from gralora_diffusion.benchmark.run_config import (
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.parsing import parse_options
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME, owned
+from tests import ROOT
 
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 
