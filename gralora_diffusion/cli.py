@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from gralora_diffusion.io.process import guard_terminal
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.version import __version__
+from gralora_diffusion.options.command_parser import must_be
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,6 +34,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     commands.add_parser("samples", add_help=False, help="copy the bundled samples to a folder")
     # each command parses its own options and prints its own help
+    first = arguments[0] if arguments else "--help"
+    if first not in commands.choices and not first.startswith("-"):
+        advice = must_be(first, commands.choices)
+        parser.exit(2, f"gralora: error: the command is {first!r}; {advice}\n")
+    if not arguments:
+        parser.print_help()
+        parser.exit(2)
     command = parser.parse_args(arguments[:1]).command
     try:
         _run(command, arguments[1:])

@@ -38,7 +38,7 @@ def test_help(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) ->
         "sample --base owner/absent --prompt x --output {}/x.png",
         "export --adapter owner/absent --format lora --output {}/x.safetensors",
         "import --lora owner/absent --family flux --rank 4 --gralora_k 2 --output {}/x",
-        "import --lora x --base owner/absent --rank 4 --gralora_k 2 --output {}/x",
+        "import --lora owner/x --base owner/absent --rank 4 --gralora_k 2 --output {}/x",
         "train --pretrained_model_name_or_path owner/absent --output_dir {}/x "
         "--instance_data_dir samples/subjects/owl/train --instance_prompt x",
     ],
@@ -64,8 +64,11 @@ def test_a_hub_id_that_is_not_cached(
 @pytest.mark.parametrize(
     ("line", "text"),
     [
-        ([], "required: command"),
-        (["trian"], "invalid choice: 'trian'"),
+        (
+            ["trian"],
+            "the command is 'trian'; it must be one of train, sample, export",
+        ),
+        (["generate"], "benchmark. Did you mean sample?"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
@@ -80,6 +83,13 @@ def test_errors(line: list[str], text: str, capsys: pytest.CaptureFixture[str]) 
         main(line)
     assert caught.value.code == 2
     assert text in capsys.readouterr().err
+
+
+def test_without_a_command_there_is_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main([])
+    assert caught.value.code == 2
+    assert "usage: gralora" in capsys.readouterr().out
 
 
 def test_a_reader_that_has_seen_enough() -> None:

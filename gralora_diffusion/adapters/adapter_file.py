@@ -41,6 +41,7 @@ from gralora_diffusion.io.file_names import (
     PEFT_WEIGHTS_NAME,
     WEIGHTS_NAME,
     looks_like_hub_id,
+    no_such,
 )
 from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.json_files import parse_object, read_object
@@ -231,7 +232,7 @@ def read_adapter(
     if path.is_dir():
         return _read_folder(path / subfolder if subfolder else path, weight_name)
     if not isinstance(source, str) or not looks_like_hub_id(source):
-        raise AdapterFileError(f"{source}: no such file or folder.")
+        raise AdapterFileError(f"{source}: {no_such(Path(source))}")
     return _read_from_hub(source, weight_name, subfolder, hub_options)
 
 

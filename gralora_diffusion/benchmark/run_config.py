@@ -17,7 +17,8 @@ from gralora_diffusion.io.bundled import samples_folder
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.fields import MayDiffer, Place, options_with
-from gralora_diffusion.options.parsing import arguments_of, parse_options
+from gralora_diffusion.options.parsing import arguments_of, read_options
+from gralora_diffusion.training.config.other_programs import OTHER_NAMES
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
 
@@ -53,7 +54,7 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     Methods and seeds that none of them sets are those saved in the run's folder.
 
     Raises:
-        ConfigError: as ``parse_options``, or the suite does not exist.
+        ConfigError: an option has a problem, or the suite does not exist.
     """
     options = _parsed(argv)
     path = Path(options["output_dir"]) / SETTINGS_NAME
@@ -71,18 +72,26 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
 
 
 def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
-    """Return every option's value by its name, from a command line and the files that it names."""
+    """Return every option's value by its name, from a command line and the files that it names.
+
+    Raises:
+        ConfigError: there are problems. The error lists those that ``BenchmarkSettings.check``
+            finds, too.
+    """
     groups = (*BENCHMARK_GROUPS, *training_groups())
     said = {name: f"cannot be set here: {why}" for name, why in set_by_benchmark().items()}
-    parse = partial(parse_options, groups, not_carried=said, prog="gralora benchmark")
-    options = parse(argv)
-    if options["suite"]:
+    read = partial(read_options, groups, other_names=OTHER_NAMES | said, prog="gralora benchmark")
+    parsed = read(argv)
+    if name := parsed.values["suite"]:
         try:
-            suite = samples_folder() / SUITES[options["suite"]]
+            suite = samples_folder() / SUITES[name]
         except FileNotFoundError as error:
-            raise ConfigError([f"--suite {options['suite']}: {error}"]) from error
-        options = parse(argv, before=arguments_of(groups, suite))
-    return options
+            raise ConfigError([f"--suite {name}: {error}"]) from error
+        parsed = read(argv, before=arguments_of(groups, suite))
+    if parsed.problems:
+        more = parsed.located(_settings(parsed.values).problems())
+        raise ConfigError([*parsed.problems, *more])
+    return parsed.values
 
 
 def _settings(options: dict[str, Any]) -> BenchmarkSettings:

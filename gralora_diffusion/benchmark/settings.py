@@ -87,6 +87,11 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
         Raises:
             ConfigError: there are problems. The error lists all of them.
         """
+        if problems := self.problems():
+            raise ConfigError(problems)
+
+    def problems(self) -> list[str]:
+        """Return what :meth:`check` raises."""
         problems = [*self._problems()]
         for name in self.methods or ():
             try:
@@ -95,8 +100,7 @@ class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedO
                 problems += error.problems
         if not problems:
             problems += self._same_methods()
-        if problems:
-            raise ConfigError(problems)
+        return problems
 
     def _same_methods(self) -> list[str]:
         """Report methods that are written in two ways and would count as two."""

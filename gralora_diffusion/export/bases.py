@@ -23,7 +23,7 @@ from gralora_diffusion.base_models.folder import (
 )
 from gralora_diffusion.base_models.single_file_header import OriginalFile
 from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
-from gralora_diffusion.io.file_names import looks_like_hub_id
+from gralora_diffusion.io.file_names import looks_like_hub_id, no_such
 from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import KeyMap, OriginalTensor, Shape
@@ -182,7 +182,7 @@ def open_base(
         return _open_file(path, denoiser_only)
     if not path.exists():
         if not looks_like_hub_id(str(source)):
-            raise BaseError(f"{source}: no such file or folder")
+            raise BaseError(f"{source}: {no_such(Path(source))}")
         path = _download(str(source), variant, revision, cache_dir)
     return _open_folder(path, variant, denoiser_only)
 

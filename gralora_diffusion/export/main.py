@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from gralora_diffusion.families import list_families
+from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
-from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
+from gralora_diffusion.options.command_parser import CommandParser
 
 from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
 
@@ -23,6 +24,17 @@ _FP8 = (
     "This file is for ComfyUI: diffusers ignores the scales and would generate noise. For a file "
     "that both read, pass --no_fp8_scale."
 )
+#: What users may call an option -> how the message goes on.
+_OTHER_NAMES = {
+    **dict.fromkeys(("input", "lora", "weights", "path"), "is called --adapter here"),
+    **dict.fromkeys(("model", "base_model", "checkpoint"), "is called --base here"),
+    "pretrained_model_name_or_path": "is called --base here",
+    **dict.fromkeys(("out", "output_dir", "output_path"), "is called --output here"),
+    **dict.fromkeys(("type", "to"), "is called --format here"),
+    **dict.fromkeys(("precision", "save_precision"), "is called --dtype here"),
+    **dict.fromkeys(("strength", "alpha", "weight"), "is called --scale here"),
+    **dict.fromkeys(("force", "f"), "is called --overwrite here"),
+}
 #: Format -> options that only it takes.
 _ONLY = {
     "lora": ("rank", "energy"),
@@ -30,9 +42,13 @@ _ONLY = {
 }
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the parser of the command's options."""
-    command = TerminalParser(prog="gralora export", description=__doc__)
+    command = CommandParser(
+        prog="gralora export",
+        description="Convert an adapter to formats that other programs read.",
+        other_names=_OTHER_NAMES,
+    )
     command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
     command.add_argument(
         "--format",
@@ -121,21 +137,8 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """``gralora export``."""
     command = parser()
-    args = command.parse_args(argv)
-    args.output = args.output.expanduser()
-    _check(args, command)
-    # not every file of an adapter's folder is read; ``export_*`` checks those that are
-    adapter = args.adapter if Path(args.adapter).expanduser().is_file() else None
-    read = [adapter, args.base, args.base_config]
-    try:  # before anything is imported or downloaded
-        check_output(args.output, args.overwrite, read)
-        if source := find_overlap(parity_path(args.output), read):
-            raise OutputError(
-                f"--output {args.output}: the report on this output would replace {source}, which "
-                "is read. Choose another --output"
-            )
-    except OutputError as error:
-        command.exit(2, f"{command.prog}: error: {error}\n")
+    # before anything is imported or downloaded
+    args = command.parse_args(argv, check=_problems)
     with quiet_libraries():
         from .parity import ParityError
 
@@ -150,49 +153,70 @@ def main(argv: Sequence[str] | None = None) -> None:
             command.exit(2, f"{command.prog}: error: {error}\n")
 
 
-def _check(args: argparse.Namespace, command: argparse.ArgumentParser) -> None:
-    """Reject invalid combinations of options before anything is read."""
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the invalid options and combinations of options, before anything is read."""
+    args.output = args.output.expanduser()
+    yield from _path_problems(args)
     fused = args.format in FORMATS
     if fused and not args.base:
-        command.error(f"--format {args.format} needs --base, the base that the adapter is added to")
+        yield f"--format {args.format} needs --base, the base that the adapter is added to"
     if args.verify and not args.base:
-        command.error("--verify needs --base, the base that it generates with")
+        yield "--verify needs --base, the base that it generates with"
     if args.verify and args.format == "diff":
-        command.error(
+        yield (
             "--verify is not possible for --format diff, because diffusers does not read .diff "
             "files. It is possible for checkpoint, diffusers and lora"
         )
     for format, options in _ONLY.items():
         given = [f"--{name}" for name in options if getattr(args, name) not in (None, False)]
         if given and args.format != format:
-            command.error(f"{', '.join(given)}: only allowed with --format {format}")
+            yield f"{', '.join(given)}: only allowed with --format {format}"
     if args.style and args.format != "lora":
-        command.error("--style: only allowed with --format lora")
+        yield "--style: only allowed with --format lora"
     if args.stochastic_rounding and not fused:
-        command.error("--stochastic_rounding: only allowed with --format checkpoint or diffusers")
+        yield "--stochastic_rounding: only allowed with --format checkpoint or diffusers"
     if args.family and fused:
-        command.error(
+        yield (
             "--family: only allowed with --format lora or diff, because otherwise the base "
             "determines the family"
         )
     if args.no_fp8_scale and args.dtype != "fp8_e4m3":
-        command.error("--no_fp8_scale: only allowed with --dtype fp8_e4m3")
+        yield "--no_fp8_scale: only allowed with --dtype fp8_e4m3"
     if args.verify_steps < 1:
-        command.error(f"--verify_steps is {args.verify_steps}; it must be at least 1")
+        yield f"--verify_steps is {args.verify_steps}; it must be at least 1"
     if args.verify_size is not None and (args.verify_size < 8 or args.verify_size % 8):
-        command.error(
+        yield (
             f"--verify_size is {args.verify_size}; it must be a positive multiple of 8, such as 512"
         )
     if args.verify_bound is not None and not args.verify_bound > 0:
-        command.error(f"--verify_bound is {args.verify_bound}; it must be above 0")
+        yield f"--verify_bound is {args.verify_bound}; it must be above 0"
     if not args.adapter:
-        command.error("--adapter is empty; it must be a file, a folder or a Hub id")
+        yield "--adapter is empty; it must be a file, a folder or a Hub id"
     if args.rank is not None and args.rank < 1:
-        command.error(f"--rank is {args.rank}; it must be at least 1")
+        yield f"--rank is {args.rank}; it must be at least 1"
     if args.energy is not None and not 0 < args.energy <= 1:
-        command.error(f"--energy is {args.energy}; it must be above 0 and at most 1")
+        yield f"--energy is {args.energy}; it must be above 0 and at most 1"
     if args.format != "diffusers" and args.output.suffix != ".safetensors":
-        command.error(f"--output is '{args.output}'; its name must end in .safetensors")
+        yield f"--output is '{args.output}'; its name must end in .safetensors"
+
+
+def _path_problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the files and folders that cannot be read or written."""
+    for name in ("adapter", "base", "base_config"):
+        if (source := getattr(args, name)) and (problem := missing_problem(source)):
+            yield f"--{name} {source}: {problem}"
+    # not every file of an adapter's folder is read; ``export_*`` checks those that are
+    adapter = args.adapter if Path(args.adapter).expanduser().is_file() else None
+    read = [adapter, args.base, args.base_config]
+    try:
+        check_output(args.output, args.overwrite, read)
+    except OutputError as error:
+        yield str(error)
+    if source := find_overlap(parity_path(args.output), read):
+        yield (
+            f"--output {args.output}: the report on this output would replace {source}, which "
+            "is read. Choose another --output"
+        )
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:

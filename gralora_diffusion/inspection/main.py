@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 
 from gralora_diffusion.io.process import print_safely
-from gralora_diffusion.io.safe_text import TerminalParser, json_for_terminal
+from gralora_diffusion.io.safe_text import json_for_terminal
+from gralora_diffusion.options.command_parser import CommandParser
 
 from . import inspect_file
 from .text import as_text
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the command's parser."""
-    result = TerminalParser(
+    result = CommandParser(
         prog="gralora inspect",
         description="Report what a file or folder is: an adapter of this or another program, a "
         "checkpoint, or a pipeline. The exit code is 1 if a value is NaN or infinite, if a layer "

@@ -19,7 +19,12 @@ from gralora_diffusion.base_models.folder import (
     weight_files,
 )
 from gralora_diffusion.io.errors import AdapterFileError
-from gralora_diffusion.io.file_names import PEFT_CONFIG_NAME, PEFT_WEIGHTS_NAME, WEIGHTS_NAME
+from gralora_diffusion.io.file_names import (
+    PEFT_CONFIG_NAME,
+    PEFT_WEIGHTS_NAME,
+    WEIGHTS_NAME,
+    no_such,
+)
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 
 if TYPE_CHECKING:
@@ -103,7 +108,7 @@ class Source:
                 self.configs[""] = read_json(config)
             yield from ((file, "") for file in files)
         elif not path.is_dir():
-            raise self.error("no such file or folder")
+            raise AdapterFileError(f"{path}: {no_such(path)}")
         elif (path / WEIGHTS_NAME).is_file():
             yield path / WEIGHTS_NAME, ""
         elif (path / PEFT_CONFIG_NAME).is_file():

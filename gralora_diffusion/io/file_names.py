@@ -1,6 +1,10 @@
-"""Names of adapter files, prefixes of their keys, and the form of Hub ids."""
+"""Names of adapter files, prefixes of their keys, the form of Hub ids, and paths near others."""
 
 from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
 
 #: The native file, and the field of its metadata that describes the adapter.
 WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
@@ -11,11 +15,42 @@ PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
 
 
-def looks_like_hub_id(text: str) -> bool:
-    """Whether a string that is not a local path has the form ``name`` or ``owner/name``."""
+def looks_like_hub_id(text: str, bare: bool = False) -> bool:
+    """Whether a string that is not a local path has the form ``owner/name``.
+
+    Args:
+        bare: a ``name`` alone counts, too, as of old models of transformers and data sets.
+    """
     return (
-        text.count("/") <= 1
+        text.count("/") in ((0, 1) if bare else (1,))
         and not text.startswith((".", "/", "~"))
         and "\\" not in text
         and not text.endswith((".safetensors", ".bin", ".pt", ".ckpt", "/"))
     )
+
+
+def nearby(path: Path) -> str:
+    """Say what there is in place of a missing path: a similar name, or which part is missing."""
+    parent = path.parent
+    if not parent.is_dir():
+        return f", not even the folder {str(parent)!r}"
+    try:
+        names = [entry.name for entry in parent.iterdir()]
+    except OSError:
+        return ""
+    nearest = difflib.get_close_matches(path.name, names, n=1)
+    return f". Did you mean {str(parent / nearest[0])!r}?" if nearest else f" in {str(parent)!r}"
+
+
+def no_such(path: Path) -> str:
+    """Say that a path is missing, and what there is in its place."""
+    text = f"no such file or folder{nearby(path)}"
+    return text if text.endswith("?") else f"{text}."
+
+
+def missing_problem(source: str | os.PathLike[str], bare: bool = False) -> str | None:
+    """Return why a source is neither a local path nor may be a Hub id; None if it is or may be."""
+    path = Path(source).expanduser()
+    if path.exists() or looks_like_hub_id(str(source), bare):
+        return None
+    return no_such(path)

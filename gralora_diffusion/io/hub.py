@@ -17,6 +17,8 @@ from huggingface_hub.errors import (
     OfflineModeIsEnabled,
 )
 
+from .file_names import nearby
+
 _UNREACHABLE = (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)
 #: Base class of httpx's errors for them; huggingface_hub may import httpx under another name.
 _OF_HTTPX = "TransportError"
@@ -73,6 +75,9 @@ def offline_problem(
     if is_dataset:
         command += ["--repo-type", "dataset", "--local-dir", "FOLDER"]
     folder = "and pass that folder" if is_dataset else "or pass a folder"
+    near = nearby(Path(repository))  # of a folder whose name has a mistake
+    if "Did you mean" in near:
+        folder += near
     return (
         "there is no such folder, the Hub's cache does not contain all of it, and the Hub "
         f"{reason}. With network access, download it by `{shlex.join(command)}`, {folder}"

@@ -18,6 +18,7 @@ from gralora_diffusion.io.file_names import (
     PEFT_PREFIX,
     PEFT_WEIGHTS_NAME,
     looks_like_hub_id,
+    no_such,
 )
 from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.tensor_files import read_safetensors
@@ -67,7 +68,7 @@ def read_file(
     if path.is_dir():
         path = _only_file(path, weight_name)
     if not path.is_file():
-        raise AdapterFileError(f"{source}: no such file or folder.")
+        raise AdapterFileError(f"{source}: {no_such(path)}")
     tensors, metadata = read_safetensors(path)
     return LoraFile(tensors, metadata, {}, str(path))
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_diffusion.adapters.placement.layer_config import check_numbers
 from gralora_diffusion.families import list_families
-from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
-from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import check_output
 from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
+from gralora_diffusion.options.command_parser import CommandParser
 
 if TYPE_CHECKING:
     from .conversion import ImportedLayer
@@ -24,14 +24,24 @@ LISTED = 20
 ROUNDING = 1e-6
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the command's parser."""
-    result = TerminalParser(
+    result = CommandParser(
         prog="gralora import",
         description="Convert a LoRA to a GraLoRA adapter. A layer is converted exactly if "
         "hybrid_rank + rank / k is at least the LoRA's rank. Otherwise it gets the closest "
         "update, and the loss is reported. To continue training, pass the adapter to gralora "
         "train as --initial_adapter.",
+        other_names={
+            **dict.fromkeys(("input", "adapter", "file", "weights"), "is called --lora here"),
+            **dict.fromkeys(("model", "base_model", "checkpoint"), "is called --base here"),
+            "pretrained_model_name_or_path": "is called --base here",
+            **dict.fromkeys(("out", "output_dir", "output_path"), "is called --output here"),
+            **dict.fromkeys(("network_dim", "dim", "r"), "is called --rank here"),
+            **dict.fromkeys(("alpha", "network_alpha"), "is called --lora_alpha here"),
+            "k": "is called --gralora_k here",
+            **dict.fromkeys(("force", "f"), "is called --overwrite here"),
+        },
     )
     result.add_argument("--lora", required=True, help="file, PEFT folder or Hub id of the LoRA")
     base = result.add_mutually_exclusive_group(required=True)
@@ -64,19 +74,37 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     command = parser()
-    options = command.parse_args(argv)
-    output: Path = options.output
-    if output.suffix != ".safetensors":
-        output /= WEIGHTS_NAME
-    output = output.expanduser()
+    options = command.parse_args(argv, check=_problems)
+    output = _file(options)
     try:
-        check_numbers(options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha)
-        check_output(output, options.overwrite, [options.lora, options.base])
         with quiet_libraries(), tidied_when_ended():
             print_safely(_import(options, output))
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")
     print_safely(output)
+
+
+def _file(options: argparse.Namespace) -> Path:
+    output: Path = options.output
+    return (output if output.suffix == ".safetensors" else output / WEIGHTS_NAME).expanduser()
+
+
+def _problems(options: argparse.Namespace) -> Iterator[str]:
+    """Yield what can be found without reading anything."""
+    checks = (
+        lambda: check_numbers(
+            options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha
+        ),
+        lambda: check_output(_file(options), options.overwrite, [options.lora, options.base]),
+    )
+    for check in checks:
+        try:
+            check()
+        except ValueError as error:
+            yield str(error)
+    for name in ("lora", "base"):
+        if (source := getattr(options, name)) and (problem := missing_problem(source)):
+            yield f"--{name} {source}: {problem}"
 
 
 def _import(options: argparse.Namespace, output: Path) -> str:

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
+from .command_parser import must_be
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -146,7 +148,7 @@ def value_problems(options: Any) -> Iterator[str]:
     for name, allowed in choices_of(type(options)).items():
         value = getattr(options, name)
         if value is not None and value not in allowed:
-            yield f"--{name} is {value!r}; it must be one of {', '.join(allowed)}"
+            yield f"--{name} is {value!r}; {must_be(str(value), allowed)}"
 
 
 def group_table(group: Any) -> str:

@@ -1,34 +1,65 @@
-"""Parse the options of dataclasses from a command line and from the YAML file that it names."""
+"""Read the options of dataclasses from a command line and from the YAML file that it names."""
 
 from __future__ import annotations
 
-import difflib
 import sys
+import types
+import typing
 from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
-from transformers import HfArgumentParser
 
 from gralora_diffusion.io.bundled import config_names, find_config, is_bundled, locate
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
 
+from .command_parser import CommandParser, Reading, first_named_in, named_in, without_hyphens
+
 #: Bytes of a YAML file at most.
 _MOST_BYTES = 1 << 20
+#: Type -> how a help text shows its values.
+_SHOWN = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+#: At most this many nested options are reported, since aliases multiply them.
+_MOST_NESTED = 20
 
 
-def parse_options(
+@dataclass
+class ParsedOptions(Reading):
+    """Options from a command line and a file.
+
+    Attributes:
+        values: option -> value, the default for those that were not given or have a problem.
+        lines: option -> "file:line", for those from the file that the command line does not give.
+    """
+
+    lines: dict[str, str] = field(default_factory=dict)
+
+    def located(self, problems: Sequence[str]) -> list[str]:
+        """Return problems that ``problems`` adds to these, with file and line where known.
+
+        A problem with an option that could not be read is left out, because it is about the
+        default.
+        """
+        more = []
+        for problem in problems:
+            if not named_in(problem) & self.faulty:
+                line = self.lines.get(first_named_in(problem) or "")
+                more.append(f"{line}: {problem}" if line else problem)
+        return more
+
+
+def read_options(
     groups: Sequence[type],
     argv: Sequence[str] | None = None,
     *,
-    not_carried: Mapping[str, str] | None = None,
+    other_names: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
     prog: str | None = None,
-) -> dict[str, Any]:
+) -> ParsedOptions:
     """Read options from a command line, and from the YAML file that its ``--config`` names.
 
     A name such as ``sdxl`` is that of a bundled file, see ``io.bundled``.
@@ -36,89 +67,113 @@ def parse_options(
     Args:
         groups: dataclasses with fields made by ``options.fields.option``.
         argv: the arguments without the program's name; those of this process by default.
-        not_carried: name that a user may take for an option -> the rest of its error message.
+        other_names: name that a user may take for an option -> the rest of its error message.
         before: arguments that the file and the command line override.
         prog: name of the program, for ``--help``.
-
-    Returns:
-        The value of every option by its name.
-
-    Raises:
-        ConfigError: an option is unknown, its value is of the wrong type or not among the choices,
-            or the YAML file cannot be read.
     """
-    parser = _Parser(groups, not_carried or {}, prog)
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    options = parser.read([*before, *arguments])
-    if options["config"] is None:
-        return options
-    path = find_config(options["config"])
-    try:
-        from_file = _yaml_to_arguments(parser, path)
-        parser.read(from_file)  # separately, so that errors of the file name the file
-    except ConfigError as error:
-        raise ConfigError([f"{path}: {problem}" for problem in error.problems]) from None
-    return parser.read([*before, *from_file, *arguments])
+    parser = _Parser(groups, other_names, prog)
+    below, line = parser.read(before), parser.read(sys.argv[1:] if argv is None else argv)
+    parsed = ParsedOptions({name: parser.get_default(name) for name in parser.names})
+    file = Reading()
+    lines: dict[str, str] = {}
+    if path := line.values.get("config"):
+        file, lines = _read_yaml(parser, find_config(path))
+    for reading in (below, file, line):
+        parsed.values |= reading.values
+        parsed.problems += reading.problems
+        parsed.faulty |= reading.faulty
+    parsed.lines = {name: place for name, place in lines.items() if name not in line.values}
+    return parsed
 
 
 def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
     """Return the options of a YAML file as command-line arguments; lists become several values.
 
     Raises:
-        ConfigError: as ``parse_options`` of the file.
+        ConfigError: the file cannot be read, or has options that do not exist.
     """
-    return _yaml_to_arguments(_Parser(groups, {}, None), path)
+    reading = Reading()
+    arguments: list[str] = []
+    for name, texts, _ in _yaml_options(_Parser(groups, None, None), path, reading):
+        # after =, a value may start with a hyphen
+        arguments += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
+    if reading.problems:
+        raise ConfigError(reading.problems)
+    return arguments
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
     """Adds the default to the help text if there is one."""
 
     def _get_help_string(self, action: Action) -> str | None:
-        if action.option_strings and action.option_strings[0].startswith("--no_"):
-            return f"Switch --{action.dest} off"
         return action.help if action.default in (None, "") else super()._get_help_string(action)
 
 
-class _Parser(HfArgumentParser):
-    def __init__(
-        self, groups: Sequence[Any], not_carried: Mapping[str, str], prog: str | None
-    ) -> None:
-        super().__init__(groups, prog=prog, allow_abbrev=False, formatter_class=_HelpFormatter)
-        self.names = {f.name for group in groups for f in fields(group)}
-        self.not_carried = not_carried
+class _Parser(CommandParser):
+    """A parser with an option for each field of the dataclasses."""
 
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError([message])  # instead of printing the usage and ending the process
+    def __init__(
+        self, groups: Sequence[Any], other_names: Mapping[str, str] | None, prog: str | None
+    ) -> None:
+        super().__init__(
+            prog=prog,
+            usage="%(prog)s [--config FILE] [--name value ...]",
+            formatter_class=_HelpFormatter,
+            other_names=other_names,
+        )
+        self.names: set[str] = set()
+        for options in groups:
+            group = self.add_argument_group(options._argument_group_name)
+            hints = get_type_hints(options)
+            for f in fields(options):
+                self.names.add(f.name)
+                given = {"default": f.default, "help": f.metadata["help"].replace("%", "%%")}
+                group.add_argument(f"--{f.name}", **given, **_kind(hints[f.name]))
+                if f.default is True:
+                    off = f"Switch --{f.name} off"
+                    group.add_argument(
+                        f"--no_{f.name}",
+                        dest=f.name,
+                        action="store_const",
+                        const=False,
+                        default=True,
+                        help=off,
+                    )
 
     def action_of(self, name: str) -> Action | None:
         """Return the argparse action of the option ``name``; None if it is unknown."""
         return self._option_string_actions.get(f"--{name}") if name in self.names else None
 
-    def read(self, arguments: list[str]) -> dict[str, Any]:
-        *groups, unknown = self.parse_args_into_dataclasses(
-            arguments, return_remaining_strings=True, look_for_args_file=False
-        )
-        if unknown:
-            flags = [text.split("=")[0][2:] for text in unknown if text.startswith("--")]
-            stray = (
-                f"{unknown[0]!r} does not belong to any option. If it is part of a text, put the "
-                "text in quotes"
-            )
-            raise ConfigError([self.unknown(f"--{flag}", flag) for flag in flags] or [stray])
-        return {name: value for group in groups for name, value in vars(group).items()}
 
-    def unknown(self, spelled: str, name: str) -> str:
-        """Return the error message for an unknown option."""
-        name = name.replace("-", "_")
-        if name in self.not_carried:
-            return f"{spelled} {self.not_carried[name]}"
-        nearest = " or ".join(difflib.get_close_matches(name, self.names, n=3))
-        advice = f"Did you mean {nearest}?" if nearest else "See --help for all options"
-        return f"{spelled} is not an option. {advice}"
+def _kind(hint: Any) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for a field's type."""
+    if get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = [part for part in get_args(hint) if part is not type(None)]
+    if get_origin(hint) is list:
+        (item,) = get_args(hint)
+        return {"type": item, "nargs": "+", "metavar": _SHOWN[item]}
+    if get_origin(hint) is Literal:
+        return {"choices": get_args(hint)}
+    more: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
+    return {"type": hint, "metavar": _SHOWN[hint], **more}
 
 
-def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
-    """Turn a flat YAML mapping into command-line arguments, which the same parser checks.
+def _read_yaml(parser: _Parser, path: Path) -> tuple[Reading, dict[str, str]]:
+    """Read a YAML file; return what it says, and option -> "file:line"."""
+    reading = Reading()
+    lines: dict[str, str] = {}
+    for name, texts, place in _yaml_options(parser, path, reading):
+        lines[name] = place
+        action = parser.action_of(name)
+        assert action is not None
+        parser.read_value(reading, action, f"{place}: {name}", texts)
+    return reading, lines
+
+
+def _yaml_options(
+    parser: _Parser, path: Path, reading: Reading
+) -> Iterator[tuple[str, list[str], str]]:
+    """Yield (option, its texts, "file:line") of a flat YAML mapping; add problems to ``reading``.
 
     Values are passed on as they are written, because YAML would read ``no`` as false and ``1e-4``
     as a string. An empty value (or ``null``) keeps the default. Paths in a bundled file are below
@@ -126,58 +181,124 @@ def _yaml_to_arguments(parser: _Parser, path: Path) -> list[str]:
     """
     found = locate if is_bundled(path) else str
     try:
-        text = read_regular(path, _MOST_BYTES).decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        root = yaml.compose(read_regular(path, _MOST_BYTES).decode(), Loader=yaml.SafeLoader)
     except OSError as error:
-        names = ", ".join(config_names())
-        raise ConfigError(
-            [
-                f"--config cannot be read: {error.strerror or error}. Give a YAML file, or the "
-                f"name of a bundled one: {names}"
-            ]
-        ) from error
+        reading.problems.append(
+            f"{path}: --config cannot be read: {error.strerror or error}. Give a YAML file, or the "
+            f"name of a bundled one: {', '.join(config_names())}"
+        )
+        return
     except UnicodeDecodeError as error:
-        raise ConfigError([f"--config is not a UTF-8 text file: {error}"]) from error
+        reading.problems.append(f"{path}: --config is not a UTF-8 text file: {error}")
+        return
     except yaml.YAMLError as error:
-        raise ConfigError([f"--config is not YAML: {' '.join(str(error).split())}"]) from error
+        reading.problems.append(f"{path}: {_not_yaml(path, error)}")
+        return
     except RecursionError:
-        raise ConfigError(["--config is nested too deeply"]) from None
+        reading.problems.append(f"{path}: --config is nested too deeply")
+        return
     if root is None:
-        return []
+        return
     if not isinstance(root, yaml.MappingNode):
-        raise ConfigError(["--config must contain lines of the form `name: value`"])
-
-    arguments: list[str] = []
-    problems: list[str] = []
+        reading.problems.append(f"{path}: --config must contain lines of the form `name: value`")
+        return
     seen: set[str] = set()
+
+    def report(problem: str) -> None:
+        reading.add(problem)
+        reading.problems[-1] = f"{place}: {without_hyphens(problem)}"
+        reading.faulty.add(name)
+
     for key, value in root.value:
-        where = f"line {key.start_mark.line + 1}: "
+        place = f"{path}:{key.start_mark.line + 1}"
         if not isinstance(key, yaml.ScalarNode):
-            problems.append(f"{where}the name of an option must be plain text")
+            reading.problems.append(f"{place}: the name of an option must be plain text")
             continue
         name = key.value.replace("-", "_")
         action = parser.action_of(name)
         if name == "config":
-            problems.append(
-                f"{where}config is only allowed on the command line; a file cannot name another one"
-            )
+            report("config is only allowed on the command line; a file cannot name another one")
+        elif isinstance(value, yaml.MappingNode) or (action is None and _is_nested(value)):
+            if action is not None:
+                report(f"{name} takes a plain value, because options are not nested")
+            for line, problem in _nested(parser, key, value, known=action is not None):
+                place = f"{path}:{line}"
+                report(problem)
         elif action is None:
-            problems.append(where + parser.unknown(key.value, name))
+            report(parser.unknown(key.value, name))
         elif name in seen:
-            problems.append(f"{where}{name} is given twice. Remove one")
-        elif isinstance(value, yaml.SequenceNode):
-            if action.nargs != "+":
-                problems.append(f"{where}{name} takes one value, not a list")
-            elif not value.value or not all(isinstance(v, yaml.ScalarNode) for v in value.value):
-                problems.append(f"{where}{name} takes a list of at least one plain value")
-            else:
-                arguments += [f"--{name}", *(found(item.value) for item in value.value)]
-        elif isinstance(value, yaml.MappingNode):
-            problems.append(f"{where}{name} takes a plain value, because options are not nested")
-        elif value.tag != "tag:yaml.org,2002:null":
-            # after =, a value may start with a hyphen
-            arguments.append(f"--{name}={found(value.value)}")
+            report(f"{name} is given twice. Remove one")
+        elif isinstance(value, yaml.ScalarNode):
+            if value.tag != "tag:yaml.org,2002:null":
+                yield name, [found(value.value)], place
+        elif action.nargs != "+":
+            report(f"{name} takes one value, not a list")
+        elif not value.value or not all(map(_is_text, value.value)):
+            report(f"{name} takes a list of at least one plain value")
+        else:
+            yield name, [found(item.value) for item in value.value], place
         seen.add(name)
-    if problems:
-        raise ConfigError(problems)
-    return arguments
+
+
+def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
+    if path.suffix.lower() not in (".yaml", ".yml"):
+        return (
+            f"--config must be a YAML file with lines of the form `name: value`, but this is a "
+            f"{path.suffix or 'plain'} file"
+        )
+    text = " ".join(str(error).split())
+    hint = ""
+    if "'\\t'" in text:
+        hint = ". Indent with spaces instead of tabs"
+    elif "mapping values are not allowed" in text:
+        hint = ". Put a text that contains `: ` in quotes"
+    return f"--config is not YAML: {text}{hint}"
+
+
+def _nested(
+    parser: _Parser, key: yaml.ScalarNode, value: yaml.Node, known: bool
+) -> Iterator[tuple[int, str]]:
+    """Yield (line, problem) for each nested plain value, with the option that it may be.
+
+    Args:
+        known: the section has the name of an option, so that only advice is of use.
+    """
+    left: list[tuple[str, Any, Any]] = [(key.value, key, value)]
+    found, seen = 0, set()
+    while left and found < _MOST_NESTED:
+        spelled, key, value = left.pop(0)
+        items: list[Any] = []
+        if isinstance(value, yaml.MappingNode):
+            items = [(f"{spelled}.{k.value}", k, v) for k, v in value.value if _is_text(k)]
+        elif isinstance(value, yaml.SequenceNode):
+            items = [(spelled, key, item) for item in value.value if not _is_text(item)]
+        if items:
+            left = [*([] if id(value) in seen else items), *left]
+            seen.add(id(value))  # aliases may repeat it
+            continue
+        advice = _name_of_nested(parser, spelled)
+        if advice or not known:
+            found += 1
+            text = f"{spelled} is nested, but options are not nested here"
+            yield key.start_mark.line + 1, text + (advice or ". Nothing here is called so")
+
+
+def _is_nested(node: Any) -> bool:
+    return isinstance(node, yaml.SequenceNode) and not all(map(_is_text, node.value))
+
+
+def _is_text(node: Any) -> bool:
+    return isinstance(node, yaml.ScalarNode)
+
+
+def _name_of_nested(parser: _Parser, spelled: str) -> str | None:
+    """Say what a nested option is called here: by its section and name, or by its name."""
+    section, _, name = spelled.rpartition(".")
+    section, plain = section.rpartition(".")[2], name.replace("-", "_")
+    for known in (f"{section}.{plain}", f"{section}_{plain}", plain):
+        if known in parser.names:
+            return f". Write it as --{known}"
+        if said := parser.other_names.get(known):
+            return f": it {said}"
+    advice = parser.unknown(spelled, plain).partition(". ")[2]
+    return f". {advice}" if "Did you mean" in advice else None

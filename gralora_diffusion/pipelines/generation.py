@@ -14,12 +14,28 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from gralora_diffusion.base_models.folder import check_weight_files
 from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
+from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.process import print_safely, quiet_libraries
-from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
+from gralora_diffusion.options.command_parser import CommandParser
 
+#: What users may call an option -> how the message goes on.
+_OTHER_NAMES = {
+    **dict.fromkeys(("model", "base_model", "checkpoint"), "is called --base here"),
+    "pretrained_model_name_or_path": "is called --base here",
+    **dict.fromkeys(("weights", "gralora", "adapter_path"), "is called --adapter here"),
+    **dict.fromkeys(("prompts", "text"), "is called --prompt here"),
+    **dict.fromkeys(("neg", "negative"), "is called --negative_prompt here"),
+    **dict.fromkeys(("out", "output_dir", "output_path", "o"), "is called --output here"),
+    **dict.fromkeys(("steps", "sample_steps"), "is called --num_inference_steps"),
+    **dict.fromkeys(("n", "num_images", "count"), "is called --images_per_prompt here"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance"), "is called --guidance_scale here"),
+    **dict.fromkeys(("width", "height", "resolution"), "does not exist here. See --size"),
+    **dict.fromkeys(("strength", "alpha", "lora_scale", "weight"), "is called --scale here"),
+    **dict.fromkeys(("precision", "mixed_precision"), "is called --dtype here"),
+}
 #: Names of dtypes, as in the other commands.
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -145,9 +161,13 @@ def _wrapped(text: str, font: Any, width: int) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def parser() -> argparse.ArgumentParser:
+def parser() -> CommandParser:
     """Return the command's parser."""
-    command = TerminalParser(prog="gralora sample", description=main.__doc__)
+    command = CommandParser(
+        prog="gralora sample",
+        description="Generate a grid of images with a base, and with an adapter.",
+        other_names=_OTHER_NAMES,
+    )
     command.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
     command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
@@ -182,10 +202,7 @@ def parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """``gralora sample``: generate a grid of images with a base and an adapter."""
     command = parser()
-    args = command.parse_args(argv)
-    if args.compare and not args.adapter:
-        command.error("--compare needs an adapter to compare with. Pass --adapter")
-    _check(args, command)
+    args = command.parse_args(argv, check=_problems)
 
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
@@ -284,24 +301,29 @@ def usual_dtype(index: Mapping[str, Any], device: str) -> str:
     return family.generation_precision if family else ModelFamily.generation_precision
 
 
-def _check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Reject invalid options before a model is loaded."""
+def _problems(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the invalid options, before a model is loaded."""
+    for name in ("base", "adapter"):
+        if (source := getattr(args, name)) and (problem := missing_problem(source)):
+            yield f"--{name} {source}: {problem}"
+    if args.reference and not args.reference.exists():
+        yield f"--reference {args.reference} cannot be read as a folder: No such file or directory"
+    if args.compare and not args.adapter:
+        yield "--compare needs an adapter to compare with. Pass --adapter"
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
-        parser.error(f"--output is '{args.output}'; it must be an image file, such as grid.png")
+        yield f"--output is '{args.output}'; it must be an image file, such as grid.png"
     adapter = Path(args.adapter or "").expanduser()
     # a grid may lie beside the adapter: only these files of an adapter's folder are read
     weights = adapter.rglob("*.safetensors") if args.adapter and adapter.is_dir() else [adapter]
     read = [args.base, args.reference, *(file for file in weights if file.is_file())]
     if source := find_overlap(args.output, read):
-        parser.error(
-            f"--output {args.output} overlaps {source}, which is read. Choose another --output"
-        )
+        yield f"--output {args.output} overlaps {source}, which is read. Choose another --output"
     for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
-            parser.error(f"--{name} is {value}; it must be at least 1")
+            yield f"--{name} is {value}; it must be at least 1"
     if args.size is not None and (args.size < 8 or args.size % 8):
-        parser.error(
+        yield (
             f"--size is {args.size}; it must be a positive multiple of 8. The nearest is "
             f"{max(8, 8 * round(args.size / 8))}"
         )

@@ -12,8 +12,8 @@ from safetensors import SafetensorError
 
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.process import are_several, log_to_terminal, print_safely, quiet_libraries
-from gralora_diffusion.training.checks.options import validate
-from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.checks.options import read_and_check
+from gralora_diffusion.training.config.training_config import TrainingConfig
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,13 +27,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     level = logging.INFO if first_process else logging.ERROR
     logging.getLogger("gralora_diffusion").setLevel(level)
     try:
-        config = parse_config(argv)
-        if not are_several():  # several processes check together, later
-            validate(config)  # before imports, which take seconds
+        # before imports, which take seconds
+        config, parsed = read_and_check(argv, together=are_several())
+    except ConfigError as error:
+        _exit(str(error) if first_process else "", 2)
+    try:
         with quiet_libraries():
             _train(config, first_process)
     except ConfigError as error:
-        _exit(str(error) if first_process else "", 2)
+        problems = parsed.located(error.problems)
+        _exit(str(ConfigError(problems)) if first_process else "", 2)
     except KeyboardInterrupt:
         _exit("interrupted. Resume with --resume_from_checkpoint latest.", 130)
 

@@ -13,7 +13,7 @@ from gralora_diffusion.benchmark.run_config import (
     save_run_config,
 )
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.options.parsing import parse_options
+from gralora_diffusion.options.parsing import read_options
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME, owned
 from tests import ROOT
 
@@ -25,8 +25,8 @@ GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
     [
         ("--rank 4", "--rank cannot be set here: give it in --methods, as in lora-r32"),
         ("--seed 4", "--seed cannot be set here: give --seeds"),
-        ("--method x", "--method is not an option. Did you mean methods"),
-        ("--suite big", "invalid choice: 'big'"),
+        ("--method x", "--method is not an option. Did you mean --methods"),
+        ("--suite big", "--suite is 'big'; it must be one of tiny"),
         ("--report_only --output_dir nowhere", r"there is no nowhere.benchmark\.yaml"),
     ],
 )
@@ -107,7 +107,7 @@ def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_pa
     save_run_config(parse_settings([*line, "--methods", "lora-r4", "--seeds", "0"]))
     parsed = []
     monkeypatch.setattr(
-        run_config, "parse_options", lambda *a, **k: parsed.append(a[1]) or parse_options(*a, **k)
+        run_config, "read_options", lambda *a, **k: parsed.append(a[1]) or read_options(*a, **k)
     )
     ours = parse_settings(line)
     check_same_run(ours)

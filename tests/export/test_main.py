@@ -131,7 +131,10 @@ WRONG = [
         ["--format", "checkpoint", "--base", "b", "--family", "flux"],
         "--family: only allowed with --format lora",
     ),
-    (["--format", "onnx"], "invalid choice: 'onnx'"),
+    (
+        ["--format", "onnx"],
+        "--format is 'onnx'; it must be one of checkpoint, diffusers, lora",
+    ),
 ]
 
 

@@ -406,7 +406,7 @@ def test_several_files(adapted, tmp_path, capsys):
         told = capsys.readouterr()
         assert "INFINITE VALUES in 1 tensors" in told.out
         assert once in told.out
-        refused = "gralora inspect: error: nowhere: no such file or folder.\n"
+        refused = "gralora inspect: error: nowhere: no such file or folder in '.'.\n"
         assert told.err == (refused if code == 2 else "")
 
 

@@ -599,13 +599,13 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
     ("line", "text"),
     [
         ("--lora absent.safetensors --family flux", "absent.safetensors: no such file or folder"),
-        ("--lora absent.safetensors --base ./absent", "--base ./absent: no diffusers pipeline"),
+        ("--lora absent.safetensors --base ./absent", "--base ./absent: no such file or folder"),
         (
-            "--lora absent.safetensors --base absent",
-            "--base absent: there is no such folder, the Hub's cache does not contain",
+            "--lora owner/x --base owner/absent",
+            "--base owner/absent: there is no such folder, the Hub's cache does not contain",
         ),
         ("--lora x --family flux --hybrid_rank -1", "hybrid_rank should not be negative but is -1"),
-        ("--lora absent.safetensors", "one of the arguments --family --base is required"),
+        ("--lora absent.safetensors", "one of --family and --base is required"),
     ],
 )
 def test_command_errors(line, text, tmp_path, capsys, monkeypatch):

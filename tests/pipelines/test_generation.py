@@ -171,7 +171,7 @@ def test_references_that_cannot_be_read_are_all_named(
 ) -> None:
     folder = files / "subject"
     folder.mkdir()
-    line = ["--prompt", "x", "--base", "nowhere", "--output", str(files / "out.png"), "--reference"]
+    line = ["--prompt", "x", "--base", "owner/x", "--output", str(files / "out.png"), "--reference"]
     with pytest.raises(SystemExit):
         main([*line, str(folder)])
     assert f"--reference {folder} contains no images" in capsys.readouterr().err
@@ -213,8 +213,8 @@ def test_usual_dtype(pipeline: str, device: str, name: str) -> None:
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        (["--dtype", "half"], "invalid choice: 'half'"),
-        (["--base", "./nowhere"], "--base ./nowhere: no diffusers pipeline could be loaded"),
+        (["--dtype", "half"], "--dtype is 'half'; it must be one of fp32, bf16, fp16. Did"),
+        (["--base", "./nowhere"], "--base ./nowhere: no such file or folder in '.'."),
         (["--compare"], "--compare needs an adapter"),
         (
             ["--reference", "nowhere"],

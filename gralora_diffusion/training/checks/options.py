@@ -7,23 +7,25 @@ have no effect or an unusual value.
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 
 from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import nearby
+from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Needs, options_with, value_problems
+from gralora_diffusion.options.parsing import ParsedOptions
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.layer_patterns import check_patterns
 from gralora_diffusion.training.config.options import OPTIMIZERS
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
 from gralora_diffusion.training.data.buckets import listed_buckets
 
-from .paths import check_base, check_data, check_output, nearby
+from .paths import check_base, check_data, check_output
 
 
 def validate(config: TrainingConfig) -> list[str]:
@@ -39,6 +41,25 @@ def validate(config: TrainingConfig) -> list[str]:
     if problems := find_problems(config):
         raise ConfigError(problems)
     return find_warnings(config)
+
+
+def read_and_check(
+    argv: Sequence[str] | None = None, *, together: bool = False
+) -> tuple[TrainingConfig, ParsedOptions]:
+    """Read the options as ``read_config`` does, and check them as ``validate`` does.
+
+    Args:
+        together: several processes will check the options together, so they are only read here.
+
+    Raises:
+        ConfigError: there are problems. The error lists those of both, each with its flag, or its
+            file and line.
+    """
+    config, parsed = read_config(argv)
+    more = [] if together else parsed.located(find_problems(config))
+    if problems := [*parsed.problems, *more]:
+        raise ConfigError(problems)
+    return config, parsed
 
 
 def find_problems(config: TrainingConfig) -> list[str]:
@@ -126,9 +147,7 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
 def _optimizer(config: TrainingConfig) -> Iterator[str]:
     name = config.optimizer
     if name not in OPTIMIZERS:
-        nearest = difflib.get_close_matches(name, OPTIMIZERS, n=1)
-        hint = f". Did you mean {nearest[0]}?" if nearest else ""
-        yield f"--optimizer is {name!r}; it must be one of {', '.join(OPTIMIZERS)}{hint}"
+        yield f"--optimizer is {name!r}; {must_be(name, OPTIMIZERS)}"
     elif (needed := OPTIMIZERS[name]) and importlib.util.find_spec(needed[0]) is None:
         yield f"--optimizer is {name!r}, which needs: pip install {needed[1]}"
     if config.use_8bit_adam and name != "adamw8bit":

@@ -5,7 +5,6 @@ Nothing is downloaded and no image is opened here; ``data`` checks that images c
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import importlib.util
 import os
@@ -14,10 +13,12 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
+from gralora_diffusion.families import list_families
 from gralora_diffusion.io.errors import CheckpointError
-from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id, nearby
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Place, options_with
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -43,6 +44,8 @@ def check_base(config: TrainingConfig) -> Iterator[str]:
             "--pretrained_model_name_or_path is missing. Give a diffusers folder, a Hub id such as "
             "owner/name, or a .safetensors file"
         )
+    if config.family is not None and config.family not in (known := list_families()):
+        yield f"--family is {config.family!r}; {must_be(config.family, known)}"
     for name, (index, single_file) in MODEL_FOLDERS.items():
         value = getattr(config, name)
         if value and (problem := model_problem(value, index, single_file)):
@@ -73,7 +76,7 @@ def model_problem(
             "this is an address. Give the Hub id (owner/name), or download the file and give its "
             "path"
         )
-    if not looks_like_hub_id(value):
+    if not looks_like_hub_id(value, bare=library == "transformers"):
         problem = f"there is no such file or folder{nearby(path)}"
         return problem if problem.endswith("?") else f"{problem}. {wanted}"
     return _repo_id_problem(value)
@@ -88,16 +91,6 @@ def _repo_id_problem(value: str) -> str | None:
             "letters, digits, '-', '_' and '.'"
         )
     return None
-
-
-def nearby(path: Path) -> str:
-    """Say what there is in place of a missing path: a similar name, or which part is missing."""
-    parent = path.parent
-    if not parent.is_dir():
-        return f", not even the folder {str(parent)!r}"
-    names = [entry.name for entry in parent.iterdir()]
-    nearest = difflib.get_close_matches(path.name, names, n=1)
-    return f". Did you mean {str(parent / nearest[0])!r}?" if nearest else f" in {str(parent)!r}"
 
 
 def check_data(config: TrainingConfig) -> Iterator[str]:

@@ -12,8 +12,9 @@ from typing import Any
 import yaml
 
 from gralora_diffusion.base_models.options import BaseModelOptions
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.fields import Place, Unrecorded, group_table, options_with
-from gralora_diffusion.options.parsing import parse_options
+from gralora_diffusion.options.parsing import ParsedOptions, read_options
 
 from .layer_patterns import layer_patterns
 from .options import (
@@ -27,28 +28,7 @@ from .options import (
     PriorOptions,
     ValidationOptions,
 )
-
-# options of diffusers' scripts that do not exist here -> the reason, or what replaces them
-NOT_CARRIED = {
-    "tokenizer_name": "the tokenizer is always the base's",
-    "tokenizer_max_length": "the tokenizer's own length is used",
-    "pre_compute_text_embeddings": "prompts are always encoded once unless --train_text_encoder",
-    "text_encoder_use_attention_mask": "prompts are encoded as in the base's pipeline",
-    "validation_images": "only text-to-image bases are trained",
-    "class_labels_conditioning": "only text-to-image bases are trained",
-    "text_encoder_out_layers": "the layers that the base's pipeline reads are used",
-    "precondition_outputs": "the loss compares the denoiser's prediction; see --weighting_scheme",
-    "do_edm_style_training": "EDM bases cannot be trained",
-    "final_validation_prompt": "images for --validation_prompt are generated at the end, too",
-    "offload": "text encoders and VAE leave the device automatically when they are done",
-    "upcast_before_saving": "the adapter is trained and saved in fp32",
-    "lora_blocks": "name the layers with --lora_layers, such as 're:.*blocks[.][0-5][.].*to_q'",
-    "use_dora": "the adapter is GraLoRA",
-    "enable_npu_flash_attention": "torch's own attention is used",
-    "fsdp_text_encoder": "text encoders are used once and then leave the device",
-    "do_fp8_training": "matrix products in fp8 are not supported; --quantization torchao-fp8 "
-    "stores the frozen base in fp8",
-}
+from .other_programs import OTHER_NAMES
 
 
 @dataclass(kw_only=True)
@@ -156,6 +136,20 @@ class TrainingConfig(
 OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 
 
+def read_config(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, ParsedOptions]:
+    """Read the options from a command line and from the YAML file that ``--config`` names.
+
+    Args:
+        argv: the arguments without the program's name; those of this process by default.
+
+    Returns:
+        The config, in which options with a problem have their defaults, and what was read.
+    """
+    prog = None if argv is None else "gralora train"  # the training script is a program, too
+    parsed = read_options(OPTION_GROUPS, argv, other_names=OTHER_NAMES, prog=prog)
+    return TrainingConfig(**parsed.values), parsed
+
+
 def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
     """Read the options from a command line and from the YAML file that ``--config`` names.
 
@@ -166,9 +160,10 @@ def parse_config(argv: Sequence[str] | None = None) -> TrainingConfig:
         ConfigError: an option is unknown, its value has the wrong type or is not one of the
             choices, or the YAML file cannot be read. ``validate`` checks how values fit together.
     """
-    theirs = "is an option of diffusers' scripts that does not exist here:"
-    said = {name: f"{theirs} {reason}" for name, reason in NOT_CARRIED.items()}
-    return TrainingConfig(**parse_options(OPTION_GROUPS, argv, not_carried=said))
+    config, parsed = read_config(argv)
+    if parsed.problems:
+        raise ConfigError(parsed.problems)
+    return config
 
 
 def options_table() -> str:

@@ -18,9 +18,11 @@ from diffusers.optimization import SchedulerType
 from PIL import Image
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.options.command_parser import named_in
 from gralora_diffusion.options.fields import Fixed, Needs, choices_of, options_with
 from gralora_diffusion.training.checks.base import check_sizes
-from gralora_diffusion.training.checks.options import find_problems, validate
+from gralora_diffusion.training.checks.options import find_problems, read_and_check, validate
+from gralora_diffusion.training.config.other_programs import OTHER_NAMES
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from tests import ROOT
 
@@ -151,19 +153,24 @@ def test_every_schedule_of_diffusers_is_a_choice() -> None:
 @pytest.mark.parametrize(
     ("arguments", "text"),
     [
-        ("--rnk 8", "--rnk is not an option. Did you mean rank?"),
-        ("--gralora-kk=8", "--gralora-kk is not an option. Did you mean gralora_k"),
+        ("--rnk 8", "--rnk is not an option. Did you mean --rank?"),
+        ("--gralora-kk=8", "--gralora-kk is not an option. Did you mean --gralora_k"),
         ("--zzzzzz", "--zzzzzz is not an option. See --help for all options"),
         (
             "--pre_compute_text_embeddings",
             "an option of diffusers' scripts that does not exist here: prompts",
         ),
-        ("--rank eight", "argument --rank: invalid int value: 'eight'"),
-        ("--learning_rate fast", "invalid float value: 'fast'"),
-        ("--mixed_precision fp8", "'fp8' (choose from"),
-        ("--prior_source photos", "'photos' (choose from"),
-        ("--random_flip perhaps", "got perhaps but expected one of yes/no, true/false"),
-        ("--rank", "argument --rank: expected one argument"),
+        ("--rank eight", "--rank is 'eight'; it must be a whole number"),
+        ("--rank 1e1", "--rank is '1e1'; it must be a whole number. Did you mean 10?"),
+        ("--rank=", "--rank needs a value"),
+        ("--learning_rate fast", "--learning_rate is 'fast'; it must be a number"),
+        ("--learning_rate 0,001", "it must be a number. Did you mean 0.001?"),
+        ("--mixed_precision fp8", "is 'fp8'; it must be one of no, fp16, bf16"),
+        ("--mixed_precision bfloat16", "Did you mean bf16?"),
+        ("--lr_scheduler cosin", "Did you mean cosine?"),
+        ("--prior_source photos", "is 'photos'; it must be one of images, teacher"),
+        ("--random_flip perhaps", "--random_flip is 'perhaps'; it must be true or false"),
+        ("--rank", "--rank needs a value"),
         ("--rank 8 dog", "'dog' does not belong to any option"),
         ("--config nowhere.yaml", "nowhere.yaml: --config cannot be read: No such file"),
     ],
@@ -232,25 +239,37 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path: Path) -> None:
     [
         (
             "rank: 8\nlearningrate: 1",
-            "line 2: learningrate is not an option. Did you mean learning_rate",
+            ":2: learningrate is not an option. Did you mean learning_rate",
         ),
-        ("rank: 8\nrank: 16", "line 2: rank is given twice"),
-        ("rank: [8, 16]", "line 1: rank takes one value, not a list"),
+        ("rank: 8\nrank: 16", ":2: rank is given twice"),
+        ("rank: [8, 16]", ":1: rank takes one value, not a list"),
         (
             "validation_prompt: []",
-            "line 1: validation_prompt takes a list of at least one plain value",
+            ":1: validation_prompt takes a list of at least one plain value",
         ),
         (
             "validation_prompt: [[a]]",
-            "line 1: validation_prompt takes a list of at least one plain value",
+            ":1: validation_prompt takes a list of at least one plain value",
         ),
-        ("rank:\n  unet: 8", "line 1: rank takes a plain value, because options are not nested"),
-        ("config: other.yaml", "line 1: config is only allowed on the command line"),
-        ("no_cache_latents: true", "no_cache_latents is not an option. Did you mean cache_latents"),
-        ("rank: eight", "argument --rank: invalid int value: 'eight'"),
-        ("lr_scheduler: cosin", "invalid choice: 'cosin'"),
-        ("[rank]: 8", "line 1: the name of an option must be plain text"),
-        ("&a [*a]: 8", "line 1: the name of an option must be plain text"),
+        ("rank:\n  unet: 8", ":1: rank takes a plain value, because options are not nested"),
+        ("lr: 1e-4", ":1: lr is called learning_rate here"),
+        ("model:\n  name: x", ":2: model.name is nested, but options are not nested here: it is"),
+        ("train:\n  - opts:\n      lr: 1", ":3: train.opts.lr is nested, but options are not nest"),
+        (
+            "network:\n  rank: 8",
+            ":2: network.rank is nested, but options are not nested here. Write",
+        ),
+        ("text: a: b", "Put a text that contains `: ` in quotes"),
+        ("rank:\n\t- 8", "Indent with spaces instead of tabs"),
+        ("config: other.yaml", ":1: config is only allowed on the command line"),
+        (
+            "no_cache_latents: true",
+            ":1: no_cache_latents is not an option. Did you mean cache_latents",
+        ),
+        ("rank: eight", ":1: rank is 'eight'; it must be a whole number"),
+        ("lr_scheduler: cosin", "Did you mean cosine?"),
+        ("[rank]: 8", ":1: the name of an option must be plain text"),
+        ("&a [*a]: 8", ":1: the name of an option must be plain text"),
         ("[" * 3000, "is nested too deeply"),
         ("- rank", "must contain lines of the form `name: value`"),
         ("rank: [8", "is not YAML"),
@@ -263,7 +282,7 @@ def test_faults_of_the_yaml_file_name_it(tmp_path: Path, content: str, text: str
     with pytest.raises(ConfigError) as caught:
         parse_config(["--config", str(file), "--rank", "4"])
     (problem,) = caught.value.problems
-    assert problem.startswith(f"{file}: ")
+    assert problem.startswith(f"{file}:")
     assert text in problem
 
 
@@ -322,6 +341,41 @@ def test_home_is_expanded_in_yaml(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text("instance_data_dir: ~/dog\n")
     assert parse_config(["--config", str(file)]).instance_data_dir == str(Path.home() / "dog")
+
+
+def test_problems_of_both_and_of_the_checks_are_reported_together(
+    good: list[str], tmp_path: Path
+) -> None:
+    """Each with its flag, or its file and line; and none is about a default in its place."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        "# of another program\nunet_lr: 1e-4\nrank: eight\nresolution: 500\nseed: -1\n"
+        "lr_scheduler: cosin\n"
+    )
+    line = ["--config", str(file), "--gralora_k", "3", "--steps", "100", "--seed", "-2"]
+    with pytest.raises(ConfigError) as caught:
+        read_and_check([*good, *line, "--lr_warmup_steps", "x", "--family", "sdxl"])
+    assert caught.value.problems == [
+        f"{file}:2: unet_lr is called learning_rate here",
+        f"{file}:3: rank is 'eight'; it must be a whole number",
+        f"{file}:6: lr_scheduler is 'cosin'; it must be one of linear, cosine, "
+        "cosine_with_restarts, polynomial, constant, constant_with_warmup, piecewise_constant. "
+        "Did you mean cosine?",
+        "--lr_warmup_steps is 'x'; it must be a whole number",
+        "--steps is called --max_train_steps here",
+        "--seed is -2; it must be at least 0 and below 4294967296",
+        f"{file}:4: --resolution is 500; it must be a multiple of 8, since the VAE shrinks by 8. "
+        "The nearest is 496",
+        "--family is 'sdxl'; it must be one of flux, flux2, flux2-klein, stable-diffusion, "
+        "stable-diffusion-3, stable-diffusion-xl. Did you mean stable-diffusion-xl?",
+    ]
+
+
+def test_what_is_said_of_other_programs_names_options_that_exist() -> None:
+    names = {f.name for f in fields(TrainingConfig)}
+    for theirs, said in OTHER_NAMES.items():
+        assert theirs not in names
+        assert {name for name in named_in(said) if name != "dtype"} <= names, said
 
 
 # ---------------------------------------------------------------- checks
