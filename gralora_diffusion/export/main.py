@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from gralora_diffusion.families import list_families
+from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
@@ -48,6 +48,7 @@ def parser() -> CommandParser:
         prog="gralora export",
         description="Convert an adapter to formats that other programs read.",
         other_names=_OTHER_NAMES,
+        meanings={"family": family_name_of},
     )
     command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
     command.add_argument(

@@ -26,6 +26,7 @@ __all__ = [
     "PublishedNames",
     "families_of_layers",
     "family_called",
+    "family_name_of",
     "family_of_metadata",
     "find_family",
     "find_pipeline_family",
@@ -89,6 +90,12 @@ def family_called(text: str) -> ModelFamily | None:
     plain = re.sub(r"[._ ]", "-", text.lower())
     known = [(len(k), f) for f in _families().values() for k in f.known_as if plain.startswith(k)]
     return max(known, key=lambda entry: entry[0], default=(0, None))[1]
+
+
+def family_name_of(text: str) -> str | None:
+    """Return the name of the family that a text such as ``sdxl`` means, if it is known."""
+    family = family_called(text)
+    return family.name if family else None
 
 
 def family_of_metadata(metadata: Mapping[str, str]) -> tuple[ModelFamily, str] | None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_diffusion.adapters.placement.layer_config import check_numbers
-from gralora_diffusion.families import list_families
+from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem
 from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
 from gralora_diffusion.io.staging import check_output
@@ -32,6 +32,7 @@ def parser() -> CommandParser:
         "hybrid_rank + rank / k is at least the LoRA's rank. Otherwise it gets the closest "
         "update, and the loss is reported. To continue training, pass the adapter to gralora "
         "train as --initial_adapter.",
+        meanings={"family": family_name_of},
         other_names={
             **dict.fromkeys(("input", "adapter", "file", "weights"), "is called --lora here"),
             **dict.fromkeys(("model", "base_model", "checkpoint"), "is called --base here"),

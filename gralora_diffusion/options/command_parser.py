@@ -25,6 +25,8 @@ _LONG_DASHES = "\u2013\u2014\u2212"
 _CURLY_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1", "on"), ("no", "false", "f", "n", "0", "off")
 _WANTED: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+#: From a text to the choice that it means, if it is known.
+Meaning = Callable[[str], str | None]
 #: Another name of a choice -> its names here, of which an option has one.
 _SYNONYMS: dict[str, tuple[str, ...]] = {
     **{full: (short,) for short, full in DTYPE_NAMES.items()},
@@ -38,11 +40,6 @@ _SYNONYMS: dict[str, tuple[str, ...]] = {
     "float32": ("fp32", "no"),
     "fp32": ("fp32", "no"),
     "none": ("none", "no"),
-    **dict.fromkeys(("sdxl", "xl", "sd-xl", "pony", "illustrious"), ("stable-diffusion-xl",)),
-    **dict.fromkeys(("sd", "sd1", "sd15", "sd1.5", "sd-1.5", "sd2", "sd21"), ("stable-diffusion",)),
-    **dict.fromkeys(("sd3", "sd3.5", "sd35", "sd-3"), ("stable-diffusion-3",)),
-    **dict.fromkeys(("flux1", "flux.1", "flux-1", "flux-dev", "flux1-dev"), ("flux",)),
-    **dict.fromkeys(("klein", "flux.2-klein"), ("flux2-klein",)),
     **dict.fromkeys(("adam", "adam_w", "adamw_torch"), ("adamw",)),
     **dict.fromkeys(("generate", "infer", "inference", "test", "draw"), ("sample",)),
     **dict.fromkeys(("merge", "fuse", "bake", "save"), ("export",)),
@@ -97,13 +94,18 @@ class CommandParser(TerminalParser):
 
     Args:
         other_names: name that a user may take for an option -> the rest of its error message.
+        meanings: option -> a function from a text to the choice that it means, if it knows it.
     """
 
     def __init__(
-        self, *args: Any, other_names: Mapping[str, str] | None = None, **options: Any
+        self,
+        *args: Any,
+        other_names: Mapping[str, str] | None = None,
+        meanings: Mapping[str, Meaning] | None = None,
+        **options: Any,
     ) -> None:
         super().__init__(*args, **options)
-        self.other_names = other_names or {}
+        self.other_names, self.meanings = other_names or {}, meanings or {}
 
     # -- reading -----------------------------------------------------------------------------------
 
@@ -248,7 +250,10 @@ class CommandParser(TerminalParser):
                 reading.faulty.add(action.dest)
                 return
             if action.choices is not None and values[-1] not in action.choices:
-                reading.problems.append(f"{spelled} is {text!r}; " + must_be(text, action.choices))
+                reading.problems.append(
+                    f"{spelled} is {text!r}; "
+                    + must_be(text, action.choices, self.meanings.get(action.dest))
+                )
                 reading.faulty.add(action.dest)
                 return
         reading.values[action.dest] = values if action.nargs in ("+", "*") else values[0]
@@ -310,9 +315,13 @@ class CommandParser(TerminalParser):
         self.exit(2, f"{self.prog}: error: {text}\n")
 
 
-def nearest_choice(text: str, choices: Collection[str]) -> str | None:
+def nearest_choice(
+    text: str, choices: Collection[str], meaning: Meaning | None = None
+) -> str | None:
     """Return the choice that a text probably means."""
     plain = text.lower().strip()
+    if meaning and (known := meaning(plain)) in choices:
+        return known
     for name in _SYNONYMS.get(plain, ()):
         if name in choices:
             return name
@@ -322,9 +331,9 @@ def nearest_choice(text: str, choices: Collection[str]) -> str | None:
     return lower[close[0]] if close else None
 
 
-def must_be(text: str, choices: Iterable[Any]) -> str:
+def must_be(text: str, choices: Iterable[Any], meaning: Meaning | None = None) -> str:
     """Return the part of an error message that lists the choices, and the nearest one."""
-    nearest = nearest_choice(text, choices := list(choices))
+    nearest = nearest_choice(text, choices := list(choices), meaning)
     hint = f". Did you mean {nearest}?" if nearest else ""
     return f"it must be one of {', '.join(map(str, choices))}{hint}"
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.options.command_parser import CommandParser, nearest_choice
 
 
@@ -113,8 +114,9 @@ def test_help_ends_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_nearest_choice() -> None:
-    families = ("stable-diffusion", "stable-diffusion-xl", "flux")
-    assert nearest_choice("SDXL", families) == "stable-diffusion-xl"
+    families = tuple(list_families())
+    assert nearest_choice("SDXL", families, family_name_of) == "stable-diffusion-xl"
+    assert nearest_choice("sd15", families, family_name_of) == "stable-diffusion"
     assert nearest_choice("stable_diffusion", families) == "stable-diffusion"
     assert nearest_choice("float32", ("no", "fp16")) == "no"
     assert nearest_choice("imagen", families) is None

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from gralora_diffusion.families import list_families
+from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id, nearby
 from gralora_diffusion.io.image_files import is_image
@@ -45,7 +45,7 @@ def check_base(config: TrainingConfig) -> Iterator[str]:
             "owner/name, or a .safetensors file"
         )
     if config.family is not None and config.family not in (known := list_families()):
-        yield f"--family is {config.family!r}; {must_be(config.family, known)}"
+        yield f"--family is {config.family!r}; {must_be(config.family, known, family_name_of)}"
     for name, (index, single_file) in MODEL_FOLDERS.items():
         value = getattr(config, name)
         if value and (problem := model_problem(value, index, single_file)):
