@@ -68,7 +68,7 @@ def test_a_hub_id_that_is_not_cached(
             ["trian"],
             "the command is 'trian'; it must be one of train, sample, export",
         ),
-        (["generate"], "benchmark. Did you mean sample?"),
+        (["generate"], "Did you mean sample?"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
