@@ -29,7 +29,7 @@ def build(folder: Path) -> Path:
     ignored = shutil.ignore_patterns("__pycache__")
     for name in ("gralora_diffusion", "samples"):
         shutil.copytree(ROOT / name, source / name, ignore=ignored)
-    for name in ("pyproject.toml", "README.md", "LICENSE", ".ci/public_readme.py"):
+    for name in ("pyproject.toml", "README.md", "LICENSE", ".ci/public_pages.py"):
         (source / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, source / name)
     line = [sys.executable, "-I", "-c", _BUILD, str(folder)]

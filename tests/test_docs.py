@@ -229,6 +229,8 @@ WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
 @pytest.mark.parametrize("path", [path for path in DOCS if "options" not in path.name], ids=_name)
 def test_flags_in_the_text_exist(path):
     text = re.sub(r"^```.*?^```$", "", path.read_text(encoding="utf-8"), flags=re.M | re.S)
+    if path.name == "coming_from.md":  # the first column has those of other programs
+        text = re.sub(r"^\|.*? \|", "", text, flags=re.M)
     named = set(re.findall(r"(?<![\w-])--[a-z]\w+", text))
     assert named - FLAGS - WRONG_FLAGS == set()
 

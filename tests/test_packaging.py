@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 
 import pytest
 import yaml
@@ -74,17 +75,18 @@ def test_an_index_shows_the_readme_without_broken_links(wheel):
 
 
 @pytest.fixture(scope="module")
-def public_readme():
-    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci/public_readme.py")
+def pages():
+    spec = importlib.util.spec_from_file_location("pages", ROOT / ".ci/public_pages.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
-def test_with_an_address_links_lead_to_the_repository(public_readme):
+def test_with_an_address_links_lead_to_the_repository(pages):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     address = "https://example.org/owner/name"
-    links, images = targets(public_readme.shown_elsewhere(text, "README.md", address))
+    shown = pages.relinked(text, "README.md", partial(pages.in_repository, address=f"{address}/"))
+    links, images = targets(shown)
     assert images == {f"{address}/raw/main/docs/images/demo_grid.png"}
     there = {link for link in links if link.startswith(address)}
     assert f"{address}/blob/main/docs/training/memory.md#plan-a-run" in there
@@ -93,9 +95,9 @@ def test_with_an_address_links_lead_to_the_repository(public_readme):
     assert all(re.match("https://|#", link) for link in links)
 
 
-def test_links_are_relative_to_their_page_and_code_is_no_link(public_readme):
+def test_links_are_relative_to_their_page_and_code_is_no_link(pages):
     text = "[a](../x.md#y) `[b](c)` [d](#e) [f](https://g.org/h)\n\n```\n[i](j)\n```\n![k](l.png)"
-    shown = public_readme.shown_elsewhere(text, "docs/page.md", "A")
+    shown = pages.relinked(text, "docs/page.md", partial(pages.in_repository, address="A"))
     expected = text.replace("(../x.md#y)", "(A/blob/main/x.md#y)")
     assert shown == expected.replace("(l.png)", "(A/raw/main/docs/l.png)")
 

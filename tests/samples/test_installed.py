@@ -57,7 +57,7 @@ def said(line, folder, code=0):
         [str(word) for word in line], cwd=folder, env=clean(), capture_output=True, text=True
     )
     assert done.returncode == code, done.stderr
-    return done.stdout + done.stderr
+    return done.stderr + done.stdout
 
 
 def test_commands_of_a_fresh_environment(from_wheel, tmp_path):
