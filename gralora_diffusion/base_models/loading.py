@@ -40,6 +40,8 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
         )
     elif options.base_config:
         index = PipelineIndex("base_config", options.base_config, options.cache_dir)
+    if index is not None:
+        index.check_libraries()
     family = _named_family(options, index)
     if Path(base).is_file():
         family = SingleFile(Path(base)).family_told(family)

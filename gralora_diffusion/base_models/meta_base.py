@@ -23,6 +23,7 @@ from gralora_diffusion.io.hub import offline_problem
 from .loading import freeze, vae_class
 from .meta_models import empty_model
 from .options import BaseModelOptions
+from .pipeline_index import PipelineIndex
 from .single_file import SingleFile, without_text_encoder
 
 
@@ -45,14 +46,15 @@ def empty_base(
         for name in options.leave_out_text_encoders or ():
             given |= without_text_encoder(name)
         if Path(base).is_file():
-            rest, left_out = SingleFile(Path(base)).rest(options, family, given)
-            where, given = rest.source, {**left_out, **given}
+            index, left_out = SingleFile(Path(base)).rest(options, family, given)
+            where, given = index.source, {**left_out, **given}
         else:
             hub["revision"] = options.revision
+            index = PipelineIndex("pretrained_model_name_or_path", base, **hub)
         pipeline_class = getattr(diffusers, family.pipeline_classes[0])
-        index = pipeline_class.load_config(where, **hub)
-        for name, (library, class_name) in _components(index, pipeline_class):
-            if name not in given and library is not None:
+        taken = inspect.signature(pipeline_class.__init__).parameters
+        for name, (library, class_name) in index.components.items():
+            if name in taken and name not in given:
                 model = empty_model(library, class_name, where, name, hub)
                 if model is not None:
                     given[name] = model
@@ -80,12 +82,6 @@ def empty_base(
             _cast(component, vae_dtype if name == "vae" else dtype)
     freeze(pipe)
     return pipe
-
-
-def _components(index: dict[str, Any], pipeline_class: type) -> list[tuple[str, Any]]:
-    """Return the entries of a pipeline's index for components that the pipeline takes."""
-    taken = inspect.signature(pipeline_class.__init__).parameters  # type: ignore[misc]
-    return [(k, v) for k, v in index.items() if k in taken and isinstance(v, (list, tuple))]
 
 
 def _cast(model: Any, dtype: torch.dtype) -> None:

@@ -18,14 +18,18 @@ class PipelineIndex:
     """The index of a diffusers folder or Hub id; no weight is read.
 
     Args:
-        option: the training option that names it, for errors.
+        option: the option that names it, for errors.
+
+    Attributes:
+        pipeline_class: name of the pipeline's class.
+        components: component -> library and name of its class, without components that are None.
 
     Raises:
-        ConfigError: the index does not exist, or a component needs a library that is not installed.
+        ConfigError: the index does not exist or cannot be read.
     """
 
     def __init__(
-        self, option: str, source: str, cache_dir: str | None, revision: str | None = None
+        self, option: str, source: str, cache_dir: str | None = None, revision: str | None = None
     ) -> None:
         try:
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
@@ -39,12 +43,11 @@ class PipelineIndex:
             raise ConfigError([f"--{option} {source}: {problem}"]) from error
         self.option, self.source = option, source
         self.pipeline_class = str(index.get("_class_name"))
-        self._components = {
-            name: entry
+        self.components: dict[str, tuple[str, str]] = {
+            name: (entry[0], entry[1])
             for name, entry in index.items()
-            if isinstance(entry, list) and list(map(type, entry)) == [str, str]
+            if isinstance(entry, (list, tuple)) and list(map(type, entry)) == [str, str]
         }
-        self._check_libraries()
 
     @property
     def family(self) -> ModelFamily | None:
@@ -52,12 +55,7 @@ class PipelineIndex:
         return find_family(getattr(diffusers, self.pipeline_class, object))
 
     def __contains__(self, component: str) -> bool:
-        return component in self._components
-
-    def component_class(self, component: str) -> tuple[str, str]:
-        """Return library and name of the class of a component."""
-        library, name = self._components[component]
-        return library, name
+        return component in self.components
 
     def has_weights(self, component: str) -> bool:
         """Whether this pipeline has that model. For a Hub id, only the index is checked."""
@@ -67,9 +65,14 @@ class PipelineIndex:
         files = (folder / component).glob("*")
         return any(file.suffix in (".safetensors", ".bin") for file in files)
 
-    def _check_libraries(self) -> None:
+    def check_libraries(self) -> None:
+        """Check that the class of every component can be loaded.
+
+        Raises:
+            ConfigError: a component needs a library that is not installed.
+        """
         problems = []
-        for component, (library, name) in self._components.items():
+        for component, (library, name) in self.components.items():
             if library not in ("diffusers", "transformers"):
                 continue
             # both have placeholders for classes whose library is not installed

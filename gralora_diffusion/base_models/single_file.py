@@ -107,7 +107,7 @@ class SingleFile(OriginalFile):
             else:
                 parts[name] = models.text_encoder(name, tensors, dtype)
         if "v_pred" in self.keys:  # the mark in files of Stable Diffusion XL
-            scheduler = getattr(diffusers, index.component_class("scheduler")[1])
+            scheduler = getattr(diffusers, index.components["scheduler"][1])
             betas = {"rescale_betas_zero_snr": True} if "ztsnr" in self.keys else {}
             parts["scheduler"] = scheduler.from_pretrained(
                 folder, subfolder="scheduler", prediction_type="v_prediction", **betas
@@ -125,6 +125,7 @@ class SingleFile(OriginalFile):
         source = self._source_of_the_rest(options, family)
         try:
             index = PipelineIndex("base_config", source, options.cache_dir)
+            index.check_libraries()
         except ConfigError as error:
             if options.base_config:
                 raise
@@ -213,7 +214,7 @@ class _Models:
 
     def model(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
         """Read one of diffusers' models."""
-        model_class = getattr(diffusers, self.index.component_class(name)[1])
+        model_class = getattr(diffusers, self.index.components[name][1])
         try:
             return model_class.from_single_file(
                 tensors, config=self.folder, subfolder=name, torch_dtype=dtype
@@ -223,7 +224,7 @@ class _Models:
 
     def text_encoder(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
         """Read one of transformers' models."""
-        class_name = self.index.component_class(name)[1]
+        class_name = self.index.components[name][1]
         try:
             model = TEXT_ENCODERS[class_name](
                 getattr(transformers, class_name),

@@ -6,13 +6,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.configuration_utils import FrozenDict
 
 from gralora_diffusion.adapters.placement.targets import layer_shape, unsupported
 from gralora_diffusion.base_models.meta_models import empty_model
-from gralora_diffusion.families import find_pipeline_family, list_families
-from gralora_diffusion.io.errors import AdapterFileError
+from gralora_diffusion.base_models.pipeline_index import PipelineIndex
+from gralora_diffusion.families import list_families
+from gralora_diffusion.io.errors import AdapterFileError, ConfigError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.lora_files.low_rank import Pair
@@ -38,20 +39,16 @@ class LoraBase:
     def __init__(self, source: str) -> None:
         self.source = source
         try:
-            self._index = DiffusionPipeline.load_config(source)
-            name = str(self._index["_class_name"])
-        except Exception as error:  # diffusers may raise anything on damaged files
-            problem = (
-                offline_problem(error, source) or f"no diffusers pipeline could be loaded ({error})"
-            )
+            self._index = PipelineIndex("base", source)
+        except ConfigError as error:
             raise ValueError(
-                f"--base {source}: {problem}. If the base has another form, pass --family instead"
+                f"{error.problems[0]}. If the base has another form, pass --family instead"
             ) from error
-        family = find_pipeline_family(name)
+        family = self._index.family
         if family is None:
             raise ValueError(
-                f"--base {source}: {name} does not belong to a supported family "
-                f"({', '.join(list_families())})"
+                f"--base {source}: {self._index.pipeline_class} does not belong to a supported "
+                f"family ({', '.join(list_families())})"
             )
         self.family, self.unet_config = family, None
         if "unet_config" in family.lora_options:
@@ -90,10 +87,9 @@ class LoraBase:
 
     def _layers(self, component: str) -> dict[str, LayerShape]:
         """Return canonical path -> shape of a component's layers; empty without the component."""
-        entry = self._index.get(component)
-        if not isinstance(entry, (list, tuple)) or list(map(type, entry)) != [str, str]:
+        if component not in self._index:
             return {}
-        library, class_name = entry
+        library, class_name = self._index.components[component]
         with self._reading(component):
             model = empty_model(library, class_name, self.source, component, {})
         return {

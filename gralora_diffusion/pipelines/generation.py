@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,9 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gralora_diffusion.base_models.folder import check_weight_files
-from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
+from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
@@ -250,20 +251,23 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
+    from gralora_diffusion.base_models.pipeline_index import PipelineIndex
     from gralora_diffusion.pipelines.placement import place
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if Path(args.base).is_dir():
             check_weight_files(Path(args.base))
-        index = DiffusionPipeline.load_config(args.base)
-        _check_taken(args, str(index.get("_class_name")), parser)
-        name = args.dtype or usual_dtype(index, device)
+        index = PipelineIndex("base", args.base)
+        _check_taken(args, index.pipeline_class, parser)
+        name = args.dtype or usual_dtype(index.family, device)
         pipe = DiffusionPipeline.from_pretrained(
             args.base, dtype=torch_dtype(name), use_safetensors=True
         )
         place(pipe, torch.device(device))
         return pipe
+    except ConfigError as error:
+        parser.error(error.problems[0])
     except Exception as error:  # libraries may raise anything on damaged files
         problem = (
             offline_problem(error, args.base) or f"no diffusers pipeline could be loaded ({error})"
@@ -289,15 +293,14 @@ def _check_taken(
             parser.error(f"--{name}: {class_name} does not take this option. Leave it out")
 
 
-def usual_dtype(index: Mapping[str, Any], device: str) -> str:
-    """Return the name in ``DTYPES`` that a pipeline generates in by default.
+def usual_dtype(family: ModelFamily | None, device: str) -> str:
+    """Return the name in ``DTYPES`` that pipelines of a family generate in by default.
 
     Args:
-        index: content of the pipeline's ``model_index.json``.
+        family: None for pipelines of no supported family.
     """
     if device == "cpu":
         return "fp32"
-    family = find_pipeline_family(str(index.get("_class_name")))
     return family.generation_precision if family else ModelFamily.generation_precision
 
 

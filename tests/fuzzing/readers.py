@@ -294,7 +294,7 @@ def _find_family(folder: Path) -> None:
     index = PipelineIndex("pretrained_model_name_or_path", str(folder), None)
     for component in ("unet", "vae", "text_encoder"):
         index.has_weights(component)
-        assert component not in index or len(index.component_class(component)) == 2
+        assert component not in index or len(index.components[component]) == 2
     find_base_family(_config(pretrained_model_name_or_path=str(folder)))
 
 

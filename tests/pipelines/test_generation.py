@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gralora_diffusion.families import find_pipeline_family
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.pipelines.generation import (
     generate,
@@ -207,7 +208,7 @@ def test_dtype(files: Path, name: str | None) -> None:
     ],
 )
 def test_usual_dtype(pipeline: str, device: str, name: str) -> None:
-    assert usual_dtype({"_class_name": pipeline}, device) == name
+    assert usual_dtype(find_pipeline_family(pipeline), device) == name
 
 
 @pytest.mark.parametrize(
