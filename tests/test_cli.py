@@ -53,11 +53,11 @@ def test_a_hub_id_that_is_not_cached(
     with pytest.raises(SystemExit) as caught:
         main(line.format(tmp_path).split())
     assert caught.value.code == 2
-    told = capsys.readouterr().err
+    error = capsys.readouterr().err
     assert (
-        "owner/absent: there is no such folder, the Hub's cache does not contain all of it" in told
+        "owner/absent: there is no such folder, the Hub's cache does not contain all of it" in error
     )
-    assert "HF_HUB_OFFLINE is set. With network access, download it by `hf download " in told
+    assert "HF_HUB_OFFLINE is set. With network access, download it by `hf download " in error
     assert list(tmp_path.iterdir()) == []
 
 

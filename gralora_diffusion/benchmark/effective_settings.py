@@ -34,11 +34,11 @@ def effective_settings(
 
     Files and folders are given by name only. Settings that a method does not have are None.
     """
-    told = {name: getattr(config, name) for name in options_with(TrainingConfig, AlwaysReported)}
+    always = {name: getattr(config, name) for name in options_with(TrainingConfig, AlwaysReported)}
     given = yaml.safe_load(config.to_yaml(public=True))
     training = {
         name: value
-        for name, value in (told | given | method.told(config)).items()
+        for name, value in (always | given | method.reported_options(config)).items()
         if name not in ("output_dir", "class_data_dir", "report_to")
     }
     names = "images_per_prompt inference_steps drawing_guidance_scale drawing_batch_size"

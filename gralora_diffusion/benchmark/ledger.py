@@ -65,7 +65,7 @@ class Ledger:
 
     def __init__(self, output: Path) -> None:
         self.output = output
-        self._told: set[Path] = set()
+        self._reported: set[Path] = set()
         #: Result files that were read -> time and size, which show whether they have changed.
         self._good: dict[Path, tuple[int, int]] = {}
 
@@ -112,9 +112,9 @@ class Ledger:
             if (key := read_result(path).key) != trial.key:
                 raise ResultFileError(f"{path}: belongs to another trial ({key}) than its folder")
         except ResultFileError as error:
-            if path not in self._told:
+            if path not in self._reported:
                 logger.warning("%s. The trial is repeated", error)
-                self._told.add(path)
+                self._reported.add(path)
             return False
         self._good[path] = same
         return True

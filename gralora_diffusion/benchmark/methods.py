@@ -139,7 +139,7 @@ class Method:
             learning_rate=rate,
         )
 
-    def told(self, config: TrainingConfig) -> dict[str, Any]:
+    def reported_options(self, config: TrainingConfig) -> dict[str, Any]:
         """Return the values of these options that the method has, and None for the others."""
         gralora = self.kind == "gralora"
         return {

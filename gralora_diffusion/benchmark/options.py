@@ -86,7 +86,7 @@ class GenerationOptions:
 
 
 @dataclass(kw_only=True)
-class JudgingOptions:
+class EvaluationOptions:
     """How images are evaluated."""
 
     _argument_group_name: ClassVar[str] = "Evaluation"
@@ -139,7 +139,7 @@ class RunOptions:
 BENCHMARK_GROUPS: tuple[type, ...] = (
     ComparedOptions,
     GenerationOptions,
-    JudgingOptions,
+    EvaluationOptions,
     RunOptions,
 )
 

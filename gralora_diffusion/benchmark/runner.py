@@ -166,7 +166,7 @@ class Runner:
             attach=method.attach,
         )
         trainer.set_up()
-        told = named_layers(config, [getattr(self.pipe, name) for name in trainer.components])
+        facts = named_layers(config, [getattr(self.pipe, name) for name in trainer.components])
         log = self._mechanism_log(layers, trainer.max_steps)
         watched = (
             nullcontext()
@@ -185,7 +185,7 @@ class Runner:
             "train_seconds": time.perf_counter() - began,
             "peak_memory_gib": trainer.memory.gib,
             "mechanism": None if log is None else log.result(),
-            **told,
+            **facts,
         }
 
     def _watched_layers(self, config: TrainingConfig) -> list[str]:

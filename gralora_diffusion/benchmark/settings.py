@@ -18,8 +18,8 @@ from .methods import Method
 from .options import (
     BENCHMARK_GROUPS,
     ComparedOptions,
+    EvaluationOptions,
     GenerationOptions,
-    JudgingOptions,
     RunOptions,
     set_by_benchmark,
 )
@@ -48,7 +48,7 @@ MADE = ("units", "base", "class_pictures", "held_out", "report")
 
 
 @dataclass(kw_only=True)
-class BenchmarkSettings(RunOptions, JudgingOptions, GenerationOptions, ComparedOptions):
+class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, ComparedOptions):
     """All options; ``training`` contains those of the trainer. Call :meth:`check`."""
 
     training: TrainingConfig = field(default_factory=TrainingConfig)

@@ -56,9 +56,11 @@ def export_diff(
         for component, layers in parts.items()
         for layer, update in layers.updates.items()
     ]
-    said = export_metadata(read, kind="diff", family=found, scale=scale, **dict(metadata or {}))
+    fields = export_metadata(read, kind="diff", family=found, scale=scale, **dict(metadata or {}))
     with staged(path) as temporary:
-        write_streamed(temporary, outputs, {"format": "pt", **said}, Rounding(), progress=progress)
+        write_streamed(
+            temporary, outputs, {"format": "pt", **fields}, Rounding(), progress=progress
+        )
         finish_header(temporary)
     return LoraReport(path, "comfyui", {output.key: 0 for output in outputs})
 

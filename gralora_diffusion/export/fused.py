@@ -120,7 +120,7 @@ def export_fused(
         fp8_scale: store fp8 with a scale per tensor.
         denoiser_only: write a checkpoint of the denoiser alone, for "Load Diffusion Model".
         variant: variant of the weight files of a folder, such as fp16.
-        metadata: fields for the file's metadata, see ``choices.SAID``.
+        metadata: fields for the file's metadata, see ``choices.USER_FIELDS``.
         hashes: write ``modelspec.hash_sha256`` and similar fields; this reads the output once more.
         overwrite: replace an existing output.
         progress: show a progress bar.
@@ -172,11 +172,11 @@ def export_fused(
             _copy_rest(opened, target)
         for name, planned in files.items():
             outputs = converted(planned, dtype, denoiser, scale_prefix)
-            said = _metadata(
+            metadata_fields = _metadata(
                 read, opened, scale, format, dtype, stochastic, hashes, dict(metadata or {})
             )
             here = target / name if name else target
-            losses = write_streamed(here, outputs, said, rounding, progress=progress)
+            losses = write_streamed(here, outputs, metadata_fields, rounding, progress=progress)
             component = f"{planned[0][0]}." if name else ""
             report.losses |= {component + key: loss for key, loss in losses.items()}
             report.note_costly(losses, outputs, rounding)
@@ -219,7 +219,7 @@ def _metadata(
     dtype: str,
     stochastic: bool,
     hashes: bool,
-    said: dict[str, Any],
+    metadata_fields: dict[str, Any],
 ) -> dict[str, str]:
     """Return the header's metadata; files of a diffusers folder get diffusers' own."""
     if format == "diffusers":
@@ -236,7 +236,7 @@ def _metadata(
         base_name=base.path.stem if single else base.path.name,
         made=made,
         hashes=hashes,
-        **said,
+        **metadata_fields,
     )
     return {"format": "pt", **fields}
 

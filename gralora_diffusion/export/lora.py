@@ -135,7 +135,7 @@ def export_lora(
         base: a base that supplies what the adapter may not contain: the family, the number of
             layers per block of a UNet, the kind of text encoder.
         family: the family, if neither adapter nor base names it.
-        metadata: fields for the file's metadata, see ``choices.SAID``.
+        metadata: fields for the file's metadata, see ``choices.USER_FIELDS``.
         overwrite: replace an existing output.
         verify: called with the file before it appears under its name; may raise.
 
@@ -173,7 +173,7 @@ def export_lora(
     tensors: dict[str, Tensor] = {}
     for name, pair in named.items():
         tensors |= _tensors(name, *pair, style, target, alpha)
-    said = export_metadata(
+    fields = export_metadata(
         read,
         kind="lora",
         family=found,
@@ -186,7 +186,7 @@ def export_lora(
         **dict(metadata or {}),
     )
     with staged(Path(output)) as temporary:
-        write_safetensors(tensors, temporary, {"format": "pt", **said})
+        write_safetensors(tensors, temporary, {"format": "pt", **fields})
         if verify:
             verify(temporary)
     return report

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import missing_problem
-from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
 from gralora_diffusion.options.command_parser import CommandParser
 
-from .choices import DTYPE_CHOICES, FORMATS, READERS, SAID, STYLES, parity_path
+from .choices import DTYPE_CHOICES, FORMATS, READERS, STYLES, USER_FIELDS, parity_path
 
 if TYPE_CHECKING:
     from .fused import FusedReport
@@ -111,7 +111,7 @@ def parser() -> CommandParser:
     group.add_argument("--cache_dir", help="folder for downloads")
 
     group = command.add_argument_group("metadata of the file")
-    for name in SAID:
+    for name in USER_FIELDS:
         group.add_argument(f"--{name}", help=f"modelspec.{name}")
 
     group = command.add_argument_group("verification")
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         from .parity import ParityError
 
         try:
-            with tidied_when_ended():
+            with cleanup_on_signals():
                 print_safely(_export(args))
             if not args.verify:  # it would be a report on the previous output
                 parity_path(args.output).unlink(missing_ok=True)
@@ -229,11 +229,11 @@ def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
     from .verification import Verification
 
     adapter = read_adapter(args.adapter)
-    said = {name: getattr(args, name) for name in SAID if getattr(args, name) is not None}
+    fields = {name: getattr(args, name) for name in USER_FIELDS if getattr(args, name) is not None}
     common: dict[str, Any] = {
         "dtype": args.dtype,
         "scale": args.scale,
-        "metadata": said,
+        "metadata": fields,
         "overwrite": args.overwrite,
     }
     download = {"variant": args.variant, "revision": args.revision, "cache_dir": args.cache_dir}

@@ -23,7 +23,7 @@ from gralora_diffusion.families import ModelFamily, PublishedNames
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.lora_files.keys import DIFFUSERS_METADATA
 
-from .choices import SAID
+from .choices import USER_FIELDS
 
 SOURCE_KEY = "gralora_source"
 
@@ -52,7 +52,7 @@ def export_metadata(
     base_name: str | None = None,
     made: Mapping[str, Any] | None = None,
     hashes: bool = True,
-    **said: str | None,
+    **user_fields: str | None,
 ) -> dict[str, str]:
     """Return the metadata of a file that an adapter was exported to.
 
@@ -71,14 +71,14 @@ def export_metadata(
         made: further settings of the export, ready for JSON, such as ``{"energy": 0.95}``.
         hashes: reserve room for ``HASH_FIELDS``. They must be filled in, because readers trust
             them.
-        said: values for fields of ``choices.SAID``; they override the adapter's.
+        user_fields: values for fields of ``choices.USER_FIELDS``; they override the adapter's.
 
     Raises:
-        ValueError: a field is not in ``choices.SAID``.
+        ValueError: a field is not in ``choices.USER_FIELDS``.
     """
-    if unknown := sorted(set(said) - set(SAID)):
+    if unknown := sorted(set(user_fields) - set(USER_FIELDS)):
         raise ValueError(
-            f"unknown metadata fields: {', '.join(unknown)}. Choose from {', '.join(SAID)}"
+            f"unknown metadata fields: {', '.join(unknown)}. Choose from {', '.join(USER_FIELDS)}"
         )
     carried = {k: v for k, v in adapter.metadata.items() if not _is_of_its_tensors(k)}
     names = names or _names_of(carried, family)
@@ -100,7 +100,9 @@ def export_metadata(
         fields |= _lora_fields(names, ranks, alpha) if kind == "lora" else _DIFF_FIELDS
         if kind == "lora" and not original_names:
             fields[DIFFUSERS_METADATA] = diffusers_metadata(ranks)
-    fields |= {f"modelspec.{name}": value for name, value in said.items() if value is not None}
+    fields |= {
+        f"modelspec.{name}": value for name, value in user_fields.items() if value is not None
+    }
     source = {SOURCE_KEY: _source(adapter, scale, made or {})}
     return {**fields, **source, **(HASH_FIELDS if hashes else {})}
 

@@ -106,7 +106,7 @@ def quiet_libraries() -> Iterator[None]:
 
 
 @contextmanager
-def tidied_when_ended() -> Iterator[None]:
+def cleanup_on_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP remove partial outputs before they end the process.
 
     The handler does this itself instead of raising: an exception at any point of the main thread

@@ -115,7 +115,7 @@ class KeyMap:
         rules: the rules, or a function that returns them for the keys of a model. Its second
             argument says whether these are the original's keys (without prefix).
         canonical: converts a diffusers key of a file or an adapter to the form of the rules.
-        passed_over: regular expression for diffusers keys that the original does not contain.
+        ignored: regular expression for diffusers keys that the original does not contain.
         fits: whether a model with these tensors is written in this layout, if there are several.
         copies: original key and diffusers key of tensors that are written twice.
         comfyui_name: ComfyUI's name of a text encoder in the keys of LoRA files.
@@ -124,7 +124,7 @@ class KeyMap:
     prefixes: tuple[str, ...]
     rules: Sequence[Rule] | Callable[[Iterable[str], bool], Sequence[Rule]]
     canonical: Callable[[str], str] = str
-    passed_over: str = r"(?!)"
+    ignored: str = r"(?!)"
     fits: Callable[[Mapping[str, Shape]], bool] = lambda shapes: True
     comfyui_name: str | None = None
     copies: tuple[tuple[str, str], ...] = ()
@@ -149,7 +149,7 @@ class KeyMap:
         found: dict[str, dict[int, str]] = {}
         of_rule: dict[str, Rule] = {}
         for name in canonical:
-            if re.fullmatch(self.passed_over, name):
+            if re.fullmatch(self.ignored, name):
                 continue
             where = locate(name, rules)
             if where is None:

@@ -75,7 +75,7 @@ def t5(prefix: str, comfyui_name: str) -> KeyMap:
     return KeyMap(
         (prefix,),
         rules,
-        passed_over=re.escape(copy),
+        ignored=re.escape(copy),
         comfyui_name=comfyui_name,
         copies=((f"transformer.{copy}", "shared.weight"),),
     )

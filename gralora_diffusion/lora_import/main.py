@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from gralora_diffusion.adapters.placement.layer_config import check_numbers
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem
-from gralora_diffusion.io.process import print_safely, quiet_libraries, tidied_when_ended
+from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
 from gralora_diffusion.io.staging import check_output
 from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 from gralora_diffusion.options.command_parser import CommandParser
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = command.parse_args(argv, check=_problems)
     output = _file(options)
     try:
-        with quiet_libraries(), tidied_when_ended():
+        with quiet_libraries(), cleanup_on_signals():
             print_safely(_import(options, output))
     except (OSError, ValueError) as error:
         command.exit(2, f"{command.prog}: error: {error}\n")

@@ -79,7 +79,7 @@ def find_beginning(
         }
         check_alike(accelerator, options, "Give the same options to every process")
         facts = {
-            "the checkpoint to resume is": together(accelerator, lambda: _told(found.resume)),
+            "the checkpoint to resume is": together(accelerator, lambda: _described(found.resume)),
             "the images and captions are": digest_of(found.images),
             "the class images are": digest_of(found.class_images),
         }
@@ -130,7 +130,7 @@ def digest_of(examples: Sequence[Example]) -> str:
     return f"{len(examples)} of hash {digest[:16]}"
 
 
-def _told(resume: tuple[int, Path] | None) -> str:
+def _described(resume: tuple[int, Path] | None) -> str:
     """Describe a checkpoint by its step and a hash of all its files; "none" if there is none."""
     if resume is None:
         return "none"

@@ -201,11 +201,11 @@ def _make_loras(folder: Path) -> None:
         "target_modules": ["to_q"],
         "bias": "none",
     }
-    told = {f"unet.{key}": value for key, value in config.items() if key != "peft_type"}
+    described = {f"unet.{key}": value for key, value in config.items() if key != "peft_type"}
     tags = json.dumps({"1_dog": {"sks dog": 3, "grass": 1}})
     said = {"ss_network_alpha": "2", "ss_tag_frequency": tags, "ss_base_model_version": "sd_v1"}
     _save(kohya, _part(folder, "kohya"), **said)
-    _save(comfy, _part(folder, "diffusers"), lora_adapter_metadata=json.dumps(told))
+    _save(comfy, _part(folder, "diffusers"), lora_adapter_metadata=json.dumps(described))
     peft_folder = _part(folder, "peft")
     _save(peft, peft_folder).rename(peft_folder / "adapter_model.safetensors")
     (peft_folder / "adapter_config.json").write_text(json.dumps(config))

@@ -160,7 +160,7 @@ def test_cmyk_with_a_profile(file_format):
     [b"nonsense", SRGB[:60], SRGB[:200], b"\0" * 400, SRGB[:16] + b"NOPE" + SRGB[20:]],
     ids=["text", "cut header", "cut table", "zeros", "no colour space"],  # SRGB holds the time
 )
-def test_a_damaged_profile_is_told_and_passed_over(profile):
+def test_a_damaged_profile_is_reported_and_ignored(profile):
     got, warnings = read(encoded(Image.fromarray(COLOURS), "PNG", icc_profile=profile))
     np.testing.assert_array_equal(got, COLOURS)
     (warning,) = warnings
@@ -174,7 +174,7 @@ def test_a_profile_that_is_not_compressed_as_png_wants_it():
     assert warnings
 
 
-def test_a_profile_of_another_colour_space_is_told_and_passed_over():
+def test_a_profile_of_another_colour_space_is_reported_and_ignored():
     image = Image.fromarray(COLOURS).convert("CMYK")
     plain, _ = read(encoded(image, "TIFF"))
     got, warnings = read(encoded(image, "TIFF", icc_profile=SRGB))
@@ -235,7 +235,7 @@ def test_high_dynamic_range_and_unknown_colours_are_refused(codes):
 @pytest.mark.parametrize(
     "chunk", [gamma(0), gamma(90), (b"cHRM", bytes(32)), (b"cHRM", b"\xff" * 32)]
 )
-def test_impossible_chunks_are_told_and_passed_over(chunk):
+def test_impossible_chunks_are_reported_and_ignored(chunk):
     got, warnings = read(png(2, 8, COLOURS, (chunk,)))
     np.testing.assert_array_equal(got, COLOURS)
     assert len(warnings) == 1

@@ -21,7 +21,7 @@ from transformers.utils import logging as of_transformers
 
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.main import main as export
-from gralora_diffusion.io.process import quiet_libraries, tidied_when_ended
+from gralora_diffusion.io.process import cleanup_on_signals, quiet_libraries
 from gralora_diffusion.lora_import.main import main as import_lora
 from tests import ROOT
 from tests.models import adapt, stable_diffusion
@@ -103,7 +103,7 @@ def test_nothing_is_heard_of_a_verified_export(files: Path, tmp_path: Path) -> N
 
 
 def end(number: int) -> None:
-    with tidied_when_ended():
+    with cleanup_on_signals():
         os.kill(os.getpid(), number)
         time.sleep(5)
 
@@ -113,7 +113,7 @@ def test_interrupts_and_what_is_ignored_are_left_alone() -> None:
         end(signal.SIGINT)
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     try:
-        with tidied_when_ended():
+        with cleanup_on_signals():
             os.kill(os.getpid(), signal.SIGHUP)
             time.sleep(0.01)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
@@ -124,10 +124,10 @@ def test_interrupts_and_what_is_ignored_are_left_alone() -> None:
 def test_handlers_are_as_before() -> None:
     numbers = (signal.SIGTERM, signal.SIGHUP)
     before = [signal.getsignal(number) for number in numbers]
-    with tidied_when_ended():
+    with cleanup_on_signals():
         assert signal.getsignal(signal.SIGTERM) != before[0]
     assert [signal.getsignal(number) for number in numbers] == before
-    thread = threading.Thread(target=tidied_when_ended().__enter__)  # which has no handlers
+    thread = threading.Thread(target=cleanup_on_signals().__enter__)  # which has no handlers
     thread.start()
     thread.join()
     assert [signal.getsignal(number) for number in numbers] == before
@@ -153,7 +153,7 @@ def test_nothing_is_left_of_a_command_that_was_ended(
     working = processes.Event()
 
     def run() -> None:
-        with tidied_when_ended():
+        with cleanup_on_signals():
             working.set()
             main(line)
 

@@ -90,8 +90,10 @@ def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfi
     # a checkpoint of an earlier version has fewer options
     differing = [name for name in here if name in there and there[name] != here[name]]
     if differing:
-        told = "; ".join(f"--{name} {there[name]} there, {here[name]} here" for name in differing)
-        raise _of_another_run(path, told)
+        differences = "; ".join(
+            f"--{name} {there[name]} there, {here[name]} here" for name in differing
+        )
+        raise _of_another_run(path, differences)
 
 
 def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any]) -> None:

@@ -75,7 +75,7 @@ def generate_class_images(
     """
     if not from_first(accelerator, lambda: missing_class_images(config)):
         return False
-    with owned_by_run(accelerator, Path(config.class_data_dir or ""), _told(config)):
+    with owned_by_run(accelerator, Path(config.class_data_dir or ""), _label(config)):
         # only now, since another run may just have generated them
         numbers, owner = from_first(accelerator, lambda: _missing_numbers(config))
         if numbers:
@@ -93,7 +93,7 @@ def _missing_numbers(options: PriorOptions) -> tuple[set[int], str]:
     return numbers, owner.read_text() if owner.exists() else ""
 
 
-def _told(options: PriorOptions) -> str:
+def _label(options: PriorOptions) -> str:
     return f"--class_data_dir {options.class_data_dir!r}"
 
 
@@ -105,7 +105,7 @@ def _check_shared(options: PriorOptions, owner: str) -> None:
         if time.monotonic() > end:
             raise ConfigError(
                 [
-                    f"{_told(options)} is not the same folder for all processes, so each would "
+                    f"{_label(options)} is not the same folder for all processes, so each would "
                     "train on its own share of the class images. Give a folder that all machines "
                     "share, or generate them on one machine and copy the folder to the others"
                 ]

@@ -80,12 +80,15 @@ def _cuts(
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
         if encoder is None or tokenizer is None:
             continue
-        limit, told = max_sequence_length or family.max_sequence_length, " (--max_sequence_length)"
+        limit, option = (
+            max_sequence_length or family.max_sequence_length,
+            " (--max_sequence_length)",
+        )
         # CLIP's number of positions is fixed, whatever the other encoders accept
         if limit is None or str(encoder.config.model_type).startswith("clip"):
-            limit, told = int(tokenizer.model_max_length), ""
+            limit, option = int(tokenizer.model_max_length), ""
         count = family.count_tokens(tokenizer, prompt)
         if count > limit:
             lost = count - limit
-            cuts.append(f"{name} reads {limit} tokens{told} of its {count}, so {lost} are lost")
+            cuts.append(f"{name} reads {limit} tokens{option} of its {count}, so {lost} are lost")
     return cuts

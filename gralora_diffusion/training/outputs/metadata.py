@@ -93,8 +93,8 @@ def training_metadata(
             "ss_weighting_scheme": config.weighting_scheme,
             "ss_guidance_scale": config.guidance_scale,
         }
-    told = {key: str(value) for key, value in fields.items() if value is not None}
-    return told | HASH_FIELDS
+    known = {key: str(value) for key, value in fields.items() if value is not None}
+    return known | HASH_FIELDS
 
 
 def time_metadata(began: float) -> dict[str, str]:

@@ -41,15 +41,15 @@ def own_output_dir(options: OutputOptions, accelerator: Accelerator) -> Iterator
     Raises:
         ConfigError: another run is using it, or it belongs to a benchmark.
     """
-    folder, told = Path(options.output_dir), f"--output_dir {options.output_dir!r}"
+    folder, label = Path(options.output_dir), f"--output_dir {options.output_dir!r}"
 
     def check() -> None:
         if (folder / BENCHMARK_NAME).exists():
             raise ConfigError(
-                [f"{told} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
+                [f"{label} belongs to a benchmark ({BENCHMARK_NAME}). Give another folder"]
             )
 
-    with owned_by_run(accelerator, folder, told):
+    with owned_by_run(accelerator, folder, label):
         from_first(accelerator, check)
         yield
 

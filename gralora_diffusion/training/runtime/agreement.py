@@ -72,10 +72,10 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str)
     Raises:
         ConfigError: facts differ. It is raised in every process and lists all of them.
     """
-    told = _common_to_all(accelerator, (socket.gethostname(), dict(facts)))
-    first_host, first = told[0]
+    gathered = _common_to_all(accelerator, (socket.gethostname(), dict(facts)))
+    first_host, first = gathered[0]
     problems = []
-    for rank, (host, theirs) in enumerate(told):
+    for rank, (host, theirs) in enumerate(gathered):
         problems += [
             f"{name} {first[name]} in process 0 on {first_host}, but {theirs[name]} in process "
             f"{rank} on {host}. {advice}"
@@ -95,22 +95,22 @@ def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Va
     except Exception as error:
         failure = error
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    told = _common_to_all(accelerator, (socket.gethostname(), text, result))
+    gathered = _common_to_all(accelerator, (socket.gethostname(), text, result))
     if failure is not None:
         raise failure
-    for rank, (host, text, _) in enumerate(told):
+    for rank, (host, text, _) in enumerate(gathered):
         if text is not None:
             raise OtherProcessFailed(f"process {rank} on {host} failed. {text}")
-    return [result for _, _, result in told]
+    return [result for _, _, result in gathered]
 
 
 def _common_to_all(accelerator: Accelerator, value: Any) -> list[Any]:
     """Return the values of all processes, by rank."""
     if accelerator.num_processes == 1:
         return [value]
-    told: list[Any] = [None] * accelerator.num_processes
+    gathered: list[Any] = [None] * accelerator.num_processes
     try:
-        dist.all_gather_object(told, value, group=_patient_group(dist.group.WORLD))
+        dist.all_gather_object(gathered, value, group=_patient_group(dist.group.WORLD))
     except RuntimeError as error:  # gloo raises it when a connection is closed
         # a broken group would abort the program when it exits
         dist.destroy_process_group(_patient_group(dist.group.WORLD))
@@ -119,7 +119,7 @@ def _common_to_all(accelerator: Accelerator, value: Any) -> list[Any]:
             f"another process ended, and this one cannot continue alone ({error}). The output of "
             "the other process says why"
         ) from error
-    return told
+    return gathered
 
 
 @lru_cache(maxsize=1)  # another run in this program has another group

@@ -40,14 +40,14 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
-def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
+def owned(folder: Path, label: str, patience: float = 0.0) -> Iterator[None]:
     """Make this process the only owner of ``folder`` inside.
 
     The folder is created, and removed again if it is left empty. If its file system has no locks,
     as with some network file systems, a warning says so.
 
     Args:
-        told: name of the folder in messages, such as ``--output_dir 'out'``.
+        label: name of the folder in messages, such as ``--output_dir 'out'``.
         patience: seconds to wait for another owner.
 
     Raises:
@@ -76,7 +76,7 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
         except Timeout:
             raise ConfigError(
                 [
-                    f"{told} is in use by {_owner(owner)}; two processes would overwrite each "
+                    f"{label} is in use by {_owner(owner)}; two processes would overwrite each "
                     "other's files. Wait until it has ended, end it, or give another folder"
                 ]
             ) from None
@@ -84,25 +84,25 @@ def owned(folder: Path, told: str, patience: float = 0.0) -> Iterator[None]:
             if isinstance(error, OSError) and error.errno not in _NO_LOCKS:
                 _remove_empty(made)
                 raise ConfigError(
-                    [f"{told} cannot be written to ({error}). Give another folder"]
+                    [f"{label} cannot be written to ({error}). Give another folder"]
                 ) from error
             logger.warning(
                 "%s is on a file system without locks (%s), so a second run in this folder would "
                 "not be noticed. Do not start one",
-                told,
+                label,
                 error,
             )
         yield
 
 
 @contextmanager
-def owned_by_run(accelerator: Accelerator, folder: Path, told: str) -> Iterator[None]:
+def owned_by_run(accelerator: Accelerator, folder: Path, label: str) -> Iterator[None]:
     """Make this run the owner of ``folder`` inside; its first process owns it for all.
 
     Every process must enter it; see :func:`owned`.
     """
     with ExitStack() as held:
-        from_first(accelerator, lambda: held.enter_context(owned(folder, told)))
+        from_first(accelerator, lambda: held.enter_context(owned(folder, label)))
         yield
 
 

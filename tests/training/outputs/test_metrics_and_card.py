@@ -72,7 +72,7 @@ def test_files(finished: Path) -> None:
         assert len(curve.convert("RGB").getcolors(1 << 20) or []) > 100
 
 
-def test_lines_that_are_no_rows_are_passed_over(tmp_path: Path) -> None:
+def test_damaged_lines_are_skipped(tmp_path: Path) -> None:
     good = [b'{"step": 1, "loss": 0.5, "lr": 1e-4}', b'{"loss": 2, "step": 3}']
     odd = [b"", b"{", b"[]", b"3", b"\xff", b"[" * 3000, b'{"step": 2}']
     odd += [b'{"step": "2", "loss": 1}', b'{"step": 2, "loss": NaN}']
