@@ -250,7 +250,7 @@ def fuse_gralora(
                 if set(chosen) & set(layer.merged_adapters):  # a layer merges all of them or none
                     layer.unmerge(chosen)
             raise
-    register_fused(pipe, _adapter_names(models.values()))
+    register_fused(pipe)
     return [name for name, model in models.items() if names.keys() & set(gralora_layers(model))]
 
 
@@ -268,7 +268,7 @@ def unfuse_gralora(pipe: DiffusionPipeline, components: Sequence[str] | None = N
     with without_offloading(pipe, models.values()):
         for layer in merged:
             layer.unmerge()
-    register_fused(pipe, _adapter_names(models.values()))
+    register_fused(pipe)
     return list(models)
 
 
@@ -282,6 +282,7 @@ def unload_gralora_weights(pipe: DiffusionPipeline) -> list[str]:
     models = component_models(pipe).values()
     # model by model, because the same name may belong to a LoRA on another model
     attached = {model: _adapter_names([model]) for model in models if gralora_layers(model)}
+    register_fused(pipe)
     with without_offloading(pipe, attached):
         for model, names in attached.items():
             eject(model, *names)

@@ -798,6 +798,25 @@ class TestFuse:
         pipe.unload_gralora_weights()
         assert same(draw(pipe), adapted)  # as with LoRA, what was fused stays
 
+    def test_a_fused_adapter_that_is_deleted_or_disabled(self, pipe, folder, other, base):
+        pipe.load_gralora_weights(folder, "a")
+        pipe.load_gralora_weights(other, "b")
+        pipe.set_adapters(["a", "b"])
+        pipe.fuse_gralora()
+        copied = copy.deepcopy(pipe)
+        pipe.delete_adapters("a")
+        assert pipe.fused_loras == {"b"}
+        assert same(draw(pipe), draw(merged([(other, 1.0)])))
+        pipe.disable_lora()
+        assert same(draw(pipe), base)
+        assert pipe.num_fused_loras == 0
+        pipe.enable_lora()
+        pipe.fuse_lora(components=BOTH)
+        assert pipe.fused_loras == {"b"}
+        pipe.delete_adapters("b")
+        assert pipe.fused_loras == set()
+        assert copied.fused_loras == {"a", "b"}
+
     def test_refusals(self, pipe, folder):
         with pytest.raises(ValueError, match="no GraLoRA adapter is attached"):
             pipe.fuse_gralora()
