@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import diffusers
 import torch
 from torch import nn
+from transformers import PreTrainedModel
+from transformers.utils import logging as transformers_logging
 
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.process import quiet_libraries
 from gralora_diffusion.io.safe_text import first_few
 
-from .folder import check_weight_files
+from .folder import check_weight_files, weight_files
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
@@ -111,7 +114,7 @@ def load_base(
             **given,
             **loading_arguments(options, family, dtype),
         )
-        _check_all_there(pipe)
+        check_complete(pipe, given, options.variant)
         check_computing_dtype(pipe, dtype)
         family.check_base(pipe)
     except ConfigError:
@@ -136,13 +139,53 @@ def load_base(
     return pipe
 
 
-def _check_all_there(pipe: Any) -> None:
-    """Raise ValueError if weights of a model are not in its files; diffusers only warns."""
+def check_complete(pipe: Any, given: Collection[str] = (), variant: str | None = None) -> None:
+    """Check that a pipeline's models were read whole from its folder.
+
+    diffusers leaves missing weights on the meta device, and transformers fills them with random
+    numbers. Both only warn.
+
+    Args:
+        given: components that were passed to ``from_pretrained``, not read by it.
+        variant: variant of the weight files, such as fp16.
+
+    Raises:
+        ValueError: weights of a model are not in its files. The message names some.
+    """
     for name, model in pipe.components.items():
-        if isinstance(model, nn.Module):
-            missing = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
-            if missing:
-                raise ValueError(f"the files of its {name} do not contain {first_few(missing)}")
+        if not isinstance(model, nn.Module):
+            continue
+        missing = [key for key, tensor in model.state_dict().items() if tensor.is_meta]
+        if isinstance(model, PreTrainedModel) and name not in given:
+            missing += _never_read(model, variant)
+        if missing:
+            raise ValueError(f"the files of its {name} do not contain {first_few(missing)}")
+
+
+def _never_read(model: PreTrainedModel, variant: str | None) -> list[str]:
+    """Return weights of a text encoder that its files do not contain, as transformers finds them.
+
+    Only the headers of the files are read. Empty for an encoder that is quantized on disk.
+    """
+    folder = Path(str(model.config.name_or_path))
+    if getattr(model.config, "quantization_config", None) or not folder.is_dir():
+        return []
+    if variant is not None and not weight_files(folder, variant):
+        variant = None  # diffusers reads the usual files where a component has no such variant
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # its report was logged when the model was read
+    try:
+        with quiet_libraries():
+            loaded: Any = type(model).from_pretrained(
+                folder,
+                variant=variant,
+                use_safetensors=True,
+                device_map="meta",
+                output_loading_info=True,
+            )
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    return sorted(loaded[1]["missing_keys"])
 
 
 def freeze(pipe: Any) -> None:

@@ -251,6 +251,7 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     import torch
     from diffusers import DiffusionPipeline
 
+    from gralora_diffusion.base_models.loading import check_complete
     from gralora_diffusion.base_models.pipeline_index import PipelineIndex
     from gralora_diffusion.pipelines.placement import place
 
@@ -264,6 +265,7 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
         pipe = DiffusionPipeline.from_pretrained(
             args.base, dtype=torch_dtype(name), use_safetensors=True
         )
+        check_complete(pipe)
         place(pipe, torch.device(device))
         return pipe
     except ConfigError as error:

@@ -17,6 +17,7 @@ from transformers import CLIPImageProcessor
 from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.pipelines.generation import main as sample
 from gralora_diffusion.training.checks.family import check_family_options
 from tests.models import PIPELINES, stable_diffusion, vae
 from tests.training.runs import config
@@ -189,13 +190,34 @@ def test_pickles_in_place_of_a_text_encoder_are_not_read(base: Path, tmp_path: P
     assert "cannot be used" in problem_of(tmp_path / "a")
 
 
-def test_weights_that_lack_are_not_made_up(base: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("component", "file", "key"),
+    [
+        ("unet", "diffusion_pytorch_model.safetensors", "conv_in.weight"),
+        ("text_encoder", "model.safetensors", "encoder.layers.1.mlp.fc1.bias"),
+    ],
+)
+def test_missing_weights_are_not_made_up(
+    component: str,
+    file: str,
+    key: str,
+    base: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     shutil.copytree(base, tmp_path / "a")
-    file = tmp_path / "a" / "unet" / "diffusion_pytorch_model.safetensors"
-    tensors = load_file(file)
-    tensors["conv_in.wight"] = tensors.pop("conv_in.weight")
-    save_file(tensors, file)
-    assert "the files of its unet do not contain conv_in.weight" in problem_of(tmp_path / "a")
+    path = tmp_path / "a" / component / file
+    tensors = load_file(path)
+    [name] = [name for name in tensors if name.endswith(key)]  # prefixes depend on the version
+    tensors[f"{name}s"] = tensors.pop(name)
+    save_file(tensors, path, {"format": "pt"})
+    text = f"the files of its {component} do not contain {name}"
+    assert text in problem_of(tmp_path / "a")
+    with pytest.raises(SystemExit):
+        sample(
+            ["--base", str(tmp_path / "a"), "--prompt", "a", "--output", str(tmp_path / "a.png")]
+        )
+    assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
