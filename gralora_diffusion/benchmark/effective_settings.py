@@ -13,9 +13,10 @@ import yaml
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
+from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.version import __version__
 from gralora_diffusion.options.fields import AlwaysReported, options_with
-from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import lowered_ks
 from gralora_diffusion.training.runtime.acceleration import device_name
 

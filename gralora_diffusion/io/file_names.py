@@ -54,3 +54,10 @@ def missing_problem(source: str | os.PathLike[str], bare: bool = False) -> str |
     if path.exists() or looks_like_hub_id(str(source), bare):
         return None
     return no_such(path)
+
+
+def public_name(source: str) -> str:
+    """Return the last part of a local path, and a Hub id unchanged."""
+    path = Path(source)
+    local = path.exists() or path.is_absolute() or len(path.parts) != 2
+    return path.resolve().name if local else source

@@ -6,20 +6,23 @@ import argparse
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gralora_diffusion.base_models.folder import check_weight_files
-from gralora_diffusion.families import ModelFamily, mend_clip_skip
+from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import missing_problem
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem, public_name
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
+from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.io.process import print_safely, quiet_libraries
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
+from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.command_parser import CommandParser
 
 #: What users may call an option -> how the message goes on.
@@ -92,6 +95,60 @@ def generate(
             images += pipe(prompt=list(batch), generator=generators, **options).images
     starts = range(0, len(images), images_per_prompt)
     return [images[start : start + images_per_prompt] for start in starts]
+
+
+def parameters_of(
+    pipe: Any,
+    prompts: Sequence[str],
+    images_per_prompt: int = 1,
+    *,
+    base: str,
+    adapter: str | None = None,
+    scale: float | None = None,
+    seed: int = 0,
+    negative_prompt: str | None = None,
+    guidance_scale: float | None = None,
+    inference_steps: int = 30,
+    clip_skip: int | None = None,
+    **others: Any,
+) -> list[list[ImageParameters]]:
+    """Return what :func:`generate` generates with these arguments, in the same lists.
+
+    Args:
+        base, adapter: where they came from; of a local file or folder, only the name is kept.
+        scale: the adapter's strength.
+        others: further arguments of :func:`generate`, which the images show themselves.
+    """
+    taken = inspect.signature(type(pipe).__call__).parameters.get("guidance_scale")
+    if guidance_scale is None and taken is not None:
+        guidance_scale = taken.default
+    if adapter and Path(adapter).name == WEIGHTS_NAME:  # says nothing, as all have it
+        adapter = str(Path(adapter).resolve().parent)
+    family = find_pipeline_family(type(pipe).__name__)
+    shared = ImageParameters(
+        prompt="",
+        seed=seed,
+        steps=inference_steps,
+        negative_prompt=negative_prompt or "",
+        guidance_scale=guidance_scale,
+        guidance_is_distilled=_takes_guidance(pipe),
+        # the layer that is read, where the last is 1
+        clip_skip=clip_skip and clip_skip + ((family and family.skipped_layers) or 0) + 1,
+        scheduler=type(pipe.scheduler).__name__,
+        base=public_name(base),
+        adapter=public_name(adapter) if adapter else None,
+        scale=scale if adapter else None,
+    )
+    return [
+        [replace(shared, prompt=prompt, seed=seed + i) for i in range(images_per_prompt)]
+        for prompt in prompts
+    ]
+
+
+def _takes_guidance(pipe: Any) -> bool:
+    """Whether the denoiser was distilled to take the guidance scale as an input."""
+    denoiser = getattr(pipe, "transformer", None)
+    return bool(denoiser is not None and getattr(denoiser.config, "guidance_embeds", False))
 
 
 def takes_negative_prompt(pipeline_class: type) -> bool:
@@ -175,6 +232,11 @@ def parser() -> CommandParser:
     command.add_argument("--negative_prompt", help="what to steer away from")
     command.add_argument("--output", required=True, type=Path, help="image file for the grid")
     command.add_argument(
+        "--image_dir",
+        type=Path,
+        help="folder where each generated image is saved, too, in its own size",
+    )
+    command.add_argument(
         "--compare", action="store_true", help="also generate images with the base alone"
     )
     command.add_argument(
@@ -209,20 +271,47 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.reference:
         rows.append(("the subject", _images(args.reference, command)))
     with quiet_libraries():
-        rows += _generated_rows(args, command)
+        generated = _generated(args, command)
+    for made in generated:
+        rows += [(made.label, list(row)) for row in zip(*made.images, strict=True)]
     try:
+        if args.image_dir:
+            for made in generated:
+                made.save(args.image_dir)
         with staged(args.output) as temporary:
-            labelled_grid(rows, args.prompt).save(temporary)
-    except OutputError as error:
+            grid = labelled_grid(rows, args.prompt)
+            if args.output.suffix.lower() == ".png":
+                save_png(grid, temporary, generated[-1].parameters[0][0])
+            else:
+                grid.save(temporary)
+    except (OSError, OutputError) as error:
         command.error(str(error))
     print_safely(args.output)
 
 
-def _generated_rows(
-    args: argparse.Namespace, command: argparse.ArgumentParser
-) -> list[tuple[str, list[Image.Image]]]:
-    """Generate the images, as rows of the grid."""
-    rows: list[tuple[str, list[Image.Image]]] = []
+@dataclass(frozen=True)
+class _Generated:
+    """Images with one adapter and what they were generated with, both as [prompt][image]."""
+
+    label: str
+    images: list[list[Image.Image]]
+    parameters: list[list[ImageParameters]]
+
+    def save(self, folder: Path) -> None:
+        """Save each image in the folder, under the number of its prompt and its own."""
+        folder.mkdir(parents=True, exist_ok=True)
+        for row, (images, described) in enumerate(zip(self.images, self.parameters, strict=True)):
+            for column, (image, parameters) in enumerate(zip(images, described, strict=True)):
+                with replacing(folder / _image_name(self.label, row, column)) as temporary:
+                    save_png(image, temporary, parameters)
+
+
+def _image_name(label: str, prompt: int, image: int) -> str:
+    return f"{label}{'-' if label else ''}{prompt:02d}-{image:02d}.png"
+
+
+def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> list[_Generated]:
+    """Generate the images: with the adapter, and before it with the base alone to compare."""
     pipe = _pipeline(args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -233,17 +322,25 @@ def _generated_rows(
         "inference_steps": args.num_inference_steps,
         "clip_skip": args.clip_skip,
     }
-    if args.adapter:
-        try:
-            print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
-        except (OSError, ValueError) as error:
-            command.error(f"--adapter {args.adapter}: {error}")
+
+    def made(label: str, adapter: str | None) -> _Generated:
+        described = parameters_of(
+            pipe, args.prompt, base=args.base, adapter=adapter, scale=args.scale, **options
+        )
+        return _Generated(label, generate(pipe, args.prompt, **options), described)
+
+    if not args.adapter:
+        return [made("", None)]
+    try:
+        print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
+    except (OSError, ValueError) as error:
+        command.error(f"--adapter {args.adapter}: {error}")
+    first = []
     if args.compare:
         pipe.set_adapters("sampled", 0.0)
-        rows += _rows("before", generate(pipe, args.prompt, **options))
-    if args.adapter:
-        pipe.set_adapters("sampled", args.scale)
-    return rows + _rows("after" if args.compare else "", generate(pipe, args.prompt, **options))
+        first.append(made("before", None))
+    pipe.set_adapters("sampled", args.scale)
+    return [*first, made("after" if args.compare else "", args.adapter)]
 
 
 def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
@@ -324,6 +421,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     read = [args.base, args.reference, *(file for file in weights if file.is_file())]
     if source := find_overlap(args.output, read):
         yield f"--output {args.output} overlaps {source}, which is read. Choose another --output"
+    if args.image_dir:
+        yield from _problems_of_image_dir(args, read)
     for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
             yield f"--{name} is {value}; it must be at least 1"
@@ -332,6 +431,22 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             f"--size is {args.size}; it must be a positive multiple of 8. The nearest is "
             f"{max(8, 8 * round(args.size / 8))}"
         )
+
+
+def _problems_of_image_dir(args: argparse.Namespace, read: list[Any]) -> Iterator[str]:
+    if args.image_dir.exists() and not args.image_dir.is_dir():
+        yield f"--image_dir {args.image_dir} is a file. Give a folder"
+        return
+    for label in ("before", "after") if args.compare else ("",):
+        for row in range(len(args.prompt)):
+            for column in range(args.images_per_prompt):
+                file = args.image_dir / _image_name(label, row, column)
+                if source := find_overlap(file, read):
+                    yield (
+                        f"--image_dir {args.image_dir}: {file.name} overlaps {source}, which is "
+                        "read. Choose another --image_dir"
+                    )
+                    return
 
 
 def _images(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
@@ -350,10 +465,3 @@ def _images(folder: Path, parser: argparse.ArgumentParser) -> list[Image.Image]:
     if problems:
         parser.error("\n  ".join([f"--reference {folder}:", *problems]))
     return images
-
-
-def _rows(
-    label: str, images: Sequence[Sequence[Image.Image]]
-) -> list[tuple[str, list[Image.Image]]]:
-    """Return one row for each image of a prompt, with one column per prompt."""
-    return [(label, list(row)) for row in zip(*images, strict=True)]

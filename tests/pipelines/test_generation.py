@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -17,10 +18,11 @@ from gralora_diffusion.pipelines.generation import (
     generate,
     labelled_grid,
     main,
+    parameters_of,
     usual_dtype,
 )
 from tests.io.image_bytes import png, shown
-from tests.models import adapt, stable_diffusion
+from tests.models import PIPELINES, adapt, stable_diffusion
 
 
 def test_images_depend_on_their_own_seed_only() -> None:
@@ -127,6 +129,40 @@ def test_command_compares(files: Path) -> None:
     assert (grid[8:200] == before[8:200]).all()
     assert (grid[208:400] == after[8:200]).all()
     assert (before[8:200] != after[8:200]).any()
+
+
+def test_images_say_how_they_were_generated(files: Path) -> None:
+    line = ["--prompt", "a cat", "a dog", "--images_per_prompt", "2", "--size", "16", "--seed", "5"]
+    line += ["--num_inference_steps", "1", "--negative_prompt", "snow", "--scale", "0.5"]
+    line += ["--base", str(files / "base"), "--compare", "--output", str(files / "grid.png")]
+    weights = files / "adapter" / "pytorch_gralora_weights.safetensors"
+    main([*line, "--adapter", str(weights), "--image_dir", str(files / "apart")])
+    numbers = ("00-00", "00-01", "01-00", "01-01")
+    names = [f"{label}-{number}.png" for label in ("after", "before") for number in numbers]
+    assert sorted(path.name for path in (files / "apart").iterdir()) == names
+    for name in names:
+        label, prompt, image = name.removesuffix(".png").split("-")
+        read = Image.open(files / "apart" / name)
+        assert read.size == (16, 16)
+        own = json.loads(read.info["gralora_diffusion"])
+        adapter = {"adapter": "adapter", "scale": 0.5} if label == "after" else {"adapter": None}
+        expected = {"prompt": ["a cat", "a dog"][int(prompt)], "seed": 5 + int(image)}
+        expected |= {"negative_prompt": "snow", "steps": 1, "guidance_scale": 7.5, "base": "base"}
+        assert own.items() >= {**expected, **adapter}.items()
+    grid = json.loads(Image.open(files / "grid.png").info["gralora_diffusion"])
+    assert (grid["prompt"], grid["seed"], grid["adapter"]) == ("a cat", 5, "adapter")
+
+
+def test_parameters_of_a_distilled_base_and_of_clip_skip() -> None:
+    flux = PIPELINES["flux"]()
+    ((read,),) = parameters_of(flux, ["x"], base="owner/flux", guidance_scale=3.0)
+    distilled = bool(flux.transformer.config.guidance_embeds)
+    assert (read.guidance_scale, read.guidance_is_distilled) == (3.0, distilled)
+    for name, layer in (("stable-diffusion", 2), ("stable-diffusion-xl", 3)):
+        pipe = PIPELINES[name]()
+        ((read,),) = parameters_of(pipe, ["x"], base="b", clip_skip=1)
+        assert read.clip_skip == layer
+        assert (read.adapter, read.scale) == (None, None)
 
 
 def test_command_writes_over_nothing_that_it_reads(

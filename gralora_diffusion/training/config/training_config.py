@@ -13,6 +13,7 @@ import yaml
 
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.options.fields import Place, Unrecorded, group_table, options_with
 from gralora_diffusion.options.parsing import ParsedOptions, read_options
 
@@ -177,13 +178,6 @@ def options_table() -> str:
         *map(group_table, OPTION_GROUPS),
     ]
     return "\n\n".join(parts) + "\n"
-
-
-def public_name(source: str) -> str:
-    """Return the last part of a local path, and a Hub id unchanged."""
-    path = Path(source)
-    local = path.exists() or path.is_absolute() or len(path.parts) != 2
-    return path.resolve().name if local else source
 
 
 def _option_names() -> set[str]:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.options import AdapterOptions
-from gralora_diffusion.training.config.training_config import TrainingConfig, public_name
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.dataset import TrainingSet

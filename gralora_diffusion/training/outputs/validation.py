@@ -18,7 +18,12 @@ from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
+from gralora_diffusion.io.image_parameters import ImageParameters, save_png
+from gralora_diffusion.pipelines.generation import (
+    generate,
+    parameters_of,
+    takes_negative_prompt,
+)
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
@@ -42,22 +47,24 @@ def generate_validation(
     height = config.validation_height or config.resolution
     width = config.validation_width or config.resolution
     encoders = existing_models(pipe, family.all_text_encoders)
+    options: dict[str, Any] = {
+        "images_per_prompt": config.num_validation_images,
+        "seed": config.seed,
+        "size": (height, width) if height and width else None,
+        "negative_prompt": negative if takes_negative_prompt(type(pipe)) else None,
+        "guidance_scale": config.validation_guidance_scale,
+        "inference_steps": config.validation_inference_steps,
+        "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
+        "clip_skip": config.clip_skip,
+    }
     with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
-        images = generate(
-            pipe,
-            prompts,
-            config.num_validation_images,
-            seed=config.seed,
-            size=(height, width) if height and width else None,
-            negative_prompt=negative if takes_negative_prompt(type(pipe)) else None,
-            guidance_scale=config.validation_guidance_scale,
-            inference_steps=config.validation_inference_steps,
-            max_sequence_length=family.max_sequence_length and config.max_sequence_length,
-            clip_skip=config.clip_skip,
-        )
+        images = generate(pipe, prompts, **options)
     free_memory()
+    adapter = config.hub_model_id or Path(config.output_dir).resolve().name
+    base = config.pretrained_model_name_or_path
+    parameters = parameters_of(pipe, prompts, base=base, adapter=adapter, scale=1.0, **options)
     folder = Path(config.output_dir) / FOLDER_NAME
-    return save_and_track(images, prompts, folder, step, accelerator)
+    return save_and_track(images, parameters, folder, step, accelerator)
 
 
 @contextmanager
@@ -95,20 +102,25 @@ def encoding_apart(
 
 def save_and_track(
     rows: Sequence[Sequence[Image.Image]],
-    prompts: Sequence[str],
+    parameters: Sequence[Sequence[ImageParameters]],
     folder: Path,
     step: int,
     accelerator: Accelerator,
 ) -> Path:
     """Write the images and their grid to ``folder/step-<step>`` and give them to the trackers.
 
+    Args:
+        rows: a row of images for each prompt.
+        parameters: what each was generated with.
+
     Returns the path of the grid, which has a row per prompt.
     """
+    prompts = [described[0].prompt for described in parameters]
     target = folder / f"step-{step:06d}"
     target.mkdir(parents=True, exist_ok=True)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            image.save(target / f"{row:02d}-{column:02d}.png")
+            save_png(image, target / f"{row:02d}-{column:02d}.png", parameters[row][column])
     (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     everything = [image for images in rows for image in images]
     grid = target / _GRID_NAME

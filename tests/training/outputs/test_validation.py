@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
@@ -103,3 +104,8 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         drawn = Image.open(grid.parent / f"{row:02d}-00.png")
         assert drawn.size == (32, 48)
         assert drawn.tobytes() == expected.tobytes()
+        said = json.loads(drawn.info["gralora_diffusion"])
+        assert said["prompt"] == prompt
+        assert said["negative_prompt"] == ("snow" if takes else "")
+        assert (said["seed"], said["steps"], said["scale"]) == (chosen.seed, 2, 1.0)
+        assert said["adapter"] == tmp_path.name
