@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from tests.performance import attach, cost, layer, measuring, peers, shapes, train_step
+from tests.performance import attach, calls, cost, layer, measuring, peers, shapes, train_step
 
 SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
 
@@ -26,6 +26,21 @@ def test_layer_benchmark(name, tmp_path, capsys):
     weights = [row["measure"] for row in found["weight"]]
     assert weights == (["delta_weight", "merge + unmerge"] if name == "64x32@16" else [])
     assert name in capsys.readouterr().out
+
+
+def test_calls_of_a_small_layer(tmp_path):
+    """In fp32 its backward pass has no Python, and no more kernels than PEFT's LoRA."""
+    options = ["--shapes", "32x32@8", "--device", "cpu", "--json", str(tmp_path / "all.json")]
+    calls.main([*options, "--methods", "peft-lora", "ours"])
+    found = json.loads((tmp_path / "all.json").read_text())["results"]
+    rows = {(row["dtype"], row["method"]): row for row in found}
+    ours, lora = rows["fp32", "ours"], rows["fp32", "peft-lora"]
+    assert lora["names"]["aten.mm.default"] == 7  # six of LoRA and the frozen layer's
+    assert ours["backward"]["calls"] == lora["backward"]["calls"] == 0
+    for one in ("forward", "backward"):
+        for dtype in ("fp32", "bf16-autocast"):
+            theirs = rows[dtype, "peft-lora"][one]["kernels"]
+            assert 0 < rows[dtype, "ours"][one]["kernels"] <= theirs
 
 
 def test_methods_share_the_frozen_weights_and_count_the_same_parameters():

@@ -1,7 +1,8 @@
 """Frozen layers and blocks with the widths of published models, and inputs for them.
 
 A shape is written ``name@tokens``: ``sdxl-640@4096`` is a block of SDXL 640 wide with 4096 tokens
-of the picture, and ``1280x768@77`` a linear layer from 768 to 1280 with 77 tokens.
+of the picture, and ``1280x768@77`` a linear layer from 768 to 1280 with 77 tokens. Of
+``tiny-unet@8``, the whole UNet of samples/tiny-base, the number is that of the pictures.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock, JointTransformerBlock
 from diffusers.models.transformers.transformer_flux import (
     FluxPosEmbed,
@@ -22,6 +24,7 @@ from diffusers.models.transformers.transformer_flux import (
 from torch import Tensor, nn
 
 from gralora_diffusion import get_family
+from tests import ROOT
 
 #: The projections of the attentions in the presets of the families, there or not in one block.
 TARGETS = [
@@ -32,6 +35,7 @@ TARGETS = [
 BLOCKS = (
     *("sd15-320@4096", "sd15-640@1024", "sd15-1280@256", "sdxl-640@4096", "sdxl-1280@1024"),
     *("sd35-medium@1024", "sd35-large@1024", "flux-double@1024", "flux-single@1024"),
+    "tiny-unet@8",
 )
 #: (out, in): projections of the above, of pictures and of texts, and layers of feed-forwards.
 LAYERS = (
@@ -89,7 +93,7 @@ def make_shape(name: str, device: torch.device, dtype: torch.dtype) -> Shape:
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:
-    return value.to(dtype) if isinstance(value, Tensor) else value
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _layer(out_features: int, in_features: int, tokens: int) -> tuple[nn.Module, tuple[Any, ...]]:
@@ -128,7 +132,32 @@ def _flux(block_class: Any) -> Callable[[int], tuple[nn.Module, Any]]:
     return make
 
 
+class _TinyUnet(nn.Module):
+    """The UNet of samples/tiny-base, which returns a tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unet = UNet2DConditionModel.from_pretrained(
+            ROOT / "samples" / "tiny-base", subfolder="unet"
+        )
+
+    def forward(self, latents: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+        return self.unet(latents, timesteps, text, return_dict=False)[0]
+
+
+def _tiny_unet(pictures: int) -> tuple[nn.Module, tuple[Any, ...]]:
+    with torch.device("cpu"):
+        module = _TinyUnet()
+    config: Any = module.unet.config
+    side = config.sample_size
+    latents = torch.randn(pictures, config.in_channels, side, side)
+    text = torch.randn(pictures, 77, config.cross_attention_dim)
+    module.to(latents.device)
+    return module, (latents, torch.full((pictures,), 500), text)
+
+
 _BLOCKS = {
+    "tiny-unet": _tiny_unet,
     "sd15-320": _unet(320, 8, 768),
     "sd15-640": _unet(640, 8, 768),
     "sd15-1280": _unet(1280, 8, 768),
