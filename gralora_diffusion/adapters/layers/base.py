@@ -172,15 +172,19 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
                 self.scaling[adapter] /= scale
 
     def _active_here(self) -> list[str]:
-        return [name for name in self.active_adapters if name in self.gralora_A]
+        active = self._active_adapter
+        # ``scaling`` has the adapters of this layer, and is faster to read than a module's members
+        return [n for n in ((active,) if isinstance(active, str) else active) if n in self.scaling]
 
     # -- forward -----------------------------------------------------------------------------------
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
+        disabled, merged = self._disable_adapters, self.merged_adapters
+        if disabled and merged:
             self.unmerge()
-        names = [] if self.disable_adapters else self._active_here()
-        names = [name for name in names if name not in self.merged_adapters]
+        names = [] if disabled else self._active_here()
+        if merged:
+            names = [name for name in names if name not in merged]
         if not names:
             return self.base_layer(x, *args, **kwargs)
         return self._adapted(x, names, *args, **kwargs)
@@ -212,8 +216,10 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     def _factors(self, adapter: str) -> list[tuple[Tensor, Tensor]]:
         """Return A and B of the granular part and, if hybrid, of the plain part (k=1)."""
-        factors = [(self.gralora_A(adapter), self.gralora_B(adapter))]
-        if adapter in self.gralora_A_general:
+        A: Any = self.gralora_A  # a FactorDict, which nn.Module does not tell
+        B: Any = self.gralora_B
+        factors = [(A.read(adapter), B.read(adapter))]
+        if self.hybrid_r[adapter]:
             down, up = self.gralora_A_general[adapter](), self.gralora_B_general[adapter]()
             factors.append((down.transpose(0, 1)[None], up.flatten(1).T[None]))
         return factors

@@ -160,6 +160,19 @@ def add_delta_rows(
             block.addmm_(up[:, chunk], rows_A[n, j * s : (j + 1) * s], alpha=scaling)
 
 
+def adapted_weight(weight: Tensor, A: Tensor, B: Tensor, scaling: float = 1.0) -> Tensor:
+    """Return ``weight`` (out, in) plus ``scaling`` times the dense update, in three kernels.
+
+    Unlike :func:`add_delta` it is differentiable, and makes temporaries of the weight's size.
+    """
+    (k, i, r), o = A.shape, B.shape[2]
+    s = r // k
+    down = A.reshape(k, i, k, s).permute(2, 0, 1, 3).reshape(k * k, i, s)  # (j n, i, s)
+    blocks = torch.bmm(down, B.reshape(k * k, s, o))  # transposed
+    blocks = blocks.view(k, k, i, o).permute(0, 3, 1, 2)  # (j, o, n, i)
+    return torch.add(weight.reshape(k, o, k, i), blocks, alpha=scaling).reshape(k * o, k * i)
+
+
 def lora_factors(A: Tensor, B: Tensor) -> tuple[Tensor, Tensor]:
     """Return the ordinary LoRA pair of rank k * r with exactly the same update.
 

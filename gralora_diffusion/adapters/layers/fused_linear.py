@@ -9,14 +9,21 @@ update, the sum) and keeps a converted copy of the input. Here instead
 - the backward pass needs the unchanged input, which layers that share it keep once, the hidden
   tensor (k r values per token) and, if they had to be converted, the converted factors.
 
-There are two backends, and :func:`select_backend` chooses between them:
+There are three backends, and :func:`select_backend` chooses between them:
 
 *added*: the products with A and B follow the frozen product. They take 2 r (in + out) operations
 per token forward and 4 r (in + out) backward.
 
 *merged*: one product with the frozen weight plus the updates. The sum is formed forward and again
 backward, with 2 r in out / k operations each. This saves a third of the operations above, and keeps
-no hidden tensor. It is only used in fp32 or better, because in half precision the sum would round
+no hidden tensor.
+
+*dense*: as merged, but the sum is kept for the backward pass, which forms the gradient of the whole
+weight (2 in out operations per token) and derives those of the factors from it. Nothing of the
+input's size is computed besides the two products with the sum and that gradient, and all of it is
+recorded by autograd, without Python in the backward pass. It is used where the layer is small.
+
+Merged and dense are only used in fp32 or better, because in half precision the sum would round
 small updates away.
 
 Autograd can neither transform sums in place nor differentiate a backward pass that it does not
@@ -38,8 +45,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .functional import add_delta, linear_update
+from .functional import adapted_weight, add_delta, linear_update
 
+#: Most operations of the dense backend for each operation of the added one, where it is used:
+#: products with a whole weight are faster than thin ones (docs/performance.md).
+_WORTH_DENSE = 1.5
+#: Operations that take less time than the calls that the dense backend saves.
+_FEW = 1.5e6
 #: Operations that must be saved for each operation that forms merged weights. It is measured: the
 #: blocks of an update are thin products, and the weight is copied (docs/performance.md).
 _WORTH_MERGING = 3.0
@@ -52,6 +64,7 @@ class Backend(Enum):
 
     ADDED = "added"
     MERGED = "merged"
+    DENSE = "dense"
 
 
 class Update(NamedTuple):
@@ -74,12 +87,17 @@ def select_backend(
     """
     if dtype.itemsize < 4:
         return Backend.ADDED
-    saved = forming = 0  # operations
+    thin = forming = 0  # operations of one product with A and one with B, and of one dense update
     for A, B, _ in updates:
         (k, i, r), o = A.shape, B.shape[2]
-        saved += 2 * tokens * r * k * (i + o)
-        forming += 2 * k * i * o * r * (2 if differentiable else 1)
-    worth_it = saved > max(_WORTH_MERGING * forming, _WORTH_CALLING)
+        thin += 2 * tokens * r * k * (i + o)
+        forming += 2 * k * i * o * r
+    if differentiable:
+        dense = 2 * tokens * k * i * k * o + 3 * forming
+        if dense <= _WORTH_DENSE * 3 * thin + _FEW:
+            return Backend.DENSE
+        forming *= 2
+    worth_it = thin > max(_WORTH_MERGING * forming, _WORTH_CALLING)
     return Backend.MERGED if worth_it else Backend.ADDED
 
 
@@ -101,23 +119,55 @@ def adapted_linear(
         weight: (out, in).
         bias: (out,), only with a weight.
         dtype: dtype of the products and of the result; default: the dtype of ``x``.
-        backend: MERGED only with a weight.
+        backend: MERGED and DENSE only with a weight.
 
     Returns:
         (..., out), in new memory.
     """
     dtype = dtype or x.dtype
-    # converted outside of the autograd function: a second derivative goes back to its inputs
-    factors = [_as(factor, dtype) for A, B, _ in updates for factor in (A, B)]
-    scalings = [update.scaling for update in updates]
     weight = None if weight is None else _as(weight, dtype)
     bias = None if bias is None else _as(bias, dtype)
     if torch.compiler.is_compiling() or transforms_active():
-        return _by_operations(x, weight, bias, scalings, factors)
+        return _by_operations(x, weight, bias, *_split(updates, dtype))
+    return fused_linear(x, updates, weight, bias, dtype, backend)
+
+
+def fused_linear(
+    x: Tensor,
+    updates: Sequence[Update],
+    weight: Tensor | None,
+    bias: Tensor | None,
+    dtype: torch.dtype,
+    backend: Backend,
+) -> Tensor:
+    """Return what :func:`adapted_linear` does, where nothing compiles or transforms operations.
+
+    Weight and bias have ``dtype`` already.
+    """
+    scalings, factors = _split(updates, dtype)
+    if backend is Backend.DENSE and weight is not None:
+        for A, B, scaling in _updates(scalings, factors):
+            weight = adapted_weight(weight, A, B, scaling)
+        return F.linear(_as(x, dtype), weight, bias)
     if not torch.is_grad_enabled():  # the call of an autograd function costs time even then
         return _forward(x, weight, bias, backend, scalings, factors)[0]
     result: Tensor = _AdaptedLinear.apply(x, weight, bias, backend, scalings, *factors)
     return result
+
+
+def _split(updates: Sequence[Update], dtype: torch.dtype) -> tuple[list[float], list[Tensor]]:
+    """Return the scalings, and A and B of each update in turn, in this dtype.
+
+    They are converted outside of the autograd function: a second derivative goes back to its
+    inputs.
+    """
+    scalings: list[float] = []
+    factors: list[Tensor] = []
+    for A, B, scaling in updates:
+        scalings.append(scaling)
+        # without needless calls, whose time counts in small layers
+        factors += A if A.dtype is dtype else A.to(dtype), B if B.dtype is dtype else B.to(dtype)
+    return scalings, factors
 
 
 def transforms_active() -> bool:
@@ -163,7 +213,8 @@ class _AdaptedLinear(torch.autograd.Function):
         if needs_x and weight is not None:
             gradient_x = gradient @ _whole(weight, backend, scalings, factors)
         gradients = []
-        for u, (A, B, scaling) in enumerate(_updates(scalings, factors)):
+        for u, scaling in enumerate(scalings):
+            A, B = factors[2 * u : 2 * u + 2]
             needs_A, needs_B = needs_factors[2 * u : 2 * u + 2]
             gradient_A = gradient_B = None
             if needs_A or adds_to_x:
@@ -175,7 +226,7 @@ class _AdaptedLinear(torch.autograd.Function):
                 gradient_B = _transposed_products(h, gradient, scaling)
             if adds_to_x:
                 gradient_x = _add_products(gradient_x, gradient_hidden, A.mT, scaling)
-            gradients += [gradient_A, gradient_B]
+            gradients += (gradient_A, gradient_B)
         if gradient_x is not None:
             gradient_x = _as(gradient_x.view(x.shape), x.dtype)
         return gradient_x, None, None, None, None, *gradients
@@ -194,11 +245,11 @@ def _forward(
     if weight is not None:
         result = F.linear(inputs, _whole(weight, backend, scalings, factors), bias)
     if backend is Backend.ADDED:
-        for A, B, scaling in _updates(scalings, factors):
-            hidden.append(_exchanged(inputs, A))
-            result = _add_products(result, hidden[-1], B, scaling)
+        for u, scaling in enumerate(scalings):
+            hidden.append(_exchanged(inputs, factors[2 * u]))
+            result = _add_products(result, hidden[u], factors[2 * u + 1], scaling)
     assert result is not None
-    return result.view(*x.shape[:-1], result.shape[1]), hidden
+    return result if x.ndim == 2 else result.view(*x.shape[:-1], result.shape[1]), hidden
 
 
 def _by_operations(
@@ -255,7 +306,7 @@ def _whole(
 
 def _as_rows(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return (..., features) as (tokens, features) in this dtype, as a view if possible."""
-    x = _as(x, dtype)
+    x = x if x.dtype is dtype else x.to(dtype)
     return x if x.ndim == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
 
 
@@ -273,9 +324,9 @@ def _blocks(x: Tensor, k: int) -> Tensor:
 def _loops(x: Tensor) -> bool:
     """Whether to multiply blocks one by one, because bmm copies strided half precision on the CPU.
 
-    With few tokens, the copy costs less than the calls.
+    With few tokens or narrow layers, the copy costs less than the calls.
     """
-    return x.is_cpu and x.dtype.itemsize < 4 and x.shape[0] > 256
+    return x.dtype.itemsize < 4 and x.is_cpu and x.shape[0] > 256 and x.numel() > 2**18
 
 
 def _exchanged(x: Tensor, factor: Tensor) -> Tensor:
@@ -317,9 +368,11 @@ def _transposed_products(hidden: Tensor, x: Tensor, scaling: float) -> Tensor:
     """
     k, _, r = hidden.shape
     blocks = _blocks(x, k)
-    products = x.new_empty(k, r, blocks.shape[2])
     if not _loops(x):
-        return products.baddbmm_(hidden.mT, blocks, beta=0, alpha=scaling)
+        if scaling == 1.0:
+            return torch.bmm(hidden.mT, blocks)
+        return x.new_empty(k, r, blocks.shape[2]).baddbmm_(hidden.mT, blocks, beta=0, alpha=scaling)
+    products = x.new_empty(k, r, blocks.shape[2])
     for n in range(k):
         products[n].addmm_(hidden[n].T, blocks[n], beta=0, alpha=scaling)
     return products

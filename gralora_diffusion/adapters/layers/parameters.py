@@ -7,12 +7,25 @@ from torch import Tensor, nn
 
 
 class FactorDict(nn.ParameterDict):
-    """Factors by adapter name. Call it to read one: ``factors(name)``.
+    """Factors by adapter name; :meth:`read` returns one for computing.
 
-    Indexing would return the parameter where it currently lies. A call runs the module's hooks, so
-    that offloading (accelerate's ``AlignDevicesHook``, diffusers' ``GroupOffloadingHook``) first
-    moves the factor to the computing device.
+    Indexing would return the parameter where it currently lies. Reading calls the module if it has
+    hooks, so that offloading (accelerate's ``AlignDevicesHook``, diffusers'
+    ``GroupOffloadingHook``) first moves the factor to the computing device.
     """
+
+    def read(self, name: str) -> Tensor:
+        """Return a factor where it can be computed with."""
+        factor = self._parameters.get(name)
+        if (
+            factor is None  # but an attribute, as in a replica of DataParallel
+            or "forward" in self.__dict__
+            or self._forward_pre_hooks
+            or self._forward_hooks
+            or self._backward_hooks
+        ):
+            return self(name)
+        return factor  # without a call of the module, which takes as long as a kernel
 
     __call__ = nn.Module.__call__  # ParameterDict forbids calling
 

@@ -259,12 +259,33 @@ class TestBackend:
         assert self.backend(1024, width=3072) == Backend.ADDED
         assert self.backend(1024, width=1280) == Backend.ADDED
         assert self.backend(1024, width=1280, k=8) == Backend.MERGED
-        assert self.backend(1024, width=64) == Backend.ADDED
+        assert self.backend(77, width=320) == Backend.ADDED
+
+    def test_forms_the_whole_gradient_where_layers_are_small_or_ranks_high(self):
+        assert self.backend(1024, width=64) == self.backend(8, width=32) == Backend.DENSE
+        assert self.backend(1024, r=128, k=4) == Backend.DENSE
+        assert self.backend(1024, width=64, differentiable=False) == Backend.ADDED
 
     def test_without_a_backward_pass_the_weight_is_formed_once(self):
         assert self.backend(600) == Backend.ADDED
         assert self.backend(600, differentiable=False) == Backend.MERGED
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_never_rounds_the_sum_to_half_precision(self, dtype):
-        assert self.backend(10**6, dtype=dtype) == Backend.ADDED
+    @pytest.mark.parametrize("width", [64, 640])
+    def test_never_rounds_the_sum_to_half_precision(self, dtype, width):
+        assert self.backend(10**6, width, dtype=dtype) == Backend.ADDED
+
+
+def test_the_whole_gradient_is_recorded_by_autograd_alone():
+    """There is no function written in Python behind the result."""
+    x, weight, bias, updates = make()
+    result = adapted_linear(x, updates, weight, bias, backend=Backend.DENSE)
+    nodes, seen = [result.grad_fn], set()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [following for following, _ in node.next_functions]
+    names = {type(node).__name__ for node in seen}
+    assert "AddmmBackward0" in names
+    assert not any(isinstance(node, torch.autograd.function.BackwardCFunction) for node in seen)

@@ -291,7 +291,7 @@ def test_hooks_of_every_module_reach_the_base_layer():
         handle.remove()
     assert net.up.base_layer in called
     net.up(torch.randn(2, 5, 24))
-    assert net.up.backend is Backend.ADDED
+    assert net.up.backend is Backend.DENSE
 
 
 class TestBackends:
@@ -300,7 +300,7 @@ class TestBackends:
     @pytest.mark.parametrize(
         ("change", "backend"),
         [
-            (lambda net: net, Backend.ADDED),
+            (lambda net: net, Backend.DENSE),
             (hooked, Separate.HOOKS),
             (backward_hooked, Separate.HOOKS),
             (offloaded, Separate.BASE_LAYER),
@@ -326,12 +326,17 @@ class TestBackends:
         (gradient,) = torch.autograd.grad(actual.square().sum(), x)
         assert relative_error(gradient, exact) < 1e-5
 
-    def test_merged_with_many_tokens_in_fp32(self):
-        layer = pair(hybrid_r=2)[1].up
+    def test_how_often_weights_are_formed_depends_on_the_tokens(self):
+        layer = pair(hybrid_r=2, r=4, gralora_k=2)[1].up
         few, many = torch.randn(5, 24), torch.randn(3, 20_000, 24)
-        for x, backend in ((few, Backend.ADDED), (many, Backend.MERGED)):
-            update = x.double() @ (1.2 * dense(layer)).T
-            assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
+        for x, trained, backend in (
+            (few, True, Backend.DENSE),
+            (few, False, Backend.ADDED),
+            (many, False, Backend.MERGED),
+        ):
+            update = x.double() @ (layer.scaling["default"] * dense(layer)).T
+            with torch.set_grad_enabled(trained):
+                assert relative_error(layer(x) - layer.base_layer(x), update) < 1e-5
             assert layer.backend is backend
         with torch.autocast("cpu", torch.bfloat16):
             layer(many)
@@ -342,7 +347,7 @@ class TestBackends:
         layer.train()(x)
         assert layer.backend is Separate.DROPOUT
         layer.eval()(x)
-        assert layer.backend is Backend.ADDED
+        assert layer.backend is Backend.DENSE
         jvp(layer, (x,), (x,))
         assert layer.backend is Separate.TRANSFORMS
         layer.to(torch.bfloat16).cast_adapter("default", torch.float32)
@@ -717,7 +722,7 @@ class TestTorchMachinery:
             given = theirs[name].grad
             given = given.full_tensor() if wrap is fully_shard else given
             assert relative_error(given, gradient) < 1e-6, name
-        assert net.up.backend is Backend.ADDED
+        assert net.up.backend is (Backend.ADDED if autocast else Backend.DENSE)
 
     @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
     def test_copies_are_whole_and_independent(self, duplicate):
