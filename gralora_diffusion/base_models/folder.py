@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,10 @@ WEIGHT_NAMES = (
     ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.safetensors.index.json"),
     ("model.safetensors", "model.safetensors.index.json"),
 )
+
+#: More layers of a kind than any model has.
+MOST_LAYERS = 1000
+_COUNTS_LAYERS = re.compile(r"layers|blocks|depth")
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -90,15 +96,43 @@ def shards(index: Path) -> list[Path]:
 
 
 def check_weight_files(folder: Path, variant: str | None = None) -> None:
-    """Check the weight files of a pipeline by their headers, before a library opens them.
+    """Check a pipeline's configs and the headers of its weight files, before a library opens them.
 
     Raises:
-        AdapterFileError: a file cannot be read, or the files do not match the index of a model.
+        AdapterFileError: a file cannot be read, the files do not match the index of a model, or a
+            config asks for an impossible number of layers.
     """
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if (config := part / MODEL_CONFIG).exists():
+            check_depth(read_json(config), str(config))
         files = weight_files(part, variant)
         if len(files) == 1:  # the headers of several were compared with their index
             read_header(files[0])
+
+
+def check_depth(config: object, where: str) -> None:
+    """Check the numbers of layers in a model's config: building a billion layers never ends.
+
+    Args:
+        where: the config's name, for errors.
+
+    Raises:
+        AdapterFileError: a number is not from 0 to ``MOST_LAYERS``.
+    """
+    entries = list(config.items()) if isinstance(config, Mapping) else []
+    while entries:
+        key, value = entries.pop()
+        if isinstance(value, Mapping):
+            entries += value.items()
+        elif isinstance(value, (list, tuple)):
+            entries += [(key, item) for item in value]
+        elif not (isinstance(value, int) and _COUNTS_LAYERS.search(str(key))):
+            continue
+        elif not 0 <= value <= MOST_LAYERS:
+            raise AdapterFileError(
+                f"{where}: its {key} is {value}; it must be from 0 to {MOST_LAYERS}. The config is "
+                "damaged: download it again."
+            )
 
 
 def _is_shard_name(name: str) -> bool:

@@ -65,7 +65,7 @@ def empty_base(
                 given["vae"] = wanted.from_config(
                     wanted.load_config(vae, cache_dir=options.cache_dir)
                 )
-        pipe = pipeline_class.from_pretrained(where, **hub, **given)
+        pipe = pipeline_class.from_pretrained(where, use_safetensors=True, **hub, **given)
         family.check_base(pipe)
     except ConfigError:
         raise

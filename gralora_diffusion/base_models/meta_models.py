@@ -11,6 +11,8 @@ from diffusers import ModelMixin
 from diffusers.pipelines.pipeline_loading_utils import simple_get_class_obj
 from transformers import PreTrainedModel
 
+from .folder import check_depth
+
 
 def empty_model(
     library: str, class_name: str, source: str, name: str, hub: Mapping[str, Any]
@@ -29,10 +31,12 @@ def empty_model(
     cls = simple_get_class_obj(library, class_name)
     if issubclass(cls, ModelMixin):
         settings = cls.load_config(source, subfolder=name, **hub)
+        check_depth(settings, f"{source}, {name}")
         with init_empty_weights():
             return cls.from_config(settings)
     if issubclass(cls, PreTrainedModel):
         settings = cls.config_class.from_pretrained(source, subfolder=name, **hub)
+        check_depth(settings.to_dict(), f"{source}, {name}")
         with torch.device("meta"):  # accelerate's function would untie tied weights
             return cls(settings)
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -12,6 +13,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import FrameType, TracebackType
+from typing import Any
 
 from .cleanup_on_exit import clean_up_all
 from .safe_text import TerminalFormatter, for_terminal
@@ -29,12 +31,14 @@ _OF_NO_USE = (
 )
 #: Signals that ask a process to end; Windows does not have all of them.
 _ENDS = ("SIGTERM", "SIGHUP")
+#: Escape sequences for colors, which transformers puts into its messages.
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
 #: The standard library's formatting of warnings, before anything replaces it.
 _format_warning = warnings.formatwarning
 
 
 def guard_terminal() -> None:
-    """Remove control characters from warnings, logs without a handler and tracebacks.
+    """Remove control characters from warnings, log messages and tracebacks.
 
     This lasts until the process ends, because a traceback is printed after the command returns.
     """
@@ -55,10 +59,23 @@ def guard_terminal() -> None:
         sys.stderr.write(for_terminal(text))
 
     warnings.formatwarning = format_warning
+    if logging.getLogRecordFactory() is logging.LogRecord:  # another program's own factory stays
+        logging.setLogRecordFactory(_safe_record)
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(TerminalFormatter("%(message)s"))
     if sys.excepthook is sys.__excepthook__:  # another program's own hook stays
         sys.excepthook = print_traceback
+
+
+def _safe_record(*args: Any, **options: Any) -> logging.LogRecord:
+    """Return a log record for any handler: libraries have their own, and quote names from files."""
+    record = logging.LogRecord(*args, **options)
+    try:
+        text = record.getMessage()
+    except Exception:  # a message that does not fit its arguments: the handler reports it
+        return record
+    record.msg, record.args = for_terminal(_COLORS.sub("", text)), None
+    return record
 
 
 def log_to_terminal() -> None:

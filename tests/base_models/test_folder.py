@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from gralora_diffusion import AdapterFileError
 from gralora_diffusion.base_models.folder import (
     PIPELINE_INDEX,
+    check_weight_files,
     read_json,
     read_pipeline_index,
     shards,
@@ -139,3 +140,22 @@ def test_components_of_a_pipeline_are_no_paths(name, tmp_path):
     ) as error:
         read_pipeline_index(tmp_path)
     assert repr(name) in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"num_layers": 10**9}, "its num_layers is 1000000000"),
+        ({"layers_per_block": [2, -1]}, "its layers_per_block is -1"),
+        ({"text_config": {"num_hidden_layers": 1001}}, "its num_hidden_layers is 1001"),
+        ({"num_hidden_layers": 1000, "down_block_types": ["A"], "sample_size": 10**9}, None),
+    ],
+)
+def test_impossible_numbers_of_layers(config, problem, tmp_path):
+    (tmp_path / "unet").mkdir()
+    (tmp_path / "unet" / "config.json").write_text(json.dumps(config))
+    if problem is None:
+        check_weight_files(tmp_path)
+        return
+    with pytest.raises(AdapterFileError, match=f"{problem}; it must be from 0 to 1000"):
+        check_weight_files(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -21,7 +23,7 @@ from transformers.utils import logging as of_transformers
 
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.main import main as export
-from gralora_diffusion.io.process import cleanup_on_signals, quiet_libraries
+from gralora_diffusion.io.process import cleanup_on_signals, guard_terminal, quiet_libraries
 from gralora_diffusion.lora_import.main import main as import_lora
 from tests import ROOT
 from tests.models import adapt, stable_diffusion
@@ -80,6 +82,22 @@ def test_libraries_are_quiet_and_then_as_before() -> None:
         assert not of_diffusers.is_progress_bar_enabled()
     finally:
         of_diffusers.enable_progress_bar()
+
+
+def test_messages_of_libraries_have_no_control_characters(monkeypatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    before, text = logging.getLogRecordFactory(), io.StringIO()
+    handler, logger = logging.StreamHandler(text), of_diffusers.get_logger("diffusers.some.module")
+    logger.addHandler(handler)
+    try:
+        guard_terminal()
+        logger.warning("\x1b[1mbold\x1b[0m, %s and %s", "a\x1b]0;title\x07", "a\rb")
+        logger.warning("50% of it")
+    finally:
+        logger.removeHandler(handler)
+        logging.setLogRecordFactory(before)
+    assert text.getvalue() == "bold, a\\x1b]0;title\\x07 and a\\x0db\n50% of it\n"
 
 
 def test_nothing_is_heard_of_a_verified_export(files: Path, tmp_path: Path) -> None:
