@@ -66,6 +66,7 @@ from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
     PeakMemory,
     accelerate_left_as_it_was,
+    check_sharding,
     device_name,
     enable_memory_savings,
     make_accelerator,
@@ -73,6 +74,7 @@ from gralora_diffusion.training.runtime.acceleration import (
     trackable,
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 
 from .preparation import complete_class_images, find_beginning
 
@@ -93,24 +95,37 @@ def train(config: TrainingConfig) -> Path:
     """
     if not are_several():
         validate(config)  # before accelerate is asked
-    with accelerate_left_as_it_was(), tf32_products(config.allow_tf32):
+    with (
+        accelerate_left_as_it_was(),
+        tf32_products(config.allow_tf32),
+        requested_sharding() as sharding,
+    ):
         accelerator = make_accelerator(config)
+        if sharding is not None:
+            check_sharding(config, accelerator)
         if config.dry_run:
-            _print_plan(config, accelerator)
+            _print_plan(config, accelerator, sharding)
         else:
             with own_output_dir(config, accelerator):
-                _train(config, accelerator)
+                _train(config, accelerator, sharding)
     return Path(config.output_dir)
 
 
-def _train(config: TrainingConfig, accelerator: Accelerator) -> None:
+def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None) -> None:
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
     from_first(accelerator, lambda: make_repository(config))
     # before the base for training is loaded, because two bases may not fit into memory
     class_images = complete_class_images(config, found, accelerator)
     trainer = Trainer(
-        config, found.family, found.images, class_images, accelerator, store, found.initial
+        config,
+        found.family,
+        found.images,
+        class_images,
+        accelerator,
+        store,
+        found.initial,
+        sharding=sharding,
     )
     trainer.set_up()
     if found.resume is not None:
@@ -122,14 +137,16 @@ def _train(config: TrainingConfig, accelerator: Accelerator) -> None:
     trainer.clean_up()
 
 
-def _print_plan(config: TrainingConfig, accelerator: Accelerator) -> None:
+def _print_plan(
+    config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None
+) -> None:
     # only a dry run needs these modules, which take long to import
     from gralora_diffusion.training.dry_run.formatting import format_plan
     from gralora_diffusion.training.dry_run.plan import plan_run
 
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
-    plan = plan_run(config, found.family, found.images, found.class_images, accelerator)
+    plan = plan_run(config, found.family, found.images, found.class_images, accelerator, sharding)
     if accelerator.is_main_process:
         print_safely(format_plan(plan))
 
@@ -144,6 +161,7 @@ class Trainer:
         initial: the adapter's initial values, in place of random ones.
         pipe: the bare, frozen base if it is already loaded; by default it is loaded.
         attach: attaches an adapter to the base, and returns the components that have it.
+        sharding: how the denoiser's frozen weights are shared out over the processes, if they are.
     """
 
     def __init__(
@@ -158,11 +176,13 @@ class Trainer:
         *,
         pipe: Any = None,
         attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
+        sharding: Sharding | None = None,
     ) -> None:
         self.config, self.family = config, family
         self.images, self.class_images = images, class_images
         self.accelerator, self.store = accelerator, store
         self.initial, self.pipe, self.attach = initial or {}, pipe, attach
+        self.sharding = sharding
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
         self.metrics: MetricsFile | None = None  # only the first process writes it
@@ -177,6 +197,7 @@ class Trainer:
         self.state = RunState(
             self.config,
             self.pipe,
+            self.base,
             self.family,
             self.components,
             self.parameters,
@@ -213,11 +234,15 @@ class Trainer:
             needed.update(family.all_text_encoders)
         if not config.cache_latents:
             needed.add("vae")
+        self.base = describe_base(self.pipe, config)  # before it is in parts
         for model in existing_models(self.pipe, needed):
-            model.to(accelerator.device)
+            if self.sharding is not None and model is getattr(self.pipe, family.denoiser):
+                self.sharding.shard(model, accelerator.device)
+            else:
+                model.to(accelerator.device)
         free_memory()
         if accelerator.num_processes > 1:
-            base = {k: v for k, v in describe_base(self.pipe, config).items() if k != "source"}
+            base = {k: v for k, v in self.base.items() if k != "source"}
             facts = {"the base is": base, "the hash of the samples is": self.data.digest}
             check_alike(accelerator, facts, "Give the same base and data to every process")
 
@@ -236,7 +261,10 @@ class Trainer:
         self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
         share_only_what_is_trained(step)
         # loader and schedule are not prepared, because they already handle processes and steps
-        self.step, self.optimizer = accelerator.prepare(step, optimizer)
+        # all models are on the device already, but for parts of a base that stay on the CPU
+        self.step, self.optimizer = accelerator.prepare(
+            step, optimizer, device_placement=[self.sharding is None, True]
+        )
         self.batch_builder = BatchBuilder(step, self.data, config, accelerator.device, self.dtype)
         self.ema = None
         if config.use_ema:
@@ -387,10 +415,9 @@ class Trainer:
         if not self.config.validation_prompt:
             return None
         step, accelerator = self.state.step, self.accelerator
-        return from_first(
-            accelerator,
-            partial(generate_validation, self.pipe, self.family, self.config, step, accelerator),
-        )
+        work = partial(generate_validation, self.pipe, self.family, self.config, step, accelerator)
+        # a sharded denoiser computes in all processes at once
+        return (from_first if self.sharding is None else together)(accelerator, work)
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""

@@ -58,7 +58,7 @@ from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.lora_import.base import LoraBase
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
-from gralora_diffusion.training.checkpoints.resume import find_checkpoint
+from gralora_diffusion.training.checkpoints.resume import describe_base, find_checkpoint
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
@@ -369,8 +369,8 @@ def _run(ema: bool) -> RunState:
     sum(p.square().sum() for p in parameters).backward()
     optimizer.step()
     return RunState(
-        config, pipe, FAMILY, components, parameters, accelerator.prepare(optimizer), schedule,
-        average, accelerator, "digest", lambda step: {},
+        config, pipe, describe_base(pipe, config), FAMILY, components, parameters,
+        accelerator.prepare(optimizer), schedule, average, accelerator, "digest", lambda step: {},
     )  # fmt: skip
 
 

@@ -28,7 +28,6 @@ from .resume import (
     check_base,
     check_options,
     deciding_options,
-    describe_base,
     read_progress,
     unreadable,
 )
@@ -48,6 +47,7 @@ class RunState:
     one from somebody else never runs their code.
 
     Args:
+        base: result of ``describe_base``.
         components: attributes of ``pipe`` with an adapter.
         parameters: of all adapters.
         optimizer: as prepared by ``accelerator``.
@@ -60,6 +60,7 @@ class RunState:
         self,
         config: TrainingConfig,
         pipe: Any,
+        base: dict[str, Any],
         family: ModelFamily,
         components: Sequence[str],
         parameters: Sequence[nn.Parameter],
@@ -75,7 +76,7 @@ class RunState:
         self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
         self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
         self.describe = describe
-        self.base = describe_base(pipe, config)
+        self.base = base
 
     def adapter(self) -> Adapter:
         """Copy the adapter's current weights out of the models."""

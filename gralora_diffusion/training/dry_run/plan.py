@@ -35,6 +35,7 @@ from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_a
 from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import materialize
+from gralora_diffusion.training.runtime.sharding import Sharding
 
 from .fake_step import FakeData, FakeObjective, measure_step
 
@@ -120,6 +121,7 @@ def plan_run(
     images: Sequence[Example],
     class_images: Sequence[Example],
     accelerator: Accelerator,
+    sharding: Sharding | None = None,
 ) -> Plan:
     """Plan the run that ``loop.train`` would do with the same arguments.
 
@@ -134,6 +136,14 @@ def plan_run(
     for name, model in models.items():
         surplus = quantize_empty(config, family, name, model, dtype)
         base[name] = _base_row(name, model, surplus)
+    gathered = 0
+    if sharding is not None:
+        label, size = base[family.denoiser]
+        denoiser = models[family.denoiser]
+        parts, gathered = sharding.bytes_needed(denoiser, accelerator.num_processes)
+        buffers = size - bytes_of(denoiser.parameters())
+        where = "on the CPU" if sharding.offload else f"in {accelerator.num_processes} parts"
+        base[family.denoiser] = f"{label}, {where}", parts + buffers
     with torch.device("meta"):
         trained = add_adapters(pipe, family, config)
     if config.gradient_checkpointing:
@@ -172,6 +182,8 @@ def plan_run(
         MemoryRow("adapter", "adapter, float32", adapter),
         MemoryRow("optimizer", optimizer_label(config.optimizer), {"steps": optimizer}),
     ]
+    if sharding is not None:
+        rows.append(MemoryRow("gathered", "blocks gathered at once", {"steps": gathered}))
     if config.use_ema:
         rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
     if processes > 1:  # DDP gathers gradients in its own buckets

@@ -38,10 +38,11 @@ FILES = re.compile(
 
 def generate_validation(
     pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
-) -> Path:
+) -> Path | None:
     """Generate images for the validation prompts with the current weights; return the grid's path.
 
-    Nothing that training depends on is changed.
+    Nothing that training depends on is changed. Only the first process writes files, if several
+    generate the same images; the others return None.
     """
     prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
     height = config.validation_height or config.resolution
@@ -60,6 +61,8 @@ def generate_validation(
     with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
         images = generate(pipe, prompts, **options)
     free_memory()
+    if not accelerator.is_main_process:
+        return None
     adapter = config.hub_model_id or Path(config.output_dir).resolve().name
     base = config.pretrained_model_name_or_path
     parameters = parameters_of(pipe, prompts, base=base, adapter=adapter, scale=1.0, **options)

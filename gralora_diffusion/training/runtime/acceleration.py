@@ -92,12 +92,37 @@ def make_accelerator(config: TrainingConfig) -> Accelerator:
     return accelerator
 
 
+def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
+    """Check that a base can be sharded over the processes of a run.
+
+    Raises:
+        ConfigError: there is only one process, or an option does not work with it.
+    """
+    problems = []
+    if accelerator.num_processes == 1:
+        problems.append(
+            "accelerate is set to FSDP, which shards the base over several processes, but there is "
+            "one. Give `accelerate launch` more with --num_processes, or leave out --use_fsdp"
+        )
+    if config.quantizes:
+        problems.append(
+            "a quantized base cannot be used with FSDP, which does not shard quantized weights. "
+            "Leave out --use_fsdp or --quantization"
+        )
+    if config.torch_compile:
+        problems.append(
+            "--torch_compile cannot be used with FSDP: it has not been tried together. Leave out "
+            "one of the two"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
 def _not_shared(kind: str) -> str:
     return (
-        f"accelerate is set to {kind}, which shards the model. Here each process holds the whole "
-        "model, and only the adapter is trained. Set up one process per GPU without sharding "
-        "using `accelerate config` or `accelerate launch --multi_gpu`. --quantization and "
-        "--gradient_checkpointing save memory"
+        f"accelerate is set to {kind}, which shards the model. Only FSDP can shard the base here. "
+        "Use `accelerate launch --use_fsdp`, or `accelerate launch --multi_gpu` for a whole base "
+        "in each process"
     )
 
 

@@ -1,0 +1,111 @@
+"""A frozen base in parts, one on each process's device, by PyTorch's FSDP2.
+
+Each block of the denoiser is gathered while it computes, and freed again. The adapter stays whole,
+in fp32 and synchronized by DistributedDataParallel. The optimizer, the EMA, checkpoints and adapter
+files are therefore those of a run without sharding.
+
+``accelerate launch --use_fsdp`` asks for it. accelerate's own preparation would shard the adapter
+as well, and transformers would load text encoders without weights in all processes but one.
+Both read an environment variable, which is therefore hidden from them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate.utils import parse_flag_from_env, str_to_bool
+from torch import nn
+
+#: accelerate's variables: whether to shard, and how.
+_USE, _OFFLOAD, _RESHARD = (
+    "ACCELERATE_USE_FSDP",
+    "FSDP_OFFLOAD_PARAMS",
+    "FSDP_RESHARD_AFTER_FORWARD",
+)
+#: Values of ``_RESHARD`` that leave blocks whole after the forward pass; those in capitals are
+#: FSDP1's.
+_WHOLE_AFTER_FORWARD = ("false", "0", "no", "shard_grad_op", "hybrid_shard_zero2")
+
+
+@dataclass(frozen=True)
+class Sharding:
+    """How the base is sharded.
+
+    Attributes:
+        offload: the parts are in the CPU's memory, and are copied to the device when they are used.
+        reshard_after_forward: blocks are freed after the forward pass and gathered again for the
+            backward pass. Otherwise they stay until then, which takes memory and saves time.
+    """
+
+    offload: bool = False
+    reshard_after_forward: bool = True
+
+    def shard(self, model: nn.Module, device: torch.device) -> None:
+        """Shard the frozen weights of a diffusers model on the CPU, block by block, in place.
+
+        Everything else, such as the adapter, moves to the device whole. All processes must call it.
+
+        Raises:
+            RuntimeError: torch.distributed is not initialized.
+        """
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+
+        whole = {p for p in model.parameters() if p.requires_grad}
+        on_cpu = self.offload and device.type != "cpu"
+        options: dict[str, Any] = {
+            "ignored_params": whole,
+            "reshard_after_forward": self.reshard_after_forward,
+            "offload_policy": CPUOffloadPolicy() if on_cpu else OffloadPolicy(),
+        }
+        for block in blocks_of(model):
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+        for parameter in whole:
+            parameter.data = parameter.data.to(device)
+        for buffer in model.buffers():
+            buffer.data = buffer.data.to(device)
+
+    def bytes_needed(self, model: nn.Module, processes: int) -> tuple[int, int]:
+        """Return the most bytes of a frozen model on each device: of its parts, and gathered.
+
+        Two blocks are there at once, because the next one is gathered while one computes.
+        """
+        blocks = blocks_of(model)
+        own = {model: 0} | dict.fromkeys(blocks, 0)
+        owner = {p: module for module in (model, *reversed(blocks)) for p in module.parameters()}
+        for parameter, module in owner.items():
+            own[module] += parameter.nbytes
+        rest = own.pop(model)
+        gathered = rest + sum(sorted(own.values())[-2:])
+        total = rest + sum(own.values())
+        parts = 0 if self.offload else -(-total // processes)
+        return parts, gathered if self.reshard_after_forward else total
+
+
+def blocks_of(model: Any) -> list[nn.Module]:
+    """Return the blocks that diffusers does not allow to be split, inner ones before outer ones."""
+    names = set(model._no_split_modules or ())
+    return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
+
+
+@contextmanager
+def requested_sharding() -> Iterator[Sharding | None]:
+    """Return the sharding that accelerate is set to, and hide the setting from libraries inside."""
+    if not parse_flag_from_env(_USE):
+        yield None
+        return
+    before = os.environ[_USE]
+    os.environ[_USE] = "false"
+    try:
+        yield Sharding(
+            offload=bool(str_to_bool(os.environ.get(_OFFLOAD, "false"))),
+            reshard_after_forward=os.environ.get(_RESHARD, "true").lower()
+            not in _WHOLE_AFTER_FORWARD,
+        )
+    finally:
+        os.environ[_USE] = before

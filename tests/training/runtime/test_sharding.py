@@ -1,0 +1,155 @@
+"""A base in parts, in two processes: the same numbers, and only a share of the weights in each."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from torch import nn
+
+from gralora_diffusion.training.runtime.sharding import Sharding, blocks_of, requested_sharding
+from tests import models
+from tests.forked import fork_ranks
+from tests.training.runs import assert_close, assert_same_run, run_two
+
+#: Forward and backward pass of an adapted UNet, whole and in parts.
+PARTS = """
+import json, torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from gralora_diffusion.training.runtime.acceleration import share_only_what_is_trained
+from gralora_diffusion.training.runtime.sharding import Sharding
+from tests import models
+
+dist.init_process_group("gloo")
+results, bytes_held = [], []
+for sharding in (None, Sharding(), Sharding(reshard_after_forward=False)):
+    unet = models.adapt(models.stable_diffusion()).unet
+    unet.requires_grad_(False)
+    trained = [p for name, p in unet.named_parameters() if "gralora" in name]
+    for parameter in trained:
+        parameter.requires_grad_(True)
+
+    def held():
+        sizes = {p: p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes
+                 for p in unet.parameters() if not p.requires_grad}
+        return sum(sizes.values())
+
+    if sharding is not None:
+        sharding.shard(unet, torch.device("cpu"))
+    torch.manual_seed(dist.get_rank())
+    noisy, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, unet.config.cross_attention_dim)
+    share_only_what_is_trained(unet)
+    model = DistributedDataParallel(unet)
+    before = held()
+    out = model(noisy, torch.tensor([3]), text).sample
+    out.square().mean().backward()
+    results.append([out.detach(), *(p.grad.clone() for p in trained)])
+    bytes_held.append(before)
+    for p in trained:
+        p.grad = None
+worst = max(
+    float((a - b).abs().max() / a.abs().max())
+    for other in results[1:]
+    for a, b in zip(results[0], other, strict=True)
+)
+smallest = min(float(tensor.abs().max()) for tensor in results[0])
+print(json.dumps({"worst": worst, "held": bytes_held, "smallest": smallest}))
+dist.destroy_process_group()
+"""
+
+
+def test_the_same_numbers_and_half_of_the_weights() -> None:
+    for code, text in fork_ranks(PARTS):
+        assert code == 0, text[-3000:]
+        found = json.loads(text.splitlines()[-1])
+        whole, *parts = found["held"]
+        assert found["worst"] < 1e-4
+        assert found["smallest"] > 0
+        # a tensor whose first dimension is odd has one more row in the first process
+        assert all(whole / 2 * 0.9 < part < whole / 2 * 1.1 for part in parts)
+
+
+@pytest.mark.parametrize("family", ["flux", "stable-diffusion"])
+def test_a_run_is_the_same_and_is_resumed_without(
+    family: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With validation images, EMA and checkpoints; the text encoder is trained, too."""
+    models.PIPELINES[family]().save_pretrained(tmp_path / "base")
+    options = {
+        "pretrained_model_name_or_path": tmp_path / "base",
+        "instance_data_dir": images,
+        "max_train_steps": 4,
+        "gradient_checkpointing": True,
+        "use_ema": True,
+        "validation_prompt": "a dog",
+        "num_validation_images": 1,
+        "validation_inference_steps": 1,
+        "validation_steps": 2,
+    }
+    if family == "stable-diffusion":
+        options |= {"train_text_encoder": True, "gradient_accumulation_steps": 2}
+    whole = run_two(output_dir=tmp_path / "whole", **options)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as accelerate launch does
+    run_two(output_dir=tmp_path / "parts", **options | {"max_train_steps": 2})
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    resumed = run_two(output_dir=tmp_path / "parts", resume_from_checkpoint="latest", **options)
+    if family == "flux":
+        assert_same_run(whole, resumed)
+    else:  # a convolution depends on how its weight lies in memory
+        assert_close(whole, resumed, 1e-3)
+    names = [sorted(p.relative_to(f) for p in f.rglob("*.png")) for f in (whole, resumed)]
+    assert names[0] == names[1] != []
+
+
+def test_what_accelerate_is_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    with requested_sharding() as sharding:
+        assert sharding is None
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with requested_sharding() as sharding:
+        assert sharding == Sharding(offload=False, reshard_after_forward=True)
+        assert os.environ["ACCELERATE_USE_FSDP"] == "false"
+    assert os.environ["ACCELERATE_USE_FSDP"] == "true"
+    monkeypatch.setenv("FSDP_OFFLOAD_PARAMS", "true")
+    monkeypatch.setenv("FSDP_RESHARD_AFTER_FORWARD", "SHARD_GRAD_OP")
+    with requested_sharding() as sharding:
+        assert sharding == Sharding(offload=True, reshard_after_forward=False)
+
+
+class Block(nn.Module):
+    def __init__(self, inner: nn.Module | None = None) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 5, bias=False)
+        self.inner = inner
+
+
+class Outer(Block):
+    pass
+
+
+class Model(nn.Module):
+    _no_split_modules = ("Block", "Outer")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(4, 3, bias=False)
+        self.blocks = nn.ModuleList([Outer(Block()), Block(), Block()])
+
+
+def test_bytes() -> None:
+    model = Model()
+    outer, inner = model.blocks[0], model.blocks[0].inner
+    blocks = blocks_of(model)
+    assert blocks.index(inner) < blocks.index(outer)
+    assert set(blocks) == {outer, inner, *model.blocks[1:]}
+    block, rest = 4 * 20, 4 * 12
+    assert Sharding().bytes_needed(model, 2) == ((rest + 4 * block) // 2, rest + 2 * block)
+    assert Sharding(offload=True).bytes_needed(model, 2)[0] == 0
+    assert Sharding(reshard_after_forward=False).bytes_needed(model, 3) == (
+        -(-(rest + 4 * block) // 3),
+        rest + 4 * block,
+    )
