@@ -20,6 +20,9 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import LOWERED_K
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 
+from .base_license import base_license
+from .validation import image_name
+
 CARD_NAME = "README.md"
 CARD_IMAGE_NAME = "validation.png"
 
@@ -43,11 +46,16 @@ def write_card(
         "peft": peft.__version__,
         "python": platform.python_version(),
     }
+    license_fields: dict[str, Any] = {**base_license(config)}
     data = ModelCardData(
         library_name="diffusers",
+        pipeline_tag="text-to-image",
         base_model=base if on_hub else None,
+        base_model_relation="adapter" if on_hub else None,
         tags=["text-to-image", "diffusers", "gralora", "dreambooth", family],
         instance_prompt=config.instance_prompt,
+        widget=_widget(folder, config, grid, prompts) or None,
+        **license_fields,
     )
     text = render(
         __package__,
@@ -61,12 +69,34 @@ def write_card(
         image=CARD_IMAGE_NAME if grid is not None else None,
         prompts=prompts,
         usage=_usage(config),
-        facts={**metrics, **versions},
+        facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
         options=config.to_yaml(public=True),
     )
     path = folder / CARD_NAME
     path.write_text(text, encoding="utf-8", newline="\n")
     return path
+
+
+def _widget(
+    folder: Path, config: TrainingConfig, grid: Path | None, prompts: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return an image of each prompt as the Hub shows it, by its path in the output folder."""
+    shown = []
+    for row, prompt in enumerate(prompts):
+        image = grid and grid.parent / image_name(row, 0)
+        if not image or not image.is_relative_to(folder) or not image.is_file():
+            continue
+        example: dict[str, Any] = {"text": prompt}
+        if config.validation_negative_prompt:
+            example["parameters"] = {"negative_prompt": config.validation_negative_prompt}
+        example["output"] = {"url": image.relative_to(folder).as_posix()}
+        shown.append(example)
+    return shown
+
+
+def _shown(value: Any) -> Any:
+    """Return a whole number with separators, and anything else as it is."""
+    return f"{value:,}" if type(value) is int else value
 
 
 def _usage(config: TrainingConfig) -> str:

@@ -103,6 +103,11 @@ def encoding_apart(
         del pipe.encode_prompt, pipe.vae.decode
 
 
+def image_name(row: int, column: int) -> str:
+    """Return the file name of an image of the prompt ``row``."""
+    return f"{row:02d}-{column:02d}.png"
+
+
 def save_and_track(
     rows: Sequence[Sequence[Image.Image]],
     parameters: Sequence[Sequence[ImageParameters]],
@@ -123,7 +128,7 @@ def save_and_track(
     target.mkdir(parents=True, exist_ok=True)
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
-            save_png(image, target / f"{row:02d}-{column:02d}.png", parameters[row][column])
+            save_png(image, target / image_name(row, column), parameters[row][column])
     (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
     everything = [image for images in rows for image in images]
     grid = target / _GRID_NAME

@@ -19,9 +19,10 @@ from markdown_it import MarkdownIt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
-from gralora_diffusion.training.outputs import output_dir
+from gralora_diffusion.training.outputs import base_license, output_dir
 from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
 from gralora_diffusion.training.outputs.model_card import write_card
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
@@ -173,6 +174,14 @@ def test_card(finished: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> No
     data = card.data.to_dict()
     assert data["instance_prompt"] == 'a "sks" dog: 犬'
     assert "gralora" in data["tags"]
+    assert data["pipeline_tag"] == "text-to-image"
+    assert not data.keys() & {"base_model", "base_model_relation", "license"}  # of a local folder
+    assert [example["text"] for example in data["widget"]] == PROMPTS
+    for row, example in enumerate(data["widget"]):
+        assert example["output"]["url"] == f"validation/step-000004/0{row}-00.png"
+        assert (finished / example["output"]["url"]).is_file()
+    count = sum(tensor.numel() for tensor in adapter(finished).values())
+    assert f"| trained parameters | {count:,} |" in card.text
     (image,) = re.findall(r"!\[.*?\]\((.*?)\)", card.text)
     assert (finished / image).is_file()
     (options,) = re.findall(r"```yaml\n(.*?)```", card.text, re.DOTALL)
@@ -269,6 +278,56 @@ def test_card_reports_a_lowered_k(base: Path, images: Path, tmp_path: Path) -> N
         "| k lowered | to 4 on 1 of these layers, because their widths allow no larger one |"
         in text
     )
+
+
+def test_card_states_base_and_license(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a base on the Hub, whose card says ``other``, and of one whose card cannot be had."""
+    repository = tmp_path / "of the hub"
+    repository.mkdir()
+    (repository / "README.md").write_text(
+        "---\nlicense: other\nlicense_name: flux-1-dev\nlicense_link: LICENSE.md\n---\n# x\n"
+    )
+
+    def fetched(name: str, patterns: list[str], **options: Any) -> Path:
+        assert (name, patterns, options["revision"]) == ("owner/base", ["README.md"], "main")
+        return repository
+
+    config = TrainingConfig(
+        pretrained_model_name_or_path="owner/base", revision="main", output_dir=str(tmp_path)
+    )
+    data = ModelCard.load(write_card(tmp_path, config, "flux", {}, None, [])).data.to_dict()
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/base", "adapter")
+    assert "license" not in data  # offline
+    monkeypatch.setattr(base_license, "fetch", fetched)  # there is no Hub here
+    data = ModelCard.load(write_card(tmp_path, config, "flux", {}, None, [])).data.to_dict()
+    assert (data["license"], data["license_name"]) == ("other", "flux-1-dev")
+    assert data["license_link"] == "https://huggingface.co/owner/base/blob/main/LICENSE.md"
+
+
+@pytest.mark.parametrize(
+    ("front_matter", "expected"),
+    [
+        ("license: apache-2.0", {"license": "apache-2.0"}),
+        ("license: creativeml-openrail-m\nlicense_link: https://a.b/c", None),
+        ("license: [mit]", {}),
+        ('license: "mit\\ntags: [x]"', {}),
+        ("license: other\nlicense_name: '{{ x }}'\nlicense_link: ../x", {"license": "other"}),
+        ("license: other\nlicense_link: javascript:x", {"license": "other"}),
+        ("license_name: x", {}),
+        ("license: {", {}),
+        ("- a list", {}),
+        ("x: " + "[" * 5000, {}),
+    ],
+)
+def test_license_of_a_local_base(
+    tmp_path: Path, front_matter: str, expected: dict[str, str] | None
+) -> None:
+    options = BaseModelOptions(pretrained_model_name_or_path=str(tmp_path))
+    assert base_license.base_license(options) == {}
+    (tmp_path / "README.md").write_text(f"---\n{front_matter}\n---\n# base\n")
+    if expected is None:
+        expected = {"license": "creativeml-openrail-m", "license_link": "https://a.b/c"}
+    assert base_license.base_license(options) == expected
 
 
 #: Text that could end a fence, a table, the front matter, a literal or a tag.
