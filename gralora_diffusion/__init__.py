@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .export import export_diff, export_fused, export_lora
     from .families import Conditioning, ModelFamily, get_family, list_families, mend_clip_skip
     from .inspection import inspect_file
+    from .io.bundled import samples_folder
     from .io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
     from .lora_import import gralora_from_lora, overall_error
     from .pipelines import LoadReport
@@ -38,6 +39,7 @@ else:
             "adapters.layers": ["GraloraConv2d", "GraloraLinear"],
             "base_models.loading": ["find_base_family", "load_base"],
             "base_models.options": ["BaseModelOptions"],
+            "io.bundled": ["samples_folder"],
             "io.errors": ["AdapterFileError", "CheckpointError", "ConfigError", "DataError"],
             "export": ["export_diff", "export_fused", "export_lora"],
             "families": [
@@ -86,6 +88,7 @@ __all__ = [
     "overall_error",
     "parse_config",
     "read_adapter",
+    "samples_folder",
     "save_adapter",
     "train",
     "validate",
