@@ -129,6 +129,7 @@ def _traits(options: type) -> dict[str, tuple[Any, ...]]:
     return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
 
 
+@cache
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
     """Return name -> allowed values for the fields of a dataclass with a list of choices."""
     choices = {}
@@ -141,11 +142,12 @@ def choices_of(options: type) -> dict[str, tuple[str, ...]]:
 
 def value_problems(options: Any) -> Iterator[str]:
     """Yield a problem for each value that is outside its limits or not among its choices."""
-    for name, limits in options_with(type(options), Limits).items():
+    kind: type = type(options)
+    for name, limits in options_with(kind, Limits).items():
         value = getattr(options, name)
         if value is not None and not limits.allow(value):
             yield f"--{name} is {value}; it must be {limits}"
-    for name, allowed in choices_of(type(options)).items():
+    for name, allowed in choices_of(kind).items():
         value = getattr(options, name)
         if value is not None and value not in allowed:
             yield f"--{name} is {value!r}; {must_be(str(value), allowed)}"
