@@ -43,20 +43,25 @@ from tests.training.runs import arguments, config, make_images, make_shapes, run
 WITHIN = 0.15
 
 
-@pytest.fixture(scope="module")
-def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def save_base(folder: Path, *widths: int) -> Path:
     """A base whose activations are hundreds of times what a step makes besides."""
+    attentive = len(widths) - 1
     pipe = stable_diffusion(
-        block_out_channels=(64, 128, 256),
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=widths,
+        down_block_types=(*["CrossAttnDownBlock2D"] * attentive, "DownBlock2D"),
+        up_block_types=("UpBlock2D", *["CrossAttnUpBlock2D"] * attentive),
         layers_per_block=1,
         cross_attention_dim=64,
         norm_num_groups=32,
     )
-    folder = tmp_path_factory.mktemp("middling")
     pipe.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def middling(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of few layers: each operation of a planned step takes a millisecond."""
+    return save_base(tmp_path_factory.mktemp("middling"), 64, 128)
 
 
 @pytest.fixture
@@ -65,7 +70,7 @@ def options(middling: Path, images: Path, tmp_path: Path) -> dict[str, Any]:
         "pretrained_model_name_or_path": middling,
         "instance_data_dir": images,
         "output_dir": tmp_path / "out",
-        "resolution": 64,
+        "resolution": 32,
     }
 
 
@@ -494,9 +499,12 @@ def test_stable_diffusion_of_its_real_size(images: Path, tmp_path: Path) -> None
     ],
     ids=lambda changes: "-".join(changes),
 )
-def test_cuda_takes_what_was_planned(options: dict[str, Any], changes: dict[str, Any]) -> None:
+def test_cuda_takes_what_was_planned(
+    options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
+) -> None:
     """``torch.cuda.max_memory_allocated`` of the steps, as the card tells it."""
     options |= {"resolution": 256, **changes}
+    options["pretrained_model_name_or_path"] = save_base(tmp_path / "base", 64, 128, 256)
     plan = plan_of(**options)
     assert plan.device == "cuda"
     folder = run(**options, skip_final_inference=True)
