@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 import time
 
 import pytest
@@ -14,7 +13,7 @@ from gralora_diffusion.benchmark.main import benchmark, main
 from gralora_diffusion.benchmark.run_config import check_same_run, save_run_config
 from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs
-from tests.training.runs import environment
+from tests.forked import fork_ranks
 
 TRIALS = [
     ("subject", subject, method, 0)
@@ -222,19 +221,12 @@ def test_killed_and_started_again(whole, world, tmp_path):
 
 def test_two_processes_at_once(whole, world, tmp_path):
     """As a launcher starts them; each claims what the other has not."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    launcher += ["--nproc_per_node", "2", "-m", "gralora_diffusion.benchmark"]
-    done = subprocess.run(
-        [*launcher, *runs.arguments(world, tmp_path)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    program = "import runpy; runpy.run_module('gralora_diffusion.benchmark', run_name='__main__')"
+    said = fork_ranks(program, *runs.arguments(world, tmp_path), timeout=300)
+    for code, text in said:
+        assert code == 0, text
     assert scores(tmp_path) == scores(whole)
-    assert done.stdout.count("index.html") == 1
+    assert sum(text.count("index.html") for _, text in said) == 1
     assert not list(tmp_path.rglob("claim.json*"))
 
 

@@ -6,8 +6,6 @@ import importlib
 import importlib.util
 import os
 import shutil
-import subprocess
-import sys
 from dataclasses import fields
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from gralora_diffusion.training.checks.options import find_problems, read_and_ch
 from gralora_diffusion.training.config.other_programs import OTHER_NAMES
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from tests import ROOT
+from tests.forked import Forked
 
 # diffusers' train_dreambooth_lora.py: every option of it that is carried, spelled as there, and the
 # value that each must give
@@ -844,11 +843,15 @@ def test_an_option_is_declared_in_one_place(tmp_path) -> None:
     head, _, rest = text.partition(before)
     body, group, rest = rest.partition('_argument_group_name: ClassVar[str] = "Noise and loss"\n')
     options.write_text(head + before + body + group + field + rest, encoding="utf-8")
-    program = tmp_path / "program.py"
-    program.write_text(
-        """
+    program = """
+import sys
+for name in [name for name in sys.modules if name.partition(".")[0] == "gralora_diffusion"]:
+    del sys.modules[name]  # forked with the package itself
+sys.path.insert(0, sys.argv[1])
 import pytest
 from pathlib import Path
+import gralora_diffusion
+assert Path(gralora_diffusion.__file__).parent.parent == Path(sys.argv[1])
 from gralora_diffusion import CheckpointError, ConfigError, TrainingConfig, parse_config, validate
 from gralora_diffusion.benchmark.options import training_groups
 from gralora_diffusion.benchmark.run_config import parse_settings
@@ -868,11 +871,9 @@ with pytest.raises(CheckpointError, match="--shine 0.5 there, 1.5 here"):
 assert parse_settings(["--shine", "1.5"]).training.shine == 1.5  # passed by the benchmark
 with pytest.raises(ConfigError, match="--polish cannot be set here: use wax"):
     parse_settings(["--polish", "x"])
-""",
-        encoding="utf-8",
-    )
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
-    subprocess.run([sys.executable, program], env=environment, cwd=tmp_path, check=True)
+"""
+    code, said = Forked(program, tmp_path).wait()
+    assert code == 0, said
 
 
 # ---------------------------------------------------------------- what others take from it
