@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -275,6 +276,31 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     return seen
 
 
+@pytest.fixture(scope="module")
+def finished() -> dict[str, Path]:
+    return {}
+
+
+@pytest.fixture
+def trained(
+    data: dict[str, Any],
+    kind: dict[str, Any],
+    finished: dict[str, Path],
+    request: pytest.FixtureRequest,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """Train on this kind of base, once for all tests with the same options; they only read."""
+
+    def train(**options: Any) -> Path:
+        options = {**data, **kind, **options}
+        key = repr((request.node.callspec.params["kind"], sorted(options.items())))
+        if key not in finished:
+            finished[key] = run(output_dir=tmp_path_factory.mktemp("trained") / "out", **options)
+        return finished[key]
+
+    return train
+
+
 def quantized_layers(model: nn.Module) -> list[nn.Linear]:
     """The quantized linear layers of a model; all of its linear layers are."""
     layers = [m for m in model.modules() if isinstance(m, nn.Linear)]
@@ -285,7 +311,7 @@ def quantized_layers(model: nn.Module) -> list[nn.Linear]:
 def test_learns_and_leaves_the_base_as_it_was(
     data: dict[str, Any], kind: dict[str, Any], seen: dict[str, Any], tmp_path: Path, base: Path
 ) -> None:
-    data |= {"validation_prompt": "a dog", "validation_inference_steps": 2, "validation_steps": 2}
+    data |= {"validation_prompt": "a dog", "validation_inference_steps": 2, "validation_steps": 3}
     data |= {"num_validation_images": 1, "max_train_steps": 6, **SMOOTH}
     out = run(output_dir=tmp_path / "out", **kind, **data)
     pipe = seen["pipe"]
@@ -327,18 +353,13 @@ def test_resumes_bit_for_bit(data: dict[str, Any], kind: dict[str, Any], tmp_pat
     assert_same_run(tmp_path / "whole", tmp_path / "two")
 
 
-def test_gradient_checkpointing_changes_nothing(
-    data: dict[str, Any], kind: dict[str, Any], tmp_path: Path
-) -> None:
-    run(output_dir=tmp_path / "plain", **kind, **data)
-    run(output_dir=tmp_path / "checkpointed", gradient_checkpointing=True, **kind, **data)
-    assert_close(tmp_path / "plain", tmp_path / "checkpointed", 1e-5)
+def test_gradient_checkpointing_changes_nothing(trained: Callable[..., Path]) -> None:
+    assert_close(trained(), trained(gradient_checkpointing=True), 1e-5)
 
 
-def test_bf16(data: dict[str, Any], kind: dict[str, Any], tmp_path: Path) -> None:
-    data |= {"mixed_precision": "bf16", "gradient_checkpointing": True}
-    out = run(output_dir=tmp_path / "out", **kind, **data)
-    other = run(output_dir=tmp_path / "other", **{**data, "mixed_precision": "no"}, **kind)
+def test_bf16(trained: Callable[..., Path]) -> None:
+    out = trained(mixed_precision="bf16", gradient_checkpointing=True)
+    other = trained(gradient_checkpointing=True)
     assert {tensor.dtype for tensor in adapter(out).values()} == {torch.float32}
     losses = [torch.tensor([row["loss"] for row in metrics(folder)]) for folder in (out, other)]
     torch.testing.assert_close(*losses, rtol=2e-2, atol=0)
@@ -407,20 +428,20 @@ def test_every_family(images: Path, seen: dict[str, Any], tmp_path: Path, name: 
     assert len(moved) > 0.8 * len(adapter(out))
 
 
-@pytest.mark.parametrize("which", TORCHAO)
+@pytest.mark.parametrize("kind", TORCHAO, indirect=True)
 def test_a_base_that_is_quantized_on_disk(
-    data: dict[str, Any], tmp_path: Path, base: Path, which: str
+    data: dict[str, Any], kind: dict[str, Any], trained: Callable[..., Path], tmp_path: Path
 ) -> None:
-    chosen = config(**data, quantization=which)
+    chosen = config(**data, **kind)
     load_base(chosen, FAMILY, torch.float32).save_pretrained(tmp_path / "quantized")
-    run(output_dir=tmp_path / "one", quantization=which, **data)
+    one = trained()
     data["pretrained_model_name_or_path"] = tmp_path / "quantized"
-    run(output_dir=tmp_path / "two", **data)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-    for folder, kind in (("one", which), ("two", "torchao")):
-        card = (tmp_path / folder / "README.md").read_text(encoding="utf-8")
-        assert f"The base was quantized during training (unet by {kind})." in card
-        assert f"| quantized base | unet by {kind} |" in card
+    two = run(output_dir=tmp_path / "two", **data)
+    assert_same_run(one, two)
+    for folder, by in ((one, kind["quantization"]), (two, "torchao")):
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert f"The base was quantized during training (unet by {by})." in card
+        assert f"| quantized base | unet by {by} |" in card
 
     with pytest.raises(ConfigError, match=r"its unet is already quantized \(torchao\), so --quant"):
         run(output_dir=tmp_path / "three", quantization="torchao-int8", **data)
