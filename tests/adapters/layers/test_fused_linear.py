@@ -19,8 +19,9 @@ from tests.reference import dense_update, relative_error
 IN, OUT = 24, 40  # differ, so that no wrong exchange has the right shape
 
 
-def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True):
+def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True, widths=(IN, OUT)):
     """x, weight, bias and an update for each (r, k)."""
+    inputs, outputs = widths
     draw = torch.Generator().manual_seed(0)
 
     def random(*shape):
@@ -28,10 +29,11 @@ def make(dtype=torch.float64, sizes=((8, 4), (2, 1)), leading=(3, 5), grad=True)
 
     updates = []
     for number, (r, k) in enumerate(sizes):
-        A, B = random(k, IN // k, r) / IN**0.5, random(k, r, OUT // k) / r**0.5
+        A = random(k, inputs // k, r) / inputs**0.5
+        B = random(k, r, outputs // k) / r**0.5
         updates.append(Update(A.requires_grad_(grad), B.requires_grad_(grad), 0.7 + number))
-    x = random(*leading, IN).requires_grad_(grad)
-    return x, random(OUT, IN) / IN**0.5, random(OUT), updates
+    x = random(*leading, inputs).requires_grad_(grad)
+    return x, random(outputs, inputs) / inputs**0.5, random(outputs), updates
 
 
 def leaves(x, updates):
@@ -168,7 +170,8 @@ class TestTransforms:
     @pytest.mark.parametrize("leading", [(1, 2), (), (0,)])
     def test_finite_differences(self, backend, leading):
         """Of first and second derivatives, in both modes, one by one and batched."""
-        function, _, inputs = self.functions(backend, leading=leading, sizes=((4, 2), (2, 1)))
+        sizes, widths = ((4, 2), (2, 1)), (8, 12)  # the work grows with their square
+        function, _, inputs = self.functions(backend, leading=leading, sizes=sizes, widths=widths)
         options = {"check_batched_grad": True, "fast_mode": leading != (1, 2)}
         assert torch.autograd.gradcheck(
             function, inputs, check_forward_ad=True, check_batched_forward_grad=True, **options
