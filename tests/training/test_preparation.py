@@ -41,6 +41,7 @@ def test_what_differs_is_told_by_all(base: Path, images: Path, tmp_path: Path) -
         shutil.copytree(images, node / "pictures")
         make_images(node / "alike", 2)
     usual: dict[str, Any] = {"pretrained_model_name_or_path": base, "max_train_steps": 2}
+    usual["checkpointing_steps"] = 2
     done = run(output_dir=tmp_path / "done", instance_data_dir=images, **usual)
     shutil.copytree(done / "checkpoint-2", nodes[0] / "one" / "checkpoint-2")
     for node in nodes:

@@ -124,7 +124,11 @@ def test_a_base_is_known_by_its_weights(tmp_path: Path) -> None:
 
 
 def test_another_base_with_the_trainer(images: Path, base: Path, tmp_path: Path) -> None:
-    options: dict[str, Any] = {"instance_data_dir": images, "max_train_steps": 2}
+    options: dict[str, Any] = {
+        "instance_data_dir": images,
+        "max_train_steps": 2,
+        "checkpointing_steps": 2,
+    }
     whole = run(
         pretrained_model_name_or_path=base,
         output_dir=tmp_path / "whole",
@@ -150,6 +154,7 @@ def test_options_are_compared_before_the_base_is_loaded(
         "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "output_dir": tmp_path / "out",
+        "checkpointing_steps": 2,
     }
     run(max_train_steps=2, **options)
 

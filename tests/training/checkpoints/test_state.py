@@ -18,6 +18,8 @@ from gralora_diffusion.training.checkpoints.resume import PROGRESS_NAME
 from gralora_diffusion.training.checkpoints.state import RunState
 from tests.training.runs import assert_close, assert_same_run, make_images, metrics, run
 
+SAVED: dict[str, Any] = {"checkpointing_steps": 2}
+
 
 def stopped_after(step: int, whole: Path, folder: Path) -> Path:
     """What ``whole`` left on the disk when it was at ``step``, and a little further."""
@@ -69,7 +71,12 @@ def test_resumed_run_ends_as_the_uninterrupted_one(
     if options.get("num_class_images"):
         classes = make_images(tmp_path / "class", 4, seed=1)
         options = {**options, "class_data_dir": classes}
-    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": images, **options}
+    shared = {
+        **SAVED,
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": images,
+        **options,
+    }
     whole = run(output_dir=tmp_path / "whole", **shared)
     half = stopped_after(2, whole, tmp_path / "half")
     run(output_dir=half, resume_from_checkpoint="latest", **shared)
@@ -128,7 +135,12 @@ def test_checkpoints_of_accelerate_are_gone_on_with_exactly(
     monkeypatch: pytest.MonkeyPatch,
     options: dict[str, Any],
 ) -> None:
-    shared = {"pretrained_model_name_or_path": base, "instance_data_dir": images, **options}
+    shared = {
+        **SAVED,
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": images,
+        **options,
+    }
     with monkeypatch.context() as patch:
         patch.setattr(RunState, "save", save_with_accelerate)
         whole = run(output_dir=tmp_path / "whole", **shared)
@@ -159,7 +171,7 @@ def test_no_program_in_a_checkpoint_is_run(
     if of_accelerate:
         monkeypatch.setattr(RunState, "save", save_with_accelerate)
     shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
-    shared |= {"use_ema": True, "max_train_steps": 2}
+    shared |= {**SAVED, "use_ema": True, "max_train_steps": 2}
     whole = run(output_dir=tmp_path / "whole", **shared)
     files = sorted(path.name for path in (whole / "checkpoint-2").iterdir())
     pickles = [name for name in files if not name.endswith((".safetensors", ".json"))]
@@ -189,7 +201,7 @@ def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail"])
 def test_a_damaged_checkpoint_is_told(base: Path, images: Path, tmp_path: Path, what: str) -> None:
     shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
-    shared |= {"use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
+    shared |= {**SAVED, "use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
     checkpoint = run(**shared) / "checkpoint-2"
     progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
     if what in ("schedule", "ema"):

@@ -98,6 +98,7 @@ def test_what_a_run_wrote_is_taken_as_it_is_and_a_checkpoint_wins_over_it(base, 
         "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "output_dir": tmp_path / "a",
+        "checkpointing_steps": 2,
     }
     first = runs.run(**options, max_train_steps=2)
     again = runs.run(

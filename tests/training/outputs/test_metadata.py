@@ -6,6 +6,7 @@ import json
 import time
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -141,7 +142,8 @@ def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
 def test_only_the_times_tell_a_run_from_its_resumed_twin(
     base: Path, images: Path, tmp_path: Path
 ) -> None:
-    data = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    data: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    data["checkpointing_steps"] = 2
     whole = run(output_dir=tmp_path / "one" / "rex", max_train_steps=4, **data)
     twin = tmp_path / "two" / "rex"
     # as if the first had been killed after its second step

@@ -44,6 +44,7 @@ def finished(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory)
         instance_data_dir=images,
         instance_prompt='a "sks" dog: 犬',
         max_train_steps=4,
+        checkpointing_steps=2,
         validation_prompt=PROMPTS,
         num_validation_images=2,
         validation_steps=2,
