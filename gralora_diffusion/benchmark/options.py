@@ -31,11 +31,37 @@ class ComparedOptions:
         None,
         "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
         "gralora-r<rank>-k<k>-h<hybrid rank> or full. Append -lr<rate> for another learning rate. "
-        "base trains nothing (default: those of the run in --output_dir; for a new run lora-r32 "
-        "lora-r64 gralora-r32-k2)",
+        "base trains nothing (default: those of the run in --output_dir; for a new run base "
+        "lora-r32 lora-r64 gralora-r32-k2)",
+    )
+    rates: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
+        None,
+        "Train each method at several learning rates, so that methods are compared along their "
+        "curves: numbers, or auto for --learning_rate times 0.5, 0.71, 1 and 1.41. They are the "
+        "rates of a LoRA of the first method's rank; those of other methods are multiplied by "
+        "sqrt(k) and sqrt(first rank / rank). base, full and methods with their own -lr<rate> are "
+        "left alone",
+    )
+    endpoint: str | None = option(
+        None,
+        "The score that decides, as SCORE, or as SCORE@COST for the mean gap of two curves at "
+        "equal cost, where the cost is a drift or update_norm. It is saved before the first trial "
+        "(default: the first encoder's similarity, with several rates along its drift)",
+    )
+    comparisons: list[str] | None = option(
+        None,
+        "The comparisons that the endpoint decides, as METHOD:REFERENCE, corrected for their "
+        "number; all others are exploratory. They are saved before the first trial (default: each "
+        "GraLoRA against each LoRA)",
     )
     seeds: Annotated[list[int] | None, MayDiffer(commands=True)] = option(
         None, "Seeds of each method (default: those of the run in --output_dir; for a new run 0)"
+    )
+    seeding: Literal["subject", "shared"] | None = option(
+        None,
+        "subject: the random numbers of a trial depend on seed and subject, so that subjects are "
+        "independent of each other; shared: on the seed alone, as in version 0.1 (default: that "
+        "of the run in --output_dir; for a new run subject)",
     )
     protocols: list[str] | None = option(
         None,

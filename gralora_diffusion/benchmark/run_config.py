@@ -32,6 +32,8 @@ SETTINGS_NAME = BENCHMARK_NAME
 _WRITING = 60.0
 #: Name of a suite -> its file of options in the bundled samples.
 SUITES = {"tiny": "configs/benchmark_tiny.yaml"}
+#: Options that the first command of a run decides for all later ones, also by not giving them.
+DECIDED_ONCE = ("seeding", "endpoint", "comparisons")
 
 
 def _places() -> dict[str, Place]:
@@ -63,12 +65,17 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
             raise ConfigError([f"--report_only: there is no {path}. Give a run's --output_dir"])
         given = list(sys.argv[1:] if argv is None else argv)
         options = _parsed(["--config", str(path), *given])
-    missing = [name for name in ("methods", "seeds") if options[name] is None]
-    if missing and (kept := _kept_in(path)):
+    kept = _kept_in(path)
+    if kept and (missing := [name for name in ("methods", "seeds") if options[name] is None]):
         options |= {name: list(getattr(kept, name)) for name in missing}
         some = "; ".join(f"{name} {' '.join(map(str, options[name]))}" for name in missing)
         logger.info("using the options saved in %s: %s", path, some)
-    return _settings(options)
+    if kept:  # decided by the run's first command
+        options |= {n: getattr(kept, n) for n in DECIDED_ONCE if options[n] is None}
+    settings = _settings(options)
+    if not kept:
+        settings.declare()
+    return settings
 
 
 def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
@@ -82,12 +89,15 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     said = {name: f"cannot be set here: {why}" for name, why in set_by_benchmark().items()}
     read = partial(read_options, groups, other_names=OTHER_NAMES | said, prog="gralora benchmark")
     parsed = read(argv)
-    if name := parsed.values["suite"]:
+    given = parsed.values
+    if name := given["suite"]:
         try:
             suite = samples_folder() / SUITES[name]
         except FileNotFoundError as error:
             raise ConfigError([f"--suite {name}: {error}"]) from error
         parsed = read(argv, before=arguments_of(groups, suite))
+        if given["captioned_dir"] or given["dataset_name"]:  # a suite's protocols are of subjects
+            parsed.values["protocols"] = given["protocols"]
     if parsed.problems:
         more = parsed.located(_settings(parsed.values).problems())
         raise ConfigError([*parsed.problems, *more])
@@ -118,7 +128,9 @@ def _kept_in(path: Path) -> BenchmarkSettings | None:
 
 @lru_cache(maxsize=1)  # read several times per command; another may write it meanwhile
 def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
-    return _settings(_parsed(["--config", str(path)]))
+    settings = _settings(_parsed(["--config", str(path)]))
+    settings.seeding = settings.seeding or "shared"  # as in version 0.1, which had no other
+    return settings
 
 
 def check_same_run(settings: BenchmarkSettings) -> None:
@@ -175,6 +187,8 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
                     "Give another folder"
                 ]
             )
+        if unknown := settings.undeclared_methods():
+            raise ConfigError(unknown)
         return {}
     earlier, record = kept.record(), resolve_paths(settings.record())
     if differing := sorted(
@@ -185,12 +199,19 @@ def _earlier(settings: BenchmarkSettings) -> dict[str, Any]:
         raise ConfigError(
             [
                 f"--{name} is {record.get(name, 'its default')}, but "
-                f"{earlier.get(name, 'its default')} in {path}: trials with both would be "
-                "mixed. Give another --output_dir, or the same option"
+                f"{earlier.get(name, 'its default')} in {path}: {_why_not(name)}. Give another "
+                "--output_dir, or the same option"
                 for name in differing
             ]
         )
     return earlier
+
+
+def _why_not(name: str) -> str:
+    """Return why an option cannot differ from an earlier command's."""
+    if name in ("endpoint", "comparisons"):
+        return "what a run decides is declared before its first trial"
+    return "trials with both would be mixed"
 
 
 def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,14 @@ from typing import Any
 import yaml
 
 from gralora_diffusion.benchmark.evaluation.encoders import source_problem
+from gralora_diffusion.benchmark.evaluation.endpoint import (
+    Declared,
+    Endpoint,
+    parse_comparison,
+    usual_comparisons,
+    without_rate,
+)
+from gralora_diffusion.benchmark.evaluation.scores import is_known
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.options.fields import Place, group_table, options_with, value_problems
@@ -23,6 +32,7 @@ from .options import (
     RunOptions,
     set_by_benchmark,
 )
+from .rates import at_rates, rate_problems
 
 ENCODERS = (
     "dinov2=facebook/dinov2-base",
@@ -57,7 +67,9 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         if not self.protocols:
             captioned = self.captioned_dir or self.training.dataset_name
             self.protocols = ["captioned", "drift"] if captioned else ["subject", "drift", "prior"]
-        self.methods = self.methods or ["lora-r32", "lora-r64", "gralora-r32-k2"]
+        self.methods = self.methods or ["base", "lora-r32", "lora-r64", "gralora-r32-k2"]
+        if self.rates and not self._rate_problems():
+            self.methods = at_rates(self.methods, self.rates, self.training.learning_rate)
         self.seeds = [0] if self.seeds is None else self.seeds
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
@@ -80,6 +92,44 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         """Name of an encoder -> Hub id or folder."""
         pairs = (text.partition("=") for text in self.encoders or ())
         return {name: source for name, _, source in pairs}
+
+    @property
+    def declared(self) -> Declared | None:
+        """The endpoint and the comparisons that were declared before the run, if any were."""
+        if self.endpoint is None:
+            return None
+        return Declared.parse(self.endpoint, self.comparisons or ())
+
+    def declare(self) -> None:
+        """Choose what a new run decides, where the options leave it open."""
+        self.seeding = self.seeding or "subject"
+        several = len(self._curves) < len(self.methods or ())
+        if self.endpoint is None:
+            names = ("clip_i" if name == "clip" else name for name in self.encoder_sources)
+            first = next(filter(is_known, names), None)
+            along = first and several and "drift" in (self.protocols or ())
+            self.endpoint = f"{first}@drift_{first}" if along else first
+        if self.comparisons is None and self.endpoint:
+            self.comparisons = usual_comparisons(self._comparable) or None
+
+    def undeclared_methods(self) -> list[str]:
+        """Report comparisons of methods that a new run does not have."""
+        names = self._comparable
+        return [
+            f"--comparisons contains {text}, but {name} is not one of {', '.join(names)}"
+            for text in self.comparisons or ()
+            for name in text.split(":")
+            if name not in names
+        ]
+
+    @property
+    def _curves(self) -> list[str]:
+        return list(dict.fromkeys(map(without_rate, self.methods or ())))
+
+    @property
+    def _comparable(self) -> list[str]:
+        """The names that a comparison may contain: curves if the endpoint compares curves."""
+        return self._curves if "@" in (self.endpoint or "") else list(self.methods or ())
 
     def check(self) -> None:
         """Check everything that can be checked before data or models are read.
@@ -118,6 +168,9 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
     def _problems(self) -> list[str]:
         problems = list(value_problems(self))
         protocols, training = self.protocols or [], self.training
+        problems += self._rate_problems()
+        problems += _unreadable("endpoint", [self.endpoint or "dino"], Endpoint.parse)
+        problems += _unreadable("comparisons", self.comparisons or (), parse_comparison)
         known = ("subject", "captioned", "drift", "prior")
         captioned = bool(self.captioned_dir), bool(training.dataset_name)
         if unknown := [p for p in protocols if p not in known]:
@@ -175,6 +228,10 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             )
         return problems
 
+    def _rate_problems(self) -> list[str]:
+        rate = self.training.learning_rate
+        return rate_problems(self.methods or (), self.rates, rate) if self.rates else []
+
     def _read_and_written(self) -> list[str]:
         """Report inputs that the run would write to."""
         read = {
@@ -213,10 +270,20 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             for f in fields(group)
             if f.name in always or getattr(self, f.name) != getattr(default, f.name)
         }
-        for name in ("suite", "retry_failed", "report_only"):  # belong to a command, not to a run
+        # these belong to a command, not to a run
+        for name in ("suite", "rates", "retry_failed", "report_only"):
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
         return own | {k: v for k, v in training.items() if k not in set_by_benchmark()}
+
+
+def _unreadable(name: str, texts: Sequence[str], read: Callable[[str], object]) -> Iterator[str]:
+    """Yield a problem for each text of an option that cannot be read."""
+    for text in texts:
+        try:
+            read(text)
+        except ValueError as error:
+            yield f"--{name}: {error}"
 
 
 def _from_home(path: str) -> str:

@@ -6,6 +6,8 @@ import pytest
 import yaml
 
 from gralora_diffusion.benchmark import run_config
+from gralora_diffusion.benchmark.evaluation.endpoint import Declared, Endpoint
+from gralora_diffusion.benchmark.rates import at_rates
 from gralora_diffusion.benchmark.run_config import (
     SETTINGS_NAME,
     check_same_run,
@@ -17,6 +19,7 @@ from gralora_diffusion.options.parsing import read_options
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME, owned
 from tests import ROOT
 
+AUTO = ("5e-4", "7.1e-4", "1e-3", "1.4e-3")
 GOOD = ["--dreambooth_dir", "db", "--pretrained_model_name_or_path", "base"]
 
 
@@ -70,7 +73,7 @@ def test_a_run_may_grow_but_not_change(tmp_path):
 
 def test_methods_and_seeds_that_are_not_given_are_those_of_the_run(tmp_path, caplog):
     line = [*GOOD, "--output_dir", str(tmp_path)]
-    assert parse_settings(line).methods == ["lora-r32", "lora-r64", "gralora-r32-k2"]
+    assert parse_settings(line).methods == ["base", "lora-r32", "lora-r64", "gralora-r32-k2"]
     save_run_config(parse_settings([*line, "--methods", "lora-r4", "base", "--seeds", "3"]))
     with caplog.at_level(logging.INFO, "gralora_diffusion"):
         again = parse_settings(line)
@@ -99,7 +102,7 @@ def test_a_file_of_options_that_cannot_be_read_is_named(tmp_path):
 
 def test_one_without_methods_has_the_usual_ones(tmp_path):
     (tmp_path / SETTINGS_NAME).write_text("dreambooth_dir: db\n")
-    assert parse_settings([*GOOD, "--output_dir", str(tmp_path)]).methods[0] == "lora-r32"
+    assert parse_settings([*GOOD, "--output_dir", str(tmp_path)]).methods[1] == "lora-r32"
 
 
 def test_what_is_kept_is_parsed_once_and_again_when_another_command_wrote(tmp_path, monkeypatch):
@@ -220,12 +223,70 @@ def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = parse_settings(["--suite", "tiny", "--seeds", "7", "--output_dir", "out"])
     settings.check()
-    assert len(settings.subjects) >= 8
+    assert settings.subjects is None  # all twelve
     assert settings.seeds == [7]
     base = settings.training.pretrained_model_name_or_path
     assert (tmp_path / base).resolve() == ROOT / "samples/tiny-base"
     for source in settings.encoder_sources.values():
         assert (tmp_path / source / "config.json").is_file()
-    kinds = {method.kind for method in settings.parsed_methods}
-    assert kinds == {"lora", "gralora"}
-    assert any(method.hybrid_rank for method in settings.parsed_methods)
+    assert settings.undeclared_methods() == []
+    assert settings.declared == Declared(
+        Endpoint("dino", "drift_dino"),
+        (
+            ("gralora-r16-k2", "lora-r16"),
+            ("gralora-r16-k2", "lora-r32"),
+            ("gralora-r4-k2", "lora-r4"),
+        ),
+    )
+    # its rates are those of --rates auto, but for the two that r4 does without
+    auto = ["base", "lora-r16", "gralora-r16-k2", "lora-r32", "lora-r4", "gralora-r4-k2"]
+    left = set(at_rates(auto, ["auto"], 3e-3)) ^ set(settings.methods)
+    assert left == {"lora-r4-lr8.5e-3", "gralora-r4-k2-lr1.2e-2"}
+
+
+def test_what_a_run_decides_is_declared_by_its_first_command(tmp_path):
+    line = [*GOOD, "--output_dir", str(tmp_path), "--learning_rate", "1e-3"]
+    first = parse_settings([*line, "--methods", "base", "lora-r4", "gralora-r4-k2"])
+    assert (first.endpoint, first.comparisons) == ("dinov2", ["gralora-r4-k2:lora-r4"])
+    assert first.seeding == "subject"
+    save_run_config(first)
+    record = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
+    assert record["endpoint"] == "dinov2"
+    assert record["comparisons"] == ["gralora-r4-k2:lora-r4"]
+    assert record["seeding"] == "subject"
+    # a method that is added is exploratory
+    more = parse_settings([*line, "--methods", "lora-r8"])
+    save_run_config(more)
+    assert parse_settings(line).comparisons == ["gralora-r4-k2:lora-r4"]
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(parse_settings([*line, "--endpoint", "clip_t", "--seeding", "shared"]))
+    assert [problem.split(": ")[1].split(". ")[0] for problem in caught.value.problems] == [
+        "what a run decides is declared before its first trial",
+        "trials with both would be mixed",
+    ]
+
+
+def test_along_curves_where_there_are_rates(tmp_path):
+    line = [*GOOD, "--output_dir", str(tmp_path), "--learning_rate", "1e-3", "--methods", "base"]
+    line += ["lora-r4", "lora-r8", "gralora-r4-k2", "--encoders", "clip=x"]
+    settings = parse_settings([*line, "--rates", "auto"])
+    assert settings.endpoint == "clip_i@drift_clip_i"
+    assert settings.comparisons == ["gralora-r4-k2:lora-r4", "gralora-r4-k2:lora-r8"]
+    assert settings.methods[:5] == ["base", *(f"lora-r4-lr{r}" for r in AUTO)]
+    save_run_config(settings)
+    record = yaml.safe_load((tmp_path / SETTINGS_NAME).read_text())
+    assert record["methods"] == settings.methods
+    assert "rates" not in record
+    wrong = [*line, "--output_dir", str(tmp_path / "new"), "--comparisons", "gralora-r4-k2:lora-r9"]
+    with pytest.raises(ConfigError, match="contains gralora-r4-k2:lora-r9, but lora-r9 is not one"):
+        check_same_run(parse_settings(wrong))
+
+
+def test_a_folder_of_version_0_1_declares_nothing_and_shares_its_seeds(tmp_path):
+    (tmp_path / SETTINGS_NAME).write_text("dreambooth_dir: db\nmethods: [lora-r4, gralora-r4-k2]")
+    line = ["--config", str(tmp_path / SETTINGS_NAME), "--output_dir", str(tmp_path)]
+    again = parse_settings(line)
+    assert (again.seeding, again.declared) == ("shared", None)
+    check_same_run(again)
+    with pytest.raises(ConfigError, match="--endpoint is dino, but its default in"):
+        check_same_run(parse_settings([*line, "--endpoint", "dino"]))

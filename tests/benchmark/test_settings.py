@@ -16,7 +16,7 @@ def test_defaults_and_what_is_given():
     settings = parse_settings([*GOOD, "--learning_rate", "3e-4", "--seeds", "0", "1"])
     settings.check()
     assert settings.protocols == ["subject", "drift", "prior"]
-    assert settings.methods == ["lora-r32", "lora-r64", "gralora-r32-k2"]
+    assert settings.methods == ["base", "lora-r32", "lora-r64", "gralora-r32-k2"]
     assert settings.seeds == [0, 1]
     assert list(settings.encoder_sources) == ["dinov2", "dino", "clip"]
     assert settings.encoder_sources["clip"] == "openai/clip-vit-base-patch32"
@@ -54,6 +54,11 @@ def test_every_option_of_the_trainer_is_there_or_explained():
             "--captioned_dir x --with_prior_preservation",
             ["--with_prior_preservation needs --protocols subject"],
         ),
+        ("--endpoint beauty", ["--endpoint: 'beauty' must be SCORE or SCORE@COST"]),
+        ("--endpoint dino@dinner", ["--endpoint: 'dino@dinner' must be SCORE or"]),
+        ("--comparisons lora-r4 a:", ["'lora-r4' must be METHOD:REF", "'a:' must be METHOD:REF"]),
+        ("--rates auto", ["--rates: auto needs --learning_rate"]),
+        ("--rates 1e-3 auto", ["--rates: 'auto' is neither auto alone nor a positive number"]),
         ("--seeds -1", ["--seeds contains -1"]),
         ("--encoders dinov2", ["--encoders contains 'dinov2'; it must be NAME=SOURCE"]),
         ("--images_per_prompt 0 --mechanism_steps 0", ["--images_per_prompt is 0", "steps is 0"]),
@@ -76,8 +81,8 @@ def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
     assert parse_settings(GOOD).warnings() == parse_settings(["--suite", "tiny"]).warnings() == []
     (warning,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).warnings()
     assert warning == (
-        "these options have no effect with --captioned_dir: --dreambooth_dir and --subjects, even "
-        "if --suite tiny sets them"
+        "these options have no effect with --captioned_dir: --dreambooth_dir, even if --suite tiny "
+        "sets them"
     )
     dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).warnings()
     assert dataset == ["these options have no effect with --dataset_name: --dreambooth_dir"]

@@ -56,6 +56,11 @@ def score_named(name: str) -> Score:
     return Score(name, name, None, "other", "")
 
 
+def is_known(name: str) -> bool:
+    """Return whether the direction of a score is known."""
+    return score_order(name)[0] < len(_KNOWN)
+
+
 def score_order(name: str) -> tuple[int, str]:
     """Return a key that sorts scores in the usual order; unknown ones come last."""
     for place, score in enumerate(_KNOWN):
