@@ -219,6 +219,20 @@ class DenseUpdate(nn.Module):
         return effective_rank(values)
 
 
+@torch.no_grad()
+def update_norm(models: Sequence[nn.Module]) -> float | None:
+    """Return the Frobenius norm of the dense updates of all adapted layers together.
+
+    Returns None without adapted layers, as in full fine-tuning, or if it is not finite.
+    """
+    layers = [m for model in models for m in model.modules() if isinstance(m, BaseTunerLayer)]
+    norms = [torch.linalg.vector_norm(DenseUpdate(m)(), dtype=torch.float64) for m in layers]
+    if not norms:
+        return None
+    norm = float(torch.stack(norms).norm())
+    return norm if math.isfinite(norm) else None
+
+
 def block_norms(update: Tensor, k: int) -> Tensor:
     """Return the Frobenius norms (k, k) of the blocks of an update (out, in) or (out, in, h, w).
 

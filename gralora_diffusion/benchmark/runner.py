@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +16,7 @@ from diffusers.training_utils import free_memory
 from gralora_diffusion.adapters.placement.targets import find_targets
 from gralora_diffusion.base_models.loading import existing_models, find_base_family, load_base
 from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder, read_image_file
+from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM
 from gralora_diffusion.benchmark.evaluation.metrics import (
     Scores,
     score_captioned,
@@ -33,6 +34,7 @@ from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_class_images
+from gralora_diffusion.training.data.seeds import seed_from
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.adapters import adapter_configs, trained_components
 from gralora_diffusion.training.optimization.step import TrainingDiverged
@@ -40,7 +42,7 @@ from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
 
 from .class_images import share_class_images
-from .diagnostics import DiagnosticsLog
+from .diagnostics import DiagnosticsLog, update_norm
 from .effective_settings import effective_settings, named_layers, versions
 from .methods import Method, bare_afterwards
 from .settings import BenchmarkSettings
@@ -52,6 +54,15 @@ _NOISES_PER_SEED = 10_000
 
 #: The files of each prompt.
 Generated = list[list[Path]]
+
+
+def trial_seed(seed: int, subject: str) -> int:
+    """Return the seed of a subject's trials, from 0 to 2**31 - 1, for all methods alike.
+
+    If all subjects had the same initial factors, training noise and noise of the images, their
+    trials would share an error that no number of subjects averages out.
+    """
+    return seed_from(seed, "subject", subject) >> 32
 
 
 class Runner:
@@ -67,6 +78,7 @@ class Runner:
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
         self.encoders = _load_encoders(settings, config, self.device)
+        _check_endpoint(settings, self.encoders)
         self.family = find_base_family(config)
         check_family_options(config, self.family)
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
@@ -88,11 +100,12 @@ class Runner:
             ConfigError: the method does not fit the base.
             TrainingDiverged: the loss is no longer a number.
         """
-        config = method.configured(replace(task.config, seed=seed))
+        own = trial_seed(seed, task.subject) if self.settings.seeding == "subject" else seed
+        config = method.configured(replace(task.config, seed=own))
         config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
         components = trained_components(config, self.family)
         with tf32_products(config.allow_tf32), self._fresh_afterwards(config):
-            unmoved = self._images_of_the_base(task, config)
+            unmoved = self._images_of_the_base(task, config, seed)
             with bare_afterwards(self.pipe, components, method):
                 facts, drawn = self._train_and_draw(task, method, config, folder)
         home = home or folder
@@ -146,6 +159,10 @@ class Runner:
             began = time.perf_counter()
             drawn = self._draw(self._wanted(task), config, folder / IMAGES)
             facts["generation_seconds"] = time.perf_counter() - began
+            names = () if trainer is None else trainer.components
+            facts["update_norm"] = update_norm([getattr(self.pipe, name) for name in names])
+            if method.kind == "base":
+                facts["update_norm"] = 0.0
         return facts, drawn
 
     def _train(
@@ -261,9 +278,13 @@ class Runner:
                             image.save(temporary, format="PNG")
         return files
 
-    def _images_of_the_base(self, task: Task, config: TrainingConfig) -> dict[str, Generated]:
-        """Generate the base's images for comparison with an adapter's, once for each seed."""
-        folder = self.settings.folder / BASE_FOLDER / f"seed{config.seed}"
+    def _images_of_the_base(
+        self, task: Task, config: TrainingConfig, seed: int
+    ) -> dict[str, Generated]:
+        """Generate the base's images for comparison with an adapter's, once for all methods."""
+        folder = self.settings.folder / BASE_FOLDER / f"seed{seed}"
+        if self.settings.seeding == "subject":
+            folder /= task.subject
         wanted = self._wanted(task)
         found: dict[str, Generated] = {}
         if "drift-" in wanted:
@@ -333,6 +354,30 @@ def _load_encoders(
         }
     except ValueError as error:
         raise ConfigError([f"--encoders: {error}"]) from error
+
+
+def _check_endpoint(settings: BenchmarkSettings, encoders: Mapping[str, Encoder]) -> None:
+    """Check that the declared endpoint will be measured.
+
+    Raises:
+        ConfigError: it will not.
+    """
+    if settings.declared is None:
+        return
+    protocols, endpoint = settings.protocols or (), settings.declared.endpoint
+    seen = [f"{name}_i" if e.reads_text else name for name, e in encoders.items()]
+    kinds = {"drift": ["drift_"], "prior": ["pres_", "prior_"]}
+    measured = [*seen, *(f"{name}_t" for name, e in encoders.items() if e.reads_text)]
+    measured += [f"div_{name}" for name in seen if settings.diversity]
+    measured += [f"{k}{n}" for p in protocols for k in kinds.get(p, ()) for n in seen]
+    for score in (endpoint.score, endpoint.along):
+        if score not in (None, UPDATE_NORM, *measured):
+            raise ConfigError(
+                [
+                    f"--endpoint is {endpoint}, but {score} is not measured. These are: "
+                    f"{', '.join(measured)}"
+                ]
+            )
 
 
 def _after_divergence(method: Method, config: TrainingConfig) -> str:

@@ -1,18 +1,23 @@
 """Units on a tiny base: what they leave is what can be computed anew from it."""
 
+import re
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+from gralora_diffusion.adapters.adapter_file import read_adapter
+from gralora_diffusion.adapters.layers.functional import lora_factors
 from gralora_diffusion.benchmark.evaluation.encoders import load_encoder
 from gralora_diffusion.benchmark.evaluation.metrics import score_drift, score_prior, score_subject
 from gralora_diffusion.benchmark.methods import Method
-from gralora_diffusion.benchmark.runner import Runner
+from gralora_diffusion.benchmark.runner import Runner, trial_seed
 from gralora_diffusion.benchmark.tasks import read_tasks
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.loop import train
 from tests.benchmark import judges, runs
@@ -77,7 +82,7 @@ def test_what_is_told(run):
 def test_scores_are_those_of_the_images(run, world):
     runner, task, results = run
     encoders = {name: load_encoder(world / name) for name in ("dinov2", "clip")}
-    base = runner.settings.folder / "base" / "seed0"
+    base = runner.settings.folder / "base" / "seed0" / "dog"
     for result in results.values():
         expected = score_subject(encoders, files(result, "0"), task.texts, task.real).overall
         unmoved = [[base / f"drift-{row:03d}_0.png"] for row in range(2)]
@@ -88,7 +93,7 @@ def test_scores_are_those_of_the_images(run, world):
         assert result.scores == pytest.approx(expected, abs=1e-6)
     nothing = results["base"].scores
     assert [nothing[f"{n}_dinov2"] for n in ("drift", "prior")] == pytest.approx([0, 0], abs=1e-6)
-    assert all(r.scores["drift_dinov2"] > 1e-4 for name, r in results.items() if name != "base")
+    assert all(r.scores["drift_dinov2"] > 1e-6 for name, r in results.items() if name != "base")
 
 
 def test_images_are_those_of_the_adapter(run, world):
@@ -98,7 +103,8 @@ def test_images_are_those_of_the_adapter(run, world):
     pipe = DiffusionPipeline.from_pretrained(world / "base")
     pipe.load_gralora_weights(result.folder / "adapter")
     pipe.vae.enable_slicing()  # for the rounding: the benchmark decodes pictures one by one
-    images = generate(pipe, task.prompts, 2, size=16, inference_steps=2, batch_size=4)
+    seed = 10_000 * trial_seed(0, "dog")
+    images = generate(pipe, task.prompts, 2, seed=seed, size=16, inference_steps=2, batch_size=4)
     for row, paths in zip(images, files(result, "0"), strict=True):
         for image, path in zip(row, paths, strict=True):
             with Image.open(path) as kept:
@@ -109,12 +115,68 @@ def test_a_trial_is_the_trainers_run(run, world, tmp_path):
     """Bit for bit, though the base was loaded once and has been trained with other methods."""
     _, task, results = run
     for name in ("gralora-r4-k2", "gralora-r4-k2-h2"):
-        config = Method.parse(name).configured(task.config)
+        config = Method.parse(name).configured(replace(task.config, seed=trial_seed(0, "dog")))
         folder = train(replace(config, output_dir=str(tmp_path / name)))
         kept = load_file(results[name].folder / "adapter" / "pytorch_gralora_weights.safetensors")
         trained = adapter(folder)
         assert trained.keys() == kept.keys()
         assert all(torch.equal(trained[key], kept[key]) for key in kept)
+
+
+def test_the_norm_of_the_update_is_that_of_the_file(run):
+    """As PEFT's and GraLoRA's files define the update, by layers."""
+    results = run[2]
+    tensors = load_file(results["lora-r4"].folder / "adapter" / "adapter.safetensors")
+    ends = (".lora_A.weight", ".lora_B.weight")
+    paths = {key.removesuffix(ends[0]) for key in tensors if key.endswith(ends[0])}
+    squares = [
+        (tensors[path + ends[1]].double() @ tensors[path + ends[0]].double()).square().sum()
+        for path in paths
+    ]
+    assert len(squares) > 1
+    expected = float(sum(squares)) ** 0.5
+    assert results["lora-r4"].update_norm == pytest.approx(expected, rel=1e-6)
+    layers = read_adapter(results["gralora-r4-k2-h2"].folder / "adapter").components["unet"]
+    a_b = layers.tensors
+    squares = []
+    for key in a_b:
+        if key.endswith("gralora_A"):
+            path = key.removesuffix("gralora_A")
+            down, up = lora_factors(a_b[key].double(), a_b[path + "gralora_B"].double())
+            dense = up @ down
+            dense += (a_b[path + "gralora_B_general.weight"].double()) @ (
+                a_b[path + "gralora_A_general.weight"].double()
+            )
+            squares.append(dense.square().sum())
+    expected = float(sum(squares)) ** 0.5
+    assert results["gralora-r4-k2-h2"].update_norm == pytest.approx(expected, rel=1e-6)
+    assert results["base"].update_norm == 0
+    assert results["full"].update_norm is None
+    assert all(results[name].update_norm > 0 for name in METHODS[:-2])
+
+
+def test_seeds_are_of_subject_and_seed():
+    """Neither is left out, and no two trials share more than chance has them share."""
+    seeds = {(s, n): trial_seed(n, s) for s in ("cat2", "dog", "owl") for n in range(200)}
+    assert len(set(seeds.values())) == len(seeds)
+    assert all(0 <= seed < 2**31 for seed in seeds.values())
+    assert abs(np.mean(list(seeds.values())) / 2**31 - 0.5) < 0.05
+
+
+def test_an_endpoint_that_is_not_measured_is_refused_before_any_trial(world, tmp_path):
+    settings = runs.settings(world, tmp_path, endpoint="dino", subjects=["dog"])
+    (task,) = read_tasks(settings)
+    said = "--endpoint is dino, but dino is not measured. These are: dinov2, clip_i, clip_t, drift_"
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        Runner(settings, task.config)
+
+
+def test_subjects_of_version_0_1_share_a_seed(world, tmp_path):
+    """So that a run of its time is gone on with as it was begun."""
+    runner, task = made(world, tmp_path, seeding="shared", max_train_steps=1)
+    result = runner.run(task, Method.parse("lora-r4"), 5, tmp_path / "unit")
+    assert result.settings["training"]["seed"] == 5
+    assert (tmp_path / "base" / "seed5" / "drift-000_0.png").is_file()
 
 
 def test_the_mechanism_is_logged(run):

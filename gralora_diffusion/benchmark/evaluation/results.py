@@ -90,6 +90,7 @@ class TrialResult:
         scores: name -> value; the names depend on protocol and options.
         layers: number of adapted layers; None if the method adapts none, or it is not known.
         lowered_k: k -> number of layers whose widths require this k instead of the method's.
+        update_norm: the Frobenius norm of the dense updates of all layers; None if unknown.
         folder: of the trial; not part of the file.
     """
 
@@ -110,6 +111,7 @@ class TrialResult:
     versions: Mapping[str, str] = field(default_factory=dict)
     layers: int | None = None
     lowered_k: Mapping[int, int] = field(default_factory=dict)
+    update_norm: float | None = None
     folder: Path | None = field(default=None, compare=False)
 
     @property
@@ -267,6 +269,9 @@ def _result(content: Any, path: Path) -> TrialResult:
         # the first files did not have these
         layers=None if reader.content.get("layers") is None else reader.count("layers"),
         lowered_k=_lowered_k(reader) if "lowered_k" in reader.content else {},
+        update_norm=(
+            None if reader.content.get("update_norm") is None else reader.number("update_norm")
+        ),
         folder=path.parent,
     )
 
