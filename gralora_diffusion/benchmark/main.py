@@ -205,6 +205,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
         unreadable=[*unreadable, *failures],
         real_images={task.subject: task.real for task in tasks if task.protocol == "subject"},
         settings=settings.record(),
+        declared=settings.declared,
     )
     print_safely(page)
     return len(failures)

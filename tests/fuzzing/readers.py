@@ -553,7 +553,7 @@ def _results(folder: Path) -> None:
 
 def _report(folder: Path) -> None:
     found, unreadable = read_results(folder)
-    write_report(found, folder / "report", unreadable=unreadable, resamples=5)
+    write_report(found, folder / "report", unreadable=unreadable)
 
 
 def _make_claims(folder: Path) -> None:

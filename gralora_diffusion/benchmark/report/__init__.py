@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.benchmark.evaluation.endpoint import Declared
 from gralora_diffusion.benchmark.evaluation.results import TrialKey, TrialResult, Unreadable
-from gralora_diffusion.benchmark.evaluation.statistics import RESAMPLES
 from gralora_diffusion.io.staging import staged
 
 from .data_files import as_csv, as_json
@@ -33,9 +33,8 @@ def write_report(
     unreadable: Sequence[Unreadable] = (),
     real_images: Mapping[str, Sequence[Path]] | None = None,
     settings: Mapping[str, Any] | None = None,
+    declared: Declared | None = None,
     image_mib: float = 12.0,
-    resamples: int = RESAMPLES,
-    bootstrap_seed: int = 0,
 ) -> Path:
     """Write index.html, report.md, scores.csv and report.json; return the page.
 
@@ -45,13 +44,14 @@ def write_report(
     Args:
         results: those of finished trials, each once; there may be none.
         folder: created if it does not exist; other files in it stay.
-        references: methods that all others are compared with, by default those whose name begins
-            with "lora".
+        references: methods that all others are compared with, trial by trial, as exploration. By
+            default the declared ones, or those whose name begins with "lora".
         expected: all trials of the run. Those without a result are listed as missing, and methods
             are shown in their order.
         unreadable: result files that could not be used; they are listed.
         real_images: subject -> images to show beside the generated ones.
         settings: those of the run, shown as given.
+        declared: what was declared before the run; only this gets a verdict.
         image_mib: how much of the page the images may take, in MiB. They are made smaller, then
             fewer, until they fit.
 
@@ -67,8 +67,7 @@ def write_report(
         unreadable=unreadable,
         # as JSON and YAML can hold it
         settings=json.loads(json.dumps(settings or {}, default=str), parse_constant=str),
-        resamples=resamples,
-        bootstrap_seed=bootstrap_seed,
+        declared=declared,
     )
     images = embedded(content, real_images or {}, int(image_mib * 2**20))
     texts = {

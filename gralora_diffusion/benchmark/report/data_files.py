@@ -14,7 +14,7 @@ from gralora_diffusion.benchmark.evaluation.scores import score_order
 from gralora_diffusion.io.safe_text import for_csv
 
 from .report_data import ProtocolData, ReportData
-from .summary import cautions, headlines, method_note
+from .summary import cautions, method_note, verdicts
 
 _TRIAL = (
     *("protocol", "subject", "method", "seed", "parameters", "update_rank", "steps"),
@@ -30,11 +30,17 @@ def as_json(content: ReportData) -> str:
             "title": content.title,
             "cautions": cautions(content),
             "statistics": method_note(content),
+            "declared": {
+                "endpoint": str(content.declared.endpoint),
+                "comparisons": [list(pair) for pair in content.declared.comparisons],
+            }
+            if content.declared
+            else None,
             "references": content.references,
-            "protocols": {protocol.name: _protocol(protocol) for protocol in content.protocols},
+            "protocols": {p.name: _protocol(p, content) for p in content.protocols},
             "units": [
                 {
-                    **{FILE_KEYS.get(name, name): getattr(trial, name) for name in _TRIAL},
+                    **{FILE_KEYS.get(n, n): getattr(trial, n) for n in _columns(content.trials)},
                     "scores": dict(trial.scores),
                 }
                 for trial in content.trials
@@ -52,20 +58,27 @@ def as_json(content: ReportData) -> str:
     )
 
 
+def _columns(results: Sequence[TrialResult]) -> tuple[str, ...]:
+    """The fields of a trial; the norm is left out if no trial has it, as before version 0.2."""
+    known = any(result.update_norm is not None for result in results)
+    return (*_TRIAL, "update_norm") if known else _TRIAL
+
+
 def as_csv(results: Sequence[TrialResult]) -> str:
     """A row per trial, a column per score; a value that was not measured is empty."""
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     file = io.StringIO()
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([for_csv(FILE_KEYS.get(name, name)) for name in (*_TRIAL, *names)])
+    columns = _columns(results)
+    writer.writerow([for_csv(FILE_KEYS.get(name, name)) for name in (*columns, *names)])
     for result in results:
-        values = [getattr(result, name) for name in _TRIAL]
+        values = [getattr(result, name) for name in columns]
         values += [result.scores.get(name) for name in names]
         writer.writerow([for_csv(value) for value in values])
     return file.getvalue()
 
 
-def _protocol(protocol: ProtocolData) -> dict[str, Any]:
+def _protocol(protocol: ProtocolData, content: ReportData) -> dict[str, Any]:
     scores = {
         name: {
             "label": content.score.label,
@@ -82,7 +95,9 @@ def _protocol(protocol: ProtocolData) -> dict[str, Any]:
         for name, content in protocol.scores.items()
     }
     return {
-        "headlines": [str(found) for found in headlines(protocol)],
+        "verdicts": [str(found) for found in verdicts(protocol, content)],
+        "decisions": [asdict(found) for found in protocol.decisions],
+        "curves": [asdict(found) for found in protocol.curves],
         "subjects": protocol.subjects,
         "seeds": protocol.seeds,
         "methods": {method: asdict(costs) for method, costs in protocol.methods.items()},

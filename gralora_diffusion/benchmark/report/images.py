@@ -10,10 +10,12 @@ from pathlib import Path
 
 from PIL import Image
 
+from gralora_diffusion.benchmark.evaluation.curves import growing
+from gralora_diffusion.benchmark.evaluation.endpoint import without_rate
 from gralora_diffusion.benchmark.evaluation.results import TrialResult
 from gralora_diffusion.io.image_files import ImageError, read_image
 
-from .report_data import ReportData
+from .report_data import ProtocolData, ReportData
 
 #: Pixels of the longer side and prompts per subject, from the best to the least.
 SIZES = ((256, 6), (192, 6), (128, 6), (128, 3), (96, 2), (96, 1), (64, 1))
@@ -51,10 +53,29 @@ class Sheet:
 
 
 @dataclass(frozen=True)
+class StripRow:
+    """A subject, and what the compared methods make of one prompt from the same noise.
+
+    ``images``: heading -> image, or None if there is none. ``difference``: the declared one of this
+    subject, if there is one.
+    """
+
+    subject: str
+    prompt: str
+    difference: float | None
+    images: dict[str, Path | None]
+
+    @property
+    def paths(self) -> list[Path]:
+        return [path for path in self.images.values() if path]
+
+
+@dataclass(frozen=True)
 class Embedded:
     """Sheets and their images as data URIs.
 
     Attributes:
+        strip: a few images that stand for all, for the top of the page.
         uris: those of the images that could be read.
         side: at most so many pixels on the longer side; 0 if no size fits the budget.
     """
@@ -62,6 +83,7 @@ class Embedded:
     sheets: list[Sheet]
     uris: dict[Path, str]
     side: int
+    strip: list[StripRow]
 
 
 def embedded(
@@ -72,12 +94,95 @@ def embedded(
     Args:
         budget: at most so many bytes of data URIs in all.
     """
+    rows = strip(content, real_images)
+    first = [path for row in rows for path in row.paths]
     for side, prompts in SIZES:
         chosen = sheets(content, real_images, prompts)
-        uris = _uris([path for sheet in chosen for path in sheet.paths], side, budget)
+        paths = [path for sheet in chosen for path in sheet.paths]
+        uris = _uris([*first, *paths], side, budget)
         if uris is not None:
-            return Embedded(chosen, uris, side)
-    return Embedded(chosen, {}, 0)
+            return Embedded(chosen, uris, side, rows)
+    return Embedded(chosen, {}, 0, [])
+
+
+def strip(content: ReportData, real_images: Mapping[str, Sequence[Path]]) -> list[StripRow]:
+    """Choose the images at the top of the page by rule.
+
+    The methods are those of the first declared comparison, or the first LoRA and the first other
+    method. Of a curve, it is the rate at which the costs of both are closest. The subjects are
+    those whose difference is the least, the middle and the greatest.
+    """
+    for protocol in content.protocols:
+        pair = _compared(protocol)
+        if pair is None:
+            continue
+        method, reference = _at_equal_cost(protocol, *pair)
+        found: dict[tuple[str, int], dict[str, TrialResult]] = {}
+        for trial in content.trials:
+            if trial.protocol == protocol.name and trial.method in ("base", reference, method):
+                found.setdefault((trial.subject, trial.seed), {})[trial.method] = trial
+        places: dict[str, tuple[str, int]] = {}
+        for place, trials in sorted(found.items()):
+            if {method, reference} <= trials.keys():
+                places.setdefault(place[0], place)
+        difference = protocol.decisions[0].by_subject if protocol.decisions else {}
+        subjects = sorted(places, key=lambda name: (difference.get(name, 0.0), name))
+        rows = []
+        for number in dict.fromkeys((len(subjects) - 1, (len(subjects) - 1) // 2, 0)):
+            if subjects:
+                subject = subjects[number]
+                trials = found[places[subject]]
+                shown = {"bare base": "base", reference: reference, method: method}
+                real = list(real_images.get(subject, ()))
+                rows.append(_strip_row(subject, difference.get(subject), shown, trials, real))
+        if rows:
+            return rows
+    return []
+
+
+def _compared(protocol: ProtocolData) -> tuple[str, str] | None:
+    """Return the first declared (method, reference), or the first other method and LoRA."""
+    if protocol.decisions:
+        return protocol.decisions[0].method, protocol.decisions[0].reference
+    names = [name for name in protocol.methods if name != "base"]
+    reference = next((name for name in names if name.startswith("lora")), None)
+    others = [name for name in names if not name.startswith("lora")]
+    method = next((n for n in others if n.startswith("gralora")), others[0] if others else None)
+    return None if method is None or reference is None else (method, reference)
+
+
+def _at_equal_cost(protocol: ProtocolData, method: str, reference: str) -> tuple[str, str]:
+    """Return those methods on two curves whose mean costs are closest, while the costs grow."""
+
+    def costs(name: str) -> dict[str, float]:
+        points = protocol.curves[0].points.get(without_rate(name), {})
+        names = [n for n in points if name in (n, without_rate(n))]
+        kept = growing([points[n] for n in names])
+        return {n: point[0] for n, point in zip(names, kept, strict=False)}
+
+    if not protocol.curves:
+        return method, reference
+    ours, theirs = costs(method), costs(reference)
+    pairs = [(abs(ours[a] - theirs[b]), a, b) for a in ours for b in theirs]
+    return min(pairs)[1:] if pairs else (method, reference)
+
+
+def _strip_row(
+    subject: str,
+    difference: float | None,
+    shown: Mapping[str, str],
+    trials: Mapping[str, TrialResult],
+    real: Sequence[Path],
+) -> StripRow:
+    last = trials[list(shown.values())[-1]]
+    prompt = last.prompts[0].prompt if last.prompts else ""
+    images: dict[str, Path | None] = {"subject": real[0] if real else None}
+    for heading, method in shown.items():
+        row = _row(prompt, [method], {m: t for m, t in trials.items() if m == method})
+        images[heading] = row.images[method]
+        if row.real and not real:
+            images["subject"] = row.real
+    return StripRow(subject, prompt, difference, images)
 
 
 def sheets(

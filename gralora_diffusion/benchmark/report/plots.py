@@ -6,12 +6,25 @@ from collections.abc import Iterable, Mapping
 
 from markupsafe import Markup
 
+from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM, Declared, without_rate
 from gralora_diffusion.benchmark.evaluation.scores import score_named
 
 from .diagnostics import DiagnosticsData
 from .report_data import ParetoData, ProtocolData, ScoreData
-from .summary import difference_text, direction
-from .svg import COLOURS, Point, Row, heat_map, interval_plot, scatter, strips
+from .summary import cost_label, difference_text, direction, endpoint_label
+from .svg import (
+    COLOURS,
+    Curve,
+    ForestRow,
+    Point,
+    Row,
+    curve_plot,
+    forest_plot,
+    heat_map,
+    interval_plot,
+    scatter,
+    strips,
+)
 
 #: A caption and its plot.
 Figure = tuple[str, Markup]
@@ -21,8 +34,65 @@ _BLOCKS = ("output block", "input block")
 
 
 def colours(methods: Iterable[str]) -> dict[str, int]:
-    """A colour for each method, the same in all plots."""
-    return {method: number % COLOURS for number, method in enumerate(methods)}
+    """A colour for each curve and the methods on it, the same in all plots."""
+    names = list(methods)
+    curves = list(dict.fromkeys(map(without_rate, names)))
+    of = {curve: number % COLOURS for number, curve in enumerate(curves)}
+    return of | {name: of[without_rate(name)] for name in names}
+
+
+def forest(protocol: ProtocolData, declared: Declared, colour: Mapping[str, int]) -> Figure:
+    """The declared comparisons with the difference of each subject."""
+    rows = [
+        ForestRow(
+            d.method,
+            f"against {d.reference}",
+            f"{difference_text(d.difference)}, {d.verdict}",
+            d.difference.mean,
+            d.difference.low,
+            d.difference.high,
+            list(d.by_subject.values()),
+            colour.get(d.method, 0),
+        )
+        for d in protocol.decisions
+    ]
+    what = endpoint_label(declared.endpoint)
+    higher = score_named(declared.endpoint.score).higher_is_better is not False
+    sides = ("reference better", "method better")
+    plot = forest_plot(
+        f"Declared comparisons: {what}",
+        rows,
+        f"difference in {what}",
+        *(sides if higher else reversed(sides)),
+    )
+    return "Mean difference with its 95% interval; pale dots are subjects.", plot
+
+
+def curves(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:
+    """The deciding score along each cost."""
+    found = []
+    for data in protocol.curves:
+        label, cost = score_named(data.score).label, cost_label(data.cost)
+        # the bare base lies at no cost, and far from all others
+        names = [name for name in data.points if name != "base"] or list(data.points)
+        joined = [_curve_of(data.points[name], name, colour[name]) for name in names]
+        several = any(len(curve.points) > 1 for curve in joined)
+        caption = f"{label} against {cost}. " + (
+            "Each line is a method at several learning rates; higher and further left is better."
+            if several
+            else "Each point is a method; higher and further left is better."
+        )
+        axis = f"← {cost}" if data.cost != UPDATE_NORM else cost
+        if data.cost == UPDATE_NORM:
+            caption = f"{label} against the {cost}."
+        found.append((caption, curve_plot(f"{label} by {cost}", joined, axis, f"{label} ↑")))
+    return found
+
+
+def _curve_of(points: Mapping[str, tuple[float, float]], name: str, colour: int) -> Curve:
+    """A curve under its name, or a single method under its own."""
+    label = name if len(points) > 1 else next(iter(points))
+    return Curve(label, list(points.values()), colour)
 
 
 def means(protocol: ProtocolData, colour: Mapping[str, int]) -> list[Figure]:

@@ -7,13 +7,24 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number
+from gralora_diffusion.benchmark.evaluation.curves import Point, gaps
+from gralora_diffusion.benchmark.evaluation.endpoint import (
+    UPDATE_NORM,
+    Declared,
+    rate_of,
+    without_rate,
+)
 from gralora_diffusion.benchmark.evaluation.results import TrialKey, TrialResult, Unreadable
 from gralora_diffusion.benchmark.evaluation.scores import Score, score_named, score_order
 from gralora_diffusion.benchmark.evaluation.statistics import (
     Comparison,
+    Decision,
     Estimate,
     Place,
     compare,
+    decide,
+    differences,
     estimate,
     pareto_front,
     spread,
@@ -42,6 +53,23 @@ class MethodData:
     train_seconds: Spread
     generation_seconds: Spread
     peak_memory_gib: Spread | None
+    update_norm: float | None
+
+
+@dataclass(frozen=True)
+class CurveData:
+    """A score along a cost.
+
+    Attributes:
+        points: curve -> method -> (cost, score), means over the subjects and seeds that all rates
+            of the curve have, in the order of the rates. A method without rates is one point.
+        gaps: reference -> curve -> the mean gap at equal cost; empty if there are no rates.
+    """
+
+    score: str
+    cost: str
+    points: dict[str, dict[str, Point]]
+    gaps: dict[str, dict[str, Estimate]]
 
 
 @dataclass(frozen=True)
@@ -65,13 +93,19 @@ class ParetoData:
 
 @dataclass(frozen=True)
 class ProtocolData:
-    """The content of one protocol. ``methods`` are in the order in which they are shown."""
+    """The content of one protocol. ``methods`` are in the order in which they are shown.
+
+    ``undecided`` are declared comparisons without a single pair of trials or curves.
+    """
 
     name: str
     subjects: list[str]
     seeds: list[int]
     methods: dict[str, MethodData]
     scores: dict[str, ScoreData]
+    decisions: list[Decision]
+    undecided: list[tuple[str, str]]
+    curves: list[CurveData]
     pareto: list[ParetoData]
     diagnostics: dict[str, DiagnosticsData]
 
@@ -88,19 +122,7 @@ class ReportData:
     unreadable: list[Unreadable]
     provenance: Provenance
     settings: Mapping[str, Any] = field(default_factory=dict)
-    resamples: int = 0
-    bootstrap_seed: int = 0
-
-    @property
-    def comparisons(self) -> int:
-        """How many differences have an interval. By chance, some of them exclude zero."""
-        return sum(
-            comparison.difference.over is not None
-            for protocol in self.protocols
-            for score in protocol.scores.values()
-            for comparisons in score.comparisons.values()
-            for comparison in comparisons.values()
-        )
+    declared: Declared | None = None
 
 
 def report_data_of(
@@ -111,8 +133,7 @@ def report_data_of(
     expected: Sequence[TrialKey],
     unreadable: Sequence[Unreadable],
     settings: Mapping[str, Any],
-    resamples: int,
-    bootstrap_seed: int,
+    declared: Declared | None,
 ) -> ReportData:
     """Compute what the report says; see ``write_report`` for the arguments.
 
@@ -126,7 +147,7 @@ def report_data_of(
         raise ValueError(f"results: more than one of {'; '.join(twice[:3])}. Give each trial once")
     order = _method_order(trials, expected)
     if references is None:
-        references = [name for name in order if name.startswith("lora")]
+        references = _references(order, declared)
     elif unknown := [name for name in references if name not in order]:
         raise ValueError(
             f"references: no trial is of {', '.join(unknown)}. Methods: {', '.join(order)}"
@@ -136,7 +157,7 @@ def report_data_of(
 
     def one(name: str) -> ProtocolData:
         found = [result for result in ordered if result.protocol == name]
-        return _protocol(name, found, order, references, resamples, bootstrap_seed)
+        return _protocol(name, found, order, references, declared)
 
     return ReportData(
         title=title,
@@ -147,9 +168,20 @@ def report_data_of(
         unreadable=list(unreadable),
         provenance=provenance_of(ordered),
         settings=settings,
-        resamples=resamples,
-        bootstrap_seed=bootstrap_seed,
+        declared=declared,
     )
+
+
+def _references(order: Mapping[str, int], declared: Declared | None) -> list[str]:
+    """Return the declared references, or every LoRA; none if methods are curves.
+
+    Trials of curves differ in their rates, so their differences trial by trial say little.
+    """
+    if declared and declared.endpoint.along is None:
+        return [name for name in order if name in {pair[1] for pair in declared.comparisons}]
+    if len({without_rate(name) for name in order}) < len(order) and declared:
+        return []
+    return [name for name in order if name.startswith("lora")]
 
 
 def _method_order(
@@ -165,8 +197,7 @@ def _protocol(
     results: Sequence[TrialResult],
     order: Mapping[str, int],
     references: Sequence[str],
-    resamples: int,
-    seed: int,
+    declared: Declared | None,
 ) -> ProtocolData:
     by_method = {m: [r for r in results if r.method == m] for m in order}
     by_method = {method: found for method, found in by_method.items() if found}
@@ -181,25 +212,31 @@ def _protocol(
         better = score_named(score).higher_is_better
         scores[score] = ScoreData(
             score=score_named(score),
-            means={m: estimate(v, resamples, seed) for m, v in values.items()},
+            means={m: estimate(v) for m, v in values.items()},
             comparisons={
                 reference: {
                     method: comparison
                     for method, v in values.items()
                     if method not in references[: place + 1]  # each pair of references once
-                    and (comparison := compare(v, values[reference], better, resamples, seed))
+                    and (comparison := compare(v, values[reference], better))
                 }
                 for place, reference in enumerate(references)
                 if reference in values
             },
         )
     methods = {method: _method(found) for method, found in by_method.items()}
+    decided = _decided(by_method, declared)
+    pairs = {pair: values for pair, values in decided.items() if values}
+    better = declared is None or score_named(declared.endpoint.score).higher_is_better is not False
     return ProtocolData(
         name=name,
         subjects=sorted({r.subject for r in results}),
         seeds=sorted({r.seed for r in results}),
         methods=methods,
         scores=scores,
+        decisions=decide(pairs, better),
+        undecided=[pair for pair in decided if pair not in pairs],
+        curves=_curves(by_method, scores, declared),
         pareto=_pareto(scores, methods),
         diagnostics={m: c for m, found in by_method.items() if (c := diagnostics_of(found))},
     )
@@ -222,7 +259,112 @@ def _method(results: Sequence[TrialResult]) -> MethodData:
         train_seconds=train,
         generation_seconds=draw,
         peak_memory_gib=spread(r.peak_memory_gib for r in results if r.peak_memory_gib is not None),
+        update_norm=_mean([r.update_norm for r in results]),
     )
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known and len(known) == len(values) else None
+
+
+def _decided(
+    by_method: Mapping[str, Sequence[TrialResult]], declared: Declared | None
+) -> dict[tuple[str, str], dict[Place, float]]:
+    """Return the differences of each declared comparison, which may be none."""
+    if declared is None:
+        return {}
+    score, along = declared.endpoint.score, declared.endpoint.along
+    found = {}
+    for method, reference in declared.comparisons:
+        if along is not None:
+            both = (_curve(by_method, name, score, along) for name in (method, reference))
+            found[method, reference] = gaps(*both)
+        else:
+            values = (_values(by_method.get(name, ()), score) for name in (method, reference))
+            found[method, reference] = differences(*values)
+    return found
+
+
+def _values(results: Sequence[TrialResult], name: str) -> dict[Place, float]:
+    """Return the values of a score or of the update's norm, where they are known."""
+    found = {
+        (r.subject, r.seed): r.update_norm if name == UPDATE_NORM else r.scores.get(name)
+        for r in results
+    }
+    return {place: value for place, value in found.items() if value is not None}
+
+
+def _by_rate(by_method: Mapping[str, Sequence[TrialResult]], name: str) -> list[str]:
+    """Return the methods of a curve in the order of their rates, which may be the run's."""
+
+    def rate(method: str) -> float:
+        training = by_method[method][0].settings.get("training")
+        value = training.get("learning_rate") if isinstance(training, Mapping) else None
+        return rate_of(method) or (float(str(value)) if is_finite_number(value) else 0.0)
+
+    return sorted((m for m in by_method if without_rate(m) == name), key=rate)
+
+
+def _curve(
+    by_method: Mapping[str, Sequence[TrialResult]], name: str, score: str, cost: str
+) -> dict[Place, list[Point]]:
+    """Return the curve of each subject and seed, in the order of the rates."""
+    curves: dict[Place, list[Point]] = {}
+    for method in _by_rate(by_method, name):
+        values, costs = (_values(by_method[method], n) for n in (score, cost))
+        for place in values.keys() & costs.keys():
+            curves.setdefault(place, []).append((costs[place], values[place]))
+    return curves
+
+
+def _curves(
+    by_method: Mapping[str, Sequence[TrialResult]],
+    scores: Mapping[str, ScoreData],
+    declared: Declared | None,
+) -> list[CurveData]:
+    """The deciding score, or the first similarity, along its cost and along the update's norm."""
+    similar = next((n for n, s in scores.items() if s.score.kind == "similarity"), None)
+    score = declared.endpoint.score if declared else similar
+    if score is None or score not in scores:
+        return []
+    drifts = [name for name, s in scores.items() if s.score.kind == "drift" and name != score]
+    wanted = (declared.endpoint.along if declared else None, f"drift_{score}", *drifts)
+    costs = [cost for cost in wanted if cost in drifts][:1]
+    if any(r.update_norm for results in by_method.values() for r in results):
+        costs.append(UPDATE_NORM)
+    names = list(dict.fromkeys(map(without_rate, by_method)))
+    references = [name for name in names if name.startswith("lora")]
+    found = []
+    for cost in costs:
+        points = {name: _mean_points(by_method, name, score, cost) for name in names}
+        curves = {name: _curve(by_method, name, score, cost) for name in names}
+        between: dict[str, dict[str, Estimate]] = {}
+        for place, reference in enumerate(references):
+            for name in names:
+                if name not in references[: place + 1]:
+                    gap = gaps(curves[name], curves[reference])
+                    if gap:
+                        between.setdefault(reference, {})[name] = estimate(gap)
+        points = {name: of for name, of in points.items() if of}
+        if points:
+            found.append(CurveData(score, cost, points, between))
+    return found
+
+
+def _mean_points(
+    by_method: Mapping[str, Sequence[TrialResult]], name: str, score: str, cost: str
+) -> dict[str, Point]:
+    methods = _by_rate(by_method, name)
+    values = {m: _values(by_method[m], score) for m in methods}
+    costs = {m: _values(by_method[m], cost) for m in methods}
+    common = set.intersection(*(set(values[m]) & set(costs[m]) for m in methods))
+    if not common:
+        return {}
+    return {
+        m: tuple(estimate({p: of[m][p] for p in common}).mean for of in (costs, values))  # type: ignore[misc]
+        for m in methods
+    }
 
 
 def _pareto(scores: Mapping[str, ScoreData], methods: Mapping[str, MethodData]) -> list[ParetoData]:

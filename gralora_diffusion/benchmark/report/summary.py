@@ -1,67 +1,136 @@
-"""The findings and their caveats, in sentences. Pure."""
+"""The verdict and its limits, in sentences. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePath
 
-from gralora_diffusion.benchmark.evaluation.scores import Score
-from gralora_diffusion.benchmark.evaluation.statistics import Comparison, Estimate
+from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM, Endpoint
+from gralora_diffusion.benchmark.evaluation.scores import Score, score_named
+from gralora_diffusion.benchmark.evaluation.statistics import Decision, Estimate
 
 from .report_data import ProtocolData, ReportData
 
-#: Verdicts in the order in which they are reported.
-_VERDICTS = {
-    "better": "Better",
-    "worse": "Worse",
-    "higher": "Higher",
-    "lower": "Lower",
-    "open": "Inconclusive (the interval includes zero)",
-    "too few": "Inconclusive (too few trials for an interval)",
-}
-#: How far chance reaches.
-_CHANCE = (
-    "{} differences have an interval. Even without any real difference, about one interval in "
-    "twenty excludes zero by chance. Look at all of them, not only at the best one."
+_NOTHING_DECLARED = (
+    "Nothing was declared before this run, so it decides nothing. All differences are exploratory."
+)
+_EXPLORATORY = (
+    "These differences are exploratory: they were not declared before the run. Their intervals are "
+    "not corrected for their number, so about one in twenty excludes zero by chance."
 )
 
 
 @dataclass(frozen=True)
-class Headline:
-    """How methods compare with one reference in one score."""
+class Verdict:
+    """What a declared comparison decided.
 
-    about: str
-    findings: list[str]
+    Attributes:
+        kind: "better", "worse", "inconclusive", "too few" or "none".
+        answer: who won, in a few words.
+        evidence: by how much, and how sure.
+    """
+
+    kind: str
+    answer: str
+    evidence: str
 
     def __str__(self) -> str:
-        return f"{self.about}. {' '.join(self.findings)}"
+        return f"{self.answer} {self.evidence}".strip()
 
 
-def headlines(protocol: ProtocolData) -> list[Headline]:
-    """One per score and reference: which methods are better, worse, or inconclusive."""
-    return [
-        headline(content.score, reference, comparisons)
-        for content in protocol.scores.values()
-        for reference, comparisons in content.comparisons.items()
-        if comparisons
+def verdicts(protocol: ProtocolData, content: ReportData) -> list[Verdict]:
+    """One for each declared comparison; one that says so if nothing was declared or can be."""
+    declared = content.declared
+    if declared is None or not declared.comparisons:
+        return [Verdict("none", "No verdict.", _NOTHING_DECLARED)]
+    what = endpoint_label(declared.endpoint)
+    known = [_verdict(one, what, len(protocol.decisions)) for one in protocol.decisions]
+    return known + [
+        Verdict(
+            "too few",
+            f"{method} against {reference}: no verdict.",
+            f"{_capital(what)} cannot be compared, because no subject has trials of "
+            f"both{' whose curves overlap' if declared.endpoint.along else ''}.",
+        )
+        for method, reference in protocol.undecided
     ]
 
 
-def headline(score: Score, reference: str, comparisons: Mapping[str, Comparison]) -> Headline:
-    """Say how the methods compare with the reference in this score."""
-    by_verdict: dict[str, list[str]] = {verdict: [] for verdict in _VERDICTS}
-    for method, comparison in comparisons.items():
-        text = f"{method} ({difference_text(comparison.difference)})"
-        by_verdict[comparison.verdict].append(text)
-    always = () if score.higher_is_better is None else ("better", "worse")
-    findings = [
-        f"{_VERDICTS[verdict]}: {', '.join(found) or 'none'}."
-        for verdict, found in by_verdict.items()
-        if found or verdict in always
-    ]
-    if {c.difference.over for c in comparisons.values()} == {"seeds"}:
-        findings.append("This holds only for the subjects in this run.")
-    return Headline(f"{score.label} compared with {reference} ({direction(score)})", findings)
+def _verdict(decision: Decision, what: str, count: int) -> Verdict:
+    d, method, reference = decision.difference, decision.method, decision.reference
+    over = f"{d.subjects} subjects" if d.over == "subjects" else f"{d.seeds} seeds of one subject"
+    if d.low is None or d.high is None:
+        evidence = f"{what}: {signed(d.mean, 3)}, without an interval."
+        answer = f"{method} against {reference}: too few trials for a verdict."
+        return Verdict("too few", answer, _capital(evidence))
+    corrected = f" after correction for {count} comparisons" if count > 1 else ""
+    interval = f"95% interval {signed(d.low, 3)} to {signed(d.high, 3)}"
+    evidence = (
+        f"{what} differs by {signed(d.mean, 3)} ({interval}, {over}, "
+        f"{p_text(decision.holm_p)}{corrected})."
+    )
+    answer = {
+        "better": f"{method} beats {reference}.",
+        "worse": f"{method} loses to {reference}.",
+    }.get(decision.verdict, f"{method} against {reference}: undecided.")
+    return Verdict(decision.verdict, answer, _capital(evidence))
+
+
+def meaning(content: ReportData) -> str:
+    """What the deciding score and its cost measure; empty if nothing was declared."""
+    if content.declared is None:
+        return ""
+    endpoint = content.declared.endpoint
+    score = score_named(endpoint.score)
+    text = f"{_capital(score.label)} ({direction(score)}) is the {score.meaning}."
+    if endpoint.along == UPDATE_NORM:
+        text += " Equal norm of the update: both have moved the weights equally far."
+    elif endpoint.along is not None:
+        cost = score_named(endpoint.along)
+        text += f" {_capital(cost.label)} ({direction(cost)}) is {cost.meaning}."
+    return text
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def endpoint_label(endpoint: Endpoint) -> str:
+    """An endpoint in words."""
+    label = score_named(endpoint.score).label
+    if endpoint.along is None:
+        return label
+    return f"{label} at equal {cost_label(endpoint.along)}"
+
+
+def cost_label(name: str) -> str:
+    """A cost in words."""
+    return "norm of the update" if name == UPDATE_NORM else score_named(name).label
+
+
+def p_text(p: float | None) -> str:
+    """A p-value to two digits."""
+    if p is None:
+        return "p unknown"
+    return "p < 0.001" if p < 0.001 else f"p = {p:.2g}"
+
+
+def exploratory_note() -> str:
+    """What to know before reading differences that were not declared."""
+    return _EXPLORATORY
+
+
+def limits(content: ReportData) -> list[str]:
+    """How far the verdict reaches, then every caution."""
+    found = cautions(content)
+    if not content.trials:
+        return found
+    base = content.settings.get("pretrained_model_name_or_path")
+    subjects = len({(trial.protocol, trial.subject) for trial in content.trials})
+    seeds = len({trial.seed for trial in content.trials})
+    on = f"the base {PurePath(str(base)).name} with" if base else "one base with"
+    counts = f"{subjects} subject{'s' * (subjects > 1)} and {seeds} seed{'s' * (seeds > 1)}"
+    return [f"Measured on {on} {counts}; other bases, subjects and settings may differ.", *found]
 
 
 def cautions(content: ReportData) -> list[str]:
@@ -74,8 +143,6 @@ def cautions(content: ReportData) -> list[str]:
         found.append(f"Unusable results are listed at the end: {len(content.unreadable)}.")
     if not content.trials:
         return [*found, "There are no results yet."]
-    if not content.references:
-        found.append("None of the methods is LoRA, so nothing is compared.")
     for protocol in content.protocols:
         places: dict[str, set[tuple[str, int]]] = {}
         for trial in content.trials:
@@ -86,13 +153,29 @@ def cautions(content: ReportData) -> list[str]:
                 f"Protocol {protocol.name}: the methods do not all have the same trials. A mean is "
                 "over all trials of its method. A difference is over the trials that both have."
             )
-        caveats: dict[str, None] = {}
-        for score in protocol.scores.values():
-            for comparisons in score.comparisons.values():
-                caveats |= {c.difference.caveat: None for c in comparisons.values()}
-            if not score.comparisons:
-                caveats |= {mean.caveat: None for mean in score.means.values()}
-        found += [f"Protocol {protocol.name}: {caveat}." for caveat in caveats if caveat]
+        for decision in protocol.decisions:
+            if decision.difference.caveat:
+                pair = f"{decision.method} against {decision.reference}"
+                found.append(f"{pair}: {decision.difference.caveat}.")
+            if decision.difference.subjects < len(protocol.subjects):
+                found.append(
+                    f"{decision.method} against {decision.reference}: only "
+                    f"{decision.difference.subjects} of {len(protocol.subjects)} subjects can be "
+                    "compared."
+                )
+        if not protocol.decisions:
+            caveats: dict[str, None] = {}
+            for score in protocol.scores.values():
+                for comparisons in score.comparisons.values():
+                    caveats |= {c.difference.caveat: None for c in comparisons.values()}
+                if not score.comparisons:
+                    caveats |= {mean.caveat: None for mean in score.means.values()}
+            found += [f"Protocol {protocol.name}: {caveat}." for caveat in caveats if caveat]
+        if len(protocol.seeds) == 1 and len(protocol.subjects) > 1 and _seeds_are_shared(content):
+            found.append(
+                "All subjects share the random numbers of one seed. Its effect on all of them is "
+                "not in the intervals."
+            )
         if unknown := [s.score.name for s in protocol.scores.values() if s.score.meaning == ""]:
             found.append(
                 f"Protocol {protocol.name}: no method wins or loses on {', '.join(unknown)}, "
@@ -106,22 +189,24 @@ def cautions(content: ReportData) -> list[str]:
                     "no larger one."
                 )
     found += content.provenance.warnings
-    if content.comparisons > 1:
-        found.append(_CHANCE.format(content.comparisons))
     return found
+
+
+def _seeds_are_shared(content: ReportData) -> bool:
+    return content.settings.get("seeding", "shared") != "subject"
 
 
 def method_note(content: ReportData) -> str:
     """How means and intervals were computed."""
     return (
         "A method's mean is the mean of its subjects' means, and a subject's mean is over its "
-        "seeds. The 95% intervals come from a cluster bootstrap over subjects, each with all of "
-        f"its seeds, with {content.resamples:,} resamples and random seed {content.bootstrap_seed} "
-        "(Davison and Hinkley 1997, section 3.8; Field and Welsh 2007). Their percentiles are "
-        "expanded for small samples (Hesterberg, arXiv 1411.5279). A difference is between trials "
-        "of the same subject and seed. The win rate is the share of these pairs in which the "
-        "method is better; ties count half. A method is called better or worse if the interval "
-        "of its difference excludes zero."
+        "seeds. The 95% intervals are Student's over the subjects' means. A difference is between "
+        "trials of the same subject and seed. A gap at equal cost is the mean difference of two "
+        "curves over the costs that both reach, for each subject and seed; a curve joins a "
+        "method's learning rates by straight lines for as long as the cost grows. Declared "
+        "comparisons are decided by Student's t at a family-wise error of 5% (Holm 1979). The "
+        "sign-flip test is exact and assumes only symmetry. The win rate is the share of pairs in "
+        "which the method is better; ties count half."
     )
 
 
@@ -140,6 +225,7 @@ def difference_text(difference: Estimate) -> str:
     return f"{signed(difference.mean)} [{low}, {high}]"
 
 
-def signed(value: float) -> str:
-    """Four decimals, or more if a value close to zero would be shown as zero."""
-    return f"{value:+.4f}" if value == 0 or abs(value) >= 5e-5 else f"{value:+.1e}"
+def signed(value: float, decimals: int = 4) -> str:
+    """Some decimals, or more if a value close to zero would be shown as zero."""
+    least = 0.5 * 10**-decimals
+    return f"{value:+.{decimals}f}" if value == 0 or abs(value) >= least else f"{value:+.1e}"

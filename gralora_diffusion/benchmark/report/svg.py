@@ -49,6 +49,92 @@ class Point:
     y_interval: tuple[float, float] | None = None
 
 
+@dataclass(frozen=True)
+class ForestRow:
+    """A difference with its interval; ``dots`` are the values that it is the mean of."""
+
+    label: str
+    against: str
+    text: str
+    mean: float
+    low: float | None
+    high: float | None
+    dots: Sequence[float]
+    colour: int
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Points (x, y) that are joined in their order."""
+
+    label: str
+    points: Sequence[tuple[float, float]]
+    colour: int
+
+
+def forest_plot(title: str, rows: Sequence[ForestRow], axis: str, lower: str, upper: str) -> Markup:
+    """Draw differences on one axis with a line at zero; names stand above their rows.
+
+    Args:
+        lower, upper: what it means to lie left and right of zero.
+    """
+    values = [v for r in rows for v in (r.mean, r.low, r.high, *r.dots) if v is not None]
+    low, high = _range([*values, 0.0])
+    place = _linear(low, high, _MARGIN + 4, WIDTH - _MARGIN - 4)
+    top, height = 24, 84
+    bottom = top + len(rows) * height
+    ticks = _ticks(low, high)
+    parts = [_text(place(tick), bottom + 14, text, "middle small") for tick, text in ticks]
+    parts.append(_text(WIDTH / 2, bottom + 32, axis, "middle"))
+    parts.append(_text(_MARGIN, 14, f"← {lower}", "small"))
+    parts.append(_text(WIDTH - _MARGIN, 14, f"{upper} →", "end small"))
+    room = int((WIDTH - 2 * _MARGIN) * _LETTERS)
+    for number, row in enumerate(rows):
+        start = top + number * height
+        middle = start + 66
+        # bold letters are wider
+        parts.append(_text(_MARGIN, start + 16, _cut(row.label, int(0.85 * room)), "bold"))
+        parts.append(_text(_MARGIN, start + 31, _cut(row.against, room), "small"))
+        parts.append(_text(_MARGIN, start + 46, _cut(row.text, room), ""))
+        # only beside the values, so that no line runs through a name
+        parts += [_line(place(x), middle - 11, place(x), middle + 13, "faint") for x, _ in ticks]
+        parts.append(_line(place(0), middle - 11, place(0), middle + 13, "ink dashed"))
+        parts += [_dot(place(v), middle, row.colour, 3, f"{v:.4g}", " pale") for v in row.dots]
+        if row.low is not None and row.high is not None:
+            ends = place(row.low), place(row.high)
+            parts.append(_line(ends[0], middle, ends[1], middle, f"c{row.colour} thick"))
+            parts += [_line(x, middle - 6, x, middle + 6, f"c{row.colour} thick") for x in ends]
+        parts.append(_dot(place(row.mean), middle, row.colour, 5, f"{row.label}, {row.against}"))
+    return _svg(title, bottom + 40, parts)
+
+
+def curve_plot(title: str, curves: Sequence[Curve], x_axis: str, y_axis: str) -> Markup:
+    """Draw curves; a legend below has their names, for a name on a line would hide it."""
+    xs, ys = ([point[i] for c in curves for point in c.points] for i in (0, 1))
+    left, right, top, bottom = 44, WIDTH - _MARGIN, 26, 230
+    (x_low, x_high), (y_low, y_high) = _range(xs), _range(ys)
+    x_place = _linear(x_low, x_high, left + 4, right - 4)
+    y_place = _linear(y_low, y_high, bottom - 4, top + 4)
+    parts = _x_axis(_ticks(x_low, x_high), x_place, top, bottom, x_axis, (left + right) / 2)
+    for tick, text in _ticks(y_low, y_high):
+        parts.append(_line(left, y_place(tick), right, y_place(tick), "faint"))
+        parts.append(_text(left - 5, y_place(tick) + 4, text, "end small"))
+    parts.append(_text(_MARGIN, 14, y_axis, ""))
+    for number, curve in enumerate(curves):
+        places = [(x_place(x), y_place(y)) for x, y in curve.points]
+        parts.append(_joined(places, number, curve.colour))
+        parts += [
+            _mark(x, y, number, curve.colour, f"{curve.label}: {p[0]:.4g}, {p[1]:.4g}")
+            for (x, y), p in zip(places, curve.points, strict=True)
+        ]
+        level = bottom + 52 + 20 * number
+        parts.append(_joined([(left, level), (left + 44, level)], number, curve.colour))
+        parts.append(_mark(left + 22, level, number, curve.colour, curve.label))
+        room = int((right - left - 54) * _LETTERS)
+        parts.append(_text(left + 54, level + 4, _cut(curve.label, room), ""))
+    return _svg(title, bottom + 46 + 20 * len(curves), parts)
+
+
 def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False) -> Markup:
     """Draw a point and its interval for each row, all on one axis; with ``zero``, a line there."""
     values = [v for row in rows for v in (row.mean, row.low, row.high) if v is not None]
@@ -210,6 +296,38 @@ def _dot(x: float, y: float, colour: int, size: float, title: str, style: str = 
         x,
         y,
         size,
+        title,
+    )
+
+
+#: Dashes and marks, in turn, so that curves differ without colour, too.
+_DASHES = ("none", "7 3", "2 3", "9 3 2 3")
+_MARKS = ("", "M-4-4H4V4H-4Z", "M0-5.5L5 4H-5Z", "M0-6L5.5 0L0 6L-5.5 0Z")
+
+
+def _joined(places: Sequence[tuple[float, float]], number: int, colour: int) -> Markup:
+    """Draw the line of a curve; nothing for a single point."""
+    if len(places) < 2:
+        return Markup("")
+    return _markup(
+        '<polyline class="curve c{}" stroke-dasharray="{}" points="{}"/>',
+        colour,
+        _DASHES[number % len(_DASHES)],
+        " ".join(f"{x:.1f},{y:.1f}" for x, y in places),
+    )
+
+
+def _mark(x: float, y: float, number: int, colour: int, title: str) -> Markup:
+    """Draw a point of a curve."""
+    path = _MARKS[number % len(_MARKS)]
+    if not path:
+        return _dot(x, y, colour, 4.5, title)
+    return _markup(
+        '<path class="c{}" transform="translate({:.1f} {:.1f})" d="{}"><title>{}</title></path>',
+        colour,
+        x,
+        y,
+        path,
         title,
     )
 

@@ -11,8 +11,8 @@ from gralora_diffusion.benchmark.evaluation.scores import score_named, score_ord
 from gralora_diffusion.benchmark.evaluation.statistics import Estimate
 
 from .diagnostics import DiagnosticsData
-from .report_data import ProtocolData, ReportData, Spread
-from .summary import direction, signed
+from .report_data import CurveData, ProtocolData, ReportData, Spread
+from .summary import cost_label, direction, signed
 
 
 @dataclass(frozen=True)
@@ -79,21 +79,79 @@ def scores(protocol: ProtocolData) -> Table:
     return Table("Means with 95% intervals", tuple(head), rows, note=_note(rows))
 
 
+def decisions(protocol: ProtocolData) -> Table:
+    """The declared comparisons."""
+    head = (
+        *("method", "reference", "verdict", "difference", "subjects' median"),
+        *("subjects", "seeds", "trials", "p", "p, Holm", "p, sign flips"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for found in protocol.decisions:
+        d = found.difference
+        rows.append(
+            (
+                *((text,) for text in (found.method, found.reference, found.verdict)),
+                interval(d, signed),
+                (Number(found.median, signed(found.median)),),
+                *((count(number),) for number in (d.subjects, d.seeds, d.trials)),
+                *(
+                    ("-",) if p is None else (Number(p, f"{p:.2g}"),)
+                    for p in (found.p, found.holm_p, found.sign_flip_p)
+                ),
+            )
+        )
+    return Table("Declared comparisons", head, rows, labels=3, note=_note(rows))
+
+
+def by_subject(protocol: ProtocolData) -> Table:
+    """The differences of the declared comparisons, a row per subject."""
+    names = sorted({name for found in protocol.decisions for name in found.by_subject})
+    head = [f"{found.method} - {found.reference}" for found in protocol.decisions]
+    rows: list[tuple[Cell, ...]] = []
+    for name in names:
+        values = [found.by_subject.get(name) for found in protocol.decisions]
+        cells = [("-",) if v is None else (Number(v, signed(v)),) for v in values]
+        rows.append(((name,), *cells))
+    return Table("Declared differences by subject", ("subject", *head), rows)
+
+
+def curve_points(found: CurveData) -> Table:
+    """The points of the curves, a row per method."""
+    label, cost = score_named(found.score).label, cost_label(found.cost)
+    rows: list[tuple[Cell, ...]] = [
+        ((method,), (Number(x, f"{x:.4f}"),), (Number(y, f"{y:.4f}"),))
+        for points in found.points.values()
+        for method, (x, y) in points.items()
+    ]
+    return Table(f"{label} and {cost}: means of each curve", ("method", cost, label), rows)
+
+
+def curve_gaps(found: CurveData) -> Table:
+    """Differences at equal cost between all curves and LoRA's."""
+    rows: list[tuple[Cell, ...]] = []
+    for reference, of in found.gaps.items():
+        for name, gap in of.items():
+            numbers = (gap.subjects, gap.seeds, gap.trials)
+            cells = [(count(number),) for number in numbers]
+            rows.append(((name,), (reference,), interval(gap, signed), *cells))
+    title = f"{score_named(found.score).label} at equal {cost_label(found.cost)}"
+    head = ("method", "reference", "difference", "subjects", "seeds", "trials")
+    return Table(title, head, rows, labels=2, note=_note(rows))
+
+
 def comparisons(protocol: ProtocolData, reference: str) -> Table:
     """Differences from a reference, a row per score and method."""
-    head = ("score", "method", "difference", "verdict", "win rate", "wins", "ties", "losses")
+    head = ("score", "method", "difference", "win rate", "wins", "ties", "losses")
     rows = []
     for content in protocol.scores.values():
         label = f"{content.score.label} ({_arrow(content.score.name)})"
         for method, found in content.comparisons.get(reference, {}).items():
-            verdict = {"open": "inconclusive", "too few": "too few trials"}.get(found.verdict)
             rate = found.win_rate
             rows.append(
                 (
                     (label,),
                     (method,),
                     interval(found.difference, signed),
-                    (verdict or found.verdict,),
                     ("-",) if rate is None else (Number(rate, f"{100 * rate:.0f}%"),),
                     ("-",) if found.wins is None else (count(found.wins),),
                     (count(found.ties),),
@@ -108,7 +166,7 @@ def costs(protocol: ProtocolData) -> Table:
     """Time and memory, a row per method: mean (minimum to maximum)."""
     head = (
         *("method", "parameters", "layers", "lowered k, in layers", "rank of the update", "steps"),
-        *("training, s", "generation, s", "peak memory, GiB"),
+        *("norm of the update", "training, s", "generation, s", "peak memory, GiB"),
     )
     rows = []
     for method, found in protocol.methods.items():
@@ -122,6 +180,7 @@ def costs(protocol: ProtocolData) -> Table:
                 tuple(lowered[1:]) or ("-",),
                 ("full",) if rank is None else (count(rank),),
                 (count(found.steps),),
+                _optional(found.update_norm),
                 _spread(found.train_seconds, 1),
                 _spread(found.generation_seconds, 1),
                 _spread(found.peak_memory_gib, 2),
@@ -177,7 +236,7 @@ def trials(results: Sequence[TrialResult]) -> Table:
     names = sorted({name for result in results for name in result.scores}, key=score_order)
     head = (
         *("protocol", "subject", "method", "seed", "parameters", "rank of the update", "steps"),
-        *("training, s", "generation, s", "peak memory, GiB"),
+        *("norm of the update", "training, s", "generation, s", "peak memory, GiB"),
     )
     rows = []
     for r in results:
@@ -190,6 +249,7 @@ def trials(results: Sequence[TrialResult]) -> Table:
                 (count(r.parameters),),
                 ("full",) if r.update_rank is None else (count(r.update_rank),),
                 (count(r.steps),),
+                _optional(r.update_norm),
                 (Number(r.train_seconds, f"{r.train_seconds:,.1f}"),),
                 (Number(r.generation_seconds, f"{r.generation_seconds:,.1f}"),),
                 ("-",) if memory is None else (Number(memory, f"{memory:.2f}"),),
@@ -218,10 +278,10 @@ def settings(content: ReportData) -> list[Table]:
     found = content.provenance
     tables = []
     if found.by_method:
-        head = ("setting", *dict.fromkeys(trial.method for trial in content.trials))
+        head = ("method", *found.by_method)
         rows: list[tuple[Cell, ...]] = [
-            ((name,), *((by_method[method],) for method in head[1:]))
-            for name, by_method in found.by_method.items()
+            ((method,), *((values[method],) for values in found.by_method.values()))
+            for method in dict.fromkeys(trial.method for trial in content.trials)
         ]
         tables.append(Table("Settings by method", head, rows, labels=len(head)))
     if found.common:
@@ -262,7 +322,7 @@ def _optional(value: float | None) -> Cell:
 
 def _note(rows: Sequence[tuple[Cell, ...]]) -> str:
     starred = any(cell[-1:] == ("*",) for row in rows for cell in row)
-    text = "* There is no interval, or only one over seeds. See the caveats."
+    text = "* There is no interval, or only one over the seeds of one subject."
     return text if starred else ""
 
 

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 
 import numpy as np
 import pytest
@@ -21,8 +22,11 @@ def decoded(uri):
 
 
 def shown(folder, **options):
-    write_report(options.pop("results"), folder, resamples=100, **options)
-    return Page((folder / "index.html").read_text(encoding="utf-8"))
+    """The page from its section of all images on, without the strip at its top."""
+    write_report(options.pop("results"), folder, **options)
+    text = (folder / "index.html").read_text(encoding="utf-8")
+    section = re.search(r'<section id="images">.*?</section>', text, re.DOTALL)
+    return Page(section[0] if section else text)
 
 
 @pytest.fixture
