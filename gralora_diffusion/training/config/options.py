@@ -240,7 +240,8 @@ class AdapterOptions:
     ] = option(
         2,
         "Number of blocks per side of a weight. It must divide the rank, and is lowered for layers "
-        "whose widths it does not divide. 1 gives a LoRA",
+        "whose widths it does not divide. 1 gives a LoRA. With a larger k the update grows more "
+        "slowly: to train as fast as a LoRA, multiply the learning rate by about sqrt(gralora_k)",
     )
     hybrid_rank: Annotated[
         int, Limits(at_least=0), SetByBenchmark("give it in --methods, as in gralora-r24-k2-h8")
