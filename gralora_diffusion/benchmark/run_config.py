@@ -96,8 +96,12 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
         except FileNotFoundError as error:
             raise ConfigError([f"--suite {name}: {error}"]) from error
         parsed = read(argv, before=arguments_of(groups, suite))
-        if given["captioned_dir"] or given["dataset_name"]:  # a suite's protocols are of subjects
-            parsed.values["protocols"] = given["protocols"]
+        theirs = []  # what of the suite is about other data or methods than the given ones
+        if given["captioned_dir"] or given["dataset_name"]:
+            theirs.append("protocols")
+        if given["methods"]:
+            theirs += ["endpoint", "comparisons"]
+        parsed.values |= {name: given[name] for name in theirs}
     if parsed.problems:
         more = parsed.located(_settings(parsed.values).problems())
         raise ConfigError([*parsed.problems, *more])

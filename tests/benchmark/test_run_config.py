@@ -223,7 +223,7 @@ def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     settings = parse_settings(["--suite", "tiny", "--seeds", "7", "--output_dir", "out"])
     settings.check()
-    assert settings.subjects is None  # all twelve
+    assert len(settings.subjects) == 12
     assert settings.seeds == [7]
     base = settings.training.pretrained_model_name_or_path
     assert (tmp_path / base).resolve() == ROOT / "samples/tiny-base"
@@ -242,6 +242,16 @@ def test_the_suite_is_found_from_anywhere(tmp_path, monkeypatch):
     auto = ["base", "lora-r16", "gralora-r16-k2", "lora-r32", "lora-r4", "gralora-r4-k2"]
     left = set(at_rates(auto, ["auto"], 3e-3)) ^ set(settings.methods)
     assert left == {"lora-r4-lr8.5e-3", "gralora-r4-k2-lr1.2e-2"}
+
+
+def test_methods_in_place_of_a_suites_are_compared_with_each_other(tmp_path):
+    line = ["--suite", "tiny", "--output_dir", str(tmp_path)]
+    own = parse_settings([*line, "--methods", "lora-r8", "gralora-r8-k2"])
+    assert (own.endpoint, own.comparisons) == ("dino", ["gralora-r8-k2:lora-r8"])
+    save_run_config(parse_settings(line))
+    more = parse_settings([*line, "--methods", "lora-r8"])
+    check_same_run(more)
+    assert more.endpoint == "dino@drift_dino"  # of the run that it is added to
 
 
 def test_what_a_run_decides_is_declared_by_its_first_command(tmp_path):

@@ -81,8 +81,8 @@ def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
     assert parse_settings(GOOD).warnings() == parse_settings(["--suite", "tiny"]).warnings() == []
     (warning,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).warnings()
     assert warning == (
-        "these options have no effect with --captioned_dir: --dreambooth_dir, even if --suite tiny "
-        "sets them"
+        "these options have no effect with --captioned_dir: --dreambooth_dir and --subjects, even "
+        "if --suite tiny sets them"
     )
     dataset = parse_settings([*GOOD, "--dataset_name", "x/y"]).warnings()
     assert dataset == ["these options have no effect with --dataset_name: --dreambooth_dir"]
