@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -23,6 +24,8 @@ from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
 from .single_file import SingleFile, without_text_encoder
+
+logger = logging.getLogger(__name__)
 
 
 def find_base_family(options: BaseModelOptions) -> ModelFamily:
@@ -46,6 +49,14 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
     if index is not None:
         index.check_libraries()
     family = _named_family(options, index)
+    if index and family and index.pipeline_class in family.edit_pipelines:
+        logger.warning(
+            "--%s %s is a base for editing images (%s). Here it is trained without images to edit, "
+            "as a text-to-image base, which can weaken its editing",
+            index.option,
+            index.source,
+            index.pipeline_class,
+        )
     if Path(base).is_file():
         family = SingleFile(Path(base)).family_told(family)
     assert family is not None

@@ -76,6 +76,8 @@ class ModelFamily(ABC):
     name: str
     #: diffusers classes, including their subclasses. The first one generates images from text.
     pipeline_classes: tuple[str, ...]
+    #: Pipelines of bases that edit a given image, although their denoiser has the usual channels.
+    edit_pipelines: tuple[str, ...] = ()
     #: Attribute of the pipeline that holds the denoiser: "unet" or "transformer".
     denoiser: str
     #: Attributes of the pipeline that hold trainable text encoders.

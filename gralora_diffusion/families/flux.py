@@ -99,6 +99,7 @@ class Flux(ModelFamily):
         "FluxControlNetImg2ImgPipeline",
         "FluxControlNetInpaintPipeline",
     )
+    edit_pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
     denoiser = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2")
     usual_text_encoders = ("text_encoder",)
