@@ -27,6 +27,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.key_maps import DENOISER
 
+from . import scaled_fp8
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .single_file_header import OriginalFile
@@ -60,7 +61,7 @@ class SingleFile(OriginalFile):
         Raises:
             ConfigError: the file is not a base of a supported family, or not of the expected one.
         """
-        family = self.find_family()
+        family = self.find_family(scaled_fp8=True)
         if expected and expected is not family:
             raise self.error(
                 f"this single file is {family.name}, but --family or --base_config says "
@@ -97,6 +98,10 @@ class SingleFile(OriginalFile):
         read = [name for name in held if name not in given and name not in parts]
 
         checkpoint = load_file(self.path)
+        try:
+            scaled_fp8.read(checkpoint, scaled_fp8.find_scales(self.tensors), dtype)
+        except ValueError as error:
+            raise self.error(f"{error}. Pass the file in 16 bits") from error
         models = _Models(self, index, folder)
         tensors = _taken(checkpoint, self.prefix)
         parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self.prefix, dtype)

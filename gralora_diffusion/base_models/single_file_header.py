@@ -14,6 +14,8 @@ from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import DENOISER
 
+from .scaled_fp8 import FORMATS, explained
+
 #: diffusers' answer for keys that it does not know, and for Stable Diffusion 1.x.
 _UNKNOWN = "v1"
 # endings of keys in quantized files: scales without which the weights have no meaning
@@ -71,6 +73,14 @@ class OriginalHeader:
         return min((key for key in self._quantized if key.startswith(prefix)), default=None)
 
     @cached_property
+    def readable(self) -> set[str]:
+        """Keys that only scaled fp8 files have, as far as such a file can be read."""
+        layers = _quantized_layers(self.metadata)
+        if layers is None or set(layers.values()) - set(FORMATS):
+            return set()
+        return explained(self.tensors)
+
+    @cached_property
     def _quantized(self) -> set[str]:
         """Keys that only quantized files have, and weights that the header calls quantized."""
         keys = {
@@ -108,12 +118,13 @@ class OriginalHeader:
         return any(key.startswith(start) for key in self.keys)
 
 
-def _quantized_layers(metadata: Mapping[str, str]) -> list[str] | None:
-    """Return the layers that a header calls quantized; None if its statement cannot be read."""
+def _quantized_layers(metadata: Mapping[str, str]) -> dict[str, str] | None:
+    """Return the layers that a header calls quantized, and their formats; None if unreadable."""
     if _QUANTIZATION not in metadata:
-        return []
+        return {}
     try:
-        return [str(name) for name in dict(parse_object(metadata[_QUANTIZATION])["layers"])]
+        layers = dict(parse_object(metadata[_QUANTIZATION])["layers"])
+        return {str(name): str(layer["format"]) for name, layer in layers.items()}
     except (ValueError, TypeError, KeyError):
         return None
 
@@ -136,12 +147,15 @@ class OriginalFile(OriginalHeader):
     def error(self, problem: str) -> ValueError:
         return OriginalFileError(f"{self.path}: {problem}")
 
-    def find_family(self, any_task: bool = False, denoiser_only: bool = False) -> ModelFamily:
+    def find_family(
+        self, any_task: bool = False, denoiser_only: bool = False, scaled_fp8: bool = False
+    ) -> ModelFamily:
         """Return the family of this file.
 
         Args:
             any_task: whether bases for inpainting, editing and so on are accepted, too.
             denoiser_only: only the denoiser is read, so the rest may be quantized.
+            scaled_fp8: whether weights in fp8 may have a scale.
 
         Raises:
             OriginalFileError: the file is not a base of a supported family, or is quantized.
@@ -154,11 +168,12 @@ class OriginalFile(OriginalHeader):
                 f"diffusers takes this single file for {kind!r}, which does not belong to a "
                 f"supported family ({', '.join(list_families())}). Pass the text-to-image base"
             )
-        if key := self.quantized_below(self.prefix):
+        quantized = self._quantized - (self.readable if scaled_fp8 else set())
+        if key := min((key for key in quantized if key.startswith(self.prefix)), default=None):
             raise self.error(
                 f"this is a quantized file ({key}), which cannot be read. Pass the file in 16 bits"
             )
-        if (key := self.quantized) and not denoiser_only:
+        if (key := min(quantized, default=None)) and not denoiser_only:
             raise self.error(
                 f"its denoiser is not quantized, but another part is ({key}), and cannot be read. "
                 "Pass a file in 16 bits, or export the denoiser alone with --denoiser_only"

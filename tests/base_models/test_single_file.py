@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FluxTransformer2DModel
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import find_base_family, load_base
@@ -428,6 +429,67 @@ def test_files_that_are_no_base(
 ) -> None:
     file = header_alone(tmp_path / "m.safetensors", shapes)
     assert problem in problem_of(file)
+
+
+def scaled_fp8(tensors: dict[str, Tensor], form: str, path: Path) -> tuple[Path, Path]:
+    """Write a file with its matrices in fp8, as ComfyUI does, and one with the values they have."""
+    noise = torch.Generator().manual_seed(0)
+    made, values, layers = {}, {}, {}
+    for key, tensor in tensors.items():
+        made[key] = values[key] = tensor
+        layer = key.removesuffix(".weight")
+        if tensor.ndim != 2 or layer == key or "embed" in key:
+            continue
+        dtype = torch.float8_e5m2 if form == "tensors" else torch.float8_e4m3fn
+        scale = torch.rand((), generator=noise) / 100
+        made[key] = (tensor / scale).to(dtype)
+        values[key] = made[key].float() * scale
+        made[f"{layer}.{'scale_weight' if form == 'old' else 'weight_scale'}"] = scale
+        made[f"{layer}.{'scale_input' if form == 'old' else 'input_scale'}"] = torch.ones(())
+        layers[layer] = {"format": str(dtype).removeprefix("torch.")}
+        if form == "tensors":
+            text = json.dumps(layers[layer]).encode()
+            made[f"{layer}.comfy_quant"] = torch.tensor(list(text), dtype=torch.uint8)
+    metadata = {"format": "pt"}
+    if form == "old":
+        made["model.diffusion_model.scaled_fp8"] = torch.empty(2, dtype=torch.float8_e4m3fn)
+    if form == "header":
+        metadata["_quantization_metadata"] = json.dumps({"layers": layers})
+    assert layers
+    save_file(made, path, metadata)
+    return path, write(values, path.with_name("values.safetensors"))
+
+
+class TestScaledFp8:
+    @pytest.mark.parametrize("form", ["old", "tensors", "header"])
+    def test_the_values_are_those_of_its_scales(
+        self, base_of: Callable[[str], Base], form: str, tmp_path: Path
+    ) -> None:
+        base = base_of("stable-diffusion-3")
+        file, values = scaled_fp8(base.tensors, form, tmp_path / "scaled.safetensors")
+        found = load(file, base_config=base.other_folder)
+        assert_same_models(found, models(load(values, base_config=base.other_folder)))
+
+    def test_what_cannot_be_read(self, base_of: Callable[[str], Base], tmp_path: Path) -> None:
+        base = base_of("stable-diffusion-3")
+        file, _ = scaled_fp8(base.tensors, "tensors", tmp_path / "scaled.safetensors")
+        good = load_file(file)
+        key = next(key for key in good if key.endswith(".weight_scale"))
+        layer = key.removesuffix(".weight_scale")
+
+        def problem(name: str, tensor: Tensor) -> str:
+            save_file({**good, name: tensor}, file)
+            return problem_of(file, base_config=base.other_folder)
+
+        text = f"{key} is nan; a scale must be positive and finite. Pass the file in 16 bits"
+        assert text in problem(key, torch.tensor(torch.nan))
+        quantized = f"({layer}.comfy_quant), which cannot be read"
+        assert quantized in problem(key, torch.ones(2))
+        assert quantized in problem(f"{layer}.weight", good[f"{layer}.weight"].float())
+        other = torch.tensor(list(b'{"format": "mxfp8"}'), dtype=torch.uint8)
+        text = f"{layer} has the format 'mxfp8'; only float8_e4m3fn and float8_e5m2 can be read"
+        assert text in problem(f"{layer}.comfy_quant", other)
+        assert "cannot be read (" in problem(f"{layer}.comfy_quant", other[:3])
 
 
 def test_a_file_that_is_cut(base_of: Callable[[str], Base], tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""ComfyUI's scaled fp8 files as bases: weights in fp8 with a scale for each tensor.
+
+Older files have ``scale_weight`` beside each weight and one marker, ``scaled_fp8``
+(``comfy/ops.py`` of ComfyUI 0.3.64). Newer ones have ``weight_scale``, and name each layer's format
+in a tensor, ``comfy_quant``, or in the header (``QUANTIZATION.md`` of ComfyUI). Scales of inputs
+only serve fp8 products. This package has none, so they are not used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.tensor_files import StoredTensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+#: Formats by ComfyUI's names; the others pack several values, or have a scale for each block.
+FORMATS = ("float8_e4m3fn", "float8_e5m2")
+_DTYPES = ("F8_E4M3", "F8_E5M2")
+_SCALES = (".scale_weight", ".weight_scale")
+_OF_INPUTS = (".scale_input", ".input_scale")
+_FORMAT, _MARKER = ".comfy_quant", "scaled_fp8"
+
+
+def find_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Return the keys of fp8 weights that have one scale -> the key of the scale."""
+    found = {}
+    for key in tensors:
+        if key.endswith(_SCALES):
+            weight = f"{key.rpartition('.')[0]}.weight"
+            stored = tensors.get(weight)
+            if stored and stored.dtype_name in _DTYPES and tensors[key].shape in ((), (1,)):
+                found[weight] = key
+    return found
+
+
+def explained(tensors: Mapping[str, StoredTensor]) -> set[str]:
+    """Return the keys that only scaled fp8 files have, of weights that :func:`read` can read."""
+    scales = find_scales(tensors)
+    keys = {*scales, *scales.values()}
+    for key in tensors:
+        start, _, end = key.rpartition(".")
+        if end == _MARKER or (f".{end}" in (_FORMAT, *_OF_INPUTS) and f"{start}.weight" in scales):
+            keys.add(key)
+    return keys
+
+
+def read(tensors: dict[str, Tensor], scales: Mapping[str, str], dtype: torch.dtype) -> None:
+    """Replace weights by their values, and remove what else only these files have, in place.
+
+    A value is ``weight * scale``, formed in fp32 and rounded once to ``dtype``.
+
+    Args:
+        scales: result of :func:`find_scales`.
+
+    Raises:
+        ValueError: a layer has another format, or a scale is not a positive finite number.
+    """
+    for weight, key in scales.items():
+        start = weight.removesuffix(".weight")
+        _check_format(start, tensors.pop(f"{start}{_FORMAT}", None))
+        scale = tensors.pop(key).float().reshape(())
+        if not (scale.isfinite() and scale > 0):
+            raise ValueError(f"{key} is {scale.item():g}; a scale must be positive and finite")
+        tensors[weight] = (tensors[weight].float() * scale).to(dtype)
+        for end in _OF_INPUTS:
+            tensors.pop(f"{start}{end}", None)
+    for key in [key for key in tensors if key.rpartition(".")[2] == _MARKER]:
+        del tensors[key]
+
+
+def _check_format(layer: str, stored: Tensor | None) -> None:
+    """Check the JSON in a layer's ``comfy_quant`` tensor, if it has one."""
+    if stored is None:
+        return
+    try:
+        found = parse_object(bytes(stored.tolist()))["format"]
+    except (ValueError, KeyError) as error:
+        raise ValueError(f"{layer}{_FORMAT} cannot be read ({error})") from error
+    if found not in FORMATS:
+        raise ValueError(
+            f"{layer} has the format {found!r}; only {' and '.join(FORMATS)} can be read"
+        )
