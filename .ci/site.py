@@ -49,6 +49,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Files) -> str:
     """Lead links to pages of the site, and give fences a language alone, as readers expect."""
     own = page.file.src_uri
+    if own == "index.md":
+        page.meta["hide"] = ["navigation"]  # it would only name the page itself
     place = partial(_place, own, files, config.repo_url)
     text = relinked(markdown, _HERE.get(own, f"docs/{own}"), place)
     return re.sub(r"^```(\w+)[^\n]*$", _language, text, flags=re.MULTILINE)
