@@ -51,6 +51,15 @@ def saved(data: dict[str, Any]) -> dict[str, Any]:
     return {**data, "checkpointing_steps": 2}
 
 
+@pytest.fixture(scope="module")
+def whole(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with the options of ``saved``, for tests that only read it or work on a copy."""
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    return run(
+        output_dir=tmp_path_factory.mktemp("whole") / "out", checkpointing_steps=2, **options
+    )
+
+
 def test_accumulation_is_the_larger_batch(data: dict[str, Any], tmp_path: Path) -> None:
     # Adam divides by the root of the squared gradient: a gradient near zero keeps no digits
     options = {"train_text_encoder": True, "random_flip": True, "adam_epsilon": 1e-4, **data}
@@ -143,6 +152,7 @@ def test_validation_does_not_disturb_training(
     data: dict[str, Any], tmp_path: Path, options: dict[str, Any]
 ) -> None:
     drawing = {"validation_steps": 1, "validation_inference_steps": 2}
+    data["max_train_steps"] = 3
     without = {k: v for k, v in options.items() if not k.endswith(("prompt", "images"))}
     run(output_dir=tmp_path / "without", **without, **data)
     run(output_dir=tmp_path / "with", **options, **drawing, **data)
@@ -369,10 +379,9 @@ def test_buckets_with_and_without_a_cache(shapes: dict[str, Any], tmp_path: Path
     assert_close(tmp_path / "cached", tmp_path / "fresh", 1e-3)
 
 
-def test_one_bucket_is_no_bucket(data: dict[str, Any], tmp_path: Path) -> None:
-    run(output_dir=tmp_path / "square", **data)
+def test_one_bucket_is_no_bucket(data: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     run(output_dir=tmp_path / "bucket", aspect_ratio_buckets="16,16", **data)
-    assert_same_run(tmp_path / "square", tmp_path / "bucket")
+    assert_same_run(whole, tmp_path / "bucket")
 
 
 def test_sizes_that_the_base_does_not_take_are_refused(
@@ -404,12 +413,11 @@ def test_excluded_layers_are_left_as_they_are(saved: dict[str, Any], tmp_path: P
 # -- a run that is to go on, or goes wrong ---------------------------------------------------------
 
 
-def test_more_steps_on_resume(saved: dict[str, Any], tmp_path: Path) -> None:
-    run(output_dir=tmp_path / "long", max_train_steps=6, **saved)
+def test_more_steps_on_resume(saved: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     run(output_dir=tmp_path / "out", max_train_steps=4, **saved)
     options = {"resume_from_checkpoint": "latest", **saved}
     run(output_dir=tmp_path / "out", max_train_steps=6, **options)
-    assert_same_run(tmp_path / "long", tmp_path / "out")
+    assert_same_run(whole, tmp_path / "out")
 
 
 def test_another_learning_rate_on_resume(saved: dict[str, Any], tmp_path: Path) -> None:
@@ -429,8 +437,8 @@ def test_another_decay_of_the_average_on_resume(saved: dict[str, Any], tmp_path:
         torch.testing.assert_close(averaged[key], tensor, msg=key)
 
 
-def test_what_cannot_be_resumed(saved: dict[str, Any], tmp_path: Path) -> None:
-    out = run(output_dir=tmp_path / "out", **saved)
+def test_what_cannot_be_resumed(saved: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    out = shutil.copytree(whole, tmp_path / "out")
     again: dict[str, Any] = {"output_dir": out, "resume_from_checkpoint": "latest", **saved}
     with pytest.raises(CheckpointError, match="--optimizer adamw there, adafactor here"):
         run(**again, optimizer="adafactor")
@@ -454,12 +462,13 @@ def test_what_cannot_be_resumed(saved: dict[str, Any], tmp_path: Path) -> None:
         run(**again)
 
 
-def test_a_finished_run_resumed_ends_the_same(saved: dict[str, Any], tmp_path: Path) -> None:
-    out = run(output_dir=tmp_path / "out", **saved)
-    shutil.copytree(out, tmp_path / "copy")
+def test_a_finished_run_resumed_ends_the_same(
+    saved: dict[str, Any], whole: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(whole, tmp_path / "copy")
     (tmp_path / "copy" / "pytorch_gralora_weights.safetensors").unlink()
     run(output_dir=tmp_path / "copy", resume_from_checkpoint="latest", **saved)
-    assert_same_run(out, tmp_path / "copy")
+    assert_same_run(whole, tmp_path / "copy")
 
 
 def test_changed_images_are_noticed_on_resume(
@@ -482,8 +491,8 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(data: dict[str, Any], tmp_pa
     assert not (tmp_path / "out" / "pytorch_gralora_weights.safetensors").exists()
 
 
-def test_overwriting_starts_anew(saved: dict[str, Any], tmp_path: Path) -> None:
-    run(output_dir=tmp_path / "out", **saved)
+def test_overwriting_starts_anew(saved: dict[str, Any], whole: Path, tmp_path: Path) -> None:
+    shutil.copytree(whole, tmp_path / "out")
     with pytest.raises(ConfigError, match="--overwrite_output_dir"):
         run(output_dir=tmp_path / "out", **saved)
     options = {"overwrite_output_dir": True, "max_train_steps": 2, "rank": 8, **saved}

@@ -194,15 +194,25 @@ def test_no_program_in_a_checkpoint_is_run(
         assert not mark.exists()
 
 
+@pytest.fixture(scope="module")
+def averaged(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps with an average of its weights and a checkpoint."""
+    options: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    options |= {**SAVED, "use_ema": True, "max_train_steps": 2}
+    return run(output_dir=tmp_path_factory.mktemp("averaged") / "out", **options)
+
+
 def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, "0": torch.zeros(3, 3)}
 
 
 @pytest.mark.parametrize("what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail"])
-def test_a_damaged_checkpoint_is_told(base: Path, images: Path, tmp_path: Path, what: str) -> None:
+def test_a_damaged_checkpoint_is_told(
+    base: Path, images: Path, averaged: Path, tmp_path: Path, what: str
+) -> None:
     shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     shared |= {**SAVED, "use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
-    checkpoint = run(**shared) / "checkpoint-2"
+    checkpoint = shutil.copytree(averaged, tmp_path / "out") / "checkpoint-2"
     progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
     if what in ("schedule", "ema"):
         progress["state"][what] = {"last_epoch": None, "decay": "x"}
