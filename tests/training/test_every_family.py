@@ -108,7 +108,7 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
     shared = options(base, make_images(tmp_path / "one", 1), gradient_checkpointing=False)
     shared |= {"checkpointing_steps": 100, "train_batch_size": 4, "train_text_encoder": None}
     shared["text_encoder_lr"] = None
-    out = run(**{**shared, "max_train_steps": 40}, output_dir=tmp_path / "out")
+    out = run(**{**shared, "max_train_steps": 20}, output_dir=tmp_path / "out")
     with accelerate_left_as_it_was():
         trainer = make_trainer(**shared, seed=99, output_dir=tmp_path / "other")
         batches = list(trainer.data.steps(0, 8))
