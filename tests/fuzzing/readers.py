@@ -69,7 +69,8 @@ from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.tensor_store import TensorStore
 from gralora_diffusion.training.optimization.adapters import adapter_parameters, add_adapters
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
-from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
+from gralora_diffusion.training.outputs.curve import plot_curve
+from gralora_diffusion.training.outputs.metrics import MetricsFile
 from tests import models, originals
 from tests.benchmark import trials
 from tests.io.image_bytes import D65, PRIMARIES

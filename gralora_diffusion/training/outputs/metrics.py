@@ -1,14 +1,11 @@
-"""The numbers of a run step by step, and their curve."""
+"""The numbers of a run step by step."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import matplotlib
-import torch
 
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
 from gralora_diffusion.io.json_files import parse_object
@@ -16,7 +13,6 @@ from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.tensor_files import replacing
 
 METRICS_NAME = "metrics.jsonl"
-CURVE_NAME = "training_curve.png"
 #: Maximum size of the file in bytes, which is more than any run needs.
 _MOST_BYTES = 1 << 28
 
@@ -67,27 +63,3 @@ class MetricsFile:
                 continue
             if is_integer(row.get("step")) and is_finite_number(row.get("loss")):
                 yield line, row
-
-
-def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Plot the loss over the steps: each step faintly, with a running mean on top."""
-    matplotlib.use("Agg", force=False)
-    from matplotlib.figure import Figure
-
-    steps = [row["step"] for row in rows]
-    losses = torch.tensor([row["loss"] for row in rows], dtype=torch.float64)
-    width = max(1, len(rows) // 20)
-    total = torch.cat([torch.zeros(1, dtype=torch.float64), losses.cumsum(0)])
-    ends = torch.arange(1, len(rows) + 1)
-    starts = (ends - width).clamp(min=0)
-    mean = (total[ends] - total[starts]) / (ends - starts)
-    figure = Figure(figsize=(7, 4))
-    figure.subplots_adjust(left=0.14, right=0.97, bottom=0.13, top=0.96)
-    axes = figure.add_subplot()
-    axes.plot(steps, losses, color="tab:blue", alpha=0.25, linewidth=0.8, label="each step")
-    axes.plot(steps, mean, color="tab:blue", linewidth=1.8, label=f"mean of the last {width}")
-    axes.set(xlabel="optimizer step", ylabel="training loss", ylim=(0, None))
-    axes.locator_params(nbins=6)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="upper right")
-    figure.savefig(path, dpi=120)

@@ -23,7 +23,8 @@ from gralora_diffusion.training.runtime.folder_lock import (
     owned_by_run,
 )
 
-from .metrics import CURVE_NAME, METRICS_NAME, plot_curve
+from .curve import CURVE_NAME, plot_curve
+from .metrics import METRICS_NAME
 from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
 from .validation import FILES as VALIDATION_FILES
 from .validation import FOLDER_NAME as VALIDATION_NAME

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -23,7 +24,8 @@ from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import base_license, output_dir
-from gralora_diffusion.training.outputs.metrics import MetricsFile, plot_curve
+from gralora_diffusion.training.outputs.curve import plot_curve
+from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.model_card import write_card
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.originals import ORIGINALS, write
@@ -397,4 +399,36 @@ def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path: Path) -> No
 @pytest.mark.parametrize("count", [1, 2, 500])
 def test_curve_of_any_length(tmp_path: Path, count: int) -> None:
     plot_curve([{"step": i + 1, "loss": 1 / (i + 1)} for i in range(count)], tmp_path / "c.png")
-    assert Image.open(tmp_path / "c.png").size == (840, 480)
+    with Image.open(tmp_path / "c.png") as image:
+        assert image.size == (840, 480)
+        colors = {color for _, color in image.getcolors(2**20)}
+    assert {(0x1F, 0x77, 0xB4), (0xC7, 0xDC, 0xED)} <= colors  # both lines, in the legend at least
+
+
+def test_curve_of_damaged_numbers(tmp_path: Path) -> None:
+    rows = [{"step": 10**400, "loss": 1.7e308}, {"step": -1, "loss": -1.0}, {"step": 2, "loss": 5}]
+    plot_curve(rows, tmp_path / "c.png")
+    plot_curve([{"step": 0, "loss": 5e-324}], tmp_path / "c.png")
+
+
+def test_curve_is_where_the_losses_are(tmp_path: Path) -> None:
+    """A constant loss is a level line below the upper edge; a falling one ends lower than it began.
+
+    Both lines coincide where each mean is of one step.
+    """
+    line = (0x1F, 0x77, 0xB4)
+
+    def heights(losses: list[float]) -> list[float]:
+        rows = [{"step": 7 + i, "loss": loss} for i, loss in enumerate(losses)]
+        plot_curve(rows, tmp_path / "c.png")
+        pixels = np.asarray(Image.open(tmp_path / "c.png"))
+        drawn = (pixels == line).all(-1)
+        drawn[:60] = drawn[:60] & (np.arange(840) < 600)  # not the legend
+        return [float(np.flatnonzero(drawn[:, x]).mean()) for x in (200, 400, 590)]
+
+    level = heights([0.5] * 10)
+    assert level == [pytest.approx(20 + 400 * (1 - 1 / 1.05), abs=1)] * 3
+    falling = heights([1 - step / 9 for step in range(10)])
+    for x, y in zip((200, 400, 590), falling, strict=True):
+        loss = 1 - (x - 80) / 740
+        assert y == pytest.approx(420 - 400 * loss / 1.05, abs=2)
