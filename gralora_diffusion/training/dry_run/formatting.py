@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from gralora_diffusion.io.safe_text import first_few
@@ -23,6 +24,11 @@ def format_plan(plan: Plan) -> str:
         ("images", f"{plan.images}, trained at up to {width} x {height} pixels"),
         ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
     ]
+    if config.gralora_k > 1 and config.learning_rate and config.optimizer != "prodigy":
+        # the norm of the update grows about sqrt(k) times slower than a LoRA's
+        lora = config.learning_rate / math.sqrt(config.gralora_k)
+        text = f"{config.learning_rate:g}, about as fast as a LoRA of this rank at {lora:.2g}"
+        facts.append(("rate", text))
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)
         text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")

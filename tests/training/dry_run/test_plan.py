@@ -424,6 +424,13 @@ def test_what_is_elsewhere_is_not_counted(base: Path, images: Path, tmp_path: Pa
     lines = format_plan(plan).splitlines()
     assert lines[-1].startswith("plus encoded images and prompts on the cpu: 0.0")
     assert any(line.startswith("Memory in MiB (cuda of each process)") for line in lines)
+    assert [line for line in lines if line.startswith("rate")] == [
+        f"rate    {chosen.learning_rate:g}, about as fast as a LoRA of this rank at "
+        f"{chosen.learning_rate / chosen.gralora_k**0.5:.2g}"
+    ]
+    assert chosen.gralora_k > 1
+    as_lora = replace(plan, config=replace(chosen, gralora_k=1))
+    assert "about as fast" not in format_plan(as_lora)
     peaks = next(line.split()[1:] for line in lines if line.startswith("  peak"))
     assert peaks == [f"{plan.peak(phase) / 2**20:.2f}" for phase in plan.phases]
     assert next(line for line in lines if "EMA" in line).endswith("0.03")
