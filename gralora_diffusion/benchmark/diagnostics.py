@@ -30,6 +30,7 @@ from gralora_diffusion.lora_files.low_rank import (
     effective_rank,
     gralora_singular_values,
     singular_values,
+    stable_rank,
 )
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimization.optimizers import evaluating
@@ -72,6 +73,7 @@ class DiagnosticsLog:
         self._norms: dict[str, dict[str, list[Any]]] = {}
         self._squares: dict[str, Tensor | float] = defaultdict(float)
         self._ranks: dict[str, float] = {}
+        self._stable_ranks: dict[str, float] = {}
 
     @contextmanager
     def watch(
@@ -102,12 +104,20 @@ class DiagnosticsLog:
             hooks.enter_context(inner.register_step_pre_hook(before))
             yield
         with evaluating(optimizer) if in_use is None else in_use():
-            self._ranks = {path: update.effective_rank() for path, update in updates.items()}
+            values = {path: update.singular_values() for path, update in updates.items()}
+        found = {path: v for path, v in values.items() if v is not None}
+        self._ranks = {path: effective_rank(v) for path, v in found.items()}
+        self._stable_ranks = {path: stable_rank(v) for path, v in found.items()}
 
     def result(self) -> Diagnostics:
         """Return the log so far, with the effective rank once :meth:`watch` is over."""
         outliers = {path: _outliers(squares) for path, squares in self._squares.items()}
-        return Diagnostics(deepcopy(self._norms), _finite(self._ranks), _finite(outliers))
+        return Diagnostics(
+            deepcopy(self._norms),
+            _finite(self._ranks),
+            _finite(outliers),
+            _finite(self._stable_ranks),
+        )
 
     def _logs_now(self) -> bool:
         return self._done + 1 in self._steps
@@ -193,30 +203,26 @@ class DenseUpdate(nn.Module):
         return torch.autograd.functional.jvp(update, (*points.values(),), (*directions,))[1]
 
     @torch.no_grad()
-    def effective_rank(self) -> float:
-        """Return that of the update as (out, in * h * w); NaN if the update is not finite.
+    def singular_values(self) -> Tensor | None:
+        """Return those of the update as (out, in * h * w); None if the update is not finite.
 
         It is computed from the factors if the update is simply their product.
         """
         layer: Any = self.layer
         name = ADAPTER_NAME
         if not all(p.isfinite().all() for p in self.parameters() if p.requires_grad):
-            return math.nan
+            return None
         if isinstance(layer, GraloraLayer):
             general = None
             if name in layer.gralora_A_general:
                 pair: Any = (layer.gralora_A_general[name], layer.gralora_B_general[name])
                 general = pair[0].weight, pair[1].weight.flatten(1)
-            values = gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
-        elif isinstance(layer, LoraLayer) and _dora_of(layer) is None:
+            return gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
+        if isinstance(layer, LoraLayer) and _dora_of(layer) is None:
             pair = layer.lora_A[name].weight, layer.lora_B[name].weight
-            values = singular_values(pair[0], pair[1].flatten(1))
-        else:
-            update = self().flatten(1).double()
-            if not update.isfinite().all():
-                return math.nan
-            values = torch.linalg.svdvals(update)
-        return effective_rank(values)
+            return singular_values(pair[0], pair[1].flatten(1))
+        update = self().flatten(1).double()
+        return torch.linalg.svdvals(update) if update.isfinite().all() else None
 
 
 @torch.no_grad()

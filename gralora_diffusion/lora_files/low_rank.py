@@ -115,6 +115,18 @@ def effective_rank(values: Tensor) -> float:
     return float(torch.special.entr(values / total).sum().exp())
 
 
+def stable_rank(values: Tensor) -> float:
+    """Return the sum of the squared singular values over the largest square.
+
+    It lies between 1 and the rank, and hardly counts values that are small beside the largest, such
+    as those of noise, which the effective rank does. An update of zeros gives 0. The definition is
+    that of Rudelson and Vershynin, "Sampling from large matrices", J. ACM 54, 2007.
+    """
+    if not len(values) or not values[0] > 0:
+        return 0.0
+    return float((values / values[0]).square().sum())
+
+
 def join_rows(pairs: Sequence[Pair]) -> Pair:
     """Return the pair of a layer that joins the outputs of several layers with the same input.
 

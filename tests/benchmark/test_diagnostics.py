@@ -184,7 +184,7 @@ def test_update_is_what_is_applied_beyond_the_base(method: str) -> None:
     updates = {path: DenseUpdate(model.get_submodule(path)) for path in paths}
     before = {path: applied_weight(model.get_submodule(path)) for path in paths}
     assert not any(update().any() for update in updates.values())
-    assert {update.effective_rank() for update in updates.values()} == {0.0}
+    assert not any(update.singular_values().any() for update in updates.values())
     shake(model)
     for path in paths:
         expected = applied_weight(model.get_submodule(path)) - before[path]
@@ -255,12 +255,14 @@ def test_effective_rank_is_of_the_learned_update(method: str) -> None:
     with log.watch(optimizer):
         train(model, optimizer, 5)
         assert log.result().effective_rank == {}
-    ranks = log.result().effective_rank
-    assert list(ranks) == paths
+    ranks, stable = log.result().effective_rank, log.result().stable_rank
+    assert list(ranks) == list(stable) == paths
     assert log.result().gradient_norms == log.result().input_outliers == {}
     for path in paths:
         update = applied_weight(model.get_submodule(path)).double() - before[path]
         assert ranks[path] == pytest.approx(rank_by_hand(update), rel=2e-3), path
+        squares = torch.linalg.svdvals(update.flatten(1)).square()
+        assert stable[path] == pytest.approx(float(squares.sum() / squares[0]), rel=2e-3), path
         limit = Method.parse(method).update_rank or min(update.flatten(1).shape)
         if "dora" not in method:  # the magnitude is of full rank
             assert ranks[path] <= limit
@@ -481,7 +483,7 @@ def test_watching_again_starts_anew() -> None:
     with log.watch(optimizer):
         train(model, optimizer, 1)
     assert log.result() == first
-    assert first.effective_rank == {paths[0]: 0.0}
+    assert first.effective_rank == first.stable_rank == {paths[0]: 0.0}
 
 
 @pytest.mark.parametrize(

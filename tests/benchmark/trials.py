@@ -74,6 +74,7 @@ def trial(key: TrialKey, mechanism: bool = False, **changes) -> TrialResult:
                 },
                 {layer: float(rng.uniform(8, 8 + 20 * k)) for layer in layers},
                 {layer: float(rng.lognormal(1, 0.7)) for layer in layers},
+                {layer: float(rng.uniform(1, 4)) for layer in layers},
             ),
         )
     return replace(result, **changes)

@@ -145,6 +145,9 @@ def test_singular_values_norm_and_effective_rank(shape):
     p = p[p > 0]
     entropy = -sum(float(x) * math.log(x) for x in p)
     assert low_rank.effective_rank(values) == pytest.approx(math.exp(entropy), rel=1e-9)
+    stable = float((whole.norm() / torch.linalg.matrix_norm(whole.flatten(1), 2)) ** 2)
+    assert low_rank.stable_rank(values) == pytest.approx(stable, rel=1e-9)
+    assert low_rank.stable_rank(torch.zeros(3)) == low_rank.stable_rank(torch.zeros(0)) == 0
 
 
 @pytest.mark.parametrize("shape", [(24, 40, 8, 4), (40, 24, 12, 4), (12, 18, 6, 2), (7, 11, 3, 1)])

@@ -70,11 +70,13 @@ class Diagnostics:
             output blocks, columns are input blocks.
         effective_rank: layer -> effective rank of the learned update.
         input_outliers: layer -> the largest norm of an input channel over the median one.
+        stable_rank: layer -> stable rank of the learned update.
     """
 
     gradient_norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective_rank: Mapping[str, float] = field(default_factory=dict)
     input_outliers: Mapping[str, float] = field(default_factory=dict)
+    stable_rank: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,13 @@ def _mechanism(reader: _Reader) -> Diagnostics:
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
             raise inner.error("norms", "k x k finite numbers for each step", maps)
         norms[layer] = {"steps": steps, "norms": maps}
-    return Diagnostics(norms, reader.numbers("effective_rank"), reader.numbers("input_outliers"))
+    return Diagnostics(
+        norms,
+        reader.numbers("effective_rank"),
+        reader.numbers("input_outliers"),
+        # the first files did not have it
+        reader.numbers("stable_rank") if "stable_rank" in reader.content else {},
+    )
 
 
 def _is_square(rows: Any) -> bool:

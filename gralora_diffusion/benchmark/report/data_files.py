@@ -109,6 +109,7 @@ def _protocol(protocol: ProtocolData, content: ReportData) -> dict[str, Any]:
                 "mean_share": found.mean_share,
                 "effective_rank": found.effective_rank,
                 "input_outliers": found.input_outliers,
+                "stable_rank": found.stable_rank,
                 "concentration": {layer: found.concentration(layer) for layer in found.layers},
             }
             for method, found in protocol.diagnostics.items()

@@ -22,7 +22,7 @@ class DiagnosticsData:
         gradient_share: layer -> k x k, each block's share of the squared norm of the gradient. The
             shares of a layer sum to one. Row: output block, column: input block.
         mean_share: k -> the mean over the layers with this k.
-        effective_rank, input_outliers: layer -> value.
+        effective_rank, input_outliers, stable_rank: layer -> value.
     """
 
     trials: int
@@ -30,6 +30,7 @@ class DiagnosticsData:
     mean_share: dict[int, Map]
     effective_rank: dict[str, float]
     input_outliers: dict[str, float]
+    stable_rank: dict[str, float]
 
     @property
     def layers(self) -> list[str]:
@@ -51,6 +52,7 @@ def diagnostics_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
     shares: dict[str, list[np.ndarray]] = defaultdict(list)
     ranks: dict[str, list[float]] = defaultdict(list)
     outliers: dict[str, list[float]] = defaultdict(list)
+    stable: dict[str, list[float]] = defaultdict(list)
     for mechanism in logged:
         for layer, log in mechanism.gradient_norms.items():
             squares = np.square(np.array(log["norms"], dtype=np.float64))
@@ -59,6 +61,8 @@ def diagnostics_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
             ranks[layer].append(rank)
         for layer, outlier in mechanism.input_outliers.items():
             outliers[layer].append(outlier)
+        for layer, rank in mechanism.stable_rank.items():
+            stable[layer].append(rank)
     means = {
         layer: np.mean(maps, axis=0)
         for layer, maps in sorted(shares.items())
@@ -76,4 +80,5 @@ def diagnostics_of(results: Sequence[TrialResult]) -> DiagnosticsData | None:
         input_outliers={
             layer: float(np.mean(values)) for layer, values in sorted(outliers.items())
         },
+        stable_rank={layer: float(np.mean(values)) for layer, values in sorted(stable.items())},
     )

@@ -191,17 +191,19 @@ def costs(protocol: ProtocolData) -> Table:
 
 def diagnostics(protocol: ProtocolData) -> Table:
     """A row per method."""
-    head = ("method", "layers", "concentration", "effective rank", "input outliers")
+    head = ("method", "layers", "concentration", "effective rank", "input outliers", "stable rank")
     rows: list[tuple[Cell, ...]] = []
     for method, found in protocol.diagnostics.items():
         concentrations = [found.concentration(layer) for layer in found.layers]
         known = [value for value in concentrations if value is not None]
-        values = (known, found.effective_rank.values(), found.input_outliers.values())
+        ranks, outliers = found.effective_rank.values(), found.input_outliers.values()
+        values = (known, ranks, outliers, found.stable_rank.values())
         rows.append(((method,), (count(len(found.layers)),), *map(_over_layers, values)))
     note = (
         "Concentration is the largest block's share of the squared norm of the gradient, relative "
         "to an even share. It is 1 if all blocks have the same share. The effective rank of the "
-        "learned update is the exponential of the entropy of its singular values. Input outliers "
+        "learned update is the exponential of the entropy of its singular values; small ones "
+        "count, too. The stable rank is the sum of their squares over the largest one. Input outliers "
         "is the norm of the largest input channel, relative to that of the median channel. Each "
         "layer's value is its mean over the trials."
     )
@@ -210,13 +212,23 @@ def diagnostics(protocol: ProtocolData) -> Table:
 
 def layers(method: str, content: DiagnosticsData) -> Table:
     """A row per layer."""
-    head = ("layer", "blocks per side", "concentration", "effective rank", "input outliers")
+    head = (
+        "layer",
+        "blocks per side",
+        "concentration",
+        "effective rank",
+        "input outliers",
+        "stable rank",
+    )
     rows = []
     for layer in content.layers:
         share = content.gradient_share.get(layer)
         concentration = content.concentration(layer)
-        values = (concentration, content.effective_rank.get(layer))
-        cells = [_optional(value) for value in (*values, content.input_outliers.get(layer))]
+        values = (
+            *(concentration, content.effective_rank.get(layer)),
+            *(content.input_outliers.get(layer), content.stable_rank.get(layer)),
+        )
+        cells = [_optional(value) for value in values]
         rows.append(((layer,), ("-",) if share is None else (count(len(share)),), *cells))
     return Table(f"{method}: layers, means over {content.trials} trials", head, rows)
 
