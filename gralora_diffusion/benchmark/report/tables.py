@@ -203,9 +203,9 @@ def diagnostics(protocol: ProtocolData) -> Table:
         "Concentration is the largest block's share of the squared norm of the gradient, relative "
         "to an even share. It is 1 if all blocks have the same share. The effective rank of the "
         "learned update is the exponential of the entropy of its singular values; small ones "
-        "count, too. The stable rank is the sum of their squares over the largest one. Input outliers "
-        "is the norm of the largest input channel, relative to that of the median channel. Each "
-        "layer's value is its mean over the trials."
+        "count, too. The stable rank is the sum of their squares over the largest one. Input "
+        "outliers is the norm of the largest input channel, relative to that of the median "
+        "channel. Each layer's value is its mean over the trials."
     )
     return Table("Layers: median (minimum to maximum)", head, rows, note=note)
 
