@@ -82,6 +82,26 @@ class DataOptions:
     caption_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples()] = option(
         0.0, "Fraction of samples that are trained with an empty caption"
     )
+    caption_prefix: Annotated[str | None, ChangesSamples()] = option(
+        None, "Text before every caption, such as a trigger word"
+    )
+    caption_suffix: Annotated[str | None, ChangesSamples()] = option(
+        None, "Text after every caption"
+    )
+    shuffle_tags: Annotated[bool, ChangesSamples()] = option(
+        False, "Shuffle the tags of a caption, which are the parts between commas"
+    )
+    tag_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples()] = option(
+        0.0, "Probability of leaving out a tag; one tag of a caption always stays"
+    )
+    keep_tags: Annotated[int, Limits(at_least=0), ChangesSamples()] = option(
+        0, "Number of first tags that are neither shuffled nor left out"
+    )
+    caption_variants: Annotated[int, Limits(at_least=1), ChangesSamples()] = option(
+        8,
+        "Number of variants of a caption whose tags are shuffled or left out. Each sample uses one "
+        "of them, and all are encoded before training",
+    )
     skip_bad_images: bool = option(False, "Skip images that cannot be decoded instead of stopping")
 
 

@@ -20,7 +20,6 @@ _CAPTIONS = (
 _ENCODED = "is not needed: prompts are encoded once unless --train_text_encoder is given"
 _KIND = "is not needed: the adapter is always a GraLoRA"
 _ADAPTER = "does not exist here. The adapter's size is --rank and --gralora_k"
-_NO_SHUFFLE = "does not exist here: captions are used as they are"
 _MEMORY = "does not exist here. --quantization and --gradient_checkpointing save memory"
 _NAME = "does not exist here: the adapter is a file in the folder --output_dir"
 _SCHEDULER = "does not exist here: the base's own scheduler is used"
@@ -55,8 +54,9 @@ KOHYA = {
     "save_precision": _FP32,
     "vae": "pretrained_vae_model_name_or_path",
     "caption_extension": _CAPTIONS,
-    "shuffle_caption": _NO_SHUFFLE,
-    "keep_tokens": _NO_SHUFFLE,
+    "shuffle_caption": "shuffle_tags",
+    "keep_tokens": "keep_tags",
+    "caption_tag_dropout_rate": "tag_dropout",
     "caption_dropout_rate": "caption_dropout",
     "enable_bucket": "use_aspect_ratio_buckets",
     "min_bucket_reso": "does not exist here. Sizes can be given as --aspect_ratio_buckets",
@@ -115,7 +115,8 @@ AI_TOOLKIT = {
     "folder_path": "instance_data_dir",
     "caption_ext": _CAPTIONS,
     "trigger_word": "instance_prompt",
-    "shuffle_tokens": _NO_SHUFFLE,
+    "shuffle_tokens": "shuffle_tags",
+    "token_dropout_rate": "tag_dropout",
     "network.type": _KIND,
     "linear": "rank",
     "linear_alpha": "lora_alpha",

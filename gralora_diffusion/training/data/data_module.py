@@ -25,6 +25,7 @@ from gralora_diffusion.training.runtime.agreement import wait_for_all
 
 from .buckets import Buckets, listed_buckets
 from .cache import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
+from .caption_variants import CaptionRules
 from .class_images import existing_class_images
 from .dataset import TrainingSet, collate
 from .hf_dataset import find_dataset_examples
@@ -134,6 +135,7 @@ class Batches:
             config.seed,
             repeats=config.repeats,
             caption_dropout=config.caption_dropout,
+            caption_rules=CaptionRules.of(config),
             **shared,
         )
         self.classes = None

@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .cache import ImageEncoder, LatentCache
+from .caption_variants import AS_THEY_ARE, CaptionRules
 from .image_folder import Example, warn_of_long_images, warn_of_small_images
 from .sampler import SampleStream
 from .seeds import generator
@@ -44,6 +45,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         repeats: how many times each image is used in an epoch, times its own number.
         batch_size: of the micro-batches.
         caption_dropout: fraction of samples with an empty prompt.
+        caption_rules: how captions become prompts.
         cache: of latents; :meth:`fill_cache` must have been called. Without one, each sample uses
             any possible crop.
         cached_crops: variants per image in the cache; each sample uses one of them.
@@ -59,6 +61,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         repeats: int = 1,
         batch_size: int = 1,
         caption_dropout: float = 0.0,
+        caption_rules: CaptionRules = AS_THEY_ARE,
         cache: LatentCache | None = None,
         cached_crops: int = 8,
     ) -> None:
@@ -66,6 +69,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.plan = plan
         self.seed = seed
         self.caption_dropout = caption_dropout
+        self._prompts = [caption_rules.variants(e.caption, seed) for e in self.examples]
         self.cache = cache
         self.targets = [plan.target_size(example.size) for example in self.examples]
         once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
@@ -90,8 +94,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
     @property
     def prompts(self) -> list[str]:
         """All prompts that samples can have, once each; with dropout also the empty one."""
-        captions = [example.caption for example in self.examples]
-        return list(dict.fromkeys([*captions, ""] if self.caption_dropout else captions))
+        prompts = [prompt for variants in self._prompts for prompt in variants]
+        return list(dict.fromkeys([*prompts, ""] if self.caption_dropout else prompts))
 
     @property
     def digest(self) -> str:
@@ -128,7 +132,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         width, height = example.size
         return {
             "position": position,
-            "prompt": "" if self._drops_caption(position) else example.caption,
+            "prompt": self._prompt(item, position),
             "content_key": example.content_key,
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
@@ -154,6 +158,15 @@ class TrainingSet(Dataset[dict[str, Any]]):
                 "--train_batch_size repeats fewer",
                 self.stream.batch_size,
             )
+
+    def _prompt(self, item: int, position: int) -> str:
+        if self._drops_caption(position):
+            return ""
+        variants = self._prompts[item]
+        if len(variants) == 1:
+            return variants[0]
+        random = self._generator("caption variant", position)
+        return variants[int(torch.randint(len(variants), (), generator=random))]
 
     def _drops_caption(self, position: int) -> bool:
         draw = torch.rand((), generator=self._generator("caption dropout", position))

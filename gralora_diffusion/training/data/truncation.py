@@ -10,6 +10,7 @@ from typing import Any
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
+from .caption_variants import CaptionRules
 from .image_folder import Example
 
 logger = logging.getLogger(__name__)
@@ -61,10 +62,13 @@ def _prompts(
     found: dict[str, str] = {}
     if config.with_prior_preservation and config.class_prompt:
         found[config.class_prompt] = "--class_prompt"
-    for example in (*images, *class_images):
+    rules = CaptionRules.of(config)
+    for example in images:
         own = example.caption != config.instance_prompt
         where = f"the caption of {example.source}" if own else "--instance_prompt"
-        found.setdefault(example.caption, where)
+        found.setdefault(rules.framed(example.caption), where)
+    for example in class_images:
+        found.setdefault(example.caption, f"the caption of {example.source}")
     for prompt in config.validation_prompt or ():
         found.setdefault(prompt, f"--validation_prompt {prompt[:40]!r}...")
     return found

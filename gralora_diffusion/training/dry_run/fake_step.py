@@ -20,6 +20,7 @@ from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
+from gralora_diffusion.training.data.caption_variants import CaptionRules
 from gralora_diffusion.training.data.data_module import crop_plan, encode_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
@@ -58,7 +59,8 @@ class FakeData:
         ]
         #: number of crops, and number of crops of an image that the latent cache encodes together
         self.crops, self.crops_at_once = sum(crops), min(4, max(crops))
-        captions = {image.caption for image in images}
+        rules = CaptionRules.of(config)
+        captions = {prompt for image in images for prompt in rules.variants(image.caption, 0)}
         captions |= {""} if config.caption_dropout else set()
         captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
         self.captions = len(captions)
