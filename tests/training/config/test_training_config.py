@@ -459,7 +459,7 @@ BASE = "--pretrained_model_name_or_path"
         (f"{BASE} pictures", "this folder has no model_index.json. Give a diffusers folder, which"),
         (f"{BASE} pictures/1.png", "a single file must be a .safetensors file. Convert it"),
         (f"{BASE} https://huggingface.co/a/b", "this is an address. Give the Hub id"),
-        (f"{BASE} stable*diffusion", "neither a local file or folder nor a Hub id"),
+        (f"{BASE} stable*diffusion", "there is no such file or folder"),
         ("--pretrained_vae_model_name_or_path base", "this folder has no config.json"),
         ("--pretrained_vae_model_name_or_path pictures/1.png", "this is a file. Give a diffusers"),
         (
