@@ -9,9 +9,6 @@ to the frozen one, in a forward and a backward pass:
     views       the other operations at the dispatcher
     calls       calls of Python functions, and of C functions by Python, as ``sys.setprofile`` sees
                 them. Those in a backward pass are of autograd functions written in Python.
-
-With ``--compile`` kernels are those that the profiler sees: the compiler's own, and products that
-it calls.
 """
 
 from __future__ import annotations
@@ -83,32 +80,20 @@ def _python_calls(run: Run) -> int:
     return count - 2  # the call of ``run``, and of ``setprofile``
 
 
-def _profiled_kernels(run: Run, device: torch.device) -> int:
-    """Kernels that the profiler sees: all on CUDA, those of compiled code on the CPU."""
-    activities = [ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-    with profile(activities=activities) as profiler:
+def _cuda_kernels(run: Run, device: torch.device) -> int:
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as profiler:
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        torch.cuda.synchronize(device)
     events: Any = profiler.events()
-    if device.type == "cuda":
-        cuda = torch.autograd.DeviceType.CUDA
-        return sum(e.device_type == cuda and not e.name.startswith("Mem") for e in events)
-    return sum(
-        e.name.startswith(
-            ("graph_", "aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", "mkl::", "mkldnn::")
-        )
-        for e in events
-    )
+    cuda = torch.autograd.DeviceType.CUDA
+    return sum(e.device_type == cuda and not e.name.startswith("Mem") for e in events)
 
 
 @dataclass
 class Count:
-    kernels: float
-    views: float
-    calls: float
+    kernels: int
+    views: int
+    calls: int
 
     def __sub__(self, other: Count) -> Count:
         return Count(
@@ -116,10 +101,8 @@ class Count:
         )
 
 
-def count(calls: Calls, module: nn.Module, compiled: bool) -> tuple[dict[str, Count], Counter[str]]:
+def count(calls: Calls, module: nn.Module) -> tuple[dict[str, Count], Counter[str]]:
     """Count the passes of a module, by name, and the operations of both by name."""
-    by_pass, names = {}, Counter[str]()
-    device = calls.device
     output: list[torch.Tensor] = []
 
     def forward() -> None:
@@ -143,16 +126,12 @@ def count(calls: Calls, module: nn.Module, compiled: bool) -> tuple[dict[str, Co
 
     for _ in range(3):
         in_turn(lambda run: run())
-    python = in_turn(_python_calls)
-    if compiled or device.type == "cuda":
-        kernels = in_turn(lambda run: _profiled_kernels(run, device))
-    seen = {} if compiled else in_turn(operations)
-    for name in PASSES:
-        if seen:
-            names.update(seen[name].kernels)
-        found = kernels[name] if compiled or device.type == "cuda" else seen[name].kernels.total()
-        by_pass[name] = Count(found, seen[name].views if seen else float("nan"), python[name])
-    return by_pass, names
+    python, seen = in_turn(_python_calls), in_turn(operations)
+    kernels = {name: seen[name].kernels.total() for name in PASSES}
+    if calls.device.type == "cuda":
+        kernels = in_turn(lambda run: _cuda_kernels(run, calls.device))
+    counts = {name: Count(kernels[name], seen[name].views, python[name]) for name in PASSES}
+    return counts, seen["forward"].kernels + seen["backward"].kernels
 
 
 def measure(
@@ -162,10 +141,10 @@ def measure(
     shape = make_shape(name, device, base_dtype)
     modules = make_modules(shape, args)
     calls = Calls(shape, modules, autocast, True)
-    frozen, _ = count(calls, modules[FROZEN], args.compile)
+    frozen, _ = count(calls, modules[FROZEN])
     rows = []
     for method in (FROZEN, *args.methods):
-        counted, names = count(calls, modules[method], args.compile)
+        counted, names = count(calls, modules[method])
         more = {
             key: value if method == FROZEN else value - frozen[key]
             for key, value in counted.items()
@@ -187,8 +166,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--hybrid_rank", type=int, default=0)
-    parser.add_argument("--compile", action="store_true", help="count compiled modules")
     parser.add_argument("--names", action="store_true", help="print the operations, too")
+    parser.set_defaults(compile=False)  # for the modules of layer.py; nothing counts compiled ones
     add_measuring_options(parser, rounds=1, seconds=0)
     return parser
 
@@ -196,10 +175,6 @@ def build_parser() -> argparse.ArgumentParser:
 def main(arguments: list[str] | None = None) -> None:
     args = build_parser().parse_args(arguments)
     device = prepare(args)
-    if args.compile:
-        import torch._inductor.config as inductor
-
-        inductor.cpp.enable_kernel_profile = True
     # in this thread, where Python's profiler sees it
     torch.autograd.set_multithreading_enabled(False)
     where = machine(device, "peft")
