@@ -100,7 +100,7 @@ class Worker:
         return Outcome(number, fault=fault)
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(self._root, theirs), daemon=True)
         self._process.start()
@@ -205,6 +205,8 @@ def _prepared(reader: Any, case: Path) -> Path:
         os.chdir(case)
         reader.read(case)
         os.chdir(case.parent)
+    gc.collect()
+    gc.freeze()  # what is imported by now is left out of the collections in each case
     # far above what is allowed: one case shall not take the machine down before it is measured
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 4 * MOST_BYTES, hard))
     return samples

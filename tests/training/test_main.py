@@ -25,7 +25,6 @@ from tests.training.runs import (
     make_images,
     make_shapes,
     run,
-    run_script,
 )
 
 
@@ -148,9 +147,9 @@ def test_widths_that_k_does_not_divide_get_a_smaller_one(
     options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     options |= {"max_train_steps": 1, "rank": 6, "gralora_k": 3, "lora_alpha": 3}
     options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}
-    done = run_script(**options)
-    assert done.returncode == 0, done.stderr
-    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths require: " in done.stderr
+    code, text = fork(**options).wait()
+    assert code == 0, text
+    assert "unet: k is lowered to 2 on 32 of 32 layers, as their widths require: " in text
     pipe = stable_diffusion()
     pipe.load_gralora_weights(tmp_path / "out")
     for path, layer in pipe.unet.named_modules():
