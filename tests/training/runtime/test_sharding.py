@@ -83,6 +83,7 @@ def test_a_run_is_the_same_and_is_resumed_without(
         "pretrained_model_name_or_path": tmp_path / "base",
         "instance_data_dir": images,
         "max_train_steps": 4,
+        "checkpointing_steps": 2,
         "gradient_checkpointing": True,
         "use_ema": True,
         "validation_prompt": "a dog",
