@@ -80,6 +80,9 @@ from .preparation import complete_class_images, find_beginning
 
 logger = logging.getLogger(__name__)
 
+#: fp16 steps in a row that may overflow. The scale begins at 2^16 and is halved each time.
+_SKIPPED_STEPS = 20
+
 
 def train(config: TrainingConfig) -> Path:
     """Train an adapter with the options in ``config``; return the output folder.
@@ -185,6 +188,7 @@ class Trainer:
         self.sharding = sharding
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
+        self.skipped = 0  # steps in a row
         self.metrics: MetricsFile | None = None  # only the first process writes it
 
     # -- set up ------------------------------------------------------------------------------------
@@ -342,13 +346,15 @@ class Trainer:
                     loss, norm = self._optimizer_step(batches)
                 speed = self.data.samples_per_step / (time.perf_counter() - began)
                 lr = self.optimizer.param_groups[0]["lr"]
-                if self.lr_scheduler is not None:
+                # if fp16 overflowed, the scaler has skipped the step; schedule and average follow
+                if self.lr_scheduler is not None and isfinite(norm):
                     self.lr_scheduler.step()
-                if self.ema is not None:
+                if self.ema is not None and isfinite(norm):
                     self.ema.step(self.parameters)
                 state.step += 1
-                # the norm is infinite if fp16 overflowed, but JSON has no infinity
-                numbers = {"loss": loss, "lr": lr, "grad_norm": norm if isfinite(norm) else None}
+                # JSON has no infinity
+                finite = {"loss": loss, "grad_norm": norm}
+                numbers = {k: v if isfinite(v) else None for k, v in finite.items()} | {"lr": lr}
                 performance = {"samples_per_second": speed}
                 shown = f"loss={loss:.4f}, lr={lr:.2e}, grad_norm={norm:.2e}, samples/s={speed:.3g}"
                 if self.memory.gib is not None:
@@ -389,15 +395,17 @@ class Trainer:
     def _checked(self, loss: Tensor, gradient_norm: Tensor) -> tuple[float, float]:
         """Return the mean loss and the norm as numbers, read from the device together."""
         mean, norm = torch.stack([self.accelerator.reduce(loss, "mean"), gradient_norm]).tolist()
-        # with fp16, gradients overflow now and then, which accelerate's scaler handles
-        scaled = self.accelerator.scaler is not None
-        if isfinite(mean) and (scaled or isfinite(norm)):
+        # with fp16, values overflow now and then; the scaler skips these steps and lowers its scale
+        skips = self.accelerator.scaler is not None and not isfinite(norm)
+        self.skipped = self.skipped + 1 if skips else 0
+        if (isfinite(mean) and isfinite(norm)) or 0 < self.skipped <= _SKIPPED_STEPS:
             return mean, norm
+        repeated = f" after {self.skipped} such steps in a row" if skips else ""
         whole = self.store.list()
         kept = str(whole[-1][1]) if whole else "none was written yet"
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
-            f"{norm:g}; stopped before that reached the adapter.",
+            f"{norm:g}; stopped before that reached the adapter{repeated}.",
             f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
             f"{self.config.learning_rate:g}) or --mixed_precision bf16 instead of fp16, and start "
             "again or resume.",

@@ -21,7 +21,8 @@ class MetricsFile:
     """A file with a JSON object for each optimizer step, appended during training.
 
     Numbers that depend on the machine and the time are in "performance"; the others are the same
-    for the same options. Rows of earlier versions have neither "grad_norm" nor "performance".
+    for the same options. Rows of earlier versions have neither "grad_norm" nor "performance". If
+    fp16 overflowed, "grad_norm" is null, and "loss" may be.
 
     Args:
         folder: output folder.
@@ -61,5 +62,6 @@ class MetricsFile:
                 row = parse_object(line)
             except ValueError:
                 continue
-            if is_integer(row.get("step")) and is_finite_number(row.get("loss")):
+            loss = row.get("loss", "missing")
+            if is_integer(row.get("step")) and (loss is None or is_finite_number(loss)):
                 yield line, row

@@ -92,8 +92,9 @@ def finish(
     grid: Path | None,
 ) -> None:
     """Plot the curve, write the model card, upload if requested. The adapter is already there."""
-    if rows:
-        plot_curve(rows, folder / CURVE_NAME)
+    # a loss that overflowed in fp16 is null
+    if finite := [row for row in rows if row["loss"] is not None]:
+        plot_curve(finite, folder / CURVE_NAME)
     write_card(folder, config, family, facts, grid, config.validation_prompt or ())
     if config.push_to_hub:
         upload_folder(
