@@ -24,7 +24,7 @@ from .tensor_store import TensorStore
 from .transforms import CropPlan, Variant
 
 #: Increased when the same VAE gives the same pixels other latents than before.
-_ENCODING_VERSION = 2
+_ENCODING_VERSION = 3
 #: A prompt that is encoded to tell text encoders apart.
 _PROBE = "a photo of a sks dog, wearing 2 red hats"
 
@@ -107,14 +107,15 @@ class LatentCache:
         self,
         wanted: Iterable[tuple[Example, Sequence[Variant]]],
         encode: ImageEncoder,
-        batch_size: int = 4,
+        batch_size: int = 1,
         progress: bool = True,
     ) -> int:
         """Encode the missing variants and return their number.
 
         A batch contains variants of one image, so all have the same shape. It is always the same
         batch, whatever else is missing: rounding depends on the batch, and a run that was
-        interrupted here must train on the same latents as one that was not.
+        interrupted here must train on the same latents as one that was not. It is one variant by
+        default, because an fp32 VAE may need more memory for several than all the steps do.
 
         Several processes with one folder can share the work. Each fills its part and, after a
         barrier, all of it, which then only checks the files.

@@ -57,8 +57,7 @@ class FakeData:
         crops = [
             len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed)) for p in images
         ]
-        #: number of crops, and number of crops of an image that the latent cache encodes together
-        self.crops, self.crops_at_once = sum(crops), min(4, max(crops))
+        self.crops = sum(crops)
         rules = CaptionRules.of(config)
         captions = {prompt for image in images for prompt in rules.variants(image.caption, 0)}
         captions |= {""} if config.caption_dropout else set()
@@ -77,7 +76,7 @@ class FakeData:
         config, made = self.config, {}
         if config.cache_latents:
             with torch.no_grad(), _meter(pipe, self.accelerator.device) as meter:
-                latents = self.encode_images(self._pixels(self.crops_at_once))
+                latents = self.encode_images(self._pixels(1))  # as the latent cache does
             self.latents = [part[:1].cpu() for part in latents]
             made["pictures"] = meter.peak
             if not config.latent_cache_dir:
