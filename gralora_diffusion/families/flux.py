@@ -177,6 +177,10 @@ class Flux(ModelFamily):
         batch, channels, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
         prompt_embeds = conditioning["prompt_embeds"]
+        with device:  # a copy from the CPU would wait
+            image_ids = FluxPipeline._prepare_latent_image_ids(
+                batch, height // 2, width // 2, device, dtype
+            )
         prediction = denoiser(
             hidden_states=FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width),
             timestep=timesteps / 1000,
@@ -184,9 +188,7 @@ class Flux(ModelFamily):
             pooled_projections=conditioning["pooled_prompt_embeds"],
             encoder_hidden_states=prompt_embeds,
             txt_ids=torch.zeros(prompt_embeds.shape[1], 3, device=device, dtype=dtype),
-            img_ids=FluxPipeline._prepare_latent_image_ids(
-                batch, height // 2, width // 2, device, dtype
-            ),
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         # sizes in pixels, for a VAE with a scale factor of 1

@@ -168,14 +168,17 @@ class Flux2(ModelFamily):
     ) -> Tensor:
         from diffusers import Flux2Pipeline
 
-        device, prompt_embeds = noisy_latents.device, conditioning["prompt_embeds"]
+        prompt_embeds = conditioning["prompt_embeds"]
+        with noisy_latents.device:  # copies from the CPU would wait
+            text_ids = Flux2Pipeline._prepare_text_ids(prompt_embeds)
+            image_ids = Flux2Pipeline._prepare_latent_ids(noisy_latents)
         prediction = denoiser(
             hidden_states=Flux2Pipeline._pack_latents(noisy_latents),
             timestep=timesteps / 1000,
             guidance=conditioning.get("guidance"),
             encoder_hidden_states=prompt_embeds,
-            txt_ids=Flux2Pipeline._prepare_text_ids(prompt_embeds).to(device),
-            img_ids=Flux2Pipeline._prepare_latent_ids(noisy_latents).to(device),
+            txt_ids=text_ids,
+            img_ids=image_ids,
             return_dict=False,
         )[0]
         return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])

@@ -85,6 +85,8 @@ class StableDiffusionXL(StableDiffusion):
         max_sequence_length: int | None = None,
         clip_skip: int | None = None,
     ) -> Conditioning:
+        import torch
+
         prompt_embeds, _, pooled, _ = pipe.encode_prompt(
             list(prompts),
             device=pipe.text_encoder_2.device,
@@ -94,9 +96,16 @@ class StableDiffusionXL(StableDiffusion):
         )
         if pipe.config.force_zeros_for_empty_prompt and not all(prompts):
             # the pipeline's guidance uses zeros for the empty prompt
-            empty = pooled.new_tensor([not prompt for prompt in prompts]).bool()
-            prompt_embeds = prompt_embeds.masked_fill(empty[:, None, None], 0)
-            pooled = pooled.masked_fill(empty[:, None], 0)
+            prompt_embeds, pooled = (
+                # row by row, because a mask would be copied from the CPU, which waits
+                torch.stack(
+                    [
+                        row if prompt else torch.zeros_like(row)
+                        for row, prompt in zip(rows, prompts, strict=True)
+                    ]
+                )
+                for rows in (prompt_embeds, pooled)
+            )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
     def image_conditioning(

@@ -10,7 +10,6 @@ from typing import Any, Protocol
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import Conditioning, ModelFamily
@@ -21,6 +20,7 @@ from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
 from .objectives import Objective
+from .tokens import DeviceTokenizers, to_device
 
 
 class TrainingDiverged(RuntimeError):
@@ -68,17 +68,8 @@ def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
 
 
 def on_device(tensors: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """Return ``tensors`` on the device without waiting for its computations.
-
-    CUDA only does this from pinned memory, which fake tensors do not have.
-    """
-
-    def copied(tensor: Tensor) -> Tensor:
-        if device.type != "cuda" or tensor.is_cuda or isinstance(tensor, FakeTensor):
-            return tensor.to(device)
-        return tensor.pin_memory().to(device, non_blocking=True)
-
-    return {name: copied(tensor) for name, tensor in tensors.items()}
+    """Return ``tensors`` on the device without waiting for its computations."""
+    return {name: to_device(tensor, device) for name, tensor in tensors.items()}
 
 
 def mean_loss(losses: Tensor, groups: Sequence[DenoisingBatch]) -> Tensor:
@@ -110,6 +101,7 @@ class DenoisingStep(nn.Module):
         self.encoding = dict(encoding)
         self.trained = nn.ModuleDict({name: getattr(pipe, name) for name in trained})
         self.pipe, self.family, self.objective = pipe, family, objective
+        self._tokenizers: DeviceTokenizers | None = None
 
     def forward(self, groups: Sequence[DenoisingBatch]) -> Tensor:
         return torch.cat([self._losses(rows) for rows in groups])
@@ -117,9 +109,7 @@ class DenoisingStep(nn.Module):
     def _losses(self, rows: DenoisingBatch) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
-            device = rows.noisy_latents.device
-            with without_fp16_autocast(device), reported_truncation(self.pipe):
-                encoded = self.family.encode_prompts(self.pipe, rows.prompts, **self.encoding)
+            encoded = self._encoded(rows.prompts, rows.noisy_latents.device)
         prediction = self.family.predict(
             self.trained[self.family.denoiser],
             rows.noisy_latents,
@@ -127,6 +117,17 @@ class DenoisingStep(nn.Module):
             {**encoded, **rows.images},
         )
         return self.objective.loss(prediction, rows.target, rows.timesteps)
+
+    def _encoded(self, prompts: list[str], device: torch.device) -> Conditioning:
+        if self._tokenizers is None:
+            self._tokenizers = DeviceTokenizers(self.pipe, device)
+        with (
+            self._tokenizers.in_use(),
+            device,  # where FLUX.1's pipeline then makes ids of the text, instead of copying them
+            without_fp16_autocast(device),
+            reported_truncation(self.pipe),
+        ):
+            return self.family.encode_prompts(self.pipe, prompts, **self.encoding)
 
 
 class Encodings(Protocol):
