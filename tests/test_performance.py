@@ -1,11 +1,13 @@
 """The benchmarks run, on little; what they measure is nobody's business here."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from tests.performance import attach, calls, cost, layer, measuring, peers, shapes, train_step
+from tests import ROOT
+from tests.performance import attach, calls, cost, gpu, layer, measuring, peers, shapes, train_step
 
 SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
 
@@ -117,3 +119,65 @@ def test_undo_is_called_after_each_call_and_does_not_count():
         lambda: calls.append("run"), torch.device("cpu"), 2, lambda: calls.append("undo")
     )
     assert calls == ["run", "undo", "run", "undo"]
+
+
+# -- the GPU day -----------------------------------------------------------------------------------
+
+
+def test_the_tables_of_the_gpu_day_are_those_of_its_results(tmp_path):
+    """In the document, whether a GPU has measured or not."""
+    kept, copy = ROOT / "docs" / gpu.RESULTS_NAME, tmp_path / "performance.md"
+    results = json.loads(kept.read_text(encoding="utf-8")) if kept.exists() else {}
+    shutil.copy(ROOT / "docs" / "performance.md", copy)
+    gpu.write_tables(copy, results)
+    assert copy.read_text(encoding="utf-8") == (ROOT / "docs" / "performance.md").read_text(
+        encoding="utf-8"
+    )
+
+
+def test_a_table_is_written_between_its_markers(tmp_path):
+    document = tmp_path / "performance.md"
+    empty = [f"<!-- gpu:{name} --><!-- /gpu:{name} -->" for name in [*gpu.PARTS, "unseen"]]
+    document.write_text("\n".join(["begin", *empty, "end"]), encoding="utf-8")
+    row = {"base": "sdxl", "way": "bf16", "ms": 100.2, "spread_ms": 1.0}
+    row |= {"peak_gib": 9.0, "plan_gib": 10.0}
+    failed = {"base": "flux", "way": "bf16", "error": "OutOfMemoryError: no room"}
+    gpu.write_tables(document, {"steps": {"machine": "A GPU, torch 9", "results": [row, failed]}})
+    text = document.read_text(encoding="utf-8")
+    assert text.startswith("begin")
+    assert text.endswith("end")
+    assert "A GPU, torch 9:\n\n| base | way |" in text
+    assert "| sdxl | bf16 | 100 ± 1 | 9.00 | 10.00 | 0.90 |" in text
+    assert "| flux | bf16 | `failed: OutOfMemoryError: no room` |" in text
+    assert "| peak memory against the plan | A GPU |" in text
+    assert "Not measured yet: `python -m tests.performance.gpu --parts blocks`" in text
+    document.write_text("nothing", encoding="utf-8")
+    with pytest.raises(ValueError, match="gpu:steps"):
+        gpu.write_tables(document, {})
+
+
+def test_parts_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
+    ran = []
+
+    def run(file, args):
+        ran.append(file.name)
+        if len(ran) == 1:
+            raise RuntimeError("interrupted")
+        file.write_text(json.dumps({"machine": "A GPU", "results": {}}), encoding="utf-8")
+
+    parts = {name: gpu.Part(run, lambda results: (["a"], [])) for name in ("one", "two")}
+    monkeypatch.setattr(gpu, "PARTS", parts)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    line = ["--quick", "--folder", str(tmp_path)]
+    assert gpu.main(line) == 1
+    assert ran == ["one.part", "two.part"]
+    assert gpu.main(line) == 0
+    assert ran == ["one.part", "two.part", "one.part"]
+    assert set(json.loads((tmp_path / "gpu.json").read_text())) == {"one", "two"}
+    assert "one failed: RuntimeError: interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_day_needs_a_gpu():
+    with pytest.raises(SystemExit, match="needs a CUDA device"):
+        gpu.main([])

@@ -26,7 +26,7 @@ from gralora_diffusion.export.adapter_layers import LayerUpdate
 from gralora_diffusion.export.rounding import Rounding
 from gralora_diffusion.export.streaming import _BLOCK, OutputTensor, Piece, write_streamed
 from gralora_diffusion.io.tensor_files import read_header
-from tests.performance.measuring import anonymous_mib, machine
+from tests.performance.measuring import anonymous_mib, machine, write_json
 
 #: (out, in) of the layers of a block of FLUX.1: one of two streams and two single ones.
 SHAPES = [(9216, 3072), (3072, 3072), (12288, 3072), (3072, 12288), (21504, 3072), (3072, 15360)]
@@ -100,11 +100,12 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gralora_k", type=int, default=2)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the files are made")
+    parser.add_argument("--json", metavar="FILE", help="write all numbers there too")
     return parser
 
 
-def main() -> None:
-    args = build_parser().parse_args()
+def main(arguments: list[str] | None = None) -> None:
+    args = build_parser().parse_args(arguments)
     with tempfile.TemporaryDirectory(dir=args.folder) as name:
         base = Path(name) / "base.safetensors"
         # made by another process, so that it does not count in this one's memory
@@ -135,12 +136,22 @@ def main() -> None:
         watcher.join()
     cp, matrix, whole, used = (statistics.median(column) for column in zip(*rows, strict=True))
     ratio = statistics.median(e / (2 * c + p) for c, p, e, _ in rows)
-    print(machine(torch.device("cpu")))
+    where = machine(torch.device("cpu"))
+    print(where)
     print(f"{len(made)} matrices, {args.gigabytes} GB bf16, rank {args.rank}, k {args.gralora_k}")
     print(f"cp {cp:.2f} s, products {matrix:.2f} s, export {whole:.2f} s (medians)")
     print(f"the export's seconds of processor, over all cores: {used:.2f}")
     print(f"export / (2 cp + products) {ratio:.2f} (median of ratios; the goal is at most 1)")
     print(f"anonymous memory: {before:.0f} MiB before, {peak[0]:.0f} MiB at the peak")
+    results = {
+        "cp, s": cp,
+        "products, s": matrix,
+        "export, s": whole,
+        "processor, s": used,
+        "export / (2 cp + products)": ratio,
+        "memory at the peak, MiB": peak[0],
+    }
+    write_json(args, where, results)
 
 
 if __name__ == "__main__":
