@@ -197,8 +197,8 @@ def test_command(command, workplace):
         PARSERS[program]().parse_args(arguments)
     elif program.startswith("tests.performance."):
         importlib.import_module(program).build_parser().parse_args(arguments)
-    elif program == "tests.fuzzing":
-        importlib.import_module("tests.fuzzing.__main__").build_parser().parse_args(arguments)
+    elif program in ("tests.fuzzing", "tests.rehearsal"):
+        importlib.import_module(f"{program}.__main__").build_parser().parse_args(arguments)
     else:
         assert command[:2] in (["pip", "install"], ["git", "clone"])
 
