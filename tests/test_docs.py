@@ -46,7 +46,7 @@ from gralora_diffusion.training.config.training_config import TrainingConfig, pa
 from gralora_diffusion.training.loop import train
 from tests import ROOT, models
 from tests.offloading import offload_groups
-from tests.performance import layer
+from tests.performance import gpu, layer
 
 #: The generated example report quotes what it was made of, and links only within itself.
 GENERATED = ROOT / "docs/benchmark_tiny/report.md"
@@ -221,7 +221,7 @@ FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f 
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
 FLAGS |= {"--version"}
-FLAGS |= {f for a in layer.build_parser()._actions for f in a.option_strings}
+FLAGS |= {f for p in (layer, gpu) for a in p.build_parser()._actions for f in a.option_strings}
 #: Flags that the docs name as wrong ones.
 WRONG_FLAGS = {"--ranks", "--tokenizer_name", "--do_fp8_training"}
 
