@@ -75,7 +75,7 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         inspect(rest)
     elif command == "benchmark":
-        from gralora_diffusion.benchmark.main import main as benchmark
+        from gralora_diffusion.benchmark.command import main as benchmark
 
         benchmark(rest)
     elif command == "demo":

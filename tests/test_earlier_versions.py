@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
-from gralora_diffusion.benchmark import main as benchmark
+from gralora_diffusion.benchmark import command as benchmark
 from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_results
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import parse_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from functools import cached_property
@@ -25,6 +26,14 @@ _QUANTIZED = (
 )
 #: Dtypes of packed weights: several values in one, or with scales that only the header may name.
 _PACKED = ("I8", "U8", "I16", "U16", "I32", "U32", "I64", "U64", "F4", "F8_E8M0")
+#: First and last layer of a denoiser -> whether its outputs are patches of pixels.
+_ENDS = {
+    ("input_blocks.0.0.weight", "out.2.weight"): False,
+    ("x_embedder.proj.weight", "final_layer.linear.weight"): True,
+    ("img_in.weight", "final_layer.linear.weight"): True,
+}
+#: Keys that only bases for other tasks and samplers have: EDM's, and SDXL's refiner.
+_OTHER_TASKS = ("edm_mean", "edm_std", "conditioner.embedders.0.model.")
 #: Field in which ComfyUI's files state how layers are stored (its ``QUANTIZATION.md``).
 _QUANTIZATION = "_quantization_metadata"
 
@@ -109,8 +118,26 @@ class OriginalHeader:
         except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
             return _UNKNOWN
 
+    @property
+    def _predicts_its_input(self) -> bool:
+        """Whether the denoiser has as many inputs as outputs, and nothing names another task.
+
+        A base for inpainting or editing has more inputs, such as the latents of an image. This is
+        all that distinguishes most files, and diffusers takes seconds to import.
+        """
+        if self.begins_with(_OTHER_TASKS):
+            return False
+        shape = {key: self.tensors[key].shape for key in self.keys}
+        for (first, last), in_patches in _ENDS.items():
+            inputs, outputs = shape.get(self.prefix + first), shape.get(self.prefix + last)
+            if inputs and outputs:
+                return outputs[0] == (math.prod(inputs[1:]) if in_patches else inputs[1])
+        return False
+
     def other_kind(self, family: ModelFamily) -> str | None:
         """Return diffusers' kind of model, if it is not a text-to-image base of the family."""
+        if self._predicts_its_input:
+            return None
         return None if self.kind in (*family.single_file_types, _UNKNOWN) else self.kind
 
     def begins_with(self, start: str | tuple[str, ...]) -> bool:

@@ -1,5 +1,5 @@
 """``python -m gralora_diffusion.benchmark``, for launchers of several processes."""
 
-from .main import main
+from .command import main
 
 main()

@@ -1,11 +1,10 @@
-"""``gralora benchmark``: every trial once, shared by any number of processes, then the report."""
+"""A benchmark: every trial once, shared by any number of processes, then the report."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,13 +14,12 @@ from tqdm.auto import tqdm
 
 from gralora_diffusion.benchmark.evaluation.results import TrialKey, read_results, write_result
 from gralora_diffusion.io.errors import ConfigError, DataError
-from gralora_diffusion.io.process import log_to_terminal, print_safely
-from gralora_diffusion.io.staging import OutputError
+from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 
 from .ledger import FAILURE_NAME, Ledger, Trial, in_order
 from .report import write_report
-from .run_config import check_same_run, parse_settings, save_run_config
+from .run_config import check_same_run, save_run_config
 from .runner import ADAPTER, IMAGES, Runner
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
@@ -30,36 +28,6 @@ from .trial_locks import WAIT_SECONDS, TrialLock, claim, holder
 logger = logging.getLogger(__name__)
 
 REPORT_FOLDER = "report"
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    """Run the benchmark with the options of the command line.
-
-    The exit code is 2 for wrong options or data, and 1 if a trial, the disk or the device failed.
-    """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
-    log_to_terminal()
-    logging.getLogger("gralora_diffusion").setLevel(logging.INFO if first else logging.ERROR)
-    try:
-        failed = benchmark(parse_settings(argv))
-    except (ConfigError, DataError, OutputError) as error:
-        if first:
-            print_safely(f"error: {error}", error=True)
-        sys.exit(2)
-    except OSError as error:
-        print_safely(f"error: {error}. Run the same command again to resume.", error=True)
-        sys.exit(1)
-    except DeviceBroken as error:
-        print_safely(f"error: {error}.", error=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print_safely("interrupted. Run the same command again to resume.", error=True)
-        sys.exit(130)
-    if failed:
-        if first:
-            advice = "The report says why. Give --retry_failed to repeat them"
-            print_safely(f"error: failed trials: {failed}. {advice}", error=True)
-        sys.exit(1)
 
 
 def benchmark(settings: BenchmarkSettings) -> int:

@@ -14,30 +14,17 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import peft
-import torch
-from diffusers.training_utils import cast_training_params
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import get_peft_model_state_dict
-from torch import Tensor
-
-from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
-from gralora_diffusion.adapters.injection import mark_adapted
-from gralora_diffusion.adapters.placement.targets import find_targets
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.data.seeds import seed_from
-from gralora_diffusion.training.optimization.adapters import (
-    ADAPTER_NAME,
-    adapter_configs,
-    add_adapters,
-    extract,
-    trained_components,
-)
+
+if TYPE_CHECKING:
+    import peft
+    from torch import Tensor
 
 _NAME = re.compile(
     r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"
@@ -158,6 +145,20 @@ class Method:
         Raises:
             ConfigError: it does not fit the base.
         """
+        # names of methods are checked without these, which take seconds to import
+        import peft
+        import torch
+        from diffusers.training_utils import cast_training_params
+
+        from gralora_diffusion.adapters.placement.targets import find_targets
+        from gralora_diffusion.training.data.seeds import seed_from
+        from gralora_diffusion.training.optimization.adapters import (
+            ADAPTER_NAME,
+            adapter_configs,
+            add_adapters,
+            trained_components,
+        )
+
         if self.kind == "gralora":
             return add_adapters(pipe, family, config)
         components = trained_components(config, family)
@@ -180,6 +181,8 @@ class Method:
         return components
 
     def _peft_config(self, targets: str, dropout: float) -> peft.PeftConfig:
+        import peft
+
         if self.kind == "loha":
             return peft.LoHaConfig(
                 r=self.rank, alpha=self.rank, target_modules=targets, module_dropout=dropout
@@ -197,6 +200,11 @@ class Method:
 
         Nothing is written for full fine-tuning, whose file would be as large as the base.
         """
+        from peft.utils import get_peft_model_state_dict
+
+        from gralora_diffusion.adapters.adapter_file import save_adapter
+        from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, extract
+
         if self.kind == "gralora":
             save_adapter(extract(pipe, family, components), folder / WEIGHTS_NAME)
         elif self.kind != "full":
@@ -266,6 +274,10 @@ def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Ite
 
 def detach(model: Any) -> None:
     """Remove all adapters of any kind from a model; the base layers stay."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    from gralora_diffusion.adapters.injection import mark_adapted
+
     for parent in list(model.modules()):
         for attribute, module in list(parent.named_children()):
             if isinstance(module, BaseTunerLayer):

@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from gralora_diffusion.benchmark.evaluation.encoders import source_problem
+from gralora_diffusion.benchmark.evaluation.encoder_sources import source_problem
 from gralora_diffusion.benchmark.evaluation.endpoint import (
     Declared,
     Endpoint,

@@ -73,9 +73,10 @@ class Reading:
     faulty: set[str] = field(default_factory=set)
 
     def add(self, problem: str) -> None:
-        """Add a problem, and the options that it names."""
+        """Add a problem with an option that does not exist, and those that it may have meant."""
         self.problems.append(problem)
-        self.faulty |= named_in(problem)
+        meant = "Did you mean" in problem or "is called" in problem
+        self.faulty |= named_in(problem) if meant else {first_named_in(problem) or ""}
 
 
 def named_in(problem: str) -> set[str]:

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from gralora_diffusion.base_models.single_file_header import OriginalHeader
+from gralora_diffusion.families import get_family
 from gralora_diffusion.io.tensor_files import StoredTensor
 
 PREFIX = "model.diffusion_model."
@@ -66,6 +67,25 @@ def test_only_the_header_tells(name):
     file = header(told({"text_encoders.t5xxl.transformer.b": {"format": "nvfp4"}}))
     assert file.quantized == "text_encoders.t5xxl.transformer.b.weight"
     assert file.quantized_below(PREFIX) is None
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs", "kind"),
+    [
+        (4, 4, None),
+        (8, 8, None),  # a base with more channels than usual, such as the bundled one
+        (9, 4, "inpainting"),
+        (8, 4, "instruct-pix2pix"),
+    ],
+)
+def test_a_base_for_another_task_has_more_inputs_than_outputs(inputs, outputs, kind):
+    shapes = {"input_blocks.0.0.weight": (320, inputs, 3, 3), "out.2.weight": (outputs, 320, 3, 3)}
+    tensors = {
+        PREFIX + key: StoredTensor(Path("x"), PREFIX + key, "F16", shape, 0, 4)
+        for key, shape in shapes.items()
+    }
+    file = OriginalHeader(tensors)
+    assert file.other_kind(get_family("stable-diffusion")) == kind
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"layers": 3}', "[" * 100_000])

@@ -85,5 +85,5 @@ def settings(world: Path, output: Path, **options: Any) -> BenchmarkSettings:
 
 def start(world: Path, output: Path, **options: Any) -> Forked:
     """The command in a process of its own."""
-    program = "from gralora_diffusion.benchmark.main import main; main()"
+    program = "from gralora_diffusion.benchmark.command import main; main()"
     return Forked(program, *arguments(world, output, **options), ACCELERATE_USE_CPU="true")

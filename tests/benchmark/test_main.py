@@ -7,9 +7,10 @@ import time
 import pytest
 
 from gralora_diffusion.benchmark import main as command
+from gralora_diffusion.benchmark.command import main
 from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_results
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME
-from gralora_diffusion.benchmark.main import benchmark, main
+from gralora_diffusion.benchmark.main import benchmark
 from gralora_diffusion.benchmark.run_config import check_same_run, save_run_config
 from gralora_diffusion.benchmark.tasks import read_tasks
 from tests.benchmark import judges, runs

@@ -8,16 +8,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.numpy import save_file
+from transformers import utils as names_of_transformers
 
 import gralora_diffusion
 from gralora_diffusion import export, lora_import
+from gralora_diffusion.benchmark.evaluation import encoder_sources
 from gralora_diffusion.io import file_names
 from gralora_diffusion.io.lazy import lazy_names
 from tests import ROOT
 
-HEAVY = ("torch", "peft", "diffusers", "accelerate")
+HEAVY = ("torch", "peft", "diffusers", "accelerate", "transformers")
 
 
 def imported_by(program: str, *heavy: str) -> str:
@@ -57,6 +61,8 @@ except SystemExit as error:
         ("import --help", 0),
         ("import --lora x", 2),
         ("import --lora x --family flux --rank 6 --gralora_k 4 --output x", 2),
+        ("benchmark --help", 0),
+        ("benchmark --rank 4 --methods lora", 2),
         ("inspect --help", 0),
         ("inspect nowhere", 2),
     ],
@@ -70,6 +76,16 @@ def test_help_and_wrong_options_take_no_time(line: str, code: int) -> None:
 def test_a_base_is_inspected_by_its_headers_alone(path: str) -> None:
     program = f"from gralora_diffusion.cli import main\nmain(['inspect', {str(ROOT / path)!r}])"
     assert imported_by(program).splitlines()[-1] == "[]"
+
+
+def test_a_checkpoint_is_inspected_by_its_header_alone(tmp_path: Path) -> None:
+    shapes = {"input_blocks.0.0.weight": (4, 4, 1, 1), "out.2.weight": (4, 4, 1, 1)}
+    tensors = {f"model.diffusion_model.{k}": np.zeros(v, "float32") for k, v in shapes.items()}
+    save_file(tensors, tmp_path / "base.safetensors")
+    line = ["inspect", str(tmp_path / "base.safetensors")]
+    shown = imported_by(f"from gralora_diffusion.cli import main\nmain({line})").splitlines()
+    assert "original single-file checkpoint" in shown[0]
+    assert shown[-1] == "[]"
 
 
 # -- the package's names ---------------------------------------------------------------------------
@@ -110,3 +126,13 @@ def test_a_name_is_imported_once() -> None:
 def test_names_of_files_are_those_of_peft() -> None:
     assert file_names.PEFT_CONFIG_NAME == CONFIG_NAME
     assert file_names.PEFT_WEIGHTS_NAME == SAFETENSORS_WEIGHTS_NAME
+
+
+def test_names_of_files_are_those_of_transformers() -> None:
+    theirs = names_of_transformers
+    assert theirs.CONFIG_NAME == encoder_sources.CONFIG_NAME
+    assert (
+        *(theirs.SAFE_WEIGHTS_NAME, theirs.SAFE_WEIGHTS_INDEX_NAME),
+        *(theirs.WEIGHTS_NAME, theirs.WEIGHTS_INDEX_NAME),
+    ) == encoder_sources.WEIGHTS
+    assert encoder_sources.PROCESSORS == (theirs.IMAGE_PROCESSOR_NAME, theirs.PROCESSOR_NAME)

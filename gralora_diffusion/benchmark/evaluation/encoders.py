@@ -17,21 +17,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
-from transformers.utils import (
-    CONFIG_NAME,
-    IMAGE_PROCESSOR_NAME,
-    PROCESSOR_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-)
 
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import MAX_BYTES, ImageError, as_srgb, read_image
 from gralora_diffusion.io.precision import exact_fp32
 from gralora_diffusion.io.regular_files import read_regular
-from gralora_diffusion.training.checks.paths import model_problem
+
+from .encoder_sources import WANTED, source_problem
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +40,6 @@ DINO_PREPROCESSING: dict[str, Any] = {
     "do_center_crop": True,
     "crop_size": {"height": 224, "width": 224},
 }
-
-#: Advice on the source of an encoder.
-_WANTED = (
-    "Give a Hub id, or a folder that save_pretrained wrote for a model, its image processor, and "
-    "its tokenizer if it reads text"
-)
 
 
 class Encoder:
@@ -168,26 +154,6 @@ class Encoder:
             return _pooled(self.model.get_text_features(**inputs)).float().cpu()
 
 
-def source_problem(source: str | Path) -> str | None:
-    """Return why no encoder can be loaded from a folder or Hub id, or None if one may be.
-
-    Only the names of files are checked, and nothing is downloaded.
-    """
-    if problem := model_problem(str(source), CONFIG_NAME, library="transformers"):
-        return problem
-    folder = Path(source)
-    if not folder.is_dir():
-        return None
-    needed = {
-        "weights": (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME, WEIGHTS_NAME, WEIGHTS_INDEX_NAME),
-        "image processor": (IMAGE_PROCESSOR_NAME, PROCESSOR_NAME),
-    }
-    for what, names in needed.items():
-        if not any((folder / name).is_file() for name in names):
-            return f"this folder has no {what}, {' or '.join(names)}. {_WANTED}"
-    return None
-
-
 def load_encoder(
     source: str | Path,
     *,
@@ -230,12 +196,12 @@ def load_encoder(
         reads_text = hasattr(model, "get_text_features")
         tokenizer = AutoTokenizer.from_pretrained(source, **place) if reads_text else None
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ValueError(f"encoder {str(source)!r} cannot be loaded: {error}. {_WANTED}") from error
+        raise ValueError(f"encoder {str(source)!r} cannot be loaded: {error}. {WANTED}") from error
     if missing := sorted(found["missing_keys"]):
         raise ValueError(
             f"encoder {str(source)!r} is incomplete: it has no weights for "
             f"{', '.join(missing[:3])}{f' and {len(missing) - 3} more' if len(missing) > 3 else ''}"
-            f". {_WANTED}"
+            f". {WANTED}"
         )
     squeezed = config.model_type == "vit" and _squeezes_to_224(processor)
     return Encoder(

@@ -16,9 +16,8 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
@@ -26,7 +25,8 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
-from .agreement import from_first
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +101,8 @@ def owned_by_run(accelerator: Accelerator, folder: Path, label: str) -> Iterator
 
     Every process must enter it; see :func:`owned`.
     """
+    from .agreement import from_first  # accelerate takes seconds to import
+
     with ExitStack() as held:
         from_first(accelerator, lambda: held.enter_context(owned(folder, label)))
         yield
