@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gralora_diffusion.io.process import guard_terminal
+from gralora_diffusion.io.process import guard_terminal, own_process
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.version import __version__
 from gralora_diffusion.options.command_parser import must_be
@@ -15,6 +15,8 @@ from gralora_diffusion.options.command_parser import must_be
 def main(argv: Sequence[str] | None = None) -> None:
     """Run ``gralora <command> [options]``."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None:
+        own_process()
     guard_terminal()
     parser = TerminalParser(prog="gralora", description="GraLoRA for image models.")
     parser.add_argument("--version", action="version", version=f"gralora {__version__}")

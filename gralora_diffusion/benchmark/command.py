@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_out_unused
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
@@ -29,6 +30,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             print_safely(f"error: {error}", error=True)
         sys.exit(2)
+    needed = {"bitsandbytes"} if settings.training.optimizer == "adamw8bit" else set()
+    if settings.training.quantizes:
+        needed |= {*LIBRARIES}
+    leave_out_unused([settings.training.pretrained_model_name_or_path], needed)
     from .main import DeviceBroken, benchmark
 
     try:

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
@@ -140,6 +141,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     # before anything is imported or downloaded
     args = command.parse_args(argv, check=_problems)
+    leave_out_unused([args.base, args.base_config], (), args.revision, args.cache_dir)
     with quiet_libraries():
         from .parity import ParityError
 

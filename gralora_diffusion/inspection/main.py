@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
+from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.options.command_parser import CommandParser
@@ -42,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     command = parser()
     options = command.parse_args(argv)
+    leave_out_unused([])
     code, facts = 0, []
     for number, path in enumerate(options.paths):
         try:

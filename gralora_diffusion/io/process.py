@@ -37,6 +37,17 @@ _COLORS = re.compile(r"\x1b\[[0-9;]*m")
 _format_warning = warnings.formatwarning
 
 
+#: Whether this process exists for one command, so that its settings need not be undone. Only the
+#: command line's own entry points set it.
+is_a_command = False
+
+
+def own_process() -> None:
+    """Declare that this process exists for one command."""
+    global is_a_command
+    is_a_command = True
+
+
 def guard_terminal() -> None:
     """Remove control characters from warnings, log messages and tracebacks.
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from gralora_diffusion.adapters.placement.layer_config import check_numbers
+from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem
 from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
@@ -77,6 +78,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     command = parser()
     options = command.parse_args(argv, check=_problems)
     output = _file(options)
+    leave_out_unused([options.base])
     try:
         with quiet_libraries(), cleanup_on_signals():
             print_safely(_import(options, output))

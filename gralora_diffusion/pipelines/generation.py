@@ -13,6 +13,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gralora_diffusion.base_models.folder import check_weight_files
+from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
@@ -270,6 +271,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
         rows.append(("the subject", _images(args.reference, command)))
+    leave_out_unused([args.base])
     with quiet_libraries():
         generated = _generated(args, command)
     for made in generated:

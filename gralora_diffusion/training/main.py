@@ -10,8 +10,15 @@ from collections.abc import Sequence
 
 from safetensors import SafetensorError
 
+from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_out_unused
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
-from gralora_diffusion.io.process import are_several, log_to_terminal, print_safely, quiet_libraries
+from gralora_diffusion.io.process import (
+    are_several,
+    log_to_terminal,
+    own_process,
+    print_safely,
+    quiet_libraries,
+)
 from gralora_diffusion.training.checks.options import read_and_check
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
@@ -21,6 +28,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     The exit code is 2 for wrong options and 1 for a failed training.
     """
+    if argv is None:
+        own_process()
     first_process = os.environ.get("RANK", "0") == "0"
     log_to_terminal()
     # the first process reports for all
@@ -31,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         config, parsed = read_and_check(argv, together=are_several())
     except ConfigError as error:
         _exit(str(error) if first_process else "", 2)
+    _leave_out_unused(config)
     try:
         with quiet_libraries():
             _train(config, first_process)
@@ -39,6 +49,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit(str(ConfigError(problems)) if first_process else "", 2)
     except KeyboardInterrupt:
         _exit("interrupted. Resume with --resume_from_checkpoint latest.", 130)
+
+
+def _leave_out_unused(config: TrainingConfig) -> None:
+    needed = {"bitsandbytes"} if config.optimizer == "adamw8bit" else set()
+    if config.quantizes:
+        needed |= {*LIBRARIES}
+    bases = (config.pretrained_model_name_or_path, config.base_config)
+    leave_out_unused(bases, needed, config.revision, config.cache_dir)
 
 
 def _train(config: TrainingConfig, first_process: bool) -> None:

@@ -84,7 +84,7 @@ def test_a_checkpoint_is_inspected_by_its_header_alone(tmp_path: Path) -> None:
     save_file(tensors, tmp_path / "base.safetensors")
     line = ["inspect", str(tmp_path / "base.safetensors")]
     shown = imported_by(f"from gralora_diffusion.cli import main\nmain({line})").splitlines()
-    assert "original single-file checkpoint" in shown[0]
+    assert "original single-file checkpoint" in shown[1]
     assert shown[-1] == "[]"
 
 
