@@ -18,6 +18,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
+from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.families import ModelFamily
@@ -61,6 +62,11 @@ from gralora_diffusion.training.outputs.output_dir import (
     own_output_dir,
     start,
 )
+from gralora_diffusion.training.outputs.summary import (
+    summary_of_inputs,
+    summary_of_result,
+    summary_of_training,
+)
 from gralora_diffusion.training.outputs.validation import generate_validation
 from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
@@ -74,9 +80,10 @@ from gralora_diffusion.training.runtime.acceleration import (
     trackable,
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+from gralora_diffusion.training.runtime.memory import device_memory
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 
-from .preparation import complete_class_images, find_beginning
+from .preparation import Beginning, complete_class_images, find_beginning
 
 logger = logging.getLogger(__name__)
 
@@ -117,6 +124,7 @@ def train(config: TrainingConfig) -> Path:
 def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None) -> None:
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
+    from_first(accelerator, lambda: print_safely(_inputs(config, found, accelerator, sharding)))
     from_first(accelerator, lambda: make_repository(config))
     # before the base for training is loaded, because two bases may not fit into memory
     class_images = complete_class_images(config, found, accelerator)
@@ -131,6 +139,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
         sharding=sharding,
     )
     trainer.set_up()
+    from_first(accelerator, lambda: print_safely(trainer.summary()))
     if found.resume is not None:
         together(accelerator, partial(trainer.resume, *found.resume))
     else:
@@ -138,6 +147,25 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
     trainer.train()
     trainer.save()
     trainer.clean_up()
+    if trainer.metrics is not None:
+        folder = Path(config.output_dir)
+        print_safely(summary_of_result(folder, trainer.metrics.read(), trainer.seconds))
+
+
+def _inputs(
+    config: TrainingConfig, found: Beginning, accelerator: Accelerator, sharding: Sharding | None
+) -> str:
+    """Check the memory, and describe what is known before anything is loaded.
+
+    Raises:
+        ConfigError: the run needs far more memory than there is.
+    """
+    from gralora_diffusion.training.dry_run.memory_check import check_memory
+
+    family, images, classes = found.family, found.images, found.class_images
+    memory = check_memory(config, family, images, classes, accelerator, sharding)
+    device = device_name(accelerator.device)
+    return summary_of_inputs(config, family.name, images, classes, device, memory)
 
 
 def _print_plan(
@@ -145,6 +173,7 @@ def _print_plan(
 ) -> None:
     # only a dry run needs these modules, which take long to import
     from gralora_diffusion.training.dry_run.formatting import format_plan
+    from gralora_diffusion.training.dry_run.memory_check import memory_problem
     from gralora_diffusion.training.dry_run.plan import plan_run
 
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
@@ -152,6 +181,8 @@ def _print_plan(
     plan = plan_run(config, found.family, found.images, found.class_images, accelerator, sharding)
     if accelerator.is_main_process:
         print_safely(format_plan(plan))
+        if problem := memory_problem(plan, device_memory(accelerator.device)):
+            print_safely(f"\nwarning: {problem}")
 
 
 class Trainer:
@@ -274,6 +305,17 @@ class Trainer:
         if config.use_ema:
             self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
             self.ema.to(accelerator.device)
+
+    def summary(self) -> str:
+        """Describe the adapter and the steps, after ``set_up``."""
+        models = {name: getattr(self.pipe, name) for name in self.components}
+        return summary_of_training(
+            self.max_steps,
+            self.steps_per_epoch,
+            self.data.samples_per_step,
+            {name: sum(1 for _ in gralora_layers(model)) for name, model in models.items()},
+            sum(parameter.numel() for parameter in self.parameters),
+        )
 
     def resume(self, step: int, path: Path) -> None:
         """Resume from the checkpoint of ``step``.

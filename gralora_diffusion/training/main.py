@@ -19,6 +19,7 @@ from gralora_diffusion.io.process import (
     print_safely,
     quiet_libraries,
 )
+from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import read_and_check
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         problems = parsed.located(error.problems)
         _exit(str(ConfigError(problems)) if first_process else "", 2)
     except KeyboardInterrupt:
-        _exit("interrupted. Resume with --resume_from_checkpoint latest.", 130)
+        _exit(f"interrupted. {_how_to_go_on(config)}", 130)
 
 
 def _leave_out_unused(config: TrainingConfig) -> None:
@@ -57,6 +58,15 @@ def _leave_out_unused(config: TrainingConfig) -> None:
         needed |= {*LIBRARIES}
     bases = (config.pretrained_model_name_or_path, config.base_config)
     leave_out_unused(bases, needed, config.revision, config.cache_dir)
+
+
+def _how_to_go_on(config: TrainingConfig) -> str:
+    if CheckpointStore(config.output_dir).list():
+        return "Resume with --resume_from_checkpoint latest."
+    return (
+        f"No checkpoint was written yet (--checkpointing_steps is {config.checkpointing_steps}), "
+        "so the same command starts from the beginning."
+    )
 
 
 def _train(config: TrainingConfig, first_process: bool) -> None:
@@ -79,10 +89,27 @@ def _train(config: TrainingConfig, first_process: bool) -> None:
         if not _disk_is_full(error):
             raise
         _exit(
-            f"{error}. The training since the last checkpoint is lost. Free some space, and resume "
-            "with --resume_from_checkpoint latest.",
+            f"{error}. The training since the last checkpoint is lost. Free some space. "
+            f"{_how_to_go_on(config)}",
             1,
         )
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        from .dry_run.memory_check import memory_advice
+
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        _exit(f"out of memory: {first_line} {memory_advice(config)}. {_how_to_go_on(config)}", 1)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    # the CPU's allocator raises a plain RuntimeError
+    texts = ("can't allocate memory", "not enough memory", "out of memory")
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or any(
+        text in str(error).lower() for text in texts
+    )
 
 
 def _disk_is_full(error: Exception) -> bool:

@@ -104,7 +104,6 @@ def finish(
             allow_patterns=to_be_shown(folder),
             token=config.hub_token,
         )
-    logger.info("done: %s", folder)
 
 
 def to_be_shown(folder: Path) -> list[str]:

@@ -8,9 +8,12 @@ torch's own ``MemTracker`` cannot be used here, since it puts hooks on weights w
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
@@ -22,6 +25,43 @@ from gralora_diffusion.pipelines.placement import bytes_of
 
 #: The allocator of a CUDA device rounds up to multiples of it.
 _CUDA_BLOCK = 512
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """Bytes of a device that are free, and all of them; for the CPU, with swap in ``total``."""
+
+    free: int
+    total: int
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """Return the memory that this process may use on a device; the CPU's is the machine's."""
+    if device.type == "cuda":
+        return DeviceMemory(*torch.cuda.mem_get_info(device))
+    memory = psutil.virtual_memory()
+    free, total = memory.available, memory.total + psutil.swap_memory().total
+    for limit, used in _limits_of_containers():
+        free, total = min(free, limit - used), min(total, limit)
+    return DeviceMemory(max(0, free), total)
+
+
+def _limits_of_containers(root: Path = Path("/sys/fs/cgroup")) -> Iterator[tuple[int, int]]:
+    """Yield limit and use of memory of the control groups that this process is in (Linux)."""
+    try:
+        lines = Path("/proc/self/cgroup").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    own = next((line.split("::", 1)[1] for line in lines if line.startswith("0::")), "/")
+    folder = root / own.lstrip("/")
+    for group in (folder, *folder.parents):
+        if not group.is_relative_to(root):
+            return
+        try:
+            limit = int((group / "memory.max").read_text())
+            yield limit, int((group / "memory.current").read_text())
+        except (OSError, ValueError):  # no limit ("max"), or no control groups
+            continue
 
 
 class MemoryMeter(TorchDispatchMode):

@@ -1,0 +1,140 @@
+"""Whether a run fits into the memory that there is, before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from gralora_diffusion.base_models.folder import MODEL_CONFIG
+from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
+from gralora_diffusion.training.runtime.sharding import Sharding
+
+from .plan import Plan, plan_run
+
+logger = logging.getLogger(__name__)
+
+#: Parts of the free memory above which a run is warned of, and of all memory above which it stops.
+WARN, STOP = 0.9, 1.5
+#: Bytes of activations per pixel of a batch that no supported model reaches without an adapter on
+#: its VAE: FLUX.1 in fp32 without gradient checkpointing takes about this many.
+_MOST_PER_PIXEL = 64 * 1024
+#: A run whose upper bound is below this part of the free memory is not planned, to save the time.
+_SURELY = 0.5
+_GIB = 2**30
+#: Bytes of a model's config at most.
+_MOST_BYTES = 1 << 20
+
+
+def check_memory(
+    config: TrainingConfig,
+    family: ModelFamily,
+    images: Sequence[Example],
+    class_images: Sequence[Example],
+    accelerator: Accelerator,
+    sharding: Sharding | None = None,
+) -> str:
+    """Compare what a run needs at its peak with the memory that there is; return it as text.
+
+    Warns if little is left. A run that certainly fits is not planned.
+
+    Raises:
+        ConfigError: the run needs far more memory than there is.
+    """
+    there = device_memory(accelerator.device)
+    if _upper_bound(config, family) < _SURELY * there.free:
+        return f"far below the {_gib(there.free)} that are free"
+    try:
+        plan = plan_run(config, family, images, class_images, accelerator, sharding)
+    except ConfigError:
+        raise
+    except Exception as error:  # an estimate must not end a run that may well fit
+        logger.warning("the memory of this run is not known beforehand: %s", error)
+        return f"not known beforehand; {_gib(there.free)} are free"
+    if problem := memory_problem(plan, there):
+        raise ConfigError([problem])
+    peak = max(map(plan.peak, plan.phases))
+    if peak > WARN * there.free:
+        logger.warning(
+            "this run needs about %s of memory, and %s are free. %s",
+            _gib(peak),
+            _gib(there.free),
+            memory_advice(config),
+        )
+    return f"about {_gib(peak)} at the peak; {_gib(there.free)} are free"
+
+
+def memory_problem(plan: Plan, there: DeviceMemory) -> str | None:
+    """Return why a run cannot fit into the memory of its device, or None if it may fit."""
+    phase = max(plan.phases, key=plan.peak)
+    peak = plan.peak(phase)
+    if peak <= STOP * there.total:
+        return None
+    when = {"pictures": "encoding images", "prompts": "encoding prompts"}.get(phase, "a step")
+    return (
+        f"this run needs about {_gib(peak)} of memory for {when}, but {plan.device} has "
+        f"{_gib(there.total)}. {memory_advice(plan.config)}"
+    )
+
+
+def memory_advice(config: TrainingConfig) -> str:
+    """Return the options that would save memory and are not used yet, the best ones first."""
+    ways = []
+    if config.resolution:
+        ways.append(f"a lower --resolution (it is {config.resolution})")
+    if not config.gradient_checkpointing:
+        ways.append("--gradient_checkpointing")
+    if config.train_batch_size > 1:
+        ways.append(
+            f"--train_batch_size 1 --gradient_accumulation_steps "
+            f"{config.train_batch_size * config.gradient_accumulation_steps}"
+        )
+    if config.mixed_precision in (None, "no"):
+        ways.append("--mixed_precision bf16")
+    if not config.quantizes:
+        ways.append("--quantization")
+    if config.train_text_encoder:
+        ways.append("no --train_text_encoder")
+    if not config.cache_latents:
+        ways.append("--cache_latents true")
+    if not ways:
+        return "See --dry_run for what takes it"
+    return f"To need less, give {', '.join(ways[:-1])}{' or ' * (len(ways) > 1)}{ways[-1]}. " + (
+        "--dry_run shows what takes it"
+    )
+
+
+def _upper_bound(config: TrainingConfig, family: ModelFamily) -> float:
+    """Return bytes that the run certainly does not exceed; infinite if they are not known."""
+    base = Path(config.pretrained_model_name_or_path).expanduser()
+    side = config.resolution or _native_side(base, family.denoiser)
+    if not base.is_dir() or side is None or config.use_aspect_ratio_buckets:
+        return math.inf
+    weights = sum(file.stat().st_size for file in base.rglob("*.safetensors"))
+    rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
+    pixels = side * side * max(rows, 4)  # four crops are encoded at once
+    return 2 * weights + pixels * _MOST_PER_PIXEL  # weights of 16 bits may be loaded as 32
+
+
+def _native_side(base: Path, denoiser: str) -> int | None:
+    """Return the resolution that a base was made for, as ``ModelFamily.native_resolution`` does."""
+    try:
+        size = read_object(base / denoiser / MODEL_CONFIG, _MOST_BYTES)["sample_size"]
+        blocks = read_object(base / "vae" / MODEL_CONFIG, _MOST_BYTES)["block_out_channels"]
+    except (OSError, ValueError, KeyError):
+        return None
+    if not isinstance(size, int) or not isinstance(blocks, list):
+        return None
+    return int(size * 2 ** (len(blocks) - 1))
+
+
+def _gib(count: float) -> str:
+    return f"{count / _GIB:,.1f} GiB" if count >= _GIB / 10 else f"{count / 2**20:,.0f} MiB"

@@ -1,0 +1,99 @@
+"""What a training says at its start and at its end."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.image_folder import Example
+
+from .curve import CURVE_NAME
+from .metrics import METRICS_NAME
+from .model_card import CARD_NAME
+
+_WIDTH = 9
+
+
+def summary_of_inputs(
+    config: TrainingConfig,
+    family: str,
+    images: Sequence[Example],
+    class_images: Sequence[Example],
+    device: str,
+    memory: str,
+) -> str:
+    """Return what is known before a model is loaded: base, images, memory, output."""
+    captions = {image.caption for image in images}
+    texts = f"{len(captions)} captions" if len(captions) > 1 else f"all with {captions.pop()!r}"
+    rows = [
+        ("base", f"{config.pretrained_model_name_or_path} ({family}), on {device}"),
+        ("images", f"{len(images)}, {texts}"),
+        *([("class", f"{len(class_images)} images")] if class_images else []),
+        ("memory", memory),
+        ("output", str(Path(config.output_dir))),
+    ]
+    return _table(rows)
+
+
+def summary_of_training(
+    steps: int, per_epoch: int, samples: int, layers: Mapping[str, int], parameters: int
+) -> str:
+    """Return what is known once the adapter is attached.
+
+    Args:
+        steps: number of optimizer steps.
+        per_epoch: steps of an epoch.
+        samples: per step.
+        layers: component -> number of adapted layers.
+    """
+    epochs = steps / per_epoch
+    epochs_text = f"{epochs:,.0f}" if epochs == int(epochs) else f"{epochs:,.1f}"
+    where = ", ".join(f"{count} layers of the {name}" for name, count in layers.items())
+    return _table(
+        [
+            ("adapter", f"{where}, {parameters:,} parameters"),
+            ("steps", f"{steps:,} of {samples} samples, {epochs_text} epochs"),
+        ]
+    )
+
+
+def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
+    """Return what a training came to: time, loss and files.
+
+    Args:
+        rows: the metrics of each step.
+        seconds: of the steps, with validation.
+    """
+    told = [("time", _duration(seconds))]
+    if rows:
+        losses = [row["loss"] for row in rows]
+        width = max(1, len(losses) // 20)
+        means = [
+            sum(losses[end - width : end]) / width for end in range(width, len(losses) + 1, width)
+        ]
+        best = min(range(len(means)), key=means.__getitem__)
+        first = rows[best * width]["step"]
+        last = rows[best * width + width - 1]["step"]
+        steps = f"steps {first} to {last}" if last > first else f"step {last}"
+        told.append(("loss", f"{means[-1]:.4f} at the end; lowest {means[best]:.4f} in {steps}"))
+    names = (WEIGHTS_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, "validation")
+    files = [name for name in names if (folder / name).exists()]
+    told.append(("files", f"{folder}{os.sep}"))
+    told += [("", f"  {name}{os.sep if (folder / name).is_dir() else ''}") for name in files]
+    return _table(told)
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def _table(rows: Sequence[tuple[str, str]]) -> str:
+    return "\n".join(f"{name:<{_WIDTH}}{text}".rstrip() for name, text in rows)

@@ -1,0 +1,84 @@
+"""The memory of a run against the memory that there is, before anything is loaded."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from gralora_diffusion.base_models.loading import find_base_family
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.data_module import find_images
+from gralora_diffusion.training.dry_run import memory_check
+from gralora_diffusion.training.dry_run.memory_check import check_memory, memory_advice
+from gralora_diffusion.training.runtime import memory
+from gralora_diffusion.training.runtime.memory import DeviceMemory
+from tests import ROOT
+
+CONFIG = TrainingConfig(
+    pretrained_model_name_or_path=str(ROOT / "samples/tiny-base"),
+    instance_data_dir=str(ROOT / "samples/subjects/owl/train"),
+    instance_prompt="an owl",
+    train_batch_size=2,
+)
+
+
+def checked(free: int, total: int, monkeypatch: pytest.MonkeyPatch, **options) -> str:
+    config = replace(CONFIG, **options)
+    there = DeviceMemory(free, total)
+    monkeypatch.setattr(memory_check, "device_memory", lambda device: there)
+    images = find_images(config)
+    return check_memory(config, find_base_family(config), images, [], Accelerator(cpu=True))
+
+
+def test_a_small_run_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory_check, "plan_run", None)
+    assert checked(8 << 30, 8 << 30, monkeypatch) == "far below the 8.0 GiB that are free"
+
+
+def test_little_memory_is_warned_of_and_far_too_little_is_an_error(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with caplog.at_level(logging.WARNING):
+        assert "at the peak; 30 MiB are free" in checked(30 << 20, 8 << 30, monkeypatch)
+    (warning,) = caplog.messages
+    assert "of memory, and 30 MiB are free. To need less, give --gradient_checkpointing" in warning
+    with pytest.raises(ConfigError) as caught:
+        checked(20 << 20, 20 << 20, monkeypatch, resolution=128)
+    (problem,) = caught.value.problems
+    assert problem.startswith("this run needs about ")
+    assert "of memory for a step, but cpu has 20 MiB. To need less, give a lower" in problem
+
+
+def test_a_plan_that_fails_does_not_end_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise NotImplementedError("an operator")
+
+    monkeypatch.setattr(memory_check, "plan_run", fail)
+    assert checked(1, 1, monkeypatch).startswith("not known beforehand")
+    assert "not known beforehand: an operator" in caplog.text
+
+
+def test_advice_names_what_is_not_used_yet() -> None:
+    assert memory_advice(replace(CONFIG, resolution=64, train_text_encoder=True)) == (
+        "To need less, give a lower --resolution (it is 64), --gradient_checkpointing, "
+        "--train_batch_size 1 --gradient_accumulation_steps 2, --mixed_precision bf16, "
+        "--quantization or no --train_text_encoder. --dry_run shows what takes it"
+    )
+    used = {"gradient_checkpointing": True, "mixed_precision": "bf16", "train_batch_size": 1}
+    used["quantization"] = "torchao-int8"
+    assert memory_advice(replace(CONFIG, **used)) == "See --dry_run for what takes it"
+
+
+def test_the_limit_of_a_container_counts(tmp_path: Path) -> None:
+    (tmp_path / "memory.max").write_text("1000\n")
+    (tmp_path / "memory.current").write_text("300\n")
+    assert (1000, 300) in list(memory._limits_of_containers(tmp_path))
+    (tmp_path / "memory.max").write_text("max\n")
+    assert list(memory._limits_of_containers(tmp_path)) == []
