@@ -22,6 +22,7 @@ from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.io.process import print_safely, quiet_libraries
+from gralora_diffusion.io.safe_text import error_line
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.command_parser import CommandParser
@@ -30,6 +31,7 @@ from gralora_diffusion.options.command_parser import CommandParser
 _OTHER_NAMES = {
     **dict.fromkeys(("model", "base_model", "checkpoint"), "is called --base here"),
     "pretrained_model_name_or_path": "is called --base here",
+    **dict.fromkeys(("lora_weights", "lora_path"), "is called --lora here"),
     **dict.fromkeys(("weights", "gralora", "adapter_path"), "is called --adapter here"),
     **dict.fromkeys(("prompts", "text"), "is called --prompt here"),
     **dict.fromkeys(("neg", "negative"), "is called --negative_prompt here"),
@@ -58,6 +60,7 @@ def generate(
     max_sequence_length: int | None = None,
     clip_skip: int | None = None,
     batch_size: int = 1,
+    progress: bool = False,
 ) -> list[list[Image.Image]]:
     """Generate images, a list per prompt. Image i of each prompt starts from noise of ``seed + i``.
 
@@ -71,8 +74,10 @@ def generate(
         max_sequence_length: maximum number of tokens of a prompt, for pipelines that take it.
         clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
         batch_size: images to generate at once, for one prompt or several.
+        progress: show bars for the images and for the steps of each.
     """
     import torch
+    from tqdm.auto import tqdm
 
     options: dict[str, Any] = {"num_inference_steps": inference_steps}
     if guidance_scale is not None:
@@ -86,7 +91,10 @@ def generate(
         options["height"], options["width"] = (size, size) if isinstance(size, int) else size
     wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
     images: list[Image.Image] = []
-    with generation_mode(pipe):
+    bar = tqdm(total=len(wanted), desc="generating", unit="image", disable=not progress)
+    with generation_mode(pipe), bar:
+        if progress:
+            pipe.set_progress_bar_config(desc="steps", position=1, leave=False)
         for start in range(0, len(wanted), batch_size):
             batch, seeds = zip(*wanted[start : start + batch_size], strict=True)
             generators = [torch.Generator().manual_seed(s) for s in seeds]
@@ -94,6 +102,7 @@ def generate(
                 options["negative_prompt"] = [negative_prompt] * len(batch)
             # by name, because some pipelines take an image before the prompt
             images += pipe(prompt=list(batch), generator=generators, **options).images
+            bar.update(len(batch))
     starts = range(0, len(images), images_per_prompt)
     return [images[start : start + images_per_prompt] for start in starts]
 
@@ -227,8 +236,20 @@ def parser() -> CommandParser:
         description="Generate a grid of images with a base, and with an adapter.",
         other_names=_OTHER_NAMES,
     )
-    command.add_argument("--base", required=True, help="diffusers folder or Hub id of the base")
+    command.add_argument(
+        "--base",
+        required=True,
+        help="the base: a diffusers folder, a Hub id or a .safetensors file",
+    )
+    command.add_argument(
+        "--base_config",
+        help="for a base in one file: folder or Hub id of a pipeline of the same kind, which "
+        "provides the configuration and what the file does not contain",
+    )
     command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
+    command.add_argument(
+        "--lora", help="LoRA file, folder or Hub id that diffusers reads, such as an export"
+    )
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     command.add_argument("--negative_prompt", help="what to steer away from")
     command.add_argument("--output", required=True, type=Path, help="image file for the grid")
@@ -329,20 +350,55 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         described = parameters_of(
             pipe, args.prompt, base=args.base, adapter=adapter, scale=args.scale, **options
         )
-        return _Generated(label, generate(pipe, args.prompt, **options), described)
+        images = generate(pipe, args.prompt, progress=True, **options)
+        return _Generated(label, images, described)
 
-    if not args.adapter:
+    labels = _labels(args)
+    if args.lora:
+        _load_lora(pipe, args.lora, command)  # also if it is shown last, so that errors come first
+        if args.adapter:
+            pipe.unload_lora_weights()
+    if args.adapter:
+        try:
+            print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
+        except (OSError, ValueError) as error:
+            command.error(f"--adapter {args.adapter}: {error}")
+    if not (args.adapter or args.lora):
         return [made("", None)]
-    try:
-        print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
-    except (OSError, ValueError) as error:
-        command.error(f"--adapter {args.adapter}: {error}")
-    first = []
+    found = []
     if args.compare:
         pipe.set_adapters("sampled", 0.0)
-        first.append(made("before", None))
+        found.append(made(labels.pop(0), None))
     pipe.set_adapters("sampled", args.scale)
-    return [*first, made("after" if args.compare else "", args.adapter)]
+    found.append(made(labels.pop(0), args.adapter or args.lora))
+    if labels:
+        pipe.unload_gralora_weights()
+        _load_lora(pipe, args.lora, command)
+        pipe.set_adapters("sampled", args.scale)
+        found.append(made(labels.pop(0), args.lora))
+    return found
+
+
+def _labels(args: argparse.Namespace) -> list[str]:
+    """Return the labels of the generated rows: the base, the adapter, the LoRA."""
+    if args.adapter and args.lora:
+        return [*(["before"] if args.compare else []), "GraLoRA", "LoRA"]
+    return ["before", "after"] if args.compare else [""]
+
+
+def _load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
+    path = Path(source).expanduser()
+    # diffusers takes a folder and the name of a file in it
+    where: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}
+    folder = path.parent if path.is_file() else source
+    try:
+        pipe.load_lora_weights(folder, adapter_name="sampled", **where)
+    except Exception as error:  # diffusers and PEFT may raise anything on files of others
+        problem = offline_problem(error, source) or error_line(error)
+        parser.error(
+            f"--lora {source}: diffusers cannot load it on this base ({problem}). It reads what "
+            "`gralora export --style diffusers` writes. A GraLoRA file is an --adapter"
+        )
 
 
 def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
@@ -356,6 +412,8 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
+        if Path(args.base).is_file():
+            return _from_single_file(args, device, parser)
         if Path(args.base).is_dir():
             check_weight_files(Path(args.base))
         index = PipelineIndex("base", args.base)
@@ -368,12 +426,33 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
         place(pipe, torch.device(device))
         return pipe
     except ConfigError as error:
-        parser.error(error.problems[0])
+        parser.error(error.problems[0].replace("--pretrained_model_name_or_path", "--base"))
     except Exception as error:  # libraries may raise anything on damaged files
         problem = (
             offline_problem(error, args.base) or f"no diffusers pipeline could be loaded ({error})"
         )
         parser.error(f"--base {args.base}: {problem}")
+
+
+def _from_single_file(
+    args: argparse.Namespace, device: str, parser: argparse.ArgumentParser
+) -> Any:
+    """Load a base from an original single file as the trainer does."""
+    import torch
+
+    from gralora_diffusion.base_models.loading import find_base_family, load_base
+    from gralora_diffusion.base_models.options import BaseModelOptions
+    from gralora_diffusion.pipelines.placement import place
+
+    options = BaseModelOptions(
+        pretrained_model_name_or_path=args.base, base_config=args.base_config
+    )
+    family = find_base_family(options)
+    _check_taken(args, family.pipeline_classes[0], parser)
+    dtype = torch_dtype(args.dtype or usual_dtype(family, device))
+    pipe = load_base(options, family, dtype, dtype)
+    place(pipe, torch.device(device))
+    return pipe
 
 
 def _check_taken(
@@ -407,20 +486,26 @@ def usual_dtype(family: ModelFamily | None, device: str) -> str:
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield the invalid options, before a model is loaded."""
-    for name in ("base", "adapter"):
+    for name in ("base", "base_config", "adapter", "lora"):
         if (source := getattr(args, name)) and (problem := missing_problem(source)):
             yield f"--{name} {source}: {problem}"
     if args.reference and not args.reference.exists():
         yield f"--reference {args.reference} cannot be read as a folder: No such file or directory"
-    if args.compare and not args.adapter:
-        yield "--compare needs an adapter to compare with. Pass --adapter"
+    if args.compare and not (args.adapter or args.lora):
+        yield "--compare needs an adapter to compare with. Pass --adapter or --lora"
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
         yield f"--output is '{args.output}'; it must be an image file, such as grid.png"
     adapter = Path(args.adapter or "").expanduser()
     # a grid may lie beside the adapter: only these files of an adapter's folder are read
     weights = adapter.rglob("*.safetensors") if args.adapter and adapter.is_dir() else [adapter]
-    read = [args.base, args.reference, *(file for file in weights if file.is_file())]
+    read = [
+        args.base,
+        args.base_config,
+        args.lora,
+        args.reference,
+        *(file for file in weights if file.is_file()),
+    ]
     if source := find_overlap(args.output, read):
         yield f"--output {args.output} overlaps {source}, which is read. Choose another --output"
     if args.image_dir:
@@ -439,7 +524,7 @@ def _problems_of_image_dir(args: argparse.Namespace, read: list[Any]) -> Iterato
     if args.image_dir.exists() and not args.image_dir.is_dir():
         yield f"--image_dir {args.image_dir} is a file. Give a folder"
         return
-    for label in ("before", "after") if args.compare else ("",):
+    for label in _labels(args):
         for row in range(len(args.prompt)):
             for column in range(args.images_per_prompt):
                 file = args.image_dir / _image_name(label, row, column)
