@@ -244,9 +244,9 @@ def measure(name: str, way: str, args: argparse.Namespace, device: torch.device)
     denoiser = make_denoiser(base, CPU if quantized or way == "streamed" else device, args.quick)
     if quantized:
         denoiser = QUANTIZERS[way](denoiser, device)
-    step = Step(base, denoiser, args.rank, args.quick)
-    if way == "streamed":
+    if way == "streamed":  # before the adapter is there, which stays on the device
         _stream(denoiser, device)
+    step = Step(base, denoiser, args.rank, args.quick)
     if way == "checkpointing":
         checkpoint_gradients(denoiser)
     for parameter in step.trained:
