@@ -98,8 +98,8 @@ def _train(config: TrainingConfig, first_process: bool) -> None:
             raise
         from .dry_run.memory_check import memory_advice
 
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
-        _exit(f"out of memory: {first_line} {memory_advice(config)}. {_how_to_go_on(config)}", 1)
+        first_line = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
+        _exit(f"out of memory: {first_line}. {memory_advice(config)}. {_how_to_go_on(config)}", 1)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -215,7 +215,28 @@ def test_full_disk_outside_of_checkpoints(
     options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
     assert "No space left on device" in got
-    assert "--resume_from_checkpoint latest" in got
+    assert "No checkpoint was written yet (--checkpointing_steps is 1000)" in got
+    assert "--resume_from_checkpoint" not in got  # which would start from the beginning
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("can't allocate memory: 9 bytes")])
+def test_out_of_memory_ends_in_one_message(
+    base: Path,
+    images: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+) -> None:
+    def full(*arguments: Any) -> None:
+        raise error
+
+    monkeypatch.setattr(loop.Trainer, "_optimizer_step", full)
+    options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    got = error_of(capsys, 1, output_dir=tmp_path / "out", **options)
+    (line,) = [text for text in got.splitlines() if text.startswith("error: ")]
+    assert line.startswith("error: out of memory: ")
+    assert ". To need less, give a lower --resolution (it is 16), --gradient_checkpointing" in line
 
 
 @pytest.mark.parametrize("buckets", [False, True])
