@@ -238,7 +238,8 @@ def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
     prompt, size = [chosen.instance_prompt], (1, 3, *plan.image_size)
     with torch.no_grad():
         made = most_made(lambda: trainer.data.encode_images(torch.zeros(size)))
-        assert activations["pictures"] == pytest.approx(made, rel=WITHIN)
+        # beside a workspace of the convolutions, 512 KiB here, that fake tensors do not have
+        assert 0.9 * activations["pictures"] <= made <= activations["pictures"] + 2**19 + 2**14
         made = most_made(lambda: trainer.family.encode_prompts(pipe, prompt))
     assert activations["prompts"] == pytest.approx(made, rel=WITHIN)
 
