@@ -88,6 +88,12 @@ def test_a_checkpoint_is_inspected_by_its_header_alone(tmp_path: Path) -> None:
     assert shown[-1] == "[]"
 
 
+def test_an_adapter_is_inspected_without_peft_and_diffusers() -> None:
+    adapter = ROOT / "tests/data/version_0.1/run/pytorch_gralora_weights.safetensors"
+    program = f"from gralora_diffusion.cli import main\nmain(['inspect', {str(adapter)!r}])"
+    assert imported_by(program).splitlines()[-1] == "['torch']"
+
+
 # -- the package's names ---------------------------------------------------------------------------
 
 
