@@ -65,7 +65,7 @@ def _refuse_gralora(module: ModuleType) -> None:
     for value in list(vars(module).values()):
         load = vars(value).get("load_lora_weights") if isinstance(value, type) else None
         if load is not None and not hasattr(load, _REFUSES):
-            value.load_lora_weights = _refusing(load)  # type: ignore[attr-defined]
+            value.load_lora_weights = _refusing(load)
 
 
 def _refusing(load: Callable[..., Any]) -> Callable[..., Any]:

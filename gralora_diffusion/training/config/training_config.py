@@ -14,7 +14,7 @@ import yaml
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name
-from gralora_diffusion.options.fields import Place, Unrecorded, group_table, options_with
+from gralora_diffusion.options.fields import Needs, Place, Unrecorded, group_table, options_with
 from gralora_diffusion.options.parsing import ParsedOptions, read_options
 
 from .layer_patterns import layer_patterns
@@ -111,11 +111,12 @@ class TrainingConfig(
         names = [f.name for group in OPTION_GROUPS for f in fields(group)]
         return {name: getattr(self, name) for name in names if name not in unrecorded}
 
-    def to_yaml(self, *, public: bool = False) -> str:
+    def to_yaml(self, *, public: bool = False, effective: bool = False) -> str:
         """Return the options that differ from the defaults as YAML that ``--config`` reads.
 
         Args:
             public: give only the names of local files and folders, without their paths.
+            effective: leave out options without effect, because the switch that they need is off.
         """
         default = TrainingConfig().as_record()
 
@@ -126,10 +127,12 @@ class TrainingConfig(
                 return value
             return public_name(value) if places[name].hub_id else Path(value).resolve().name
 
+        needs = options_with(type(self), Needs)
+        idle = {n for n, need in needs.items() if effective and not getattr(self, need.switch)}
         changed = {
             name: shown(name, value)
             for name, value in self.as_record().items()
-            if value != default[name]
+            if value != default[name] and name not in idle
         }
         return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
 

@@ -70,7 +70,7 @@ def write_card(
         prompts=prompts,
         usage=_usage(config),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
-        options=config.to_yaml(public=True),
+        options=config.to_yaml(public=True, effective=True),
     )
     path = folder / CARD_NAME
     path.write_text(text, encoding="utf-8", newline="\n")

@@ -80,7 +80,7 @@ def start(folder: Path, config: TrainingConfig) -> None:
     """Save the options, so that ``--config`` can repeat the run."""
     folder.mkdir(parents=True, exist_ok=True)
     anew = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
-    (folder / CONFIG_NAME).write_text(anew.to_yaml(), encoding="utf-8")
+    (folder / CONFIG_NAME).write_text(anew.to_yaml(effective=True), encoding="utf-8")
 
 
 def finish(

@@ -957,3 +957,14 @@ def test_files_that_are_no_images_or_captions(good: list[str]) -> None:
         assert any("--instance_prompt is missing" in problem for problem in problems_of(without))
         (folder / name).touch()
         assert not any("--instance_prompt" in problem for problem in problems_of(without))
+
+
+def test_options_without_effect_are_not_written() -> None:
+    changed = {"text_encoder_lr": 1e-5, "ema_decay": 0.9, "learning_rate": 1e-3}
+    used = {"train_text_encoder": True, "use_ema": True}
+
+    def written(**options: object) -> object:
+        return yaml.safe_load(TrainingConfig(**options).to_yaml(effective=True))
+
+    assert written(**changed) == {"learning_rate": 1e-3}
+    assert written(**changed, **used) == changed | used
