@@ -1,7 +1,8 @@
 """Find the colors that the numbers of an image stand for, and convert them to sRGB.
 
 A file states them by an ICC profile, by code points (CICP, ITU-T H.273: the ``cICP`` chunk of PNG,
-the ``nclx`` box of AVIF), or by the ``gAMA`` and ``cHRM`` chunks of PNG. Otherwise it is sRGB.
+the ``nclx`` box of AVIF and HEIF), or by the ``gAMA`` and ``cHRM`` chunks of PNG. Otherwise it is
+sRGB.
 """
 
 from __future__ import annotations
@@ -121,7 +122,7 @@ def find_profile(
     codes = None
     if file_format == "PNG":
         codes = next((body[:2] for name, body in _chunks(data) if name == b"cICP"), None)
-    elif file_format == "AVIF" and not info.get("icc_profile"):
+    elif file_format in ("AVIF", "HEIF") and not info.get("icc_profile"):
         box = next(_boxes(data, (b"meta", b"iprp", b"ipco", b"colr"), b"nclx"), b"")
         codes = box[1:4:2]  # the lower bytes of two-byte numbers
     if codes and len(codes) == 2:

@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -23,12 +24,12 @@ from .safe_text import error_line
 
 #: Increased when the same file gives other pixels than before, because caches depend on them.
 DECODER_VERSION = 2
-#: Pillow's formats that are read, if this Pillow supports them. Left out are formats that are not
-#: images (HDF5, GRIB, BUFR, MPEG, PDF), that would run programs (EPS, WMF), that contain files of
-#: any format (IPTC), or whose numbers have no range (FITS, SPIDER). Formats with a strong signature
-#: come first.
+#: Pillow's formats that are read, if this Pillow supports them; HEIF needs ``pillow-heif``. Left
+#: out are formats that are not images (HDF5, GRIB, BUFR, MPEG, PDF), that would run programs (EPS,
+#: WMF), that contain files of any format (IPTC), or whose numbers have no range (FITS, SPIDER).
+#: Formats with a strong signature come first.
 _FORMATS = (
-    *("JPEG", "PNG", "WEBP", "AVIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM", "QOI", "PSD"),
+    *("JPEG", "PNG", "WEBP", "AVIF", "HEIF", "TIFF", "GIF", "BMP", "JPEG2000", "PPM", "QOI", "PSD"),
     *("ICNS", "DDS", "BLP", "FTEX", "SGI", "PCX", "DCX", "SUN", "MSP", "GBR", "PIXAR", "XPM"),
     *("XBM", "IM", "PCD", "DIB", "ICO", "CUR", "FLI", "TGA"),
 )
@@ -79,6 +80,8 @@ class FolderImages(NamedTuple):
 def formats() -> tuple[str, ...]:
     """Pillow's names of the formats that are read here."""
     Image.init()
+    with suppress(ImportError):
+        import_module("pillow_heif").register_heif_opener(thumbnails=False)
     return tuple(name for name in _FORMATS if name in Image.OPEN)
 
 

@@ -58,9 +58,13 @@ def assert_near(got, expected, most=1.5):
 # -- ICC -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP", "AVIF", "JPEG2000"])
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF", "WEBP", "AVIF", "HEIF", "JPEG2000"])
 def test_display_p3_in_every_format_that_holds_profiles(file_format):
-    options = {"WEBP": {"lossless": True}, "AVIF": {"quality": 100, "subsampling": "4:4:4"}}
+    options = {
+        "WEBP": {"lossless": True},
+        "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+        "HEIF": {"quality": -1, "chroma": 444},
+    }
     if file_format not in formats():
         pytest.skip("this Pillow lacks it")
     image = Image.fromarray(COLOURS)
@@ -70,7 +74,7 @@ def test_display_p3_in_every_format_that_holds_profiles(file_format):
         data = encoded(image, file_format, icc_profile=display_p3(), **options.get(file_format, {}))
     got, warnings = read(data)
     assert not warnings
-    assert_near(got, shown(COLOURS, "display-p3"), 8 if file_format == "AVIF" else 1.5)
+    assert_near(got, shown(COLOURS, "display-p3"), 8 if file_format in ("AVIF", "HEIF") else 1.5)
 
 
 def jp2_with_profile(data, profile):

@@ -171,18 +171,19 @@ def every_mode():
 
 
 #: Formats that hold what they are given but for a few levels, or not with all its colours.
-NEAR = {"JPEG": 5, "MPO": 5, "AVIF": 4}
+NEAR = {"JPEG": 5, "MPO": 5, "AVIF": 4, "HEIF": 4}
 OPTIONS = {
     "JPEG": {"quality": 100, "subsampling": 0},
     "MPO": {"quality": 100, "subsampling": 0},
     "AVIF": {"quality": 100, "subsampling": "4:4:4"},
+    "HEIF": {"quality": -1, "chroma": 444},
     "WEBP": {"lossless": True, "exact": True},
 }
 #: What Pillow itself writes in another form than it was: colours beyond a palette, alpha dropped,
 #: 16 bits clipped to 8 (GIF, WebP, AVIF), bytes the wrong way round, one size of its own.
 CHANGED = {
     *(("GIF", mode) for mode in ("LA", "RGB", "RGBA", "I", "I;16", "I;16B")),
-    *((f, mode) for f in ("WEBP", "AVIF") for mode in ("I", "I;16", "I;16B")),
+    *((f, mode) for f in ("WEBP", "AVIF", "HEIF") for mode in ("I", "I;16", "I;16B")),
     ("BMP", "RGBA"), ("DIB", "RGBA"), ("PPM", "RGBA"), ("JPEG2000", "I;16B"),
 }  # fmt: skip
 #: Formats that are not read, and one that only takes sizes of its own.
@@ -246,6 +247,18 @@ def test_strips_of_large_images_make_one_image(monkeypatch, rows):
     monkeypatch.setattr(image_files, "_STRIP_PIXELS", rows * 6)
     for data, expected in zip(files, whole, strict=True):
         np.testing.assert_array_equal(pixels(data), expected)
+
+
+@pytest.mark.skipif("HEIF" not in image_files.formats(), reason="pillow-heif is not installed")
+def test_heic_is_upright_and_of_its_name():
+    image = Image.fromarray(RNG.integers(0, 256, (16, 8, 3), dtype=np.uint8))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    data = encoded(image, "HEIF", quality=-1, chroma=444, exif=exif.tobytes())
+    assert {".heic", ".heif"} <= image_files.image_extensions()
+    got = pixels(data)
+    turned = np.asarray(image.transpose(Image.Transpose.ROTATE_270))
+    assert np.abs(got - turned.astype(int)).max() <= 4
 
 
 def test_icns_takes_the_largest_of_its_sizes():

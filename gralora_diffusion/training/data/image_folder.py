@@ -51,7 +51,7 @@ UNREAD_IMAGES = frozenset(
 #: Files that other trainers keep beside an image.
 _CACHES = (".npz", ".npy", ".pt", ".safetensors")
 _CAPTIONS = "captions without an image or in an unsupported format, or other files, ignored"
-_IMAGES = "images in an unsupported format, ignored"
+_IMAGES = "images in an unsupported format, ignored; HEIC needs the package pillow-heif"
 _OTHERS = "other files, ignored"
 #: A warning names images of which a crop shows less than this fraction.
 _SMALL_PART = 1 / 4

@@ -354,11 +354,12 @@ def test_dates_are_no_repeats(folder):
 
 def test_files_that_are_no_images_are_named(folder, caplog):
     fill(folder, "1.png")
-    names = ["a.h5", "b.pdf", "c.eps", "d.mpg", "e.HEIC", "f.svg", "g.hdf"]
+    names = ["a.h5", "b.pdf", "c.eps", "d.mpg", "e.JXL", "f.svg", "g.hdf"]
     for name in names:
         write(folder, name, "x")
     assert list(found(folder)) == ["1.png"]
-    assert said(caplog) == {"images in an unsupported format, ignored": ", ".join(names)}
+    kind = "images in an unsupported format, ignored; HEIC needs the package pillow-heif"
+    assert said(caplog) == {kind: ", ".join(names)}
 
 
 def test_what_is_not_a_file_does_not_hang(folder):
