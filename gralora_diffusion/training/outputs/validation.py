@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory, offload_models
-from diffusers.utils import make_image_grid
 from PIL import Image
 from torch import Tensor, nn
 
@@ -21,6 +20,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.generation import (
     generate,
+    labelled_grid,
     parameters_of,
     takes_negative_prompt,
 )
@@ -29,6 +29,8 @@ from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
 FOLDER_NAME = "validation"
+#: Width of an image in the grid, in pixels, at most.
+_CELL = 512
 _GRID_NAME, _PROMPTS_NAME = "grid.png", "prompts.txt"
 #: Files that a validation writes, as paths in the output folder.
 FILES = re.compile(
@@ -130,9 +132,10 @@ def save_and_track(
         for column, image in enumerate(images):
             save_png(image, target / image_name(row, column), parameters[row][column])
     (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    everything = [image for images in rows for image in images]
-    grid = target / _GRID_NAME
-    make_image_grid(everything, rows=len(rows), cols=len(rows[0])).save(grid)
+    grid, widest = target / _GRID_NAME, max(image.width for images in rows for image in images)
+    seeds = [f"seed {described.seed}" for described in parameters[0]]
+    cell = min(max(widest, 128), _CELL)
+    labelled_grid(list(zip(prompts, rows, strict=True)), seeds, cell).save(grid)
     for tracker in accelerator.trackers:
         for prompt, images in zip(prompts, rows, strict=True):
             stack = np.stack([np.asarray(image.convert("RGB")) for image in images])

@@ -109,3 +109,12 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         assert said["negative_prompt"] == ("snow" if takes else "")
         assert (said["seed"], said["steps"], said["scale"]) == (chosen.seed, 2, 1.0)
         assert said["adapter"] == tmp_path.name
+    shown = Image.open(grid)  # a labelled row for each prompt
+    assert shown.size == (112 + 128 + 8, 8 + 2 * (192 + 8) + 44)
+    for row in range(2):
+        top = 8 + row * 200
+        cell = shown.crop((112, top, 240, top + 192))
+        image = Image.open(grid.parent / f"{row:02d}-00.png")
+        assert cell.tobytes() == image.resize((128, 192), Image.Resampling.NEAREST).tobytes()
+        label = shown.crop((0, top, 112, top + 192))
+        assert label.getextrema() == ((0, 255),) * 3  # black text on white
