@@ -14,6 +14,7 @@ import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensor
 
 from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.base_models.loading import load_base
@@ -334,7 +335,8 @@ def test_an_epoch_trains_on_every_image_in_its_own_shape(
 
     def watched(self: BatchBuilder, instance: Any, classes: Any = None) -> Any:
         groups = original(self, instance, classes)
-        seen.append((instance, classes, groups))
+        if not isinstance(instance["original_sizes"], FakeTensor):  # of the plan
+            seen.append((instance, classes, groups))
         return groups
 
     monkeypatch.setattr(BatchBuilder, "build", watched)

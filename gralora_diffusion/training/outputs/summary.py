@@ -68,7 +68,8 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         rows: the metrics of each step.
         seconds: of the steps, with validation.
     """
-    told = [("time", _duration(seconds))]
+    found = [("time", _duration(seconds))]
+    rows = [row for row in rows if row["loss"] is not None]  # of steps that overflowed
     if rows:
         losses = [row["loss"] for row in rows]
         width = max(1, len(losses) // 20)
@@ -79,12 +80,12 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         first = rows[best * width]["step"]
         last = rows[best * width + width - 1]["step"]
         steps = f"steps {first} to {last}" if last > first else f"step {last}"
-        told.append(("loss", f"{means[-1]:.4f} at the end; lowest {means[best]:.4f} in {steps}"))
+        found.append(("loss", f"{means[-1]:.4f} at the end; lowest {means[best]:.4f} in {steps}"))
     names = (WEIGHTS_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, "validation")
     files = [name for name in names if (folder / name).exists()]
-    told.append(("files", f"{folder}{os.sep}"))
-    told += [("", f"  {name}{os.sep if (folder / name).is_dir() else ''}") for name in files]
-    return _table(told)
+    found.append(("files", f"{folder}{os.sep}"))
+    found += [("", f"  {name}{os.sep if (folder / name).is_dir() else ''}") for name in files]
+    return _table(found)
 
 
 def _duration(seconds: float) -> str:

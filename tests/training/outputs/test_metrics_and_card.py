@@ -96,12 +96,13 @@ def test_validation_images_are_files_in_a_grid(finished: Path) -> None:
         names = ["00-00.png", "00-01.png", "01-00.png", "01-01.png", "grid.png", "prompts.txt"]
         assert sorted(file.name for file in step.iterdir()) == names
         grid = Image.open(step / "grid.png")
-        assert grid.size == (32, 32)
         for row in range(2):
             for column in range(2):
-                cell = grid.crop((16 * column, 16 * row, 16 * column + 16, 16 * row + 16))
+                left, top = 112 + 136 * column, 8 + 136 * row
+                cell = grid.crop((left, top, left + 128, top + 128))
                 single = Image.open(step / f"{row:02d}-{column:02d}.png")
-                assert cell.tobytes() == single.tobytes()
+                enlarged = single.resize((128, 128), Image.Resampling.NEAREST)
+                assert cell.tobytes() == enlarged.tobytes()
     first, last = (Image.open(step / "00-00.png").tobytes() for step in (steps[0], steps[-1]))
     assert first != last
 
@@ -131,8 +132,9 @@ def test_tracker_has_scalars_and_images(finished: Path) -> None:
     drawn = reload(events).Images(f"validation/{PROMPTS[1]}")
     assert [event.step for event in drawn] == [0, 2, 4]
     logged = Image.open(io.BytesIO(drawn[-1].encoded_image_string))
-    grid = Image.open(finished / "validation" / "step-000004" / "grid.png")
-    assert logged.tobytes() == grid.crop((0, 16, 32, 32)).tobytes()
+    folder = finished / "validation" / "step-000004"
+    row = [np.asarray(Image.open(folder / f"01-{column:02d}.png")) for column in range(2)]
+    np.testing.assert_array_equal(np.asarray(logged), np.concatenate(row, axis=1))
 
 
 def test_gradient_norms_are_those_before_clipping(base: Path, images: Path, tmp_path: Path) -> None:

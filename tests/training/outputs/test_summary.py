@@ -19,6 +19,9 @@ def test_time_loss_and_files(tmp_path: Path) -> None:
         "           validation/",
     ]
     assert summary_of_result(tmp_path, [], 59.94).splitlines()[0] == "time     59.9 s"
+    rows = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": None}, {"step": 3, "loss": 1.0}]
+    loss = summary_of_result(tmp_path, rows, 1.0).splitlines()[1]
+    assert loss == "loss     1.0000 at the end; lowest 1.0000 in step 3"  # one step overflowed
 
 
 def test_adapter_and_steps() -> None:
