@@ -77,9 +77,14 @@ class OriginalHeader:
         """A key that only quantized files have."""
         return self.quantized_below("")
 
-    def quantized_below(self, prefix: str) -> str | None:
-        """Return a key with this prefix that only quantized files have, if there is one."""
-        return min((key for key in self._quantized if key.startswith(prefix)), default=None)
+    def quantized_below(self, prefix: str, scaled_fp8: bool = False) -> str | None:
+        """Return a key with this prefix that only quantized files have, if there is one.
+
+        Args:
+            scaled_fp8: whether keys of scaled fp8 files that can be read do not count.
+        """
+        keys = self._quantized - (self.readable if scaled_fp8 else set())
+        return min((key for key in keys if key.startswith(prefix)), default=None)
 
     @cached_property
     def readable(self) -> set[str]:
@@ -195,12 +200,11 @@ class OriginalFile(OriginalHeader):
                 f"diffusers takes this single file for {kind!r}, which does not belong to a "
                 f"supported family ({', '.join(list_families())}). Pass the text-to-image base"
             )
-        quantized = self._quantized - (self.readable if scaled_fp8 else set())
-        if key := min((key for key in quantized if key.startswith(self.prefix)), default=None):
+        if key := self.quantized_below(self.prefix, scaled_fp8):
             raise self.error(
                 f"this is a quantized file ({key}), which cannot be read. Pass the file in 16 bits"
             )
-        if (key := min(quantized, default=None)) and not denoiser_only:
+        if (key := self.quantized_below("", scaled_fp8)) and not denoiser_only:
             raise self.error(
                 f"its denoiser is not quantized, but another part is ({key}), and cannot be read. "
                 "Pass a file in 16 bits, or export the denoiser alone with --denoiser_only"
