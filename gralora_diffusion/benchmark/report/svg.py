@@ -100,10 +100,7 @@ def forest_plot(title: str, rows: Sequence[ForestRow], axis: str, lower: str, up
         parts += [_line(place(x), middle - 11, place(x), middle + 13, "faint") for x, _ in ticks]
         parts.append(_line(place(0), middle - 11, place(0), middle + 13, "ink dashed"))
         parts += [_dot(place(v), middle, row.colour, 3, f"{v:.4g}", " pale") for v in row.dots]
-        if row.low is not None and row.high is not None:
-            ends = place(row.low), place(row.high)
-            parts.append(_line(ends[0], middle, ends[1], middle, f"c{row.colour} thick"))
-            parts += [_line(x, middle - 6, x, middle + 6, f"c{row.colour} thick") for x in ends]
+        parts += _interval(row, place, middle, 6)
         parts.append(_dot(place(row.mean), middle, row.colour, 5, f"{row.label}, {row.against}"))
     return _svg(title, bottom + 40, parts)
 
@@ -149,10 +146,7 @@ def interval_plot(title: str, rows: Sequence[Row], axis: str, zero: bool = False
         room = int((WIDTH - 2 * _MARGIN) * _LETTERS) - len(row.text) - 1
         parts.append(_text(_MARGIN, top, _cut(row.label, room), "bold halo"))
         parts.append(_text(WIDTH - _MARGIN, top, row.text, "end halo"))
-        if row.low is not None and row.high is not None:
-            ends = place(row.low), place(row.high)
-            parts.append(_line(ends[0], middle, ends[1], middle, f"c{row.colour} thick"))
-            parts += [_line(x, middle - 4, x, middle + 4, f"c{row.colour} thick") for x in ends]
+        parts += _interval(row, place, middle, 4)
         parts.append(_dot(place(row.mean), middle, row.colour, 4.5, f"{row.label}: {row.text}"))
     return _svg(title, bottom + 40, parts)
 
@@ -280,6 +274,17 @@ def _svg(title: str, height: float, parts: Sequence[Markup], width: int = WIDTH)
 
 def _text(x: float, y: float, text: str, style: str = "small") -> Markup:
     return _markup('<text class="{}" x="{:.1f}" y="{:.1f}">{}</text>', style, x, y, text)
+
+
+def _interval(
+    row: Row | ForestRow, place: Callable[[float], float], middle: float, half: float
+) -> list[Markup]:
+    """A row's interval with bars of twice ``half`` at its ends; empty if it has none."""
+    if row.low is None or row.high is None:
+        return []
+    ends, style = (place(row.low), place(row.high)), f"c{row.colour} thick"
+    bars = [_line(x, middle - half, x, middle + half, style) for x in ends]
+    return [_line(ends[0], middle, ends[1], middle, style), *bars]
 
 
 def _line(x0: float, y0: float, x1: float, y1: float, style: str) -> Markup:
