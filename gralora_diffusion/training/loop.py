@@ -145,11 +145,10 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
     else:
         from_first(accelerator, store.delete_all)
     trainer.train()
-    trainer.save()
+    rows = trainer.save()
     trainer.clean_up()
-    if trainer.metrics is not None:
-        folder = Path(config.output_dir)
-        print_safely(summary_of_result(folder, trainer.metrics.read(), trainer.seconds))
+    if rows is not None:
+        print_safely(summary_of_result(Path(config.output_dir), rows, trainer.seconds))
 
 
 def _inputs(
@@ -475,8 +474,11 @@ class Trainer:
 
     # -- save --------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Write the adapter, its validation images and its card, after ``train``."""
+    def save(self) -> list[dict[str, Any]] | None:
+        """Write the adapter, its validation images and its card, after ``train``.
+
+        Returns the metrics of each step, and None in processes that do not write them.
+        """
         folder = Path(self.config.output_dir)
         with self.inference_weights():
             if self.accelerator.is_main_process:
@@ -487,6 +489,8 @@ class Trainer:
         if self.metrics is not None:
             rows, facts = self.metrics.read(), self._facts()
             finish(folder, self.config, self.family.name, rows, facts, grid)
+            return rows
+        return None
 
     def _facts(self) -> dict[str, Any]:
         """Return facts on the run for the model card."""

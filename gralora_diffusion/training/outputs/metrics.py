@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,11 @@ from gralora_diffusion.io.tensor_files import replacing
 METRICS_NAME = "metrics.jsonl"
 #: Maximum size of the file in bytes, which is more than any run needs.
 _MOST_BYTES = 1 << 28
+
+
+def with_loss(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Return the rows of the steps whose loss did not overflow."""
+    return [row for row in rows if row["loss"] is not None]
 
 
 class MetricsFile:

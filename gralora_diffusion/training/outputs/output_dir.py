@@ -24,7 +24,7 @@ from gralora_diffusion.training.runtime.folder_lock import (
 )
 
 from .curve import CURVE_NAME, plot_curve
-from .metrics import METRICS_NAME
+from .metrics import METRICS_NAME, with_loss
 from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
 from .validation import FILES as VALIDATION_FILES
 from .validation import FOLDER_NAME as VALIDATION_NAME
@@ -92,8 +92,7 @@ def finish(
     grid: Path | None,
 ) -> None:
     """Plot the curve, write the model card, upload if requested. The adapter is already there."""
-    # a loss that overflowed in fp16 is null
-    if finite := [row for row in rows if row["loss"] is not None]:
+    if finite := with_loss(rows):
         plot_curve(finite, folder / CURVE_NAME)
     write_card(folder, config, family, facts, grid, config.validation_prompt or ())
     if config.push_to_hub:

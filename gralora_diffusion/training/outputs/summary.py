@@ -12,7 +12,7 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
 
 from .curve import CURVE_NAME
-from .metrics import METRICS_NAME
+from .metrics import METRICS_NAME, with_loss
 from .model_card import CARD_NAME
 
 _WIDTH = 9
@@ -69,8 +69,7 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         seconds: of the steps, with validation.
     """
     found = [("time", _duration(seconds))]
-    rows = [row for row in rows if row["loss"] is not None]  # of steps that overflowed
-    if rows:
+    if rows := with_loss(rows):
         losses = [row["loss"] for row in rows]
         width = max(1, len(losses) // 20)
         means = [
