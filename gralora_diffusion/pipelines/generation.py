@@ -423,16 +423,17 @@ def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         if Path(args.base).is_file():
-            return _from_single_file(args, device, parser)
-        if Path(args.base).is_dir():
-            check_weight_files(Path(args.base))
-        index = PipelineIndex("base", args.base)
-        _check_taken(args, index.pipeline_class, parser)
-        name = args.dtype or usual_dtype(index.family, device)
-        pipe = DiffusionPipeline.from_pretrained(
-            args.base, dtype=torch_dtype(name), use_safetensors=True
-        )
-        check_complete(pipe)
+            pipe = _from_single_file(args, device, parser)
+        else:
+            if Path(args.base).is_dir():
+                check_weight_files(Path(args.base))
+            index = PipelineIndex("base", args.base)
+            _check_taken(args, index.pipeline_class, parser)
+            name = args.dtype or usual_dtype(index.family, device)
+            pipe = DiffusionPipeline.from_pretrained(
+                args.base, dtype=torch_dtype(name), use_safetensors=True
+            )
+            check_complete(pipe)
         place(pipe, torch.device(device))
         return pipe
     except ConfigError as error:
@@ -448,11 +449,8 @@ def _from_single_file(
     args: argparse.Namespace, device: str, parser: argparse.ArgumentParser
 ) -> Any:
     """Load a base from an original single file as the trainer does."""
-    import torch
-
     from gralora_diffusion.base_models.loading import find_base_family, load_base
     from gralora_diffusion.base_models.options import BaseModelOptions
-    from gralora_diffusion.pipelines.placement import place
 
     options = BaseModelOptions(
         pretrained_model_name_or_path=args.base, base_config=args.base_config
@@ -460,9 +458,7 @@ def _from_single_file(
     family = find_base_family(options)
     _check_taken(args, family.pipeline_classes[0], parser)
     dtype = torch_dtype(args.dtype or usual_dtype(family, device))
-    pipe = load_base(options, family, dtype, dtype)
-    place(pipe, torch.device(device))
-    return pipe
+    return load_base(options, family, dtype, dtype)
 
 
 def _check_taken(
