@@ -120,7 +120,7 @@ def _upper_bound(config: TrainingConfig, family: ModelFamily) -> float:
         return math.inf
     weights = sum(file.stat().st_size for file in base.rglob("*.safetensors"))
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    pixels = side * side * max(rows, 4)  # four crops are encoded at once
+    pixels = side * side * max(rows, 4)  # at least four, a margin for what does not grow with rows
     return 2 * weights + pixels * _MOST_PER_PIXEL  # weights of 16 bits may be loaded as 32
 
 
