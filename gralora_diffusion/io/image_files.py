@@ -1,4 +1,4 @@
-"""Image files: recognize them, and read them as upright RGB pixels in sRGB.
+"""Image files: recognize them, and read them as upright RGB pixels in sRGB; masks as gray.
 
 All of the user's images are read here: by training, ``gralora sample``, the benchmark and its
 report.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageChops, UnidentifiedImageError
 
 from .colour_profiles import UnknownColours, find_profile, to_srgb
 from .regular_files import read_regular
@@ -44,11 +44,14 @@ _LARGE_PIXELS = 1 << 24
 _large = threading.Lock()
 #: Number of pixels that are converted at once.
 _STRIP_PIXELS = 1 << 22
-#: Endings of the names of masks that trainers read beside an image: OneTrainer's masks and
-#: conditioning images, and the usual names elsewhere.
-_MASK_ENDINGS = ("-masklabel", "-condlabel", "_masklabel", "_mask", "-mask", ".mask")
-#: The endings that are only used for masks.
-_ONLY_MASKS = ("-masklabel", "-condlabel", "_masklabel")
+#: Endings of the names of masks beside an image: OneTrainer's, and the usual ones elsewhere.
+_MASK_ENDINGS = ("-masklabel", "_masklabel", "_mask", "-mask", ".mask")
+#: The ending of OneTrainer's conditioning images, which are neither masks nor images to learn.
+_CONDITION_ENDING = "-condlabel"
+#: The endings that no image to learn has, whether or not an image of that name is beside it.
+_NEVER_IMAGES = ("-masklabel", "_masklabel", _CONDITION_ENDING)
+#: Largest difference between red, green and blue of a gray pixel, in levels; JPEG rounds.
+_GRAY = 8
 _WHITE = (255, 255, 255, 255)
 #: EXIF's orientation -> the operation that makes the image upright.
 _UPRIGHT = {
@@ -105,7 +108,8 @@ def folder_images(names: Iterable[str]) -> FolderImages:
     """Separate the images of a folder from their masks, by the names of its files.
 
     A mask has the name of an image of the folder, with an ending such as ``-masklabel`` or
-    ``_mask`` before the extension.
+    ``_mask`` before the extension. OneTrainer's conditioning images (``-condlabel``) are among the
+    masks, although :func:`masks_beside` gives them to no image.
     """
     found = sorted(name for name in names if is_image(Path(name)))
     stems = {Path(name).stem.lower() for name in found}
@@ -114,9 +118,29 @@ def folder_images(names: Iterable[str]) -> FolderImages:
 
 
 def _is_mask(stem: str, stems: set[str]) -> bool:
-    if stem.endswith(_ONLY_MASKS):
+    if stem.endswith(_NEVER_IMAGES):
         return True
-    return any(stem.endswith(end) and stem.removesuffix(end) in stems for end in _MASK_ENDINGS)
+    return any(
+        stem.endswith(end) and stem.removesuffix(end) in stems
+        for end in (*_MASK_ENDINGS, _CONDITION_ENDING)
+    )
+
+
+def masks_beside(images: Iterable[str], names: Iterable[str]) -> dict[str, list[str]]:
+    """Return image -> sorted names of the masks beside it, for images that have any.
+
+    Args:
+        images: names of images in one folder.
+        names: of all files there.
+    """
+    by_stem: dict[str, list[str]] = {}
+    for name in sorted(name for name in names if is_image(Path(name))):
+        stem = Path(name).stem.lower()
+        for end in _MASK_ENDINGS:
+            if stem.endswith(end):
+                by_stem.setdefault(stem.removesuffix(end), []).append(name)
+    masks = {image: by_stem.get(Path(image).stem.lower(), []) for image in images}
+    return {image: found for image, found in masks.items() if found}
 
 
 def image_suffix(data: bytes) -> str:
@@ -155,18 +179,57 @@ def read_image(
             ``MAX_PIXELS``, or its pixels have no fixed range.
     """
     warnings = [] if warnings is None else warnings
-    with _as_image_errors():
-        if isinstance(source, Path):
-            source = read_regular(source, MAX_BYTES)
-        data = source if isinstance(source, bytes) else source.read(MAX_BYTES + 1)
-        if len(data) > MAX_BYTES:
-            raise ImageError(f"it has more than {MAX_BYTES:,} bytes")
-        with _open(data) as image:
-            size = image.size
-            with _large if size[0] * size[1] > _LARGE_PIXELS else nullcontext():
-                if at_least and image.format in ("JPEG", "MPO"):
-                    image.draft(None, (at_least, at_least))
-                return _converted(image, data, warnings)
+    with _opened(source) as (image, data):
+        if at_least and image.format in ("JPEG", "MPO"):
+            image.draft(None, (at_least, at_least))
+        return _converted(image, data, warnings)
+
+
+def read_mask(source: Path | bytes) -> Image.Image:
+    """Return an image file as a mask: upright, of mode L, 255 where it is white.
+
+    The levels are those in the file, whatever its profile says about color. Transparent pixels
+    count as black.
+
+    Raises:
+        ImageError: as in :func:`read_image`, or it has colors.
+    """
+    with _opened(source) as (image, data):
+        parts = _parts(image, data)
+        result = Image.new("L", image.size, 0)
+        for strip, colour, alpha in parts:
+            result.paste(_gray(colour, alpha), strip[:2])
+        return _turned(result, _turn(image, []))
+
+
+def read_opacity(source: Path | bytes) -> Image.Image | None:
+    """Return the opacity of an image file, upright and of mode L; None if it is opaque everywhere.
+
+    Raises:
+        ImageError: as in :func:`read_image`.
+    """
+    with _opened(source) as (image, data):
+        parts = _parts(image, data)
+        result = Image.new("L", image.size, 0)
+        for strip, _, alpha in parts:
+            result.paste(255 if alpha is None else alpha, strip)
+        opaque = result.getextrema() == (255, 255)
+        return None if opaque else _turned(result, _turn(image, []))
+
+
+def _gray(colour: Image.Image, alpha: Image.Image | None) -> Image.Image:
+    """Return colors as gray of mode L, on black.
+
+    Raises:
+        ImageError: a pixel that can be seen is not gray.
+    """
+    bands = [colour] if colour.mode == "L" else colour.convert("RGB").split()
+    if alpha is not None:
+        bands = [ImageChops.multiply(band, alpha) for band in bands]
+    levels = np.stack([np.asarray(band, dtype=np.int16) for band in bands])
+    if np.ptp(levels, axis=0).max(initial=0) > _GRAY:
+        raise ImageError("it has colors, but a mask is white, gray and black")
+    return bands[0] if len(bands) == 1 else bands[1]
 
 
 def as_srgb(image: Image.Image) -> Image.Image:
@@ -177,6 +240,25 @@ def as_srgb(image: Image.Image) -> Image.Image:
     """
     with _as_image_errors():
         return _converted(image, b"", [])
+
+
+@contextmanager
+def _opened(source: Path | bytes | BinaryIO) -> Iterator[tuple[Image.Image, bytes]]:
+    """Open an image file without decoding it; return it with its bytes. Of large ones, one at once.
+
+    Raises:
+        ImageError: it is not an image, or an error was raised inside.
+    """
+    with _as_image_errors():
+        if isinstance(source, Path):
+            source = read_regular(source, MAX_BYTES)
+        data = source if isinstance(source, bytes) else source.read(MAX_BYTES + 1)
+        if len(data) > MAX_BYTES:
+            raise ImageError(f"it has more than {MAX_BYTES:,} bytes")
+        with _open(data) as image:
+            size = image.size
+            with _large if size[0] * size[1] > _LARGE_PIXELS else nullcontext():
+                yield image, data
 
 
 @contextmanager
@@ -212,26 +294,38 @@ def _open(data: bytes) -> Image.Image:
 
 
 def _converted(image: Image.Image, data: bytes, warnings: list[str]) -> Image.Image:
-    raw, box = _png_raw_mode(image), _gif_box(image)
-    image.load()
+    parts = _parts(image, data)
     try:
         profile = find_profile(image.format, image.info, data, warnings)
     except UnknownColours as error:
         raise ImageError(str(error)) from error
-    turn = _UPRIGHT.get(_orientation(image, warnings))
-    levels = _levels(image) if image.mode.startswith("I") else None
-    lower = _lower_bytes(data) if raw == "RGB;16B" and "transparency" in image.info else None
+    turn = _turn(image, warnings)
     result = Image.new("RGB", image.size, _WHITE[:3])
-    for strip in _strips(box or (0, 0, *image.size)):
-        below = lower.crop(strip) if lower else None
-        colour, alpha = _separated(image.crop(strip), raw, levels, below)
+    for strip, colour, alpha in parts:
         part = to_srgb(colour, profile, warnings)
         warnings = []  # the same for every strip
         if alpha is not None:
             part.putalpha(alpha)
             part = Image.alpha_composite(Image.new("RGBA", part.size, _WHITE), part)
         result.paste(part.convert("RGB"), strip[:2])
-    return result.transpose(turn) if turn is not None else result
+    return _turned(result, turn)
+
+
+def _parts(
+    image: Image.Image, data: bytes
+) -> Iterator[tuple[tuple[int, int, int, int], Image.Image, Image.Image | None]]:
+    """Decode an image; return the places of its strips with their colors and opacity.
+
+    Pixels outside of the strips are transparent. See :func:`_separated` for the modes.
+    """
+    raw, box = _png_raw_mode(image), _gif_box(image)
+    image.load()
+    levels = _levels(image) if image.mode.startswith("I") else None
+    lower = _lower_bytes(data) if raw == "RGB;16B" and "transparency" in image.info else None
+    return (
+        (strip, *_separated(image.crop(strip), raw, levels, lower.crop(strip) if lower else None))
+        for strip in _strips(box or (0, 0, *image.size))
+    )
 
 
 def _strips(box: tuple[int, int, int, int]) -> Iterator[tuple[int, int, int, int]]:
@@ -256,6 +350,15 @@ def _gif_box(image: Image.Image) -> tuple[int, int, int, int] | None:
     tiles = getattr(image, "tile", None)
     box = tuple(tiles[0][1]) if image.format == "GIF" and tiles else None
     return None if box == (0, 0, *image.size) else box
+
+
+def _turn(image: Image.Image, warnings: list[str]) -> Image.Transpose | None:
+    """Return the operation that makes a decoded image upright, or None."""
+    return _UPRIGHT.get(_orientation(image, warnings))
+
+
+def _turned(image: Image.Image, turn: Image.Transpose | None) -> Image.Image:
+    return image if turn is None else image.transpose(turn)
 
 
 def _orientation(image: Image.Image, warnings: list[str]) -> int:

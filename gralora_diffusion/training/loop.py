@@ -64,6 +64,7 @@ from gralora_diffusion.training.outputs.output_dir import (
 )
 from gralora_diffusion.training.outputs.summary import (
     summary_of_inputs,
+    summary_of_masks,
     summary_of_result,
     summary_of_training,
 )
@@ -498,6 +499,7 @@ class Trainer:
         facts = {
             "steps": steps,
             "samples per step": self.data.samples_per_step,
+            **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
             "trained parameters": sum(p.numel() for p in self.parameters),
             **adapter_facts([getattr(self.pipe, name) for name in self.components], config),
             **quantization_facts(config, self.pipe),

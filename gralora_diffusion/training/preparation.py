@@ -124,8 +124,8 @@ def complete_class_images(
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Return the number of images and a hash of their bytes, captions and order."""
-    facts: list[Any] = [[e.content_key, e.caption, list(e.size), e.repeats] for e in examples]
+    """Return the number of images and a hash of their bytes, captions, masks and order."""
+    facts: list[Any] = [[e.cache_key, e.caption, list(e.size), e.repeats] for e in examples]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return f"{len(examples)} of hash {digest[:16]}"
 

@@ -20,7 +20,10 @@ from gralora_diffusion.io.image_files import (
     image_extensions,
     image_suffix,
     is_image,
+    masks_beside,
     read_image,
+    read_mask,
+    read_opacity,
 )
 from tests.io.image_bytes import grey_tiff, lab_to_srgb, on_white, png
 
@@ -31,6 +34,12 @@ def encoded(image, file_format, **options):
     buffer = io.BytesIO()
     image.save(buffer, file_format, **options)
     return buffer.getvalue()
+
+
+def saved(image, file_format, **options):
+    data = io.BytesIO()
+    image.save(data, file_format, **options)
+    return data.getvalue()
 
 
 def pixels(source, **options):
@@ -512,3 +521,87 @@ def test_masks_are_told_from_images_by_their_names():
     assert found.masks == [
         *("1-masklabel.png", "2_mask.png", "3.Mask.png", "4-mask.jpg", "5-condlabel.png")
     ]
+
+
+def test_masks_beside_images():
+    names = [
+        *(
+            "1.png",
+            "1-masklabel.png",
+            "1_mask.jpg",
+            "2.JPG",
+            "2.Mask.PNG",
+            "3.png",
+            "3-condlabel.png",
+        ),
+        *("1_mask.txt", "other_mask.png", ".1_mask.png"),
+    ]
+    assert masks_beside(["1.png", "2.JPG", "3.png"], names) == {
+        "1.png": ["1-masklabel.png", "1_mask.jpg"],
+        "2.JPG": ["2.Mask.PNG"],
+    }
+
+
+# -- masks -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_masks_of_every_depth(bits):
+    values = RNG.integers(0, 2**bits, (4, 6))
+    mask = read_mask(png(0, bits, values))
+    assert mask.mode == "L"
+    np.testing.assert_allclose(np.asarray(mask), values * 255 / (2**bits - 1), atol=0.5)
+
+
+def test_masks_have_the_levels_of_their_file():
+    """Whatever a profile says; gray may be in three channels or in a palette."""
+    values = RNG.integers(0, 256, (4, 6))
+    gamma = ((b"gAMA", struct.pack(">I", 100_000)),)
+    np.testing.assert_array_equal(np.asarray(read_mask(png(0, 8, values, gamma))), values)
+    assert not np.array_equal(pixels(png(0, 8, values, gamma))[..., 0], values)
+    three = np.repeat(values[..., None], 3, axis=2)
+    np.testing.assert_array_equal(np.asarray(read_mask(png(2, 8, three))), values)
+    indexed = Image.fromarray(values.astype(np.uint8)).convert("P")
+    np.testing.assert_array_equal(np.asarray(read_mask(saved(indexed, "PNG"))), values)
+    black_and_white = Image.fromarray(values > 100)
+    np.testing.assert_array_equal(
+        np.asarray(read_mask(saved(black_and_white, "TIFF"))), (values > 100) * 255
+    )
+    smooth = Image.fromarray(np.add.outer(np.arange(32) * 4, np.arange(32) * 3).astype(np.uint8))
+    jpeg = np.asarray(read_mask(saved(smooth.convert("RGB"), "JPEG", quality=80)), dtype=int)
+    assert np.abs(jpeg - np.asarray(smooth)).max() < 12
+
+
+def test_transparent_pixels_of_a_mask_are_black_whatever_their_color():
+    values = np.zeros((2, 3, 4), int)
+    values[..., :] = [255, 255, 255, 255]
+    values[0, 0] = [255, 0, 0, 0]
+    values[0, 1] = [255, 255, 255, 51]
+    expected = [[0, 51, 255], [255, 255, 255]]
+    np.testing.assert_array_equal(np.asarray(read_mask(png(6, 8, values))), expected)
+    values[1, 1, :3] = [255, 200, 255]
+    with pytest.raises(ImageError, match="it has colors, but a mask is white, gray and black"):
+        read_mask(png(6, 8, values))
+
+
+def test_masks_and_opacities_are_upright_and_whole(monkeypatch):
+    monkeypatch.setattr(image_files, "_STRIP_PIXELS", 6)
+    values = RNG.integers(0, 256, (4, 6)).astype(np.uint8)
+    image = Image.merge("LA", [Image.fromarray(values)] * 2)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # the camera was turned
+    data = saved(image, "PNG", exif=exif)
+    turned = np.rot90(values, -1)
+    np.testing.assert_array_equal(np.asarray(read_opacity(data)), turned)
+    squares = (turned.astype(float) ** 2 / 255).round()
+    np.testing.assert_allclose(np.asarray(read_mask(data)), squares, atol=1)
+
+
+def test_opaque_images_have_no_opacity():
+    values = np.full((4, 6, 4), 255)
+    assert read_opacity(png(6, 8, values)) is None
+    assert read_opacity(png(2, 8, values[..., :3])) is None
+    values[1, 2, 3] = 254
+    assert np.asarray(read_opacity(png(6, 8, values))).min() == 254
+    with pytest.raises(ImageError):
+        read_opacity(b"junk")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tiny_base_models
 import tiny_instances
+import tiny_pen
 import tiny_world
 from PIL import Image
 from tiny_pen import Pen
@@ -149,3 +150,17 @@ def test_a_subject_is_held_out_on_backgrounds_it_is_not_trained_on(name: str) ->
     assert captions["train"] | captions["held_out"] == {
         f"a sks toy {phrase}" for phrase in tiny_world.BACKGROUNDS
     }
+
+
+def test_masks_are_where_the_robot_is() -> None:
+    """Outside of it, its images have nothing of its colors."""
+    folder = ROOT / "samples" / "masks" / "robot"
+    assert [path.name for path in sorted(folder.iterdir())] == [f"{n:02d}.png" for n in range(5)]
+    for path in folder.iterdir():
+        mask = np.asarray(Image.open(path))
+        image = pixels(SUBJECTS / "robot" / "train" / path.name)
+        assert mask.shape == image.shape[:2]
+        teal = np.abs(image - tiny_pen.TEAL).max(axis=-1) < 8
+        assert teal.sum() > 100
+        assert (mask[teal] == 255).all()
+        assert 0.2 < (mask > 127).mean() < 0.45

@@ -515,6 +515,63 @@ def test_a_finished_run_without_checkpoints_is_kept(data: dict[str, Any], tmp_pa
     assert [row["step"] for row in metrics(out)] == [1, 2]
 
 
+# -- masks -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def masked(base: Path, tmp_path: Path) -> dict[str, Any]:
+    """Five images in two shapes, of which four have masks."""
+    images = make_shapes(tmp_path / "images", [(20, 27), (27, 20), (20, 27), (27, 20), (20, 27)])
+    for number in range(4):
+        mask = Image.new("L", Image.open(images / f"{number}.png").size, 0)
+        mask.paste(255, (2 + number, 3, 14, 16))
+        mask.save(images / f"{number}.mask.png")
+    return {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": images,
+        "aspect_ratio_buckets": "16,24;24,16",
+        "random_flip": True,
+        "masked_loss": True,
+        "mask_outside": "base",
+        "normalize_masked_area_loss": True,
+        "with_prior_preservation": True,
+        "prior_source": "teacher",
+        "class_prompt": "a dog",
+        "snr_gamma": 5,
+        "use_ema": True,
+        "checkpointing_steps": 3,
+        "adam_epsilon": 1e-4,
+    }
+
+
+def test_masks_in_a_run_that_is_resumed(
+    masked: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = run(output_dir=tmp_path / "whole", **masked)
+    parts = tmp_path / "parts"
+    run(output_dir=parts, **masked, max_train_steps=3)
+    run(output_dir=parts, resume_from_checkpoint="latest", **masked)
+    assert_same_run(whole, parts)
+    assert read_adapter(whole).metadata["ss_masked_loss"] == "True"
+    text = (whole / "README.md").read_text(encoding="utf-8")
+    assert "| masks | of 4 of 5 images; outside of it, the target is the base's prediction" in text
+    changed = {**masked, "mask_outside": "weight", "max_train_steps": 9}
+    with pytest.raises(CheckpointError, match="--mask_outside base there, weight here"):
+        run(output_dir=parts, resume_from_checkpoint="latest", **changed)
+    (tmp_path / "images" / "0.mask.png").unlink()
+    with caplog.at_level(logging.WARNING, logger="gralora_diffusion"):
+        options = {**masked, "max_train_steps": 7}
+        run(output_dir=parts, resume_from_checkpoint="latest", **options)
+    assert "its result will differ from an uninterrupted" in caplog.text
+
+
+def test_masks_in_two_processes_and_accumulated(masked: dict[str, Any], tmp_path: Path) -> None:
+    one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **masked)
+    folder = tmp_path / "cache"
+    two = run_two(output_dir=tmp_path / "two", latent_cache_dir=folder, **masked)
+    assert_close(one, two, 1e-3)
+
+
 # -- two processes ---------------------------------------------------------------------------------
 
 

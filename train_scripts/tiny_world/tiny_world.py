@@ -5,9 +5,9 @@ larger with Pillow and reduced, and is a pure function of a `random.Random`. `ti
 `tiny_scenes.py` and `tiny_subjects.py` contain the drawings. For each object and color, one
 background is left out of training (`left_out`), so that a base can be tested on combinations that
 it has never seen. `SUBJECTS` are for adapters to learn, and the base never sees them. This command
-writes their images and captions:
+writes their images and captions, and masks of the robot's training images:
 
-    python train_scripts/tiny_world/tiny_world.py --subjects samples/subjects
+    python train_scripts/tiny_world/tiny_world.py --subjects samples/subjects --masks samples/masks
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 import tiny_objects  # noqa: F401  fills a registry, like the next two
 import tiny_scenes  # noqa: F401
 import tiny_subjects  # noqa: F401
-from PIL import Image, ImageDraw
+from PIL import Image, ImageChops, ImageDraw
 from tiny_instances import any_colour, random_shapes
 from tiny_pen import (
     BACKGROUNDS,
@@ -49,8 +49,10 @@ __all__ = [
     "compose",
     "describe",
     "left_out",
+    "mask",
     "sample",
     "sample_shapes",
+    "write_masks",
     "write_subject",
 ]
 
@@ -69,15 +71,31 @@ class Picture:
     background: str
 
 
-def compose(drawing: Drawing, colour: RGB, background: str, rng: random.Random) -> Image.Image:
-    """Draw a thing, 45 to 49 pixels across, on a background; return a 64x64 RGB image."""
+def compose(
+    drawing: Drawing, colour: RGB, background: str, rng: random.Random, paper: RGB | None = None
+) -> Image.Image:
+    """Draw a thing, 45 to 49 pixels across, on a background; return a 64x64 RGB image.
+
+    The background is painted over with the color `paper`, if there is one.
+    """
     image = Image.new("RGB", (CANVAS, CANVAS))
     draw = ImageDraw.Draw(image)
     BACKGROUNDS[background](draw, rng)
+    if paper is not None:
+        draw.rectangle((0, 0, CANVAS, CANVAS), fill=paper)
     radius = CANVAS * rng.uniform(0.35, 0.38)
     centre = (CANVAS * rng.uniform(0.48, 0.52), CANVAS * rng.uniform(0.5, 0.54))
     drawing(Pen(draw, colour, centre, radius))
     return image.reduce(OVERSAMPLING)
+
+
+def mask(drawing: Drawing, colour: RGB, background: str, rng: random.Random) -> Image.Image:
+    """Return where `compose` draws the thing with the same arguments: white, on black."""
+    state, pictures = rng.getstate(), []
+    for level in (0, 255):
+        rng.setstate(state)
+        pictures.append(compose(drawing, colour, background, rng, (level, level, level)))
+    return ImageChops.invert(ImageChops.difference(*pictures).convert("L"))
 
 
 def caption(*words: str) -> str:
@@ -130,12 +148,28 @@ def sample_shapes(rng: random.Random) -> Image.Image:
     return compose(OBJECTS[rng.choice(sorted(OBJECTS))], any_colour(rng), background, rng)
 
 
+def _backgrounds(seed: int) -> tuple[list[str], list[str]]:
+    """Return the backgrounds of training images, and those of held-out ones."""
+    phrases = sorted(BACKGROUNDS)
+    random.Random(seed).shuffle(phrases)
+    return phrases[:5], phrases[5:]
+
+
+def write_masks(name: str, folder: Path, seed: int = 0) -> None:
+    """Write the masks of the training images that `write_subject` writes."""
+    colour, drawing = SUBJECTS[name]
+    rng = random.Random(seed)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    for index, background in enumerate(_backgrounds(seed)[0]):
+        mask(drawing, colour, background, rng).save(
+            folder / name / f"{index:02d}.png", optimize=True
+        )
+
+
 def write_subject(name: str, folder: Path, seed: int = 0) -> None:
     """Write five training images and eight held-out ones on other backgrounds, with captions."""
     colour, drawing = SUBJECTS[name]
-    phrases = sorted(BACKGROUNDS)
-    random.Random(seed).shuffle(phrases)
-    seen, unseen = phrases[:5], phrases[5:]
+    seen, unseen = _backgrounds(seed)
     held_out = [unseen[index % len(unseen)] for index in range(8)]
     rng = random.Random(seed)
     for split, backgrounds in (("train", seen), ("held_out", held_out)):
@@ -154,9 +188,12 @@ def main() -> None:
     parser.add_argument(
         "--subjects", type=Path, required=True, help="output folder for the subjects"
     )
-    folder = parser.parse_args().subjects
+    parser.add_argument("--masks", type=Path, help="output folder for the masks of the robot")
+    arguments = parser.parse_args()
     for name in sorted(SUBJECTS):
-        write_subject(name, folder)
+        write_subject(name, arguments.subjects)
+    if arguments.masks:
+        write_masks("robot", arguments.masks)
 
 
 if __name__ == "__main__":

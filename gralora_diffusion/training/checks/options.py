@@ -238,6 +238,11 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         )
         if idle := [f"--{n}" for n in drawing if getattr(config, n) != defaults[n]]:
             yield f"these options have no effect with --prior_source teacher: {', '.join(idle)}"
+    if config.masked_loss and config.mask_outside == "ignore" and config.mask_outside_weight:
+        yield (
+            "--mask_outside_weight has no effect with --mask_outside ignore. Did you mean "
+            "--mask_outside weight?"
+        )
     if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
         yield "--target_preset has no effect, since --lora_layers names the layers"
     if config.aspect_ratio_buckets is not None and config.resolution is not None:

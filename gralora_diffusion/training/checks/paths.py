@@ -94,6 +94,11 @@ def _repo_id_problem(value: str) -> str | None:
 
 
 def check_data(config: TrainingConfig) -> Iterator[str]:
+    yield from _images_and_captions(config)
+    yield from _masks(config)
+
+
+def _images_and_captions(config: TrainingConfig) -> Iterator[str]:
     folder, dataset = config.instance_data_dir, config.dataset_name
     if folder and dataset:
         yield (
@@ -125,11 +130,34 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _folder_problem(path: Path) -> str | None:
+def _masks(config: TrainingConfig) -> Iterator[str]:
+    """Report a folder of masks that cannot be one."""
+    if not (config.masked_loss and config.mask_data_dir):
+        return
+    folder = Path(config.mask_data_dir)
+    if config.dataset_name:
+        yield (
+            "--mask_data_dir is for --instance_data_dir; the rows of --dataset_name have no file "
+            "names. Give the masks as a column, --mask_column"
+        )
+    elif config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).resolve():
+        yield (
+            f"--mask_data_dir is {config.mask_data_dir!r}, which is --instance_data_dir. Masks "
+            "beside the images need no option but other names, such as 001.mask.png"
+        )
+    elif problem := _folder_problem(folder, "masks", "Put the masks into it"):
+        yield f"--mask_data_dir is {config.mask_data_dir!r}: {problem}"
+
+
+def _folder_problem(
+    path: Path,
+    content: str = "images",
+    advice: str = "Put the training images into it; three to ten are usual",
+) -> str | None:
     if not path.exists():
         return f"there is no such folder{nearby(path)}"
     if not path.is_dir():
-        return "this is a file. Give the folder with the images"
+        return f"this is a file. Give the folder with the {content}"
     others = []
     for file in path.rglob("*"):
         if is_image(file):
@@ -137,7 +165,7 @@ def _folder_problem(path: Path) -> str | None:
         if file.is_file():
             others.append(file.name)
     if not others:
-        return "this folder is empty. Put the training images into it; three to ten are usual"
+        return f"this folder is empty. {advice}"
     some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
     return (
         f"none of its {len(others)} files is an image ({some}). "

@@ -197,6 +197,55 @@ class ImageOptions:
 
 
 @dataclass(kw_only=True)
+class MaskOptions:
+    """Which parts of an image the loss counts."""
+
+    _argument_group_name: ClassVar[str] = "Masked loss"
+
+    masked_loss: Annotated[
+        bool, Fixed(), SetByBenchmark("methods are compared on whole images")
+    ] = option(
+        False,
+        "Count the loss only where an image's mask is white. A mask is an image of the same size: "
+        "name.mask.png, name_mask.png, name-mask.png or name-masklabel.png beside the image, or as "
+        "the options below say. Images without a mask are trained as a whole",
+    )
+    mask_data_dir: Annotated[str | None, Place(read=True), Needs("masked_loss")] = option(
+        None, "Folder of the masks, with the names of their images and any image's extension"
+    )
+    mask_column: Annotated[str | None, Needs("masked_loss")] = option(
+        None,
+        "Column with the masks of a dataset, or with their paths in a metadata file (default: mask "
+        "or mask_file_name, if it exists)",
+    )
+    mask_from_alpha: Annotated[bool, Needs("masked_loss")] = option(
+        False, "The opacity of an image is its mask, unless it has another one"
+    )
+    mask_outside: Annotated[
+        Literal["ignore", "weight", "base"], Needs("masked_loss"), Fixed("masked_loss")
+    ] = option(
+        "ignore",
+        "What the loss counts where the mask is black. ignore: nothing; weight: the image, with "
+        "another weight; base: the prediction of the frozen base, so that the adapter changes "
+        "nothing there",
+    )
+    mask_outside_weight: Annotated[
+        float | None, Limits(at_least=0), Needs("masked_loss"), Fixed("masked_loss")
+    ] = option(
+        None,
+        "Weight where the mask is black, relative to where it is white (default: 0.1 for "
+        "--mask_outside weight, 1 for base)",
+    )
+    normalize_masked_area_loss: Annotated[bool, Needs("masked_loss"), Fixed("masked_loss")] = (
+        option(
+            False,
+            "Divide the loss of a sample by its mean weight, so that an image counts as much "
+            "however small the white part of its mask is",
+        )
+    )
+
+
+@dataclass(kw_only=True)
 class LossOptions:
     """What is predicted, and how much each timestep counts."""
 

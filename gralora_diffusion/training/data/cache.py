@@ -20,6 +20,7 @@ from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import DECODER_VERSION
 
 from .image_folder import Example
+from .masks import latent_mask
 from .tensor_store import TensorStore
 from .transforms import CropPlan, Variant
 
@@ -68,7 +69,7 @@ def _hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
 
 
 class LatentCache:
-    """Mean and standard deviation of the latents of image variants, on the CPU.
+    """Mean and standard deviation of the latents of image variants, and masks, on the CPU.
 
     Args:
         plan: how images are turned into pixel values.
@@ -81,10 +82,14 @@ class LatentCache:
         self.fingerprint = fingerprint
         self.store = TensorStore(folder)
 
-    def key(self, content_key: str, variant: Variant) -> str:
-        """Hash everything that the latents depend on."""
+    def key(self, cache_key: str, variant: Variant) -> str:
+        """Hash everything that the tensors of a variant depend on.
+
+        Args:
+            cache_key: of the example.
+        """
         parts = [
-            content_key,
+            cache_key,
             [variant.left, variant.top, variant.height, variant.width, variant.flip],
             self.plan.interpolation,
             self.fingerprint,
@@ -92,15 +97,20 @@ class LatentCache:
         ]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def get(self, content_key: str, variant: Variant) -> tuple[Tensor, Tensor]:
-        """Return mean and std, each (channels, height, width), as the encoder made them.
+    def get(self, cache_key: str, variant: Variant) -> dict[str, Tensor]:
+        """Return what was made of a variant.
+
+        These are ``mean`` and ``std`` of the latents, (channels, height, width), as the encoder
+        made them, and for an example with a mask ``mask``, (1, height, width).
+
+        Args:
+            cache_key: of the example.
 
         Raises:
             KeyError: the cache was never filled with them.
             DataError: their file has been removed or damaged.
         """
-        tensors = self.store[self.key(content_key, variant)]
-        return tensors["mean"], tensors["std"]
+        return self.store[self.key(cache_key, variant)]
 
     @torch.no_grad()
     def fill(
@@ -127,10 +137,10 @@ class LatentCache:
         wanted = list(wanted)
         bar = tqdm(wanted, desc="Encoding images", unit="", disable=None if progress else True)
         for example, variants in bar:
-            image = None
+            image, mask = None, None
             for start in range(0, len(variants), batch_size):
                 chunk = variants[start : start + batch_size]
-                keys = [self.key(example.content_key, variant) for variant in chunk]
+                keys = [self.key(example.cache_key, variant) for variant in chunk]
                 missing = [key not in self.store for key in keys]
                 if not any(missing):
                     continue
@@ -144,9 +154,15 @@ class LatentCache:
                         "another VAE with --pretrained_vae_model_name_or_path"
                     )
                     raise DataError(f"latents of {example.source}", [problem])
+                if example.mask is not None:
+                    mask = mask or example.mask.load()
                 for i, key in enumerate(keys):
                     if missing[i]:
-                        self.store[key] = {"mean": mean[i].clone(), "std": std[i].clone()}
+                        tensors = {"mean": mean[i].clone(), "std": std[i].clone()}
+                        if mask is not None:
+                            values = self.plan.mask_values(mask, chunk[i])
+                            tensors["mask"] = latent_mask(values, mean.shape[-2:])
+                        self.store[key] = tensors
                         done += 1
         self.store.tell_damaged()
         return done

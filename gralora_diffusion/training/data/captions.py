@@ -1,5 +1,5 @@
 """Captions of the images in a folder: metadata files, files beside the images, and names of
-sub-folders.
+sub-folders. A metadata file may also name the mask of an image.
 
 Problems are appended to a list, so that all of them can be reported at once.
 """
@@ -29,6 +29,8 @@ CAPTION_ENDINGS = (".txt", ".caption", ".json")
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 #: Columns of a metadata file that may name the image.
 NAME_COLUMNS = ("file_name", "image")
+#: Columns of a metadata file that may name the mask; the second is imagefolder's form.
+MASK_COLUMNS = ("mask", "mask_file_name")
 #: Endings of files that are most likely captions of any program.
 LIKELY_CAPTIONS = frozenset(
     {
@@ -57,6 +59,19 @@ class CaptionedFolder:
     concept: str | None = None
 
 
+@dataclass(frozen=True)
+class ListedImage:
+    """What a metadata file says about an image.
+
+    Attributes:
+        caption: "" if it has none.
+        mask: path of its mask relative to the folder, as it is written there.
+    """
+
+    caption: str = ""
+    mask: str | None = None
+
+
 def concept_folders(folder: Path) -> list[CaptionedFolder]:
     """Return the sub-folders named as in kohya's sd-scripts, sorted by name.
 
@@ -80,14 +95,19 @@ def is_caption_file(name: str) -> bool:
 
 
 def read_metadata(
-    folder: Path, names: Iterable[str], column: str | None, problems: list[str]
-) -> dict[str, str]:
-    """Return file name -> caption ("" if the line has none) from a folder's metadata file.
+    folder: Path,
+    names: Iterable[str],
+    column: str | None,
+    problems: list[str],
+    mask_column: str | None = None,
+) -> dict[str, ListedImage]:
+    """Return file name -> what a folder's metadata file says about it.
 
     Args:
-        names: of the files in the folder. There are no captions without a metadata file.
+        names: of the files in the folder. Nothing is listed without a metadata file.
         column: of the caption; None for the first of ``CAPTION_COLUMNS`` that a line has.
         problems: problems are appended to it.
+        mask_column: of the mask; None for the first of ``MASK_COLUMNS`` that a line has.
     """
     listings = sorted(name for name in names if name.lower() in METADATA_NAMES)
     if len(listings) > 1:
@@ -104,32 +124,35 @@ def read_metadata(
     except (OSError, ValueError) as error:
         problems.append(f"{name} cannot be read: {error}")
         return {}
-    captions: dict[str, str] = {}
+    found: dict[str, ListedImage] = {}
     for where, entry in entries:
-        _read_entry(folder, where, entry, column, captions, problems)
+        _read_entry(folder, where, entry, _columns(column), mask_column, found, problems)
     seen = sorted({str(key) for _, entry in entries for key in entry})
-    if column and seen and column not in seen:
-        problems.append(
-            f"--caption_column is {column!r}, but {name} has no such column. It has: "
-            f"{', '.join(seen)}"
-        )
-    return captions
+    for option, given in (("caption_column", column), ("mask_column", mask_column)):
+        if given and seen and given not in seen:
+            problems.append(
+                f"--{option} is {given!r}, but {name} has no such column. It has: {', '.join(seen)}"
+            )
+    return found
 
 
 def _read_entry(
     folder: Path,
     where: str,
     entry: Mapping[str, Any],
-    column: str | None,
-    captions: dict[str, str],
+    columns: Sequence[str],
+    mask_column: str | None,
+    found: dict[str, ListedImage],
     problems: list[str],
 ) -> None:
-    """Add one line's caption to ``captions``."""
+    """Add what one line says to ``found``."""
     name = next((entry[c] for c in NAME_COLUMNS if entry.get(c) is not None), None)
     if not isinstance(name, str) or not name:
         problems.append(f'{where} must be like {{"file_name": "1.jpg", "text": "a caption"}}')
         return
-    text = next((entry[c] for c in _columns(column) if entry.get(c) is not None), "")
+    text = next((entry[c] for c in columns if entry.get(c) is not None), "")
+    mask_columns = (mask_column,) if mask_column else MASK_COLUMNS
+    mask = next((entry[c] for c in mask_columns if entry.get(c)), None)
     if _ELSEWHERE.match(name) and not is_regular(folder / name):
         problems.append(
             f"{where} names {name}, which is an address or a path on another machine. Put the "
@@ -137,19 +160,24 @@ def _read_entry(
         )
         return
     name = Path(name).as_posix()
-    if problem := _place_problem(folder, name):
+    if problem := place_problem(folder, name):
         problems.append(f"{where} names {name}, {problem}")
     elif not isinstance(text, str):
         problems.append(f"{where}: the caption is {text!r}; it must be text")
     elif not _is_text(text):
         problems.append(f"{where}: the caption contains characters that are not Unicode")
-    elif captions.get(name, one_line(text)) != one_line(text):
-        problems.append(f"{where} gives {name} a second, different caption")
+    elif not isinstance(mask, str | None):
+        problems.append(f"{where}: the mask is {mask!r}; it must be the path of an image")
     else:
-        captions[name] = one_line(text)
+        listed = ListedImage(one_line(text), Path(mask).as_posix() if mask else None)
+        earlier = found.setdefault(name, listed)
+        if earlier.caption != listed.caption:
+            problems.append(f"{where} gives {name} a second, different caption")
+        if earlier.mask != listed.mask:
+            problems.append(f"{where} gives {name} a second, different mask")
 
 
-def _place_problem(folder: Path, name: str) -> str | None:
+def place_problem(folder: Path, name: str) -> str | None:
     """Return why a path in a metadata file does not name an image of the folder, or None."""
     path = folder / name
     if Path(name).is_absolute() or ".." in Path(name).parts:

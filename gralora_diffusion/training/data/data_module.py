@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from functools import partial
 from itertools import repeat
+from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
@@ -18,6 +20,8 @@ from torch.utils.data import DataLoader
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.io.errors import DataError
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import ChangesSamples, options_with
 from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -29,20 +33,34 @@ from .caption_variants import CaptionRules
 from .class_images import existing_class_images
 from .dataset import TrainingSet, collate
 from .hf_dataset import find_dataset_examples
-from .image_folder import MIN_FOR_PROGRESS, Example, find_examples
+from .image_folder import MAX_NAMES, MIN_FOR_PROGRESS, Example, find_examples
+from .masks import MaskPlaces
 from .sampler import StreamBatchSampler
 from .transforms import CropPlan
 from .truncation import report_truncation, reported_truncation
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 
 
 def find_images(config: TrainingConfig) -> list[Example]:
-    """Find and check the subject's images and their captions.
+    """Find and check the subject's images, their captions and their masks.
 
     Raises:
         DataError: there are problems with them. The error lists all of them.
     """
+    examples = _find_images(config)
+    if config.masked_loss:
+        _check_masked(examples, config)
+    return examples
+
+
+def _find_images(config: TrainingConfig) -> list[Example]:
+    masks = None
+    if config.masked_loss:
+        folder = Path(config.mask_data_dir) if config.mask_data_dir else None
+        masks = MaskPlaces(folder, config.mask_column, config.mask_from_alpha)
     if config.dataset_name:
         return find_dataset_examples(
             config.dataset_name,
@@ -52,13 +70,39 @@ def find_images(config: TrainingConfig) -> list[Example]:
             caption_column=config.caption_column,
             cache_dir=config.cache_dir,
             skip_bad_images=config.skip_bad_images,
+            masks=masks,
         )
     return find_examples(
         str(config.instance_data_dir),
         config.instance_prompt,
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
+        masks=masks,
     )
+
+
+def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
+    """Name the images without a mask.
+
+    Raises:
+        DataError: no image has one.
+    """
+    without = [str(getattr(e.source, "name", e.source)) for e in examples if e.mask is None]
+    if len(without) == len(examples):
+        problem = "no image has a mask"
+        if config.mask_from_alpha:
+            problem += ", and all are opaque"
+        problem += (
+            ". Put them beside the images (001.mask.png beside 001.png) or into --mask_data_dir, "
+            "or leave out --masked_loss"
+        )
+        raise DataError("--masked_loss", [problem])
+    if without:
+        logger.warning(
+            "images without a mask, which are trained as a whole (%d): %s",
+            len(without),
+            first_few(without, MAX_NAMES),
+        )
 
 
 def find_class_images(config: TrainingConfig) -> list[Example]:

@@ -14,7 +14,12 @@ from torch.utils.data import Dataset
 
 from .cache import ImageEncoder, LatentCache
 from .caption_variants import AS_THEY_ARE, CaptionRules
-from .image_folder import Example, warn_of_long_images, warn_of_small_images
+from .image_folder import (
+    Example,
+    warn_of_long_images,
+    warn_of_missed_masks,
+    warn_of_small_images,
+)
 from .sampler import SampleStream
 from .seeds import generator
 from .transforms import CropPlan, Variant
@@ -29,7 +34,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
     (height, width) of the image before resizing, ``crop_top_left`` of the crop of the resized image
     and ``target_size`` (height, width) of the crop, all int tensors of shape (2,); and either
     ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``,
-    (3, height, width), decoded on demand.
+    (3, height, width), decoded on demand. If any of the examples has a mask, every sample contains
+    ``mask``, (1, height, width) of the latents or of the pixels, which is 1 where the loss counts.
 
     The samples at ``batch_size`` positions from a multiple of ``batch_size`` on have the same
     target size.
@@ -71,6 +77,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.caption_dropout = caption_dropout
         self._prompts = [caption_rules.variants(e.caption, seed) for e in self.examples]
         self.cache = cache
+        self.masked = any(example.mask for example in self.examples)
         self.targets = [plan.target_size(example.size) for example in self.examples]
         once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
         self._items = once * repeats  # of the stream -> number of the example
@@ -84,6 +91,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
             ]
         warn_of_small_images(self.examples, plan)
         warn_of_long_images(self.examples, plan)
+        warn_of_missed_masks(self.examples, plan)
         if plan.buckets is not None:
             self._report_buckets()
 
@@ -99,14 +107,16 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """Hash of the images, their captions, buckets and order, by which a resumed run can tell
-        whether its data have changed."""
+        """Hash of the images, their captions, masks, buckets and order, by which a resumed run can
+        tell whether its data have changed."""
         images = [[example.content_key, example.caption] for example in self.examples]
         parts: list[Any] = [len(self), images]
         if any(example.repeats != 1 for example in self.examples):
             parts.append([example.repeats for example in self.examples])
         if self.plan.buckets is not None:
             parts += [self.targets, self.stream.batch_size]
+        if self.masked:
+            parts.append([example.mask and example.mask.cache_key for example in self.examples])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fill_cache(
@@ -124,11 +134,15 @@ class TrainingSet(Dataset[dict[str, Any]]):
         if self.cache is not None:
             kept = self._kept[item]
             variant = kept[int(torch.randint(len(kept), (), generator=random))]
-            mean, std = self.cache.get(example.content_key, variant)
-            image = {"mean": mean, "std": std}
+            image = dict(self.cache.get(example.cache_key, variant))
         else:
             variant = self.plan.draw(example.size, random)
             image = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
+            if example.mask is not None:
+                image["mask"] = self.plan.mask_values(example.mask.load(), variant)
+        if self.masked and example.mask is None:
+            (some, *_) = image.values()
+            image["mask"] = torch.ones(1, *some.shape[1:])
         width, height = example.size
         return {
             "position": position,
@@ -183,7 +197,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes``,
         ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
-        ``pixel_values``, with a batch axis.
+        ``pixel_values``, and perhaps ``mask``, with a batch axis.
     """
     batch: dict[str, Any] = {
         f"{name}s": [sample[name] for sample in samples]
@@ -191,7 +205,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
     for name in ("original_size", "crop_top_left", "target_size"):
         batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
-    for name in ("mean", "std", "pixel_values"):
+    for name in ("mean", "std", "pixel_values", "mask"):
         if name in samples[0]:
             batch[name] = torch.stack([sample[name] for sample in samples])
     return batch

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +13,11 @@ from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
 
-from .captions import one_line
-from .image_folder import Example, Found, check_images
+from .captions import MASK_COLUMNS, one_line
+from .image_folder import WHOLE_IMAGES, Example, Found, check_images
+from .masks import FoundMask, MaskPlaces
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -49,13 +53,16 @@ def find_dataset_examples(
     caption_column: str | None = None,
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
+    masks: MaskPlaces | None = None,
 ) -> list[Example]:
     """Return the images of a Hugging Face dataset: of its split "train", or of its only split.
 
     Args:
         name: Hub id, folder of data files, or folder that ``Dataset.save_to_disk`` wrote.
         prompt: caption of the rows that have none, and of all rows without ``caption_column``.
-        skip_bad_images: leave out images that cannot be decoded, with a warning.
+        skip_bad_images: leave out images that cannot be decoded, or whose mask cannot be used,
+            with a warning.
+        masks: where the masks of the images are; None to train on whole images.
 
     Raises:
         DataError: ``datasets`` is not installed, the dataset cannot be loaded, a column is missing,
@@ -79,23 +86,26 @@ def find_dataset_examples(
             raise DataError(place, [f"it has no split 'train'. Its splits: {', '.join(loaded)}"])
         loaded = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
 
-    columns = {"image_column": image_column, "caption_column": caption_column}
+    names = loaded.column_names
+    mask_column = masks.column if masks else None
+    columns = {
+        "image_column": image_column,
+        "caption_column": caption_column,
+        "mask_column": mask_column,
+    }
     if missing := [
-        f"--{flag} is {column!r}, but there is no such column. Columns: "
-        f"{', '.join(loaded.column_names)}"
+        f"--{flag} is {column!r}, but there is no such column. Columns: {', '.join(names)}"
         for flag, column in columns.items()
-        if column is not None and column not in loaded.column_names
+        if column is not None and column not in names
     ]:
         raise DataError(place, missing)
-    try:
-        images = loaded.select_columns([image_column]).cast_column(
-            image_column, datasets.Image(decode=False)
-        )
-    except (TypeError, ValueError, RuntimeError) as error:
-        got = loaded.features[image_column]
-        raise DataError(
-            place, [f"column {image_column!r} contains {got} instead of images"]
-        ) from error
+    images = _undecoded(loaded, image_column, place)
+    with_masks = mask_column or next((name for name in MASK_COLUMNS if name in names), None)
+    masks_there = None
+    if with_masks and masks:
+        masks_there = _undecoded(loaded, with_masks, place)
+    elif with_masks:
+        logger.warning("%s: %s: column %s", place, WHOLE_IMAGES["instance"], with_masks)
 
     problems: list[str] = []
     texts = loaded[caption_column] if caption_column else [None] * len(loaded)
@@ -105,8 +115,28 @@ def find_dataset_examples(
             problems.append(f"row {index}: {caption_column} is {text!r}; it must be text")
             text = None
         row = DatasetRow(index, image_column, images)
-        found.append(Found(str(row), row, one_line(text) or one_line(prompt)))
+        mask = None
+        if masks_there is not None and masks_there[index][str(with_masks)] is not None:
+            mask = FoundMask(f"in {with_masks}", DatasetRow(index, str(with_masks), masks_there))
+        elif masks and masks.from_alpha:
+            mask = FoundMask(str(row), row, of_alpha=True)
+        found.append(Found(str(row), row, one_line(text) or one_line(prompt), mask=mask))
     advice = "Give --instance_prompt for all rows without one" + (
         "" if caption_column else ", or --caption_column"
     )
     return check_images(found, place, problems, advice, skip_bad_images)
+
+
+def _undecoded(dataset: Any, column: str, place: str) -> Any:
+    """Return a column of images whose files are not decoded.
+
+    Raises:
+        DataError: it contains something else.
+    """
+    import datasets
+
+    try:
+        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, RuntimeError) as error:
+        got = dataset.features[column]
+        raise DataError(place, [f"column {column!r} contains {got} instead of images"]) from error

@@ -10,31 +10,34 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from PIL import Image
 from tqdm.auto import tqdm
 
 from gralora_diffusion.io.errors import DataError
-from gralora_diffusion.io.image_files import MAX_BYTES, folder_images, is_image, read_image
-from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.image_files import folder_images, is_image, masks_beside, read_image
 from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.staging import lies_in
 
 from .captions import (
     LIKELY_CAPTIONS,
     METADATA_NAME,
     METADATA_NAMES,
     CaptionedFolder,
+    ListedImage,
     caption_files,
     concept_folders,
     one_line,
     read_caption,
     read_metadata,
 )
+from .masks import FoundMask, Mask, MaskError, MaskPlaces, check_mask, find_masks
+from .sources import Source, bytes_of, unchanged_bytes
 from .transforms import CropPlan
 
 logger = logging.getLogger(__name__)
@@ -53,6 +56,12 @@ _CACHES = (".npz", ".npy", ".pt", ".safetensors")
 _CAPTIONS = "captions without an image or in an unsupported format, or other files, ignored"
 _IMAGES = "images in an unsupported format, ignored; HEIC needs the package pillow-heif"
 _OTHERS = "other files, ignored"
+#: Role of the images -> why their masks are not used.
+WHOLE_IMAGES = {
+    "instance": "masks left out, since --masked_loss is not given",
+    "class": "masks left out, since class images are trained as a whole",
+}
+_UNUSED_MASKS = "masks left out, since they belong to no image"
 #: A warning names images of which a crop shows less than this fraction.
 _SMALL_PART = 1 / 4
 MAX_NAMES = 10
@@ -60,17 +69,6 @@ MAX_NAMES = 10
 AT_ONCE = 8
 #: Fewer images are checked before anybody could read a progress bar.
 MIN_FOR_PROGRESS = 50
-
-
-class ImageSource(Protocol):
-    """The source of an image that is not a file of its own; ``str`` names it in messages."""
-
-    def read_bytes(self) -> bytes:
-        """Return the bytes of the image's file.
-
-        Raises:
-            OSError, ValueError: there is none.
-        """
 
 
 @dataclass(frozen=True)
@@ -83,14 +81,21 @@ class Example:
         size: width and height in pixels, upright.
         repeats: how many times it is used in an epoch.
         concept: name of the sub-folder that sets the repeats.
+        mask: which part of it the loss counts; None for the whole image.
     """
 
-    source: Path | ImageSource
+    source: Source
     caption: str
     content_key: str
     size: tuple[int, int]
     repeats: int = 1
     concept: str | None = None
+    mask: Mask | None = None
+
+    @property
+    def cache_key(self) -> str:
+        """What identifies everything that is encoded for it, besides the crop."""
+        return self.content_key + (f" {self.mask.cache_key}" if self.mask else "")
 
     def load(self) -> Image.Image:
         """Return the image, upright, RGB and in the colors of sRGB.
@@ -106,23 +111,18 @@ class Example:
         Raises:
             DataError: as for ``load``.
         """
-        try:
-            data = _bytes_of(self.source)
-        except OSError as error:
-            raise DataError(str(self.source), [f"can no longer be read: {error}"]) from error
-        if hashlib.sha256(data).hexdigest() != self.content_key:
-            raise DataError(str(self.source), ["was changed after the start. Start again"])
-        return data
+        return unchanged_bytes(self.source, self.content_key)
 
 
 class Found(NamedTuple):
     """An image that has not been opened yet; ``name`` is for messages."""
 
     name: str
-    source: Path | ImageSource
+    source: Source
     caption: str
     repeats: int = 1
     concept: str | None = None
+    mask: FoundMask | None = None
 
 
 def find_examples(
@@ -132,24 +132,27 @@ def find_examples(
     caption_column: str | None = None,
     skip_bad_images: bool = False,
     role: str = "instance",
+    masks: MaskPlaces | None = None,
 ) -> list[Example]:
     """Return the images in ``folder``, sorted by name.
 
     A sub-folder is only read if the metadata file names an image in it, or if the folder contains
-    no images but sub-folders named as in kohya's sd-scripts, see ``concept_folders``. Masks of
-    images and other files are left out with a warning that names them; hidden files are left out
-    silently.
+    no images but sub-folders named as in kohya's sd-scripts, see ``concept_folders``. Files that
+    are not used, such as masks without ``masks``, are left out with a warning that names them;
+    hidden files are left out silently.
 
     Args:
         prompt: caption of the images that have none.
         caption_column: column of the metadata file, or key of a .json file; by default one of
             ``CAPTION_COLUMNS``.
-        skip_bad_images: leave out images that cannot be decoded, with a warning.
+        skip_bad_images: leave out images that cannot be decoded, or whose mask cannot be used,
+            with a warning.
         role: "instance" or "class", which errors use to name the flags.
+        masks: where the masks of the images are; None to train on whole images.
 
     Raises:
         DataError: there is no folder, it has no image, or there are problems with the images, the
-            captions or the metadata file. The error lists all of them.
+            captions, the masks or the metadata file. The error lists all of them.
     """
     folder = Path(folder)
     place = f"--{role}_data_dir {str(folder)!r}"
@@ -158,8 +161,8 @@ def find_examples(
     problems: list[str] = []
     found = []
     try:
-        for part in _image_folders(folder, one_line(prompt), role, place):
-            found += _find_in(part, folder, caption_column, place, problems)
+        for part in _image_folders(folder, one_line(prompt), role, place, masks):
+            found += _find_in(part, folder, caption_column, place, problems, role, masks)
     except OSError as error:
         raise DataError(place, [f"the folder cannot be read: {error}"]) from error
     advice = (
@@ -191,41 +194,81 @@ def warn_of_long_images(examples: Iterable[Example], plan: CropPlan) -> None:
     _warn(place, "long images, of which a sample shows less than a quarter", long)
 
 
-def _image_folders(folder: Path, prompt: str, role: str, place: str) -> list[CaptionedFolder]:
+def warn_of_missed_masks(examples: Iterable[Example], plan: CropPlan) -> None:
+    """Log which images have crops that show nothing of what their mask leaves."""
+    missed = [
+        str(getattr(e.source, "name", e.source))
+        for e in examples
+        if e.mask and plan.may_miss(e.size, e.mask.box)
+    ]
+    place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
+    _warn(place, "masks that a crop may miss; such a sample trains nothing inside", missed)
+
+
+def _image_folders(
+    folder: Path, prompt: str, role: str, place: str, masks: MaskPlaces | None
+) -> list[CaptionedFolder]:
     """Return the folder itself, or its sub-folders with a concept each."""
     concepts = concept_folders(folder) if role == "instance" else []
     own = any(is_image(p) or p.name.lower() in METADATA_NAMES for p in folder.iterdir())
     if own or not concepts:
         return [CaptionedFolder(folder, prompt)]
     named = {concept.concept for concept in concepts}
-    others = [p.name for p in folder.iterdir() if p.name not in named and p.name[0] != "."]
+    others = [
+        path.name
+        for path in folder.iterdir()
+        if path.name not in named and path.name[0] != "." and not _is_of_masks(path, masks)
+    ]
     _warn(place, "ignored beside the concepts' folders", sorted(others))
     return concepts
 
 
+def _is_of_masks(path: Path, masks: MaskPlaces | None) -> bool:
+    """Whether ``path`` is the folder of masks, or contains it."""
+    return bool(masks and masks.folder and lies_in(masks.folder, path))
+
+
 def _find_in(
-    part: CaptionedFolder, top: Path, column: str | None, place: str, problems: list[str]
+    part: CaptionedFolder,
+    top: Path,
+    column: str | None,
+    place: str,
+    problems: list[str],
+    role: str,
+    masks: MaskPlaces | None,
 ) -> list[Found]:
-    """Return the images of one folder with their captions; other files are reported."""
+    """Return the images of one folder with captions and masks; other files are reported."""
     visible = sorted(entry for entry in part.path.iterdir() if not entry.name.startswith("."))
     folders = {entry.name for entry in visible if entry.is_dir()}
     files = [entry.name for entry in visible if entry.name not in folders]
     before = len(problems)
-    listed = read_metadata(part.path, files, column, problems)
-    images, masks = folder_images(files)
-    masks = [name for name in masks if name not in listed]
-    names = sorted({*listed, *images})
+    listed = read_metadata(part.path, files, column, problems, masks.column if masks else None)
+    images, named_masks = folder_images(files)
+    listed_masks = {entry.mask for entry in listed.values() if entry.mask}
+    if both := sorted(listed_masks & listed.keys()):
+        problems.append(f"listed as images and as masks: {', '.join(both)}")
+    unlisted = [name for name in named_masks if name not in listed]
+    names = sorted({*listed, *images} - listed_masks)
     if not names and len(problems) == before:
         problems.append(
             f"there is no image in {part.concept or 'it'}, and sub-folders are not read. Put "
             "the images into it, or give the folder that contains them"
         )
     metadata = [name for name in files if name.lower() in METADATA_NAMES]
-    used = {*metadata, *names, *masks}
+    used = {*metadata, *names, *named_masks, *listed_masks}
     found, differing = [], []
-    for name, beside in _files_beside(part.path, names, files).items():
-        given = {metadata[0]: listed[name]} if listed.get(name) else {}
-        for file in beside:
+    masked: dict[str, FoundMask] = {}
+    unused_masks = sorted({*unlisted, *listed_masks})
+    if masks is not None:
+        beside = _beside(masks_beside, part.path, names, files)
+        of_image = {n: [m for m in beside[n] if m not in listed] for n in names}
+        own = _folder_of_masks(masks, part)
+        masked, unused = find_masks(part.path, listed, of_image, masks, own, problems)
+        taken = {mask.name for mask in masked.values() if not mask.of_alpha}
+        unused_masks = [*(name for name in unlisted if name not in taken), *unused]
+    for name, texts in _beside(caption_files, part.path, names, files).items():
+        given = {metadata[0]: listed[name].caption} if _has_caption(listed, name) else {}
+        for file in texts:
             text = read_caption((part.path / name).parent / file, column, problems)
             if text is not None:
                 used.add(file)
@@ -236,18 +279,31 @@ def _find_in(
             first, *others = given
             differing.append(f"{shown} ({first}, not {', '.join(others)})")
         caption = next(iter(given.values()), part.prompt)
-        found.append(Found(shown, path, caption, part.repeats, part.concept))
+        of_part = part.repeats, part.concept
+        found.append(Found(shown, path, caption, *of_part, masked.get(name)))
     _warn(place, "images with captions that differ, of which the first is used", differing)
-    _warn(place, "masks left out, since training with masks is not supported", masks)
+    _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
-    unread = folders - {Path(name).parts[0] for name in names}
+    unread = folders - {Path(name).parts[0] for name in (*names, *listed_masks)}
+    unread -= {name for name in unread if _is_of_masks(part.path / name, masks)}
     _warn(place, "sub-folders that are not read", sorted(unread))
-    missed = _not_named(part.path, names)
+    missed = _not_named(part.path, names, listed_masks)
     _warn(place, "images in sub-folders left out, since they are not listed", missed)
     return found
 
 
-def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
+def _folder_of_masks(masks: MaskPlaces, part: CaptionedFolder) -> Path | None:
+    """Return the folder of the masks of a folder of images, which has sub-folders of its names."""
+    if masks.folder is None or part.concept is None:
+        return masks.folder
+    return masks.folder / part.path.name
+
+
+def _has_caption(listed: Mapping[str, ListedImage], name: str) -> bool:
+    return name in listed and bool(listed[name].caption)
+
+
+def _not_named(folder: Path, names: Sequence[str], masks: Iterable[str]) -> list[str]:
     """Return unlisted images in sub-folders of which other images are listed."""
     parents = {Path(name).parent for name in names} - {Path()}
     there = {
@@ -255,19 +311,30 @@ def _not_named(folder: Path, names: Sequence[str]) -> list[str]:
         for parent in parents
         for name in folder_images(path.name for path in (folder / parent).iterdir()).images
     }
-    return sorted(there.difference(names))
+    return sorted(there.difference(names, masks))
 
 
-def _files_beside(folder: Path, names: Iterable[str], files: Sequence[str]) -> dict[str, list[str]]:
-    """Return image -> names of the files in its folder that may contain its caption."""
+def _beside(
+    find: Callable[[Sequence[str], Sequence[str]], dict[str, list[str]]],
+    folder: Path,
+    names: Iterable[str],
+    files: Sequence[str],
+) -> dict[str, list[str]]:
+    """Return image -> what ``find`` finds for it in its own folder: names of files there.
+
+    Args:
+        find: names of images in a folder, and of all files there -> image -> files.
+        names: of images, as paths in ``folder``.
+        files: in ``folder`` itself.
+    """
     by_parent = defaultdict(list)
     for name in names:
         by_parent[Path(name).parent].append(name)
     found: dict[str, list[str]] = {}
     for parent, there in by_parent.items():
         names_there = files if parent == Path() else [p.name for p in (folder / parent).iterdir()]
-        beside = caption_files([Path(name).name for name in there], names_there)
-        found |= {name: beside[Path(name).name] for name in there}
+        beside = find([Path(name).name for name in there], names_there)
+        found |= {name: beside.get(Path(name).name, []) for name in there}
     return dict(sorted(found.items()))
 
 
@@ -297,29 +364,38 @@ def check_images(
 
     Raises:
         DataError: there are problems. The error lists ``problems``, the images without a caption
-            and those that cannot be decoded, which ``skip_bad_images`` leaves out instead.
+            and those that cannot be decoded or whose mask cannot be used, which
+            ``skip_bad_images`` leaves out instead.
     """
     examples, bad, warnings = [], [], []
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: shown in a terminal only
     pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
     try:
-        looked = pool.map(_look_at, (image.source for image in found))
+        looked = pool.map(_look_at, found)
         bar = tqdm(looked, "Checking images", len(found), unit="", disable=quiet)
         for image, seen in zip(found, bar, strict=True):
-            if isinstance(seen, Exception):
-                bad.append(f"{image.name} cannot be decoded: {str(seen) or type(seen).__name__}")
+            if isinstance(seen, str):
+                bad.append(f"{image.name}{seen}")
                 continue
-            content_key, size, noted = seen
-            warnings += [f"{image.name} ({'; '.join(noted)})"] if noted else []
+            warnings += [f"{image.name} ({'; '.join(seen.warnings)})"] if seen.warnings else []
             if not image.caption:
                 problems.append(f"{image.name} has no caption. {caption_advice}")
-            of_concept = image.repeats, image.concept
-            examples.append(Example(image.source, image.caption, content_key, size, *of_concept))
+            examples.append(
+                Example(
+                    image.source,
+                    image.caption,
+                    seen.content_key,
+                    seen.size,
+                    image.repeats,
+                    image.concept,
+                    seen.mask,
+                )
+            )
     finally:
         pool.shutdown(cancel_futures=True)
     if bad and not skip_bad_images:
         problems += bad
-        problems.append("To train without images that cannot be decoded, give --skip_bad_images")
+        problems.append("To train without these images, give --skip_bad_images")
     if problems:
         raise DataError(place, problems)
     if not examples:
@@ -329,18 +405,32 @@ def check_images(
     return examples
 
 
-def _look_at(source: Path | ImageSource) -> tuple[str, tuple[int, int], list[str]] | Exception:
-    """Return an image's hash, size and warnings, or the error if it cannot be decoded."""
+class _Seen(NamedTuple):
+    """What is kept of an image that was decoded."""
+
+    content_key: str
+    size: tuple[int, int]
+    mask: Mask | None
+    warnings: list[str]
+
+
+def _look_at(image: Found) -> _Seen | str:
+    """Decode an image and its mask; a text says why that is not possible, after its name."""
     warnings: list[str] = []
     try:
-        data = _bytes_of(source)
-        return hashlib.sha256(data).hexdigest(), read_image(data, warnings).size, warnings
+        data = bytes_of(image.source)
+        size = read_image(data, warnings).size
     except Exception as error:  # a dataset may raise any kind
-        return error
-
-
-def _bytes_of(source: Path | ImageSource) -> bytes:
-    return read_regular(source, MAX_BYTES) if isinstance(source, Path) else source.read_bytes()
+        return f" cannot be decoded: {str(error) or type(error).__name__}"
+    mask = None
+    if image.mask is not None:
+        try:
+            mask = check_mask(image.mask, size)
+        except MaskError as error:
+            return f": {image.mask} {error}"
+        except Exception as error:
+            return f": {image.mask} cannot be used: {str(error) or type(error).__name__}"
+    return _Seen(hashlib.sha256(data).hexdigest(), size, mask, warnings)
 
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""From a decoded image to pixel values: resizing, cropping, mirroring."""
+"""From a decoded image or mask to pixel values: resizing, cropping, mirroring."""
 
 from __future__ import annotations
 
@@ -79,6 +79,23 @@ class CropPlan:
         (width, height), target = self.resized(size), self.target_size(size)
         return target[0] * target[1] / (width * height)
 
+    def may_miss(self, size: tuple[int, int], box: tuple[int, int, int, int]) -> bool:
+        """Return whether a crop of an image of ``size`` (width, height) may show nothing of a part.
+
+        Args:
+            box: left, top, right and bottom of that part.
+        """
+        (left, top), resized = self._left_over(size), self.resized(size)
+        ends = [(left // 2, left // 2), (top // 2, top // 2)] if self.center_crop else None
+        starts = ends or [(0, left), (0, top)]
+        for axis, (first, last) in enumerate(starts):
+            length = self.target_size(size)[1 - axis]
+            scale = resized[axis] / size[axis]
+            begin, end = box[axis] * scale, box[axis + 2] * scale
+            if end <= last or begin >= first + length:
+                return True
+        return False
+
     def draw(self, size: tuple[int, int], random: torch.Generator) -> Variant:
         """Sample any variant of an image of ``size`` (width, height)."""
         place = int(torch.randint(self._places(size), (), generator=random))
@@ -124,7 +141,21 @@ class CropPlan:
         the 256 levels. Between two pixels that are equally near, "nearest" takes the latter here,
         while Pillow takes either.
         """
-        resampling = Image.Resampling[self.interpolation.upper()]
+        cut = self._cut(image, variant, Image.Resampling[self.interpolation.upper()])
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1.0
+
+    def mask_values(self, mask: Image.Image, variant: Variant) -> Tensor:
+        """Return the variant of a mask of mode L as (1, height, width) floats in [0, 1].
+
+        It is resized by area ("box"), whatever images are resized by, so that a value is the part
+        of a pixel that is white.
+        """
+        cut = self._cut(mask, variant, Image.Resampling.BOX)
+        return torch.from_numpy(np.array(cut))[None].float() / 255
+
+    def _cut(
+        self, image: Image.Image, variant: Variant, resampling: Image.Resampling
+    ) -> Image.Image:
         width, height = self.resized(image.size)
         left = width - variant.left - variant.width if variant.flip else variant.left
         top, right = variant.top, left + variant.width
@@ -134,7 +165,8 @@ class CropPlan:
             whole = image.resize((width, height), resampling)
             image = whole.crop((left, top, right, bottom))
         else:
-            nudge = _NUDGE if self.interpolation in ("nearest", "box") else 0.0
+            hard = resampling in (Image.Resampling.NEAREST, Image.Resampling.BOX)
+            nudge = _NUDGE if hard else 0.0
             x0, x1, across = _source(left, right, width, image.width, nudge)
             y0, y1, down = _source(top, bottom, height, image.height, nudge)
             image = image.crop((x0, y0, x1, y1))
@@ -143,9 +175,7 @@ class CropPlan:
             image = image.resize((variant.width, image.height), resampling, box)
             box = (0, down[0], image.width, down[1])
             image = image.resize((variant.width, variant.height), resampling, box)
-        if variant.flip:
-            image = ImageOps.mirror(image)
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1.0
+        return ImageOps.mirror(image) if variant.flip else image
 
     def _places(self, size: tuple[int, int]) -> int:
         """Return how many crops there are to choose from."""

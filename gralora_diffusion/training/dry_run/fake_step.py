@@ -51,6 +51,7 @@ class FakeData:
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher: Conditioning | None = None
         self.cached = 0  # bytes
+        self.masked = any(image.mask for image in images)
         plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest image
         self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
@@ -80,7 +81,8 @@ class FakeData:
             self.latents = [part[:1].cpu() for part in latents]
             made["pictures"] = meter.peak
             if not config.latent_cache_dir:
-                self.cached += self.crops * bytes_of(self.latents)
+                masks = [self.latents[0][:, :1]] if self.masked else []
+                self.cached += self.crops * bytes_of([*self.latents, *masks])
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if self.prompts is None and not teaches:
             return made
@@ -97,8 +99,12 @@ class FakeData:
             self.teacher = row
         return made
 
-    def batch(self) -> dict[str, Any]:
-        """Return a batch like one of ``dataset.collate``."""
+    def batch(self, with_masks: bool = True) -> dict[str, Any]:
+        """Return a batch like one of ``dataset.collate``.
+
+        Args:
+            with_masks: as instance images have them, if any has; class images have none.
+        """
         count = self.config.train_batch_size
         batch: dict[str, Any] = {
             "positions": list(range(count)),
@@ -109,9 +115,14 @@ class FakeData:
             "target_sizes": torch.tensor([self.image_size] * count),
         }
         if not self.config.cache_latents:
-            return {**batch, "pixel_values": self._pixels(count)}
-        mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
-        return {**batch, "mean": mean, "std": std}
+            batch["pixel_values"] = self._pixels(count)
+        else:
+            mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
+            batch |= {"mean": mean, "std": std}
+        if self.masked and with_masks:
+            height, width = self.image_size
+            batch["mask"] = torch.empty(count, 1, height, width)
+        return batch
 
     def _pixels(self, count: int) -> Tensor:
         return torch.empty(count, 3, *self.image_size)
@@ -168,7 +179,8 @@ def measure_step(
     # from the second pass on, there are gradients of the first
     for _ in range(min(2, config.gradient_accumulation_steps)):
         with meter:
-            batches = builder.build(data.batch(), data.batch() if with_classes else None)
+            classes = data.batch(with_masks=False) if with_classes else None
+            batches = builder.build(data.batch(), classes)
             with accelerator.autocast():
                 losses = step(batches)
             loss = mean_loss(losses, batches)

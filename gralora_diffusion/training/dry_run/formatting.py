@@ -6,6 +6,7 @@ import math
 from collections.abc import Sequence
 
 from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 
 from .plan import AdapterPlan, Plan
 
@@ -29,6 +30,8 @@ def format_plan(plan: Plan) -> str:
         lora = config.learning_rate / math.sqrt(config.gralora_k)
         text = f"{config.learning_rate:g}, about as fast as a LoRA of this rank at {lora:.2g}"
         facts.append(("rate", text))
+    if plan.masks:
+        facts.insert(3, ("masks", f"of {plan.masks} images; {MaskedLoss.of(config)}"))
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)
         text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")

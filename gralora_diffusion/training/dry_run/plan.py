@@ -91,6 +91,7 @@ class Plan:
     device: str
     processes: int
     images: int
+    masks: int
     class_images: int
     image_size: tuple[int, int]  # height, width of the largest
     rows: int
@@ -209,6 +210,7 @@ def plan_run(
         device=device.type,
         processes=processes,
         images=len(images),
+        masks=sum(image.mask is not None for image in images),
         class_images=existing_class_images(config),
         image_size=data.image_size,
         rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),

@@ -44,10 +44,23 @@ class Objective(ABC):
     def weights(self, timesteps: Tensor) -> Tensor:
         """Return the weight (batch,) of each sample's loss."""
 
-    def loss(self, prediction: Tensor, target: Tensor, timesteps: Tensor) -> Tensor:
-        """Return the weighted mean squared error per sample, (batch,), in fp32."""
-        error = (prediction.float() - target.float()).square().flatten(1).mean(1)
-        return error * self.weights(timesteps)
+    def loss(
+        self,
+        prediction: Tensor,
+        target: Tensor,
+        timesteps: Tensor,
+        latent_weights: Tensor | None = None,
+    ) -> Tensor:
+        """Return the weighted mean squared error per sample, (batch,), in fp32.
+
+        Args:
+            latent_weights: weight of each latent, (batch, 1, h, w); 1 if None. The mean is over all
+                latents, whatever they weigh.
+        """
+        error = (prediction.float() - target.float()).square()
+        if latent_weights is not None:
+            error = error * latent_weights
+        return error.flatten(1).mean(1) * self.weights(timesteps)
 
 
 class DDPM(Objective):

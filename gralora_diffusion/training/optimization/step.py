@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, Protocol
 
@@ -15,10 +15,12 @@ from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
+from gralora_diffusion.training.data.masks import latent_mask
 from gralora_diffusion.training.data.seeds import generator, seed_from
 from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
+from .masked_loss import MaskedLoss
 from .objectives import Objective
 from .tokens import DeviceTokenizers, to_device
 
@@ -45,6 +47,7 @@ class DenoisingBatch:
     encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
     instances: int  # number of instance rows, which come first
+    latent_weights: Tensor | None = None  # (rows, 1, h, w); None: all count alike
 
     def __add__(self, other: DenoisingBatch) -> DenoisingBatch:
         """Append prior rows of the same shape."""
@@ -60,7 +63,19 @@ class DenoisingBatch:
             encoded=encoded,
             weights=torch.cat([self.weights, other.weights]),
             instances=self.instances,
+            latent_weights=self._joined_latent_weights(other),
         )
+
+    def _joined_latent_weights(self, other: DenoisingBatch) -> Tensor | None:
+        if self.latent_weights is None and other.latent_weights is None:
+            return None
+        parts = [
+            torch.ones_like(part.target[:, :1])
+            if part.latent_weights is None
+            else part.latent_weights
+            for part in (self, other)
+        ]
+        return torch.cat(parts)
 
 
 def _joined(first: Conditioning, second: Conditioning) -> Conditioning:
@@ -109,16 +124,17 @@ class DenoisingStep(nn.Module):
     def _losses(self, rows: DenoisingBatch) -> Tensor:
         encoded = rows.encoded
         if encoded is None:
-            encoded = self._encoded(rows.prompts, rows.noisy_latents.device)
+            encoded = self.encode(rows.prompts, rows.noisy_latents.device)
         prediction = self.family.predict(
             self.trained[self.family.denoiser],
             rows.noisy_latents,
             rows.timesteps,
             {**encoded, **rows.images},
         )
-        return self.objective.loss(prediction, rows.target, rows.timesteps)
+        return self.objective.loss(prediction, rows.target, rows.timesteps, rows.latent_weights)
 
-    def _encoded(self, prompts: list[str], device: torch.device) -> Conditioning:
+    def encode(self, prompts: list[str], device: torch.device) -> Conditioning:
+        """Encode prompts with the text encoders as they are now, on the device."""
         if self._tokenizers is None:
             self._tokenizers = DeviceTokenizers(self.pipe, device)
         with (
@@ -166,6 +182,7 @@ class BatchBuilder:
         self.device, self.dtype = device, dtype
         self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
+        self.masked = MaskedLoss.of(config)
 
     def build(
         self, instance: Mapping[str, Any], classes: Mapping[str, Any] | None = None
@@ -175,6 +192,8 @@ class BatchBuilder:
         If the class images have another shape, there are two batches.
         """
         rows = self._rows(instance, self.seed, 1.0)
+        if "mask" in instance:
+            self._mask(rows, instance["mask"])
         if self.data.teacher is not None:
             rows = rows + self._teacher_rows(rows, self.data.teacher)
         if classes is None:
@@ -233,27 +252,42 @@ class BatchBuilder:
             return None
         return on_device(self.data.prompts.batch(prompts), self.device)
 
+    def _mask(self, rows: DenoisingBatch, masks: Tensor) -> None:
+        """Give instance rows the weights of their latents, and the target outside of the masks."""
+        there = on_device({"mask": latent_mask(masks, rows.target.shape[-2:])}, self.device)["mask"]
+        rows.latent_weights = self.masked.weights(there)
+        if self.masked.towards_base:
+            base = self._base_prediction(rows, rows.encoded)
+            rows.target = self.masked.target(there, rows.target.float(), base.float())
+
+    def _base_prediction(self, rows: DenoisingBatch, encoded: Conditioning | None) -> Tensor:
+        """Return what the frozen base predicts for some rows.
+
+        Args:
+            encoded: the prompts; None to encode those of the rows with the frozen text encoders.
+        """
+        models = tuple(self.step.trained.values())
+        denoiser = self.step.trained[self.step.family.denoiser]
+        with adapters_disabled(*models), self.data.accelerator.autocast():
+            if encoded is None:
+                encoded = self.step.encode(rows.prompts, self.device)
+            return self.step.family.predict(
+                denoiser, rows.noisy_latents, rows.timesteps, {**encoded, **rows.images}
+            )
+
     def _teacher_rows(self, rows: DenoisingBatch, teacher: Conditioning) -> DenoisingBatch:
         """Return rows of the same noisy latents with the class prompt and the teacher's target."""
         count = rows.instances
-        noisy, timesteps = rows.noisy_latents[:count], rows.timesteps[:count]
-        images = {key: value[:count] for key, value in rows.images.items()}
         taught = {
             key: value.expand(count, *value.shape[1:])
             for key, value in on_device(teacher, self.device).items()
         }
-        models = tuple(self.step.trained.values())
-        denoiser = self.step.trained[self.step.family.denoiser]
-        with adapters_disabled(*models), self.data.accelerator.autocast():
-            target = self.step.family.predict(denoiser, noisy, timesteps, {**taught, **images})
         prompts = [self.class_prompt] * count
-        return DenoisingBatch(
-            noisy_latents=noisy,
-            timesteps=timesteps,
-            target=target,
+        return replace(
+            rows,
+            target=self._base_prediction(rows, taught),
             prompts=prompts,
-            images=images,
             encoded=self._encoded(prompts),
             weights=torch.full((count,), self.prior_weight, device=self.device),
-            instances=count,
+            latent_weights=None,
         )

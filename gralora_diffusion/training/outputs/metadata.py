@@ -80,6 +80,7 @@ def training_metadata(
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm,
+        "ss_masked_loss": True if instance.masked else None,
         "ss_prior_loss_weight": config.prior_loss_weight if classes else None,
     }
     if family.objective == "ddpm":

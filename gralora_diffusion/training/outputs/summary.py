@@ -10,6 +10,7 @@ from typing import Any
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 
 from .curve import CURVE_NAME
 from .metrics import METRICS_NAME, with_loss
@@ -32,11 +33,18 @@ def summary_of_inputs(
     rows = [
         ("base", f"{config.pretrained_model_name_or_path} ({family}), on {device}"),
         ("images", f"{len(images)}, {texts}"),
+        *([("masks", summary_of_masks(config, images))] if config.masked_loss else []),
         *([("class", f"{len(class_images)} images")] if class_images else []),
         ("memory", memory),
         ("output", str(Path(config.output_dir))),
     ]
     return _table(rows)
+
+
+def summary_of_masks(config: TrainingConfig, images: Sequence[Example]) -> str:
+    """Return how many images have a mask, and what the loss counts outside of it."""
+    masked = sum(image.mask is not None for image in images)
+    return f"of {masked} of {len(images)} images; {MaskedLoss.of(config)}"
 
 
 def summary_of_training(

@@ -481,6 +481,19 @@ BASE = "--pretrained_model_name_or_path"
             "--instance_data_dir= --dataset_name d --instance_prompt=",
             "--dataset_name needs --caption_column or --instance_prompt",
         ),
+        # masks
+        ("--masked_loss --mask_data_dir masks", "--mask_data_dir is 'masks': there is no such"),
+        ("--masked_loss --mask_data_dir empty", "this folder is empty. Put the masks into it"),
+        ("--masked_loss --mask_data_dir pictures/1.png", "Give the folder with the masks"),
+        (
+            "--masked_loss --mask_data_dir ./pictures",
+            "--mask_data_dir is './pictures', which is --instance_data_dir. Masks beside the",
+        ),
+        (
+            "--instance_data_dir= --dataset_name d --masked_loss --mask_data_dir pictures",
+            "--mask_data_dir is for --instance_data_dir; the rows of --dataset_name have no file",
+        ),
+        ("--mask_outside_weight -1", "--mask_outside_weight is -1.0; it must be at least 0"),
         # prior preservation
         (
             "--with_prior_preservation --class_data_dir c",
@@ -775,6 +788,14 @@ def test_no_problem(good: list[str], arguments: str) -> None:
         (
             "--hub_model_id me/dog",
             "these options have no effect without --push_to_hub: --hub_model_id",
+        ),
+        (
+            "--mask_outside base --mask_from_alpha",
+            "these options have no effect without --masked_loss: --mask_from_alpha, --mask_outside",
+        ),
+        (
+            "--masked_loss --mask_outside_weight 0.5",
+            "--mask_outside_weight has no effect with --mask_outside ignore. Did you mean",
         ),
         ("--ema_decay 0.9", "these options have no effect without --use_ema: --ema_decay"),
         (

@@ -52,7 +52,7 @@ def problems(folder, prompt="the prompt", **options):
 
 PASSED_OVER = "captions without an image or in an unsupported format, or other files, ignored"
 DIFFERING = "images with captions that differ, of which the first is used"
-MASKS = "masks left out, since training with masks is not supported"
+MASKS = "masks left out, since --masked_loss is not given"
 
 
 # -- files beside pictures -------------------------------------------------------------------------

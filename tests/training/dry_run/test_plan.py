@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
@@ -139,6 +140,13 @@ def in_steps(plan: Plan, name: str) -> int:
     return sum(row.bytes["steps"] for row in plan.memory if row.name == name)
 
 
+def with_masks(folder: Path) -> Path:
+    make_images(folder, 3)
+    for path in sorted(folder.iterdir()):
+        Image.new("L", Image.open(path).size, 255).save(path.with_suffix(".mask.png"))
+    return folder
+
+
 TEACHER = {"with_prior_preservation": True, "class_prompt": "a dog", "prior_source": "teacher"}
 
 
@@ -152,6 +160,8 @@ TEACHER = {"with_prior_preservation": True, "class_prompt": "a dog", "prior_sour
         {"gradient_checkpointing": True, "train_text_encoder": True},
         {**TEACHER, "train_text_encoder": True},
         {"prior": "images", "optimizer": "prodigy", "use_ema": True},
+        {"masked_loss": True, "mask_outside": "base", "prior": "images"},
+        {"masked_loss": True, "cache_latents": False},
         {"gradient_accumulation_steps": 2, "target_preset": "all", "rank": 64},
         {"cache_latents": False, "optimizer": "schedulefree", "hybrid_rank": 2},
         {"quantization": "torchao-fp8"},
@@ -164,6 +174,8 @@ def test_a_step_takes_what_was_planned(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
     options |= changes
+    if options.get("masked_loss"):
+        options["instance_data_dir"] = with_masks(tmp_path / "masked")
     if options.pop("prior", None):
         classes = make_images(tmp_path / "class", 3, seed=4)
         options |= {"with_prior_preservation": True, "class_prompt": "a dog"}

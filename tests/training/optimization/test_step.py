@@ -220,7 +220,19 @@ def test_loss_and_gradient_of_every_family(
 
 def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed: int) -> Tensor:
     """The loss of a sample: the pipeline called for one step from its noisy latents."""
-    pipe, position = trainer.pipe, batch["positions"][row]
+    weight, prediction, target = step_by_the_pipeline(trainer, batch, row, seed)
+    return weight * (prediction - target).square().mean()
+
+
+def step_by_the_pipeline(
+    trainer: Trainer, batch: dict[str, Any], row: int, seed: int, pipe: Any = None
+) -> tuple[float, Tensor, Tensor]:
+    """A sample's weight, prediction and target, as tokens if the denoiser takes tokens.
+
+    Args:
+        pipe: predicts in place of the trainer's.
+    """
+    pipe, position = pipe or trainer.pipe, batch["positions"][row]
     latents = encoded_by_the_pipeline(trainer, batch["pixel_values"][row : row + 1], position)
     noise = torch.randn(latents.shape[1:], generator=generator(seed, "noise", position))[None]
     height, width = batch["target_sizes"][row].tolist()
@@ -244,8 +256,9 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed
     if "original_size" in inspect.signature(pipe.__call__).parameters:
         call["original_size"] = tuple(batch["original_sizes"][row].tolist())
         call["crops_coords_top_left"] = tuple(batch["crop_top_lefts"][row].tolist())
+    target = as_tokens(trainer, target)
     if trainer.family.name == "flux":
-        noisy, target = (pipe._pack_latents(x, *x.shape) for x in (noisy, target))
+        noisy = pipe._pack_latents(noisy, *noisy.shape)
     prediction = predicted(
         pipe,
         trainer.family.denoiser,
@@ -253,9 +266,16 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed
         noisy,
         {**call, "height": height, "width": width},
     )
+    return weight, prediction, target
+
+
+def as_tokens(trainer: Trainer, latents: Tensor) -> Tensor:
+    """Latents as the pipeline gives them to a denoiser that takes tokens."""
+    if trainer.family.name == "flux":
+        return trainer.pipe._pack_latents(latents, *latents.shape)
     if trainer.family.name.startswith("flux2"):
-        target = pipe._pack_latents(target)
-    return weight * (prediction - target).square().mean()
+        return trainer.pipe._pack_latents(latents)
+    return latents
 
 
 def encoded_by_the_pipeline(trainer: Trainer, pixels: Tensor, position: int) -> Tensor:
