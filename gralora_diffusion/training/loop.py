@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, free_memory
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, save_adapter
 from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
+from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.precision import tf32_products
@@ -82,6 +83,7 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
 from gralora_diffusion.training.runtime.memory import device_memory
+from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading, check_offloading
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 
 from .preparation import Beginning, complete_class_images, find_beginning
@@ -114,6 +116,7 @@ def train(config: TrainingConfig) -> Path:
         accelerator = make_accelerator(config)
         if sharding is not None:
             check_sharding(config, accelerator)
+        check_offloading(config, accelerator, sharding)
         if config.dry_run:
             _print_plan(config, accelerator, sharding)
         else:
@@ -125,10 +128,10 @@ def train(config: TrainingConfig) -> Path:
 def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None) -> None:
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
-    from_first(accelerator, lambda: print_safely(_inputs(config, found, accelerator, sharding)))
+    offloading = from_first(accelerator, lambda: _inputs(config, found, accelerator, sharding))
     from_first(accelerator, lambda: make_repository(config))
     # before the base for training is loaded, because two bases may not fit into memory
-    class_images = complete_class_images(config, found, accelerator)
+    class_images = complete_class_images(config, found, accelerator, offloading)
     trainer = Trainer(
         config,
         found.family,
@@ -138,6 +141,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
         store,
         found.initial,
         sharding=sharding,
+        offloading=offloading,
     )
     trainer.set_up()
     from_first(accelerator, lambda: print_safely(trainer.summary()))
@@ -154,8 +158,10 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
 
 def _inputs(
     config: TrainingConfig, found: Beginning, accelerator: Accelerator, sharding: Sharding | None
-) -> str:
-    """Check the memory, and describe what is known before anything is loaded.
+) -> Offloading:
+    """Check the memory, and print what is known before anything is loaded.
+
+    Returns what is to be streamed from the CPU's memory.
 
     Raises:
         ConfigError: the run needs far more memory than there is.
@@ -163,9 +169,10 @@ def _inputs(
     from gralora_diffusion.training.dry_run.memory_check import check_memory
 
     family, images, classes = found.family, found.images, found.class_images
-    memory = check_memory(config, family, images, classes, accelerator, sharding)
+    memory, offloading = check_memory(config, family, images, classes, accelerator, sharding)
     device = device_name(accelerator.device)
-    return summary_of_inputs(config, family.name, images, classes, device, memory)
+    print_safely(summary_of_inputs(config, family.name, images, classes, device, memory))
+    return offloading
 
 
 def _print_plan(
@@ -173,15 +180,17 @@ def _print_plan(
 ) -> None:
     # only a dry run needs these modules, which take long to import
     from gralora_diffusion.training.dry_run.formatting import format_plan
-    from gralora_diffusion.training.dry_run.memory_check import memory_problem
+    from gralora_diffusion.training.dry_run.memory_check import memory_problem, with_offloading
     from gralora_diffusion.training.dry_run.plan import plan_run
 
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
     plan = plan_run(config, found.family, found.images, found.class_images, accelerator, sharding)
+    there = device_memory(accelerator.device)
+    plan = with_offloading(plan, config, sharding, there.free)
     if accelerator.is_main_process:
         print_safely(format_plan(plan))
-        if problem := memory_problem(plan, device_memory(accelerator.device)):
+        if problem := memory_problem(plan, there):
             print_safely(f"\nwarning: {problem}")
 
 
@@ -196,6 +205,7 @@ class Trainer:
         pipe: the bare, frozen base if it is already loaded; by default it is loaded.
         attach: attaches an adapter to the base, and returns the components that have it.
         sharding: how the denoiser's frozen weights are shared out over the processes, if they are.
+        offloading: what is streamed from the CPU's memory.
     """
 
     def __init__(
@@ -211,12 +221,14 @@ class Trainer:
         pipe: Any = None,
         attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
         sharding: Sharding | None = None,
+        offloading: Offloading = NOTHING,
     ) -> None:
         self.config, self.family = config, family
         self.images, self.class_images = images, class_images
         self.accelerator, self.store = accelerator, store
         self.initial, self.pipe, self.attach = initial or {}, pipe, attach
-        self.sharding = sharding
+        self.sharding, self.offloading = sharding, offloading
+        self.streamed: StreamedBlocks | None = None
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
         self.skipped = 0  # steps in a row
@@ -261,7 +273,15 @@ class Trainer:
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
-        self.data = Batches(config, family, self.pipe, self.images, self.class_images, accelerator)
+        self.data = Batches(
+            config,
+            family,
+            self.pipe,
+            self.images,
+            self.class_images,
+            accelerator,
+            stream_encoders=self.offloading.encoders,
+        )
         self.steps_per_epoch = ceil(len(self.data) / self.data.samples_per_step)
         self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         needed = {*self.components}
@@ -270,9 +290,12 @@ class Trainer:
         if not config.cache_latents:
             needed.add("vae")
         self.base = describe_base(self.pipe, config)  # before it is in parts
+        denoiser = getattr(self.pipe, family.denoiser)
         for model in existing_models(self.pipe, needed):
-            if self.sharding is not None and model is getattr(self.pipe, family.denoiser):
+            if model is denoiser and self.sharding is not None:
                 self.sharding.shard(model, accelerator.device)
+            elif model is denoiser and self.offloading.denoiser is not None:
+                self.streamed = self._stream(self.offloading.denoiser, denoiser)
             else:
                 model.to(accelerator.device)
         free_memory()
@@ -280,6 +303,14 @@ class Trainer:
             base = {k: v for k, v in self.base.items() if k != "source"}
             facts = {"the base is": base, "the hash of the samples is": self.data.digest}
             check_alike(accelerator, facts, "Give the same base and data to every process")
+
+    def _stream(self, streaming: Streaming, denoiser: nn.Module) -> StreamedBlocks:
+        try:
+            return streaming.start(denoiser, self.accelerator.device)
+        except ValueError as error:
+            raise ConfigError(
+                [f"--offload_base: {error}. Leave it out, or give --offload_base none"]
+            ) from error
 
     def _set_up_optimizer(self) -> None:
         """Make the step as one module, its optimizer and its schedule."""
@@ -297,8 +328,9 @@ class Trainer:
         share_only_what_is_trained(step)
         # loader and schedule are not prepared, because they already handle processes and steps
         # all models are on the device already, but for parts of a base that stay on the CPU
+        whole = self.sharding is None and self.streamed is None
         self.step, self.optimizer = accelerator.prepare(
-            step, optimizer, device_placement=[self.sharding is None, True]
+            step, optimizer, device_placement=[whole, True]
         )
         self.batch_builder = BatchBuilder(step, self.data, config, accelerator.device, self.dtype)
         self.ema = None
@@ -465,7 +497,15 @@ class Trainer:
         if not self.config.validation_prompt:
             return None
         step, accelerator = self.state.step, self.accelerator
-        work = partial(generate_validation, self.pipe, self.family, self.config, step, accelerator)
+        work = partial(
+            generate_validation,
+            self.pipe,
+            self.family,
+            self.config,
+            step,
+            accelerator,
+            stream_encoders=self.offloading.encoders,
+        )
         # a sharded denoiser computes in all processes at once
         return (from_first if self.sharding is None else together)(accelerator, work)
 
@@ -512,5 +552,7 @@ class Trainer:
         return facts
 
     def clean_up(self) -> None:
-        """Close the trackers, and the connections between processes."""
+        """Close the trackers, and the connections between processes; end the streaming."""
+        if self.streamed is not None:
+            self.streamed.close()
         self.accelerator.end_training()

@@ -34,6 +34,7 @@ from gralora_diffusion.training.optimization.initial_adapter import (
 )
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+from gralora_diffusion.training.runtime.offloading import Offloading
 
 logger = logging.getLogger(__name__)
 
@@ -106,7 +107,7 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
 
 
 def complete_class_images(
-    config: TrainingConfig, found: Beginning, accelerator: Accelerator
+    config: TrainingConfig, found: Beginning, accelerator: Accelerator, offloading: Offloading
 ) -> list[Example]:
     """Generate the missing class images and return all of them; every process must call it.
 
@@ -117,7 +118,8 @@ def complete_class_images(
         return found.class_images
     family, precision = found.family, accelerator.mixed_precision
     together(accelerator, lambda: check_without_weights(config, family, precision))
-    generate_class_images(config, family, accelerator)
+    streamed = offloading.denoiser is not None
+    generate_class_images(config, family, accelerator, streamed=streamed)
     images = together(accelerator, lambda: find_class_images(config))
     check_alike(accelerator, {"the class images are": digest_of(images)}, _SHARE)
     return images

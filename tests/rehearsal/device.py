@@ -247,7 +247,7 @@ def _note_copy(from_there: bool, to_there: bool, source: Any, kwargs: Any) -> No
         return
     if from_there:
         WAITS.note("read by the host")
-    elif not getattr(source, "_pinned", False):
+    elif not (getattr(source, "_pinned", False) or _DATA_PTR(source.untyped_storage()) in _LOCKED):
         WAITS.note("unpinned copy")
     elif not kwargs.get("non_blocking"):
         WAITS.note("blocking copy")
@@ -438,6 +438,20 @@ class _Event:
         WAITS.note("synchronized")
 
 
+#: Addresses of memory that is locked where it lies.
+_LOCKED: set[int] = set()
+
+
+def _lock(address: int, size: int, flags: int) -> int:
+    _LOCKED.add(address)
+    return 0
+
+
+def _unlock(address: int) -> int:
+    _LOCKED.remove(address)
+    return 0
+
+
 def _pinned(tensor: Tensor, *_: Any, **__: Any) -> Tensor:
     copy: Any = tensor.clone()
     copy._pinned = True
@@ -523,6 +537,7 @@ class Gpu:
             "Stream": _Stream,
             "Event": _Event,
             "stream": lambda _: nullcontext(),
+            "cudart": lambda: SimpleNamespace(cudaHostRegister=_lock, cudaHostUnregister=_unlock),
         }
 
 

@@ -74,6 +74,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         check_patterns,
         _optimizer,
         _schedule,
+        _offloading,
         check_output,
     )
     return [problem for check in checks for problem in check(config)]
@@ -213,6 +214,18 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
         yield (
             f"--lr_step_rules is {rules!r}; it must be factor:step pairs and a final factor, "
             "separated by commas without spaces, such as 1:100,0.1:200,0.01"
+        )
+
+
+def _offloading(config: TrainingConfig) -> Iterator[str]:
+    try:
+        kept = config.kept_blocks
+    except ValueError:
+        kept = -1.0
+    if kept is not None and not 0 <= kept < 1:
+        yield (
+            f"--offload_base is {config.offload_base!r}; it must be auto, none, blocks, or a "
+            "fraction from 0 to below 1, such as 0.3: the part of the blocks that stays on the GPU"
         )
 
 

@@ -426,6 +426,14 @@ class LengthOptions:
         False,
         "Compile the denoiser's repeated blocks: the first step is slower, later ones are faster",
     )
+    offload_base: Annotated[str, SetByBenchmark("a benchmark keeps its base on the device")] = (
+        option(
+            "auto",
+            "Keep blocks of the frozen denoiser in the CPU's memory, and copy each to the GPU when "
+            "it computes: none; blocks, all of them; a fraction such as 0.3, the part that stays "
+            "on the GPU; or auto, no more than must be. Text encoders are treated alike",
+        )
+    )
     dry_run: Annotated[
         bool, SetByBenchmark("run `gralora train --dry_run` to see what one training needs")
     ] = option(
@@ -441,6 +449,16 @@ class LengthOptions:
         MayDiffer(processes=True),
         SetByBenchmark("launchers set it through an environment variable"),
     ] = option(-1, "Set by launchers; not meant for users")
+
+    @property
+    def kept_blocks(self) -> float | None:
+        """The fraction of the denoiser's blocks that stay on the device.
+
+        None if nothing is offloaded, or if that is decided later (``auto``).
+        """
+        if self.offload_base in ("auto", "none"):
+            return None
+        return 0.0 if self.offload_base == "blocks" else float(self.offload_base)
 
 
 @dataclass(kw_only=True)

@@ -21,6 +21,10 @@ _ENCODED = "is not needed: prompts are encoded once unless --train_text_encoder 
 _KIND = "is not needed: the adapter is always a GraLoRA"
 _ADAPTER = "does not exist here. The adapter's size is --rank and --gralora_k"
 _MEMORY = "does not exist here. --quantization and --gradient_checkpointing save memory"
+_OFFLOAD = (
+    "is called --offload_base here, with the fraction of the blocks that stays on the GPU; auto, "
+    "the default, finds it"
+)
 _NAME = "does not exist here: the adapter is a file in the folder --output_dir"
 _SCHEDULER = "does not exist here: the base's own scheduler is used"
 
@@ -88,7 +92,8 @@ KOHYA = {
     "full_fp16": "does not exist here: the adapter stays in fp32. See --mixed_precision",
     "full_bf16": "does not exist here: the adapter stays in fp32. See --mixed_precision",
     "no_half_vae": "is not needed: the VAE is kept from overflowing. Leave it out",
-    "blocks_to_swap": _MEMORY,
+    "blocks_to_swap": _OFFLOAD,
+    "block_swap_h2d_only": _OFFLOAD,
     "lowram": _MEMORY,
     "max_data_loader_n_workers": "dataloader_num_workers",
     "persistent_data_loader_workers": "is not needed. See --dataloader_num_workers",
@@ -113,6 +118,8 @@ AI_TOOLKIT = {
     "quantize": "quantization",
     "quantize_te": "quantize_text_encoders",
     "low_vram": _MEMORY,
+    "layer_offloading": _OFFLOAD,
+    "layer_offloading_transformer_percent": _OFFLOAD,
     "datasets": "does not exist here. Give the folder of images as --instance_data_dir",
     "folder_path": "instance_data_dir",
     "mask_path": "mask_data_dir",

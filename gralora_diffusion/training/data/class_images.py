@@ -9,14 +9,19 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory
+from torch import nn
 from tqdm.auto import tqdm
 
-from gralora_diffusion.base_models.loading import load_base
+from gralora_diffusion.base_models.loading import existing_models, load_base
+from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
@@ -53,7 +58,11 @@ def missing_class_images(options: PriorOptions) -> int:
 
 
 def generate_class_images(
-    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator
+    config: TrainingConfig,
+    family: ModelFamily,
+    accelerator: Accelerator,
+    *,
+    streamed: bool = False,
 ) -> bool:
     """Generate the missing class images into ``class_data_dir``, divided among the processes.
 
@@ -66,6 +75,9 @@ def generate_class_images(
     precision that is good enough here.
 
     Meanwhile this run owns the folder, which must be the same one for all of its processes.
+
+    Args:
+        streamed: have only the blocks that compute on the device.
 
     Returns:
         Whether any were missing.
@@ -80,7 +92,7 @@ def generate_class_images(
         numbers, owner = from_first(accelerator, lambda: _missing_numbers(config))
         if numbers:
             together(accelerator, lambda: _check_shared(config, owner))
-            together(accelerator, lambda: _draw(config, family, accelerator, numbers))
+            together(accelerator, lambda: _draw(config, family, accelerator, numbers, streamed))
     return bool(numbers)
 
 
@@ -114,31 +126,52 @@ def _check_shared(options: PriorOptions, owner: str) -> None:
 
 
 def _draw(
-    config: TrainingConfig, family: ModelFamily, accelerator: Accelerator, numbers: set[int]
+    config: TrainingConfig,
+    family: ModelFamily,
+    accelerator: Accelerator,
+    numbers: set[int],
+    streamed: bool,
 ) -> None:
     """Generate this process's share of the images with these numbers."""
     folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
     batches = sorted({number // size for number in numbers})
     dtype = _generation_dtype(config, family, accelerator.device)
     pipe = load_base(config, family, dtype, vae_dtype=dtype)
-    place(pipe, accelerator.device)
     pipe.set_progress_bar_config(disable=True)
     options = {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
     mend_clip_skip(pipe)
-    for batch in tqdm(
-        batches[accelerator.process_index :: accelerator.num_processes],
-        desc=f"Generating {len(numbers)} class images",
-        disable=not accelerator.is_local_main_process,
-    ):
-        drawn = range(batch * size, (batch + 1) * size)
-        rngs = [generator(config.seed, "class image", number) for number in drawn]
-        images = pipe(prompt=[config.class_prompt] * size, generator=rngs, **options).images
-        for number, image in zip(drawn, images, strict=True):
-            if number in numbers:
-                with replacing(folder / _class_image_name(number)) as temporary:
-                    image.save(temporary, format="PNG")
+    with _placed(pipe, family, accelerator.device, streamed):
+        for batch in tqdm(
+            batches[accelerator.process_index :: accelerator.num_processes],
+            desc=f"Generating {len(numbers)} class images",
+            disable=not accelerator.is_local_main_process,
+        ):
+            drawn = range(batch * size, (batch + 1) * size)
+            rngs = [generator(config.seed, "class image", number) for number in drawn]
+            prompts = [config.class_prompt] * size
+            images = pipe(prompt=prompts, generator=rngs, **options).images
+            for number, image in zip(drawn, images, strict=True):
+                if number in numbers:
+                    with replacing(folder / _class_image_name(number)) as temporary:
+                        image.save(temporary, format="PNG")
     del pipe
     free_memory()
+
+
+@contextmanager
+def _placed(pipe: Any, family: ModelFamily, device: torch.device, streamed: bool) -> Iterator[None]:
+    if not streamed:
+        place(pipe, device)
+        yield
+        return
+    names = {family.denoiser, *family.all_text_encoders}
+    # a pipeline may convert its VAE to another dtype, so that one is whole
+    others = [m for n, m in pipe.components.items() if isinstance(m, nn.Module) and n not in names]
+    with (
+        computing_on(device, existing_models(pipe, names), streamed=True),
+        computing_on(device, others),
+    ):
+        yield
 
 
 def _class_image_name(number: int) -> str:

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.base_models.loading import existing_models
+from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.safe_text import first_few
@@ -147,6 +148,9 @@ class Batches:
 
     VAE and text encoders are on the device only while they encode.
 
+    Args:
+        stream_encoders: have only the blocks of text encoders that compute on the device.
+
     Attributes:
         prompts: encoded prompts, or None if text encoders are trained and encode at each step.
         teacher: conditioning of the class prompt, one row, if the frozen base is the teacher.
@@ -161,6 +165,8 @@ class Batches:
         images: Sequence[Example],
         class_images: Sequence[Example],
         accelerator: Accelerator,
+        *,
+        stream_encoders: bool = False,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.family, self.vae = family, pipe.vae
@@ -191,9 +197,8 @@ class Batches:
             self._encode_images()
         self.prompts: PromptCache | None = None
         self.teacher: Conditioning | None = None
-        with offload_models(
-            *existing_models(pipe, family.all_text_encoders), device=accelerator.device
-        ):
+        encoders = existing_models(pipe, family.all_text_encoders)
+        with computing_on(accelerator.device, encoders, streamed=stream_encoders):
             self._encode_prompts(pipe)
         self.samples_per_step = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes

@@ -10,12 +10,19 @@ from pathlib import Path
 from accelerate import Accelerator
 
 from gralora_diffusion.base_models.folder import MODEL_CONFIG
+from gralora_diffusion.base_models.streaming import RING, Streaming
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
+from gralora_diffusion.training.runtime.offloading import (
+    NOTHING,
+    Offloading,
+    obstacles,
+    requested_offloading,
+)
 from gralora_diffusion.training.runtime.sharding import Sharding
 
 from .plan import Plan, plan_run
@@ -41,24 +48,29 @@ def check_memory(
     class_images: Sequence[Example],
     accelerator: Accelerator,
     sharding: Sharding | None = None,
-) -> str:
-    """Compare what a run needs at its peak with the memory that there is; return it as text.
+) -> tuple[str, Offloading]:
+    """Compare what a run needs at its peak with the memory that there is.
 
     Warns if little is left. A run that certainly fits is not planned.
+
+    Returns:
+        The comparison as text, and what is to be streamed: what the options ask for, or with
+        ``auto`` no more than must be.
 
     Raises:
         ConfigError: the run needs far more memory than there is.
     """
-    there = device_memory(accelerator.device)
+    there, offloading = device_memory(accelerator.device), requested_offloading(config)
     if _upper_bound(config, family) < _SURELY * there.free:
-        return f"far below the {_gib(there.free)} that are free"
+        return f"far below the {_gib(there.free)} that are free", offloading
     try:
         plan = plan_run(config, family, images, class_images, accelerator, sharding)
     except ConfigError:
         raise
     except Exception as error:  # an estimate must not end a run that may well fit
         logger.warning("the memory of this run is not known beforehand: %s", error)
-        return f"not known beforehand; {_gib(there.free)} are free"
+        return f"not known beforehand; {_gib(there.free)} are free", offloading
+    plan = with_offloading(plan, config, sharding, there.free)
     if problem := memory_problem(plan, there):
         raise ConfigError([problem])
     peak = max(map(plan.peak, plan.phases))
@@ -69,7 +81,50 @@ def check_memory(
             _gib(there.free),
             memory_advice(config),
         )
-    return f"about {_gib(peak)} at the peak; {_gib(there.free)} are free"
+    text = f"about {_gib(peak)} at the peak; {_gib(there.free)} are free"
+    if plan.offloading != NOTHING:
+        text += f"; {_streamed(plan)}"
+    return text, plan.offloading
+
+
+def with_offloading(
+    plan: Plan, config: TrainingConfig, sharding: Sharding | None, free: int
+) -> Plan:
+    """Return a plan with what the options ask to stream, or with ``auto`` no more than must be."""
+    if config.kept_blocks is not None:
+        return plan.offloaded(requested_offloading(config))
+    possible = plan.apart and not any(obstacles(config, sharding))
+    if config.offload_base != "auto" or not possible:
+        return plan
+    return fitted(plan, int(WARN * free))
+
+
+def fitted(plan: Plan, most: int) -> Plan:
+    """Return a plan with as little streamed as brings each phase below ``most`` bytes.
+
+    If it cannot be, everything is streamed that can be.
+    """
+    encoders = plan.peak("prompts") > most and not plan.config.train_text_encoder
+    candidates = [plan.offloaded(Offloading(None, encoders)) if encoders else plan]
+    if plan.denoiser in plan.blocks:
+        count = len(plan.blocks[plan.denoiser])
+        candidates += [
+            plan.offloaded(Offloading(Streaming((count - streamed) / count), encoders))
+            for streamed in range(RING + 1, count + 1)
+        ]
+    return next((c for c in candidates if c.peak("steps") <= most), candidates[-1])
+
+
+def _streamed(plan: Plan) -> str:
+    """Describe what is streamed."""
+    parts = []
+    if streaming := plan.offloading.denoiser:
+        blocks = plan.blocks.get(plan.denoiser, [])
+        count = streaming.bytes_needed(blocks).blocks
+        parts.append(f"{count} of {len(blocks)} blocks of the {plan.denoiser}")
+    if plan.offloading.encoders:
+        parts.append("text encoders")
+    return " and ".join(parts) + " streamed from the CPU's memory"
 
 
 def memory_problem(plan: Plan, there: DeviceMemory) -> str | None:
@@ -92,6 +147,8 @@ def memory_advice(config: TrainingConfig) -> str:
         ways.append(f"a lower --resolution (it is {config.resolution})")
     if not config.gradient_checkpointing:
         ways.append("--gradient_checkpointing")
+    if config.offload_base == "none" or config.kept_blocks:
+        ways.append(f"--offload_base {'blocks' if config.kept_blocks else 'auto'}")
     if config.train_batch_size > 1:
         ways.append(
             f"--train_batch_size 1 --gradient_accumulation_steps "

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import (
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import quantize_empty
+from gralora_diffusion.base_models.streaming import Streaming, block_bytes, can_be_streamed
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
@@ -35,6 +36,7 @@ from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_a
 from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import materialize
+from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
 from gralora_diffusion.training.runtime.sharding import Sharding
 
 from .fake_step import FakeData, FakeObjective, measure_step
@@ -84,6 +86,11 @@ class Plan:
         phases: those that exist of encoding "pictures", encoding "prompts", and "steps".
         gradients: bytes at the end of a step; there are fewer at the peak of memory.
         cached: bytes of encoded images and prompts, which stay in the machine's memory.
+        denoiser: the denoiser's attribute of the pipeline.
+        blocks: denoiser and text encoders -> bytes of each of their blocks, for those that can be
+            streamed.
+        apart: the device has memory of its own, and models leave it for the CPU's.
+        offloading: what is streamed.
     """
 
     config: TrainingConfig
@@ -101,6 +108,10 @@ class Plan:
     memory: tuple[MemoryRow, ...]
     gradients: int
     cached: int
+    denoiser: str
+    blocks: dict[str, list[int]]
+    apart: bool
+    offloading: Offloading = NOTHING
 
     @property
     def trained_parameters(self) -> int:
@@ -110,6 +121,42 @@ class Plan:
     def file(self) -> int:
         """Bytes of the tensors in the adapter's file."""
         return sum(adapter.bytes for adapter in self.adapters)
+
+    @property
+    def copied(self) -> int:
+        """Bytes that a step copies to the device."""
+        streaming, config = self.offloading.denoiser, self.config
+        if streaming is None:
+            return 0
+        teaches = config.with_prior_preservation and config.prior_source == "teacher"
+        passes = config.gradient_accumulation_steps * (3 if teaches else 2)
+        return passes * streaming.bytes_needed(self.blocks.get(self.denoiser, [])).streamed
+
+    def offloaded(self, offloading: Offloading) -> Plan:
+        """Return the plan of the same run with parts of its base streamed, where nothing was."""
+        rings: dict[str, int] = {}
+        rows = []
+        for row in self.memory:
+            streaming = self._streaming(row.name, offloading)
+            if streaming is not None:
+                needed = streaming.bytes_needed(self.blocks[row.name])
+                phase = "steps" if row.name == self.denoiser else "prompts"
+                rings[phase] = rings.get(phase, 0) + needed.ring
+                of = len(self.blocks[row.name])
+                label = f"{row.label}, {needed.blocks} of {of} blocks streamed"
+                less = needed.streamed if self.apart else 0
+                row = MemoryRow(row.name, label, {p: n - less for p, n in row.bytes.items()})
+            rows.append(row)
+        there = {phase: size for phase, size in rings.items() if phase in self.phases}
+        rows.insert(len(rows) - 2, MemoryRow("ring", "blocks on the way", there))
+        return replace(self, memory=tuple(rows), offloading=offloading)
+
+    def _streaming(self, name: str, offloading: Offloading) -> Streaming | None:
+        if name not in self.blocks:
+            return None
+        if name == self.denoiser:
+            return offloading.denoiser
+        return Streaming() if offloading.encoders else None
 
     def peak(self, phase: str) -> int:
         """Return the bytes on the device at the peak of a phase."""
@@ -123,8 +170,12 @@ def plan_run(
     class_images: Sequence[Example],
     accelerator: Accelerator,
     sharding: Sharding | None = None,
+    apart: bool | None = None,
 ) -> Plan:
-    """Plan the run that ``loop.train`` would do with the same arguments.
+    """Plan the run that ``loop.train`` would do with the same arguments, with nothing streamed.
+
+    Args:
+        apart: whether the device has memory of its own; by default all but the CPU have.
 
     Raises:
         ConfigError: as the run would raise it before loading weights.
@@ -137,6 +188,12 @@ def plan_run(
     for name, model in models.items():
         surplus = quantize_empty(config, family, name, model, dtype)
         base[name] = _base_row(name, model, surplus)
+    streamable = [models[n] for n in (family.denoiser, *family.all_text_encoders) if n in models]
+    blocks = {
+        name: block_bytes(model)
+        for name, model in models.items()
+        if model in streamable and can_be_streamed(model)
+    }
     gathered = 0
     if sharding is not None:
         label, size = base[family.denoiser]
@@ -171,7 +228,9 @@ def plan_run(
             ]
         ) from error
 
-    on_cpu = device.type == "cpu"  # models that leave another device go there
+    if apart is None:
+        apart = device.type != "cpu"
+    on_cpu = not apart  # models that leave another device go there
     there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
     adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
     whole, processes = adapter["steps"], accelerator.num_processes
@@ -220,6 +279,9 @@ def plan_run(
         memory=tuple(rows),
         gradients=whole,
         cached=data.cached,
+        denoiser=family.denoiser,
+        blocks=blocks,
+        apart=apart,
     )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import existing_models
+from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.generation import (
@@ -39,7 +40,13 @@ FILES = re.compile(
 
 
 def generate_validation(
-    pipe: Any, family: ModelFamily, config: TrainingConfig, step: int, accelerator: Accelerator
+    pipe: Any,
+    family: ModelFamily,
+    config: TrainingConfig,
+    step: int,
+    accelerator: Accelerator,
+    *,
+    stream_encoders: bool = False,
 ) -> Path | None:
     """Generate images for the validation prompts with the current weights; return the grid's path.
 
@@ -60,7 +67,10 @@ def generate_validation(
         "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
         "clip_skip": config.clip_skip,
     }
-    with accelerator.autocast(), encoding_apart(pipe, encoders, accelerator.device):
+    with (
+        accelerator.autocast(),
+        encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
+    ):
         images = generate(pipe, prompts, **options)
     free_memory()
     if not accelerator.is_main_process:
@@ -74,10 +84,11 @@ def generate_validation(
 
 @contextmanager
 def encoding_apart(
-    pipe: Any, encoders: Sequence[nn.Module], device: torch.device
+    pipe: Any, encoders: Sequence[nn.Module], device: torch.device, *, streamed: bool = False
 ) -> Iterator[None]:
     """Move text encoders and VAE from the CPU to the device only while they compute, inside.
 
+    With ``streamed``, of text encoders only the blocks that compute are there.
     Each prompt is encoded once. fp16 autocast is off for both.
     """
     encode, decode, encoded = pipe.encode_prompt, pipe.vae.decode, {}
@@ -86,7 +97,7 @@ def encoding_apart(
         key = repr((args, kwargs))
         if key not in encoded:
             with (
-                offload_models(*encoders, device=device),
+                computing_on(device, encoders, streamed=streamed),
                 without_fp16_autocast(device),
                 reported_truncation(pipe),
             ):

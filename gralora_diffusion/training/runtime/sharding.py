@@ -21,6 +21,8 @@ import torch
 from accelerate.utils import parse_flag_from_env, str_to_bool
 from torch import nn
 
+from gralora_diffusion.base_models.streaming import blocks_of
+
 #: accelerate's variables: whether to shard, and how.
 _USE, _OFFLOAD, _RESHARD = (
     "ACCELERATE_USE_FSDP",
@@ -85,12 +87,6 @@ class Sharding:
         total = rest + sum(own.values())
         parts = 0 if self.offload else -(-total // processes)
         return parts, gathered if self.reshard_after_forward else total
-
-
-def blocks_of(model: Any) -> list[nn.Module]:
-    """Return the blocks that diffusers does not allow to be split, inner ones before outer ones."""
-    names = set(model._no_split_modules or ())
-    return [module for module in reversed(list(model.modules())) if type(module).__name__ in names]
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from gralora_diffusion.training.dry_run import memory_check
 from gralora_diffusion.training.dry_run.memory_check import check_memory, memory_advice
 from gralora_diffusion.training.runtime import memory
 from gralora_diffusion.training.runtime.memory import DeviceMemory
+from gralora_diffusion.training.runtime.offloading import NOTHING
 from tests import ROOT
 
 CONFIG = TrainingConfig(
@@ -28,11 +29,15 @@ CONFIG = TrainingConfig(
 
 
 def checked(free: int, total: int, monkeypatch: pytest.MonkeyPatch, **options) -> str:
+    """What is said."""
     config = replace(CONFIG, **options)
     there = DeviceMemory(free, total)
     monkeypatch.setattr(memory_check, "device_memory", lambda device: there)
     images = find_images(config)
-    return check_memory(config, find_base_family(config), images, [], Accelerator(cpu=True))
+    family, accelerator = find_base_family(config), Accelerator(cpu=True)
+    text, offloading = check_memory(config, family, images, [], accelerator)
+    assert offloading == NOTHING
+    return text
 
 
 def test_a_small_run_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:

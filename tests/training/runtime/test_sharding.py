@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from gralora_diffusion.training.runtime.sharding import Sharding, blocks_of, requested_sharding
+from gralora_diffusion.base_models.streaming import blocks_of
+from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 from tests import models
 from tests.forked import fork_ranks
 from tests.training.runs import assert_close, assert_same_run, run_two
