@@ -247,7 +247,7 @@ def _note_copy(from_there: bool, to_there: bool, source: Any, kwargs: Any) -> No
         return
     if from_there:
         WAITS.note("read by the host")
-    elif not (getattr(source, "_pinned", False) or _DATA_PTR(source.untyped_storage()) in _LOCKED):
+    elif not (getattr(source, "_pinned", False) or _is_locked(source)):
         WAITS.note("unpinned copy")
     elif not kwargs.get("non_blocking"):
         WAITS.note("blocking copy")
@@ -440,6 +440,10 @@ class _Event:
 
 #: Addresses of memory that is locked where it lies.
 _LOCKED: set[int] = set()
+
+
+def _is_locked(tensor: Tensor) -> bool:
+    return type(tensor) is Tensor and _DATA_PTR(tensor.untyped_storage()) in _LOCKED
 
 
 def _lock(address: int, size: int, flags: int) -> int:

@@ -25,7 +25,7 @@ from gralora_diffusion.training.runtime.offloading import (
 )
 from gralora_diffusion.training.runtime.sharding import Sharding
 
-from .plan import Plan, plan_run
+from .plan import CannotPlan, Plan, plan_run
 
 logger = logging.getLogger(__name__)
 
@@ -65,10 +65,11 @@ def check_memory(
         return f"far below the {_gib(there.free)} that are free", offloading
     try:
         plan = plan_run(config, family, images, class_images, accelerator, sharding)
-    except ConfigError:
-        raise
     except Exception as error:  # an estimate must not end a run that may well fit
-        logger.warning("the memory of this run is not known beforehand: %s", error)
+        if isinstance(error, ConfigError) and not isinstance(error, CannotPlan):
+            raise
+        cause = error.__cause__ or error
+        logger.warning("the memory of this run is not known beforehand: %s", cause)
         return f"not known beforehand; {_gib(there.free)} are free", offloading
     plan = with_offloading(plan, config, sharding, there.free)
     if problem := memory_problem(plan, there):

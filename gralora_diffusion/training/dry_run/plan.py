@@ -50,6 +50,10 @@ _OPTIMIZERS = {
 }
 
 
+class CannotPlan(ConfigError):
+    """A run cannot be planned, which does not keep it from running."""
+
+
 @dataclass(frozen=True)
 class AdapterPlan:
     """The adapter of a component."""
@@ -179,6 +183,7 @@ def plan_run(
 
     Raises:
         ConfigError: as the run would raise it before loading weights.
+        CannotPlan: the plan would need the weights.
     """
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
@@ -221,7 +226,7 @@ def plan_run(
             made = data.encode(pipe)
             made["steps"], gradients = measure_step(config, family, pipe, trained, data, objective)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise ConfigError(
+        raise CannotPlan(
             [
                 f"--dry_run: a model of this base depends on values that need its weights "
                 f"({error}), so the run cannot be planned. Leave out --dry_run"
