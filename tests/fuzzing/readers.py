@@ -506,9 +506,10 @@ def _make_images(folder: Path) -> None:
         for mode in modes:
             image = _picture("L") if mode == "I;16" else _picture(mode)
             image = image.convert("I;16") if mode == "I;16" else image
+            sizes = {"sizes": [image.size]} if ending == "ico" else {}
             path = _part(folder, f"{ending}-{mode.replace(';', '')}") / f"file.{ending}"
             try:
-                image.save(path)
+                image.save(path, **sizes)
             except (KeyError, OSError):  # Pillow reads it and does not write it
                 path.parent.rmdir()
 
@@ -629,7 +630,7 @@ READERS: dict[str, Reader] = {
     "records": Reader(_make_records, _go_on, (OSError,), writes=True, slow=True),
     "captions": Reader(_make_captions, _find, (DataError,)),
     "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True, slow=True),
-    "cache": Reader(_make_cache, _read_cache, (DataError,)),
+    "cache": Reader(_make_cache, _read_cache, (DataError,), writes=True),
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
     "results": Reader(_make_results, _results),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gralora_diffusion.io.image_files import DECODER_VERSION
 
 from .image_folder import Example
 from .masks import latent_mask
-from .tensor_store import TensorStore
+from .tensor_store import TensorStore, hash_of
 from .transforms import CropPlan, Variant
 
 #: Increased when the same VAE gives the same pixels other latents than before.
@@ -39,7 +39,7 @@ def vae_fingerprint(vae: Any) -> str:
     """Hash everything a VAE's latents depend on: its config, parameters, buffers and dtypes."""
     # keys with a leading _ only say where the VAE came from and which diffusers wrote it
     config = {k: v for k, v in vae.config.items() if not k.startswith("_")}
-    return _hash_of(config, vae.state_dict())
+    return hash_of(config, vae.state_dict())
 
 
 @torch.no_grad()
@@ -56,16 +56,7 @@ def prompt_fingerprint(encode: PromptEncoder, encoders: Iterable[Any]) -> str:
     made = [encode([prompt]) for prompt in (_PROBE, "")]
     embeddings = [encoder.get_input_embeddings().weight for encoder in encoders]
     tensors = {f"{name} {i}": t for i, part in enumerate(made) for name, t in part.items()}
-    return _hash_of({}, tensors | {f"embeddings {i}": t for i, t in enumerate(embeddings)})
-
-
-def _hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        digest.update(data)
-    return digest.hexdigest()
+    return hash_of({}, tensors | {f"embeddings {i}": t for i, t in enumerate(embeddings)})
 
 
 class LatentCache:

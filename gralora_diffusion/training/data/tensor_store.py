@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import torch
+from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from gralora_diffusion.io.errors import DataError
-from gralora_diffusion.io.tensor_files import write_safetensors
+from gralora_diffusion.io.errors import AdapterFileError, DataError
+from gralora_diffusion.io.tensor_files import read_header, write_safetensors
 
 logger = logging.getLogger(__name__)
+
+#: The field of a file's metadata for a hash of its tensors; files of earlier versions lack it.
+_HASH_FIELD = "content_sha256"
+
+
+def hash_of(settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Hash settings, and the names, dtypes, shapes and bytes of tensors."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        data: Any = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+        digest.update(data)
+    return digest.hexdigest()
 
 
 class TensorStore:
@@ -33,16 +51,20 @@ class TensorStore:
         self._damaged: list[Path] = []
 
     def __contains__(self, key: str) -> bool:
-        """Return whether the tensors are there and complete; see :meth:`tell_damaged`."""
+        """Return whether the tensors are there; see :meth:`tell_damaged`.
+
+        Only the header and the length of their file are checked. Its content is checked when it is
+        read, because reading a large folder takes minutes.
+        """
         if self.folder is None:
             return key in self._memory
         path = self._path(key)
         if not path.is_file():
             return False
         try:
-            with safe_open(path, "pt"):  # compares the header with the file's length
-                return True
-        except (OSError, SafetensorError):
+            _read_checked_header(path)
+            return True
+        except (AdapterFileError, OSError):  # OSError: another process has just removed it
             self._damaged.append(path)
             return False
 
@@ -51,15 +73,23 @@ class TensorStore:
 
         Raises:
             KeyError: they were never stored.
-            DataError: their file has been removed or damaged.
+            DataError: their file has been removed or damaged. A damaged file is removed, so that
+                the next start encodes its content again.
         """
         if self.folder is None:
             return self._memory[key]
+        path = self._path(key)
         try:
-            return load(self._path(key).read_bytes())
-        except (OSError, SafetensorError) as error:
-            advice = "Start again; whatever is missing will be encoded again"
-            raise DataError(f"cache {self._path(key)}", [f"{error}. {advice}"]) from error
+            metadata = _read_checked_header(path)
+            tensors = load(path.read_bytes())  # not mapped: another process may replace the file
+            if metadata.get(_HASH_FIELD, found := hash_of({}, tensors)) != found:
+                raise AdapterFileError(f"{path}: its content is not what was written")
+        except (AdapterFileError, OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                path.unlink()
+            problem = f"{error}. Start again; whatever is missing will be encoded again"
+            raise DataError(f"cache {self.folder}", [problem]) from error
+        return tensors
 
     def __setitem__(self, key: str, tensors: Mapping[str, Tensor]) -> None:
         """Store the tensors, which must be on the CPU and must not share memory.
@@ -72,7 +102,8 @@ class TensorStore:
             return
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_safetensors(tensors, self._path(key), {"format": "pt"})
+            metadata = {"format": "pt", _HASH_FIELD: hash_of({}, tensors)}
+            write_safetensors(tensors, self._path(key), metadata)
         except (OSError, SafetensorError) as error:
             problem = (
                 f"cannot be written: {error}. Free some space, give another folder, or leave it "
@@ -95,3 +126,11 @@ class TensorStore:
     def _path(self, key: str) -> Path:
         assert self.folder is not None
         return self.folder / f"{key}.safetensors"
+
+
+def _read_checked_header(path: Path) -> dict[str, str]:
+    """Return a file's metadata; raise an AdapterFileError unless its header can be read."""
+    stored, metadata = read_header(path)
+    for tensor in stored.values():
+        _ = tensor.dtype  # raises if torch does not have it
+    return metadata

@@ -217,6 +217,36 @@ def test_damaged_files_are_encoded_again_with_a_warning(vae, examples, tmp_path,
         everything(cache, examples)
 
 
+@pytest.mark.parametrize(("old", "new"), [(b'"mean"', b'"mfan"'), (b'"F32"', b'"F4"}')])
+def test_a_damaged_header_is_refused_or_encoded_again(vae, examples, tmp_path, old, new):
+    cache = LatentCache(PLAN, "vae", tmp_path)
+    cache.fill(wanted(examples), Encoder(vae), progress=False)
+    before = everything(cache, examples)
+    file = min(tmp_path.glob("*.safetensors"))
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    if b"mfan" in new:  # a header that safetensors reads
+        with pytest.raises(DataError, match=r"not what was written\. Start again"):
+            everything(cache, examples)
+        assert not file.exists()
+    assert cache.fill(wanted(examples), Encoder(vae), progress=False) == 1
+    assert_same(everything(cache, examples), before, rtol=0, atol=0)
+
+
+def test_changed_content_is_never_trained_on(vae, examples, tmp_path):
+    cache = LatentCache(PLAN, "vae", tmp_path)
+    cache.fill(wanted(examples), Encoder(vae), progress=False)
+    before = everything(cache, examples)
+    file = max(tmp_path.glob("*.safetensors"))
+    whole = bytearray(file.read_bytes())
+    whole[-5] ^= 1  # one bit of one number
+    file.write_bytes(whole)
+    assert cache.fill(wanted(examples), Encoder(vae), progress=False) == 0  # headers only
+    with pytest.raises(DataError, match=r"not what was written\. Start again"):
+        everything(cache, examples)
+    assert cache.fill(wanted(examples), Encoder(vae), progress=False) == 1
+    assert_same(everything(cache, examples), before, rtol=0, atol=0)
+
+
 def test_latents_that_are_no_numbers_are_refused(examples):
     def broken(pixel_values):
         mean = torch.full((len(pixel_values), 4, 8, 8), float("nan"))
@@ -323,11 +353,14 @@ def test_prompts_in_a_folder_are_encoded_once_and_alone(tmp_path, caplog):
         assert got[name].dtype == torch.bfloat16
         assert torch.equal(got[name], tensor)
     assert PromptCache("another clip", tmp_path / "deep" / "cache").fill(["a"], encoder) == 1
-    (tmp_path / "deep" / "cache" / f"{again.key('a')}.safetensors").write_bytes(b"x" * 9)
+    file = tmp_path / "deep" / "cache" / f"{again.key('a')}.safetensors"
+    file.write_bytes(b"x" * 9)
+    assert again.fill(["a", "b"], encoder) == 1
+    assert "1 damaged files, which are encoded again" in caplog.text
+    file.write_bytes(b"x" * 9)
     with pytest.raises(DataError, match="Start again"):
         again.batch(["a"])
     assert again.fill(["a", "b"], encoder) == 1
-    assert "1 damaged files, which are encoded again" in caplog.text
     assert torch.equal(again.batch(["a"])["pooled"], encoder(["a"])["pooled"])
 
 
