@@ -22,6 +22,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"gralora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("train", add_help=False, help="train an adapter")
+    commands.add_parser(
+        "control", add_help=False, help="save, sample or stop a running training; its status"
+    )
     commands.add_parser("sample", add_help=False, help="generate images with a base and an adapter")
     commands.add_parser(
         "export", add_help=False, help="write a checkpoint, a LoRA or a folder for other programs"
@@ -60,6 +63,10 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from gralora_diffusion.training.main import main as train
 
         train(rest)
+    elif command == "control":
+        from gralora_diffusion.training.control_command import main as control
+
+        control(rest)
     elif command == "sample":
         from gralora_diffusion.pipelines.generation import main as sample
 

@@ -59,9 +59,12 @@ def demo(argv: Sequence[str] | None = None) -> None:
     with _environment():  # before the libraries, which read it, are imported
         from gralora_diffusion.pipelines.generation import main as sample
         from gralora_diffusion.training.main import main as train
+        from gralora_diffusion.training.runtime.control import read_status
 
         config = str(samples / "configs/tiny_robot.yaml")
         train(["--config", config, f"--output_dir={folder}", *options])
+        if read_status(folder).state == "stopped":  # by a signal; it has said how to resume
+            return
         shown = ["--base", str(samples / "tiny-base"), f"--adapter={folder}"]
         shown += ["--guidance_scale", "1.5", "--prompt"]
         reference = ["--compare", f"--reference={samples / 'subjects/robot/train'}"]

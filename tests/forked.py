@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
+import signal
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +23,8 @@ _SERVER.set_forkserver_preload(["tests.tiny", "gralora_diffusion.training.loop",
 
 class Forked:
     """As ``python -c program arguments``, already begun; stderr is kept with stdout."""
+
+    needs: object = None  # what has to live as long as this
 
     def __init__(self, program: str, *arguments: str | Path, **variables: object) -> None:
         self._output = tempfile.NamedTemporaryFile()  # noqa: SIM115  it lives as long as this
@@ -41,10 +44,8 @@ class Forked:
         return self.process.exitcode, self._output.read().decode()
 
 
-def fork_ranks(
-    program: str, *arguments: str | Path, machines: bool = False, timeout: float = 120
-) -> list[tuple[int, str]]:
-    """Run a program in two processes of one run, as torchrun does; return codes and outputs.
+def start_ranks(program: str, *arguments: str | Path, machines: bool = False) -> list[Forked]:
+    """Run a program in two processes of one run, as torchrun does; both are already begun.
 
     Args:
         machines: the processes are on a machine each, as far as they know.
@@ -58,10 +59,20 @@ def fork_ranks(
         if not machines:
             local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": 2}
         processes.append(Forked(program, *arguments, RANK=rank, **local, **shared))
+        processes[-1].needs = store
+    return processes
+
+
+def fork_ranks(
+    program: str, *arguments: str | Path, machines: bool = False, timeout: float = 120
+) -> list[tuple[int, str]]:
+    """Run a program in two processes as :func:`start_ranks`; return codes and outputs."""
+    processes = start_ranks(program, *arguments, machines=machines)
     return [process.wait(timeout) for process in processes]
 
 
 def _run(program: str, line: list[str], environment: dict[str, str], output: str) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     gc.freeze()  # what the server has imported is not collected
     os.environ.clear()
     os.environ.update(environment)

@@ -18,6 +18,7 @@ from tests import ROOT
         (["--help"], "train"),
         (["train", "--help"], "--instance_data_dir"),
         (["sample", "--help"], "--compare"),
+        (["control", "--help"], "finish the current step"),
         (["inspect", "--help"], "--json"),
         (["import", "--help"], "--gralora_k"),
         (["benchmark", "--help"], "usage: gralora benchmark"),
@@ -66,12 +67,14 @@ def test_a_hub_id_that_is_not_cached(
     [
         (
             ["trian"],
-            "the command is 'trian'; it must be one of train, sample, export",
+            "the command is 'trian'; it must be one of train, control, sample, export",
         ),
         (["generate"], "Did you mean sample?"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
+        (["control", "x"], "required: REQUEST"),
+        (["control", "x", "stp"], "REQUEST is 'stp'; it must be one of save, sample, stop, status"),
         (["benchmark", "--rank", "4"], "--rank cannot be set here"),
         (["demo", "--no_such", "1"], "--no_such is not an option"),
         (["samples", "--output", "."], "--output . exists already"),

@@ -24,7 +24,7 @@ def cleanup_on_exit(clean_up: Callable[[], None]) -> Iterator[None]:
 
 
 def clean_up_all() -> None:
-    """Remove all partial outputs before the process ends."""
-    for clean_up in list(_CLEANUPS.values()):
+    """Remove all partial outputs before the process ends, the last first, as they are nested."""
+    for clean_up in reversed(list(_CLEANUPS.values())):
         with suppress(Exception):
             clean_up()

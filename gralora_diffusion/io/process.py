@@ -133,6 +133,13 @@ def quiet_libraries() -> Iterator[None]:
         yield
 
 
+def end_by(number: int) -> None:
+    """Remove partial outputs and end the process by a signal, as if nothing had handled it."""
+    clean_up_all()
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)
+
+
 @contextmanager
 def cleanup_on_signals() -> Iterator[None]:
     """Inside, SIGTERM and SIGHUP remove partial outputs before they end the process.
@@ -143,9 +150,7 @@ def cleanup_on_signals() -> Iterator[None]:
     """
 
     def end(number: int, frame: FrameType | None) -> None:
-        clean_up_all()
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
+        end_by(number)
 
     handlers = {}
     if threading.current_thread() is threading.main_thread():  # no other thread can set handlers

@@ -178,7 +178,13 @@ class CommandParser(TerminalParser):
         positional = [action for action in self._actions if not action.option_strings]
         if positional and strays:
             texts = [text for run in strays for text in run]
-            self.read_value(reading, positional[0], str(positional[0].metavar), texts)
+            for action in positional:
+                taken = texts if action.nargs in ("+", "*") else texts[:1]
+                texts = texts[len(taken) :]
+                if taken:
+                    self.read_value(reading, action, str(action.metavar), taken)
+            if texts:
+                reading.add(self._stray(texts))
         else:
             for run in strays:
                 reading.add(self._stray(run))

@@ -26,6 +26,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.process import are_several, print_safely
+from gralora_diffusion.io.stop_signals import StopSignals
 from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -64,6 +65,7 @@ from gralora_diffusion.training.outputs.output_dir import (
     start,
 )
 from gralora_diffusion.training.outputs.summary import (
+    how_to_resume,
     summary_of_inputs,
     summary_of_masks,
     summary_of_result,
@@ -81,7 +83,8 @@ from gralora_diffusion.training.runtime.acceleration import (
     share_only_what_is_trained,
     trackable,
 )
-from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
+from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
+from gralora_diffusion.training.runtime.control import RunControl
 from gralora_diffusion.training.runtime.memory import device_memory
 from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading, check_offloading
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
@@ -94,10 +97,14 @@ logger = logging.getLogger(__name__)
 _SKIPPED_STEPS = 20
 
 
-def train(config: TrainingConfig) -> Path:
+def train(config: TrainingConfig, signals: StopSignals | None = None) -> Path:
     """Train an adapter with the options in ``config``; return the output folder.
 
     With ``dry_run``, only print what would be trained and how much memory it would need.
+
+    Args:
+        signals: signals that end the run after a step, with a checkpoint and the adapter; by
+            default only a request in the output folder does, see ``runtime.control``.
 
     Raises:
         ConfigError: the options or the base have problems; nothing was written.
@@ -121,12 +128,20 @@ def train(config: TrainingConfig) -> Path:
             _print_plan(config, accelerator, sharding)
         else:
             with own_output_dir(config, accelerator):
-                _train(config, accelerator, sharding)
+                _train(config, accelerator, sharding, signals)
     return Path(config.output_dir)
 
 
-def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None) -> None:
-    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
+def _train(
+    config: TrainingConfig,
+    accelerator: Accelerator,
+    sharding: Sharding | None,
+    signals: StopSignals | None,
+) -> None:
+    folder = Path(config.output_dir)
+    control = RunControl(folder if accelerator.is_main_process else None, signals)
+    control.discard_requests()
+    store = CheckpointStore(folder, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
     offloading = from_first(accelerator, lambda: _inputs(config, found, accelerator, sharding))
     from_first(accelerator, lambda: make_repository(config))
@@ -142,6 +157,7 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
         found.initial,
         sharding=sharding,
         offloading=offloading,
+        control=control,
     )
     trainer.set_up()
     from_first(accelerator, lambda: print_safely(trainer.summary()))
@@ -153,7 +169,9 @@ def _train(config: TrainingConfig, accelerator: Accelerator, sharding: Sharding 
     rows = trainer.save()
     trainer.clean_up()
     if rows is not None:
-        print_safely(summary_of_result(Path(config.output_dir), rows, trainer.seconds))
+        print_safely(summary_of_result(folder, rows, trainer.seconds))
+        if trainer.stopped:
+            print_safely(how_to_resume(folder, trainer.state.step, trainer.max_steps))
 
 
 def _inputs(
@@ -206,6 +224,10 @@ class Trainer:
         attach: attaches an adapter to the base, and returns the components that have it.
         sharding: how the denoiser's frozen weights are shared out over the processes, if they are.
         offloading: what is streamed from the CPU's memory.
+        control: what the run is asked to do meanwhile; by default nobody can ask.
+
+    Attributes:
+        stopped: the run was asked to stop, and did so before its last step.
     """
 
     def __init__(
@@ -222,6 +244,7 @@ class Trainer:
         attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
         sharding: Sharding | None = None,
         offloading: Offloading = NOTHING,
+        control: RunControl | None = None,
     ) -> None:
         self.config, self.family = config, family
         self.images, self.class_images = images, class_images
@@ -231,6 +254,8 @@ class Trainer:
         self.streamed: StreamedBlocks | None = None
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
+        self.control = control or RunControl()
+        self.asked = self.stopped = False
         self.skipped = 0  # steps in a row
         self.metrics: MetricsFile | None = None  # only the first process writes it
 
@@ -379,13 +404,20 @@ class Trainer:
         self.first_step, self.began = state.step, time.time()
         from_first(accelerator, self._start_output)
         accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
+        self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()
         with closing(self.steps(self.metrics)) as steps:
             for step in steps:
-                if step % config.checkpointing_steps == 0:
+                requests = self._requests() if self.asked else frozenset[str]()
+                if step % config.checkpointing_steps == 0 or requests & {"save", "stop"}:
                     from_first(accelerator, partial(self.store.write, step, state.save))
-                self._validate_if_due()
+                if "save" in requests:
+                    self.control.answer("save", f"wrote checkpoint-{step}")
+                if "stop" in requests and step < self.max_steps:
+                    self.stopped = True
+                    break
+                self._validate_if_due("sample" in requests)
         self.seconds = time.perf_counter() - began
 
     def _start_output(self) -> None:
@@ -436,6 +468,7 @@ class Trainer:
                     shown += f", peak memory={self.memory.gib:.1f} GiB"
                 if metrics is not None:
                     metrics.add({"step": state.step, **numbers, "performance": performance})
+                self.control.progress(state.step, numbers["loss"])
                 self.accelerator.log({**numbers, **performance}, step=state.step)
                 bar.set_postfix_str(shown, refresh=False)  # update redraws the bar now and then
                 bar.update()
@@ -467,8 +500,15 @@ class Trainer:
         return numbers
 
     def _checked(self, loss: Tensor, gradient_norm: Tensor) -> tuple[float, float]:
-        """Return the mean loss and the norm as numbers, read from the device together."""
-        mean, norm = torch.stack([self.accelerator.reduce(loss, "mean"), gradient_norm]).tolist()
+        """Return the mean loss and the norm as numbers, read from the device together.
+
+        Whether any process was asked for something travels along, so that all of them learn of it
+        in the same step and without another message.
+        """
+        mine = torch.full_like(loss, float(self.control.is_asked()))
+        shared = self.accelerator.reduce(torch.stack([loss, mine]), "mean")
+        mean, asked, norm = torch.cat([shared, gradient_norm.reshape(1)]).tolist()
+        self.asked = asked > 0
         # with fp16, values overflow now and then; the scaler skips these steps and lowers its scale
         skips = self.accelerator.scaler is not None and not isfinite(norm)
         self.skipped = self.skipped + 1 if skips else 0
@@ -485,29 +525,39 @@ class Trainer:
             "again or resume.",
         )
 
-    def _validate_if_due(self) -> None:
+    def _requests(self) -> frozenset[str]:
+        """Return what any process was asked for; every process must call it."""
+        return frozenset().union(*from_all(self.accelerator, self.control.take()))
+
+    def _validate_if_due(self, requested: bool = False) -> None:
         """Generate images before the first step and at intervals; ``save`` does so at the end."""
         every = self.config.validation_steps
         every = every or self.config.validation_epochs * self.steps_per_epoch
-        if self.state.step % every == 0 and self.state.step < self.max_steps:
+        grid = None
+        if requested or (self.state.step % every == 0 and self.state.step < self.max_steps):
             with self.inference_weights():
-                self._generate_validation()
+                grid = self._generate_validation()
+        if requested:
+            without = "interrupted" if self.config.validation_prompt else "no --validation_prompt"
+            where = grid and grid.relative_to(self.config.output_dir).as_posix()
+            self.control.answer("sample", f"wrote {where}" if where else f"no images: {without}")
 
     def _generate_validation(self) -> Path | None:
         if not self.config.validation_prompt:
             return None
-        step, accelerator = self.state.step, self.accelerator
+        # a sharded denoiser computes in all processes at once, and cannot stop in one of them
+        alone = self.sharding is None
         work = partial(
             generate_validation,
             self.pipe,
             self.family,
             self.config,
-            step,
-            accelerator,
+            self.state.step,
+            self.accelerator,
             stream_encoders=self.offloading.encoders,
+            stops=self.control.is_asked_to_stop if alone else lambda: False,
         )
-        # a sharded denoiser computes in all processes at once
-        return (from_first if self.sharding is None else together)(accelerator, work)
+        return (from_first if alone else together)(self.accelerator, work)
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""
@@ -521,17 +571,23 @@ class Trainer:
         Returns the metrics of each step, and None in processes that do not write them.
         """
         folder = Path(self.config.output_dir)
+        self.control.say("saving")
         with self.inference_weights():
             if self.accelerator.is_main_process:
                 adapter = self.state.adapter()
                 adapter.metadata |= time_metadata(self.began)
                 save_adapter(adapter, folder / WEIGHTS_NAME)
-            grid = None if self.config.skip_final_inference else self._generate_validation()
-        if self.metrics is not None:
-            rows, facts = self.metrics.read(), self._facts()
-            finish(folder, self.config, self.family.name, rows, facts, grid)
-            return rows
-        return None
+            skips = self.config.skip_final_inference or self.stopped
+            grid = None if skips else self._generate_validation()
+        if self.metrics is None:
+            return None
+        rows, facts = self.metrics.read(), self._facts()
+        finish(folder, self.config, self.family.name, rows, facts, grid, whole=not self.stopped)
+        if self.stopped:
+            self.control.answer("stop", f"wrote checkpoint-{self.state.step} and the adapter")
+        self.control.discard_requests()
+        self.control.say("stopped" if self.stopped else "finished")
+        return rows
 
     def _facts(self) -> dict[str, Any]:
         """Return facts on the run for the model card."""

@@ -19,6 +19,7 @@ from gralora_diffusion.io.process import (
     print_safely,
     quiet_libraries,
 )
+from gralora_diffusion.io.stop_signals import StopSignals
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import read_and_check
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -27,7 +28,8 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 def main(argv: Sequence[str] | None = None) -> None:
     """Train with the options of the command line.
 
-    The exit code is 2 for wrong options and 1 for a failed training.
+    The exit code is 2 for wrong options and 1 for a failed training. Once the steps have begun, the
+    first Ctrl-C, SIGTERM or SIGHUP saves the run and ends it with exit code 0.
     """
     if argv is None:
         own_process()
@@ -43,8 +45,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         _exit(str(error) if first_process else "", 2)
     _leave_out_unused(config)
     try:
-        with quiet_libraries():
-            _train(config, first_process)
+        with quiet_libraries(), StopSignals() as signals:
+            _train(config, first_process, signals)
     except ConfigError as error:
         problems = parsed.located(error.problems)
         _exit(str(ConfigError(problems)) if first_process else "", 2)
@@ -69,7 +71,7 @@ def _how_to_go_on(config: TrainingConfig) -> str:
     )
 
 
-def _train(config: TrainingConfig, first_process: bool) -> None:
+def _train(config: TrainingConfig, first_process: bool, signals: StopSignals) -> None:
     from gralora_diffusion.io.errors import DataError
     from gralora_diffusion.training.optimization.step import TrainingDiverged
     from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
@@ -77,7 +79,7 @@ def _train(config: TrainingConfig, first_process: bool) -> None:
     from .loop import train
 
     try:
-        train(config)
+        train(config, signals)
     except DataError as error:
         _exit(str(error) if first_process else "", 2)
     except OtherProcessFailed as error:

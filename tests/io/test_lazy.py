@@ -65,6 +65,8 @@ except SystemExit as error:
         ("benchmark --rank 4 --methods lora", 2),
         ("inspect --help", 0),
         ("inspect nowhere", 2),
+        ("control --help", 0),
+        ("control nowhere stop", 2),
     ],
 )
 def test_help_and_wrong_options_take_no_time(line: str, code: int) -> None:

@@ -20,7 +20,7 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT
-from tests.forked import Forked, fork_ranks
+from tests.forked import Forked, fork_ranks, start_ranks
 
 SCRIPT = ROOT / "train_scripts" / "train_dreambooth_gralora.py"
 PROGRAM = f"import runpy; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
@@ -94,6 +94,13 @@ def run_script(
 def fork(**options: Any) -> Forked:
     """Begin to train in another process."""
     return Forked(PROGRAM, *arguments(**options), ACCELERATE_USE_CPU="true")
+
+
+def start(processes: int = 1, **options: Any) -> list[Forked]:
+    """Begin to train in one process or two."""
+    if processes == 1:
+        return [fork(**options)]
+    return start_ranks(PROGRAM, *arguments(**options))
 
 
 def run_two(timeout: float = 120, **options: Any) -> Path:

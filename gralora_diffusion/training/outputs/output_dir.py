@@ -90,12 +90,19 @@ def finish(
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     grid: Path | None,
+    whole: bool = True,
 ) -> None:
-    """Plot the curve, write the model card, upload if requested. The adapter is already there."""
+    """Plot the curve, write the model card, upload if requested. The adapter is already there.
+
+    Args:
+        whole: the run made all its steps; otherwise nothing is uploaded.
+    """
     if finite := with_loss(rows):
         plot_curve(finite, folder / CURVE_NAME)
     write_card(folder, config, family, facts, grid, config.validation_prompt or ())
-    if config.push_to_hub:
+    if config.push_to_hub and not whole:
+        logger.warning("nothing was uploaded, because the run was stopped before its last step")
+    elif config.push_to_hub:
         upload_folder(
             repo_id=_repository(config),
             folder_path=folder,

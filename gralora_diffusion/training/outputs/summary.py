@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import shlex
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.io.durations import duration
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.process import are_several
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
+from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
 
 from .curve import CURVE_NAME
 from .metrics import METRICS_NAME, with_loss
@@ -76,7 +81,7 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         rows: the metrics of each step.
         seconds: of the steps, with validation.
     """
-    found = [("time", _duration(seconds))]
+    found = [("time", duration(seconds))]
     if rows := with_loss(rows):
         losses = [row["loss"] for row in rows]
         width = max(1, len(losses) // 20)
@@ -95,12 +100,15 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
     return _table(found)
 
 
-def _duration(seconds: float) -> str:
-    if seconds < 60:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+def how_to_resume(folder: Path, step: int, steps: int) -> str:
+    """Return what a run says that was stopped: where, and the command that resumes it."""
+    options = ["--config", str(folder / CONFIG_NAME), "--resume_from_checkpoint", "latest"]
+    launch = "gralora train"
+    if are_several():
+        launch = "accelerate launch (as before) -m gralora_diffusion train"
+    # Windows quotes otherwise
+    line = subprocess.list2cmdline(options) if os.name == "nt" else shlex.join(options)
+    return f"stopped at step {step:,} of {steps:,}. To resume:\n  {launch} {line}"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
+logger = logging.getLogger(__name__)
+
 FOLDER_NAME = "validation"
 #: Width of an image in the grid, in pixels, at most.
 _CELL = 512
@@ -39,6 +42,10 @@ FILES = re.compile(
 )
 
 
+class _Stopped(Exception):
+    """The images are not wanted any more."""
+
+
 def generate_validation(
     pipe: Any,
     family: ModelFamily,
@@ -47,11 +54,13 @@ def generate_validation(
     accelerator: Accelerator,
     *,
     stream_encoders: bool = False,
+    stops: Callable[[], bool] = lambda: False,
 ) -> Path | None:
     """Generate images for the validation prompts with the current weights; return the grid's path.
 
     Nothing that training depends on is changed. Only the first process writes files, if several
-    generate the same images; the others return None.
+    generate the same images; the others return None. So does the first one if ``stops()`` becomes
+    true before the images are complete.
     """
     prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
     height = config.validation_height or config.resolution
@@ -67,12 +76,18 @@ def generate_validation(
         "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
         "clip_skip": config.clip_skip,
     }
-    with (
-        accelerator.autocast(),
-        encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
-    ):
-        images = generate(pipe, prompts, **options)
-    free_memory()
+    try:
+        with (
+            accelerator.autocast(),
+            encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
+            _stopped_when(stops, getattr(pipe, family.denoiser)),
+        ):
+            images = generate(pipe, prompts, **options)
+    except _Stopped:
+        logger.info("the validation images of step %d are left out, because the run stops", step)
+        return None
+    finally:
+        free_memory()
     if not accelerator.is_main_process:
         return None
     adapter = config.hub_model_id or Path(config.output_dir).resolve().name
@@ -80,6 +95,21 @@ def generate_validation(
     parameters = parameters_of(pipe, prompts, base=base, adapter=adapter, scale=1.0, **options)
     folder = Path(config.output_dir) / FOLDER_NAME
     return save_and_track(images, parameters, folder, step, accelerator)
+
+
+@contextmanager
+def _stopped_when(stops: Callable[[], bool], denoiser: nn.Module) -> Iterator[None]:
+    """Look before each step of the generation whether to stop."""
+
+    def look(*_: Any) -> None:
+        if stops():
+            raise _Stopped
+
+    hook = denoiser.register_forward_pre_hook(look)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 @contextmanager

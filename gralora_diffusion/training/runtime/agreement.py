@@ -56,9 +56,31 @@ def from_first(accelerator: Accelerator, work: Callable[[], Value]) -> Value:
     return first
 
 
+def from_all(accelerator: Accelerator, value: Any) -> list[Any]:
+    """Return the values of all processes, by rank; all must call it with a picklable value.
+
+    Raises:
+        OtherProcessFailed: another process ended.
+    """
+    if accelerator.num_processes == 1:
+        return [value]
+    gathered: list[Any] = [None] * accelerator.num_processes
+    try:
+        dist.all_gather_object(gathered, value, group=_patient_group(dist.group.WORLD))
+    except RuntimeError as error:  # gloo raises it when a connection is closed
+        # a broken group would abort the program when it exits
+        dist.destroy_process_group(_patient_group(dist.group.WORLD))
+        _patient_group.cache_clear()
+        raise OtherProcessFailed(
+            f"another process ended, and this one cannot continue alone ({error}). The output of "
+            "the other process says why"
+        ) from error
+    return gathered
+
+
 def wait_for_all(accelerator: Accelerator) -> None:
     """Wait until every process is here, which may take hours."""
-    _common_to_all(accelerator, None)
+    from_all(accelerator, None)
 
 
 def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str) -> None:
@@ -72,7 +94,7 @@ def check_alike(accelerator: Accelerator, facts: Mapping[str, Any], advice: str)
     Raises:
         ConfigError: facts differ. It is raised in every process and lists all of them.
     """
-    gathered = _common_to_all(accelerator, (socket.gethostname(), dict(facts)))
+    gathered = from_all(accelerator, (socket.gethostname(), dict(facts)))
     first_host, first = gathered[0]
     problems = []
     for rank, (host, theirs) in enumerate(gathered):
@@ -95,31 +117,13 @@ def _done_by_all(accelerator: Accelerator, work: Callable[[], Value]) -> list[Va
     except Exception as error:
         failure = error
     text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    gathered = _common_to_all(accelerator, (socket.gethostname(), text, result))
+    gathered = from_all(accelerator, (socket.gethostname(), text, result))
     if failure is not None:
         raise failure
     for rank, (host, text, _) in enumerate(gathered):
         if text is not None:
             raise OtherProcessFailed(f"process {rank} on {host} failed. {text}")
     return [result for _, _, result in gathered]
-
-
-def _common_to_all(accelerator: Accelerator, value: Any) -> list[Any]:
-    """Return the values of all processes, by rank."""
-    if accelerator.num_processes == 1:
-        return [value]
-    gathered: list[Any] = [None] * accelerator.num_processes
-    try:
-        dist.all_gather_object(gathered, value, group=_patient_group(dist.group.WORLD))
-    except RuntimeError as error:  # gloo raises it when a connection is closed
-        # a broken group would abort the program when it exits
-        dist.destroy_process_group(_patient_group(dist.group.WORLD))
-        _patient_group.cache_clear()
-        raise OtherProcessFailed(
-            f"another process ended, and this one cannot continue alone ({error}). The output of "
-            "the other process says why"
-        ) from error
-    return gathered
 
 
 @lru_cache(maxsize=1)  # another run in this program has another group

@@ -35,12 +35,14 @@ LOCK_NAME, OWNER_NAME = ".gralora.lock", ".gralora.owner"
 _ENOUGH = 1000
 #: Files that identify the folder of a training and of a benchmark.
 CONFIG_NAME, BENCHMARK_NAME = "training_config.yaml", "benchmark.yaml"
+#: Seconds to wait for the folder, which :func:`is_owned` holds for less than a thousandth of one.
+_A_MOMENT = 0.1
 #: Errors of file systems without locks.
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
-def owned(folder: Path, label: str, patience: float = 0.0) -> Iterator[None]:
+def owned(folder: Path, label: str, patience: float = _A_MOMENT) -> Iterator[None]:
     """Make this process the only owner of ``folder`` inside.
 
     The folder is created, and removed again if it is left empty. If its file system has no locks,
@@ -76,8 +78,8 @@ def owned(folder: Path, label: str, patience: float = 0.0) -> Iterator[None]:
         except Timeout:
             raise ConfigError(
                 [
-                    f"{label} is in use by {_owner(owner)}; two processes would overwrite each "
-                    "other's files. Wait until it has ended, end it, or give another folder"
+                    f"{label} is in use by {owner_name(folder)}; two processes would overwrite "
+                    "each other's files. Wait until it has ended, end it, or give another folder"
                 ]
             ) from None
         except (OSError, NotImplementedError) as error:
@@ -108,19 +110,51 @@ def owned_by_run(accelerator: Accelerator, folder: Path, label: str) -> Iterator
         yield
 
 
+def is_owned(folder: Path) -> bool | None:
+    """Whether a living process owns ``folder``; None if its file system has no locks.
+
+    The lock of a process that was killed is free, whatever it left behind. Nothing is written.
+    """
+    path = folder / LOCK_NAME
+    if not path.exists():
+        return False
+    try:
+        with FileLock(path, timeout=0):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return None
+
+
+def owner_facts(folder: Path) -> tuple[int, str, float] | None:
+    """Return process id, host and start, in seconds since 1970, by the owner's file.
+
+    Returns None if there is no such file or it is damaged. Its values may be anything.
+    """
+    try:
+        facts = read_object(folder / OWNER_NAME, _ENOUGH)
+        host = re.sub("[^A-Za-z0-9._-]", "?", str(facts["host"]))[:100]
+        return int(facts["pid"]), host, float(facts["since"])
+    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+        return None
+
+
 def _facts() -> dict[str, Any]:
     return {"pid": os.getpid(), "host": socket.gethostname(), "since": time.time()}
 
 
-def _owner(path: Path) -> str:
-    """Return who owns a folder, by its owner's file, which may contain anything."""
-    try:
-        facts = read_object(path, _ENOUGH)
-        pid, host = int(facts["pid"]), str(facts["host"])
-        since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(float(facts["since"])))
-    except (OSError, ValueError, TypeError, KeyError, OverflowError):
+def owner_name(folder: Path) -> str:
+    """Return who owns a folder, by its owner's file."""
+    facts = owner_facts(folder)
+    if facts is None:
         return "another process"  # it has not written the file yet
-    return f"process {pid} on {re.sub('[^A-Za-z0-9._-]', '?', host)[:100]} since {since}"
+    pid, host, since = facts
+    try:
+        start = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(since))
+    except (OSError, ValueError, OverflowError):
+        return "another process"
+    return f"process {pid} on {host} since {start}"
 
 
 def _missing(folder: Path) -> list[Path]:
