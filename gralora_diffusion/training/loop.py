@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
+from dataclasses import replace
 from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
@@ -85,8 +86,13 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
 from gralora_diffusion.training.runtime.control import RunControl
-from gralora_diffusion.training.runtime.memory import device_memory
-from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading, check_offloading
+from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
+from gralora_diffusion.training.runtime.offloading import (
+    NOTHING,
+    Offloading,
+    check_offloading,
+    obstacles,
+)
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 
 from .preparation import Beginning, complete_class_images, find_beginning
@@ -197,19 +203,31 @@ def _print_plan(
     config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None
 ) -> None:
     # only a dry run needs these modules, which take long to import
+    from gralora_diffusion.training.dry_run.fitting import find_fit, format_fit
     from gralora_diffusion.training.dry_run.formatting import format_plan
     from gralora_diffusion.training.dry_run.memory_check import memory_problem, with_offloading
-    from gralora_diffusion.training.dry_run.plan import plan_run
+    from gralora_diffusion.training.dry_run.plan import Plan, plan_run
 
     store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
     found = find_beginning(config, store, accelerator)
-    plan = plan_run(config, found.family, found.images, found.class_images, accelerator, sharding)
-    there = device_memory(accelerator.device)
-    plan = with_offloading(plan, config, sharding, there.free)
+    family, images, classes = found.family, found.images, found.class_images
+    size = config.device_bytes
+
+    def plan_of(changed: TrainingConfig) -> Plan:
+        plan = plan_run(changed, family, images, classes, accelerator, sharding, size is not None)
+        return plan if size is None else replace(plan, device=f"a GPU of {config.device_memory}")
+
+    there = device_memory(accelerator.device) if size is None else DeviceMemory(size, size)
+    plan = with_offloading(plan_of(config), config, sharding, there.free)
     if accelerator.is_main_process:
         print_safely(format_plan(plan))
-        if problem := memory_problem(plan, there):
-            print_safely(f"\nwarning: {problem}")
+        if size is None:
+            if problem := memory_problem(plan, there):
+                print_safely(f"\nwarning: {problem}")
+        else:
+            streams = not any(obstacles(config, sharding))
+            fit = find_fit(config, plan_of, size, streams=streams)
+            print_safely("\n" + format_fit(size, *fit))
 
 
 class Trainer:

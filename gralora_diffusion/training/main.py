@@ -58,6 +58,8 @@ def _leave_out_unused(config: TrainingConfig) -> None:
     needed = {"bitsandbytes"} if config.optimizer == "adamw8bit" else set()
     if config.quantizes:
         needed |= {*LIBRARIES}
+    if config.device_memory:  # whose answer may be a quantized base
+        needed.add("torchao")
     bases = (config.pretrained_model_name_or_path, config.base_config)
     leave_out_unused(bases, needed, config.revision, config.cache_dir)
 

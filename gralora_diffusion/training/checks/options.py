@@ -74,7 +74,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         check_patterns,
         _optimizer,
         _schedule,
-        _offloading,
+        _memory,
         check_output,
     )
     return [problem for check in checks for problem in check(config)]
@@ -217,7 +217,14 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _offloading(config: TrainingConfig) -> Iterator[str]:
+def _memory(config: TrainingConfig) -> Iterator[str]:
+    try:
+        _ = config.device_bytes
+    except ValueError:
+        yield (
+            f"--device_memory is {config.device_memory!r}; it must be a size such as 8GiB or "
+            "8192MiB"
+        )
     try:
         kept = config.kept_blocks
     except ValueError:

@@ -10,6 +10,7 @@ feature is off or that the model family's default applies, which is found once t
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -441,6 +442,13 @@ class LengthOptions:
         "Check everything, print what would be trained and how much memory it would need, and "
         "exit. No weights are loaded and nothing is written",
     )
+    device_memory: Annotated[
+        str | None, Needs("dry_run"), SetByBenchmark("give it to `gralora train --dry_run`")
+    ] = option(
+        None,
+        "With --dry_run: the memory of a GPU, such as 8GiB. The plan is for that GPU, whatever "
+        "this machine has, and says which options make the run fit",
+    )
     dataloader_num_workers: Annotated[
         int, Limits(at_least=0), MayDiffer(processes=True, commands=True)
     ] = option(0, "Number of processes that decode images; 0 decodes them in the main process")
@@ -449,6 +457,20 @@ class LengthOptions:
         MayDiffer(processes=True),
         SetByBenchmark("launchers set it through an environment variable"),
     ] = option(-1, "Set by launchers; not meant for users")
+
+    @property
+    def device_bytes(self) -> int | None:
+        """``device_memory`` in bytes; a number without a unit is in GiB, and so is one in GB.
+
+        Raises:
+            ValueError: it is not a size.
+        """
+        if self.device_memory is None:
+            return None
+        found = re.fullmatch(r"(\d+(?:\.\d+)?) *([gm]?)i?b?", self.device_memory.strip().lower())
+        if not found or not float(found[1]):
+            raise ValueError(self.device_memory)
+        return int(float(found[1]) * (2**20 if found[2] == "m" else 2**30))
 
     @property
     def kept_blocks(self) -> float | None:

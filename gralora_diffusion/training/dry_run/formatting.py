@@ -97,7 +97,7 @@ def _memory(plan: Plan) -> list[str]:
     if plan.copied:
         seconds = plan.copied / _BANDWIDTH
         lines.append(
-            f"blocks copied to the {plan.device}: {shown(plan.copied)} per step, at least "
+            f"blocks copied to the device: {shown(plan.copied)} per step, at least "
             f"{seconds:,.1f} s at {_BANDWIDTH // 2**30} GiB/s, which is assumed (PCIe 4.0 x16)"
         )
     if plan.apart:

@@ -174,12 +174,12 @@ def plan_run(
     class_images: Sequence[Example],
     accelerator: Accelerator,
     sharding: Sharding | None = None,
-    apart: bool | None = None,
+    apart: bool = False,
 ) -> Plan:
     """Plan the run that ``loop.train`` would do with the same arguments, with nothing streamed.
 
     Args:
-        apart: whether the device has memory of its own; by default all but the CPU have.
+        apart: plan for a device with memory of its own, even if this machine has none.
 
     Raises:
         ConfigError: as the run would raise it before loading weights.
@@ -233,8 +233,7 @@ def plan_run(
             ]
         ) from error
 
-    if apart is None:
-        apart = device.type != "cpu"
+    apart = apart or device.type != "cpu"
     on_cpu = not apart  # models that leave another device go there
     there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
     adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}

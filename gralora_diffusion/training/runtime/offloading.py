@@ -54,7 +54,7 @@ def check_offloading(
         problems = [f"{flag} {problem}" for problem in obstacles(config, sharding)]
         if problems:
             raise ConfigError(problems)
-        if accelerator.device.type == "cpu":
+        if accelerator.device.type == "cpu" and not config.dry_run:
             logger.warning("%s takes time and saves no memory, since there is no GPU", flag)
 
 

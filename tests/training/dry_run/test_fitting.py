@@ -1,0 +1,170 @@
+"""Options that make a run fit into a given memory, and plans of streamed runs."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from gralora_diffusion.base_models.loading import find_base_family, load_base
+from gralora_diffusion.base_models.streaming import Streaming, block_bytes
+from gralora_diffusion.io.dtypes import torch_dtype
+from gralora_diffusion.training.checks.options import find_problems
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.data_module import find_images
+from gralora_diffusion.training.dry_run.fitting import Fit, find_fit, format_fit, smallest_card
+from gralora_diffusion.training.dry_run.formatting import format_plan
+from gralora_diffusion.training.dry_run.memory_check import WARN, fitted, with_offloading
+from gralora_diffusion.training.dry_run.plan import Plan, plan_run
+from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
+from tests import ROOT
+
+CONFIG = TrainingConfig(
+    pretrained_model_name_or_path=str(ROOT / "samples/tiny-base"),
+    instance_data_dir=str(ROOT / "samples/subjects/owl/train"),
+    instance_prompt="an owl",
+    resolution=16,
+    train_batch_size=2,
+    mixed_precision="no",
+)
+
+
+def plan_of(config: TrainingConfig) -> Plan:
+    family, images = find_base_family(config), find_images(config)
+    return plan_run(config, family, images, [], Accelerator(cpu=True), apart=True)
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return plan_of(CONFIG)
+
+
+def size_of(plan: Plan, name: str, phase: str = "steps") -> int:
+    return sum(row.bytes.get(phase, 0) for row in plan.memory if row.name == name)
+
+
+def test_bytes_of_a_streamed_base(plan: Plan) -> None:
+    """They are those of the blocks of the real models, and move from the device to the CPU."""
+    pipe = load_base(CONFIG, find_base_family(CONFIG), torch_dtype("fp32"))
+    blocks, encoder = block_bytes(pipe.unet), block_bytes(pipe.text_encoder)
+    assert plan.blocks == {"unet": blocks, "text_encoder": encoder}
+    assert plan.copied == 0
+    streamed = plan.offloaded(Offloading(Streaming(), encoders=True))
+    assert size_of(streamed, "unet") == size_of(plan, "unet") - sum(blocks)
+    assert size_of(streamed, "ring") == sum(sorted(blocks)[-2:])
+    assert size_of(streamed, "ring", "prompts") == sum(encoder)
+    assert size_of(streamed, "activations") == size_of(plan, "activations")
+    assert streamed.peak("pictures") == plan.peak("pictures")
+    assert streamed.copied == 2 * sum(blocks)
+    taught = {"with_prior_preservation": True, "prior_source": "teacher"}
+    changed = replace(CONFIG, gradient_accumulation_steps=4, **taught)
+    assert replace(streamed, config=changed).copied == 3 * 4 * sum(blocks)
+    text = format_plan(streamed)
+    assert f"{len(blocks)} of {len(blocks)} blocks streamed" in text
+    assert re.search(r"blocks copied to the device: [\d.]+ per step, at least 0\.0 s at 20", text)
+    on_cpu = replace(plan, apart=False).offloaded(Offloading(Streaming()))
+    assert on_cpu.peak("steps") == plan.peak("steps") + size_of(streamed, "ring")
+
+
+def test_no_more_is_streamed_than_must_be(plan: Plan) -> None:
+    peak, count = plan.peak("steps"), len(plan.blocks["unet"])
+    assert fitted(plan, peak).offloading == NOTHING
+    least = fitted(plan, 0)
+    assert least.offloading == Offloading(Streaming(), encoders=True)
+    for most in range(least.peak("steps"), peak, (peak - least.peak("steps")) // 5):
+        found = fitted(plan, most)
+        streaming = found.offloading.denoiser
+        assert found.peak("steps") <= most
+        assert streaming is not None
+        fewer = len(streaming.streamed(count)) - 1
+        if fewer > 2:
+            less = plan.offloaded(Offloading(Streaming((count - fewer) / count)))
+            assert less.peak("steps") > most
+
+
+def test_options_decide_what_is_streamed(plan: Plan) -> None:
+    def found(**options: str | bool) -> Offloading:
+        return with_offloading(plan, replace(CONFIG, **options), None, free=1).offloading
+
+    assert found(offload_base="none") == NOTHING
+    assert found(offload_base="0.5") == Offloading(Streaming(0.5), encoders=True)
+    assert found() == Offloading(Streaming(), encoders=True)
+    assert found(torch_compile=True) == NOTHING
+    assert with_offloading(replace(plan, apart=False), CONFIG, None, 1).offloading == NOTHING
+    assert with_offloading(plan, CONFIG, None, 1 << 40).offloading == NOTHING
+
+
+def test_options_that_make_a_run_fit(plan: Plan) -> None:
+    """Each one only where those before do not do; the plan of what is found fits."""
+    plans: dict[str, Plan] = {}
+
+    def remembered(config: TrainingConfig) -> Plan:
+        key = config.to_yaml()
+        plans[key] = plans.get(key) or plan_of(config)
+        return plans[key]
+
+    def found(size: float, streams: bool = True) -> tuple[Fit | None, Fit]:
+        return find_fit(CONFIG, remembered, int(size), streams=streams)
+
+    whole = plan.peak("steps")
+    fit, _ = found(whole / WARN + 1)
+    assert fit is not None
+    assert fit.options == ()
+    assert "The run fits into" in format_fit(1 << 30, fit, fit)
+    fit, smallest = found(0.9 * whole / WARN)
+    assert fit is not None
+    assert fit.options != ()
+    assert fit.peak <= 0.9 * whole
+    fit, smallest = found(smallest.peak / WARN + 1)
+    assert fit is not None
+    assert fit.peak <= smallest.peak + 1
+    assert fit.options[-1].startswith("--offload_base")
+    none, smallest = found(0.9 * smallest.peak)
+    assert none is None
+    text = format_fit(1 << 20, none, smallest)
+    assert "No options make this run fit into 0.000977 GiB: " in text
+    assert "The smallest card for this run has 4 GiB, with --gradient_checkpointing" in text
+    _, without = found(1, streams=False)
+    assert not any("offload" in option for option in without.options)
+    assert without.peak > smallest.peak
+
+
+def test_smallest_card(plan: Plan) -> None:
+    def card(gib: float) -> int:
+        row = replace(plan.memory[0], bytes={"steps": int(gib * 2**30)})
+        return smallest_card(Fit((), replace(plan, memory=(row,))))
+
+    assert [card(g) for g in (0.1, 7.1, 7.3, 43, 250)] == [4, 8, 10, 48, 278]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("8GiB", 8 << 30), ("8", 8 << 30), ("1.5 gb", 3 << 29), ("512MiB", 512 << 20), ("a", None)],
+)
+def test_sizes(text: str, size: int | None) -> None:
+    config = replace(CONFIG, device_memory=text)
+    problems = [p for p in find_problems(config) if "device_memory" in p]
+    if size is None:
+        assert problems == ["--device_memory is 'a'; it must be a size such as 8GiB or 8192MiB"]
+    else:
+        assert config.device_bytes == size
+        assert not problems
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    from tests.training.runs import run
+
+    run(
+        pretrained_model_name_or_path=CONFIG.pretrained_model_name_or_path,
+        instance_data_dir=CONFIG.instance_data_dir,
+        output_dir=tmp_path / "out",
+        dry_run=True,
+        device_memory="8GiB",
+    )
+    out = capsys.readouterr().out
+    assert "Memory in MiB (a GPU of 8GiB)" in out
+    assert "The run fits into 8 GiB as it is." in out
+    assert not (tmp_path / "out").exists()
