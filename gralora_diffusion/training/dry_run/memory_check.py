@@ -15,6 +15,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.buckets import listed_buckets
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
 from gralora_diffusion.training.runtime.offloading import (
@@ -172,14 +173,38 @@ def memory_advice(config: TrainingConfig) -> str:
 
 def _upper_bound(config: TrainingConfig, family: ModelFamily) -> float:
     """Return bytes that the run certainly does not exceed; infinite if they are not known."""
-    base = Path(config.pretrained_model_name_or_path).expanduser()
-    side = config.resolution or _native_side(base, family.denoiser)
-    if not base.is_dir() or side is None or config.use_aspect_ratio_buckets:
+    folder = Path(config.base_config or config.pretrained_model_name_or_path).expanduser()
+    side = config.resolution or _native_side(folder, family.denoiser)
+    if side is None:
         return math.inf
-    weights = sum(file.stat().st_size for file in base.rglob("*.safetensors"))
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    pixels = side * side * max(rows, 4)  # at least four, a margin for what does not grow with rows
-    return 2 * weights + pixels * _MOST_PER_PIXEL  # weights of 16 bits may be loaded as 32
+    pixels = _most_pixels(config, side) * max(rows, 4)  # a margin for what does not grow with rows
+    # weights of 8 bits may be loaded as 32
+    return 4 * _bytes_of_weights(config) + pixels * _MOST_PER_PIXEL
+
+
+def _most_pixels(config: TrainingConfig, side: int) -> int:
+    """Return pixels that no image exceeds after it has been cropped."""
+    if not config.use_aspect_ratio_buckets:
+        return side * side
+    sizes = listed_buckets(config.aspect_ratio_buckets)
+    # the buckets that are not listed have about as many pixels as the square
+    return max((height * width for height, width in sizes), default=2 * side * side)
+
+
+def _bytes_of_weights(config: TrainingConfig) -> float:
+    """Return bytes of all files that the base may be read from; infinite if one is not known."""
+    base, rest = config.pretrained_model_name_or_path, config.base_config
+    if Path(base).expanduser().is_file() and rest is None:
+        return math.inf  # the rest is from the Hub
+    total = 0
+    for name in filter(None, (base, rest, config.pretrained_vae_model_name_or_path)):
+        path = Path(name).expanduser()
+        files = [path] if path.is_file() else list(path.rglob("*.safetensors"))
+        if not files:
+            return math.inf
+        total += sum(file.stat().st_size for file in files)
+    return total
 
 
 def _native_side(base: Path, denoiser: str) -> int | None:

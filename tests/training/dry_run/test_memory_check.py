@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from accelerate import Accelerator
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.dry_run import memory_check
 from gralora_diffusion.training.dry_run.memory_check import check_memory, memory_advice
@@ -43,6 +45,54 @@ def checked(free: int, total: int, monkeypatch: pytest.MonkeyPatch, **options) -
 def test_a_small_run_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_check, "plan_run", None)
     assert checked(8 << 30, 8 << 30, monkeypatch) == "far below the 8.0 GiB that are free"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"use_aspect_ratio_buckets": True},
+        {"use_aspect_ratio_buckets": True, "aspect_ratio_buckets": "64,32;32,64"},
+        {"pretrained_vae_model_name_or_path": str(ROOT / "samples/tiny-base/vae")},
+    ],
+)
+def test_nor_one_with_buckets_or_another_vae(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, object]
+) -> None:
+    monkeypatch.setattr(memory_check, "plan_run", None)
+    assert checked(8 << 30, 8 << 30, monkeypatch, **options).startswith("far below")
+
+
+def test_the_bound_of_a_file_counts_the_folder_that_completes_it(tmp_path: Path) -> None:
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(bytes(1000))
+    folder = CONFIG.pretrained_model_name_or_path
+    alone = replace(CONFIG, pretrained_model_name_or_path=str(file))
+    completed = replace(alone, base_config=folder)
+    bound = memory_check._bytes_of_weights
+    assert bound(completed) == 1000 + bound(CONFIG) > 1_000_000
+    # what is on the Hub is not known
+    for unknown in (
+        alone,
+        replace(CONFIG, pretrained_model_name_or_path="org/model"),
+        replace(completed, base_config="org/model"),
+        replace(CONFIG, pretrained_vae_model_name_or_path="org/vae"),
+    ):
+        assert bound(unknown) == float("inf")
+
+
+@pytest.mark.parametrize("divisor", [8, 16, 32])
+def test_no_bucket_is_above_the_bound(divisor: int) -> None:
+    """Of every image, down to the smallest resolution."""
+    config = replace(CONFIG, use_aspect_ratio_buckets=True)
+    for side in (*range(divisor, 4 * divisor), 512, 1000, 1024):
+        buckets = Buckets(side, divisor)
+        largest = max(
+            math.prod(buckets.nearest(round(4 * side * shape), 4 * side))
+            for shape in (0.5, 0.57, 0.67, 0.75, 0.8, 1, 1.25, 1.33, 1.5, 1.75, 2)
+        )
+        assert largest <= memory_check._most_pixels(config, side)
+    listed = replace(config, aspect_ratio_buckets="64,32;48,48")
+    assert memory_check._most_pixels(listed, 1024) == 48 * 48
 
 
 def test_little_memory_is_warned_of_and_far_too_little_is_an_error(
