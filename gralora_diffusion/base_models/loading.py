@@ -18,6 +18,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.process import quiet_libraries
 from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.io.tensor_files import read_header
 
 from .folder import check_weight_files, weight_files
 from .options import BaseModelOptions
@@ -58,7 +59,7 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
             index.pipeline_class,
         )
     if Path(base).is_file():
-        family = SingleFile(Path(base)).family_told(family)
+        family = SingleFile(Path(base)).check_family(family)
     assert family is not None
     return family
 
@@ -183,6 +184,10 @@ def _never_read(model: PreTrainedModel, variant: str | None) -> list[str]:
         return []
     if variant is not None and not weight_files(folder, variant):
         variant = None  # diffusers reads the usual files where a component has no such variant
+    files = [path for path in weight_files(folder, variant) if path.suffix == ".safetensors"]
+    stored = {key for path in files for key in read_header(path)[0]}
+    if stored >= model.state_dict().keys():  # transformers need not be asked
+        return []
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # its report was logged when the model was read
     try:

@@ -52,7 +52,7 @@ class SingleFile(OriginalFile):
     def error(self, problem: str) -> ConfigError:
         return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
 
-    def family_told(self, expected: ModelFamily | None) -> ModelFamily:
+    def check_family(self, expected: ModelFamily | None) -> ModelFamily:
         """Return the family of this file.
 
         Args:

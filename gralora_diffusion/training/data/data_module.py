@@ -140,7 +140,8 @@ def crop_plan(options: ImageOptions, size_divisor: int) -> CropPlan:
 
 def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of the scaled latents, computed on the VAE's device."""
-    return family.encode_images(vae, pixel_values.to(vae.device, vae.dtype))
+    weight = next(vae.parameters())  # ``vae.device`` looks through the whole model
+    return family.encode_images(vae, pixel_values.to(weight.device, weight.dtype))
 
 
 class Batches:

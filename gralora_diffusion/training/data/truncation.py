@@ -44,15 +44,19 @@ def report_truncation(
 def reported_truncation(pipe: Any) -> Iterator[None]:
     """Silence the libraries inside, which would report a prompt each time it is cut off."""
     names = {_OF_TOKENIZERS, *(cls.__module__ for cls in type(pipe).__mro__)}
-    loggers = {name: logging.getLogger(name) for name in names}
-    levels = {name: found.level for name, found in loggers.items()}
-    for found in loggers.values():
-        found.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in names]
+    # filters, because a new level costs a pass over all loggers, and this happens in each step
+    for found in loggers:
+        found.addFilter(_is_error)
     try:
         yield
     finally:
-        for name, level in levels.items():
-            loggers[name].setLevel(level)
+        for found in loggers:
+            found.removeFilter(_is_error)
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 def _prompts(
