@@ -44,6 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = build_parser().parse_args(line)
     changes = dict(_parsed(text) for text in args.set)
 
+    import gc
     import logging
     import warnings
 
@@ -52,6 +53,7 @@ def main(arguments: list[str] | None = None) -> int:
     from tests.rehearsal.parts import all_parts, rehearse
 
     torch.set_num_threads(1)
+    gc.set_threshold(20_000, 20, 20)  # as in the tests
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
     known = list(all_parts())

@@ -191,9 +191,11 @@ def _leaves(*values: Any) -> list[Any]:
     found: list[Any] = []
     for value in values:
         if isinstance(value, (list, tuple)):
-            found += _leaves(*value)
+            if value:
+                found += _leaves(*value)
         elif isinstance(value, dict):
-            found += _leaves(*value.values())
+            if value:
+                found += _leaves(*value.values())
         else:
             found.append(value)
     return found
@@ -263,7 +265,7 @@ def _computed(func: Any, args: Any, kwargs: Any, wanted: Any, to_there: bool) ->
             back[id(value._held)] = value
             held = value._held
             return _tf32(held) if rounds and held.dtype == torch.float32 else held
-        return CPU if isinstance(value, torch.device) and value.type == "cuda" else value
+        return CPU if type(value) is torch.device and value.type == "cuda" else value
 
     inner_args, inner_kwargs = _mapped(unwrapped, args), _mapped(unwrapped, kwargs)
     if wanted is not None and wanted.type != "meta":
@@ -311,21 +313,29 @@ class _Operations(TorchDispatchMode):
         kwargs = kwargs or {}
         device = kwargs.get("device")
         to_there = device is not None and torch.device(device).type == "cuda"
-        if to_there or any(is_pretended(leaf) for leaf in _leaves(args, kwargs)):
+        if (
+            to_there
+            or Pretended in types
+            or any(is_pretended(leaf) for leaf in _leaves(args, kwargs))
+        ):
             return _dispatch(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 _SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
+#: Functions of a tensor alone that end before an operation is dispatched.
+_ALONE = {Tensor.tolist, Tensor.cuda}
 
 
 class _Functions(TorchFunctionMode):
     """``cuda`` means ``cuda:0``, and functions that end before an operation is dispatched."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and func not in _ALONE:
+            return func(*args)  # above all the getters of attributes: most of all calls
         kwargs = kwargs or {}
         if func is not torch.device:  # torch.device("cuda", 0)
-            args = tuple(_indexed(value) for value in args)
+            args = tuple([_indexed(value) for value in args])
         if "device" in kwargs:
             kwargs = {**kwargs, "device": _indexed(kwargs["device"])}
         name = getattr(func, "__name__", "")
@@ -348,7 +358,7 @@ class _Functions(TorchFunctionMode):
 
 
 def _indexed(value: Any) -> Any:
-    if isinstance(value, torch.device) and value.type == "cuda" and value.index is None:
+    if type(value) is torch.device and value.type == "cuda" and value.index is None:
         return DEVICE
     return "cuda:0" if isinstance(value, str) and value == "cuda" else value
 

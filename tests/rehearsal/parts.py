@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -50,6 +51,8 @@ def rehearse(names: list[str], changes: dict[str, Any]) -> Iterator[Outcome]:
         for name in names:
             folder = Path(place) / name.replace("/", "-")
             folder.mkdir()
+            gc.collect()
+            gc.freeze()  # what is imported by now is left out of the trainer's collections
             torch.manual_seed(0)
             problems = []
             with pretended_gpu() as gpu, accelerate_left_as_it_was():
