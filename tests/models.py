@@ -36,7 +36,7 @@ TEXT_TARGETS = ["q_proj", "v_proj"]
 
 
 def draw(pipe: Any, **options: Any) -> Tensor:
-    """The latents of two pictures, which depend on every weight but the VAE's."""
+    """The latents of two images, which depend on every weight but the VAE's."""
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     latents = latents.to(pipe.unet.dtype)
     arguments: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent", **options}

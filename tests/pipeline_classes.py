@@ -139,8 +139,8 @@ _ARGUMENTS: dict[str, dict[str, Any]] = {
 
 
 def draw(pipe: Any, **options: Any) -> Tensor:
-    """Latents that the pipeline makes of noise, prompt and, where it takes them, picture, mask
-    and control picture. One step, and from noise alone, is enough for every weight to matter."""
+    """Latents that the pipeline makes of noise, prompt and, where it takes them, image, mask
+    and control image. One step, and from noise alone, is enough for every weight to matter."""
     name = type(pipe).__name__
     rng = torch.Generator().manual_seed(1)
     side = 64 if name.startswith("Flux2") else 16  # FLUX.2 takes no smaller pictures

@@ -105,7 +105,7 @@ PATTERNS = {"rank_pattern": 8, "k_pattern": 1, "alpha_pattern": 1.5}
 
 
 def adaptable(model: nn.Module) -> list[str]:
-    """Paths of all layers whose widths two divides, but for what only sees pictures."""
+    """Paths of all layers whose widths two divides, but for what only sees images."""
     return [
         path
         for path, module in model.named_modules()

@@ -100,7 +100,7 @@ SHELL = [pytest.param(c, id=f"{b}") for b in BLOCKS if b.info == "bash" for c in
 
 @pytest.fixture
 def workplace(tmp_path, monkeypatch):
-    """The repository as the docs' reader has it, with pictures of his own beside."""
+    """The repository as a reader of the docs has it, with images of their own beside it."""
     for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_base.safetensors").touch()

@@ -292,22 +292,24 @@ class CommandParser(TerminalParser):
 
     def _stray(self, texts: Sequence[str]) -> str:
         first, text = texts[0], " ".join(texts)
-        told = f"{text!r} does not belong to any option"
+        problem = f"{text!r} does not belong to any option"
         name = re.split("[=:]", first.lstrip("-" + _LONG_DASHES))[0].replace("-", "_")
         if first[0:1] and first[0] in _LONG_DASHES:
             return f"{first!r} begins with a long dash. Did you mean --{name}?"
         if any(quote in text for quote in _CURLY_QUOTES):
-            return f"{told}: its quotes are typographic ones. Put texts in straight quotes, \" or '"
+            return (
+                f"{problem}: its quotes are typographic ones. Put texts in straight quotes, \" or '"
+            )
         if not text.strip() or text in ("\\", "^", "`"):
             return (
-                f"{told}. If the command has several lines, nothing may follow the \\ at the end "
-                "of a line, not even a space"
+                f"{problem}. If the command has several lines, nothing may follow the \\ at the "
+                "end of a line, not even a space"
             )
         if re.fullmatch(r"\w+[=:].*", first) and self._option_string_actions.get(f"--{name}"):
-            return f"{told}. Did you mean --{name}?"
+            return f"{problem}. Did you mean --{name}?"
         if first.endswith((".yaml", ".yml")) and "--config" in self._option_string_actions:
-            return f"{told}. Did you mean --config {first}?"
-        return f"{told}. If it is part of a text, put the text in quotes"
+            return f"{problem}. Did you mean --config {first}?"
+        return f"{problem}. If it is part of a text, put the text in quotes"
 
     def error(self, message: str) -> NoReturn:
         """Print one problem and exit with code 2."""

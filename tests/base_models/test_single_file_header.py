@@ -1,4 +1,4 @@
-"""What the header of an original file tells of it, without its weights."""
+"""What can be read from an original file's header, without its weights."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Encoders and pictures, made once."""
+"""Encoders and images, made once."""
 
 from __future__ import annotations
 

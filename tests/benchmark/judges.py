@@ -1,4 +1,4 @@
-"""Tiny encoders of the real classes in folders, and pictures for them."""
+"""Tiny encoders of the real classes in folders, and images for them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def save_clip(folder: Path) -> Path:
 
 
 def _varied(model: torch.nn.Module) -> torch.nn.Module:
-    """Weights large enough that embeddings of different pictures differ."""
+    """Weights large enough that embeddings of different images differ."""
     random = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -80,7 +80,7 @@ def _varied(model: torch.nn.Module) -> torch.nn.Module:
 
 
 def draw(folder: Path, count: int, seed: int = 0) -> list[Path]:
-    """Write RGB pictures of several sizes, blocks of colour with noise, and return their files."""
+    """Write RGB images of several sizes, blocks of colour with noise, and return their files."""
     folder.mkdir(parents=True, exist_ok=True)
     random = np.random.default_rng(seed)
     paths = []

@@ -1,4 +1,4 @@
-"""What a unit tells of its settings: the values used, and a None for what it does not have."""
+"""The settings that a trial reports: the values used, and None where it has none."""
 
 import platform
 

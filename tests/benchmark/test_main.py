@@ -60,7 +60,7 @@ def test_finished_trials_are_not_repeated(whole, world):
 
 
 def test_the_report_alone(whole, tmp_path, capsys):
-    """Also where the pictures and the base are not."""
+    """Also where the images and the base are not."""
     moved = tmp_path / "moved"
     subprocess.run(["cp", "-r", whole, moved], check=True)
     config = moved / "benchmark.yaml"

@@ -1,4 +1,4 @@
-"""Units on a tiny base: what they leave is what can be computed anew from it."""
+"""Trials on a tiny base: their results equal those computed again from their files."""
 
 import re
 from dataclasses import replace

@@ -77,7 +77,7 @@ def test_problems(line, texts):
 
 
 def test_subjects_beside_a_captioned_set_are_told_to_be_left_out(tmp_path):
-    """The suite's, whose base and encoders one may want for pictures of one's own, too."""
+    """The suite's base and encoders can also be used with one's own images."""
     assert parse_settings(GOOD).warnings() == parse_settings(["--suite", "tiny"]).warnings() == []
     (warning,) = parse_settings(["--suite", "tiny", "--captioned_dir", str(tmp_path)]).warnings()
     assert warning == (

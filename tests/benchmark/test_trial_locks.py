@@ -100,7 +100,7 @@ def test_a_claim_of_another_machine_is_kept_while_it_is_touched(tmp_path):
 
 
 def test_a_host_of_the_same_name_is_not_this_machine(tmp_path):
-    """Its processes are not ours: that we have none of this number says nothing of it."""
+    """Another machine's processes: their ids say nothing about processes here."""
     ended = subprocess.Popen([sys.executable, "-c", ""])
     ended.wait()
     facts = {"token": "theirs", "host": os.uname().nodename, "pid": ended.pid}

@@ -241,7 +241,7 @@ def test_a_base_whose_text_encoder_alone_is_quantized(tmp_path):
 
 
 def test_a_file_of_flux2_with_its_text_encoder(tmp_path):
-    """As ComfyUI's users have it: what belongs to no layout is copied, or told to be unknown."""
+    """ComfyUI's file of all models: text encoders are copied as they are, and not adapted."""
     name = "flux2-klein"
     everything = {
         f"model.diffusion_model.{key.removeprefix('model.diffusion_model.')}": tensor

@@ -75,7 +75,7 @@ def test_on_a_cpu_it_computes_in_fp32(tmp_path: Path) -> None:
 
 
 def test_a_lone_peft_folder_is_of_the_component_that_it_is_named_after(tmp_path: Path) -> None:
-    """It says nowhere else of which it is; the denoiser, if its name tells nothing."""
+    """The name is the only evidence of the component; without it, the denoiser is assumed."""
     stable_diffusion().save_pretrained(tmp_path / "base")
     pipe = adapt_everywhere(stable_diffusion(), ["text_encoder"])
     pipe.save_gralora_weights(tmp_path / "adapter", peft_format=True)

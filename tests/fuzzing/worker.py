@@ -130,7 +130,7 @@ class Worker:
 
 
 class _Watch:
-    """Writes that are none of a reader's, by Python's audit events."""
+    """Python's audit events for writes that a reader must not make."""
 
     def __init__(self) -> None:
         self.inside: str | None = None  # where may be written; "" nowhere; None: not watched
@@ -267,7 +267,7 @@ def _described(error: BaseException, done: str) -> tuple[str, str]:
 
 
 def _contents(folder: Path) -> list[tuple[str, int, int]]:
-    """What lies in a folder, with what tells that a file is the same."""
+    """Return path, size and modification time of everything in a folder."""
     found = []
     for path in sorted(folder.rglob("*")):
         status = path.lstat()
@@ -286,7 +286,7 @@ def _status(field: str) -> int:
 
 
 def _reset_peak() -> int:
-    """Begin to measure the peak anew; return what is in memory."""
+    """Reset the measured peak; return the bytes in memory."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return _status("VmRSS")

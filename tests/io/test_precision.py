@@ -31,7 +31,7 @@ if NEW:
 
 
 def readable() -> dict[str, Any]:
-    """The switches whose values torch tells: old ones not, where they differ from new ones."""
+    """The switches whose values torch reports: not old ones that differ from the new ones."""
     switches: dict[str, Callable[[], Any]] = {
         "products": lambda: BACKENDS.cuda.matmul.allow_tf32,
         "cuDNN": lambda: BACKENDS.cudnn.allow_tf32,

@@ -95,7 +95,7 @@ def test_files_are_read_as_the_pipeline_has_them(name):
 
 
 def rows_of(tensors: dict[str, OriginalTensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Original tensors of one column whose value tells key and row of diffusers' tensor."""
+    """Original tensors of one column whose values identify key and row of diffusers' tensor."""
     names = sorted({part.key for t in tensors.values() for part in t.parts})
     values = {}
     for key, tensor in tensors.items():

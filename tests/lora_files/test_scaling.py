@@ -1,4 +1,4 @@
-"""Alpha of each layer, wherever it is told."""
+"""Alpha of each layer, wherever it is stored."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRAs imported as GraLoRA: layer by layer against what they were made of, and as pictures."""
+"""LoRAs imported as GraLoRA: layer by layer against what they were made of, and as images."""
 
 from __future__ import annotations
 

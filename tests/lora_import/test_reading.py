@@ -123,7 +123,7 @@ def test_pefts_folder_and_diffusers_header(options, tmp_path):
 
 @pytest.mark.parametrize("kind", ["pissa", "pissa_niter_4", "olora"])
 def test_a_changed_base(kind, tmp_path):
-    """It is refused, wherever it is told; what PEFT converts it to is the update it made."""
+    """It is refused wherever it is stored; PEFT's conversion of it gives the same update."""
     model = trained(tmp_path, init_lora_weights=kind, lora_alpha=4)
     model.save_pretrained(tmp_path / "transformer")
     with pytest.raises(AdapterFileError, match="path_initial_model_for_weight_conversion"):

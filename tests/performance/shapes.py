@@ -1,8 +1,8 @@
 """Frozen layers and blocks with the widths of published models, and inputs for them.
 
 A shape is written ``name@tokens``: ``sdxl-640@4096`` is a block of SDXL 640 wide with 4096 tokens
-of the picture, and ``1280x768@77`` a linear layer from 768 to 1280 with 77 tokens. Of
-``tiny-unet@8``, the whole UNet of samples/tiny-base, the number is that of the pictures.
+of the image, and ``1280x768@77`` a linear layer from 768 to 1280 with 77 tokens. Of
+``tiny-unet@8``, the whole UNet of samples/tiny-base, the number is that of the images.
 """
 
 from __future__ import annotations

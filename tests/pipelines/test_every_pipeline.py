@@ -1,4 +1,4 @@
-"""Loading, scaling, fusing, saving on every pipeline class of every family, picture by picture.
+"""Loading, scaling, fusing, saving on every pipeline class of every family, image by image.
 
 What is the same on all of them, and in particular what is refused, is in ``test_pipelines.py``.
 """
@@ -134,7 +134,7 @@ def contents(path):
 
 @pytest.mark.parametrize("family", list_families())
 class TestDiffusersMethods:
-    """diffusers' own list of components lacks T5; its methods must reach it all the same."""
+    """diffusers' own list of components does not contain T5; its methods must reach it anyway."""
 
     @pytest.fixture
     def pipe(self, family, saved):
@@ -299,7 +299,7 @@ class TestPlacement:
 class TestOtherBases:
     @pytest.fixture(scope="class")
     def with_embedder(self, tmp_path_factory):
-        """An adapter on the layer whose width tells FLUX.1's bases apart, and on another."""
+        """An adapter on the layer whose width distinguishes FLUX.1's bases, and on another."""
         pipe = tiny("flux")
         inject(pipe.transformer, config(["x_embedder", "proj_out"]), "a")
         folder = tmp_path_factory.mktemp("with_embedder")

@@ -52,7 +52,7 @@ def test_the_autoencoder_keeps_images_that_it_has_not_seen(
 
 @pytest.mark.parametrize("seen", [True, False])
 def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline, seen: bool) -> None:
-    """Each picture's own prompt is the nearest of 64, by an encoder that has not seen the base.
+    """Each image's own prompt is the nearest of 64, by an encoder that has not seen the base.
 
     ``seen``: combinations of object, colour and background that training had, or left out.
     """
@@ -69,7 +69,7 @@ def test_it_draws_what_it_is_asked_for(pipe: StableDiffusionPipeline, seen: bool
 
 
 def test_it_learns_a_subject(pipe: StableDiffusionPipeline, tmp_path: Path) -> None:
-    """Similarity of pictures on new backgrounds to pictures of the subject that were held out.
+    """Similarity of images on new backgrounds to images of the subject that were held out.
 
     Over five seeds of the training it rose from 0.035 to 0.903 at the least, 0.921 at the most.
     """

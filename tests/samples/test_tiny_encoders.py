@@ -60,7 +60,7 @@ def test_dino_loss_is_nt_xent(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_clip_loss_shares_the_answer_among_equal_captions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three pictures, two of them with one caption but for the rare token."""
+    """Three images, two of them with one caption but for the rare token."""
     tokenizer = build_tokenizer()
     captions = ["a toy on grass", "a red car at night", "a sks toy on grass"]
     images = [tiny_world.sample(random.Random(seed)).image for seed in range(3)]
@@ -109,7 +109,7 @@ def test_a_toy_is_never_a_subject_and_its_caption_names_nothing() -> None:
 
 
 def embeds(name: str, folder: Path) -> torch.Tensor:
-    """(n, width) features of the pictures in a folder, as the field takes them from the class."""
+    """(n, width) features of the images in a folder, as the field takes them from the class."""
     model: Any = AutoModel.from_pretrained(ENCODERS / name)
     processor = AutoImageProcessor.from_pretrained(ENCODERS / name)
     images = [Image.open(path) for path in sorted(folder.glob("*.png"))]

@@ -1,4 +1,4 @@
-"""The drawn world behind the bundled samples, and the subjects' pictures as they are bundled."""
+"""The drawn world behind the bundled samples, and the subjects' images as they are bundled."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ USUAL: dict[str, Any] = {
 
 
 def make_images(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:
-    """Write pictures of noise that are wider than high."""
+    """Write images of noise that are wider than high."""
     return make_shapes(folder, [(side + 7, side)] * count, seed)
 
 
 def make_shapes(folder: Path, sizes: Sequence[tuple[int, int]], seed: int = 0) -> Path:
-    """Write a picture of noise of each size (width, height)."""
+    """Write an image of noise of each size (width, height)."""
     folder.mkdir(parents=True, exist_ok=True)
     noise = np.random.default_rng(seed)
     for number, (width, height) in enumerate(sizes):

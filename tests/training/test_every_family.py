@@ -104,7 +104,7 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
 
 
 def test_it_learns(base: Path, tmp_path: Path) -> None:
-    """The loss on the trained picture falls, at noise that the training has not seen."""
+    """The loss on the trained image falls, at noise that the training has not seen."""
     shared = options(base, make_images(tmp_path / "one", 1), gradient_checkpointing=False)
     shared |= {"checkpointing_steps": 100, "train_batch_size": 4, "train_text_encoder": None}
     shared["text_encoder_lr"] = None

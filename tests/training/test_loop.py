@@ -72,7 +72,7 @@ def test_accumulation_is_the_larger_batch(data: dict[str, Any], tmp_path: Path) 
 
 
 def test_layers_of_clip_are_skipped_everywhere(base: Path, tmp_path: Path) -> None:
-    """In training, class and validation pictures, and told in file and card."""
+    """In training, class and validation images, and recorded in file and model card."""
     pipe = StableDiffusionPipeline.from_pretrained(base)
     mend_clip_skip(pipe)
     options = {
@@ -163,7 +163,7 @@ def test_validation_does_not_disturb_training(
 def test_one_base_at_a_time(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What draws class pictures is gone when the base is loaded that is trained."""
+    """The base that generates class images is freed before the trained one is loaded."""
     alive: list[int] = []
     loaded: list[weakref.ref[Any]] = []
 
@@ -277,7 +277,7 @@ def held_out_loss(pipe: Any, latents: torch.Tensor, prompt: str) -> float:
 
 
 def held_out_losses(base: Path, folder: Path, prompt: str | None, resolution: int) -> Any:
-    """Return the function of an adapter (None: without) that gives its loss on these pictures."""
+    """Return the function of an adapter (None: without) that gives its loss on these images."""
     pipe = StableDiffusionPipeline.from_pretrained(base)
     pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     plan = CropPlan(resolution, center_crop=True)
@@ -310,7 +310,7 @@ def test_it_learns(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def shapes(base: Path, tmp_path: Path) -> dict[str, Any]:
-    """Wide, square and tall pictures of the subject; of the class taller ones and one wide one."""
+    """Wide, square and tall images of the subject; of the class taller ones and one wide one."""
     instance = [(30, 20), (30, 20), (31, 20), (20, 20), (21, 30)]
     classes = [(20, 40), (20, 40), (20, 41), (40, 20)]
     return {

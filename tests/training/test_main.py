@@ -143,7 +143,7 @@ def test_layers_that_cannot_be_adapted_are_all_named(
 def test_widths_that_k_does_not_divide_get_a_smaller_one(
     base: Path, images: Path, tmp_path: Path
 ) -> None:
-    """The user is told, and the saved adapter knows it: widths are powers of two."""
+    """It is reported and stored in the adapter: widths are powers of two."""
     options = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     options |= {"max_train_steps": 1, "rank": 6, "gralora_k": 3, "lora_alpha": 3}
     options |= {"alpha_pattern": ["to_q=12"], "output_dir": tmp_path / "out"}

@@ -1,4 +1,4 @@
-"""Machines that share no folder are told what differs before a model is loaded; none waits."""
+"""Without a shared folder, each machine reports differences before loading; none waits."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Embeddings against transformers used directly, picture by picture."""
+"""Embeddings against transformers used directly, image by image."""
 
 from __future__ import annotations
 
@@ -224,7 +224,7 @@ def test_kept_by_content(dinov2, drawn, tmp_path, monkeypatch):
 
 
 def save_odd(folder):
-    """One picture in many guises; each file and the RGB picture that it is."""
+    """One image in many guises; each file and the RGB image that it is."""
     image = rgb(judges.draw(folder / "source", 1, seed=3)[0])
     grey = image.convert("L")
     deep = np.asarray(grey).astype(np.uint16) * 257

@@ -1,4 +1,4 @@
-"""Scores against loops over pictures and pairs that use transformers directly."""
+"""Scores against loops over images and pairs that use transformers directly."""
 
 from __future__ import annotations
 

@@ -965,7 +965,7 @@ def test_the_table_in_the_docs_is_up_to_date(page: str, module: str) -> None:
 
 
 def test_files_that_are_no_images_or_captions(good: list[str]) -> None:
-    """A scientist's .h5 is no picture, and captions of any form that is read will do."""
+    """An .h5 file is not an image; captions may have any supported form."""
     Path("science").mkdir()
     Path("science/1.h5").touch()
     told = problems_of([*good, "--instance_data_dir", "science"])

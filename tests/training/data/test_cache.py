@@ -66,7 +66,7 @@ def vae():
 
 @pytest.fixture
 def examples(tmp_path):
-    """Three pictures of unlike shapes and their captions: landscape, square, portrait."""
+    """Three images of unlike shapes and their captions: landscape, square, portrait."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""Class pictures: drawn once, the same however often the drawing was interrupted."""
+"""Class images: drawn once, the same however often the drawing was interrupted."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Samples: pictures meet their own captions in every epoch, with and without a cache."""
+"""Samples: images meet their own captions in every epoch, with and without a cache."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SHADES = {"dark": 20, "dim": 90, "light": 170, "bright": 240, "middle": 128}
 
 @pytest.fixture(scope="module")
 def examples(tmp_path_factory):
-    """Pictures of one shade in red and noise in green; the caption names the shade."""
+    """Images of one shade in red and noise in green; the caption names the shade."""
     folder = tmp_path_factory.mktemp("pictures")
     for number, (caption, shade) in enumerate(SHADES.items()):
         pixels = np.full((8, 16, 3), shade, dtype=np.uint8)
@@ -51,7 +51,7 @@ def cached_set(examples, **options):
 
 
 def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
-    """Each a part of the pictures, after which nothing lacks to any of them."""
+    """Each encodes a part of the images; afterwards none is missing anything."""
     sets = [
         TrainingSet(examples, PLAN, 0, cache=LatentCache(PLAN, "identity", tmp_path))
         for _ in range(3)
@@ -108,7 +108,7 @@ def test_images_that_count_more_than_once(examples):
 
 
 def test_sample_is_the_variant_that_it_tells(examples):
-    """Worked out from the picture by hand: mirror, then cut at crop_top_left."""
+    """Worked out from the image by hand: mirror, then cut at crop_top_left."""
     for training_set, name in ((TrainingSet(examples, PLAN, 0), "pixel_values"),
                                (cached_set(examples), "mean")):  # fmt: skip
         for t in range(25):
@@ -189,7 +189,7 @@ SHAPES = CropPlan(8, random_flip=True, buckets=Buckets(8, 1, ((8, 16), (16, 8), 
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_micro_batches_have_one_shape_and_hold_every_image(examples, cached):
-    """Three wide pictures and two tall ones, in batches of two."""
+    """Three wide images and two tall ones, in batches of two."""
     cache = LatentCache(SHAPES, "identity") if cached else None
     training_set = TrainingSet(examples, SHAPES, 0, batch_size=2, cache=cache)
     if cached:

@@ -1,4 +1,4 @@
-"""Finding pictures and captions in folders and datasets, and what is refused."""
+"""Finding images and captions in folders and datasets, and what is refused."""
 
 from __future__ import annotations
 

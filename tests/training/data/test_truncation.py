@@ -1,4 +1,4 @@
-"""Prompts that are cut off are told once, by where they are from, and with the right numbers."""
+"""Prompts that are cut off are reported once, with their origin and the right numbers."""
 
 from __future__ import annotations
 

@@ -523,7 +523,7 @@ def test_stable_diffusion_of_its_real_size(images: Path, tmp_path: Path) -> None
 def test_cuda_takes_what_was_planned(
     options: dict[str, Any], tmp_path: Path, changes: dict[str, Any]
 ) -> None:
-    """``torch.cuda.max_memory_allocated`` of the steps, as the card tells it."""
+    """``torch.cuda.max_memory_allocated`` of the steps, as the model card reports it."""
     options |= {"resolution": 256, **changes}
     options["pretrained_model_name_or_path"] = save_base(tmp_path / "base", 64, 128, 256)
     plan = plan_of(**options)

@@ -120,7 +120,7 @@ def test_noise_levels_with_and_without_shift() -> None:
 
 @pytest.mark.parametrize("name", list_families())
 def test_shift_by_resolution_is_that_of_the_pipeline(name: str) -> None:
-    """For pictures of two sizes, the level that the pipeline makes of 0.5."""
+    """For images of two sizes, the level that the pipeline makes of 0.5."""
     family, pipe = get_family(name), PIPELINES[name]()
     if family.objective != "flow_matching":
         pytest.skip("no flow matching")

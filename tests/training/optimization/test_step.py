@@ -47,7 +47,7 @@ def make_trainer(**options: Any) -> Trainer:
 def expected_loss(
     trainer: Trainer, batch: dict[str, Any], seed: int, scheduler: Any, offset: float, gamma: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Mean weighted loss, noisy latents and timesteps of a batch of pictures."""
+    """Mean weighted loss, noisy latents and timesteps of a batch of images."""
     pipe = trainer.pipe
     posterior = pipe.vae.encode(batch["pixel_values"]).latent_dist
     latents, noises, timesteps = [], [], []

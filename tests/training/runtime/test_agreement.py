@@ -1,4 +1,4 @@
-"""What one process decides all do, and what goes wrong in one is told in all."""
+"""A decision of one process holds for all, and an error in one is reported by all."""
 
 from __future__ import annotations
 
