@@ -23,6 +23,15 @@ torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
 
 gc.set_threshold(20_000, 20, 20)  # far fewer than Python's usual collections: 6% of all the time
 
+#: Where single tests take longest.
+LONGEST = ("tests/rehearsal/", "tests/samples/test_installed.py", "tests/samples/test_quickstart.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Of several processes, none waits at the end for another's long test."""
+    if hasattr(config, "workerinput"):  # pytest-xdist
+        items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
+
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
