@@ -82,7 +82,7 @@ from gralora_diffusion.training.runtime.acceleration import (
     enable_memory_savings,
     make_accelerator,
     share_only_what_is_trained,
-    trackable,
+    start_trackers,
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
 from gralora_diffusion.training.runtime.control import RunControl
@@ -421,7 +421,7 @@ class Trainer:
         config, accelerator, state = self.config, self.accelerator, self.state
         self.first_step, self.began = state.step, time.time()
         from_first(accelerator, self._start_output)
-        accelerator.init_trackers("gralora-dreambooth", config=trackable(config))
+        start_trackers(accelerator, config)
         self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()

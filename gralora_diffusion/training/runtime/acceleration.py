@@ -239,9 +239,21 @@ def accelerate_left_as_it_was() -> Iterator[None]:
             AcceleratorState._reset_state(reset_partial_state=True)
 
 
-def trackable(config: TrainingConfig) -> dict[str, Any]:
-    """Return the options as values that every tracker can show."""
-    return {
+def start_trackers(accelerator: Accelerator, config: TrainingConfig) -> None:
+    """Start the trackers, and give them the options.
+
+    accelerate would write the options for TensorBoard as a second run beside the run itself.
+    """
+    accelerator.init_trackers("gralora-dreambooth")
+    values = {
         key: value if isinstance(value, (int, float, str, bool)) else str(value)
         for key, value in config.as_record().items()
     }
+    for tracker in accelerator.trackers:
+        if tracker.name != "tensorboard":
+            tracker.store_init_configuration(values)
+        elif accelerator.is_main_process:
+            from torch.utils.tensorboard.summary import hparams
+
+            for summary in hparams(values, {}):
+                tracker.tracker.file_writer.add_summary(summary)

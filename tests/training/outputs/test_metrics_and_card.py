@@ -19,6 +19,7 @@ from huggingface_hub.utils import filter_repo_objects
 from markdown_it import MarkdownIt
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
@@ -122,7 +123,11 @@ def test_final_images_are_those_of_the_saved_adapter(finished: Path, base: Path)
 
 
 def test_tracker_has_scalars_and_images(finished: Path) -> None:
-    events = next(f for f in (finished / "logs").rglob("events.*") if "loss" in tags(f)["scalars"])
+    (events,) = (path for path in (finished / "logs").rglob("*") if path.is_file())  # one run
+    content = reload(events).PluginTagToContent("hparams")["_hparams_/session_start_info"]
+    shown = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert shown["rank"].number_value == 4
+    assert shown["instance_prompt"].string_value == 'a "sks" dog: 犬'
     assert set(tags(events)["scalars"]) == set(SCALARS)
     for name in SCALARS:
         tracked = [event.value for event in reload(events).Scalars(name)]
