@@ -40,28 +40,30 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
         raise ConfigError(
             [f"--family is {options.family!r}; it must be one of {', '.join(list_families())}"]
         )
-    index = None
-    if not Path(base).is_file():
-        index = PipelineIndex(
-            "pretrained_model_name_or_path", base, options.cache_dir, options.revision
-        )
-    elif options.base_config:
-        index = PipelineIndex("base_config", options.base_config, options.cache_dir)
+    index = base_index(options)
     if index is not None:
         index.check_libraries()
     family = _named_family(options, index)
-    if index and family and index.pipeline_class in family.edit_pipelines:
-        logger.warning(
-            "--%s %s is a base for editing images (%s). Here it is trained without images to edit, "
-            "as a text-to-image base, which can weaken its editing",
-            index.option,
-            index.source,
-            index.pipeline_class,
-        )
     if Path(base).is_file():
         family = SingleFile(Path(base)).check_family(family)
     assert family is not None
     return family
+
+
+def base_index(options: BaseModelOptions) -> PipelineIndex | None:
+    """Return the index of the base, or of a single file's ``base_config``, if there is one.
+
+    Raises:
+        ConfigError: it does not exist or cannot be read.
+    """
+    base = options.pretrained_model_name_or_path
+    if not Path(base).is_file():
+        return PipelineIndex(
+            "pretrained_model_name_or_path", base, options.cache_dir, options.revision
+        )
+    if options.base_config:
+        return PipelineIndex("base_config", options.base_config, options.cache_dir)
+    return None
 
 
 def _named_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:

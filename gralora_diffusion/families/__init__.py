@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from functools import cache
 from typing import TYPE_CHECKING
 
-from .base import Conditioning, LayerMark, ModelFamily, PublishedNames
+from .base import (
+    Conditioning,
+    ControlCount,
+    ControlPreparation,
+    LayerMark,
+    ModelFamily,
+    PublishedNames,
+    control_key,
+)
 from .clip_skip import mend_clip_skip
 
 if TYPE_CHECKING:
@@ -21,9 +29,12 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Conditioning",
+    "ControlCount",
+    "ControlPreparation",
     "LayerMark",
     "ModelFamily",
     "PublishedNames",
+    "control_key",
     "families_of_layers",
     "family_called",
     "family_name_of",

@@ -12,10 +12,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 from gralora_diffusion.key_maps import KeyMap, Shape
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 #: Inputs of the denoiser besides latents and timesteps: tensors whose first axis is the batch.
 Conditioning: TypeAlias = "dict[str, Tensor]"
+#: An RGB image, upright -> pixels (3, height, width) in [-1, 1].
+ControlPreparation: TypeAlias = "Callable[[Image], Tensor]"
 #: A config that is not known.
 UNKNOWN: Mapping[str, Any] = MappingProxyType({})
 
@@ -66,6 +71,26 @@ class PublishedNames:
         }
 
 
+class ControlCount(NamedTuple):
+    """How many control images a sample of an editing base may have.
+
+    Attributes:
+        most: None for any number.
+        aligned: a control image lies beside its target pixel by pixel, so it has the same shape.
+    """
+
+    least: int = 0
+    most: int | None = 0
+    aligned: bool = False
+
+    def __str__(self) -> str:
+        if self.most is None:
+            return "any number of control images" if not self.least else f"at least {self.least}"
+        if self.most == 0:
+            return "no control image"
+        return "one control image" if self.least else "no control image or one"
+
+
 class ModelFamily(ABC):
     """The properties of one family of base models that the trainer and the loaders need.
 
@@ -76,8 +101,9 @@ class ModelFamily(ABC):
     name: str
     #: diffusers classes, including their subclasses. The first one generates images from text.
     pipeline_classes: tuple[str, ...]
-    #: Pipelines of bases that edit a given image, although their denoiser has the usual channels.
-    edit_pipelines: tuple[str, ...] = ()
+    #: Pipelines of bases that edit given images -> how many of them a sample has. The first one
+    #: generates images from control images.
+    edit_pipelines: Mapping[str, ControlCount] = MappingProxyType({})
     #: Attribute of the pipeline that holds the denoiser: "unet" or "transformer".
     denoiser: str
     #: Attributes of the pipeline that hold trainable text encoders.
@@ -279,6 +305,45 @@ class ModelFamily(ABC):
         scale = vae.config.scaling_factor
         return (posterior.mean - shift) * scale, posterior.std * scale
 
+    def control_count(self, pipe: Any) -> ControlCount:
+        """Return how many control images a sample of this base may have."""
+        del pipe
+        return next(iter(self.edit_pipelines.values()), ControlCount())
+
+    def control_preparation(self, pipe: Any) -> ControlPreparation | None:
+        """Return how the edit pipeline makes pixels of a control image, with its size rules.
+
+        None if control images are ``aligned`` with their targets. The result can be pickled.
+        """
+        del pipe
+        return None
+
+    def control_problem(self, size: tuple[int, int]) -> str | None:
+        """Return why the edit pipeline does not take an image of ``size`` (width, height)."""
+        del size
+        return None
+
+    def encode_controls(self, vae: Any, pixel_values: Tensor) -> Tensor:
+        """Return the latents of control images as the edit pipeline encodes them.
+
+        By default this is the mean of :meth:`encode_images`.
+
+        Args:
+            pixel_values: as for :meth:`encode_images`.
+        """
+        return self.encode_images(vae, pixel_values)[0]
+
+    def absent_controls(self, pipe: Any, latents: Tensor) -> list[Tensor]:
+        """Return the latents that the denoiser gets in place of control images if there are none.
+
+        By default it gets nothing.
+
+        Args:
+            latents: of the target, (batch, channels, height, width).
+        """
+        del pipe, latents
+        return []
+
     @abstractmethod
     def predict(
         self,
@@ -290,7 +355,8 @@ class ModelFamily(ABC):
         """Run the denoiser as the pipeline does and return its prediction, shaped as the latents.
 
         ``timesteps`` (batch,) are in the scheduler's units; ``conditioning`` contains the results
-        of :meth:`encode_prompts` and :meth:`image_conditioning` in one dict.
+        of :meth:`encode_prompts` and :meth:`image_conditioning` in one dict, and the latents of
+        control images under :func:`control_key`.
         """
 
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
@@ -345,6 +411,19 @@ class ModelFamily(ABC):
         if not isinstance(latents, int):
             return self.default_resolution
         return latents * int(pipe.vae_scale_factor)
+
+
+def control_key(number: int) -> str:
+    """Return the name of a control image's latents in a :data:`Conditioning`."""
+    return f"control_{number}"
+
+
+def controls_of(conditioning: Conditioning) -> list[Tensor]:
+    """Return the latents of the control images, in order."""
+    found: list[Tensor] = []
+    while (latents := conditioning.get(control_key(len(found)))) is not None:
+        found.append(latents)
+    return found
 
 
 def check_channels(taken: int, made: int) -> None:

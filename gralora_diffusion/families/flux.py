@@ -1,11 +1,12 @@
 """FLUX.1: dev, schnell and their kin. Flow matching, a CLIP and a T5 text encoder.
 
-Kontext and Fill are loaded, fused and exported like the others; training is for text to image.
+Kontext is trained with control images, too. Fill is loaded, fused and exported like the others.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -14,14 +15,18 @@ from gralora_diffusion.key_maps import DENOISER, KeyMap, autoencoder, clip, join
 from .base import (
     UNKNOWN,
     Conditioning,
+    ControlCount,
+    ControlPreparation,
     LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
+    controls_of,
 )
 from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 _ATTENTION_FF = (
@@ -99,7 +104,9 @@ class Flux(ModelFamily):
         "FluxControlNetImg2ImgPipeline",
         "FluxControlNetInpaintPipeline",
     )
-    edit_pipelines = ("FluxKontextPipeline", "FluxKontextInpaintPipeline")
+    edit_pipelines = MappingProxyType(
+        dict.fromkeys(("FluxKontextPipeline", "FluxKontextInpaintPipeline"), ControlCount(0, 1))
+    )
     denoiser = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2")
     usual_text_encoders = ("text_encoder",)
@@ -164,6 +171,9 @@ class Flux(ModelFamily):
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
+    def control_preparation(self, pipe: Any) -> ControlPreparation:
+        return partial(_kontext_pixels, factor=2 * int(pipe.vae_scale_factor))
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -181,8 +191,14 @@ class Flux(ModelFamily):
             image_ids = FluxPipeline._prepare_latent_image_ids(
                 batch, height // 2, width // 2, device, dtype
             )
+        tokens = FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width)
+        count = tokens.shape[1]
+        for number, control in enumerate(controls_of(conditioning), 1):
+            ids, packed = _control_tokens(control, number)
+            image_ids = torch.cat([image_ids, ids])
+            tokens = torch.cat([tokens, packed], dim=1)
         prediction = denoiser(
-            hidden_states=FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width),
+            hidden_states=tokens,
             timestep=timesteps / 1000,
             guidance=conditioning.get("guidance"),
             pooled_projections=conditioning["pooled_prompt_embeds"],
@@ -192,7 +208,7 @@ class Flux(ModelFamily):
             return_dict=False,
         )[0]
         # sizes in pixels, for a VAE with a scale factor of 1
-        return FluxPipeline._unpack_latents(prediction, height, width, 1)
+        return FluxPipeline._unpack_latents(prediction[:, :count], height, width, 1)
 
     def published_names(
         self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
@@ -205,6 +221,40 @@ class Flux(ModelFamily):
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)
+
+
+def _control_tokens(control: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Return ids and tokens of a control image's latents (batch, channels, height, width)."""
+    from diffusers import FluxPipeline
+
+    batch, channels, height, width = control.shape
+    with control.device:  # a copy from the CPU would wait
+        ids = FluxPipeline._prepare_latent_image_ids(
+            batch, height // 2, width // 2, control.device, control.dtype
+        )
+    ids[..., 0] = number  # as in the pipeline, where the target has 0
+    return ids, FluxPipeline._pack_latents(control, batch, channels, height, width)
+
+
+def _kontext_pixels(image: Image, factor: int) -> Tensor:
+    """Return the pixels that Kontext's pipeline makes of an image.
+
+    It has the size of Kontext's training that is nearest in shape, whatever its own.
+
+    Args:
+        factor: pixels per side of a token.
+    """
+    from diffusers.image_processor import VaeImageProcessor
+    from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
+
+    shape = image.width / image.height
+    _, width, height = min(
+        (abs(shape - w / h), w, h) for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS
+    )
+    width, height = width // factor * factor, height // factor * factor
+    processor = VaeImageProcessor(vae_scale_factor=factor)
+    resized = processor.resize(image, height, width)
+    return processor.preprocess(resized, height, width)[0]
 
 
 FAMILY = Flux()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -13,15 +14,19 @@ from gralora_diffusion.key_maps import DENOISER, KeyMap, Shape, rename
 from .base import (
     UNKNOWN,
     Conditioning,
+    ControlCount,
+    ControlPreparation,
     LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
+    controls_of,
 )
 from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
 from .presets import JOINT_ATTENTION, LANGUAGE_MODEL_PRESETS
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
     from torch import Tensor, nn
 
 #: In single blocks, one layer computes queries, keys, values and the feed-forward's input.
@@ -78,6 +83,9 @@ def layer_marks(*widths: int) -> tuple[LayerMark, ...]:
 class Flux2(ModelFamily):
     name = "flux2"
     pipeline_classes: tuple[str, ...] = ("Flux2Pipeline",)
+    edit_pipelines: Mapping[str, ControlCount] = MappingProxyType(
+        {"Flux2Pipeline": ControlCount(0, None)}
+    )
     denoiser = "transformer"
     text_encoders = ()
     frozen_text_encoders = ("text_encoder",)
@@ -159,6 +167,19 @@ class Flux2(ModelFamily):
         latents = (mode - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
         return latents, torch.zeros_like(latents)
 
+    def control_preparation(self, pipe: Any) -> ControlPreparation:
+        return partial(_reference_pixels, factor=2 * int(pipe.vae_scale_factor))
+
+    def control_problem(self, size: tuple[int, int]) -> str | None:
+        from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+        from PIL import Image
+
+        try:
+            Flux2ImageProcessor.check_image_input(Image.new("1", size))
+        except ValueError as error:
+            return str(error)
+        return None
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -166,14 +187,20 @@ class Flux2(ModelFamily):
         timesteps: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
+        import torch
         from diffusers import Flux2Pipeline
 
         prompt_embeds = conditioning["prompt_embeds"]
+        controls = controls_of(conditioning)
         with noisy_latents.device:  # copies from the CPU would wait
             text_ids = Flux2Pipeline._prepare_text_ids(prompt_embeds)
             image_ids = Flux2Pipeline._prepare_latent_ids(noisy_latents)
+            if controls:
+                ids = Flux2Pipeline._prepare_image_ids([control[:1] for control in controls])
+                image_ids = torch.cat([image_ids, ids.expand(len(image_ids), -1, -1)], dim=1)
+        tokens = [Flux2Pipeline._pack_latents(part) for part in (noisy_latents, *controls)]
         prediction = denoiser(
-            hidden_states=Flux2Pipeline._pack_latents(noisy_latents),
+            hidden_states=torch.cat(tokens, dim=1),
             timestep=timesteps / 1000,
             guidance=conditioning.get("guidance"),
             encoder_hidden_states=prompt_embeds,
@@ -181,6 +208,7 @@ class Flux2(ModelFamily):
             img_ids=image_ids,
             return_dict=False,
         )[0]
+        prediction = prediction[:, : tokens[0].shape[1]]
         return prediction.transpose(1, 2).unflatten(2, noisy_latents.shape[2:])
 
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
@@ -205,6 +233,20 @@ class Flux2(ModelFamily):
 
     def check_base(self, pipe: Any) -> None:
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)
+
+
+def _reference_pixels(image: Image, factor: int) -> Tensor:
+    """Return the pixels that FLUX.2's pipelines make of an image.
+
+    It has at most a megapixel, and is cropped to a multiple of ``factor``, a token's pixels per
+    side.
+    """
+    from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
+
+    processor = Flux2ImageProcessor(vae_scale_factor=factor)
+    image = processor._resize_if_exceeds_area(image)
+    width, height = image.width // factor * factor, image.height // factor * factor
+    return processor.preprocess(image, height=height, width=width, resize_mode="crop")[0]
 
 
 FAMILY = Flux2()

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
-from .base import UNKNOWN, PublishedNames
+from .base import UNKNOWN, ControlCount, PublishedNames
 from .flux2 import Flux2, layer_marks
 
 
@@ -15,6 +16,12 @@ class Flux2Klein(Flux2):
         "Flux2KleinPipeline",
         "Flux2KleinInpaintPipeline",
         "Flux2KleinKVPipeline",
+    )
+    edit_pipelines = MappingProxyType(
+        dict.fromkeys(
+            ("Flux2KleinPipeline", "Flux2KleinInpaintPipeline", "Flux2KleinKVPipeline"),
+            ControlCount(0, None),
+        )
     )
     # diffusers takes a klein file for dev, which has a guidance input; and there are several klein
     # models with the same keys

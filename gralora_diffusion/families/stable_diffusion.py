@@ -12,10 +12,12 @@ from .base import (
     STABILITY_AI,
     UNKNOWN,
     Conditioning,
+    ControlCount,
     LayerMark,
     ModelFamily,
     PublishedNames,
     check_channels,
+    controls_of,
 )
 from .clip_skip import mend_clip_skip
 from .presets import CLIP_PRESETS
@@ -69,6 +71,9 @@ class StableDiffusion(ModelFamily):
         "LatentConsistencyModelPipeline",
         "LatentConsistencyModelImg2ImgPipeline",
         "PIAPipeline",
+    )
+    edit_pipelines: Mapping[str, ControlCount] = MappingProxyType(
+        {"StableDiffusionInstructPix2PixPipeline": ControlCount(1, 1, aligned=True)}
     )
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
@@ -129,6 +134,18 @@ class StableDiffusion(ModelFamily):
         scale = vae.config.scaling_factor
         return posterior.mean * scale, posterior.std * scale
 
+    def control_count(self, pipe: Any) -> ControlCount:
+        edits = pipe.unet.config.in_channels == 2 * pipe.vae.config.latent_channels
+        return super().control_count(pipe) if edits else ControlCount()
+
+    def encode_controls(self, vae: Any, pixel_values: Tensor) -> Tensor:
+        """Encode as InstructPix2Pix's pipeline does: the posterior's mode, not scaled."""
+        return vae.encode(pixel_values).latent_dist.mode()
+
+    def absent_controls(self, pipe: Any, latents: Tensor) -> list[Tensor]:
+        # the pipeline's guidance by the image uses zeros
+        return [latents.new_zeros(latents.shape)] if self.control_count(pipe).least else []
+
     def predict(
         self,
         denoiser: nn.Module,
@@ -136,7 +153,10 @@ class StableDiffusion(ModelFamily):
         timesteps: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
+        import torch
+
         prompt_embeds = conditioning["prompt_embeds"]
+        noisy_latents = torch.cat([noisy_latents, *controls_of(conditioning)], dim=1)
         return denoiser(
             noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False
         )[0]
@@ -151,7 +171,9 @@ class StableDiffusion(ModelFamily):
         return PublishedNames("stable-diffusion-v2-512", "sd_v2", STABILITY_AI, is_v2=True)
 
     def check_base(self, pipe: Any) -> None:
-        check_channels(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
+        made = pipe.vae.config.latent_channels
+        if not self.control_count(pipe).most:
+            check_channels(pipe.unet.config.in_channels, made)
 
 
 FAMILY = StableDiffusion()

@@ -41,6 +41,7 @@ class StableDiffusionXL(StableDiffusion):
         "TextToVideoZeroSDXLPipeline",
         "LEditsPPPipelineStableDiffusionXL",
     )
+    edit_pipelines = MappingProxyType({})
     text_encoders = ("text_encoder", "text_encoder_2")
     skipped_layers = 1
     target_presets: ClassVar = {

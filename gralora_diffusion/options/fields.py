@@ -7,7 +7,7 @@ the options with some behavior calls ``options_with``, so each option is declare
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
@@ -40,7 +40,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Place:
-    """A file or folder. Public files only contain its name, and ``~`` is expanded.
+    """A file or folder, or a list. Public files only contain its name, and ``~`` is expanded.
 
     Attributes:
         read: the run reads it, so nothing may be written there.
@@ -127,6 +127,13 @@ def _traits(options: type) -> dict[str, tuple[Any, ...]]:
     """Return name -> all traits, once for each class: evaluating annotations takes milliseconds."""
     hints = get_type_hints(options, include_extras=True)
     return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
+
+
+def in_each(value: Any, change: Callable[[str], str]) -> Any:
+    """Return an option's text, changed; of a list, each of its texts; None and "" as they are."""
+    if isinstance(value, list):
+        return [change(text) for text in value]
+    return change(value) if value else value
 
 
 @cache

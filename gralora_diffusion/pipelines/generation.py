@@ -14,7 +14,12 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 from gralora_diffusion.base_models.folder import check_weight_files
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
-from gralora_diffusion.families import ModelFamily, find_pipeline_family, mend_clip_skip
+from gralora_diffusion.families import (
+    ControlCount,
+    ModelFamily,
+    find_pipeline_family,
+    mend_clip_skip,
+)
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem, public_name
@@ -26,6 +31,8 @@ from gralora_diffusion.io.safe_text import error_line
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.command_parser import CommandParser
+
+from .editing import control_arguments, editing_pipeline, read_controls
 
 #: What users may call an option -> how the message goes on.
 _OTHER_NAMES = {
@@ -59,6 +66,8 @@ def generate(
     inference_steps: int = 30,
     max_sequence_length: int | None = None,
     clip_skip: int | None = None,
+    controls: Sequence[Sequence[Image.Image]] = (),
+    image_guidance_scale: float | None = None,
     batch_size: int = 1,
     progress: bool = False,
 ) -> list[list[Image.Image]]:
@@ -73,7 +82,10 @@ def generate(
         guidance_scale: the pipeline's own if None.
         max_sequence_length: maximum number of tokens of a prompt, for pipelines that take it.
         clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
-        batch_size: images to generate at once, for one prompt or several.
+        controls: control images of each prompt, for an edit pipeline.
+        image_guidance_scale: guidance by the control image; the pipeline's own if None.
+        batch_size: images to generate at once, for one prompt or several; one by one with
+            ``controls``.
         progress: show bars for the images and for the steps of each.
     """
     import torch
@@ -87,8 +99,12 @@ def generate(
     if clip_skip is not None:
         mend_clip_skip(pipe)
         options["clip_skip"] = clip_skip
-    if size is not None:
-        options["height"], options["width"] = (size, size) if isinstance(size, int) else size
+    if image_guidance_scale is not None:
+        options["image_guidance_scale"] = image_guidance_scale
+    sides = (size, size) if isinstance(size, int) else size
+    if sides is not None and not controls:
+        options["height"], options["width"] = sides
+    batch_size = 1 if controls else batch_size
     wanted = [(prompt, seed + i) for prompt in prompts for i in range(images_per_prompt)]
     images: list[Image.Image] = []
     bar = tqdm(total=len(wanted), desc="generating", unit="image", disable=not progress)
@@ -100,6 +116,9 @@ def generate(
             generators = [torch.Generator().manual_seed(s) for s in seeds]
             if negative_prompt:
                 options["negative_prompt"] = [negative_prompt] * len(batch)
+            if controls:
+                own = controls[start // images_per_prompt]
+                options |= control_arguments(pipe, own, sides)
             # by name, because some pipelines take an image before the prompt
             images += pipe(prompt=list(batch), generator=generators, **options).images
             bar.update(len(batch))
@@ -262,6 +281,12 @@ def parser() -> CommandParser:
     )
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     command.add_argument("--negative_prompt", help="what to steer away from")
+    command.add_argument(
+        "--image",
+        nargs="+",
+        help="control image for an editing base: one for all prompts or one for each; several for "
+        "one prompt are separated by commas",
+    )
     command.add_argument("--output", required=True, type=Path, help="image file for the grid")
     command.add_argument(
         "--image_dir",
@@ -279,6 +304,11 @@ def parser() -> CommandParser:
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
     command.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
+    command.add_argument(
+        "--image_guidance_scale",
+        type=float,
+        help="guidance by the control image, for InstructPix2Pix (default: the pipeline's)",
+    )
     command.add_argument("--num_inference_steps", type=int, default=30)
     command.add_argument(
         "--clip_skip",
@@ -346,6 +376,7 @@ def _image_name(label: str, prompt: int, image: int) -> str:
 def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> list[_Generated]:
     """Generate the images: with the adapter, and before it with the base alone to compare."""
     pipe = _pipeline(args, command)
+    pipe, controls = _with_controls(pipe, args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
         "seed": args.seed,
@@ -354,6 +385,8 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         "guidance_scale": args.guidance_scale,
         "inference_steps": args.num_inference_steps,
         "clip_skip": args.clip_skip,
+        "controls": controls,
+        "image_guidance_scale": args.image_guidance_scale,
     }
 
     def made(label: str, adapter: str | None) -> _Generated:
@@ -387,6 +420,29 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         pipe.set_adapters("sampled", args.scale)
         found.append(made(labels.pop(0), args.lora))
     return found
+
+
+def _with_controls(
+    pipe: Any, args: argparse.Namespace, command: argparse.ArgumentParser
+) -> tuple[Any, list[list[Image.Image]]]:
+    """Return the pipeline that edits, and the control images of each prompt, if there are some."""
+    family = find_pipeline_family(type(pipe).__name__)
+    problems: list[str] = []
+    count = family.control_count(pipe) if family else ControlCount()
+    controls = read_controls("image", args.image, args.prompt, count, problems)
+    if problems:
+        command.error("\n  ".join(problems))
+    if not any(controls):
+        return pipe, []
+    assert family is not None
+    pipe = editing_pipeline(pipe, family)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    for name in ("image_guidance_scale", "clip_skip", "negative_prompt"):
+        if getattr(args, name) is not None and name not in taken:
+            command.error(
+                f"--{name}: {type(pipe).__name__} does not take this option. Leave it out"
+            )
+    return pipe, controls
 
 
 def _labels(args: argparse.Namespace) -> list[str]:
@@ -497,6 +553,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
             yield f"--{name} {source}: {problem}"
     if args.reference and not args.reference.exists():
         yield f"--reference {args.reference} cannot be read as a folder: No such file or directory"
+    if args.image_guidance_scale is not None and not args.image:
+        yield "--image_guidance_scale has no effect without --image. Leave it out"
     if args.compare and not (args.adapter or args.lora):
         yield "--compare needs an adapter to compare with. Pass --adapter or --lora"
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
@@ -510,6 +568,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         args.base_config,
         args.lora,
         args.reference,
+        *(args.image or ()),
         *(file for file in weights if file.is_file()),
     ]
     if source := find_overlap(args.output, read):

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, free_memory
+from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -32,6 +33,7 @@ from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.checks.controls import check_controls_of_base, validation_controls
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import Batches
@@ -57,7 +59,11 @@ from gralora_diffusion.training.optimization.step import (
     TrainingDiverged,
     mean_loss,
 )
-from gralora_diffusion.training.outputs.metadata import time_metadata, training_metadata
+from gralora_diffusion.training.outputs.metadata import (
+    control_facts,
+    time_metadata,
+    training_metadata,
+)
 from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.output_dir import (
     finish,
@@ -316,6 +322,7 @@ class Trainer:
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
+        check_controls_of_base(config, family, self.pipe, self.images)
         self.data = Batches(
             config,
             family,
@@ -572,10 +579,16 @@ class Trainer:
             self.config,
             self.state.step,
             self.accelerator,
+            controls=self._validation_controls,
             stream_encoders=self.offloading.encoders,
             stops=self.control.is_asked_to_stop if alone else lambda: False,
         )
         return (from_first if alone else together)(self.accelerator, work)
+
+    @cached_property
+    def _validation_controls(self) -> list[list[Image.Image]]:
+        """The control images of each validation prompt."""
+        return validation_controls(self.config, self.family.control_count(self.pipe))
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""
@@ -614,6 +627,7 @@ class Trainer:
             "steps": steps,
             "samples per step": self.data.samples_per_step,
             **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
+            **control_facts(self.images),
             "trained parameters": sum(p.numel() for p in self.parameters),
             **adapter_facts([getattr(self.pipe, name) for name in self.components], config),
             **quantization_facts(config, self.pipe),

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gralora_diffusion.base_models.loading import find_base_family
+from gralora_diffusion.base_models.loading import base_index, find_base_family
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.options.fields import MayDiffer, Place, options_with
 from gralora_diffusion.training.checkpoints.resume import (
@@ -22,6 +22,7 @@ from gralora_diffusion.training.checkpoints.resume import (
 )
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import check_without_weights
+from gralora_diffusion.training.checks.controls import check_controls
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -100,6 +101,9 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
         _, path = resume
         check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
     images, class_images = find_images(config), find_class_images(config)
+    index = base_index(config)
+    for warning in check_controls(config, family, index.pipeline_class if index else None, images):
+        logger.warning(warning)
     if resume is None:
         dtype = DTYPES[accelerator.mixed_precision]
         initial = find_initial_values(config, family, dtype)
@@ -126,8 +130,11 @@ def complete_class_images(
 
 
 def digest_of(examples: Sequence[Example]) -> str:
-    """Return the number of images and a hash of their bytes, captions, masks and order."""
-    facts: list[Any] = [[e.cache_key, e.caption, list(e.size), e.repeats] for e in examples]
+    """Return the number of images and a hash of all that belongs to them, and their order."""
+    facts: list[Any] = [
+        [e.cache_key, e.caption, list(e.size), e.repeats, *(c.content_key for c in e.controls)]
+        for e in examples
+    ]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return f"{len(examples)} of hash {digest[:16]}"
 

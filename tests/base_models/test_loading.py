@@ -243,12 +243,3 @@ def test_configs_with_values_of_other_types(
 def test_an_index_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     assert "no diffusers pipeline could be loaded" in problem_of(tmp_path)
-
-
-def test_an_edit_base_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    chosen = config(pretrained_model_name_or_path=tmp_path)
-    for name in ("FluxKontextPipeline", "FluxPipeline"):
-        (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": name}))
-        assert find_base_family(chosen) is get_family("flux")
-    [message] = caplog.messages
-    assert f"{tmp_path} is a base for editing images (FluxKontextPipeline)" in message

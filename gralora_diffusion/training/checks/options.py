@@ -25,7 +25,7 @@ from gralora_diffusion.training.config.options import OPTIMIZERS
 from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
 from gralora_diffusion.training.data.buckets import listed_buckets
 
-from .paths import check_base, check_data, check_output
+from .paths import check_base, check_controls, check_data, check_output
 
 
 def validate(config: TrainingConfig) -> list[str]:
@@ -69,6 +69,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         check_base,
         _quantization,
         check_data,
+        check_controls,
         _prior,
         _adapter,
         check_patterns,

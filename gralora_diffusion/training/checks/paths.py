@@ -149,6 +149,30 @@ def _masks(config: TrainingConfig) -> Iterator[str]:
         yield f"--mask_data_dir is {config.mask_data_dir!r}: {problem}"
 
 
+def check_controls(config: TrainingConfig) -> Iterator[str]:
+    for folder in config.control_data_dir or ():
+        if problem := _folder_problem(Path(folder), "images before the edit", "Put them into it"):
+            yield f"--control_data_dir is {folder!r}: {problem}"
+        elif (
+            config.instance_data_dir
+            and Path(folder).resolve() == Path(config.instance_data_dir).resolve()
+        ):
+            yield (
+                f"--control_data_dir is {folder!r}, which is --instance_data_dir, too. The images "
+                "before the edit need a folder of their own"
+            )
+    if config.control_data_dir and config.dataset_name:
+        yield (
+            "--control_data_dir and --dataset_name exclude each other. Name the dataset's columns "
+            "with --control_column"
+        )
+    if config.control_data_dir and config.control_column:
+        yield (
+            "--control_data_dir and --control_column exclude each other: control images are "
+            "either in folders or named by a metadata file. Leave one out"
+        )
+
+
 def _folder_problem(
     path: Path,
     content: str = "images",
@@ -214,13 +238,14 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
 def _read_and_written(config: TrainingConfig) -> Iterator[str]:
     """Report inputs that the run would write to or delete."""
     places = options_with(type(config), Place)
-    read = {
-        name: Path(value)
+    read = [
+        (name, Path(path))
         for name, place in places.items()
         if place.read and (value := getattr(config, name))
-    }
+        for path in (value if isinstance(value, list) else [value])
+    ]
     for name in (name for name, place in places.items() if place.written):
-        for source, path in read.items():
+        for source, path in read:
             value = getattr(config, name)
             if not value or name == source or not lies_in(Path(value), path):
                 continue
@@ -232,7 +257,7 @@ def _read_and_written(config: TrainingConfig) -> Iterator[str]:
                 "not write to its inputs. Give another folder"
             )
     made = [Path(config.output_dir, entry) for entry in made_in(config)]
-    for source, path in read.items():
+    for source, path in read:
         # a run's own checkpoint is read there on purpose
         if source != "resume_from_checkpoint" and any(lies_in(path, entry) for entry in made):
             yield (

@@ -28,6 +28,8 @@ from gralora_diffusion.options.fields import (
     option,
 )
 
+_NO_EDITS = "its methods are compared on text-to-image bases"
+
 # optimizer -> (module to import, package to install); None if it needs no package of its own
 OPTIMIZERS: dict[str, tuple[str, str] | None] = {
     "adamw": None,
@@ -104,6 +106,34 @@ class DataOptions:
         "of them, and all are encoded before training",
     )
     skip_bad_images: bool = option(False, "Skip images that cannot be decoded instead of stopping")
+
+
+@dataclass(kw_only=True)
+class ControlOptions:
+    """The images that an editing base gets beside the prompt."""
+
+    _argument_group_name: ClassVar[str] = "Control images, for training edits"
+
+    control_data_dir: Annotated[list[str] | None, Place(read=True), SetByBenchmark(_NO_EDITS)] = (
+        option(
+            None,
+            "Folder with the images before the edit, under the same names as the training images. "
+            "With several folders, each training image has one control image in each, in this "
+            "order",
+        )
+    )
+    control_column: Annotated[list[str] | None, SetByBenchmark(_NO_EDITS)] = option(
+        None,
+        "Columns of the dataset, or of the folder's metadata file, that name or contain the "
+        "control images: one or several per row (default for a metadata file: control)",
+    )
+    control_dropout: Annotated[
+        float, Limits(at_least=0, below=1), ChangesSamples(), SetByBenchmark(_NO_EDITS)
+    ] = option(
+        0.0,
+        "Fraction of samples that are trained without their control images, so that guidance by "
+        "them can be learned; 0.05 to 0.1 are usual for InstructPix2Pix",
+    )
 
 
 @dataclass(kw_only=True)
@@ -627,6 +657,16 @@ class ValidationOptions:
         list[str] | None,
         SetByBenchmark("prompts come from --dreambooth_dir, --captioned_dir and --drift_prompts"),
     ] = option(None, "One or more prompts for the validation images")
+    validation_image: Annotated[
+        list[str] | None,
+        Place(read=True),
+        Needs("validation_prompt"),
+        SetByBenchmark(_NO_EDITS),
+    ] = option(
+        None,
+        "Control images of the validation images, for an editing base: one file for all prompts or "
+        "one for each; several for one prompt are separated by commas",
+    )
     validation_negative_prompt: Annotated[
         str | None,
         Needs("validation_prompt"),

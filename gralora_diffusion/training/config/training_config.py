@@ -14,12 +14,20 @@ import yaml
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name
-from gralora_diffusion.options.fields import Needs, Place, Unrecorded, group_table, options_with
+from gralora_diffusion.options.fields import (
+    Needs,
+    Place,
+    Unrecorded,
+    group_table,
+    in_each,
+    options_with,
+)
 from gralora_diffusion.options.parsing import ParsedOptions, read_options
 
 from .layer_patterns import layer_patterns
 from .options import (
     AdapterOptions,
+    ControlOptions,
     DataOptions,
     ImageOptions,
     LengthOptions,
@@ -44,6 +52,7 @@ class TrainingConfig(
     MaskOptions,
     ImageOptions,
     PriorOptions,
+    ControlOptions,
     DataOptions,
     BaseModelOptions,
 ):
@@ -56,9 +65,7 @@ class TrainingConfig(
         if self.aspect_ratio_buckets is not None:
             self.use_aspect_ratio_buckets = True
         for name in options_with(type(self), Place):  # in a YAML file, no shell expands ~
-            value = getattr(self, name)
-            if value and value.startswith("~"):
-                setattr(self, name, str(Path(value).expanduser()))
+            setattr(self, name, in_each(getattr(self, name), _from_home))
 
     @property
     def patterns(self) -> dict[str, dict[str, Any]]:
@@ -127,7 +134,8 @@ class TrainingConfig(
         def shown(name: str, value: Any) -> Any:
             if not (value and name in places):
                 return value
-            return public_name(value) if places[name].hub_id else Path(value).resolve().name
+            hub_id = places[name].hub_id
+            return in_each(value, public_name if hub_id else lambda p: Path(p).resolve().name)
 
         needs = options_with(type(self), Needs)
         idle = {n for n, need in needs.items() if effective and not getattr(self, need.switch)}
@@ -137,6 +145,10 @@ class TrainingConfig(
             if value != default[name] and name not in idle
         }
         return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _from_home(path: str) -> str:
+    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]

@@ -19,6 +19,8 @@ from tqdm.auto import tqdm
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import DECODER_VERSION
 
+from .control_crops import ControlPlan, Size
+from .controls import ControlImage
 from .image_folder import Example
 from .masks import latent_mask
 from .tensor_store import TensorStore, hash_of
@@ -31,6 +33,8 @@ _PROBE = "a photo of a sks dog, wearing 2 red hats"
 
 #: (batch, 3, height, width) in [-1, 1], fp32, CPU -> mean and std of the scaled latents
 ImageEncoder = Callable[[Tensor], tuple[Tensor, Tensor]]
+#: (batch, 3, height, width) in [-1, 1], fp32, CPU -> latents of control images
+ControlEncoder = Callable[[Tensor], Tensor]
 #: prompts -> tensors whose first axis is the prompt
 PromptEncoder = Callable[[list[str]], dict[str, Tensor]]
 
@@ -137,14 +141,7 @@ class LatentCache:
                     continue
                 image = image or example.load()
                 pixels = torch.stack([self.plan.pixel_values(image, v) for v in chunk])
-                # outputs of encoders in channels-last layout cannot be written as they are
-                mean, std = (part.detach().cpu().contiguous() for part in encode(pixels))
-                if not (mean.isfinite().all() and std.isfinite().all()):
-                    problem = (
-                        "the VAE returned NaN or infinity. Give --mixed_precision no or bf16, or "
-                        "another VAE with --pretrained_vae_model_name_or_path"
-                    )
-                    raise DataError(f"latents of {example.source}", [problem])
+                mean, std = (_storable(part, example) for part in encode(pixels))
                 if example.mask is not None:
                     mask = mask or example.mask.load()
                 for i, key in enumerate(keys):
@@ -157,6 +154,83 @@ class LatentCache:
                         done += 1
         self.store.tell_damaged()
         return done
+
+
+class ControlCache:
+    """Latents of control images, on the CPU; arguments as for :class:`LatentCache`."""
+
+    def __init__(
+        self, plan: ControlPlan, fingerprint: str, folder: str | Path | None = None
+    ) -> None:
+        self.plan = plan
+        self.fingerprint = fingerprint
+        self.store = TensorStore(folder)
+
+    def key(self, control: ControlImage, target: Size, variant: Variant) -> str:
+        """Hash everything that the latents depend on."""
+        parts = [
+            "control",
+            control.content_key,
+            self.plan.facts(control.size, target, variant),
+            self.fingerprint,
+            [DECODER_VERSION, _ENCODING_VERSION],
+        ]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+    def get(self, control: ControlImage, target: Size, variant: Variant) -> Tensor:
+        """Return the latents (channels, height, width) beside this variant of a target.
+
+        Raises:
+            KeyError: the cache was never filled with them.
+            DataError: their file has been removed or damaged.
+        """
+        return self.store[self.key(control, target, variant)]["latents"]
+
+    @torch.no_grad()
+    def fill(
+        self,
+        wanted: Iterable[tuple[Example, Sequence[Variant]]],
+        encode: ControlEncoder,
+        progress: bool = True,
+    ) -> int:
+        """Encode what is missing for these variants of targets, one by one; return the number.
+
+        Raises:
+            DataError: as for :meth:`LatentCache.fill`.
+        """
+        done = 0
+        pairs = [(control, e, some) for e, some in wanted for control in e.controls]
+        bar = tqdm(
+            pairs, desc="Encoding control images", unit="", disable=None if progress else True
+        )
+        for control, example, variants in bar:
+            image = None
+            for variant in variants:
+                key = self.key(control, example.size, variant)
+                if key in self.store:
+                    continue
+                image = image or control.load()
+                pixels = self.plan.pixel_values(image, example.size, variant)
+                self.store[key] = {"latents": _storable(encode(pixels[None]), control)[0].clone()}
+                done += 1
+        self.store.tell_damaged()
+        return done
+
+
+def _storable(latents: Tensor, image: Example | ControlImage) -> Tensor:
+    """Return an encoder's output on the CPU, as it can be written to a file.
+
+    Raises:
+        DataError: it is not finite.
+    """
+    latents = latents.detach().cpu().contiguous()  # it may be in channels-last layout
+    if not latents.isfinite().all():
+        problem = (
+            "the VAE returned NaN or infinity. Give --mixed_precision no or bf16, or another VAE "
+            "with --pretrained_vae_model_name_or_path"
+        )
+        raise DataError(f"latents of {image.source}", [problem])
+    return latents
 
 
 class PromptCache:

@@ -1,5 +1,5 @@
 """Captions of the images in a folder: metadata files, files beside the images, and names of
-sub-folders. A metadata file may also name the mask of an image.
+sub-folders. A metadata file may also name the mask and the control images of an image.
 
 Problems are appended to a list, so that all of them can be reported at once.
 """
@@ -66,10 +66,12 @@ class ListedImage:
     Attributes:
         caption: "" if it has none.
         mask: path of its mask relative to the folder, as it is written there.
+        controls: paths of its control images in the folder.
     """
 
     caption: str = ""
     mask: str | None = None
+    controls: tuple[str, ...] = ()
 
 
 def concept_folders(folder: Path) -> list[CaptionedFolder]:
@@ -100,6 +102,7 @@ def read_metadata(
     column: str | None,
     problems: list[str],
     mask_column: str | None = None,
+    control_columns: Sequence[str] = (),
 ) -> dict[str, ListedImage]:
     """Return file name -> what a folder's metadata file says about it.
 
@@ -108,6 +111,7 @@ def read_metadata(
         column: of the caption; None for the first of ``CAPTION_COLUMNS`` that a line has.
         problems: problems are appended to it.
         mask_column: of the mask; None for the first of ``MASK_COLUMNS`` that a line has.
+        control_columns: of the control images; a line may lack them.
     """
     listings = sorted(name for name in names if name.lower() in METADATA_NAMES)
     if len(listings) > 1:
@@ -126,7 +130,8 @@ def read_metadata(
         return {}
     found: dict[str, ListedImage] = {}
     for where, entry in entries:
-        _read_entry(folder, where, entry, _columns(column), mask_column, found, problems)
+        controls = _controls(folder, where, entry, control_columns, problems)
+        _read_entry(folder, where, entry, _columns(column), mask_column, controls, found, problems)
     seen = sorted({str(key) for _, entry in entries for key in entry})
     for option, given in (("caption_column", column), ("mask_column", mask_column)):
         if given and seen and given not in seen:
@@ -142,6 +147,7 @@ def _read_entry(
     entry: Mapping[str, Any],
     columns: Sequence[str],
     mask_column: str | None,
+    controls: tuple[str, ...],
     found: dict[str, ListedImage],
     problems: list[str],
 ) -> None:
@@ -153,33 +159,60 @@ def _read_entry(
     text = next((entry[c] for c in columns if entry.get(c) is not None), "")
     mask_columns = (mask_column,) if mask_column else MASK_COLUMNS
     mask = next((entry[c] for c in mask_columns if entry.get(c)), None)
-    if _ELSEWHERE.match(name) and not is_regular(folder / name):
-        problems.append(
-            f"{where} names {name}, which is an address or a path on another machine. Put the "
-            "image into the folder, and give its path relative to the folder"
-        )
-        return
-    name = Path(name).as_posix()
     if problem := place_problem(folder, name):
         problems.append(f"{where} names {name}, {problem}")
-    elif not isinstance(text, str):
+        return
+    name = Path(name).as_posix()
+    if not isinstance(text, str):
         problems.append(f"{where}: the caption is {text!r}; it must be text")
     elif not _is_text(text):
         problems.append(f"{where}: the caption contains characters that are not Unicode")
     elif not isinstance(mask, str | None):
         problems.append(f"{where}: the mask is {mask!r}; it must be the path of an image")
     else:
-        listed = ListedImage(one_line(text), Path(mask).as_posix() if mask else None)
+        listed = ListedImage(one_line(text), Path(mask).as_posix() if mask else None, controls)
         earlier = found.setdefault(name, listed)
         if earlier.caption != listed.caption:
             problems.append(f"{where} gives {name} a second, different caption")
         if earlier.mask != listed.mask:
             problems.append(f"{where} gives {name} a second, different mask")
+        if earlier.controls != listed.controls:
+            problems.append(f"{where} gives {name} other control images than an earlier line")
+
+
+def _controls(
+    folder: Path,
+    where: str,
+    entry: Mapping[str, Any],
+    columns: Sequence[str],
+    problems: list[str],
+) -> tuple[str, ...]:
+    """Return the paths of a line's control images: each column has one or several."""
+    found: list[str] = []
+    for column in columns:
+        value = entry.get(column)
+        names = value if isinstance(value, list) else [value]
+        for name in (name for name in names if name not in (None, "")):
+            if not isinstance(name, str):
+                problems.append(
+                    f"{where}: {column} is {value!r}; it must be the path of an image, or a list "
+                    "of paths"
+                )
+            elif problem := place_problem(folder, name):
+                problems.append(f"{where} names the control image {name}, {problem}")
+            else:
+                found.append(Path(name).as_posix())
+    return tuple(found)
 
 
 def place_problem(folder: Path, name: str) -> str | None:
     """Return why a path in a metadata file does not name an image of the folder, or None."""
     path = folder / name
+    if _ELSEWHERE.match(name) and not is_regular(path):
+        return (
+            "which is an address or a path on another machine. Put the image into the folder, and "
+            "give its path relative to the folder"
+        )
     if Path(name).is_absolute() or ".." in Path(name).parts:
         return "which is not in the folder"
     if not is_regular(path):
@@ -251,7 +284,7 @@ def _parquet_rows(
         _check_columns(columns)
         # other columns may contain the images themselves
         kinds = zip(columns, file.schema_arrow.types, strict=True)
-        texts = [column for column, kind in kinds if pyarrow.types.is_string(kind)]
+        texts = [column for column, kind in kinds if _is_text_column(kind)]
         if sum(_unpacked_sizes(file.metadata, texts)) > _MAX_METADATA:
             raise ValueError(f"its text columns have more than {_MAX_METADATA:,} bytes")
         rows = file.read(columns=texts).to_pylist()
@@ -261,10 +294,18 @@ def _parquet_rows(
         yield f"{name}, row {number}", dict.fromkeys(columns) | row
 
 
+def _is_text_column(kind: Any) -> bool:
+    """Whether a column's values are texts or lists of texts."""
+    from pyarrow.types import is_list, is_string
+
+    return bool(is_string(kind) or (is_list(kind) and is_string(kind.value_type)))
+
+
 def _unpacked_sizes(metadata: Any, columns: Sequence[str]) -> Iterator[int]:
     for group in map(metadata.row_group, range(metadata.num_row_groups)):
         for column in map(group.column, range(group.num_columns)):
-            if column.path_in_schema in columns:
+            # the values of a list have a path of their own below the column's
+            if column.path_in_schema.split(".")[0] in columns:
                 yield column.total_uncompressed_size
 
 

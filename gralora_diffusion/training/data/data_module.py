@@ -29,9 +29,17 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
 from .buckets import Buckets, listed_buckets
-from .cache import LatentCache, PromptCache, prompt_fingerprint, vae_fingerprint
+from .cache import (
+    ControlCache,
+    LatentCache,
+    PromptCache,
+    prompt_fingerprint,
+    vae_fingerprint,
+)
 from .caption_variants import CaptionRules
 from .class_images import existing_class_images
+from .control_crops import ControlPlan
+from .controls import ControlPlaces
 from .dataset import TrainingSet, collate
 from .hf_dataset import find_dataset_examples
 from .image_folder import MAX_NAMES, MIN_FOR_PROGRESS, Example, find_examples
@@ -69,6 +77,7 @@ def _find_images(config: TrainingConfig) -> list[Example]:
             config_name=config.dataset_config_name,
             image_column=config.image_column,
             caption_column=config.caption_column,
+            control_columns=config.control_column or (),
             cache_dir=config.cache_dir,
             skip_bad_images=config.skip_bad_images,
             masks=masks,
@@ -79,6 +88,10 @@ def _find_images(config: TrainingConfig) -> list[Example]:
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
         masks=masks,
+        controls=ControlPlaces(
+            tuple(Path(folder) for folder in config.control_data_dir or ()),
+            tuple(config.control_column) if config.control_column else None,
+        ),
     )
 
 
@@ -144,6 +157,11 @@ def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[
     return family.encode_images(vae, pixel_values.to(weight.device, weight.dtype))
 
 
+def encode_controls(family: ModelFamily, vae: Any, pixel_values: Tensor) -> Tensor:
+    """Return the latents of control images, computed on the VAE's device."""
+    return family.encode_controls(vae, pixel_values.to(vae.device, vae.dtype))
+
+
 class Batches:
     """The training data of this process. Encodings that do not change are computed once.
 
@@ -173,8 +191,14 @@ class Batches:
         self.family, self.vae = family, pipe.vae
         plan = crop_plan(config, family.size_divisor(pipe))
         self.cache = None
+        controls, control_cache = None, None
+        if any(image.controls for image in images):
+            controls = ControlPlan(plan, family.control_preparation(pipe))
         if config.cache_latents:
-            self.cache = LatentCache(plan, vae_fingerprint(pipe.vae), config.latent_cache_dir)
+            fingerprint = vae_fingerprint(pipe.vae)
+            self.cache = LatentCache(plan, fingerprint, config.latent_cache_dir)
+            if controls is not None:
+                control_cache = ControlCache(controls, fingerprint, config.latent_cache_dir)
         shared: dict[str, Any] = {
             "batch_size": config.train_batch_size,
             "cache": self.cache,
@@ -187,6 +211,9 @@ class Batches:
             repeats=config.repeats,
             caption_dropout=config.caption_dropout,
             caption_rules=CaptionRules.of(config),
+            controls=controls,
+            control_cache=control_cache,
+            control_dropout=config.control_dropout,
             **shared,
         )
         self.classes = None
@@ -215,6 +242,10 @@ class Batches:
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """See :func:`encode_images`."""
         return encode_images(self.family, self.vae, pixel_values)
+
+    def encode_controls(self, pixel_values: Tensor) -> Tensor:
+        """See :func:`encode_controls`."""
+        return encode_controls(self.family, self.vae, pixel_values)
 
     def steps(self, first_step: int, max_steps: int) -> Iterator[tuple[Batch, Batch | None]]:
         """Yield the instance and class batch of each micro-batch; the latter may be None."""
@@ -263,6 +294,9 @@ class Batches:
         for samples in (self.instance, self.classes):
             if samples is not None:
                 self._share(partial(samples.fill_cache, self.encode_images, progress=bar))
+        if self.instance.control_cache is not None:
+            fill = partial(self.instance.fill_control_cache, self.encode_controls, progress=bar)
+            self._share(fill)
 
     def _encode_prompts(self, pipe: Any) -> None:
         config, encoders = self.config, existing_models(pipe, self.family.all_text_encoders)

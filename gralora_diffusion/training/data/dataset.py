@@ -10,10 +10,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
-from .cache import ImageEncoder, LatentCache
+from .cache import ControlCache, ControlEncoder, ImageEncoder, LatentCache
 from .caption_variants import AS_THEY_ARE, CaptionRules
+from .control_crops import ControlPlan
 from .image_folder import (
     Example,
     warn_of_long_images,
@@ -36,6 +38,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
     ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``,
     (3, height, width), decoded on demand. If any of the examples has a mask, every sample contains
     ``mask``, (1, height, width) of the latents or of the pixels, which is 1 where the loss counts.
+    ``controls`` is a list of the latents or pixel values of its control images.
 
     The samples at ``batch_size`` positions from a multiple of ``batch_size`` on have the same
     target size.
@@ -55,6 +58,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         cache: of latents; :meth:`fill_cache` must have been called. Without one, each sample uses
             any possible crop.
         cached_crops: variants per image in the cache; each sample uses one of them.
+        controls: how control images become pixel values, if any image has some.
+        control_cache: of their latents, if there is a cache of latents.
+        control_dropout: fraction of samples without their control images.
     """
 
     def __init__(
@@ -70,6 +76,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         caption_rules: CaptionRules = AS_THEY_ARE,
         cache: LatentCache | None = None,
         cached_crops: int = 8,
+        controls: ControlPlan | None = None,
+        control_cache: ControlCache | None = None,
+        control_dropout: float = 0.0,
     ) -> None:
         self.examples = list(examples)
         self.plan = plan
@@ -77,6 +86,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.caption_dropout = caption_dropout
         self._prompts = [caption_rules.variants(e.caption, seed) for e in self.examples]
         self.cache = cache
+        self.controls, self.control_cache = controls, control_cache
+        self.control_dropout = control_dropout
         self.masked = any(example.mask for example in self.examples)
         self.targets = [plan.target_size(example.size) for example in self.examples]
         once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
@@ -107,8 +118,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     @property
     def digest(self) -> str:
-        """Hash of the images, their captions, masks, buckets and order, by which a resumed run can
-        tell whether its data have changed."""
+        """Hash of the images, their captions, masks, control images, buckets and order, by which a
+        resumed run can tell whether its data have changed."""
         images = [[example.content_key, example.caption] for example in self.examples]
         parts: list[Any] = [len(self), images]
         if any(example.repeats != 1 for example in self.examples):
@@ -117,6 +128,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
             parts += [self.targets, self.stream.batch_size]
         if self.masked:
             parts.append([example.mask and example.mask.cache_key for example in self.examples])
+        if any(example.controls for example in self.examples):
+            parts.append([[c.content_key for c in example.controls] for example in self.examples])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fill_cache(
@@ -126,6 +139,14 @@ class TrainingSet(Dataset[dict[str, Any]]):
         assert self.cache is not None
         wanted = zip(self.examples[part], self._kept[part], strict=True)
         return self.cache.fill(wanted, encode, progress=progress)
+
+    def fill_control_cache(
+        self, encode: ControlEncoder, part: slice = slice(None), progress: bool = True
+    ) -> int:
+        """Encode those control images that the cache is missing."""
+        assert self.control_cache is not None
+        wanted = zip(self.examples[part], self._kept[part], strict=True)
+        return self.control_cache.fill(wanted, encode, progress=progress)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
         item = self._items[self.stream.index(position)]
@@ -151,8 +172,20 @@ class TrainingSet(Dataset[dict[str, Any]]):
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
             "target_size": torch.tensor([variant.height, variant.width]),
+            "controls": self._controls(example, variant, position),
             **image,
         }
+
+    def _controls(self, example: Example, variant: Variant, position: int) -> list[Tensor]:
+        """Return the latents or pixel values of the control images of a sample."""
+        if not example.controls or self._drops("control", self.control_dropout, position):
+            return []
+        if self.control_cache is not None:
+            return [self.control_cache.get(c, example.size, variant) for c in example.controls]
+        assert self.controls is not None
+        return [
+            self.controls.pixel_values(c.load(), example.size, variant) for c in example.controls
+        ]
 
     def _report_buckets(self) -> None:
         """Log how many images each bucket has, and how many are repeated to fill its last batch."""
@@ -174,7 +207,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
             )
 
     def _prompt(self, item: int, position: int) -> str:
-        if self._drops_caption(position):
+        if self._drops("caption", self.caption_dropout, position):
             return ""
         variants = self._prompts[item]
         if len(variants) == 1:
@@ -182,9 +215,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         random = self._generator("caption variant", position)
         return variants[int(torch.randint(len(variants), (), generator=random))]
 
-    def _drops_caption(self, position: int) -> bool:
-        draw = torch.rand((), generator=self._generator("caption dropout", position))
-        return float(draw) < self.caption_dropout
+    def _drops(self, what: str, fraction: float, position: int) -> bool:
+        draw = torch.rand((), generator=self._generator(f"{what} dropout", position))
+        return float(draw) < fraction
 
     def _generator(self, purpose: str, position: int) -> torch.Generator:
         # without the stream's name, class images would get the instance images' random numbers
@@ -195,7 +228,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Stack samples into a batch.
 
     Returns:
-        ``positions``, ``prompts`` and ``content_keys`` as lists; ``original_sizes``,
+        ``positions``, ``prompts``, ``content_keys`` and ``controls`` as lists; ``original_sizes``,
         ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
         ``pixel_values``, and perhaps ``mask``, with a batch axis.
     """
@@ -203,6 +236,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         f"{name}s": [sample[name] for sample in samples]
         for name in ("position", "prompt", "content_key")
     }
+    batch["controls"] = [sample["controls"] for sample in samples]
     for name in ("original_size", "crop_top_left", "target_size"):
         batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
     for name in ("mean", "std", "pixel_values", "mask"):

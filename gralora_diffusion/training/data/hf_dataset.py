@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
 
 from .captions import MASK_COLUMNS, one_line
+from .controls import FoundControl
 from .image_folder import WHOLE_IMAGES, Example, Found, check_images
 from .masks import FoundMask, MaskPlaces
 
@@ -22,17 +23,24 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """An image in a Hugging Face dataset whose image column is not decoded."""
+    """An image in a Hugging Face dataset whose image column is not decoded.
+
+    Attributes:
+        position: which image of a row that has a list of them.
+    """
 
     index: int
     column: str
     dataset: Any = field(repr=False, compare=False)
+    position: int | None = None
 
     def __str__(self) -> str:
         return f"row {self.index}"
 
     def read_bytes(self) -> bytes:
         value = self.dataset[self.index][self.column]
+        if self.position is not None:
+            value = value[self.position]
         if value is None:
             raise ValueError("it has no image")
         data: bytes | None = value["bytes"]
@@ -54,15 +62,17 @@ def find_dataset_examples(
     cache_dir: str | None = None,
     skip_bad_images: bool = False,
     masks: MaskPlaces | None = None,
+    control_columns: Sequence[str] = (),
 ) -> list[Example]:
     """Return the images of a Hugging Face dataset: of its split "train", or of its only split.
 
     Args:
         name: Hub id, folder of data files, or folder that ``Dataset.save_to_disk`` wrote.
         prompt: caption of the rows that have none, and of all rows without ``caption_column``.
-        skip_bad_images: leave out images that cannot be decoded, or whose mask cannot be used,
-            with a warning.
+        skip_bad_images: leave out images that cannot be decoded, or whose mask or control images
+            cannot be used, with a warning.
         masks: where the masks of the images are; None to train on whole images.
+        control_columns: columns with control images; a row has one, a list of them, or none.
 
     Raises:
         DataError: ``datasets`` is not installed, the dataset cannot be loaded, a column is missing,
@@ -88,14 +98,15 @@ def find_dataset_examples(
 
     names = loaded.column_names
     mask_column = masks.column if masks else None
-    columns = {
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "mask_column": mask_column,
-    }
+    columns = [
+        ("image_column", image_column),
+        ("caption_column", caption_column),
+        ("mask_column", mask_column),
+        *(("control_column", column) for column in control_columns),
+    ]
     if missing := [
         f"--{flag} is {column!r}, but there is no such column. Columns: {', '.join(names)}"
-        for flag, column in columns.items()
+        for flag, column in columns
         if column is not None and column not in names
     ]:
         raise DataError(place, missing)
@@ -106,6 +117,8 @@ def find_dataset_examples(
         masks_there = _undecoded(loaded, with_masks, place)
     elif with_masks:
         logger.warning("%s: %s: column %s", place, WHOLE_IMAGES["instance"], with_masks)
+
+    with_controls = [_undecoded(loaded, column, place) for column in control_columns]
 
     problems: list[str] = []
     texts = loaded[caption_column] if caption_column else [None] * len(loaded)
@@ -120,7 +133,13 @@ def find_dataset_examples(
             mask = FoundMask(f"in {with_masks}", DatasetRow(index, str(with_masks), masks_there))
         elif masks and masks.from_alpha:
             mask = FoundMask(str(row), row, of_alpha=True)
-        found.append(Found(str(row), row, one_line(text) or one_line(prompt), mask=mask))
+        controls = tuple(
+            control
+            for column, dataset in zip(control_columns, with_controls, strict=True)
+            for control in _controls(index, column, dataset)
+        )
+        caption = one_line(text) or one_line(prompt)
+        found.append(Found(str(row), row, caption, mask=mask, controls=controls))
     advice = "Give --instance_prompt for all rows without one" + (
         "" if caption_column else ", or --caption_column"
     )
@@ -128,15 +147,28 @@ def find_dataset_examples(
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:
-    """Return a column of images whose files are not decoded.
+    """Return a column of images, or of lists of images, whose files are not decoded.
 
     Raises:
         DataError: it contains something else.
     """
     import datasets
 
+    got, kind = dataset.features[column], datasets.Image(decode=False)
+    if type(got).__name__ in ("list", "Sequence", "List"):  # the last since datasets 4
+        kind = datasets.Sequence(kind)
     try:
-        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+        return dataset.select_columns([column]).cast_column(column, kind)
     except (TypeError, ValueError, RuntimeError) as error:
-        got = dataset.features[column]
         raise DataError(place, [f"column {column!r} contains {got} instead of images"]) from error
+
+
+def _controls(index: int, column: str, dataset: Any) -> Iterator[FoundControl]:
+    """Yield the control images of a row in a column."""
+    value = dataset[index][column]
+    if isinstance(value, list):
+        for position in range(len(value)):
+            name = f"row {index}, column {column}, image {position}"
+            yield FoundControl(name, DatasetRow(index, column, dataset, position))
+    elif value is not None:
+        yield FoundControl(f"row {index}, column {column}", DatasetRow(index, column, dataset))

@@ -36,6 +36,15 @@ from .captions import (
     read_caption,
     read_metadata,
 )
+from .controls import (
+    CONTROL_COLUMNS,
+    ControlFolder,
+    ControlImage,
+    ControlPlaces,
+    FoundControl,
+    check_control,
+    contradictions,
+)
 from .masks import FoundMask, Mask, MaskError, MaskPlaces, check_mask, find_masks
 from .sources import Source, bytes_of, unchanged_bytes
 from .transforms import CropPlan
@@ -82,6 +91,7 @@ class Example:
         repeats: how many times it is used in an epoch.
         concept: name of the sub-folder that sets the repeats.
         mask: which part of it the loss counts; None for the whole image.
+        controls: what it was made from, in the order in which an editing base gets them.
     """
 
     source: Source
@@ -91,6 +101,7 @@ class Example:
     repeats: int = 1
     concept: str | None = None
     mask: Mask | None = None
+    controls: tuple[ControlImage, ...] = ()
 
     @property
     def cache_key(self) -> str:
@@ -123,6 +134,7 @@ class Found(NamedTuple):
     repeats: int = 1
     concept: str | None = None
     mask: FoundMask | None = None
+    controls: tuple[FoundControl, ...] = ()
 
 
 def find_examples(
@@ -133,6 +145,7 @@ def find_examples(
     skip_bad_images: bool = False,
     role: str = "instance",
     masks: MaskPlaces | None = None,
+    controls: ControlPlaces | None = None,
 ) -> list[Example]:
     """Return the images in ``folder``, sorted by name.
 
@@ -145,14 +158,16 @@ def find_examples(
         prompt: caption of the images that have none.
         caption_column: column of the metadata file, or key of a .json file; by default one of
             ``CAPTION_COLUMNS``.
-        skip_bad_images: leave out images that cannot be decoded, or whose mask cannot be used,
-            with a warning.
+        skip_bad_images: leave out images that cannot be decoded, or whose mask or control images
+            cannot be used, with a warning.
         role: "instance" or "class", which errors use to name the flags.
         masks: where the masks of the images are; None to train on whole images.
+        controls: where their control images are; None for images without any.
 
     Raises:
-        DataError: there is no folder, it has no image, or there are problems with the images, the
-            captions, the masks or the metadata file. The error lists all of them.
+        DataError: there is no folder, it has no image, a control image is missing, or there are
+            problems with the images, the captions, the masks or the metadata file. The error lists
+            all of them.
     """
     folder = Path(folder)
     place = f"--{role}_data_dir {str(folder)!r}"
@@ -160,11 +175,19 @@ def find_examples(
         raise DataError(place, ["there is no such folder. Give the folder with the images"])
     problems: list[str] = []
     found = []
+    columns = () if controls is None else controls.columns or CONTROL_COLUMNS
     try:
         for part in _image_folders(folder, one_line(prompt), role, place, masks):
-            found += _find_in(part, folder, caption_column, place, problems, role, masks)
+            found += _find_in(part, folder, caption_column, place, problems, role, masks, columns)
+        if controls is not None and controls.folders:
+            found = _with_folders(found, controls.folders, problems)
     except OSError as error:
         raise DataError(place, [f"the folder cannot be read: {error}"]) from error
+    if controls is not None and controls.columns and not any(image.controls for image in found):
+        problems.append(
+            f"--control_column is {' '.join(controls.columns)}, but no line of a metadata file "
+            "names a control image there"
+        )
     advice = (
         f"Give --{role}_prompt for all images without one, write a .txt file beside it, or name "
         f"it in {METADATA_NAME}"
@@ -228,6 +251,30 @@ def _is_of_masks(path: Path, masks: MaskPlaces | None) -> bool:
     return bool(masks and masks.folder and lies_in(masks.folder, path))
 
 
+def _with_folders(
+    found: Sequence[Found], folders: Sequence[Path], problems: list[str]
+) -> list[Found]:
+    """Return the images with their control images in these folders."""
+    if named := [image.name for image in found if image.controls]:
+        problems.append(
+            f"a metadata file names control images of {first_few(named)}, and --control_data_dir "
+            "is given. Leave out one of them"
+        )
+        return list(found)
+    searched = [ControlFolder(folder) for folder in folders]
+    with_controls = [
+        image._replace(
+            controls=tuple(c for folder in searched if (c := folder.find(image.name)) is not None)
+        )
+        for image in found
+    ]
+    for folder in searched:
+        problems += folder.problems()
+        place = f"--control_data_dir {str(folder.path)!r}"
+        _warn(place, "control images without a training image, ignored", folder.unused())
+    return with_controls
+
+
 def _find_in(
     part: CaptionedFolder,
     top: Path,
@@ -236,26 +283,32 @@ def _find_in(
     problems: list[str],
     role: str,
     masks: MaskPlaces | None,
+    control_columns: Sequence[str],
 ) -> list[Found]:
-    """Return the images of one folder with captions and masks; other files are reported."""
+    """Return the images of one folder with captions, masks and listed control images.
+
+    Other files are reported.
+    """
     visible = sorted(entry for entry in part.path.iterdir() if not entry.name.startswith("."))
     folders = {entry.name for entry in visible if entry.is_dir()}
     files = [entry.name for entry in visible if entry.name not in folders]
     before = len(problems)
-    listed = read_metadata(part.path, files, column, problems, masks.column if masks else None)
+    mask_column = masks.column if masks else None
+    listed = read_metadata(part.path, files, column, problems, mask_column, control_columns)
+    controls = {name for entry in listed.values() for name in entry.controls} - listed.keys()
     images, named_masks = folder_images(files)
     listed_masks = {entry.mask for entry in listed.values() if entry.mask}
     if both := sorted(listed_masks & listed.keys()):
         problems.append(f"listed as images and as masks: {', '.join(both)}")
-    unlisted = [name for name in named_masks if name not in listed]
-    names = sorted({*listed, *images} - listed_masks)
+    unlisted = [name for name in named_masks if name not in {*listed, *controls}]
+    names = sorted({*listed, *images} - listed_masks - controls)
     if not names and len(problems) == before:
         problems.append(
             f"there is no image in {part.concept or 'it'}, and sub-folders are not read. Put "
             "the images into it, or give the folder that contains them"
         )
     metadata = [name for name in files if name.lower() in METADATA_NAMES]
-    used = {*metadata, *names, *named_masks, *listed_masks}
+    used = {*metadata, *names, *named_masks, *listed_masks, *controls}
     found, differing = [], []
     masked: dict[str, FoundMask] = {}
     unused_masks = sorted({*unlisted, *listed_masks})
@@ -280,14 +333,18 @@ def _find_in(
             differing.append(f"{shown} ({first}, not {', '.join(others)})")
         caption = next(iter(given.values()), part.prompt)
         of_part = part.repeats, part.concept
-        found.append(Found(shown, path, caption, *of_part, masked.get(name)))
+        before_edit = tuple(
+            FoundControl(control, part.path / control)
+            for control in listed.get(name, ListedImage()).controls
+        )
+        found.append(Found(shown, path, caption, *of_part, masked.get(name), before_edit))
     _warn(place, "images with captions that differ, of which the first is used", differing)
     _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
-    unread = folders - {Path(name).parts[0] for name in (*names, *listed_masks)}
+    unread = folders - {Path(name).parts[0] for name in (*names, *listed_masks, *controls)}
     unread -= {name for name in unread if _is_of_masks(part.path / name, masks)}
     _warn(place, "sub-folders that are not read", sorted(unread))
-    missed = _not_named(part.path, names, listed_masks)
+    missed = _not_named(part.path, names, listed_masks | controls)
     _warn(place, "images in sub-folders left out, since they are not listed", missed)
     return found
 
@@ -303,15 +360,19 @@ def _has_caption(listed: Mapping[str, ListedImage], name: str) -> bool:
     return name in listed and bool(listed[name].caption)
 
 
-def _not_named(folder: Path, names: Sequence[str], masks: Iterable[str]) -> list[str]:
-    """Return unlisted images in sub-folders of which other images are listed."""
+def _not_named(folder: Path, names: Sequence[str], others: Iterable[str]) -> list[str]:
+    """Return unlisted images in sub-folders of which other images are listed.
+
+    Args:
+        others: masks and control images that are listed.
+    """
     parents = {Path(name).parent for name in names} - {Path()}
     there = {
         (parent / name).as_posix()
         for parent in parents
         for name in folder_images(path.name for path in (folder / parent).iterdir()).images
     }
-    return sorted(there.difference(names, masks))
+    return sorted(there.difference(names, others))
 
 
 def _beside(
@@ -364,8 +425,8 @@ def check_images(
 
     Raises:
         DataError: there are problems. The error lists ``problems``, the images without a caption
-            and those that cannot be decoded or whose mask cannot be used, which
-            ``skip_bad_images`` leaves out instead.
+            and those that cannot be decoded or whose mask or control images cannot be used,
+            which ``skip_bad_images`` leaves out instead.
     """
     examples, bad, warnings = [], [], []
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: shown in a terminal only
@@ -376,6 +437,9 @@ def check_images(
         for image, seen in zip(found, bar, strict=True):
             if isinstance(seen, str):
                 bad.append(f"{image.name}{seen}")
+                continue
+            if worse := [control for control in seen.controls if isinstance(control, str)]:
+                bad += [f"{image.name}: its control image {control}" for control in worse]
                 continue
             warnings += [f"{image.name} ({'; '.join(seen.warnings)})"] if seen.warnings else []
             if not image.caption:
@@ -389,6 +453,7 @@ def check_images(
                     image.repeats,
                     image.concept,
                     seen.mask,
+                    tuple(c for c in seen.controls if isinstance(c, ControlImage)),
                 )
             )
     finally:
@@ -402,6 +467,8 @@ def check_images(
         raise DataError(place, [*bad, "no image is left"] if bad else ["it has no rows"])
     _warn(place, "images left out", bad)
     _warn(place, "images used without the parts that cannot be read", warnings)
+    again = contradictions(examples)
+    _warn(place, "images with the control images and the caption of another image", again)
     return examples
 
 
@@ -411,11 +478,15 @@ class _Seen(NamedTuple):
     content_key: str
     size: tuple[int, int]
     mask: Mask | None
+    controls: list[ControlImage | str]  # or why there is none
     warnings: list[str]
 
 
 def _look_at(image: Found) -> _Seen | str:
-    """Decode an image and its mask; a text says why that is not possible, after its name."""
+    """Decode an image, its mask and its control images.
+
+    A text says why that is not possible, after the image's name.
+    """
     warnings: list[str] = []
     try:
         data = bytes_of(image.source)
@@ -430,7 +501,8 @@ def _look_at(image: Found) -> _Seen | str:
             return f": {image.mask} {error}"
         except Exception as error:
             return f": {image.mask} cannot be used: {str(error) or type(error).__name__}"
-    return _Seen(hashlib.sha256(data).hexdigest(), size, mask, warnings)
+    controls = [check_control(control) for control in image.controls]
+    return _Seen(hashlib.sha256(data).hexdigest(), size, mask, controls, warnings)
 
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:

@@ -133,15 +133,21 @@ class CropPlan:
             for i in range(min(max(count, 2), 2 * places))
         )
 
-    def pixel_values(self, image: Image.Image, variant: Variant) -> Tensor:
+    def pixel_values(
+        self, image: Image.Image, variant: Variant, size: tuple[int, int] | None = None
+    ) -> Tensor:
         """Return the variant of an RGB image as (3, height, width) floats in [-1, 1].
 
         If an image is enlarged to many times the variant, only that part is computed. Its pixels
         are those of the whole image, except for a few in 10,000 that Pillow rounds to the next of
         the 256 levels. Between two pixels that are equally near, "nearest" takes the latter here,
         while Pillow takes either.
+
+        Args:
+            size: width and height of the image that the variant was made for; this one's by
+                default. This one is resized like that one.
         """
-        cut = self._cut(image, variant, Image.Resampling[self.interpolation.upper()])
+        cut = self._cut(image, variant, Image.Resampling[self.interpolation.upper()], size)
         return torch.from_numpy(np.array(cut)).permute(2, 0, 1).float() / 127.5 - 1.0
 
     def mask_values(self, mask: Image.Image, variant: Variant) -> Tensor:
@@ -154,9 +160,13 @@ class CropPlan:
         return torch.from_numpy(np.array(cut))[None].float() / 255
 
     def _cut(
-        self, image: Image.Image, variant: Variant, resampling: Image.Resampling
+        self,
+        image: Image.Image,
+        variant: Variant,
+        resampling: Image.Resampling,
+        size: tuple[int, int] | None = None,
     ) -> Image.Image:
-        width, height = self.resized(image.size)
+        width, height = self.resized(size or image.size)
         left = width - variant.left - variant.width if variant.flip else variant.left
         top, right = variant.top, left + variant.width
         bottom = top + variant.height

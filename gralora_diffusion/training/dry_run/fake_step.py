@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -21,7 +22,8 @@ from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.caption_variants import CaptionRules
-from gralora_diffusion.training.data.data_module import crop_plan, encode_images
+from gralora_diffusion.training.data.control_crops import ControlPlan
+from gralora_diffusion.training.data.data_module import crop_plan, encode_controls, encode_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
 from gralora_diffusion.training.optimization.step import BatchBuilder, DenoisingStep, mean_loss
@@ -55,10 +57,15 @@ class FakeData:
         plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest image
         self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
-        crops = [
-            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed)) for p in images
-        ]
-        self.crops = sum(crops)
+        kept = [plan.kept(p.size, p.content_key, config.cached_crops, config.seed) for p in images]
+        self.crops = sum(map(len, kept))
+        self.controls = _largest_controls(
+            ControlPlan(plan, family.control_preparation(pipe)), images
+        )
+        #: number of control images to encode, if all were different
+        self.control_crops = sum(
+            len(image.controls) * len(crops) for image, crops in zip(images, kept, strict=True)
+        )
         rules = CaptionRules.of(config)
         captions = {prompt for image in images for prompt in rules.variants(image.caption, 0)}
         captions |= {""} if config.caption_dropout else set()
@@ -69,6 +76,10 @@ class FakeData:
         """Encode as ``Batches`` does."""
         return encode_images(self.family, self.vae, pixel_values)
 
+    def encode_controls(self, pixel_values: Tensor) -> Tensor:
+        """Encode as ``Batches`` does."""
+        return encode_controls(self.family, self.vae, pixel_values)
+
     def encode(self, pipe: Any) -> dict[str, int]:
         """Encode as a run does before its first step.
 
@@ -78,11 +89,18 @@ class FakeData:
         if config.cache_latents:
             with torch.no_grad(), _meter(pipe, self.accelerator.device) as meter:
                 latents = self.encode_images(self._pixels(1))  # as the latent cache does
-            self.latents = [part[:1].cpu() for part in latents]
+                self.latents = [part[:1].cpu() for part in latents]
+                del latents
+                self.control_latents = [
+                    self.encode_controls(pixels)[0].cpu() for pixels in self._control_pixels(1)
+                ]
             made["pictures"] = meter.peak
             if not config.latent_cache_dir:
                 masks = [self.latents[0][:, :1]] if self.masked else []
                 self.cached += self.crops * bytes_of([*self.latents, *masks])
+                self.cached += self.control_crops * max(
+                    (c.nbytes for c in self.control_latents), default=0
+                )
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
         if self.prompts is None and not teaches:
             return made
@@ -116,9 +134,12 @@ class FakeData:
         }
         if not self.config.cache_latents:
             batch["pixel_values"] = self._pixels(count)
+            controls = [part[0] for part in self._control_pixels(count)]
         else:
             mean, std = (part.expand(count, *part.shape[1:]) for part in self.latents)
             batch |= {"mean": mean, "std": std}
+            controls = self.control_latents
+        batch["controls"] = [controls] * count
         if self.masked and with_masks:
             height, width = self.image_size
             batch["mask"] = torch.empty(count, 1, height, width)
@@ -126,6 +147,24 @@ class FakeData:
 
     def _pixels(self, count: int) -> Tensor:
         return torch.empty(count, 3, *self.image_size)
+
+    def _control_pixels(self, count: int) -> list[Tensor]:
+        return [torch.empty(count, *shape) for shape in self.controls]
+
+
+def _largest_controls(plan: ControlPlan, images: Sequence[Example]) -> list[torch.Size]:
+    """Return the shapes (3, height, width) of the most pixels of control images in a sample."""
+
+    def shapes(image: Example) -> list[torch.Size]:
+        variant = plan.crops.kept(image.size, image.content_key, 1, 0)[0]
+        return [
+            plan.pixel_values(Image.new("RGB", c.size), image.size, variant).shape
+            for c in image.controls
+        ]
+
+    # one for each combination of sizes, since blank images are really prepared
+    by_size = {(image.size, tuple(c.size for c in image.controls)): image for image in images}
+    return max(map(shapes, by_size.values()), key=lambda s: sum(map(math.prod, s)))
 
 
 class FakeObjective(Objective):

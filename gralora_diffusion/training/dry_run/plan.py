@@ -27,6 +27,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.checks.base import resolve_defaults
+from gralora_diffusion.training.checks.controls import check_controls_of_base
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import existing_class_images
 from gralora_diffusion.training.data.data_module import crop_plan
@@ -188,6 +189,7 @@ def plan_run(
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
     config = resolve_defaults(config, family, pipe, accelerator.mixed_precision)
+    check_controls_of_base(config, family, pipe, images)
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base = {}
     for name, model in models.items():

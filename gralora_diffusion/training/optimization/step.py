@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from gralora_diffusion.adapters.injection import adapters_disabled
-from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.families import Conditioning, ModelFamily, control_key
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.masks import latent_mask
@@ -43,7 +43,7 @@ class DenoisingBatch:
     timesteps: Tensor  # (rows,)
     target: Tensor  # as noisy_latents
     prompts: list[str]
-    images: Conditioning  # the part that depends on the image but not on the prompt
+    images: Conditioning  # the part that depends on the images but not on the prompt
     encoded: Conditioning | None  # None: encode the prompts in the step, with gradients
     weights: Tensor  # (rows,)
     instances: int  # number of instance rows, which come first
@@ -161,6 +161,25 @@ class Encodings(Protocol):
     def encode_images(self, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation of the scaled latents, on the VAE's device."""
 
+    def encode_controls(self, pixel_values: Tensor) -> Tensor:
+        """Return the latents of control images, on the VAE's device."""
+
+
+def by_control_shapes(batch: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Split collated samples into those whose control images agree in number and shapes."""
+    groups: dict[tuple[torch.Size, ...], list[int]] = {}
+    for row, controls in enumerate(batch["controls"]):
+        groups.setdefault(tuple(control.shape for control in controls), []).append(row)
+    if len(groups) == 1:
+        return [batch]
+    return [
+        {
+            name: values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
+            for name, values in batch.items()
+        }
+        for rows in groups.values()
+    ]
+
 
 class BatchBuilder:
     """Turns collated samples into :class:`DenoisingBatch` objects on the device.
@@ -189,20 +208,30 @@ class BatchBuilder:
     ) -> list[DenoisingBatch]:
         """Build the batch of these samples, including the prior's rows if there is a prior.
 
-        If the class images have another shape, there are two batches.
+        If the class images have another shape, there are two batches. Samples whose control images
+        differ in number or size are in different batches.
         """
-        rows = self._rows(instance, self.seed, 1.0)
-        if "mask" in instance:
-            self._mask(rows, instance["mask"])
+        # a base that always gets control images gets zeros where there are none
+        always = self.step.family.control_count(self.step.pipe).least > 0
+        parts = [instance] if always else by_control_shapes(instance)
+        groups = []
+        for part in parts:
+            rows = self._rows(part, self.seed, 1.0)
+            if "mask" in part:
+                self._mask(rows, part["mask"])
+            groups.append(rows)
         if self.data.teacher is not None:
-            rows = rows + self._teacher_rows(rows, self.data.teacher)
+            teacher = self.data.teacher
+            groups = [rows + self._teacher_rows(rows, teacher) for rows in groups]
         if classes is None:
-            return [rows]
+            return groups
         prior = self._rows(classes, seed_from(self.seed, "class"), self.prior_weight)
         prior.instances = 0
-        if prior.target.shape[1:] == rows.target.shape[1:]:
-            return [rows + prior]
-        return [rows, prior]
+        *others, rows = groups
+        alike = prior.target.shape[1:] == rows.target.shape[1:]
+        if alike and prior.images.keys() == rows.images.keys():
+            return [*others, rows + prior]
+        return [*groups, prior]
 
     def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> DenoisingBatch:
         objective, positions = self.step.objective, batch["positions"]
@@ -223,7 +252,7 @@ class BatchBuilder:
             timesteps=timesteps,
             target=objective.target(latents, noise, timesteps),
             prompts=list(batch["prompts"]),
-            images=self._images(batch),
+            images={**self._images(batch), **self._controls(batch, latents)},
             encoded=self._encoded(batch["prompts"]),
             weights=torch.full((count,), weight, device=self.device),
             instances=count,
@@ -246,6 +275,28 @@ class BatchBuilder:
             self.guidance_scale,
         )
         return on_device(conditioning, self.device)
+
+    def _controls(self, batch: Mapping[str, Any], latents: Tensor) -> Conditioning:
+        """Return the control images' latents. Rows without some get the base's absent ones."""
+        rows = batch["controls"]
+        absent = self.step.family.absent_controls(self.step.pipe, latents)
+        count = max([len(absent), *map(len, rows)])
+        conditioning = {}
+        for number in range(count):
+            given = [row[number] for row in rows if row]
+            found = iter(self._control_latents(torch.stack(given), batch)) if given else iter(())
+            stacked = torch.stack(
+                [next(found) if row else absent[number][i] for i, row in enumerate(rows)]
+            )
+            conditioning[control_key(number)] = stacked.to(self.dtype)
+        return conditioning
+
+    def _control_latents(self, controls: Tensor, batch: Mapping[str, Any]) -> Tensor:
+        there = on_device({"controls": controls}, self.device)["controls"]
+        if "pixel_values" not in batch:
+            return there
+        with torch.no_grad():
+            return self.data.encode_controls(there)
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning | None:
         if self.data.prompts is None:

@@ -25,6 +25,8 @@ from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
 
+#: The fact on an edit training in the model card.
+CONTROL_IMAGES = "control images per sample"
 #: ``prediction_type`` of schedulers -> ModelSpec's.
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -81,6 +83,8 @@ def training_metadata(
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_masked_loss": True if instance.masked else None,
+        "gralora_control_images": control_facts(instance.examples).get(CONTROL_IMAGES),
+        "gralora_control_dropout": config.control_dropout or None,
         "ss_prior_loss_weight": config.prior_loss_weight if classes else None,
     }
     if family.objective == "ddpm":
@@ -97,6 +101,14 @@ def training_metadata(
         }
     known = {key: str(value) for key, value in fields.items() if value is not None}
     return known | HASH_FIELDS
+
+
+def control_facts(images: Iterable[Example]) -> dict[str, str]:
+    """Return how many control images the samples of a run have; nothing if none has any."""
+    counts = sorted({len(image.controls) for image in images})
+    if not any(counts):
+        return {}
+    return {CONTROL_IMAGES: " or ".join(map(str, counts))}
 
 
 def time_metadata(began: float) -> dict[str, str]:

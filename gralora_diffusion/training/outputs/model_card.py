@@ -11,9 +11,11 @@ import diffusers
 import peft
 import torch
 from huggingface_hub import ModelCardData
+from markupsafe import Markup
 from PIL import Image
 
 from gralora_diffusion.base_models.quantization import QUANTIZED_BASE
+from gralora_diffusion.families import get_family
 from gralora_diffusion.io.templates import render
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -21,6 +23,7 @@ from gralora_diffusion.training.optimization.adapters import LOWERED_K
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 
 from .base_license import base_license
+from .metadata import CONTROL_IMAGES
 from .validation import image_name
 
 CARD_NAME = "README.md"
@@ -37,7 +40,8 @@ def write_card(
 ) -> Path:
     """Write the model card, and the grid of images that it shows."""
     base = config.pretrained_model_name_or_path
-    on_hub = not Path(base).exists()
+    on_hub, edits = not Path(base).exists(), CONTROL_IMAGES in metrics
+    task = "image-to-image" if edits else "text-to-image"
     if grid is not None:
         Image.open(grid).save(folder / CARD_IMAGE_NAME)
     versions = {
@@ -49,10 +53,10 @@ def write_card(
     license_fields: dict[str, Any] = {**base_license(config)}
     data = ModelCardData(
         library_name="diffusers",
-        pipeline_tag="text-to-image",
+        pipeline_tag=task,
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
-        tags=["text-to-image", "diffusers", "gralora", "dreambooth", family],
+        tags=[task, "diffusers", "gralora", *([] if edits else ["dreambooth"]), family],
         instance_prompt=config.instance_prompt,
         widget=_widget(folder, config, grid, prompts) or None,
         **license_fields,
@@ -68,7 +72,7 @@ def write_card(
         quantization=metrics.get(QUANTIZED_BASE),
         image=CARD_IMAGE_NAME if grid is not None else None,
         prompts=prompts,
-        usage=_usage(config),
+        usage=_usage(config, next(iter(get_family(family).edit_pipelines)) if edits else None),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
         options=config.to_yaml(public=True, effective=True),
     )
@@ -99,14 +103,21 @@ def _shown(value: Any) -> Any:
     return f"{value:,}" if type(value) is int else value
 
 
-def _usage(config: TrainingConfig) -> str:
-    """Python that loads base and adapter, in the precision of the training, and generates."""
+def _usage(config: TrainingConfig, edit_pipeline: str | None) -> str:
+    """Python that loads base and adapter, in the precision of the training, and generates.
+
+    Args:
+        edit_pipeline: the class that edits images, if the adapter learned that.
+    """
     base, rest = config.pretrained_model_name_or_path, config.base_config
     return render(
         __package__,
         "usage.py.jinja",
         config=config,
         single_file=Path(base).is_file(),
+        edits=edit_pipeline is not None,
+        # a class's name, not a text to be quoted
+        pipeline=Markup(edit_pipeline or "DiffusionPipeline"),
         base="path/to/base" if Path(base).exists() else base,
         base_config="path/to/base_config" if rest and Path(rest).exists() else rest,
         dtype=DTYPES[config.mixed_precision or "no"],

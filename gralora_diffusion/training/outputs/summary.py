@@ -34,11 +34,13 @@ def summary_of_inputs(
 ) -> str:
     """Return what is known before a model is loaded: base, images, memory, output."""
     captions = {image.caption for image in images}
+    controls = sum(len(image.controls) for image in images)
     texts = f"{len(captions)} captions" if len(captions) > 1 else f"all with {captions.pop()!r}"
     rows = [
         ("base", f"{config.pretrained_model_name_or_path} ({family}), on {device}"),
         ("images", f"{len(images)}, {texts}"),
         *([("masks", summary_of_masks(config, images))] if config.masked_loss else []),
+        *([("edits", f"{controls} control images")] if controls else []),
         *([("class", f"{len(class_images)} images")] if class_images else []),
         ("memory", memory),
         ("output", str(Path(config.output_dir))),

@@ -20,6 +20,7 @@ from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
+from gralora_diffusion.pipelines.editing import editing_pipeline
 from gralora_diffusion.pipelines.generation import (
     generate,
     labelled_grid,
@@ -53,6 +54,7 @@ def generate_validation(
     step: int,
     accelerator: Accelerator,
     *,
+    controls: Sequence[Sequence[Image.Image]] = (),
     stream_encoders: bool = False,
     stops: Callable[[], bool] = lambda: False,
 ) -> Path | None:
@@ -61,7 +63,12 @@ def generate_validation(
     Nothing that training depends on is changed. Only the first process writes files, if several
     generate the same images; the others return None. So does the first one if ``stops()`` becomes
     true before the images are complete.
+
+    Args:
+        controls: control images of each prompt.
     """
+    if any(controls):
+        pipe = editing_pipeline(pipe, family)
     prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
     height = config.validation_height or config.resolution
     width = config.validation_width or config.resolution
@@ -75,6 +82,7 @@ def generate_validation(
         "inference_steps": config.validation_inference_steps,
         "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
         "clip_skip": config.clip_skip,
+        "controls": controls if any(controls) else (),
     }
     try:
         with (
@@ -121,7 +129,10 @@ def encoding_apart(
     With ``streamed``, of text encoders only the blocks that compute are there.
     Each prompt is encoded once. fp16 autocast is off for both.
     """
-    encode, decode, encoded = pipe.encode_prompt, pipe.vae.decode, {}
+    # InstructPix2Pix's pipeline has no public one
+    name = "encode_prompt" if hasattr(pipe, "encode_prompt") else "_encode_prompt"
+    encode, encoded = getattr(pipe, name), {}
+    decode, encode_image = pipe.vae.decode, pipe.vae.encode
 
     def encode_prompt(*args: Any, **kwargs: Any) -> Any:
         key = repr((args, kwargs))
@@ -139,11 +150,17 @@ def encoding_apart(
             # some pipelines have moved the latents to the CPU, where the VAE was
             return decode(latents.to(device, pipe.vae.dtype), *args, **kwargs)
 
-    pipe.encode_prompt, pipe.vae.decode = encode_prompt, decode_latents
+    def encode_control(pixels: Tensor, *args: Any, **kwargs: Any) -> Any:
+        with offload_models(pipe.vae, device=device), without_fp16_autocast(device):
+            return encode_image(pixels.to(device, pipe.vae.dtype), *args, **kwargs)
+
+    setattr(pipe, name, encode_prompt)
+    pipe.vae.decode, pipe.vae.encode = decode_latents, encode_control
     try:
         yield
     finally:
-        del pipe.encode_prompt, pipe.vae.decode
+        delattr(pipe, name)
+        del pipe.vae.decode, pipe.vae.encode
 
 
 def image_name(row: int, column: int) -> str:

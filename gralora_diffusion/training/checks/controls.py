@@ -1,0 +1,202 @@
+"""Whether the control images of a run fit its base, before it is loaded and once it is."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import diffusers
+from PIL import Image
+
+from gralora_diffusion.families import ControlCount, ModelFamily
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.safe_text import first_few
+from gralora_diffusion.pipelines.editing import read_controls
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.control_crops import same_shape
+from gralora_diffusion.training.data.image_folder import Example
+
+_PLACES = "--control_data_dir, --control_column or the column 'control' of a metadata file"
+
+
+def check_controls(
+    config: TrainingConfig,
+    family: ModelFamily,
+    pipeline_class: str | None,
+    images: Sequence[Example],
+) -> list[str]:
+    """Check control images before the base is loaded.
+
+    Args:
+        pipeline_class: of the base's index; None for a single file, which has none.
+
+    Returns:
+        Warnings about what the base will and will not learn.
+
+    Raises:
+        ConfigError: the base takes other control images than there are, or an option contradicts
+            them. The error lists every problem.
+    """
+    given = any(image.controls for image in images)
+    count = family.edit_pipelines.get(pipeline_class or "")
+    problems: list[str] = []
+    if pipeline_class is None or (count is None and family.edit_pipelines and given):
+        # a single file may be any base of the family, and some folders have its first class
+        count = next(iter(family.edit_pipelines.values()), ControlCount())
+        if not given:
+            return []  # the base is checked once it is loaded
+    problems += _misfits(count or ControlCount(), family, pipeline_class, images)
+    if given and config.with_prior_preservation and config.prior_source == "images":
+        problems.append(
+            "--prior_source is 'images', but class images are generated from text alone and have "
+            "no control images, so they would not preserve what the base does to those. Give "
+            "--prior_source teacher"
+        )
+    if config.control_dropout and not given:
+        problems.append(f"--control_dropout is {config.control_dropout}, but {_no_controls()}")
+    _read_validation(config, count or ControlCount(), problems)
+    problems += _not_taken(config, family, count)
+    if problems:
+        raise ConfigError(problems)
+    return list(_remarks(family, pipeline_class, images, count))
+
+
+def check_controls_of_base(
+    config: TrainingConfig, family: ModelFamily, pipe: Any, images: Sequence[Example]
+) -> None:
+    """Check control images again, now that the base is known.
+
+    Raises:
+        ConfigError: the base takes other control images than there are.
+    """
+    count = family.control_count(pipe)
+    problems = list(_misfits(count, family, None, images))
+    _read_validation(config, count, problems)
+    problems += _not_taken(config, family, count)
+    if problems:
+        raise ConfigError(problems)
+
+
+def validation_controls(config: TrainingConfig, count: ControlCount) -> list[list[Image.Image]]:
+    """Read the control images of each validation prompt.
+
+    Raises:
+        ConfigError: they cannot be read, or do not fit the base.
+    """
+    problems: list[str] = []
+    controls = _read_validation(config, count, problems)
+    if problems:
+        raise ConfigError(problems)
+    return controls
+
+
+def _read_validation(
+    config: TrainingConfig, count: ControlCount, problems: list[str]
+) -> list[list[Image.Image]]:
+    prompts = config.validation_prompt
+    if not prompts:
+        return []
+    return read_controls("validation_image", config.validation_image, prompts, count, problems)
+
+
+def _not_taken(
+    config: TrainingConfig, family: ModelFamily, count: ControlCount | None
+) -> Iterator[str]:
+    """Yield options that the edit pipeline does not take, although others of the family do."""
+    if config.clip_skip is None or not (count and count.most):
+        return
+    pipeline = next(iter(family.edit_pipelines))
+    if "clip_skip" not in inspect.signature(getattr(diffusers, pipeline).__call__).parameters:
+        yield f"--clip_skip is {config.clip_skip}, but {pipeline} does not take it. Leave it out"
+
+
+def _misfits(
+    count: ControlCount,
+    family: ModelFamily,
+    pipeline_class: str | None,
+    images: Sequence[Example],
+) -> Iterator[str]:
+    """Yield how the control images differ from those that a base takes."""
+    base = f"this {family.name} base" + (f" ({pipeline_class})" if pipeline_class else "")
+    names = [str(getattr(image.source, "name", image.source)) for image in images]
+    numbers = [len(image.controls) for image in images]
+    if count.most == 0 and any(numbers):
+        yield (
+            f"{base} edits no images, but there are control images for {_some(names, numbers)}. "
+            "Give an editing base such as FLUX.1 Kontext, FLUX.2 or InstructPix2Pix, or leave out "
+            f"{_PLACES}"
+        )
+        return
+    few = [name for name, number in zip(names, numbers, strict=True) if number < count.least]
+    if len(few) == len(names):
+        yield (
+            f"{base} edits images: a sample needs {count}, and {_no_controls()}. Give the images "
+            "before the edit with --control_data_dir"
+        )
+    elif few:
+        yield f"{base} needs {count} for each image, and there is none for {first_few(few)}"
+    many = [
+        f"{name} ({number})"
+        for name, number in zip(names, numbers, strict=True)
+        if count.most is not None and number > count.most
+    ]
+    if many:
+        yield f"{base} takes {count} for each image, and there are more for {first_few(many)}"
+    for image, name in zip(images, names, strict=True):
+        for control in image.controls:
+            if count.aligned and not same_shape(control.size, image.size):
+                yield (
+                    f"{name} has {_shape(image.size)} pixels and its control image "
+                    f"{_shape(control.size)}: this base needs both in one shape, because it edits "
+                    "pixel by pixel. Crop one of them"
+                )
+            if problem := family.control_problem(control.size):
+                yield f"the control image of {name}: {problem}"
+
+
+def _remarks(
+    family: ModelFamily,
+    pipeline_class: str | None,
+    images: Sequence[Example],
+    count: ControlCount | None,
+) -> Iterator[str]:
+    """Yield warnings about control images that can be trained on."""
+    given = any(image.controls for image in images)
+    if (
+        pipeline_class in family.edit_pipelines
+        and pipeline_class not in family.pipeline_classes[:1]
+    ):
+        if not given:
+            yield (
+                f"this base edits images ({pipeline_class}), but {_no_controls()}. It is trained "
+                "to generate images from text alone, which can weaken its editing. To train an "
+                "edit, give the images before it with --control_data_dir"
+            )
+    elif given and pipeline_class and pipeline_class not in family.edit_pipelines:
+        yield (
+            f"this base generates images from text ({pipeline_class}) and is trained as an editing "
+            f"base, as {next(iter(family.edit_pipelines))} uses it. Load the adapter there"
+        )
+    whole = [
+        str(getattr(image.source, "name", image.source))
+        for image in images
+        if any(not same_shape(control.size, image.size) for control in image.controls)
+    ]
+    if whole and count is not None and not count.aligned:
+        yield (
+            "control images of another shape than their training image are used whole, while "
+            f"those of its shape are cropped with it ({len(whole)}): {first_few(whole)}"
+        )
+
+
+def _no_controls() -> str:
+    return "there are no control images"
+
+
+def _some(names: Sequence[str], numbers: Sequence[int]) -> str:
+    return first_few([name for name, number in zip(names, numbers, strict=True) if number])
+
+
+def _shape(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"

@@ -1,0 +1,152 @@
+"""Which control images fit which base, and what is said before it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.checks.controls import check_controls, check_controls_of_base
+from gralora_diffusion.training.checks.options import find_problems
+from gralora_diffusion.training.data.controls import ControlImage
+from gralora_diffusion.training.data.image_folder import Example
+from tests import pipeline_classes
+from tests.models import PIPELINES
+from tests.training.runs import config, make_images
+
+PIX2PIX, KONTEXT = "StableDiffusionInstructPix2PixPipeline", "FluxKontextPipeline"
+
+
+def example(*sizes: tuple[int, int], size: tuple[int, int] = (64, 96)) -> Example:
+    controls = tuple(ControlImage(Path(f"{n}.png"), str(n), s) for n, s in enumerate(sizes))
+    return Example(Path("after.png"), "make it red", "key", size, controls=controls)
+
+
+def problems(family: str, pipeline: str | None, *images: Example, **options: Any) -> list[str]:
+    with pytest.raises(ConfigError) as caught:
+        check_controls(config(**options), get_family(family), pipeline, images)
+    return caught.value.problems
+
+
+def warnings(family: str, pipeline: str | None, *images: Example, **options: Any) -> list[str]:
+    return check_controls(config(**options), get_family(family), pipeline, images)
+
+
+ONE = example((128, 192))
+
+
+def test_as_many_as_the_base_takes() -> None:
+    plain, two = example(), example((64, 96), (128, 192))
+    assert warnings("stable-diffusion", PIX2PIX, ONE) == []
+    assert warnings("flux", KONTEXT, ONE, plain) == []
+    assert warnings("flux2", "Flux2Pipeline", plain, ONE, two) == []
+    assert warnings("flux2", "Flux2Pipeline", plain) == []
+    assert warnings("flux2-klein", "Flux2KleinKVPipeline", two) == []
+    [text] = problems("stable-diffusion", PIX2PIX, plain)
+    assert "edits images: a sample needs one control image, and there are no control" in text
+    [text] = problems("stable-diffusion", PIX2PIX, plain, ONE)
+    assert "needs one control image for each image, and there is none for after.png" in text
+    [text] = problems("flux", KONTEXT, two)
+    assert "takes no control image or one for each image, and there are more for after.png" in text
+    for family, pipeline in (
+        ("stable-diffusion-xl", "StableDiffusionXLPipeline"),
+        ("stable-diffusion-3", "StableDiffusion3Pipeline"),
+        ("stable-diffusion-3", None),
+    ):
+        [text] = problems(family, pipeline, ONE)
+        assert "edits no images, but there are control images for after.png. Give an edit" in text
+
+
+def test_a_base_that_is_no_editing_base_is_named() -> None:
+    """Kontext in a file of its own looks like any other FLUX.1."""
+    [text] = warnings("flux", "FluxPipeline", ONE)
+    assert "FluxKontextPipeline uses it. Load the adapter there" in text
+    assert warnings("flux", None, ONE) == []
+    assert warnings("flux", None, example()) == []
+    [text] = warnings("flux", KONTEXT, example())
+    assert "is trained to generate images from text alone, which can weaken its editing" in text
+
+
+def test_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = example((128, 96))
+    [text] = problems("stable-diffusion", PIX2PIX, other)
+    assert "after.png has 64x96 pixels and its control image 128x96: this base needs" in text
+    [text] = warnings("flux", KONTEXT, other)
+    assert "used whole, while those of its shape are cropped with it (1): after.png" in text
+    [text] = problems("flux2", "Flux2Pipeline", example((32, 48)))
+    assert "the control image of after.png: Image too small: 32" in text
+
+
+def test_options_that_contradict_the_images() -> None:
+    prior = {"with_prior_preservation": True, "class_prompt": "a dog", "class_data_dir": "c"}
+    [text] = problems("flux", KONTEXT, ONE, **prior)
+    assert "Give --prior_source teacher" in text
+    assert warnings("flux", KONTEXT, ONE, **prior, prior_source="teacher") == []
+    [text] = problems("flux2", "Flux2Pipeline", example(), control_dropout=0.1)
+    assert text == "--control_dropout is 0.1, but there are no control images"
+    [text] = problems("stable-diffusion", PIX2PIX, ONE, clip_skip=1)
+    assert f"{PIX2PIX} does not take it" in text
+
+
+def test_validation_images(tmp_path: Path) -> None:
+    make_images(tmp_path, 2)
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    first, second, bad = (str(tmp_path / name) for name in ("0.png", "1.png", "bad.png"))
+    shown: dict[str, Any] = {"validation_prompt": ["a", "b", "c"]}
+    assert warnings("stable-diffusion", PIX2PIX, ONE, **shown, validation_image=first) == []
+    [text] = problems("stable-diffusion", PIX2PIX, ONE, **shown)
+    assert text.startswith("--validation_image is missing: this base edits images")
+    [text] = problems("flux", KONTEXT, ONE, **shown, validation_image=[first, second])
+    assert "names 2 images for 3 prompts. Give one for all prompts or one for each" in text
+    both = f"{first},{second}"
+    assert warnings("flux2", "Flux2Pipeline", example(), **shown, validation_image=both) == []
+    [text] = problems("flux", KONTEXT, ONE, **shown, validation_image=both)
+    assert "takes no control image or one at once" in text
+    found = problems("flux", KONTEXT, ONE, **shown, validation_image=[bad, "gone.png", first])
+    assert f"--validation_image {bad} cannot be decoded" in found[0]
+    assert "--validation_image gone.png: there is no such file" in found[1]
+    plain = "StableDiffusionPipeline"
+    [text] = problems("stable-diffusion", plain, example(), **shown, validation_image=first)
+    assert "this base edits no images. Leave it out" in text
+
+
+def test_folders_before_anything_is_read(tmp_path: Path) -> None:
+    images = make_images(tmp_path / "images")
+    (tmp_path / "empty").mkdir()
+    chosen = config(
+        pretrained_model_name_or_path="owner/name",
+        instance_data_dir=images,
+        control_data_dir=[tmp_path / "gone", tmp_path / "empty", images],
+        control_column="source",
+        output_dir=tmp_path / "out",
+    )
+    gone, empty, same, both = find_problems(chosen)
+    assert "gone': there is no such folder" in gone
+    assert "empty': this folder is empty" in empty
+    assert "images', which is --instance_data_dir, too" in same
+    assert "--control_data_dir and --control_column exclude each other" in both
+    inside = config(
+        pretrained_model_name_or_path="owner/name",
+        instance_data_dir=images,
+        control_data_dir=make_images(tmp_path / "before"),
+        output_dir=tmp_path / "before" / "out",
+    )
+    [text] = find_problems(inside)
+    assert "which is or lies in --control_data_dir" in text
+
+
+def test_once_the_base_is_known() -> None:
+    """A single file has no index: its channels tell whether it is InstructPix2Pix."""
+    family, pipe = get_family("stable-diffusion"), pipeline_classes.build(PIX2PIX)
+    check_controls_of_base(config(), family, pipe, [ONE])
+    family.check_base(pipe)
+    with pytest.raises(ConfigError, match="a sample needs one control image"):
+        check_controls_of_base(config(), family, pipe, [example()])
+    with pytest.raises(ConfigError, match="edits no images"):
+        check_controls_of_base(config(), family, PIPELINES["stable-diffusion"](), [ONE])
+    xl = pipeline_classes.build("StableDiffusionXLInstructPix2PixPipeline")
+    with pytest.raises(ValueError, match="takes 8 channels"):
+        get_family("stable-diffusion-xl").check_base(xl)
