@@ -95,8 +95,8 @@ def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     assert "Images there: a.png, b.png" in none
     assert [text.split(":")[0] for text in bad] == [
         "0.png cannot be decoded",
-        "some/1.png cannot be decoded",
-        "some/3.jpg cannot be decoded",
+        "1.png",
+        "3.png",
     ]
     assert "--skip_bad_images" in advice
 
