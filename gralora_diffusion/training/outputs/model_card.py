@@ -72,6 +72,7 @@ def write_card(
         quantization=metrics.get(QUANTIZED_BASE),
         image=CARD_IMAGE_NAME if grid is not None else None,
         prompts=prompts,
+        edits=edits,
         usage=_usage(config, next(iter(get_family(family).edit_pipelines)) if edits else None),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
         options=config.to_yaml(public=True, effective=True),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import datasets
 import pyarrow
@@ -156,16 +157,16 @@ def test_a_line_has_any_number(tmp_path: Path, caplog: pytest.LogCaptureFixture)
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "csv"])
 def test_columns_by_name(tmp_path: Path, kind: str) -> None:
     images = fill(tmp_path / "images", "1.png", "a.png", "b.png")
-    rows = [{"file_name": "1.png", "text": "t", "first": "b.png", "second": "a.png"}]
+    row: dict[str, Any] = {"file_name": "1.png", "text": "t", "first": "b.png", "second": "a.png"}
     if kind == "parquet":
-        rows[0]["first"] = ["b.png"]
-        table = pyarrow.Table.from_pylist(rows)
+        row["first"] = ["b.png"]
+        table = pyarrow.Table.from_pylist([row])
         pyarrow.parquet.write_table(table, images / "metadata.parquet")
     elif kind == "csv":
-        text = ",".join(rows[0]) + "\n" + ",".join(rows[0].values())
+        text = ",".join(row) + "\n" + ",".join(row.values())
         (images / "metadata.csv").write_text(text)
     else:
-        listed(images, *rows)
+        listed(images, row)
     found = find_examples(images, controls=ControlPlaces(columns=("first", "second")))
     assert controls(found)["1.png"] == ["images/b.png", "images/a.png"]
 
@@ -287,7 +288,7 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
         variant = next(
             v
             for v in made._kept[examples.index(example)]
-            if torch.equal(made.cache.get(example.content_key, v)[0], sample["mean"])
+            if torch.equal(made.cache.get(example.content_key, v)["mean"], sample["mean"])
         )
         small = example.controls[0].load().resize((22, 16), Image.Resampling.LANCZOS)
         left = 22 - variant.left - 16 if variant.flip else variant.left

@@ -1,0 +1,137 @@
+"""Whole runs on pairs of images: validated, resumed, in two processes, and loaded again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from diffusers import DiffusionPipeline
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image, ImageChops
+
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
+from gralora_diffusion.pipelines.generation import generate, main
+from tests import pipeline_classes
+from tests.training.cards import draw_by_card
+from tests.training.runs import assert_close, assert_same_run, make_shapes, run, run_two
+
+PIX2PIX = "StableDiffusionInstructPix2PixPipeline"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bases") / PIX2PIX
+    pipeline_classes.build(PIX2PIX).save_pretrained(folder)
+    return folder
+
+
+def pairs(folder: Path, base: Path, **changes: Any) -> dict[str, Any]:
+    values: dict[str, Any] = {
+        "pretrained_model_name_or_path": base,
+        "instance_data_dir": make_shapes(folder / "images", [(22, 16), (16, 20)]),
+        "control_data_dir": make_shapes(folder / "control", [(44, 32), (32, 40)], seed=1),
+        "control_dropout": 0.3,
+        "max_train_steps": 4,
+        "checkpointing_steps": 2,
+        "random_flip": True,
+        "aspect_ratio_buckets": "16,24;16,16;24,16",
+        "seed": 3,
+    }
+    return {**values, **changes}
+
+
+def test_a_run_resumed_and_loaded(base: Path, tmp_path: Path) -> None:
+    shown = {
+        "validation_prompt": ["make it red", "make it blue"],
+        "validation_image": tmp_path / "control" / "0.png",
+        "num_validation_images": 1,
+        "validation_inference_steps": 2,
+        "validation_steps": 2,
+    }
+    shared = pairs(tmp_path, base, **shown)
+    whole = run(**shared, output_dir=tmp_path / "whole")
+    run(**{**shared, "max_train_steps": 2}, output_dir=tmp_path / "parts")
+    resumed = run(**shared, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
+    assert_same_run(whole, resumed)
+    metadata = read_adapter(whole / WEIGHTS_NAME).metadata
+    assert metadata["gralora_control_images"] == "1"
+    assert metadata["gralora_control_dropout"] == "0.3"
+
+    pipe = DiffusionPipeline.from_pretrained(base)
+    pipe.load_gralora_weights(whole)
+    control = Image.open(shared["validation_image"])
+    options: dict[str, Any] = {"seed": 3, "size": 16, "inference_steps": 2}
+    ((image,),) = generate(pipe, ["make it blue"], controls=[[control]], **options)
+    last = Image.open(whole / "validation" / "step-000004" / "01-00.png")
+    assert image.size == last.size == (16, 16)
+    assert np.asarray(ImageChops.difference(image, last)).max() <= 1
+
+    card = (whole / "README.md").read_text()
+    assert "trained on images before and after an edit" in card
+    assert "| control images per sample | 1 |" in card
+    places = {"path/to/base": base, "path/to/this/folder": whole}
+    by_card = draw_by_card(card, {**places, "path/to/image.png": shared["validation_image"]})
+    assert type(by_card).__name__ == PIX2PIX
+
+
+def test_two_processes_are_one(base: Path, tmp_path: Path) -> None:
+    # the batch size decides what a bucket's last batch repeats
+    shared = pairs(tmp_path, base, max_train_steps=2, aspect_ratio_buckets=None)
+    shared |= {"latent_cache_dir": tmp_path / "cache", "adam_epsilon": 1e-4}
+    one = run(**shared, output_dir=tmp_path / "one")
+    two = run_two(**{**shared, "train_batch_size": 1}, output_dir=tmp_path / "two", timeout=300)
+    assert_close(one, two, 1e-3)
+
+
+def test_sample_with_an_image(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_shapes(tmp_path, [(24, 16)] * 2)
+    images = [str(tmp_path / f"{number}.png") for number in range(2)]
+    line = ["--base", str(base), "--prompt", "red", "blue", "--output", str(tmp_path / "grid.png")]
+    line += ["--num_inference_steps", "2", "--image_dir", str(tmp_path / "each")]
+    main([*line, "--image", *images, "--image_guidance_scale", "2"])
+    made = [Image.open(tmp_path / "each" / f"0{row}-00.png") for row in range(2)]
+    assert [image.size for image in made] == [(24, 16)] * 2
+    assert ImageChops.difference(*made).getbbox() is not None
+    for arguments, text in (
+        ([], "--image is missing: this base edits images. Give one control image"),
+        (["--image", *images, images[0]], "--image names 3 images for 2 prompts"),
+        (["--image", "gone.png"], "--image gone.png: there is no such file"),
+        (["--image", ",".join(images)], "this base takes one control image at once"),
+        (["--image", images[0], "--clip_skip", "1"], "--clip_skip: "),
+        (["--image_guidance_scale", "2"], "has no effect without --image"),
+    ):
+        with pytest.raises(SystemExit):
+            main([*line, *arguments])
+        assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "count"), [("FluxKontextPipeline", 1), ("Flux2Pipeline", 2), ("Flux2KleinPipeline", 2)]
+)
+def test_validation_of_bases_with_reference_tokens(
+    name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The base is loaded as a text-to-image pipeline, and edits all the same."""
+    sizes = [(64, 64)]
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
+    pipeline_classes.build(name).save_pretrained(tmp_path / name)
+    controls = make_shapes(tmp_path / "control", [(80, 64)] * 2, seed=1)
+    both = ",".join(str(controls / f"{number}.png") for number in range(count))
+    make_shapes(tmp_path / "images", [(20, 16)] * 2)
+    out = run(
+        pretrained_model_name_or_path=tmp_path / name,
+        instance_data_dir=tmp_path / "images",
+        control_data_dir=controls,
+        max_train_steps=1,
+        validation_prompt="make it red",
+        validation_image=both,
+        num_validation_images=1,
+        validation_inference_steps=1,
+        output_dir=tmp_path / "out",
+    )
+    image = Image.open(out / "validation" / "step-000001" / "00-00.png")
+    assert image.size == (16, 16)
