@@ -33,7 +33,11 @@ from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
-from gralora_diffusion.training.checks.controls import check_controls_of_base, validation_controls
+from gralora_diffusion.training.checks.controls import (
+    check_controls_of_base,
+    check_sharded_controls,
+    validation_controls,
+)
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import Batches
@@ -323,6 +327,8 @@ class Trainer:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
         check_controls_of_base(config, family, self.pipe, self.images)
+        if self.sharding is not None:
+            check_sharded_controls(config, family.control_count(self.pipe), self.images)
         self.data = Batches(
             config,
             family,

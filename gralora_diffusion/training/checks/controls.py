@@ -78,6 +78,36 @@ def check_controls_of_base(
         raise ConfigError(problems)
 
 
+def check_sharded_controls(
+    config: TrainingConfig, count: ControlCount, images: Sequence[Example]
+) -> None:
+    """Check that all processes of a sharded run compute the same number of passes.
+
+    Samples whose control images differ in number or size need a pass of their own, and in each
+    pass the processes gather the base's parts together.
+
+    Raises:
+        ConfigError: they would not.
+    """
+    kinds = {tuple(control.size for control in image.controls) for image in images}
+    if count.aligned or not any(kinds):
+        return
+    if len(kinds) > 1:
+        raise ConfigError(
+            [
+                "with FSDP, all images must have equally many control images of the same sizes, "
+                "because the processes compute together. Resize them, or train without FSDP"
+            ]
+        )
+    if config.control_dropout:
+        raise ConfigError(
+            [
+                f"--control_dropout is {config.control_dropout}, but with FSDP every sample of "
+                "such a base needs its control images. Leave it out, or train without FSDP"
+            ]
+        )
+
+
 def validation_controls(config: TrainingConfig, count: ControlCount) -> list[list[Image.Image]]:
     """Read the control images of each validation prompt.
 

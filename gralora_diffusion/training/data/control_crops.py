@@ -75,11 +75,8 @@ class ControlPlan:
         width, height = self.crops.resized(target)
         left = width - variant.left - variant.width if variant.flip else variant.left
         across, down = size[0] / width, size[1] / height
-        edges = (
-            left * across,
-            variant.top * down,
-            (left + variant.width) * across,
-            (variant.top + variant.height) * down,
-        )
-        left, top, right, bottom = (round(edge) for edge in edges)
-        return Cut((left, top, max(right, left + 1), max(bottom, top + 1)), variant.flip)
+        # one size for all places, so that samples can be stacked
+        width, height = (max(1, round(n)) for n in (variant.width * across, variant.height * down))
+        left = min(round(left * across), size[0] - width)
+        top = min(round(variant.top * down), size[1] - height)
+        return Cut((left, top, left + width, top + height), variant.flip)

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from gralora_diffusion.families import get_family
+from gralora_diffusion.families import ControlCount, get_family
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.training.checks.controls import check_controls, check_controls_of_base
+from gralora_diffusion.training.checks.controls import (
+    check_controls,
+    check_controls_of_base,
+    check_sharded_controls,
+)
 from gralora_diffusion.training.checks.options import find_problems
 from gralora_diffusion.training.data.controls import ControlImage
 from gralora_diffusion.training.data.image_folder import Example
@@ -136,6 +140,17 @@ def test_folders_before_anything_is_read(tmp_path: Path) -> None:
     )
     [text] = find_problems(inside)
     assert "which is or lies in --control_data_dir" in text
+
+
+def test_processes_that_compute_together() -> None:
+    """With FSDP, a sample without control images would need a pass of its own."""
+    tokens, aligned = ControlCount(0, None), ControlCount(1, 1, aligned=True)
+    check_sharded_controls(config(), tokens, [ONE, ONE])
+    check_sharded_controls(config(control_dropout=0.1), aligned, [ONE, example((64, 96))])
+    with pytest.raises(ConfigError, match="equally many control images of the same sizes"):
+        check_sharded_controls(config(), tokens, [ONE, example()])
+    with pytest.raises(ConfigError, match=r"--control_dropout is 0\.1, but with FSDP"):
+        check_sharded_controls(config(control_dropout=0.1), tokens, [ONE])
 
 
 def test_once_the_base_is_known() -> None:

@@ -160,7 +160,7 @@ def drawn(trainer: Trainer, position: int) -> tuple[int, Any]:
 def read(trainer: Trainer, number: int, folder: str, variant: Any) -> Image.Image:
     """The part of an image that a variant shows, at the size that its pipeline gets."""
     path = Path(str(trainer.config.instance_data_dir)).parent / folder / f"{number}.png"
-    image = Image.open(path)
+    image: Image.Image = Image.open(path)
     if folder != "images" and trainer.family.objective == "ddpm":
         image = image.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS)
     times = image.width // WIDTH
