@@ -181,6 +181,7 @@ ONETRAINER = {
     "--mask_outside_weight",
     "latent_caching": "cache_latents",
     "layer_filter": "lora_layers",
+    "layer_offload_fraction": _OFFLOAD,
     "dropout_probability": "lora_dropout",
     "offset_noise_weight": "noise_offset",
     "timestep_shift": "flow_shift",
