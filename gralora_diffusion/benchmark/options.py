@@ -46,7 +46,7 @@ class ComparedOptions:
         None,
         "The score that decides, as SCORE, or as SCORE@COST for the mean gap of two curves at "
         "equal cost, where the cost is a drift or update_norm. It is saved before the first trial "
-        "(default: the first encoder's similarity, with several rates along its drift)",
+        "(default: the first encoder's similarity; with several rates, at equal drift)",
     )
     comparisons: list[str] | None = option(
         None,
@@ -131,8 +131,8 @@ class EvaluationOptions:
     diversity: bool = option(False, "Also score how much the images of one prompt differ")
     mechanism_steps: Annotated[int | None, Limits(at_least=1)] = option(
         None,
-        "Log block gradients and input outliers every this many steps, and the ranks of the "
-        "updates (default: never)",
+        "Log block gradients and input outliers every this many steps, and at the end the ranks of "
+        "the updates (default: never)",
     )
     mechanism_k: Annotated[int, Limits(at_least=1)] = option(
         4, "Number of blocks per side that the logged gradients are split into"

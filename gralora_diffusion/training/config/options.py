@@ -56,7 +56,7 @@ class DataOptions:
     )
     dataset_name: Annotated[str | None, Place(read=True, hub_id=True)] = option(
         None,
-        "Dataset to train on instead: a Hub id or a local dataset folder (needs `datasets`)",
+        "Dataset to train on instead of a folder: a Hub id or a local dataset (needs `datasets`)",
     )
     dataset_config_name: Annotated[str | None, Needs("dataset_name")] = option(
         None, "Configuration of that dataset"
@@ -98,7 +98,7 @@ class DataOptions:
         0.0, "Probability of leaving out a tag; one tag of a caption always stays"
     )
     keep_tags: Annotated[int, Limits(at_least=0), ChangesSamples()] = option(
-        0, "Number of first tags that are neither shuffled nor left out"
+        0, "Number of leading tags that are neither shuffled nor left out"
     )
     caption_variants: Annotated[int, Limits(at_least=1), ChangesSamples()] = option(
         8,
@@ -205,7 +205,7 @@ class ImageOptions:
     )
     aspect_ratio_buckets: str | None = option(
         None,
-        "Train each image at the nearest of these sizes instead of those shapes, written as "
+        "Train each image at the nearest of these sizes instead of the built-in shapes, written as "
         "'height,width;height,width;...'. Smaller images are enlarged. Implies "
         "--use_aspect_ratio_buckets",
     )
@@ -242,7 +242,7 @@ class MaskOptions:
         "the options below say. Images without a mask are trained as a whole",
     )
     mask_data_dir: Annotated[str | None, Place(read=True), Needs("masked_loss")] = option(
-        None, "Folder of the masks, with the names of their images and any image's extension"
+        None, "Folder of masks. Each has the name of its image, with any image file extension"
     )
     mask_column: Annotated[str | None, Needs("masked_loss")] = option(
         None,
@@ -250,7 +250,7 @@ class MaskOptions:
         "or mask_file_name, if it exists)",
     )
     mask_from_alpha: Annotated[bool, Needs("masked_loss")] = option(
-        False, "The opacity of an image is its mask, unless it has another one"
+        False, "Use the opacity of an image as its mask, unless it has another mask"
     )
     mask_outside: Annotated[
         Literal["ignore", "weight", "base"], Needs("masked_loss"), Fixed("masked_loss")
@@ -270,7 +270,7 @@ class MaskOptions:
     normalize_masked_area_loss: Annotated[bool, Needs("masked_loss"), Fixed("masked_loss")] = (
         option(
             False,
-            "Divide the loss of a sample by its mean weight, so that an image counts as much "
+            "Divide the loss of a sample by its mean weight, so that an image counts the same "
             "however small the white part of its mask is",
         )
     )
@@ -360,8 +360,8 @@ class AdapterOptions:
     )
     lora_layers: str | None = option(
         None,
-        "Layers to adapt instead: comma-separated endings of module paths, or 're:' and a regular "
-        "expression that matches the whole path",
+        "Layers to adapt instead of a preset: comma-separated endings of module paths, or 're:' "
+        "and a regular expression that matches the whole path",
     )
     exclude_modules: str | None = option(
         None, "Layers to exclude, in text encoders too; written like --lora_layers"
@@ -461,8 +461,8 @@ class LengthOptions:
         option(
             "auto",
             "Keep blocks of the frozen denoiser in the CPU's memory, and copy each to the GPU when "
-            "it computes: none; blocks, all of them; a fraction such as 0.3, the part that stays "
-            "on the GPU; or auto, no more than must be. Text encoders are treated alike",
+            "it computes. auto: as few as necessary; none; blocks: all of them; or a fraction such "
+            "as 0.3, the part that stays on the GPU. Text encoders are streamed likewise",
         )
     )
     dry_run: Annotated[
