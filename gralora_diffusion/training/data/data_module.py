@@ -107,7 +107,7 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
         if config.mask_from_alpha:
             problem += ", and all are opaque"
         problem += (
-            ". Put them beside the images (001.mask.png beside 001.png) or into --mask_data_dir, "
+            ". Put masks beside the images (001.mask.png beside 001.png) or into --mask_data_dir, "
             "or leave out --masked_loss"
         )
         raise DataError("--masked_loss", [problem])

@@ -225,7 +225,9 @@ def warn_of_missed_masks(examples: Iterable[Example], plan: CropPlan) -> None:
         if e.mask and plan.may_miss(e.size, e.mask.box)
     ]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
-    _warn(place, "masks that a crop may miss; such a sample trains nothing inside", missed)
+    _warn(
+        place, "masks whose white part a crop may miss; such a sample trains nothing inside", missed
+    )
 
 
 def _image_folders(

@@ -110,11 +110,11 @@ def check_mask(found: FoundMask, size: tuple[int, int]) -> Mask | None:
     box, (_, highest) = image.getbbox(), image.getextrema()
     if box is None:
         raise MaskError(
-            "is all black, so nothing of the image would be trained. Paint white what to train, "
-            "or take the mask away to train on the whole image"
+            "is all black, so nothing of the image would be trained. Paint the part to train "
+            "white, or remove the mask to train on the whole image"
         )
     if highest == 1:
-        raise MaskError("has no value above 1 of 255. Multiply its values by 255")
+        raise MaskError("has only the values 0 and 1 on a scale of 255. Multiply its values by 255")
     return Mask(found.source, hashlib.sha256(data).hexdigest(), box, found.of_alpha)
 
 

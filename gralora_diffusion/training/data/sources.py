@@ -46,5 +46,5 @@ def unchanged_bytes(source: Source, content_key: str) -> bytes:
     except OSError as error:
         raise DataError(str(source), [f"can no longer be read: {error}"]) from error
     if hashlib.sha256(data).hexdigest() != content_key:
-        raise DataError(str(source), ["was changed after the start. Start again"])
+        raise DataError(str(source), ["was changed after the run started. Start again"])
     return data

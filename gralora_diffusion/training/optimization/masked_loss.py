@@ -42,12 +42,12 @@ class MaskedLoss:
 
     def __str__(self) -> str:
         if not self.outside:
-            return "outside of it, the loss counts nothing"
+            return "outside the mask, the loss counts nothing"
         if self.towards_base:
             what = "the target is the base's prediction,"
         else:
             what = "the loss counts the image"
-        return f"outside of it, {what} with weight {self.outside:g}"
+        return f"outside the mask, {what} with weight {self.outside:g}"
 
     def weights(self, masks: Tensor) -> Tensor:
         """Return how much each latent counts, shaped as the masks.

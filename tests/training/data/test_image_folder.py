@@ -247,7 +247,7 @@ def test_a_image_that_changes_after_the_start_is_noticed(tmp_path):
     fill(tmp_path, ["1.png"])
     (example,) = find_examples(tmp_path, "prompt")
     image(99).save(tmp_path / "1.png")
-    with pytest.raises(DataError, match="was changed after the start"):
+    with pytest.raises(DataError, match="was changed after the run started"):
         example.load()
     (tmp_path / "1.png").unlink()
     with pytest.raises(DataError, match="can no longer be read"):

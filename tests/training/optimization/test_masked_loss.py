@@ -223,8 +223,8 @@ def test_samples_without_anything_inside_do_not_become_nan() -> None:
 @pytest.mark.parametrize(
     ("options", "weight", "text"),
     [
-        ({}, 0.0, "outside of it, the loss counts nothing"),
-        ({"mask_outside_weight": 0.5}, 0.0, "outside of it, the loss counts nothing"),
+        ({}, 0.0, "outside the mask, the loss counts nothing"),
+        ({"mask_outside_weight": 0.5}, 0.0, "outside the mask, the loss counts nothing"),
         ({"mask_outside": "weight"}, 0.1, "the loss counts the image with weight 0.1"),
         (
             {"mask_outside": "base", "mask_outside_weight": 2.0},
