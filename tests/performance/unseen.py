@@ -9,10 +9,10 @@ from tests.performance.measuring import table
 
 #: Path -> the part of the GPU day that runs it, and what else has run it.
 PATHS: dict[str, tuple[str | None, str]] = {
-    "training, bf16 and fp16, on CUDA": ("steps", "a pretended GPU"),
-    "gradient checkpointing on CUDA": ("checkpointing", "a pretended GPU"),
-    "model, layer and group offloading on CUDA": ("gpu-tests", "a pretended GPU, without streams"),
-    "`export --verify` and the benchmark's encoders on CUDA": ("suite", "a pretended GPU"),
+    "training, bf16 and fp16, on CUDA": ("steps", "a simulated GPU"),
+    "gradient checkpointing on CUDA": ("checkpointing", "a simulated GPU"),
+    "model, layer and group offloading on CUDA": ("gpu-tests", "a simulated GPU, without streams"),
+    "`export --verify` and the benchmark's encoders on CUDA": ("suite", "a simulated GPU"),
     "bitsandbytes, 8 and 4 bits": ("quantized", "CPU, where it has kernels"),
     "torchao on CUDA": ("quantized", "CPU"),
     "streaming of a frozen base between host and GPU": ("streaming", ""),
