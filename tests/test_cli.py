@@ -58,7 +58,7 @@ def test_a_hub_id_that_is_not_cached(
     assert (
         "owner/absent: there is no such folder, the Hub's cache does not contain all of it" in error
     )
-    assert "HF_HUB_OFFLINE is set. With network access, download it by `hf download " in error
+    assert "HF_HUB_OFFLINE is set. With network access, download it with `hf download " in error
     assert list(tmp_path.iterdir()) == []
 
 

@@ -414,7 +414,7 @@ def _pin(memory: Tensor) -> None:
     address = memory.data_ptr()
     if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
         logger.warning(
-            "memory of the CPU cannot be locked for the GPU, so copies of blocks take longer. Some "
+            "memory of the CPU cannot be pinned, so copying blocks to the GPU takes longer. Some "
             "systems limit how much can be locked: see `ulimit -l`"
         )
         return

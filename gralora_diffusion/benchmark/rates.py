@@ -4,7 +4,7 @@ At one learning rate, a comparison also compares sizes of steps. A GraLoRA's upd
 LoRA's does, but its factors then align within blocks only, and the norm of its update grows about
 sqrt(k) times slower. A LoRA of a higher rank takes larger steps. The rates of a method are
 therefore those of the first one, scaled by sqrt(k) and by sqrt(first rank / rank). The latter does
-for the rate what a rank-stabilised alpha does for the scaling (D. Kalajdzievski, arXiv 2312.03732).
+for the rate what a rank-stabilized alpha does for the scaling (D. Kalajdzievski, arXiv 2312.03732).
 """
 
 from __future__ import annotations

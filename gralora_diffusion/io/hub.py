@@ -62,9 +62,9 @@ def offline_problem(
     """
     causes = [] if Path(repository).exists() else list(_causes(error))
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        reason = "is not asked because HF_HUB_OFFLINE is set"
+        reason = "is not contacted because HF_HUB_OFFLINE is set"
     elif any(_is_of_the_cache(cause) for cause in causes):
-        reason = "is not asked because only local files are allowed"
+        reason = "is not contacted because only local files are allowed"
     elif any(_is_unreachable(cause) for cause in causes):
         reason = "cannot be reached from this machine"
     else:
@@ -80,7 +80,7 @@ def offline_problem(
         folder += near
     return (
         "there is no such folder, the Hub's cache does not contain all of it, and the Hub "
-        f"{reason}. With network access, download it by `{shlex.join(command)}`, {folder}"
+        f"{reason}. With network access, download it with `{shlex.join(command)}`, {folder}"
     )
 
 

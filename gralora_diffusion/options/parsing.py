@@ -280,7 +280,7 @@ def _nested(
         if advice or not known:
             found += 1
             text = f"{spelled} is nested, but options are not nested here"
-            yield key.start_mark.line + 1, text + (advice or ". Nothing here is called so")
+            yield key.start_mark.line + 1, text + (advice or ". No option here has that name")
 
 
 def _is_nested(node: Any) -> bool:

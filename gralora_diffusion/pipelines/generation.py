@@ -463,7 +463,7 @@ def _load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
         problem = offline_problem(error, source) or error_line(error)
         parser.error(
             f"--lora {source}: diffusers cannot load it on this base ({problem}). It reads what "
-            "`gralora export --style diffusers` writes. A GraLoRA file is an --adapter"
+            "`gralora export --style diffusers` writes. Pass a GraLoRA file as --adapter"
         )
 
 

@@ -550,7 +550,7 @@ class Trainer:
         kept = str(whole[-1][1]) if whole else "none was written yet"
         raise TrainingDiverged(
             f"step {self.state.step + 1}: the loss is {mean:g} and the norm of its gradient "
-            f"{norm:g}; stopped before that reached the adapter{repeated}.",
+            f"{norm:g}; stopped before the adapter was updated{repeated}.",
             f"Last checkpoint: {kept}. Give a lower --learning_rate (it is "
             f"{self.config.learning_rate:g}) or --mixed_precision bf16 instead of fp16, and start "
             "again or resume.",

@@ -15,9 +15,12 @@ from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.hub import offline_problem
 
-SET = "and the Hub is not asked because HF_HUB_OFFLINE is set. With network access, download it by "
+SET = (
+    "and the Hub is not contacted because HF_HUB_OFFLINE is set. With network access, download it "
+    "with "
+)
 UNREACHABLE = (
-    "and the Hub cannot be reached from this machine. With network access, download it by "
+    "and the Hub cannot be reached from this machine. With network access, download it with "
 )
 CALLS: dict[str, Callable[[str], object]] = {
     "snapshot": snapshot_download,
@@ -68,7 +71,9 @@ def test_local_files_only(error_of: object, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(AdapterFileError) as caught:
         read_adapter("owner/absent", local_files_only=True, revision="v1")
-    reason = "and the Hub is not asked because only local files are allowed. With network access, "
+    reason = (
+        "and the Hub is not contacted because only local files are allowed. With network access, "
+    )
     assert reason in str(caught.value)
     assert "`hf download owner/absent --revision v1`" in str(caught.value)
 

@@ -69,7 +69,7 @@ def describe_unused(unused: Mapping[str, Collection[str]], paths: Collection[str
             if count:
                 reason = (
                     f"has no effect: earlier patterns match all {count} layers that it matches. "
-                    "Put patterns for fewer layers first"
+                    "Put the more specific patterns first"
                 )
             problems.append(f"{name} '{key}' {reason}.")
     return problems

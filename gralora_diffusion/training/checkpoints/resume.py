@@ -120,8 +120,9 @@ def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any])
 
 def _of_another_run(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path} is of another run ({why}). Resume with the options and the base of that run, or "
-        f"start a new run from its values with --initial_adapter {path} and another --output_dir."
+        f"{path} belongs to another run ({why}). Resume with the options and the base of that run, "
+        f"or start a new run from its values with --initial_adapter {path} and another "
+        "--output_dir."
     )
 
 

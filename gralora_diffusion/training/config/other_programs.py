@@ -6,7 +6,7 @@ as ``section.name``; a name without its section counts in every section.
 
 from __future__ import annotations
 
-_FOUND = "is found out by itself. Leave it out"
+_FOUND = "is detected automatically. Leave it out"
 _FP32 = "does not exist here: the adapter is saved in fp32. `gralora export --dtype` converts it"
 _ATTENTION = "is not needed: torch's own attention is always used. Leave it out"
 _DEVICE = (
@@ -14,7 +14,7 @@ _DEVICE = (
     "CUDA_VISIBLE_DEVICES"
 )
 _CAPTIONS = (
-    "does not exist here: captions are found by themselves in .txt, .caption and .json files "
+    "does not exist here: captions are read automatically from .txt, .caption and .json files "
     "beside the images"
 )
 _ENCODED = "is not needed: prompts are encoded once unless --train_text_encoder is given"
@@ -23,7 +23,7 @@ _ADAPTER = "does not exist here. The adapter's size is --rank and --gralora_k"
 _MEMORY = "does not exist here. --quantization and --gradient_checkpointing save memory"
 _OFFLOAD = (
     "is called --offload_base here, with the fraction of the blocks that stays on the GPU; auto, "
-    "the default, finds it"
+    "the default, chooses it"
 )
 _NAME = "does not exist here: the adapter is a file in the folder --output_dir"
 _SCHEDULER = "does not exist here: the base's own scheduler is used"

@@ -63,27 +63,27 @@ def check_memory(
     """
     there, offloading = device_memory(accelerator.device), requested_offloading(config)
     if _upper_bound(config, family) < _SURELY * there.free:
-        return f"far below the {_gib(there.free)} that are free", offloading
+        return f"far below the {_gib(there.free)} of free memory", offloading
     try:
         plan = plan_run(config, family, images, class_images, accelerator, sharding)
     except Exception as error:  # an estimate must not end a run that may well fit
         if isinstance(error, ConfigError) and not isinstance(error, CannotPlan):
             raise
         cause = error.__cause__ or error
-        logger.warning("the memory of this run is not known beforehand: %s", cause)
-        return f"not known beforehand; {_gib(there.free)} are free", offloading
+        logger.warning("the memory that this run needs could not be estimated: %s", cause)
+        return f"not estimated; {_gib(there.free)} free", offloading
     plan = with_offloading(plan, config, sharding, there.free)
     if problem := memory_problem(plan, there):
         raise ConfigError([problem])
     peak = max(map(plan.peak, plan.phases))
     if peak > WARN * there.free:
         logger.warning(
-            "this run needs about %s of memory, and %s are free. %s",
+            "this run needs about %s of memory, but only %s is free. %s",
             _gib(peak),
             _gib(there.free),
             memory_advice(config),
         )
-    text = f"about {_gib(peak)} at the peak; {_gib(there.free)} are free"
+    text = f"about {_gib(peak)} at the peak; {_gib(there.free)} free"
     if plan.offloading != NOTHING:
         text += f"; {_streamed(plan)}"
     return text, plan.offloading

@@ -264,7 +264,7 @@ def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
             if set(adapter.components) != set(components):
                 what = f"it adapts {', '.join(adapter.components)}, not {', '.join(components)}"
             raise CheckpointError(
-                f"{path} is of another run ({what}). Resume with the options of that run."
+                f"{path} belongs to another run ({what}). Resume with the options of that run."
             )
         set_adapter_tensors(model, ADAPTER_NAME, part.tensors)
 

@@ -102,7 +102,7 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
     if accelerator.num_processes == 1:
         problems.append(
             "accelerate is set to FSDP, which shards the base over several processes, but there is "
-            "one. Give `accelerate launch` more with --num_processes, or leave out --use_fsdp"
+            "only one. Start more with `accelerate launch --num_processes`, or leave out --use_fsdp"
         )
     if config.quantizes:
         problems.append(
@@ -111,8 +111,8 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
         )
     if config.torch_compile:
         problems.append(
-            "--torch_compile cannot be used with FSDP: it has not been tried together. Leave out "
-            "one of the two"
+            "--torch_compile cannot be used with FSDP: the two have not been tried together. Leave "
+            "out one of them"
         )
     if problems:
         raise ConfigError(problems)

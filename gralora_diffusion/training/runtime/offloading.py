@@ -62,7 +62,7 @@ def obstacles(config: TrainingConfig, sharding: Sharding | None) -> Iterator[str
     """Yield why the base cannot be streamed, as sentences that go on after the option's name."""
     if sharding is not None:
         yield (
-            "cannot be used with FSDP, which has an option for it. Leave it out, and give "
+            "cannot be used with FSDP, which has its own option for this. Leave it out, and give "
             "`accelerate launch --fsdp_offload_params true`"
         )
     if config.torch_compile:

@@ -44,7 +44,7 @@ def checked(free: int, total: int, monkeypatch: pytest.MonkeyPatch, **options) -
 
 def test_a_small_run_is_not_planned(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory_check, "plan_run", None)
-    assert checked(8 << 30, 8 << 30, monkeypatch) == "far below the 8.0 GiB that are free"
+    assert checked(8 << 30, 8 << 30, monkeypatch) == "far below the 8.0 GiB of free memory"
 
 
 @pytest.mark.parametrize(
@@ -99,9 +99,9 @@ def test_little_memory_is_warned_of_and_far_too_little_is_an_error(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level(logging.WARNING):
-        assert "at the peak; 30 MiB are free" in checked(30 << 20, 8 << 30, monkeypatch)
+        assert "at the peak; 30 MiB free" in checked(30 << 20, 8 << 30, monkeypatch)
     (warning,) = caplog.messages
-    assert "of memory, and 30 MiB are free. To need less, give --gradient_checkpointing" in warning
+    assert "memory, but only 30 MiB is free. To need less, give --gradient_checkpointing" in warning
     with pytest.raises(ConfigError) as caught:
         checked(20 << 20, 20 << 20, monkeypatch, resolution=128)
     (problem,) = caught.value.problems
@@ -116,8 +116,8 @@ def test_a_plan_that_fails_does_not_end_the_run(
         raise NotImplementedError("an operator")
 
     monkeypatch.setattr(memory_check, "plan_run", fail)
-    assert checked(1, 1, monkeypatch).startswith("not known beforehand")
-    assert "not known beforehand: an operator" in caplog.text
+    assert checked(1, 1, monkeypatch).startswith("not estimated")
+    assert "could not be estimated: an operator" in caplog.text
 
 
 def test_advice_names_what_is_not_used_yet() -> None:

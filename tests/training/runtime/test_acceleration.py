@@ -45,7 +45,7 @@ def test_nothing_frozen_is_sent_round() -> None:
     ("setting", "value", "named"),
     [
         ("ACCELERATE_USE_DEEPSPEED", "true", "set to DeepSpeed, which shards"),
-        ("ACCELERATE_USE_FSDP", "true", "set to FSDP, .* but there is one"),
+        ("ACCELERATE_USE_FSDP", "true", "set to FSDP, .* but there is only one"),
         ("ACCELERATE_USE_MEGATRON_LM", "true", "set to Megatron-LM, which shards"),
         ("ACCELERATE_USE_PARALLELISM_CONFIG", "true", "set to a parallelism config, which shards"),
         ("ACCELERATE_MIXED_PRECISION", "fp8", "set to mixed precision fp8, which is not supported"),
