@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import hashlib
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -20,9 +20,6 @@ from gralora_diffusion.io.image_files import is_image, read_image
 from gralora_diffusion.io.safe_text import first_few
 
 from .sources import Source, bytes_of, unchanged_bytes
-
-if TYPE_CHECKING:
-    from .image_folder import Example
 
 #: Columns of a metadata file with control images, unless others are named. Hugging Face's
 #: imagefolder reads the last two.
@@ -149,16 +146,3 @@ def check_control(found: FoundControl) -> ControlImage | str:
         return ControlImage(found.source, hashlib.sha256(data).hexdigest(), read_image(data).size)
     except Exception as error:  # a dataset may raise any kind
         return f"{found.name} cannot be decoded: {str(error) or type(error).__name__}"
-
-
-def contradictions(examples: Iterable[Example]) -> list[str]:
-    """Return names of images that say the same of the same control images as an earlier one."""
-    first: dict[Any, str] = {}
-    again = []
-    for example in examples:
-        name = str(getattr(example.source, "name", example.source))
-        key = example.caption, tuple(control.content_key for control in example.controls)
-        earlier = first.setdefault(key, name)
-        if example.controls and earlier != name:
-            again.append(f"{name} (as {earlier})")
-    return again

@@ -43,7 +43,6 @@ from .controls import (
     ControlPlaces,
     FoundControl,
     check_control,
-    contradictions,
 )
 from .masks import FoundMask, Mask, MaskError, MaskPlaces, check_mask, find_masks
 from .sources import Source, bytes_of, unchanged_bytes
@@ -469,9 +468,22 @@ def check_images(
         raise DataError(place, [*bad, "no image is left"] if bad else ["it has no rows"])
     _warn(place, "images left out", bad)
     _warn(place, "images used without the parts that cannot be read", warnings)
-    again = contradictions(examples)
+    again = _contradictions(examples)
     _warn(place, "images with the control images and the caption of another image", again)
     return examples
+
+
+def _contradictions(examples: Iterable[Example]) -> list[str]:
+    """Return names of images that say the same of the same control images as an earlier one."""
+    first: dict[tuple[str, ...], str] = {}
+    again = []
+    for example in examples:
+        name = str(getattr(example.source, "name", example.source))
+        key = (example.caption, *(control.content_key for control in example.controls))
+        earlier = first.setdefault(key, name)
+        if example.controls and earlier != name:
+            again.append(f"{name} (as {earlier})")
+    return again
 
 
 class _Seen(NamedTuple):
