@@ -7,7 +7,8 @@ takes seconds and prints warnings about kernels for other machines.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,22 @@ def leave_out_unused(
     for name in LIBRARIES:
         if name not in needed:
             modules.setdefault(name, None)  # Python's own mark of a module that is not there
+
+
+@contextmanager
+def left_out() -> Iterator[None]:
+    """Inside, ``LIBRARIES`` that are not imported yet behave as if they were not installed.
+
+    For imports of libraries that would import them, in a process that never quantizes itself.
+    """
+    modules: dict[str, Any] = sys.modules
+    added = [name for name in LIBRARIES if name not in modules]
+    modules.update(dict.fromkeys(added))
+    try:
+        yield
+    finally:
+        for name in added:
+            del modules[name]
 
 
 def _may_be_quantized(source: str, revision: str | None, cache_dir: str | None) -> bool:

@@ -375,7 +375,7 @@ def _image_name(label: str, prompt: int, image: int) -> str:
 
 def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> list[_Generated]:
     """Generate the images: with the adapter, and before it with the base alone to compare."""
-    pipe = _pipeline(args, command)
+    pipe = open_pipeline(args, command)
     pipe, controls = _with_controls(pipe, args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -467,7 +467,7 @@ def _load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
         )
 
 
-def _pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
+def open_pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     """Load the base on its device, in the precision it computes in."""
     import torch
     from diffusers import DiffusionPipeline

@@ -319,7 +319,7 @@ def _load(folder: Path) -> None:
 def _sample(folder: Path) -> None:
     parser = generation.parser()
     line = ["--base", str(folder), "--prompt", "x", "--output", "x.png"]
-    generation._pipeline(parser.parse_args(line), parser)
+    generation.open_pipeline(parser.parse_args(line), parser)
 
 
 # -- training --------------------------------------------------------------------------------------

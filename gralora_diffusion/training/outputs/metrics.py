@@ -39,7 +39,7 @@ class MetricsFile:
 
     def __init__(self, folder: Path, first_step: int = 0) -> None:
         self.path = folder / METRICS_NAME
-        lines = self._lines() if first_step else ()
+        lines = _lines(self.path) if first_step else ()
         kept = [text for text, row in lines if row["step"] <= first_step]
         folder.mkdir(parents=True, exist_ok=True)
         with replacing(self.path) as temporary:  # if the process is killed now, no line is lost
@@ -51,22 +51,28 @@ class MetricsFile:
             file.write(json.dumps(row, allow_nan=False) + "\n")
 
     def read(self) -> list[dict[str, Any]]:
-        """Return the rows; damaged lines and an incomplete last line are ignored.
+        """Return the rows, as :func:`read_metrics` does."""
+        return read_metrics(self.path)
 
-        Raises:
-            OSError: the file cannot be read.
-        """
-        return [row for _, row in self._lines()]
 
-    def _lines(self) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Yield the lines that contain a row, and the rows."""
-        if not self.path.exists():
-            return
-        for line in read_regular(self.path, _MOST_BYTES).split(b"\n"):
-            try:
-                row = parse_object(line)
-            except ValueError:
-                continue
-            loss = row.get("loss", "missing")
-            if is_integer(row.get("step")) and (loss is None or is_finite_number(loss)):
-                yield line, row
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file; damaged lines and an incomplete last line are ignored.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    return [row for _, row in _lines(path)]
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Yield the lines that contain a row, and the rows."""
+    if not path.exists():
+        return
+    for line in read_regular(path, _MOST_BYTES).split(b"\n"):
+        try:
+            row = parse_object(line)
+        except ValueError:
+            continue
+        loss = row.get("loss", "missing")
+        if is_integer(row.get("step")) and (loss is None or is_finite_number(loss)):
+            yield line, row

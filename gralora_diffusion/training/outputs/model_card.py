@@ -24,10 +24,8 @@ from gralora_diffusion.training.runtime.acceleration import DTYPES
 
 from .base_license import base_license
 from .metadata import CONTROL_IMAGES
+from .published import CARD_IMAGE_NAME, CARD_NAME
 from .validation import image_name
-
-CARD_NAME = "README.md"
-CARD_IMAGE_NAME = "validation.png"
 
 
 def write_card(

@@ -13,7 +13,6 @@ from accelerate import Accelerator
 from huggingface_hub import create_repo, upload_folder
 
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first
@@ -24,15 +23,11 @@ from gralora_diffusion.training.runtime.folder_lock import (
 )
 
 from .curve import CURVE_NAME, plot_curve
-from .metrics import METRICS_NAME, with_loss
-from .model_card import CARD_IMAGE_NAME, CARD_NAME, write_card
-from .validation import FILES as VALIDATION_FILES
-from .validation import FOLDER_NAME as VALIDATION_NAME
+from .metrics import with_loss
+from .model_card import write_card
+from .published import to_be_shown
 
 logger = logging.getLogger(__name__)
-
-#: Files that are uploaded, besides validation images.
-_SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, METRICS_NAME)
 
 
 @contextmanager
@@ -110,22 +105,6 @@ def finish(
             allow_patterns=to_be_shown(folder),
             token=config.hub_token,
         )
-
-
-def to_be_shown(folder: Path) -> list[str]:
-    """Return the files in an output folder that are meant for publication, and no others.
-
-    The options are left out, because the card contains them without this machine's paths. A link is
-    left out even if it has the name of such a file, because it leads out of the folder.
-    """
-    files = [folder / name for name in _SHOWN]
-    files += (folder / VALIDATION_NAME).glob("step-*/*")
-    names = [path.relative_to(folder).as_posix() for path in sorted(files) if _is_own(path, folder)]
-    return [name for name in names if name in _SHOWN or VALIDATION_FILES.fullmatch(name)]
-
-
-def _is_own(path: Path, folder: Path) -> bool:
-    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
 
 
 def _repository(options: OutputOptions) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,16 +30,12 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
+from .published import GRID_NAME, PROMPTS_NAME, VALIDATION_NAME
+
 logger = logging.getLogger(__name__)
 
-FOLDER_NAME = "validation"
 #: Width of an image in the grid, in pixels, at most.
 _CELL = 512
-_GRID_NAME, _PROMPTS_NAME = "grid.png", "prompts.txt"
-#: Files that a validation writes, as paths in the output folder.
-FILES = re.compile(
-    rf"{FOLDER_NAME}/step-\d+/(\d+-\d+\.png|{re.escape(_GRID_NAME)}|{re.escape(_PROMPTS_NAME)})"
-)
 
 
 class _Stopped(Exception):
@@ -101,7 +96,7 @@ def generate_validation(
     adapter = config.hub_model_id or Path(config.output_dir).resolve().name
     base = config.pretrained_model_name_or_path
     parameters = parameters_of(pipe, prompts, base=base, adapter=adapter, scale=1.0, **options)
-    folder = Path(config.output_dir) / FOLDER_NAME
+    folder = Path(config.output_dir) / VALIDATION_NAME
     return save_and_track(images, parameters, folder, step, accelerator)
 
 
@@ -189,8 +184,8 @@ def save_and_track(
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             save_png(image, target / image_name(row, column), parameters[row][column])
-    (target / _PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
-    grid, widest = target / _GRID_NAME, max(image.width for images in rows for image in images)
+    (target / PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    grid, widest = target / GRID_NAME, max(image.width for images in rows for image in images)
     seeds = [f"seed {described.seed}" for described in parameters[0]]
     cell = min(max(widest, 128), _CELL)
     labelled_grid(list(zip(prompts, rows, strict=True)), seeds, cell).save(grid)
