@@ -240,8 +240,9 @@ class CommandParser(TerminalParser):
         if action.nargs == 0:
             reading.values[action.dest] = action.const
             return
-        if action.type is bool and not texts:
-            texts = ["true"]
+        if action.nargs == "?" and not texts:
+            reading.values[action.dest] = action.const
+            return
         if not texts or (texts == [""] and action.type in (int, float, bool)):
             reading.problems.append(f"{spelled} needs a value{_allowed(action)}")
             reading.faulty.add(action.dest)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import types
 import typing
@@ -230,13 +231,13 @@ def _yaml_options(
             report(f"{name} is given twice. Remove one")
         elif isinstance(value, yaml.ScalarNode):
             if value.tag != "tag:yaml.org,2002:null":
-                yield name, [found(value.value)], place
+                yield name, [found(_as_typed(value))], place
         elif action.nargs != "+":
             report(f"{name} takes one value, not a list")
         elif not value.value or not all(map(_is_text, value.value)):
             report(f"{name} takes a list of at least one plain value")
         else:
-            yield name, [found(item.value) for item in value.value], place
+            yield name, [found(_as_typed(item)) for item in value.value], place
         seen.add(name)
 
 
@@ -285,6 +286,12 @@ def _nested(
 
 def _is_nested(node: Any) -> bool:
     return isinstance(node, yaml.SequenceNode) and not all(map(_is_text, node.value))
+
+
+def _as_typed(node: yaml.ScalarNode) -> str:
+    """Return a value as it would be typed on a command line: YAML writes infinity as ``.inf``."""
+    text: str = node.value
+    return text.replace(".", "", 1) if re.fullmatch(r"[-+]?\.(inf|Inf|INF)", text) else text
 
 
 def _is_text(node: Any) -> bool:
