@@ -35,6 +35,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark", add_help=False, help="train, evaluate and compare methods side by side"
     )
     commands.add_parser(
+        "studio", add_help=False, help="open a local page for all of this, in a browser"
+    )
+    commands.add_parser(
         "demo", add_help=False, help="train on the bundled base, on the CPU, without a download"
     )
     commands.add_parser("samples", add_help=False, help="copy the bundled samples to a folder")
@@ -87,6 +90,10 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from gralora_diffusion.benchmark.command import main as benchmark
 
         benchmark(rest)
+    elif command == "studio":
+        from gralora_diffusion.studio.main import main as studio
+
+        studio(rest)
     elif command == "demo":
         from gralora_diffusion.demo import demo
 

@@ -22,6 +22,7 @@ from tests import ROOT
         (["inspect", "--help"], "--json"),
         (["import", "--help"], "--gralora_k"),
         (["benchmark", "--help"], "usage: gralora benchmark"),
+        (["studio", "--help"], "--no_browser"),
         (["demo", "--help"], "usage: gralora demo [-h] [folder] [options]"),
         (["samples", "--help"], "usage: gralora samples"),
     ],
@@ -78,6 +79,10 @@ def test_a_hub_id_that_is_not_cached(
         (["benchmark", "--rank", "4"], "--rank cannot be set here"),
         (["demo", "--no_such", "1"], "--no_such is not an option"),
         (["samples", "--output", "."], "--output . exists already"),
+        (["studio", __file__], "which is a file. Give a folder"),
+        (["studio", "--port", "0"], "--port is 0; it must be from 1 to 65535"),
+        (["studio", "--listen"], "Set a password of at least 8 characters in the environment"),
+        (["studio", "--share"], "nothing leaves this machine"),
         (["import", "--lora", "x"], "required: --rank, --gralora_k, --output"),
     ],
 )

@@ -41,6 +41,7 @@ from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
+from gralora_diffusion.studio import main as studio
 from gralora_diffusion.training import control_command
 from gralora_diffusion.training.checks.options import find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
@@ -218,6 +219,7 @@ PARSERS = {
     "gralora import": importing.parser,
     "gralora sample": generation.parser,
     "gralora samples": demo.samples_parser,
+    "gralora studio": studio.parser,
 }
 FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}

@@ -1,0 +1,1 @@
+"""``gralora studio``: a local page over the package's functions and commands."""

@@ -1,0 +1,190 @@
+"""Prompts times adapters times strengths, and the bare base, all from the same noise.
+
+``python -m gralora_diffusion.studio.engine.comparing FILE`` reads what to compare from a JSON file
+and generates it into the file's folder: an image for each cell, with its settings, and the grid.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.io.json_files import parse_object, read_object
+from gralora_diffusion.io.process import log_to_terminal, print_safely, quiet_libraries
+from gralora_diffusion.io.tensor_files import replacing
+
+SPEC_NAME, GRID_NAME = "comparison.json", "grid.png"
+_MOST_BYTES = 1 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """What is compared.
+
+    Attributes:
+        base: a diffusers folder, a Hub id or a single file.
+        adapters: GraLoRA files, folders or Hub ids.
+        scales: strengths of each adapter.
+        with_base: also generate with the base alone.
+        seeds: the noise of the images; each prompt has an image for each seed.
+        guidance_scale, size: the pipeline's own if None.
+    """
+
+    base: str
+    prompts: list[str]
+    adapters: list[str] = field(default_factory=list)
+    scales: list[float] = field(default_factory=lambda: [1.0])
+    with_base: bool = True
+    seeds: list[int] = field(default_factory=lambda: [0])
+    negative_prompt: str | None = None
+    steps: int = 30
+    guidance_scale: float | None = None
+    size: int | None = None
+
+    @property
+    def rows(self) -> list[tuple[str, str | None, float]]:
+        """(label, adapter, scale) of each row; the base alone has no adapter."""
+        rows: list[tuple[str, str | None, float]] = []
+        if self.with_base:
+            rows.append(("base", None, 0.0))
+        for adapter in self.adapters:
+            rows += [(f"{_label(adapter)}\nx {scale:g}", adapter, scale) for scale in self.scales]
+        return rows
+
+    @property
+    def columns(self) -> list[tuple[str, int]]:
+        """(prompt, seed) of each column."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def problems(self) -> list[str]:
+        """Return why it cannot be generated, before anything is loaded."""
+        found = []
+        if not self.base.strip():
+            found.append("the base is missing. Give a diffusers folder, a Hub id or a file")
+        if not self.prompts:
+            found.append("there is no prompt. Give one on each line")
+        if not self.rows:
+            found.append("nothing is compared. Choose an adapter, or the base alone")
+        if self.adapters and not self.scales:
+            found.append("there is no strength. Give one or several, such as 0.5 1")
+        if self.steps < 1:
+            found.append(f"the steps are {self.steps}; they must be at least 1")
+        if not self.seeds or any(not 0 <= seed < 2**63 for seed in self.seeds):
+            found.append("a seed must be a whole number from 0")
+        if self.size is not None and (self.size < 8 or self.size % 8):
+            found.append(f"the size is {self.size}; it must be a positive multiple of 8")
+        return found
+
+    def to_json(self) -> str:
+        """Return the text that :func:`read` reads."""
+        return json.dumps(asdict(self), indent=1)
+
+
+def _label(adapter: str) -> str:
+    path = Path(adapter)
+    return public_name(str(path.parent) if path.is_file() else adapter)
+
+
+def read(path: Path) -> Comparison:
+    """Read a comparison.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it does not contain a comparison.
+    """
+    try:
+        return Comparison(**read_object(path, _MOST_BYTES))
+    except TypeError as error:
+        raise ValueError(f"{path.name} does not contain a comparison: {error}") from error
+
+
+def cell_name(row: int, column: int) -> str:
+    """Return the name of a cell's image."""
+    return f"{row:02d}-{column:02d}.png"
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Return what an image of a cell was generated with; {} if it does not say so."""
+    from PIL import Image
+
+    from gralora_diffusion.io.image_parameters import OWN
+
+    with suppress(OSError, ValueError), Image.open(path, formats=("PNG",)) as image:
+        return parse_object(image.text.get(OWN, ""))  # type: ignore[attr-defined]
+    return {}
+
+
+def generate_into(folder: Path, comparison: Comparison) -> None:
+    """Generate all cells and the grid. A cell's file appears when it is complete."""
+    from PIL import Image
+
+    from gralora_diffusion.io.image_parameters import save_png
+    from gralora_diffusion.pipelines.generation import (
+        generate,
+        labelled_grid,
+        open_pipeline,
+        parameters_of,
+        parser,
+    )
+
+    command = parser()
+    # options of `gralora sample`, so that the base is loaded as there; the prompts come below
+    line = ["--base", comparison.base, "--prompt", "-", "--output", "grid.png"]
+    if comparison.negative_prompt:
+        line.append(f"--negative_prompt={comparison.negative_prompt}")
+    with quiet_libraries():
+        pipe = open_pipeline(command.parse_args(line), command)
+        names = {adapter: f"adapter_{i}" for i, adapter in enumerate(comparison.adapters)}
+        for source, name in names.items():
+            try:
+                print_safely(pipe.load_gralora_weights(source, name))
+            except (OSError, ValueError) as error:
+                command.error(f"adapter {source}: {error}")
+        grid: list[tuple[str, list[Image.Image]]] = []
+        for row, (label, adapter, scale) in enumerate(comparison.rows):
+            print_safely(f"row {row + 1} of {len(comparison.rows)}: {' '.join(label.split())}")
+            if adapter is not None:
+                pipe.set_adapters(names[adapter], scale)
+            elif names:
+                pipe.set_adapters(next(iter(names.values())), 0.0)
+            images = []
+            for column, (prompt, seed) in enumerate(comparison.columns):
+                options: dict[str, Any] = {
+                    "seed": seed,
+                    "size": comparison.size,
+                    "negative_prompt": comparison.negative_prompt,
+                    "guidance_scale": comparison.guidance_scale,
+                    "inference_steps": comparison.steps,
+                }
+                ((image,),) = generate(pipe, [prompt], **options)
+                described = parameters_of(
+                    pipe, [prompt], base=comparison.base, adapter=adapter, scale=scale, **options
+                )
+                with replacing(folder / cell_name(row, column), sync=False) as temporary:
+                    save_png(image, temporary, described[0][0])
+                images.append(image)
+            grid.append((label, images))
+        captions = [f"{prompt}, seed {seed}" for prompt, seed in comparison.columns]
+        with replacing(folder / GRID_NAME) as temporary:
+            save_png(labelled_grid(grid, captions), temporary, described[0][0])
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Generate the comparison in the file that the command line names."""
+    (path,) = sys.argv[1:] if argv is None else argv
+    log_to_terminal()
+    comparison = read(Path(path))
+    if problems := comparison.problems():
+        print_safely("error: " + "\n  ".join(problems), error=True)
+        sys.exit(2)
+    generate_into(Path(path).parent, comparison)
+
+
+if __name__ == "__main__":
+    main()

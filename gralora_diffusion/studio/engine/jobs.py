@@ -1,0 +1,232 @@
+"""Commands that the studio starts: each a process of its own, kept in a folder of its own.
+
+A job outlives the page and the studio: it is found again by its files. Its folder holds
+``job.json`` (what to run), then ``started.json`` (which process runs it), ``log.txt`` and
+``ended.json`` (the exit code). Jobs that wait their turn are the queue.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from gralora_diffusion.io.json_files import read_object
+
+from .job_process import ENDED, JOB, LOG, MOST_BYTES, STARTED, write
+from .workspace import stamp
+
+State = Literal["waiting", "running", "done", "failed", "stopped", "cancelled"]
+_CANCELLED, _STOPPED = "cancelled.json", "stopped.json"
+#: Bytes at the end of a log that are shown.
+_TAIL = 1 << 16
+#: Seconds within which a new process says that it has started.
+_PATIENCE = 30.0
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command and what became of it.
+
+    Attributes:
+        kind: what it is for, such as "train".
+        title: its name for users.
+        command: the arguments of Python; those of ``gralora`` come from :func:`gralora`.
+        output: what it writes, a folder or a file; None if it only prints.
+        queued: it waits until no other such job is running.
+    """
+
+    folder: Path
+    kind: str
+    title: str
+    command: tuple[str, ...]
+    output: Path | None
+    queued: bool
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def state(self) -> State:
+        """Where it stands, by its files and its process."""
+        if (self.folder / _CANCELLED).exists():
+            return "cancelled"
+        code = self.code
+        if code is None and not (self.folder / STARTED).exists():
+            return "waiting"
+        if code is None and self._process() is not None:
+            return "running"
+        if code == 0:
+            return "done"
+        return "stopped" if (self.folder / _STOPPED).exists() else "failed"
+
+    @property
+    def code(self) -> int | None:
+        """The exit code; None if it has not ended, or was killed with the process that ran it."""
+        with suppress(OSError, ValueError, KeyError, TypeError):
+            return int(read_object(self.folder / ENDED, MOST_BYTES)["code"])
+        return None
+
+    def log(self) -> str:
+        """Return the end of its output. Of a progress bar, the last state is shown."""
+        try:
+            with (self.folder / LOG).open("rb") as file:
+                file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
+                text = file.read().decode("utf-8", "replace")
+        except OSError:
+            return ""
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+
+    def stop(self) -> None:
+        """Ask it to end: with SIGTERM if it is running, and before it starts if it waits."""
+        if self.state == "waiting":
+            write(self.folder / _CANCELLED, {})
+        elif (process := self._process()) is not None:
+            write(self.folder / _STOPPED, {})
+            with suppress(psutil.Error):
+                process.send_signal(signal.SIGTERM)
+
+    def wait(self, seconds: float) -> State:
+        """Wait until it has ended, for at most this time; return its state."""
+        end = time.monotonic() + seconds
+        while (state := self.state) in ("waiting", "running") and time.monotonic() < end:
+            time.sleep(0.1)
+        return state
+
+    def _process(self) -> psutil.Process | None:
+        """Return the process that runs it, if it is alive and not a later one of this number."""
+        with suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
+            facts = read_object(self.folder / STARTED, MOST_BYTES)
+            process = psutil.Process(int(facts["pid"]))
+            same = abs(process.create_time() - float(facts["since"])) < 2
+            if same and process.status() != psutil.STATUS_ZOMBIE:
+                return process
+        return None
+
+
+def gralora(*arguments: str) -> tuple[str, ...]:
+    """Return the arguments of Python that run the command ``gralora``."""
+    return ("-m", "gralora_diffusion", *arguments)
+
+
+class Jobs:
+    """All jobs in a folder; those that are ``queued`` run one at a time, in order.
+
+    Args:
+        at_once: queued jobs that may run at the same time.
+    """
+
+    def __init__(self, folder: Path, at_once: int = 1) -> None:
+        self.folder, self.at_once = folder, at_once
+        self._lock = threading.Lock()
+        self._known: dict[Path, Job] = {}
+
+    def add(
+        self,
+        kind: str,
+        title: str,
+        command: Sequence[str],
+        output: Path | None = None,
+        *,
+        queued: bool = False,
+        files: dict[str, str] | None = None,
+    ) -> Job:
+        """Write a job to its folder, and start it now unless it is ``queued``.
+
+        Args:
+            command: arguments of Python; ``{folder}`` in them is the job's folder.
+            files: name -> content of text files that the command reads there.
+        """
+        order = f"{time.time_ns() % 10**9:09d}"  # within a second
+        folder = self.folder / f"{stamp()}-{order}-{kind}-{secrets.token_hex(2)}"
+        folder.mkdir(parents=True)
+        for name, content in (files or {}).items():
+            (folder / name).write_text(content, encoding="utf-8")
+        write(
+            folder / JOB,
+            {
+                "kind": kind,
+                "title": title,
+                "command": [part.replace("{folder}", str(folder)) for part in command],
+                "output": str(output) if output else None,
+                "queued": queued,
+            },
+        )
+        job = self._read(folder)
+        assert job is not None
+        if queued:
+            self.start_waiting()
+        else:
+            _start(job)
+        return job
+
+    def list(self) -> list[Job]:
+        """Return all jobs, the oldest first."""
+        folders = sorted(self.folder.iterdir()) if self.folder.is_dir() else []
+        return [job for folder in folders if (job := self._read(folder)) is not None]
+
+    def find(self, name: str) -> Job | None:
+        """Return the job with this name."""
+        return next((job for job in self.list() if job.name == name), None)
+
+    def start_waiting(self) -> None:
+        """Start waiting jobs of the queue while fewer than ``at_once`` are running."""
+        with self._lock:
+            queue = [(job, job.state) for job in self.list() if job.queued]
+            free = self.at_once - sum(state == "running" for _, state in queue)
+            for job in [job for job, state in queue if state == "waiting"][: max(0, free)]:
+                _start(job)
+
+    def _read(self, folder: Path) -> Job | None:
+        """Return the job in a folder; None while it is being written, or if it is damaged."""
+        if folder not in self._known:
+            try:
+                facts = read_object(folder / JOB, MOST_BYTES)
+                self._known[folder] = Job(
+                    folder,
+                    str(facts["kind"]),
+                    str(facts["title"]),
+                    tuple(map(str, facts["command"])),
+                    Path(facts["output"]) if facts["output"] else None,
+                    bool(facts["queued"]),
+                )
+            except (OSError, ValueError, KeyError, TypeError):
+                return None
+        return self._known[folder]
+
+
+def _start(job: Job) -> None:
+    """Start the process of a job, in a session of its own, and wait until it has begun."""
+    line = [sys.executable, "-m", "gralora_diffusion.studio.engine.job_process", str(job.folder)]
+    # a bar is written to the log every two seconds, and a line at once
+    environment = {**os.environ, "TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
+    with (job.folder / LOG).open("ab") as log:
+        process = subprocess.Popen(
+            line,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env=environment,
+            start_new_session=True,
+        )
+    # reaps it, so that it does not stay as a zombie while the studio lives
+    threading.Thread(target=process.wait, daemon=True).start()
+    end = time.monotonic() + _PATIENCE
+    while not (job.folder / STARTED).exists() and process.poll() is None:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.02)
+    if not (job.folder / STARTED).exists() and process.poll() is not None:
+        write(job.folder / ENDED, {"code": process.returncode or 1})

@@ -1,0 +1,101 @@
+"""The page: its tabs, and what leads from one to another."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+
+from gralora_diffusion.io.errors import ConfigError
+
+from . import tab_benchmark, tab_compare, tab_images, tab_runs, tab_share, tab_train
+from .context import Studio
+from .tab_compare import base_of
+from .tab_train import filled_from
+
+#: Fonts that every machine has: nothing is fetched.
+_FONT = ("system-ui", "sans-serif")
+_MONO = ("ui-monospace", "monospace")
+
+
+def theme() -> gr.themes.Base:
+    """Return a calm, dense theme with the machine's own fonts."""
+    base = gr.themes.Base(
+        primary_hue="indigo",
+        neutral_hue="slate",
+        spacing_size="sm",
+        radius_size="sm",
+        text_size="sm",
+        font=list(_FONT),
+        font_mono=list(_MONO),
+    )
+    return base.set(
+        button_large_text_size="*text_sm",
+        button_large_text_weight="500",
+        button_large_padding="6px 12px",
+    )
+
+
+def build(studio: Studio) -> gr.Blocks:
+    """Return the page."""
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    with gr.Blocks(title="gralora studio", analytics_enabled=False, fill_width=True) as page:
+        with gr.Tabs(elem_id="tabs") as tabs:
+            images = tab_images.build(studio)
+            train = tab_train.build(studio)
+            runs = tab_runs.build(studio)
+            compare = tab_compare.build(studio)
+            tab_share.build(studio)
+            tab_benchmark.build(studio)
+
+        def use_images(folder: str, prompt: str, resolution: str, buckets: bool) -> Any:
+            return (
+                folder,
+                prompt or gr.skip(),
+                resolution.strip() or gr.skip(),
+                buckets,
+                gr.Tabs(selected="train"),
+            )
+
+        data = ("instance_data_dir", "instance_prompt", "resolution", "use_aspect_ratio_buckets")
+        images.use.click(
+            use_images,
+            [images.folder, images.prompt, images.resolution, images.buckets],
+            [*(train.fields[name] for name in data), tabs],
+            **quiet,
+        ).then(**train.checking)
+        train.start.click(train.run, train.inputs, [*train.checked, tabs], **quiet)
+
+        def duplicate(name: str | None) -> Any:
+            run = studio.run(name)
+            try:
+                if run is not None:
+                    return [*filled_from(studio, run), gr.Tabs(selected="train")]
+            except ConfigError as error:
+                gr.Warning(f"The options of this run cannot be read: {error}")
+            return [gr.skip()] * (len(train.inputs) + 1)
+
+        runs.duplicate.click(duplicate, runs.chosen, [*train.inputs, tabs], **quiet).then(
+            **train.checking
+        )
+
+        def generate_with(name: str | None) -> Any:
+            run = studio.run(name)
+            if run is None or run.adapter is None:
+                gr.Warning("The run has no finished adapter yet")
+                return [gr.skip()] * 3
+            path = str(run.folder)
+            chosen = gr.CheckboxGroup(choices=studio.adapters(), value=[path])
+            return chosen, base_of(studio, path), gr.Tabs(selected="compare")
+
+        runs.compare.click(
+            generate_with, runs.chosen, [compare.adapters, compare.base, tabs], **quiet
+        )
+        page.load(**train.checking)
+    # each page's timers ask every two seconds: they must not wait for one another
+    page.queue(default_concurrency_limit=8, api_open=False)
+    return page
+
+
+#: The style is linked, for Gradio would change the selectors of a style that it is given.
+HEAD = '<script src="/studio/page.js"></script><link rel="stylesheet" href="/studio/style.css">'

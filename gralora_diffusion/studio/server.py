@@ -1,0 +1,64 @@
+"""The studio as a web application: Gradio's page and the studio's own addresses, guarded."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import threading
+
+import gradio as gr
+from fastapi import FastAPI
+
+from . import page
+from .context import Studio
+from .engine.jobs import Jobs
+from .files import routes
+from .guard import MOST_UPLOAD, Guard
+
+logger = logging.getLogger(__name__)
+#: Seconds between looks at the queue.
+_LOOK = 1.0
+
+
+def application(studio: Studio, token: str, *, listens: bool = False) -> Guard:
+    """Return the application: every request passes the guard first.
+
+    Args:
+        token: what a browser must show; with ``listens``, the password.
+        listens: other machines may ask, too.
+    """
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(routes(studio.opened))
+    app = gr.mount_gradio_app(
+        app,
+        page.build(studio),
+        path="/",
+        allowed_paths=[],
+        max_file_size=MOST_UPLOAD,
+        ssr_mode=False,
+        show_error=False,
+        enable_monitoring=False,
+        mcp_server=False,
+        run_history=False,
+        pwa=False,
+        footer_links=[],
+        theme=page.theme(),
+        head=page.HEAD,
+    )
+    hosts = frozenset({socket.gethostname().lower()}) if listens else frozenset()
+    return Guard(app, token, listens, hosts)
+
+
+def start_queue(jobs: Jobs) -> threading.Event:
+    """Start what waits in the queue, in a thread, until the returned event is set."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(_LOOK):
+            try:
+                jobs.start_waiting()
+            except Exception:  # the disk may be full for a while; the queue goes on afterwards
+                logger.exception("the queue could not be read")
+
+    threading.Thread(target=watch, name="queue", daemon=True).start()
+    return stop

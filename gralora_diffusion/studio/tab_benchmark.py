@@ -1,0 +1,82 @@
+"""The tab for the benchmark: start the tiny suite, follow it, read the report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.io.templates import for_html
+
+from .context import INTERVAL, Studio, log_of, shown
+from .engine.jobs import Job, gralora
+from .engine.workspace import free_path
+
+_REPORT = "report/index.html"
+
+
+def build(studio: Studio) -> None:
+    """Lay out the tab inside the current tabs."""
+    with gr.Tab("Benchmark", id="benchmark") as tab:
+        gr.HTML(
+            "<p>The tiny suite trains LoRA and GraLoRA on the bundled subjects and compares them,"
+            " without a download. It takes many minutes on a CPU.</p>",
+            js_on_load=None,
+        )
+        with gr.Row():
+            start = gr.Button("Start the tiny suite", variant="primary", min_width=160)
+            stop = gr.Button("Stop", min_width=80)
+            resume = gr.Button("Resume", min_width=80)
+        state = gr.HTML(elem_id="benchmark-state", js_on_load=None)
+        timer = gr.Timer(INTERVAL)
+        seen = gr.State("")
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def latest() -> Job | None:
+        return next((j for j in reversed(studio.jobs.list()) if j.kind == "benchmark"), None)
+
+    def refresh(before: str) -> Any:
+        now = shown(_state(studio, latest()))
+        return (gr.skip(), gr.skip()) if now == before else (now, now)
+
+    def add(folder: Any) -> None:
+        line = gralora("benchmark", "--suite=tiny", f"--output_dir={folder}")
+        studio.jobs.add("benchmark", folder.name, line, folder, queued=True)
+
+    def begin() -> None:
+        job = latest()
+        if job is not None and job.state in ("waiting", "running"):
+            gr.Warning("A benchmark is waiting or running already")
+        else:
+            add(free_path(studio.workspace.benchmarks, "tiny"))
+
+    def go_on() -> None:
+        job = latest()
+        if job is None or job.state in ("waiting", "running", "done"):
+            gr.Warning("There is no stopped benchmark to resume")
+        else:
+            add(job.output)
+
+    def end() -> None:
+        if (job := latest()) is not None:
+            job.stop()
+
+    refreshing = {"fn": refresh, "inputs": seen, "outputs": [state, seen], **quiet}
+    gr.on([timer.tick, tab.select], **refreshing)
+    for button, action in ((start, begin), (stop, end), (resume, go_on)):
+        button.click(action, **quiet).then(**refreshing)
+
+
+def _state(studio: Studio, job: Job | None) -> Markup:
+    if job is None or job.output is None:
+        return Markup("")
+    state = job.state
+    head = Markup('<p><span class="state {}">{}</span> {}</p>').format(
+        state, state, for_html(job.output)
+    )
+    report = job.output / _REPORT
+    if report.is_file():
+        link = Markup('<p><a href="{}" target="_blank">Read the report</a></p>')
+        head += link.format(studio.address(report, "file"))
+    return head + log_of(job, 12)

@@ -1,0 +1,217 @@
+"""The tab that generates with adapters: prompts by adapters by strengths, from the same noise."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.io.templates import for_html
+
+from .context import INTERVAL, Studio, log_of, messages, shown
+from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
+from .engine.jobs import Job
+from .engine.workspace import free_path, stamp
+
+_MODULE = ("-m", "gralora_diffusion.studio.engine.comparing")
+
+
+@dataclass
+class CompareTab:
+    """Components that other tabs fill."""
+
+    tab: gr.Tab
+    adapters: gr.CheckboxGroup
+    base: gr.Textbox
+
+
+def build(studio: Studio) -> CompareTab:
+    """Lay out the tab inside the current tabs."""
+    with gr.Tab("Compare", id="compare") as tab:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                adapters = gr.CheckboxGroup([], label="Adapters", elem_id="compare-adapters")
+                base = gr.Textbox(
+                    label="Base", info="Filled in from the adapter's run", elem_id="compare-base"
+                )
+                with_base = gr.Checkbox(True, label="Also the base alone")
+            with gr.Column(scale=3, min_width=320):
+                prompts = gr.Textbox(
+                    label="Prompts", info="One on each line", lines=3, elem_id="compare-prompts"
+                )
+                with gr.Row():
+                    scales = gr.Textbox("1", label="Strengths", info="Such as 0.5 1")
+                    seeds = gr.Textbox("0", label="Seeds", info="Such as 0 1 2")
+                    steps = gr.Textbox("30", label="Steps", elem_id="compare-steps")
+                with gr.Row():
+                    guidance = gr.Textbox("", label="Guidance scale", placeholder="the pipeline's")
+                    size = gr.Textbox("", label="Size", placeholder="the pipeline's")
+                    negative = gr.Textbox("", label="Negative prompt")
+        with gr.Row():
+            generate = gr.Button(
+                "Generate", variant="primary", elem_id="compare-generate", min_width=120
+            )
+            earlier = gr.Dropdown([], label="Comparisons", elem_id="compare-earlier")
+        problems = gr.HTML(js_on_load=None)
+        result = gr.HTML(elem_id="compare-result", js_on_load=None)
+        timer = gr.Timer(INTERVAL)
+        seen = gr.State({})
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def refresh(chosen: list[str], shown_one: str, before: dict[str, Any]) -> Any:
+        jobs = [job for job in reversed(studio.jobs.list()) if job.kind == "compare"]
+        names = [(f"{job.title} · {job.state}", job.name) for job in jobs]
+        known = {job.name: job for job in jobs}
+        if shown_one not in known:
+            shown_one = jobs[0].name if jobs else ""
+        job = known.get(shown_one)
+        choices = studio.adapters()
+        now = {
+            "adapters": choices,
+            "earlier": (names, shown_one),
+            "result": shown(_result(studio, job)) if job else "",
+        }
+        left = [path for path in chosen or [] if path in {p for _, p in choices}]
+        changes = [
+            gr.skip()
+            if before.get("adapters") == choices
+            else gr.CheckboxGroup(choices=choices, value=left),
+            gr.skip()
+            if before.get("earlier") == now["earlier"]
+            else gr.Dropdown(choices=names, value=shown_one or None),
+            gr.skip() if before.get("result") == now["result"] else now["result"],
+        ]
+        return [*changes, now]
+
+    refreshing = {
+        "fn": refresh,
+        "inputs": [adapters, earlier, seen],
+        "outputs": [adapters, earlier, result, seen],
+        **quiet,
+    }
+
+    def start(*values: Any) -> Any:
+        comparison, found = _read(*values)
+        found = [*found, *(comparison.problems() if comparison else [])]
+        if found or comparison is None:
+            return shown(messages(found)), gr.skip()
+        folder = free_path(studio.workspace.comparisons, stamp())
+        folder.mkdir(parents=True)
+        (folder / SPEC_NAME).write_text(comparison.to_json(), encoding="utf-8")
+        line = (*_MODULE, str(folder / SPEC_NAME))
+        title = f"{folder.name}: {comparison.prompts[0][:40]}"
+        job = studio.jobs.add("compare", title, line, folder, queued=True)
+        return "", gr.Dropdown(choices=[(title, job.name)], value=job.name)
+
+    def fill_base(chosen: list[str], present: str) -> Any:
+        return base_of(studio, chosen[-1]) if chosen and not present.strip() else gr.skip()
+
+    gr.on([timer.tick, earlier.input, tab.select], **refreshing)
+    adapters.input(fill_base, [adapters, base], base, **quiet)
+    inputs = [adapters, base, with_base, prompts, scales, seeds, steps, guidance, size, negative]
+    generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
+    return CompareTab(tab, adapters, base)
+
+
+def base_of(studio: Studio, adapter: str) -> str:
+    """Return the base that an adapter's run was started with; "" if it does not say so."""
+    run = next((run for run in studio.runs() if str(run.folder) == adapter), None)
+    return str(run.options.get("pretrained_model_name_or_path", "")) if run else ""
+
+
+def _read(
+    adapters: list[str],
+    base: str,
+    with_base: bool,
+    prompts: str,
+    scales: str,
+    seeds: str,
+    steps: str,
+    guidance: str,
+    size: str,
+    negative: str,
+) -> tuple[Comparison | None, list[str]]:
+    """Return the comparison in the fields, or the texts that are no numbers."""
+    problems: list[str] = []
+
+    def numbers(label: str, text: str, kind: type, word: str) -> list[Any]:
+        found = []
+        for part in re.split(r"[\s,;]+", text.strip()):
+            try:
+                found += [kind(part)] if part else []
+            except ValueError:
+                problems.append(f"{label} is {part!r}; it must be {word}")
+        return found
+
+    def one(label: str, text: str, kind: type, word: str) -> Any:
+        found = numbers(label, text, kind, word)
+        return found[0] if found else None
+
+    whole, number = "a whole number", "a number"
+    comparison = Comparison(
+        base=base.strip(),
+        prompts=[line.strip() for line in prompts.split("\n") if line.strip()],
+        adapters=list(adapters or []),
+        scales=numbers("a strength", scales, float, number),
+        with_base=bool(with_base),
+        seeds=numbers("a seed", seeds, int, whole),
+        negative_prompt=negative.strip() or None,
+        steps=one("the number of steps", steps, int, whole) or 30,
+        guidance_scale=one("the guidance scale", guidance, float, number),
+        size=one("the size", size, int, whole),
+    )
+    return (None if problems else comparison), problems
+
+
+def _result(studio: Studio, job: Job) -> Markup:
+    """Return the cells that there are so far, as a table with labels."""
+    folder = job.output
+    assert folder is not None
+    try:
+        comparison = read(folder / SPEC_NAME)
+    except (OSError, ValueError) as error:
+        return messages([f"{folder} cannot be read: {error}"])
+    state = job.state
+    head = Markup('<p><span class="state {}">{}</span> {}</p>').format(
+        state, state, for_html(folder)
+    )
+    if state not in ("done",):
+        head += log_of(job, 6)
+    grid = folder / GRID_NAME
+    if grid.is_file():
+        link = Markup('<p><a href="{}" target="_blank">the grid as one image</a></p>')
+        head += link.format(studio.address(grid))
+    titles = Markup("").join(
+        Markup("<th>{}<small>seed {}</small></th>").format(for_html(prompt), seed)
+        for prompt, seed in comparison.columns
+    )
+    rows = Markup("").join(
+        Markup("<tr><th>{}</th>{}</tr>").format(
+            for_html(" ".join(label.split())),
+            Markup("").join(
+                _cell(studio, folder / cell_name(row, column), f"{label}, {prompt}, seed {seed}")
+                for column, (prompt, seed) in enumerate(comparison.columns)
+            ),
+        )
+        for row, (label, _, _) in enumerate(comparison.rows)
+    )
+    table = Markup('<div class="wide"><table class="grid"><tr><th></th>{}</tr>{}</table></div>')
+    return head + table.format(titles, rows)
+
+
+def _cell(studio: Studio, path: Path, label: str) -> Markup:
+    if not path.is_file():
+        return Markup('<td><span class="pending"></span></td>')
+    settings = settings_of(path)
+    named = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    cell = '<td><a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}" title="{}"></a>'
+    return Markup(cell + "</td>").format(
+        studio.address(path),
+        studio.address(path),
+        for_html(" ".join(label.split())),
+        for_html(named),
+    )

@@ -1,0 +1,215 @@
+"""The tab for images: a folder, its captions, and how a run will crop it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.io.templates import for_html
+
+from .context import Studio, messages, shown
+from .engine.images import (
+    CaptionedImage,
+    CheckedFolder,
+    Crop,
+    add_images,
+    check_folder,
+    list_images,
+)
+from .engine.workspace import file_name
+
+#: Folders with more images are only decoded when the button is clicked.
+_CHECK_AT_ONCE = 60
+#: The resolution of crops that are shown if none is given.
+_ASSUMED = 512
+#: Multiples that any base's sizes are of; a run uses its own base's.
+_DIVISOR = 8
+
+
+@dataclass
+class ImagesTab:
+    """Components that other tabs read or trigger."""
+
+    tab: gr.Tab
+    use: gr.Button
+    folder: gr.Textbox
+    prompt: gr.Textbox
+    resolution: gr.Textbox
+    buckets: gr.Checkbox
+
+
+def build(studio: Studio) -> ImagesTab:
+    """Lay out the tab inside the current tabs."""
+    with gr.Tab("Images", id="images") as tab:
+        with gr.Row():
+            with gr.Column(scale=2, min_width=320):
+                folder = gr.Textbox(
+                    label="Folder of images",
+                    info="A path on this machine. Captions are in text files beside the images",
+                    elem_id="images-folder",
+                )
+                with gr.Row():
+                    opened = gr.Button("Open", elem_id="images-open", min_width=80)
+                    upload = gr.UploadButton(
+                        "Upload images",
+                        file_count="multiple",
+                        elem_id="images-upload",
+                        min_width=120,
+                    )
+                name = gr.Textbox(label="Name of an uploaded set", value="my-images", max_lines=1)
+            with gr.Column(scale=2, min_width=320):
+                with gr.Row():
+                    resolution = gr.Textbox(
+                        label="Resolution", placeholder="the base's", max_lines=1
+                    )
+                    buckets = gr.Checkbox(label="Aspect-ratio buckets", container=True)
+                trigger = gr.Textbox(
+                    label="Trigger word", info="Shows which captions contain it", max_lines=1
+                )
+                prompt = gr.Textbox(
+                    label="Prompt for images without a caption",
+                    placeholder="a photo of sks dog",
+                    max_lines=1,
+                )
+        with gr.Row():
+            check = gr.Button("Check as a run does", elem_id="images-check", min_width=160)
+            use = gr.Button(
+                "Train on these images", variant="primary", elem_id="images-use", min_width=160
+            )
+        summary = gr.HTML(elem_id="images-summary")
+        cards = gr.HTML(
+            shown(
+                Markup('<p class="empty">Open a folder of images, or upload some: five to ten of')
+                + Markup(" one subject are enough to begin with.</p>")
+            ),
+            elem_id="images-cards",
+        )
+
+    def show(
+        path: str, word: str, text: str, size: str, use_buckets: bool, *, force: bool = False
+    ) -> Any:
+        target = Path(path.strip()).expanduser()
+        if not path.strip():
+            return shown(messages(["the folder is missing. Give a path, or upload images"])), ""
+        try:
+            found, problems = list_images(target)
+            studio.opened.open_folder(target)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            return shown(messages([f"{target} cannot be read as a folder: {reason}"])), ""
+        checked, pixels = None, _ASSUMED
+        if size.strip():
+            if size.strip().isdecimal() and int(size) > 0 and int(size) % _DIVISOR == 0:
+                pixels = int(size)
+            else:
+                problems.append(
+                    f"the resolution is {size!r}; it must be a positive multiple of {_DIVISOR}"
+                )
+        if found and (force or len(found) <= _CHECK_AT_ONCE):
+            checked = check_folder(target, text.strip() or None, pixels, use_buckets, _DIVISOR)
+            problems = [*problems, *(p for p in checked.problems if p not in problems)]
+        head = _summary(found, problems, checked, word.strip(), bool(size.strip()))
+        return shown(head), shown(_cards(studio, found, checked, word.strip()))
+
+    def add(files: list[str], set_name: str) -> Any:
+        target = studio.workspace.images / file_name(set_name, "my-images")
+        count, problems = add_images(target, map(Path, files or []))
+        for problem in problems:
+            gr.Warning(str(for_html(problem)))
+        if count:
+            gr.Info(f"{count} image{'s' * (count > 1)} added")
+        return str(target)
+
+    inputs = [folder, trigger, prompt, resolution, buckets]
+    outputs = [summary, cards]
+    gr.on(
+        [opened.click, *(c.submit for c in (folder, trigger, prompt, resolution))],
+        show,
+        inputs,
+        outputs,
+        api_visibility="private",
+    )
+    buckets.input(show, inputs, outputs, api_visibility="private")
+    check.click(lambda *given: show(*given, force=True), inputs, outputs, api_visibility="private")
+    upload.upload(add, [upload, name], folder, api_visibility="private").then(
+        show, inputs, outputs, api_visibility="private"
+    )
+    return ImagesTab(tab, use, folder, prompt, resolution, buckets)
+
+
+def _summary(
+    found: list[CaptionedImage],
+    problems: list[str],
+    checked: CheckedFolder | None,
+    word: str,
+    is_given: bool,
+) -> Markup:
+    """Return what is known of the folder; the resolution is assumed unless it ``is_given``."""
+    captioned = sum(bool(image.caption) for image in found)
+    facts = [f"{len(found)} images, {captioned} with a caption of their own"]
+    if word:
+        having = sum(word.lower() in image.caption.lower() for image in found)
+        facts.append(f"{word!r} is in {having} captions")
+    if checked is not None and checked.crops:
+        sizes = [f"{count} at {w}x{h}" for (h, w), count in checked.buckets]
+        assumed = "" if is_given else f" (if the base's resolution is {_ASSUMED})"
+        facts.append("trained at: " + ", ".join(sizes) + assumed)
+        enlarged = sum(crop.enlarged for crop in checked.crops.values())
+        if enlarged:
+            facts.append(f"{enlarged} enlarged, for they are smaller")
+    elif found and not problems:
+        facts.append("not decoded yet: click “Check as a run does”")
+    line = Markup('<p class="facts">{}</p>').format(for_html(" · ".join(facts)))
+    notes = checked.warnings if checked else []
+    return line + messages(problems) + messages(notes, "note")
+
+
+def _cards(
+    studio: Studio, found: list[CaptionedImage], checked: CheckedFolder | None, word: str
+) -> Markup:
+    crops = checked.crops if checked else {}
+    cards = [_card(studio, image, crops.get(image.path), word) for image in found]
+    return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
+
+
+def _card(studio: Studio, image: CaptionedImage, crop: Crop | None, word: str) -> Markup:
+    name = image.path.name
+    try:
+        address = studio.address(image.path, "thumbnail")
+        known = studio.opened.add(image.path)
+    except (OSError, PermissionError) as error:
+        return Markup('<div class="card"><p>{}</p></div>').format(for_html(f"{name}: {error}"))
+    frame, note = Markup(""), Markup("")
+    if crop is not None:
+        left, top, right, bottom = (100 * value for value in crop.box)
+        frame = Markup('<i class="crop" style="{}"></i>').format(
+            f"left:{left:.2f}%;top:{top:.2f}%;width:{right - left:.2f}%;height:{bottom - top:.2f}%"
+        )
+        height, width = crop.bucket
+        text = f"{width}x{height}"
+        if crop.shown < 0.995:
+            text += f", {crop.shown:.0%} shown"
+        if crop.enlarged:
+            text += ", enlarged"
+        note = Markup("<small>{}</small>").format(text)
+    missing = " without" if word and word.lower() not in image.caption.lower() else ""
+    given = {"name": for_html(name), "id": known, "address": address, "text": image.caption}
+    if image.is_editable:
+        caption = Markup(
+            '<textarea rows="3" data-caption="{id}" aria-label="Caption of {name}">{text}'
+            "</textarea>"
+        ).format_map(given)
+    else:
+        caption = Markup("<p>{text} <small>(in {source})</small></p>").format_map(
+            {**given, "source": for_html(image.source)}
+        )
+    picture = Markup(
+        '<div class="frame"><span><img src="{address}" loading="lazy" alt="{name}">'
+    ).format_map(given)
+    picture += frame + Markup("</span></div>")
+    line = Markup("<figcaption>{} {}<output></output></figcaption>").format(for_html(name), note)
+    return Markup('<figure class="card{}">{}{}{}</figure>').format(missing, picture, line, caption)

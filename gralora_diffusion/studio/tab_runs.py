@@ -1,0 +1,224 @@
+"""The tab for runs: the queue, live curves, validation images, and what can be done with a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.io.durations import duration
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.templates import for_html
+
+from . import curves
+from .context import INTERVAL, Studio, log_of, shown
+from .engine.runs import Run, differing_options
+
+#: (name in the metrics, title) of the plots; the loss is also smoothed.
+_PLOTS = (
+    ("loss", "loss"),
+    ("lr", "learning rate"),
+    ("grad_norm", "gradient norm"),
+    ("samples_per_second", "samples per second"),
+    ("peak_memory_gib", "peak memory, GiB"),
+)
+#: Options whose values differ between any two runs, and say nothing.
+_PLACES = ("output_dir",)
+
+
+@dataclass
+class RunsTab:
+    """Components that other tabs read or trigger."""
+
+    tab: gr.Tab
+    chosen: gr.Radio
+    duplicate: gr.Button
+    compare: gr.Button
+
+
+def build(studio: Studio) -> RunsTab:
+    """Lay out the tab inside the current tabs."""
+    with gr.Tab("Runs", id="runs") as tab, gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            chosen = gr.Radio([], label="Runs", elem_id="runs-list", elem_classes="vertical")
+            other = gr.Dropdown([], label="Show beside it", elem_id="runs-other")
+        with gr.Column(scale=3, min_width=340):
+            state = gr.HTML(elem_id="runs-state", js_on_load=None)
+            with gr.Row():
+                save = gr.Button("Save now", elem_id="runs-save", min_width=80)
+                sample = gr.Button("Sample now", elem_id="runs-sample", min_width=80)
+                stop = gr.Button("Stop", elem_id="runs-stop", min_width=80)
+                resume = gr.Button("Resume", elem_id="runs-resume", min_width=80)
+                duplicate = gr.Button("Duplicate with changes", min_width=120)
+                compare = gr.Button("Generate with it", elem_id="runs-compare", min_width=120)
+            plots = gr.HTML(elem_id="runs-plots", js_on_load=None)
+            strip = gr.HTML(elem_id="runs-strip", js_on_load=None)
+            log = gr.HTML(elem_id="runs-log", js_on_load=None)
+            timer = gr.Timer(INTERVAL)
+            seen = gr.State({})
+    parts = [chosen, other, state, plots, strip, log]
+
+    def refresh(name: str | None, beside: str | None, before: dict[str, Any]) -> Any:
+        """Return what has changed since ``before``: the page is not redrawn for nothing."""
+        runs = studio.runs()
+        labels = [(_label(run), run.name) for run in runs]
+        name = name if name in {run.name for run in runs} else (runs[0].name if runs else None)
+        run = next((run for run in runs if run.name == name), None)
+        others = [("", ""), *((r.name, r.name) for r in runs if r.name != name)]
+        beside = beside if beside in dict(others) else ""
+        second = next((r for r in runs if beside and r.name == beside), None)
+        both = [r for r in (run, second) if r is not None]
+        now = {
+            "list": (labels, name),
+            "others": (others, beside),
+            "state": shown(_state(run, runs)),
+            "plots": shown(_plots(both)),
+            "strip": shown(_strips(studio, both)),
+            "log": shown(log_of(run.job, 15) if run and run.job else Markup("")),
+        }
+        made = {
+            "list": lambda: gr.Radio(choices=labels, value=name),
+            "others": lambda: gr.Dropdown(choices=others, value=beside),
+        }
+        changes = [
+            gr.skip() if before.get(part) == value else made.get(part, lambda value=value: value)()
+            for part, value in now.items()
+        ]
+        return [*changes, now]
+
+    inputs, outputs = [chosen, other, seen], [*parts, seen]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    refreshing = {"fn": refresh, "inputs": inputs, "outputs": outputs, **quiet}
+    gr.on([timer.tick, chosen.input, other.input, tab.select], **refreshing)
+
+    def ask(what: str, name: str | None) -> None:
+        try:
+            if (run := studio.run(name)) is not None:
+                run.ask(what)
+        except ConfigError as error:
+            gr.Warning(str(for_html(error.problems[0])))
+
+    def resume_run(name: str | None) -> None:
+        run = studio.run(name)
+        if run is None or run.state in ("waiting", "running"):
+            gr.Warning("The run is waiting or running already")
+        elif not run.checkpoints:
+            gr.Warning("The run has no checkpoint to resume from. Duplicate it to start again")
+        else:
+            line = run.resume_command()
+            studio.jobs.add("train", run.folder.name, line, run.folder, queued=True)
+
+    for button, what in ((save, "save"), (sample, "sample"), (stop, "stop")):
+        button.click(partial(ask, what), chosen, **quiet).then(**refreshing)
+    resume.click(resume_run, chosen, **quiet).then(**refreshing)
+    return RunsTab(tab, chosen, duplicate, compare)
+
+
+def _label(run: Run) -> str:
+    parts = [run.name, run.state]
+    if rows := run.rows:
+        of = f" of {run.steps}" if run.steps else ""
+        parts.append(f"step {rows[-1]['step']}{of}")
+    return " · ".join(parts)
+
+
+def _state(run: Run | None, runs: Sequence[Run]) -> Markup:
+    if run is None:
+        return Markup(
+            '<p class="empty">There is no run yet. Choose images, then fill in Train. Runs that a'
+            " terminal starts in this folder appear here, too.</p>"
+        )
+    rows, state = run.rows, run.state
+    share = min(1.0, rows[-1]["step"] / run.steps) if rows and run.steps else None
+    bar = Markup("")
+    if share is not None:
+        bar = Markup('<progress max="1" value="{}" aria-label="steps"></progress>').format(
+            f"{share:.3f}"
+        )
+    facts = [str(run.folder)]
+    if state == "waiting":
+        ahead = sum(r.state == "running" for r in runs)
+        facts.append("starts when the run before it ends" if ahead else "starts in a moment")
+    if state == "running" and not rows:
+        facts.append("loading the base and encoding the images")
+    status = run.status if state == "running" else None
+    if status is not None:
+        if status.seconds_left is not None:
+            facts.append(f"{duration(status.seconds_left)} left")
+        facts += [f"{what} is requested" for what in status.pending]
+        facts += [f"{a['text']} (step {a['step']})" for a in status.answers.values()]
+    if checkpoints := run.checkpoints:
+        facts.append(f"checkpoints: {', '.join(map(str, checkpoints))}")
+    return Markup('<h3>{} <span class="state {}">{}</span></h3>{}<p class="facts">{}</p>').format(
+        for_html(run.name), state, state, bar, for_html(" · ".join(facts))
+    )
+
+
+def _plots(runs: Sequence[Run]) -> Markup:
+    made = []
+    for name, title in _PLOTS:
+        raw = [
+            curves.Curve(run.name, curves.numbers_of(run.rows, name), number)
+            for number, run in enumerate(runs)
+        ]
+        raw = [curve for curve in raw if curve.points]
+        if name == "loss":
+            smooth = [curves.Curve(c.label, curves.smoothed(c.points), c.number) for c in raw]
+            made.append(curves.plot("loss, mean over a twentieth", smooth, raw))
+        else:
+            made.append(curves.plot(title, raw))
+    body = Markup('<div class="plots">{}</div>').format(Markup("").join(made))
+    if len(runs) < 2:
+        return body
+    return curves.legend([run.name for run in runs]) + body + _differences(runs)
+
+
+def _differences(runs: Sequence[Run]) -> Markup:
+    found: Mapping[str, list[Any]] = differing_options(runs)
+    rows = Markup("").join(
+        Markup("<tr><th>{}</th>{}</tr>").format(
+            for_html(name),
+            Markup("").join(
+                Markup("<td>{}</td>").format("default" if v is None else for_html(v))
+                for v in values
+            ),
+        )
+        for name, values in found.items()
+        if name not in _PLACES
+    )
+    if not rows:
+        return Markup('<p class="facts">The options of both runs are the same.</p>')
+    heads = Markup("").join(Markup("<th>{}</th>").format(for_html(run.name)) for run in runs)
+    return Markup('<table class="options"><tr><th>option</th>{}</tr>{}</table>').format(heads, rows)
+
+
+def _strips(studio: Studio, runs: Sequence[Run]) -> Markup:
+    """Return the validation images over time, a row for each run."""
+    made = []
+    for run in runs:
+        steps = []
+        for step, images in run.validations:
+            pictures = Markup("").join(
+                Markup(
+                    '<a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}"></a>'
+                ).format(
+                    studio.address(image),
+                    studio.address(image, "thumbnail"),
+                    f"step {step}, image {image.stem}",
+                )
+                for image in images
+            )
+            steps.append(
+                Markup("<figure><div>{}</div><figcaption>step {}</figcaption></figure>").format(
+                    pictures, step
+                )
+            )
+        if steps:
+            name = Markup("<h4>{}</h4>").format(for_html(run.name)) if len(runs) > 1 else ""
+            row = Markup('{}<div class="strip" tabindex="0">{}</div>')
+            made.append(row.format(name, Markup("").join(steps)))
+    return Markup("").join(made)

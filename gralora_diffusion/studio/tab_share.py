@@ -1,0 +1,158 @@
+"""The tab to share an adapter: exports, what a file is, and what an upload would send."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.export.choices import DTYPE_CHOICES, READERS
+from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.templates import for_html
+from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
+
+from .context import INTERVAL, Studio, follow, log_of, messages, shown
+from .engine.jobs import gralora
+from .engine.workspace import file_name, free_path
+from .tab_compare import base_of
+
+#: Bytes of a model card, at most.
+_MOST_CARD = 1 << 20
+
+
+@dataclass
+class ShareTab:
+    """The tab."""
+
+    tab: gr.Tab
+
+
+def build(studio: Studio) -> ShareTab:
+    """Lay out the tab inside the current tabs."""
+    with gr.Tab("Share", id="share") as tab:
+        with gr.Row():
+            with gr.Column(scale=1, min_width=330):
+                gr.HTML("<h3>Export</h3>", js_on_load=None)
+                adapter = gr.Dropdown([], label="Adapter", elem_id="share-adapter")
+                form = gr.Radio(
+                    [
+                        ("LoRA, the same update exactly", "lora"),
+                        ("checkpoint: base and adapter as one file", "checkpoint"),
+                        ("diffusers folder: base and adapter", "diffusers"),
+                        ("dense update, for ComfyUI", "diff"),
+                    ],
+                    value="lora",
+                    label="Format",
+                    elem_id="share-format",
+                    elem_classes="vertical",
+                )
+                style = gr.Dropdown(
+                    [(f"{style}: {readers}", style) for style, readers in READERS.items()],
+                    value="comfyui",
+                    label="For",
+                    elem_id="share-style",
+                )
+                base = gr.Textbox(label="Base", info="Needed for a checkpoint, a folder, a check")
+                dtype = gr.Dropdown(list(DTYPE_CHOICES), value="keep", label="Precision")
+                verify = gr.Checkbox(
+                    label="Check it",
+                    info="Generate with the attached adapter and with the export, and compare",
+                )
+                export = gr.Button("Export", variant="primary", elem_id="share-export")
+                exported = gr.HTML(elem_id="share-exported", js_on_load=None)
+            with gr.Column(scale=1, min_width=330):
+                gr.HTML("<h3>What is this file?</h3>", js_on_load=None)
+                dropped = gr.File(
+                    label="Drop a .safetensors file", height=130, elem_id="share-dropped"
+                )
+                path = gr.Textbox(
+                    label="Or the path of a file or folder, or a Hub id", elem_id="share-path"
+                )
+                inspect = gr.Button("Inspect", elem_id="share-inspect")
+                facts = gr.HTML(elem_id="share-facts", js_on_load=None)
+        gr.HTML("<h3>Model card and upload</h3>", js_on_load=None)
+        card = gr.HTML(elem_id="share-card", js_on_load=None)
+        timer = gr.Timer(INTERVAL)
+        seen = gr.State([])
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+
+    def refresh(chosen: str | None, before: list[tuple[str, str]]) -> Any:
+        choices = studio.adapters()
+        if choices == before:
+            return gr.skip(), gr.skip()
+        paths = [p for _, p in choices]
+        value = chosen if chosen in paths else (paths[0] if paths else None)
+        return gr.Dropdown(choices=choices, value=value), choices
+
+    def choose(chosen: str | None) -> Any:
+        if not chosen:
+            return "", ""
+        return base_of(studio, chosen), shown(_card(Path(chosen)))
+
+    def run_export(
+        chosen: str | None, kind: str, names: str, source: str, precision: str, checked: bool
+    ) -> Any:
+        if not chosen:
+            yield shown(messages(["there is no adapter yet. Train one, or wait until it is done"]))
+            return
+        suffix = "" if kind == "diffusers" else ".safetensors"
+        stem = file_name(f"{Path(chosen).name}-{names if kind == 'lora' else kind}", "export")
+        output = free_path(studio.workspace.exports, stem + suffix)
+        line = ["export", f"--adapter={chosen}", f"--format={kind}", f"--output={output}"]
+        line += [f"--style={names}"] if kind == "lora" else []
+        line += [f"--base={source.strip()}"] if source.strip() else []
+        line += [f"--dtype={precision}", *(["--verify"] if checked else [])]
+        job = studio.jobs.add("export", output.name, gralora(*line), output)
+        for state in follow(job, f"writing {output.name} ..."):
+            yield shown(state)
+        result = log_of(job)
+        if job.state == "done":
+            done = Markup('<p class="state finished">{}</p>').format(for_html(output))
+            if output.is_file():
+                link = Markup('<p><a href="{}">Download {}</a></p>')
+                done += link.format(studio.address(output, "file"), for_html(output.name))
+            result = done + result
+        else:
+            result = Markup('<p class="state failed">not exported</p>') + result
+        yield shown(result)
+
+    def run_inspect(file: str | None, text: str) -> Any:
+        target = text.strip() or file
+        if not target:
+            yield shown(messages(["drop a file, or give the path of one"]))
+            return
+        job = studio.jobs.add("inspect", "inspect", gralora("inspect", "--", target))
+        for state in follow(job, "reading it ..."):
+            yield shown(state)
+        yield shown(log_of(job, 200))
+
+    gr.on([timer.tick, tab.select], refresh, [adapter, seen], [adapter, seen], **quiet)
+    gr.on([adapter.change], choose, adapter, [base, card], **quiet)
+    export.click(run_export, [adapter, form, style, base, dtype, verify], exported, **quiet)
+    gr.on(
+        [inspect.click, path.submit, dropped.upload], run_inspect, [dropped, path], facts, **quiet
+    )
+    return ShareTab(tab)
+
+
+def _card(folder: Path) -> Markup:
+    """Return the files that an upload would send, and the model card's text."""
+    names = to_be_shown(folder)
+    sizes = [(name, (folder / name).stat().st_size) for name in names]
+    total = sum(size for _, size in sizes)
+    items = Markup("").join(
+        Markup("<li>{} <small>{:,} bytes</small></li>").format(for_html(name), size)
+        for name, size in sizes
+    )
+    head = Markup("<p>An upload with --push_to_hub sends these {} files, {:.1f} MB:</p>")
+    files = head.format(len(sizes), total / 1e6) + Markup("<ul>{}</ul>").format(items)
+    try:
+        text = read_regular(folder / CARD_NAME, _MOST_CARD).decode("utf-8", "replace")
+    except OSError:
+        return files
+    summary = Markup("<summary>The text of {}</summary>").format(CARD_NAME)
+    body = Markup('<pre class="log">{}</pre>').format(for_html(text))
+    return files + Markup("<details open>{}{}</details>").format(summary, body)

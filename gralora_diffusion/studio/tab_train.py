@@ -1,0 +1,197 @@
+"""The tab for a new run: a form of all options, the plan, and what it would write."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from markupsafe import Markup
+
+from gralora_diffusion.io.bundled import config_names
+from gralora_diffusion.io.templates import for_html
+
+from .context import Studio, follow, log_of, messages, shown
+from .engine.form import BASIC, Checked, Field, all_fields, check, described, from_file, groups
+from .engine.jobs import gralora
+from .engine.runs import Run
+from .engine.workspace import free_path
+
+CONFIG = "config.yaml"
+#: What is the user's own: a preset leaves these options as they are once they are filled in.
+_OWN = ("instance_data_dir", "instance_prompt", "output_dir", "validation_prompt")
+
+
+@dataclass
+class TrainTab:
+    """Components that other tabs read or fill.
+
+    Attributes:
+        fields: option -> its component.
+        inputs: the same in the form's order.
+        checked: the components that a check changes.
+        checking: arguments of an event that checks the form.
+        start: starts ``run``, which returns ``checked`` and the tabs.
+    """
+
+    tab: gr.Tab
+    fields: dict[str, Any]
+    inputs: list[Any]
+    checked: list[Any]
+    checking: dict[str, Any]
+    start: gr.Button
+    run: Callable[..., Any]
+
+
+def build(studio: Studio) -> TrainTab:
+    """Lay out the tab inside the current tabs."""
+    first_output = str(studio.workspace.runs / "my-adapter")
+    with gr.Tab("Train", id="train") as tab, gr.Row():
+        with gr.Column(scale=3, min_width=340):
+            with gr.Row():
+                preset = gr.Dropdown(
+                    [("", ""), *((_title(name), name) for name in _presets())],
+                    value="",
+                    label="Preset",
+                    info="A bundled file of options, by family of the base",
+                    elem_id="train-preset",
+                )
+                extent = gr.Radio(
+                    ["basic", "all"], value="basic", label="Options shown", elem_id="train-extent"
+                )
+            gr.HTML(
+                '<input type="search" id="train-search" placeholder="Search all options"'
+                ' aria-label="Search all options">',
+                js_on_load=None,
+            )
+            fields: dict[str, Any] = {}
+            for group in groups():
+                basic = any(f.name in BASIC for f in group.fields)
+                with gr.Column(elem_classes=["group", *(["basic"] if basic else [])]):
+                    gr.HTML(shown(Markup("<h3>{}</h3>").format(group.title)), js_on_load=None)
+                    for f in group.fields:
+                        fields[f.name] = _component(f)
+            fields["output_dir"].value = first_output
+        with gr.Column(scale=2, min_width=320, elem_id="train-side"):
+            with gr.Row():
+                start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=90)
+                plan = gr.Button("Plan", elem_id="train-plan", min_width=90)
+            problems = gr.HTML(elem_id="train-problems", js_on_load=None)
+            planned = gr.HTML(elem_id="train-planned", js_on_load=None)
+            yaml = gr.Code(label="The file of options", language="yaml", interactive=False, lines=4)
+            command = gr.Code(
+                label="The same as a command", language="shell", interactive=False, lines=2
+            )
+
+    names, inputs = list(fields), list(fields.values())
+    checked = [problems, yaml, command]
+
+    def read(values: tuple[Any, ...]) -> Checked:
+        given = {name: "" if v is None else v for name, v in zip(names, values, strict=True)}
+        return check(given)
+
+    def show(*values: Any) -> Any:
+        return _shown_check(read(values))
+
+    def run(*values: Any) -> Any:
+        found = read(values)
+        output = Path(found.config.output_dir).absolute()
+        blocked = [
+            (None, f"{job.title} waits or runs, and writes to this --output_dir. Give another one")
+            for job in studio.jobs.list()
+            if job.output == output and job.state in ("waiting", "running")
+        ]
+        if found.problems or blocked:
+            gr.Warning("The run has not started: see the problems")
+            more = Checked(found.config, (*found.problems, *blocked), found.warnings)
+            return (*_shown_check(more), gr.skip())
+        studio.opened.open_folder(output)
+        line = gralora("train", "--config", f"{{folder}}/{CONFIG}")
+        studio.jobs.add("train", output.name, line, output, queued=True, files={CONFIG: found.yaml})
+        return (*_shown_check(found), gr.Tabs(selected="runs"))
+
+    def make_plan(*values: Any) -> Any:
+        found = read(values)
+        if found.problems:
+            yield shown(messages(["the plan needs options without problems"]))
+            return
+        line = gralora("train", "--config", f"{{folder}}/{CONFIG}", "--dry_run")
+        job = studio.jobs.add("plan", "plan", line, files={CONFIG: found.yaml})
+        for state in follow(job, "planning the run, without loading weights ..."):
+            yield shown(state)
+        yield shown(log_of(job, 80, "plan"))
+
+    def load(name: str, *values: Any) -> Any:
+        if not name:
+            return [gr.skip()] * len(names)
+        current = dict(zip(names, values, strict=True))
+        kept = {n: current[n] for n in _OWN if current[n]}
+        return list((from_file(name) | kept).values())
+
+    events = [c.input if isinstance(c, (gr.Checkbox, gr.Dropdown)) else c.blur for c in inputs] + [
+        c.submit for c in inputs if isinstance(c, gr.Textbox)
+    ]
+    quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+    checking = {"fn": show, "inputs": inputs, "outputs": checked, **quiet}
+    gr.on(events, trigger_mode="always_last", **checking)
+    preset.input(load, [preset, *inputs], inputs, **quiet).then(**checking)
+    plan.click(make_plan, inputs, planned, concurrency_limit=2, **quiet)
+    extent.input(None, extent, None, js="(extent) => studio.setExtent(extent)")
+    return TrainTab(tab, fields, inputs, checked, checking, start, run)
+
+
+def filled_from(studio: Studio, run: Run) -> list[Any]:
+    """Return the values of the form for another run with the options of ``run``.
+
+    Raises:
+        ConfigError: its file of options cannot be read.
+    """
+    values = from_file(run.folder / "training_config.yaml")
+    values["output_dir"] = str(free_path(run.folder.parent, run.folder.name))
+    return [values[f.name] for f in all_fields()]
+
+
+def _presets() -> list[str]:
+    return [name for name in config_names() if not name.startswith("benchmark")]
+
+
+def _title(name: str) -> str:
+    return f"{name}: {described(name)[:60]}"
+
+
+def _component(f: Field) -> Any:
+    """Return the component of an option; its id lets problems be shown beside it."""
+    given: dict[str, Any] = {
+        "label": f.name,
+        "info": f.help,
+        "elem_id": f"opt-{f.name}",
+        "elem_classes": ["opt", *(["basic"] if f.name in BASIC else [])],
+    }
+    if f.kind == "switch":
+        return gr.Checkbox(value=bool(f.default), **given)
+    if f.kind == "choice":
+        empty = [] if f.default else [("the default", "")]
+        return gr.Dropdown([*empty, *((c, c) for c in f.choices)], value=f.default, **given)
+    if f.kind == "lines":
+        given["info"] += ". One on each line"
+    lines = 2 if f.kind == "lines" else 1
+    return gr.Textbox(
+        value=str(f.default), lines=lines, max_lines=4 if f.kind == "lines" else 1, **given
+    )
+
+
+def _shown_check(found: Checked) -> tuple[Any, ...]:
+    """Return problems, YAML and command of a checked form."""
+    items = Markup("").join(
+        Markup('<li data-option="{}">{}</li>').format(option or "", for_html(text))
+        for option, text in found.problems
+    )
+    if found.problems:
+        count = len(found.problems)
+        head = f"{count} problem{'s' * (count > 1)}"
+        list_ = Markup('<p class="state failed">{}</p><ul class="messages problem">{}</ul>')
+        return shown(list_.format(head, items)), found.yaml, ""
+    ready = Markup('<p class="state finished">ready to start</p>')
+    return shown(ready + messages(list(found.warnings), "note")), found.yaml, found.command

@@ -1,0 +1,128 @@
+"""Folders of images as the studio shows them and as a run reads them."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+
+import pytest
+from PIL import Image
+
+from gralora_diffusion.studio.engine.images import (
+    add_images,
+    check_folder,
+    list_images,
+    write_caption,
+)
+from gralora_diffusion.studio.engine.opened import OpenedFiles
+from gralora_diffusion.training.data.image_folder import find_examples
+from tests import ROOT
+
+ROBOT = ROOT / "samples/subjects/robot/train"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return shutil.copytree(ROBOT, tmp_path / "robot")
+
+
+def captions_of_a_run(folder):
+    return {e.source.name: e.caption for e in find_examples(folder, "none")}
+
+
+def test_captions_are_those_that_a_run_reads(folder):
+    (folder / "00.caption").write_text("not this one")
+    (folder / "01.txt").write_text("")
+    (folder / "01.caption").write_text("from the second file\n")
+    (folder / "02.txt").unlink()
+    (folder / "02.json").write_text('{"caption": "from JSON"}')
+    (folder / "03.txt").write_text("two\nlines")
+    images, problems = list_images(folder)
+    assert problems == []
+    shown = {image.path.name: image.caption or "none" for image in images}
+    assert shown == captions_of_a_run(folder)
+    assert {i.path.name: i.source for i in images}["01.png"] == "01.caption"
+
+
+def test_concepts_and_metadata(folder, tmp_path):
+    top = tmp_path / "concepts"
+    top.mkdir()
+    folder.rename(top / "3_sks toy")
+    (top / "3_sks toy/metadata.jsonl").write_text('{"file_name": "00.png", "text": "listed"}\n')
+    images, _ = list_images(top)
+    assert [image.path.name for image in images] == [f"0{i}.png" for i in range(5)]
+    assert images[0].caption == "listed"
+    with pytest.raises(ValueError, match="the caption is in the metadata file; edit it there"):
+        write_caption(images[0], "other")
+
+
+def test_a_caption_is_written_beside_its_image(folder):
+    (folder / "01.txt").unlink()
+    text = "  <script>alert('é')</script>\n ${x} {{y}}  "
+    for image in list_images(folder)[0][:2]:
+        assert write_caption(image, text) == "<script>alert('é')</script> ${x} {{y}}"
+    found = captions_of_a_run(folder)
+    assert found["00.png"] == found["01.png"] == "<script>alert('é')</script> ${x} {{y}}"
+    write_caption(list_images(folder)[0][0], " ")
+    assert captions_of_a_run(folder)["00.png"] == "none"
+    with pytest.raises(ValueError, match="more than 65,536 characters"):
+        write_caption(list_images(folder)[0][0], "x" * 70_000)
+
+
+def test_uploads_are_decoded_and_get_new_names(tmp_path):
+    there = tmp_path / "uploads"
+    there.mkdir()
+    data = io.BytesIO()
+    Image.new("RGB", (20, 10), "red").save(data, "JPEG")
+    (there / "..x<b>.JPG").write_bytes(data.getvalue())
+    (there / "c.png").write_bytes(data.getvalue())  # a JPEG by its content
+    (there / "a.png").write_bytes(b"not an image")
+    (there / "a.txt").write_text("a\ncaption")
+    (there / "b.txt").write_bytes(b"\xff\xfe")
+    count, problems = add_images(tmp_path / "set", sorted(there.iterdir()))
+    assert count == 2
+    assert [p.split(" ")[0] for p in problems] == ["a.png", "b.txt"]
+    assert sorted(os.listdir(tmp_path / "set")) == ["a.txt", "c.jpe", "x-b.jpg"]
+    add_images(tmp_path / "set", [there / "..x<b>.JPG"])
+    assert (tmp_path / "set/x-b-2.jpg").exists()  # nothing is overwritten
+
+
+def test_crops_and_problems_of_a_folder(folder):
+    Image.new("RGB", (400, 100)).save(folder / "05.png")
+    checked = check_folder(folder, "a prompt", 64, False)
+    assert checked.problems == []
+    crop = checked.crops[folder / "05.png"]
+    assert (crop.bucket, crop.shown, crop.enlarged) == ((64, 64), 0.25, False)
+    assert crop.box == pytest.approx((0.375, 0, 0.625, 1))
+    assert checked.crops[folder / "00.png"].box == (0, 0, 1, 1)
+    (height, width), _ = check_folder(folder, "a prompt", 64, True).buckets[-1]
+    assert height < width
+    (folder / "01.png").write_bytes(b"")
+    (folder / "02.txt").unlink()
+    problems = check_folder(folder, None, 64, False).problems
+    assert any(p.startswith("01.png cannot be decoded") for p in problems)
+    assert any(p.startswith("02.png has no caption") for p in problems)
+
+
+def test_ids_lead_to_files_in_opened_folders_alone(folder, tmp_path):
+    opened = OpenedFiles()
+    with pytest.raises(PermissionError):
+        opened.add(folder / "00.png")
+    opened.open_folder(folder)
+    name = opened.add(folder / "00.png")
+    assert name == opened.add(folder / "00.png")
+    assert opened.find(name) == folder / "00.png"
+    secret = tmp_path / "secret.png"
+    secret.write_bytes(b"")
+    (folder / "link.png").symlink_to(secret)
+    (folder / "sub").symlink_to(tmp_path)
+    assert opened.find(opened.add(folder / "link.png")) is None
+    for path in (folder / "../secret.png", folder / "sub/secret.png", secret):
+        with pytest.raises(PermissionError):
+            opened.add(path)
+    (folder / "00.png").unlink()
+    (folder / "00.png").symlink_to(secret)
+    assert opened.find(name) is None
+    assert opened.find("../00.png") is None
+    assert OpenedFiles().find(name) is None

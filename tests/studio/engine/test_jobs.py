@@ -1,0 +1,137 @@
+"""Commands in processes of their own, found again by their files."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.studio.engine.job_process import STARTED
+from gralora_diffusion.studio.engine.jobs import Jobs, gralora
+
+#: Says that it runs, and ends when the file that it is given appears.
+WAIT = (
+    "import pathlib,sys,time\nprint('here', flush=True)\n"
+    "while not pathlib.Path(sys.argv[1]).exists(): time.sleep(.02)"
+)
+
+
+@pytest.fixture
+def jobs(tmp_path: Path) -> Jobs:
+    return Jobs(tmp_path / "jobs")
+
+
+def until(condition, seconds=20.0):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_command_its_output_and_its_files(jobs):
+    job = jobs.add(
+        "try", "a try", ["-c", "print(open('{folder}/a.txt').read())"], files={"a.txt": "é<b>"}
+    )
+    assert job.wait(20) == "done"
+    assert (job.code, job.log()) == (0, "é<b>\n")
+    assert jobs.find(job.name) == job
+
+
+def test_a_command_that_fails(jobs):
+    job = jobs.add("try", "a try", ["-c", "raise SystemExit(3)"])
+    assert job.wait(20) == "failed"
+    assert job.code == 3
+
+
+def test_gralora_is_started(jobs):
+    job = jobs.add("try", "version", gralora("--version"))
+    assert job.wait(60) == "done"
+    assert job.log().startswith("gralora ")
+
+
+def test_of_a_bar_the_last_state_is_shown(jobs):
+    job = jobs.add("try", "bar", ["-c", "print('1%\\r2%\\r3%\\nend')"])
+    job.wait(20)
+    assert job.log() == "3%\nend\n"
+
+
+def test_stopped_in_the_middle(jobs, tmp_path):
+    job = jobs.add("try", "long", ["-c", WAIT, str(tmp_path / "never")])
+    until(lambda: "here" in job.log())
+    job.stop()
+    assert job.wait(20) == "stopped"
+
+
+def test_one_runs_at_a_time_and_the_next_after_it(jobs, tmp_path):
+    first, second, third = (
+        jobs.add("try", name, ["-c", WAIT, str(tmp_path / name)], queued=True) for name in "abc"
+    )
+    assert [job.state for job in (first, second, third)] == ["running", "waiting", "waiting"]
+    second.stop()
+    (tmp_path / "a").touch()
+    assert first.wait(20) == "done"
+    jobs.start_waiting()
+    assert [job.state for job in (first, second, third)] == ["done", "cancelled", "running"]
+    (tmp_path / "c").touch()
+    assert third.wait(20) == "done"
+
+
+def test_what_another_studio_left_is_found_and_goes_on(jobs, tmp_path):
+    running, waiting = (
+        jobs.add("try", name, ["-c", WAIT, str(tmp_path / name)], queued=True) for name in "ab"
+    )
+    again = Jobs(jobs.folder)
+    assert [(j.title, j.state) for j in again.list()] == [("a", "running"), ("b", "waiting")]
+    again.start_waiting()
+    assert waiting.state == "waiting"
+    (tmp_path / "a").touch()
+    (tmp_path / "b").touch()
+    assert running.wait(20) == "done"
+    again.start_waiting()
+    assert waiting.wait(20) == "done"
+
+
+def test_a_job_survives_the_process_that_started_it(tmp_path):
+    line = ["-c", WAIT, str(tmp_path / "go")]
+    program = (
+        "import os; from pathlib import Path\n"
+        "from gralora_diffusion.studio.engine.jobs import Jobs\n"
+        f"Jobs(Path({str(tmp_path / 'jobs')!r})).add('try', 'a', {line!r})\n"
+        "os.kill(0, 9)"
+    )
+    subprocess.run([sys.executable, "-c", program], start_new_session=True)
+    (job,) = Jobs(tmp_path / "jobs").list()
+    assert job.state == "running"
+    (tmp_path / "go").touch()
+    assert job.wait(20) == "done"
+
+
+def test_a_job_is_run_by_one_process_alone(jobs):
+    job = jobs.add("try", "once", ["-c", "print('ran')"])
+    job.wait(20)
+    line = [sys.executable, "-m", "gralora_diffusion.studio.engine.job_process", str(job.folder)]
+    subprocess.run(line, check=True)
+    assert job.log() == "ran\n"
+
+
+def test_a_job_whose_process_was_killed_has_failed(jobs, tmp_path):
+    job = jobs.add("try", "long", ["-c", WAIT, str(tmp_path / "go")])
+    os.kill(read_object(job.folder / STARTED)["pid"], signal.SIGKILL)
+    assert job.wait(20) == "failed"
+    assert job.code is None
+    (tmp_path / "go").touch()  # what it ran ends, too
+
+
+def test_damaged_folders_are_left_out(jobs):
+    job = jobs.add("try", "a try", ["-c", "pass"])
+    for name, text in (("x", "{"), ("y", "[]"), ("z", '{"kind": 1}')):
+        (jobs.folder / name).mkdir()
+        (jobs.folder / name / "job.json").write_text(text)
+    (jobs.folder / "w").mkdir()
+    assert jobs.list() == [job]

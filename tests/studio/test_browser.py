@@ -1,0 +1,214 @@
+"""The studio in a real browser, as somebody uses it who only clicks."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("gradio")
+from safetensors.torch import load_file
+
+from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
+from tests import ROOT
+
+sync = pytest.importorskip("playwright.sync_api")
+CHROMIUM = Path("/usr/bin/chromium")
+pytestmark = pytest.mark.skipif(not CHROMIUM.exists(), reason=f"there is no {CHROMIUM}")
+SUBJECT = ROOT / "samples/subjects/robot/train"
+#: Milliseconds; a process that imports torch takes many seconds on a busy machine.
+SOON, LATER = 60_000, 240_000
+
+
+class Server:
+    """``gralora studio`` in a process of its own, which may be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.start()
+
+    def start(self) -> None:
+        line = [sys.executable, "-m", "gralora_diffusion", "studio", str(self.folder)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        self.process = subprocess.Popen(
+            [*line, "--no_browser"], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment
+        )
+        told = (next(self.process.stdout) for _ in range(3))
+        self.address = next(text.strip() for text in told if text.startswith("http"))
+
+    def kill(self) -> None:
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+        self.process.stdout.close()
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory):
+    server = Server(tmp_path_factory.mktemp("studio"))
+    yield server
+    server.kill()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(server, browser):
+    page = opened(server, browser)
+    yield page
+    close(page)
+
+
+def opened(server, browser):
+    page = browser.new_context(viewport={"width": 1280, "height": 900}).new_page()
+    page.set_default_timeout(SOON)
+    here = (server.address.partition("?")[0], "data:", "blob:")
+    page.errors = []  # what it asks others for, and exceptions of its scripts
+    page.route(
+        lambda url: not url.startswith(here), lambda route: page.errors.append(route.request)
+    )
+    page.on("pageerror", lambda error: page.errors.append(error))
+    page.goto(server.address)
+    return page
+
+
+def close(page):
+    assert page.errors == []
+    page.context.close()
+
+
+def fill(page, name, text):
+    field = page.locator(f"#{name}").locator("textarea, input").first
+    field.fill(text)
+    field.blur()
+
+
+def open_tab(page, name):
+    page.get_by_role("tab", name=name, exact=True).click()
+
+
+def upload(page):
+    with page.expect_file_chooser() as chooser:
+        page.locator("#images-upload").click()
+    chooser.value.set_files(sorted(SUBJECT.iterdir()))
+    page.locator(".card").nth(4).wait_for()
+
+
+def test_from_five_images_to_a_lora_by_clicks(server, browser):
+    page = opened(server, browser)
+    upload(page)
+    assert page.locator("textarea[data-caption]").nth(1).input_value() == "a sks toy on stripes"
+    page.locator("#images-use").click()
+    page.locator("#train-preset input").click()
+    page.get_by_role("option", name=re.compile("tiny_robot")).click()
+    page.locator("#train-problems").get_by_text("ready to start").wait_for()
+    for name, text in {"max_train_steps": "3", "lr_warmup_steps": "1", "rank": "3"}.items():
+        fill(page, f"opt-{name}", text)
+    problem = "--rank is 3 and --gralora_k is 2; k must divide the rank"
+    page.locator("#opt-rank .problem-here").get_by_text(problem).wait_for()
+    fill(page, "opt-rank", "4")
+    page.locator("#train-problems").get_by_text("ready to start").wait_for()
+    page.locator("#train-start").click()
+
+    # the studio is killed in the middle of the run, and started again
+    page.locator("#runs-state .running").wait_for(timeout=LATER)
+    server.kill()
+    close(page)
+    server.start()
+    page = opened(server, browser)
+    open_tab(page, "Runs")
+    page.locator("#runs-state .finished").wait_for(timeout=LATER)
+    page.locator("#runs-plots figcaption").get_by_text("gradient norm").wait_for()
+    run = server.folder / "runs/my-adapter"
+    assert (run / WEIGHTS_NAME).is_file()
+    assert str(server.folder / "images/my-images") in (run / "training_config.yaml").read_text()
+
+    page.locator("#runs-compare").click()
+    fill(page, "compare-prompts", "a sks toy\na sks toy at night")
+    fill(page, "compare-steps", "2")
+    page.locator("#compare-generate").click()
+    page.get_by_text("the grid as one image").wait_for(timeout=LATER)
+    cells = page.locator("#compare-result td img")
+    assert cells.count() == 4
+    assert cells.nth(2).get_attribute("title").startswith("prompt: a sks toy, seed: 0, steps: 2")
+    assert page.locator("#compare-result td img").evaluate_all("a => a.every(i => i.complete)")
+
+    open_tab(page, "Share")
+    page.locator("#share-card").get_by_text("An upload with --push_to_hub sends").wait_for()
+    page.locator("#share-style input").click()
+    page.get_by_role("option", name=re.compile("diffusers")).click()
+    page.locator("#share-export").click()
+    link = page.get_by_role("link", name="Download my-adapter-diffusers.safetensors")
+    link.wait_for(timeout=LATER)
+    with page.expect_download() as download:
+        link.click()
+    lora = load_file(download.value.path())
+    close(page)
+
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(ROOT / "samples/tiny-base")
+    pipe.load_lora_weights(lora, adapter_name="robot")
+    assert pipe.get_list_adapters() == {"unet": ["robot"]}
+
+
+def test_captions_are_text_and_two_pages_see_the_same(server, page, browser):
+    folder = server.folder / "set"
+    folder.mkdir()
+    for file in SUBJECT.glob("0[01].*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    fill(page, "images-folder", str(folder))
+    page.locator("#images-open").click()
+    area = page.locator("textarea[data-caption]").first
+    caption = "</textarea><script>window.harm = 1</script> ${1 + 1} {{value}} <img src=x>"
+    area.fill(caption)
+    area.blur()
+    page.locator(".card output").get_by_text("saved").wait_for()
+    assert (folder / "00.txt").read_text() == f"{caption}\n"
+    other = opened(server, browser)
+    fill(other, "images-folder", str(folder))
+    other.locator("#images-open").click()
+    assert other.locator("textarea[data-caption]").first.input_value() == caption
+    assert other.locator(".card img").count() == 2
+    assert other.evaluate("window.harm") is None
+    close(other)
+
+
+@pytest.mark.parametrize("text", ["nowhere", "samples/subjects/prompts_and_classes.txt", ""])
+def test_a_folder_that_is_none(page, text):
+    fill(page, "images-folder", text)
+    page.locator("#images-open").click()
+    page.locator("#images-summary .problem").wait_for()
+
+
+def test_the_form_on_a_phone(server, page):
+    page.set_viewport_size({"width": 390, "height": 800})
+    open_tab(page, "Train")
+    assert page.locator("#opt-snr_gamma").is_hidden()
+    page.get_by_text("all", exact=True).click()
+    page.locator("#opt-snr_gamma").wait_for()
+    page.get_by_text("basic", exact=True).click()
+    page.locator("#train-search").fill("min-snr")
+    page.locator("#opt-snr_gamma").wait_for()
+    assert page.locator("#opt-rank").is_hidden()
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390
+
+
+def test_pages_are_answered_quickly(server, page):
+    seconds = []
+    for _ in range(5):
+        began = time.monotonic()
+        assert page.request.get(server.address.partition("?")[0] + "config").ok
+        seconds.append(time.monotonic() - began)
+    assert min(seconds) < 1  # far above what an idle machine takes
