@@ -182,17 +182,17 @@ def _problems(fit: Fit) -> list[str]:
     unexpected = sorted(set(fit.tensors) - set(expected))
     for kind, keys in (("missing", missing), ("unexpected", unexpected)):
         if keys:
-            problems.append(f"{len(keys)} {kind} keys: {first_few(keys)}")
+            problems.append(f"{kind} keys ({len(keys)}): {first_few(keys)}")
     misshapen = [
         f"{key} has shape {tuple(tensor.shape)}, but this base needs {expected[key]}"
         for key, tensor in fit.tensors.items()
         if key in expected and tuple(tensor.shape) != expected[key]
     ]
     if misshapen:
-        problems.append(f"{len(misshapen)} tensors have another shape: {first_few(misshapen)}")
+        problems.append(f"tensors of another shape ({len(misshapen)}): {first_few(misshapen)}")
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
-        problems.append(f"{len(broken)} tensors have NaN or infinite values: {first_few(broken)}")
+        problems.append(f"NaN or infinite values in tensors ({len(broken)}): {first_few(broken)}")
     return problems
 
 
