@@ -1,4 +1,4 @@
-"""The rooms of the package: a module imports only from its own room and from those above it."""
+"""The folders of the package: a module imports only from its own and from those above it."""
 
 from __future__ import annotations
 
