@@ -106,9 +106,11 @@ def workplace(tmp_path, monkeypatch):
     for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_base.safetensors").touch()
-    (tmp_path / "my_pictures").mkdir()
-    for i in range(3):
-        Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / f"my_pictures/{i}.jpg")
+    for folder in ("my_pictures", "before", "after"):
+        (tmp_path / folder).mkdir()
+        for i in range(3):
+            Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / folder / f"{i}.jpg")
+    Image.new("RGB", (48, 32)).save(tmp_path / "a_new_photo.png")
     for block in BLOCKS:  # a file that the text has the reader write says its name
         if block.info == "yaml" and (named := re.match(r"# (\w+\.yaml)\n", block.text)):
             (tmp_path / named[1]).write_text(block.text, encoding="utf-8")
@@ -205,7 +207,10 @@ def test_command(command, workplace):
         assert command[:2] in (["pip", "install"], ["git", "clone"])
 
 
-@pytest.mark.parametrize("command", [c for c in SHELL if c.values[0][:2] == ["gralora", "sample"]])
+SAMPLING = [c for c in SHELL if c.values[0][:2] == ["gralora", "sample"] and BASE in c.values[0]]
+
+
+@pytest.mark.parametrize("command", SAMPLING)
 def test_sampling_command(command, reader):
     cli.main([*command[1:], "--num_inference_steps", "1", "--size", "16"])
     assert Image.open("grid.png").size[0] > 192
