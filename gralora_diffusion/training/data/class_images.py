@@ -25,7 +25,7 @@ from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.image_files import is_image
+from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.placement import place
 from gralora_diffusion.training.config.options import PriorOptions
@@ -44,11 +44,15 @@ def _drawn_prior(options: PriorOptions) -> bool:
 
 
 def existing_class_images(options: PriorOptions) -> int:
-    """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed."""
+    """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed.
+
+    Masks are not among them, as they are not when the folder is read.
+    """
     if not _drawn_prior(options):
         return 0
     folder = Path(options.class_data_dir or "")
-    return sum(map(is_image, folder.iterdir() if folder.is_dir() else ()))
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return len(folder_images(names).images)
 
 
 def missing_class_images(options: PriorOptions) -> int:

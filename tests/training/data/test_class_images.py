@@ -67,12 +67,14 @@ def test_images_of_others_count_and_are_kept(
     base: Path, tmp_path: Path, accelerator: Accelerator
 ) -> None:
     folder = make_images(tmp_path / "class", 3)
+    shutil.copy(folder / "1.png", folder / "1_mask.png")  # which is no image to learn
     before = contents(folder)
     chosen = prior(base, folder)
     assert existing_class_images(chosen) == 3
     generate_class_images(chosen, FAMILY, accelerator)
     after = contents(folder)
-    assert sorted(after) == ["0.png", "1.png", "2.png", "class-00000.png", "class-00001.png"]
+    drawn = ["class-00000.png", "class-00001.png"]
+    assert sorted(after) == ["0.png", "1.png", "1_mask.png", "2.png", *drawn]
     assert before.items() <= after.items()
     assert len(find_class_images(chosen)) == 5
 
