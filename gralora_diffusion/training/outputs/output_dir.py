@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,8 +13,9 @@ from accelerate import Accelerator
 from huggingface_hub import create_repo, upload_folder
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.training.config.options import OutputOptions
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.runtime.agreement import from_first
 from gralora_diffusion.training.runtime.folder_lock import (
     BENCHMARK_NAME,
@@ -72,10 +73,24 @@ def make_repository(options: OutputOptions) -> None:
 
 
 def start(folder: Path, config: TrainingConfig) -> None:
-    """Save the options, so that ``--config`` can repeat the run."""
+    """Save the options, so that ``--config`` can repeat the run.
+
+    A file that states the same options stays as it is: users comment it, and pass it as
+    ``--config``.
+    """
     folder.mkdir(parents=True, exist_ok=True)
+    path, text = folder / CONFIG_NAME, _as_new_run(config)
+    with suppress(ConfigError):
+        if path.is_file() and _as_new_run(parse_config(["--config", str(path)])) == text:
+            return
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def _as_new_run(config: TrainingConfig) -> str:
+    """Return the options of a run, as those of a run that neither resumes nor overwrites one."""
     anew = replace(config, resume_from_checkpoint=None, overwrite_output_dir=False)
-    (folder / CONFIG_NAME).write_text(anew.to_yaml(effective=True), encoding="utf-8")
+    return anew.to_yaml(effective=True)
 
 
 def finish(

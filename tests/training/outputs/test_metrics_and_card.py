@@ -6,6 +6,7 @@ import ast
 import io
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_i
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
 from tests.training.optimization.test_step import make_trainer
-from tests.training.runs import adapter, assert_same_run, make_images, metrics, run
+from tests.training.runs import adapter, assert_same_run, config, make_images, metrics, run
 
 PROMPTS = ['a sks dog: on "snow"', "a dog"]
 #: On the CPU, of which the peak memory is not known.
@@ -389,6 +390,23 @@ def test_written_options_make_the_same_run_again(finished: Path, tmp_path: Path)
     out = tmp_path / "again"
     train(parse_config(["--config", str(file), "--output_dir", str(out)]))
     assert_same_run(finished, out)
+
+
+def test_written_options_keep_their_comments_until_an_option_changes(tmp_path: Path) -> None:
+    options = config(output_dir=tmp_path, instance_prompt="a dog", rank=4)
+    output_dir.start(tmp_path, options)
+    file = tmp_path / "training_config.yaml"
+    commented = "# the best of three\n" + file.read_text(encoding="utf-8")
+    file.write_text(commented, encoding="utf-8")
+    resumed = replace(options, resume_from_checkpoint="latest", overwrite_output_dir=True)
+    output_dir.start(tmp_path, resumed)
+    assert file.read_text(encoding="utf-8") == commented
+    output_dir.start(tmp_path, replace(options, rank=6))
+    assert "best" not in file.read_text(encoding="utf-8")
+    assert parse_config(["--config", str(file)]).rank == 6
+    file.write_text("rank: [", encoding="utf-8")  # damaged
+    output_dir.start(tmp_path, options)
+    assert parse_config(["--config", str(file)]).rank == 4
 
 
 def test_metrics_of_a_killed_run_are_cut_at_the_checkpoint(tmp_path: Path) -> None:
