@@ -7,7 +7,18 @@ import pytest
 import torch
 
 from tests import ROOT
-from tests.performance import attach, calls, cost, gpu, layer, measuring, peers, shapes, train_step
+from tests.performance import (
+    attach,
+    calls,
+    cost,
+    gpu,
+    layer,
+    measuring,
+    peers,
+    recipes,
+    shapes,
+    train_step,
+)
 
 SHORT = ["--rounds", "1", "--seconds", "0", "--device", "cpu", "--rank", "4"]
 
@@ -181,3 +192,11 @@ def test_parts_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
 def test_the_gpu_day_needs_a_gpu():
     with pytest.raises(SystemExit, match="needs a CUDA device"):
         gpu.main([])
+
+
+def test_recipes(capsys):
+    """Plans for cards: with tiny models, everything fits and nothing is streamed."""
+    recipes.main(["--quick", "--bases", "SDXL", "FLUX.2 dev, 2 GPUs", "--resolutions", "64"])
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
+    assert [line.split(" | ")[3] for line in lines] == ["fits", *["yes"] * 5]
+    assert [line.split(" | ")[4] for line in lines] == ["streamed", *[""] * 5]

@@ -22,11 +22,11 @@ class BaseModelOptions:
     pretrained_model_name_or_path: Annotated[str, Place(read=True, hub_id=True)] = option(
         "",
         "Required. The base model: a diffusers folder, a Hub id (owner/name) or a single "
-        ".safetensors file",
+        ".safetensors or .gguf file",
     )
     base_config: Annotated[str | None, Place(read=True, hub_id=True)] = option(
         None,
-        "For a base in a single .safetensors file: folder or Hub id of a pipeline of the same "
+        "For a base in a single file: folder or Hub id of a pipeline of the same "
         "kind, which provides the configuration and the models that the file does not contain "
         "(default: found on the Hub)",
     )
@@ -56,6 +56,11 @@ class BaseModelOptions:
     bnb_quantization_config_path: Annotated[str | None, Place(read=True)] = option(
         None, "JSON file with arguments for BitsAndBytesConfig, instead of --quantization"
     )
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether the base is a GGUF file, whose denoiser stays quantized."""
+        return self.pretrained_model_name_or_path.lower().endswith(".gguf")
 
     @property
     def quantizes(self) -> bool:

@@ -115,6 +115,11 @@ def quantize_empty(
     Returns:
         How many bytes the model on the meta device has more than the quantized model.
     """
+    if options.is_gguf and name == family.denoiser:
+        from .gguf_file import read_tensors
+
+        tensors = read_tensors(Path(options.pretrained_model_name_or_path)).values()
+        return sum(p.nbytes for p in model.parameters()) - sum(t.nbytes for t in tensors)
     wanted: Any = None
     stored = getattr(getattr(model, "config", None), "quantization_config", None)
     if _flag(options) and name in _quantized_components(options, family):

@@ -1,4 +1,4 @@
-"""A base in one original .safetensors file: its family, and its models, read by diffusers.
+"""A base in one original .safetensors or .gguf file: its family and its models, read by diffusers.
 
 Such a file contains a denoiser and often a VAE and text encoders. The missing parts, always the
 scheduler and the tokenizers, come from a pipeline of the same kind in diffusers' layout.
@@ -25,9 +25,10 @@ from torch import Tensor, nn
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import fetch
+from gralora_diffusion.io.tensor_files import StoredTensor
 from gralora_diffusion.key_maps import DENOISER
 
-from . import scaled_fp8
+from . import gguf_file, scaled_fp8
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .single_file_header import OriginalFile
@@ -48,6 +49,14 @@ class SingleFile(OriginalFile):
     Raises:
         ConfigError: it is not a complete .safetensors file.
     """
+
+    def _read(self) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
+        if not gguf_file.is_gguf(str(self.path)):
+            return super()._read()
+        try:
+            return gguf_file.read_tensors(self.path), {}
+        except (ValueError, OSError) as error:
+            raise self.error(str(error)) from error
 
     def error(self, problem: str) -> ConfigError:
         return ConfigError([f"--pretrained_model_name_or_path {self.path}: {problem}"])
@@ -97,11 +106,7 @@ class SingleFile(OriginalFile):
         held = self._held(family)
         read = [name for name in held if name not in given and name not in parts]
 
-        checkpoint = load_file(self.path)
-        try:
-            scaled_fp8.read(checkpoint, scaled_fp8.find_scales(self.tensors), dtype)
-        except ValueError as error:
-            raise self.error(f"{error}. Pass the file in 16 bits") from error
+        checkpoint = self._tensors(dtype)
         models = _Models(self, index, folder)
         tensors = _taken(checkpoint, self.prefix)
         parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self.prefix, dtype)
@@ -118,6 +123,17 @@ class SingleFile(OriginalFile):
                 folder, subfolder="scheduler", prediction_type="v_prediction", **betas
             )
         return source, parts
+
+    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read all tensors. Those in scaled fp8 become ``dtype``; those of GGUF stay quantized."""
+        if gguf_file.is_gguf(str(self.path)):
+            return gguf_file.load_tensors(self.path)
+        checkpoint: dict[str, Tensor] = load_file(self.path)
+        try:
+            scaled_fp8.read(checkpoint, scaled_fp8.find_scales(self.tensors), dtype)
+        except ValueError as error:
+            raise self.error(f"{error}. Pass the file in 16 bits") from error
+        return checkpoint
 
     def rest(
         self, options: BaseModelOptions, family: ModelFamily, given: Collection[str]
@@ -210,6 +226,9 @@ class _Models:
         # diffusers expects the prefix for a UNet, and no prefix for some transformers
         wanted = DENOISER if name == "unet" else ""
         tensors = {wanted + key.removeprefix(prefix): t for key, t in tensors.items()}
+        if gguf_file.is_gguf(str(self.file.path)):  # diffusers checks the shapes of packed weights
+            config = diffusers.GGUFQuantizationConfig(compute_dtype=dtype)
+            return self.model(name, tensors, dtype, quantization_config=config)
         count = _numbers(tensors)
         model = self.model(name, tensors, dtype)
         expected = _numbers(model.state_dict())
@@ -217,12 +236,14 @@ class _Models:
             raise self._unreadable(name, f"it has {count} weights, but the model has {expected}")
         return model
 
-    def model(self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Module:
+    def model(
+        self, name: str, tensors: dict[str, Tensor], dtype: torch.dtype, **options: Any
+    ) -> nn.Module:
         """Read one of diffusers' models."""
         model_class = getattr(diffusers, self.index.components[name][1])
         try:
             return model_class.from_single_file(
-                tensors, config=self.folder, subfolder=name, torch_dtype=dtype
+                tensors, config=self.folder, subfolder=name, torch_dtype=dtype, **options
             )
         except (ValueError, KeyError, IndexError, RuntimeError) as error:
             raise self._unreadable(name, f"{type(error).__name__}: {error}") from error

@@ -171,10 +171,14 @@ class OriginalFile(OriginalHeader):
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
         try:
-            tensors, metadata = read_header(self.path)
+            tensors, metadata = self._read()
         except AdapterFileError as error:
             raise self.error(str(error).removeprefix(f"{self.path}: ")) from error
         super().__init__(tensors, metadata)
+
+    def _read(self) -> tuple[Mapping[str, StoredTensor], Mapping[str, str]]:
+        """Return the tensors and the metadata in the header."""
+        return read_header(self.path)
 
     def error(self, problem: str) -> ValueError:
         return OriginalFileError(f"{self.path}: {problem}")

@@ -68,8 +68,8 @@ def model_problem(
     if path.is_file():
         if not single_file:
             return f"this is a file. {wanted}"
-        if path.suffix != ".safetensors":
-            return f"a single file must be a .safetensors file. Convert it. {wanted}"
+        if path.suffix not in (".safetensors", ".gguf"):
+            return f"a single file must be a .safetensors or .gguf file. Convert it. {wanted}"
         return None
     if "://" in value:
         return (

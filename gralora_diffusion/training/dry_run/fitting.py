@@ -51,7 +51,7 @@ def find_fit(
 
     Args:
         plan_of: plans a run with nothing streamed.
-        streams: whether the base can be streamed in this run.
+        streams: whether the denoiser can be streamed in this run.
     """
     most = int(WARN * size)
     whole: list[Fit] = []
@@ -60,7 +60,7 @@ def find_fit(
         if fit.peak <= most and not changes.get("quantization"):
             return fit, _smallest([fit], streams)
         whole.append(fit)
-    tried = [_streamed(fit, most) for fit in whole] if streams else whole
+    tried = [_streamed(fit, most, streams) for fit in whole]
     return next((fit for fit in tried if fit.peak <= most), None), _smallest(whole, streams)
 
 
@@ -121,9 +121,9 @@ def _stages(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], tuple[str,
         yield changes | {"quantization": "torchao-int8"}, tuple(flags)
 
 
-def _streamed(fit: Fit, most: int) -> Fit:
+def _streamed(fit: Fit, most: int, streams: bool) -> Fit:
     """Return a fit with as little streamed as brings it below ``most`` bytes, if that can be."""
-    plan = fitted(fit.plan, most)
+    plan = fitted(fit.plan, most, denoiser=streams)
     streaming = plan.offloading.denoiser
     if streaming is None:
         given = ("--offload_base auto",) if plan.offloading.encoders else ()
@@ -134,6 +134,5 @@ def _streamed(fit: Fit, most: int) -> Fit:
 
 
 def _smallest(fits: list[Fit], streams: bool) -> Fit:
-    if streams:
-        fits = [*fits, *(_streamed(fit, 0) for fit in fits)]
+    fits = [*fits, *(_streamed(fit, 0, streams) for fit in fits)]
     return min(fits, key=lambda fit: fit.peak)

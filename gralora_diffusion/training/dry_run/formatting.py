@@ -11,7 +11,7 @@ from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 from .plan import AdapterPlan, Plan
 
 #: Bytes that a GPU reads from the CPU's memory in a second, of the 31.5e9 of PCIe 4.0 x16.
-_BANDWIDTH = 20 * 2**30
+BANDWIDTH = 20 * 2**30
 #: Up to this many layers that differ from most are named.
 MAX_NAMES = 5
 
@@ -95,10 +95,10 @@ def _memory(plan: Plan) -> list[str]:
     table.append(("  peak", *map(shown, peaks)))
     lines = _columns(table, "l" + "r" * len(peaks))
     if plan.copied:
-        seconds = plan.copied / _BANDWIDTH
+        seconds = plan.copied / BANDWIDTH
         lines.append(
             f"blocks copied to the device: {shown(plan.copied)} per step, at least "
-            f"{seconds:,.1f} s at {_BANDWIDTH // 2**30} GiB/s, which is assumed (PCIe 4.0 x16)"
+            f"{seconds:,.1f} s at {BANDWIDTH // 2**30} GiB/s, which is assumed (PCIe 4.0 x16)"
         )
     if plan.apart:
         lines.append(f"plus encoded images and prompts on the cpu: {shown(plan.cached)}")

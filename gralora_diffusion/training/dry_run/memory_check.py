@@ -95,20 +95,22 @@ def with_offloading(
     """Return a plan with what the options ask to stream, or with ``auto`` no more than must be."""
     if config.kept_blocks is not None:
         return plan.offloaded(requested_offloading(config))
-    possible = plan.apart and not any(obstacles(config, sharding))
-    if config.offload_base != "auto" or not possible:
+    if config.offload_base != "auto" or not plan.apart:
         return plan
-    return fitted(plan, int(WARN * free))
+    return fitted(plan, int(WARN * free), denoiser=not any(obstacles(config, sharding)))
 
 
-def fitted(plan: Plan, most: int) -> Plan:
+def fitted(plan: Plan, most: int, *, denoiser: bool = True) -> Plan:
     """Return a plan with as little streamed as brings each phase below ``most`` bytes.
 
     If it cannot be, everything is streamed that can be.
+
+    Args:
+        denoiser: whether the denoiser can be streamed; otherwise only text encoders are.
     """
     encoders = plan.peak("prompts") > most and not plan.config.train_text_encoder
     candidates = [plan.offloaded(Offloading(None, encoders)) if encoders else plan]
-    if plan.denoiser in plan.blocks:
+    if denoiser and plan.denoiser in plan.blocks:
         count = len(plan.blocks[plan.denoiser])
         candidates += [
             plan.offloaded(Offloading(Streaming((count - streamed) / count), encoders))

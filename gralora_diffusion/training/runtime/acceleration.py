@@ -104,10 +104,10 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
             "accelerate is set to FSDP, which shards the base over several processes, but there is "
             "only one. Start more with `accelerate launch --num_processes`, or leave out --use_fsdp"
         )
-    if config.quantizes:
+    if config.quantizes or config.is_gguf:
         problems.append(
             "a quantized base cannot be used with FSDP, which does not shard quantized weights. "
-            "Leave out --use_fsdp or --quantization"
+            "Leave out --use_fsdp or --quantization, or pass a base that is no GGUF file"
         )
     if config.torch_compile:
         problems.append(

@@ -457,7 +457,7 @@ BASE = "--pretrained_model_name_or_path"
         (f"{BASE} sd15.safetensors", "'sd15.safetensors': there is no such file or folder in '.'"),
         (f"{BASE} base/unet/x", "no such file or folder, not even the folder 'base/unet'"),
         (f"{BASE} pictures", "this folder has no model_index.json. Give a diffusers folder, which"),
-        (f"{BASE} pictures/1.png", "a single file must be a .safetensors file. Convert it"),
+        (f"{BASE} pictures/1.png", "a single file must be a .safetensors or .gguf file. Convert"),
         (f"{BASE} https://huggingface.co/a/b", "this is an address. Give the Hub id"),
         (f"{BASE} stable*diffusion", "there is no such file or folder"),
         ("--pretrained_vae_model_name_or_path base", "this folder has no config.json"),

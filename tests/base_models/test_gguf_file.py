@@ -1,0 +1,137 @@
+"""GGUF files as bases, written with llama.cpp's own package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gralora_diffusion import BaseModelOptions, get_family, load_base
+from gralora_diffusion.base_models.loading import find_base_family
+from gralora_diffusion.export.main import main as export
+from gralora_diffusion.io.errors import ConfigError
+from tests.models import PIPELINES
+from tests.originals import ORIGINALS, transformer_alone
+from tests.training.runs import learned, run
+
+FAMILY = get_family("flux2-klein")
+
+
+def write_gguf(tensors: dict[str, Tensor], path: Path, kind: str) -> dict[str, Tensor]:
+    """Write a denoiser, its matrices in blocks of 32 numbers where they fit; return its values."""
+    stored = gguf.GGMLQuantizationType[kind]
+    writer, values = gguf.GGUFWriter(path, arch="flux"), {}
+    for key, tensor in tensors.items():
+        data = tensor.float().numpy()
+        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+            packed = gguf.quants.quantize(data, stored)
+            writer.add_tensor(key, packed, raw_dtype=stored)
+            data = gguf.quants.dequantize(packed, stored)
+        else:
+            writer.add_tensor(key, np.ascontiguousarray(data))
+        values[key] = torch.from_numpy(np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A pipeline, its denoiser as GGUF files, and the values in one of them as a single file."""
+    folder = tmp_path_factory.mktemp("gguf")
+    pipe = PIPELINES["flux2-klein"]()
+    pipe.save_pretrained(folder / "base")
+    tensors = transformer_alone(ORIGINALS["flux2-klein"](pipe))
+    values = write_gguf(tensors, folder / "Q8_0.gguf", "Q8_0")
+    save_file(values, folder / "values.safetensors")
+    write_gguf(tensors, folder / "Q4_0.gguf", "Q4_0")
+    write_gguf(tensors, folder / "BF16.gguf", "BF16")
+    return folder
+
+
+def options(folder: Path, name: str) -> BaseModelOptions:
+    return BaseModelOptions(
+        pretrained_model_name_or_path=str(folder / name), base_config=str(folder / "base")
+    )
+
+
+@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "BF16"])
+def test_weights_stay_packed(kind: str, base: Path) -> None:
+    chosen = options(base, f"{kind}.gguf")
+    family = find_base_family(chosen)
+    assert family is FAMILY
+    packed = load_base(chosen, family, torch.float32).transformer
+    whole = load_base(options(base, "base"), family, torch.float32).transformer
+    kinds = {type(p).__name__ for p in packed.parameters()}
+    assert kinds == {"Parameter", "GGUFParameter"}
+    loss = {"Q8_0": 0.02, "Q4_0": 0.3, "BF16": 0.01}[kind]
+    for name, weight in whole.named_parameters():
+        found: Any = packed.get_parameter(name)
+        if isinstance(found, GGUFParameter):
+            found = dequantize_gguf_tensor(found)
+        assert found.shape == weight.shape
+        assert (found.float() - weight).abs().max() <= loss * weight.abs().max()
+
+
+def test_a_run_learns_what_it_does_on_the_values(
+    base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its adapter is exported for the unquantized base as any other."""
+    chosen = {
+        "instance_data_dir": images,
+        "base_config": base / "base",
+        "max_train_steps": 3,
+        "gradient_checkpointing": True,
+        "validation_prompt": "a dog",
+        "num_validation_images": 1,
+        "validation_inference_steps": 1,
+    }
+    file = base / "Q8_0.gguf"
+    packed = run(pretrained_model_name_or_path=file, output_dir=tmp_path / "packed", **chosen)
+    values = run(
+        pretrained_model_name_or_path=base / "values.safetensors",
+        output_dir=tmp_path / "values",
+        **chosen,
+    )
+    losses = [[row["loss"] for row in learned(folder)] for folder in (packed, values)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert "gguf" in (packed / "README.md").read_text()
+    target = tmp_path / "fused"
+    export(
+        [
+            *("--adapter", str(packed), "--format", "diffusers", "--base", str(base / "base")),
+            *("--output", str(target)),
+        ]
+    )
+    assert (target / "model_index.json").exists()
+
+
+def test_files_that_cannot_be_read(base: Path, tmp_path: Path) -> None:
+    content = (base / "Q4_0.gguf").read_bytes()
+    for name, part in (("cut", content[:2000]), ("empty", b""), ("other", b"x" * 5000)):
+        path = tmp_path / f"{name}.gguf"
+        path.write_bytes(part)
+        with pytest.raises(ConfigError, match="it is not a complete GGUF file"):
+            find_base_family(BaseModelOptions(pretrained_model_name_or_path=str(path)))
+
+
+def test_formats_that_cannot_be_read(tmp_path: Path) -> None:
+    path = tmp_path / "ternary.gguf"
+    writer = gguf.GGUFWriter(path, arch="flux")
+    stored = gguf.GGMLQuantizationType.TQ1_0
+    writer.add_tensor("img_in.weight", np.zeros((2, 54), np.uint8), raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(ConfigError, match=r"it has weights in TQ1_0, which cannot be read. The fo"):
+        find_base_family(BaseModelOptions(pretrained_model_name_or_path=str(path)))
