@@ -11,9 +11,7 @@ from gralora_diffusion.benchmark.evaluation.statistics import Decision, Estimate
 
 from .report_data import ProtocolData, ReportData
 
-_NOTHING_DECLARED = (
-    "Nothing was declared before this run, so it decides nothing. All differences are exploratory."
-)
+_NOTHING_DECLARED = "No comparison was declared before this run. All differences are exploratory."
 _EXPLORATORY = (
     "These differences are exploratory: they were not declared before the run. Their intervals are "
     "not corrected for their number, so about one in twenty excludes zero by chance."

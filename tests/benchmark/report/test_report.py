@@ -164,7 +164,7 @@ def test_without_a_declaration_there_is_no_verdict(tmp_path):
     write_report([trial(key) for key in keys()], tmp_path)
     page = Page((tmp_path / "index.html").read_text(encoding="utf-8"))
     assert "No verdict." in page.text
-    assert "Nothing was declared before this run, so it decides nothing." in page.text
+    assert "No comparison was declared before this run." in page.text
     assert "Declared comparisons" not in page.tables
     assert "share the random numbers" not in page.text  # there are two seeds
     write_report([trial(key) for key in keys(seeds=(0,))], tmp_path)
