@@ -78,7 +78,7 @@ def read_controls(
         return [[] for _ in prompts]
     if count.most == 0:
         problems.append(
-            f"--{option}: this base edits no images. Leave it out, or give an editing base"
+            f"--{option}: this base does not edit images. Leave it out, or give an editing base"
         )
         return [[] for _ in prompts]
     read = [list(_read(option, entry, problems)) for entry in entries]

@@ -92,8 +92,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     password = os.environ.get(PASSWORD, "")
     if args.listen is not None and len(password) < _SHORTEST_PASSWORD:
         yield (
-            "--listen lets everybody in the network ask for the page, who could then read files "
-            f"and start processes. Set a password of at least {_SHORTEST_PASSWORD} characters in "
+            "--listen lets anyone on the network ask for the page, which can read files and start "
+            f"processes. Set a password of at least {_SHORTEST_PASSWORD} characters in "
             f"the environment variable {PASSWORD}"
         )
 
@@ -125,7 +125,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         else:
             address = address_with(token, host, port)
         print_safely(f"gralora studio, with its files in {folder.resolve()}\n{address}")
-        print_safely("End it with Ctrl-C. Runs go on, and are found again at the next start.")
+        print_safely("End it with Ctrl-C. Runs continue, and the next start finds them.")
         sys.stdout.flush()
         server = uvicorn.Server(
             uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)

@@ -47,7 +47,7 @@ def build(studio: Studio) -> None:
     def begin() -> None:
         job = latest()
         if job is not None and job.state in ("waiting", "running"):
-            gr.Warning("A benchmark is waiting or running already")
+            gr.Warning("A benchmark is already waiting or running")
         else:
             add(free_path(studio.workspace.benchmarks, "tiny"))
 

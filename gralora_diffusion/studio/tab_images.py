@@ -160,7 +160,7 @@ def _summary(
         facts.append("trained at: " + ", ".join(sizes) + assumed)
         enlarged = sum(crop.enlarged for crop in checked.crops.values())
         if enlarged:
-            facts.append(f"{enlarged} enlarged, for they are smaller")
+            facts.append(f"{enlarged} enlarged, because they are smaller")
     elif found and not problems:
         facts.append("not decoded yet: click “Check as a run does”")
     line = Markup('<p class="facts">{}</p>').format(for_html(" · ".join(facts)))

@@ -105,7 +105,7 @@ def build(studio: Studio) -> RunsTab:
     def resume_run(name: str | None) -> None:
         run = studio.run(name)
         if run is None or run.state in ("waiting", "running"):
-            gr.Warning("The run is waiting or running already")
+            gr.Warning("The run is already waiting or running")
         elif not run.checkpoints:
             gr.Warning("The run has no checkpoint to resume from. Duplicate it to start again")
         else:

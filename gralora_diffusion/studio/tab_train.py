@@ -99,7 +99,7 @@ def build(studio: Studio) -> TrainTab:
         found = read(values)
         output = Path(found.config.output_dir).absolute()
         blocked = [
-            (None, f"{job.title} waits or runs, and writes to this --output_dir. Give another one")
+            (None, f"{job.title} is waiting or running with this --output_dir. Give another one")
             for job in studio.jobs.list()
             if job.output == output and job.state in ("waiting", "running")
         ]

@@ -95,7 +95,7 @@ def as_text(status: RunStatus) -> str:
     """Return a status as lines for people."""
     rows = [("state", status.state + (f", {status.owner}" if status.owner else ""))]
     if status.alive is None:
-        rows.append(("", "whether it lives is unknown, because the folder has no locks"))
+        rows.append(("", "whether it is alive is unknown, because the folder has no locks"))
     if status.step is not None:
         rows.append(("step", f"{status.step:,} of {status.steps:,}"))
     if status.loss is not None:

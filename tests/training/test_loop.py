@@ -555,7 +555,7 @@ def test_masks_in_a_run_that_is_resumed(
     assert read_adapter(whole).metadata["ss_masked_loss"] == "True"
     text = (whole / "README.md").read_text(encoding="utf-8")
     assert (
-        "| masks | of 4 of 5 images; outside the mask, the target is the base's prediction" in text
+        "| masks | for 4 of 5 images; outside the mask, the target is the base's prediction" in text
     )
     changed = {**masked, "mask_outside": "weight", "max_train_steps": 9}
     with pytest.raises(CheckpointError, match="--mask_outside base there, weight here"):

@@ -70,7 +70,7 @@ class Comparison:
         if not self.prompts:
             found.append("there is no prompt. Give one on each line")
         if not self.rows:
-            found.append("nothing is compared. Choose an adapter, or the base alone")
+            found.append("there is nothing to compare. Choose an adapter, or the base alone")
         if self.adapters and not self.scales:
             found.append("there is no strength. Give one or several, such as 0.5 1")
         if self.steps < 1:

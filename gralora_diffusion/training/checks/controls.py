@@ -153,9 +153,9 @@ def _misfits(
     numbers = [len(image.controls) for image in images]
     if count.most == 0 and any(numbers):
         yield (
-            f"{base} edits no images, but there are control images for {_some(names, numbers)}. "
-            "Give an editing base such as FLUX.1 Kontext, FLUX.2 or InstructPix2Pix, or leave out "
-            f"{_PLACES}"
+            f"{base} does not edit images, but there are control images for "
+            f"{_some(names, numbers)}. Give an editing base such as FLUX.1 Kontext, FLUX.2 or "
+            f"InstructPix2Pix, or leave out {_PLACES}"
         )
         return
     few = [name for name, number in zip(names, numbers, strict=True) if number < count.least]

@@ -158,7 +158,7 @@ def check_controls(config: TrainingConfig) -> Iterator[str]:
             and Path(folder).resolve() == Path(config.instance_data_dir).resolve()
         ):
             yield (
-                f"--control_data_dir is {folder!r}, which is --instance_data_dir, too. The images "
+                f"--control_data_dir is {folder!r}, which is also --instance_data_dir. The images "
                 "before the edit need a folder of their own"
             )
     if config.control_data_dir and config.dataset_name:

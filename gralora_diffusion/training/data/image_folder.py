@@ -469,7 +469,7 @@ def check_images(
     _warn(place, "images left out", bad)
     _warn(place, "images used without the parts that cannot be read", warnings)
     again = _contradictions(examples)
-    _warn(place, "images with the control images and the caption of another image", again)
+    _warn(place, "images that have the control images and the caption of another image", again)
     return examples
 
 

@@ -33,7 +33,7 @@ def format_plan(plan: Plan) -> str:
         text = f"{config.learning_rate:g}, about as fast as a LoRA of this rank at {lora:.2g}"
         facts.append(("rate", text))
     if plan.masks:
-        facts.insert(3, ("masks", f"of {plan.masks} images; {MaskedLoss.of(config)}"))
+        facts.insert(3, ("masks", f"for {plan.masks} images; {MaskedLoss.of(config)}"))
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)
         text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")

@@ -51,7 +51,7 @@ def summary_of_inputs(
 def summary_of_masks(config: TrainingConfig, images: Sequence[Example]) -> str:
     """Return how many images have a mask, and what the loss counts outside of it."""
     masked = sum(image.mask is not None for image in images)
-    return f"of {masked} of {len(images)} images; {MaskedLoss.of(config)}"
+    return f"for {masked} of {len(images)} images; {MaskedLoss.of(config)}"
 
 
 def summary_of_training(

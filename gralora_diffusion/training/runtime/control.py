@@ -89,7 +89,7 @@ def request(folder: Path, what: str) -> None:
             written to.
     """
     if what not in REQUESTS:
-        raise ConfigError([f"{what!r} is no request; it must be one of {', '.join(REQUESTS)}"])
+        raise ConfigError([f"{what!r} is not a request; it must be one of {', '.join(REQUESTS)}"])
     status = read_status(folder)
     if status.alive is False:
         raise ConfigError([f"no run is alive in {folder}: {_past(status)}. Nothing was requested"])

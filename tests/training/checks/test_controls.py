@@ -61,7 +61,9 @@ def test_as_many_as_the_base_takes() -> None:
         ("stable-diffusion-3", None),
     ):
         [text] = problems(family, pipeline, ONE)
-        assert "edits no images, but there are control images for after.png. Give an edit" in text
+        assert (
+            "does not edit images, but there are control images for after.png. Give an edit" in text
+        )
 
 
 def test_a_base_that_is_no_editing_base_is_named() -> None:
@@ -114,7 +116,7 @@ def test_validation_images(tmp_path: Path) -> None:
     assert "--validation_image gone.png: there is no such file" in found[1]
     plain = "StableDiffusionPipeline"
     [text] = problems("stable-diffusion", plain, example(), **shown, validation_image=first)
-    assert "this base edits no images. Leave it out" in text
+    assert "this base does not edit images. Leave it out" in text
 
 
 def test_folders_before_anything_is_read(tmp_path: Path) -> None:
@@ -130,7 +132,7 @@ def test_folders_before_anything_is_read(tmp_path: Path) -> None:
     gone, empty, same, both = find_problems(chosen)
     assert "gone': there is no such folder" in gone
     assert "empty': this folder is empty" in empty
-    assert "images', which is --instance_data_dir, too" in same
+    assert "images', which is also --instance_data_dir" in same
     assert "--control_data_dir and --control_column exclude each other" in both
     inside = config(
         pretrained_model_name_or_path="owner/name",
@@ -160,7 +162,7 @@ def test_once_the_base_is_known() -> None:
     family.check_base(pipe)
     with pytest.raises(ConfigError, match="a sample needs one control image"):
         check_controls_of_base(config(), family, pipe, [example()])
-    with pytest.raises(ConfigError, match="edits no images"):
+    with pytest.raises(ConfigError, match="does not edit images"):
         check_controls_of_base(config(), family, PIPELINES["stable-diffusion"](), [ONE])
     xl = pipeline_classes.build("StableDiffusionXLInstructPix2PixPipeline")
     with pytest.raises(ValueError, match="takes 8 channels"):
