@@ -55,9 +55,18 @@ class Place:
 
 @dataclass(frozen=True)
 class Needs:
-    """The option has no effect unless the option ``switch`` is given."""
+    """The option has no effect unless the option ``switch`` is given, or ``alternative`` is."""
 
     switch: str
+    alternative: str | None = None
+
+    def is_met(self, options: Any) -> bool:
+        """Whether one of them is given."""
+        names = (self.switch, self.alternative)
+        return any(name is not None and getattr(options, name) for name in names)
+
+    def __str__(self) -> str:
+        return f"--{self.switch}" + (f" or --{self.alternative}" if self.alternative else "")
 
 
 @dataclass(frozen=True)

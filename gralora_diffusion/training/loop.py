@@ -40,6 +40,7 @@ from gralora_diffusion.training.checks.controls import (
 )
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sampler import Prefetcher
@@ -435,6 +436,7 @@ class Trainer:
         self.first_step, self.began = state.step, time.time()
         from_first(accelerator, self._start_output)
         start_trackers(accelerator, config)
+        self.prompts = from_first(accelerator, lambda: validation_prompts(config))
         self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()
@@ -569,12 +571,12 @@ class Trainer:
             with self.inference_weights():
                 grid = self._generate_validation()
         if requested:
-            without = "interrupted" if self.config.validation_prompt else "no --validation_prompt"
+            without = "interrupted" if self.prompts else "no --validation_prompt"
             where = grid and grid.relative_to(self.config.output_dir).as_posix()
             self.control.answer("sample", f"wrote {where}" if where else f"no images: {without}")
 
     def _generate_validation(self) -> Path | None:
-        if not self.config.validation_prompt:
+        if not self.prompts:
             return None
         # a sharded denoiser computes in all processes at once, and cannot stop in one of them
         alone = self.sharding is None
@@ -583,6 +585,7 @@ class Trainer:
             self.pipe,
             self.family,
             self.config,
+            self.prompts,
             self.state.step,
             self.accelerator,
             controls=self._validation_controls,
@@ -619,7 +622,8 @@ class Trainer:
         if self.metrics is None:
             return None
         rows, facts = self.metrics.read(), self._facts()
-        finish(folder, self.config, self.family.name, rows, facts, grid, whole=not self.stopped)
+        whole = not self.stopped
+        finish(folder, self.config, self.family.name, rows, facts, grid, self.prompts, whole)
         if self.stopped:
             self.control.answer("stop", f"wrote checkpoint-{self.state.step} and the adapter")
         self.control.discard_requests()

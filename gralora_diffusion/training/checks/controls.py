@@ -14,6 +14,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.pipelines.editing import read_controls
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.control_crops import same_shape
 from gralora_diffusion.training.data.image_folder import Example
 
@@ -124,7 +125,7 @@ def validation_controls(config: TrainingConfig, count: ControlCount) -> list[lis
 def _read_validation(
     config: TrainingConfig, count: ControlCount, problems: list[str]
 ) -> list[list[Image.Image]]:
-    prompts = config.validation_prompt
+    prompts = [entry.prompt for entry in validation_prompts(config)]
     if not prompts:
         return []
     return read_controls("validation_image", config.validation_image, prompts, count, problems)

@@ -23,6 +23,7 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.layer_patterns import check_patterns
 from gralora_diffusion.training.config.options import OPTIMIZERS
 from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.buckets import listed_buckets
 
 from .paths import check_base, check_controls, check_data, check_output
@@ -246,10 +247,10 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
     defaults = {f.name: f.default for f in fields(config)}
     idle_without: dict[str, list[str]] = {}
     for name, needed in options_with(type(config), Needs).items():
-        if getattr(config, name) != defaults[name] and not getattr(config, needed.switch):
-            idle_without.setdefault(needed.switch, []).append(f"--{name}")
+        if getattr(config, name) != defaults[name] and not needed.is_met(config):
+            idle_without.setdefault(str(needed), []).append(f"--{name}")
     for switch, idle in idle_without.items():
-        yield f"these options have no effect without --{switch}: {', '.join(idle)}"
+        yield f"these options have no effect without {switch}: {', '.join(idle)}"
     if config.with_prior_preservation and config.prior_source == "teacher":
         drawing = (
             "class_data_dir",
@@ -305,6 +306,10 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
         side = getattr(config, name)
         if side is not None and side != (nearest := _multiple(side, divisor)):
             yield f"--{name} is {side}; it must be a multiple of {wanted}. The nearest is {nearest}"
+    try:
+        validation_prompts(config, divisor)
+    except ConfigError as error:
+        yield from error.problems
     try:
         sizes = listed_buckets(config.aspect_ratio_buckets)
     except ValueError as error:

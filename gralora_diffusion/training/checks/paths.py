@@ -34,7 +34,7 @@ MODEL_FOLDERS = {
 #: tracker's files.
 MADE = (
     *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
-    *("metrics.jsonl", "training_curve.png", "training_config.yaml"),
+    *("metrics.jsonl", "training_curve.png", "training_config.yaml", "validation_over_time.png"),
 )
 
 

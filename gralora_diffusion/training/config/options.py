@@ -660,16 +660,25 @@ class ValidationOptions:
     validation_image: Annotated[
         list[str] | None,
         Place(read=True),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark(_NO_EDITS),
     ] = option(
         None,
         "Control images of the validation images, for an editing base: one file for all prompts or "
         "one for each; several for one prompt are separated by commas",
     )
+    validation_prompts_file: Annotated[
+        str | None,
+        Place(read=True),
+        SetByBenchmark("prompts come from --dreambooth_dir, --captioned_dir and --drift_prompts"),
+    ] = option(
+        None,
+        "File with further prompts: a .txt file with one on each line, or a YAML list in which "
+        "each may have its own seed, size, negative prompt, guidance, steps and strength",
+    )
     validation_negative_prompt: Annotated[
         str | None,
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("images are generated without a negative prompt"),
     ] = option(
         None,
@@ -678,41 +687,41 @@ class ValidationOptions:
     num_validation_images: Annotated[
         int,
         Limits(at_least=1),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("give --images_per_prompt"),
     ] = option(4, "Number of images per prompt")
     validation_height: Annotated[
         int | None,
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("images have the size of --resolution"),
     ] = option(None, "Height in pixels (default: --resolution)")
     validation_width: Annotated[
         int | None,
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("images have the size of --resolution"),
     ] = option(None, "Width in pixels (default: --resolution)")
     validation_epochs: Annotated[
         int,
         Limits(at_least=1),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("images are generated at the end of a trial"),
     ] = option(50, "Epochs between validations")
     validation_steps: Annotated[
         int | None,
         Limits(at_least=1),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("images are generated at the end of a trial"),
     ] = option(None, "Optimizer steps between validations; overrides --validation_epochs")
     validation_guidance_scale: Annotated[
         float | None,
         Limits(at_least=0),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("give --drawing_guidance_scale"),
     ] = option(None, "Guidance scale (default: the pipeline's)")
     validation_inference_steps: Annotated[
         int,
         Limits(at_least=1),
-        Needs("validation_prompt"),
+        Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("give --inference_steps"),
     ] = option(30, "Inference steps")
     skip_final_inference: Annotated[bool, SetByBenchmark("the benchmark evaluates images")] = (

@@ -81,7 +81,7 @@ KOHYA = {
     "v_parameterization": "is called --prediction_type v_prediction here",
     "timestep_sampling": "weighting_scheme",
     "discrete_flow_shift": "flow_shift",
-    "sample_prompts": "validation_prompt",
+    "sample_prompts": "validation_prompts_file",
     "sample_every_n_steps": "validation_steps",
     "sample_every_n_epochs": "validation_epochs",
     "sample_sampler": _SCHEDULER,

@@ -138,7 +138,7 @@ class TrainingConfig(
             return in_each(value, public_name if hub_id else lambda p: Path(p).resolve().name)
 
         needs = options_with(type(self), Needs)
-        idle = {n for n, need in needs.items() if effective and not getattr(self, need.switch)}
+        idle = {n for n, need in needs.items() if effective and not need.is_met(self)}
         changed = {
             name: shown(name, value)
             for name, value in self.as_record().items()

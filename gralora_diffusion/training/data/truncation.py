@@ -9,6 +9,7 @@ from typing import Any
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 
 from .caption_variants import CaptionRules
 from .image_folder import Example
@@ -73,8 +74,8 @@ def _prompts(
         found.setdefault(rules.framed(example.caption), where)
     for example in class_images:
         found.setdefault(example.caption, f"the caption of {example.source}")
-    for prompt in config.validation_prompt or ():
-        found.setdefault(prompt, f"--validation_prompt {prompt[:40]!r}...")
+    for entry in validation_prompts(config):
+        found.setdefault(entry.prompt, f"the validation prompt {entry.prompt[:40]!r}...")
     return found
 
 

@@ -19,6 +19,7 @@ from gralora_diffusion.families import get_family
 from gralora_diffusion.io.templates import render
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.optimization.adapters import LOWERED_K
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 
@@ -34,7 +35,7 @@ def write_card(
     family: str,
     metrics: Mapping[str, Any],
     grid: Path | None,
-    prompts: Sequence[str],
+    prompts: Sequence[ValidationPrompt],
 ) -> Path:
     """Write the model card, and the grid of images that it shows."""
     base = config.pretrained_model_name_or_path
@@ -69,7 +70,7 @@ def write_card(
         base=base if on_hub else Path(base).name,
         quantization=metrics.get(QUANTIZED_BASE),
         image=CARD_IMAGE_NAME if grid is not None else None,
-        prompts=prompts,
+        prompts=[entry.prompt for entry in prompts],
         edits=edits,
         usage=_usage(config, next(iter(get_family(family).edit_pipelines)) if edits else None),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
@@ -81,17 +82,17 @@ def write_card(
 
 
 def _widget(
-    folder: Path, config: TrainingConfig, grid: Path | None, prompts: Sequence[str]
+    folder: Path, config: TrainingConfig, grid: Path | None, prompts: Sequence[ValidationPrompt]
 ) -> list[dict[str, Any]]:
     """Return an image of each prompt as the Hub shows it, by its path in the output folder."""
     shown = []
-    for row, prompt in enumerate(prompts):
+    for row, entry in enumerate(prompts):
         image = grid and grid.parent / image_name(row, 0)
         if not image or not image.is_relative_to(folder) or not image.is_file():
             continue
-        example: dict[str, Any] = {"text": prompt}
-        if config.validation_negative_prompt:
-            example["parameters"] = {"negative_prompt": config.validation_negative_prompt}
+        example: dict[str, Any] = {"text": entry.prompt}
+        if negative := entry.negative_prompt or config.validation_negative_prompt:
+            example["parameters"] = {"negative_prompt": negative}
         example["output"] = {"url": image.relative_to(folder).as_posix()}
         shown.append(example)
     return shown

@@ -16,6 +16,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.runtime.agreement import from_first
 from gralora_diffusion.training.runtime.folder_lock import (
     BENCHMARK_NAME,
@@ -27,6 +28,7 @@ from .curve import CURVE_NAME, plot_curve
 from .metrics import with_loss
 from .model_card import write_card
 from .published import to_be_shown
+from .validation_history import write_history
 
 logger = logging.getLogger(__name__)
 
@@ -100,16 +102,19 @@ def finish(
     rows: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
     grid: Path | None,
+    prompts: Sequence[ValidationPrompt],
     whole: bool = True,
 ) -> None:
     """Plot the curve, write the model card, upload if requested. The adapter is already there.
 
     Args:
+        grid: of the last validation images, and their ``prompts``, a row each.
         whole: the run made all its steps; otherwise nothing is uploaded.
     """
     if finite := with_loss(rows):
         plot_curve(finite, folder / CURVE_NAME)
-    write_card(folder, config, family, facts, grid, config.validation_prompt or ())
+    write_history(folder)
+    write_card(folder, config, family, facts, grid, prompts)
     if config.push_to_hub and not whole:
         logger.warning("nothing was uploaded, because the run was stopped before its last step")
     elif config.push_to_hub:

@@ -19,7 +19,7 @@ from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
 
 from .curve import CURVE_NAME
 from .metrics import METRICS_NAME, with_loss
-from .model_card import CARD_NAME
+from .published import CARD_NAME, HISTORY_NAME, VALIDATION_NAME
 
 _WIDTH = 9
 
@@ -95,7 +95,7 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         last = rows[best * width + width - 1]["step"]
         steps = f"steps {first} to {last}" if last > first else f"step {last}"
         found.append(("loss", f"{means[-1]:.4f} at the end; lowest {means[best]:.4f} in {steps}"))
-    names = (WEIGHTS_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, "validation")
+    names = (WEIGHTS_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, HISTORY_NAME, VALIDATION_NAME)
     files = [name for name in names if (folder / name).exists()]
     found.append(("files", f"{folder}{os.sep}"))
     found += [("", f"  {name}{os.sep if (folder / name).is_dir() else ''}") for name in files]

@@ -15,6 +15,7 @@ from diffusers.training_utils import free_memory, offload_models
 from PIL import Image
 from torch import Tensor, nn
 
+from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily
@@ -27,6 +28,7 @@ from gralora_diffusion.pipelines.generation import (
     takes_negative_prompt,
 )
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.data.truncation import reported_truncation
 from gralora_diffusion.training.runtime.acceleration import without_fp16_autocast
 
@@ -46,6 +48,7 @@ def generate_validation(
     pipe: Any,
     family: ModelFamily,
     config: TrainingConfig,
+    prompts: Sequence[ValidationPrompt],
     step: int,
     accelerator: Accelerator,
     *,
@@ -53,7 +56,7 @@ def generate_validation(
     stream_encoders: bool = False,
     stops: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """Generate images for the validation prompts with the current weights; return the grid's path.
+    """Generate images for the prompts with the current weights; return the grid's path.
 
     Nothing that training depends on is changed. Only the first process writes files, if several
     generate the same images; the others return None. So does the first one if ``stops()`` becomes
@@ -64,28 +67,24 @@ def generate_validation(
     """
     if any(controls):
         pipe = editing_pipeline(pipe, family)
-    prompts, negative = config.validation_prompt or [], config.validation_negative_prompt
-    height = config.validation_height or config.resolution
-    width = config.validation_width or config.resolution
+    adapter = config.hub_model_id or Path(config.output_dir).resolve().name
+    origin = {"base": config.pretrained_model_name_or_path, "adapter": adapter}
     encoders = existing_models(pipe, family.all_text_encoders)
-    options: dict[str, Any] = {
-        "images_per_prompt": config.num_validation_images,
-        "seed": config.seed,
-        "size": (height, width) if height and width else None,
-        "negative_prompt": negative if takes_negative_prompt(type(pipe)) else None,
-        "guidance_scale": config.validation_guidance_scale,
-        "inference_steps": config.validation_inference_steps,
-        "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
-        "clip_skip": config.clip_skip,
-        "controls": controls if any(controls) else (),
-    }
+    images: list[list[Image.Image]] = []
+    parameters: list[list[ImageParameters]] = []
     try:
         with (
             accelerator.autocast(),
             encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
             _stopped_when(stops, getattr(pipe, family.denoiser)),
         ):
-            images = generate(pipe, prompts, **options)
+            for row, entry in enumerate(prompts):
+                options = _generation_options(pipe, family, config, entry)
+                options["controls"] = [controls[row]] if any(controls) else ()
+                with _scaled(pipe, entry.scale):
+                    images += generate(pipe, [entry.prompt], **options)
+                described: dict[str, Any] = {**origin, "scale": entry.scale, **options}
+                parameters += parameters_of(pipe, [entry.prompt], **described)
     except _Stopped:
         logger.info("the validation images of step %d are left out, because the run stops", step)
         return None
@@ -93,11 +92,46 @@ def generate_validation(
         free_memory()
     if not accelerator.is_main_process:
         return None
-    adapter = config.hub_model_id or Path(config.output_dir).resolve().name
-    base = config.pretrained_model_name_or_path
-    parameters = parameters_of(pipe, prompts, base=base, adapter=adapter, scale=1.0, **options)
     folder = Path(config.output_dir) / VALIDATION_NAME
     return save_and_track(images, parameters, folder, step, accelerator)
+
+
+def _generation_options(
+    pipe: Any, family: ModelFamily, config: TrainingConfig, entry: ValidationPrompt
+) -> dict[str, Any]:
+    """Return how a prompt's images are generated: by its own settings, else by the options."""
+    height = entry.height or config.validation_height or config.resolution
+    width = entry.width or config.validation_width or config.resolution
+    negative = _either(entry.negative_prompt, config.validation_negative_prompt)
+    return {
+        "images_per_prompt": _either(entry.images, config.num_validation_images),
+        "seed": _either(entry.seed, config.seed),
+        "size": (height, width) if height and width else None,
+        "negative_prompt": negative if takes_negative_prompt(type(pipe)) else None,
+        "guidance_scale": _either(entry.guidance_scale, config.validation_guidance_scale),
+        "inference_steps": _either(entry.num_inference_steps, config.validation_inference_steps),
+        "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
+        "clip_skip": config.clip_skip,
+    }
+
+
+def _either(own: Any, usual: Any) -> Any:
+    return usual if own is None else own
+
+
+@contextmanager
+def _scaled(pipe: Any, scale: float) -> Iterator[None]:
+    """Multiply the adapter's update by ``scale`` inside."""
+    models = [model for model in pipe.components.values() if isinstance(model, nn.Module)]
+    layers = [layer for model in models for layer in gralora_layers(model)]
+    before = [dict(layer.scaling) for layer in layers]
+    for layer in layers:
+        layer.scaling.update({name: scale * value for name, value in layer.scaling.items()})
+    try:
+        yield
+    finally:
+        for layer, scaling in zip(layers, before, strict=True):
+            layer.scaling.update(scaling)
 
 
 @contextmanager
@@ -184,16 +218,23 @@ def save_and_track(
     for row, images in enumerate(rows):
         for column, image in enumerate(images):
             save_png(image, target / image_name(row, column), parameters[row][column])
-    (target / PROMPTS_NAME).write_text("\n".join(prompts) + "\n", encoding="utf-8")
+    lines = [" ".join(prompt.split()) + "\n" for prompt in prompts]
+    (target / PROMPTS_NAME).write_text("".join(lines), encoding="utf-8")
     grid, widest = target / GRID_NAME, max(image.width for images in rows for image in images)
-    seeds = [f"seed {described.seed}" for described in parameters[0]]
+    seeds = [[f"seed {described.seed}" for described in row] for row in parameters]
+    alike = all(row == seeds[0] for row in seeds)
+    labels = prompts if alike else [f"{p}\n{row[0]}" for p, row in zip(prompts, seeds, strict=True)]
     cell = min(max(widest, 128), _CELL)
-    labelled_grid(list(zip(prompts, rows, strict=True)), seeds, cell).save(grid)
+    labelled = list(zip(labels, rows, strict=True))
+    labelled_grid(labelled, seeds[0] if alike else (), cell).save(grid)
     for tracker in accelerator.trackers:
-        for prompt, images in zip(prompts, rows, strict=True):
+        for row, (prompt, images) in enumerate(zip(prompts, rows, strict=True)):
+            name = f"validation/{prompt}"
+            if prompts.count(prompt) > 1:
+                name += f" ({row})"
             stack = np.stack([np.asarray(image.convert("RGB")) for image in images])
             if tracker.name == "tensorboard":
-                tracker.log_images({f"validation/{prompt}": stack}, step=step, dataformats="NHWC")
+                tracker.log_images({name: stack}, step=step, dataformats="NHWC")
             elif tracker.name == "wandb":
-                tracker.log_images({f"validation/{prompt}": stack}, step=step)
+                tracker.log_images({name: stack}, step=step)
     return grid

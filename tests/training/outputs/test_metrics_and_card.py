@@ -24,6 +24,7 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import base_license, output_dir
 from gralora_diffusion.training.outputs.curve import plot_curve
@@ -61,6 +62,7 @@ def finished(base: Path, images: Path, tmp_path_factory: pytest.TempPathFactory)
 
 def test_files(finished: Path) -> None:
     assert sorted(path.name for path in finished.iterdir()) == [
+        ".gralora.status",
         "README.md",
         "checkpoint-2",
         "checkpoint-4",
@@ -71,6 +73,7 @@ def test_files(finished: Path) -> None:
         "training_curve.png",
         "validation",
         "validation.png",
+        "validation_over_time.png",
     ]
     assert [row["step"] for row in metrics(finished)] == [1, 2, 3, 4]
     assert all(row.keys() == {"step", "performance", *SCALARS[:3]} for row in metrics(finished))
@@ -254,6 +257,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         *("README.md", "metrics.jsonl", "pytorch_gralora_weights.safetensors"),
         *("training_curve.png", "validation.png"),
         *(f"{step}/{name}" for step in steps for name in ("00-00.png", "grid.png", "prompts.txt")),
+        "validation_over_time.png",
     ]
     for path in uploaded:
         data = path.read_bytes()
@@ -360,7 +364,9 @@ def test_hostile_text_in_a_card_is_only_text(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(grid)
     folder = tmp_path / HOSTILE.replace("/", "")
     folder.mkdir()
-    path = write_card(folder, config, HOSTILE, {HOSTILE: HOSTILE}, grid, [HOSTILE])
+    path = write_card(
+        folder, config, HOSTILE, {HOSTILE: HOSTILE}, grid, [ValidationPrompt(prompt=HOSTILE)]
+    )
     text = path.read_text(encoding="utf-8")
     assert {letter for letter in text if not letter.isprintable()} == {"\n"}
     card = ModelCard.load(path)

@@ -12,16 +12,19 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from PIL import Image
+from diffusers import StableDiffusionPipeline
+from PIL import Image, ImageOps
 from torch import nn
 
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import get_family
 from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.outputs import validation
 from gralora_diffusion.training.outputs.validation import encoding_apart, generate_validation
+from gralora_diffusion.training.outputs.validation_history import write_history
 from tests.models import PIPELINES
-from tests.training.runs import config
+from tests.training.runs import config, make_images, run
 
 CPU = torch.device("cpu")
 
@@ -38,7 +41,13 @@ def test_encoders_are_on_the_device_only_while_they_compute(
         events.append(models)
         yield
 
+    @contextmanager
+    def computing(device: Any, models: list[nn.Module], *, streamed: bool) -> Iterator[None]:
+        with moved(*models, device=device):
+            yield
+
     monkeypatch.setattr(validation, "offload_models", moved)
+    monkeypatch.setattr(validation, "computing_on", computing)
     encoders = existing_models(pipe, get_family(name).all_text_encoders)
     options: dict[str, Any] = {"size": 32, "inference_steps": 2}
     expected = generate(pipe, ["a dog", "a cat"], 2, **options)
@@ -89,7 +98,9 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         validation_inference_steps=2,
         resolution=32,
     )
-    grid = generate_validation(pipe, family, chosen, 3, Accelerator(cpu=True))
+    grid = generate_validation(
+        pipe, family, chosen, validation_prompts(chosen), 3, Accelerator(cpu=True)
+    )
     takes = name.startswith("stable-diffusion")
     assert takes_negative_prompt(type(pipe)) == takes
     for row, prompt in enumerate(("a dog", "a cat")):
@@ -118,3 +129,70 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         assert cell.tobytes() == image.resize((128, 192), Image.Resampling.NEAREST).tobytes()
         label = shown.crop((0, top, 112, top + 192))
         assert label.getextrema() == ((0, 255),) * 3  # black text on white
+
+
+def test_each_prompt_of_a_file_has_its_own_settings(base: Path, tmp_path: Path) -> None:
+    """As diffusers generates with them; strength 0 is the base alone."""
+    (tmp_path / "prompts.yaml").write_text(
+        "- {prompt: a cat, seed: 7, width: 32, height: 24, guidance_scale: 2, "
+        "num_inference_steps: 3, negative_prompt: snow, scale: 0}\n"
+        "- {prompt: a cat, seed: 7, width: 32, height: 24, guidance_scale: 2, "
+        "num_inference_steps: 3, negative_prompt: snow, scale: 0.5}\n"
+    )
+    out = run(
+        output_dir=tmp_path / "out",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=make_images(tmp_path / "images"),
+        validation_prompt="a dog",
+        validation_prompts_file=tmp_path / "prompts.yaml",
+        num_validation_images=1,
+        validation_inference_steps=2,
+        validation_steps=3,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+
+    def generated() -> bytes:
+        rng = torch.Generator().manual_seed(7)
+        size: dict[str, Any] = {"width": 32, "height": 24, "num_inference_steps": 3}
+        return (
+            pipe("a cat", generator=rng, guidance_scale=2.0, negative_prompt="snow", **size)
+            .images[0]
+            .tobytes()
+        )
+
+    folder = out / "validation" / "step-000006"
+    found = [Image.open(folder / f"{row:02d}-00.png") for row in range(3)]
+    assert found[0].size == (16, 16)
+    assert found[1].tobytes() == generated()
+    pipe.load_gralora_weights(out)
+    assert found[2].tobytes() != generated()
+    pipe.set_adapters("default", 0.5)
+    assert found[2].tobytes() == generated()
+    assert json.loads(found[2].info["gralora_diffusion"])["scale"] == 0.5
+
+    # the images over the steps, beside the curve: prompts below each other, steps side by side
+    history = Image.open(out / "validation_over_time.png").convert("RGB")
+    for column, step in enumerate((0, 3, 6)):
+        image = Image.open(out / "validation" / f"step-{step:06d}" / "02-00.png")
+        height = round(192 * 24 / 32)
+        box = (112 + column * 200, 8 + 2 * (height + 8))
+        shown = history.crop((*box, box[0] + 192, box[1] + height))
+        fitted = ImageOps.fit(image, shown.size, Image.Resampling.NEAREST)
+        assert shown.tobytes() == fitted.tobytes()
+
+
+def test_images_over_time_of_damaged_files(tmp_path: Path) -> None:
+    """What cannot be read is white; validations with other prompts are left out."""
+    assert write_history(tmp_path) is None
+    for step, prompts in ((0, "old\n"), (5, "a\nb\n"), (7, "a\nb\n")):
+        folder = tmp_path / "validation" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        (folder / "prompts.txt").write_text(prompts)
+        Image.new("RGB", (8, 8), "red").save(folder / "00-00.png")
+        (folder / "01-00.png").write_bytes(b"no image")
+    path = write_history(tmp_path)
+    assert path is not None
+    history = Image.open(path).convert("RGB")
+    colors = [history.getpixel((112 + c * 200 + 9, 9 + r * 200)) for r in (0, 1) for c in (0, 1)]
+    assert colors == [(255, 0, 0)] * 2 + [(255, 255, 255)] * 2
+    assert history.width == 112 + 2 * 200
