@@ -61,12 +61,10 @@ def _verdict(decision: Decision, what: str, count: int) -> Verdict:
         evidence = f"{what}: {signed(d.mean, 3)}, without an interval."
         answer = f"{method} against {reference}: too few trials for a verdict."
         return Verdict("too few", answer, _capital(evidence))
-    corrected = f" after correction for {count} comparisons" if count > 1 else ""
-    interval = f"95% interval {signed(d.low, 3)} to {signed(d.high, 3)}"
-    evidence = (
-        f"{what} differs by {signed(d.mean, 3)} ({interval}, {over}, "
-        f"{p_text(decision.holm_p)}{corrected})."
-    )
+    sure = f"95% interval {signed(d.low, 3)} to {signed(d.high, 3)}, {over}, {p_text(decision.p)}"
+    if count > 1:
+        sure += f"; {p_text(decision.holm_p)} after correction for {count} comparisons"
+    evidence = f"{what} differs by {signed(d.mean, 3)} ({sure})."
     answer = {
         "better": f"{method} beats {reference}.",
         "worse": f"{method} loses to {reference}.",

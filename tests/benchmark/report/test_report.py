@@ -132,7 +132,8 @@ def test_who_wins_loses_or_neither_is_said(content, page, made):
     k2, dora, k4 = content["protocols"]["subject"]["verdicts"]
     assert re.fullmatch(
         r"gralora-r32-k2 beats lora-r32\. DINOv2 similarity differs by \+0\.025 \(95% interval "
-        r"\+0\.017 to \+0\.032, 7 subjects, p < 0\.001 after correction for 3 comparisons\)\.",
+        r"\+0\.017 to \+0\.032, 7 subjects, p < 0\.001; "
+        r"p < 0\.001 after correction for 3 comparisons\)\.",
         k2,
     )
     assert dora.startswith("dora-r32 loses to lora-r32. DINOv2 similarity differs by -0.0")
