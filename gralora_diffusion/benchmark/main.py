@@ -19,7 +19,7 @@ from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_i
 
 from .ledger import FAILURE_NAME, Ledger, Trial, in_order
 from .report import write_report
-from .run_config import check_same_run, save_run_config
+from .run_config import check_same_run, public_paths, save_run_config
 from .runner import ADAPTER, IMAGES, Runner
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
@@ -172,7 +172,7 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
         expected=expected,
         unreadable=[*unreadable, *failures],
         real_images={task.subject: task.real for task in tasks if task.protocol == "subject"},
-        settings=settings.record(),
+        settings=public_paths(settings.record()),
         declared=settings.declared,
     )
     print_safely(page)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,8 +15,9 @@ import yaml
 
 from gralora_diffusion.io.bundled import samples_folder
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.options.fields import MayDiffer, Place, options_with
+from gralora_diffusion.options.fields import MayDiffer, Place, in_each, options_with
 from gralora_diffusion.options.parsing import arguments_of, read_options
 from gralora_diffusion.training.config.other_programs import OTHER_NAMES
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -221,16 +222,34 @@ def _why_not(name: str) -> str:
 def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
     """Return the options with absolute paths, which mean the same everywhere."""
 
+    def placed(value: str, place: Place) -> str:
+        return value if place.hub_id and not os.path.exists(value) else os.path.abspath(value)
+
+    return _with_places(record, placed)
+
+
+def public_paths(record: dict[str, Any]) -> dict[str, Any]:
+    """Return the options with the names of files and folders in place of their paths."""
+
+    def placed(value: str, place: Place) -> str:
+        return public_name(value) if place.hub_id else Path(value).resolve().name
+
+    return _with_places(record, placed)
+
+
+def _with_places(record: dict[str, Any], placed: Callable[[str, Place], str]) -> dict[str, Any]:
+    """Return the options with each file, folder and Hub id replaced by what ``placed`` gives."""
     places = _places()
 
-    def placed(name: str, value: str) -> str:
-        may_be_elsewhere = name == "encoders" or places[name].hub_id
-        return value if may_be_elsewhere and not os.path.exists(value) else os.path.abspath(value)
+    def changed(name: str, value: Any) -> Any:
+        place = places.get(name)
+        return value if place is None else in_each(value, lambda path: placed(path, place))
 
-    record = {k: placed(k, v) if v and k in places else v for k, v in record.items()}
+    record = {name: changed(name, value) for name, value in record.items()}
     if "encoders" in record:
         pairs = (text.partition("=") for text in record["encoders"])
-        record["encoders"] = [f"{n}={placed('encoders', source)}" for n, _, source in pairs]
+        encoder = Place(read=True, hub_id=True)
+        record["encoders"] = [f"{n}={placed(source, encoder)}" for n, _, source in pairs]
     return record
 
 

@@ -48,6 +48,8 @@ def test_every_trial_and_the_report(whole):
     assert set(report["protocols"]) == {"subject"}
     page = (whole / "report" / "index.html").read_text()
     assert "gralora-r4-k2" in page
+    for file in (whole / "report").iterdir():  # which may be shared
+        assert str(whole.parent) not in file.read_text(), file.name
     assert not list(whole.rglob("claim.json*"))
 
 

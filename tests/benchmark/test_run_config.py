@@ -12,6 +12,7 @@ from gralora_diffusion.benchmark.run_config import (
     SETTINGS_NAME,
     check_same_run,
     parse_settings,
+    public_paths,
     save_run_config,
 )
 from gralora_diffusion.io.errors import ConfigError
@@ -166,8 +167,11 @@ def test_what_is_kept_is_read_from_another_directory(tmp_path, monkeypatch):
     assert again.training.latent_cache_dir == f"{one}latents"
     clip = "openai/clip-vit-base-patch32"
     assert again.encoder_sources == {"dino": f"{one}judge", "clip": clip}
-    # the report shows them as they were given
-    assert given.record()["dreambooth_dir"] == "db"
+    shown = public_paths(again.record())
+    assert (shown["output_dir"], shown["dreambooth_dir"]) == ("run", "db")
+    assert shown["pretrained_model_name_or_path"] == "base"
+    assert shown["encoders"] == ["dino=judge", f"clip={clip}"]
+    assert str(tmp_path) not in str(shown)
 
 
 def test_files_that_were_moved_are_known_by_their_names(tmp_path, monkeypatch):
