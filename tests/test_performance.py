@@ -17,6 +17,7 @@ from tests.performance import (
     peers,
     recipes,
     shapes,
+    streaming,
     train_step,
 )
 
@@ -200,3 +201,16 @@ def test_recipes(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[3] for line in lines] == ["fits", *["yes"] * 5]
     assert [line.split(" | ")[4] for line in lines] == ["streamed", *[""] * 5]
+
+
+def test_streaming_benchmark(tmp_path, capsys):
+    """A block is copied forward and backward, but for those that are there; no more is held."""
+    options = ["--json", str(tmp_path / "all.json"), *SHORT]
+    streaming.main(["--quick", "--bases", "sd15", "--kept", "0", "0.5", *options])
+    whole, *streamed = json.loads((tmp_path / "all.json").read_text())["results"]
+    assert whole["copied"] == whole["held"] == 0
+    for row in streamed:
+        assert 0 < row["held"] <= row["planned_held"]
+        most = row["planned_copied"]
+        assert most - 2 * row["planned_held"] <= row["copied"] <= most
+    assert "copied MiB" in capsys.readouterr().out

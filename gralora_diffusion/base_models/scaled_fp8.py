@@ -23,6 +23,8 @@ FORMATS = ("float8_e4m3fn", "float8_e5m2")
 _DTYPES = ("F8_E4M3", "F8_E5M2")
 _SCALES = (".scale_weight", ".weight_scale")
 _OF_INPUTS = (".scale_input", ".input_scale")
+#: Bytes of the text that names a format, at most.
+_MOST_BYTES = 4096
 _FORMAT, _MARKER = ".comfy_quant", "scaled_fp8"
 
 
@@ -47,6 +49,26 @@ def explained(tensors: Mapping[str, StoredTensor]) -> set[str]:
         if end == _MARKER or (f".{end}" in (_FORMAT, *_OF_INPUTS) and f"{start}.weight" in scales):
             keys.add(key)
     return keys
+
+
+def stored_formats(tensors: Mapping[str, StoredTensor]) -> set[str]:
+    """Return the formats that the layers of a file name in tensors of their own.
+
+    What is no name of a format is left out.
+    """
+    found = set()
+    for key, tensor in tensors.items():
+        if key.endswith(_FORMAT) and tensor.nbytes <= _MOST_BYTES:
+            with open(tensor.path, "rb") as file:
+                file.seek(tensor.offset)
+                content = file.read(tensor.nbytes)
+            try:
+                name = parse_object(content)["format"]
+            except (ValueError, KeyError):
+                continue
+            if isinstance(name, str) and name.isascii() and name.isidentifier():
+                found.add(name)
+    return found
 
 
 def read(tensors: dict[str, Tensor], scales: Mapping[str, str], dtype: torch.dtype) -> None:

@@ -12,10 +12,11 @@ from types import MappingProxyType
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import DENOISER
 
-from .scaled_fp8 import FORMATS, explained
+from .scaled_fp8 import FORMATS, explained, stored_formats
 
 #: diffusers' answer for keys that it does not know, and for Stable Diffusion 1.x.
 _UNKNOWN = "v1"
@@ -206,7 +207,8 @@ class OriginalFile(OriginalHeader):
             )
         if key := self.quantized_below(self.prefix, scaled_fp8):
             raise self.error(
-                f"this is a quantized file ({key}), which cannot be read. Pass the file in 16 bits"
+                f"this is a quantized file ({key}), which cannot be read{self._why_unreadable()}. Pass "
+                "the file in 16 bits"
             )
         if (key := self.quantized_below("", scaled_fp8)) and not denoiser_only:
             raise self.error(
@@ -214,6 +216,17 @@ class OriginalFile(OriginalHeader):
                 "Pass a file in 16 bits, or export the denoiser alone with --denoiser_only"
             )
         return family
+
+    def _why_unreadable(self) -> str:
+        """Return which of ComfyUI's formats the file has, if it names any that cannot be read."""
+        layers = _quantized_layers(self.metadata) or {}
+        found = {*layers.values(), *stored_formats(self.tensors)} - set(FORMATS)
+        if not found:
+            return ""
+        named = first_few(sorted(found))
+        return (
+            f": it has weights in {named}. Of ComfyUI's formats, only {' and '.join(FORMATS)} are"
+        )
 
     def _not_a_base(self) -> str:
         what = (

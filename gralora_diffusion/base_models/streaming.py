@@ -413,9 +413,19 @@ def _pin(memory: Tensor) -> None:
     runtime: Any = torch.cuda.cudart()
     address = memory.data_ptr()
     if int(runtime.cudaHostRegister(address, memory.nbytes, 0)) != 0:
+        _forget_error()
         logger.warning(
             "memory of the CPU cannot be pinned, so copying blocks to the GPU takes longer. Some "
             "systems limit how much can be locked: see `ulimit -l`"
         )
         return
     weakref.finalize(memory.untyped_storage(), runtime.cudaHostUnregister, address)
+
+
+def _forget_error() -> None:
+    """Have CUDA report an error that has been handled, so that no later call fails with it."""
+    try:
+        torch.zeros(1, device="cuda").add_(1)
+        torch.cuda.synchronize()
+    except RuntimeError:
+        pass

@@ -491,6 +491,11 @@ class TestScaledFp8:
         text = f"{layer} has the format 'mxfp8'; only float8_e4m3fn and float8_e5m2 can be read"
         assert text in problem(f"{layer}.comfy_quant", other)
         assert "cannot be read (" in problem(f"{layer}.comfy_quant", other[:3])
+        packed = good[f"{layer}.weight"].view(torch.uint8)
+        four = torch.tensor(list(b'{"format": "nvfp4"}'), dtype=torch.uint8)
+        save_file({**good, f"{layer}.weight": packed, f"{layer}.comfy_quant": four}, file)
+        text = "it has weights in nvfp4. Of ComfyUI's formats, only float8_e4m3fn and float8_e5m2"
+        assert text in problem_of(file, base_config=base.other_folder)
 
 
 def test_a_file_that_is_cut(base_of: Callable[[str], Base], tmp_path: Path) -> None:

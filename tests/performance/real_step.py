@@ -5,7 +5,7 @@ preset gives: noisy latents at the usual resolution, forward, backward, clipping
 peaks are compared with what the plan of ``--dry_run`` says of the same step, on fake tensors.
 
 Ways: ``bf16``; ``checkpointing``, gradients recomputed; ``bnb-4bit``, ``bnb-8bit`` and
-``torchao-int8``, a quantized base; ``streamed``, the frozen weights come from the host by blocks.
+``torchao-int8``, a quantized base; ``streamed``, as ``checkpointing`` with all blocks streamed.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.streaming import Streaming, block_bytes
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.runtime.acceleration import checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import MemoryMeter, materialize
@@ -224,8 +225,9 @@ def planned_bytes(base: Base, way: str, rank: int, quick: bool, device: torch.de
     model = make_denoiser(base, torch.device("meta"), quick)
     with torch.device("meta"):
         step = Step(base, model, rank, quick)
-    if way == "checkpointing":
+    if way in ("checkpointing", "streamed"):
         checkpoint_gradients(model)
+    streamed = Streaming().bytes_needed(block_bytes(model))
     state = 2 * bytes_of(step.trained)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize(model, device)
@@ -234,6 +236,8 @@ def planned_bytes(base: Base, way: str, rank: int, quick: bool, device: torch.de
         meter = MemoryMeter(device, tensors_of(model))
         with meter:
             step.backward(step.inputs(device))
+    if way == "streamed":
+        held += streamed.ring - streamed.streamed
     return held + state + meter.peak
 
 
@@ -244,11 +248,11 @@ def measure(name: str, way: str, args: argparse.Namespace, device: torch.device)
     denoiser = make_denoiser(base, CPU if quantized or way == "streamed" else device, args.quick)
     if quantized:
         denoiser = QUANTIZERS[way](denoiser, device)
-    if way == "streamed":  # before the adapter is there, which stays on the device
-        _stream(denoiser, device)
     step = Step(base, denoiser, args.rank, args.quick)
-    if way == "checkpointing":
+    if way in ("checkpointing", "streamed"):
         checkpoint_gradients(denoiser)
+    if way == "streamed":
+        Streaming().start(denoiser, device)
     for parameter in step.trained:
         parameter.data = parameter.data.to(device)
     optimizer = torch.optim.AdamW(step.trained, fused=True)
@@ -273,18 +277,6 @@ def measure(name: str, way: str, args: argparse.Namespace, device: torch.device)
         "peak_gib": torch.cuda.max_memory_allocated(device) / 2**30,
         "plan_gib": plan / 2**30,
     }
-
-
-def _stream(denoiser: Any, device: torch.device) -> None:
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(
-        denoiser,
-        onload_device=device,
-        offload_device=CPU,
-        offload_type="leaf_level",
-        use_stream=True,
-    )
 
 
 def _bitsandbytes(denoiser: nn.Module, device: torch.device, bits: int) -> nn.Module:
