@@ -207,8 +207,8 @@ class OriginalFile(OriginalHeader):
             )
         if key := self.quantized_below(self.prefix, scaled_fp8):
             raise self.error(
-                f"this is a quantized file ({key}), which cannot be read{self._why_unreadable()}. Pass "
-                "the file in 16 bits"
+                f"this is a quantized file ({key}), which cannot be read{self._why_unreadable()}. "
+                "Pass the file in 16 bits"
             )
         if (key := self.quantized_below("", scaled_fp8)) and not denoiser_only:
             raise self.error(

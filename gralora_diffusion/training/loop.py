@@ -226,7 +226,7 @@ def _print_plan(
 
     def plan_of(changed: TrainingConfig) -> Plan:
         plan = plan_run(changed, family, images, classes, accelerator, sharding, size is not None)
-        return plan if size is None else replace(plan, device=f"a GPU of {config.device_memory}")
+        return plan if size is None else replace(plan, device=f"a GPU of {size / 2**30:.3g} GiB")
 
     there = device_memory(accelerator.device) if size is None else DeviceMemory(size, size)
     plan = with_offloading(plan_of(config), config, sharding, there.free)

@@ -47,10 +47,11 @@ def find_fit(
     *,
     streams: bool = True,
 ) -> tuple[Fit | None, Fit]:
-    """Return the first options with which a run fits into ``size`` bytes, and the smallest fit.
+    """Return the first options with which a run fits into a card, and those for the smallest one.
 
     Args:
         plan_of: plans a run with nothing streamed.
+        size: bytes of the card.
         streams: whether the denoiser can be streamed in this run.
     """
     most = int(WARN * size)
@@ -76,9 +77,9 @@ def format_fit(size: int, found: Fit | None, smallest: Fit) -> str:
         when = max(smallest.plan.phases, key=smallest.plan.peak)
         names = {"pictures": "encoding images", "prompts": "encoding prompts", "steps": "a step"}
         text = (
-            f"No options make this run fit into {card}: {names[when]} takes "
-            f"{smallest.peak / _GIB:,.2f} GiB at least. A lower --resolution (it is "
-            f"{smallest.plan.config.resolution}) or fewer adapted layers need less."
+            f"No options make this run fit into {card}, since {names[when]} takes too much. A "
+            f"lower --resolution (it is {smallest.plan.config.resolution}) or fewer adapted layers need "
+            "less."
         )
     elif found.options:
         text = f"To fit into {card}, give {' '.join(found.options)}. {_costs(found)}"
@@ -92,7 +93,7 @@ def format_fit(size: int, found: Fit | None, smallest: Fit) -> str:
 
 
 def _costs(fit: Fit) -> str:
-    text = f"It then needs about {fit.peak / _GIB:,.2f} GiB at the peak"
+    text = f"It needs about {fit.peak / _GIB:,.2f} GiB at the peak"
     if fit.plan.copied:
         text += f" and copies {fit.plan.copied / _GIB:,.1f} GiB to the GPU in a step"
     return f"{text}."
@@ -135,4 +136,4 @@ def _streamed(fit: Fit, most: int, streams: bool) -> Fit:
 
 def _smallest(fits: list[Fit], streams: bool) -> Fit:
     fits = [*fits, *(_streamed(fit, 0, streams) for fit in fits)]
-    return min(fits, key=lambda fit: fit.peak)
+    return min(fits, key=smallest_card)  # of those for one card, the one with fewest options
