@@ -78,8 +78,8 @@ def format_fit(size: int, found: Fit | None, smallest: Fit) -> str:
         names = {"pictures": "encoding images", "prompts": "encoding prompts", "steps": "a step"}
         text = (
             f"No options make this run fit into {card}, since {names[when]} takes too much. A "
-            f"lower --resolution (it is {smallest.plan.config.resolution}) or fewer adapted layers need "
-            "less."
+            f"lower --resolution (it is {smallest.plan.config.resolution}) or fewer adapted layers "
+            "need less."
         )
     elif found.options:
         text = f"To fit into {card}, give {' '.join(found.options)}. {_costs(found)}"
