@@ -104,6 +104,8 @@ class ModelFamily(ABC):
     #: Pipelines of bases that edit given images -> how many of them a sample has. The first one
     #: generates images from control images.
     edit_pipelines: Mapping[str, ControlCount] = MappingProxyType({})
+    #: The pipeline of bases that fill a masked part of an image; None if there are none.
+    inpainting_pipeline: str | None = None
     #: Attribute of the pipeline that holds the denoiser: "unet" or "transformer".
     denoiser: str
     #: Attributes of the pipeline that hold trainable text encoders.
@@ -344,6 +346,32 @@ class ModelFamily(ABC):
         del pipe, latents
         return []
 
+    def fills(self, pipe: Any) -> bool:
+        """Whether this base fills a masked part of an image.
+
+        The denoiser of such a base takes a mask and the latents of the masked image besides the
+        noisy latents.
+        """
+        del pipe
+        return False
+
+    def fill_masks(self, pipe: Any, masks: Tensor) -> Tensor:
+        """Return masks of pixels as the denoiser of such a base takes them.
+
+        By default, each latent has the value of one of its pixels.
+
+        Args:
+            masks: (batch, 1, height, width), 1 where to fill and 0 elsewhere.
+
+        Returns:
+            (batch, channels, height, width of the latents).
+        """
+        from torch.nn.functional import interpolate
+
+        height, width = masks.shape[-2:]
+        scale = int(pipe.vae_scale_factor)
+        return interpolate(masks, size=(height // scale, width // scale))
+
     @abstractmethod
     def predict(
         self,
@@ -356,7 +384,9 @@ class ModelFamily(ABC):
 
         ``timesteps`` (batch,) are in the scheduler's units; ``conditioning`` contains the results
         of :meth:`encode_prompts` and :meth:`image_conditioning` in one dict, and the latents of
-        control images under :func:`control_key`.
+        control images under :func:`control_key`. For a base that fills, they also contain
+        ``fill_mask``, from :meth:`fill_masks`, and ``masked_image``, the latents of the image
+        without what is to be filled.
         """
 
     def shift_mu(self, pipe: Any, latent_shape: Sequence[int]) -> float:
@@ -426,11 +456,21 @@ def controls_of(conditioning: Conditioning) -> list[Tensor]:
     return found
 
 
+def with_fill(noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:
+    """Return the input of a UNet: the latents, and what a base that fills takes besides."""
+    import torch
+
+    if "fill_mask" not in conditioning:
+        return noisy_latents
+    parts = [noisy_latents, conditioning["fill_mask"], conditioning["masked_image"]]
+    return torch.cat(parts, dim=1)
+
+
 def check_channels(taken: int, made: int) -> None:
     """Raise ValueError unless the denoiser takes exactly the channels that the VAE makes."""
     if taken != made:
         raise ValueError(
             f"the denoiser takes {taken} channels and the VAE makes {made}: this is a base for "
-            "inpainting, depth, editing or control. Train on the text-to-image base. The adapter "
+            "depth, editing or control. Train on the text-to-image base. The adapter "
             "can be loaded into the other pipelines if the widths agree."
         )

@@ -107,6 +107,7 @@ class Flux(ModelFamily):
     edit_pipelines = MappingProxyType(
         dict.fromkeys(("FluxKontextPipeline", "FluxKontextInpaintPipeline"), ControlCount(0, 1))
     )
+    inpainting_pipeline = "FluxFillPipeline"
     denoiser = "transformer"
     text_encoders = ("text_encoder", "text_encoder_2")
     usual_text_encoders = ("text_encoder",)
@@ -171,6 +172,9 @@ class Flux(ModelFamily):
         )
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled}
 
+    def control_count(self, pipe: Any) -> ControlCount:
+        return ControlCount() if self.fills(pipe) else super().control_count(pipe)
+
     def control_preparation(self, pipe: Any) -> ControlPreparation:
         return partial(_kontext_pixels, factor=2 * int(pipe.vae_scale_factor))
 
@@ -184,19 +188,25 @@ class Flux(ModelFamily):
         import torch
         from diffusers import FluxPipeline
 
-        batch, channels, height, width = noisy_latents.shape
+        batch, _, height, width = noisy_latents.shape
         device, dtype = noisy_latents.device, noisy_latents.dtype
         prompt_embeds = conditioning["prompt_embeds"]
         with device:  # a copy from the CPU would wait
             image_ids = FluxPipeline._prepare_latent_image_ids(
                 batch, height // 2, width // 2, device, dtype
             )
-        tokens = FluxPipeline._pack_latents(noisy_latents, batch, channels, height, width)
+        inputs = [noisy_latents]
+        if "fill_mask" in conditioning:
+            inputs += [conditioning["masked_image"], conditioning["fill_mask"]]
+        packed = [
+            FluxPipeline._pack_latents(part, batch, part.shape[1], height, width) for part in inputs
+        ]
+        tokens = torch.cat(packed, dim=2)
         count = tokens.shape[1]
         for number, control in enumerate(controls_of(conditioning), 1):
-            ids, packed = _control_tokens(control, number)
+            ids, more = _control_tokens(control, number)
             image_ids = torch.cat([image_ids, ids])
-            tokens = torch.cat([tokens, packed], dim=1)
+            tokens = torch.cat([tokens, more], dim=1)
         prediction = denoiser(
             hidden_states=tokens,
             timestep=timesteps / 1000,
@@ -219,7 +229,19 @@ class Flux(ModelFamily):
         code = "https://github.com/black-forest-labs/flux"
         return PublishedNames(kind, "flux1", code, "networks.lora_flux")
 
+    def fills(self, pipe: Any) -> bool:
+        latents, pixels = pipe.vae.config.latent_channels, int(pipe.vae_scale_factor) ** 2
+        return pipe.transformer.config.in_channels == 4 * (2 * latents + pixels)
+
+    def fill_masks(self, pipe: Any, masks: Tensor) -> Tensor:
+        """Return every pixel of a latent as a channel, as Fill takes them."""
+        from torch.nn.functional import pixel_unshuffle
+
+        return pixel_unshuffle(masks, int(pipe.vae_scale_factor))
+
     def check_base(self, pipe: Any) -> None:
+        if self.fills(pipe):
+            return
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)
 
 

@@ -18,6 +18,7 @@ from .base import (
     PublishedNames,
     check_channels,
     controls_of,
+    with_fill,
 )
 from .clip_skip import mend_clip_skip
 from .presets import CLIP_PRESETS
@@ -75,6 +76,7 @@ class StableDiffusion(ModelFamily):
     edit_pipelines: Mapping[str, ControlCount] = MappingProxyType(
         {"StableDiffusionInstructPix2PixPipeline": ControlCount(1, 1, aligned=True)}
     )
+    inpainting_pipeline = "StableDiffusionInpaintPipeline"
     denoiser = "unet"
     text_encoders: tuple[str, ...] = ("text_encoder",)
     skipped_layers: int | None = 0
@@ -158,8 +160,15 @@ class StableDiffusion(ModelFamily):
         prompt_embeds = conditioning["prompt_embeds"]
         noisy_latents = torch.cat([noisy_latents, *controls_of(conditioning)], dim=1)
         return denoiser(
-            noisy_latents, timesteps, encoder_hidden_states=prompt_embeds, return_dict=False
+            with_fill(noisy_latents, conditioning),
+            timesteps,
+            encoder_hidden_states=prompt_embeds,
+            return_dict=False,
         )[0]
+
+    def fills(self, pipe: Any) -> bool:
+        latents: int = pipe.vae.config.latent_channels
+        return pipe.unet.config.in_channels == 2 * latents + 1
 
     def published_names(
         self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN
@@ -171,9 +180,8 @@ class StableDiffusion(ModelFamily):
         return PublishedNames("stable-diffusion-v2-512", "sd_v2", STABILITY_AI, is_v2=True)
 
     def check_base(self, pipe: Any) -> None:
-        made = pipe.vae.config.latent_channels
-        if not self.control_count(pipe).most:
-            check_channels(pipe.unet.config.in_channels, made)
+        if not (self.control_count(pipe).most or self.fills(pipe)):
+            check_channels(pipe.unet.config.in_channels, pipe.vae.config.latent_channels)
 
 
 FAMILY = StableDiffusion()

@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from gralora_diffusion.key_maps import UNET, autoencoder, clip, open_clip
 
-from .base import STABILITY_AI, UNKNOWN, Conditioning, LayerMark, PublishedNames
+from .base import (
+    STABILITY_AI,
+    UNKNOWN,
+    Conditioning,
+    LayerMark,
+    PublishedNames,
+    with_fill,
+)
 from .presets import CLIP_PRESETS
 from .stable_diffusion import UNET_PRESETS, StableDiffusion
 
@@ -42,6 +49,7 @@ class StableDiffusionXL(StableDiffusion):
         "LEditsPPPipelineStableDiffusionXL",
     )
     edit_pipelines = MappingProxyType({})
+    inpainting_pipeline = "StableDiffusionXLInpaintPipeline"
     text_encoders = ("text_encoder", "text_encoder_2")
     skipped_layers = 1
     target_presets: ClassVar = {
@@ -148,7 +156,7 @@ class StableDiffusionXL(StableDiffusion):
         conditioning: Conditioning,
     ) -> Tensor:
         return denoiser(
-            noisy_latents,
+            with_fill(noisy_latents, conditioning),
             timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
             added_cond_kwargs={

@@ -404,6 +404,7 @@ class Trainer:
             self.data.samples_per_step,
             {name: sum(1 for _ in gralora_layers(model)) for name, model in models.items()},
             sum(parameter.numel() for parameter in self.parameters),
+            self.data.instance.fill,
         )
 
     def resume(self, step: int, path: Path) -> None:

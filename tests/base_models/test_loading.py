@@ -170,10 +170,9 @@ def test_bases_that_cannot_be_trained(base: Path, tmp_path: Path) -> None:
     index.write_text(text.replace("StableDiffusionPipeline", "DiTPipeline"), encoding="utf-8")
     assert "DiTPipeline does not belong to a supported family (flux, flux2, " in problem_of(folder)
 
-    stable_diffusion(in_channels=9).save_pretrained(tmp_path / "inpainting")
-    assert "the denoiser takes 9 channels and the VAE makes 4" in problem_of(
-        tmp_path / "inpainting"
-    )
+    stable_diffusion(in_channels=5).save_pretrained(tmp_path / "depth")
+    problem = problem_of(tmp_path / "depth")
+    assert "the denoiser takes 5 channels and the VAE makes 4: this is a base for depth" in problem
 
 
 def test_pickles_in_place_of_a_text_encoder_are_not_read(base: Path, tmp_path: Path) -> None:

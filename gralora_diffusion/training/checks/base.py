@@ -27,7 +27,7 @@ def resolve_defaults(
         precision: accelerate's mixed precision: no, fp16 or bf16.
 
     Raises:
-        ConfigError: the base does not support the sizes or ``clip_skip``.
+        ConfigError: the base does not support the sizes, ``clip_skip`` or given masks.
     """
     config = config.with_defaults(
         {
@@ -37,6 +37,23 @@ def resolve_defaults(
         }
     )
     check_sizes(config, family.size_divisor(pipe))
+    if family.fills(pipe):
+        if config.validation_prompt:
+            raise ConfigError(
+                [
+                    "--validation_prompt: this base fills a part of an image, and validation "
+                    "images are generated from text alone. Leave it out"
+                ]
+            )
+        config = replace(config, cache_latents=False)  # each sample has a masked image of its own
+    elif config.inpaint_given_masks:
+        raise ConfigError(
+            [
+                "--inpaint_given_masks needs a base for inpainting, such as "
+                "stable-diffusion-v1-5/stable-diffusion-inpainting. To learn only a part of each "
+                "image, give --masked_loss"
+            ]
+        )
     if family.skipped_layers is None:
         return replace(config, clip_skip=None)  # without effect, as a warning has said
     if problems := list(_clip_skip(config, family, pipe)):

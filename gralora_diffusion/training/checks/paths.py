@@ -132,7 +132,8 @@ def _images_and_captions(config: TrainingConfig) -> Iterator[str]:
 
 def _masks(config: TrainingConfig) -> Iterator[str]:
     """Report a folder of masks that cannot be one."""
-    if not (config.masked_loss and config.mask_data_dir):
+    used = config.masked_loss or config.inpaint_given_masks
+    if not (used and config.mask_data_dir):
         return
     folder = Path(config.mask_data_dir)
     if config.dataset_name:

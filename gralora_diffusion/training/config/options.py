@@ -229,9 +229,9 @@ class ImageOptions:
 
 @dataclass(kw_only=True)
 class MaskOptions:
-    """Which parts of an image the loss counts."""
+    """Which parts of an image the loss counts, and which a base for inpainting fills."""
 
-    _argument_group_name: ClassVar[str] = "Masked loss"
+    _argument_group_name: ClassVar[str] = "Masks"
 
     masked_loss: Annotated[
         bool, Fixed(), SetByBenchmark("methods are compared on whole images")
@@ -241,15 +241,25 @@ class MaskOptions:
         "name.mask.png, name_mask.png, name-mask.png or name-masklabel.png beside the image, or as "
         "the options below say. Images without a mask are trained as a whole",
     )
-    mask_data_dir: Annotated[str | None, Place(read=True), Needs("masked_loss")] = option(
+    inpaint_given_masks: Annotated[
+        bool, ChangesSamples(), SetByBenchmark("methods are compared on text-to-image bases")
+    ] = option(
+        False,
+        "A base for inpainting learns to fill what the masks of the images show white. By default, "
+        "and for images without a mask, each sample has a random mask: the whole image, rectangles "
+        "or strokes",
+    )
+    mask_data_dir: Annotated[
+        str | None, Place(read=True), Needs("masked_loss", "inpaint_given_masks")
+    ] = option(
         None, "Folder of masks. Each has the name of its image, with any image file extension"
     )
-    mask_column: Annotated[str | None, Needs("masked_loss")] = option(
+    mask_column: Annotated[str | None, Needs("masked_loss", "inpaint_given_masks")] = option(
         None,
         "Column with the masks of a dataset, or with their paths in a metadata file (default: mask "
         "or mask_file_name, if it exists)",
     )
-    mask_from_alpha: Annotated[bool, Needs("masked_loss")] = option(
+    mask_from_alpha: Annotated[bool, Needs("masked_loss", "inpaint_given_masks")] = option(
         False, "Use the opacity of an image as its mask, unless it has another mask"
     )
     mask_outside: Annotated[

@@ -10,7 +10,7 @@ from dataclasses import fields
 from functools import partial
 from itertools import repeat
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from accelerate import Accelerator
 from diffusers.training_utils import offload_models
@@ -60,14 +60,14 @@ def find_images(config: TrainingConfig) -> list[Example]:
         DataError: there are problems with them. The error lists all of them.
     """
     examples = _find_images(config)
-    if config.masked_loss:
+    if config.masked_loss or config.inpaint_given_masks:
         _check_masked(examples, config)
     return examples
 
 
 def _find_images(config: TrainingConfig) -> list[Example]:
     masks = None
-    if config.masked_loss:
+    if config.masked_loss or config.inpaint_given_masks:
         folder = Path(config.mask_data_dir) if config.mask_data_dir else None
         masks = MaskPlaces(folder, config.mask_column, config.mask_from_alpha)
     if config.dataset_name:
@@ -101,6 +101,7 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
     Raises:
         DataError: no image has one.
     """
+    option = "--masked_loss" if config.masked_loss else "--inpaint_given_masks"
     without = [str(getattr(e.source, "name", e.source)) for e in examples if e.mask is None]
     if len(without) == len(examples):
         problem = "no image has a mask"
@@ -108,12 +109,15 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
             problem += ", and all are opaque"
         problem += (
             ". Put masks beside the images (001.mask.png beside 001.png) or into --mask_data_dir, "
-            "or leave out --masked_loss"
+            f"or leave out {option}"
         )
-        raise DataError("--masked_loss", [problem])
+        raise DataError(option, [problem])
     if without:
+        rules = ["are trained as a whole"] if config.masked_loss else []
+        rules += ["are filled at random masks"] if config.inpaint_given_masks else []
         logger.warning(
-            "images without a mask, which are trained as a whole (%d): %s",
+            "images without a mask, which %s (%d): %s",
+            " and ".join(rules),
             len(without),
             first_few(without, MAX_NAMES),
         )
@@ -201,6 +205,7 @@ class Batches:
                 control_cache = ControlCache(controls, fingerprint, config.latent_cache_dir)
         shared: dict[str, Any] = {
             "batch_size": config.train_batch_size,
+            "fill": _fill_of(config, family, pipe),
             "cache": self.cache,
             "cached_crops": config.cached_crops,
         }
@@ -214,6 +219,7 @@ class Batches:
             controls=controls,
             control_cache=control_cache,
             control_dropout=config.control_dropout,
+            masked=config.masked_loss,
             **shared,
         )
         self.classes = None
@@ -324,6 +330,14 @@ class Batches:
         bar = self.accelerator.is_local_main_process and len(prompts) >= MIN_FOR_PROGRESS
         self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
         self.prompts = cache
+
+
+def _fill_of(
+    config: TrainingConfig, family: ModelFamily, pipe: Any
+) -> Literal["random", "given"] | None:
+    if not family.fills(pipe):
+        return None
+    return "given" if config.inpaint_given_masks else "random"
 
 
 def _facts_of_samples(config: TrainingConfig) -> list[Any]:

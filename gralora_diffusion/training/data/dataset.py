@@ -7,7 +7,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from .image_folder import (
     warn_of_missed_masks,
     warn_of_small_images,
 )
+from .random_masks import random_mask
 from .sampler import SampleStream
 from .seeds import generator
 from .transforms import CropPlan, Variant
@@ -39,6 +40,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
     (3, height, width), decoded on demand. If any of the examples has a mask, every sample contains
     ``mask``, (1, height, width) of the latents or of the pixels, which is 1 where the loss counts.
     ``controls`` is a list of the latents or pixel values of its control images.
+    For a base that fills, it contains ``fill_mask``, (1, height, width), which is 1 where to fill.
 
     The samples at ``batch_size`` positions from a multiple of ``batch_size`` on have the same
     target size.
@@ -61,6 +63,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         controls: how control images become pixel values, if any image has some.
         control_cache: of their latents, if there is a cache of latents.
         control_dropout: fraction of samples without their control images.
+        masked: the loss counts where the masks of the images are white.
+        fill: what a base for inpainting fills: random masks, or the given ones of images that have
+            one. Its samples are not cached. None for other bases.
     """
 
     def __init__(
@@ -79,6 +84,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
         controls: ControlPlan | None = None,
         control_cache: ControlCache | None = None,
         control_dropout: float = 0.0,
+        masked: bool = True,
+        fill: Literal["random", "given"] | None = None,
     ) -> None:
         self.examples = list(examples)
         self.plan = plan
@@ -88,7 +95,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.cache = cache
         self.controls, self.control_cache = controls, control_cache
         self.control_dropout = control_dropout
-        self.masked = any(example.mask for example in self.examples)
+        self.has_masks = any(example.mask for example in self.examples)
+        self.masked, self.fill = masked and self.has_masks, fill
         self.targets = [plan.target_size(example.size) for example in self.examples]
         once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
         self._items = once * repeats  # of the stream -> number of the example
@@ -126,7 +134,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
             parts.append([example.repeats for example in self.examples])
         if self.plan.buckets is not None:
             parts += [self.targets, self.stream.batch_size]
-        if self.masked:
+        if self.has_masks:
             parts.append([example.mask and example.mask.cache_key for example in self.examples])
         if any(example.controls for example in self.examples):
             parts.append([[c.content_key for c in example.controls] for example in self.examples])
@@ -161,7 +169,11 @@ class TrainingSet(Dataset[dict[str, Any]]):
             image = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
             if example.mask is not None:
                 image["mask"] = self.plan.mask_values(example.mask.load(), variant)
-        if self.masked and example.mask is None:
+            if self.fill is not None:
+                image["fill_mask"] = self._fill_mask(image.get("mask"), variant, position)
+        if not self.masked:
+            image.pop("mask", None)
+        elif example.mask is None:
             (some, *_) = image.values()
             image["mask"] = torch.ones(1, *some.shape[1:])
         width, height = example.size
@@ -186,6 +198,13 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return [
             self.controls.pixel_values(c.load(), example.size, variant) for c in example.controls
         ]
+
+    def _fill_mask(self, mask: Tensor | None, variant: Variant, position: int) -> Tensor:
+        """Return the given mask, black or white as in the pipelines, or a random one."""
+        if mask is not None and self.fill == "given":
+            return (mask >= 0.5).float()
+        random = self._generator("fill mask", position)
+        return random_mask(variant.height, variant.width, random)
 
     def _report_buckets(self) -> None:
         """Log how many images each bucket has, and how many are repeated to fill its last batch."""
@@ -230,7 +249,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``positions``, ``prompts``, ``content_keys`` and ``controls`` as lists; ``original_sizes``,
         ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
-        ``pixel_values``, and perhaps ``mask``, with a batch axis.
+        ``pixel_values``, and perhaps ``mask`` and ``fill_mask``, with a batch axis.
     """
     batch: dict[str, Any] = {
         f"{name}s": [sample[name] for sample in samples]
@@ -239,7 +258,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch["controls"] = [sample["controls"] for sample in samples]
     for name in ("original_size", "crop_top_left", "target_size"):
         batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
-    for name in ("mean", "std", "pixel_values", "mask"):
+    for name in ("mean", "std", "pixel_values", "mask", "fill_mask"):
         if name in samples[0]:
             batch[name] = torch.stack([sample[name] for sample in samples])
     return batch

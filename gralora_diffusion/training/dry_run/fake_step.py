@@ -53,7 +53,8 @@ class FakeData:
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher: Conditioning | None = None
         self.cached = 0  # bytes
-        self.masked = any(image.mask for image in images)
+        self.masked = config.masked_loss and any(image.mask for image in images)
+        self.fills = family.fills(pipe)
         plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest image
         self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
@@ -143,6 +144,8 @@ class FakeData:
         if self.masked and with_masks:
             height, width = self.image_size
             batch["mask"] = torch.empty(count, 1, height, width)
+        if self.fills:
+            batch["fill_mask"] = self._pixels(count)[:, :1]
         return batch
 
     def _pixels(self, count: int) -> Tensor:

@@ -252,7 +252,11 @@ class BatchBuilder:
             timesteps=timesteps,
             target=objective.target(latents, noise, timesteps),
             prompts=list(batch["prompts"]),
-            images={**self._images(batch), **self._controls(batch, latents)},
+            images={
+                **self._images(batch),
+                **self._controls(batch, latents),
+                **self._fill(batch, seed),
+            },
             encoded=self._encoded(batch["prompts"]),
             weights=torch.full((count,), weight, device=self.device),
             instances=count,
@@ -297,6 +301,24 @@ class BatchBuilder:
             return there
         with torch.no_grad():
             return self.data.encode_controls(there)
+
+    def _fill(self, batch: Mapping[str, Any], seed: int) -> Conditioning:
+        """Return what a base that fills takes besides: the masks, and the rest of the images."""
+        if "fill_mask" not in batch:
+            return {}
+        names = ("pixel_values", "fill_mask")
+        there = on_device({name: batch[name] for name in names}, self.device)
+        masks = there["fill_mask"]
+        with torch.no_grad():
+            mean, std = self.data.encode_images(there["pixel_values"] * (masks < 0.5))
+        draws = [
+            torch.randn(mean.shape[1:], generator=generator(seed, "masked image", position))
+            for position in batch["positions"]
+        ]
+        sample = on_device({"sample": torch.stack(draws)}, self.device)["sample"]
+        latents = mean.float() + std.float() * sample
+        fill_masks = self.step.family.fill_masks(self.step.pipe, masks)
+        return {"fill_mask": fill_masks.to(self.dtype), "masked_image": latents.to(self.dtype)}
 
     def _encoded(self, prompts: Sequence[str]) -> Conditioning | None:
         if self.data.prompts is None:

@@ -22,6 +22,10 @@ from .metrics import METRICS_NAME, with_loss
 from .published import CARD_NAME, HISTORY_NAME, VALIDATION_NAME
 
 _WIDTH = 9
+_FILLS = {
+    "random": "random masks: the whole image, rectangles or strokes",
+    "given": "the images' masks, and random ones of images without a mask",
+}
 
 
 def summary_of_inputs(
@@ -55,7 +59,12 @@ def summary_of_masks(config: TrainingConfig, images: Sequence[Example]) -> str:
 
 
 def summary_of_training(
-    steps: int, per_epoch: int, samples: int, layers: Mapping[str, int], parameters: int
+    steps: int,
+    per_epoch: int,
+    samples: int,
+    layers: Mapping[str, int],
+    parameters: int,
+    fill: str | None = None,
 ) -> str:
     """Return what is known once the adapter is attached.
 
@@ -64,6 +73,7 @@ def summary_of_training(
         per_epoch: steps of an epoch.
         samples: per step.
         layers: component -> number of adapted layers.
+        fill: what a base for inpainting fills: "random" or "given" masks.
     """
     epochs = steps / per_epoch
     epochs_text = f"{epochs:,.0f}" if epochs == int(epochs) else f"{epochs:,.1f}"
@@ -72,6 +82,7 @@ def summary_of_training(
         [
             ("adapter", f"{where}, {parameters:,} parameters"),
             ("steps", f"{steps:,} of {samples} samples, {epochs_text} epochs"),
+            *([("fills", _FILLS[fill])] if fill else []),
         ]
     )
 

@@ -790,8 +790,12 @@ def test_no_problem(good: list[str], arguments: str) -> None:
             "these options have no effect without --push_to_hub: --hub_model_id",
         ),
         (
-            "--mask_outside base --mask_from_alpha",
-            "these options have no effect without --masked_loss: --mask_from_alpha, --mask_outside",
+            "--mask_outside base --mask_outside_weight 2",
+            "without --masked_loss: --mask_outside, --mask_outside_weight",
+        ),
+        (
+            "--mask_from_alpha",
+            "without --masked_loss or --inpaint_given_masks: --mask_from_alpha",
         ),
         (
             "--masked_loss --mask_outside_weight 0.5",
@@ -843,7 +847,8 @@ def test_sizes_are_checked_again_once_the_base_is_known() -> None:
 
 
 def test_switches_are_options() -> None:
-    switches = {needed.switch for needed in options_with(TrainingConfig, Needs).values()}
+    needs = options_with(TrainingConfig, Needs).values()
+    switches = {switch for needed in needs for switch in needed.switches}
     switches |= {f.switch for f in options_with(TrainingConfig, Fixed).values() if f.switch}
     assert switches <= {f.name for f in fields(TrainingConfig)}
 

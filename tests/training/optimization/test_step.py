@@ -225,12 +225,13 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int, seed
 
 
 def step_by_the_pipeline(
-    trainer: Trainer, batch: dict[str, Any], row: int, seed: int, pipe: Any = None
+    trainer: Trainer, batch: dict[str, Any], row: int, seed: int, pipe: Any = None, **inputs: Any
 ) -> tuple[float, Tensor, Tensor]:
     """A sample's weight, prediction and target, as tokens if the denoiser takes tokens.
 
     Args:
         pipe: predicts in place of the trainer's.
+        inputs: further arguments of its call.
     """
     pipe, position = pipe or trainer.pipe, batch["positions"][row]
     latents = encoded_by_the_pipeline(trainer, batch["pixel_values"][row : row + 1], position)
@@ -238,7 +239,7 @@ def step_by_the_pipeline(
     height, width = batch["target_sizes"][row].tolist()
     rng = generator(seed, "timestep", position)
     distilled = getattr(getattr(pipe, trainer.family.denoiser).config, "guidance_embeds", False)
-    call: dict[str, Any] = {"guidance_scale": 3.5 if distilled else 1.0}
+    call: dict[str, Any] = {"guidance_scale": 3.5 if distilled else 1.0, **inputs}
     if trainer.family.objective == "ddpm":
         pipe.scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
         t = torch.randint(1000, (1,), generator=rng)
@@ -289,7 +290,8 @@ def encoded_by_the_pipeline(trainer: Trainer, pixels: Tensor, position: int) -> 
 
 
 def sigma_of_the_pipeline(pipe: Any, call: dict[str, Any], height: int, width: int) -> float:
-    pipe(prompt="", height=height, width=width, output_type="latent", **call)
+    inputs = {name: value for name, value in call.items() if name != "generator"}
+    pipe(prompt="", height=height, width=width, output_type="latent", **inputs)
     return float(pipe.scheduler.sigmas[0])
 
 

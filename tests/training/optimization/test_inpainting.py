@@ -1,0 +1,207 @@
+"""Bases that fill: what reaches their denoiser, loss and gradient, by their own pipelines."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+
+from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.pipelines.inpainting import inpainting_pipeline
+from gralora_diffusion.training.data.seeds import generator
+from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.optimization.step import mean_loss
+from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
+from tests.models import PIPELINES
+from tests.training.optimization.test_masked_loss import write_mask
+from tests.training.optimization.test_step import as_tokens, make_trainer, step_by_the_pipeline
+from tests.training.runs import assert_close, assert_same_run, make_images, run, run_two
+
+#: Changes that make a tiny base one that fills.
+FILLING: dict[str, dict[str, Any]] = {
+    "stable-diffusion": {"in_channels": 9},
+    "stable-diffusion-xl": {"in_channels": 9},
+    "flux": {"in_channels": 4 * (4 + 4 + 4), "out_channels": 4 * 4},
+}
+
+
+def save_filling(name: str, folder: Path) -> Path:
+    """A base as it is published: its index names the pipeline that fills."""
+    pipe = PIPELINES[name](**FILLING[name])
+    inpainting(pipe, name).save_pretrained(folder)
+    return folder
+
+
+def inpainting(pipe: Any, name: str) -> Any:
+    filling = inpainting_pipeline(pipe, get_family(name))
+    filling.set_progress_bar_config(disable=True)
+    return filling
+
+
+@pytest.fixture(scope="module", params=sorted(FILLING))
+def filling(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_filling(request.param, tmp_path_factory.mktemp("filling") / request.param)
+
+
+@pytest.fixture(scope="module")
+def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three images, of which two have masks with gray levels."""
+    folder = make_images(tmp_path_factory.mktemp("masked"))
+    for number in range(2):
+        path = folder / f"{number}.mask.png"
+        write_mask(path, number)
+        Image.open(path).point(lambda level: 40 + level * 3 // 4).save(path)
+    return folder
+
+
+def trainer_of(base: Path, images: Path, tmp_path: Path, **options: Any) -> Trainer:
+    return make_trainer(
+        pretrained_model_name_or_path=base,
+        instance_data_dir=images,
+        output_dir=tmp_path / "out",
+        seed=7,
+        weighting_scheme="cosmap" if base.name == "flux" else None,
+        **options,
+    )
+
+
+def pictures(batch: dict[str, Any], row: int) -> tuple[Image.Image, Image.Image]:
+    """Image and mask of a sample, as a user gives them to a pipeline."""
+    pixels = ((batch["pixel_values"][row] + 1) * 127.5).round().byte().permute(1, 2, 0)
+    mask = (batch["fill_mask"][row, 0] * 255).byte()
+    return Image.fromarray(pixels.numpy()), Image.fromarray(mask.numpy())
+
+
+def prepared(pipe: Any, batch: dict[str, Any], row: int) -> tuple[Tensor, Tensor]:
+    """What the pipeline makes of a sample's mask, and of the rest of its image."""
+    image, mask = pictures(batch, row)
+    height, width = batch["target_sizes"][row].tolist()
+    init = pipe.image_processor.preprocess(image, height=height, width=width)
+    mask = pipe.mask_processor.preprocess(mask, height=height, width=width)
+    rng = generator(7, "masked image", batch["positions"][row])
+    rest: tuple[Any, ...] = (height, width, torch.float32, torch.device("cpu"), rng)
+    if hasattr(pipe, "transformer"):
+        channels = pipe.vae.config.latent_channels
+        mask, masked = pipe.prepare_mask_latents(mask, init * (1 - mask), 1, channels, 1, *rest)
+        return mask, masked
+    return pipe.prepare_mask_latents(mask, init * (mask < 0.5), 1, *rest, False)
+
+
+@pytest.mark.parametrize("given", [None, True], ids=["random", "given"])
+def test_what_reaches_the_denoiser_is_what_the_pipeline_makes(
+    filling: Path, masked: Path, tmp_path: Path, given: bool | None
+) -> None:
+    with accelerate_left_as_it_was():
+        trainer = trainer_of(
+            filling, masked, tmp_path, train_batch_size=1, inpaint_given_masks=given
+        )
+        pipe = inpainting(trainer.pipe, filling.name)
+        values = set()
+        for batch, _ in islice(trainer.data.steps(0, 6), 6):
+            (rows,) = trainer.batch_builder.build(batch)
+            ours = (rows.images[name] for name in ("fill_mask", "masked_image"))
+            for own, theirs in zip(ours, prepared(pipe, batch, 0), strict=True):
+                if hasattr(pipe, "transformer"):
+                    own = pipe._pack_latents(own, *own.shape)
+                tolerance = 1e-5 * float(theirs.abs().max())
+                torch.testing.assert_close(own, theirs, rtol=0, atol=tolerance)
+            values |= set(batch["fill_mask"].unique().tolist())
+    assert values == {0.0, 1.0}
+    if given:
+        levels = [np.asarray(Image.open(masked / f"{n}.mask.png")) for n in range(2)]
+        assert {int(level) for mask in levels for level in np.unique(mask)} == {40, 231}
+
+
+def test_loss_and_gradient(filling: Path, masked: Path, tmp_path: Path) -> None:
+    """With the loss inside of the images' masks, and random ones to fill: they are two things."""
+    with accelerate_left_as_it_was():
+        trainer = trainer_of(filling, masked, tmp_path, train_batch_size=3, masked_loss=True)
+        batch, _ = next(trainer.data.steps(0, 1))
+        groups = trainer.batch_builder.build(batch)
+        loss = mean_loss(trainer.step(groups), groups)
+        gradient = torch.autograd.grad(loss, trainer.parameters, materialize_grads=True)
+        weights = groups[0].latent_weights
+    pipe = inpainting(trainer.pipe, filling.name)
+    losses = []
+    for row in range(3):
+        image, mask = pictures(batch, row)
+        rng = generator(7, "masked image", batch["positions"][row])
+        inputs = {"image": image, "mask_image": mask, "generator": rng}
+        if not hasattr(pipe, "transformer"):
+            inputs["strength"] = 1.0
+        weight, prediction, target = step_by_the_pipeline(trainer, batch, row, 7, pipe, **inputs)
+        inside = weights[row : row + 1].expand_as(groups[0].target[row : row + 1])
+        errors = as_tokens(trainer, inside) * (prediction - target).square()
+        losses.append(weight * errors.mean())
+    expected = torch.stack(losses).mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    wanted = torch.autograd.grad(expected, trainer.parameters, materialize_grads=True)
+    for ours, theirs in zip(gradient, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
+
+
+def test_other_bases_take_no_masks_to_fill(base: Path, masked: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="--inpaint_given_masks needs a base for inpainting"):
+        run(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=masked,
+            output_dir=tmp_path / "out",
+            inpaint_given_masks=True,
+        )
+
+
+def test_a_base_that_fills_is_loaded_from_its_own_index(filling: Path) -> None:
+    family = get_family(filling.name)
+    pipe = DiffusionPipeline.from_pretrained(filling)
+    assert type(pipe).__name__ == family.inpainting_pipeline
+    assert family.fills(pipe)
+    assert not family.fills(PIPELINES[filling.name]())
+
+
+def test_a_run_is_resumed_and_shared_out(masked: Path, tmp_path: Path) -> None:
+    """Class images are generated by the pipeline that fills, and have random masks themselves."""
+    options: dict[str, Any] = {
+        "pretrained_model_name_or_path": save_filling("stable-diffusion", tmp_path / "base"),
+        "instance_data_dir": masked,
+        "inpaint_given_masks": True,
+        "random_flip": True,
+        "aspect_ratio_buckets": "16,24",
+        "checkpointing_steps": 2,
+        "max_train_steps": 4,
+        "with_prior_preservation": True,
+        "class_prompt": "a dog",
+        "class_data_dir": tmp_path / "class",
+        "num_class_images": 2,
+        "adam_epsilon": 1e-4,
+    }
+    whole = run(output_dir=tmp_path / "whole", **options)
+    assert len(list((tmp_path / "class").glob("*.png"))) == 2
+    parts = tmp_path / "parts"
+    run(output_dir=parts, **{**options, "max_train_steps": 2})
+    run(output_dir=parts, resume_from_checkpoint="latest", **options)
+    assert_same_run(whole, parts)
+    one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **options)
+    assert_close(one, run_two(output_dir=tmp_path / "two", **options), 1e-3)
+
+
+def test_a_run_is_planned(
+    filling: Path, masked: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(
+        pretrained_model_name_or_path=filling,
+        instance_data_dir=masked,
+        output_dir=tmp_path / "out",
+        masked_loss=True,
+        dry_run=True,
+    )
+    text = capsys.readouterr().out
+    assert "masks   of 2 images; outside of it, the loss counts nothing" in text
+    assert "vae" in text
