@@ -1,9 +1,9 @@
-"""A base as the pipeline that edits images, and the images that it edits."""
+"""A base as the pipeline that edits or fills images, and the images that it is given."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,16 +11,21 @@ from PIL import Image, ImageOps
 
 from gralora_diffusion.families import ControlCount, ModelFamily
 from gralora_diffusion.io.file_names import nearby
-from gralora_diffusion.io.image_files import ImageError, read_image
+from gralora_diffusion.io.image_files import ImageError, read_image, read_mask
 
 
 def editing_pipeline(pipe: Any, family: ModelFamily) -> Any:
-    """Return the family's pipeline for control images with the same models, or ``pipe`` itself."""
+    """Return the family's pipeline for given images with the same models, or ``pipe`` itself.
+
+    It is the one that fills for a base that does, and else the one for control images.
+    """
     import diffusers
 
-    if type(pipe).__name__ in family.edit_pipelines:
+    fills = family.inpainting_pipeline if family.fills(pipe) else None
+    names = [fills] if fills else list(family.edit_pipelines)
+    if type(pipe).__name__ in names:
         return pipe
-    pipeline_class = getattr(diffusers, next(iter(family.edit_pipelines)))
+    pipeline_class = getattr(diffusers, names[0])
     taken = inspect.signature(pipeline_class.__init__).parameters
     settings = {name: value for name, value in pipe.config.items() if name in taken}
     parts = {name: part for name, part in pipe.components.items() if name in taken}
@@ -33,10 +38,21 @@ def control_arguments(
     """Return the arguments of an edit pipeline's call for control images and a size.
 
     Args:
+        controls: for a pipeline that fills, an image and its mask, see :func:`whole_fill`.
         size: height and width of the generated image; the pipeline's choice if None.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {}
+    if "mask_image" in taken:
+        image, mask = controls
+        height, width = size or (_multiple(image.height), _multiple(image.width))
+        fitted = [ImageOps.fit(part, (width, height), _LANCZOS) for part in (image, mask)]
+        return {
+            "image": fitted[0],
+            "mask_image": fitted[1],
+            "height": height,
+            "width": width,
+        }
     if size is not None and "height" not in taken:  # the size is that of the control image
         controls = [ImageOps.fit(image, (size[1], size[0]), _LANCZOS) for image in controls]
     elif size is not None:
@@ -49,6 +65,72 @@ def control_arguments(
 
 
 _LANCZOS = Image.Resampling.LANCZOS
+
+
+def _multiple(side: int) -> int:
+    """Return the size that bases take which is nearest below."""
+    return max(_SIDES, side // _SIDES * _SIDES)
+
+
+#: Pixels that divide the sides of an image for every base that fills.
+_SIDES = 16
+
+
+def whole_fill(height: int, width: int) -> list[Image.Image]:
+    """Return an image and a mask with which a base that fills generates a whole image."""
+    size = width, height
+    return [Image.new("RGB", size), Image.new("L", size, 255)]
+
+
+def read_fills(
+    options: tuple[str, str],
+    images: Sequence[str] | None,
+    masks: Sequence[str] | None,
+    prompts: Sequence[str],
+    size: tuple[int, int],
+    problems: list[str],
+) -> list[list[Image.Image]]:
+    """Read the image of each prompt, and the mask of what to fill in it.
+
+    Args:
+        options: names of the options for images and masks, for problems.
+        images, masks: one for all prompts or one for each; None to generate whole images.
+        size: height and width of whole images.
+        problems: problems are appended to it.
+    """
+    if not images and not masks:
+        return [whole_fill(*size) for _ in prompts]
+    if not images or not masks:
+        problems.append(
+            f"--{options[0]} and --{options[1]} belong together: this base fills the white part of "
+            "a mask in an image. Give both, or none to generate whole images"
+        )
+        return []
+    before = len(problems)
+    read: list[list[Image.Image]] = []
+    for option, entries, reader in zip(
+        options, (images, masks), (read_image, read_mask), strict=True
+    ):
+        if len(entries) not in (1, len(prompts)):
+            problems.append(_wrong_number(option, len(entries), len(prompts)))
+        found = [part for file in entries for part in _read_file(option, file, reader, problems)]
+        read.append(found * len(prompts) if len(entries) == 1 else found)
+    if len(problems) > before:
+        return []
+    for image, mask in zip(*read, strict=True):
+        if image.size != mask.size:
+            problems.append(
+                f"--{options[1]} has {mask.width} x {mask.height} pixels, but the image has "
+                f"{image.width} x {image.height}. Give a mask of the image's size"
+            )
+    return [list(pair) for pair in zip(*read, strict=True)]
+
+
+def _wrong_number(option: str, entries: int, prompts: int) -> str:
+    return (
+        f"--{option} names {entries} images for {prompts} prompts. Give one for all prompts or one "
+        "for each"
+    )
 
 
 def read_controls(
@@ -71,10 +153,7 @@ def read_controls(
             problems.append(f"--{option} is missing: this base edits images. Give {count}")
         return [[] for _ in prompts]
     if len(entries) not in (1, len(prompts)):
-        problems.append(
-            f"--{option} names {len(entries)} images for {len(prompts)} prompts. Give one for all "
-            "prompts or one for each"
-        )
+        problems.append(_wrong_number(option, len(entries), len(prompts)))
         return [[] for _ in prompts]
     if count.most == 0:
         problems.append(
@@ -94,11 +173,17 @@ def _files(entry: str) -> list[str]:
 
 def _read(option: str, entry: str, problems: list[str]) -> Iterator[Image.Image]:
     for file in _files(entry):
-        path = Path(file).expanduser()
-        if not path.is_file():
-            problems.append(f"--{option} {file}: there is no such file{nearby(path)}")
-            continue
-        try:
-            yield read_image(path)
-        except ImageError as error:
-            problems.append(f"--{option} {file} cannot be decoded: {error}")
+        yield from _read_file(option, file, read_image, problems)
+
+
+def _read_file(
+    option: str, file: str, reader: Callable[[Path], Image.Image], problems: list[str]
+) -> Iterator[Image.Image]:
+    path = Path(file).expanduser()
+    if not path.is_file():
+        problems.append(f"--{option} {file}: there is no such file{nearby(path)}")
+        return
+    try:
+        yield reader(path)
+    except ImageError as error:
+        problems.append(f"--{option} {file} cannot be decoded: {error}")

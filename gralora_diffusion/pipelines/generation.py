@@ -32,7 +32,7 @@ from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.command_parser import CommandParser
 
-from .editing import control_arguments, editing_pipeline, read_controls
+from .editing import control_arguments, editing_pipeline, read_controls, read_fills
 
 #: What users may call an option -> how the message goes on.
 _OTHER_NAMES = {
@@ -285,7 +285,13 @@ def parser() -> CommandParser:
         "--image",
         nargs="+",
         help="control image for an editing base: one for all prompts or one for each; several for "
-        "one prompt are separated by commas",
+        "one prompt are separated by commas. For a base for inpainting: the image to fill",
+    )
+    command.add_argument(
+        "--mask",
+        nargs="+",
+        help="mask of the image for a base for inpainting, white where to fill: one for all "
+        "prompts or one for each",
     )
     command.add_argument("--output", required=True, type=Path, help="image file for the grid")
     command.add_argument(
@@ -425,11 +431,21 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
 def _with_controls(
     pipe: Any, args: argparse.Namespace, command: argparse.ArgumentParser
 ) -> tuple[Any, list[list[Image.Image]]]:
-    """Return the pipeline that edits, and the control images of each prompt, if there are some."""
+    """Return the pipeline that edits, and the control images of each prompt, if there are some.
+
+    For a base for inpainting, these are the pipeline that fills, and image and mask.
+    """
     family = find_pipeline_family(type(pipe).__name__)
     problems: list[str] = []
-    count = family.control_count(pipe) if family else ControlCount()
-    controls = read_controls("image", args.image, args.prompt, count, problems)
+    if family is not None and family.fills(pipe):
+        side = args.size or family.native_resolution(pipe)
+        options, sides = ("image", "mask"), (side, side)
+        controls = read_fills(options, args.image, args.mask, args.prompt, sides, problems)
+    else:
+        count = family.control_count(pipe) if family else ControlCount()
+        controls = read_controls("image", args.image, args.prompt, count, problems)
+        if args.mask:
+            problems.append("--mask is for bases for inpainting, and this base is none")
     if problems:
         command.error("\n  ".join(problems))
     if not any(controls):
@@ -569,6 +585,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         args.lora,
         args.reference,
         *(args.image or ()),
+        *(args.mask or ()),
         *(file for file in weights if file.is_file()),
     ]
     if source := find_overlap(args.output, read):

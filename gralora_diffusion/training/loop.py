@@ -65,6 +65,7 @@ from gralora_diffusion.training.optimization.step import (
     mean_loss,
 )
 from gralora_diffusion.training.outputs.metadata import (
+    FILLS,
     control_facts,
     time_metadata,
     training_metadata,
@@ -597,8 +598,8 @@ class Trainer:
 
     @cached_property
     def _validation_controls(self) -> list[list[Image.Image]]:
-        """The control images of each validation prompt."""
-        return validation_controls(self.config, self.family.control_count(self.pipe))
+        """The control images of each validation prompt, or its image and mask to fill."""
+        return validation_controls(self.config, self.family, self.pipe)
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""
@@ -639,6 +640,7 @@ class Trainer:
             "samples per step": self.data.samples_per_step,
             **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
             **control_facts(self.images),
+            **({FILLS: self.data.instance.fill} if self.data.instance.fill else {}),
             "trained parameters": sum(p.numel() for p in self.parameters),
             **adapter_facts([getattr(self.pipe, name) for name in self.components], config),
             **quantization_facts(config, self.pipe),

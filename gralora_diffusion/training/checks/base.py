@@ -38,13 +38,6 @@ def resolve_defaults(
     )
     check_sizes(config, family.size_divisor(pipe))
     if family.fills(pipe):
-        if config.validation_prompt:
-            raise ConfigError(
-                [
-                    "--validation_prompt: this base fills a part of an image, and validation "
-                    "images are generated from text alone. Leave it out"
-                ]
-            )
         config = replace(config, cache_latents=False)  # each sample has a masked image of its own
     elif config.inpaint_given_masks:
         raise ConfigError(

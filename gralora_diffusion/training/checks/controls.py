@@ -12,7 +12,7 @@ from PIL import Image
 from gralora_diffusion.families import ControlCount, ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.safe_text import first_few
-from gralora_diffusion.pipelines.editing import read_controls
+from gralora_diffusion.pipelines.editing import read_controls, read_fills
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.control_crops import same_shape
@@ -56,7 +56,8 @@ def check_controls(
         )
     if config.control_dropout and not given:
         problems.append(f"--control_dropout is {config.control_dropout}, but {_no_controls()}")
-    _read_validation(config, count or ControlCount(), problems)
+    fills = pipeline_class is not None and pipeline_class == family.inpainting_pipeline
+    _read_validation(config, count or ControlCount(), fills, problems)
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
@@ -73,7 +74,7 @@ def check_controls_of_base(
     """
     count = family.control_count(pipe)
     problems = list(_misfits(count, family, None, images))
-    _read_validation(config, count, problems)
+    _read_validation(config, count, family.fills(pipe), problems)
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
@@ -109,25 +110,38 @@ def check_sharded_controls(
         )
 
 
-def validation_controls(config: TrainingConfig, count: ControlCount) -> list[list[Image.Image]]:
-    """Read the control images of each validation prompt.
+def validation_controls(
+    config: TrainingConfig, family: ModelFamily, pipe: Any
+) -> list[list[Image.Image]]:
+    """Read the control images of each validation prompt, or its image and mask to fill.
 
     Raises:
         ConfigError: they cannot be read, or do not fit the base.
     """
     problems: list[str] = []
-    controls = _read_validation(config, count, problems)
+    count, fills = family.control_count(pipe), family.fills(pipe)
+    controls = _read_validation(config, count, fills, problems)
     if problems:
         raise ConfigError(problems)
     return controls
 
 
 def _read_validation(
-    config: TrainingConfig, count: ControlCount, problems: list[str]
+    config: TrainingConfig, count: ControlCount, fills: bool, problems: list[str]
 ) -> list[list[Image.Image]]:
     prompts = [entry.prompt for entry in validation_prompts(config)]
     if not prompts:
         return []
+    if fills:
+        side = config.resolution or 64  # which a run knows by the time it generates
+        size = config.validation_height or side, config.validation_width or side
+        options = ("validation_image", "validation_mask")
+        images, masks = config.validation_image, config.validation_mask
+        return read_fills(options, images, masks, prompts, size, problems)
+    if config.validation_mask:
+        problems.append(
+            "--validation_mask is for bases for inpainting, and this base is none. Leave it out"
+        )
     return read_controls("validation_image", config.validation_image, prompts, count, problems)
 
 

@@ -675,7 +675,18 @@ class ValidationOptions:
     ] = option(
         None,
         "Control images of the validation images, for an editing base: one file for all prompts or "
-        "one for each; several for one prompt are separated by commas",
+        "one for each; several for one prompt are separated by commas. For a base for inpainting: "
+        "the images in which --validation_mask is filled (default: whole images are generated)",
+    )
+    validation_mask: Annotated[
+        list[str] | None,
+        Place(read=True),
+        Needs("validation_image"),
+        SetByBenchmark(_NO_EDITS),
+    ] = option(
+        None,
+        "Masks of these images for a base for inpainting, white where to fill: one file for all "
+        "prompts or one for each",
     )
     validation_prompts_file: Annotated[
         str | None,

@@ -27,7 +27,7 @@ from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.pipelines.inpainting import Fill, inpainting_pipeline
+from gralora_diffusion.pipelines.editing import editing_pipeline, whole_fill
 from gralora_diffusion.pipelines.placement import place
 from gralora_diffusion.training.config.options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -148,10 +148,10 @@ def _draw(
     )
     mend_clip_skip(pipe)
     if family.fills(pipe):
-        pipe = inpainting_pipeline(pipe, family)
+        pipe = editing_pipeline(pipe, family)
         pipe.set_progress_bar_config(disable=True)
         side = family.native_resolution(pipe)
-        image, mask = Fill.whole(side, side)
+        image, mask = whole_fill(side, side)
         options |= {"image": [image] * size, "mask_image": [mask] * size}
     with _placed(pipe, family, accelerator.device, streamed):
         for batch in tqdm(

@@ -32,7 +32,7 @@ def format_plan(plan: Plan) -> str:
         lora = config.learning_rate / math.sqrt(config.gralora_k)
         text = f"{config.learning_rate:g}, about as fast as a LoRA of this rank at {lora:.2g}"
         facts.append(("rate", text))
-    if plan.masks:
+    if config.masked_loss:
         facts.insert(3, ("masks", f"for {plan.masks} images; {MaskedLoss.of(config)}"))
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)

@@ -27,6 +27,8 @@ from gralora_diffusion.training.data.image_folder import Example
 
 #: The fact on an edit training in the model card.
 CONTROL_IMAGES = "control images per sample"
+#: The fact on a training of a base that fills: which masks.
+FILLS = "masks to fill"
 #: ``prediction_type`` of schedulers -> ModelSpec's.
 _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v", "sample": "sample"}
 
@@ -83,6 +85,7 @@ def training_metadata(
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm,
         "ss_masked_loss": True if instance.masked else None,
+        "gralora_fill_masks": instance.fill,
         "gralora_control_images": control_facts(instance.examples).get(CONTROL_IMAGES),
         "gralora_control_dropout": config.control_dropout or None,
         "ss_prior_loss_weight": config.prior_loss_weight if classes else None,

@@ -24,7 +24,7 @@ from gralora_diffusion.training.optimization.adapters import LOWERED_K
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 
 from .base_license import base_license
-from .metadata import CONTROL_IMAGES
+from .metadata import CONTROL_IMAGES, FILLS
 from .published import CARD_IMAGE_NAME, CARD_NAME
 from .validation import image_name
 
@@ -39,8 +39,13 @@ def write_card(
 ) -> Path:
     """Write the model card, and the grid of images that it shows."""
     base = config.pretrained_model_name_or_path
-    on_hub, edits = not Path(base).exists(), CONTROL_IMAGES in metrics
-    task = "image-to-image" if edits else "text-to-image"
+    on_hub, edits, fills = not Path(base).exists(), CONTROL_IMAGES in metrics, FILLS in metrics
+    task = "image-to-image" if edits or fills else "text-to-image"
+    pipeline = None
+    if fills:
+        pipeline = get_family(family).inpainting_pipeline
+    elif edits:
+        pipeline = next(iter(get_family(family).edit_pipelines))
     if grid is not None:
         Image.open(grid).save(folder / CARD_IMAGE_NAME)
     versions = {
@@ -55,7 +60,12 @@ def write_card(
         pipeline_tag=task,
         base_model=base if on_hub else None,
         base_model_relation="adapter" if on_hub else None,
-        tags=[task, "diffusers", "gralora", *([] if edits else ["dreambooth"]), family],
+        tags=[
+            *(task, "diffusers", "gralora"),
+            *([] if edits else ["dreambooth"]),
+            *(["inpainting"] if fills else []),
+            family,
+        ],
         instance_prompt=config.instance_prompt,
         widget=_widget(folder, config, grid, prompts) or None,
         **license_fields,
@@ -72,7 +82,7 @@ def write_card(
         image=CARD_IMAGE_NAME if grid is not None else None,
         prompts=[entry.prompt for entry in prompts],
         edits=edits,
-        usage=_usage(config, next(iter(get_family(family).edit_pipelines)) if edits else None),
+        usage=_usage(config, pipeline, fills),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},
         options=config.to_yaml(public=True, effective=True),
     )
@@ -103,11 +113,12 @@ def _shown(value: Any) -> Any:
     return f"{value:,}" if type(value) is int else value
 
 
-def _usage(config: TrainingConfig, edit_pipeline: str | None) -> str:
+def _usage(config: TrainingConfig, pipeline: str | None, fills: bool) -> str:
     """Python that loads base and adapter, in the precision of the training, and generates.
 
     Args:
-        edit_pipeline: the class that edits images, if the adapter learned that.
+        pipeline: the class that edits or fills images, if the adapter learned that.
+        fills: whether it fills them.
     """
     base, rest = config.pretrained_model_name_or_path, config.base_config
     return render(
@@ -115,9 +126,10 @@ def _usage(config: TrainingConfig, edit_pipeline: str | None) -> str:
         "usage.py.jinja",
         config=config,
         single_file=Path(base).is_file(),
-        edits=edit_pipeline is not None,
+        edits=pipeline is not None,
+        fills=fills,
         # a class's name, not a text to be quoted
-        pipeline=Markup(edit_pipeline or "DiffusionPipeline"),
+        pipeline=Markup(pipeline or "DiffusionPipeline"),
         base="path/to/base" if Path(base).exists() else base,
         base_config="path/to/base_config" if rest and Path(rest).exists() else rest,
         dtype=DTYPES[config.mixed_precision or "no"],

@@ -848,7 +848,8 @@ def test_sizes_are_checked_again_once_the_base_is_known() -> None:
 
 def test_switches_are_options() -> None:
     needs = options_with(TrainingConfig, Needs).values()
-    switches = {switch for needed in needs for switch in needed.switches}
+    switches = {needed.switch for needed in needs}
+    switches |= {needed.alternative for needed in needs if needed.alternative}
     switches |= {f.switch for f in options_with(TrainingConfig, Fixed).values() if f.switch}
     assert switches <= {f.name for f in fields(TrainingConfig)}
 

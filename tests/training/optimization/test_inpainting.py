@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -10,17 +11,20 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
 
+from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.pipelines.inpainting import inpainting_pipeline
+from gralora_diffusion.pipelines import generation
+from gralora_diffusion.pipelines.editing import editing_pipeline
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import mean_loss
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
+from tests.training.cards import draw_by_card
 from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.optimization.test_step import as_tokens, make_trainer, step_by_the_pipeline
 from tests.training.runs import assert_close, assert_same_run, make_images, run, run_two
@@ -41,7 +45,7 @@ def save_filling(name: str, folder: Path) -> Path:
 
 
 def inpainting(pipe: Any, name: str) -> Any:
-    filling = inpainting_pipeline(pipe, get_family(name))
+    filling = editing_pipeline(pipe, get_family(name))
     filling.set_progress_bar_config(disable=True)
     return filling
 
@@ -148,6 +152,75 @@ def test_loss_and_gradient(filling: Path, masked: Path, tmp_path: Path) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5 * float(theirs.abs().max()))
 
 
+def test_images_of_every_base_that_fills(filling: Path, masked: Path, tmp_path: Path) -> None:
+    """By `gralora sample`: image and masks, one of them for all prompts, and whole images."""
+    grid = tmp_path / "grid.png"
+    command = ["--base", filling, "--output", grid, "--num_inference_steps", 2]
+    if filling.name == "flux":
+        command += ["--size", 32]
+    prompts = ["--prompt", "a dog", "a cat"]
+    given = ["--image", masked / "0.png", "--mask", masked / "0.mask.png", masked / "1.mask.png"]
+    generation.main([str(part) for part in (*command, *prompts, *given)])
+    with_images = Image.open(grid).tobytes()
+    generation.main([str(part) for part in (*command, "--size", 32, *prompts)])
+    assert Image.open(grid).tobytes() != with_images
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (
+            ["--image", "0.png"],
+            "--image and --mask belong together: this base fills the white",
+        ),
+        (["--mask", "0.mask.png"], "--image and --mask belong together"),
+        (["--image", "0.png", "--mask", "gone.png"], "--mask {}gone.png: there is no such file"),
+        (
+            ["--image", "0.png", "--mask", "2.png"],
+            "--mask {}2.png cannot be decoded: it has",
+        ),
+        (
+            ["--image", "0.png", "--mask", "wide.png"],
+            "--mask has 30 x 20 pixels, but the image",
+        ),
+        (
+            ["--image", "0.png", "1.png", "2.png", "--mask", "0.mask.png"],
+            "--image names 3 images for 2 prompts",
+        ),
+    ],
+)
+def test_images_and_masks_that_do_not_fit(
+    masked: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    problem: str,
+) -> None:
+    folder = shutil.copytree(masked, tmp_path / "images")
+    write_mask(folder / "wide.png", 0, (30, 20))
+    line = [a if a.startswith("--") else str(folder / a) for a in arguments]
+    base = save_filling("stable-diffusion", tmp_path / "base")
+    line += ["--base", str(base), "--output", str(tmp_path / "grid.png"), "--prompt", "a", "b"]
+    with pytest.raises(SystemExit):
+        generation.main(line)
+    assert problem.format(f"{folder}/") in capsys.readouterr().err
+
+
+def test_other_bases_take_no_masks(base: Path, masked: Path, tmp_path: Path) -> None:
+    mask = masked / "0.mask.png"
+    images = {"validation_prompt": "a dog", "validation_mask": mask}
+    with pytest.raises(ConfigError, match="--validation_mask is for bases for inpainting"):
+        run(
+            pretrained_model_name_or_path=base,
+            instance_data_dir=masked,
+            output_dir=tmp_path / "out",
+            **images,
+        )
+    line = ["--base", base, "--prompt", "a", "--output", tmp_path / "grid.png", "--mask", mask]
+    with pytest.raises(SystemExit):
+        generation.main([str(part) for part in line])
+
+
 def test_other_bases_take_no_masks_to_fill(base: Path, masked: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--inpaint_given_masks needs a base for inpainting"):
         run(
@@ -181,6 +254,12 @@ def test_a_run_is_resumed_and_shared_out(masked: Path, tmp_path: Path) -> None:
         "class_data_dir": tmp_path / "class",
         "num_class_images": 2,
         "adam_epsilon": 1e-4,
+        "validation_prompt": "a dog",
+        "validation_image": masked / "0.png",
+        "validation_mask": masked / "0.mask.png",
+        "validation_inference_steps": 2,
+        "num_validation_images": 1,
+        "validation_steps": 4,
     }
     whole = run(output_dir=tmp_path / "whole", **options)
     assert len(list((tmp_path / "class").glob("*.png"))) == 2
@@ -188,6 +267,21 @@ def test_a_run_is_resumed_and_shared_out(masked: Path, tmp_path: Path) -> None:
     run(output_dir=parts, **{**options, "max_train_steps": 2})
     run(output_dir=parts, resume_from_checkpoint="latest", **options)
     assert_same_run(whole, parts)
+    assert read_adapter(whole).metadata["gralora_fill_masks"] == "given"
+    text = (whole / "README.md").read_text(encoding="utf-8")
+    assert "| masks to fill | given |" in text
+    places = {"path/to/base": tmp_path / "base", "path/to/this/folder": whole}
+    places |= {"path/to/image.png": masked / "0.png", "path/to/mask.png": masked / "0.mask.png"}
+    pipe = draw_by_card(text, places)
+    assert type(pipe).__name__ == "StableDiffusionInpaintPipeline"
+    # the last validation image, generated anew with image and mask of its size
+    image = ImageOps.fit(Image.open(masked / "0.png"), (16, 16), Image.Resampling.LANCZOS)
+    mask = ImageOps.fit(Image.open(masked / "0.mask.png"), (16, 16), Image.Resampling.LANCZOS)
+    rng = torch.Generator().manual_seed(0)
+    given = {"image": image, "mask_image": mask, "height": 16, "width": 16, "generator": rng}
+    again = pipe("a dog", num_inference_steps=2, **given).images[0]
+    last = Image.open(whole / "validation" / "step-000004" / "00-00.png")
+    assert np.asarray(ImageChops.difference(again, last)).max() <= 1
     one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **options)
     assert_close(one, run_two(output_dir=tmp_path / "two", **options), 1e-3)
 
@@ -203,5 +297,5 @@ def test_a_run_is_planned(
         dry_run=True,
     )
     text = capsys.readouterr().out
-    assert "masks   of 2 images; outside of it, the loss counts nothing" in text
+    assert "for 2 images; outside the mask, the loss counts nothing" in text
     assert "vae" in text
