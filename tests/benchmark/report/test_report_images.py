@@ -29,12 +29,13 @@ def shown(folder, **options):
     return Page(section[0] if section else text)
 
 
-@pytest.fixture
-def noisy(tmp_path):
+@pytest.fixture(scope="module")
+def noisy(tmp_path_factory):
     """Two subjects whose images do not compress."""
-    results = written(tmp_path, [trial(key) for key in keys(SUBJECTS[:2])], size=16)
+    folder = tmp_path_factory.mktemp("noisy")
+    results = written(folder, [trial(key) for key in keys(SUBJECTS[:2])], size=16)
     rng = np.random.default_rng(0)
-    for path in sorted(tmp_path.rglob("*.png")):
+    for path in sorted(folder.rglob("*.png")):
         Image.fromarray(rng.integers(0, 256, (300, 300, 3), np.uint8)).save(path)
     return results
 
