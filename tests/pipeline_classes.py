@@ -13,7 +13,7 @@ from gralora_diffusion.families import find_family, get_family, list_families
 from tests.tiny import PIPELINES
 from tests.tiny.parts import flow_vae, quiet, spread_out
 
-#: Pipeline classes that no picture is drawn with here, and why.
+#: Pipeline classes that no image is drawn with here, and why.
 NOT_DRAWN = {
     "StableDiffusionAdapterPipeline": "a T2I-Adapter's maps do not fit the tiny UNet",
     "StableDiffusionXLAdapterPipeline": "a T2I-Adapter's maps do not fit the tiny UNet",
@@ -143,7 +143,7 @@ def draw(pipe: Any, **options: Any) -> Tensor:
     and control image. One step, and from noise alone, is enough for every weight to matter."""
     name = type(pipe).__name__
     rng = torch.Generator().manual_seed(1)
-    side = 64 if name.startswith("Flux2") else 16  # FLUX.2 takes no smaller pictures
+    side = 64 if name.startswith("Flux2") else 16  # FLUX.2 takes no smaller images
     pixels = torch.rand(1, 3, side, side, generator=rng)[0].permute(1, 2, 0)
     image = Image.fromarray((255 * pixels).byte().numpy())
     arguments = {

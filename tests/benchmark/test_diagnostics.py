@@ -318,7 +318,7 @@ def test_outliers_are_those_of_the_inputs(checkpointing: bool, autocast: bool) -
                 hook.remove()
             loss.backward()
             with torch.no_grad():
-                loss_of(model, 99)  # as a picture that is drawn meanwhile
+                loss_of(model, 99)  # as an image that is drawn meanwhile
             optimizer.step()
             optimizer.zero_grad()
     outliers = log.result().input_outliers

@@ -1,4 +1,4 @@
-"""The command: every unit once, whatever happens on the way."""
+"""The command: every trial runs once, in spite of errors and interruptions."""
 
 import json
 import subprocess

@@ -102,7 +102,7 @@ def test_images_are_those_of_the_adapter(run, world):
     result = results["gralora-r4-k2"]
     pipe = DiffusionPipeline.from_pretrained(world / "base")
     pipe.load_gralora_weights(result.folder / "adapter")
-    pipe.vae.enable_slicing()  # for the rounding: the benchmark decodes pictures one by one
+    pipe.vae.enable_slicing()  # for the rounding: the benchmark decodes images one by one
     seed = 10_000 * trial_seed(0, "dog")
     images = generate(pipe, task.prompts, 2, seed=seed, size=16, inference_steps=2, batch_size=4)
     for row, paths in zip(images, files(result, "0"), strict=True):

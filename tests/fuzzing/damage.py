@@ -264,7 +264,7 @@ def _places(value: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def changed_value(value: Any, chance: Random) -> Any:
-    """A copy in which some values, at whatever depth, are of other types, or keys are others."""
+    """A copy in which some values, at any depth, have other types, or some keys other names."""
     root = [copy.deepcopy(value)]
     for _ in range(chance.choice((1, 1, 2, 3))):
         places = list(_places(root))
@@ -471,7 +471,7 @@ def _without_literals(value: Any) -> Any:
     return [_without_literals(item) for item in value] if isinstance(value, list) else value
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def change_png(data: bytes, chance: Random) -> bytes:

@@ -480,7 +480,7 @@ def _check_quantization(folder: Path) -> None:
     list(check_quantization(_config(bnb_quantization_config_path=str(folder / "file.json"))))
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def _picture(mode: str) -> Image.Image:

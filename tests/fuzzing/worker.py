@@ -207,7 +207,7 @@ def _prepared(reader: Any, case: Path) -> Path:
         os.chdir(case.parent)
     gc.collect()
     gc.freeze()  # what is imported by now is left out of the collections in each case
-    # far above what is allowed: one case shall not take the machine down before it is measured
+    # far above the limit, so that no case takes the machine down before it is measured
     resource.setrlimit(resource.RLIMIT_AS, (_status("VmSize") + 4 * MOST_BYTES, hard))
     return samples
 

@@ -467,7 +467,7 @@ def test_too_long_files_are_refused(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "QOI", "TGA"])
 def test_damaged_files_are_refused_or_read(file_format):
-    """With one seed each; whatever comes of them, it is an image or an ImageError."""
+    """With one seed each; every result is an image or an ImageError."""
     Image.init()
     if file_format not in Image.SAVE:
         pytest.skip("this Pillow does not write it")

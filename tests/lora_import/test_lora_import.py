@@ -325,7 +325,7 @@ def test_other_beginnings_of_names(prefix, path):
     check(adapter, {f"transformer.{there}": dense(*tensors.values())})
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("rank", "k", "hybrid"), [(12, 4, 0), (8, 4, 3)])

@@ -37,7 +37,7 @@ BLOCKS = (
     *("sd35-medium@1024", "sd35-large@1024", "flux-double@1024", "flux-single@1024"),
     "tiny-unet@8",
 )
-#: (out, in): projections of the above, of pictures and of texts, and layers of feed-forwards.
+#: (out, in): projections of the above, of images and of texts, and layers of feed-forwards.
 LAYERS = (
     *("320x320@4096", "640x640@1024", "640x640@4096", "1280x1280@256", "1280x1280@1024"),
     *("640x768@77", "1280x2048@77", "1536x1536@1024", "2432x2432@1024", "3072x3072@1024"),

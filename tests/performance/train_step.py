@@ -56,7 +56,7 @@ from tests.training.runs import make_images
 TRAINER = "trainer"
 #: What the bare loop trains, by the names of ``peers``.
 METHODS = ("ours", "peft-lora", "peft-gralora")
-#: Base -> side of the pictures.
+#: Base -> side of the images.
 BASES = {"tiny": 64, "bundled": 64, "medium": 64}
 MEDIUM = {
     "block_out_channels": (128, 256, 256),

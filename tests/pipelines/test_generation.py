@@ -35,7 +35,7 @@ def test_images_depend_on_their_own_seed_only() -> None:
 
 
 def test_images_are_the_same_in_batches() -> None:
-    """But for rounding, whatever of several prompts is drawn at once."""
+    """The same except for rounding, however many prompts are generated at once."""
     pipe = stable_diffusion()
     options = {"size": 16, "inference_steps": 2, "seed": 3}
     single = generate(pipe, ["a cat", "a dog"], 3, **options)

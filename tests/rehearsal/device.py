@@ -307,7 +307,7 @@ def _tf32(tensor: Tensor) -> Tensor:
 
 
 class _Operations(TorchDispatchMode):
-    """Operations without a pretended tensor whose result shall be one."""
+    """Operations without a pretended tensor whose result must be one."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}

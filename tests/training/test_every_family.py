@@ -66,7 +66,7 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
         class_data_dir=make_shapes(tmp_path / "class", [(27, 20), (20, 40)], seed=1),
         num_class_images=3 if family.objective == "ddpm" else 2,  # drawing takes long with Flux
         sample_batch_size=1,
-        aspect_ratio_buckets="32,48;32,32;48,32",  # class pictures as wide as the others, and not
+        aspect_ratio_buckets="32,48;32,32;48,32",  # class images as wide as the others, and not
         validation_prompt="a sks dog",
         validation_steps=2,
         num_validation_images=1,
@@ -89,7 +89,7 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
     resumed = run(**shared, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")
     assert_same_run(whole, resumed)
 
-    # what was trained is what is loaded: the last validation picture, drawn anew
+    # what was trained is what is loaded: the last validation image, drawn anew
     pipe = DiffusionPipeline.from_pretrained(base)
     report = pipe.load_gralora_weights(whole)
     usual = family.usual_text_encoders or family.text_encoders

@@ -305,7 +305,7 @@ def test_it_learns(data: dict[str, Any], base: Path, tmp_path: Path) -> None:
     assert after < 0.95 * before
 
 
-# -- pictures of several shapes --------------------------------------------------------------------
+# -- images of several shapes ----------------------------------------------------------------------
 
 
 @pytest.fixture

@@ -59,7 +59,7 @@ def test_dinov2(dinov2, drawn):
     close(got, torch.stack(expected))
     # what is called the pooled output is the same
     close(got, torch.cat([model(**pixels(dinov2, rgb(p))).pooler_output for p in drawn]))
-    assert cosine_similarity(got[:1], got[1:]).max() < 0.999  # pictures can be told from each other
+    assert cosine_similarity(got[:1], got[1:]).max() < 0.999  # images can be told from each other
 
 
 @torch.no_grad()
@@ -214,13 +214,13 @@ def test_kept_by_content(dinov2, drawn, tmp_path, monkeypatch):
     again = encoder.embed_images([copy, drawn[4], drawn[0]], keep=True)
     assert counted == [*drawn[:3], drawn[4]]  # nothing was read twice
     assert torch.equal(again[[0, 2]], first[[1, 0]])
-    shutil.copy(drawn[5], copy)  # another picture under the same name
+    shutil.copy(drawn[5], copy)  # another image under the same name
     close(encoder.embed_images([copy], keep=True), load_encoder(dinov2).embed_images([drawn[5]]))
     encoder.embed_images(drawn[:1])
     assert counted[-1] == drawn[0]  # read anew, unless told to keep
 
 
-# -- pictures --------------------------------------------------------------------------------------
+# -- images ----------------------------------------------------------------------------------------
 
 
 def save_odd(folder):
@@ -259,7 +259,7 @@ def test_images_of_every_kind(tmp_path, dinov2, clip):
         got = np.asarray(read_image_file(tmp_path / name)).astype(int)
         # blending with white rounds in one way or the other
         np.testing.assert_allclose(got, np.asarray(image), atol=1 if name == "half.png" else 0)
-        with Image.open(tmp_path / name) as opened:  # an open picture is read as its file is
+        with Image.open(tmp_path / name) as opened:  # an open image is read as its file is
             np.testing.assert_array_equal(np.asarray(read_image_file(opened)), got)
     for folder in (dinov2, clip):
         encoder = load_encoder(folder)

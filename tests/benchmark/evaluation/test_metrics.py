@@ -118,7 +118,7 @@ def test_numbers_that_do_not_fit_are_refused():
         pairwise_similarity(a, a[:0])
 
 
-# -- of pictures -----------------------------------------------------------------------------------
+# -- of images -------------------------------------------------------------------------------------
 
 
 def test_subject(encoders, see, drawn, real):
@@ -143,7 +143,7 @@ def test_subject(encoders, see, drawn, real):
         near(fits[5]),
     ]
     json.dumps([got.overall, got.by_prompt])
-    # pictures of different kinds are told apart, so the above is not 1 = 1
+    # images of different kinds are told apart, so the above is not 1 = 1
     assert max(got.overall.values()) < 0.99
 
 

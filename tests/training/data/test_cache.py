@@ -1,4 +1,4 @@
-"""Caches against encoding anew, with a real VAE; damaged files; two writers; interruption."""
+"""Caches against encoding again, with a real VAE; damaged files; two writers; interruption."""
 
 from __future__ import annotations
 

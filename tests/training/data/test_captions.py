@@ -55,7 +55,7 @@ DIFFERING = "images with captions that differ, of which the first is used"
 MASKS = "masks left out, since --masked_loss is not given"
 
 
-# -- files beside pictures -------------------------------------------------------------------------
+# -- files beside images ---------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_short_rows_of_csv_have_no_caption(folder):
     assert found(folder) == {"1.png": "the prompt", "2.png": "two"}
 
 
-# -- what is no picture ----------------------------------------------------------------------------
+# -- what is no image ------------------------------------------------------------------------------
 
 
 def test_masks_are_left_out_and_named(folder, caplog):

@@ -110,7 +110,7 @@ def test_buckets_leave_out_no_image_of_subject_or_class(tmp_path: Path, cached: 
     assert len(data) == 4
     seen: tuple[set[str], set[str]] = (set(), set())
     shapes = set()
-    for pair in data.steps(0, 6):  # of two pictures each: an epoch of the class, three of instances
+    for pair in data.steps(0, 6):  # of two images each: an epoch of the class, three of instances
         for batch, keys in zip(pair, seen, strict=True):
             assert batch is not None
             pixels = batch["mean" if cached else "pixel_values"]

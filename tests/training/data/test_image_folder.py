@@ -203,7 +203,7 @@ def test_folders_of_a_concept_each(tmp_path, caplog):
     (tmp_path / "3_empty").mkdir()
     with pytest.raises(DataError, match="there is no image in 3_empty"):
         find_examples(tmp_path)
-    fill(tmp_path, ["own.png"])  # with pictures of its own a folder is read as any other
+    fill(tmp_path, ["own.png"])  # with images of its own a folder is read as any other
     assert captions(find_examples(tmp_path, "prompt")) == {"own.png": "prompt"}
     (tmp_path / "own.png").unlink()
     with pytest.raises(DataError, match="no image in it, and sub-folders are not read"):

@@ -26,7 +26,7 @@ def image(caption: str, name: str = "1.png") -> Example:
 
 @pytest.fixture
 def told(caplog: pytest.LogCaptureFixture) -> Iterator[list[str]]:
-    """What is logged, by whatever library."""
+    """Messages logged by any library."""
     messages: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: messages.append(record.getMessage())  # type: ignore[method-assign]

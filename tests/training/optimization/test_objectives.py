@@ -167,7 +167,7 @@ def test_flow_noisy_latents_and_target() -> None:
     )
     assert torch.equal(objective.target(x, noise, timesteps), noise - x)
     prediction = torch.randn(3, *SHAPE)
-    # a step back from all noise along the true direction ends at the picture
+    # a step back from all noise along the true direction ends at the image
     scheduler.set_timesteps(sigmas=[1.0])
     end = scheduler.step(objective.target(x, noise, timesteps), scheduler.timesteps[0], noise)
     torch.testing.assert_close(end.prev_sample, x)

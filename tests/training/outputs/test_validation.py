@@ -55,7 +55,7 @@ def test_encoders_are_on_the_device_only_while_they_compute(
         drawn = generate(pipe, ["a dog", "a cat"], 2, **options)
     for ours, theirs in zip(chain(*drawn), chain(*expected), strict=True):
         assert ours.tobytes() == theirs.tobytes()
-    # each prompt once, klein's empty one too, and each picture
+    # each prompt once, klein's empty one too, and each image
     assert events.count((pipe.vae,)) == 4
     assert events.count(tuple(encoders)) == (3 if name == "flux2-klein" else 2)
     assert "encode_prompt" not in vars(pipe)
