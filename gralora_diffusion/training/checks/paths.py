@@ -33,6 +33,7 @@ MODEL_FOLDERS = {
 #: Files and folders that a run creates, replaces or deletes in its output folder, besides the
 #: tracker's files.
 MADE = (
+    ".gralora.*",  # lock, status and requests
     *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
     *("metrics.jsonl", "training_curve.png", "training_config.yaml", "validation_over_time.png"),
 )
