@@ -14,10 +14,8 @@ from gralora_diffusion.io.templates import for_html
 
 from .context import INTERVAL, Studio, log_of, messages, shown
 from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
-from .engine.jobs import Job
+from .engine.jobs import COMPARING, Job
 from .engine.workspace import free_path, stamp
-
-_MODULE = ("-m", "gralora_diffusion.studio.engine.comparing")
 
 
 @dataclass
@@ -102,7 +100,7 @@ def build(studio: Studio) -> CompareTab:
         folder = free_path(studio.workspace.comparisons, stamp())
         folder.mkdir(parents=True)
         (folder / SPEC_NAME).write_text(comparison.to_json(), encoding="utf-8")
-        line = (*_MODULE, str(folder / SPEC_NAME))
+        line = (*COMPARING, str(folder / SPEC_NAME))
         title = f"{folder.name}: {comparison.prompts[0][:40]}"
         job = studio.jobs.add("compare", title, line, folder, queued=True)
         return "", gr.Dropdown(choices=[(title, job.name)], value=job.name)

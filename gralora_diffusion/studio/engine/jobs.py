@@ -29,6 +29,11 @@ from .workspace import stamp
 
 State = Literal["waiting", "running", "done", "failed", "stopped", "cancelled"]
 _CANCELLED, _STOPPED = "cancelled.json", "stopped.json"
+# How the arguments of Python begin in the only commands that are run: a folder may come from
+# somebody else, and what waits in its queue is started without a question.
+GRALORA = ("-m", "gralora_diffusion")
+COMPARING = ("-m", "gralora_diffusion.studio.engine.comparing")
+PROGRAMS = (GRALORA, COMPARING)
 #: Bytes at the end of a log that are shown.
 _TAIL = 1 << 16
 #: Seconds within which a new process says that it has started.
@@ -118,7 +123,7 @@ class Job:
 
 def gralora(*arguments: str) -> tuple[str, ...]:
     """Return the arguments of Python that run the command ``gralora``."""
-    return ("-m", "gralora_diffusion", *arguments)
+    return (*GRALORA, *arguments)
 
 
 class Jobs:
@@ -126,10 +131,13 @@ class Jobs:
 
     Args:
         at_once: queued jobs that may run at the same time.
+        programs: how the commands of jobs must begin; others are left alone.
     """
 
-    def __init__(self, folder: Path, at_once: int = 1) -> None:
-        self.folder, self.at_once = folder, at_once
+    def __init__(
+        self, folder: Path, at_once: int = 1, programs: Sequence[tuple[str, ...]] = PROGRAMS
+    ) -> None:
+        self.folder, self.at_once, self.programs = folder, at_once, programs
         self._lock = threading.Lock()
         self._known: dict[Path, Job] = {}
 
@@ -190,11 +198,14 @@ class Jobs:
                 _start(job)
 
     def _read(self, folder: Path) -> Job | None:
-        """Return the job in a folder; None while it is being written, or if it is damaged."""
+        """Return the job in a folder.
+
+        None while it is being written, if it is damaged, or if it would run another program.
+        """
         if folder not in self._known:
             try:
                 facts = read_object(folder / JOB, MOST_BYTES)
-                self._known[folder] = Job(
+                job = Job(
                     folder,
                     str(facts["kind"]),
                     str(facts["title"]),
@@ -204,6 +215,9 @@ class Jobs:
                 )
             except (OSError, ValueError, KeyError, TypeError):
                 return None
+            if not any(job.command[: len(begin)] == begin for begin in self.programs):
+                return None
+            self._known[folder] = job
         return self._known[folder]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -15,6 +16,8 @@ from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.studio.engine.job_process import STARTED
 from gralora_diffusion.studio.engine.jobs import Jobs, gralora
 
+#: What tests run besides what the studio may.
+SCRIPTS = (("-c",), ("-m", "gralora_diffusion"))
 #: Says that it runs, and ends when the file that it is given appears.
 WAIT = (
     "import pathlib,sys,time\nprint('here', flush=True)\n"
@@ -24,7 +27,7 @@ WAIT = (
 
 @pytest.fixture
 def jobs(tmp_path: Path) -> Jobs:
-    return Jobs(tmp_path / "jobs")
+    return Jobs(tmp_path / "jobs", programs=SCRIPTS)
 
 
 def until(condition, seconds=20.0):
@@ -49,10 +52,30 @@ def test_a_command_that_fails(jobs):
     assert job.code == 3
 
 
-def test_gralora_is_started(jobs):
+def test_gralora_is_started(tmp_path):
+    jobs = Jobs(tmp_path / "jobs")
     job = jobs.add("try", "version", gralora("--version"))
     assert job.wait(60) == "done"
     assert job.log().startswith("gralora ")
+
+
+def test_other_programs_of_a_folder_from_somebody_else_are_not_run(jobs, tmp_path):
+    made = tmp_path / "made"
+    waiting = jobs.folder / "20260101-000000-000000000-train-0000"
+    waiting.mkdir(parents=True)
+    facts = {"kind": "train", "title": "a", "output": None, "queued": True}
+    for command in (
+        ["-c", f"open({str(made)!r}, 'w')"],
+        ["-m", "timeit", f"open({str(made)!r}, 'w')"],
+        ["-m", "gralora_diffusion.studio.engine.job_process", str(waiting)],
+        [],
+    ):
+        (waiting / "job.json").write_text(json.dumps(facts | {"command": command}))
+        theirs = Jobs(jobs.folder)
+        theirs.start_waiting()
+        assert theirs.list() == []
+        assert sorted(path.name for path in waiting.iterdir()) == ["job.json"]
+    assert not made.exists()
 
 
 def test_of_a_bar_the_last_state_is_shown(jobs):
@@ -86,7 +109,7 @@ def test_what_another_studio_left_is_found_and_goes_on(jobs, tmp_path):
     running, waiting = (
         jobs.add("try", name, ["-c", WAIT, str(tmp_path / name)], queued=True) for name in "ab"
     )
-    again = Jobs(jobs.folder)
+    again = Jobs(jobs.folder, programs=SCRIPTS)
     assert [(j.title, j.state) for j in again.list()] == [("a", "running"), ("b", "waiting")]
     again.start_waiting()
     assert waiting.state == "waiting"
@@ -102,11 +125,11 @@ def test_a_job_survives_the_process_that_started_it(tmp_path):
     program = (
         "import os; from pathlib import Path\n"
         "from gralora_diffusion.studio.engine.jobs import Jobs\n"
-        f"Jobs(Path({str(tmp_path / 'jobs')!r})).add('try', 'a', {line!r})\n"
+        f"Jobs(Path({str(tmp_path / 'jobs')!r}), programs={SCRIPTS!r}).add('try', 'a', {line!r})\n"
         "os.kill(0, 9)"
     )
     subprocess.run([sys.executable, "-c", program], start_new_session=True)
-    (job,) = Jobs(tmp_path / "jobs").list()
+    (job,) = Jobs(tmp_path / "jobs", programs=SCRIPTS).list()
     assert job.state == "running"
     (tmp_path / "go").touch()
     assert job.wait(20) == "done"

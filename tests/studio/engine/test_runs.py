@@ -84,7 +84,7 @@ def test_a_run_of_a_terminal_is_asked_and_may_be_killed(tmp_path):
 
 
 def test_jobs_tell_of_runs_without_a_folder_and_of_failures(tmp_path):
-    jobs = Jobs(tmp_path / ".studio/jobs")
+    jobs = Jobs(tmp_path / ".studio/jobs", programs=[("-c",)])
     line = ["-c", "import time; time.sleep(60)"]
     failed = jobs.add("train", "a", ["-c", "raise SystemExit(2)"], make_run(tmp_path / "a"))
     failed.wait(20)
