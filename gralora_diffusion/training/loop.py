@@ -50,6 +50,7 @@ from gralora_diffusion.training.optimization.adapters import (
     adapter_parameters,
     add_adapters,
     inference_weights,
+    second_factors,
 )
 from gralora_diffusion.training.optimization.initial_adapter import (
     InitialValues,
@@ -380,7 +381,11 @@ class Trainer:
         encoder_parameters = [parameter for group in encoders for parameter in group]
         self.parameters = [*denoiser, *encoder_parameters]
         optimizer = build_optimizer(
-            config, denoiser, encoder_parameters, samples_per_step=self.data.samples_per_step
+            config,
+            denoiser,
+            encoder_parameters,
+            second_factors=[p for n in self.components for p in second_factors(self.pipe, n)],
+            samples_per_step=self.data.samples_per_step,
         )
         self.lr_scheduler = build_lr_scheduler(config, optimizer, self.max_steps)
         share_only_what_is_trained(step)

@@ -74,6 +74,7 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _prior,
         _adapter,
         check_patterns,
+        _loss,
         _optimizer,
         _schedule,
         _memory,
@@ -164,6 +165,11 @@ def _optimizer(config: TrainingConfig) -> Iterator[str]:
                 "--scale_lr and --optimizer prodigy exclude each other: Prodigy finds the step "
                 "size itself. Leave out --scale_lr"
             )
+        if config.loraplus_lr_ratio not in (None, 1.0):
+            yield (
+                "--loraplus_lr_ratio and --optimizer prodigy exclude each other: Prodigy takes one "
+                "learning rate for all. Leave out --loraplus_lr_ratio"
+            )
         rate, text_rate = config.learning_rate or 1.0, config.text_encoder_lr
         if config.train_text_encoder and text_rate is not None and text_rate != rate:
             yield (
@@ -195,6 +201,14 @@ def _optimizer(config: TrainingConfig) -> Iterator[str]:
         yield (
             "--enable_xformers_memory_efficient_attention needs: pip install xformers. Or leave "
             "the option out: torch's own attention is about as fast"
+        )
+
+
+def _loss(config: TrainingConfig) -> Iterator[str]:
+    if config.debiased_estimation_loss and config.snr_gamma is not None:
+        yield (
+            f"--debiased_estimation_loss and --snr_gamma {config.snr_gamma:g} both weight the loss "
+            "by the SNR. Leave one out"
         )
 
 

@@ -298,6 +298,31 @@ class LossOptions:
     snr_gamma: Annotated[float | None, Limits(above=0), OnlyFor("ddpm"), Fixed()] = option(
         None, "Gamma of the loss's Min-SNR weighting; 5.0 is usual (default: no weighting)"
     )
+    soft_min_snr: Annotated[bool, Needs("snr_gamma"), OnlyFor("ddpm"), Fixed()] = option(
+        False, "Use a smooth minimum in the Min-SNR weighting (soft Min-SNR)"
+    )
+    debiased_estimation_loss: Annotated[bool, OnlyFor("ddpm"), Fixed()] = option(
+        False, "Weight the loss by 1 / sqrt(SNR), or by 1 / (SNR + 1) for v_prediction"
+    )
+    input_perturbation: Annotated[float, Limits(at_least=0), OnlyFor("ddpm"), Fixed()] = option(
+        0.0, "Strength of further noise in the denoiser's input, not in its target; 0.1 is usual"
+    )
+    multires_noise_iterations: Annotated[int, Limits(at_least=0), OnlyFor("ddpm"), Fixed()] = (
+        option(0, "Number of coarser noises that are added to the noise; 6 to 10 are usual")
+    )
+    multires_noise_discount: Annotated[
+        float,
+        Limits(above=0, below=1),
+        Needs("multires_noise_iterations"),
+        OnlyFor("ddpm"),
+        Fixed("multires_noise_iterations"),
+    ] = option(0.3, "Strength of each coarser noise, relative to the one before")
+    min_timestep: Annotated[int | None, Limits(at_least=0), Fixed()] = option(
+        None, "Train only on timesteps from here on; 0 has the least noise (default: all)"
+    )
+    max_timestep: Annotated[int | None, Limits(at_least=1), Fixed()] = option(
+        None, "Train only on timesteps below this one; all known bases have 1000 (default: all)"
+    )
     prediction_type: Annotated[
         Literal["epsilon", "v_prediction", "sample"] | None, OnlyFor("ddpm"), Fixed()
     ] = option(None, "What the base predicts (default: as set in its scheduler)")
@@ -534,6 +559,16 @@ class OptimizerOptions:
     )
     text_encoder_lr: Annotated[float | None, Limits(above=0), Needs("train_text_encoder")] = option(
         None, "Learning rate of the text encoder (default: 5e-6; --learning_rate with Prodigy)"
+    )
+    loraplus_lr_ratio: Annotated[
+        float | None,
+        Limits(above=0),
+        Fixed(),
+        SetByBenchmark("both factors of a method have one rate"),
+    ] = option(
+        None,
+        "LoRA+: learning rate of the second factor, B, divided by that of the first; 16 is usual "
+        "(default: one rate for both)",
     )
     scale_lr: bool = option(
         False,

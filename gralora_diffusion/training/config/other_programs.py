@@ -77,7 +77,7 @@ KOHYA = {
     "optimizer_type": "optimizer",
     "optimizer_args": "does not exist here. See --adam_weight_decay, --adam_beta1 and --adam_beta2",
     "min_snr_gamma": "snr_gamma",
-    "multires_noise_iterations": "does not exist here. See --noise_offset",
+    "ip_noise_gamma": "input_perturbation",
     "v_parameterization": "is called --prediction_type v_prediction here",
     "timestep_sampling": "weighting_scheme",
     "discrete_flow_shift": "flow_shift",

@@ -223,6 +223,12 @@ def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
     return [p for p in getattr(pipe, component).parameters() if p.requires_grad]
 
 
+def second_factors(pipe: Any, component: str) -> list[nn.Parameter]:
+    """Return those of ``adapter_parameters`` that are second factors, which start at zero."""
+    named = getattr(pipe, component).named_parameters()
+    return [p for name, p in named if p.requires_grad and ".gralora_B" in name]
+
+
 def extract(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
     """Copy the adapter's current weights out of the models."""
     return Adapter(

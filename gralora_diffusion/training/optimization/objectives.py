@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.training_utils import (
     compute_density_for_timestep_sampling,
@@ -31,6 +32,10 @@ class Objective(ABC):
     @abstractmethod
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return noise (batch, *shape) and timesteps (batch,) for these positions, on the CPU."""
+
+    def perturbed(self, noise: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
+        """Return the noise in the denoiser's input; ``noise`` is what its target is made of."""
+        return noise
 
     @abstractmethod
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -71,6 +76,15 @@ class DDPM(Objective):
         prediction_type: "epsilon", "v_prediction" or "sample"; the scheduler's if None.
         snr_gamma: min-SNR weighting (arXiv 2303.09556, section 3.4); None gives equal weights.
         noise_offset: strength of noise that is constant over each channel of an image.
+        soft_min_snr: SNR gamma / (SNR + gamma) in place of the minimum (arXiv 2401.11605).
+        debiased: weights of arXiv 2310.08442, as kohya's scripts compute them.
+        input_perturbation: strength of further noise in the input (arXiv 2301.11706).
+        multires_iterations, multires_discount: coarser noises and how much each is weaker than
+            the one before, as kohya's scripts add them.
+        timestep_range: first timestep, and the first that is not trained; None is the scheduler's.
+
+    Raises:
+        ConfigError: the weights or the range do not fit the base's scheduler.
     """
 
     def __init__(
@@ -79,25 +93,74 @@ class DDPM(Objective):
         prediction_type: str | None = None,
         snr_gamma: float | None = None,
         noise_offset: float = 0.0,
+        *,
+        soft_min_snr: bool = False,
+        debiased: bool = False,
+        input_perturbation: float = 0.0,
+        multires_iterations: int = 0,
+        multires_discount: float = 0.3,
+        timestep_range: tuple[int | None, int | None] = (None, None),
     ) -> None:
         overrides = {"prediction_type": prediction_type} if prediction_type else {}
         self.scheduler = DDPMScheduler.from_config(scheduler_config, **overrides)
         self.prediction_type: str = self.scheduler.config.prediction_type
-        self.snr_gamma = snr_gamma
-        self.noise_offset = noise_offset
+        self.snr_gamma, self.soft_min_snr, self.debiased = snr_gamma, soft_min_snr, debiased
+        self.noise_offset, self.input_perturbation = noise_offset, input_perturbation
+        self.multires_iterations, self.multires_discount = multires_iterations, multires_discount
+        steps = self.scheduler.config.num_train_timesteps
+        self.first, self.end = _timestep_range(timestep_range, steps)
+        if debiased:
+            self._check_debiased()
+
+    def _check_debiased(self) -> None:
+        problem = None
+        if self.prediction_type == "sample":
+            problem = "is not known for a base that predicts the sample"
+        elif self.prediction_type == "epsilon" and self.scheduler.alphas_cumprod[-1] < 1e-6:
+            problem = "is infinite at the last timestep of this base, which has zero terminal SNR"
+        if problem:
+            raise ConfigError(
+                [f"--debiased_estimation_loss: its weight {problem}. Give --snr_gamma instead"]
+            )
 
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         noises, timesteps = [], []
-        steps = self.scheduler.config.num_train_timesteps
         for position in positions:
             rng = generator(seed, "noise", position)
             noise = torch.randn(shape, generator=rng)
             if self.noise_offset:
                 noise += self.noise_offset * torch.randn(shape[0], 1, 1, generator=rng)
+            if self.multires_iterations:
+                noise = self._with_coarser(noise, generator(seed, "multires noise", position))
             noises.append(noise)
             rng = generator(seed, "timestep", position)
-            timesteps.append(torch.randint(steps, (), generator=rng))
+            timesteps.append(torch.randint(self.first, self.end, (), generator=rng))
         return torch.stack(noises), torch.stack(timesteps)
+
+    def _with_coarser(self, noise: Tensor, rng: torch.Generator) -> Tensor:
+        """Add noises that are coarser by a random factor of 2 to 4 each, down to one pixel.
+
+        The result has standard deviation 1.
+        """
+        channels, height, width = noise.shape
+        for number in range(self.multires_iterations):
+            ratio = (2 + 2 * float(torch.rand((), generator=rng))) ** number
+            size = max(1, int(height / ratio)), max(1, int(width / ratio))
+            coarse = torch.randn(1, channels, *size, generator=rng)
+            finer = F.interpolate(coarse, (height, width), mode="bilinear")[0]
+            noise = noise + finer * self.multires_discount**number
+            if 1 in size:
+                break
+        return noise / noise.std()
+
+    def perturbed(self, noise: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
+        if not self.input_perturbation:
+            return noise
+        further = [
+            torch.randn(noise.shape[1:], generator=generator(seed, "input perturbation", position))
+            for position in positions
+        ]
+        return noise + self.input_perturbation * torch.stack(further)
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.scheduler.add_noise(latents, noise, timesteps)
@@ -110,16 +173,41 @@ class DDPM(Objective):
         return latents
 
     def weights(self, timesteps: Tensor) -> Tensor:
+        if self.debiased:
+            snr = compute_snr(self.scheduler, timesteps).clamp(max=1000)
+            return 1 / (snr + 1) if self.prediction_type == "v_prediction" else snr.rsqrt()
         if self.snr_gamma is None:
             return torch.ones(timesteps.shape, device=timesteps.device)
         snr = compute_snr(self.scheduler, timesteps)
-        clipped = snr.clamp(max=self.snr_gamma)  # the weight of the error in the sample
+        if self.soft_min_snr:
+            clipped = snr * self.snr_gamma / (snr + self.snr_gamma)
+        else:
+            clipped = snr.clamp(max=self.snr_gamma)  # the weight of the error in the sample
         if self.prediction_type == "v_prediction":
             return clipped / (snr + 1)
         if self.prediction_type == "epsilon":
-            # gamma / snr, clamped, is 1 at zero terminal SNR, where clipped / snr is 0 / 0
+            # clipped / snr, which is 0 / 0 at zero terminal SNR
+            if self.soft_min_snr:
+                return self.snr_gamma / (snr + self.snr_gamma)
             return (self.snr_gamma / snr).clamp(max=1.0)
         return clipped
+
+
+def _timestep_range(given: tuple[int | None, int | None], steps: int) -> tuple[int, int]:
+    """Return the first timestep and the one after the last.
+
+    Raises:
+        ConfigError: the base has no such timesteps.
+    """
+    first, end = given[0] or 0, steps if given[1] is None else given[1]
+    if end > steps or first >= end:
+        raise ConfigError(
+            [
+                f"--min_timestep is {first} and --max_timestep is {end}; the timesteps of this "
+                f"base are 0 to {steps}, and the first must be below the second"
+            ]
+        )
+    return first, end
 
 
 class FlowMatching(Objective):
@@ -138,6 +226,11 @@ class FlowMatching(Objective):
         logit_std: of logit_normal.
         mode_scale: of mode.
         flow_shift: a fixed shift that replaces the scheduler's; 1 is no shift.
+        timestep_range: lowest and highest timestep; None is the scheduler's. The density is spread
+            over the levels in between.
+
+    Raises:
+        ConfigError: the range does not fit the base's scheduler, or contains no noise level.
     """
 
     def __init__(
@@ -149,10 +242,15 @@ class FlowMatching(Objective):
         logit_std: float = 1.0,
         mode_scale: float = 1.29,
         flow_shift: float | None = None,
+        timestep_range: tuple[int | None, int | None] = (None, None),
     ) -> None:
         fixed = {} if flow_shift is None else {"shift": flow_shift, "use_dynamic_shifting": False}
         self.scheduler = FlowMatchEulerDiscreteScheduler.from_config(scheduler_config, **fixed)
         self.shift_mu = shift_mu
+        steps = self.scheduler.config.num_train_timesteps
+        self.timestep_range = None
+        if timestep_range != (None, None):
+            self.timestep_range = _timestep_range(timestep_range, steps)
         self.weighting_scheme = weighting_scheme
         self.density = {
             "logit_mean": logit_mean,
@@ -177,6 +275,17 @@ class FlowMatching(Objective):
         sigmas: Tensor = self.scheduler.sigmas
         if self.scheduler.config.use_dynamic_shifting:
             sigmas = self.scheduler.time_shift(self.shift_mu(latent_shape), 1.0, sigmas)
+        if self.timestep_range is not None:
+            first, end = self.timestep_range
+            timesteps = sigmas * self.scheduler.config.num_train_timesteps
+            sigmas = sigmas[(timesteps >= first) & (timesteps <= end)]
+            if not len(sigmas):
+                raise ConfigError(
+                    [
+                        f"--min_timestep is {first} and --max_timestep is {end}; no noise level "
+                        "of this base is in between. Give a wider range"
+                    ]
+                )
         return sigmas
 
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
@@ -214,10 +323,22 @@ def make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Obje
             options.logit_std,
             options.mode_scale,
             options.flow_shift,
+            (options.min_timestep, options.max_timestep),
         )
     if "beta_schedule" not in scheduler:
         raise ConfigError([_wrong_scheduler(name, family, "denoising diffusion")])
-    return DDPM(scheduler, options.prediction_type, options.snr_gamma, options.noise_offset)
+    return DDPM(
+        scheduler,
+        options.prediction_type,
+        options.snr_gamma,
+        options.noise_offset,
+        soft_min_snr=options.soft_min_snr,
+        debiased=options.debiased_estimation_loss,
+        input_perturbation=options.input_perturbation,
+        multires_iterations=options.multires_noise_iterations,
+        multires_discount=options.multires_noise_discount,
+        timestep_range=(options.min_timestep, options.max_timestep),
+    )
 
 
 def _wrong_scheduler(name: str, family: ModelFamily, wanted: str) -> str:

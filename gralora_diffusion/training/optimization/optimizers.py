@@ -28,17 +28,20 @@ def build_optimizer(
     denoiser_parameters: Iterable[Parameter],
     text_encoder_parameters: Iterable[Parameter] = (),
     *,
+    second_factors: Iterable[Parameter] = (),
     samples_per_step: int = 1,
 ) -> Optimizer:
     """Return the optimizer that the options describe, ready for training steps.
 
     Its parameter groups are named ("name") denoiser and text_encoder; each has its own learning
-    rate and weight decay. A group without trainable parameters is left out.
+    rate and weight decay. With ``loraplus_lr_ratio``, the second factors of each are a group of
+    their own behind it ("denoiser B"). A group without trainable parameters is left out.
 
     Args:
         options: with learning rates and weight decay, see ``TrainingConfig.with_defaults``.
         denoiser_parameters: those without a gradient are ignored.
         text_encoder_parameters: the same.
+        second_factors: those of the parameters whose rate LoRA+ multiplies (arXiv 2402.12354).
         samples_per_step: factor of the rates for ``scale_lr``.
 
     Raises:
@@ -66,6 +69,9 @@ def build_optimizer(
                 "family's defaults first: config.with_defaults(...)"
             )
         group["lr"] *= factor
+    if options.loraplus_lr_ratio is not None:
+        second = {id(parameter) for parameter in second_factors}
+        groups = [part for group in groups for part in _split(group, second, options)]
     betas = (options.adam_beta1, options.adam_beta2)
 
     if options.optimizer == "adamw":
@@ -156,6 +162,23 @@ def _group(
 ) -> dict[str, Any]:
     trainable = [p for p in parameters if p.requires_grad]
     return {"name": name, "params": trainable, "lr": lr, "weight_decay": weight_decay}
+
+
+def _split(
+    group: dict[str, Any], second: set[int], options: OptimizerOptions
+) -> list[dict[str, Any]]:
+    """Return a group without its second factors, and these with their own rate."""
+    ratio = options.loraplus_lr_ratio
+    parts = [
+        {**group, "params": [p for p in group["params"] if id(p) not in second]},
+        {
+            **group,
+            "name": f"{group['name']} B",
+            "params": [p for p in group["params"] if id(p) in second],
+            "lr": group["lr"] * ratio,
+        },
+    ]
+    return [part for part in parts if part["params"]]
 
 
 def _library(optimizer: str) -> Any:

@@ -243,12 +243,17 @@ class BatchBuilder:
             for position in positions
         ]
         drawn = {"mean": mean, "std": std, "sample": torch.stack(draws), "noise": noise}
+        perturbed = objective.perturbed(noise, seed, positions)
+        if perturbed is not noise:
+            drawn["perturbed"] = perturbed
         there = on_device({**drawn, "timesteps": timesteps}, self.device)
         latents = there["mean"].float() + there["std"].float() * there["sample"]
         noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
         return DenoisingBatch(
-            noisy_latents=objective.add_noise(latents, noise, timesteps).to(self.dtype),
+            noisy_latents=objective.add_noise(latents, there.get("perturbed", noise), timesteps).to(
+                self.dtype
+            ),
             timesteps=timesteps,
             target=objective.target(latents, noise, timesteps),
             prompts=list(batch["prompts"]),

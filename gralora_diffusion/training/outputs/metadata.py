@@ -91,11 +91,18 @@ def training_metadata(
         "ss_prior_loss_weight": config.prior_loss_weight if classes else None,
     }
     if family.objective == "ddpm":
+        coarser = {
+            "ss_multires_noise_iterations": config.multires_noise_iterations,
+            "ss_multires_noise_discount": config.multires_noise_discount,
+        }
         predicted = config.prediction_type or pipe.scheduler.config.get("prediction_type")
         fields |= {
             "modelspec.prediction_type": _PREDICTIONS.get(predicted),
             "ss_noise_offset": config.noise_offset or None,
             "ss_min_snr_gamma": config.snr_gamma,
+            "ss_debiased_estimation": config.debiased_estimation_loss or None,
+            "ss_ip_noise_gamma": config.input_perturbation or None,
+            **(coarser if config.multires_noise_iterations else {}),
         }
     else:
         fields |= {

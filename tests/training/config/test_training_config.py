@@ -417,6 +417,16 @@ BASE = "--pretrained_model_name_or_path"
         ("--learning_rate nan", "--learning_rate is nan; it must be above 0"),
         ("--learning_rate inf", "--learning_rate is inf; it must be above 0"),
         ("--snr_gamma 0", "--snr_gamma is 0.0; it must be above 0"),
+        (
+            "--snr_gamma 5 --debiased_estimation_loss",
+            "--debiased_estimation_loss and --snr_gamma 5 both weight the loss by the SNR. "
+            "Leave one out",
+        ),
+        (
+            "--optimizer prodigy --loraplus_lr_ratio 4",
+            "--loraplus_lr_ratio and --optimizer prodigy exclude each other: Prodigy takes one "
+            "learning rate for all. Leave out --loraplus_lr_ratio",
+        ),
         ("--max_grad_norm 0", "--max_grad_norm is 0.0; it must be above 0"),
         ("--noise_offset -0.1", "--noise_offset is -0.1; it must be at least 0"),
         ("--adam_beta2 1.5", "--adam_beta2 is 1.5; it must be at least 0 and below 1"),
@@ -779,7 +789,8 @@ def test_no_problem(good: list[str], arguments: str) -> None:
         ),
         (
             "--validation_steps 5",
-            "these options have no effect without --validation_prompt: --validation_steps",
+            "these options have no effect without --validation_prompt or "
+            "--validation_prompts_file: --validation_steps",
         ),
         (
             "--no_cache_latents --cached_crops 2",

@@ -18,6 +18,7 @@ from diffusers import (
 
 from gralora_diffusion.families import get_family, list_families
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.optimization.objectives import DDPM, FlowMatching, make_objective
 from tests.models import PIPELINES
 from tests.training.runs import config
@@ -182,3 +183,116 @@ def test_flow_noisy_latents_and_target() -> None:
 def test_bases_of_another_kind_are_refused(family: str, scheduler: Any) -> None:
     with pytest.raises(ConfigError, match=f"scheduler, {type(scheduler).__name__}, is not for"):
         make_objective(config(), get_family(family), SimpleNamespace(scheduler=scheduler))
+
+
+# -- weights, noises and timesteps of other programs -----------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_soft_min_snr_weights_at_every_timestep(kind: str) -> None:
+    """gamma SNR / (gamma + SNR) for the error in the sample, from 0 at pure noise up to gamma."""
+    objective = DDPM(DDPMScheduler().config, kind, snr_gamma=4.0, soft_min_snr=True)
+    s = snr(objective)
+    per = {"epsilon": s, "v_prediction": s + 1, "sample": torch.ones(1)}[kind]
+    expected = (1 / (1 / s + 1 / 4) / per).float()
+    torch.testing.assert_close(objective.weights(STEPS), expected, rtol=1e-4, atol=1e-7)
+    zero = DDPMScheduler(rescale_betas_zero_snr=True).config
+    assert DDPM(zero, kind, snr_gamma=4.0, soft_min_snr=True).weights(STEPS).isfinite().all()
+
+
+def test_debiased_weights_at_every_timestep() -> None:
+    scheduler = DDPMScheduler(beta_start=1e-5)  # its SNR goes beyond 1000
+    for kind in ("epsilon", "v_prediction"):
+        objective = DDPM(scheduler.config, kind, debiased=True)
+        s = snr(objective).clamp(max=1000)
+        assert int((s == 1000).sum()) > 1
+        expected = 1 / s**0.5 if kind == "epsilon" else 1 / (s + 1)
+        weights = objective.weights(STEPS)
+        torch.testing.assert_close(weights, expected.float(), rtol=1e-4, atol=1e-7)
+    with pytest.raises(ConfigError, match="is not known for a base that predicts the sample"):
+        DDPM(scheduler.config, "sample", debiased=True)
+    zero = DDPMScheduler(rescale_betas_zero_snr=True).config
+    with pytest.raises(ConfigError, match="which has zero terminal SNR"):
+        DDPM(zero, "epsilon", debiased=True)
+    assert DDPM(zero, "v_prediction", debiased=True).weights(STEPS).isfinite().all()
+
+
+def test_coarser_noises_are_those_of_independent_grids() -> None:
+    """The noise at each level is constant over blocks; all add up to standard deviation 1."""
+    shape, plain = torch.Size((2, 8, 16)), DDPM(DDPMScheduler().config)
+    objective = DDPM(DDPMScheduler().config, multires_iterations=2, multires_discount=0.5)
+    noise, _ = objective.draw(3, [7], shape)
+    # the answer by numpy-like indexing: level 0 has the noise's own size, level 1 a factor of r
+    rng = generator(3, "multires noise", 7)
+    expected = plain.draw(3, [7], shape)[0][0]
+    for level in range(2):
+        ratio = (2 + 2 * float(torch.rand((), generator=rng))) ** level
+        height, width = int(8 / ratio), int(16 / ratio)
+        coarse = torch.randn(1, 2, height, width, generator=rng)[0]
+        expected = expected + 0.5**level * bilinear(coarse, 8, 16)
+    torch.testing.assert_close(noise[0], expected / expected.std(), rtol=1e-5, atol=1e-6)
+    again, timesteps = objective.draw(3, [1, 7], shape)
+    assert torch.equal(again[1], noise[0])
+    assert torch.equal(timesteps, plain.draw(3, [1, 7], shape)[1])
+    deep = DDPM(DDPMScheduler().config, multires_iterations=50, multires_discount=0.9)
+    many, _ = deep.draw(0, list(range(64)), shape)
+    torch.testing.assert_close(many.flatten(1).std(1), torch.ones(64))
+    # neighbours, which are independent in plain noise, are alike
+    assert float((many[..., 1:] * many[..., :-1]).mean()) > 0.2
+
+
+def bilinear(image: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """Interpolate (C, h, w) between the centers of pixels, pixel by pixel."""
+    result = torch.empty(image.shape[0], height, width)
+    for y in range(height):
+        for x in range(width):
+            places = []
+            for at, size, whole in ((y, image.shape[1], height), (x, image.shape[2], width)):
+                place = max(0.0, (at + 0.5) * size / whole - 0.5)
+                low = min(int(place), size - 1)
+                places.append((low, min(low + 1, size - 1), place - low))
+            (top, bottom, v), (left, right, h) = places
+            upper = image[:, top, left] * (1 - h) + image[:, top, right] * h
+            lower = image[:, bottom, left] * (1 - h) + image[:, bottom, right] * h
+            result[:, y, x] = upper * (1 - v) + lower * v
+    return result
+
+
+def test_perturbed_input_and_plain_target() -> None:
+    plain = DDPM(DDPMScheduler().config)
+    objective = DDPM(DDPMScheduler().config, input_perturbation=0.1)
+    positions = list(range(200))
+    noise, timesteps = objective.draw(0, positions, SHAPE)
+    assert torch.equal(noise, plain.draw(0, positions, SHAPE)[0])
+    assert plain.perturbed(noise, 0, positions) is noise
+    further = (objective.perturbed(noise, 0, positions) - noise) / 0.1
+    assert float(further.std()) == pytest.approx(1, abs=0.03)
+    assert float((further * noise).mean()) == pytest.approx(0, abs=0.05)
+    assert torch.equal(objective.target(noise, noise, timesteps), noise)
+    some = objective.perturbed(noise[[5, 3]], 0, [5, 3])
+    assert torch.equal(some, objective.perturbed(noise, 0, positions)[[5, 3]])
+
+
+def test_timesteps_of_a_range() -> None:
+    scheduler = DDPMScheduler().config
+    drawn = DDPM(scheduler, timestep_range=(300, 310)).draw(0, list(range(300)), SHAPE)[1]
+    assert sorted(set(drawn.tolist())) == list(range(300, 310))
+    everything = DDPM(scheduler, timestep_range=(0, 1000)).draw(0, list(range(50)), SHAPE)
+    for ours, theirs in zip(
+        everything, DDPM(scheduler).draw(0, list(range(50)), SHAPE), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0).config
+    objective = FlowMatching(flow, lambda shape: 0.0, timestep_range=(900, 950))
+    drawn = objective.draw(0, list(range(300)), SHAPE)[1]
+    assert 900 <= float(drawn.min()) < 905
+    assert 945 < float(drawn.max()) <= 950
+    levels = FlowMatching(flow, lambda shape: 0.0).sigmas(SHAPE)
+    assert set(drawn.tolist()) <= set((levels * 1000).tolist())
+    for wrong in ((10, 10), (0, 1001), (1000, None)):
+        for make in (
+            lambda given: DDPM(scheduler, timestep_range=given),
+            lambda given: FlowMatching(flow, lambda shape: 0.0, timestep_range=given),
+        ):
+            with pytest.raises(ConfigError, match="the timesteps of this base are 0 to 1000"):
+                make(wrong)

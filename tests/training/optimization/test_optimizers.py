@@ -7,6 +7,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from gralora_diffusion.training.optimization.optimizers import (
     build_optimizer,
     evaluating,
 )
+from tests.training.runs import adapter, metrics, run
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
@@ -325,3 +327,33 @@ def test_accelerates_wrapper_is_understood(accelerator: Accelerator, name: str) 
     with evaluating(optimizer):
         assert torch.equal(problem.denoiser, trained) == (name == "adamw")
     assert torch.equal(problem.denoiser, trained)
+
+
+def test_second_factors_have_their_own_rate(base: Path, images: Path, tmp_path: Path) -> None:
+    """LoRA+. After one step of Adam, the second factors, which were zero, are that much larger."""
+    data = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    options = {
+        **data,
+        "max_train_steps": 1,
+        "checkpointing_steps": 1,
+        "train_text_encoder": True,
+        "hybrid_rank": 2,
+    }
+    plain = adapter(run(output_dir=tmp_path / "plain", **options))
+    out = run(output_dir=tmp_path / "plus", loraplus_lr_ratio=4, **options)
+    plus = adapter(out)
+    moved = 0
+    for name, tensor in plain.items():
+        factor = 4 if "gralora_B" in name else 1
+        torch.testing.assert_close(plus[name], factor * tensor, rtol=1e-5, atol=1e-9)
+        moved += factor == 4 and bool(tensor.any())
+    assert moved > 32
+    assert [row["lr"] for row in metrics(out)] == [1e-2]
+    saved = torch.load(out / "checkpoint-1" / "optimizer.bin", weights_only=True)["param_groups"]
+    rates = {group["name"]: group["lr"] for group in saved}
+    assert rates == {
+        "denoiser": 1e-2,
+        "denoiser B": 4e-2,
+        "text_encoder": 5e-6,
+        "text_encoder B": 2e-5,
+    }
