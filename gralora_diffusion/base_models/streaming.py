@@ -359,11 +359,13 @@ def _move_others(model: nn.Module, streamed: set[int], device: torch.device) -> 
                 part._buffers[name] = buffer.to(device)
 
 
-def _stored(tensor: Tensor) -> Iterator[Tensor]:
+def _stored(tensor: Any) -> Iterator[Tensor]:
     """Yield the tensors that store a weight: itself, or the parts of a quantized one."""
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _stored(getattr(tensor, name))
+    elif hasattr(tensor, "quant_type"):  # of a GGUF file
+        yield tensor.as_tensor().detach()
     elif type(tensor) in (Tensor, nn.Parameter):
         yield tensor.detach()
     else:
@@ -383,6 +385,10 @@ def _alike(parameter: Tensor, parts: Iterator[Tensor]) -> nn.Parameter:
         )
         return built
 
+    if hasattr(parameter, "quant_type"):
+        kind: Any = type(parameter)
+        packed: nn.Parameter = kind(next(parts), quant_type=parameter.quant_type)
+        return packed
     return nn.Parameter(made(parameter), requires_grad=False)
 
 

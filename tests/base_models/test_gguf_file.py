@@ -19,7 +19,7 @@ from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.errors import ConfigError
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone
-from tests.training.runs import learned, run
+from tests.training.runs import assert_same_run, learned, run
 
 FAMILY = get_family("flux2-klein")
 
@@ -102,6 +102,13 @@ def test_a_run_learns_what_it_does_on_the_values(
         output_dir=tmp_path / "values",
         **chosen,
     )
+    streamed = run(
+        pretrained_model_name_or_path=file,
+        output_dir=tmp_path / "streamed",
+        offload_base="blocks",
+        **chosen,
+    )
+    assert_same_run(packed, streamed)
     losses = [[row["loss"] for row in learned(folder)] for folder in (packed, values)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     assert "gguf" in (packed / "README.md").read_text()

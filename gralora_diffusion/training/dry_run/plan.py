@@ -191,16 +191,13 @@ def plan_run(
     config = resolve_defaults(config, family, pipe, accelerator.mixed_precision)
     check_controls_of_base(config, family, pipe, images)
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
-    base = {}
+    base, blocks = {}, {}
     for name, model in models.items():
         surplus = quantize_empty(config, family, name, model, dtype)
         base[name] = _base_row(name, model, surplus)
-    streamable = [models[n] for n in (family.denoiser, *family.all_text_encoders) if n in models]
-    blocks = {
-        name: block_bytes(model)
-        for name, model in models.items()
-        if model in streamable and can_be_streamed(model)
-    }
+        if name in (family.denoiser, *family.all_text_encoders) and can_be_streamed(model):
+            share = 1 - surplus / bytes_of(tensors_of(model))
+            blocks[name] = [int(size * share) for size in block_bytes(model)]
     gathered = 0
     if sharding is not None:
         label, size = base[family.denoiser]

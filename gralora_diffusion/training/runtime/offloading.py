@@ -65,11 +65,6 @@ def obstacles(config: TrainingConfig, sharding: Sharding | None) -> Iterator[str
             "cannot be used with FSDP, which has its own option for this. Leave it out, and give "
             "`accelerate launch --fsdp_offload_params true`"
         )
-    if config.is_gguf:
-        yield (
-            "cannot be used with a GGUF file, whose weights cannot be streamed. Leave it out, or "
-            "pass the base in 16 bits"
-        )
     if config.torch_compile:
         yield (
             "cannot be used with --torch_compile, because compiled blocks keep the addresses of "
