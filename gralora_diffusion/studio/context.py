@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
+import gradio as gr
 from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
@@ -36,8 +38,12 @@ class Studio:
         return studio
 
     def runs(self) -> list[Run]:
-        """Return all runs, the newest first."""
-        return find_runs(self.workspace.folder, self.jobs.list())
+        """Return all runs, the newest first; files of those that were started here are shown."""
+        runs = find_runs(self.workspace.folder, self.jobs.list())
+        for run in runs:
+            if run.job is not None:  # its folder may be anywhere
+                self.opened.open_folder(run.folder)
+        return runs
 
     def run(self, name: str | None) -> Run | None:
         """Return the run with this name."""
@@ -51,6 +57,21 @@ class Studio:
         """Return the address of a file: its "view", "thumbnail", or the "file" itself."""
         changed = file.stat().st_mtime_ns if file.exists() else 0
         return f"/studio/{kind}/{self.opened.add(file)}?v={changed}"
+
+
+def choice(component: type, choices: list[Any], value: Any, given: Any, before: Any) -> Any:
+    """Return the update of a component with choices; none if there is nothing new.
+
+    The value is left alone unless it must change, for the user may choose another meanwhile.
+
+    Args:
+        value: what should be chosen.
+        given: what the page said was chosen.
+        before: the choices that the page has.
+    """
+    if value != given:
+        return component(choices=choices, value=value)
+    return gr.skip() if choices == before else component(choices=choices)
 
 
 def log_of(job: Job, lines: int = 40, kind: str = "") -> Markup:
@@ -69,7 +90,7 @@ def messages(texts: list[str], kind: str = "problem") -> Markup:
 
 
 def shown(markup: Markup | str) -> str:
-    """Return HTML as the value of ``gr.HTML``, which must not find a template in it."""
+    """Return HTML as the value of ``gr.HTML``, which takes no subclass of ``str``."""
     return str(markup)
 
 

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from gralora_diffusion.io.image_files import ImageError, read_image
 from gralora_diffusion.io.json_files import parse_object
 
-from .engine.images import list_images, write_caption
+from .engine.images import find_image, write_caption
 from .engine.opened import OpenedFiles
 
 #: Pixels of the longer side of a thumbnail.
@@ -91,9 +91,7 @@ def _save_caption(opened: OpenedFiles, name: str, text: str) -> Response:
     if path is None:
         return _absent()
     try:
-        images, _ = list_images(path.parent)
-        (image,) = [image for image in images if image.path.name == path.name]
-        return PlainTextResponse(write_caption(image, text))
+        return PlainTextResponse(write_caption(find_image(path), text))
     except (OSError, ValueError) as error:
         return PlainTextResponse(f"the caption was not saved: {error}", 422)
 

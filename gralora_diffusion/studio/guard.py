@@ -31,7 +31,7 @@ _ALLOWED = re.compile(
 #: Bytes of an upload, and of any other request, at most.
 MOST_UPLOAD, _MOST_OTHER = 2 << 30, 16 << 20
 _UPLOAD = "/gradio_api/upload"
-_LOGIN = "/studio/login"
+_LOGIN, _COOKIE = "/studio/login", "gralora_studio"
 #: The page loads nothing from elsewhere, and is shown in no other page.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' "
@@ -147,14 +147,10 @@ class Guard:
             cookies = SimpleCookie(headers.get("cookie", ""))
         except CookieError:
             return False
-        shown = cookies.get(self._cookie)
+        shown = cookies.get(_COOKIE)
         return shown is not None and hmac.compare_digest(
             shown.value.encode(), self._session.encode()
         )
-
-    @property
-    def _cookie(self) -> str:
-        return "gralora_studio"
 
     async def _log_in(self, receive: Any) -> Response:
         body = b""
@@ -171,7 +167,7 @@ class Guard:
             await asyncio.sleep(1)  # nobody guesses many
             return self._login_page(f"This is not the {self._word}.", 401)
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(self._cookie, self._session, httponly=True, samesite="strict")
+        answer.set_cookie(_COOKIE, self._session, httponly=True, samesite="strict")
         return answer
 
     @property

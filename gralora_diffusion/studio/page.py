@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -11,7 +12,7 @@ from gralora_diffusion.io.errors import ConfigError
 from . import tab_benchmark, tab_compare, tab_images, tab_runs, tab_share, tab_train
 from .context import Studio
 from .tab_compare import base_of
-from .tab_train import filled_from
+from .tab_train import filled_from, new_output
 
 #: Fonts that every machine has: nothing is fetched.
 _FONT = ("system-ui", "sans-serif")
@@ -91,7 +92,8 @@ def build(studio: Studio) -> gr.Blocks:
         runs.compare.click(
             generate_with, runs.chosen, [compare.adapters, compare.base, tabs], **quiet
         )
-        page.load(**train.checking)
+        output = train.fields["output_dir"]
+        page.load(partial(new_output, studio), None, output, **quiet).then(**train.checking)
     # each page's timers ask every two seconds: they must not wait for one another
     page.queue(default_concurrency_limit=8, api_open=False)
     return page

@@ -12,7 +12,7 @@ from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
 
-from .context import INTERVAL, Studio, log_of, messages, shown
+from .context import INTERVAL, Studio, choice, log_of, messages, shown
 from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
 from .engine.jobs import COMPARING, Job
 from .engine.workspace import free_path, stamp
@@ -53,37 +53,27 @@ def build(studio: Studio) -> CompareTab:
             generate = gr.Button(
                 "Generate", variant="primary", elem_id="compare-generate", min_width=120
             )
-            earlier = gr.Dropdown([], label="Comparisons", elem_id="compare-earlier")
+            earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
         problems = gr.HTML(js_on_load=None)
         result = gr.HTML(elem_id="compare-result", js_on_load=None)
         timer = gr.Timer(INTERVAL)
         seen = gr.State({})
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
-    def refresh(chosen: list[str], shown_one: str, before: dict[str, Any]) -> Any:
+    def refresh(chosen: list[str], job_name: str | None, before: dict[str, Any]) -> Any:
+        """Return what has changed since ``before``."""
         jobs = [job for job in reversed(studio.jobs.list()) if job.kind == "compare"]
-        names = [(f"{job.title} · {job.state}", job.name) for job in jobs]
-        known = {job.name: job for job in jobs}
-        if shown_one not in known:
-            shown_one = jobs[0].name if jobs else ""
-        job = known.get(shown_one)
-        choices = studio.adapters()
-        now = {
-            "adapters": choices,
-            "earlier": (names, shown_one),
-            "result": shown(_result(studio, job)) if job else "",
-        }
-        left = [path for path in chosen or [] if path in {p for _, p in choices}]
+        job = next((job for job in jobs if job.name == job_name), jobs[0] if jobs else None)
+        titles = [(f"{job.title} · {job.state}", job.name) for job in jobs]
+        there = studio.adapters()
+        left = [path for path in chosen if path in {path for _, path in there}]
+        text = shown(_result(studio, job)) if job else ""
         changes = [
-            gr.skip()
-            if before.get("adapters") == choices
-            else gr.CheckboxGroup(choices=choices, value=left),
-            gr.skip()
-            if before.get("earlier") == now["earlier"]
-            else gr.Dropdown(choices=names, value=shown_one or None),
-            gr.skip() if before.get("result") == now["result"] else now["result"],
+            choice(gr.CheckboxGroup, there, left, chosen, before.get("adapters")),
+            choice(gr.Dropdown, titles, job.name if job else None, job_name, before.get("titles")),
+            gr.skip() if before.get("result") == text else text,
         ]
-        return [*changes, now]
+        return [*changes, {"adapters": there, "titles": titles, "result": text}]
 
     refreshing = {
         "fn": refresh,

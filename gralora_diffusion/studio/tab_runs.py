@@ -15,7 +15,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.templates import for_html
 
 from . import curves
-from .context import INTERVAL, Studio, log_of, shown
+from .context import INTERVAL, Studio, choice, log_of, shown
 from .engine.runs import Run, differing_options
 
 #: (name in the metrics, title) of the plots; the loss is also smoothed.
@@ -45,7 +45,7 @@ def build(studio: Studio) -> RunsTab:
     with gr.Tab("Runs", id="runs") as tab, gr.Row():
         with gr.Column(scale=1, min_width=300):
             chosen = gr.Radio([], label="Runs", elem_id="runs-list", elem_classes="vertical")
-            other = gr.Dropdown([], label="Show beside it", elem_id="runs-other")
+            other = gr.Dropdown([("", "")], value="", label="Show beside it", elem_id="runs-other")
         with gr.Column(scale=3, min_width=340):
             state = gr.HTML(elem_id="runs-state", js_on_load=None)
             with gr.Row():
@@ -66,29 +66,25 @@ def build(studio: Studio) -> RunsTab:
         """Return what has changed since ``before``: the page is not redrawn for nothing."""
         runs = studio.runs()
         labels = [(_label(run), run.name) for run in runs]
-        name = name if name in {run.name for run in runs} else (runs[0].name if runs else None)
-        run = next((run for run in runs if run.name == name), None)
-        others = [("", ""), *((r.name, r.name) for r in runs if r.name != name)]
-        beside = beside if beside in dict(others) else ""
-        second = next((r for r in runs if beside and r.name == beside), None)
+        run = next((run for run in runs if run.name == name), runs[0] if runs else None)
+        shown_name = run.name if run else None
+        others = [("", ""), *((r.name, r.name) for r in runs if r is not run)]
+        second = next((r for r in runs if r.name == beside and r is not run), None)
         both = [r for r in (run, second) if r is not None]
-        now = {
-            "list": (labels, name),
-            "others": (others, beside),
+        texts = {
             "state": shown(_state(run, runs)),
             "plots": shown(_plots(both)),
             "strip": shown(_strips(studio, both)),
             "log": shown(log_of(run.job, 15) if run and run.job else Markup("")),
         }
-        made = {
-            "list": lambda: gr.Radio(choices=labels, value=name),
-            "others": lambda: gr.Dropdown(choices=others, value=beside),
-        }
         changes = [
-            gr.skip() if before.get(part) == value else made.get(part, lambda value=value: value)()
-            for part, value in now.items()
+            choice(gr.Radio, labels, shown_name, name, before.get("labels")),
+            choice(
+                gr.Dropdown, others, second.name if second else "", beside, before.get("others")
+            ),
+            *(gr.skip() if before.get(part) == text else text for part, text in texts.items()),
         ]
-        return [*changes, now]
+        return [*changes, texts | {"labels": labels, "others": others}]
 
     inputs, outputs = [chosen, other, seen], [*parts, seen]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}

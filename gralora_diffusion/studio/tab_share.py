@@ -14,7 +14,7 @@ from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.templates import for_html
 from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
 
-from .context import INTERVAL, Studio, follow, log_of, messages, shown
+from .context import INTERVAL, Studio, choice, follow, log_of, messages, shown
 from .engine.jobs import gralora
 from .engine.workspace import file_name, free_path
 from .tab_compare import base_of
@@ -36,7 +36,7 @@ def build(studio: Studio) -> ShareTab:
         with gr.Row():
             with gr.Column(scale=1, min_width=330):
                 gr.HTML("<h3>Export</h3>", js_on_load=None)
-                adapter = gr.Dropdown([], label="Adapter", elem_id="share-adapter")
+                adapter = gr.Dropdown([], value=None, label="Adapter", elem_id="share-adapter")
                 form = gr.Radio(
                     [
                         ("LoRA, the same update exactly", "lora"),
@@ -81,11 +81,9 @@ def build(studio: Studio) -> ShareTab:
 
     def refresh(chosen: str | None, before: list[tuple[str, str]]) -> Any:
         choices = studio.adapters()
-        if choices == before:
-            return gr.skip(), gr.skip()
-        paths = [p for _, p in choices]
+        paths = [path for _, path in choices]
         value = chosen if chosen in paths else (paths[0] if paths else None)
-        return gr.Dropdown(choices=choices, value=value), choices
+        return choice(gr.Dropdown, choices, value, chosen, before), choices
 
     def choose(chosen: str | None) -> Any:
         if not chosen:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import gradio as gr
@@ -47,7 +48,6 @@ class TrainTab:
 
 def build(studio: Studio) -> TrainTab:
     """Lay out the tab inside the current tabs."""
-    first_output = str(studio.workspace.runs / "my-adapter")
     with gr.Tab("Train", id="train") as tab, gr.Row():
         with gr.Column(scale=3, min_width=340):
             with gr.Row():
@@ -73,7 +73,6 @@ def build(studio: Studio) -> TrainTab:
                     gr.HTML(shown(Markup("<h3>{}</h3>").format(group.title)), js_on_load=None)
                     for f in group.fields:
                         fields[f.name] = _component(f)
-            fields["output_dir"].value = first_output
         with gr.Column(scale=2, min_width=320, elem_id="train-side"):
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=90)
@@ -107,7 +106,6 @@ def build(studio: Studio) -> TrainTab:
             gr.Warning("The run has not started: see the problems")
             more = Checked(found.config, (*found.problems, *blocked), found.warnings)
             return (*_shown_check(more), gr.skip())
-        studio.opened.open_folder(output)
         line = gralora("train", "--config", f"{{folder}}/{CONFIG}")
         studio.jobs.add("train", output.name, line, output, queued=True, files={CONFIG: found.yaml})
         return (*_shown_check(found), gr.Tabs(selected="runs"))
@@ -142,6 +140,11 @@ def build(studio: Studio) -> TrainTab:
     return TrainTab(tab, fields, inputs, checked, checking, start, run)
 
 
+def new_output(studio: Studio) -> str:
+    """Return a folder for the output of a new run."""
+    return str(free_path(studio.workspace.runs, "my-adapter"))
+
+
 def filled_from(studio: Studio, run: Run) -> list[Any]:
     """Return the values of the form for another run with the options of ``run``.
 
@@ -158,7 +161,7 @@ def _presets() -> list[str]:
 
 
 def _title(name: str) -> str:
-    return f"{name}: {described(name)[:60]}"
+    return f"{name}: {shorten(described(name), 70, placeholder=' ...')}"
 
 
 def _component(f: Field) -> Any:
@@ -192,6 +195,6 @@ def _shown_check(found: Checked) -> tuple[Any, ...]:
         count = len(found.problems)
         head = f"{count} problem{'s' * (count > 1)}"
         list_ = Markup('<p class="state failed">{}</p><ul class="messages problem">{}</ul>')
-        return shown(list_.format(head, items)), found.yaml, ""
+        return shown(list_.format(head, items)), found.yaml, "# not before the problems are solved"
     ready = Markup('<p class="state finished">ready to start</p>')
     return shown(ready + messages(list(found.warnings), "note")), found.yaml, found.command

@@ -111,7 +111,7 @@ def test_from_five_images_to_a_lora_by_clicks(server, browser):
     assert page.locator("textarea[data-caption]").nth(1).input_value() == "a sks toy on stripes"
     page.locator("#images-use").click()
     page.locator("#train-preset input").click()
-    page.get_by_role("option", name=re.compile("tiny_robot")).click()
+    page.get_by_role("option", name=re.compile("tiny_robot:")).click()
     page.locator("#train-problems").get_by_text("ready to start").wait_for()
     for name, text in {"max_train_steps": "3", "lr_warmup_steps": "1", "rank": "3"}.items():
         fill(page, f"opt-{name}", text)

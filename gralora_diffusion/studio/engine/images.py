@@ -70,13 +70,26 @@ def list_images(folder: Path) -> tuple[list[CaptionedImage], list[str]]:
     return images, problems
 
 
-def _images_in(folder: Path, problems: list[str]) -> list[CaptionedImage]:
+def find_image(path: Path) -> CaptionedImage:
+    """Return one image as :func:`list_images` does.
+
+    Raises:
+        OSError: its folder cannot be read, or it is not there.
+    """
+    found = _images_in(path.parent, [], path.name)
+    if not found:
+        raise FileNotFoundError(f"{path.name} is no longer in its folder")
+    return found[0]
+
+
+def _images_in(folder: Path, problems: list[str], only: str | None = None) -> list[CaptionedImage]:
+    """Return the images of one folder; with ``only``, just the one of this name."""
     files = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
     names = folder_images(files).images
     listed = read_metadata(folder, files, None, problems)
     beside = caption_files(names, files)
     found = []
-    for name in names:
+    for name in [name for name in names if only in (None, name)]:
         caption, source = listed[name].caption if name in listed else "", ""
         if caption:
             source = "the metadata file"

@@ -12,6 +12,7 @@ from PIL import Image
 from gralora_diffusion.studio.engine.images import (
     add_images,
     check_folder,
+    find_image,
     list_images,
     write_caption,
 )
@@ -43,6 +44,9 @@ def test_captions_are_those_that_a_run_reads(folder):
     shown = {image.path.name: image.caption or "none" for image in images}
     assert shown == captions_of_a_run(folder)
     assert {i.path.name: i.source for i in images}["01.png"] == "01.caption"
+    assert [find_image(image.path) for image in images] == images
+    with pytest.raises(FileNotFoundError):
+        find_image(folder / "00.txt")
 
 
 def test_concepts_and_metadata(folder, tmp_path):
