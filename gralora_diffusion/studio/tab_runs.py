@@ -142,7 +142,7 @@ def _state(run: Run | None, runs: Sequence[Run]) -> Markup:
     if state == "running" and not rows:
         facts.append("loading the base and encoding the images")
     status = run.status if state == "running" else None
-    if status is not None:
+    if status is not None and status.alive is not False:  # not of an earlier process
         if status.seconds_left is not None:
             facts.append(f"{duration(status.seconds_left)} left")
         facts += [f"{what} is requested" for what in status.pending]
