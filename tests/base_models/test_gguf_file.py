@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gralora_diffusion import BaseModelOptions, get_family, load_base
+from gralora_diffusion.base_models.gguf_file import read_tensors
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.errors import ConfigError
@@ -129,6 +132,31 @@ def test_files_that_cannot_be_read(base: Path, tmp_path: Path) -> None:
         path.write_bytes(part)
         with pytest.raises(ConfigError, match="it is not a complete GGUF file"):
             find_base_family(BaseModelOptions(pretrained_model_name_or_path=str(path)))
+
+
+def text(value: str) -> bytes:
+    return struct.pack("<Q", len(value)) + value.encode()
+
+
+#: Headers that promise more than there is: fields, values of an array, nested arrays, a long name.
+ENDLESS = {
+    "fields": struct.pack("<QQ", 0, 2**62),
+    "values": struct.pack("<QQ", 0, 1) + text("a") + struct.pack("<IIQ", 9, 0, 2**40),
+    "strings": struct.pack("<QQ", 0, 1) + text("a") + struct.pack("<IIQ", 9, 8, 3_000_000),
+    "nested": struct.pack("<QQ", 0, 1) + text("a") + struct.pack("<I", 9) + b"\x09\0\0\0\1" * 999,
+    "name": struct.pack("<QQ", 0, 1) + struct.pack("<Q", 2**63),
+    "unknown": struct.pack("<QQ", 0, 1) + text("a") + struct.pack("<I", 77),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_headers_without_end_are_refused_at_once(name: str, tmp_path: Path) -> None:
+    path = tmp_path / "endless.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<I", 3) + ENDLESS[name] + bytes(64))
+    start = time.process_time()
+    with pytest.raises(ValueError, match="it is not a complete GGUF file"):
+        read_tensors(path)
+    assert time.process_time() - start < 5
 
 
 def test_formats_that_cannot_be_read(tmp_path: Path) -> None:
