@@ -172,7 +172,8 @@ class SingleFile(OriginalFile):
     def _source_of_the_rest(self, options: BaseModelOptions, family: ModelFamily) -> str:
         if options.base_config:
             return options.base_config
-        if self.kind in family.single_file_types and family.single_file_default:
+        known = (*family.single_file_types, *family.inpainting_file_types)
+        if self.kind in known and family.single_file_default:
             return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self.kind]["pretrained_model_name_or_path"]
         raise self.error(
             f"this single file is {family.name}, but it does not show which of these models it is. "

@@ -190,7 +190,7 @@ class OriginalFile(OriginalHeader):
         """Return the family of this file.
 
         Args:
-            any_task: whether bases for inpainting, editing and so on are accepted, too.
+            any_task: whether bases for depth, editing and so on are accepted, too.
             denoiser_only: only the denoiser is read, so the rest may be quantized.
             scaled_fp8: whether weights in fp8 may have a scale.
 
@@ -200,7 +200,8 @@ class OriginalFile(OriginalHeader):
         if not self.families:
             raise self.error(self._not_a_base())
         family = self.families[0]
-        if not any_task and (kind := self.other_kind(family)):
+        kind = None if any_task else self.other_kind(family)
+        if kind is not None and kind not in family.inpainting_file_types:
             raise self.error(
                 f"diffusers takes this single file for {kind!r}, which does not belong to a "
                 f"supported family ({', '.join(list_families())}). Pass the text-to-image base"

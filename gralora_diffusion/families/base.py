@@ -136,6 +136,8 @@ class ModelFamily(ABC):
 
     #: Names that diffusers' ``infer_diffusers_model_type`` gives to this family's single files.
     single_file_types: tuple[str, ...] = ()
+    #: The same for single files of bases that fill.
+    inpainting_file_types: tuple[str, ...] = ()
     #: Keys of the denoiser in every single file of this family. If a file has those of several
     #: families, it belongs to the family with the most keys.
     single_file_keys: tuple[str, ...] = ()

@@ -84,6 +84,7 @@ class StableDiffusion(ModelFamily):
     target_presets: ClassVar = {"unet": UNET_PRESETS, "text_encoder": CLIP_PRESETS}
     default_resolution = 512
     single_file_types: tuple[str, ...] = ("v1", "v2")
+    inpainting_file_types: tuple[str, ...] = ("inpainting", "inpainting_v2")
     single_file_keys: tuple[str, ...] = ("input_blocks.0.0.weight",)
     original_key_maps: Mapping[str, Sequence[KeyMap]] = MappingProxyType(
         {

@@ -59,6 +59,7 @@ class StableDiffusionXL(StableDiffusion):
     }
     default_resolution = 1024
     single_file_types = ("xl_base",)
+    inpainting_file_types = ("xl_inpaint",)
     single_file_keys = ("input_blocks.0.0.weight", "label_emb.0.0.weight")
     original_key_maps = MappingProxyType(
         {

@@ -407,8 +407,6 @@ def test_families_told_by_full_size_headers(
             "does not belong to a supported family",
             {"first_stage_model.decoder.conv_in.bias": (512,)},
         ),
-        ("for 'inpainting'", {f"{P}input_blocks.0.0.weight": (320, 9, 3, 3)}),
-        ("for 'xl_inpaint'", {**XL_IN, **CLIP_G, f"{P}input_blocks.0.0.weight": (320, 9, 3, 3)}),
         ("for 'instruct-pix2pix'", {f"{P}input_blocks.0.0.weight": (320, 8, 3, 3)}),
         (
             "for 'xl_refiner'",
@@ -417,7 +415,6 @@ def test_families_told_by_full_size_headers(
                 "conditioner.embedders.0.model.transformer.resblocks.9.mlp.c_proj.bias": (1,),
             },
         ),
-        ("for 'flux-fill'", {**FLUX_IN, **GUIDANCE, "img_in.weight": (3072, 384)}),
         ("for 'flux-depth'", {**FLUX_IN, **GUIDANCE, "img_in.weight": (3072, 128)}),
         (
             "this is a quantized file (double_blocks.0.img_attn.qkv.scale_weight)",

@@ -24,6 +24,7 @@ from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import mean_loss
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
+from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
 from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.optimization.test_step import as_tokens, make_trainer, step_by_the_pipeline
@@ -284,6 +285,22 @@ def test_a_run_is_resumed_and_shared_out(masked: Path, tmp_path: Path) -> None:
     assert np.asarray(ImageChops.difference(again, last)).max() <= 1
     one = run(output_dir=tmp_path / "one", gradient_accumulation_steps=2, **options)
     assert_close(one, run_two(output_dir=tmp_path / "two", **options), 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"), [("stable-diffusion", {}), ("stable-diffusion-xl", {"clip_g_layers": 10})]
+)
+def test_single_files(name: str, changes: dict[str, int], masked: Path, tmp_path: Path) -> None:
+    """Recognized by their shapes, and completed from a pipeline of the same kind."""
+    pipe = inpainting(PIPELINES[name](**FILLING[name], **changes), name)
+    pipe.save_pretrained(tmp_path / "base")
+    file = write(ORIGINALS[name](pipe), tmp_path / "base.safetensors")
+    shared = {"instance_data_dir": masked, "max_train_steps": 2, "adam_epsilon": 1e-4}
+    options = {"pretrained_model_name_or_path": file, "base_config": tmp_path / "base", **shared}
+    alone = run(output_dir=tmp_path / "file", **options)
+    options = {"pretrained_model_name_or_path": tmp_path / "base", **shared}
+    # original files join the layers of some projections, which then round differently
+    assert_close(alone, run(output_dir=tmp_path / "dir", **options), 1e-3)
 
 
 def test_a_run_is_planned(
