@@ -86,7 +86,9 @@ def test_saved_sampled_and_stopped_as_requested(
         requested(out, patch, save=1, sample=2, stop=3)
         run(output_dir=out, **options)
     shown = capsys.readouterr().out
-    assert f"stopped at step 4 of 6. To resume:\n  gralora train --config {out}/training" in shown
+    assert (
+        f"stopped at step 4 of 6. To resume, run\n  gralora train --config {out}/training" in shown
+    )
     assert {path.name for path in out.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     assert {path.name for path in (out / "validation").iterdir()} == {"step-000000", "step-000002"}
     assert [row["step"] for row in metrics(out)] == [1, 2, 3, 4]

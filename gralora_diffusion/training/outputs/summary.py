@@ -116,12 +116,11 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
 def how_to_resume(folder: Path, step: int, steps: int) -> str:
     """Return what a run says that was stopped: where, and the command that resumes it."""
     options = ["--config", str(folder / CONFIG_NAME), "--resume_from_checkpoint", "latest"]
-    launch = "gralora train"
-    if are_several():
-        launch = "accelerate launch (as before) -m gralora_diffusion train"
     # Windows quotes otherwise
     line = subprocess.list2cmdline(options) if os.name == "nt" else shlex.join(options)
-    return f"stopped at step {step:,} of {steps:,}. To resume:\n  {launch} {line}"
+    how = "launch the same processes with" if are_several() else "run"
+    program = "" if are_several() else "gralora train "
+    return f"stopped at step {step:,} of {steps:,}. To resume, {how}\n  {program}{line}"
 
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import free_memory, offload_models
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
 from gralora_diffusion.adapters.compatibility import gralora_layers
@@ -197,6 +197,19 @@ def image_name(row: int, column: int) -> str:
     return f"{row:02d}-{column:02d}.png"
 
 
+def of_one_shape(rows: Sequence[Sequence[Image.Image]]) -> list[list[Image.Image]]:
+    """Return the images of a grid with white margins where they differ in size, so none is cut."""
+    sizes = {image.size for images in rows for image in images}
+    whole = max(width for width, _ in sizes), max(height for _, height in sizes)
+
+    def fitted(image: Image.Image) -> Image.Image:
+        if image.size == whole:
+            return image
+        return ImageOps.pad(image.convert("RGB"), whole, color="white")
+
+    return [[fitted(image) for image in images] for images in rows]
+
+
 def save_and_track(
     rows: Sequence[Sequence[Image.Image]],
     parameters: Sequence[Sequence[ImageParameters]],
@@ -225,7 +238,7 @@ def save_and_track(
     alike = all(row == seeds[0] for row in seeds)
     labels = prompts if alike else [f"{p}\n{row[0]}" for p, row in zip(prompts, seeds, strict=True)]
     cell = min(max(widest, 128), _CELL)
-    labelled = list(zip(labels, rows, strict=True))
+    labelled = list(zip(labels, of_one_shape(rows), strict=True))
     labelled_grid(labelled, seeds[0] if alike else (), cell).save(grid)
     for tracker in accelerator.trackers:
         for row, (prompt, images) in enumerate(zip(prompts, rows, strict=True)):

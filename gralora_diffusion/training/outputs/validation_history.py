@@ -13,7 +13,7 @@ from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import labelled_grid
 
 from .published import HISTORY_NAME, PROMPTS_NAME, VALIDATION_NAME
-from .validation import image_name
+from .validation import image_name, of_one_shape
 
 _STEP = re.compile(r"step-(\d{1,12})")
 #: Most columns and rows, and the width of an image in pixels.
@@ -34,13 +34,15 @@ def write_history(folder: Path) -> Path | None:
     if len(steps) < 2:
         return None
     prompts = _prompts(steps[-1][1])[:_ROWS]
-    rows = [(prompt, _images(steps, row)) for row, prompt in enumerate(prompts)]
-    if not any(images for _, images in rows):
+    if not prompts:
         return None
+    images = of_one_shape([_images(steps, row) for row in range(len(prompts))])
     path = folder / HISTORY_NAME
     with replacing(path) as temporary:
         captions = [f"step {step:,}" for step, _ in steps]
-        labelled_grid(rows, captions, _CELL).save(temporary, format="PNG")
+        labelled_grid(list(zip(prompts, images, strict=True)), captions, _CELL).save(
+            temporary, format="PNG"
+        )
     return path
 
 
@@ -77,5 +79,5 @@ def _images(steps: list[tuple[int, Path]], row: int) -> list[Image.Image]:
         try:
             images.append(read_image(folder / image_name(row, 0)))
         except (OSError, ImageError):
-            images.append(Image.new("RGB", (_CELL, _CELL), "white"))
+            images.append(Image.new("RGB", (1, 1), "white"))
     return images

@@ -21,7 +21,11 @@ from gralora_diffusion.families import get_family
 from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.outputs import validation
-from gralora_diffusion.training.outputs.validation import encoding_apart, generate_validation
+from gralora_diffusion.training.outputs.validation import (
+    encoding_apart,
+    generate_validation,
+    of_one_shape,
+)
 from gralora_diffusion.training.outputs.validation_history import write_history
 from tests.models import PIPELINES
 from tests.training.runs import config, make_images, run
@@ -179,6 +183,17 @@ def test_each_prompt_of_a_file_has_its_own_settings(base: Path, tmp_path: Path) 
         shown = history.crop((*box, box[0] + 192, box[1] + height))
         fitted = ImageOps.fit(image, shown.size, Image.Resampling.NEAREST)
         assert shown.tobytes() == fitted.tobytes()
+
+
+def test_images_of_several_sizes_are_whole_in_a_grid() -> None:
+    small, wide = Image.new("RGB", (4, 4), "red"), Image.new("RGB", (12, 8), "blue")
+    ((first,), (second,)) = of_one_shape([[small], [wide]])
+    assert second is wide
+    assert first.size == wide.size
+    assert [first.getpixel((x, 0)) for x in (1, 2, 9, 10)] == [
+        *((255, 255, 255), (255, 0, 0)),
+        *((255, 0, 0), (255, 255, 255)),
+    ]
 
 
 def test_images_over_time_of_damaged_files(tmp_path: Path) -> None:
