@@ -42,11 +42,13 @@ def check_controls(
     given = any(image.controls for image in images)
     count = family.edit_pipelines.get(pipeline_class or "")
     problems: list[str] = []
-    if pipeline_class is None or (count is None and family.edit_pipelines and given):
-        # a single file may be any base of the family, and some folders have its first class
-        count = next(iter(family.edit_pipelines.values()), ControlCount())
-        if not given:
-            return []  # the base is checked once it is loaded
+    usual = next(iter(family.edit_pipelines.values()), ControlCount())
+    if pipeline_class is None and not given:
+        return []  # the base is checked once it is loaded
+    # a single file may be any base of the family. A folder may be an editing base under another
+    # class if its denoiser looks like any other
+    if pipeline_class is None or (count is None and given and not usual.aligned):
+        count = usual
     problems += _misfits(count or ControlCount(), family, pipeline_class, images)
     if given and config.with_prior_preservation and config.prior_source == "images":
         problems.append(

@@ -56,6 +56,7 @@ def test_as_many_as_the_base_takes() -> None:
     [text] = problems("flux", KONTEXT, two)
     assert "takes no control image or one for each image, and there are more for after.png" in text
     for family, pipeline in (
+        ("stable-diffusion", "StableDiffusionPipeline"),
         ("stable-diffusion-xl", "StableDiffusionXLPipeline"),
         ("stable-diffusion-3", "StableDiffusion3Pipeline"),
         ("stable-diffusion-3", None),
