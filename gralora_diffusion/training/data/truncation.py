@@ -46,18 +46,18 @@ def reported_truncation(pipe: Any) -> Iterator[None]:
     """Silence the libraries inside, which would report a prompt each time it is cut off."""
     names = {_OF_TOKENIZERS, *(cls.__module__ for cls in type(pipe).__mro__)}
     loggers = [logging.getLogger(name) for name in names]
+
+    def is_error(record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR
+
     # filters, because a new level costs a pass over all loggers, and this happens in each step
     for found in loggers:
-        found.addFilter(_is_error)
+        found.addFilter(is_error)
     try:
         yield
     finally:
         for found in loggers:
-            found.removeFilter(_is_error)
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
+            found.removeFilter(is_error)
 
 
 def _prompts(
