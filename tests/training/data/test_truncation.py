@@ -124,7 +124,7 @@ def test_places(told: list[str]) -> None:
         "--class_prompt",
         "the caption of dog/1.png",
         "--instance_prompt",
-        "--validation_prompt 'validation a b c d e f g h i j k l m n o'...",
+        "the validation prompt 'validation a b c d e f g h i j k l m n o'...",
     ]
 
 
