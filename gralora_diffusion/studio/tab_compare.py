@@ -37,6 +37,11 @@ def build(studio: Studio) -> CompareTab:
                     label="Base", info="Filled in from the adapter's run", elem_id="compare-base"
                 )
                 with_base = gr.Checkbox(True, label="Also the base alone")
+                with gr.Row():
+                    blended = gr.Checkbox(
+                        label="Also a blend of two adapters", elem_id="compare-blended"
+                    )
+                    share = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second")
             with gr.Column(scale=3, min_width=320):
                 prompts = gr.Textbox(
                     label="Prompts", info="One on each line", lines=3, elem_id="compare-prompts"
@@ -100,7 +105,20 @@ def build(studio: Studio) -> CompareTab:
 
     gr.on([timer.tick, earlier.input, tab.select], **refreshing)
     adapters.input(fill_base, [adapters, base], base, **quiet)
-    inputs = [adapters, base, with_base, prompts, scales, seeds, steps, guidance, size, negative]
+    inputs = [
+        adapters,
+        base,
+        with_base,
+        blended,
+        share,
+        prompts,
+        scales,
+        seeds,
+        steps,
+        guidance,
+        size,
+        negative,
+    ]
     generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
     return CompareTab(tab, adapters, base)
 
@@ -115,6 +133,8 @@ def _read(
     adapters: list[str],
     base: str,
     with_base: bool,
+    blended: bool,
+    share: float,
     prompts: str,
     scales: str,
     seeds: str,
@@ -145,6 +165,7 @@ def _read(
         prompts=[line.strip() for line in prompts.split("\n") if line.strip()],
         adapters=list(adapters or []),
         scales=numbers("a strength", scales, float, number),
+        blends=[float(share)] if blended else [],
         with_base=bool(with_base),
         seeds=numbers("a seed", seeds, int, whole),
         negative_prompt=negative.strip() or None,
@@ -179,13 +200,17 @@ def _result(studio: Studio, job: Job) -> Markup:
     )
     rows = Markup("").join(
         Markup("<tr><th>{}</th>{}</tr>").format(
-            for_html(" ".join(label.split())),
+            for_html(" ".join(row.label.split())),
             Markup("").join(
-                _cell(studio, folder / cell_name(row, column), f"{label}, {prompt}, seed {seed}")
+                _cell(
+                    studio,
+                    folder / cell_name(number, column),
+                    f"{row.label}, {prompt}, seed {seed}",
+                )
                 for column, (prompt, seed) in enumerate(comparison.columns)
             ),
         )
-        for row, (label, _, _) in enumerate(comparison.rows)
+        for number, row in enumerate(comparison.rows)
     )
     table = Markup('<div class="wide"><table class="grid"><tr><th></th>{}</tr>{}</table></div>')
     return head + table.format(titles, rows)

@@ -23,6 +23,14 @@ SPEC_NAME, GRID_NAME = "comparison.json", "grid.png"
 _MOST_BYTES = 1 << 20
 
 
+@dataclass(frozen=True)
+class Row:
+    """A row of a comparison: its label, and adapter -> strength; empty for the base alone."""
+
+    label: str
+    scales: dict[str, float]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
     """What is compared.
@@ -31,6 +39,7 @@ class Comparison:
         base: a diffusers folder, a Hub id or a single file.
         adapters: GraLoRA files, folders or Hub ids.
         scales: strengths of each adapter.
+        blends: shares of the second of two adapters, whose strengths then add up to 1.
         with_base: also generate with the base alone.
         seeds: the noise of the images; each prompt has an image for each seed.
         guidance_scale, size: the pipeline's own if None.
@@ -40,6 +49,7 @@ class Comparison:
     prompts: list[str]
     adapters: list[str] = field(default_factory=list)
     scales: list[float] = field(default_factory=lambda: [1.0])
+    blends: list[float] = field(default_factory=list)
     with_base: bool = True
     seeds: list[int] = field(default_factory=lambda: [0])
     negative_prompt: str | None = None
@@ -48,13 +58,15 @@ class Comparison:
     size: int | None = None
 
     @property
-    def rows(self) -> list[tuple[str, str | None, float]]:
-        """(label, adapter, scale) of each row; the base alone has no adapter."""
-        rows: list[tuple[str, str | None, float]] = []
-        if self.with_base:
-            rows.append(("base", None, 0.0))
+    def rows(self) -> list[Row]:
+        """The rows from top to bottom."""
+        rows = [Row("base", {})] if self.with_base else []
         for adapter in self.adapters:
-            rows += [(f"{_label(adapter)}\nx {scale:g}", adapter, scale) for scale in self.scales]
+            rows += [Row(f"{_label(adapter)}\nx {s:g}", {adapter: s}) for s in self.scales]
+        for share in self.blends if len(self.adapters) == 2 else ():
+            first, second = self.adapters
+            label = f"{_label(first)} x {1 - share:g}\n+ {_label(second)} x {share:g}"
+            rows.append(Row(label, {first: 1 - share, second: share}))
         return rows
 
     @property
@@ -73,6 +85,10 @@ class Comparison:
             found.append("there is nothing to compare. Choose an adapter, or the base alone")
         if self.adapters and not self.scales:
             found.append("there is no strength. Give one or several, such as 0.5 1")
+        if self.blends and len(self.adapters) != 2:
+            found.append("a blend needs two adapters. Choose two, or leave the blend empty")
+        if any(not 0 <= share <= 1 for share in self.blends):
+            found.append("the share of a blend must be from 0 to 1")
         if self.steps < 1:
             found.append(f"the steps are {self.steps}; they must be at least 1")
         if not self.seeds or any(not 0 <= seed < 2**63 for seed in self.seeds):
@@ -147,12 +163,17 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
             except (OSError, ValueError) as error:
                 command.error(f"adapter {source}: {error}")
         grid: list[tuple[str, list[Image.Image]]] = []
-        for row, (label, adapter, scale) in enumerate(comparison.rows):
-            print_safely(f"row {row + 1} of {len(comparison.rows)}: {' '.join(label.split())}")
-            if adapter is not None:
-                pipe.set_adapters(names[adapter], scale)
+        for number, row in enumerate(comparison.rows):
+            label = " ".join(row.label.split())
+            print_safely(f"row {number + 1} of {len(comparison.rows)}: {label}")
+            if row.scales:
+                pipe.set_adapters([names[a] for a in row.scales], [*row.scales.values()])
             elif names:
                 pipe.set_adapters(next(iter(names.values())), 0.0)
+            # a blend is described by its label
+            adapter, scale = next(iter(row.scales.items()), (None, None))
+            if len(row.scales) > 1:
+                adapter, scale = label, None
             images = []
             for column, (prompt, seed) in enumerate(comparison.columns):
                 options: dict[str, Any] = {
@@ -166,10 +187,10 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
                 described = parameters_of(
                     pipe, [prompt], base=comparison.base, adapter=adapter, scale=scale, **options
                 )
-                with replacing(folder / cell_name(row, column), sync=False) as temporary:
+                with replacing(folder / cell_name(number, column), sync=False) as temporary:
                     save_png(image, temporary, described[0][0])
                 images.append(image)
-            grid.append((label, images))
+            grid.append((row.label, images))
         captions = [f"{prompt}, seed {seed}" for prompt, seed in comparison.columns]
         with replacing(folder / GRID_NAME) as temporary:
             save_png(labelled_grid(grid, captions), temporary, described[0][0])

@@ -1,0 +1,92 @@
+"""Comparisons: every cell is what the pipeline generates with these settings."""
+
+from __future__ import annotations
+
+import pytest
+from PIL import Image
+
+from gralora_diffusion.pipelines.generation import generate
+from gralora_diffusion.studio.engine.comparing import (
+    GRID_NAME,
+    SPEC_NAME,
+    Comparison,
+    cell_name,
+    main,
+    read,
+    settings_of,
+)
+from tests.models import adapt, stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory):
+    """Two adapters in folders of their own, and a pipeline that has both."""
+    folder = tmp_path_factory.mktemp("adapters")
+    for number, name in enumerate(("one", "two")):
+        pipe = stable_diffusion()
+        adapt(pipe, name, seed=number)
+        pipe.save_gralora_weights(folder / name)
+    pipe = stable_diffusion()
+    for name in ("one", "two"):
+        pipe.load_gralora_weights(folder / name, name)
+    return pipe, [str(folder / name) for name in ("one", "two")]
+
+
+def test_each_cell_and_the_grid(base, adapters, tmp_path):
+    pipe, (one, two) = adapters
+    comparison = Comparison(
+        base=str(base),
+        prompts=["a cat", "-a dog, <b>"],
+        adapters=[one, two],
+        scales=[0.5, 1.0],
+        blends=[0.25],
+        seeds=[3],
+        steps=2,
+        guidance_scale=2.0,
+        size=16,
+    )
+    assert comparison.problems() == []
+    (tmp_path / SPEC_NAME).write_text(comparison.to_json())
+    assert read(tmp_path / SPEC_NAME) == comparison
+    main([str(tmp_path / SPEC_NAME)])
+    expected = [
+        ("base", ["one"], [0.0]),
+        ("one\nx 0.5", ["one"], [0.5]),
+        ("one\nx 1", ["one"], [1.0]),
+        ("two\nx 0.5", ["two"], [0.5]),
+        ("two\nx 1", ["two"], [1.0]),
+        ("one x 0.75\n+ two x 0.25", ["one", "two"], [0.75, 0.25]),
+    ]
+    assert [row.label for row in comparison.rows] == [label for label, _, _ in expected]
+    options = {"seed": 3, "size": 16, "guidance_scale": 2.0, "inference_steps": 2}
+    cells = set()
+    for row, (label, names, scales) in enumerate(expected):
+        pipe.set_adapters(names, scales)
+        for column, prompt in enumerate(comparison.prompts):
+            ((image,),) = generate(pipe, [prompt], **options)
+            path = tmp_path / cell_name(row, column)
+            with Image.open(path) as cell:
+                assert cell.tobytes() == image.tobytes(), label
+                cells.add(cell.tobytes())
+            settings = settings_of(path)
+            assert (settings["prompt"], settings["seed"], settings["steps"]) == (prompt, 3, 2)
+    assert len(cells) == 12
+    assert settings_of(tmp_path / cell_name(0, 0))["adapter"] is None
+    assert settings_of(tmp_path / cell_name(1, 0))["scale"] == 0.5
+    assert settings_of(tmp_path / cell_name(5, 0))["adapter"] == "one x 0.75 + two x 0.25"
+    assert settings_of(tmp_path / GRID_NAME)["steps"] == 2
+
+
+def test_problems_before_anything_is_loaded(tmp_path):
+    wrong = Comparison(
+        base=" ", prompts=[], with_base=False, blends=[2.0], seeds=[-1], steps=0, size=9
+    )
+    words = ["base", "prompt", "nothing to compare", "two adapters", "0 to 1", "steps", "seed"]
+    assert len(wrong.problems()) == len(words) + 1
+    for word, problem in zip([*words, "size"], wrong.problems(), strict=True):
+        assert word in problem
+    path = tmp_path / SPEC_NAME
+    for content in ("[]", '{"bases": 1}', "{"):
+        path.write_text(content)
+        with pytest.raises(ValueError, match=r"contain|Expecting"):
+            read(path)
