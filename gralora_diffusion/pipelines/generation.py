@@ -445,7 +445,7 @@ def _with_controls(
         count = family.control_count(pipe) if family else ControlCount()
         controls = read_controls("image", args.image, args.prompt, count, problems)
         if args.mask:
-            problems.append("--mask is for bases for inpainting, and this base is none")
+            problems.append("--mask needs a base for inpainting, which this base is not")
     if problems:
         command.error("\n  ".join(problems))
     if not any(controls):

@@ -142,7 +142,7 @@ def _read_validation(
         return read_fills(options, images, masks, prompts, size, problems)
     if config.validation_mask:
         problems.append(
-            "--validation_mask is for bases for inpainting, and this base is none. Leave it out"
+            "--validation_mask needs a base for inpainting, which this base is not. Leave it out"
         )
     return read_controls("validation_image", config.validation_image, prompts, count, problems)
 

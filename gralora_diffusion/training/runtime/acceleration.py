@@ -107,7 +107,7 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
     if config.quantizes or config.is_gguf:
         problems.append(
             "a quantized base cannot be used with FSDP, which does not shard quantized weights. "
-            "Leave out --use_fsdp or --quantization, or pass a base that is no GGUF file"
+            "Leave out --use_fsdp or --quantization, or pass a base that is not GGUF"
         )
     if config.torch_compile:
         problems.append(
