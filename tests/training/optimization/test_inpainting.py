@@ -210,7 +210,7 @@ def test_images_and_masks_that_do_not_fit(
 def test_other_bases_take_no_masks(base: Path, masked: Path, tmp_path: Path) -> None:
     mask = masked / "0.mask.png"
     images = {"validation_prompt": "a dog", "validation_mask": mask}
-    with pytest.raises(ConfigError, match="--validation_mask is for bases for inpainting"):
+    with pytest.raises(ConfigError, match="--validation_mask needs a base for inpainting"):
         run(
             pretrained_model_name_or_path=base,
             instance_data_dir=masked,
