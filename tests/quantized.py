@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -102,3 +104,25 @@ def dequantized(layer: nn.Module) -> Tensor:
     data, scale = parts(layer).values()
     step = scale.double().reshape(-1, 1)
     return data.double() * (step / 127 if hasattr(layer, "state") else step)
+
+
+def write_gguf(tensors: dict[str, Tensor], path: Path, kind: str) -> dict[str, Tensor]:
+    """Write a denoiser, its matrices in blocks of 32 numbers where they fit; return its values."""
+    import gguf
+
+    stored = gguf.GGMLQuantizationType[kind]
+    writer, values = gguf.GGUFWriter(path, arch="flux"), {}
+    for key, tensor in tensors.items():
+        data = tensor.float().numpy()
+        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
+            packed = gguf.quants.quantize(data, stored)
+            writer.add_tensor(key, packed, raw_dtype=stored)
+            data = gguf.quants.dequantize(packed, stored)
+        else:
+            writer.add_tensor(key, np.ascontiguousarray(data))
+        values[key] = torch.from_numpy(np.ascontiguousarray(data))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return values

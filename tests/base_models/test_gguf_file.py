@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_gguf_tensor
 from safetensors.torch import save_file
-from torch import Tensor
 
 from gralora_diffusion import BaseModelOptions, get_family, load_base
 from gralora_diffusion.base_models.gguf_file import read_tensors
@@ -22,29 +21,10 @@ from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.errors import ConfigError
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone
+from tests.quantized import write_gguf
 from tests.training.runs import assert_same_run, learned, run
 
 FAMILY = get_family("flux2-klein")
-
-
-def write_gguf(tensors: dict[str, Tensor], path: Path, kind: str) -> dict[str, Tensor]:
-    """Write a denoiser, its matrices in blocks of 32 numbers where they fit; return its values."""
-    stored = gguf.GGMLQuantizationType[kind]
-    writer, values = gguf.GGUFWriter(path, arch="flux"), {}
-    for key, tensor in tensors.items():
-        data = tensor.float().numpy()
-        if tensor.dim() == 2 and tensor.shape[1] % 32 == 0:
-            packed = gguf.quants.quantize(data, stored)
-            writer.add_tensor(key, packed, raw_dtype=stored)
-            data = gguf.quants.dequantize(packed, stored)
-        else:
-            writer.add_tensor(key, np.ascontiguousarray(data))
-        values[key] = torch.from_numpy(np.ascontiguousarray(data))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return values
 
 
 @pytest.fixture(scope="module")

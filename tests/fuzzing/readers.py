@@ -37,6 +37,7 @@ from gralora_diffusion.base_models.folder import (
     read_pipeline_index,
     weight_files,
 )
+from gralora_diffusion.base_models.gguf_file import read_tensors
 from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.pipeline_index import PipelineIndex
@@ -74,6 +75,7 @@ from gralora_diffusion.training.outputs.metrics import MetricsFile
 from tests import models, originals
 from tests.benchmark import trials
 from tests.io.image_bytes import D65, PRIMARIES
+from tests.quantized import write_gguf
 from tests.training.runs import make_images
 
 SD = "stable-diffusion"
@@ -254,6 +256,12 @@ def _inspect(folder: Path) -> None:
 
 def _make_single(folder: Path) -> None:
     _save(originals.ORIGINALS[SD](models.stable_diffusion()), _part(folder, "single"))
+
+
+def _make_gguf(folder: Path) -> None:
+    weights = {f"blocks.{number}.weight": torch.randn(4, 64) for number in range(3)}
+    part = _part(folder, "gguf")
+    write_gguf({**weights, "bias": torch.randn(5)}, part / "file.gguf", "Q8_0")
 
 
 def _config(**options: Any) -> TrainingConfig:
@@ -616,6 +624,7 @@ READERS: dict[str, Reader] = {
     "fused_file": Reader(
         _make_single, lambda f: open_base(f / "file.safetensors"), (OriginalFileError, BaseError)
     ),
+    "gguf": Reader(_make_gguf, lambda f: read_tensors(f / "file.gguf"), (OSError, ValueError)),
     "single_file": Reader(_make_single, _load_single, (ConfigError,), slow=True),
     "fused_folder": Reader(_make_model, _open_folder, _FOLDER_ERRORS),
     "pipeline_index": Reader(_make_pipeline, _read_index, (AdapterFileError,)),
