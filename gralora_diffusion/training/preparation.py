@@ -35,7 +35,7 @@ from gralora_diffusion.training.optimization.initial_adapter import (
 )
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
-from gralora_diffusion.training.runtime.offloading import Offloading
+from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
 
 logger = logging.getLogger(__name__)
 
@@ -111,7 +111,10 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
 
 
 def complete_class_images(
-    config: TrainingConfig, found: Beginning, accelerator: Accelerator, offloading: Offloading
+    config: TrainingConfig,
+    found: Beginning,
+    accelerator: Accelerator,
+    offloading: Offloading = NOTHING,
 ) -> list[Example]:
     """Generate the missing class images and return all of them; every process must call it.
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import masking_utils
 
+from gralora_diffusion.base_models import streaming
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.training.optimization.step import BatchBuilder, mean_loss
 from gralora_diffusion.training.outputs import validation
@@ -93,7 +94,8 @@ def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Monke
         loss.backward()
     assert loss.device == GPU
 
-    monkeypatch.setattr(validation, "offload_models", moved)
+    for module in (validation, streaming):
+        monkeypatch.setattr(module, "offload_models", moved)
     taken = inspect.signature(pipe.encode_prompt).parameters
     arguments = {"prompt": "a dog", "prompt_2": None, "prompt_3": None, "device": GPU}
     arguments |= {"num_images_per_prompt": 1, "do_classifier_free_guidance": False}
