@@ -22,7 +22,6 @@ from .engine.workspace import free_path, stamp
 class CompareTab:
     """Components that other tabs fill."""
 
-    tab: gr.Tab
     adapters: gr.CheckboxGroup
     base: gr.Textbox
 
@@ -120,7 +119,7 @@ def build(studio: Studio) -> CompareTab:
         negative,
     ]
     generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
-    return CompareTab(tab, adapters, base)
+    return CompareTab(adapters, base)
 
 
 def base_of(studio: Studio, adapter: str) -> str:

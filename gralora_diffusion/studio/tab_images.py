@@ -34,7 +34,6 @@ _DIVISOR = 8
 class ImagesTab:
     """Components that other tabs read or trigger."""
 
-    tab: gr.Tab
     use: gr.Button
     folder: gr.Textbox
     prompt: gr.Textbox
@@ -44,7 +43,7 @@ class ImagesTab:
 
 def build(studio: Studio) -> ImagesTab:
     """Lay out the tab inside the current tabs."""
-    with gr.Tab("Images", id="images") as tab:
+    with gr.Tab("Images", id="images"):
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 folder = gr.Textbox(
@@ -138,7 +137,7 @@ def build(studio: Studio) -> ImagesTab:
     upload.upload(add, [upload, name], folder, api_visibility="private").then(
         show, inputs, outputs, api_visibility="private"
     )
-    return ImagesTab(tab, use, folder, prompt, resolution, buckets)
+    return ImagesTab(use, folder, prompt, resolution, buckets)
 
 
 def _summary(

@@ -34,7 +34,6 @@ _PLACES = ("output_dir",)
 class RunsTab:
     """Components that other tabs read or trigger."""
 
-    tab: gr.Tab
     chosen: gr.Radio
     duplicate: gr.Button
     compare: gr.Button
@@ -111,7 +110,7 @@ def build(studio: Studio) -> RunsTab:
     for button, what in ((save, "save"), (sample, "sample"), (stop, "stop")):
         button.click(partial(ask, what), chosen, **quiet).then(**refreshing)
     resume.click(resume_run, chosen, **quiet).then(**refreshing)
-    return RunsTab(tab, chosen, duplicate, compare)
+    return RunsTab(chosen, duplicate, compare)
 
 
 def _label(run: Run) -> str:

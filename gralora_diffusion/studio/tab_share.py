@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +22,7 @@ from .tab_compare import base_of
 _MOST_CARD = 1 << 20
 
 
-@dataclass
-class ShareTab:
-    """The tab."""
-
-    tab: gr.Tab
-
-
-def build(studio: Studio) -> ShareTab:
+def build(studio: Studio) -> None:
     """Lay out the tab inside the current tabs."""
     with gr.Tab("Share", id="share") as tab:
         with gr.Row():
@@ -133,7 +125,6 @@ def build(studio: Studio) -> ShareTab:
     gr.on(
         [inspect.click, path.submit, dropped.upload], run_inspect, [dropped, path], facts, **quiet
     )
-    return ShareTab(tab)
 
 
 def _card(folder: Path) -> Markup:

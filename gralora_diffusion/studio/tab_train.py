@@ -37,7 +37,6 @@ class TrainTab:
         start: starts ``run``, which returns ``checked`` and the tabs.
     """
 
-    tab: gr.Tab
     fields: dict[str, Any]
     inputs: list[Any]
     checked: list[Any]
@@ -48,7 +47,7 @@ class TrainTab:
 
 def build(studio: Studio) -> TrainTab:
     """Lay out the tab inside the current tabs."""
-    with gr.Tab("Train", id="train") as tab, gr.Row():
+    with gr.Tab("Train", id="train"), gr.Row():
         with gr.Column(scale=3, min_width=340):
             with gr.Row():
                 preset = gr.Dropdown(
@@ -137,7 +136,7 @@ def build(studio: Studio) -> TrainTab:
     preset.input(load, [preset, *inputs], inputs, **quiet).then(**checking)
     plan.click(make_plan, inputs, planned, concurrency_limit=2, **quiet)
     extent.input(None, extent, None, js="(extent) => studio.setExtent(extent)")
-    return TrainTab(tab, fields, inputs, checked, checking, start, run)
+    return TrainTab(fields, inputs, checked, checking, start, run)
 
 
 def new_output(studio: Studio) -> str:
