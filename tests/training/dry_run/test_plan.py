@@ -434,7 +434,7 @@ def test_what_is_elsewhere_is_not_counted(base: Path, images: Path, tmp_path: Pa
     assert there("steps", cache_latents=False) == {"unet", "vae"}
     assert there("steps", train_text_encoder=True) == {"unet", "text_encoder"}
 
-    plan = replace(here, device="cuda", processes=2)
+    plan = replace(here, device="cuda", processes=2, apart=True)
     lines = format_plan(plan).splitlines()
     assert lines[-1].startswith("plus encoded images and prompts on the cpu: 0.0")
     assert any(line.startswith("Memory in MiB (cuda of each process)") for line in lines)
