@@ -6,9 +6,9 @@ import argparse
 import importlib.util
 import os
 import secrets
+import shutil
 import socket
 import sys
-import tempfile
 import threading
 import webbrowser
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,8 @@ from pathlib import Path
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.options.command_parser import CommandParser
+
+from .engine.workspace import Workspace
 
 FOLDER = "gralora-studio"
 #: Environment variable with the password, so that no list of processes shows it.
@@ -74,8 +76,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     # one studio for each folder, because each starts what waits in the queue
     from gralora_diffusion.training.runtime.folder_lock import owned
 
-    from .engine.workspace import Workspace
-
     try:
         with owned(Workspace(folder).state, f"the studio's folder '{folder}'"):
             _serve(args, folder)
@@ -103,39 +103,41 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     listening = _listening_socket(host, args.port)
     port = listening.getsockname()[1]
     token = os.environ[PASSWORD] if args.listen else secrets.token_urlsafe(24)
-    with tempfile.TemporaryDirectory(prefix="gralora-studio-") as uploads:
-        _keep_to_this_machine(uploads)
-        import uvicorn
+    uploads = Workspace(folder).state / "uploads"
+    shutil.rmtree(uploads, ignore_errors=True)  # of a studio that was killed
+    _keep_to_this_machine(str(uploads.resolve()))
+    import uvicorn
 
-        from .context import Studio
-        from .guard import address_with
-        from .server import application, start_queue
+    from .context import Studio
+    from .guard import address_with
+    from .server import application, start_queue
 
-        studio = Studio.at(folder)
-        app = application(studio, token, listens=args.listen is not None)
-        stop = start_queue(studio.jobs)
-        if args.listen:
-            print_safely(
-                f"warning: every machine that reaches {host}:{port} can ask for the page. The "
-                "password and all that it shows go over the network unencrypted. An SSH tunnel to "
-                "a studio without --listen is safer",
-                error=True,
-            )
-            address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}/"
-        else:
-            address = address_with(token, host, port)
-        print_safely(f"gralora studio, with its files in {folder.resolve()}\n{address}")
-        print_safely("End it with Ctrl-C. Runs continue, and the next start finds them.")
-        sys.stdout.flush()
-        server = uvicorn.Server(
-            uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    studio = Studio.at(folder)
+    app = application(studio, token, listens=args.listen is not None)
+    stop = start_queue(studio.jobs)
+    if args.listen:
+        print_safely(
+            f"warning: every machine that reaches {host}:{port} can ask for the page. The "
+            "password and all that it shows go over the network unencrypted. An SSH tunnel to "
+            "a studio without --listen is safer",
+            error=True,
         )
-        if not args.no_browser:
-            threading.Timer(1.0, _open_browser, [address]).start()
-        try:
-            server.run(sockets=[listening])
-        finally:
-            stop.set()
+        address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}/"
+    else:
+        address = address_with(token, host, port)
+    print_safely(f"gralora studio, with its files in {folder.resolve()}\n{address}")
+    print_safely("End it with Ctrl-C. Runs continue, and the next start finds them.")
+    sys.stdout.flush()
+    server = uvicorn.Server(
+        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+    )
+    if not args.no_browser:
+        threading.Timer(1.0, _open_browser, [address]).start()
+    try:
+        server.run(sockets=[listening])
+    finally:
+        stop.set()
+        shutil.rmtree(uploads, ignore_errors=True)
 
 
 def _listening_socket(host: str, port: int | None) -> socket.socket:
