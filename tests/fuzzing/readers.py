@@ -14,6 +14,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import gguf
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -52,19 +53,27 @@ from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.text import as_text
 from gralora_diffusion.io.colour_profiles import rgb_profile
 from gralora_diffusion.io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
-from gralora_diffusion.io.image_files import ImageError, image_suffix, read_image
+from gralora_diffusion.io.image_files import (
+    ImageError,
+    image_suffix,
+    read_image,
+    read_mask,
+    read_opacity,
+)
 from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.lora_import.base import LoraBase
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
+from gralora_diffusion.studio.engine.jobs import Jobs
 from gralora_diffusion.training.checkpoints.resume import describe_base, find_checkpoint
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.tensor_store import TensorStore
@@ -72,10 +81,10 @@ from gralora_diffusion.training.optimization.adapters import adapter_parameters,
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
 from gralora_diffusion.training.outputs.curve import plot_curve
 from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.runtime.control import RunControl, read_status
 from tests import models, originals
 from tests.benchmark import trials
 from tests.io.image_bytes import D65, PRIMARIES
-from tests.quantized import write_gguf
 from tests.training.runs import make_images
 
 SD = "stable-diffusion"
@@ -259,9 +268,17 @@ def _make_single(folder: Path) -> None:
 
 
 def _make_gguf(folder: Path) -> None:
-    weights = {f"blocks.{number}.weight": torch.randn(4, 64) for number in range(3)}
-    part = _part(folder, "gguf")
-    write_gguf({**weights, "bias": torch.randn(5)}, part / "file.gguf", "Q8_0")
+    writer = gguf.GGUFWriter(_part(folder, "file") / "file.gguf", arch="flux")
+    writer.add_array("names", ["a", "b"])
+    writer.add_array("sizes", [1, 2, 3])
+    writer.add_tensor("plain", np.ones((2, 3), dtype=np.float32))
+    stored = gguf.GGMLQuantizationType.Q8_0
+    packed = gguf.quants.quantize(np.ones((2, 32), dtype=np.float32), stored)
+    writer.add_tensor("packed", packed, raw_dtype=stored)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 def _config(**options: Any) -> TrainingConfig:
@@ -543,6 +560,78 @@ def _show(folder: Path) -> None:
     assert image_suffix(path.read_bytes())[0] == "."
 
 
+def _make_masks(folder: Path) -> None:
+    gray = _picture("L")
+    masks = {"L": gray, "1": gray.convert("1"), "LA": gray.convert("LA"), "P": gray.convert("P")}
+    rgba = gray.convert("RGBA")
+    rgba.putalpha(gray)
+    for mode, mask in (masks | {"RGBA": rgba}).items():
+        for ending in ("png", "tiff") if mode != "P" else ("png", "gif"):
+            mask.save(_part(folder, f"{ending}-{mode}") / f"file.{ending}")
+
+
+def _show_masks(folder: Path) -> None:
+    (path,) = folder.iterdir() if any(folder.iterdir()) else (folder / "file.png",)
+    opacity = read_opacity(path)
+    assert opacity is None or opacity.mode == "L"
+    assert read_mask(path).mode == "L"
+
+
+# -- a run, and the studio -------------------------------------------------------------------------
+
+
+def _make_statuses(folder: Path) -> None:
+    for name, state in (("running", "training"), ("done", "finished")):
+        part = _part(folder, name)
+        control = RunControl(part)
+        control.begin(2, 10)
+        control.progress(3, 0.5)
+        control.answer("save", "checkpoint-3 was written")
+        control.say(state)
+        (part / "training_config.yaml").write_text("rank: 4\n")
+
+
+def _read_run(folder: Path) -> None:
+    json.dumps(read_status(folder).to_dict())
+
+
+def _make_jobs(folder: Path) -> None:
+    for name, files in (
+        ("waiting", {}),
+        ("running", {"started.json": {"pid": 1, "since": 5.5}, "stopped.json": {}}),
+        ("done", {"started.json": {"pid": 1, "since": 5.5}, "ended.json": {"code": 0}}),
+    ):
+        part = _part(folder, f"{name}/20260101-000000-train")
+        facts = {"kind": "train", "title": "a dog", "output": "runs/a", "queued": True}
+        facts |= {"command": ["-m", "gralora_diffusion", "train", "--config", "a.yaml"]}
+        for file, content in {"job.json": facts, **files}.items():
+            (part / file).write_text(json.dumps(content))
+        (part / "log.txt").write_text("step 1\rstep 2\nend\n")
+
+
+def _read_jobs(folder: Path) -> None:
+    for job in Jobs(folder).list():
+        assert job.state in ("waiting", "running", "done", "failed", "stopped")
+        job.log().encode()
+        assert job.command[:2] == ("-m", "gralora_diffusion")
+
+
+def _make_validation_prompts(folder: Path) -> None:
+    (_part(folder, "text") / "file.txt").write_text(
+        "# sampled while training\na dog --w 64 --h 32 --d 3 --l 2.5 --s 4\na cat --n blurry\n"
+    )
+    entries = [
+        {"prompt": "a dog", "seed": 3, "scale": 0.5},
+        {"prompt": "a cat", "width": 64, "height": 32},
+    ]
+    (_part(folder, "yaml") / "file.yaml").write_text(yaml.safe_dump(entries))
+
+
+def _read_validation_prompts(folder: Path) -> None:
+    files = [*folder.iterdir(), folder / "file.txt"]
+    validation_prompts(_config(validation_prompts_file=str(files[0])))
+
+
 # -- the benchmark ---------------------------------------------------------------------------------
 
 
@@ -642,6 +731,12 @@ READERS: dict[str, Reader] = {
     "cache": Reader(_make_cache, _read_cache, (DataError,), writes=True),
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
+    "masks": Reader(_make_masks, _show_masks, (ImageError,)),
+    "status": Reader(_make_statuses, _read_run, (ConfigError,)),
+    "jobs": Reader(_make_jobs, _read_jobs),
+    "validation_prompts": Reader(
+        _make_validation_prompts, _read_validation_prompts, (ConfigError,)
+    ),
     "results": Reader(_make_results, _results),
     "report": Reader(_make_results, _report, writes=True, slow=True),
     "claims": Reader(_make_claims, _claim, writes=True),

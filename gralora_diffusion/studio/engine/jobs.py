@@ -23,6 +23,7 @@ from typing import Literal
 import psutil
 
 from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.regular_files import is_regular
 
 from .job_process import ENDED, JOB, LOG, MOST_BYTES, STARTED, write
 from .workspace import stamp
@@ -80,16 +81,19 @@ class Job:
     @property
     def code(self) -> int | None:
         """The exit code; None if it has not ended, or was killed with the process that ran it."""
-        with suppress(OSError, ValueError, KeyError, TypeError):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError):
             return int(read_object(self.folder / ENDED, MOST_BYTES)["code"])
         return None
 
     def log(self) -> str:
         """Return the end of its output. Of a progress bar, the last state is shown."""
+        path = self.folder / LOG
+        if not is_regular(path):
+            return ""
         try:
-            with (self.folder / LOG).open("rb") as file:
+            with path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - _TAIL))
-                text = file.read().decode("utf-8", "replace")
+                text = file.read(_TAIL).decode("utf-8", "replace")
         except OSError:
             return ""
         return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
@@ -112,7 +116,7 @@ class Job:
 
     def _process(self) -> psutil.Process | None:
         """Return the process that runs it, if it is alive and not a later one of this number."""
-        with suppress(OSError, ValueError, KeyError, TypeError, psutil.Error):
+        with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, psutil.Error):
             facts = read_object(self.folder / STARTED, MOST_BYTES)
             process = psutil.Process(int(facts["pid"]))
             same = abs(process.create_time() - float(facts["since"])) < 2
