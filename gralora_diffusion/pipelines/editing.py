@@ -52,6 +52,7 @@ def control_arguments(
             "mask_image": fitted[1],
             "height": height,
             "width": width,
+            **noise_alone(pipe, fitted[1]),
         }
     if size is not None and "height" not in taken:  # the size is that of the control image
         controls = [ImageOps.fit(image, (size[1], size[0]), _LANCZOS) for image in controls]
@@ -80,6 +81,17 @@ def whole_fill(height: int, width: int) -> list[Image.Image]:
     """Return an image and a mask with which a base that fills generates a whole image."""
     size = width, height
     return [Image.new("RGB", size), Image.new("L", size, 255)]
+
+
+def noise_alone(pipe: Any, mask: Image.Image) -> dict[str, Any]:
+    """Return the argument with which a base that fills a whole image starts from noise alone.
+
+    By default some pipelines, such as SDXL's, leave out a step and start from a little of the
+    image, of which nothing is to remain under a mask that is white.
+    """
+    whole = mask.getextrema() == (255, 255)
+    taken = inspect.signature(type(pipe).__call__).parameters
+    return {"strength": 1.0} if whole and "strength" in taken else {}
 
 
 def read_fills(

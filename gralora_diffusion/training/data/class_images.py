@@ -27,7 +27,7 @@ from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.pipelines.editing import editing_pipeline, whole_fill
+from gralora_diffusion.pipelines.editing import editing_pipeline, noise_alone, whole_fill
 from gralora_diffusion.pipelines.placement import place
 from gralora_diffusion.training.config.options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -153,6 +153,7 @@ def _draw(
         side = family.native_resolution(pipe)
         image, mask = whole_fill(side, side)
         options |= {"image": [image] * size, "mask_image": [mask] * size}
+        options |= noise_alone(pipe, mask)
     with _placed(pipe, family, accelerator.device, streamed):
         for batch in tqdm(
             batches[accelerator.process_index :: accelerator.num_processes],

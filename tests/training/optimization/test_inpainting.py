@@ -18,7 +18,7 @@ from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines import generation
-from gralora_diffusion.pipelines.editing import editing_pipeline
+from gralora_diffusion.pipelines.editing import editing_pipeline, whole_fill
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import mean_loss
@@ -165,6 +165,19 @@ def test_images_of_every_base_that_fills(filling: Path, masked: Path, tmp_path: 
     with_images = Image.open(grid).tobytes()
     generation.main([str(part) for part in (*command, "--size", 32, *prompts)])
     assert Image.open(grid).tobytes() != with_images
+
+
+def test_whole_images_start_from_noise_alone(filling: Path) -> None:
+    """The image under a white mask leaves no trace, and no step is left out."""
+    pipe = inpainting(DiffusionPipeline.from_pretrained(filling), filling.name)
+    black, mask = whole_fill(32, 32)
+    white = Image.new("RGB", black.size, "white")
+    rows = [[black, mask], [white, mask]]
+    made = generation.generate(pipe, ["a dog"] * 2, size=32, controls=rows, inference_steps=2)
+    given = {"image": black, "mask_image": mask, "height": 32, "width": 32, "strength": 1.0}
+    rng = torch.Generator().manual_seed(0)
+    expected = pipe("a dog", num_inference_steps=2, generator=rng, **given).images[0]
+    assert made[0][0].tobytes() == made[1][0].tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize(
