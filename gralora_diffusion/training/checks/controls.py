@@ -42,8 +42,15 @@ def check_controls(
     given = any(image.controls for image in images)
     count = family.edit_pipelines.get(pipeline_class or "")
     problems: list[str] = []
+    if config.control_dropout and not given:
+        problems.append(
+            f"--control_dropout is {config.control_dropout}, but {_no_controls()}. Leave it out, "
+            f"or give them with {_PLACES}"
+        )
     usual = next(iter(family.edit_pipelines.values()), ControlCount())
     if pipeline_class is None and not given:
+        if problems:
+            raise ConfigError(problems)
         return []  # the base is checked once it is loaded
     # a single file may be any base of the family. A folder may be an editing base under another
     # class if its denoiser looks like any other
@@ -56,8 +63,6 @@ def check_controls(
             "no control images, so they would not preserve what the base does to those. Give "
             "--prior_source teacher"
         )
-    if config.control_dropout and not given:
-        problems.append(f"--control_dropout is {config.control_dropout}, but {_no_controls()}")
     fills = pipeline_class is not None and pipeline_class == family.inpainting_pipeline
     _read_validation(config, count or ControlCount(), fills, problems)
     problems += _not_taken(config, family, count)

@@ -92,8 +92,9 @@ def test_options_that_contradict_the_images() -> None:
     [text] = problems("flux", KONTEXT, ONE, **prior)
     assert "Give --prior_source teacher" in text
     assert warnings("flux", KONTEXT, ONE, **prior, prior_source="teacher") == []
-    [text] = problems("flux2", "Flux2Pipeline", example(), control_dropout=0.1)
-    assert text == "--control_dropout is 0.1, but there are no control images"
+    for pipeline in ("Flux2Pipeline", None):
+        [text] = problems("flux2", pipeline, example(), control_dropout=0.1)
+        assert text.startswith("--control_dropout is 0.1, but there are no control images. Leave")
     [text] = problems("stable-diffusion", PIX2PIX, ONE, clip_skip=1)
     assert f"{PIX2PIX} does not take it" in text
 
