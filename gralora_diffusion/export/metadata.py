@@ -88,6 +88,7 @@ def export_metadata(
     fields.setdefault("modelspec.title", f"GraLoRA for {names.architecture}")
     network = {key: fields.pop(key) for key in list(fields) if key.startswith("ss_network_")}
     if kind == "checkpoint":
+        fields.pop("modelspec.timestep_range", None)  # the adapter's: the base is for its own
         fields |= _of_base(base_metadata or {})
         base_title = (base_metadata or {}).get("modelspec.title", base_name)
         merged = [name for name in (base_title, carried.get("modelspec.title")) if name]

@@ -185,6 +185,17 @@ def test_checkpoint_of_a_base_that_says_nothing():
     assert made["modelspec.title"] == "rex"
 
 
+def test_an_adapter_of_some_timesteps_does_not_limit_its_base():
+    field = "modelspec.timestep_range"
+    some = adapter()
+    some.metadata[field] = "200,999"
+    base = {"modelspec.timestep_range": "0,499"}
+    assert field not in export_metadata(some, kind="checkpoint", family=FAMILY)
+    made = export_metadata(some, kind="checkpoint", family=FAMILY, base_metadata=base)
+    assert made[field] == "0,499"
+    assert export_metadata(some, kind="lora", family=FAMILY)[field] == "200,999"
+
+
 def test_an_adapter_that_says_nothing_is_called_as_its_family_or_base():
     bare = adapter({}, rank_pattern={"q": 8})
     options = {"kind": "lora", "family": FAMILY, "ranks": {"a": 9}, "alpha": 9}

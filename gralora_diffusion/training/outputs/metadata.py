@@ -18,12 +18,13 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
-from gralora_diffusion.training.config.options import AdapterOptions
+from gralora_diffusion.training.config.options import LossOptions, MaskOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 
 #: The fact on an edit training in the model card.
 CONTROL_IMAGES = "control images per sample"
@@ -84,7 +85,8 @@ def training_metadata(
         "ss_lr_scheduler": config.lr_scheduler,
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm,
-        "ss_masked_loss": True if instance.masked else None,
+        "modelspec.timestep_range": _timestep_range(config, pipe),
+        **(_mask_fields(config) if instance.masked else {}),
         "gralora_fill_masks": instance.fill,
         "gralora_control_images": control_facts(instance.examples).get(CONTROL_IMAGES),
         "gralora_control_dropout": config.control_dropout or None,
@@ -99,7 +101,8 @@ def training_metadata(
         fields |= {
             "modelspec.prediction_type": _PREDICTIONS.get(predicted),
             "ss_noise_offset": config.noise_offset or None,
-            "ss_min_snr_gamma": config.snr_gamma,
+            # sd-scripts has no soft minimum, and its readers would take it for the hard one
+            "gralora_soft_min_snr" if config.soft_min_snr else "ss_min_snr_gamma": config.snr_gamma,
             "ss_debiased_estimation": config.debiased_estimation_loss or None,
             "ss_ip_noise_gamma": config.input_perturbation or None,
             **(coarser if config.multires_noise_iterations else {}),
@@ -111,6 +114,23 @@ def training_metadata(
         }
     known = {key: str(value) for key, value in fields.items() if value is not None}
     return known | HASH_FIELDS
+
+
+def _timestep_range(options: LossOptions, pipe: Any) -> str | None:
+    """Return the first and the last timestep of a run that leaves some out, as ModelSpec has it."""
+    if options.min_timestep is None and options.max_timestep is None:
+        return None
+    end = options.max_timestep or pipe.scheduler.config.num_train_timesteps
+    return f"{options.min_timestep or 0},{end - 1}"
+
+
+def _mask_fields(options: MaskOptions) -> dict[str, Any]:
+    return {
+        "ss_masked_loss": True,
+        "gralora_mask_outside": options.mask_outside,
+        "gralora_mask_outside_weight": MaskedLoss.of(options).outside,
+        "gralora_normalize_masked_area_loss": options.normalize_masked_area_loss,
+    }
 
 
 def control_facts(images: Iterable[Example]) -> dict[str, str]:
@@ -132,24 +152,25 @@ def time_metadata(began: float) -> dict[str, str]:
     }
 
 
-def _network_fields(options: AdapterOptions) -> dict[str, Any]:
+def _network_fields(config: TrainingConfig) -> dict[str, Any]:
     arguments = {
         "algo": "gralora",
-        "gralora_k": options.gralora_k,
-        "hybrid_rank": options.hybrid_rank,
-        "target_preset": options.target_preset if options.lora_layers is None else None,
-        "lora_layers": options.lora_layers,
-        "exclude_modules": options.exclude_modules,
-        **{key: given or None for key, given in given_patterns(options).items()},
+        "gralora_k": config.gralora_k,
+        "hybrid_rank": config.hybrid_rank,
+        "target_preset": config.target_preset if config.lora_layers is None else None,
+        "lora_layers": config.lora_layers,
+        "exclude_modules": config.exclude_modules,
+        "loraplus_lr_ratio": config.loraplus_lr_ratio,
+        **{key: given or None for key, given in given_patterns(config).items()},
     }
     texts = {k: v if isinstance(v, dict) else str(v) for k, v in arguments.items() if v is not None}
-    one_rank = not options.rank_pattern
+    one_rank = not config.rank_pattern
     return {
         "ss_network_module": "gralora_diffusion",
-        "ss_network_dim": options.rank if one_rank else "Dynamic",
-        "ss_network_alpha": options.alpha if one_rank and not options.alpha_pattern else "Dynamic",
+        "ss_network_dim": config.rank if one_rank else "Dynamic",
+        "ss_network_alpha": config.alpha if one_rank and not config.alpha_pattern else "Dynamic",
         "ss_network_args": json.dumps(texts, ensure_ascii=False),
-        "ss_network_dropout": options.lora_dropout or None,
+        "ss_network_dropout": config.lora_dropout or None,
     }
 
 

@@ -16,6 +16,7 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.io.tensor_files import file_hashes
 from gralora_diffusion.training.outputs.metadata import tag_frequency
 from tests.models import PIPELINES
+from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.runs import make_images, make_shapes, run
 
 TIMES = {"modelspec.date", "ss_training_started_at", "ss_training_finished_at"}
@@ -185,6 +186,36 @@ def test_buckets_and_ranks_of_single_layers(base: Path, tmp_path: Path) -> None:
     }
     assert told["ss_network_dim"] == told["ss_network_alpha"] == "Dynamic"
     assert json.loads(told["ss_network_args"])["rank_pattern"] == {"to_q": 8}
+
+
+def test_what_changes_loss_and_rates(base: Path, tmp_path: Path) -> None:
+    """What sd-scripts has no field for has none of its names."""
+    images = make_images(tmp_path / "images", count=2)
+    write_mask(images / "0.mask.png", 0)
+    out = run(
+        pretrained_model_name_or_path=base,
+        instance_data_dir=images,
+        output_dir=tmp_path / "out",
+        max_train_steps=1,
+        snr_gamma=5.0,
+        soft_min_snr=True,
+        min_timestep=200,
+        loraplus_lr_ratio=16,
+        masked_loss=True,
+        mask_outside="weight",
+        normalize_masked_area_loss=True,
+    )
+    told = metadata(out)
+    assert told["gralora_soft_min_snr"] == "5.0"
+    assert "ss_min_snr_gamma" not in told
+    assert told["modelspec.timestep_range"] == "200,999"
+    assert json.loads(told["ss_network_args"])["loraplus_lr_ratio"] == "16.0"
+    assert {key: value for key, value in told.items() if "mask" in key} == {
+        "ss_masked_loss": "True",
+        "gralora_mask_outside": "weight",
+        "gralora_mask_outside_weight": "0.1",
+        "gralora_normalize_masked_area_loss": "True",
+    }
 
 
 @pytest.mark.parametrize(
