@@ -134,7 +134,9 @@ class Plan:
         if streaming is None:
             return 0
         teaches = config.with_prior_preservation and config.prior_source == "teacher"
-        passes = config.gradient_accumulation_steps * (3 if teaches else 2)
+        keeps = config.masked_loss and self.masks > 0 and config.mask_outside == "base"
+        # forward, backward, and a forward of the bare base for each target that it gives
+        passes = config.gradient_accumulation_steps * (2 + teaches + keeps)
         return passes * streaming.bytes_needed(self.blocks.get(self.denoiser, [])).streamed
 
     def offloaded(self, offloading: Offloading) -> Plan:

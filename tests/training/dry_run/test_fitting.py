@@ -62,6 +62,11 @@ def test_bytes_of_a_streamed_base(plan: Plan) -> None:
     taught = {"with_prior_preservation": True, "prior_source": "teacher"}
     changed = replace(CONFIG, gradient_accumulation_steps=4, **taught)
     assert replace(streamed, config=changed).copied == 3 * 4 * sum(blocks)
+    kept = replace(CONFIG, masked_loss=True, mask_outside="base")
+    assert replace(streamed, config=kept).copied == 2 * sum(blocks)  # there are no masks
+    assert replace(streamed, config=kept, masks=1).copied == 3 * sum(blocks)
+    both = replace(kept, **taught)
+    assert replace(streamed, config=both, masks=1).copied == 4 * sum(blocks)
     text = format_plan(streamed)
     assert f"{len(blocks)} of {len(blocks)} blocks streamed" in text
     assert re.search(r"blocks copied to the device: [\d.]+ per step, at least 0\.0 s at 20", text)
