@@ -95,22 +95,27 @@ def build(studio: Studio) -> ImagesTab:
         if not path.strip():
             return shown(messages(["the folder is missing. Give a path, or upload images"])), ""
         try:
-            found, problems = list_images(target)
+            count = len(list_images(target)[0])
             studio.opened.open_folder(target)
         except OSError as error:
-            reason = error.strerror or str(error)
-            return shown(messages([f"{target} cannot be read as a folder: {reason}"])), ""
-        checked, pixels = None, _ASSUMED
+            return shown(messages([_unreadable(target, error)])), ""
+        checked, pixels, wrong = None, _ASSUMED, []
         if size.strip():
             if size.strip().isdecimal() and int(size) > 0 and int(size) % _DIVISOR == 0:
                 pixels = int(size)
             else:
-                problems.append(
+                wrong = [
                     f"the resolution is {size!r}; it must be a positive multiple of {_DIVISOR}"
-                )
-        if found and (force or len(found) <= _CHECK_AT_ONCE):
+                ]
+        if count and (force or count <= _CHECK_AT_ONCE):
             checked = check_folder(target, text.strip() or None, pixels, use_buckets, _DIVISOR)
-            problems = [*problems, *(p for p in checked.problems if p not in problems)]
+        try:  # only now: decoding takes long, and a caption may be edited meanwhile
+            found, problems = list_images(target)
+        except OSError as error:
+            return shown(messages([_unreadable(target, error)])), ""
+        problems += wrong
+        if checked is not None:
+            problems += [p for p in checked.problems if p not in problems]
         head = _summary(found, problems, checked, word.strip(), bool(size.strip()))
         return shown(head), shown(_cards(studio, found, checked, word.strip()))
 
@@ -138,6 +143,10 @@ def build(studio: Studio) -> ImagesTab:
         show, inputs, outputs, api_visibility="private"
     )
     return ImagesTab(use, folder, prompt, resolution, buckets)
+
+
+def _unreadable(folder: Path, error: OSError) -> str:
+    return f"{folder} cannot be read as a folder: {error.strerror or error}"
 
 
 def _summary(
@@ -203,8 +212,8 @@ def _card(studio: Studio, image: CaptionedImage, crop: Crop | None, word: str) -
             "</textarea>"
         ).format_map(given)
     else:
-        caption = Markup("<p>{text} <small>(in {source})</small></p>").format_map(
-            {**given, "source": for_html(image.source)}
+        caption = Markup("<p>{text} <small>({problem})</small></p>").format_map(
+            {**given, "problem": for_html(image.problem)}
         )
     picture = Markup(
         '<div class="frame"><span><img src="{address}" loading="lazy" alt="{name}">'

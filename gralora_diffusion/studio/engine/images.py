@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from gralora_diffusion.io.image_files import (
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.training.data.captions import (
+    CAPTION_ENDINGS,
     caption_files,
     concept_folders,
     one_line,
@@ -29,10 +30,12 @@ from gralora_diffusion.training.data.captions import (
 )
 
 from .imports import import_diffusers
-from .workspace import file_name, free_path
+from .workspace import file_name
 
 #: Characters of a caption, at most.
 MOST_CAPTION = 1 << 16
+#: Endings of the caption files that are edited and uploaded here.
+_EDITED = (".txt", ".caption")
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,18 @@ class CaptionedImage:
     Attributes:
         caption: "" if it has none of its own.
         source: name of the file with the caption; "" if there is none.
+        problem: why the caption is not edited here; "" if it is.
     """
 
     path: Path
     caption: str
     source: str
+    problem: str = ""
 
     @property
     def is_editable(self) -> bool:
-        """Whether its caption is, or would be, in a text file beside it."""
-        return not self.source or self.source.lower().endswith((".txt", ".caption"))
+        """Whether its caption is, or would be, in a text file of this image alone."""
+        return not self.problem
 
 
 def list_images(folder: Path) -> tuple[list[CaptionedImage], list[str]]:
@@ -87,17 +92,40 @@ def _images_in(folder: Path, problems: list[str], only: str | None = None) -> li
     files = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
     names = folder_images(files).images
     listed = read_metadata(folder, files, None, problems)
-    beside = caption_files(names, files)
+    beside, sharing = caption_files(names, files), _sharing(names, files)
     found = []
     for name in [name for name in names if only in (None, name)]:
         caption, source = listed[name].caption if name in listed else "", ""
+        unread: list[str] = []
         if caption:
             source = "the metadata file"
         for file in () if caption else beside[name]:
-            text = read_caption(folder / file, None, problems)
+            text = read_caption(folder / file, None, unread)
             if text is not None and not caption:
                 caption, source = text, file if text else source or file
-        found.append(CaptionedImage(folder / name, caption, source))
+        problems += unread
+        reason = "; ".join(unread)
+        if source and not source.lower().endswith(_EDITED):
+            reason = f"the caption is in {source}; edit it there"
+        target = source or _new_caption(name)
+        others = [other for other in sharing.get(target, ()) if other != name]
+        if others and not reason:
+            reason = f"{target} is shared with {', '.join(others)}"
+        found.append(CaptionedImage(folder / name, caption, source, reason))
+    return found
+
+
+def _new_caption(image: str) -> str:
+    """Return the name of the file into which the first caption of an image is written."""
+    return f"{Path(image).stem}.txt"
+
+
+def _sharing(names: list[str], files: list[str]) -> dict[str, list[str]]:
+    """Return caption file -> the images that read it, also of files that are not there yet."""
+    found: dict[str, list[str]] = {}
+    for image, captions in caption_files(names, {*files, *map(_new_caption, names)}).items():
+        for caption in captions:
+            found.setdefault(caption, []).append(image)
     return found
 
 
@@ -110,13 +138,16 @@ def write_caption(image: CaptionedImage, text: str) -> str:
         OSError: it cannot be written.
         ValueError: the caption is in a file that is not edited here, or is too long.
     """
-    if not image.is_editable:
-        raise ValueError(f"the caption is in {image.source}; edit it there")
+    if image.problem:
+        raise ValueError(image.problem)
+    return _write(image.path.with_name(image.source or _new_caption(image.path.name)), text)
+
+
+def _write(path: Path, text: str) -> str:
     caption = one_line(text)
     if len(caption) > MOST_CAPTION:
         raise ValueError(f"the caption has more than {MOST_CAPTION:,} characters")
-    name = image.source or f"{image.path.stem}.txt"
-    with replacing(image.path.with_name(name)) as temporary:
+    with replacing(path) as temporary:
         temporary.write_text(caption + "\n" if caption else "", encoding="utf-8")
     return caption
 
@@ -124,30 +155,88 @@ def write_caption(image: CaptionedImage, text: str) -> str:
 def add_images(folder: Path, files: Iterable[Path]) -> tuple[int, list[str]]:
     """Copy uploaded images into a folder; return how many, and a problem for each other file.
 
-    Each is decoded first. Caption files are copied beside the images of their names.
+    Each is decoded first. No two images have the same name without its ending, so that each has
+    captions of its own. Captions are copied under the new names of their images. No file that is
+    there already is replaced.
     """
-    count, problems = 0, []
+    problems: list[str] = []
     folder.mkdir(parents=True, exist_ok=True)
+    images: list[Path] = []
+    captions: list[Path] = []
     for file in files:
+        (captions if file.suffix.lower() in _EDITED else images).append(file)
+    entries = [Path(entry.name.lower()) for entry in folder.iterdir()]
+    taken = {entry.stem for entry in entries if entry.suffix not in CAPTION_ENDINGS}
+    copied: list[tuple[Path, Path]] = []
+    for file in images:
         try:
             data = read_regular(file, MAX_BYTES)
-            if file.suffix.lower() in (".txt", ".caption"):
-                name = f"{file_name(file.stem, 'image')}{file.suffix.lower()}"
-                text = one_line(data[: 4 * MOST_CAPTION].decode("utf-8-sig"))
-                (folder / name).write_text(text + "\n", encoding="utf-8")
-                continue
             read_image(data)
-            path = free_path(folder, f"{file_name(file.stem, 'image')}{_suffix(file, data)}")
+            stem = _free_stem(file_name(file.stem, "image"), taken)
+            path = folder / f"{stem}{_suffix(file, data)}"
             with replacing(path) as temporary:
                 temporary.write_bytes(data)
-            count += 1
-        except UnicodeDecodeError:
-            problems.append(f"{file.name} is not text in UTF-8")
+            taken.add(stem.lower())
+            copied.append((file, path))
         except ImageError as error:
             problems.append(f"{file.name} cannot be decoded: {error}")
         except OSError as error:
             problems.append(f"{file.name} cannot be copied: {error}")
-    return count, problems
+    there = {str(entry) for entry in entries}
+    for caption, names in _named_captions(images, captions, copied, problems):
+        for name in names:
+            if name.lower() in there:
+                problems.append(f"{caption.name} is not copied, because there is a {name} already")
+                continue
+            try:
+                _write(folder / name, read_regular(caption, MAX_BYTES).decode("utf-8-sig"))
+                there.add(name.lower())
+            except UnicodeDecodeError:
+                problems.append(f"{caption.name} is not text in UTF-8")
+            except (OSError, ValueError) as error:
+                problems.append(f"{caption.name} cannot be copied: {error}")
+    return len(copied), problems
+
+
+def _named_captions(
+    images: list[Path],
+    captions: list[Path],
+    copied: list[tuple[Path, Path]],
+    problems: list[str],
+) -> Iterator[tuple[Path, list[str]]]:
+    """Yield (uploaded caption, its new names): one for each of its images that was copied."""
+    names = [caption.name for caption in captions]
+    owners: dict[str, set[str]] = {}  # caption -> images that it was beside
+    for image, found in caption_files([image.name for image in images], names).items():
+        for name in found:
+            owners.setdefault(name, set()).add(image)
+    counts = Counter(names)
+    for caption in captions:
+        own, ending = owners.get(caption.name, set()), caption.suffix.lower()
+        new = [(old.name, path) for old, path in copied if old.name in own] if own else []
+        if counts[caption.name] > 1:
+            problems.append(f"{caption.name} is not copied, because another has the same name")
+        elif own and not new:
+            problems.append(f"{caption.name} is not copied, because its image is not")
+        elif not own:
+            yield caption, [f"{file_name(caption.stem, 'image')}{ending}"]
+        else:
+            yield (
+                caption,
+                [
+                    f"{path.name if caption.stem.lower() == old.lower() else path.stem}{ending}"
+                    for old, path in new
+                ],
+            )
+
+
+def _free_stem(stem: str, taken: set[str]) -> str:
+    """Return ``stem``, or the first of ``stem-2``, ``stem-3``, ... that is not taken."""
+    found, number = stem, 1
+    while found.lower() in taken:
+        number += 1
+        found = f"{stem}-{number}"
+    return found
 
 
 def _suffix(file: Path, data: bytes) -> str:

@@ -41,18 +41,20 @@ const studio = {
 
   async saveCaption(area) {
     const output = area.closest(".card").querySelector("output");
+    const sent = area.value;
     output.textContent = "saving";
     output.className = "";
     try {
       const answer = await fetch("/studio/caption/" + area.dataset.caption, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
-        body: JSON.stringify({ caption: area.value }),
+        body: JSON.stringify({ caption: sent }),
       });
       const text = await answer.text();
-      output.textContent = answer.ok ? "saved" : text;
+      const isNewer = area.value !== sent; // typed meanwhile: it is saved when it is left
+      output.textContent = !answer.ok ? text : isNewer ? "" : "saved";
       output.className = answer.ok ? "" : "failed";
-      if (answer.ok) area.value = text;
+      if (answer.ok && !isNewer) area.value = text;
     } catch (error) {
       output.textContent = "not saved: the studio does not answer";
       output.className = "failed";

@@ -86,10 +86,55 @@ def test_uploads_are_decoded_and_get_new_names(tmp_path):
     (there / "b.txt").write_bytes(b"\xff\xfe")
     count, problems = add_images(tmp_path / "set", sorted(there.iterdir()))
     assert count == 2
-    assert [p.split(" ")[0] for p in problems] == ["a.png", "b.txt"]
-    assert sorted(os.listdir(tmp_path / "set")) == ["a.txt", "c.jpe", "x-b.jpg"]
+    assert [p.split(" ")[0] for p in problems] == ["a.png", "a.txt", "b.txt"]
+    assert sorted(os.listdir(tmp_path / "set")) == ["c.jpe", "x-b.jpg"]
     add_images(tmp_path / "set", [there / "..x<b>.JPG"])
     assert (tmp_path / "set/x-b-2.jpg").exists()  # nothing is overwritten
+
+
+def test_uploaded_captions_follow_their_images(folder, tmp_path):
+    there = tmp_path / "uploads"
+    there.mkdir()
+    for name in ("00.png", "00.jpg", "new.png"):
+        Image.new("RGB", (20, 10), "red").save(there / name)
+    texts = {"00.txt": "another", "00.png.txt": "of the PNG", "01.txt": "other", "new.txt": "n\nm"}
+    for name, text in texts.items():
+        (there / name).write_text(text)
+    before = captions_of_a_run(folder)
+    count, problems = add_images(folder, sorted(there.iterdir()))
+    assert count == 3
+    assert problems == ["01.txt is not copied, because there is a 01.txt already"]
+    new = {"00-2.jpg": "another", "00-3.png": "another", "new.png": "n m"}
+    assert captions_of_a_run(folder) == before | new
+    assert (folder / "00-3.png.txt").read_text() == "of the PNG\n"
+    again = [*sorted(there.glob("new*")), shutil.copy(there / "new.txt", tmp_path / "new.txt")]
+    assert (
+        add_images(folder, map(type(there), again))[1]
+        == ["new.txt is not copied, because another has the same name"] * 2
+    )
+
+
+@pytest.mark.parametrize("data", ["é".encode("latin-1"), "é".encode("utf-16")])
+def test_a_caption_that_cannot_be_read_is_kept(folder, data):
+    (folder / "00.txt").write_bytes(data)
+    image = list_images(folder)[0][0]
+    assert not image.is_editable
+    with pytest.raises(ValueError, match=r"00\.txt cannot be read as UTF-8 text"):
+        write_caption(image, "typed")
+    assert (folder / "00.txt").read_bytes() == data
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_a_caption_of_two_images_is_not_edited(folder, is_there):
+    Image.new("RGB", (20, 10)).save(folder / "00.jpg")
+    if not is_there:
+        (folder / "00.txt").unlink()
+    found = {image.path.name: image.problem for image in list_images(folder)[0]}
+    assert found["00.png"] == "00.txt is shared with 00.jpg"
+    assert found["00.jpg"] == "00.txt is shared with 00.png"
+    assert found["01.png"] == ""
+    (folder / "00.png.txt").write_text("its own")
+    assert find_image(folder / "00.png").is_editable is not is_there
 
 
 def test_crops_and_problems_of_a_folder(folder):
