@@ -1,7 +1,7 @@
 """The process of a job: it runs one command, and leaves its output and exit code as files.
 
 It does not depend on the studio, which may end and start again in the meantime. It is started as
-``python -m gralora_diffusion.studio.engine.job_process FOLDER``.
+``python -m gralora_diffusion.studio.engine.job_process FOLDER``, with the log as its output.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-import psutil
-
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
-JOB, STARTED, ENDED, LOG = "job.json", "started.json", "ended.json", "log.txt"
+from .signatures import is_signed
+
+JOB, STARTED, CANCELLED, ENDED = "job.json", "started.json", "cancelled.json", "ended.json"
 #: Of a job's file, in bytes.
 MOST_BYTES = 1 << 20
 
@@ -27,9 +27,14 @@ MOST_BYTES = 1 << 20
 def main() -> None:
     """Run the command of the job in the folder that the command line names."""
     folder = Path(sys.argv[1])
+    job = read_object(folder / JOB, MOST_BYTES)
+    if not is_signed(folder, job):
+        sys.exit("this job was not made by this user in this folder, so it is not run")
     if not _claim(folder):
         return  # another process has it
-    job = read_object(folder / JOB, MOST_BYTES)
+    if (folder / CANCELLED).exists():  # since this process was started
+        write(folder / ENDED, {"code": -signal.SIGTERM})
+        return
     child: list[subprocess.Popen[bytes]] = []
     asked: list[int] = []
 
@@ -40,21 +45,17 @@ def main() -> None:
 
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, pass_on)
-    with (folder / LOG).open("ab") as log:
-        line = [sys.executable, *map(str, job["command"])]
-        child.append(
-            subprocess.Popen(line, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT)
-        )
-        for early in asked:  # before there was a child
-            child[0].send_signal(early)
-        code = child[0].wait()
-    write(folder / ENDED, {"code": code})
+    line = [sys.executable, *map(str, job["command"])]
+    child.append(subprocess.Popen(line, stdin=subprocess.DEVNULL))
+    for early in asked:  # before there was a child
+        child[0].send_signal(early)
+    write(folder / ENDED, {"code": child[0].wait()})
 
 
 def _claim(folder: Path) -> bool:
     """Become the process of the job; False if there is one already."""
     mine = folder / f".{STARTED}.{os.getpid()}"
-    write(mine, {"pid": os.getpid(), "since": psutil.Process().create_time()})
+    write(mine, {"pid": os.getpid()})
     try:
         os.link(mine, folder / STARTED)  # fails if it exists, and is never seen half written
     except FileExistsError:

@@ -25,20 +25,21 @@ import psutil
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
 
-from .job_process import ENDED, JOB, LOG, MOST_BYTES, STARTED, write
+from .job_process import CANCELLED, ENDED, JOB, MOST_BYTES, STARTED, write
+from .signatures import is_signed, signed
 from .workspace import stamp
 
 State = Literal["waiting", "running", "done", "failed", "stopped", "cancelled"]
-_CANCELLED, _STOPPED = "cancelled.json", "stopped.json"
-# How the arguments of Python begin in the only commands that are run: a folder may come from
-# somebody else, and what waits in its queue is started without a question.
+_STOPPED, _LOG = "stopped.json", "log.txt"
+_PROCESS = "gralora_diffusion.studio.engine.job_process"
+# How the arguments of Python begin in the only commands that are run.
 GRALORA = ("-m", "gralora_diffusion")
 COMPARING = ("-m", "gralora_diffusion.studio.engine.comparing")
 PROGRAMS = (GRALORA, COMPARING)
 #: Bytes at the end of a log that are shown.
 _TAIL = 1 << 16
-#: Seconds within which a new process says that it has started.
-_PATIENCE = 30.0
+#: Seconds within which a new process says that it has started; else it is killed.
+_PATIENCE = 120.0
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class Job:
         command: the arguments of Python; those of ``gralora`` come from :func:`gralora`.
         output: what it writes, a folder or a file; None if it only prints.
         queued: it waits until no other such job is running.
+        own: this user has made it here; others are shown, and never started.
     """
 
     folder: Path
@@ -59,6 +61,7 @@ class Job:
     command: tuple[str, ...]
     output: Path | None
     queued: bool
+    own: bool = True
 
     @property
     def name(self) -> str:
@@ -67,11 +70,11 @@ class Job:
     @property
     def state(self) -> State:
         """Where it stands, by its files and its process."""
-        if (self.folder / _CANCELLED).exists():
+        if (self.folder / CANCELLED).exists():
             return "cancelled"
         code = self.code
         if code is None and not (self.folder / STARTED).exists():
-            return "waiting"
+            return "waiting" if self.own else "cancelled"
         if code is None and self._process() is not None:
             return "running"
         if code == 0:
@@ -87,8 +90,8 @@ class Job:
 
     def log(self) -> str:
         """Return the end of its output. Of a progress bar, the last state is shown."""
-        path = self.folder / LOG
-        if not is_regular(path):
+        path = self.folder / _LOG
+        if path.is_symlink() or not is_regular(path):
             return ""
         try:
             with path.open("rb") as file:
@@ -101,8 +104,13 @@ class Job:
     def stop(self) -> None:
         """Ask it to end: with SIGTERM if it is running, and before it starts if it waits."""
         if self.state == "waiting":
-            write(self.folder / _CANCELLED, {})
-        elif (process := self._process()) is not None:
+            write(self.folder / CANCELLED, {})
+            if not (self.folder / STARTED).exists():
+                return
+            # it has started in the meantime, and may not have seen the file
+            write(self.folder / _STOPPED, {})
+            (self.folder / CANCELLED).unlink()
+        if (process := self._process()) is not None:
             write(self.folder / _STOPPED, {})
             with suppress(psutil.Error):
                 process.send_signal(signal.SIGTERM)
@@ -119,8 +127,8 @@ class Job:
         with suppress(OSError, ValueError, KeyError, TypeError, OverflowError, psutil.Error):
             facts = read_object(self.folder / STARTED, MOST_BYTES)
             process = psutil.Process(int(facts["pid"]))
-            same = abs(process.create_time() - float(facts["since"])) < 2
-            if same and process.status() != psutil.STATUS_ZOMBIE:
+            line = process.cmdline()  # not its start: the clock may have been set since
+            if _PROCESS in line and Path(line[-1]).name == self.name:
                 return process
         return None
 
@@ -164,18 +172,17 @@ class Jobs:
         order = f"{time.time_ns() % 10**9:09d}"  # within a second
         folder = self.folder / f"{stamp()}-{order}-{kind}-{secrets.token_hex(2)}"
         folder.mkdir(parents=True)
-        for name, content in (files or {}).items():
+        files = files or {}
+        for name, content in files.items():
             (folder / name).write_text(content, encoding="utf-8")
-        write(
-            folder / JOB,
-            {
-                "kind": kind,
-                "title": title,
-                "command": [part.replace("{folder}", str(folder)) for part in command],
-                "output": str(output) if output else None,
-                "queued": queued,
-            },
-        )
+        facts = {
+            "kind": kind,
+            "title": title,
+            "command": [part.replace("{folder}", str(folder)) for part in command],
+            "output": str(output) if output else None,
+            "queued": queued,
+        }
+        write(folder / JOB, signed(folder, facts, files))
         job = self._read(folder)
         assert job is not None
         if queued:
@@ -204,9 +211,12 @@ class Jobs:
     def _read(self, folder: Path) -> Job | None:
         """Return the job in a folder.
 
-        None while it is being written, if it is damaged, or if it would run another program.
+        None while it is being written, if it is damaged, if it would run another program, or if
+        the folder is a link.
         """
         if folder not in self._known:
+            if folder.is_symlink():
+                return None
             try:
                 facts = read_object(folder / JOB, MOST_BYTES)
                 job = Job(
@@ -216,6 +226,7 @@ class Jobs:
                     tuple(map(str, facts["command"])),
                     Path(facts["output"]) if facts["output"] else None,
                     bool(facts["queued"]),
+                    is_signed(folder, facts),
                 )
             except (OSError, ValueError, KeyError, TypeError):
                 return None
@@ -227,10 +238,18 @@ class Jobs:
 
 def _start(job: Job) -> None:
     """Start the process of a job, in a session of its own, and wait until it has begun."""
-    line = [sys.executable, "-m", "gralora_diffusion.studio.engine.job_process", str(job.folder)]
-    # a bar is written to the log every two seconds, and a line at once
-    environment = {**os.environ, "TQDM_MININTERVAL": "2", "PYTHONUNBUFFERED": "1"}
-    with (job.folder / LOG).open("ab") as log:
+    line = [sys.executable, "-m", _PROCESS, str(job.folder)]
+    environment = {
+        **os.environ,
+        # a bar is written to the log every two seconds, and a line at once
+        "TQDM_MININTERVAL": "2",
+        "PYTHONUNBUFFERED": "1",
+        # the current folder may be somebody else's: no modules from there
+        "PYTHONSAFEPATH": "1",
+    }
+    log_path = job.folder / _LOG
+    log_path.unlink(missing_ok=True)  # a link or a pipe: no job has a log before it has begun
+    with log_path.open("xb") as log:
         process = subprocess.Popen(
             line,
             stdin=subprocess.DEVNULL,
@@ -244,7 +263,8 @@ def _start(job: Job) -> None:
     end = time.monotonic() + _PATIENCE
     while not (job.folder / STARTED).exists() and process.poll() is None:
         if time.monotonic() > end:
-            break
+            process.kill()
+            process.wait()
         time.sleep(0.02)
     if not (job.folder / STARTED).exists() and process.poll() is not None:
         write(job.folder / ENDED, {"code": process.returncode or 1})

@@ -46,6 +46,16 @@ class Workspace:
     def jobs(self) -> Path:
         return self.state / "jobs"
 
+    @property
+    def uploads(self) -> Path:
+        """What a page has uploaded, while the studio runs."""
+        return self.state / "uploads"
+
+    @property
+    def own_folders(self) -> tuple[Path, ...]:
+        """The folders in which the studio deletes and starts what it finds."""
+        return self.state, self.jobs, self.uploads
+
 
 def file_name(text: str, otherwise: str) -> str:
     """Return a text as the name of a file or folder: letters, digits, ``-``, ``_`` and ``.``.
