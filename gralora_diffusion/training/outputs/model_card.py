@@ -17,6 +17,7 @@ from PIL import Image
 from gralora_diffusion.base_models.quantization import QUANTIZED_BASE
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.templates import render
+from gralora_diffusion.pipelines.generation import takes_negative_prompt
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
@@ -67,7 +68,7 @@ def write_card(
             family,
         ],
         instance_prompt=config.instance_prompt,
-        widget=_widget(folder, config, grid, prompts) or None,
+        widget=_widget(folder, config, family, pipeline, grid, prompts) or None,
         **license_fields,
     )
     text = render(
@@ -92,16 +93,29 @@ def write_card(
 
 
 def _widget(
-    folder: Path, config: TrainingConfig, grid: Path | None, prompts: Sequence[ValidationPrompt]
+    folder: Path,
+    config: TrainingConfig,
+    family: str,
+    pipeline: str | None,
+    grid: Path | None,
+    prompts: Sequence[ValidationPrompt],
 ) -> list[dict[str, Any]]:
-    """Return an image of each prompt as the Hub shows it, by its path in the output folder."""
+    """Return an image of each prompt as the Hub shows it, by its path in the output folder.
+
+    Args:
+        pipeline: the class that edits or fills images; None for the family's usual one.
+    """
     shown = []
     for row, entry in enumerate(prompts):
         image = grid and grid.parent / image_name(row, 0)
         if not image or not image.is_relative_to(folder) or not image.is_file():
             continue
         example: dict[str, Any] = {"text": entry.prompt}
-        if negative := entry.negative_prompt or config.validation_negative_prompt:
+        negative = entry.negative_prompt
+        if negative is None:  # an empty one is the prompt's own
+            negative = config.validation_negative_prompt
+        used = getattr(diffusers, pipeline or get_family(family).pipeline_classes[0])
+        if negative and takes_negative_prompt(used):
             example["parameters"] = {"negative_prompt": negative}
         example["output"] = {"url": image.relative_to(folder).as_posix()}
         shown.append(example)

@@ -30,6 +30,7 @@ from gralora_diffusion.training.outputs import base_license, output_dir
 from gralora_diffusion.training.outputs.curve import plot_curve
 from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.model_card import write_card
+from gralora_diffusion.training.outputs.validation import image_name
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
@@ -317,6 +318,23 @@ def test_card_states_base_and_license(tmp_path: Path, monkeypatch: pytest.Monkey
     data = ModelCard.load(write_card(tmp_path, config, "flux", {}, None, [])).data.to_dict()
     assert (data["license"], data["license_name"]) == ("other", "flux-1-dev")
     assert data["license_link"] == "https://huggingface.co/owner/base/blob/main/LICENSE.md"
+
+
+@pytest.mark.parametrize(
+    ("family", "expected"),
+    [("stable-diffusion", [None, "own", "usual"]), ("flux", [None, None, None])],
+)
+def test_card_states_the_negative_prompts_that_were_used(
+    family: str, expected: list[str | None], tmp_path: Path
+) -> None:
+    """An empty one is a prompt's own, and FLUX.1 takes none."""
+    prompts = [ValidationPrompt(prompt="a", negative_prompt=text) for text in ("", "own", None)]
+    for name in ("grid.png", *(image_name(row, 0) for row in range(len(prompts)))):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    config = TrainingConfig(output_dir=str(tmp_path), validation_negative_prompt="usual")
+    path = write_card(tmp_path, config, family, {}, tmp_path / "grid.png", prompts)
+    widget = ModelCard.load(path).data.to_dict()["widget"]
+    assert [e.get("parameters", {}).get("negative_prompt") for e in widget] == expected
 
 
 @pytest.mark.parametrize(
