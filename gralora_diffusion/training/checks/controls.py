@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any
 
 import diffusers
@@ -13,6 +14,7 @@ from gralora_diffusion.families import ControlCount, ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.pipelines.editing import read_controls, read_fills
+from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.control_crops import same_shape
@@ -92,20 +94,27 @@ def check_sharded_controls(
 ) -> None:
     """Check that all processes of a sharded run compute the same number of passes.
 
-    Samples whose control images differ in number or size need a pass of their own, and in each
-    pass the processes gather the base's parts together.
+    Samples whose prepared control images differ in number or size need a pass of their own, and in
+    each pass the processes gather the base's parts together.
 
     Raises:
         ConfigError: they would not.
     """
-    kinds = {tuple(control.size for control in image.controls) for image in images}
-    if count.aligned or not any(kinds):
+    if count.aligned or not any(image.controls for image in images):
         return
-    if len(kinds) > 1:
+    if len({tuple(control.size for control in image.controls) for image in images}) > 1:
         raise ConfigError(
             [
                 "with FSDP, all images must have equally many control images of the same sizes, "
                 "because the processes compute together. Resize them, or train without FSDP"
+            ]
+        )
+    if len({_decides_shapes(config, image) for image in images}) > 1:
+        raise ConfigError(
+            [
+                "with FSDP, all images must have one shape if control images are cropped with "
+                "them, because the processes compute together. Crop the images to one size, or "
+                "train without FSDP"
             ]
         )
     if config.control_dropout:
@@ -115,6 +124,22 @@ def check_sharded_controls(
                 "such a base needs its control images. Leave it out, or train without FSDP"
             ]
         )
+
+
+def _decides_shapes(options: ImageOptions, image: Example) -> tuple[Any, ...]:
+    """Return what the shapes of an image's prepared control images follow from.
+
+    Those with the image's own shape are cropped with it, see ``ControlPlan``. So they follow from
+    its aspect ratio too, and with buckets, from its number of pixels if these are few.
+    """
+    sizes = tuple(control.size for control in image.controls)
+    cropped = tuple(same_shape(size, image.size) for size in sizes)
+    if not any(cropped):
+        return sizes, cropped
+    assert options.resolution is not None
+    (width, height), most = image.size, options.resolution**2
+    pixels = min(width * height, most) if options.use_aspect_ratio_buckets else None
+    return sizes, cropped, Fraction(width, height), pixels
 
 
 def validation_controls(

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from PIL import Image
 
 from gralora_diffusion.families import ControlCount, get_family
 from gralora_diffusion.io.errors import ConfigError
@@ -15,7 +19,9 @@ from gralora_diffusion.training.checks.controls import (
     check_sharded_controls,
 )
 from gralora_diffusion.training.checks.options import find_problems
+from gralora_diffusion.training.data.control_crops import ControlPlan
 from gralora_diffusion.training.data.controls import ControlImage
+from gralora_diffusion.training.data.data_module import crop_plan
 from gralora_diffusion.training.data.image_folder import Example
 from tests import pipeline_classes
 from tests.models import PIPELINES
@@ -155,6 +161,33 @@ def test_processes_that_compute_together() -> None:
         check_sharded_controls(config(), tokens, [ONE, example()])
     with pytest.raises(ConfigError, match=r"--control_dropout is 0\.1, but with FSDP"):
         check_sharded_controls(config(control_dropout=0.1), tokens, [ONE])
+
+
+@pytest.mark.parametrize("buckets", [False, True])
+def test_processes_compute_together_only_on_control_images_of_one_shape(buckets: bool) -> None:
+    """Whatever is accepted is prepared to one shape, also if images differ in size."""
+    options = config(resolution=64, use_aspect_ratio_buckets=buckets)
+    plan = ControlPlan(
+        crop_plan(options, 8), lambda image: torch.empty(3, image.height, image.width)
+    )
+
+    def prepared(image: Example) -> list[torch.Size]:
+        variant = plan.crops.kept(image.size, "key", 1, 0)[0]
+        blank = [Image.new("RGB", control.size) for control in image.controls]
+        return [plan.pixel_values(control, image.size, variant).shape for control in blank]
+
+    sizes = [(64, 96), (96, 64), (128, 192), (20, 30), (64, 95), (200, 200), (100, 100)]
+    accepted = set()
+    for one, other in itertools.combinations(sizes, 2):
+        for control in ((128, 192), (128, 128), (300, 100)):
+            images = [example(control, size=one), example(control, size=other)]
+            with suppress(ConfigError):
+                check_sharded_controls(options, ControlCount(0, None), images)
+                assert prepared(images[0]) == prepared(images[1])
+                accepted.add((one, other, control))
+    assert all((*pair, (300, 100)) in accepted for pair in itertools.combinations(sizes, 2))
+    assert ((64, 96), (128, 192), (128, 192)) in accepted
+    assert ((64, 96), (96, 64), (128, 192)) not in accepted  # one is cropped, one used whole
 
 
 def test_once_the_base_is_known() -> None:
