@@ -31,6 +31,8 @@ _ALLOWED = re.compile(
 #: Bytes of an upload, and of any other request, at most.
 MOST_UPLOAD, _MOST_OTHER = 2 << 30, 16 << 20
 _UPLOAD = "/gradio_api/upload"
+#: Wrong passwords at the same time, each of which is answered after a second; others are refused.
+_MOST_FAILING = 5
 _LOGIN, _COOKIE = "/studio/login", "gralora_studio"
 #: The page loads nothing from elsewhere, and is shown in no other page.
 _HEADERS = {
@@ -60,13 +62,16 @@ class Guard:
         token: what a browser must show once; it then gets a cookie.
         listens: other machines may ask, too, by any IP address or the names in ``hosts``.
         hosts: names of this machine that ``Host`` may have, besides localhost.
+        once: another token, which is valid once.
     """
 
     app: Any
     token: str
     listens: bool = False
     hosts: frozenset[str] = frozenset()
+    once: str | None = None
     _session: str = field(default_factory=lambda: secrets.token_urlsafe(32))
+    _failing: int = 0
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         """Answer a request, or refuse it."""
@@ -163,12 +168,24 @@ class Guard:
         return await self._checked(given[0].encode("latin-1").decode("utf-8", "replace"))
 
     async def _checked(self, given: str) -> Response:
-        if not hmac.compare_digest(given.encode("utf-8", "replace"), self.token.encode()):
-            await asyncio.sleep(1)  # nobody guesses many
+        if self._failing >= _MOST_FAILING:
+            return self._login_page(f"Too many wrong {self._word}s. Wait a few seconds.", 429)
+        if not self._is_valid(given.encode("utf-8", "replace")):
+            self._failing += 1
+            try:
+                await asyncio.sleep(1)  # nobody guesses many
+            finally:
+                self._failing -= 1
             return self._login_page(f"This is not the {self._word}.", 401)
         answer = RedirectResponse("/", 303)
         answer.set_cookie(_COOKIE, self._session, httponly=True, samesite="strict")
         return answer
+
+    def _is_valid(self, given: bytes) -> bool:
+        if self.once is not None and hmac.compare_digest(given, self.once.encode()):
+            self.once = None
+            return True
+        return hmac.compare_digest(given, self.token.encode())
 
     @property
     def _word(self) -> str:

@@ -20,12 +20,15 @@ logger = logging.getLogger(__name__)
 _LOOK = 1.0
 
 
-def application(studio: Studio, token: str, *, listens: bool = False) -> Guard:
+def application(
+    studio: Studio, token: str, *, listens: bool = False, once: str | None = None
+) -> Guard:
     """Return the application: every request passes the guard first.
 
     Args:
         token: what a browser must show; with ``listens``, the password.
         listens: other machines may ask, too.
+        once: another token, which is valid once.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes(studio.opened))
@@ -46,7 +49,7 @@ def application(studio: Studio, token: str, *, listens: bool = False) -> Guard:
         head=page.HEAD,
     )
     hosts = frozenset({socket.gethostname().lower()}) if listens else frozenset()
-    return Guard(app, token, listens, hosts)
+    return Guard(app, token, listens, hosts, once)
 
 
 def start_queue(jobs: Jobs) -> threading.Event:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import shutil
 
@@ -11,6 +12,7 @@ pytest.importorskip("gradio")
 from starlette.testclient import TestClient
 
 from gralora_diffusion.studio.context import Studio
+from gralora_diffusion.studio.guard import Guard
 from gralora_diffusion.studio.server import application
 from tests import ROOT
 
@@ -73,6 +75,27 @@ def test_a_wrong_token_and_the_form(client):
     assert client.get("/config").status_code == 401
     assert client.post("/studio/login", data={"token": TOKEN}).status_code == 303
     assert client.get("/config").status_code == 200
+
+
+def test_a_token_that_is_valid_once(studio):
+    app = application(studio, TOKEN, once="once")
+    first, second = (TestClient(app, HERE, follow_redirects=False) for _ in range(2))
+    assert first.get("/", params={"token": "once"}).status_code == 303
+    assert second.get("/", params={"token": "once"}).status_code == 401
+    assert second.get("/", params={"token": TOKEN}).status_code == 303
+    assert first.get("/config").status_code == second.get("/config").status_code == 200
+
+
+def test_few_passwords_are_tried_at_the_same_time():
+    guard = Guard(None, "a password", listens=True)
+
+    async def guess():
+        wrong = [guard._checked(f"{number}") for number in range(40)]
+        given = await asyncio.gather(*wrong, guard._checked("a password"))
+        return [answer.status_code for answer in (*given, await guard._checked("a password"))]
+
+    # while so many are wrong, not even the right one is compared
+    assert asyncio.run(guess()) == [401] * 5 + [429] * 36 + [303]
 
 
 @pytest.mark.parametrize(
