@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib.util
+import logging
 import os
 import secrets
 import shutil
@@ -19,6 +21,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.options.command_parser import CommandParser
 
+from .engine.signatures import STATE, make_key
 from .engine.workspace import Workspace
 
 FOLDER = "gralora-studio"
@@ -77,6 +80,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     from gralora_diffusion.training.runtime.folder_lock import owned
 
     try:
+        make_key()
+    except OSError as error:
+        command.error(
+            f"the studio signs its jobs with a key of yours, which cannot be used ({error}). Give "
+            f"a folder that you can write to in the environment variable {STATE}"
+        )
+    try:
         with owned(Workspace(folder).state, f"the studio's folder '{folder}'"):
             _serve(args, folder)
     except ConfigError as error:
@@ -87,6 +97,12 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     folder = Path(args.folder).expanduser()
     if folder.exists() and not folder.is_dir():
         yield f"FOLDER is '{folder}', which is a file. Give a folder"
+    for path in Workspace(folder).own_folders:
+        if path.is_symlink():
+            yield (
+                f"FOLDER has '{path}', which is a link: the studio would delete and start what is "
+                "elsewhere. Delete the link, or give another folder"
+            )
     if args.port is not None and not 0 < args.port < 65536:
         yield f"--port is {args.port}; it must be from 1 to 65535"
     password = os.environ.get(PASSWORD, "")
@@ -103,7 +119,9 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     listening = _listening_socket(host, args.port)
     port = listening.getsockname()[1]
     token = os.environ[PASSWORD] if args.listen else secrets.token_urlsafe(24)
-    uploads = Workspace(folder).state / "uploads"
+    # other users of this machine see the command line of the browser
+    once = None if args.listen else secrets.token_urlsafe(24)
+    uploads = Workspace(folder).uploads
     shutil.rmtree(uploads, ignore_errors=True)  # of a studio that was killed
     _keep_to_this_machine(str(uploads.resolve()))
     import uvicorn
@@ -113,7 +131,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     from .server import application, start_queue
 
     studio = Studio.at(folder)
-    app = application(studio, token, listens=args.listen is not None)
+    app = application(studio, token, listens=args.listen is not None, once=once)
     stop = start_queue(studio.jobs)
     if args.listen:
         print_safely(
@@ -129,15 +147,31 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     print_safely("End it with Ctrl-C. Runs continue, and the next start finds them.")
     sys.stdout.flush()
     server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, server_header=False)
+        uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+            timeout_graceful_shutdown=1,  # an open page never ends its requests itself
+        )
     )
+    logging.getLogger("uvicorn.error").addFilter(_is_unexpected)
     if not args.no_browser:
-        threading.Timer(1.0, _open_browser, [address]).start()
+        threading.Timer(
+            1.0, _open_browser, [address_with(once, host, port) if once else address]
+        ).start()
     try:
         server.run(sockets=[listening])
     finally:
         stop.set()
         shutil.rmtree(uploads, ignore_errors=True)
+
+
+def _is_unexpected(record: logging.LogRecord) -> bool:
+    """Whether a message is more than that requests of open pages were cancelled at the end."""
+    kind = record.exc_info[0] if record.exc_info else None
+    cancelled = kind is not None and issubclass(kind, asyncio.CancelledError)
+    return not cancelled and "graceful shutdown exceeded" not in record.getMessage()
 
 
 def _listening_socket(host: str, port: int | None) -> socket.socket:
