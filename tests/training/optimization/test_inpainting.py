@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from PIL import Image, ImageChops, ImageOps
 from torch import Tensor
@@ -19,6 +20,7 @@ from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.pipelines.editing import editing_pipeline, whole_fill
+from gralora_diffusion.training.data.class_images import generate_class_images
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import mean_loss
@@ -28,7 +30,7 @@ from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
 from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.optimization.test_step import as_tokens, make_trainer, step_by_the_pipeline
-from tests.training.runs import assert_close, assert_same_run, make_images, run, run_two
+from tests.training.runs import assert_close, assert_same_run, config, make_images, run, run_two
 
 #: Changes that make a tiny base one that fills.
 FILLING: dict[str, dict[str, Any]] = {
@@ -178,6 +180,27 @@ def test_whole_images_start_from_noise_alone(filling: Path) -> None:
     rng = torch.Generator().manual_seed(0)
     expected = pipe("a dog", num_inference_steps=2, generator=rng, **given).images[0]
     assert made[0][0].tobytes() == made[1][0].tobytes() == expected.tobytes()
+
+
+def test_class_images_start_from_noise_alone(tmp_path: Path) -> None:
+    family = get_family("stable-diffusion-xl")
+    options = config(
+        pretrained_model_name_or_path=save_filling(family.name, tmp_path / "base"),
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=tmp_path / "class",
+        num_class_images=1,
+        seed=3,
+    )
+    generate_class_images(options, family, Accelerator(cpu=True))
+    pipe = inpainting(DiffusionPipeline.from_pretrained(tmp_path / "base"), family.name)
+    side = family.native_resolution(pipe)
+    image, mask = whole_fill(side, side)
+    rng = generator(3, "class image", 0)
+    given = {"image": image, "mask_image": mask, "strength": 1.0, "generator": rng}
+    expected = pipe("a dog", **given).images[0]
+    made = Image.open(tmp_path / "class" / "class-00000.png")
+    assert ImageChops.difference(made, expected).getbbox() is None
 
 
 @pytest.mark.parametrize(
