@@ -10,12 +10,15 @@ from typing import Any
 
 from markupsafe import Markup
 
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number
 from gralora_diffusion.io.templates import for_html
 
 _WIDTH, _HEIGHT = 360, 150
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 352, 10, 126
 #: Points of a curve at most; a curve is not wider in pixels.
 _MOST_POINTS = 300
+#: Larger numbers are not drawn: their sums and differences are not finite.
+_MOST = 1e300
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,8 @@ class Curve:
 def numbers_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float, float]]:
     """Return (step, number) for the steps that have a finite number of this name.
 
+    Numbers beyond what can be drawn are left out.
+
     Args:
         name: a key of a row, or of its "performance".
     """
@@ -38,7 +43,7 @@ def numbers_of(rows: Sequence[Mapping[str, Any]], name: str) -> list[tuple[float
         performance = row.get("performance")
         inner = performance.get(name) if isinstance(performance, Mapping) else None
         value = row.get(name, inner)
-        if isinstance(value, (int, float)) and math.isfinite(value):
+        if is_finite_number(value) and abs(value) <= _MOST:
             found.append((float(row["step"]), float(value)))
     return found
 

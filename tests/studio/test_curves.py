@@ -14,6 +14,8 @@ ROWS = [
     {"step": 2, "loss": None, "lr": 1e-4},
     {"step": 3, "loss": 1.0, "performance": "damaged"},
     {"step": 4, "loss": float("inf")},
+    {"step": 5, "loss": 10**400, "lr": True},
+    {"step": 6, "loss": -1.7e308, "lr": float("nan")},
 ]
 
 

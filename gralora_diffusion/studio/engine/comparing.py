@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
 from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.json_files import parse_object, read_object
 from gralora_diffusion.io.process import log_to_terminal, print_safely, quiet_libraries
+from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.tensor_files import replacing
 
 SPEC_NAME, GRID_NAME = "comparison.json", "grid.png"
 _MOST_BYTES = 1 << 20
+_MOST_CELLS = 1000
 
 
 @dataclass(frozen=True)
@@ -81,7 +85,11 @@ class Comparison:
             found.append("the base is missing. Give a diffusers folder, a Hub id or a file")
         if not self.prompts:
             found.append("there is no prompt. Give one on each line")
-        if not self.rows:
+        rows = self.with_base + len(self.adapters) * len(self.scales) + len(self.blends)
+        cells = rows * len(self.prompts) * len(self.seeds)
+        if cells > _MOST_CELLS:
+            found.append(f"these are {cells:,} images; at most {_MOST_CELLS:,} are compared")
+        elif not self.rows:
             found.append("there is nothing to compare. Choose an adapter, or the base alone")
         if self.adapters and not self.scales:
             found.append("there is no strength. Give one or several, such as 0.5 1")
@@ -89,6 +97,10 @@ class Comparison:
             found.append("a blend needs two adapters. Choose two, or leave the blend empty")
         if any(not 0 <= share <= 1 for share in self.blends):
             found.append("the share of a blend must be from 0 to 1")
+        if not all(map(is_finite_number, self.scales)):
+            found.append("a strength must be a finite number")
+        if self.guidance_scale is not None and not is_finite_number(self.guidance_scale):
+            found.append("the guidance scale must be a finite number")
         if self.steps < 1:
             found.append(f"the steps are {self.steps}; they must be at least 1")
         if not self.seeds or any(not 0 <= seed < 2**63 for seed in self.seeds):
@@ -104,7 +116,7 @@ class Comparison:
 
 def _label(adapter: str) -> str:
     path = Path(adapter)
-    return public_name(str(path.parent) if path.is_file() else adapter)
+    return public_name(str(path.parent) if is_regular(path) else adapter)
 
 
 def read(path: Path) -> Comparison:
@@ -114,10 +126,42 @@ def read(path: Path) -> Comparison:
         OSError: the file cannot be read.
         ValueError: it does not contain a comparison.
     """
+    values = read_object(path, _MOST_BYTES)
+    for name, value in values.items():
+        if name in _KINDS and not _KINDS[name](value):
+            raise ValueError(f"{path.name} does not contain a comparison: {name} is {value!r:.80}")
     try:
-        return Comparison(**read_object(path, _MOST_BYTES))
+        return Comparison(**values)
     except TypeError as error:
         raise ValueError(f"{path.name} does not contain a comparison: {error}") from error
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _list_of(is_item: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(map(is_item, value))
+
+
+def _or_none(is_value: Callable[[object], bool]) -> Callable[[object], bool]:
+    return lambda value: value is None or is_value(value)
+
+
+#: Field of a comparison -> whether a value from JSON is one of its kind.
+_KINDS: dict[str, Callable[[object], bool]] = {
+    "base": _is_text,
+    "prompts": _list_of(_is_text),
+    "adapters": _list_of(_is_text),
+    "scales": _list_of(is_finite_number),
+    "blends": _list_of(is_finite_number),
+    "with_base": lambda value: isinstance(value, bool),
+    "seeds": _list_of(is_integer),
+    "negative_prompt": _or_none(_is_text),
+    "steps": is_integer,
+    "guidance_scale": _or_none(is_finite_number),
+    "size": _or_none(is_integer),
+}
 
 
 def cell_name(row: int, column: int) -> str:
@@ -127,11 +171,24 @@ def cell_name(row: int, column: int) -> str:
 
 def settings_of(path: Path) -> dict[str, Any]:
     """Return what an image of a cell was generated with; {} if it does not say so."""
+    with suppress(OSError):
+        status = path.stat()
+        return dict(_settings(path, status.st_mtime_ns, status.st_size))
+    return {}
+
+
+@lru_cache(maxsize=4 * _MOST_CELLS)
+def _settings(path: Path, changed: int, size: int) -> dict[str, Any]:
+    del changed, size  # another content
     from PIL import Image
 
     from gralora_diffusion.io.image_parameters import OWN
 
-    with suppress(OSError, ValueError), Image.open(path, formats=("PNG",)) as image:
+    if not is_regular(path):
+        return {}
+    # all of the image is decoded: its texts may come after its pixels
+    damaged = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+    with suppress(*damaged), Image.open(path, formats=("PNG",)) as image:
         return parse_object(image.text.get(OWN, ""))  # type: ignore[attr-defined]
     return {}
 

@@ -14,7 +14,7 @@ import yaml
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
-from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.regular_files import is_regular, read_regular
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.outputs.metrics import METRICS_NAME, read_metrics
 from gralora_diffusion.training.outputs.published import VALIDATION_NAME
@@ -25,10 +25,16 @@ from .jobs import Job, gralora
 
 #: States of a status after which the process ends.
 _ENDED = ("finished", "stopped", "ended")
+#: States of a job that tell of a run without a folder; after others, somebody has deleted it.
+_PENDING = ("waiting", "running", "failed")
 #: Levels of folders below the studio's folder in which runs are found.
 _DEPTH = 3
 #: Of a file of options, in bytes.
 _MOST_BYTES = 1 << 20
+#: Items of a list of options that are shown.
+_MOST_ITEMS = 100
+#: Larger steps are no number of a run: a float does not have them.
+_MOST_STEPS = 1 << 53
 
 
 @dataclass(frozen=True)
@@ -70,12 +76,12 @@ class Run:
         return None
 
     @property
-    def options(self) -> dict[str, Any]:
-        """The options that it was started with, of those that are not the defaults."""
-        with suppress(OSError, ValueError, RecursionError, yaml.YAMLError):
-            found = yaml.safe_load(read_regular(self.folder / CONFIG_NAME, _MOST_BYTES))
-            if isinstance(found, dict):
-                return {str(name): value for name, value in found.items()}
+    def options(self) -> dict[str, str | list[str]]:
+        """The options that it was started with, as they are written; defaults are left out."""
+        path = self.folder / CONFIG_NAME
+        with suppress(OSError):
+            status = path.stat()
+            return dict(_options(path, status.st_mtime_ns, status.st_size))
         return {}
 
     @property
@@ -93,7 +99,8 @@ class Run:
         status, steps = self.status, self.options.get("max_train_steps")
         if status is not None and status.steps is not None:
             return status.steps
-        return steps if isinstance(steps, int) else None
+        plain = isinstance(steps, str) and steps.isascii() and steps.isdecimal()
+        return int(steps) if plain and len(steps) < 16 else None
 
     @property
     def adapter(self) -> Path | None:
@@ -141,7 +148,32 @@ class Run:
 @lru_cache(maxsize=64)
 def _rows(path: Path, changed: int, size: int) -> tuple[Mapping[str, Any], ...]:
     del changed, size  # another content
-    return tuple(read_metrics(path))
+    return tuple(row for row in read_metrics(path) if 0 <= row["step"] < _MOST_STEPS)
+
+
+@lru_cache(maxsize=256)
+def _options(path: Path, changed: int, size: int) -> Mapping[str, str | list[str]]:
+    """Return the plain values of a file of options, and lists of them; others are left out.
+
+    Nothing is constructed from them: a run of another version, or of somebody else, may have any
+    tag, and an alias may stand for more than fits into memory.
+    """
+    del changed, size  # another content
+    try:
+        text = read_regular(path, _MOST_BYTES).decode()
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
+        return {}
+    found: dict[str, str | list[str]] = {}
+    for key, value in root.value if isinstance(root, yaml.MappingNode) else ():
+        if not isinstance(key, yaml.ScalarNode) or value.tag == "tag:yaml.org,2002:null":
+            continue
+        if isinstance(value, yaml.ScalarNode):
+            found[key.value] = value.value
+        elif isinstance(value, yaml.SequenceNode):
+            parts = value.value[:_MOST_ITEMS]
+            found[key.value] = [p.value for p in parts if isinstance(p, yaml.ScalarNode)]
+    return found
 
 
 def find_runs(folder: Path, jobs: Sequence[Job]) -> list[Run]:
@@ -153,11 +185,15 @@ def find_runs(folder: Path, jobs: Sequence[Job]) -> list[Run]:
     by_output = {job.output: job for job in jobs if job.kind == "train" and job.output}
     found = {path: by_output.get(path) for path in _run_folders(folder)}
     for path, job in by_output.items():
-        if path not in found and job.state != "cancelled":
+        if path not in found and (_has_run(path) or job.state in _PENDING):
             found[path] = job
     names = {path: _name(path, folder) for path in found}
     newest = sorted(found, key=lambda path: (_age(path, found[path]), names[path]), reverse=True)
     return [Run(path, names[path], found[path]) for path in newest]
+
+
+def _has_run(folder: Path) -> bool:
+    return any(is_regular(folder / name) for name in (CONFIG_NAME, METRICS_NAME))
 
 
 def _run_folders(folder: Path) -> list[Path]:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import struct
+import zlib
+
 import pytest
 from PIL import Image
 
+from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.studio.engine.comparing import (
     GRID_NAME,
@@ -90,3 +95,35 @@ def test_problems_before_anything_is_loaded(tmp_path):
         path.write_text(content)
         with pytest.raises(ValueError, match=r"contain|Expecting"):
             read(path)
+    right = {"base": "a", "prompts": ["b"]}
+    for wrong in (
+        {"base": 1},
+        {"prompts": "b"},
+        {"prompts": [1]},
+        {"scales": ["1"]},
+        {"scales": [float("nan")]},
+        {"seeds": [1.5]},
+        {"with_base": 1},
+        {"steps": True},
+        {"size": "9"},
+        {"guidance_scale": 10**400},
+    ):
+        path.write_text(json.dumps(right | wrong))
+        with pytest.raises(ValueError, match=f"comparison: {next(iter(wrong))} is "):
+            read(path)
+    many = Comparison(base="a", prompts=["b"] * 1000, seeds=[0] * 1000, adapters=["c"] * 1000)
+    assert many.problems() == ["these are 1,001,000,000 images; at most 1,000 are compared"]
+
+
+def test_settings_of_an_image_are_read_again_when_it_changes(tmp_path):
+    path = tmp_path / "cell.png"
+    assert settings_of(path) == {}
+    for seed in (1, 22):
+        save_png(Image.new("RGB", (8, 8)), path, ImageParameters(prompt="a", seed=seed, steps=1))
+        assert settings_of(path)["seed"] == seed
+    path.write_bytes(path.read_bytes()[:60])
+    assert settings_of(path) == {}
+    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    length, check = struct.pack(">I", 13), struct.pack(">I", zlib.crc32(header))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + length + header + check)
+    assert settings_of(path) == {}  # its size alone would fill the memory

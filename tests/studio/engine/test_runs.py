@@ -56,7 +56,7 @@ def test_runs_of_a_terminal_are_found_without_a_job(tmp_path):
     ]
     run = runs[0]
     assert list(run.rows) == ROWS
-    assert (run.steps, run.options["rank"]) == (9, 8)
+    assert (run.steps, run.options["rank"]) == (9, "8")
     assert run.checkpoints == [3, 6]
     assert [(s, [p.name for p in paths]) for s, paths in run.validations] == [
         (step, ["00-00.png", "00-01.png"]) for step in (0, 3)
@@ -101,17 +101,50 @@ def test_jobs_tell_of_runs_without_a_folder_and_of_failures(tmp_path):
     assert waiting.state == "cancelled"
     runs["b"].ask("stop")
     assert running.wait(20) == "stopped"
+    assert {run.name for run in find_runs(tmp_path, jobs.list())} == {"a"}
+    make_run(tmp_path / "b")
     assert {run.name for run in find_runs(tmp_path, jobs.list())} == {"a", "b"}
+
+
+def test_a_run_outside_of_the_folder_is_found_until_it_is_deleted(tmp_path):
+    jobs = Jobs(tmp_path / "studio/.studio/jobs", programs=[("-c",)])
+    job = jobs.add("train", "a", ["-c", "pass"], make_run(tmp_path / "elsewhere"))
+    assert job.wait(20) == "done"
+    (run,) = find_runs(tmp_path / "studio", jobs.list())
+    assert run.folder == tmp_path / "elsewhere"
+    shutil.rmtree(run.folder)
+    assert find_runs(tmp_path / "studio", jobs.list()) == []
 
 
 def test_options_that_differ(tmp_path):
     make_run(tmp_path / "a", "rank: 8\nseed: 1\n")
     make_run(tmp_path / "b", "rank: 4\nseed: 1\noptimizer: prodigy\n")
     runs = sorted(find_runs(tmp_path, []), key=lambda run: run.name)
-    assert differing_options(runs) == {"optimizer": [None, "prodigy"], "rank": [8, 4]}
+    assert differing_options(runs) == {"optimizer": [None, "prodigy"], "rank": ["8", "4"]}
 
 
-@pytest.mark.parametrize("content", ["- a", "a: [", "\0", "x" * (2 << 20)])
+def test_options_are_plain_texts_and_short_lists(tmp_path):
+    lines = ["a: &a [x, {y: z}, 1e-4]", *(f"b{i}: *a" for i in range(9)), "max_train_steps: 0x10"]
+    odd = ["c: !!timestamp never", "d: 2026-99-99", "e: {f: g}", "h: null", f"i: {[1] * 500}"]
+    make_run(tmp_path / "a", "\n".join([*lines, *odd]))
+    (run,) = find_runs(tmp_path, [])
+    lists = {key: ["x", "1e-4"] for key in ["a", *(f"b{i}" for i in range(9))]}
+    plain = {"max_train_steps": "0x10", "c": "never", "d": "2026-99-99", "i": ["1"] * 100}
+    assert (run.options, run.steps) == (lists | plain, None)
+
+
+def test_rows_with_impossible_steps_are_skipped(tmp_path):
+    folder = make_run(tmp_path / "a")
+    with (folder / "metrics.jsonl").open("a") as file:
+        for step in (-1, 2**53, 10**400):
+            file.write(f'\n{{"step": {step}, "loss": 1}}\n')
+    (run,) = find_runs(tmp_path, [])
+    assert list(run.rows) == ROWS
+
+
+@pytest.mark.parametrize(
+    "content", ["- a", "a: [", "\0", "x" * (2 << 20), r'a: "\UFFFFFFFF"', "[" * 5000]
+)
 def test_damaged_options(tmp_path, content):
     make_run(tmp_path / "a", content)
     (run,) = find_runs(tmp_path, [])
