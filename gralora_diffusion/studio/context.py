@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import gradio as gr
 from markupsafe import Markup
@@ -19,6 +20,9 @@ from .engine.workspace import Workspace
 
 #: How often a page asks for news, in seconds.
 INTERVAL = 2.0
+#: Kind of a job of the queue -> what users call it.
+_NOUNS = {"train": "run", "compare": "comparison"}
+_Named = TypeVar("_Named", Run, Job)
 
 
 @dataclass
@@ -51,12 +55,56 @@ class Studio:
 
     def adapters(self) -> list[tuple[str, str]]:
         """Return (name, path) of the finished adapters of all runs."""
-        return [(run.name, str(run.folder)) for run in self.runs() if run.adapter is not None]
+        found = []
+        for run in self.runs():
+            with suppress(OSError):  # the tab of runs says which cannot be read
+                if run.adapter is not None:
+                    found.append((run.name, str(run.folder)))
+        return found
 
-    def address(self, file: Path, kind: str = "view") -> str:
-        """Return the address of a file: its "view", "thumbnail", or the "file" itself."""
-        changed = file.stat().st_mtime_ns if file.exists() else 0
-        return f"/studio/{kind}/{self.opened.add(file)}?v={changed}"
+    def address(self, file: Path, kind: str = "view") -> str | None:
+        """Return the address of a file: its "view", "thumbnail", or the "file" itself.
+
+        None if it is not shown, because it is in no opened folder.
+        """
+        try:
+            changed = file.stat().st_mtime_ns
+        except OSError:
+            changed = 0
+        try:
+            return f"/studio/{kind}/{self.opened.add(file)}?v={changed}"
+        except OSError:
+            return None
+
+    def link(self, file: Path, text: str, kind: str = "view") -> Markup:
+        """Return a link to a file, or its name if it is not shown."""
+        address = self.address(file, kind)
+        if address is None:
+            return Markup("{} is not shown: it is in another folder").format(for_html(file.name))
+        target = "" if kind == "file" and file.suffix != ".html" else Markup(' target="_blank"')
+        return Markup('<a href="{}"{}>{}</a>').format(address, target, for_html(text))
+
+    def picture(self, file: Path, alt: str, kind: str = "view", title: str = "") -> Markup:
+        """Return an image that leads to itself in its own size, or its name if it is not shown."""
+        view, source = self.address(file), self.address(file, kind)
+        if view is None or source is None:
+            return Markup("<small>{} is in another folder</small>").format(for_html(file.name))
+        image = '<a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}" title="{}"></a>'
+        return Markup(image).format(view, source, for_html(alt), for_html(title))
+
+
+def chosen_of(items: Sequence[_Named], name: str | None, was_chosen: bool) -> _Named | None:
+    """Return the chosen item, or the first one if none was ever chosen.
+
+    Another is never chosen in place of one that is gone: a click that was meant for that one would
+    reach this one.
+
+    Args:
+        was_chosen: an item was chosen before, and is gone.
+    """
+    if name or was_chosen:
+        return next((item for item in items if item.name == name), None)
+    return items[0] if items else None
 
 
 def choice(component: type, choices: list[Any], value: Any, given: Any, before: Any) -> Any:
@@ -72,6 +120,14 @@ def choice(component: type, choices: list[Any], value: Any, given: Any, before: 
     if value != given:
         return component(choices=choices, value=value)
     return gr.skip() if choices == before else component(choices=choices)
+
+
+def waits_for(jobs: Sequence[Job]) -> str:
+    """Return what a waiting job waits for: the job of the queue that is running."""
+    running = next((job for job in jobs if job.queued and job.state == "running"), None)
+    if running is None:
+        return "starts in a moment"
+    return f"starts when the {_NOUNS.get(running.kind, running.kind)} {running.title} has ended"
 
 
 def log_of(job: Job, lines: int = 40, kind: str = "") -> Markup:

@@ -8,10 +8,12 @@ from typing import Any
 import gradio as gr
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.templates import for_html
 
 from . import tab_benchmark, tab_compare, tab_images, tab_runs, tab_share, tab_train
 from .context import Studio
 from .tab_compare import base_of
+from .tab_runs import absent
 from .tab_train import filled_from, new_output
 
 #: Fonts that every machine has: nothing is fetched.
@@ -72,8 +74,10 @@ def build(studio: Studio) -> gr.Blocks:
             try:
                 if run is not None:
                     return [*filled_from(studio, run), gr.Tabs(selected="train")]
+                gr.Warning(absent(name))
             except ConfigError as error:
-                gr.Warning(f"The options of this run cannot be read: {error}")
+                text = for_html(f"The options of this run cannot be read: {error}")
+                gr.Warning(str(text))
             return [gr.skip()] * (len(train.inputs) + 1)
 
         runs.duplicate.click(duplicate, runs.chosen, [*train.inputs, tabs], **quiet).then(
@@ -83,7 +87,7 @@ def build(studio: Studio) -> gr.Blocks:
         def generate_with(name: str | None) -> Any:
             run = studio.run(name)
             if run is None or run.adapter is None:
-                gr.Warning("The run has no finished adapter yet")
+                gr.Warning("The run has no finished adapter yet" if run else absent(name))
                 return [gr.skip()] * 3
             path = str(run.folder)
             chosen = gr.CheckboxGroup(choices=studio.adapters(), value=[path])

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
 
-from .context import INTERVAL, Studio, log_of, shown
+from .context import INTERVAL, Studio, log_of, shown, waits_for
 from .engine.jobs import Job, gralora
 from .engine.workspace import free_path
 
@@ -34,7 +34,8 @@ def build(studio: Studio) -> None:
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def latest() -> Job | None:
-        return next((j for j in reversed(studio.jobs.list()) if j.kind == "benchmark"), None)
+        jobs = reversed(studio.jobs.list())
+        return next((job for job in jobs if job.kind == "benchmark" and job.output), None)
 
     def refresh(before: str) -> Any:
         now = shown(_state(studio, latest()))
@@ -77,6 +78,7 @@ def _state(studio: Studio, job: Job | None) -> Markup:
     )
     report = job.output / _REPORT
     if report.is_file():
-        link = Markup('<p><a href="{}" target="_blank">Read the report</a></p>')
-        head += link.format(studio.address(report, "file"))
+        head += Markup("<p>{}</p>").format(studio.link(report, "Read the report", "file"))
+    if state == "waiting":
+        head += Markup('<p class="facts">{}</p>').format(for_html(waits_for(studio.jobs.list())))
     return head + log_of(job, 12)

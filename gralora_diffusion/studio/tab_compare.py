@@ -12,10 +12,12 @@ from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
 
-from .context import INTERVAL, Studio, choice, log_of, messages, shown
+from .context import INTERVAL, Studio, choice, chosen_of, log_of, messages, shown, waits_for
 from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
 from .engine.jobs import COMPARING, Job
 from .engine.workspace import free_path, stamp
+
+_GONE = "This comparison is no longer there. Choose another one"
 
 
 @dataclass
@@ -57,6 +59,7 @@ def build(studio: Studio) -> CompareTab:
             generate = gr.Button(
                 "Generate", variant="primary", elem_id="compare-generate", min_width=120
             )
+            stop = gr.Button("Stop", elem_id="compare-stop", min_width=80)
             earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
         problems = gr.HTML(js_on_load=None)
         result = gr.HTML(elem_id="compare-result", js_on_load=None)
@@ -66,18 +69,20 @@ def build(studio: Studio) -> CompareTab:
 
     def refresh(chosen: list[str], job_name: str | None, before: dict[str, Any]) -> Any:
         """Return what has changed since ``before``."""
-        jobs = [job for job in reversed(studio.jobs.list()) if job.kind == "compare"]
-        job = next((job for job in jobs if job.name == job_name), jobs[0] if jobs else None)
+        jobs = [job for job in reversed(studio.jobs.list()) if _is_comparison(job)]
+        job = chosen_of(jobs, job_name, before.get("gone", False))
+        gone = job is None and bool(job_name or before.get("gone"))
         titles = [(f"{job.title} · {job.state}", job.name) for job in jobs]
         there = studio.adapters()
         left = [path for path in chosen if path in {path for _, path in there}]
-        text = shown(_result(studio, job)) if job else ""
+        text = shown(_result(studio, job)) if job else shown(messages([_GONE] * gone, "note"))
         changes = [
             choice(gr.CheckboxGroup, there, left, chosen, before.get("adapters")),
             choice(gr.Dropdown, titles, job.name if job else None, job_name, before.get("titles")),
             gr.skip() if before.get("result") == text else text,
         ]
-        return [*changes, {"adapters": there, "titles": titles, "result": text}]
+        now = {"adapters": there, "titles": titles, "result": text, "gone": gone}
+        return [*changes, now]
 
     refreshing = {
         "fn": refresh,
@@ -99,6 +104,15 @@ def build(studio: Studio) -> CompareTab:
         job = studio.jobs.add("compare", title, line, folder, queued=True)
         return "", gr.Dropdown(choices=[(title, job.name)], value=job.name)
 
+    def end(job_name: str | None) -> None:
+        job = studio.jobs.find(job_name) if job_name else None
+        if job is None or not _is_comparison(job):
+            gr.Warning(_GONE if job_name else "Choose a comparison first")
+        elif job.state not in ("waiting", "running"):
+            gr.Warning("The comparison has ended already")
+        else:
+            job.stop()
+
     def fill_base(chosen: list[str], present: str) -> Any:
         return base_of(studio, chosen[-1]) if chosen and not present.strip() else gr.skip()
 
@@ -119,7 +133,12 @@ def build(studio: Studio) -> CompareTab:
         negative,
     ]
     generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
+    stop.click(end, earlier, None, **quiet).then(**refreshing)
     return CompareTab(adapters, base)
+
+
+def _is_comparison(job: Job) -> bool:
+    return job.kind == "compare" and job.output is not None
 
 
 def base_of(studio: Studio, adapter: str) -> str:
@@ -146,16 +165,22 @@ def _read(
     problems: list[str] = []
 
     def numbers(label: str, text: str, kind: type, word: str) -> list[Any]:
+        """Return the numbers in a text. A comma may be a decimal one: it separates with a space."""
         found = []
-        for part in re.split(r"[\s,;]+", text.strip()):
+        for part in re.split(r"(?:[\s;]|,(?=\s|$))+", text.strip()):
             try:
+                if "_" in part:  # Python's own
+                    raise ValueError
                 found += [kind(part)] if part else []
             except ValueError:
-                problems.append(f"{label} is {part!r}; it must be {word}")
+                hint = ". Write a decimal point, and spaces between numbers" * ("," in part)
+                problems.append(f"{label} is {part!r}; it must be {word}{hint}")
         return found
 
     def one(label: str, text: str, kind: type, word: str) -> Any:
         found = numbers(label, text, kind, word)
+        if len(found) > 1:
+            problems.append(f"{label} is {text.strip()!r}; it must be {word}, not several")
         return found[0] if found else None
 
     whole, number = "a whole number", "a number"
@@ -168,7 +193,7 @@ def _read(
         with_base=bool(with_base),
         seeds=numbers("a seed", seeds, int, whole),
         negative_prompt=negative.strip() or None,
-        steps=one("the number of steps", steps, int, whole) or 30,
+        steps=30 if (given := one("the number of steps", steps, int, whole)) is None else given,
         guidance_scale=one("the guidance scale", guidance, float, number),
         size=one("the size", size, int, whole),
     )
@@ -178,21 +203,25 @@ def _read(
 def _result(studio: Studio, job: Job) -> Markup:
     """Return the cells that there are so far, as a table with labels."""
     folder = job.output
-    assert folder is not None
+    if folder is None:
+        return messages([f"{job.title} has no folder"])
     try:
         comparison = read(folder / SPEC_NAME)
     except (OSError, ValueError) as error:
         return messages([f"{folder} cannot be read: {error}"])
+    if problems := comparison.problems():
+        return messages(problems)
     state = job.state
     head = Markup('<p><span class="state {}">{}</span> {}</p>').format(
         state, state, for_html(folder)
     )
+    if state == "waiting":
+        head += Markup('<p class="facts">{}</p>').format(for_html(waits_for(studio.jobs.list())))
     if state not in ("done",):
         head += log_of(job, 6)
     grid = folder / GRID_NAME
     if grid.is_file():
-        link = Markup('<p><a href="{}" target="_blank">the grid as one image</a></p>')
-        head += link.format(studio.address(grid))
+        head += Markup("<p>{}</p>").format(studio.link(grid, "the grid as one image"))
     titles = Markup("").join(
         Markup("<th>{}<small>seed {}</small></th>").format(for_html(prompt), seed)
         for prompt, seed in comparison.columns
@@ -220,10 +249,5 @@ def _cell(studio: Studio, path: Path, label: str) -> Markup:
         return Markup('<td><span class="pending"></span></td>')
     settings = settings_of(path)
     named = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
-    cell = '<td><a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}" title="{}"></a>'
-    return Markup(cell + "</td>").format(
-        studio.address(path),
-        studio.address(path),
-        for_html(" ".join(label.split())),
-        for_html(named),
-    )
+    picture = studio.picture(path, " ".join(label.split()), title=named)
+    return Markup("<td>{}</td>").format(picture)

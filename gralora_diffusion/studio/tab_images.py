@@ -186,11 +186,12 @@ def _cards(
 
 def _card(studio: Studio, image: CaptionedImage, crop: Crop | None, word: str) -> Markup:
     name = image.path.name
-    try:
-        address = studio.address(image.path, "thumbnail")
-        known = studio.opened.add(image.path)
-    except (OSError, PermissionError) as error:
-        return Markup('<div class="card"><p>{}</p></div>').format(for_html(f"{name}: {error}"))
+    address = studio.address(image.path, "thumbnail")
+    if address is None:
+        return Markup('<div class="card"><p>{} is in another folder</p></div>').format(
+            for_html(name)
+        )
+    known = studio.opened.add(image.path)
     frame, note = Markup(""), Markup("")
     if crop is not None:
         left, top, right, bottom = (100 * value for value in crop.box)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -15,7 +15,8 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.templates import for_html
 
 from . import curves
-from .context import INTERVAL, Studio, choice, log_of, shown
+from .context import INTERVAL, Studio, choice, chosen_of, log_of, messages, shown, waits_for
+from .engine.jobs import Job
 from .engine.runs import Run, differing_options
 
 #: (name in the metrics, title) of the plots; the loss is also smoothed.
@@ -26,6 +27,7 @@ _PLOTS = (
     ("samples_per_second", "samples per second"),
     ("peak_memory_gib", "peak memory, GiB"),
 )
+_GONE = "This run is no longer there. Choose another one"
 #: Options whose values differ between any two runs, and say nothing.
 _PLACES = ("output_dir",)
 
@@ -65,17 +67,19 @@ def build(studio: Studio) -> RunsTab:
         """Return what has changed since ``before``: the page is not redrawn for nothing."""
         runs = studio.runs()
         labels = [(_label(run), run.name) for run in runs]
-        run = next((run for run in runs if run.name == name), runs[0] if runs else None)
+        run = chosen_of(runs, name, before.get("gone", False))
+        gone = run is None and bool(name or before.get("gone"))
         shown_name = run.name if run else None
         others = [("", ""), *((r.name, r.name) for r in runs if r is not run)]
         second = next((r for r in runs if r.name == beside and r is not run), None)
         both = [r for r in (run, second) if r is not None]
-        texts = {
-            "state": shown(_state(run, runs)),
-            "plots": shown(_plots(both)),
-            "strip": shown(_strips(studio, both)),
-            "log": shown(log_of(run.job, 15) if run and run.job else Markup("")),
+        made = {
+            "state": lambda: messages([_GONE], "note") if gone else _state(run, studio.jobs.list()),
+            "plots": lambda: _plots(both),
+            "strip": lambda: _strips(studio, both),
+            "log": lambda: log_of(run.job, 15) if run and run.job else Markup(""),
         }
+        texts = {part: shown(_or_problem(make)) for part, make in made.items()}
         changes = [
             choice(gr.Radio, labels, shown_name, name, before.get("labels")),
             choice(
@@ -83,7 +87,7 @@ def build(studio: Studio) -> RunsTab:
             ),
             *(gr.skip() if before.get(part) == text else text for part, text in texts.items()),
         ]
-        return [*changes, texts | {"labels": labels, "others": others}]
+        return [*changes, texts | {"labels": labels, "others": others, "gone": gone}]
 
     inputs, outputs = [chosen, other, seen], [*parts, seen]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -94,12 +98,18 @@ def build(studio: Studio) -> RunsTab:
         try:
             if (run := studio.run(name)) is not None:
                 run.ask(what)
+            else:
+                gr.Warning(absent(name))
         except ConfigError as error:
             gr.Warning(str(for_html(error.problems[0])))
+        except OSError as error:
+            gr.Warning(str(for_html(f"{name} cannot be read: {error.strerror or error}")))
 
     def resume_run(name: str | None) -> None:
         run = studio.run(name)
-        if run is None or run.state in ("waiting", "running"):
+        if run is None:
+            gr.Warning(absent(name))
+        elif run.state in ("waiting", "running"):
             gr.Warning("The run is already waiting or running")
         elif not run.checkpoints:
             gr.Warning("The run has no checkpoint to resume from. Duplicate it to start again")
@@ -113,15 +123,30 @@ def build(studio: Studio) -> RunsTab:
     return RunsTab(chosen, duplicate, compare)
 
 
+def absent(name: str | None) -> str:
+    """Return what is said where a run is needed, and there is none with this name."""
+    return _GONE if name else "Choose a run first"
+
+
 def _label(run: Run) -> str:
-    parts = [run.name, run.state]
-    if rows := run.rows:
-        of = f" of {run.steps}" if run.steps else ""
-        parts.append(f"step {rows[-1]['step']}{of}")
+    try:
+        parts = [run.name, run.state]
+        if rows := run.rows:
+            of = f" of {run.steps}" if run.steps else ""
+            parts.append(f"step {rows[-1]['step']}{of}")
+    except OSError as error:  # the other runs are shown all the same
+        parts = [run.name, f"cannot be read: {error.strerror or error}"]
     return " · ".join(parts)
 
 
-def _state(run: Run | None, runs: Sequence[Run]) -> Markup:
+def _or_problem(make: Callable[[], Markup]) -> Markup:
+    try:
+        return make()
+    except OSError as error:
+        return messages([f"the run cannot be read: {error}"])
+
+
+def _state(run: Run | None, jobs: Sequence[Job]) -> Markup:
     if run is None:
         return Markup(
             '<p class="empty">There is no run yet. Choose images, then fill in Train. Runs that a'
@@ -136,8 +161,7 @@ def _state(run: Run | None, runs: Sequence[Run]) -> Markup:
         )
     facts = [str(run.folder)]
     if state == "waiting":
-        ahead = sum(r.state == "running" for r in runs)
-        facts.append("starts when the run before it ends" if ahead else "starts in a moment")
+        facts.append(waits_for(jobs))
     if state == "running" and not rows:
         facts.append("loading the base and encoding the images")
     status = run.status if state == "running" else None
@@ -198,13 +222,7 @@ def _strips(studio: Studio, runs: Sequence[Run]) -> Markup:
         steps = []
         for step, images in run.validations:
             pictures = Markup("").join(
-                Markup(
-                    '<a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}"></a>'
-                ).format(
-                    studio.address(image),
-                    studio.address(image, "thumbnail"),
-                    f"step {step}, image {image.stem}",
-                )
+                studio.picture(image, f"step {step}, image {image.stem}", "thumbnail")
                 for image in images
             )
             steps.append(

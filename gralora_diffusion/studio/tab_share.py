@@ -80,7 +80,10 @@ def build(studio: Studio) -> None:
     def choose(chosen: str | None) -> Any:
         if not chosen:
             return "", ""
-        return base_of(studio, chosen), shown(_card(Path(chosen)))
+        try:
+            return base_of(studio, chosen), shown(_card(Path(chosen)))
+        except OSError as error:
+            return "", shown(messages([f"{chosen} cannot be read: {error.strerror or error}"]))
 
     def run_export(
         chosen: str | None, kind: str, names: str, source: str, precision: str, checked: bool
@@ -102,16 +105,15 @@ def build(studio: Studio) -> None:
         if job.state == "done":
             done = Markup('<p class="state finished">{}</p>').format(for_html(output))
             if output.is_file():
-                link = Markup('<p><a href="{}">Download {}</a></p>')
-                done += link.format(studio.address(output, "file"), for_html(output.name))
+                link = studio.link(output, f"Download {output.name}", "file")
+                done += Markup("<p>{}</p>").format(link)
             result = done + result
         else:
             result = Markup('<p class="state failed">not exported</p>') + result
         yield shown(result)
 
-    def run_inspect(file: str | None, text: str) -> Any:
-        target = text.strip() or file
-        if not target:
+    def run_inspect(target: str | None) -> Any:
+        if not target or not (target := target.strip()):
             yield shown(messages(["drop a file, or give the path of one"]))
             return
         job = studio.jobs.add("inspect", "inspect", gralora("inspect", "--", target))
@@ -119,12 +121,16 @@ def build(studio: Studio) -> None:
             yield shown(state)
         yield shown(log_of(job, 200))
 
+    def inspect_either(file: str | None, text: str) -> Any:
+        yield from run_inspect(text.strip() or file)
+
     gr.on([timer.tick, tab.select], refresh, [adapter, seen], [adapter, seen], **quiet)
     gr.on([adapter.change], choose, adapter, [base, card], **quiet)
     export.click(run_export, [adapter, form, style, base, dtype, verify], exported, **quiet)
-    gr.on(
-        [inspect.click, path.submit, dropped.upload], run_inspect, [dropped, path], facts, **quiet
-    )
+    # what was given last is inspected; the button prefers the path, which can be seen beside it
+    dropped.upload(run_inspect, dropped, facts, **quiet)
+    path.submit(run_inspect, path, facts, **quiet)
+    inspect.click(inspect_either, [dropped, path], facts, **quiet)
 
 
 def _card(folder: Path) -> Markup:

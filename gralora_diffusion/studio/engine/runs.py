@@ -99,8 +99,9 @@ class Run:
         status, steps = self.status, self.options.get("max_train_steps")
         if status is not None and status.steps is not None:
             return status.steps
-        plain = isinstance(steps, str) and steps.isascii() and steps.isdecimal()
-        return int(steps) if plain and len(steps) < 16 else None
+        if isinstance(steps, str) and steps.isascii() and steps.isdecimal() and len(steps) < 16:
+            return int(steps)
+        return None
 
     @property
     def adapter(self) -> Path | None:

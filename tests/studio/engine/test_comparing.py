@@ -96,7 +96,7 @@ def test_problems_before_anything_is_loaded(tmp_path):
         with pytest.raises(ValueError, match=r"contain|Expecting"):
             read(path)
     right = {"base": "a", "prompts": ["b"]}
-    for wrong in (
+    for other in (
         {"base": 1},
         {"prompts": "b"},
         {"prompts": [1]},
@@ -108,8 +108,8 @@ def test_problems_before_anything_is_loaded(tmp_path):
         {"size": "9"},
         {"guidance_scale": 10**400},
     ):
-        path.write_text(json.dumps(right | wrong))
-        with pytest.raises(ValueError, match=f"comparison: {next(iter(wrong))} is "):
+        path.write_text(json.dumps(right | other))
+        with pytest.raises(ValueError, match=f"comparison: {next(iter(other))} is "):
             read(path)
     many = Comparison(base="a", prompts=["b"] * 1000, seeds=[0] * 1000, adapters=["c"] * 1000)
     assert many.problems() == ["these are 1,001,000,000 images; at most 1,000 are compared"]

@@ -1,0 +1,165 @@
+"""What the tabs show and refuse, without a browser."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+
+pytest.importorskip("gradio")
+
+from gralora_diffusion.studio import tab_compare, tab_runs, tab_share
+from gralora_diffusion.studio.context import Studio, chosen_of, waits_for
+from gralora_diffusion.studio.engine.comparing import SPEC_NAME, Comparison
+from gralora_diffusion.studio.engine.jobs import Jobs
+from gralora_diffusion.studio.engine.runs import Run
+from gralora_diffusion.studio.engine.workspace import Workspace
+from gralora_diffusion.studio.page import build
+
+RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": ""}
+
+
+def read_fields(**given):
+    """What the fields of Compare are read as."""
+    left = {"adapters": [], "base": "b", "with_base": True, "blended": False, "share": 0.5}
+    return tab_compare._read(**left, prompts="a", negative="", **(RIGHT | given))
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "problem"),
+    [
+        ("guidance", "7,5", "the guidance scale is '7,5'; it must be a number. Write a decimal"),
+        ("guidance", "7 5", "the guidance scale is '7 5'; it must be a number, not several"),
+        ("scales", "0,5", "a strength is '0,5'; it must be a number. Write a decimal point"),
+        ("scales", "1_0", "a strength is '1_0'; it must be a number"),
+        ("steps", "10 20", "the number of steps is '10 20'; it must be a whole number, not"),
+        ("size", "1.5", "the size is '1.5'; it must be a whole number"),
+    ],
+)
+def test_numbers_in_compare_are_refused_rather_than_guessed(field, text, problem):
+    comparison, (found,) = read_fields(**{field: text})
+    assert comparison is None
+    assert found.startswith(problem)
+
+
+def test_numbers_in_compare():
+    comparison, problems = read_fields(scales="0.5, 1;2", seeds=" 3 4 ", steps="", guidance="7.5")
+    assert problems == []
+    assert (comparison.scales, comparison.seeds) == ([0.5, 1.0, 2.0], [3, 4])
+    assert (comparison.steps, comparison.guidance_scale) == (30, 7.5)
+    assert read_fields(steps="0")[0].problems() == ["the steps are 0; they must be at least 1"]
+
+
+def test_another_is_never_chosen_in_place_of_one_that_is_gone(tmp_path):
+    runs = [Run(tmp_path / name, name) for name in ("a", "b")]
+    assert chosen_of(runs, None, False) is runs[0]
+    assert chosen_of(runs, "b", False) is runs[1]
+    assert chosen_of(runs, "c", False) is None
+    assert chosen_of(runs, None, True) is None
+    assert chosen_of([], None, False) is None
+
+
+def test_a_folder_that_leads_elsewhere_does_not_hide_the_others(tmp_path):
+    studio = Studio.at(tmp_path / "studio")
+    run = tmp_path / "studio/runs/a"
+    images = tmp_path / "elsewhere/step-000001"
+    images.mkdir(parents=True)
+    (images / "00-00.png").touch()
+    run.mkdir(parents=True)
+    (run / "training_config.yaml").write_text("rank: 4\n")
+    (run / "validation").symlink_to(images.parent)
+    (found,) = studio.runs()
+    assert "00-00.png is in another folder" in tab_runs._strips(studio, [found])
+    assert studio.address(images / "00-00.png") is None
+
+
+def test_a_run_that_cannot_be_read_says_so(tmp_path):
+    class Unreadable(Run):
+        @property
+        def state(self):
+            raise PermissionError(13, "Permission denied")
+
+    run = Unreadable(tmp_path, "a")
+    assert tab_runs._label(run) == "a · cannot be read: Permission denied"
+    text = tab_runs._or_problem(lambda: tab_runs._state(run, []))
+    assert "the run cannot be read: [Errno 13] Permission denied" in text
+
+
+def test_damaged_comparisons(tmp_path):
+    studio = Studio.at(tmp_path)
+    line = ("-m", "gralora_diffusion", "--version")
+    job = studio.jobs.add("compare", "without", line)
+    assert "without has no folder" in tab_compare._result(studio, job)
+    folder = tmp_path / "comparisons/a"
+    folder.mkdir(parents=True)
+    job = studio.jobs.add("compare", "a", line, folder)
+    for wrong, problem in (
+        ({"prompts": "x"}, "prompts is"),
+        ({"seeds": [0] * 2000}, "these are 2,000 images; at most 1,000 are compared"),
+    ):
+        spec = json.loads(Comparison(base="b", prompts=["p"]).to_json()) | wrong
+        (folder / SPEC_NAME).write_text(json.dumps(spec))
+        assert problem in tab_compare._result(studio, job)
+    for job in studio.jobs.list():
+        job.wait(60)
+    shutil.rmtree(folder)
+
+
+def test_a_waiting_job_says_what_it_waits_for(tmp_path):
+    jobs = Jobs(tmp_path, programs=[("-c",)])
+    line = ["-c", "import time; time.sleep(60)"]
+    assert waits_for(jobs.list()) == "starts in a moment"
+    running = jobs.add("compare", "a <b>", line, tmp_path / "a", queued=True)
+    jobs.add("train", "c", line, tmp_path / "c", queued=True).stop()
+    assert waits_for(jobs.list()) == "starts when the comparison a <b> has ended"
+    running.stop()
+    assert running.wait(20) == "stopped"
+
+
+def functions_of(studio, tab, name):
+    """The functions of this name that a tab calls, and the ids of their inputs."""
+    calls = [call for call in build(studio).fns.values() if call.fn is not None]
+    return [
+        (call.fn, [component.elem_id for component in call.inputs])
+        for call in calls
+        if (call.fn.__module__, getattr(call.fn, "__name__", "")) == (tab.__name__, name)
+    ]
+
+
+def test_the_chosen_run_is_deleted(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "training_config.yaml").write_text("rank: 4\n")
+    (refresh, _), *_ = functions_of(Studio.at(tmp_path), tab_runs, "refresh")
+    *_, seen = refresh("runs/a", "", {})
+    shutil.rmtree(tmp_path / "runs/a")
+    chosen, *_, seen = refresh("runs/a", "", seen)
+    assert chosen.value is None
+    assert "This run is no longer there" in seen["state"]
+    *_, seen = refresh(None, "", seen)
+    assert "This run is no longer there" in seen["state"]
+    *_, seen = refresh("runs/b", "", seen)
+    assert "runs/b" in seen["state"]
+
+
+def test_a_comparison_is_stopped(tmp_path):
+    workspace = Workspace(tmp_path)
+    studio = Studio(workspace, Jobs(workspace.jobs, programs=[("-c",)]))
+    line = ["-c", "import time; time.sleep(60)"]
+    jobs = [
+        studio.jobs.add("compare", name, line, tmp_path / name, queued=True) for name in ("a", "b")
+    ]
+    ((end, inputs),) = functions_of(studio, tab_compare, "end")
+    assert inputs == ["compare-earlier"]
+    end(jobs[1].name)
+    assert [job.state for job in jobs] == ["running", "cancelled"]
+    end(jobs[0].name)
+    assert jobs[0].wait(20) == "stopped"
+
+
+def test_a_dropped_file_is_inspected_whatever_the_field_says(tmp_path):
+    found = functions_of(Studio.at(tmp_path), tab_share, "run_inspect")
+    assert [inputs for _, inputs in found] == [["share-dropped"], ["share-path"]]
+    (inspect, _) = found[0]
+    assert "drop a file" in next(inspect(" "))
