@@ -28,6 +28,14 @@ def is_gguf(path: str) -> bool:
     return path.lower().endswith(SUFFIX)
 
 
+def is_packed(parameter: object) -> bool:
+    """Whether a model's parameter is a quantized weight of a GGUF file, as diffusers keeps it.
+
+    It is recognized by its name, because its module needs the library.
+    """
+    return type(parameter).__name__ == "GGUFParameter"
+
+
 def read_tensors(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file, by key; only its header is read.
 

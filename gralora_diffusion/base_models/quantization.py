@@ -171,6 +171,8 @@ def quantization_facts(options: BaseModelOptions, pipe: Any) -> dict[str, str]:
             values = config if isinstance(config, dict) else config.to_dict()
             method = values.get("quant_method", "some method")
             kinds[name] = options.quantization or str(getattr(method, "value", method))
+        elif method := getattr(model, "quantization_method", None):  # of a GGUF file
+            kinds[name] = str(getattr(method, "value", method))
     text = ", ".join(f"{name} by {kind}" for name, kind in kinds.items())
     return {QUANTIZED_BASE: text} if text else {}
 

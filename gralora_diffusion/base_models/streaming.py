@@ -33,6 +33,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from .gguf_file import is_packed
+
 logger = logging.getLogger(__name__)
 
 #: Blocks of the streamed ones that are on the device at once: one computes, one arrives.
@@ -364,7 +366,7 @@ def _stored(tensor: Any) -> Iterator[Tensor]:
     if hasattr(tensor, "__tensor_flatten__"):
         for name in tensor.__tensor_flatten__()[0]:
             yield from _stored(getattr(tensor, name))
-    elif hasattr(tensor, "quant_type"):  # of a GGUF file
+    elif is_packed(tensor):
         yield tensor.as_tensor().detach()
     elif type(tensor) in (Tensor, nn.Parameter):
         yield tensor.detach()
@@ -385,9 +387,9 @@ def _alike(parameter: Tensor, parts: Iterator[Tensor]) -> nn.Parameter:
         )
         return built
 
-    if hasattr(parameter, "quant_type"):
-        kind: Any = type(parameter)
-        packed: nn.Parameter = kind(next(parts), quant_type=parameter.quant_type)
+    if is_packed(parameter):
+        old: Any = parameter
+        packed: nn.Parameter = type(old)(next(parts), quant_type=old.quant_type)
         return packed
     return nn.Parameter(made(parameter), requires_grad=False)
 

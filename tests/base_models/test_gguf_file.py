@@ -19,6 +19,8 @@ from gralora_diffusion.base_models.gguf_file import read_tensors
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.checkpoints.resume import describe_base
+from gralora_diffusion.training.config.training_config import TrainingConfig
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone
 from tests.quantized import write_gguf
@@ -65,6 +67,20 @@ def test_weights_stay_packed(kind: str, base: Path) -> None:
         assert (found.float() - weight).abs().max() <= loss * weight.abs().max()
 
 
+def test_other_packed_weights_are_another_base(base: Path) -> None:
+    """Also if all weights that are not packed are the same."""
+    found = {}
+    for kind in ("Q8_0", "Q4_0"):
+        chosen = options(base, f"{kind}.gguf")
+        for _ in range(2):
+            pipe = load_base(chosen, FAMILY, torch.float32)
+            config = TrainingConfig(pretrained_model_name_or_path=str(base / f"{kind}.gguf"))
+            found.setdefault(kind, []).append(describe_base(pipe, config)["models"])
+    assert found["Q8_0"][0] == found["Q8_0"][1]
+    differing = {n for n, digest in found["Q8_0"][0].items() if digest != found["Q4_0"][0][n]}
+    assert differing == {"transformer"}
+
+
 def test_a_run_learns_what_it_does_on_the_values(
     base: Path, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -94,7 +110,7 @@ def test_a_run_learns_what_it_does_on_the_values(
     assert_same_run(packed, streamed)
     losses = [[row["loss"] for row in learned(folder)] for folder in (packed, values)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert "gguf" in (packed / "README.md").read_text()
+    assert "| quantized base | transformer by gguf |" in (packed / "README.md").read_text()
     target = tmp_path / "fused"
     export(
         [
