@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from gralora_diffusion.base_models.gguf_file import is_packed
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.options.fields import Fixed, options_with
@@ -86,14 +87,25 @@ def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfi
     Raises:
         CheckpointError: it belongs to another run. The error names all options that differ.
     """
-    there, here = progress["options"], deciding_options(config)
-    # a checkpoint of an earlier version has fewer options
+    there, here = _with_defaults(progress["options"]), deciding_options(config)
     differing = [name for name in here if name in there and there[name] != here[name]]
     if differing:
         differences = "; ".join(
             f"--{name} {there[name]} there, {here[name]} here" for name in differing
         )
         raise _of_another_run(path, differences)
+
+
+def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's options with the defaults of those that its version did not have.
+
+    Without those that had no effect. All options with defaults of a family are older than this.
+    """
+    usual, found = TrainingConfig(), dict(options)
+    for name, fixed in options_with(TrainingConfig, Fixed).items():
+        if fixed.switch is None or options.get(fixed.switch):
+            found.setdefault(name, getattr(usual, name))
+    return found
 
 
 def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any]) -> None:
@@ -145,8 +157,11 @@ def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        if type(parameter) is nn.Parameter and not parameter.requires_grad:
-            values = parameter.detach().flatten()[:_SAMPLE].cpu().contiguous()
-            digest.update(f"{parameter.dtype} {tuple(parameter.shape)}".encode())
+        packed: Any = parameter if is_packed(parameter) else None
+        if (type(parameter) is nn.Parameter or packed is not None) and not parameter.requires_grad:
+            stored = parameter if packed is None else packed.as_tensor()
+            values = stored.detach().flatten()[:_SAMPLE].cpu().contiguous()
+            form = "" if packed is None else f" {int(packed.quant_type)}"
+            digest.update(f"{parameter.dtype} {tuple(parameter.shape)}{form}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

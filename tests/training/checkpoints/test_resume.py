@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,29 @@ def test_other_options(tmp_path: Path, there: Any, here: Any, told: list[str]) -
 
 
 @pytest.mark.parametrize(
+    ("new", "told"),
+    [
+        ({"masked_loss": True}, "--masked_loss False there, True here"),
+        ({"min_timestep": 500}, "--min_timestep None there, 500 here"),
+        ({"input_perturbation": 0.1}, "--input_perturbation 0.0 there, 0.1 here"),
+        ({}, None),
+    ],
+)
+def test_options_that_an_earlier_version_did_not_have(
+    tmp_path: Path, new: dict[str, Any], told: str | None
+) -> None:
+    path = checkpoint(tmp_path)
+    progress = read_progress(path)
+    for name in ("masked_loss", "min_timestep", "input_perturbation"):
+        del progress["options"][name]
+    if told is None:
+        check_options(path, progress, TrainingConfig())
+        return
+    with pytest.raises(CheckpointError, match=re.escape(told)):
+        check_options(path, progress, TrainingConfig(**new))
+
+
+@pytest.mark.parametrize(
     ("there", "here"),
     [
         (TEACHER, TEACHER),
@@ -78,7 +102,9 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     path = checkpoint(tmp_path)
     progress = {"step": 2, "options": {"optimizer": "adamw", "use_ema": False}}
     (path / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
-    check_options(path, read_progress(path), TrainingConfig(snr_gamma=5.0))
+    check_options(path, read_progress(path), TrainingConfig())
+    with pytest.raises(CheckpointError, match="--snr_gamma None there"):
+        check_options(path, read_progress(path), TrainingConfig(snr_gamma=5.0))
     with pytest.raises(CheckpointError, match="--use_ema False there, True here"):
         check_options(path, read_progress(path), TrainingConfig(use_ema=True))
     check_base(path, progress, describe_base(stable_diffusion(), TrainingConfig()))
