@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel, free_memory
-from PIL import Image
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -444,6 +443,9 @@ class Trainer:
         from_first(accelerator, self._start_output)
         start_trackers(accelerator, config)
         self.prompts = from_first(accelerator, lambda: validation_prompts(config))
+        self.controls = together(
+            accelerator, lambda: validation_controls(config, self.family, self.pipe)
+        )
         self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()
@@ -455,6 +457,8 @@ class Trainer:
                 if "save" in requests:
                     self.control.answer("save", f"wrote checkpoint-{step}")
                 if "stop" in requests and step < self.max_steps:
+                    if "sample" in requests:
+                        self.control.answer("sample", "generated no images, because the run stops")
                     self.stopped = True
                     break
                 self._validate_if_due("sample" in requests)
@@ -595,16 +599,11 @@ class Trainer:
             self.prompts,
             self.state.step,
             self.accelerator,
-            controls=self._validation_controls,
+            controls=self.controls,
             stream_encoders=self.offloading.encoders,
             stops=self.control.is_asked_to_stop if alone else lambda: False,
         )
         return (from_first if alone else together)(self.accelerator, work)
-
-    @cached_property
-    def _validation_controls(self) -> list[list[Image.Image]]:
-        """The control images of each validation prompt, or its image and mask to fill."""
-        return validation_controls(self.config, self.family, self.pipe)
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""

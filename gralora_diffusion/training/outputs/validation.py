@@ -73,15 +73,14 @@ def generate_validation(
     images: list[list[Image.Image]] = []
     parameters: list[list[ImageParameters]] = []
     try:
-        with (
-            accelerator.autocast(),
-            encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
-            _stopped_when(stops, getattr(pipe, family.denoiser)),
-        ):
+        with accelerator.autocast(), _stopped_when(stops, getattr(pipe, family.denoiser)):
             for row, entry in enumerate(prompts):
                 options = _generation_options(pipe, family, config, entry)
                 options["controls"] = [controls[row]] if any(controls) else ()
-                with _scaled(pipe, entry.scale):
+                with (
+                    _scaled(pipe, entry.scale),  # of text encoders, too: outside of what is encoded
+                    encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
+                ):
                     images += generate(pipe, [entry.prompt], **options)
                 described: dict[str, Any] = {**origin, "scale": entry.scale, **options}
                 parameters += parameters_of(pipe, [entry.prompt], **described)

@@ -135,6 +135,35 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         assert label.getextrema() == ((0, 255),) * 3  # black text on white
 
 
+def test_strength_0_is_the_base_alone_with_a_trained_text_encoder(
+    base: Path, tmp_path: Path
+) -> None:
+    """The same prompt is encoded at each strength."""
+    entry = "- {prompt: a cat, seed: 7, num_inference_steps: 2"
+    (tmp_path / "prompts.yaml").write_text(f"{entry}}}\n{entry}, scale: 0}}\n")
+    out = run(
+        output_dir=tmp_path / "out",
+        pretrained_model_name_or_path=base,
+        instance_data_dir=make_images(tmp_path / "images"),
+        train_text_encoder=True,
+        text_encoder_lr=0.1,
+        validation_prompts_file=tmp_path / "prompts.yaml",
+        num_validation_images=1,
+    )
+    pipe = StableDiffusionPipeline.from_pretrained(base)
+    rows = []
+    for load in (False, True):
+        if load:
+            pipe.load_gralora_weights(out)
+        rng = torch.Generator().manual_seed(7)
+        made = pipe("a cat", generator=rng, width=16, height=16, num_inference_steps=2)
+        rows.insert(0, made.images[0].tobytes())
+    (folder,) = (out / "validation").glob("step-*6")
+    found = [Image.open(folder / f"{row:02d}-00.png").tobytes() for row in range(2)]
+    assert found == rows
+    assert rows[0] != rows[1]
+
+
 def test_each_prompt_of_a_file_has_its_own_settings(base: Path, tmp_path: Path) -> None:
     """As diffusers generates with them; strength 0 is the base alone."""
     (tmp_path / "prompts.yaml").write_text(
