@@ -203,6 +203,11 @@ def test_command(command, workplace):
         importlib.import_module(program).build_parser().parse_args(arguments)
     elif program in ("tests.fuzzing", "tests.rehearsal"):
         importlib.import_module(f"{program}.__main__").build_parser().parse_args(arguments)
+    elif program == "python":
+        script = ROOT / arguments[0]
+        assert script.is_file()
+        assert script.parent.name == "tiny_world"  # on the path of the tests
+        importlib.import_module(script.stem).build_parser().parse_args(arguments[1:])
     else:
         assert command[:2] in (["pip", "install"], ["git", "clone"])
 

@@ -20,6 +20,7 @@ import os, signal, sys, time
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
 from gralora_diffusion.io.stop_signals import StopSignals
 numbers = [getattr(signal, name) for name in sys.argv[2:]]
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests themselves may be run by nohup
 with StopSignals() as signals, cleanup_on_exit(lambda: print("cleaned", flush=True)):
     if sys.argv[1] == "put_off":
         signals.put_off("stopping")
@@ -76,9 +77,10 @@ def test_ignored_signals_stay_ignored() -> None:
 
 
 IN_TERMINAL = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from gralora_diffusion.io.stop_signals import StopSignals
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 with StopSignals() as signals:
     signals.put_off("stopping")
     print("begun", flush=True)

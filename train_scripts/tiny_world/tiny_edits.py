@@ -123,11 +123,15 @@ def write_glasses(folder: Path, count: int, seed: int = 0) -> None:
             edit.before.draw().save(folder / split / "control" / target.name, optimize=True)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--glasses", type=Path, required=True, help="output folder")
     parser.add_argument("--count", type=int, default=16, help="pairs to train on, and to test")
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     write_glasses(args.glasses, args.count)
 
 

@@ -1,7 +1,6 @@
 """Continue the bundled tiny base as one that edits images, in the shape of InstructPix2Pix.
 
-    cd train_scripts/tiny_world
-    python train_tiny_edit_base.py --work_dir ../../runs/tiny-edit-base
+    python train_scripts/tiny_world/train_tiny_edit_base.py --work_dir runs/tiny-edit-base
 
 The UNet gets the latents of the image to edit as further channels (arXiv 2211.09800), with weights
 that are zero at first. To keep the base small, its UNet has no middle block and its text encoder
@@ -33,6 +32,7 @@ from tiny_base_stages import build_ema, to_pixels
 from torch.nn import functional
 from transformers import CLIPTextModel
 
+BASE = Path(__file__).resolve().parents[2] / "samples/tiny-base"
 GRID = 8  # edits in the grid
 
 
@@ -209,10 +209,10 @@ def export(run: Run, pipe: StableDiffusionPipeline, output_dir: Path | None) -> 
             path.chmod(0o644)
 
 
-def main() -> None:
+def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--work_dir", type=Path, required=True, help="checkpoints, log, grid")
-    parser.add_argument("--base", type=Path, default=Path("../../samples/tiny-base"))
+    parser.add_argument("--base", type=Path, default=BASE)
     parser.add_argument("--output_dir", type=Path, help="the diffusers folder to write")
     parser.add_argument("--only_export", action="store_true", help="do not train on")
     parser.add_argument("--seed", type=int, default=0)
@@ -220,7 +220,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1_400)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
-    args = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    args = build_parser().parse_args()
     args.work_dir.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
     torch.set_flush_denormal(True)
