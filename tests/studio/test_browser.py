@@ -185,6 +185,32 @@ def test_captions_are_text_and_two_pages_see_the_same(server, page, browser):
     close(other)
 
 
+def test_what_is_typed_while_a_caption_is_saved_is_kept(server, page):
+    folder = server.folder / "typed"
+    folder.mkdir()
+    for file in SUBJECT.glob("00.*"):
+        (folder / file.name).write_bytes(file.read_bytes())
+    fill(page, "images-folder", str(folder))
+    page.locator("#images-open").click()
+    area = page.locator("textarea[data-caption]")
+
+    def type_more(route):
+        area.fill("one  two three")
+        route.continue_()
+
+    page.route("**/studio/caption/*", type_more, times=1)
+    area.fill("one  two")
+    with page.expect_response("**/studio/caption/*"):
+        area.blur()
+    page.wait_for_function("document.querySelector('.card output').textContent === ''")
+    assert (folder / "00.txt").read_text() == "one two\n"
+    assert area.input_value() == "one  two three"
+    area.blur()
+    page.locator(".card output").get_by_text("saved").wait_for()
+    assert area.input_value() == "one two three"
+    assert (folder / "00.txt").read_text() == "one two three\n"
+
+
 @pytest.mark.parametrize("text", ["nowhere", "samples/subjects/prompts_and_classes.txt", ""])
 def test_a_folder_that_is_none(page, text):
     fill(page, "images-folder", text)
