@@ -45,7 +45,7 @@ class Studio:
         """Return all runs, the newest first; files of those that were started here are shown."""
         runs = find_runs(self.workspace.folder, self.jobs.list())
         for run in runs:
-            if run.job is not None:  # its folder may be anywhere
+            if run.job is not None and run.job.own:  # its folder may be anywhere
                 self.opened.open_folder(run.folder)
         return runs
 

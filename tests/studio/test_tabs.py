@@ -74,6 +74,21 @@ def test_a_folder_that_leads_elsewhere_does_not_hide_the_others(tmp_path):
     assert studio.address(images / "00-00.png") is None
 
 
+def test_a_job_of_somebody_else_opens_no_folder(tmp_path):
+    studio = Studio.at(tmp_path / "studio")
+    outside = tmp_path / "elsewhere"
+    outside.mkdir()
+    (outside / "training_config.yaml").write_text("rank: 4\n")
+    job = tmp_path / "studio/.studio/jobs/1-train"
+    job.mkdir(parents=True)
+    line = ["-m", "gralora_diffusion", "train"]
+    facts = {"kind": "train", "title": "a", "command": line, "output": str(outside), "queued": True}
+    (job / "job.json").write_text(json.dumps(facts))
+    (run,) = studio.runs()
+    assert run.folder == outside
+    assert studio.address(outside / "a.png") is None
+
+
 def test_a_run_that_cannot_be_read_says_so(tmp_path):
     class Unreadable(Run):
         @property
