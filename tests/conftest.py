@@ -24,7 +24,10 @@ torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
 gc.set_threshold(20_000, 20, 20)  # far fewer than Python's usual collections: 6% of all the time
 
 #: Where single tests take longest.
-LONGEST = ("tests/rehearsal/", "tests/samples/test_installed", "tests/samples/test_quickstart")
+LONGEST = (
+    *("tests/rehearsal/", "tests/studio/test_browser", "tests/training/test_stopping"),
+    *("tests/samples/test_installed", "tests/samples/test_quickstart"),
+)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
