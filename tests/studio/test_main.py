@@ -41,7 +41,12 @@ def test_a_key_that_cannot_be_written(tmp_path, capsys, monkeypatch):
 def test_it_ends_while_a_page_is_open(tmp_path):
     line = [sys.executable, "-m", "gralora_diffusion", "studio", str(tmp_path), "--no_browser"]
     with subprocess.Popen(
-        line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        line,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # the tests themselves may be in a shell's background, where it is ignored
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         told = (next(process.stdout) for _ in range(3))
         address = urlsplit(next(text.strip() for text in told if text.startswith("http")))

@@ -25,7 +25,7 @@ from gralora_diffusion.training.runtime.control import read_status, request
 from tests.forked import Forked
 from tests.training.runs import adapter, assert_same_run, learned, metrics, run, start
 
-STATUS, LOCK = ".gralora.status", ".gralora.lock"
+STATUS, LOCK, OWNER = ".gralora.status", ".gralora.lock", ".gralora.owner"
 
 
 @pytest.fixture
@@ -190,7 +190,7 @@ def test_signals_before_the_first_step_end_the_run(data: dict[str, Any], tmp_pat
         (signal.SIGINT, 130, "interrupted. No checkpoint was written yet"),
     ):
         running = start(output_dir=out, **data)
-        wait_until((out / LOCK).exists, running)
+        wait_until((out / OWNER).exists, running)  # which is written once the folder is locked
         stop(signal.Signals(number).name, running, out)
         found, text = running[0].wait()
         assert found == code, text
