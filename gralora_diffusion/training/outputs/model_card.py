@@ -17,7 +17,6 @@ from PIL import Image
 from gralora_diffusion.base_models.quantization import QUANTIZED_BASE
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.templates import render
-from gralora_diffusion.pipelines.generation import takes_negative_prompt
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
@@ -27,7 +26,7 @@ from gralora_diffusion.training.runtime.acceleration import DTYPES
 from .base_license import base_license
 from .metadata import CONTROL_IMAGES, FILLS
 from .published import CARD_IMAGE_NAME, CARD_NAME
-from .validation import image_name
+from .validation import image_name, negative_prompt_of
 
 
 def write_card(
@@ -111,11 +110,8 @@ def _widget(
         if not image or not image.is_relative_to(folder) or not image.is_file():
             continue
         example: dict[str, Any] = {"text": entry.prompt}
-        negative = entry.negative_prompt
-        if negative is None:  # an empty one is the prompt's own
-            negative = config.validation_negative_prompt
         used = getattr(diffusers, pipeline or get_family(family).pipeline_classes[0])
-        if negative and takes_negative_prompt(used):
+        if negative := negative_prompt_of(entry, config, used):
             example["parameters"] = {"negative_prompt": negative}
         example["output"] = {"url": image.relative_to(folder).as_posix()}
         shown.append(example)

@@ -101,17 +101,29 @@ def _generation_options(
     """Return how a prompt's images are generated: by its own settings, else by the options."""
     height = entry.height or config.validation_height or config.resolution
     width = entry.width or config.validation_width or config.resolution
-    negative = _either(entry.negative_prompt, config.validation_negative_prompt)
     return {
         "images_per_prompt": _either(entry.images, config.num_validation_images),
         "seed": _either(entry.seed, config.seed),
         "size": (height, width) if height and width else None,
-        "negative_prompt": negative if takes_negative_prompt(type(pipe)) else None,
+        "negative_prompt": negative_prompt_of(entry, config, type(pipe)),
         "guidance_scale": _either(entry.guidance_scale, config.validation_guidance_scale),
         "inference_steps": _either(entry.num_inference_steps, config.validation_inference_steps),
         "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
         "clip_skip": config.clip_skip,
     }
+
+
+def negative_prompt_of(
+    entry: ValidationPrompt, config: TrainingConfig, pipeline_class: type
+) -> str | None:
+    """Return the negative prompt of a validation prompt: its own, even if empty, or the options'.
+
+    None if the pipeline takes none.
+    """
+    if not takes_negative_prompt(pipeline_class):
+        return None
+    negative: str | None = _either(entry.negative_prompt, config.validation_negative_prompt)
+    return negative
 
 
 def _either(own: Any, usual: Any) -> Any:
