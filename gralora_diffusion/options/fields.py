@@ -7,12 +7,16 @@ the options with some behavior calls ``options_with``, so each option is declare
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .command_parser import must_be
+
+#: Bytes of a file's name, and of a path, on common file systems.
+_LONGEST_NAME, _LONGEST_PATH = 255, 4095
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,19 @@ def choices_of(options: type) -> dict[str, tuple[str, ...]]:
             if getattr(part, "__origin__", None) is Literal:
                 choices[name] = get_args(part)
     return choices
+
+
+def path_problems(options: Any) -> Iterator[str]:
+    """Yield a problem for each path that no file system can be asked for."""
+    for name in options_with(type(options), Place):
+        value = getattr(options, name)
+        for text in value if isinstance(value, list) else [value] if value else []:
+            longest = max((len(os.fsencode(part)) for part in text.split("/")), default=0)
+            if "\0" in text or longest > _LONGEST_NAME or len(os.fsencode(text)) > _LONGEST_PATH:
+                yield (
+                    f"--{name} is {text!r:.80}, which cannot be the name of a file: names have at "
+                    f"most {_LONGEST_NAME} bytes, and no character 0"
+                )
 
 
 def value_problems(options: Any) -> Iterator[str]:

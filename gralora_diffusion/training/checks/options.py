@@ -17,7 +17,7 @@ from gralora_diffusion.adapters.placement.path_patterns import PatternError, pat
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import nearby
 from gralora_diffusion.options.command_parser import must_be
-from gralora_diffusion.options.fields import Needs, options_with, value_problems
+from gralora_diffusion.options.fields import Needs, options_with, path_problems, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.layer_patterns import check_patterns
@@ -65,6 +65,8 @@ def read_and_check(
 
 def find_problems(config: TrainingConfig) -> list[str]:
     """Return the problems with ``config``, one text each, in the options' order."""
+    if unusable := list(path_problems(config)):  # the other checks look for them
+        return unusable
     checks = (
         _values,
         check_base,

@@ -12,6 +12,7 @@ from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.safe_text import error_line
 
 from .captions import MASK_COLUMNS, one_line
 from .controls import FoundControl
@@ -121,7 +122,13 @@ def find_dataset_examples(
     with_controls = [_undecoded(loaded, column, place) for column in control_columns]
 
     problems: list[str] = []
-    texts = loaded[caption_column] if caption_column else [None] * len(loaded)
+    texts: list[Any] = [None] * len(loaded)
+    if caption_column:
+        try:
+            texts = list(loaded[caption_column])
+        except Exception as error:  # Arrow raises almost any kind of error on a damaged file
+            problem = f"the column {caption_column} cannot be read: {error_line(error)}"
+            raise DataError(place, [problem]) from error
     found = []
     for index, text in enumerate(texts):
         if not isinstance(text, str | None):

@@ -1006,3 +1006,12 @@ def test_options_without_effect_are_not_written() -> None:
 
     assert written(**changed) == {"learning_rate": 1e-3}
     assert written(**changed, **used) == changed | used
+
+
+@pytest.mark.parametrize("name", ["9" * 300, "a/" * 2500, "nul\0"])
+def test_names_that_no_file_can_have(name: str) -> None:
+    problems = find_problems(TrainingConfig(instance_data_dir=name, output_dir="out"))
+    assert len(problems) == 1
+    assert problems[0].startswith("--instance_data_dir is '")
+    assert "which cannot be the name of a file" in problems[0]
+    assert len(problems[0]) < 250
