@@ -149,6 +149,11 @@ def in_each(value: Any, change: Callable[[str], str]) -> Any:
     return change(value) if value else value
 
 
+def texts_of(value: Any) -> list[str]:
+    """Return the texts of an option: one, a list, or none if it is None or ""."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
 @cache
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
     """Return name -> allowed values for the fields of a dataclass with a list of choices."""
@@ -163,8 +168,7 @@ def choices_of(options: type) -> dict[str, tuple[str, ...]]:
 def path_problems(options: Any) -> Iterator[str]:
     """Yield a problem for each path that no file system can be asked for."""
     for name in options_with(type(options), Place):
-        value = getattr(options, name)
-        for text in value if isinstance(value, list) else [value] if value else []:
+        for text in texts_of(getattr(options, name)):
             longest = max((len(os.fsencode(part)) for part in text.split("/")), default=0)
             if "\0" in text or longest > _LONGEST_NAME or len(os.fsencode(text)) > _LONGEST_PATH:
                 yield (

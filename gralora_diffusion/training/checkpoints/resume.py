@@ -157,11 +157,12 @@ def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
 def _digest(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for parameter in model.parameters():
-        packed: Any = parameter if is_packed(parameter) else None
-        if (type(parameter) is nn.Parameter or packed is not None) and not parameter.requires_grad:
-            stored = parameter if packed is None else packed.as_tensor()
+        stored: Any = parameter
+        packed = is_packed(parameter)
+        if (type(parameter) is nn.Parameter or packed) and not parameter.requires_grad:
+            form = f" {int(stored.quant_type)}" if packed else ""
+            stored = stored.as_tensor() if packed else stored
             values = stored.detach().flatten()[:_SAMPLE].cpu().contiguous()
-            form = "" if packed is None else f" {int(packed.quant_type)}"
-            digest.update(f"{parameter.dtype} {tuple(parameter.shape)}{form}".encode())
+            digest.update(f"{stored.dtype} {tuple(stored.shape)}{form}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

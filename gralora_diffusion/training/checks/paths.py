@@ -19,7 +19,7 @@ from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id, nea
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.options.command_parser import must_be
-from gralora_diffusion.options.fields import Place, options_with
+from gralora_diffusion.options.fields import Place, options_with, texts_of
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import concept_folders, is_caption_file
@@ -243,8 +243,8 @@ def _read_and_written(config: TrainingConfig) -> Iterator[str]:
     read = [
         (name, Path(path))
         for name, place in places.items()
-        if place.read and (value := getattr(config, name))
-        for path in (value if isinstance(value, list) else [value])
+        if place.read
+        for path in texts_of(getattr(config, name))
     ]
     for name in (name for name, place in places.items() if place.written):
         for source, path in read:
