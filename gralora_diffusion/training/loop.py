@@ -35,7 +35,6 @@ from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.controls import (
     check_controls_of_base,
     check_sharded_controls,
-    validation_controls,
 )
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -328,7 +327,11 @@ class Trainer:
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
-        check_controls_of_base(config, family, self.pipe, self.images)
+        self.prompts = from_first(accelerator, lambda: validation_prompts(config))
+        self.controls = together(
+            accelerator,
+            lambda: check_controls_of_base(config, family, self.pipe, self.images, self.prompts),
+        )
         if self.sharding is not None:
             check_sharded_controls(config, family.control_count(self.pipe), self.images)
         self.data = Batches(
@@ -442,10 +445,6 @@ class Trainer:
         self.first_step, self.began = state.step, time.time()
         from_first(accelerator, self._start_output)
         start_trackers(accelerator, config)
-        self.prompts = from_first(accelerator, lambda: validation_prompts(config))
-        self.controls = together(
-            accelerator, lambda: validation_controls(config, self.family, self.pipe)
-        )
         self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()

@@ -16,7 +16,10 @@ from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.pipelines.editing import read_controls, read_fills
 from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.config.validation_prompts import validation_prompts
+from gralora_diffusion.training.config.validation_prompts import (
+    ValidationPrompt,
+    validation_prompts,
+)
 from gralora_diffusion.training.data.control_crops import same_shape
 from gralora_diffusion.training.data.image_folder import Example
 
@@ -66,7 +69,8 @@ def check_controls(
             "--prior_source teacher"
         )
     fills = pipeline_class is not None and pipeline_class == family.inpainting_pipeline
-    _read_validation(config, count or ControlCount(), fills, problems)
+    prompts = validation_prompts(config)
+    _read_validation(config, prompts, count or ControlCount(), fills, problems)
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
@@ -74,19 +78,31 @@ def check_controls(
 
 
 def check_controls_of_base(
-    config: TrainingConfig, family: ModelFamily, pipe: Any, images: Sequence[Example]
-) -> None:
+    config: TrainingConfig,
+    family: ModelFamily,
+    pipe: Any,
+    images: Sequence[Example],
+    prompts: Sequence[ValidationPrompt] | None = None,
+) -> list[list[Image.Image]]:
     """Check control images again, now that the base is known.
+
+    Args:
+        prompts: for validation; by default they are read as the options say.
+
+    Returns:
+        The control images of each validation prompt, or its image and mask to fill.
 
     Raises:
         ConfigError: the base takes other control images than there are.
     """
     count = family.control_count(pipe)
     problems = list(_misfits(count, family, None, images))
-    _read_validation(config, count, family.fills(pipe), problems)
+    prompts = validation_prompts(config) if prompts is None else prompts
+    controls = _read_validation(config, prompts, count, family.fills(pipe), problems)
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
+    return controls
 
 
 def check_sharded_controls(
@@ -142,26 +158,15 @@ def _decides_shapes(options: ImageOptions, image: Example) -> tuple[Any, ...]:
     return sizes, cropped, Fraction(width, height), pixels
 
 
-def validation_controls(
-    config: TrainingConfig, family: ModelFamily, pipe: Any
-) -> list[list[Image.Image]]:
-    """Read the control images of each validation prompt, or its image and mask to fill.
-
-    Raises:
-        ConfigError: they cannot be read, or do not fit the base.
-    """
-    problems: list[str] = []
-    count, fills = family.control_count(pipe), family.fills(pipe)
-    controls = _read_validation(config, count, fills, problems)
-    if problems:
-        raise ConfigError(problems)
-    return controls
-
-
 def _read_validation(
-    config: TrainingConfig, count: ControlCount, fills: bool, problems: list[str]
+    config: TrainingConfig,
+    entries: Sequence[ValidationPrompt],
+    count: ControlCount,
+    fills: bool,
+    problems: list[str],
 ) -> list[list[Image.Image]]:
-    prompts = [entry.prompt for entry in validation_prompts(config)]
+    """Read what each validation prompt is generated from, besides its text."""
+    prompts = [entry.prompt for entry in entries]
     if not prompts:
         return []
     if fills:
