@@ -3,6 +3,7 @@ from typing import Any
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
+from tests.remembered import remembered
 from tests.tiny.parts import (
     flow_vae,
     quiet,
@@ -16,6 +17,7 @@ from tests.tiny.parts import (
 FAMILY = "flux"
 
 
+@remembered
 def build(
     seed: int = 0, dev: bool = True, pipeline_class: Any = FluxPipeline, **changes: Any
 ) -> Any:

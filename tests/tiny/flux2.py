@@ -15,6 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from tests.remembered import remembered
 from tests.tiny.parts import quiet, spread_out
 
 FAMILY = "flux2"
@@ -115,6 +116,7 @@ def scheduler() -> FlowMatchEulerDiscreteScheduler:
     return FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
 
 
+@remembered
 def build(seed: int = 0, **changes: Any) -> Flux2Pipeline:
     torch.manual_seed(seed)
     return quiet(

@@ -4,6 +4,7 @@ import torch
 from diffusers import Flux2KleinPipeline
 from transformers import Qwen2Tokenizer, Qwen3Config, Qwen3ForCausalLM
 
+from tests.remembered import remembered
 from tests.tiny.flux2 import TEMPLATE, scheduler, transformer, vae
 from tests.tiny.parts import CHARACTERS, quiet
 
@@ -31,6 +32,7 @@ def qwen() -> Qwen3ForCausalLM:
     return Qwen3ForCausalLM(config).eval()
 
 
+@remembered
 def build(seed: int = 0, **changes: Any) -> Flux2KleinPipeline:
     torch.manual_seed(seed)
     return quiet(

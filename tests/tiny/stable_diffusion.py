@@ -3,11 +3,13 @@ from typing import Any
 import torch
 from diffusers import DDIMScheduler, StableDiffusionPipeline
 
+from tests.remembered import remembered
 from tests.tiny.parts import quiet, text_encoder, tokenizer, unet, vae
 
 FAMILY = "stable-diffusion"
 
 
+@remembered
 def build(seed: int = 0, **unet_changes: Any) -> StableDiffusionPipeline:
     torch.manual_seed(seed)
     return quiet(

@@ -7,6 +7,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
+from tests.remembered import remembered
 from tests.tiny.parts import (
     flow_vae,
     quiet,
@@ -20,6 +21,7 @@ from tests.tiny.parts import (
 FAMILY = "stable-diffusion-3"
 
 
+@remembered
 def build(seed: int = 0, with_t5: bool = True, **changes: Any) -> StableDiffusion3Pipeline:
     """As Stable Diffusion 3.5 medium: normalized queries and keys, a second attention in front."""
     torch.manual_seed(seed)

@@ -3,11 +3,13 @@ from typing import Any
 import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from tests.remembered import remembered
 from tests.tiny.parts import quiet, text_encoder, text_encoder_with_projection, tokenizer, unet, vae
 
 FAMILY = "stable-diffusion-xl"
 
 
+@remembered
 def build(seed: int = 0, clip_g_layers: int = 3, **unet_changes: Any) -> StableDiffusionXLPipeline:
     torch.manual_seed(seed)
     changes: dict[str, Any] = {
