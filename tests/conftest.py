@@ -1,4 +1,8 @@
-"""Settings that every test needs; they must be in place before diffusers is imported."""
+"""Settings that every test needs; they must be in place before diffusers is imported.
+
+torch, accelerate and diffusers are imported where they are used: the process that hands out the
+tests to pytest-xdist's workers needs none of them, and the workers wait until it has started.
+"""
 
 import os
 
@@ -12,15 +16,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch
-from accelerate.state import AcceleratorState
 from tqdm import tqdm
 
 # else a forked process that is killed may hold the lock of all, for which the others wait for ever
 os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
-torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
-
-
 gc.set_threshold(20_000, 20, 20)  # far fewer than Python's usual collections: 6% of all the time
 
 #: Where single tests take longest.
@@ -39,6 +38,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported by now out of the trainer's garbage collections: a second in each."""
+    import torch
+
+    torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
     _freeze(session)
 
 
@@ -54,12 +56,16 @@ _FROZEN_MODULES = pytest.StashKey[int]()
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if len(sys.modules) > item.session.stash[_FROZEN_MODULES] + 100:  # imported by a test
         _freeze(item.session)
+    import torch
+
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
 
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    import torch
+
     torch.manual_seed(0)
 
 
@@ -67,13 +73,15 @@ def _seed() -> None:
 def _fresh_accelerate() -> Iterator[None]:
     """accelerate keeps the settings of its first use for the whole process."""
     yield
+    from accelerate.state import AcceleratorState
+
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Stable Diffusion pipeline in diffusers' folder layout."""
-    from tests.models import stable_diffusion  # takes seconds, with diffusers
+    from tests.models import stable_diffusion
 
     folder = tmp_path_factory.mktemp("base")
     stable_diffusion().save_pretrained(folder)
