@@ -28,6 +28,7 @@ from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import BatchBuilder, TrainingDiverged
+from tests.models import stable_diffusion
 from tests.training.cards import draw_by_card
 from tests.training.runs import (
     adapter,
@@ -635,6 +636,13 @@ def test_two_processes_share_a_cache_folder(data: dict[str, Any], tmp_path: Path
 def test_torch_compile_through_accelerate(
     data: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    small = {  # a block of each kind: the compiler reads a UNet operation by operation
+        "block_out_channels": (16,),
+        "down_block_types": ("CrossAttnDownBlock2D",),
+        "up_block_types": ("CrossAttnUpBlock2D",),
+    }
+    stable_diffusion(**small).save_pretrained(tmp_path / "base")
+    data["pretrained_model_name_or_path"] = tmp_path / "base"
     options = {"max_train_steps": 2, "train_text_encoder": True, **data}
     run(output_dir=tmp_path / "plain", **options)
     monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
