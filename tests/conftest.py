@@ -12,7 +12,8 @@ os.environ["TRANSFORMERS_VERBOSITY"] = "error"  # quiet about torchvision, which
 import gc
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -86,6 +87,20 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("base")
     stable_diffusion().save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def saved_base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A family's tiny pipeline in diffusers' folder layout, for tests that only read it."""
+    from tests.tiny import PIPELINES
+
+    @cache
+    def saved(family: str) -> Path:
+        folder = tmp_path_factory.mktemp("bases") / family
+        PIPELINES[family]().save_pretrained(folder)
+        return folder
+
+    return saved
 
 
 @pytest.fixture(scope="session")

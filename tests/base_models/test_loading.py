@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -88,13 +89,15 @@ def test_another_vae(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_another_vae_of_every_family(name: str, tmp_path: Path) -> None:
+def test_another_vae_of_every_family(
+    name: str, tmp_path: Path, saved_base: Callable[[str], Path]
+) -> None:
     """A VAE that was saved in half precision takes its place in fp32; of another kind, it is
     refused."""
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     other = PIPELINES[name](seed=9).vae.half()
     other.save_pretrained(tmp_path / "vae")
-    options = {"pretrained_model_name_or_path": tmp_path / "base"}
+    options = {"pretrained_model_name_or_path": base}
     chosen = config(**options, pretrained_vae_model_name_or_path=tmp_path / "vae")
     pipe = load_base(chosen, get_family(name), torch.bfloat16)
     for key, tensor in pipe.vae.state_dict().items():

@@ -398,10 +398,12 @@ def test_text_encoders(
 
 
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_every_family(images: Path, seen: dict[str, Any], tmp_path: Path, name: str) -> None:
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+def test_every_family(
+    images: Path, seen: dict[str, Any], tmp_path: Path, name: str, saved_base: Callable[[str], Path]
+) -> None:
+    base = saved_base(name)
     options: dict[str, Any] = {
-        "pretrained_model_name_or_path": tmp_path / "base",
+        "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "max_train_steps": 2,
         "gradient_checkpointing": True,

@@ -167,12 +167,12 @@ def updates_of_the_model(name: str, adapter: Path, components: list[str]) -> dic
 
 
 @pytest.mark.parametrize("name", PIPELINES)
-def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
+def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path, saved_base):
     denoiser = get_family(name).denoiser
     adapter = saved(name, tmp_path / "adapter", [denoiser], **MIXED)
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     file = tmp_path / "lora.safetensors"
-    export_lora(adapter, file, style="kohya", base=tmp_path / "base")
+    export_lora(adapter, file, style="kohya", base=base)
     if name == "stable-diffusion":  # where sd-scripts has diffusers' names
         updates, prefix = updates_of_the_model(name, adapter, [denoiser]), "unet."
     else:
@@ -187,16 +187,16 @@ def test_kohya_names_and_rows_of_the_denoiser(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["lora", "diff"])
 @pytest.mark.parametrize("name", PIPELINES)
-def test_comfyui_names_and_rows_of_the_denoiser(name, kind, tmp_path):
+def test_comfyui_names_and_rows_of_the_denoiser(name, kind, tmp_path, saved_base):
     denoiser = get_family(name).denoiser
     adapter = saved(name, tmp_path / "adapter", [denoiser], **MIXED)
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     file = tmp_path / "lora.safetensors"
     if kind == "lora":
-        export_lora(adapter, file, style="comfyui", base=tmp_path / "base")
+        export_lora(adapter, file, style="comfyui", base=base)
         found = products(file)
     else:
-        export_diff(adapter, file, base=tmp_path / "base", progress=False)
+        export_diff(adapter, file, base=base, progress=False)
         found = {key.removesuffix(".diff"): tensor for key, tensor in load_file(file).items()}
     of_model = updates_of_the_model(name, adapter, [denoiser])
     of_original = {
@@ -265,12 +265,12 @@ def test_comfyui_names_of_language_models(family, width, name):
 
 
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl"])
-def test_kohya_names_read_by_diffusers(name, tmp_path):
+def test_kohya_names_read_by_diffusers(name, tmp_path, saved_base):
     components = read_by_diffusers(name)
     adapter = saved(name, tmp_path / "adapter", components, **MIXED)
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     file = tmp_path / "lora.safetensors"
-    export_lora(adapter, file, style="kohya", base=tmp_path / "base")
+    export_lora(adapter, file, style="kohya", base=base)
     pipe = PIPELINES[name]()
     pipe.load_lora_weights(file)
     pipe.fuse_lora(components=components)

@@ -6,7 +6,7 @@ The meta device stands in for a GPU: tensors of it and of the CPU do not go toge
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,10 +46,16 @@ def accelerate() -> Iterator[None]:
 
 @pytest.mark.parametrize("kind", ["cached", "teacher", "buckets"])
 @pytest.mark.parametrize("name", sorted(PIPELINES))
-def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices(
+    name: str,
+    kind: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved_base: Callable[[str], Path],
+) -> None:
     # the language models' attention looks whether a mask hides anything, which needs values
     monkeypatch.setattr(masking_utils, "fast_all", lambda mask: False)
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     prior = {"with_prior_preservation": True, "class_prompt": "a dog"}
     options: dict[str, Any] = {
         "cached": {},
@@ -63,7 +69,7 @@ def test_devices(name: str, kind: str, tmp_path: Path, monkeypatch: pytest.Monke
         },
     }[kind]
     trainer = make_trainer(
-        pretrained_model_name_or_path=tmp_path / "base",
+        pretrained_model_name_or_path=base,
         instance_data_dir=make_shapes(tmp_path / "pictures", [(48, 32)]),
         output_dir=tmp_path / "out",
         resolution=32,

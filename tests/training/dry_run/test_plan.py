@@ -208,13 +208,17 @@ def test_a_step_takes_what_was_planned(
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 @pytest.mark.parametrize("changes", [{}, TEACHER], ids=["plain", "teacher"])
 def test_a_step_of_every_family(
-    images: Path, tmp_path: Path, name: str, changes: dict[str, Any]
+    images: Path,
+    tmp_path: Path,
+    name: str,
+    changes: dict[str, Any],
+    saved_base: Callable[[str], Path],
 ) -> None:
     """In fp32 and with all activations kept, for beside these tiny models' a kernel's own scratch
     memory, which is not planned, is not little."""
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     options = {
-        "pretrained_model_name_or_path": tmp_path / "base",
+        "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "output_dir": tmp_path / "out",
         "resolution": 64,
@@ -259,12 +263,15 @@ def test_encoding_takes_what_was_planned(options: dict[str, Any]) -> None:
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_empty_base_has_the_shapes_and_dtypes_of_the_base(
-    tmp_path: Path, name: str, dtype: torch.dtype
+    tmp_path: Path,
+    name: str,
+    dtype: torch.dtype,
+    saved_base: Callable[[str], Path],
 ) -> None:
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
-    chosen = config(pretrained_model_name_or_path=tmp_path / "base")
+    base = saved_base(name)
+    chosen = config(pretrained_model_name_or_path=base)
     full = load_base(chosen, get_family(name), dtype)
-    bare = without_weights(tmp_path / "base", tmp_path / "bare")
+    bare = without_weights(base, tmp_path / "bare")
     chosen = config(pretrained_model_name_or_path=bare)
     empty = empty_base(chosen, get_family(name), dtype)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -80,11 +81,13 @@ def expected_loss(
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 @pytest.mark.parametrize("name", ["stable-diffusion", "stable-diffusion-xl", "flux"])
-def test_the_next_rows_do_not_wait_for_the_gpu(name: str, tmp_path: Path) -> None:
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+def test_the_next_rows_do_not_wait_for_the_gpu(
+    name: str, tmp_path: Path, saved_base: Callable[[str], Path]
+) -> None:
+    base = saved_base(name)
     with accelerate_left_as_it_was():
         trainer = make_trainer(
-            pretrained_model_name_or_path=tmp_path / "base",
+            pretrained_model_name_or_path=base,
             instance_data_dir=make_shapes(tmp_path / "pictures", [(32, 32)] * 3),
             output_dir=tmp_path / "out",
             resolution=32,
@@ -184,17 +187,21 @@ def test_loss_and_gradient_of_a_step(
 )
 @pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_loss_and_gradient_of_every_family(
-    images: Path, tmp_path: Path, name: str, options: dict[str, Any]
+    images: Path,
+    tmp_path: Path,
+    name: str,
+    options: dict[str, Any],
+    saved_base: Callable[[str], Path],
 ) -> None:
     """Against the pipeline's own call, with its scheduler's noise, a sample at a time."""
     family = get_family(name)
     trains_text = "train_text_encoder" in options
     if trains_text and not family.text_encoders:
         pytest.skip("its text encoder stays frozen")
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     with accelerate_left_as_it_was():
         trainer = make_trainer(
-            pretrained_model_name_or_path=tmp_path / "base",
+            pretrained_model_name_or_path=base,
             instance_data_dir=images,
             output_dir=tmp_path / "out",
             cache_latents=False,
@@ -352,14 +359,17 @@ def test_stable_diffusion_2_trains(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_prompts_are_not_encoded_under_fp16_autocast(
-    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved_base: Callable[[str], Path],
 ) -> None:
     """For T5's sake, which overflows in fp16 wherever autocast takes its fp32 weights there."""
-    PIPELINES["flux"]().save_pretrained(tmp_path / "base")
+    base = saved_base("flux")
     make_shapes(tmp_path / "pictures", [(32, 32)])
     with accelerate_left_as_it_was():
         trainer = make_trainer(
-            pretrained_model_name_or_path=tmp_path / "base",
+            pretrained_model_name_or_path=base,
             instance_data_dir=tmp_path / "pictures",
             output_dir=tmp_path / "out",
             train_text_encoder=True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,6 @@ from gralora_diffusion import get_family
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.io.tensor_files import file_hashes
 from gralora_diffusion.training.outputs.metadata import tag_frequency
-from tests.models import PIPELINES
 from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.runs import make_images, make_shapes, run
 
@@ -226,11 +226,16 @@ def test_what_changes_loss_and_rates(base: Path, tmp_path: Path) -> None:
     ],
 )
 def test_a_family_without_prediction_types(
-    name: str, architecture: str, version: str, images: Path, tmp_path: Path
+    name: str,
+    architecture: str,
+    version: str,
+    images: Path,
+    tmp_path: Path,
+    saved_base: Callable[[str], Path],
 ) -> None:
-    PIPELINES[name]().save_pretrained(tmp_path / "base")
+    base = saved_base(name)
     out = run(
-        pretrained_model_name_or_path=tmp_path / "base",
+        pretrained_model_name_or_path=base,
         instance_data_dir=images,
         output_dir=tmp_path / "out",
         max_train_steps=1,

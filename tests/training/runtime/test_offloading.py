@@ -5,6 +5,7 @@ The device is the CPU too, so nothing is saved here; ``tests/base_models/test_st
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from gralora_diffusion.training.runtime.offloading import (
     requested_offloading,
 )
 from gralora_diffusion.training.runtime.sharding import Sharding
-from tests import models
 from tests.training.runs import assert_same_run, config, run, run_two
 
 _VALIDATION: dict[str, Any] = {
@@ -56,12 +56,15 @@ def images_in(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("family", sorted(RUNS))
 def test_a_run_is_the_same_and_is_resumed_without(
-    family: str, images: Path, tmp_path: Path
+    family: str,
+    images: Path,
+    tmp_path: Path,
+    saved_base: Callable[[str], Path],
 ) -> None:
     """It is interrupted after two steps and goes on with the whole base on the device."""
-    models.PIPELINES[family]().save_pretrained(tmp_path / "base")
+    base = saved_base(family)
     options = {
-        "pretrained_model_name_or_path": tmp_path / "base",
+        "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "max_train_steps": 4,
         "checkpointing_steps": 2,
@@ -86,10 +89,12 @@ def test_a_run_is_the_same_and_is_resumed_without(
         assert images_in(tmp_path / "class streamed") == drawn
 
 
-def test_two_processes_and_other_initial_values(images: Path, tmp_path: Path) -> None:
-    models.PIPELINES["flux"]().save_pretrained(tmp_path / "base")
+def test_two_processes_and_other_initial_values(
+    images: Path, tmp_path: Path, saved_base: Callable[[str], Path]
+) -> None:
+    base = saved_base("flux")
     options = {
-        "pretrained_model_name_or_path": tmp_path / "base",
+        "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "max_train_steps": 2,
         "gradient_checkpointing": True,

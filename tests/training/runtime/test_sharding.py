@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,6 @@ from torch import nn
 
 from gralora_diffusion.base_models.streaming import blocks_of
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
-from tests import models
 from tests.forked import fork_ranks
 from tests.training.runs import assert_close, assert_same_run, run_two
 
@@ -76,12 +76,16 @@ def test_the_same_numbers_and_half_of_the_weights() -> None:
 
 @pytest.mark.parametrize("family", ["flux", "stable-diffusion"])
 def test_a_run_is_the_same_and_is_resumed_without(
-    family: str, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    saved_base: Callable[[str], Path],
 ) -> None:
     """With validation images, EMA and checkpoints; the text encoder is trained, too."""
-    models.PIPELINES[family]().save_pretrained(tmp_path / "base")
+    base = saved_base(family)
     options = {
-        "pretrained_model_name_or_path": tmp_path / "base",
+        "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
         "max_train_steps": 4,
         "checkpointing_steps": 2,
