@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import shutil
@@ -14,6 +13,7 @@ from gralora_diffusion.io.bundled import samples_folder
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, staged
+from gralora_diffusion.options.command_parser import CommandParser
 
 FOLDER = "outputs/demo"
 PROMPTS = (
@@ -78,9 +78,9 @@ def demo(argv: Sequence[str] | None = None) -> None:
     )
 
 
-def samples_parser() -> argparse.ArgumentParser:
+def samples_parser() -> CommandParser:
     """Return the parser of ``gralora samples``."""
-    parser = TerminalParser(prog="gralora samples", description=copy_samples.__doc__)
+    parser = CommandParser(prog="gralora samples", description=copy_samples.__doc__)
     parser.add_argument(
         "--output",
         type=Path,

@@ -182,7 +182,7 @@ def training_groups() -> tuple[type, ...]:
     ours |= set_by_benchmark().keys()
     groups = []
     for group in OPTION_GROUPS:
-        hints = get_type_hints(group)
+        hints = get_type_hints(group, include_extras=True)
         left: list[tuple[str, Any, Any]] = [
             (f.name, hints[f.name], option(f.default, f.metadata["help"], secret=not f.repr))
             for f in fields(group)

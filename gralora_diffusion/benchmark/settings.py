@@ -20,7 +20,14 @@ from gralora_diffusion.benchmark.evaluation.endpoint import (
 from gralora_diffusion.benchmark.evaluation.scores import is_known
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.staging import lies_in
-from gralora_diffusion.options.fields import Place, group_table, options_with, value_problems
+from gralora_diffusion.options.fields import (
+    Place,
+    group_table,
+    options_with,
+    path_problems,
+    value_problems,
+)
+from gralora_diffusion.options.path_names import from_home, path_problem
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .methods import Method
@@ -76,8 +83,8 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         # the shell expands ~ only at the start of a word, and nobody does in a YAML file
         for name in options_with(type(self), Place):
             if value := getattr(self, name):
-                setattr(self, name, _from_home(value))
-        self.encoders = ["=".join(map(_from_home, text.split("=", 1))) for text in self.encoders]
+                setattr(self, name, from_home(value))
+        self.encoders = ["=".join(map(from_home, text.split("=", 1))) for text in self.encoders]
 
     @property
     def folder(self) -> Path:
@@ -142,6 +149,8 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
 
     def problems(self) -> list[str]:
         """Return what :meth:`check` raises."""
+        if unusable := [*self._unusable_paths()]:  # the other checks look for them
+            return unusable
         problems = [*self._problems()]
         for name in self.methods or ():
             try:
@@ -151,6 +160,14 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         if not problems:
             problems += self._same_methods()
         return problems
+
+    def _unusable_paths(self) -> Iterator[str]:
+        """Yield a problem for each path that no file system can be asked for."""
+        for options in (self, self.training):
+            yield from path_problems(options)
+        for name, source in self.encoder_sources.items():
+            if problem := path_problem(source):
+                yield f"--encoders contains {f'{name}={source}'!r:.80}, which {problem}"
 
     def _same_methods(self) -> list[str]:
         """Report methods that are written in two ways and would count as two."""
@@ -284,10 +301,6 @@ def _unreadable(name: str, texts: Sequence[str], read: Callable[[str], object]) 
             read(text)
         except ValueError as error:
             yield f"--{name}: {error}"
-
-
-def _from_home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 def options_table() -> str:

@@ -14,6 +14,7 @@ from gralora_diffusion.io.file_names import missing_problem
 from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
 from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.path_names import file_or_id
 
 from .choices import DTYPE_CHOICES, FORMATS, READERS, STYLES, USER_FIELDS, parity_path
 
@@ -51,7 +52,9 @@ def parser() -> CommandParser:
         other_names=_OTHER_NAMES,
         meanings={"family": family_name_of},
     )
-    command.add_argument("--adapter", required=True, help="GraLoRA file, folder or Hub id")
+    command.add_argument(
+        "--adapter", type=file_or_id, required=True, help="GraLoRA file, folder or Hub id"
+    )
     command.add_argument(
         "--format",
         required=True,
@@ -63,6 +66,7 @@ def parser() -> CommandParser:
     command.add_argument("--output", required=True, type=Path, help="file, or folder for diffusers")
     command.add_argument(
         "--base",
+        type=file_or_id,
         help="original .safetensors file, diffusers folder or Hub id. It is required for "
         "checkpoint, diffusers and --verify. Otherwise it is only used to check that the adapter "
         "fits",
@@ -107,9 +111,13 @@ def parser() -> CommandParser:
     group.add_argument(
         "--hash", action="store_true", help="write hashes; this reads the output once more"
     )
-    group.add_argument("--variant", help="variant of the base's weight files, such as fp16")
-    group.add_argument("--revision", help="branch, tag or commit of the base on the Hub")
-    group.add_argument("--cache_dir", help="folder for downloads")
+    group.add_argument(
+        "--variant", type=file_or_id, help="variant of the base's weight files, such as fp16"
+    )
+    group.add_argument(
+        "--revision", type=file_or_id, help="branch, tag or commit of the base on the Hub"
+    )
+    group.add_argument("--cache_dir", type=file_or_id, help="folder for downloads")
 
     group = command.add_argument_group("metadata of the file")
     for name in USER_FIELDS:
@@ -131,7 +139,9 @@ def parser() -> CommandParser:
         help="largest allowed difference, in units of the adapter's effect",
     )
     group.add_argument(
-        "--base_config", help="pipeline that completes a base in one file, for --verify"
+        "--base_config",
+        type=file_or_id,
+        help="pipeline that completes a base in one file, for --verify",
     )
     return command
 

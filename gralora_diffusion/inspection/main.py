@@ -9,6 +9,7 @@ from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.path_names import path_problem
 
 from . import inspect_file
 from .text import as_text
@@ -47,6 +48,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     code, facts = 0, []
     for number, path in enumerate(options.paths):
         try:
+            if problem := path_problem(path):
+                raise OSError(f"{path!r:.80} {problem}")
             inspection = inspect_file(path, check=options.check, sha256=options.sha256)
         except (OSError, ValueError) as error:
             print_safely(f"{command.prog}: error: {error}", error=True)

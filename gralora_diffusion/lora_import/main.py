@@ -15,6 +15,7 @@ from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet
 from gralora_diffusion.io.staging import check_output
 from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.path_names import file_or_id
 
 if TYPE_CHECKING:
     from .conversion import ImportedLayer
@@ -45,17 +46,25 @@ def parser() -> CommandParser:
             **dict.fromkeys(("force", "f"), "is called --overwrite here"),
         },
     )
-    result.add_argument("--lora", required=True, help="file, PEFT folder or Hub id of the LoRA")
+    result.add_argument(
+        "--lora", type=file_or_id, required=True, help="file, PEFT folder or Hub id of the LoRA"
+    )
     base = result.add_mutually_exclusive_group(required=True)
     base.add_argument("--family", choices=list_families(), help="family of its base")
-    base.add_argument("--base", help="the base itself, in diffusers' layout: folder or Hub id")
+    base.add_argument(
+        "--base", type=file_or_id, help="the base itself, in diffusers' layout: folder or Hub id"
+    )
     result.add_argument("--rank", type=int, required=True, help="rank of the new adapter")
     result.add_argument("--gralora_k", type=int, required=True, help="blocks per side")
     result.add_argument("--hybrid_rank", type=int, default=0, help="rank of the general pair")
     result.add_argument("--lora_alpha", type=int, help="(default: scaling 1)")
-    result.add_argument("--weight_name", help="which file in a folder or repository")
-    result.add_argument("--revision", help="branch, tag or commit of the LoRA on the Hub")
-    result.add_argument("--cache_dir", help="folder for downloads")
+    result.add_argument(
+        "--weight_name", type=file_or_id, help="which file in a folder or repository"
+    )
+    result.add_argument(
+        "--revision", type=file_or_id, help="branch, tag or commit of the LoRA on the Hub"
+    )
+    result.add_argument("--cache_dir", type=file_or_id, help="folder for downloads")
     result.add_argument(
         "--header_alpha",
         choices=HEADER_ALPHA,

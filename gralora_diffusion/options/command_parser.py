@@ -13,10 +13,13 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NoReturn
 
 from gralora_diffusion.io.dtypes import NAMES as DTYPE_NAMES
 from gralora_diffusion.io.safe_text import TerminalParser
+
+from .path_names import file_or_id, path_problem
 
 _FLAG = re.compile(r"--?[A-Za-z][\w-]*")
 _FLAG_IN_TEXT = re.compile(r"--(?=[A-Za-z])")
@@ -249,6 +252,10 @@ class CommandParser(TerminalParser):
             return
         values = []
         for text in texts:
+            if action.type in (Path, file_or_id) and (problem := path_problem(text)):
+                reading.problems.append(f"{spelled} is {text!r:.80}, which {problem}")
+                reading.faulty.add(action.dest)
+                return
             try:
                 values.append(_read(text, action.type))
             except ValueError:

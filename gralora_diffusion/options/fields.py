@@ -7,16 +7,13 @@ the options with some behavior calls ``options_with``, so each option is declare
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import Any, Literal, TypeVar, get_args, get_type_hints
 
 from .command_parser import must_be
-
-#: Bytes of a file's name, and of a path, on common file systems.
-_LONGEST_NAME, _LONGEST_PATH = 255, 4095
+from .path_names import path_problem
 
 
 @dataclass(frozen=True)
@@ -169,12 +166,8 @@ def path_problems(options: Any) -> Iterator[str]:
     """Yield a problem for each path that no file system can be asked for."""
     for name in options_with(type(options), Place):
         for text in texts_of(getattr(options, name)):
-            longest = max((len(os.fsencode(part)) for part in text.split("/")), default=0)
-            if "\0" in text or longest > _LONGEST_NAME or len(os.fsencode(text)) > _LONGEST_PATH:
-                yield (
-                    f"--{name} is {text!r:.80}, which cannot be the name of a file: names have at "
-                    f"most {_LONGEST_NAME} bytes, and no character 0"
-                )
+            if problem := path_problem(text):
+                yield f"--{name} is {text!r:.80}, which {problem}"
 
 
 def value_problems(options: Any) -> Iterator[str]:

@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -19,11 +19,13 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
 
 from .command_parser import CommandParser, Reading, first_named_in, named_in, without_hyphens
+from .fields import Place, options_with
+from .path_names import file_or_id
 
 #: Bytes of a YAML file at most.
 _MOST_BYTES = 1 << 20
 #: Type -> how a help text shows its values.
-_SHOWN = {int: "N", float: "X", str: "TEXT", bool: "true|false"}
+_SHOWN = {int: "N", float: "X", str: "TEXT", file_or_id: "TEXT", bool: "true|false"}
 #: At most this many nested options are reported, since aliases multiply them.
 _MOST_NESTED = 20
 
@@ -125,11 +127,12 @@ class _Parser(CommandParser):
         self.names: set[str] = set()
         for options in groups:
             group = self.add_argument_group(options._argument_group_name)
-            hints = get_type_hints(options)
+            hints, places = get_type_hints(options), options_with(options, Place)
             for f in fields(options):
                 self.names.add(f.name)
                 given = {"default": f.default, "help": f.metadata["help"].replace("%", "%%")}
-                group.add_argument(f"--{f.name}", **given, **_kind(hints[f.name]))
+                kind = _kind(hints[f.name], file_or_id if f.name in places else str)
+                group.add_argument(f"--{f.name}", **given, **kind)
                 if f.default is True:
                     off = f"Switch --{f.name} off"
                     group.add_argument(
@@ -146,17 +149,18 @@ class _Parser(CommandParser):
         return self._option_string_actions.get(f"--{name}") if name in self.names else None
 
 
-def _kind(hint: Any) -> dict[str, Any]:
-    """Return the arguments of ``add_argument`` for a field's type."""
+def _kind(hint: Any, text: Callable[[str], str]) -> dict[str, Any]:
+    """Return the arguments of ``add_argument`` for a field's type; ``text`` reads its texts."""
     if get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = [part for part in get_args(hint) if part is not type(None)]
     if get_origin(hint) is list:
-        (item,) = get_args(hint)
+        (item,) = (text if part is str else part for part in get_args(hint))
         return {"type": item, "nargs": "+", "metavar": _SHOWN[item]}
     if get_origin(hint) is Literal:
         return {"choices": get_args(hint)}
     more: dict[str, Any] = {"nargs": "?", "const": True} if hint is bool else {}
-    return {"type": hint, "metavar": _SHOWN[hint], **more}
+    kind = text if hint is str else hint
+    return {"type": kind, "metavar": _SHOWN[kind], **more}
 
 
 def _read_yaml(parser: _Parser, path: Path) -> tuple[Reading, dict[str, str]]:

@@ -31,6 +31,7 @@ from gralora_diffusion.io.safe_text import error_line
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.path_names import file_or_id
 
 from .editing import control_arguments, editing_pipeline, read_controls, read_fills
 
@@ -267,22 +268,27 @@ def parser() -> CommandParser:
     )
     command.add_argument(
         "--base",
+        type=file_or_id,
         required=True,
         help="the base: a diffusers folder, a Hub id or a .safetensors file",
     )
     command.add_argument(
         "--base_config",
+        type=file_or_id,
         help="for a base in one file: folder or Hub id of a pipeline of the same kind, which "
         "provides the configuration and what the file does not contain",
     )
-    command.add_argument("--adapter", help="GraLoRA file, folder or Hub id")
+    command.add_argument("--adapter", type=file_or_id, help="GraLoRA file, folder or Hub id")
     command.add_argument(
-        "--lora", help="LoRA file, folder or Hub id that diffusers reads, such as an export"
+        "--lora",
+        type=file_or_id,
+        help="LoRA file, folder or Hub id that diffusers reads, such as an export",
     )
     command.add_argument("--prompt", nargs="+", required=True, help="one prompt or several")
     command.add_argument("--negative_prompt", help="what to steer away from")
     command.add_argument(
         "--image",
+        type=file_or_id,
         nargs="+",
         help="control image for an editing base: one for all prompts or one for each; several for "
         "one prompt are separated by commas. For a base for inpainting: the image to fill",

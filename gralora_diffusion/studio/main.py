@@ -20,6 +20,7 @@ from pathlib import Path
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.path_names import file_or_id
 
 from .engine.signatures import STATE, make_key
 from .engine.workspace import Workspace
@@ -49,6 +50,7 @@ def parser() -> CommandParser:
     command.add_argument(
         "folder",
         metavar="FOLDER",
+        type=file_or_id,
         nargs="?",
         default=FOLDER,
         help="folder of the runs and of everything else that the studio makes (default: "

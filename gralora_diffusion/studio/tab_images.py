@@ -10,6 +10,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
+from gralora_diffusion.options.path_names import path_problem
 
 from .context import Studio, messages, shown
 from .engine.images import (
@@ -91,9 +92,11 @@ def build(studio: Studio) -> ImagesTab:
     def show(
         path: str, word: str, text: str, size: str, use_buckets: bool, *, force: bool = False
     ) -> Any:
-        target = Path(path.strip()).expanduser()
         if not path.strip():
             return shown(messages(["the folder is missing. Give a path, or upload images"])), ""
+        if problem := path_problem(path.strip()):
+            return shown(messages([f"the folder is {path.strip()!r:.80}, which {problem}"])), ""
+        target = Path(path.strip()).expanduser()
         try:
             count = len(list_images(target)[0])
             studio.opened.open_folder(target)

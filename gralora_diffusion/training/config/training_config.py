@@ -23,6 +23,7 @@ from gralora_diffusion.options.fields import (
     options_with,
 )
 from gralora_diffusion.options.parsing import ParsedOptions, read_options
+from gralora_diffusion.options.path_names import from_home
 
 from .layer_patterns import layer_patterns
 from .options import (
@@ -65,7 +66,7 @@ class TrainingConfig(
         if self.aspect_ratio_buckets is not None:
             self.use_aspect_ratio_buckets = True
         for name in options_with(type(self), Place):  # in a YAML file, no shell expands ~
-            setattr(self, name, in_each(getattr(self, name), _from_home))
+            setattr(self, name, in_each(getattr(self, name), from_home))
 
     @property
     def patterns(self) -> dict[str, dict[str, Any]]:
@@ -145,10 +146,6 @@ class TrainingConfig(
             if value != default[name] and name not in idle
         }
         return yaml.safe_dump(changed, sort_keys=False, allow_unicode=True, width=100)
-
-
-def _from_home(path: str) -> str:
-    return str(Path(path).expanduser()) if path.startswith("~") else path
 
 
 OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
