@@ -219,13 +219,13 @@ def _path_problems(args: argparse.Namespace) -> Iterator[str]:
         if (source := getattr(args, name)) and (problem := missing_problem(source)):
             yield f"--{name} {source}: {problem}"
     # not every file of an adapter's folder is read; ``export_*`` checks those that are
-    adapter = args.adapter if Path(args.adapter).expanduser().is_file() else None
+    adapter = None if Path(args.adapter).expanduser().is_dir() else args.adapter
     read = [adapter, args.base, args.base_config]
     try:
-        check_output(args.output, args.overwrite, read)
+        check_output(args.output, args.overwrite, read, args.cache_dir)
     except OutputError as error:
         yield str(error)
-    if source := find_overlap(parity_path(args.output), read):
+    if source := find_overlap(parity_path(args.output), read, args.cache_dir):
         yield (
             f"--output {args.output}: the report on this output would replace {source}, which "
             "is read. Choose another --output"

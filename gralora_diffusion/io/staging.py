@@ -20,17 +20,21 @@ class OutputError(ValueError):
 Source = str | os.PathLike[str]
 
 
-def check_output(output: Path, overwrite: bool, sources: Iterable[Source | None]) -> None:
+def check_output(
+    output: Path,
+    overwrite: bool,
+    sources: Iterable[Source | None],
+    cache_dir: Source | None = None,
+) -> None:
     """Raise OutputError if the output exists already, or if writing it would change an input.
 
     Args:
         overwrite: an existing output may be replaced.
-        sources: input files and folders. None and sources that do not exist locally, such as Hub
-            ids, are ignored.
+        sources, cache_dir: as for :func:`find_overlap`.
     """
     if output.parent.exists() and not output.parent.is_dir():
         raise OutputError(f"--output {output}: {output.parent} is a file, not a folder")
-    if source := find_overlap(output, sources):
+    if source := find_overlap(output, sources, cache_dir):
         raise OutputError(
             f"--output {output} overlaps {source}, which is read. Choose another --output"
         )
@@ -42,16 +46,20 @@ def check_output(output: Path, overwrite: bool, sources: Iterable[Source | None]
         _check_folder(output)
 
 
-def find_overlap(output: Path, sources: Iterable[Source | None]) -> Path | None:
+def find_overlap(
+    output: Path, sources: Iterable[Source | None], cache_dir: Source | None = None
+) -> Path | None:
     """Return the source that would change if the output were replaced or written into.
 
     It is a source that equals or contains the output, or one of its files that the output equals or
     contains. Links are followed.
+
+    Args:
+        sources: input files, folders and Hub ids. None and what does not exist are ignored. Of a
+            Hub id, the source is its folder in the Hub's cache, from which it is read.
+        cache_dir: another place of that cache.
     """
-    for source in sources:
-        path = Path(source).expanduser() if source else None
-        if path is None or not path.exists():
-            continue
+    for path in (path for source in sources if source for path in _places(source, cache_dir)):
         if lies_in(output, path):
             return path
         if output.exists():
@@ -59,6 +67,22 @@ def find_overlap(output: Path, sources: Iterable[Source | None]) -> Path | None:
                 if lies_in(file, output):
                     return file
     return None
+
+
+def _places(source: Source, cache_dir: Source | None) -> list[Path]:
+    """Return the local path of a source; of a Hub id, its folders in the Hub's cache."""
+    path = Path(source).expanduser()
+    if path.exists():
+        return [path]
+    if path.is_absolute() or not isinstance(source, str):
+        return []
+    from huggingface_hub import constants  # only now, because it takes a while
+    from huggingface_hub.file_download import repo_folder_name
+
+    repository = "/".join(source.split("/")[:2])  # without its folder, which an adapter may name
+    name = repo_folder_name(repo_id=repository, repo_type="model")
+    caches = {Path(cache).expanduser() for cache in (constants.HF_HUB_CACHE, cache_dir) if cache}
+    return [cache / name for cache in sorted(caches) if (cache / name).is_dir()]
 
 
 def lies_in(path: Path, place: Path) -> bool:

@@ -107,7 +107,9 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
         lambda: check_numbers(
             options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha
         ),
-        lambda: check_output(_file(options), options.overwrite, [options.lora, options.base]),
+        lambda: check_output(
+            _file(options), options.overwrite, [options.lora, options.base], options.cache_dir
+        ),
     )
     for check in checks:
         try:

@@ -295,6 +295,7 @@ def parser() -> CommandParser:
     )
     command.add_argument(
         "--mask",
+        type=file_or_id,
         nargs="+",
         help="mask of the image for a base for inpainting, white where to fill: one for all "
         "prompts or one for each",
@@ -589,6 +590,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         args.base,
         args.base_config,
         args.lora,
+        None if adapter.exists() else args.adapter,
         args.reference,
         *(args.image or ()),
         *(args.mask or ()),

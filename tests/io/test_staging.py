@@ -9,12 +9,15 @@ import sys
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import try_to_load_from_cache
 from safetensors.torch import load_file
 
+from gralora_diffusion import cli
 from gralora_diffusion.export import export_fused
 from gralora_diffusion.export.rounding import RoundingError
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap, staged
@@ -135,6 +138,57 @@ def test_what_is_read_is_found_through_links(tmp_path):
     apart = [elsewhere / "new", tmp_path / "new", tmp_path / "basement", base / ".." / "x"]
     for output in apart:
         assert find_overlap(output, [base, blob, "no/such", None]) is None, output
+
+
+def cached(cache: Path, repository: str) -> Path:
+    """Make a repository in a Hub cache, as huggingface_hub lays it out; return a file's link."""
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    blob, link = folder / "blobs" / ("a" * 64), folder / "snapshots" / ("0" * 40) / "weights"
+    for path in (blob, link):
+        path.parent.mkdir(parents=True)
+    blob.write_text("weights")
+    link.symlink_to(Path("..", "..", "blobs", blob.name))
+    return link
+
+
+def test_what_is_read_from_the_hubs_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    link = cached(tmp_path / "hub", "me/cat")
+    assert try_to_load_from_cache("me/cat", link.name, revision="0" * 40) == str(link)
+    other = cached(tmp_path / "other", "me/dog")
+    for source in ("me/cat", "me/cat/folder"):
+        for output in (link, link.resolve(), link.with_name("new"), tmp_path / "hub"):
+            with pytest.raises(OutputError, match="which is read"):
+                check_output(output, True, [source])
+        assert find_overlap(other, [source]) is None
+        assert find_overlap(tmp_path / "new", [source]) is None
+    (tmp_path / "link").symlink_to(link)
+    (tmp_path / "hard").hardlink_to(link.resolve())
+    for output in (tmp_path / "link", tmp_path / "hard"):
+        assert find_overlap(output, ["me/cat"]), output
+    assert find_overlap(other, ["me/dog"]) is None  # it is not read from there
+    assert find_overlap(other.resolve(), ["me/dog"], tmp_path / "other")
+    assert find_overlap(link, ["me/cat"], tmp_path / "other")  # an adapter is read from the usual
+    assert find_overlap(link, [str(tmp_path / "me/cat"), "cat", "me/bird"]) is None
+
+
+@pytest.mark.parametrize("command", ["export", "import", "sample"])
+def test_no_command_writes_into_the_hubs_cache(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    link = cached(tmp_path, "me/cat")
+    output = {"sample": "grid.png"}.get(command, "new.safetensors")
+    line = {
+        "export": ["--format=checkpoint", "--adapter={}", "--base={}"],
+        "import": ["--lora={}", "--base={}", "--rank=4", "--gralora_k=2"],
+        "sample": ["--adapter={}", "--base={}", "--prompt=a cat"],
+    }[command]
+    for names in (("me/cat", "me/dog"), ("me/dog", "me/cat")):
+        sources = iter(names)
+        given = [text.format(next(sources)) if "{}" in text else text for text in line]
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, *given, f"--output={link.with_name(output)}"])
+        assert caught.value.code == 2
+        assert f"overlaps {tmp_path / 'models--me--cat'}, which is read" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("index", [None, "", "[1, 2]", "3", "{", "[" * 10_000])
