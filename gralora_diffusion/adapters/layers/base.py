@@ -16,6 +16,7 @@ from peft import GraloraConfig
 from peft.tuners.gralora.layer import GraloraLayer as PeftGraloraLayer
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from transformers.pytorch_utils import Conv1D
 
 from gralora_diffusion.adapters.placement.layer_config import invalid_values, layer_settings
@@ -192,6 +193,7 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
     def _adapted(self, x: Tensor, names: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus the updates of these adapters."""
         result = self.base_layer(x, *args, **kwargs)
+        _check_tangent(self.base_layer, x, result)
         for name in names:
             dropped = self.gralora_dropout[name](x)  # one mask for both branches
             result = result + self._update(dropped, name).to(result.dtype)
@@ -344,6 +346,23 @@ class GraloraLayer(nn.Module, PeftGraloraLayer):
 
     def __repr__(self) -> str:
         return "gralora." + super().__repr__()
+
+
+def _check_tangent(base: nn.Module, x: Tensor, result: Tensor) -> None:
+    """Raise RuntimeError if forward-mode AD has lost the tangent of ``x`` in the base layer.
+
+    bitsandbytes' product in 4 bits on the CPU has no rule for it under ``torch.func.jvp``, which
+    then takes it for 0.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
+        return
+    given, made = (forward_ad.unpack_dual(tensor).tangent for tensor in (x, result))
+    if given is not None and made is None:
+        raise RuntimeError(
+            f"{type(base).__module__}.{type(base).__name__} has dropped the tangent of its input, "
+            "so the result of forward-mode AD would be wrong. Use reverse mode, as "
+            "`torch.autograd.functional.jvp` does, or a base layer that is not quantized."
+        )
 
 
 def autocasts(x: Tensor) -> bool:

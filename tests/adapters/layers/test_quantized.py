@@ -9,6 +9,7 @@ from diffusers import PipelineQuantizationConfig, StableDiffusionPipeline, Torch
 from peft import GraloraConfig
 from safetensors.torch import load_file
 from torch import nn
+from torch.autograd import forward_ad
 from torch.func import functional_call, grad, jvp, vmap
 from torch.utils.checkpoint import checkpoint
 from torchao.quantization import Float8WeightOnlyConfig, Int8WeightOnlyConfig
@@ -106,6 +107,16 @@ class TestLayers:
         if kind.startswith("bnb"):  # its product is an autograd.Function without setup_context
             with pytest.raises(RuntimeError, match=r"autograd\.Function with functorch"):
                 grad(lambda x: layer.base_layer(x).sum())(x)
+            # under torch.func.jvp, its 4-bit product on the CPU has no derivative and says nothing
+            with pytest.raises(RuntimeError, match=r"dropped the tangent|autograd\.Function"):
+                jvp(layer, (x,), (along,))
+            whole = dequantized(layer.base_layer) + update(layer)
+            if kind == "bnb-nf4":
+                with torch.no_grad(), forward_ad.dual_level():
+                    dual = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, along)))
+                    assert relative_error(dual.tangent, along.double() @ whole.T) < 1e-5
+            tangent = torch.autograd.functional.jvp(layer, x, along)[1]
+            assert relative_error(tangent, along.double() @ whole.T) < 1e-5
             return
         whole = dequantized(layer.base_layer) + update(layer)
         assert relative_error(jvp(layer, (x,), (along,))[1], along.double() @ whole.T) < 1e-5
