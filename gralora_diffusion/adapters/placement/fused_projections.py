@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 #: The joined layer -> the layers that it replaces (diffusers, ``fuse_projections`` of
@@ -33,6 +34,22 @@ def replaced_projections(model: nn.Module) -> set[str]:
         if getattr(module, joined, None) is not None
         for layer in layers
     }
+
+
+def adapted_joints(model: nn.Module) -> list[str]:
+    """Return the paths of fused projections in use that have an adapter of their own.
+
+    diffusers fuses the projections of FLUX.2 for LoKr files that were made for joined ones, and
+    puts the adapter there. Unfusing the projections deletes it without a word.
+    """
+    return sorted(
+        f"{name}.{joined}".lstrip(".")
+        for name, module in model.named_modules()
+        if _is_fused(module)
+        for joined in _REPLACED
+        if isinstance(layer := getattr(module, joined, None), BaseTunerLayer)
+        and layer._get_available_adapters()
+    )
 
 
 def _is_fused(module: nn.Module) -> bool:

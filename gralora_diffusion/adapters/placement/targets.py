@@ -18,7 +18,7 @@ from peft.tuners.tuners_utils import (
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from .fused_projections import replaced_projections
+from .fused_projections import adapted_joints, replaced_projections
 from .layer_config import describe_unused, layer_settings, unused_patterns
 from .path_patterns import path_pattern
 
@@ -189,10 +189,19 @@ def _without_effect(model: nn.Module, targets: Iterable[str]) -> list[str]:
     replaced = sorted(replaced_projections(model) & set(targets))
     if not replaced:
         return []
+    if joints := adapted_joints(model):
+        advice = (
+            f"{joints[0]} has an adapter, such as that of a LoKr file, which unfusing would drop. "
+            "Remove that adapter with `delete_adapters` or `unload_lora_weights()`, and then call "
+            "`unfuse_qkv_projections()`, or leave these layers out of this adapter."
+        )
+    else:
+        advice = (
+            "Call `unfuse_qkv_projections()` first, or load the model again if it was fused twice."
+        )
     return [
         f"{len(replaced)} of the layers, such as {replaced[0]}, are not in use because their "
-        "projections are fused, so an adapter on them would have no effect. Call "
-        "`unfuse_qkv_projections()` first, or load the model again if it was fused twice."
+        f"projections are fused, so an adapter on them would have no effect. {advice}"
     ]
 
 

@@ -1,16 +1,24 @@
 """Fused projections: an adapter has its effect, or the call is refused."""
 
 import copy
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import UNet2DConditionModel, WanTransformer3DModel
-from torch import nn
+from peft import GraloraConfig
+from peft.tuners.lokr.layer import factorization
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from gralora_diffusion import GraloraLinear, TargetError, eject, inject
+from gralora_diffusion.adapters.adapter_file import Adapter, ComponentAdapter
+from gralora_diffusion.adapters.compatibility import adapter_tensors
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.adapters.placement.fused_projections import replaced_projections
-from tests.models import PIPELINES, config, unet
+from tests.models import PIPELINES, config, dense_updates, unet
+from tests.reference import relative_error
 
 ATTENTION = ["to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj"]
 
@@ -90,3 +98,60 @@ def test_merged_adapters_are_fused_with_the_weights() -> None:
     model.fuse_qkv_projections()
     assert replaced_projections(model)
     torch.testing.assert_close(model(latents, 5, text).sample, expected)
+
+
+def adapter_of(made: GraloraConfig, model: nn.Module) -> Adapter:
+    """An adapter of a transformer with random values."""
+    copied = inject(copy.deepcopy(model), made)
+    return Adapter({"transformer": ComponentAdapter(made, adapter_tensors(copied, "default"))})
+
+
+def lokr_file(path: Path, shapes: dict[str, tuple[int, int]]) -> dict[str, Tensor]:
+    """Write a LoKr file of FLUX.2's original names, as ai-toolkit does; return its updates."""
+    tensors, updates = {}, {}
+    for name, (rows, columns) in shapes.items():
+        (a, b), (c, d) = factorization(rows, -1), factorization(columns, -1)
+        first, second = torch.randn(a, c), torch.randn(b, d)
+        tensors |= {f"diffusion_model.{name}.lokr_w1": first}
+        tensors |= {f"diffusion_model.{name}.lokr_w2": second}
+        updates[name] = torch.kron(first, second)
+    save_file(tensors, path)
+    return updates
+
+
+def test_beside_a_lokr_file_that_fuses_projections(tmp_path: Path) -> None:
+    """diffusers fuses the projections for it; neither adapter may vanish, or stay in the base."""
+    pipe: Any = PIPELINES["flux2-klein"]()
+    model, before = pipe.transformer, copy.deepcopy(pipe.transformer.state_dict())
+    block = model.transformer_blocks[0]
+    updates = lokr_file(
+        tmp_path / "lokr.safetensors",
+        {"double_blocks.0.img_attn.qkv": (96, 32), "double_blocks.0.img_mlp.0": (192, 32)},
+    )
+    ours = adapter_of(config(["ff.linear_in"], init_weights=False), model)
+    of_projections = adapter_of(config(["attn.to_q"], init_weights=False), model)
+    pipe.load_gralora_weights(ours, adapter_name="ours")
+    pipe.load_lora_weights(tmp_path, weight_name="lokr.safetensors", adapter_name="lokr")
+    pipe.set_adapters(["ours", "lokr"])
+    x = torch.randn(3, 32)
+    dense = dense_updates(ours.components["transformer"])["transformer_blocks.0.ff.linear_in"]
+    weight = before["transformer_blocks.0.ff.linear_in.weight"] + updates.popitem()[1] + dense
+    joined = torch.cat([before[f"transformer_blocks.0.attn.to_{n}.weight"] for n in "qkv"])
+    expected = x.double() @ (joined + updates.popitem()[1]).double().T
+    assert relative_error(block.ff.linear_in(x), x.double() @ weight.T) < 1e-5
+    assert relative_error(block.attn.to_qkv(x), expected) < 1e-5
+
+    with pytest.raises(TargetError, match=r"to_qkv has an adapter.*which unfusing would drop"):
+        pipe.load_gralora_weights(of_projections, adapter_name="projections")
+    assert relative_error(block.attn.to_qkv(x), expected) < 1e-5
+    pipe.delete_adapters("lokr")
+    with pytest.raises(TargetError, match=r"Call `unfuse_qkv_projections\(\)` first"):
+        pipe.load_gralora_weights(of_projections, adapter_name="projections")
+    model.unfuse_qkv_projections()
+    pipe.load_gralora_weights(of_projections, adapter_name="projections")
+    with pytest.raises(ValueError, match="an adapter is already loaded on the unfused"):
+        pipe.load_lora_weights(tmp_path, weight_name="lokr.safetensors", adapter_name="lokr")
+    pipe.unload_lora_weights()
+    after = model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
