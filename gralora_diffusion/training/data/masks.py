@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -23,6 +23,9 @@ from gralora_diffusion.io.regular_files import is_regular
 
 from .captions import ListedImage, place_problem
 from .sources import Source, bytes_of, unchanged_bytes
+
+#: The brightest value of a mask is at least this; those of maps of classes are not.
+_FAINTEST = 16
 
 
 class MaskError(ValueError):
@@ -107,7 +110,8 @@ def check_mask(found: FoundMask, size: tuple[int, int]) -> Mask | None:
             f"has {image.width} x {image.height} pixels, but the image has {size[0]} x {size[1]}. "
             "Give a mask of the image's size"
         )
-    box, (_, highest) = image.getbbox(), image.getextrema()
+    box, extremes = image.getbbox(), image.getextrema()
+    highest: Any = extremes[1]  # of a single band
     if box is None:
         raise MaskError(
             "is all black, so nothing of the image would be trained. Paint the part to train "
@@ -115,6 +119,11 @@ def check_mask(found: FoundMask, size: tuple[int, int]) -> Mask | None:
         )
     if highest == 1:
         raise MaskError("has only the values 0 and 1 on a scale of 255. Multiply its values by 255")
+    if highest < _FAINTEST:
+        raise MaskError(
+            f"has no value above {highest} on a scale of 255, so nearly nothing of the image would "
+            "be trained. Paint the part to train white, also if the values number classes"
+        )
     return Mask(found.source, hashlib.sha256(data).hexdigest(), box, found.of_alpha)
 
 

@@ -187,7 +187,7 @@ def test_masks_of_a_dataset(tmp_path, caplog):
 
 
 def test_masks_that_cannot_be_used_are_all_named(tmp_path):
-    for name in "abcdefgh":
+    for name in "abcdefghi":
         image(tmp_path / f"{name}.png")
     mask(tmp_path / "a.mask.png")
     mask(tmp_path / "b.mask.png", size=(8, 12))
@@ -198,6 +198,7 @@ def test_masks_that_cannot_be_used_are_all_named(tmp_path):
     (tmp_path / "g.mask.png").write_bytes(b"junk")
     clear = Image.new("RGBA", SIZE, (255, 255, 255, 0))
     clear.save(tmp_path / "h.png")
+    mask(tmp_path / "i.mask.png", level=15)  # as of a map of classes
     found = problems(tmp_path, MaskPlaces(from_alpha=True))
     size = "pixels, but the image has 12 x 8. Give a mask of the image's size"
     black = "is all black, so nothing of the image would be trained."
@@ -210,9 +211,10 @@ def test_masks_that_cannot_be_used_are_all_named(tmp_path):
         "f.png: its mask f.mask.png cannot be used: it has colors, but a mask is white, gray and",
         "g.png: its mask g.mask.png cannot be used: it is not an image in a format",
         f"h.png: the mask of its opacity {black}",
+        "i.png: its mask i.mask.png has no value above 15 on a scale of 255, so nearly nothing of",
         "To train without these images, give --skip_bad_images",
     ]
-    assert [f.startswith(e) for f, e in zip(found, expected, strict=True)] == [True] * 8, found
+    assert [f.startswith(e) for f, e in zip(found, expected, strict=True)] == [True] * 9, found
     kept = boxes(tmp_path, MaskPlaces(from_alpha=True), skip_bad_images=True)
     assert kept == {"a.png": (2, 2, 6, 6)}
 
