@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 from types import FrameType
 
+from gralora_diffusion.io.exclusive_files import create_once
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
 
@@ -54,15 +55,7 @@ def main() -> None:
 
 def _claim(folder: Path) -> bool:
     """Become the process of the job; False if there is one already."""
-    mine = folder / f".{STARTED}.{os.getpid()}"
-    write(mine, {"pid": os.getpid()})
-    try:
-        os.link(mine, folder / STARTED)  # fails if it exists, and is never seen half written
-    except FileExistsError:
-        return False
-    finally:
-        mine.unlink()
-    return True
+    return create_once(folder / STARTED, json.dumps({"pid": os.getpid()}).encode())
 
 
 def write(path: Path, content: dict[str, object]) -> None:

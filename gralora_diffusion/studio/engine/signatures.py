@@ -16,6 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.io.exclusive_files import create_once
 from gralora_diffusion.io.regular_files import read_regular
 
 #: Environment variable with the folder of the key, if it is not the usual one.
@@ -46,16 +47,8 @@ def make_key() -> None:
     path = key_path()
     if not path.exists():
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
-        try:
-            with open(
-                os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb"
-            ) as file:
-                file.write(secrets.token_hex(_KEY_BYTES).encode())
-            with suppress(FileExistsError):  # another process was faster
-                os.link(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        # another process may be faster
+        create_once(path, secrets.token_hex(_KEY_BYTES).encode(), 0o600)
     _key()
 
 
