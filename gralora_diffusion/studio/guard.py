@@ -33,7 +33,7 @@ MOST_UPLOAD, _MOST_OTHER = 2 << 30, 16 << 20
 _UPLOAD = "/gradio_api/upload"
 #: Wrong passwords at the same time, each of which is answered after a second; others are refused.
 _MOST_FAILING = 5
-_LOGIN, _COOKIE = "/studio/login", "gralora_studio"
+_LOGIN = "/studio/login"
 #: The page loads nothing from elsewhere, and is shown in no other page.
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' "
@@ -107,10 +107,10 @@ class Guard:
         if int(length) > limit:
             return PlainTextResponse(f"the request has more than {limit:,} bytes", 413)
         if path == _LOGIN and method == "POST":
-            return await self._log_in(receive)
+            return await self._log_in(receive, headers)
         if path == "/" and method == "GET" and b"token=" in scope["query_string"]:
             given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])
-            return await self._checked(given[0])
+            return await self._checked(given[0], headers)
         if not self._knows(headers):
             if path == "/" and method == "GET":
                 return self._login_page("", 401)
@@ -136,7 +136,8 @@ class Guard:
 
     def _is_ours(self, host: str) -> bool:
         try:
-            name = urlsplit(f"//{host}").hostname or ""
+            parts = urlsplit(f"//{host}")
+            name, _ = parts.hostname or "", parts.port
         except ValueError:
             return False
         if name == "localhost" or name in self.hosts:
@@ -152,12 +153,12 @@ class Guard:
             cookies = SimpleCookie(headers.get("cookie", ""))
         except CookieError:
             return False
-        shown = cookies.get(_COOKIE)
+        shown = cookies.get(_cookie_name(headers))
         return shown is not None and hmac.compare_digest(
             shown.value.encode(), self._session.encode()
         )
 
-    async def _log_in(self, receive: Any) -> Response:
+    async def _log_in(self, receive: Any, headers: Headers) -> Response:
         body = b""
         while True:
             message = await receive()
@@ -165,9 +166,10 @@ class Guard:
             if len(body) > 4096 or not message.get("more_body"):
                 break
         given = parse_qs(body[:4096].decode("latin-1")).get("token", [""])
-        return await self._checked(given[0].encode("latin-1").decode("utf-8", "replace"))
+        text = given[0].encode("latin-1").decode("utf-8", "replace")
+        return await self._checked(text, headers)
 
-    async def _checked(self, given: str) -> Response:
+    async def _checked(self, given: str, headers: Headers) -> Response:
         if self._failing >= _MOST_FAILING:
             return self._login_page(f"Too many wrong {self._word}s. Wait a few seconds.", 429)
         if not self._is_valid(given.encode("utf-8", "replace")):
@@ -178,7 +180,8 @@ class Guard:
                 self._failing -= 1
             return self._login_page(f"This is not the {self._word}.", 401)
         answer = RedirectResponse("/", 303)
-        answer.set_cookie(_COOKIE, self._session, httponly=True, samesite="strict")
+        name = _cookie_name(headers)
+        answer.set_cookie(name, self._session, httponly=True, samesite="strict")
         return answer
 
     def _is_valid(self, given: bytes) -> bool:
@@ -197,6 +200,12 @@ class Guard:
         )
         page = _LOGIN_PAGE.replace("MESSAGE", text).replace("WORD", self._word.capitalize())
         return HTMLResponse(page, status)
+
+
+def _cookie_name(headers: Headers) -> str:
+    """Return the name of this studio's cookie: a browser sends those of all ports of a machine."""
+    port = urlsplit("//" + headers["host"]).port
+    return f"gralora_studio_{port or 80}"
 
 
 def address_with(token: str, host: str, port: int) -> str:

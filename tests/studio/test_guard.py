@@ -9,6 +9,7 @@ import shutil
 import pytest
 
 pytest.importorskip("gradio")
+from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from gralora_diffusion.studio.context import Studio
@@ -18,6 +19,7 @@ from tests import ROOT
 
 TOKEN = "the-token"
 HERE = "http://127.0.0.1:7860"
+HEADERS = Headers({"host": "127.0.0.1:7860"})
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +66,39 @@ def test_the_page_and_what_it_needs(known):
 def test_without_the_token(client, path):
     assert client.get(path).status_code == 401
     for cookie in ("", "x", TOKEN, "\xff"):
-        answer = client.get(path, headers={"Cookie": f"gralora_studio={cookie}".encode("latin-1")})
+        answer = client.get(
+            path, headers={"Cookie": f"gralora_studio_7860={cookie}".encode("latin-1")}
+        )
         assert answer.status_code == 401
+
+
+def test_the_cookies_of_two_ports_are_two(app):
+    """A browser sends the cookies of all ports of a machine to each."""
+    client = TestClient(app, HERE, follow_redirects=False)
+    client.get("/", params={"token": TOKEN})
+    other = TestClient(Guard(app.app, "other"), "http://127.0.0.1:7861", cookies=client.cookies)
+    assert other.get("/", params={"token": "other"}, follow_redirects=False).status_code == 303
+    client.cookies.update(other.cookies)
+    assert sorted(client.cookies) == ["gralora_studio_7860", "gralora_studio_7861"]
+    assert client.get("/theme.css").status_code == other.get("/theme.css").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("192.168.0.7:7860", 200),
+        ("[2001:db8::7]:7860", 200),
+        ("evil.example:7860", 403),
+        ("192.168.0.7.evil.example:7860", 403),
+        ("192.168.0.7:x", 403),
+    ],
+)
+def test_other_machines_ask_by_address(app, host, status):
+    guard = Guard(app.app, TOKEN, listens=True)
+    client = TestClient(guard, "http://192.168.0.7:7860", follow_redirects=False)
+    assert client.get("/config").status_code == 401
+    assert client.post("/studio/login", data={"token": TOKEN}).status_code == 303
+    assert client.get("/theme.css", headers={"Host": host}).status_code == status
 
 
 def test_a_wrong_token_and_the_form(client):
@@ -90,9 +123,9 @@ def test_few_passwords_are_tried_at_the_same_time():
     guard = Guard(None, "a password", listens=True)
 
     async def guess():
-        wrong = [guard._checked(f"{number}") for number in range(40)]
-        given = await asyncio.gather(*wrong, guard._checked("a password"))
-        return [answer.status_code for answer in (*given, await guard._checked("a password"))]
+        wrong = [guard._checked(f"{number}", HEADERS) for number in range(40)]
+        given = await asyncio.gather(*wrong, guard._checked("a password", HEADERS))
+        return [answer.status_code for answer in (*given, await guard._checked("a password", HEADERS))]
 
     # while so many are wrong, not even the right one is compared
     assert asyncio.run(guess()) == [401] * 5 + [429] * 36 + [303]
@@ -179,6 +212,17 @@ def test_images_by_their_ids(known, studio, folder, tmp_path):
     assert known.get(studio.address(folder / "01.png", "thumbnail")).status_code == 422
     # only these kinds of files are sent as they are
     assert known.get(studio.address(folder / "02.txt", "file")).status_code == 404
+
+
+def test_images_are_kept_once(known, studio, folder):
+    name = studio.opened.add(folder / "00.png")
+    kept = {known.post(f"/studio/keep/{name}").text for _ in range(2)}
+    (copy,) = studio.workspace.kept.iterdir()
+    assert kept == {copy.name}
+    assert copy.read_bytes() == (folder / "00.png").read_bytes()
+    assert known.post("/studio/keep/nothing").status_code == 404
+    text = studio.opened.add(folder / "00.txt")
+    assert known.post(f"/studio/keep/{text}").status_code == 404
 
 
 def test_a_report_has_no_rights(known, studio):

@@ -59,8 +59,8 @@ def test_it_ends_while_a_page_is_open(tmp_path):
 
         first, answer = ask(f"/?{address.query}")
         first.close()
-        cookie = answer.partition("gralora_studio=")[2].partition(";")[0]
-        page, answer = ask("/gradio_api/heartbeat/abc", f"gralora_studio={cookie}")
+        cookie = answer.partition("set-cookie: ")[2].partition(";")[0]
+        page, answer = ask("/gradio_api/heartbeat/abc", cookie)
         assert answer.startswith("HTTP/1.1 200")
         start = time.monotonic()
         process.send_signal(signal.SIGINT)
