@@ -51,19 +51,36 @@ def build(studio: Studio) -> gr.Blocks:
             tab_share.build(studio)
             tab_benchmark.build(studio)
 
-        def use_images(folder: str, prompt: str, resolution: str, buckets: bool) -> Any:
+        def use_images(
+            folder: str,
+            prompt: str,
+            resolution: str,
+            buckets: bool,
+            masked: bool,
+            masks: str,
+            controls: str,
+        ) -> Any:
             return (
                 folder,
                 prompt or gr.skip(),
                 resolution.strip() or gr.skip(),
                 buckets,
+                masked or bool(masks.strip()),
+                masks.strip(),
+                controls.strip(),
                 gr.Tabs(selected="train"),
             )
 
-        data = ("instance_data_dir", "instance_prompt", "resolution", "use_aspect_ratio_buckets")
+        data = (
+            *("instance_data_dir", "instance_prompt", "resolution", "use_aspect_ratio_buckets"),
+            *("masked_loss", "mask_data_dir", "control_data_dir"),
+        )
         images.use.click(
             use_images,
-            [images.folder, images.prompt, images.resolution, images.buckets],
+            [
+                *(images.folder, images.prompt, images.resolution, images.buckets),
+                *(images.masked, images.masks, images.controls),
+            ],
             [*(train.fields[name] for name in data), tabs],
             **quiet,
         ).then(**train.checking)

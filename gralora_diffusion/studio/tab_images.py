@@ -16,7 +16,6 @@ from .context import Studio, messages, shown
 from .engine.images import (
     CaptionedImage,
     CheckedFolder,
-    Crop,
     add_images,
     check_folder,
     list_images,
@@ -40,6 +39,9 @@ class ImagesTab:
     prompt: gr.Textbox
     resolution: gr.Textbox
     buckets: gr.Checkbox
+    masked: gr.Checkbox
+    masks: gr.Textbox
+    controls: gr.Textbox
 
 
 def build(studio: Studio) -> ImagesTab:
@@ -75,6 +77,25 @@ def build(studio: Studio) -> ImagesTab:
                     placeholder="a photo of sks dog",
                     max_lines=1,
                 )
+        with gr.Accordion("Masks and control images", open=False, elem_id="images-more"), gr.Row():
+            masked = gr.Checkbox(
+                label="Train only where masks are white",
+                info="Masks beside the images, such as 1.mask.png for 1.png, or in this folder:",
+                elem_id="images-masked",
+            )
+            masks = gr.Textbox(
+                label="Folder of masks",
+                info="Each has the name of its image",
+                max_lines=1,
+                elem_id="images-masks",
+            )
+            controls = gr.Textbox(
+                label="Folders of control images",
+                info="The images before an edit, under the names of the images; a folder on a line",
+                lines=1,
+                max_lines=3,
+                elem_id="images-controls",
+            )
         with gr.Row():
             check = gr.Button("Check as a run does", elem_id="images-check", min_width=160)
             use = gr.Button(
@@ -90,7 +111,16 @@ def build(studio: Studio) -> ImagesTab:
         )
 
     def show(
-        path: str, word: str, text: str, size: str, use_buckets: bool, *, force: bool = False
+        path: str,
+        word: str,
+        text: str,
+        size: str,
+        use_buckets: bool,
+        use_masks: bool,
+        mask_folder: str,
+        control_folders: str,
+        *,
+        force: bool = False,
     ) -> Any:
         if not path.strip():
             return shown(messages(["the folder is missing. Give a path, or upload images"])), ""
@@ -111,7 +141,20 @@ def build(studio: Studio) -> ImagesTab:
                     f"the resolution is {size!r}; it must be a positive multiple of {_DIVISOR}"
                 ]
         if count and (force or count <= _CHECK_AT_ONCE):
-            checked = check_folder(target, text.strip() or None, pixels, use_buckets, _DIVISOR)
+            from gralora_diffusion.training.data.masks import MaskPlaces  # imports torch
+
+            own, *others = folders = [_path(mask_folder), *map(_path, control_folders.split("\n"))]
+            for known in filter(None, folders):
+                studio.opened.open_folder(known)
+            checked = check_folder(
+                target,
+                text.strip() or None,
+                pixels,
+                use_buckets,
+                _DIVISOR,
+                masks=MaskPlaces(own) if use_masks or own else None,
+                controls=[known for known in others if known],
+            )
         try:  # only now: decoding takes long, and a caption may be edited meanwhile
             found, problems = list_images(target)
         except OSError as error:
@@ -131,21 +174,29 @@ def build(studio: Studio) -> ImagesTab:
             gr.Info(f"{count} image{'s' * (count > 1)} added")
         return str(target)
 
-    inputs = [folder, trigger, prompt, resolution, buckets]
+    inputs = [folder, trigger, prompt, resolution, buckets, masked, masks, controls]
     outputs = [summary, cards]
     gr.on(
-        [opened.click, *(c.submit for c in (folder, trigger, prompt, resolution))],
+        [
+            opened.click,
+            *(c.submit for c in (folder, trigger, prompt, resolution, masks, controls)),
+        ],
         show,
         inputs,
         outputs,
         api_visibility="private",
     )
-    buckets.input(show, inputs, outputs, api_visibility="private")
+    for box in (buckets, masked):
+        box.input(show, inputs, outputs, api_visibility="private")
     check.click(lambda *given: show(*given, force=True), inputs, outputs, api_visibility="private")
     upload.upload(add, [upload, name], folder, api_visibility="private").then(
         show, inputs, outputs, api_visibility="private"
     )
-    return ImagesTab(use, folder, prompt, resolution, buckets)
+    return ImagesTab(use, folder, prompt, resolution, buckets, masked, masks, controls)
+
+
+def _path(text: str) -> Path | None:
+    return Path(text.strip()).expanduser() if text.strip() else None
 
 
 def _unreadable(folder: Path, error: OSError) -> str:
@@ -169,6 +220,8 @@ def _summary(
         sizes = [f"{count} at {w}x{h}" for (h, w), count in checked.buckets]
         assumed = "" if is_given else f" (if the base's resolution is {_ASSUMED})"
         facts.append("trained at: " + ", ".join(sizes) + assumed)
+        parts = {"a mask": checked.masks, "control images": checked.controls}
+        facts += [f"{len(having)} with {what}" for what, having in parts.items() if having]
         enlarged = sum(crop.enlarged for crop in checked.crops.values())
         if enlarged:
             facts.append(f"{enlarged} enlarged, because they are smaller")
@@ -182,13 +235,15 @@ def _summary(
 def _cards(
     studio: Studio, found: list[CaptionedImage], checked: CheckedFolder | None, word: str
 ) -> Markup:
-    crops = checked.crops if checked else {}
-    cards = [_card(studio, image, crops.get(image.path), word) for image in found]
+    cards = [_card(studio, image, checked, word) for image in found]
     return Markup('<div class="cards">{}</div>').format(Markup("").join(cards))
 
 
-def _card(studio: Studio, image: CaptionedImage, crop: Crop | None, word: str) -> Markup:
+def _card(
+    studio: Studio, image: CaptionedImage, checked: CheckedFolder | None, word: str
+) -> Markup:
     name = image.path.name
+    crop = checked.crops.get(image.path) if checked else None
     address = studio.address(image.path, "thumbnail")
     if address is None:
         return Markup('<div class="card"><p>{} is in another folder</p></div>').format(
@@ -222,6 +277,27 @@ def _card(studio: Studio, image: CaptionedImage, crop: Crop | None, word: str) -
     picture = Markup(
         '<div class="frame"><span><img src="{address}" loading="lazy" alt="{name}">'
     ).format_map(given)
-    picture += frame + Markup("</span></div>")
+    picture += _mask(studio, image.path, checked) + frame + Markup("</span></div>")
+    picture += _controls(studio, image.path, checked)
     line = Markup("<figcaption>{} {}<output></output></figcaption>").format(for_html(name), note)
     return Markup('<figure class="card{}">{}{}{}</figure>').format(missing, picture, line, caption)
+
+
+def _mask(studio: Studio, image: Path, checked: CheckedFolder | None) -> Markup:
+    """Return the mask as a shade over what a run leaves out, and nothing for an opacity."""
+    path = checked.masks.get(image) if checked else None
+    if path is None or path == image or (address := studio.address(path, "thumbnail")) is None:
+        return Markup("")
+    shade = '<img class="mask" src="{}" loading="lazy" alt="mask {}">'
+    return Markup(shade).format(address, for_html(path.name))
+
+
+def _controls(studio: Studio, image: Path, checked: CheckedFolder | None) -> Markup:
+    """Return the control images, in the order in which the base gets them."""
+    paths = checked.controls.get(image, []) if checked else []
+    if not paths:
+        return Markup("")
+    pictures = Markup("").join(
+        studio.picture(path, f"control image {path.name}", "thumbnail") for path in paths
+    )
+    return Markup('<div class="controls">{}</div>').format(pictures)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
@@ -28,9 +30,13 @@ from gralora_diffusion.training.data.captions import (
     read_caption,
     read_metadata,
 )
+from gralora_diffusion.training.data.controls import CONTROL_COLUMNS, ControlPlaces
 
 from .imports import import_diffusers
 from .workspace import file_name
+
+if TYPE_CHECKING:  # the module imports torch
+    from gralora_diffusion.training.data.masks import MaskPlaces
 
 #: Characters of a caption, at most.
 MOST_CAPTION = 1 << 16
@@ -90,8 +96,10 @@ def find_image(path: Path) -> CaptionedImage:
 def _images_in(folder: Path, problems: list[str], only: str | None = None) -> list[CaptionedImage]:
     """Return the images of one folder; with ``only``, just the one of this name."""
     files = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
-    names = folder_images(files).images
-    listed = read_metadata(folder, files, None, problems)
+    listed = read_metadata(folder, files, None, problems, None, CONTROL_COLUMNS)
+    others = {name for entry in listed.values() for name in (entry.mask, *entry.controls)}
+    shown = {*listed} | ({*folder_images(files).images} - others)
+    names = [name for name in folder_images(files).images if name in shown]
     beside, sharing = caption_files(names, files), _sharing(names, files)
     found = []
     for name in [name for name in names if only in (None, name)]:
@@ -198,6 +206,24 @@ def add_images(folder: Path, files: Iterable[Path]) -> tuple[int, list[str]]:
     return len(copied), problems
 
 
+def keep_image(image: Path, folder: Path) -> str:
+    """Copy an image of a comparison or a run, with its settings; return the copy's name.
+
+    An image that has been copied is not copied again.
+
+    Raises:
+        OSError: it cannot be copied.
+    """
+    data = read_regular(image, MAX_BYTES)
+    folder.mkdir(parents=True, exist_ok=True)
+    number = hashlib.sha256(data).hexdigest()[:8]
+    name = f"{file_name(image.parent.name, 'image')}-{image.stem}-{number}{image.suffix}"
+    if not (folder / name).exists():
+        with replacing(folder / name) as temporary:
+            temporary.write_bytes(data)
+    return name
+
+
 def _named_captions(
     images: list[Path],
     captions: list[Path],
@@ -210,12 +236,16 @@ def _named_captions(
     for image, found in caption_files([image.name for image in images], names).items():
         for name in found:
             owners.setdefault(name, set()).add(image)
-    counts = Counter(names)
+    counts, of_images = Counter(names), Counter(image.name for image in images)
     for caption in captions:
         own, ending = owners.get(caption.name, set()), caption.suffix.lower()
         new = [(old.name, path) for old, path in copied if old.name in own] if own else []
         if counts[caption.name] > 1:
             problems.append(f"{caption.name} is not copied, because another has the same name")
+        elif twice := sorted(name for name in own if of_images[name] > 1):
+            problems.append(
+                f"{caption.name} is not copied, because several images are called {twice[0]}"
+            )
         elif own and not new:
             problems.append(f"{caption.name} is not copied, because its image is not")
         elif not own:
@@ -268,6 +298,8 @@ class CheckedFolder:
 
     Attributes:
         crops: image -> how it is cropped.
+        masks: image -> the file with its mask, which is the image itself if its opacity is one.
+        controls: image -> its control images, in their order.
         problems: why a run would refuse the folder.
         warnings: what it would leave out or change.
     """
@@ -275,6 +307,8 @@ class CheckedFolder:
     crops: dict[Path, Crop]
     problems: list[str]
     warnings: list[str]
+    masks: dict[Path, Path] = field(default_factory=dict)
+    controls: dict[Path, list[Path]] = field(default_factory=dict)
 
     @property
     def buckets(self) -> list[tuple[tuple[int, int], int]]:
@@ -283,12 +317,21 @@ class CheckedFolder:
 
 
 def check_folder(
-    folder: Path, prompt: str | None, resolution: int, use_buckets: bool, divisor: int = 8
+    folder: Path,
+    prompt: str | None,
+    resolution: int,
+    use_buckets: bool,
+    divisor: int = 8,
+    *,
+    masks: MaskPlaces | None = None,
+    controls: Sequence[Path] = (),
 ) -> CheckedFolder:
     """Decode all images as a run does before it starts, and say how they would be cropped.
 
     Args:
         prompt: of images without a caption.
+        masks: where their masks are; None to train on whole images.
+        controls: folders of control images; those that a metadata file names are found anyway.
     """
     if use_buckets:
         import_diffusers()
@@ -300,10 +343,13 @@ def check_folder(
     plan = CropPlan(resolution, center_crop=True, buckets=buckets)
     with _collected_warnings() as warnings:
         try:
-            examples = find_examples(folder, prompt)
+            places = ControlPlaces(tuple(controls))
+            examples = find_examples(folder, prompt, masks=masks, controls=places)
         except DataError as error:
             return CheckedFolder({}, list(error.problems), warnings)
-    crops = {}
+    found = CheckedFolder({}, [], warnings)
+    if masks is not None and not any(example.mask for example in examples):
+        found.problems.append("no image has a mask. Put masks beside the images, or leave them out")
     for example in examples:
         assert isinstance(example.source, Path)
         height, width = target = plan.target_size(example.size)
@@ -316,8 +362,13 @@ def check_folder(
             (top + height) / resized_height,
         )
         enlarged, shown = plan.enlarges(example.size), plan.shown(example.size)
-        crops[example.source] = Crop(target, shown, enlarged, box)
-    return CheckedFolder(crops, [], warnings)
+        found.crops[example.source] = Crop(target, shown, enlarged, box)
+        if example.mask is not None and isinstance(example.mask.source, Path):
+            found.masks[example.source] = example.mask.source
+        sources = [control.source for control in example.controls]
+        if sources:
+            found.controls[example.source] = [s for s in sources if isinstance(s, Path)]
+    return found
 
 
 class _collected_warnings(logging.Handler):

@@ -18,6 +18,7 @@ from gralora_diffusion.studio.engine.images import (
 )
 from gralora_diffusion.studio.engine.opened import OpenedFiles
 from gralora_diffusion.training.data.image_folder import find_examples
+from gralora_diffusion.training.data.masks import MaskPlaces
 from tests import ROOT
 
 ROBOT = ROOT / "samples/subjects/robot/train"
@@ -112,6 +113,11 @@ def test_uploaded_captions_follow_their_images(folder, tmp_path):
         add_images(folder, map(type(there), again))[1]
         == ["new.txt is not copied, because another has the same name"] * 2
     )
+    same = [there / "new.png", shutil.copy(there / "00.png", tmp_path / "new.png")]
+    count, problems = add_images(tmp_path / "two", [*same, there / "new.txt"])
+    assert count == 2
+    assert problems == ["new.txt is not copied, because several images are called new.png"]
+    assert sorted(os.listdir(tmp_path / "two")) == ["new-2.png", "new.png"]
 
 
 @pytest.mark.parametrize("data", ["é".encode("latin-1"), "é".encode("utf-16")])
@@ -152,6 +158,41 @@ def test_crops_and_problems_of_a_folder(folder):
     problems = check_folder(folder, None, 64, False).problems
     assert any(p.startswith("01.png cannot be decoded") for p in problems)
     assert any(p.startswith("02.png has no caption") for p in problems)
+
+
+def test_masks_and_control_images(folder, tmp_path):
+    masks = MaskPlaces(ROOT / "samples/masks/robot")
+    before = shutil.copytree(folder, tmp_path / "before")
+    checked = check_folder(folder, None, 64, False, masks=masks, controls=[before])
+    assert checked.problems == []
+    images = [folder / f"0{number}.png" for number in range(5)]
+    assert checked.masks == {image: masks.folder / image.name for image in images}
+    assert checked.controls == {image: [before / image.name] for image in images}
+    (before / "03.png").unlink()
+    (before / "04.png").write_bytes(b"")
+    Image.new("L", (20, 10), "white").save(folder / "00.mask.png")
+    problems = check_folder(folder, None, 64, False, masks=MaskPlaces(), controls=[before]).problems
+    assert [text.partition(" ")[0] for text in problems[:3]] == [
+        "--control_data_dir",
+        "00.png:",
+        "04.png:",
+    ]
+    assert "has no control image for 03.png" in problems[0]
+    assert "its mask 00.mask.png has 20 x 10 pixels, but the image has" in problems[1]
+    (folder / "00.mask.png").unlink()
+    without = check_folder(folder, None, 64, False, masks=MaskPlaces())
+    assert without.problems[0].startswith("no image has a mask")
+
+
+def test_control_images_that_a_metadata_file_names_are_no_images(folder):
+    line = '{"file_name": "00.png", "text": "a", "control": "01.png"}'
+    (folder / "metadata.jsonl").write_text(line)
+    assert [image.path.name for image in list_images(folder)[0]] == [
+        *("00.png", "02.png", "03.png", "04.png")
+    ]
+    checked = check_folder(folder, None, 64, False)
+    assert checked.problems == []
+    assert checked.controls == {folder / "00.png": [folder / "01.png"]}
 
 
 def test_ids_lead_to_files_in_opened_folders_alone(folder, tmp_path):
