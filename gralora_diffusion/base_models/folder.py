@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
@@ -154,6 +155,21 @@ def read_pipeline_index(folder: Path) -> dict[str, Any]:
             "Names may only contain letters, digits and underscores."
         )
     return index
+
+
+def native_side(folder: Path, family: ModelFamily) -> int | None:
+    """Return pixels per side of a base's images, as ``ModelFamily.native_resolution`` does.
+
+    None if the configs in its folder do not tell.
+    """
+    try:
+        size = read_json(folder / family.denoiser / MODEL_CONFIG).get("sample_size")
+        if not isinstance(size, int):
+            return family.default_resolution
+        blocks = read_json(folder / "vae" / MODEL_CONFIG).get("block_out_channels")
+    except AdapterFileError:
+        return None
+    return size * 2 ** (len(blocks) - 1) if isinstance(blocks, list) and blocks else None
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -15,12 +15,27 @@ from gralora_diffusion.io.bundled import config_names
 from gralora_diffusion.io.templates import for_html
 
 from .context import Studio, follow, log_of, messages, shown
-from .engine.form import BASIC, Checked, Field, all_fields, check, described, from_file, groups
-from .engine.jobs import gralora
+from .engine.defaults import base_defaults, decided_by_base
+from .engine.form import (
+    BASIC,
+    Checked,
+    Field,
+    all_fields,
+    check,
+    described,
+    fitted,
+    from_file,
+    groups,
+    without_fit,
+)
+from .engine.jobs import Job, gralora
 from .engine.runs import Run
 from .engine.workspace import free_path
 
 CONFIG = "config.yaml"
+_NO_PLAN = "The plan needs options without problems"
+#: Memory of usual cards, in GiB.
+_CARDS = (8, 12, 16, 24)
 #: What is the user's own: a preset leaves these options as they are once they are filled in.
 _OWN = ("instance_data_dir", "instance_prompt", "output_dir", "validation_prompt")
 
@@ -76,6 +91,12 @@ def build(studio: Studio) -> TrainTab:
             with gr.Row():
                 start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=90)
                 plan = gr.Button("Plan", elem_id="train-plan", min_width=90)
+            card = gr.Radio(
+                [(f"{size} GB", size) for size in _CARDS],
+                label="Fit the options into a GPU of",
+                info="Plans the run, and changes what saves the memory that is missing",
+                elem_id="train-card",
+            )
             problems = gr.HTML(elem_id="train-problems", js_on_load=None)
             planned = gr.HTML(elem_id="train-planned", js_on_load=None)
             yaml = gr.Code(label="The file of options", language="yaml", interactive=False, lines=4)
@@ -83,15 +104,27 @@ def build(studio: Studio) -> TrainTab:
                 label="The same as a command", language="shell", interactive=False, lines=2
             )
 
+        undo = gr.State({})
+        defaults = gr.State({})
     names, inputs = list(fields), list(fields.values())
     checked = [problems, yaml, command]
+    described_fields = [fields[name] for name in decided_by_base()]
+
+    def as_texts(values: tuple[Any, ...]) -> dict[str, str | bool]:
+        return {name: "" if v is None else v for name, v in zip(names, values, strict=True)}
 
     def read(values: tuple[Any, ...]) -> Checked:
-        given = {name: "" if v is None else v for name, v in zip(names, values, strict=True)}
-        return check(given)
+        return check(as_texts(values))
 
-    def show(*values: Any) -> Any:
-        return _shown_check(read(values))
+    def show(*given: Any) -> Any:
+        *values, before = given
+        found = read(tuple(values))
+        now = base_defaults(found.config)
+        changes = [
+            gr.skip() if now.get(name) == before.get(name) else _with_default(name, now.get(name))
+            for name in decided_by_base()
+        ]
+        return (*_shown_check(found), *changes, now)
 
     def run(*values: Any) -> Any:
         found = read(values)
@@ -109,16 +142,43 @@ def build(studio: Studio) -> TrainTab:
         studio.jobs.add("train", output.name, line, output, queued=True, files={CONFIG: found.yaml})
         return (*_shown_check(found), gr.Tabs(selected="runs"))
 
+    def add_plan(found: Checked, *options: str) -> Job:
+        line = gralora("train", "--config", f"{{folder}}/{CONFIG}", "--dry_run", *options)
+        return studio.jobs.add("plan", "plan", line, files={CONFIG: found.yaml})
+
     def make_plan(*values: Any) -> Any:
         found = read(values)
         if found.problems:
-            yield shown(messages(["the plan needs options without problems"]))
+            yield shown(messages([_NO_PLAN]))
             return
-        line = gralora("train", "--config", f"{{folder}}/{CONFIG}", "--dry_run")
-        job = studio.jobs.add("plan", "plan", line, files={CONFIG: found.yaml})
+        job = add_plan(found)
         for state in follow(job, "planning the run, without loading weights ..."):
             yield shown(state)
         yield shown(log_of(job, 80, "plan"))
+
+    def fit(size: int | None, undo: dict[str, Any], *values: Any) -> Any:
+        """Fill in what makes the run fit. What an earlier search filled in is taken back first."""
+        given = as_texts(values)
+        start = without_fit(given, undo)
+        checked_form = check(start)
+        nothing = [gr.skip()] * (len(names) + 1)
+        if size is None or checked_form.problems:
+            yield [shown(messages([_NO_PLAN])), None, *nothing]
+            return
+        job = add_plan(checked_form, f"--device_memory={size}GiB")
+        for state in follow(job, f"looking for options that fit into {size} GB ..."):
+            yield [shown(state), size, *nothing]
+        log = log_of(job, 80, "plan")
+        found = fitted(start, job.log())
+        if found is None:
+            head = messages([f"The form is as before: nothing makes the run fit into {size} GB"])
+            yield [shown(head * (job.state == "done") + log), None, *nothing]
+            return
+        head = Markup('<p class="state finished">fits into {} GB</p>').format(size)
+        head += messages([found.said.replace(", give ", ", the form now has ")], "note")
+        new = start | found.values
+        updates = [gr.skip() if new[n] == given[n] else new[n] for n in names]
+        yield [shown(head + log), None, found.undo, *updates]
 
     def load(name: str, *values: Any) -> Any:
         if not name:
@@ -131,10 +191,22 @@ def build(studio: Studio) -> TrainTab:
         c.submit for c in inputs if isinstance(c, gr.Textbox)
     ]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-    checking = {"fn": show, "inputs": inputs, "outputs": checked, **quiet}
+    checking = {
+        "fn": show,
+        "inputs": [*inputs, defaults],
+        "outputs": [*checked, *described_fields, defaults],
+        **quiet,
+    }
     gr.on(events, trigger_mode="always_last", **checking)
     preset.input(load, [preset, *inputs], inputs, **quiet).then(**checking)
     plan.click(make_plan, inputs, planned, concurrency_limit=2, **quiet)
+    card.input(
+        fit,
+        [card, undo, *inputs],
+        [planned, card, undo, *inputs],
+        concurrency_limit=2,
+        **quiet,
+    ).then(**checking)
     extent.input(None, extent, None, js="(extent) => studio.setExtent(extent)")
     return TrainTab(fields, inputs, checked, checking, start, run)
 
@@ -174,14 +246,33 @@ def _component(f: Field) -> Any:
     if f.kind == "switch":
         return gr.Checkbox(value=bool(f.default), **given)
     if f.kind == "choice":
-        empty = [] if f.default else [("the default", "")]
-        return gr.Dropdown([*empty, *((c, c) for c in f.choices)], value=f.default, **given)
+        return gr.Dropdown(_choices(f, f.if_empty), value=f.default, **given)
     if f.kind == "lines":
         given["info"] += ". One on each line"
-    lines = 2 if f.kind == "lines" else 1
-    return gr.Textbox(
-        value=str(f.default), lines=lines, max_lines=4 if f.kind == "lines" else 1, **given
-    )
+    lines, most = (2, 4) if f.kind == "lines" else (1, 1)
+    given["placeholder"] = _if_empty(f.if_empty)
+    return gr.Textbox(value=str(f.default), lines=lines, max_lines=most, **given)
+
+
+def _choices(f: Field, default: str) -> list[tuple[str, str]]:
+    empty = [] if f.default else [(_if_empty(default) or "none", "")]
+    return [*empty, *((c, c) for c in f.choices)]
+
+
+def _if_empty(default: str) -> str:
+    return f"default: {default}" if default else ""
+
+
+def _with_default(name: str, known: str | None) -> Any:
+    """Return the update of an option's component that shows the value for an empty field.
+
+    Args:
+        known: the value; None if it is not known, so that the help's words are shown.
+    """
+    f = next(f for f in all_fields() if f.name == name)
+    if f.kind == "choice":
+        return gr.Dropdown(choices=_choices(f, known or f.if_empty))
+    return gr.Textbox(placeholder=_if_empty(known or f.if_empty))
 
 
 def _shown_check(found: Checked) -> tuple[Any, ...]:

@@ -6,6 +6,7 @@ line is, so that every problem has the same words.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -46,7 +47,7 @@ class Field:
     Attributes:
         kind: how it is given; "lines" takes one value per line.
         default: as its value in the form: a bool for a switch, otherwise a text; "" if there is
-            none, or if the family decides.
+            none, or if it depends on other options or on the base.
     """
 
     name: str
@@ -54,6 +55,12 @@ class Field:
     default: str | bool
     help: str
     choices: tuple[str, ...] = ()
+
+    @property
+    def if_empty(self) -> str:
+        """What an empty field stands for, as its help says; "" if it does not."""
+        found = re.search(r"\(default: (.*)\)", self.help)
+        return found[1] if found and self.default == "" else ""
 
     def text(self, value: Any) -> str | bool:
         """Return a value of the option as its value in the form."""
@@ -184,3 +191,49 @@ def described(name: str) -> str:
     """Return the first comment of a bundled file of options, which says what it is for."""
     lines: Sequence[str] = find_config(name).read_text(encoding="utf-8").splitlines()
     return lines[0].lstrip("# ") if lines and lines[0].startswith("#") else ""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A form whose options were changed so that the run fits into a given memory.
+
+    Attributes:
+        said: the plan's sentences, with the memory that the run needs.
+        values: option -> its new value, for those that change.
+        undo: option -> its values before and after the search.
+    """
+
+    said: str
+    values: dict[str, str | bool]
+    undo: dict[str, tuple[str | bool, str | bool]]
+
+
+def without_fit(
+    values: Mapping[str, str | bool], undo: Mapping[str, Sequence[str | bool]]
+) -> dict[str, str | bool]:
+    """Return a filled form without what an earlier search filled in, unless it was edited since."""
+    return {n: undo[n][0] if n in undo and v == undo[n][1] else v for n, v in values.items()}
+
+
+def fitted(values: Mapping[str, str | bool], text: str) -> Fitted | None:
+    """Return what ``gralora train --dry_run --device_memory`` has found for a filled form.
+
+    Args:
+        text: its output.
+
+    Returns:
+        None if no options make the run fit, or if there was no plan.
+    """
+    found = re.search(
+        r"^(?:To fit into \S+ GiB, give (.+?)\.|The run fits into \S+ GiB as it is\.) It needs "
+        r"about .*",
+        text,
+        re.MULTILINE,
+    )
+    if found is None:
+        return None
+    line = arguments(values)
+    options = [*line, *shlex.split(found[1] or "")]
+    before, after = (values_of(read_config(given)[0]) for given in (line, options))
+    changed = {name: value for name, value in after.items() if value != before[name]}
+    return Fitted(found[0], changed, {name: (values[name], v) for name, v in changed.items()})

@@ -9,11 +9,10 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
-from gralora_diffusion.base_models.folder import MODEL_CONFIG
+from gralora_diffusion.base_models.folder import native_side
 from gralora_diffusion.base_models.streaming import RING, Streaming
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.buckets import listed_buckets
 from gralora_diffusion.training.data.image_folder import Example
@@ -38,8 +37,6 @@ _MOST_PER_PIXEL = 64 * 1024
 #: A run whose upper bound is below this part of the free memory is not planned, to save the time.
 _SURELY = 0.5
 _GIB = 2**30
-#: Bytes of a model's config at most.
-_MOST_BYTES = 1 << 20
 
 
 def check_memory(
@@ -176,7 +173,7 @@ def memory_advice(config: TrainingConfig) -> str:
 def _upper_bound(config: TrainingConfig, family: ModelFamily) -> float:
     """Return bytes that the run certainly does not exceed; infinite if they are not known."""
     folder = Path(config.base_config or config.pretrained_model_name_or_path).expanduser()
-    side = config.resolution or _native_side(folder, family.denoiser)
+    side = config.resolution or native_side(folder, family)
     if side is None:
         return math.inf
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
@@ -207,18 +204,6 @@ def _bytes_of_weights(config: TrainingConfig) -> float:
             return math.inf
         total += sum(file.stat().st_size for file in files)
     return total
-
-
-def _native_side(base: Path, denoiser: str) -> int | None:
-    """Return the resolution that a base was made for, as ``ModelFamily.native_resolution`` does."""
-    try:
-        size = read_object(base / denoiser / MODEL_CONFIG, _MOST_BYTES)["sample_size"]
-        blocks = read_object(base / "vae" / MODEL_CONFIG, _MOST_BYTES)["block_out_channels"]
-    except (OSError, ValueError, KeyError):
-        return None
-    if not isinstance(size, int) or not isinstance(blocks, list):
-        return None
-    return int(size * 2 ** (len(blocks) - 1))
 
 
 def _gib(count: float) -> str:

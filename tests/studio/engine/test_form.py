@@ -89,3 +89,19 @@ def test_a_file_with_a_problem(tmp_path):
     file.write_text("rank: many\n")
     with pytest.raises(ConfigError, match="rank is 'many'; it must be a whole number"):
         form.from_file(file)
+
+
+def test_what_a_plan_for_a_given_memory_changes():
+    given = BLANK | GOOD | {"train_batch_size": "2", "learning_rate": "1e-4"}
+    said = "give --gradient_checkpointing --offload_base 0.25. It needs about 7.10 GiB at the peak."
+    found = form.fitted(given, f"plan\n\nTo fit into 8 GiB, {said}\nThe smallest card")
+    assert found.said == f"To fit into 8 GiB, {said}"
+    assert found.values == {"gradient_checkpointing": True, "offload_base": "0.25"}
+    now = given | found.values
+    assert form.check(now).problems == ()
+    assert form.without_fit(now, found.undo) == given
+    edited = now | {"offload_base": "0.5"}
+    assert form.without_fit(edited, found.undo) == given | {"offload_base": "0.5"}
+    assert form.fitted(given, "No options make this run fit into 8 GiB, since") is None
+    as_it_is = form.fitted(given, "The run fits into 8 GiB as it is. It needs about 1.00 GiB at")
+    assert as_it_is.values == as_it_is.undo == {}

@@ -12,8 +12,10 @@ from accelerate import Accelerator
 from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.base_models.streaming import Streaming, block_bytes
 from gralora_diffusion.io.dtypes import torch_dtype
+from gralora_diffusion.studio.engine.form import arguments, values_of
+from gralora_diffusion.studio.engine.form import fitted as fitted_form
 from gralora_diffusion.training.checks.options import find_problems
-from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.dry_run.fitting import Fit, find_fit, format_fit, smallest_card
 from gralora_diffusion.training.dry_run.formatting import format_plan
@@ -128,6 +130,13 @@ def test_options_that_make_a_run_fit(plan: Plan) -> None:
     assert fit is not None
     assert fit.peak <= least + 1
     assert fit.options[-1] == "--offload_base blocks"
+    # the studio fills its form from the text
+    values = values_of(CONFIG)
+    read = fitted_form(values, "plan\n\n" + format_fit(int(least), fit, smallest))
+    assert read is not None
+    assert read.said.startswith("To fit into ")
+    given = [*arguments(values), *" ".join(fit.options).split()]
+    assert parse_config(arguments({**values, **read.values})) == parse_config(given)
     none, smallest = found(0.9 * least)
     assert none is None
     assert smallest.options == ()  # there is no smaller card
