@@ -60,14 +60,8 @@ def offline_problem(
         is_dataset: it is a repository of ``datasets``, which has its own cache.
         revision, cache_dir: the options of the download.
     """
-    causes = [] if Path(repository).exists() else list(_causes(error))
-    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
-        reason = "is not contacted because HF_HUB_OFFLINE is set"
-    elif any(_is_of_the_cache(cause) for cause in causes):
-        reason = "is not contacted because only local files are allowed"
-    elif any(_is_unreachable(cause) for cause in causes):
-        reason = "cannot be reached from this machine"
-    else:
+    reason = None if Path(repository).exists() else why_not_asked(error)
+    if reason is None:
         return None
     options = {"--revision": revision, "--cache-dir": None if is_dataset else cache_dir}
     command = ["hf", "download", str(repository)]
@@ -82,6 +76,22 @@ def offline_problem(
         "there is no such folder, the Hub's cache does not contain all of it, and the Hub "
         f"{reason}. With network access, download it with `{shlex.join(command)}`, {folder}"
     )
+
+
+def why_not_asked(error: BaseException) -> str | None:
+    """Return why the Hub was not asked, to follow "the Hub"; None if it was.
+
+    Args:
+        error: the library's error, whose causes are checked.
+    """
+    causes = list(_causes(error))
+    if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
+        return "is not contacted because HF_HUB_OFFLINE is set"
+    if any(_is_of_the_cache(cause) for cause in causes):
+        return "is not contacted because only local files are allowed"
+    if any(_is_unreachable(cause) for cause in causes):
+        return "cannot be reached from this machine"
+    return None
 
 
 def _is_of_the_cache(error: BaseException) -> bool:

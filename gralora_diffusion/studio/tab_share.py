@@ -15,11 +15,14 @@ from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
 
 from .context import INTERVAL, Studio, choice, follow, log_of, messages, shown
 from .engine.jobs import gralora
+from .engine.publishing import PublishError, problems_before
+from .engine.publishing import publish as send_to_hub
 from .engine.workspace import file_name, free_path
 from .tab_compare import base_of
 
 #: Bytes of a model card, at most.
 _MOST_CARD = 1 << 20
+_NO_ADAPTER = "there is no adapter yet. Train one, or wait until it is done"
 
 
 def build(studio: Studio) -> None:
@@ -66,7 +69,25 @@ def build(studio: Studio) -> None:
                 inspect = gr.Button("Inspect", elem_id="share-inspect")
                 facts = gr.HTML(elem_id="share-facts", js_on_load=None)
         gr.HTML("<h3>Model card and upload</h3>", js_on_load=None)
+        with gr.Row():
+            repository = gr.Textbox(
+                label="Repository on the Hub",
+                info="owner/name; a name alone is below your own account",
+                max_lines=1,
+                elem_id="share-repository",
+            )
+            token = gr.Textbox(
+                label="Token",
+                info="Empty: that of `hf auth login`. It is used once, and kept nowhere",
+                type="password",
+                max_lines=1,
+                elem_id="share-token",
+            )
+            private = gr.Checkbox(True, label="Private", info="Only you see a new repository")
+            publish = gr.Button("Upload these files", elem_id="share-publish", min_width=140)
+        published = gr.HTML(elem_id="share-published", js_on_load=None)
         card = gr.HTML(elem_id="share-card", js_on_load=None)
+        listed = gr.State([])
         timer = gr.Timer(INTERVAL)
         seen = gr.State([])
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -79,17 +100,47 @@ def build(studio: Studio) -> None:
 
     def choose(chosen: str | None) -> Any:
         if not chosen:
-            return "", ""
+            return "", "", "", []
+        folder = Path(chosen)
         try:
-            return base_of(studio, chosen), shown(_card(Path(chosen)))
+            names = to_be_shown(folder)
+            return base_of(studio, chosen), folder.name, shown(_card(folder, names)), names
         except OSError as error:
-            return "", shown(messages([f"{chosen} cannot be read: {error.strerror or error}"]))
+            text = f"{chosen} cannot be read: {error.strerror or error}"
+            return "", "", shown(messages([text])), []
+
+    def send(
+        chosen: str | None, names: list[str], where: str, secret: str | None, hidden: bool
+    ) -> Any:
+        """Yield what is shown of an upload, the list of files, and an empty field of the token."""
+        secret = (secret or "").strip() or None
+        if chosen not in [path for _, path in studio.adapters()]:
+            yield shown(messages([_NO_ADAPTER])), gr.skip(), gr.skip(), ""
+            return
+        folder = Path(chosen)
+        try:
+            found = problems_before(folder, names, where.strip(), secret)
+            if found:
+                now = to_be_shown(folder)
+                yield shown(messages(found)), shown(_card(folder, now)), now, ""
+                return
+            note = f"sending {len(names)} files to {where.strip()} ..."
+            text = Markup('<p class="state running">{}</p>').format(for_html(note))
+            yield shown(text), gr.skip(), gr.skip(), ""
+            address = send_to_hub(folder, names, where.strip(), secret, hidden)
+            done = '<p class="state finished">sent: <a href="{0}" target="_blank">{0}</a></p>'
+            text = Markup(done).format(for_html(address))
+        except PublishError as error:
+            text = messages([str(error)])
+        except OSError as error:
+            text = messages([f"{chosen} cannot be read: {error.strerror or error}"])
+        yield shown(text), gr.skip(), gr.skip(), ""
 
     def run_export(
         chosen: str | None, kind: str, names: str, source: str, precision: str, checked: bool
     ) -> Any:
         if not chosen:
-            yield shown(messages(["there is no adapter yet. Train one, or wait until it is done"]))
+            yield shown(messages([_NO_ADAPTER]))
             return
         suffix = "" if kind == "diffusers" else ".safetensors"
         stem = file_name(f"{Path(chosen).name}-{names if kind == 'lora' else kind}", "export")
@@ -125,7 +176,13 @@ def build(studio: Studio) -> None:
         yield from run_inspect(text.strip() or file)
 
     gr.on([timer.tick, tab.select], refresh, [adapter, seen], [adapter, seen], **quiet)
-    gr.on([adapter.change], choose, adapter, [base, card], **quiet)
+    adapter.change(choose, adapter, [base, repository, card, listed], **quiet)
+    publish.click(
+        send,
+        [adapter, listed, repository, token, private],
+        [published, card, listed, token],
+        **quiet,
+    )
     export.click(run_export, [adapter, form, style, base, dtype, verify], exported, **quiet)
     # what was given last is inspected; the button prefers the path, which can be seen beside it
     dropped.upload(run_inspect, dropped, facts, **quiet)
@@ -133,16 +190,15 @@ def build(studio: Studio) -> None:
     inspect.click(inspect_either, [dropped, path], facts, **quiet)
 
 
-def _card(folder: Path) -> Markup:
+def _card(folder: Path, names: list[str]) -> Markup:
     """Return the files that an upload would send, and the model card's text."""
-    names = to_be_shown(folder)
     sizes = [(name, (folder / name).stat().st_size) for name in names]
     total = sum(size for _, size in sizes)
     items = Markup("").join(
         Markup("<li>{} <small>{:,} bytes</small></li>").format(for_html(name), size)
         for name, size in sizes
     )
-    head = Markup("<p>An upload with --push_to_hub sends these {} files, {:.1f} MB:</p>")
+    head = Markup("<p>An upload sends these {} files, and no others, {:.1f} MB:</p>")
     files = head.format(len(sizes), total / 1e6) + Markup("<ul>{}</ul>").format(items)
     try:
         text = read_regular(folder / CARD_NAME, _MOST_CARD).decode("utf-8", "replace")

@@ -58,6 +58,6 @@ def test_what_is_no_name():
 def test_what_is_set_in_an_old_module_is_set_in_the_new_one(monkeypatch):
     old: Any = importlib.import_module("gralora_diffusion.training.outcome")
     new = importlib.import_module("gralora_diffusion.training.outputs.output_dir")
-    monkeypatch.setattr(new, "upload_folder", None)  # taken back at the end
-    old.upload_folder = print
-    assert new.upload_folder is print
+    monkeypatch.setattr(new, "create_repo", None)  # taken back at the end
+    old.create_repo = print
+    assert new.create_repo is print

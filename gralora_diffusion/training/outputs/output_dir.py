@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
-from huggingface_hub import create_repo, upload_folder
+from huggingface_hub import create_repo
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
@@ -27,7 +27,7 @@ from gralora_diffusion.training.runtime.folder_lock import (
 from .curve import CURVE_NAME, plot_curve
 from .metrics import with_loss
 from .model_card import write_card
-from .published import to_be_shown
+from .upload import upload
 from .validation_history import write_history
 
 logger = logging.getLogger(__name__)
@@ -118,13 +118,7 @@ def finish(
     if config.push_to_hub and not whole:
         logger.warning("nothing was uploaded, because the run was stopped before its last step")
     elif config.push_to_hub:
-        upload_folder(
-            repo_id=_repository(config),
-            folder_path=folder,
-            commit_message="GraLoRA adapter",
-            allow_patterns=to_be_shown(folder),
-            token=config.hub_token,
-        )
+        upload(folder, _repository(config), config.hub_token)
 
 
 def _repository(options: OutputOptions) -> str:

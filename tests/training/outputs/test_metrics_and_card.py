@@ -15,7 +15,7 @@ import pytest
 import torch
 import yaml
 from diffusers import StableDiffusionPipeline
-from huggingface_hub import ModelCard
+from huggingface_hub import CommitInfo, ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from markdown_it import MarkdownIt
 from PIL import Image
@@ -26,7 +26,7 @@ from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.loop import train
-from gralora_diffusion.training.outputs import base_license, output_dir
+from gralora_diffusion.training.outputs import base_license, output_dir, upload
 from gralora_diffusion.training.outputs.curve import plot_curve
 from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.model_card import write_card
@@ -223,13 +223,14 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
 ) -> None:
     uploaded: list[Path] = []
 
-    def upload(*, folder_path: Path, allow_patterns: list[str], **others: Any) -> None:
+    def send(*, folder_path: Path, allow_patterns: list[str], **others: Any) -> CommitInfo:
         files = [path for path in folder_path.rglob("*") if path.is_file()]
         names = [path.relative_to(folder_path).as_posix() for path in files]
         left = filter_repo_objects(names, allow_patterns=allow_patterns)
         uploaded.extend(folder_path / name for name in left)
+        return CommitInfo("https://hub/a/b/commit/0", "", "", "0")
 
-    monkeypatch.setattr(output_dir, "upload_folder", upload)  # there is no Hub here
+    monkeypatch.setattr(upload, "upload_folder", send)  # there is no Hub here
     monkeypatch.setattr(output_dir, "create_repo", lambda *arguments, **others: None)
     weights = {"pretrained_model_name_or_path": base}
     if single_file:
