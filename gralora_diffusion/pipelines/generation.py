@@ -411,7 +411,7 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
 
     labels = _labels(args)
     if args.lora:
-        _load_lora(pipe, args.lora, command)  # also if it is shown last, so that errors come first
+        load_lora(pipe, args.lora, command)  # also if it is shown last, so that errors come first
         if args.adapter:
             pipe.unload_lora_weights()
     if args.adapter:
@@ -429,7 +429,7 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
     found.append(made(labels.pop(0), args.adapter or args.lora))
     if labels:
         pipe.unload_gralora_weights()
-        _load_lora(pipe, args.lora, command)
+        load_lora(pipe, args.lora, command)
         pipe.set_adapters("sampled", args.scale)
         found.append(made(labels.pop(0), args.lora))
     return found
@@ -475,7 +475,8 @@ def _labels(args: argparse.Namespace) -> list[str]:
     return ["before", "after"] if args.compare else [""]
 
 
-def _load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
+def load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
+    """Load a LoRA as diffusers' adapter "sampled", or end the command with the reason."""
     path = Path(source).expanduser()
     # diffusers takes a folder and the name of a file in it
     where: dict[str, Any] = {"weight_name": path.name} if path.is_file() else {}

@@ -62,6 +62,15 @@ class Studio:
                     found.append((run.name, str(run.folder)))
         return found
 
+    def exported_loras(self) -> list[tuple[str, str]]:
+        """Return (name, path) of the LoRA files that were exported here, the newest first."""
+        files = [
+            job.output
+            for job in reversed(self.jobs.list())
+            if job.kind == "export" and job.output and "--format=lora" in job.command
+        ]
+        return [(file.name, str(file)) for file in dict.fromkeys(files) if file.is_file()]
+
     def address(self, file: Path, kind: str = "view") -> str | None:
         """Return the address of a file: its "view", "thumbnail", or the "file" itself.
 
@@ -89,8 +98,12 @@ class Studio:
         view, source = self.address(file), self.address(file, kind)
         if view is None or source is None:
             return Markup("<small>{} is in another folder</small>").format(for_html(file.name))
-        image = '<a href="{}" target="_blank"><img src="{}" loading="lazy" alt="{}" title="{}"></a>'
-        return Markup(image).format(view, source, for_html(alt), for_html(title))
+        saved = Markup("")
+        if file.suffix == ".png":  # is sent as it is, with the settings in it
+            saved = Markup(' data-save="{}"').format(self.address(file, "file"))
+        image = '<a class="picture" href="{}" target="_blank"{}>'
+        image += '<img src="{}" loading="lazy" alt="{}" title="{}"></a>'
+        return Markup(image).format(view, saved, source, for_html(alt), for_html(title))
 
 
 def chosen_of(items: Sequence[_Named], name: str | None, was_chosen: bool) -> _Named | None:

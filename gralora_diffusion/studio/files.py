@@ -15,7 +15,7 @@ from starlette.requests import Request
 from gralora_diffusion.io.image_files import ImageError, read_image
 from gralora_diffusion.io.json_files import parse_object
 
-from .engine.images import find_image, write_caption
+from .engine.images import find_image, keep_image, write_caption
 from .engine.opened import OpenedFiles
 
 #: Pixels of the longer side of a thumbnail.
@@ -25,8 +25,12 @@ _SENT = {".png": "image/png", ".safetensors": "application/octet-stream"}
 _PRIVATE = {"Cache-Control": "private, max-age=3600"}
 
 
-def routes(opened: OpenedFiles) -> APIRouter:
-    """Return the addresses below ``/studio``; the guard has checked who asks."""
+def routes(opened: OpenedFiles, kept: Path) -> APIRouter:
+    """Return the addresses below ``/studio``; the guard has checked who asks.
+
+    Args:
+        kept: the folder of the images that are kept.
+    """
     router = APIRouter(prefix="/studio")
 
     @router.get("/thumbnail/{name}")
@@ -74,6 +78,16 @@ def routes(opened: OpenedFiles) -> APIRouter:
         if not isinstance(text, str):
             return PlainTextResponse("the caption must be text", 422)
         return await run_in_threadpool(_save_caption, opened, name, text)
+
+    @router.post("/keep/{name}")
+    def keep(name: str) -> Response:
+        path = opened.find(name)
+        if path is None or path.suffix != ".png":
+            return _absent()
+        try:
+            return PlainTextResponse(keep_image(path, kept))
+        except OSError as error:
+            return PlainTextResponse(f"not kept: {error.strerror or error}", 422)
 
     @router.get("/page.js")
     def script() -> Response:

@@ -31,7 +31,7 @@ def application(
         once: another token, which is valid once.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.include_router(routes(studio.opened))
+    app.include_router(routes(studio.opened, studio.workspace.kept))
     app = gr.mount_gradio_app(
         app,
         page.build(studio),

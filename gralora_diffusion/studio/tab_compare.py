@@ -34,6 +34,15 @@ def build(studio: Studio) -> CompareTab:
         with gr.Row():
             with gr.Column(scale=2, min_width=320):
                 adapters = gr.CheckboxGroup([], label="Adapters", elem_id="compare-adapters")
+                loras = gr.Dropdown(
+                    [],
+                    value=[],
+                    multiselect=True,
+                    allow_custom_value=True,
+                    label="LoRA files",
+                    info="Exports from here, or the path or Hub id of one; end it with Enter",
+                    elem_id="compare-loras",
+                )
                 base = gr.Textbox(
                     label="Base", info="Filled in from the adapter's run", elem_id="compare-base"
                 )
@@ -63,6 +72,7 @@ def build(studio: Studio) -> CompareTab:
             earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
         problems = gr.HTML(js_on_load=None)
         result = gr.HTML(elem_id="compare-result", js_on_load=None)
+        kept = gr.HTML(elem_id="compare-kept", js_on_load=None)
         timer = gr.Timer(INTERVAL)
         seen = gr.State({})
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
@@ -76,18 +86,22 @@ def build(studio: Studio) -> CompareTab:
         there = studio.adapters()
         left = [path for path in chosen if path in {path for _, path in there}]
         text = shown(_result(studio, job)) if job else shown(messages([_GONE] * gone, "note"))
+        exported, keeping = studio.exported_loras(), shown(_kept(studio))
         changes = [
             choice(gr.CheckboxGroup, there, left, chosen, before.get("adapters")),
             choice(gr.Dropdown, titles, job.name if job else None, job_name, before.get("titles")),
             gr.skip() if before.get("result") == text else text,
+            gr.skip() if before.get("loras", []) == exported else gr.Dropdown(choices=exported),
+            gr.skip() if before.get("kept") == keeping else keeping,
         ]
         now = {"adapters": there, "titles": titles, "result": text, "gone": gone}
+        now |= {"loras": exported, "kept": keeping}
         return [*changes, now]
 
     refreshing = {
         "fn": refresh,
         "inputs": [adapters, earlier, seen],
-        "outputs": [adapters, earlier, result, seen],
+        "outputs": [adapters, earlier, result, loras, kept, seen],
         **quiet,
     }
 
@@ -120,6 +134,7 @@ def build(studio: Studio) -> CompareTab:
     adapters.input(fill_base, [adapters, base], base, **quiet)
     inputs = [
         adapters,
+        loras,
         base,
         with_base,
         blended,
@@ -149,6 +164,7 @@ def base_of(studio: Studio, adapter: str) -> str:
 
 def _read(
     adapters: list[str],
+    loras: list[str],
     base: str,
     with_base: bool,
     blended: bool,
@@ -188,6 +204,7 @@ def _read(
         base=base.strip(),
         prompts=[line.strip() for line in prompts.split("\n") if line.strip()],
         adapters=list(adapters or []),
+        loras=[text for lora in loras or () if (text := str(lora).strip())],
         scales=numbers("a strength", scales, float, number),
         blends=[float(share)] if blended else [],
         with_base=bool(with_base),
@@ -247,7 +264,23 @@ def _result(studio: Studio, job: Job) -> Markup:
 def _cell(studio: Studio, path: Path, label: str) -> Markup:
     if not path.is_file():
         return Markup('<td><span class="pending"></span></td>')
+    return Markup("<td>{}</td>").format(_picture(studio, path, " ".join(label.split())))
+
+
+def _picture(studio: Studio, path: Path, label: str) -> Markup:
     settings = settings_of(path)
     named = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
-    picture = studio.picture(path, " ".join(label.split()), title=named)
-    return Markup("<td>{}</td>").format(picture)
+    return studio.picture(path, label, title=named)
+
+
+def _kept(studio: Studio) -> Markup:
+    """Return the images that were kept, the newest first."""
+    folder = studio.workspace.kept
+    files = sorted(folder.glob("*.png"), reverse=True) if folder.is_dir() else []
+    if not files:
+        return Markup("")
+    head = Markup('<h3>Kept images</h3><p class="facts">{}</p>').format(for_html(folder))
+    pictures = Markup("").join(
+        Markup("<figure>{}</figure>").format(_picture(studio, file, file.stem)) for file in files
+    )
+    return head + Markup('<div class="strip" tabindex="0">{}</div>').format(pictures)

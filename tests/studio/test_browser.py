@@ -145,7 +145,11 @@ def test_from_five_images_to_a_lora_by_clicks(server, browser):
     assert page.locator("#compare-result td img").evaluate_all("a => a.every(i => i.complete)")
 
     open_tab(page, "Share")
-    page.locator("#share-card").get_by_text("An upload with --push_to_hub sends").wait_for()
+    page.locator("#share-card").get_by_text("An upload sends these").wait_for()
+    fill(page, "share-token", "hf_secret")
+    page.locator("#share-publish").click()
+    page.locator("#share-published").get_by_text("HF_HUB_OFFLINE is set").wait_for()
+    assert page.locator("#share-token input").input_value() == ""
     page.locator("#share-style input").click()
     page.get_by_role("option", name=re.compile("diffusers")).click()
     page.locator("#share-export").click()

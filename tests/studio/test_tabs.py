@@ -22,7 +22,14 @@ RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": ""}
 
 def read_fields(**given):
     """What the fields of Compare are read as."""
-    left = {"adapters": [], "base": "b", "with_base": True, "blended": False, "share": 0.5}
+    left = {
+        "adapters": [],
+        "loras": [],
+        "base": "b",
+        "with_base": True,
+        "blended": False,
+        "share": 0.5,
+    }
     return tab_compare._read(**left, prompts="a", negative="", **(RIGHT | given))
 
 

@@ -29,10 +29,16 @@ _MOST_CELLS = 1000
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a comparison: its label, and adapter -> strength; empty for the base alone."""
+    """A row of a comparison.
+
+    Attributes:
+        scales: adapter -> strength; empty for the base alone.
+        lora: its adapter is a LoRA, which diffusers loads.
+    """
 
     label: str
     scales: dict[str, float]
+    lora: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,7 +48,8 @@ class Comparison:
     Attributes:
         base: a diffusers folder, a Hub id or a single file.
         adapters: GraLoRA files, folders or Hub ids.
-        scales: strengths of each adapter.
+        loras: LoRA files, folders or Hub ids, such as exports.
+        scales: strengths of each adapter and LoRA.
         blends: shares of the second of two adapters, whose strengths then add up to 1.
         with_base: also generate with the base alone.
         seeds: the noise of the images; each prompt has an image for each seed.
@@ -52,6 +59,7 @@ class Comparison:
     base: str
     prompts: list[str]
     adapters: list[str] = field(default_factory=list)
+    loras: list[str] = field(default_factory=list)
     scales: list[float] = field(default_factory=lambda: [1.0])
     blends: list[float] = field(default_factory=list)
     with_base: bool = True
@@ -71,6 +79,9 @@ class Comparison:
             first, second = self.adapters
             label = f"{_label(first)} x {1 - share:g}\n+ {_label(second)} x {share:g}"
             rows.append(Row(label, {first: 1 - share, second: share}))
+        for lora in self.loras:
+            label = public_name(lora.removesuffix(".safetensors"))
+            rows += [Row(f"{label}\nx {s:g}", {lora: s}, lora=True) for s in self.scales]
         return rows
 
     @property
@@ -85,13 +96,14 @@ class Comparison:
             found.append("the base is missing. Give a diffusers folder, a Hub id or a file")
         if not self.prompts:
             found.append("there is no prompt. Give one on each line")
-        rows = self.with_base + len(self.adapters) * len(self.scales) + len(self.blends)
+        each = len(self.adapters) + len(self.loras)
+        rows = self.with_base + each * len(self.scales) + len(self.blends)
         cells = rows * len(self.prompts) * len(self.seeds)
         if cells > _MOST_CELLS:
             found.append(f"these are {cells:,} images; at most {_MOST_CELLS:,} are compared")
         elif not self.rows:
             found.append("there is nothing to compare. Choose an adapter, or the base alone")
-        if self.adapters and not self.scales:
+        if each and not self.scales:
             found.append("there is no strength. Give one or several, such as 0.5 1")
         if self.blends and len(self.adapters) != 2:
             found.append("a blend needs two adapters. Choose two, or leave the blend empty")
@@ -153,6 +165,7 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "base": _is_text,
     "prompts": _list_of(_is_text),
     "adapters": _list_of(_is_text),
+    "loras": _list_of(_is_text),
     "scales": _list_of(is_finite_number),
     "blends": _list_of(is_finite_number),
     "with_base": lambda value: isinstance(value, bool),
@@ -201,6 +214,7 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
     from gralora_diffusion.pipelines.generation import (
         generate,
         labelled_grid,
+        load_lora,
         open_pipeline,
         parameters_of,
         parser,
@@ -220,10 +234,21 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
             except (OSError, ValueError) as error:
                 command.error(f"adapter {source}: {error}")
         grid: list[tuple[str, list[Image.Image]]] = []
+        loaded = None  # the LoRA
         for number, row in enumerate(comparison.rows):
             label = " ".join(row.label.split())
             print_safely(f"row {number + 1} of {len(comparison.rows)}: {label}")
-            if row.scales:
+            if row.lora:  # one at a time, after all other rows
+                (lora, strength), *_ = row.scales.items()
+                if lora != loaded:
+                    if names and loaded is None:
+                        pipe.unload_gralora_weights()
+                    elif loaded is not None:
+                        pipe.unload_lora_weights()
+                    load_lora(pipe, lora, command)
+                    loaded = lora
+                pipe.set_adapters("sampled", strength)
+            elif row.scales:
                 pipe.set_adapters([names[a] for a in row.scales], [*row.scales.values()])
             elif names:
                 pipe.set_adapters(next(iter(names.values())), 0.0)

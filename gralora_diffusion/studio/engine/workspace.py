@@ -30,6 +30,11 @@ class Workspace:
         return self.folder / "comparisons"
 
     @property
+    def kept(self) -> Path:
+        """Images of comparisons that the user wants to keep."""
+        return self.folder / "kept"
+
+    @property
     def exports(self) -> Path:
         return self.folder / "exports"
 

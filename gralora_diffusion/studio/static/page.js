@@ -62,6 +62,71 @@ const studio = {
   },
 };
 
+// An image in its own size, over the page: Escape closes it, the arrows lead to its neighbors.
+const viewer = {
+  open(link) {
+    if (!viewer.dialog) viewer.make();
+    const image = link.querySelector("img");
+    viewer.link = link;
+    viewer.picture.src = link.href;
+    viewer.picture.alt = image.alt;
+    viewer.text.textContent = [image.alt, image.title].filter(Boolean).join(" · ");
+    viewer.save.hidden = viewer.keep.hidden = !link.dataset.save;
+    viewer.save.href = link.dataset.save || "";
+    viewer.said.textContent = "";
+    if (!viewer.dialog.open) viewer.dialog.showModal();
+  },
+
+  make() {
+    const make = (kind, text, parent) => {
+      const made = document.createElement(kind);
+      made.textContent = text;
+      if (parent) parent.append(made);
+      return made;
+    };
+    viewer.dialog = make("dialog", "");
+    viewer.dialog.id = "viewer";
+    viewer.picture = make("img", "", viewer.dialog);
+    viewer.text = make("p", "", viewer.dialog);
+    const bar = make("div", "", viewer.dialog);
+    viewer.keep = make("button", "Keep", bar);
+    viewer.save = make("a", "Save", bar);
+    viewer.save.download = "";
+    const close = make("button", "Close", bar);
+    viewer.said = make("output", "", bar);
+    viewer.keep.addEventListener("click", viewer.keepIt);
+    close.addEventListener("click", () => viewer.dialog.close());
+    viewer.dialog.addEventListener("click", (event) => {
+      if (event.target === viewer.dialog) viewer.dialog.close();
+    });
+    viewer.dialog.addEventListener("keydown", (event) => {
+      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
+      if (!step) return;
+      const all = [...document.querySelectorAll("a.picture")].filter((a) => a.offsetParent);
+      const next = all[all.findIndex((a) => a.href === viewer.link.href) + step];
+      if (next) viewer.open(next);
+    });
+    document.body.append(viewer.dialog);
+  },
+
+  async keepIt() {
+    const id = viewer.save.pathname.split("/").pop();
+    try {
+      const answer = await fetch("/studio/keep/" + id, { method: "POST" });
+      const text = await answer.text();
+      viewer.said.textContent = answer.ok ? "kept as " + text : text;
+    } catch (error) {
+      viewer.said.textContent = "not kept: the studio does not answer";
+    }
+  },
+};
+
+document.addEventListener("click", (event) => {
+  const link = event.target.closest && event.target.closest("a.picture");
+  if (!link || event.ctrlKey || event.metaKey || event.shiftKey) return;
+  event.preventDefault();
+  viewer.open(link);
+});
 document.addEventListener("change", (event) => {
   if (event.target.matches && event.target.matches("textarea[data-caption]"))
     studio.saveCaption(event.target);

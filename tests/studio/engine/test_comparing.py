@@ -9,6 +9,7 @@ import zlib
 import pytest
 from PIL import Image
 
+from gralora_diffusion.export.main import main as export
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.studio.engine.comparing import (
@@ -35,6 +36,35 @@ def adapters(tmp_path_factory):
     for name in ("one", "two"):
         pipe.load_gralora_weights(folder / name, name)
     return pipe, [str(folder / name) for name in ("one", "two")]
+
+
+def test_loras_beside_adapters(base, adapters, tmp_path):
+    _, (one, _) = adapters
+    lora = tmp_path / "exported.safetensors"
+    export([f"--adapter={one}", "--format=lora", "--style=diffusers", f"--output={lora}"])
+    comparison = Comparison(
+        base=str(base),
+        prompts=["a cat"],
+        adapters=[one],
+        loras=[str(lora)],
+        scales=[0.5, 1.0],
+        steps=1,
+        size=16,
+    )
+    assert comparison.problems() == []
+    (tmp_path / SPEC_NAME).write_text(comparison.to_json())
+    main([str(tmp_path / SPEC_NAME)])
+    labels = ["base", "one\nx 0.5", "one\nx 1", "exported\nx 0.5", "exported\nx 1"]
+    assert [row.label for row in comparison.rows] == labels
+    pipe = stable_diffusion()
+    pipe.load_lora_weights(tmp_path, weight_name=lora.name, adapter_name="stock")
+    for row, scale in ((3, 0.5), (4, 1.0)):
+        pipe.set_adapters("stock", scale)
+        ((image,),) = generate(pipe, ["a cat"], seed=0, size=16, inference_steps=1)
+        with Image.open(tmp_path / cell_name(row, 0)) as cell:
+            assert cell.tobytes() == image.tobytes()
+        settings = settings_of(tmp_path / cell_name(row, 0))
+        assert (settings["adapter"], settings["scale"]) == (lora.name, scale)
 
 
 def test_each_cell_and_the_grid(base, adapters, tmp_path):
