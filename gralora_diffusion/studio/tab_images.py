@@ -83,13 +83,15 @@ def build(studio: Studio) -> ImagesTab:
                 info="Masks beside the images, such as 1.mask.png for 1.png, or in this folder:",
                 elem_id="images-masked",
             )
-            masks = gr.Textbox(
+            masks = gr.Textbox(  # before the accordion is opened, its value is the one given here
+                "",
                 label="Folder of masks",
                 info="Each has the name of its image",
                 max_lines=1,
                 elem_id="images-masks",
             )
             controls = gr.Textbox(
+                "",
                 label="Folders of control images",
                 info="The images before an edit, under the names of the images; a folder on a line",
                 lines=1,
