@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -87,6 +87,8 @@ def plot(title: str, curves: Sequence[Curve], faint: Sequence[Curve] = ()) -> Ma
     middle = (_LEFT + _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_BOTTOM + 16}" class="middle">step</text>')
     for curve, kind in [*((c, "faint") for c in faint), *((c, "curve") for c in curves)]:
+        if len(curve.points) == 1:  # a line to itself is a dot
+            curve, kind = replace(curve, points=[*curve.points] * 2), f"{kind} point"
         line = " ".join(place(x, y) for x, y in _thinned(curve.points))
         parts.append(f'<polyline points="{line}" class="{kind} c{curve.number % 4}"/>')
     last = Markup(", ").join(

@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.templates import for_html
 from gralora_diffusion.options.path_names import path_problem
 
@@ -231,7 +232,20 @@ def _summary(
         facts.append("not decoded yet: click “Check as a run does”")
     line = Markup('<p class="facts">{}</p>').format(for_html(" · ".join(facts)))
     notes = checked.warnings if checked else []
-    return line + messages(problems) + messages(notes, "note")
+    names = {image.path.name for image in found}
+    return line + messages(_alike_as_one(problems, names)) + messages(notes, "note")
+
+
+def _alike_as_one(problems: list[str], names: set[str]) -> list[str]:
+    """Return problems of which those that say the same of several images are one."""
+    images: dict[str, list[str]] = {}  # what is said -> the images of which it is said
+    for problem in problems:
+        name, _, rest = problem.partition(" ")
+        if name in names:
+            images.setdefault(rest, []).append(name)
+        else:
+            images[problem] = []
+    return [f"{first_few(of)} {text}" if of else text for text, of in images.items()]
 
 
 def _cards(

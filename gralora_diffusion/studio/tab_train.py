@@ -69,7 +69,7 @@ def build(studio: Studio) -> TrainTab:
                     [("", ""), *((_title(name), name) for name in _presets())],
                     value="",
                     label="Preset",
-                    info="A bundled file of options, by family of the base",
+                    info="Bundled options, by family of the base; tiny_robot needs no download",
                     elem_id="train-preset",
                 )
                 extent = gr.Radio(
@@ -101,7 +101,11 @@ def build(studio: Studio) -> TrainTab:
             planned = gr.HTML(elem_id="train-planned", js_on_load=None)
             yaml = gr.Code(label="The file of options", language="yaml", interactive=False, lines=4)
             command = gr.Code(
-                label="The same as a command", language="shell", interactive=False, lines=2
+                label="The same as a command",
+                language="shell",
+                interactive=False,
+                lines=2,
+                wrap_lines=True,
             )
 
         undo = gr.State({})

@@ -58,5 +58,9 @@ def test_no_peak_of_a_long_curve_is_lost():
     assert min(y for _, y in line) == 10
 
 
+def test_a_single_point_is_a_dot():
+    assert points_of(curves.plot("t", [curves.Curve("r", [(7, 5.0)])])) == [[(48, 68)] * 2]
+
+
 def test_without_points_there_is_no_plot():
     assert curves.plot("t", [curves.Curve("r", [])]) == ""

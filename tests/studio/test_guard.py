@@ -125,7 +125,9 @@ def test_few_passwords_are_tried_at_the_same_time():
     async def guess():
         wrong = [guard._checked(f"{number}", HEADERS) for number in range(40)]
         given = await asyncio.gather(*wrong, guard._checked("a password", HEADERS))
-        return [answer.status_code for answer in (*given, await guard._checked("a password", HEADERS))]
+        return [
+            answer.status_code for answer in (*given, await guard._checked("a password", HEADERS))
+        ]
 
     # while so many are wrong, not even the right one is compared
     assert asyncio.run(guess()) == [401] * 5 + [429] * 36 + [303]
