@@ -84,7 +84,19 @@ def build(studio: Studio) -> gr.Blocks:
             [*(train.fields[name] for name in data), tabs],
             **quiet,
         ).then(**train.checking)
-        train.start.click(train.run, train.inputs, [*train.checked, tabs], **quiet)
+
+        def start(*values: Any) -> Any:
+            *checked, folder = train.run(*values)
+            name = next((run.name for run in studio.runs() if run.folder == folder), None)
+            if name is None:
+                return (*checked, gr.skip(), gr.skip())
+            return (
+                *checked,
+                gr.Radio(choices=[(name, name)], value=name),
+                gr.Tabs(selected="runs"),
+            )
+
+        train.start.click(start, train.inputs, [*train.checked, runs.chosen, tabs], **quiet)
 
         def duplicate(name: str | None) -> Any:
             run = studio.run(name)

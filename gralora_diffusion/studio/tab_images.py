@@ -223,8 +223,8 @@ def _summary(
         sizes = [f"{count} at {w}x{h}" for (h, w), count in checked.buckets]
         assumed = "" if is_given else f" (if the base's resolution is {_ASSUMED})"
         facts.append("trained at: " + ", ".join(sizes) + assumed)
-        parts = {"a mask": checked.masks, "control images": checked.controls}
-        facts += [f"{len(having)} with {what}" for what, having in parts.items() if having]
+        counts = {"a mask": len(checked.masks), "control images": len(checked.controls)}
+        facts += [f"{count} with {what}" for what, count in counts.items() if count]
         enlarged = sum(crop.enlarged for crop in checked.crops.values())
         if enlarged:
             facts.append(f"{enlarged} enlarged, because they are smaller")

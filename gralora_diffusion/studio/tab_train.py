@@ -49,7 +49,8 @@ class TrainTab:
         inputs: the same in the form's order.
         checked: the components that a check changes.
         checking: arguments of an event that checks the form.
-        start: starts ``run``, which returns ``checked`` and the tabs.
+        start: starts ``run``, which returns ``checked`` and the folder of the run; None if it did
+            not start.
     """
 
     fields: dict[str, Any]
@@ -141,10 +142,10 @@ def build(studio: Studio) -> TrainTab:
         if found.problems or blocked:
             gr.Warning("The run has not started: see the problems")
             more = Checked(found.config, (*found.problems, *blocked), found.warnings)
-            return (*_shown_check(more), gr.skip())
+            return (*_shown_check(more), None)
         line = gralora("train", "--config", f"{{folder}}/{CONFIG}")
         studio.jobs.add("train", output.name, line, output, queued=True, files={CONFIG: found.yaml})
-        return (*_shown_check(found), gr.Tabs(selected="runs"))
+        return (*_shown_check(found), output)
 
     def add_plan(found: Checked, *options: str) -> Job:
         line = gralora("train", "--config", f"{{folder}}/{CONFIG}", "--dry_run", *options)

@@ -97,9 +97,9 @@ def _images_in(folder: Path, problems: list[str], only: str | None = None) -> li
     """Return the images of one folder; with ``only``, just the one of this name."""
     files = [entry.name for entry in folder.iterdir() if not entry.is_dir()]
     listed = read_metadata(folder, files, None, problems, None, CONTROL_COLUMNS)
-    others = {name for entry in listed.values() for name in (entry.mask, *entry.controls)}
-    shown = {*listed} | ({*folder_images(files).images} - others)
-    names = [name for name in folder_images(files).images if name in shown]
+    parts = {name for entry in listed.values() for name in (entry.mask, *entry.controls)}
+    images = folder_images(files).images
+    names = [name for name in images if name in listed or name not in parts]
     beside, sharing = caption_files(names, files), _sharing(names, files)
     found = []
     for name in [name for name in names if only in (None, name)]:
