@@ -9,6 +9,8 @@ from pathlib import Path
 #: The native file, and the field of its metadata that describes the adapter.
 WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
 METADATA_KEY = "gralora_adapter_metadata"
+#: The folder in a run's output folder with the adapter of its best measurement.
+BEST_NAME = "best"
 #: The files of PEFT's folder (``peft.utils.constants``), and the prefix of their keys.
 PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"

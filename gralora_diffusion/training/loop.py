@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import replace
 from functools import partial
@@ -25,9 +26,11 @@ from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import BEST_NAME
 from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.process import are_several, print_safely
 from gralora_diffusion.io.stop_signals import StopSignals
+from gralora_diffusion.training.checkpoints.best import keep_best, restore_best
 from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -40,6 +43,7 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.data_module import Batches
+from gralora_diffusion.training.data.held_out import held_out_config, held_out_digest
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sampler import Prefetcher
 from gralora_diffusion.training.data.seeds import seed_from
@@ -49,6 +53,11 @@ from gralora_diffusion.training.optimization.adapters import (
     add_adapters,
     inference_weights,
     second_factors,
+)
+from gralora_diffusion.training.optimization.held_out import (
+    HeldOutLoss,
+    HeldOutRecord,
+    Measurement,
 )
 from gralora_diffusion.training.optimization.initial_adapter import (
     InitialValues,
@@ -78,6 +87,7 @@ from gralora_diffusion.training.outputs.output_dir import (
 )
 from gralora_diffusion.training.outputs.summary import (
     how_to_resume,
+    summary_of_held_out,
     summary_of_inputs,
     summary_of_masks,
     summary_of_result,
@@ -172,6 +182,7 @@ def _train(
         accelerator,
         store,
         found.initial,
+        held_out=found.held_out,
         sharding=sharding,
         offloading=offloading,
         control=control,
@@ -181,14 +192,22 @@ def _train(
     if found.resume is not None:
         together(accelerator, partial(trainer.resume, *found.resume))
     else:
-        from_first(accelerator, store.delete_all)
+        from_first(accelerator, lambda: _delete_earlier(store))
     trainer.train()
     rows = trainer.save()
     trainer.clean_up()
     if rows is not None:
-        print_safely(summary_of_result(folder, rows, trainer.seconds))
+        print_safely(summary_of_result(folder, rows, trainer.seconds, trainer.state.held_out))
+        if trainer.overfits():
+            print_safely(trainer.why_it_ended())
         if trainer.stopped:
             print_safely(how_to_resume(folder, trainer.state.step, trainer.max_steps))
+
+
+def _delete_earlier(store: CheckpointStore) -> None:
+    """Delete what an earlier run in the folder would be resumed from, and its best adapter."""
+    store.delete_all()
+    restore_best(store.folder, None)
 
 
 def _inputs(
@@ -206,7 +225,11 @@ def _inputs(
     family, images, classes = found.family, found.images, found.class_images
     memory, offloading = check_memory(config, family, images, classes, accelerator, sharding)
     device = device_name(accelerator.device)
-    print_safely(summary_of_inputs(config, family.name, images, classes, device, memory))
+    print_safely(
+        summary_of_inputs(
+            config, family.name, images, classes, device, memory, held_out=len(found.held_out)
+        )
+    )
     return offloading
 
 
@@ -249,6 +272,7 @@ class Trainer:
 
     Args:
         initial: the adapter's initial values, in place of random ones.
+        held_out: images whose loss is measured.
         pipe: the bare, frozen base if it is already loaded; by default it is loaded.
         attach: attaches an adapter to the base, and returns the components that have it.
         sharding: how the denoiser's frozen weights are shared out over the processes, if they are.
@@ -269,6 +293,7 @@ class Trainer:
         store: CheckpointStore,
         initial: InitialValues | None = None,
         *,
+        held_out: Sequence[Example] = (),
         pipe: Any = None,
         attach: Callable[[Any, ModelFamily, TrainingConfig], tuple[str, ...]] = add_adapters,
         sharding: Sharding | None = None,
@@ -276,7 +301,7 @@ class Trainer:
         control: RunControl | None = None,
     ) -> None:
         self.config, self.family = config, family
-        self.images, self.class_images = images, class_images
+        self.images, self.class_images, self.held_out = images, class_images, list(held_out)
         self.accelerator, self.store = accelerator, store
         self.initial, self.pipe, self.attach = initial or {}, pipe, attach
         self.sharding, self.offloading = sharding, offloading
@@ -310,6 +335,7 @@ class Trainer:
             partial(
                 training_metadata, self.config, self.family, self.pipe, self.data, self.max_steps
             ),
+            HeldOutRecord(self.held_out_digest) if self.held_out else None,
         )
 
     def _set_up_models(self) -> None:
@@ -327,22 +353,22 @@ class Trainer:
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
+        every_image = [*self.images, *self.held_out]
         self.prompts = from_first(accelerator, lambda: validation_prompts(config))
         self.controls = together(
             accelerator,
-            lambda: check_controls_of_base(config, family, self.pipe, self.images, self.prompts),
+            lambda: check_controls_of_base(config, family, self.pipe, every_image, self.prompts),
         )
         if self.sharding is not None:
-            check_sharded_controls(config, family.control_count(self.pipe), self.images)
-        self.data = Batches(
-            config,
-            family,
-            self.pipe,
-            self.images,
-            self.class_images,
-            accelerator,
-            stream_encoders=self.offloading.encoders,
-        )
+            check_sharded_controls(config, family.control_count(self.pipe), every_image)
+        batches = partial(Batches, stream_encoders=self.offloading.encoders)
+        self.data = batches(config, family, self.pipe, self.images, self.class_images, accelerator)
+        if self.held_out:
+            measured = held_out_config(config)
+            self.held_out_data = batches(
+                measured, family, self.pipe, self.held_out, [], accelerator
+            )
+            self.held_out_digest = held_out_digest(measured, self.held_out_data)
         self.steps_per_epoch = ceil(len(self.data) / self.data.samples_per_step)
         self.max_steps = config.max_train_steps or config.num_train_epochs * self.steps_per_epoch
         needed = {*self.components}
@@ -398,6 +424,9 @@ class Trainer:
             step, optimizer, device_placement=[whole, True]
         )
         self.batch_builder = BatchBuilder(step, self.data, config, accelerator.device, self.dtype)
+        if self.held_out:
+            measured = self.held_out_data
+            self.held_out_loss = HeldOutLoss(step, measured, measured.config, self.dtype)
         self.ema = None
         if config.use_ema:
             self.ema = EMAModel(self.parameters, decay=config.ema_decay, foreach=True)
@@ -430,6 +459,8 @@ class Trainer:
                 ]
             )
         self.state.load(path)
+        if (record := self.state.held_out) is not None and self.accelerator.is_main_process:
+            restore_best(self.config.output_dir, path if record.base else None)
         if step == self.max_steps:
             logger.warning(
                 "nothing is left to train: step %d is the last. To continue, give a higher "
@@ -448,10 +479,12 @@ class Trainer:
         self.control.begin(state.step, self.max_steps)
         began = time.perf_counter()
         self._validate_if_due()
+        self._measure_first()
         with closing(self.steps(self.metrics)) as steps:
-            for step in steps:
+            for step in () if self.overfits() else steps:
                 requests = self._requests() if self.asked else frozenset[str]()
-                if step % config.checkpointing_steps == 0 or requests & {"save", "stop"}:
+                asked = requests & {"save", "stop"} or self.overfits()
+                if asked or step % config.checkpointing_steps == 0:
                     from_first(accelerator, partial(self.store.write, step, state.save))
                 if "save" in requests:
                     self.control.answer("save", f"wrote checkpoint-{step}")
@@ -461,6 +494,8 @@ class Trainer:
                     self.stopped = True
                     break
                 self._validate_if_due("sample" in requests)
+                if self.overfits():
+                    break
         self.seconds = time.perf_counter() - began
 
     def _start_output(self) -> None:
@@ -501,6 +536,7 @@ class Trainer:
                 if self.ema is not None and isfinite(norm):
                     self.ema.step(self.parameters)
                 state.step += 1
+                measured = self._measure_if_due()
                 # JSON has no infinity
                 finite = {"loss": loss, "grad_norm": norm}
                 numbers = {k: v if isfinite(v) else None for k, v in finite.items()} | {"lr": lr}
@@ -509,8 +545,13 @@ class Trainer:
                 if self.memory.gib is not None:
                     performance["peak_memory_gib"] = self.memory.gib
                     shown += f", peak memory={self.memory.gib:.1f} GiB"
+                row = {"step": state.step, **numbers, "performance": performance}
+                if measured is not None:
+                    row["held_out"] = measured.to_dict()
+                    performance |= measured.to_log()
+                    shown += f", held out={measured}"
                 if metrics is not None:
-                    metrics.add({"step": state.step, **numbers, "performance": performance})
+                    metrics.add(row)
                 self.control.progress(state.step, numbers["loss"])
                 self.accelerator.log({**numbers, **performance}, step=state.step)
                 bar.set_postfix_str(shown, refresh=False)  # update redraws the bar now and then
@@ -604,6 +645,54 @@ class Trainer:
         )
         return (from_first if alone else together)(self.accelerator, work)
 
+    # -- held-out images ---------------------------------------------------------------------------
+
+    def _measure_first(self) -> None:
+        """Measure before the first step, whose row in the metrics has nothing else."""
+        if self.state.step == 0 and (measured := self._measure_if_due()) is not None:
+            if self.metrics is not None:
+                self.metrics.add({"step": 0, "loss": None, "held_out": measured.to_dict()})
+            self.accelerator.log(measured.to_log(), step=0)
+
+    def _measure_if_due(self) -> Measurement | None:
+        """Measure the held-out images at intervals, and keep the adapter if it is the best."""
+        step, record = self.state.step, self.state.held_out
+        if record is None or step % self.config.held_out_steps:
+            return None
+        with self.inference_weights():
+            if not record.base:
+                record.base = self.held_out_loss.measure(adapted=False)
+            measured = record.add(step, self.held_out_loss.measure(adapted=True))
+            if measured is None:
+                logger.warning(
+                    "step %d: the loss of the held-out images is not finite; this measurement is "
+                    "left out",
+                    step,
+                )
+            elif record.best_step == step:
+                from_first(
+                    self.accelerator,
+                    lambda: keep_best(self.config.output_dir, self.state.adapter()),
+                )
+        return measured
+
+    def overfits(self) -> bool:
+        """Whether the run has been worse than its best for as long as ``stop_when`` allows."""
+        record = self.state.held_out
+        wanted = self.config.stop_when == "overfit" and record is not None
+        return wanted and record.worse >= self.config.overfit_patience
+
+    def why_it_ended(self) -> str:
+        """Say why a run ended that overfits."""
+        record = self.state.held_out
+        assert record is not None
+        return (
+            f"ended at step {self.state.step:,} of {self.max_steps:,}: the loss of the held-out "
+            f"images was worse than at step {record.best_step:,} by more than its 95% interval in "
+            f"{record.worse} measurements in a row. The adapter of step {record.best_step:,} is in "
+            f"{Path(self.config.output_dir) / BEST_NAME}{os.sep}"
+        )
+
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""
         return inference_weights(self.parameters, self.optimizer, self.ema)
@@ -642,6 +731,7 @@ class Trainer:
             "steps": steps,
             "samples per step": self.data.samples_per_step,
             **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
+            **self._held_out_facts(),
             **control_facts(self.images),
             **({FILLS: self.data.instance.fill} if self.data.instance.fill else {}),
             "trained parameters": sum(p.numel() for p in self.parameters),
@@ -654,6 +744,10 @@ class Trainer:
         if self.memory.gib is not None:
             facts["peak memory of the steps, GiB"] = round(self.memory.gib, 3)
         return facts
+
+    def _held_out_facts(self) -> dict[str, str]:
+        record = self.state.held_out
+        return {"held-out loss": summary_of_held_out(record)} if record else {}
 
     def clean_up(self) -> None:
         """Close the trackers, and the connections between processes; end the streaming."""

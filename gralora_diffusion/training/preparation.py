@@ -28,6 +28,7 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import generate_class_images, missing_class_images
 from gralora_diffusion.training.data.data_module import find_class_images, find_images
+from gralora_diffusion.training.data.held_out import find_held_out_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.initial_adapter import (
     InitialValues,
@@ -56,6 +57,7 @@ class Beginning:
     resume: tuple[int, Path] | None
     images: list[Example]
     class_images: list[Example]
+    held_out: list[Example]
     initial: InitialValues
 
 
@@ -84,6 +86,7 @@ def find_beginning(
             "the checkpoint to resume is": together(accelerator, lambda: _described(found.resume)),
             "the images and captions are": digest_of(found.images),
             "the class images are": digest_of(found.class_images),
+            "the held-out images are": digest_of(found.held_out),
         }
         check_alike(accelerator, facts, _SHARE)
     return found
@@ -101,13 +104,19 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
         _, path = resume
         check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
     images, class_images = find_images(config), find_class_images(config)
+    trained = {
+        "--instance_data_dir" if config.instance_data_dir else "--dataset_name": images,
+        "--class_data_dir": class_images,
+    }
+    held_out = find_held_out_images(config, trained)
     index = base_index(config)
-    for warning in check_controls(config, family, index.pipeline_class if index else None, images):
+    pipeline_class = index.pipeline_class if index else None
+    for warning in check_controls(config, family, pipeline_class, [*images, *held_out]):
         logger.warning(warning)
     if resume is None:
         dtype = DTYPES[accelerator.mixed_precision]
         initial = find_initial_values(config, family, dtype)
-    return Beginning(family, resume, images, class_images, initial)
+    return Beginning(family, resume, images, class_images, held_out, initial)
 
 
 def complete_class_images(

@@ -21,6 +21,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from gralora_diffusion.io.student_t import t_distribution, t_quantile
+
 #: Minimum number of subjects for an interval over subjects.
 MIN_SUBJECTS = 3
 #: Below this number of subjects, nothing can show whether they are normal enough.
@@ -231,7 +233,7 @@ def t_test(sample: np.ndarray) -> float:
     if error == 0:
         return float(sample.mean() == 0)
     freedom = len(sample) - 1
-    return 1 - _t_distribution(math.atan(abs(sample.mean()) / error / math.sqrt(freedom)), freedom)
+    return 1 - t_distribution(math.atan(abs(sample.mean()) / error / math.sqrt(freedom)), freedom)
 
 
 def sign_flip_test(sample: np.ndarray) -> float:
@@ -283,37 +285,10 @@ def pareto_front(points: Mapping[str, tuple[float, float]]) -> list[str]:
     return sorted(front, key=lambda name: points[name])
 
 
-def t_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t distribution, by bisection.
-
-    The distribution function for whole degrees of freedom is given by 26.7.3 and 26.7.4 of M.
-    Abramowitz and I. A. Stegun, Handbook of Mathematical Functions.
-    """
-    low, high = 0.0, math.pi / 2  # of the angle atan(t / sqrt(freedom))
-    for _ in range(60):
-        angle = (low + high) / 2
-        if _t_distribution(angle, freedom) < abs(2 * probability - 1):
-            low = angle
-        else:
-            high = angle
-    return math.copysign(math.tan(low) * math.sqrt(freedom), probability - 0.5)
-
-
 def spread(values: Iterable[float]) -> tuple[float, float, float] | None:
     """Return (mean, minimum, maximum), or None without values."""
     found: Sequence[float] = list(values)
     return (float(np.mean(found)), min(found), max(found)) if found else None
-
-
-def _t_distribution(angle: float, freedom: int) -> float:
-    """Return the probability that \\|t\\| is below sqrt(freedom) tan(angle)."""
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for j in range(3 if odd else 2, freedom + 1, 2):
-        total += term
-        term *= cosine**2 * (j - 1) / j
-    series = math.sin(angle) * total
-    return 2 / math.pi * (angle + series) if odd else series
 
 
 def _sample(values: Mapping[Place, float]) -> tuple[str | None, np.ndarray]:

@@ -22,7 +22,9 @@ from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import extract, inference_weights, restore
+from gralora_diffusion.training.optimization.held_out import HeldOutRecord
 
+from .best import copy_best
 from .resume import (
     PROGRESS_NAME,
     check_base,
@@ -54,6 +56,7 @@ class RunState:
         ema: average of the adapter, if there is one.
         data_digest: hash that determines which samples each step gets.
         describe: step -> metadata of the adapter's file.
+        held_out: what was measured of held-out images, if there are any.
     """
 
     def __init__(
@@ -70,12 +73,13 @@ class RunState:
         accelerator: Accelerator,
         data_digest: str,
         describe: Callable[[int], dict[str, str]],
+        held_out: HeldOutRecord | None = None,
     ) -> None:
         self.step = 0  # optimizer steps done
         self.config, self.pipe, self.family, self.components = config, pipe, family, components
         self.parameters, self.optimizer, self.lr_scheduler = parameters, optimizer, lr_scheduler
         self.ema, self.accelerator, self.data_digest = ema, accelerator, data_digest
-        self.describe = describe
+        self.describe, self.held_out = describe, held_out
         self.base = base
 
     def adapter(self) -> Adapter:
@@ -109,6 +113,10 @@ class RunState:
             "base": self.base,
             "state": numbers,
         }
+        if self.held_out is not None:
+            progress["held_out"] = self.held_out.to_dict()
+            if self.held_out.best_step is not None:
+                copy_best(self.config.output_dir, folder)
         (folder / PROGRESS_NAME).write_text(json.dumps(progress, indent=2) + "\n", encoding="utf-8")
 
     def load(self, path: Path) -> None:
@@ -129,6 +137,7 @@ class RunState:
             numbers = progress.get("state")
             self._set_numbers(path, self._of_accelerate(path) if numbers is None else numbers)
             self.step, digest = progress["step"], progress["data_digest"]
+            self._resume_held_out(progress.get("held_out"))
         except CheckpointError:
             raise
         except Exception as error:  # libraries may raise anything when a file is damaged
@@ -145,6 +154,14 @@ class RunState:
                 "uninterrupted run's"
             )
         logger.info("resuming from %s at step %d", path, self.step)
+
+    def _resume_held_out(self, measured: Any) -> None:
+        if self.held_out is None or self.held_out.resume(measured):
+            return
+        logger.warning(
+            "the checkpoint has no measurements of these held-out images at the same sizes and "
+            "noises: the best one is looked for from here on"
+        )
 
     def _set_rates(self, rates: Sequence[tuple[float, float]]) -> None:
         groups = self.optimizer.param_groups

@@ -285,6 +285,13 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         yield "--target_preset has no effect, since --lora_layers names the layers"
     if config.aspect_ratio_buckets is not None and config.resolution is not None:
         yield "--resolution only sets the size of validation images with --aspect_ratio_buckets"
+    if config.held_out_data_dir and (config.max_train_steps or config.held_out_steps) < (
+        config.held_out_steps
+    ):
+        yield (
+            f"--held_out_steps is {config.held_out_steps}, which is more than --max_train_steps, "
+            f"{config.max_train_steps}: the held-out images are only measured before the first step"
+        )
     if config.max_train_steps and config.num_train_epochs != defaults["num_train_epochs"]:
         yield "--num_train_epochs has no effect, since --max_train_steps overrides it"
     no_warmup = config.lr_scheduler in ("constant", "piecewise_constant")

@@ -15,7 +15,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.errors import CheckpointError
-from gralora_diffusion.io.file_names import WEIGHTS_NAME, looks_like_hub_id, nearby
+from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME, looks_like_hub_id, nearby
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.options.command_parser import must_be
@@ -34,8 +34,9 @@ MODEL_FOLDERS = {
 #: tracker's files.
 MADE = (
     ".gralora.*",  # lock, status and requests
-    *(WEIGHTS_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png", "README.md"),
-    *("metrics.jsonl", "training_curve.png", "training_config.yaml", "validation_over_time.png"),
+    *(WEIGHTS_NAME, BEST_NAME, "checkpoint-*", ".unfinished-*", "validation", "validation.png"),
+    *("README.md", "metrics.jsonl", "training_curve.png", "training_config.yaml"),
+    "validation_over_time.png",
 )
 
 
@@ -97,6 +98,7 @@ def _repo_id_problem(value: str) -> str | None:
 def check_data(config: TrainingConfig) -> Iterator[str]:
     yield from _images_and_captions(config)
     yield from _masks(config)
+    yield from _held_out(config)
 
 
 def _images_and_captions(config: TrainingConfig) -> Iterator[str]:
@@ -149,6 +151,38 @@ def _masks(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(folder, "masks", "Put the masks into it"):
         yield f"--mask_data_dir is {config.mask_data_dir!r}: {problem}"
+
+
+def _held_out(config: TrainingConfig) -> Iterator[str]:
+    """Report folders of held-out images, and of what belongs to them, that cannot be one."""
+    folder = config.held_out_data_dir
+    if not folder:
+        if config.stop_when:
+            yield (
+                f"--stop_when {config.stop_when} needs --held_out_data_dir. Give a folder with "
+                "images of the subject that are not trained on"
+            )
+        return
+    advice = "Put images of the subject into it that are not trained on"
+    own = config.instance_data_dir
+    if own and Path(folder).resolve() == Path(own).resolve():
+        yield (
+            f"--held_out_data_dir is {folder!r}, which is also --instance_data_dir. Held-out "
+            "images are never trained on: give a folder with other images of the subject"
+        )
+    elif problem := _folder_problem(Path(folder), "held-out images", advice):
+        yield f"--held_out_data_dir is {folder!r}: {problem}"
+    elif not (
+        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
+    ):
+        yield (
+            f"--held_out_data_dir is {folder!r}, which contains no captions, and there is no "
+            "--instance_prompt. Give one of them"
+        )
+    for name in ("held_out_control_data_dir", "held_out_mask_data_dir"):
+        for part in texts_of(getattr(config, name)):
+            if problem := _folder_problem(Path(part), "images", "Put the images into it"):
+                yield f"--{name} is {part!r}: {problem}"
 
 
 def check_controls(config: TrainingConfig) -> Iterator[str]:

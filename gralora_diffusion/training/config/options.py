@@ -29,6 +29,7 @@ from gralora_diffusion.options.fields import (
 )
 
 _NO_EDITS = "its methods are compared on text-to-image bases"
+_NO_HELD_OUT = "its trials all have the same length, and are compared by their images"
 
 # optimizer -> (module to import, package to install); None if it needs no package of its own
 OPTIMIZERS: dict[str, tuple[str, str] | None] = {
@@ -134,6 +135,51 @@ class ControlOptions:
         "Fraction of samples that are trained without their control images, so that guidance by "
         "them can be learned; 0.05 to 0.1 are usual for InstructPix2Pix",
     )
+
+
+@dataclass(kw_only=True)
+class HeldOutOptions:
+    """Images that are never trained on, whose loss says when to stop."""
+
+    _argument_group_name: ClassVar[str] = "Held-out images"
+
+    held_out_data_dir: Annotated[str | None, Place(read=True), SetByBenchmark(_NO_HELD_OUT)] = (
+        option(
+            None,
+            "Folder with images of the subject that are never trained on, with captions as in "
+            "--instance_data_dir. Their loss is measured during training, as a difference to the "
+            "frozen base's",
+        )
+    )
+    held_out_control_data_dir: Annotated[
+        list[str] | None,
+        Place(read=True),
+        Needs("held_out_data_dir"),
+        SetByBenchmark(_NO_HELD_OUT),
+    ] = option(None, "--control_data_dir for the held-out images")
+    held_out_mask_data_dir: Annotated[
+        str | None, Place(read=True), Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
+    ] = option(None, "--mask_data_dir for the held-out images")
+    held_out_steps: Annotated[
+        int, Limits(at_least=1), Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
+    ] = option(50, "Optimizer steps between measurements of their loss")
+    held_out_noises: Annotated[
+        int, Limits(at_least=1), Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
+    ] = option(
+        1,
+        "Number of noises for each held-out image and noise level. More of them measure more "
+        "precisely and take longer",
+    )
+    stop_when: Annotated[
+        Literal["overfit"] | None, Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
+    ] = option(
+        None,
+        "overfit: end the run when the loss of the held-out images has been worse than at its "
+        "best, by more than its 95% interval, for --overfit_patience measurements in a row",
+    )
+    overfit_patience: Annotated[
+        int, Limits(at_least=1), Needs("stop_when"), SetByBenchmark(_NO_HELD_OUT)
+    ] = option(3, "Number of worse measurements in a row that end the run")
 
 
 @dataclass(kw_only=True)

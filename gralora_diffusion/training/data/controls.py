@@ -33,10 +33,12 @@ class ControlPlaces:
     Attributes:
         folders: with one control image for each training image.
         columns: of a metadata file or dataset; None for the first of ``CONTROL_COLUMNS``.
+        option: the flag of the folders, for messages.
     """
 
     folders: tuple[Path, ...] = ()
     columns: tuple[str, ...] | None = None
+    option: str = "--control_data_dir"
 
 
 class FoundControl(NamedTuple):
@@ -76,6 +78,7 @@ class ControlFolder:
     """
 
     path: Path
+    option: str = "--control_data_dir"
     wanted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
@@ -98,7 +101,7 @@ class ControlFolder:
 
     def problems(self) -> Iterator[str]:
         """Yield what is wrong with the folder, after all images have been looked for."""
-        where = f"--control_data_dir {str(self.path)!r}"
+        where = f"{self.option} {str(self.path)!r}"
         if self.doubtful:
             yield (
                 f"{where} has several files for {first_few(self.doubtful)}. Keep the one that "

@@ -238,7 +238,7 @@ class Batches:
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
         sets = [s.digest for s in (self.instance, self.classes) if s is not None]
-        parts = [sets, self.samples_per_step, *_facts_of_samples(config)]
+        parts = [sets, self.samples_per_step, *facts_of_samples(config)]
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:
@@ -340,7 +340,7 @@ def _fill_of(
     return "given" if config.inpaint_given_masks else "random"
 
 
-def _facts_of_samples(config: TrainingConfig) -> list[Any]:
+def facts_of_samples(config: TrainingConfig) -> list[Any]:
     """Return the options that determine the samples, in an order that never changes.
 
     Checkpoints contain a hash of them. The options of version 0.1 come first, then each later one

@@ -157,7 +157,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return self.control_cache.fill(wanted, encode, progress=progress)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        item = self._items[self.stream.index(position)]
+        return self.sample(self._items[self.stream.index(position)], position)
+
+    def sample(self, item: int, position: int) -> dict[str, Any]:
+        """Return the sample of the example with number ``item``, as it would be at ``position``."""
         example = self.examples[item]
         random = self._generator("variant", position)
         if self.cache is not None:

@@ -68,6 +68,7 @@ _OTHERS = "other files, ignored"
 WHOLE_IMAGES = {
     "instance": "masks left out, since --masked_loss is not given",
     "class": "masks left out, since class images are trained as a whole",
+    "held_out": "masks left out, since --masked_loss is not given",
 }
 _UNUSED_MASKS = "masks left out, since they belong to no image"
 #: A warning names images of which a crop shows less than this fraction.
@@ -159,7 +160,7 @@ def find_examples(
             ``CAPTION_COLUMNS``.
         skip_bad_images: leave out images that cannot be decoded, or whose mask or control images
             cannot be used, with a warning.
-        role: "instance" or "class", which errors use to name the flags.
+        role: "instance", "class" or "held_out", which errors use to name the flags.
         masks: where the masks of the images are; None to train on whole images.
         controls: where their control images are; None for images without any.
 
@@ -179,7 +180,7 @@ def find_examples(
         for part in _image_folders(folder, one_line(prompt), role, place, masks):
             found += _find_in(part, folder, caption_column, place, problems, role, masks, columns)
         if controls is not None and controls.folders:
-            found = _with_folders(found, controls.folders, problems)
+            found = _with_folders(found, controls, problems)
     except OSError as error:
         raise DataError(place, [f"the folder cannot be read: {error}"]) from error
     if controls is not None and controls.columns and not any(image.controls for image in found):
@@ -187,9 +188,10 @@ def find_examples(
             f"--control_column is {' '.join(controls.columns)}, but no line of a metadata file "
             "names a control image there"
         )
+    prompt_of = "class" if role == "class" else "instance"
     advice = (
-        f"Give --{role}_prompt for all images without one, write a .txt file beside it, or name "
-        f"it in {METADATA_NAME}"
+        f"Give --{prompt_of}_prompt for all images without one, write a .txt file beside it, or "
+        f"name it in {METADATA_NAME}"
     )
     return check_images(found, place, problems, advice, skip_bad_images)
 
@@ -233,7 +235,7 @@ def _image_folders(
     folder: Path, prompt: str, role: str, place: str, masks: MaskPlaces | None
 ) -> list[CaptionedFolder]:
     """Return the folder itself, or its sub-folders with a concept each."""
-    concepts = concept_folders(folder) if role == "instance" else []
+    concepts = concept_folders(folder) if role != "class" else []
     own = any(is_image(p) or p.name.lower() in METADATA_NAMES for p in folder.iterdir())
     if own or not concepts:
         return [CaptionedFolder(folder, prompt)]
@@ -253,16 +255,16 @@ def _is_of_masks(path: Path, masks: MaskPlaces | None) -> bool:
 
 
 def _with_folders(
-    found: Sequence[Found], folders: Sequence[Path], problems: list[str]
+    found: Sequence[Found], places: ControlPlaces, problems: list[str]
 ) -> list[Found]:
-    """Return the images with their control images in these folders."""
+    """Return the images with their control images in the folders of ``places``."""
     if named := [image.name for image in found if image.controls]:
         problems.append(
-            f"a metadata file names control images of {first_few(named)}, and --control_data_dir "
+            f"a metadata file names control images of {first_few(named)}, and {places.option} "
             "is given. Leave out one of them"
         )
         return list(found)
-    searched = [ControlFolder(folder) for folder in folders]
+    searched = [ControlFolder(folder, places.option) for folder in places.folders]
     with_controls = [
         image._replace(
             controls=tuple(c for folder in searched if (c := folder.find(image.name)) is not None)
@@ -271,7 +273,7 @@ def _with_folders(
     ]
     for folder in searched:
         problems += folder.problems()
-        place = f"--control_data_dir {str(folder.path)!r}"
+        place = f"{places.option} {str(folder.path)!r}"
         _warn(place, "control images without a training image, ignored", folder.unused())
     return with_controls
 

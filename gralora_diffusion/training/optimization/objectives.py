@@ -25,6 +25,10 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.data.seeds import generator
 
+#: Names of the noise levels that held-out images are measured at, in the order of a generation, and
+#: which part of all levels, in the order of their noise, is below each.
+LEVELS = {"early": 5 / 6, "middle": 1 / 2, "late": 1 / 6}
+
 
 class Objective(ABC):
     """Noise and timesteps of a batch, noisy latents and target. Latents are (batch, C, h, w)."""
@@ -32,6 +36,10 @@ class Objective(ABC):
     @abstractmethod
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         """Return noise (batch, *shape) and timesteps (batch,) for these positions, on the CPU."""
+
+    @abstractmethod
+    def levels(self, shape: Sequence[int]) -> Tensor:
+        """Return the timesteps (3,) of ``LEVELS`` for latents of this shape, on the CPU."""
 
     def perturbed(self, noise: Tensor, seed: int, positions: Sequence[int]) -> Tensor:
         """Return the noise in the denoiser's input; ``noise`` is what its target is made of."""
@@ -136,6 +144,10 @@ class DDPM(Objective):
             rng = generator(seed, "timestep", position)
             timesteps.append(torch.randint(self.first, self.end, (), generator=rng))
         return torch.stack(noises), torch.stack(timesteps)
+
+    def levels(self, shape: Sequence[int]) -> Tensor:
+        count = self.end - self.first
+        return torch.tensor([self.first + int(count * below) for below in LEVELS.values()])
 
     def _with_coarser(self, noise: Tensor, rng: torch.Generator) -> Tensor:
         """Add noises that are coarser by a random factor of 2 to 4 each, down to one pixel.
@@ -270,6 +282,11 @@ class FlowMatching(Objective):
             drawn.append(sigmas[min(int(density * len(sigmas)), len(sigmas) - 1)])
         return torch.stack(noises), torch.stack(drawn) * self.scheduler.config.num_train_timesteps
 
+    def levels(self, shape: Sequence[int]) -> Tensor:
+        sigmas = self.sigmas(shape)  # from the most noise downwards
+        chosen = [min(int(len(sigmas) * (1 - b)), len(sigmas) - 1) for b in LEVELS.values()]
+        return sigmas[chosen] * self.scheduler.config.num_train_timesteps
+
     def sigmas(self, latent_shape: Sequence[int]) -> Tensor:
         """Return the noise levels for latents of this shape, from 1 downwards, (levels,)."""
         sigmas: Tensor = self.scheduler.sigmas
@@ -303,6 +320,33 @@ class FlowMatching(Objective):
 
     def _sigma_of(self, timesteps: Tensor) -> Tensor:
         return timesteps / self.scheduler.config.num_train_timesteps
+
+
+class AtLevels(Objective):
+    """Another objective at the noise levels of ``LEVELS``, in turn over the positions.
+
+    The denoiser's input is not perturbed, since that is a part of training only.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+
+    def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
+        noise, _ = self.objective.draw(seed, positions, shape)
+        levels = self.levels(shape)
+        return noise, levels[[position % len(levels) for position in positions]]
+
+    def levels(self, shape: Sequence[int]) -> Tensor:
+        return self.objective.levels(shape)
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.objective.add_noise(latents, noise, timesteps)
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        return self.objective.target(latents, noise, timesteps)
+
+    def weights(self, timesteps: Tensor) -> Tensor:
+        return self.objective.weights(timesteps)
 
 
 def make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Objective:

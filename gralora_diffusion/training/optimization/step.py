@@ -187,6 +187,7 @@ class BatchBuilder:
     Args:
         step: the unwrapped :class:`DenoisingStep`.
         dtype: of noisy latents, the denoiser's.
+        objective: that makes noise, noisy latents and target; the step's by default.
     """
 
     def __init__(
@@ -196,8 +197,10 @@ class BatchBuilder:
         config: TrainingConfig,
         device: torch.device,
         dtype: torch.dtype,
+        objective: Objective | None = None,
     ) -> None:
         self.step, self.data, self.seed = step, data, config.seed
+        self.objective = objective or step.objective
         self.device, self.dtype = device, dtype
         self.guidance_scale = config.guidance_scale
         self.prior_weight, self.class_prompt = config.prior_loss_weight, str(config.class_prompt)
@@ -234,7 +237,7 @@ class BatchBuilder:
         return [*groups, prior]
 
     def _rows(self, batch: Mapping[str, Any], seed: int, weight: float) -> DenoisingBatch:
-        objective, positions = self.step.objective, batch["positions"]
+        objective, positions = self.objective, batch["positions"]
         mean, std = self._posterior(batch)
         noise, timesteps = objective.draw(seed, positions, mean.shape[1:])
         # another sample of the VAE's posterior each time, as if the image were encoded each time

@@ -22,12 +22,30 @@ def with_loss(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [row for row in rows if row["loss"] is not None]
 
 
+def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float, float, float]]:
+    """Return (step, difference, low, high) of the rows with a measurement of held-out images.
+
+    A single image has no interval; its ``low`` and ``high`` are the difference.
+    """
+    points = []
+    for row in rows:
+        measured = row.get("held_out")
+        measured = measured if isinstance(measured, Mapping) else {}
+        mean = measured.get("difference")
+        if is_finite_number(mean):
+            ends = [measured.get(name) for name in ("low", "high")]
+            low, high = (float(end) if is_finite_number(end) else float(mean) for end in ends)
+            points.append((row["step"], float(mean), low, high))
+    return points
+
+
 class MetricsFile:
     """A file with a JSON object for each optimizer step, appended during training.
 
     Numbers that depend on the machine and the time are in "performance"; the others are the same
     for the same options. Rows of earlier versions have neither "grad_norm" nor "performance". If
-    fp16 overflowed, "grad_norm" is null, and "loss" may be.
+    fp16 overflowed, "grad_norm" is null, and "loss" may be. A step at which held-out images were
+    measured has "held_out", and a row of step 0 has nothing else.
 
     Args:
         folder: output folder.

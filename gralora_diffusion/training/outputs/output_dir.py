@@ -111,8 +111,8 @@ def finish(
         grid: of the last validation images, and their ``prompts``, a row each.
         whole: the run made all its steps; otherwise nothing is uploaded.
     """
-    if finite := with_loss(rows):
-        plot_curve(finite, folder / CURVE_NAME)
+    if with_loss(rows):
+        plot_curve(rows, folder / CURVE_NAME)
     write_history(folder)
     write_card(folder, config, family, facts, grid, prompts)
     if config.push_to_hub and not whole:

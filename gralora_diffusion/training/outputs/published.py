@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME
 
 from .curve import CURVE_NAME
 from .metrics import METRICS_NAME
@@ -15,7 +15,8 @@ HISTORY_NAME = "validation_over_time.png"
 #: The folder of all validations, and files in the folder of one of them.
 VALIDATION_NAME, GRID_NAME, PROMPTS_NAME = "validation", "grid.png", "prompts.txt"
 #: Files that are uploaded, besides validation images.
-_SHOWN = (WEIGHTS_NAME, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, HISTORY_NAME, METRICS_NAME)
+_BEST = f"{BEST_NAME}/{WEIGHTS_NAME}"
+_SHOWN = (WEIGHTS_NAME, _BEST, CARD_NAME, CARD_IMAGE_NAME, CURVE_NAME, HISTORY_NAME, METRICS_NAME)
 #: Files that a validation writes, as paths in the output folder.
 _OF_VALIDATIONS = re.compile(
     rf"{VALIDATION_NAME}/step-\d+/(\d+-\d+\.png|{re.escape(GRID_NAME)}|{re.escape(PROMPTS_NAME)})"

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.io.durations import duration
-from gralora_diffusion.io.file_names import WEIGHTS_NAME
+from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME
 from gralora_diffusion.io.process import are_several
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.optimization.held_out import HeldOutRecord, Measurement
 from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
 
@@ -35,8 +36,15 @@ def summary_of_inputs(
     class_images: Sequence[Example],
     device: str,
     memory: str,
+    *,
+    held_out: int = 0,
 ) -> str:
-    """Return what is known before a model is loaded: base, images, memory, output."""
+    """Return what is known before a model is loaded: base, images, memory, output.
+
+    Args:
+        held_out: number of held-out images.
+    """
+    every = f"their loss is measured every {config.held_out_steps} steps"
     captions = {image.caption for image in images}
     controls = sum(len(image.controls) for image in images)
     texts = f"{len(captions)} captions" if len(captions) > 1 else f"all with {captions.pop()!r}"
@@ -46,6 +54,7 @@ def summary_of_inputs(
         *([("masks", summary_of_masks(config, images))] if config.masked_loss else []),
         *([("edits", f"{controls} control images")] if controls else []),
         *([("class", f"{len(class_images)} images")] if class_images else []),
+        *([("held out", f"{held_out} images; {every}")] if held_out else []),
         ("memory", memory),
         ("output", str(Path(config.output_dir))),
     ]
@@ -87,12 +96,37 @@ def summary_of_training(
     )
 
 
-def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: float) -> str:
+def summary_of_held_out(record: HeldOutRecord) -> str:
+    """Return the best and the last difference of the held-out images to the frozen base."""
+    best = record.of_best()
+    if best is None:
+        return "never measured"
+    text = f"{_difference(best)} at step {best.step:,}, which is the best"
+    if best.step == 0:
+        text += ": no training made it better"
+    if record.last is not None and record.last.step != best.step:
+        text += f"; {_difference(record.last)} at step {record.last.step:,}"
+    return text
+
+
+def _difference(measured: Measurement) -> str:
+    mean, low, high = measured.difference
+    interval = f" (95%: {low:+.4f} to {high:+.4f})" if low is not None else ""
+    return f"{mean:+.4f}{interval} compared with the base's {measured.base:.4f}"
+
+
+def summary_of_result(
+    folder: Path,
+    rows: Sequence[Mapping[str, Any]],
+    seconds: float,
+    held_out: HeldOutRecord | None = None,
+) -> str:
     """Return what a training came to: time, loss and files.
 
     Args:
         rows: the metrics of each step.
         seconds: of the steps, with validation.
+        held_out: what was measured of held-out images, if there are any.
     """
     found = [("time", duration(seconds))]
     if rows := with_loss(rows):
@@ -106,7 +140,17 @@ def summary_of_result(folder: Path, rows: Sequence[Mapping[str, Any]], seconds: 
         last = rows[best * width + width - 1]["step"]
         steps = f"steps {first} to {last}" if last > first else f"step {last}"
         found.append(("loss", f"{means[-1]:.4f} at the end; lowest {means[best]:.4f} in {steps}"))
-    names = (WEIGHTS_NAME, CARD_NAME, CURVE_NAME, METRICS_NAME, HISTORY_NAME, VALIDATION_NAME)
+    if held_out is not None:
+        found.append(("held out", summary_of_held_out(held_out)))
+    names = (
+        WEIGHTS_NAME,
+        BEST_NAME,
+        CARD_NAME,
+        CURVE_NAME,
+        METRICS_NAME,
+        HISTORY_NAME,
+        VALIDATION_NAME,
+    )
     files = [name for name in names if (folder / name).exists()]
     found.append(("files", f"{folder}{os.sep}"))
     found += [("", f"  {name}{os.sep if (folder / name).is_dir() else ''}") for name in files]

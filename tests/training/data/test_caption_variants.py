@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from gralora_diffusion.training.data.caption_variants import CaptionRules
-from gralora_diffusion.training.data.data_module import _facts_of_samples, find_images
+from gralora_diffusion.training.data.data_module import facts_of_samples, find_images
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.transforms import CropPlan
 from tests.training.runs import config
@@ -81,4 +81,4 @@ def test_samples_use_every_variant(images: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changed", [{}, {"shuffle_tags": True}, {"caption_suffix": "x"}])
 def test_another_rule_is_another_run(changed: dict[str, object]) -> None:
-    assert (_facts_of_samples(config(**changed)) == _facts_of_samples(config())) is not changed
+    assert (facts_of_samples(config(**changed)) == facts_of_samples(config())) is not changed
