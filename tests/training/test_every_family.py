@@ -26,6 +26,7 @@ from tests.training.runs import (
     assert_same_run,
     make_images,
     make_shapes,
+    metrics,
     run,
     run_two,
 )
@@ -72,6 +73,8 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
         num_validation_images=1,
         validation_inference_steps=2,
         seed=3,
+        held_out_data_dir=make_shapes(tmp_path / "held out", [(32, 48), (40, 36)], seed=2),
+        held_out_steps=2,
     )
     whole = run(**shared, output_dir=tmp_path / "whole")
     drawn = list((tmp_path / "class").glob("class-*.png"))
@@ -84,6 +87,10 @@ def test_run_with_class_images_resumed_and_loaded(base: Path, images: Path, tmp_
     assert sorted(written) == sorted(path.name for path in whole.iterdir())
     for tensor in adapter(whole).values():
         assert tensor.isfinite().all()
+    measured = {row["step"]: row["held_out"] for row in metrics(whole) if "held_out" in row}
+    assert list(measured) == [0, 2, STEPS]
+    assert measured[0]["difference"] == 0 < measured[0]["base"]  # the second factors are zero
+    assert all(measured[STEPS]["levels"].values())
 
     run(**{**shared, "max_train_steps": 2}, output_dir=tmp_path / "parts")
     resumed = run(**shared, output_dir=tmp_path / "parts", resume_from_checkpoint="latest")

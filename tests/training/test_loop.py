@@ -527,9 +527,13 @@ def masked(base: Path, tmp_path: Path) -> dict[str, Any]:
         mask = Image.new("L", Image.open(images / f"{number}.png").size, 0)
         mask.paste(255, (2 + number, 3, 14, 16))
         mask.save(images / f"{number}.mask.png")
+    held_out = make_shapes(tmp_path / "held out", [(20, 27), (27, 20)], seed=1)
+    shutil.copyfile(images / "0.mask.png", held_out / "0.mask.png")
     return {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
+        "held_out_data_dir": held_out,
+        "held_out_steps": 3,
         "aspect_ratio_buckets": "16,24;24,16",
         "random_flip": True,
         "masked_loss": True,
@@ -554,6 +558,7 @@ def test_masks_in_a_run_that_is_resumed(
     run(output_dir=parts, resume_from_checkpoint="latest", **masked)
     assert_same_run(whole, parts)
     assert read_adapter(whole).metadata["ss_masked_loss"] == "True"
+    assert "held-out images without a mask, which are measured as a whole (1): 1.png" in caplog.text
     text = (whole / "README.md").read_text(encoding="utf-8")
     assert (
         "| masks | for 4 of 5 images; outside the mask, the target is the base's prediction" in text

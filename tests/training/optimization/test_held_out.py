@@ -13,7 +13,6 @@ import pytest
 import torch
 from diffusers import DDPMScheduler, StableDiffusionPipeline
 from scipy import stats
-from torch import nn
 
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -83,7 +82,11 @@ def test_losses_are_those_of_diffusers(
     trained = copy.copy(plain)
     trained.unet, trained.text_encoder = trainer.pipe.unet.eval(), trainer.pipe.text_encoder.eval()
     assert adapted == expected(trainer, trained)
-    assert min(abs(a - b) for ours in zip(adapted, bare, strict=True) for a, b in zip(*ours)) > 0
+    assert all(
+        a != b
+        for ours, theirs in zip(adapted, bare, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    )
 
 
 @torch.no_grad()
@@ -226,9 +229,3 @@ def test_a_damaged_record_is_refused(damage: dict[str, Any]) -> None:
     for broken in ({**values, **damage}, {k: v for k, v in values.items() if k not in damage}):
         with pytest.raises(ValueError, match="held-out losses are damaged"):
             HeldOutRecord("digest").resume(broken)
-
-
-def test_modules_of_the_step_include_what_is_dropped_out(base: Path) -> None:
-    """The tiny base would hide a mode that is not restored if it had no dropout."""
-    unet = StableDiffusionPipeline.from_pretrained(base).unet
-    assert any(isinstance(module, nn.Dropout) for module in unet.modules())

@@ -245,6 +245,8 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         output_dir=tmp_path / "out",
         latent_cache_dir=tmp_path / "out" / "cache",
         instance_data_dir=make_images(tmp_path / "pictures"),
+        held_out_data_dir=make_images(tmp_path / "held out", seed=1),
+        held_out_steps=1,
         validation_prompt="a dog",
         validation_inference_steps=1,
         num_validation_images=1,
@@ -256,8 +258,8 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
     )
     steps = [f"validation/step-00000{step}" for step in (0, 2)]
     assert sorted(path.relative_to(folder).as_posix() for path in uploaded) == [
-        *("README.md", "metrics.jsonl", "pytorch_gralora_weights.safetensors"),
-        *("training_curve.png", "validation.png"),
+        *("README.md", "best/pytorch_gralora_weights.safetensors", "metrics.jsonl"),
+        *("pytorch_gralora_weights.safetensors", "training_curve.png", "validation.png"),
         *(f"{step}/{name}" for step in steps for name in ("00-00.png", "grid.png", "prompts.txt")),
         "validation_over_time.png",
     ]
@@ -266,6 +268,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         assert all(str(place).encode() not in data for place in (tmp_path, base)), path
     text = (folder / "README.md").read_text(encoding="utf-8")
     assert "instance_data_dir: pictures\n" in text
+    assert "| held-out loss | " in text
     assert f"pretrained_model_name_or_path: {weights['pretrained_model_name_or_path'].name}" in text
     places = {"path/to/this/folder": folder, "path/to/base": base}
     if single_file:
@@ -459,6 +462,34 @@ def test_curve_of_damaged_numbers(tmp_path: Path) -> None:
     rows = [{"step": 10**400, "loss": 1.7e308}, {"step": -1, "loss": -1.0}, {"step": 2, "loss": 5}]
     plot_curve(rows, tmp_path / "c.png")
     plot_curve([{"step": 0, "loss": 5e-324}], tmp_path / "c.png")
+
+
+def held_out_row(step: int, mean: float, half: float | None) -> dict[str, Any]:
+    ends = {} if half is None else {"low": mean - half, "high": mean + half}
+    return {"step": step, "loss": 0.5, "held_out": {"difference": mean, **ends}}
+
+
+def test_curve_of_held_out_images(tmp_path: Path) -> None:
+    """The line and its band are where the differences are, on an axis with zero."""
+    first = {**held_out_row(0, 0.0, 0.0), "loss": None}
+    rows = [first, *(held_out_row(step, -0.1, 0.02) for step in range(1, 101))]
+    plot_curve(rows, tmp_path / "c.png")
+    pixels = np.asarray(Image.open(tmp_path / "c.png")).astype(int)
+    assert pixels.shape == (780, 840, 3)
+    below = pixels[480:, 600]  # left of nothing but the line, its band and the axes
+    (line,) = {round(float(np.flatnonzero((below == (0xD6, 0x27, 0x28)).all(-1)).mean()))}
+    band = np.flatnonzero((below == (0xF3, 0xD0, 0xD1)).all(-1))
+    height = 212 / (1.1 * 0.12)  # pixels per 1, from -0.12 to 0 with margins
+    assert line == pytest.approx(28 + 0.05 / 1.1 * 212 + 0.1 * height, abs=2)
+    assert (band[-1] - band[0]) == pytest.approx(0.04 * height, abs=3)
+
+
+@pytest.mark.parametrize(
+    "measured", [{"difference": 1e308, "low": -1e308}, {"difference": "1"}, 3, {"difference": True}]
+)
+def test_curve_of_damaged_measurements(tmp_path: Path, measured: Any) -> None:
+    row = {"step": 1, "loss": 0.5, "held_out": measured}
+    plot_curve([held_out_row(10**400, 0.1, None), row], tmp_path / "c.png")
 
 
 def test_curve_is_where_the_losses_are(tmp_path: Path) -> None:

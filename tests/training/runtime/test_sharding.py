@@ -13,7 +13,14 @@ from torch import nn
 from gralora_diffusion.base_models.streaming import blocks_of
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 from tests.forked import fork_ranks
-from tests.training.runs import assert_close, assert_same_run, run_two
+from tests.training.runs import (
+    adapter,
+    assert_close,
+    assert_same_run,
+    make_images,
+    metrics,
+    run_two,
+)
 
 #: Forward and backward pass of an adapted UNet, whole and in parts.
 PARTS = """
@@ -95,6 +102,8 @@ def test_a_run_is_the_same_and_is_resumed_without(
         "num_validation_images": 1,
         "validation_inference_steps": 1,
         "validation_steps": 2,
+        "held_out_data_dir": make_images(tmp_path / "held out", 3, seed=1),
+        "held_out_steps": 2,
     }
     if family == "stable-diffusion":
         options |= {"train_text_encoder": True, "gradient_accumulation_steps": 2}
@@ -108,6 +117,10 @@ def test_a_run_is_the_same_and_is_resumed_without(
         assert_same_run(whole, resumed)
     else:  # a convolution depends on how its weight lies in memory
         assert_close(whole, resumed, 1e-3)
+    assert [row["step"] for row in metrics(resumed) if "held_out" in row] == [0, 2, 4]
+    best = [adapter(folder / "best") for folder in (whole, resumed)]
+    for key, tensor in best[0].items():
+        assert float((best[1][key] - tensor).abs().max()) <= 1e-3 * float(tensor.abs().max())
     names = [sorted(p.relative_to(f) for p in f.rglob("*.png")) for f in (whole, resumed)]
     assert names[0] == names[1] != []
 
