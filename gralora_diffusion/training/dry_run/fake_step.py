@@ -188,6 +188,9 @@ class FakeObjective(Objective):
             torch.empty(timesteps.shape, dtype=timesteps.dtype),
         )
 
+    def levels(self, shape: Sequence[int]) -> Tensor:
+        return self.real.levels(shape)
+
     def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.real.add_noise(latents, noise, timesteps)
 
