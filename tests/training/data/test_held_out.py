@@ -82,7 +82,7 @@ def test_bad_images_are_skipped_or_refused_as_others_are(
     held_out: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     (held_out / "1.png").write_bytes(b"no image")
-    with pytest.raises(DataError, match=r"--held_out_data_dir .*1\.png"):
+    with pytest.raises(DataError, match=r"(?s)--held_out_data_dir .*1\.png"):
         find_held_out_images(config(held_out_data_dir=held_out), {})
     with caplog.at_level(logging.WARNING):
         found = find_held_out_images(config(held_out_data_dir=held_out, skip_bad_images=True), {})
