@@ -13,6 +13,7 @@ from gralora_diffusion.options.fields import OnlyFor, options_with
 from gralora_diffusion.pipelines.generation import takes_negative_prompt
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import trained_components
+from gralora_diffusion.training.optimization.objectives import pseudo_huber
 
 
 def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[str]:
@@ -30,6 +31,7 @@ def check_family_options(config: TrainingConfig, family: ModelFamily) -> list[st
         *_text_encoders(config, family),
         *_presets(config, family),
         *_sequence(config, family),
+        *_pseudo_huber(config, family),
     ]
     if problems:
         raise ConfigError(problems)
@@ -75,6 +77,13 @@ def _sequence(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
             f"--max_sequence_length is {wanted}; the pipelines of {family.name} accept at most "
             f"{longest}. Give a number up to {longest}"
         )
+
+
+def _pseudo_huber(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
+    try:
+        pseudo_huber(config, family)
+    except ConfigError as error:
+        yield from error.problems
 
 
 def _presets(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:

@@ -212,6 +212,19 @@ def _loss(config: TrainingConfig) -> Iterator[str]:
             f"--debiased_estimation_loss and --snr_gamma {config.snr_gamma:g} both weight the loss "
             "by the SNR. Leave one out"
         )
+    if config.loss_type == "l2":
+        return
+    if config.masked_loss and config.mask_outside == "base":
+        yield (
+            f"--loss_type {config.loss_type} and --mask_outside base exclude each other: the mean "
+            "of two targets only stands for both with squared errors. Give --mask_outside ignore "
+            "or weight, or --loss_type l2"
+        )
+    if config.huber_c > 1 and config.huber_schedule != "constant":
+        yield (
+            f"--huber_c is {config.huber_c:g}; it must be at most 1 with a schedule, which begins "
+            "at 1. Give --huber_schedule constant for a larger one"
+        )
 
 
 def _schedule(config: TrainingConfig) -> Iterator[str]:
@@ -276,6 +289,12 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         )
         if idle := [f"--{n}" for n in drawing if getattr(config, n) != defaults[n]]:
             yield f"these options have no effect with --prior_source teacher: {', '.join(idle)}"
+    if config.loss_type == "l2" and (
+        idle := [
+            f"--{n}" for n in ("huber_c", "huber_schedule") if getattr(config, n) != defaults[n]
+        ]
+    ):
+        yield f"these options have no effect with --loss_type l2: {', '.join(idle)}"
     if config.masked_loss and config.mask_outside == "ignore" and config.mask_outside_weight:
         yield (
             "--mask_outside_weight has no effect with --mask_outside ignore. Did you mean "

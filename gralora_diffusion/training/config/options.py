@@ -338,6 +338,21 @@ class LossOptions:
 
     _argument_group_name: ClassVar[str] = "Noise and loss"
 
+    loss_type: Annotated[Literal["l2", "huber", "smooth_l1"], Fixed()] = option(
+        "l2",
+        "What the loss makes of an error. l2: its square; huber and smooth_l1: pseudo-Huber, which "
+        "counts large errors less, scaled so that it is the square of small errors or twice the "
+        "absolute value of large ones",
+    )
+    huber_c: Annotated[float, Limits(above=0), Fixed()] = option(
+        0.1, "Pseudo-Huber: errors below this count as their square, those above by their size"
+    )
+    huber_schedule: Annotated[Literal["constant", "exponential", "snr"] | None, Fixed()] = option(
+        None,
+        "Pseudo-Huber: how --huber_c depends on the timestep. constant: not at all; exponential: "
+        "from 1 without noise to --huber_c at full noise; snr: the same by the signal-to-noise "
+        "ratio (default: snr, or exponential for flow matching, which has no such ratio)",
+    )
     noise_offset: Annotated[float, Limits(at_least=0), OnlyFor("ddpm"), Fixed()] = option(
         0.0, "Strength of the offset noise; 0.05 to 0.1 are usual"
     )

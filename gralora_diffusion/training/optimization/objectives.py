@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,13 +25,23 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.data.seeds import generator
 
+from .pseudo_huber import PseudoHuber
+
 #: Names of the noise levels that held-out images are measured at, in the order of a generation, and
 #: which part of all levels, in the order of their noise, is below each.
 LEVELS = {"early": 5 / 6, "middle": 1 / 2, "late": 1 / 6}
 
 
 class Objective(ABC):
-    """Noise and timesteps of a batch, noisy latents and target. Latents are (batch, C, h, w)."""
+    """Noise and timesteps of a batch, noisy latents and target. Latents are (batch, C, h, w).
+
+    Attributes:
+        scheduler: the base's, of diffusers.
+        pseudo_huber: what the loss makes of an error; its square if None.
+    """
+
+    scheduler: Any
+    pseudo_huber: PseudoHuber | None = None
 
     @abstractmethod
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
@@ -57,6 +67,10 @@ class Objective(ABC):
     def weights(self, timesteps: Tensor) -> Tensor:
         """Return the weight (batch,) of each sample's loss."""
 
+    def snr(self, timesteps: Tensor) -> Tensor | None:
+        """Return the signal-to-noise ratio (batch,); None if the objective has none."""
+        return None
+
     def loss(
         self,
         prediction: Tensor,
@@ -64,13 +78,19 @@ class Objective(ABC):
         timesteps: Tensor,
         latent_weights: Tensor | None = None,
     ) -> Tensor:
-        """Return the weighted mean squared error per sample, (batch,), in fp32.
+        """Return the weighted mean error per sample, (batch,), in fp32.
 
         Args:
             latent_weights: weight of each latent, (batch, 1, h, w); 1 if None. The mean is over all
                 latents, whatever they weigh.
         """
-        error = (prediction.float() - target.float()).square()
+        error = prediction.float() - target.float()
+        if self.pseudo_huber is None:
+            error = error.square()
+        else:
+            parts = timesteps.float() / self.scheduler.config.num_train_timesteps
+            thresholds = self.pseudo_huber.thresholds(parts, self.snr(timesteps))
+            error = self.pseudo_huber.errors(error, thresholds)
         if latent_weights is not None:
             error = error * latent_weights
         return error.flatten(1).mean(1) * self.weights(timesteps)
@@ -183,6 +203,9 @@ class DDPM(Objective):
         if self.prediction_type == "v_prediction":
             return self.scheduler.get_velocity(latents, noise, timesteps)
         return latents
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        return compute_snr(self.scheduler, timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor:
         if self.debiased:
@@ -355,6 +378,32 @@ def make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Obje
     Raises:
         ConfigError: the scheduler of the base has another kind.
     """
+    objective = _make_objective(options, family, pipe)
+    objective.pseudo_huber = pseudo_huber(options, family)
+    return objective
+
+
+def pseudo_huber(options: LossOptions, family: ModelFamily) -> PseudoHuber | None:
+    """Return the pseudo-Huber loss of the options, with the family's usual schedule; None for l2.
+
+    Raises:
+        ConfigError: the schedule is not defined for the family.
+    """
+    if options.loss_type == "l2":
+        return None
+    usual: Literal["snr", "exponential"] = "snr" if family.objective == "ddpm" else "exponential"
+    schedule = options.huber_schedule or usual
+    if schedule == "snr" and usual != "snr":
+        raise ConfigError(
+            [
+                "--huber_schedule is 'snr', which is not defined for flow matching, by which "
+                f"{family.name} is trained. Give --huber_schedule exponential or constant"
+            ]
+        )
+    return PseudoHuber(options.loss_type, options.huber_c, schedule)
+
+
+def _make_objective(options: LossOptions, family: ModelFamily, pipe: Any) -> Objective:
     scheduler, name = pipe.scheduler.config, type(pipe.scheduler).__name__
     if family.objective == "flow_matching":
         if "shift" not in scheduler:

@@ -25,6 +25,7 @@ from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
+from gralora_diffusion.training.optimization.objectives import pseudo_huber
 
 #: The fact on an edit training in the model card.
 CONTROL_IMAGES = "control images per sample"
@@ -86,6 +87,7 @@ def training_metadata(
         "ss_lr_warmup_steps": config.lr_warmup_steps,
         "ss_max_grad_norm": config.max_grad_norm,
         "modelspec.timestep_range": _timestep_range(config, pipe),
+        **_loss_fields(config, family),
         **(_mask_fields(config) if instance.masked else {}),
         "gralora_fill_masks": instance.fill,
         "gralora_control_images": control_facts(instance.examples).get(CONTROL_IMAGES),
@@ -122,6 +124,18 @@ def _timestep_range(options: LossOptions, pipe: Any) -> str | None:
         return None
     end = options.max_timestep or pipe.scheduler.config.num_train_timesteps
     return f"{options.min_timestep or 0},{end - 1}"
+
+
+def _loss_fields(options: LossOptions, family: ModelFamily) -> dict[str, Any]:
+    """Return the fields of sd-scripts for a loss other than the squared error."""
+    loss = pseudo_huber(options, family)
+    if loss is None:
+        return {}
+    return {
+        "ss_loss_type": loss.kind,
+        "ss_huber_schedule": loss.schedule,
+        "ss_huber_c": loss.c,
+    }
 
 
 def _mask_fields(options: MaskOptions) -> dict[str, Any]:

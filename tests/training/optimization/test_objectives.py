@@ -18,8 +18,10 @@ from diffusers import (
 
 from gralora_diffusion.families import get_family, list_families
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.checks.options import find_problems, find_warnings
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.optimization.objectives import DDPM, FlowMatching, make_objective
+from gralora_diffusion.training.optimization.pseudo_huber import PseudoHuber
 from tests.models import PIPELINES
 from tests.training.runs import config
 
@@ -296,3 +298,93 @@ def test_timesteps_of_a_range() -> None:
         ):
             with pytest.raises(ConfigError, match="the timesteps of this base are 0 to 1000"):
                 make(wrong)
+
+
+# -- pseudo-Huber ----------------------------------------------------------------------------------
+
+
+def conditional_loss(difference: torch.Tensor, kind: str, c: torch.Tensor) -> torch.Tensor:
+    """The elements of ``conditional_loss`` in diffusers' training scripts, in fp64."""
+    difference, c = difference.double(), c.double().view(-1, 1, 1, 1)
+    factor = 2 * c if kind == "huber" else 2
+    return factor * (torch.sqrt(difference**2 + c**2) - c)
+
+
+def objective_of(family: str, **given: Any) -> Any:
+    pipe = SimpleNamespace(
+        scheduler=(
+            DDPMScheduler()
+            if get_family(family).objective == "ddpm"
+            else FlowMatchEulerDiscreteScheduler()
+        )
+    )
+    return make_objective(config(**given), get_family(family), pipe)
+
+
+@pytest.mark.parametrize("kind", ["huber", "smooth_l1"])
+@pytest.mark.parametrize("schedule", ["constant", "exponential", "snr", None])
+@pytest.mark.parametrize("family", ["stable-diffusion", "stable-diffusion-3"])
+def test_pseudo_huber_is_diffusers(family: str, schedule: str | None, kind: str) -> None:
+    given = {"huber_schedule": schedule, "snr_gamma": 5.0 if family == "stable-diffusion" else None}
+    if schedule == "snr" and family == "stable-diffusion-3":
+        with pytest.raises(ConfigError, match="'snr', which is not defined for flow matching"):
+            objective_of(family, loss_type=kind, **given)
+        return
+    objective = objective_of(family, loss_type=kind, huber_c=0.05, **given)
+    timesteps = torch.tensor([0, 1, 250, 500, 999])
+    rng = torch.Generator().manual_seed(1)
+    prediction, target = torch.randn(2, 5, 4, 6, 6, generator=rng)
+    prediction[0] *= 1e-3  # errors far below the threshold
+    target[0] *= 1e-3
+    part = timesteps.double() / 1000
+    if schedule == "constant":
+        c = torch.full((5,), 0.05)
+    elif schedule == "exponential" or family == "stable-diffusion-3":
+        c = torch.exp(math.log(0.05) * part)
+    else:
+        a = DDPMScheduler().alphas_cumprod[timesteps].double()
+        c = (1 - 0.05) / (1 + ((1 - a) / a).sqrt()) ** 2 + 0.05
+    mask = torch.rand(5, 1, 6, 6, generator=rng)
+    expected = (conditional_loss(prediction - target, kind, c) * mask).mean((1, 2, 3))
+    expected = expected * objective.weights(timesteps).double()
+    loss = objective.loss(prediction, target, timesteps, mask)
+    torch.testing.assert_close(loss.double(), expected, rtol=2e-5, atol=0)
+
+
+def test_pseudo_huber_has_both_limits_and_gradients() -> None:
+    difference = torch.tensor([0.0, 1e-6, 1e-3, 1e3]).view(1, 1, 1, 4).requires_grad_()
+    for kind, small, large in (("huber", 1.0, 0.2), ("smooth_l1", 10.0, 2.0)):
+        loss = PseudoHuber(kind, 0.1, "constant")
+        errors = loss.errors(difference, torch.tensor([0.1])).flatten()
+        assert errors[:3].tolist() == pytest.approx([0, small * 1e-12, small * 1e-6], rel=1e-4)
+        assert float(errors[3]) == pytest.approx(large * (1e3 - 0.1), rel=1e-6)
+        (gradient,) = torch.autograd.grad(errors.sum(), difference)
+        assert gradient.flatten()[:2].tolist() == pytest.approx([0, 2 * small * 1e-6], rel=1e-4)
+        assert float(gradient.flatten()[3]) == pytest.approx(large, rel=1e-5)
+
+
+def test_pseudo_huber_is_finite_at_zero_terminal_snr() -> None:
+    objective = DDPM(DDPMScheduler(rescale_betas_zero_snr=True).config)
+    objective.pseudo_huber = PseudoHuber("huber", 0.1, "snr")
+    last = torch.tensor([999])
+    loss = objective.loss(torch.ones(1, 4, 2, 2), torch.zeros(1, 4, 2, 2), last)
+    expected = conditional_loss(torch.ones(1, 1, 1, 1), "huber", torch.tensor([0.1]))
+    assert float(loss) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"huber_c": 0}, "--huber_c is 0.0; it must be above 0"),
+        ({"huber_c": 2}, "it must be at most 1 with a schedule"),
+        ({"masked_loss": True, "mask_outside": "base"}, "--mask_outside base exclude each other"),
+    ],
+)
+def test_pseudo_huber_that_is_not_defined(given: dict[str, Any], problem: str) -> None:
+    assert any(problem in text for text in find_problems(config(loss_type="huber", **given)))
+    assert not any(problem in text for text in find_problems(config(loss_type="huber")))
+
+
+def test_options_of_pseudo_huber_without_it() -> None:
+    found = find_warnings(config(huber_c=0.2, huber_schedule="snr"))
+    assert "these options have no effect with --loss_type l2: --huber_c, --huber_schedule" in found
