@@ -164,7 +164,8 @@ def check(values: Mapping[str, str | bool]) -> Checked:
     if values.get("aspect_ratio_buckets"):  # whose check imports it
         import_diffusers()
     config, parsed = read_config(arguments(values))
-    problems = [*parsed.problems, *parsed.located(find_problems(config))]
+    # a form may be filled from a file that somebody else wrote; the training imports what it names
+    problems = [*parsed.problems, *parsed.located(find_problems(config, imports=False))]
     warnings = [] if problems else find_warnings(config)
     named = tuple((_option(problem), problem) for problem in problems)
     return Checked(config, named, tuple(warnings))

@@ -178,6 +178,8 @@ class RunState:
 
     def _load_optimizer(self, path: Path) -> None:
         self.optimizer.load_state_dict(_load_tensors(path))
+        if "." in self.config.optimizer:
+            return  # whose state may have other tensors of any shape
         for parameter, state in self.optimizer.state.items():
             for name, value in state.items():
                 # 8-bit optimizers and Adafactor also have vectors

@@ -63,8 +63,13 @@ def read_and_check(
     return config, parsed
 
 
-def find_problems(config: TrainingConfig) -> list[str]:
-    """Return the problems with ``config``, one text each, in the options' order."""
+def find_problems(config: TrainingConfig, *, imports: bool = True) -> list[str]:
+    """Return the problems with ``config``, one text each, in the options' order.
+
+    Args:
+        imports: import and try an optimizer that the options name by its import path. Without it,
+            no code that options name is run.
+    """
     if unusable := list(path_problems(config)):  # the other checks look for them
         return unusable
     checks = (
@@ -82,7 +87,17 @@ def find_problems(config: TrainingConfig) -> list[str]:
         _memory,
         check_output,
     )
-    return [problem for check in checks for problem in check(config)]
+    found = [problem for check in checks for problem in check(config)]
+    return [*found, *_imported_optimizer(config)] if imports else found
+
+
+def _imported_optimizer(config: TrainingConfig) -> Iterator[str]:
+    if "." in config.optimizer:
+        from gralora_diffusion.training.optimization import imported_optimizer  # imports torch
+
+        yield from imported_optimizer.problems_of_imported(
+            config.optimizer, config.optimizer_args, config.adam_weight_decay
+        )
 
 
 def _values(config: TrainingConfig) -> Iterator[str]:
@@ -152,8 +167,13 @@ def _adapter(config: TrainingConfig) -> Iterator[str]:
 
 def _optimizer(config: TrainingConfig) -> Iterator[str]:
     name = config.optimizer
-    if name not in OPTIMIZERS:
-        yield f"--optimizer is {name!r}; {must_be(name, OPTIMIZERS)}"
+    if "." in name:
+        pass  # which is imported last
+    elif name not in OPTIMIZERS:
+        yield (
+            f"--optimizer is {name!r}; {must_be(name, OPTIMIZERS)}, or the import path of a class, "
+            "such as torch.optim.RAdam"
+        )
     elif (needed := OPTIMIZERS[name]) and importlib.util.find_spec(needed[0]) is None:
         yield f"--optimizer is {name!r}, which needs: pip install {needed[1]}"
     if config.use_8bit_adam and name != "adamw8bit":
@@ -304,6 +324,11 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         yield "--target_preset has no effect, since --lora_layers names the layers"
     if config.aspect_ratio_buckets is not None and config.resolution is not None:
         yield "--resolution only sets the size of validation images with --aspect_ratio_buckets"
+    if config.optimizer_args and "." not in config.optimizer:
+        yield (
+            f"--optimizer_args has no effect on --optimizer {config.optimizer}, which has options "
+            "of its own. It is for an optimizer that is given by its import path"
+        )
     if config.held_out_data_dir and (config.max_train_steps or config.held_out_steps) < (
         config.held_out_steps
     ):

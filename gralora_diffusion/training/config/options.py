@@ -660,7 +660,14 @@ class OptimizerOptions:
         "step 100, times 0.1 before step 200, and times 0.01 from there on",
     )
     optimizer: Annotated[str, Fixed(), AlwaysReported()] = option(
-        "adamw", "adamw, adamw8bit, prodigy, adafactor or schedulefree, in upper or lower case"
+        "adamw",
+        "adamw, adamw8bit, prodigy, adafactor or schedulefree, in upper or lower case; or the "
+        "import path of any other subclass of torch.optim.Optimizer, such as torch.optim.RAdam",
+    )
+    optimizer_args: Annotated[list[str] | None, Fixed()] = option(
+        None,
+        "Arguments of an optimizer that is given by its import path: key=value, one or several. "
+        "Values are written as in YAML, such as betas=[0.9,0.99] or foreach=false",
     )
     use_8bit_adam: bool = option(False, "The same as --optimizer adamw8bit")
     adam_beta1: Annotated[float, Limits(at_least=0, below=1)] = option(

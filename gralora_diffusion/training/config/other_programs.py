@@ -75,7 +75,6 @@ KOHYA = {
     "flip_aug": "random_flip",
     "random_crop": "is not needed: crops are random unless --center_crop is given",
     "optimizer_type": "optimizer",
-    "optimizer_args": "does not exist here. See --adam_weight_decay, --adam_beta1 and --adam_beta2",
     "min_snr_gamma": "snr_gamma",
     "ip_noise_gamma": "input_perturbation",
     "v_parameterization": "is called --prediction_type v_prediction here",

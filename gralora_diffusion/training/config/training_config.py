@@ -62,7 +62,8 @@ class TrainingConfig(
     """All options of a training run; each is described in ``config.options``."""
 
     def __post_init__(self) -> None:
-        self.optimizer = self.optimizer.lower()
+        if "." not in self.optimizer:  # an import path has its own upper and lower case
+            self.optimizer = self.optimizer.lower()
         if self.use_8bit_adam and self.optimizer == "adamw":
             self.optimizer = "adamw8bit"
         if self.aspect_ratio_buckets is not None:

@@ -179,6 +179,7 @@ class FakeObjective(Objective):
 
     def __init__(self, options: LossOptions, family: ModelFamily, pipe: Any) -> None:
         self.real = make_objective(options, family, pipe)
+        self.scheduler, self.pseudo_huber = self.real.scheduler, self.real.pseudo_huber
 
     def draw(self, seed: int, positions: Sequence[int], shape: torch.Size) -> tuple[Tensor, Tensor]:
         with unset_fake_temporarily():
@@ -196,6 +197,9 @@ class FakeObjective(Objective):
 
     def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         return self.real.target(latents, noise, timesteps)
+
+    def snr(self, timesteps: Tensor) -> Tensor | None:
+        return self.real.snr(timesteps)
 
     def weights(self, timesteps: Tensor) -> Tensor:
         return self.real.weights(timesteps)

@@ -22,6 +22,8 @@ from transformers.optimization import Adafactor
 
 from gralora_diffusion.training.config.options import OPTIMIZERS, OptimizerOptions
 
+from .imported_optimizer import accepts, imported_class, keyword_arguments, make_imported
+
 
 def build_optimizer(
     options: OptimizerOptions,
@@ -74,6 +76,12 @@ def build_optimizer(
         groups = [part for group in groups for part in _split(group, second, options)]
     betas = (options.adam_beta1, options.adam_beta2)
 
+    if "." in options.optimizer:
+        found = imported_class(options.optimizer)
+        for group in groups:
+            # the trainer sets the decay of every group, so a group has one even if it has no effect
+            group["weight_decay"] *= accepts(found, "weight_decay")
+        return make_imported(found, groups, keyword_arguments(options.optimizer_args))
     if options.optimizer == "adamw":
         # one kernel for the whole step takes a third of the time, on the CPU too
         fused = all(p.device.type in ("cuda", "cpu") for g in groups for p in g["params"])
@@ -139,8 +147,8 @@ def evaluating(optimizer: Any) -> Iterator[None]:
     """Switch to the weights for validation and for saving the adapter inside.
 
     Afterwards the training weights are restored bit for bit, so that a validation never changes the
-    training; schedule-free's own way back would round them. Only schedule-free distinguishes the
-    two. ``optimizer`` may be accelerate's wrapper.
+    training; schedule-free's own way back would round them. Only schedule-free optimizers
+    distinguish the two. ``optimizer`` may be accelerate's wrapper.
     """
     if not optimizer.param_groups[0].get("train_mode"):
         yield
