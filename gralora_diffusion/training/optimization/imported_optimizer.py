@@ -27,7 +27,7 @@ _OWN_OPTIONS = {
 }
 #: Shapes of the parameters that an optimizer is tried on: as an adapter's factors, and a vector.
 _SHAPES = ((2, 6, 8), (6, 4), (5,))
-#: Steps of a trial; the state is saved before the last one. RAdam without a schedule waits for five.
+#: Steps of a trial; the state is saved before the last one. RAdam may do nothing in the first five.
 _STEPS = 10
 
 
