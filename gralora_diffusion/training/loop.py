@@ -679,8 +679,9 @@ class Trainer:
     def overfits(self) -> bool:
         """Whether the run has been worse than its best for as long as ``stop_when`` allows."""
         record = self.state.held_out
-        wanted = self.config.stop_when == "overfit" and record is not None
-        return wanted and record.worse >= self.config.overfit_patience
+        if self.config.stop_when != "overfit" or record is None:
+            return False
+        return record.worse >= self.config.overfit_patience
 
     def why_it_ended(self) -> str:
         """Say why a run ended that overfits."""

@@ -44,7 +44,7 @@ def plot_curve(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     # a damaged file may hold numbers of any size
     steps = [_step(row["step"]) for row in trained]
     losses = [min(float(row["loss"]), _MOST) for row in trained]
-    points = [(_step(step), *map(_drawable, values)) for step, *values in measured]
+    points = [(_step(s), _drawable(m), _drawable(lo), _drawable(hi)) for s, m, lo, hi in measured]
     width = max(1, len(trained) // 20)
     sums = [0.0, *accumulate(losses)]
     starts = [max(0, end - width) for end in range(1, len(sums))]

@@ -27,15 +27,14 @@ def held_out_points(rows: Sequence[Mapping[str, Any]]) -> list[tuple[int, float,
 
     A single image has no interval; its ``low`` and ``high`` are the difference.
     """
-    points = []
+    points: list[tuple[int, float, float, float]] = []
     for row in rows:
         measured = row.get("held_out")
-        measured = measured if isinstance(measured, Mapping) else {}
-        mean = measured.get("difference")
-        if is_finite_number(mean):
-            ends = [measured.get(name) for name in ("low", "high")]
-            low, high = (float(end) if is_finite_number(end) else float(mean) for end in ends)
-            points.append((row["step"], float(mean), low, high))
+        found: Mapping[str, Any] = measured if isinstance(measured, Mapping) else {}
+        numbers = {name: float(value) for name, value in found.items() if is_finite_number(value)}
+        if (mean := numbers.get("difference")) is not None:
+            low, high = numbers.get("low", mean), numbers.get("high", mean)
+            points.append((row["step"], mean, low, high))
     return points
 
 
