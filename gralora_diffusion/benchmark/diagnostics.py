@@ -35,6 +35,8 @@ from gralora_diffusion.lora_files.low_rank import (
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimization.optimizers import evaluating
 
+from .rivals import dense_update
+
 
 class DiagnosticsLog:
     """Records :class:`Diagnostics` during a training without changing a bit of it.
@@ -172,6 +174,8 @@ class DenseUpdate(nn.Module):
         if self._start is not None:
             weight: Tensor = layer.weight
             return weight - self._start.to(weight)
+        if (update := dense_update(layer)) is not None:
+            return update
         delta: Tensor = layer.get_delta_weight(ADAPTER_NAME)
         dora = _dora_of(layer)
         if dora is None:
@@ -218,7 +222,8 @@ class DenseUpdate(nn.Module):
                 pair: Any = (layer.gralora_A_general[name], layer.gralora_B_general[name])
                 general = pair[0].weight, pair[1].weight.flatten(1)
             return gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
-        if isinstance(layer, LoraLayer) and _dora_of(layer) is None:
+        plain = _dora_of(layer) is None and dense_update(layer) is None
+        if isinstance(layer, LoraLayer) and plain:
             pair = layer.lora_A[name].weight, layer.lora_B[name].weight
             return singular_values(pair[0], pair[1].flatten(1))
         update = self().flatten(1).double()

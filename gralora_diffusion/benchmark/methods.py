@@ -1,9 +1,8 @@
-"""The compared methods: GraLoRA, PEFT's LoRA, DoRA and LoHa, and full fine-tuning of the denoiser.
+"""The compared methods: GraLoRA, its rivals in PEFT, and full fine-tuning of the denoiser.
 
-Every method is attached to the same layers, with scaling 1 and fp32 parameters. Its name is its
-whole definition: ``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``dora-r32``,
-``loha-r4``, ``full``, and with its own learning rate ``full-lr1e-5``. ``base`` is the base without
-any training.
+Every method is attached to the same layers, with fp32 parameters. Its name is its whole definition:
+``lora-r32``, ``gralora-r32-k2``, ``gralora-r24-k2-h8``, ``oft-b64``, ``full``, and with its own
+learning rate ``full-lr1e-5``. ``base`` is the base without any training. ``rivals`` cites them.
 """
 
 from __future__ import annotations
@@ -23,19 +22,44 @@ from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 if TYPE_CHECKING:
-    import peft
     from torch import Tensor
 
-_NAME = re.compile(
-    r"(?P<kind>lora|dora|loha)-r(?P<rank>\d+)"
-    r"|(?P<gralora>gralora)-r(?P<r>\d+)-k(?P<k>\d+)(-h(?P<h>\d+))?"
-    r"|(?P<full>full)"
-)
+#: Kinds of methods -> the letters of their numbers, in the order of a name.
+KINDS = {
+    "lora": "r",
+    "dora": "r",
+    "loha": "r",
+    "rslora": "r",
+    "pissa": "r",
+    "scaledlora": "r",
+    "loraplus": "rx",
+    "lokr": "rf",
+    "oft": "b",
+    "boft": "bm",
+    "gralora": "rkh",
+    "full": "",
+    "base": "",
+}
+#: Letters of numbers -> fields of a method.
+_FIELDS = {
+    "r": "rank",
+    "k": "k",
+    "h": "hybrid_rank",
+    "x": "ratio",
+    "f": "factor",
+    "b": "block_size",
+    "m": "butterflies",
+}
+#: Numbers of suggested names.
+_USUAL = {"r": 32, "k": 2, "h": 8, "x": 16, "f": 4, "b": 64, "m": 1}
+_OPTIONAL = "h"
 _LEARNING_RATE = re.compile(r"(?P<name>.*?)-lr(?P<rate>\d+(\.\d+)?(e-?\d+)?)")
 
 #: Allowed names, for messages.
 FORMS = (
-    "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
+    "lora-r<rank>, dora-r<rank>, loha-r<rank>, rslora-r<rank>, pissa-r<rank>, scaledlora-r<rank>, "
+    "loraplus-r<rank>-x<ratio>, lokr-r<rank>-f<factor>, oft-b<block size>, "
+    "boft-b<block size>-m<butterfly factors>, gralora-r<rank>-k<k>, "
     "gralora-r<rank>-k<k>-h<hybrid rank> or full, followed by -lr<learning rate> if it has its own "
     "learning rate; or base"
 )
@@ -46,9 +70,12 @@ class Method:
     """One way to train.
 
     Attributes:
-        rank: of LoRA and similar methods; of GraLoRA without its hybrid part; 0 for full
-            fine-tuning.
+        rank: of LoRA and similar methods; of GraLoRA without its hybrid part; 0 if it has none.
         learning_rate: as written in the name; "" for that of the run.
+        ratio: LoRA+'s, of the second factor's rate to the first one's.
+        factor: LoKr's, of the widths that its first matrix has.
+        block_size: OFT's and BOFT's, of the rotated blocks.
+        butterflies: BOFT's number of butterfly factors.
     """
 
     kind: str
@@ -56,6 +83,10 @@ class Method:
     k: int = 1
     hybrid_rank: int = 0
     learning_rate: str = ""
+    ratio: int = 1
+    factor: int = 1
+    block_size: int = 0
+    butterflies: int = 1
 
     @classmethod
     def parse(cls, name: str) -> Method:
@@ -72,43 +103,49 @@ class Method:
                     f"is {FORMS}"
                 ]
             )
-        if not method.is_sound:
-            raise ConfigError(
-                [
-                    f"--methods contains '{name}'; rank and k must be at least 1, and k must "
-                    "divide the rank"
-                ]
-            )
-        if method.name != name:  # otherwise a trial would have two folders, or two trials one
+        if method.problem:
+            raise ConfigError([f"--methods contains '{name}'; {method.problem}"])
+        if method.name != name:  # otherwise a trial would have two folders, or trials one
             raise ConfigError([f"--methods contains '{name}'; write {method.name}"])
         return method
 
     @property
-    def is_sound(self) -> bool:
-        """Whether rank and k are at least 1 and k divides the rank, if the method has them."""
-        if self.kind in ("full", "base"):
-            return True
-        return self.rank >= 1 and self.k >= 1 and self.rank % self.k == 0
+    def problem(self) -> str:
+        """What is wrong with the numbers of the name; empty if nothing is."""
+        letters = KINDS[self.kind]
+        values = {letter: getattr(self, _FIELDS[letter]) for letter in letters}
+        if "k" in letters and (min(values["r"], values["k"]) < 1 or self.rank % self.k):
+            return "rank and k must be at least 1, and k must divide the rank"
+        if low := [f for f, value in values.items() if f not in _OPTIONAL and value < 1]:
+            return f"{_FIELDS[low[0]].replace('_', ' ')} must be at least 1"
+        if "b" in letters and self.block_size < 2:
+            return "a block of size 1 cannot be rotated"
+        if self.kind == "boft" and self.block_size % 2:
+            return "the block size must be even"
+        return ""
 
     @property
     def name(self) -> str:
-        parts = [self.kind]
-        if self.rank:
-            parts.append(f"r{self.rank}")
-        if self.kind == "gralora":
-            parts += [f"k{self.k}"] + ([f"h{self.hybrid_rank}"] if self.hybrid_rank else [])
-        return "-".join(parts) + (f"-lr{self.learning_rate}" if self.learning_rate else "")
+        numbers = {letter: getattr(self, _FIELDS[letter]) for letter in KINDS[self.kind]}
+        parts = [f"{f}{value}" for f, value in numbers.items() if value or f not in _OPTIONAL]
+        rate = [f"lr{self.learning_rate}"] if self.learning_rate else []
+        return "-".join([self.kind, *parts, *rate])
 
     @property
     def update_rank(self) -> int | None:
         """The maximum rank of an update; None if only the layer limits it.
 
-        DoRA's update also scales the rows of the base's weight.
+        DoRA's update also scales the rows of the base's weight. PiSSA's has the rank of what it
+        learned and of what it began with. OFT and BOFT rotate the whole weight.
         """
         return {
             "gralora": self.k * self.rank + self.hybrid_rank,
             "loha": self.rank**2,
+            "lokr": self.factor * self.rank,
+            "pissa": 2 * self.rank,
             "dora": None,
+            "oft": None,
+            "boft": None,
             "full": None,
             "base": 0,
         }.get(self.kind, self.rank)
@@ -117,6 +154,7 @@ class Method:
         """Return a run's options with this method's rank, k and learning rate, and scaling 1."""
         rank, k = (self.rank, self.k) if self.kind == "gralora" else (max(1, self.rank), 1)
         rate = float(self.learning_rate) if self.learning_rate else config.learning_rate
+        ratio = float(self.ratio) if self.kind == "loraplus" else config.loraplus_lr_ratio
         return replace(
             config,
             rank=rank,
@@ -124,6 +162,7 @@ class Method:
             hybrid_rank=self.hybrid_rank,
             lora_alpha=None,
             learning_rate=rate,
+            loraplus_lr_ratio=ratio,
         )
 
     def reported_options(self, config: TrainingConfig) -> dict[str, Any]:
@@ -146,18 +185,18 @@ class Method:
             ConfigError: it does not fit the base.
         """
         # names of methods are checked without these, which take seconds to import
-        import peft
         import torch
         from diffusers.training_utils import cast_training_params
 
         from gralora_diffusion.adapters.placement.targets import find_targets
         from gralora_diffusion.training.data.seeds import seed_from
         from gralora_diffusion.training.optimization.adapters import (
-            ADAPTER_NAME,
             adapter_configs,
             add_adapters,
             trained_components,
         )
+
+        from .rivals import attach_rival
 
         if self.kind == "gralora":
             return add_adapters(pipe, family, config)
@@ -170,81 +209,63 @@ class Method:
             return components
         models = {component: getattr(pipe, component) for component in components}
         for component, theirs in adapter_configs(models, family, config).items():
-            paths = find_targets(models[component], theirs)
+            layers = find_targets(models[component], theirs)
             torch.manual_seed(seed_from(config.seed, "adapter", component))
-            peft.inject_adapter_in_model(
-                self._peft_config("|".join(map(re.escape, paths)), config.lora_dropout),
-                models[component],
-                ADAPTER_NAME,
-            )
+            attach_rival(models[component], layers, self, config.lora_dropout)
             cast_training_params(models[component], torch.float32)
         return components
-
-    def _peft_config(self, targets: str, dropout: float) -> peft.PeftConfig:
-        import peft
-
-        if self.kind == "loha":
-            return peft.LoHaConfig(
-                r=self.rank, alpha=self.rank, target_modules=targets, module_dropout=dropout
-            )
-        return peft.LoraConfig(
-            r=self.rank,
-            lora_alpha=self.rank,
-            target_modules=targets,
-            lora_dropout=dropout,
-            use_dora=self.kind == "dora",
-        )
 
     def save(self, pipe: Any, family: ModelFamily, components: Sequence[str], folder: Path) -> None:
         """Write the adapter: GraLoRA's own file, or ``adapter.safetensors`` with PEFT's names.
 
         Nothing is written for full fine-tuning, whose file would be as large as the base.
         """
-        from peft.utils import get_peft_model_state_dict
-
         from gralora_diffusion.adapters.adapter_file import save_adapter
-        from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, extract
+        from gralora_diffusion.training.optimization.adapters import extract
+
+        from .rivals import adapter_tensors
 
         if self.kind == "gralora":
             save_adapter(extract(pipe, family, components), folder / WEIGHTS_NAME)
         elif self.kind != "full":
             tensors = {
-                f"{component}.{key}": tensor.detach().cpu().contiguous()
+                f"{component}.{key}": tensor
                 for component in components
-                for key, tensor in get_peft_model_state_dict(
-                    getattr(pipe, component), adapter_name=ADAPTER_NAME
-                ).items()
+                for key, tensor in adapter_tensors(getattr(pipe, component)).items()
             }
             write_safetensors(tensors, folder / "adapter.safetensors", {"method": self.name})
 
 
 def _read(name: str) -> Method | None:
     """Read a name as a method with unchecked numbers; None if it is not a method's name."""
-    if name == "base":
-        return Method("base")
     own = _LEARNING_RATE.fullmatch(name)
-    found = _NAME.fullmatch(own["name"] if own else name)
-    if found is None or (own and not float(own["rate"])):
+    kind, *parts = (own["name"] if own else name).split("-")
+    if kind not in KINDS or (own and (kind == "base" or not float(own["rate"]))):
         return None
-    rate = own["rate"] if own else ""
-    if found["full"]:
-        return Method("full", learning_rate=rate)
-    if found["kind"]:
-        return Method(found["kind"], int(found["rank"]), learning_rate=rate)
-    return Method("gralora", int(found["r"]), int(found["k"]), int(found["h"] or 0), rate)
+    letters = KINDS[kind]
+    numbers = [re.fullmatch(r"([a-z])(\d+)", part, re.ASCII) for part in parts]
+    found = {match[1]: int(match[2]) for match in numbers if match}
+    required = [letter for letter in letters if letter not in _OPTIONAL]
+    given = [match[1] for match in numbers if match]
+    if len(given) < len(parts) or given not in (required, [*letters]):
+        return None
+    values = {_FIELDS[letter]: value for letter, value in found.items()}
+    return Method(kind, learning_rate=own["rate"] if own else "", **values)
 
 
 def _nearest(name: str) -> str:
     """Suggest the most similar method's name with the numbers of this one; "" if there is none."""
     text, _, rate = name.lower().partition("-lr")
-    numbers = {"r": "32", "k": "2", "h": "8"} | dict(re.findall(r"([rkh])(\d+)", text))
-    if not re.search(r"r\d", text) and (first := re.search(r"\d+", text)):
-        numbers["r"] = first[0]  # as in lora32
-    forms = ("lora-r{r}", "dora-r{r}", "loha-r{r}", "gralora-r{r}-k{k}", "gralora-r{r}-k{k}-h{h}")
-    names = [form.format(**numbers) for form in forms] + ["full"]
-    names += ["base", *(f"{one}-lr{rate}" for one in names if rate)]
-    methods = (method for one in names if (method := _read(one)) is not None)
-    known = [method.name for method in methods if method.is_sound]
+    numbers = {**_USUAL} | {f: int(n) for f, n in re.findall(r"([rkhxfbm])(\d+)", text)}
+    if not re.search(r"[rb]\d", text) and (first := re.search(r"\d+", text)):
+        numbers["r"] = numbers["b"] = int(first[0])  # as in lora32
+    methods = []
+    for kind, letters in KINDS.items():
+        for left_out in ("", _OPTIONAL) if _OPTIONAL in letters else ("",):
+            kept = {_FIELDS[f]: numbers[f] for f in letters if f not in left_out}
+            methods.append(Method(kind, **kept))
+    methods += [replace(one, learning_rate=rate) for one in methods if rate]
+    known = [method.name for method in methods if _read(method.name) and not method.problem]
     found = difflib.get_close_matches(name.lower(), known, n=1)
     return f"Did you mean {found[0]}? " if found else ""
 
@@ -253,7 +274,8 @@ def _nearest(name: str) -> str:
 def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Iterator[None]:
     """Restore a bare pipeline's components afterwards, whatever is attached to them inside.
 
-    For full fine-tuning, a copy of the weights is kept on the CPU.
+    For full fine-tuning, a copy of the weights is kept on the CPU. Methods that replace weights of
+    the base keep the original ones with their layers.
     """
     models = [getattr(pipe, component) for component in components]
     kept: list[list[Tensor]] = []
@@ -273,15 +295,17 @@ def bare_afterwards(pipe: Any, components: Sequence[str], method: Method) -> Ite
 
 
 def detach(model: Any) -> None:
-    """Remove all adapters of any kind from a model; the base layers stay."""
+    """Remove all adapters of any kind from a model; the base layers stay, with their weights."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     from gralora_diffusion.adapters.injection import mark_adapted
 
+    from .rivals import bare_layer
+
     for parent in list(model.modules()):
         for attribute, module in list(parent.named_children()):
             if isinstance(module, BaseTunerLayer):
-                setattr(parent, attribute, module.get_base_layer())
+                setattr(parent, attribute, bare_layer(module))
     if hasattr(model, "peft_config"):
         del model.peft_config
     mark_adapted(model, False)

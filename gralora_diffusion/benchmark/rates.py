@@ -1,10 +1,14 @@
 """Several learning rates per method, so that methods are compared along curves.
 
-At one learning rate, a comparison also compares sizes of steps. A GraLoRA's update starts out as a
-LoRA's does, but its factors then align within blocks only, and the norm of its update grows about
-sqrt(k) times slower. A LoRA of a higher rank takes larger steps. The rates of a method are
-therefore those of the first one, scaled by sqrt(k) and by sqrt(first rank / rank). The latter does
-for the rate what a rank-stabilized alpha does for the scaling (D. Kalajdzievski, arXiv 2312.03732).
+At one learning rate, a comparison also compares sizes of steps, which differ by construction. An
+optimizer like Adam moves each parameter by about the rate, so the first step of a LoRA moves a
+weight by about ``rate sqrt(out / 3) sqrt(rank)`` in Frobenius norm, because PEFT's initial A has
+rows of norm sqrt(1/3). ``first_step`` has the last factor for each method, counted in the same way
+for a layer whose weight has torch's initial scale. The rates of a method are those of a LoRA of the
+first rank, divided by it. They are where a sweep begins, and not where a method is best.
+
+GraLoRA's first step is a LoRA's, but its factors then align within blocks only, and the norm of its
+update grows about sqrt(k) times slower; this was measured, and takes the place of the count.
 """
 
 from __future__ import annotations
@@ -20,14 +24,41 @@ from .methods import Method
 AUTO = "auto"
 #: ``auto``: the learning rate times these, which makes the range of a curve.
 AUTO_FACTORS = (0.5, math.sqrt(0.5), 1.0, math.sqrt(2))
-_KINDS = ("lora", "dora", "gralora")
+#: Kinds whose rank is that of factors as LoRA has them.
+_RANKED = ("lora", "dora", "gralora", "rslora", "loraplus", "scaledlora", "pissa")
 
 
 def rate_factor(method: Method, first_rank: int) -> float:
-    """Return by how much a method's rates differ from those of a LoRA of the first rank."""
-    if method.kind not in _KINDS:
-        return 1.0
-    return math.sqrt(method.k * first_rank / (method.rank + method.hybrid_rank))
+    """Return by how much a method's rates differ from those of a LoRA of the first rank.
+
+    Methods that are not counted have the same rates: LoHa and full fine-tuning.
+    """
+    step = first_step(method)
+    return 1.0 if step is None else math.sqrt(first_rank) / step
+
+
+def first_step(method: Method) -> float | None:
+    """Return how far a step moves a weight, in units of ``rate sqrt(out / 3)``; None if unknown.
+
+    A LoRA's is sqrt(rank). rsLoRA multiplies it by its scaling, and LoRA+ by its ratio. PiSSA moves
+    both factors, whose initial norms are roots of the largest singular values, about 1. LoKr moves
+    its first matrix, whose second one starts as a product. OFT and BOFT rotate the weight by twice
+    the angles, with ``block_size - 1`` of them in each row.
+    """
+    m = method
+    root = math.sqrt
+    return {
+        "lora": lambda: root(m.rank),
+        "dora": lambda: root(m.rank),
+        "scaledlora": lambda: root(m.rank),
+        "gralora": lambda: root((m.rank + m.hybrid_rank) / m.k),
+        "rslora": lambda: float(m.rank),
+        "loraplus": lambda: m.ratio * root(m.rank),
+        "pissa": lambda: root(6 * m.rank),
+        "lokr": lambda: root(m.factor / 3),
+        "oft": lambda: root(4 * (m.block_size - 1)),
+        "boft": lambda: root(4 * m.butterflies * (m.block_size - 1) + 1),
+    }.get(m.kind, lambda: None)()
 
 
 def base_rates(rates: Sequence[str], learning_rate: float | None) -> list[float]:
@@ -65,7 +96,7 @@ def at_rates(
     """
     values = base_rates(rates, learning_rate)
     parsed = [Method.parse(name) for name in methods]
-    ranks = [method.rank + method.hybrid_rank for method in parsed if method.kind in _KINDS]
+    ranks = [method.rank + method.hybrid_rank for method in parsed if method.kind in _RANKED]
     names = []
     for method in parsed:
         if method.learning_rate or method.kind in ("base", "full"):

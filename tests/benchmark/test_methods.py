@@ -19,6 +19,13 @@ NAMES = [
     "gralora-r4-k4",
     "gralora-r4-k2-h2",
     "full",
+    "rslora-r4",
+    "pissa-r4",
+    "scaledlora-r4",
+    "loraplus-r4-x16",
+    "lokr-r4-f2",
+    "oft-b8",
+    "boft-b8-m1",
 ]
 
 
@@ -44,6 +51,21 @@ def test_names_are_read_and_written(name):
         "lora-r4-lr",
         "lora-r4-lr0",
         "-lr1",
+        "oft",
+        "oft-b1",
+        "oft-r8",
+        "boft-b8",
+        "boft-b7-m1",
+        "boft-b8-m0",
+        "boft-m1-b8",
+        "lokr-r4",
+        "lokr-r4-f0",
+        "loraplus-r4",
+        "loraplus-r4-x0",
+        "pissa-r4-k2",
+        "rslora-r4-h2",
+        "lora-r4-r4",
+        "lora-r\u0664",
     ],
 )
 def test_other_names_are_refused(name):
@@ -68,6 +90,10 @@ def test_other_names_are_refused(name):
         ("lora-r8-lr1e", "lora-r8"),
         ("ful", "full"),
         ("bas", "base"),
+        ("oft64", "oft-b64"),
+        ("lokr-r8f4", "lokr-r8-f4"),
+        ("pisa-r16", "pissa-r16"),
+        ("lora+-r8-x4", "loraplus-r8-x4"),
     ],
 )
 def test_a_misspelt_name_is_told_the_right_one(name, meant):
@@ -99,7 +125,7 @@ def test_one_method_has_one_name(name, said):
 
 def test_ranks_of_the_updates():
     ranks = [Method.parse(name).update_rank for name in NAMES]
-    assert ranks == [4, None, 4, 8, 16, 10, None]
+    assert ranks == [4, None, 4, 8, 16, 10, None, 4, 8, 4, 4, 8, None, None]
 
 
 def test_a_learning_rate_of_its_own():
@@ -130,7 +156,9 @@ def test_put_on_and_taken_off(name, text, tmp_path):
     weights = [{k: v.clone() for k, v in model.state_dict().items()} for model in models]
     with bare_afterwards(pipe, components, method):
         assert method.attach(pipe, family, config) == components
-        torch.testing.assert_close(draw(pipe), image)  # at first nothing is changed
+        # at first nothing is changed; PiSSA rounds the weight when it takes a part out of it
+        rounding = {"rtol": 1e-4, "atol": 1e-4} if method.kind == "pissa" else {}
+        torch.testing.assert_close(draw(pipe), image, **rounding)
         for component in components:
             parameters = adapter_parameters(pipe, component)
             assert parameters

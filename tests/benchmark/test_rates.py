@@ -3,10 +3,14 @@
 import math
 
 import pytest
+import torch
+from torch import nn
 
+from gralora_diffusion.benchmark.diagnostics import update_norm
 from gralora_diffusion.benchmark.evaluation.endpoint import without_rate
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.rates import at_rates, base_rates, rate_factor, rate_problems
+from gralora_diffusion.benchmark.rivals import attach_rival
 
 
 @pytest.mark.parametrize(
@@ -21,10 +25,46 @@ from gralora_diffusion.benchmark.rates import at_rates, base_rates, rate_factor,
         ("gralora-r12-k2-h4", math.sqrt(2)),
         ("dora-r64", 1 / 2),
         ("loha-r4", 1),
+        ("scaledlora-r16", 1),
+        ("rslora-r16", 1 / 4),
+        ("loraplus-r16-x16", 1 / 16),
+        ("pissa-r16", math.sqrt(1 / 6)),
+        ("lokr-r64-f4", math.sqrt(12)),
+        ("oft-b65", 1 / 4),
+        ("boft-b64-m1", 4 / math.sqrt(253)),
     ],
 )
 def test_factors_by_root_of_k_and_of_the_ranks(name, factor):
     assert rate_factor(Method.parse(name), 16) == pytest.approx(factor)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lora-r32", "dora-r16", "scaledlora-r16", "rslora-r16", "loraplus-r16-x16", "pissa-r16"),
+        *("lokr-r8-f4", "oft-b32", "boft-b32-m1"),
+    ],
+)
+def test_first_steps_are_those_of_a_lora(name):
+    """A real step of AdamW on a real layer, at a method's factor: as far as LoRA's, to a third."""
+    moved = []
+    for method in (Method.parse("lora-r16"), Method.parse(name)):
+        torch.manual_seed(0)
+        model = nn.ModuleDict({"layer": nn.Linear(256, 256)})
+        attach_rival(model, {"layer": model["layer"]}, method, 0.0)
+        layer = model["layer"].train()
+        parameters = [p for p in layer.parameters() if p.requires_grad]
+        second = [p for n, p in layer.named_parameters() if "lora_B" in n]
+        rate = 1e-4 * rate_factor(method, 16)
+        groups = [
+            {"params": [p for p in parameters if all(p is not q for q in second)]},
+            {"params": second, "lr": rate * method.ratio},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=0)
+        layer(torch.randn(512, 256)).mul(torch.randn(512, 256)).sum().backward()
+        optimizer.step()
+        moved.append(update_norm([model]))
+    assert moved[1] == pytest.approx(moved[0], rel=1 / 3)
 
 
 def test_each_method_at_its_rates():

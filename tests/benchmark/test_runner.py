@@ -23,7 +23,11 @@ from gralora_diffusion.training.loop import train
 from tests.benchmark import judges, runs
 from tests.training.runs import adapter
 
-METHODS = ["lora-r4", "dora-r4", "loha-r2", "gralora-r4-k2", "gralora-r4-k2-h2", "full", "base"]
+METHODS = [
+    *("lora-r4", "dora-r4", "loha-r2", "gralora-r4-k2", "gralora-r4-k2-h2"),
+    *("rslora-r4", "pissa-r4", "scaledlora-r4", "loraplus-r4-x16", "lokr-r4-f2", "oft-b8"),
+    *("boft-b8-m1", "full", "base"),
+]
 
 
 def made(world, output, **options):

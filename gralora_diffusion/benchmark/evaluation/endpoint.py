@@ -92,7 +92,7 @@ def parse_comparison(text: str) -> tuple[str, str]:
 def usual_comparisons(methods: Sequence[str]) -> list[str]:
     """Return every GraLoRA against every LoRA; without GraLoRA, every other method against them."""
     names = list(dict.fromkeys(methods))
-    references = [name for name in names if name.startswith("lora")]
+    references = [name for name in names if name.startswith("lora-")]
     others = [name for name in names if name not in references and name != "base"]
     compared = [name for name in others if name.startswith("gralora")] or others
     return [f"{method}:{reference}" for method in compared for reference in references]

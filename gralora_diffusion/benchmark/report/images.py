@@ -145,8 +145,8 @@ def _compared(protocol: ProtocolData) -> tuple[str, str] | None:
     if protocol.decisions:
         return protocol.decisions[0].method, protocol.decisions[0].reference
     names = [name for name in protocol.methods if name != "base"]
-    reference = next((name for name in names if name.startswith("lora")), None)
-    others = [name for name in names if not name.startswith("lora")]
+    reference = next((name for name in names if name.startswith("lora-")), None)
+    others = [name for name in names if not name.startswith("lora-")]
     method = next((n for n in others if n.startswith("gralora")), others[0] if others else None)
     return None if method is None or reference is None else (method, reference)
 

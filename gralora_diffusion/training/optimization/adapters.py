@@ -224,9 +224,10 @@ def adapter_parameters(pipe: Any, component: str) -> list[nn.Parameter]:
 
 
 def second_factors(pipe: Any, component: str) -> list[nn.Parameter]:
-    """Return those of ``adapter_parameters`` that are second factors, which start at zero."""
+    """Return those of ``adapter_parameters`` that are second factors, of GraLoRA or PEFT's LoRA."""
     named = getattr(pipe, component).named_parameters()
-    return [p for name, p in named if p.requires_grad and ".gralora_B" in name]
+    ours = (".gralora_B", ".lora_B.")
+    return [p for name, p in named if p.requires_grad and any(part in name for part in ours)]
 
 
 def extract(pipe: Any, family: ModelFamily, components: Sequence[str]) -> Adapter:
