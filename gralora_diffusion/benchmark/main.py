@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
@@ -19,6 +20,7 @@ from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_i
 
 from .ledger import FAILURE_NAME, Ledger, Trial, in_order
 from .report import write_report
+from .report.blind import blind_choices, write_blind_page
 from .run_config import check_same_run, public_paths, save_run_config
 from .runner import ADAPTER, IMAGES, Runner
 from .settings import BenchmarkSettings
@@ -165,15 +167,23 @@ def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:
         TrialKey(*place, method.name, seed)
         for place, method, seed in in_order(settings, dict.fromkeys(learned))
     ]
+    real_images = {task.subject: task.real for task in tasks if task.protocol == "subject"}
+    folder, declared = settings.folder / REPORT_FOLDER, settings.declared
+    if settings.blind:
+        page = write_blind_page(results, folder, declared=declared, real_images=real_images)
+        print_safely(page)
+        return 0
+    answers = [Path(name).expanduser() for name in settings.blind_answers or ()]
     page = write_report(
         results,
-        settings.folder / REPORT_FOLDER,
+        folder,
         title=settings.title,
         expected=expected,
         unreadable=[*unreadable, *failures],
-        real_images={task.subject: task.real for task in tasks if task.protocol == "subject"},
+        real_images=real_images,
         settings=public_paths(settings.record()),
-        declared=settings.declared,
+        declared=declared,
+        blind=blind_choices(answers, folder) if answers else (),
     )
     print_safely(page)
     return len(failures)

@@ -137,6 +137,15 @@ class EvaluationOptions:
     mechanism_k: Annotated[int, Limits(at_least=1)] = option(
         4, "Number of blocks per side that the logged gradients are split into"
     )
+    blind: Annotated[bool, MayDiffer(commands=True)] = option(
+        False,
+        "Only write report/blind.html on the results in --output_dir: pairs of images without "
+        "names, for people to choose from",
+    )
+    blind_answers: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
+        None,
+        "Only write the report, with these answers to report/blind.html: a file for each person",
+    )
 
 
 @dataclass(kw_only=True)

@@ -61,9 +61,10 @@ def parse_settings(argv: Sequence[str] | None = None) -> BenchmarkSettings:
     """
     options = _parsed(argv)
     path = Path(options["output_dir"]) / SETTINGS_NAME
-    if options["report_only"] and options["config"] is None:
+    reports = [name for name in ("report_only", "blind", "blind_answers") if options[name]]
+    if reports and options["config"] is None:
         if not path.is_file():
-            raise ConfigError([f"--report_only: there is no {path}. Give a run's --output_dir"])
+            raise ConfigError([f"--{reports[0]}: there is no {path}. Give a run's --output_dir"])
         given = list(sys.argv[1:] if argv is None else argv)
         options = _parsed(["--config", str(path), *given])
     kept = _kept_in(path)

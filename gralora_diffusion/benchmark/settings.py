@@ -78,6 +78,7 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         if self.rates and not self._rate_problems():
             self.methods = at_rates(self.methods, self.rates, self.training.learning_rate)
         self.seeds = [0] if self.seeds is None else self.seeds
+        self.report_only = self.report_only or self.blind or bool(self.blind_answers)
         self.drift_prompts = self.drift_prompts or list(DRIFT_PROMPTS)
         self.encoders = self.encoders or list(ENCODERS)
         # the shell expands ~ only at the start of a word, and nobody does in a YAML file
@@ -225,6 +226,11 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             # writing a report needs no encoders
             elif not self.report_only and (problem := source_problem(source)):
                 problems.append(f"--encoders contains {text!r}: {problem}")
+        if self.blind and self.blind_answers:
+            problems.append(
+                "--blind writes a new page, and --blind_answers reads the answers to one that is "
+                "there. Give one of them"
+            )
         if not self.report_only:
             problems += self._read_and_written()
         full = any(m.startswith("full") for m in self.methods or ())
@@ -291,6 +297,7 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
         for name in ("suite", "rates", "retry_failed", "report_only"):
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
+        own = {name: value for name, value in own.items() if not name.startswith("blind")}
         return own | {k: v for k, v in training.items() if k not in set_by_benchmark()}
 
 

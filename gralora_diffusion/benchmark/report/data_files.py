@@ -37,6 +37,7 @@ def as_json(content: ReportData) -> str:
             if content.declared
             else None,
             "references": content.references,
+            **({"blind": [asdict(found) for found in content.blind]} if content.blind else {}),
             "protocols": {p.name: _protocol(p, content) for p in content.protocols},
             "units": [
                 {

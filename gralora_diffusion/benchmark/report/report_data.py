@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number
+from gralora_diffusion.benchmark.evaluation.choices import BlindChoices
 from gralora_diffusion.benchmark.evaluation.curves import Point, gaps
 from gralora_diffusion.benchmark.evaluation.endpoint import (
     UPDATE_NORM,
@@ -123,6 +124,7 @@ class ReportData:
     provenance: Provenance
     settings: Mapping[str, Any] = field(default_factory=dict)
     declared: Declared | None = None
+    blind: Sequence[BlindChoices] = ()
 
 
 def report_data_of(
@@ -134,6 +136,7 @@ def report_data_of(
     unreadable: Sequence[Unreadable],
     settings: Mapping[str, Any],
     declared: Declared | None,
+    blind: Sequence[BlindChoices] = (),
 ) -> ReportData:
     """Compute what the report says; see ``write_report`` for the arguments.
 
@@ -169,6 +172,7 @@ def report_data_of(
         provenance=provenance_of(ordered),
         settings=settings,
         declared=declared,
+        blind=blind,
     )
 
 
@@ -181,7 +185,7 @@ def _references(order: Mapping[str, int], declared: Declared | None) -> list[str
         return [name for name in order if name in {pair[1] for pair in declared.comparisons}]
     if len({without_rate(name) for name in order}) < len(order) and declared:
         return []
-    return [name for name in order if name.startswith("lora")]
+    return [name for name in order if name.startswith("lora-")]
 
 
 def _method_order(
@@ -334,7 +338,7 @@ def _curves(
     if any(r.update_norm for results in by_method.values() for r in results):
         costs.append(UPDATE_NORM)
     names = list(dict.fromkeys(map(without_rate, by_method)))
-    references = [name for name in names if name.startswith("lora")]
+    references = [name for name in names if name.startswith("lora-")]
     found = []
     for cost in costs:
         points = {name: _mean_points(by_method, name, score, cost) for name in names}

@@ -115,6 +115,37 @@ def by_subject(protocol: ProtocolData) -> Table:
     return Table("Declared differences by subject", ("subject", *head), rows)
 
 
+def blind(content: ReportData) -> Table:
+    """What people chose without knowing the methods."""
+    head = (
+        *("method", "reference", "share that prefers the method", "choices", "no difference"),
+        *("people", "subjects", "effective choices", "difference in drift"),
+    )
+    rows: list[tuple[Cell, ...]] = []
+    for found in content.blind:
+        share: list[str | Number] = [Number(found.share, f"{100 * found.share:.1f}%")]
+        if found.low is not None and found.high is not None:
+            low, high = (Number(x, f"{100 * x:.1f}%") for x in (found.low, found.high))
+            share += [" [", low, ", ", high, "]"]
+        numbers = (found.choices, found.ties, found.people, found.subjects)
+        cells = [(count(number),) for number in numbers]
+        effective, gap = found.effective, found.drift_gap
+        rows.append(
+            (
+                *((found.method,), (found.reference,), tuple(share), *cells),
+                ("-",) if effective is None else (Number(effective, f"{effective:.1f}"),),
+                ("-",) if gap is None else (Number(gap, f"{gap:.4f}"),),
+            )
+        )
+    note = (
+        "A choice of no difference counts half. The 95% interval is Wilson's at the effective "
+        "number of choices, with Student's quantile for as many subjects, because choices on one "
+        "subject resemble each other. It needs two subjects. The difference in drift is the mean "
+        "over the pairs, whose learning rates were chosen to make it small."
+    )
+    return Table("Blind choices", head, rows, labels=2, note=note)
+
+
 def curve_points(found: CurveData) -> Table:
     """The points of the curves, a row per method."""
     label, cost = score_named(found.score).label, cost_label(found.cost)
