@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,8 @@ STEPS = 4
 
 
 @pytest.fixture(scope="module", params=sorted(PIPELINES))
-def base(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("bases") / request.param
-    PIPELINES[request.param]().save_pretrained(folder)
-    return folder
+def base(request: pytest.FixtureRequest, saved_base: Callable[[str], Path]) -> Path:
+    return saved_base(request.param)
 
 
 def options(base: Path, images: Path, **changes: Any) -> dict[str, Any]:
@@ -134,10 +133,11 @@ def test_it_learns(base: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["flux", "stable-diffusion-xl"])
-def test_two_processes_are_one(name: str, images: Path, tmp_path: Path) -> None:
+def test_two_processes_are_one(
+    name: str, images: Path, tmp_path: Path, saved_base: Callable[[str], Path]
+) -> None:
     """With text encoders of which not every layer is read."""
-    PIPELINES[name]().save_pretrained(tmp_path / name)
-    shared = options(tmp_path / name, images, max_train_steps=2, checkpointing_steps=5)
+    shared = options(saved_base(name), images, max_train_steps=2, checkpointing_steps=5)
     shared |= {"train_batch_size": 2, "adam_epsilon": 1e-4}  # else rounding is all that counts
     one = run(**shared, output_dir=tmp_path / "one")
     shared["train_batch_size"] = 1
