@@ -136,7 +136,7 @@ class OriginalHeader:
         shape = {key: self.tensors[key].shape for key in self.keys}
         for (first, last), in_patches in _ENDS.items():
             inputs, outputs = shape.get(self.prefix + first), shape.get(self.prefix + last)
-            if inputs and outputs:
+            if inputs and outputs and len(inputs) > 1:
                 return outputs[0] == (math.prod(inputs[1:]) if in_patches else inputs[1])
         return False
 

@@ -53,7 +53,9 @@ _FIELDS = {
 #: Numbers of suggested names.
 _USUAL = {"r": 32, "k": 2, "h": 8, "x": 16, "f": 4, "b": 64, "m": 1}
 _OPTIONAL = "h"
-_LEARNING_RATE = re.compile(r"(?P<name>.*?)-lr(?P<rate>\d+(\.\d+)?(e-?\d+)?)")
+# numbers are bounded: int and float refuse or overflow with more digits than any of these has
+_DIGITS = r"\d{1,6}"
+_LEARNING_RATE = re.compile(rf"(?P<name>.*?)-lr(?P<rate>{_DIGITS}(\.\d{{1,20}})?(e-?\d{{1,2}})?)")
 
 #: Allowed names, for messages.
 FORMS = (
@@ -243,7 +245,7 @@ def _read(name: str) -> Method | None:
     if kind not in KINDS or (own and (kind == "base" or not float(own["rate"]))):
         return None
     letters = KINDS[kind]
-    numbers = [re.fullmatch(r"([a-z])(\d+)", part, re.ASCII) for part in parts]
+    numbers = [re.fullmatch(rf"([a-z])({_DIGITS})", part, re.ASCII) for part in parts]
     found = {match[1]: int(match[2]) for match in numbers if match}
     required = [letter for letter in letters if letter not in _OPTIONAL]
     given = [match[1] for match in numbers if match]
@@ -256,8 +258,8 @@ def _read(name: str) -> Method | None:
 def _nearest(name: str) -> str:
     """Suggest the most similar method's name with the numbers of this one; "" if there is none."""
     text, _, rate = name.lower().partition("-lr")
-    numbers = {**_USUAL} | {f: int(n) for f, n in re.findall(r"([rkhxfbm])(\d+)", text)}
-    if not re.search(r"[rb]\d", text) and (first := re.search(r"\d+", text)):
+    numbers = {**_USUAL} | {f: int(n) for f, n in re.findall(rf"([rkhxfbm])({_DIGITS})", text)}
+    if not re.search(r"[rb]\d", text) and (first := re.search(_DIGITS, text)):
         numbers["r"] = numbers["b"] = int(first[0])  # as in lora32
     methods = []
     for kind, letters in KINDS.items():

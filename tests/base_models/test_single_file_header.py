@@ -91,3 +91,12 @@ def test_a_base_for_another_task_has_more_inputs_than_outputs(inputs, outputs, k
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"layers": 3}', "[" * 100_000])
 def test_a_header_that_cannot_be_read_counts_as_quantized(text):
     assert header({"_quantization_metadata": text}).quantized_below(PREFIX)
+
+
+def test_a_first_weight_without_inputs():
+    shapes = {"input_blocks.0.0.weight": (320,), "out.2.weight": (4, 320, 3, 3)}
+    tensors = {
+        PREFIX + key: StoredTensor(Path("x"), PREFIX + key, "F16", shape, 0, 4)
+        for key, shape in shapes.items()
+    }
+    assert OriginalHeader(tensors).other_kind(get_family("stable-diffusion")) is None

@@ -115,6 +115,12 @@ def test_what_is_like_no_method_is_told_what_there_is():
         assert form in FORMS
 
 
+@pytest.mark.parametrize("name", ["lora-r" + "9" * 5000, "full-lr1e-" + "9" * 5000])
+def test_numbers_of_thousands_of_digits(name):
+    with pytest.raises(ConfigError, match="which is not a method"):
+        Method.parse(name)
+
+
 @pytest.mark.parametrize(
     ("name", "said"), [("lora-r04", "lora-r4"), ("gralora-r4-k2-h0", "gralora-r4-k2")]
 )
