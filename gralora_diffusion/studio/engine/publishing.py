@@ -74,7 +74,7 @@ def publish(
 def _in_plain_words(error: Exception, repository: str) -> str:
     if reason := why_not_asked(error):
         hint = ". Start the studio without it to upload" if "OFFLINE" in reason else ""
-        return f"nothing was sent, because the Hub {reason}{hint}"
+        return f"nothing was sent: the Hub {reason}{hint}"
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
     if status == 401:
         return "nothing was sent, because the Hub does not accept the token"
