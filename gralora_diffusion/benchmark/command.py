@@ -11,6 +11,7 @@ from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_ou
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
+from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .run_config import parse_settings
 
@@ -20,7 +21,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     The exit code is 2 for wrong options or data, and 1 if a trial, the disk or the device failed.
     """
-    first = os.environ.get("LOCAL_RANK", "0") == "0"
+    first = os.environ.get("LOCAL_RANK", "0") == "0"  # of processes that are refused
     log_to_terminal()
     logging.getLogger("gralora_diffusion").setLevel(logging.INFO if first else logging.ERROR)
     try:
@@ -30,10 +31,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             print_safely(f"error: {error}", error=True)
         sys.exit(2)
-    needed = {"bitsandbytes"} if settings.training.optimizer == "adamw8bit" else set()
-    if settings.training.quantizes:
-        needed |= {*LIBRARIES}
-    leave_out_unused([settings.training.pretrained_model_name_or_path], needed)
+    leave_out_unused_by(settings.training)
     from .main import DeviceBroken, benchmark
 
     try:
@@ -56,3 +54,11 @@ def main(argv: Sequence[str] | None = None) -> None:
             advice = "The report says why. Give --retry_failed to repeat them"
             print_safely(f"error: failed trials: {failed}. {advice}", error=True)
         sys.exit(1)
+
+
+def leave_out_unused_by(training: TrainingConfig) -> None:
+    """Keep libraries from being imported that these options do not need."""
+    needed = {"bitsandbytes"} if training.optimizer == "adamw8bit" else set()
+    if training.quantizes:
+        needed |= {*LIBRARIES}
+    leave_out_unused([training.pretrained_model_name_or_path], needed)

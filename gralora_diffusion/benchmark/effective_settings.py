@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import platform
 from collections.abc import Sequence
-from importlib.metadata import version
 from typing import Any
 
 import torch
@@ -14,7 +12,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from gralora_diffusion.io.file_names import public_name
-from gralora_diffusion.io.version import __version__
 from gralora_diffusion.options.fields import AlwaysReported, options_with
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import lowered_ks
@@ -59,13 +56,3 @@ def named_layers(config: TrainingConfig, models: Sequence[nn.Module]) -> dict[st
     """Return the result's ``layers`` and ``lowered_k`` for models with an attached method."""
     layers = sum(isinstance(m, BaseTunerLayer) for model in models for m in model.modules())
     return {"layers": layers or None, "lowered_k": lowered_ks(models, config)}
-
-
-def versions() -> dict[str, str]:
-    """Return the versions of Python and of the packages that determine the result."""
-    names = ("torch", "diffusers", "transformers", "peft", "accelerate")
-    return {
-        "python": platform.python_version(),
-        "gralora-diffusion": __version__,
-        **{name: version(name) for name in names},
-    }

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import logging
-import traceback
-from collections.abc import Iterable, Sequence
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from gralora_diffusion.benchmark.evaluation.results import (
     RESULT_NAME,
     TRIALS_FOLDER,
+    Failure,
     ResultFileError,
     TrialKey,
+    TrialResult,
     Unreadable,
     read_result,
+    write_result,
 )
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.tensor_files import replacing
@@ -23,11 +28,16 @@ from gralora_diffusion.io.tensor_files import replacing
 from .methods import Method
 from .settings import BenchmarkSettings
 from .tasks import Task
-from .trial_locks import age
 
 logger = logging.getLogger(__name__)
 
 FAILURE_NAME = "failed.json"
+#: Folders of a trial's files: its images, and its adapter.
+IMAGES, ADAPTER = "pictures", "adapter"
+#: Folder in a trial's folder for what is not complete yet.
+_WORK_NAME = ".work"
+#: What an ended attempt may have left, also one of version 0.1, which had claims on trials.
+_LEFT_BEHIND = ("claim.json*", ".claim.json*", f"{_WORK_NAME}*")
 
 Learned = TypeVar("Learned")
 
@@ -76,11 +86,45 @@ class Ledger:
         """Return the trials that have no readable result and have not failed."""
         return [trial for trial in trials if not self._is_over(trial)]
 
-    def fail(self, trial: Trial, error: Exception) -> None:
+    @contextmanager
+    def work(self, trial: Trial) -> Iterator[Path]:
+        """Yield an empty folder for the files of a trial, which is deleted afterwards.
+
+        What other attempts left is deleted first.
+        """
+        folder = self.folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        for pattern in _LEFT_BEHIND:
+            for left in folder.glob(pattern):
+                _delete(left)
+        work = folder / _WORK_NAME
+        work.mkdir()
+        try:
+            yield work
+        finally:
+            shutil.rmtree(work, ignore_errors=True)
+
+    def finish(self, trial: Trial, result: TrialResult, work: Path) -> None:
+        """Move images and adapter from ``work`` to the trial's folder, and write the result last.
+
+        Raises:
+            ResultFileError: as ``write_result``.
+            OSError: the disk is full, or gone. The trial is not done.
+        """
+        folder = self.folder(trial)
+        for name in (IMAGES, ADAPTER):
+            shutil.rmtree(folder / name, ignore_errors=True)  # left by another attempt
+            if (work / name).exists():
+                os.replace(work / name, folder / name)
+        write_result(result, folder)
+        (folder / FAILURE_NAME).unlink(missing_ok=True)
+
+    def fail(self, trial: Trial, failure: Failure) -> None:
         """Save why a trial failed; it is not repeated until the user asks for it."""
-        facts = {"error": f"{type(error).__name__}: {error}", "traceback": traceback.format_exc()}
-        with replacing(self.folder(trial) / FAILURE_NAME) as temporary:
-            temporary.write_text(json.dumps(facts, indent=1), encoding="utf-8")
+        folder = self.folder(trial)
+        folder.mkdir(parents=True, exist_ok=True)
+        with replacing(folder / FAILURE_NAME) as temporary:
+            temporary.write_text(json.dumps(failure._asdict(), indent=1), encoding="utf-8")
 
     def failures(self) -> list[Unreadable]:
         """Return which trials failed, and why."""
@@ -89,12 +133,10 @@ class Ledger:
             for path in sorted((self.output / TRIALS_FOLDER).glob(f"*/*/*/*/{FAILURE_NAME}"))
         ]
 
-    def forget_failures(self, trials: Sequence[Trial], before: float) -> None:
-        """Delete failures that are older than ``before`` seconds; later ones are of this run."""
+    def forget_failures(self, trials: Sequence[Trial]) -> None:
+        """Delete the failures of these trials, so that they are repeated."""
         for trial in trials:
-            path = self.folder(trial) / FAILURE_NAME
-            if path.exists() and age(path) > before:
-                path.unlink(missing_ok=True)
+            (self.folder(trial) / FAILURE_NAME).unlink(missing_ok=True)
 
     def _is_over(self, trial: Trial) -> bool:
         folder = self.folder(trial)
@@ -118,6 +160,13 @@ class Ledger:
             return False
         self._good[path] = same
         return True
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def _why(path: Path) -> str:

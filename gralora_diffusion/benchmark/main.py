@@ -1,31 +1,28 @@
-"""A benchmark: every trial once, shared by any number of processes, then the report."""
+"""A benchmark: every trial once, in this process or on a cluster, then the report."""
 
 from __future__ import annotations
 
 import logging
 import os
-import re
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 
-from gralora_diffusion.benchmark.evaluation.results import TrialKey, read_results, write_result
+from gralora_diffusion.benchmark.evaluation.results import Failure, TrialKey, read_results
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
+from gralora_diffusion.training.runtime.folder_lock import owned
 
-from .ledger import FAILURE_NAME, Ledger, Trial, in_order
+from .ledger import Ledger, Trial, in_order
 from .report import write_report
 from .report.blind import blind_choices, write_blind_page
 from .run_config import check_same_run, public_paths, save_run_config
-from .runner import ADAPTER, IMAGES, Runner
+from .runner import Runner, device_error
 from .settings import BenchmarkSettings
 from .tasks import Task, read_tasks
-from .trial_locks import WAIT_SECONDS, TrialLock, claim, holder
 
 logger = logging.getLogger(__name__)
 
@@ -38,97 +35,93 @@ def benchmark(settings: BenchmarkSettings) -> int:
     Raises:
         ConfigError, DataError: raised before any trial starts.
     """
-    began = time.monotonic()
     settings.check()
     check_same_run(settings)
     if settings.report_only:
         return _report(settings, _tasks_if_there(settings))
+    _check_alone()
     for warning in settings.warnings():
         logger.warning(warning)
-    tasks = read_tasks(settings)
-    with _alone() as rank, accelerate_left_as_it_was():
+    with owned(settings.folder, f"--output_dir {settings.output_dir!r}"):
+        check_same_run(settings)  # another command may have ended just before
+        tasks = read_tasks(settings)
         trials = [Trial(*found) for found in in_order(settings, tasks)]
+        ledger = Ledger(settings.folder)
         if settings.retry_failed:
-            Ledger(settings.folder).forget_failures(trials, time.monotonic() - began)
-        _run_all(settings, trials, show=rank == 0)
-        return _report(settings, tasks) if rank == 0 else 0
+            ledger.forget_failures(trials)
+        with trial_bar(len(trials), len(ledger.left(trials))) as bar:
+            if settings.ray:
+                from .ray_cluster import on_ray
+
+                on_ray(settings, trials, ledger, bar)
+            else:
+                _run_here(settings, trials, ledger, bar)
+        return _report(settings, tasks)
+
+
+def _check_alone() -> None:
+    """Check that no launcher has started several processes.
+
+    Raises:
+        ConfigError: one has.
+    """
+    if (number := os.environ.get("WORLD_SIZE", "1")) != "1":
+        raise ConfigError(
+            [
+                f"a launcher has started {number} processes, but a benchmark is one process. To "
+                "use several GPUs or machines, start it without a launcher and with --ray auto"
+            ]
+        )
+
+
+def trial_bar(trials: int, left: int) -> tqdm:
+    """Return the progress bar of a run."""
+    # without smoothing, the time is estimated from all trials of this command
+    return tqdm(initial=trials - left, total=trials, desc="benchmark", unit="trial", smoothing=0)
 
 
 @contextmanager
-def _alone() -> Iterator[int]:
-    """Make this process independent of others inside, on its own device; yields its number.
-
-    Trials are assigned by files. Processes that a launcher starts together would wait for each
-    other, and one that ends would end the others.
-    """
-    rank, local = (int(os.environ.get(name, "0")) for name in ("RANK", "LOCAL_RANK"))
+def _without_launcher() -> Iterator[None]:
+    """Inside, accelerate does not see that a launcher started this one process."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     before = {name: os.environ.pop(name) for name in names if name in os.environ}
-    if torch.cuda.is_available():
-        torch.cuda.set_device(local % torch.cuda.device_count())
     try:
-        yield rank
+        yield
     finally:
         os.environ.update(before)
 
 
-def _run_all(settings: BenchmarkSettings, trials: Sequence[Trial], show: bool) -> None:
-    """Run the trials that nobody has run, and wait for those that others are running."""
-    ledger = Ledger(settings.folder)
+def _run_here(
+    settings: BenchmarkSettings, trials: Sequence[Trial], ledger: Ledger, bar: tqdm
+) -> None:
+    """Run the trials that are left, one after the other, in this process."""
     runner: Runner | None = None
-    bar = tqdm(
-        initial=len(trials) - len(ledger.left(trials)),
-        total=len(trials),
-        desc="benchmark",
-        unit="trial",
-        smoothing=0,  # estimates the time from all trials of this run
-        disable=not show,
-    )
-    with bar:
-        while left := ledger.left(trials):
-            idle = True
-            for trial in left:
-                mine = claim(ledger.folder(trial))
-                if mine is None:
-                    continue
-                with mine:
-                    if ledger.left([trial]):  # nobody finished it just before the claim
-                        idle = False
-                        bar.set_postfix_str(str(trial.key))
-                        if runner is None:
-                            runner = Runner(settings, trial.task.config)
-                            save_run_config(settings)  # after base and encoders were loaded
-                        _do(runner, trial, ledger, mine)
-                bar.update(len(trials) - len(ledger.left(trials)) - bar.n)
-            if idle and (waiting := ledger.left(trials)):
-                bar.set_postfix_str(f"waiting for {holder(ledger.folder(waiting[0]))}")
-                time.sleep(WAIT_SECONDS)
+    with _without_launcher(), accelerate_left_as_it_was():
+        for trial in ledger.left(trials):
+            bar.set_postfix_str(str(trial.key))
+            if runner is None:
+                runner = Runner(settings, trial.task.config)
+                save_run_config(settings)  # after base and encoders were loaded
+            _do(runner, trial, ledger)
+            bar.update()
 
 
-def _do(runner: Runner, trial: Trial, ledger: Ledger, mine: TrialLock) -> None:
+def _do(runner: Runner, trial: Trial, ledger: Ledger) -> None:
     """Run a trial. If it fails, its error is saved and the other trials continue.
 
     Raises:
         OSError: the disk is full, or gone.
         DeviceBroken: the device can no longer be used. The trial counts as failed.
     """
-    folder = ledger.folder(trial)
     try:
-        result = runner.run(trial.task, trial.method, trial.seed, mine.work, folder)
-        if mine.is_held():
-            mine.hand_over(IMAGES, ADAPTER)
-            write_result(result, folder)
-            (folder / FAILURE_NAME).unlink(missing_ok=True)
+        with ledger.work(trial) as work:
+            result = runner.run(trial.task, trial.method, trial.seed, work, ledger.folder(trial))
+            ledger.finish(trial, result, work)
+    except OSError:
+        raise  # the next trial would fail as well
     except Exception as error:
-        if not mine.is_held():
-            logger.warning(
-                "%s was taken over by %s", trial.key, holder(folder) or "another process"
-            )
-        elif isinstance(error, OSError):
-            raise  # the next trial would fail as well
-        else:
-            ledger.fail(trial, error)
-            logger.error("%s failed: %s", trial.key, error)
+        ledger.fail(trial, Failure.of(error))
+        logger.error("%s failed: %s", trial.key, error)
         if broken := device_error(error):
             raise DeviceBroken(
                 f"{trial.key}: {str(broken).splitlines()[0]}. After this error, the process can "
@@ -139,22 +132,6 @@ def _do(runner: Runner, trial: Trial, ledger: Ledger, mine: TrialLock) -> None:
 
 class DeviceBroken(RuntimeError):
     """An error of the device after which everything that a process does on it fails."""
-
-
-def device_error(error: BaseException | None) -> BaseException | None:
-    """Return the first error of CUDA (or HIP) among an error and its causes.
-
-    Returns None if there is none, or if it only ran out of memory.
-    """
-    while error is not None:
-        text = str(error)
-        is_of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or (  # torch 2.8
-            isinstance(error, RuntimeError) and text.startswith(("CUDA error", "HIP error"))
-        )
-        if is_of_device and not re.search("out of memory|ALLOC_FAILED", text):
-            return error
-        error = error.__cause__ or error.__context__
-    return None
 
 
 def _report(settings: BenchmarkSettings, tasks: Sequence[Task]) -> int:

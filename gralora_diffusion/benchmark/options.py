@@ -169,6 +169,20 @@ class RunOptions:
     report_only: Annotated[bool, MayDiffer(commands=True)] = option(
         False, "Only write the report on the results in --output_dir, with the options saved there"
     )
+    ray: Annotated[str | None, MayDiffer(commands=True)] = option(
+        None,
+        "Run the trials on a Ray cluster, which needs the package ray: its address, as HOST:PORT "
+        "or ray://HOST:PORT; auto finds the one that this machine belongs to, or starts one on "
+        "this machine alone, which uses all of its GPUs (default: one trial after the other in "
+        "this process)",
+    )
+    ray_gpus_per_trial: Annotated[float | None, Limits(at_least=0), MayDiffer(commands=True)] = (
+        option(
+            None,
+            "GPUs of a trial on a Ray cluster, at most 1; with 0.5, two trials share a GPU "
+            "(default: 1, or 0 if the cluster has none)",
+        )
+    )
 
 
 BENCHMARK_GROUPS: tuple[type, ...] = (

@@ -21,7 +21,7 @@ from gralora_diffusion.options.fields import MayDiffer, Place, in_each, options_
 from gralora_diffusion.options.parsing import arguments_of, read_options
 from gralora_diffusion.training.config.other_programs import OTHER_NAMES
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME, owned
+from gralora_diffusion.training.runtime.folder_lock import BENCHMARK_NAME, CONFIG_NAME
 
 from .options import BENCHMARK_GROUPS, set_by_benchmark, training_groups
 from .settings import BenchmarkSettings
@@ -29,8 +29,6 @@ from .settings import BenchmarkSettings
 logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = BENCHMARK_NAME
-#: Seconds within which another process finishes writing the options.
-_WRITING = 60.0
 #: Name of a suite -> its file of options in the bundled samples.
 SUITES = {"tiny": "configs/benchmark_tiny.yaml"}
 #: Options that the first command of a run decides for all later ones, also by not giving them.
@@ -132,7 +130,7 @@ def _kept_in(path: Path) -> BenchmarkSettings | None:
     return _read(path.absolute(), (facts.st_ino, facts.st_mtime_ns, facts.st_size))
 
 
-@lru_cache(maxsize=1)  # read several times per command; another may write it meanwhile
+@lru_cache(maxsize=1)  # read several times per command
 def _read(path: Path, version: tuple[int, ...]) -> BenchmarkSettings:
     settings = _settings(_parsed(["--config", str(path)]))
     settings.seeding = settings.seeding or "shared"  # as in version 0.1, which had no other
@@ -155,12 +153,6 @@ def save_run_config(settings: BenchmarkSettings) -> None:
     Raises:
         ConfigError: as ``check_same_run``, or the folder cannot be written to.
     """
-    # the run's processes share the folder, but only one at a time writes the options
-    with owned(settings.folder, f"--output_dir {settings.folder}", _WRITING):
-        _write_down(settings)
-
-
-def _write_down(settings: BenchmarkSettings) -> None:
     folder, record = settings.folder, resolve_paths(settings.record())
     if earlier := _earlier(settings):
         for name in ("methods", "seeds", "subjects"):  # earlier values are kept
@@ -227,6 +219,19 @@ def resolve_paths(record: dict[str, Any]) -> dict[str, Any]:
         return value if place.hub_id and not os.path.exists(value) else os.path.abspath(value)
 
     return _with_places(record, placed)
+
+
+def with_absolute_paths(settings: BenchmarkSettings) -> BenchmarkSettings:
+    """Return the same settings for a process with another working directory."""
+    own = {f.name: getattr(settings, f.name) for group in BENCHMARK_GROUPS for f in fields(group)}
+    default = TrainingConfig(report_to="none")
+    training = {
+        f.name: getattr(settings.training, f.name)
+        for f in fields(TrainingConfig)
+        if getattr(settings.training, f.name) != getattr(default, f.name)
+    }
+    placed = resolve_paths({**training, **own, "rates": None})  # which the methods have already
+    return _settings(placed)
 
 
 def public_paths(record: dict[str, Any]) -> dict[str, Any]:

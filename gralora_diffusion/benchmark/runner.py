@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager, nullcontext
@@ -15,7 +16,7 @@ from diffusers.training_utils import free_memory
 
 from gralora_diffusion.adapters.placement.targets import find_targets
 from gralora_diffusion.base_models.loading import existing_models, find_base_family, load_base
-from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder, read_image_file
+from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder
 from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM
 from gralora_diffusion.benchmark.evaluation.metrics import (
     Scores,
@@ -25,7 +26,7 @@ from gralora_diffusion.benchmark.evaluation.metrics import (
     score_subject,
 )
 from gralora_diffusion.benchmark.evaluation.results import PromptResult, TrialResult
-from gralora_diffusion.io.errors import ConfigError, DataError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.generation import generate
@@ -33,6 +34,7 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.family import check_family_options
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.class_images import generate_class_images
 from gralora_diffusion.training.data.data_module import find_class_images
 from gralora_diffusion.training.data.seeds import seed_from
 from gralora_diffusion.training.loop import Trainer
@@ -41,14 +43,24 @@ from gralora_diffusion.training.optimization.step import TrainingDiverged
 from gralora_diffusion.training.outputs.validation import encoding_apart
 from gralora_diffusion.training.runtime.acceleration import DTYPES, make_accelerator
 
-from .class_images import share_class_images
 from .diagnostics import DiagnosticsLog, update_norm
-from .effective_settings import effective_settings, named_layers, versions
+from .effective_settings import effective_settings, named_layers
+from .ledger import ADAPTER, IMAGES
 from .methods import Method, bare_afterwards
 from .settings import BenchmarkSettings
-from .tasks import Task, folder_name
+from .shared_images import (
+    DRIFT,
+    PRIOR,
+    SharedImages,
+    base_images,
+    image_files,
+    is_whole,
+    shared_images,
+    wanted_images,
+)
+from .tasks import Task
+from .versions import versions
 
-IMAGES, ADAPTER, BASE_FOLDER = "pictures", "adapter", "base"
 #: Trials with different seeds sample from different noise, those with one seed from the same.
 _NOISES_PER_SEED = 10_000
 
@@ -100,12 +112,11 @@ class Runner:
             ConfigError: the method does not fit the base.
             TrainingDiverged: the loss is no longer a number.
         """
-        own = trial_seed(seed, task.subject) if self.settings.seeding == "subject" else seed
-        config = method.configured(replace(task.config, seed=own))
-        config = resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
+        config = self._config(task, method, seed)
         components = trained_components(config, self.family)
         with tf32_products(config.allow_tf32), self._fresh_afterwards(config):
-            unmoved = self._images_of_the_base(task, config, seed)
+            needed = base_images(self.settings, task, seed)
+            unmoved = {str(i.beginning): self._draw_shared(task, config, i) for i in needed}
             with bare_afterwards(self.pipe, components, method):
                 facts, drawn = self._train_and_draw(task, method, config, folder)
         home = home or folder
@@ -123,6 +134,18 @@ class Runner:
             folder=home,
             **facts,
         )
+
+    def share(self, task: Task, seed: int, only: Sequence[SharedImages]) -> None:
+        """Generate those of ``only`` that are missing: images that a task's trials share."""
+        config = self._config(task, Method.parse("base"), seed)
+        with tf32_products(config.allow_tf32), self._fresh_afterwards(config):
+            for images in only:
+                self._draw_shared(task, config, images)
+
+    def _config(self, task: Task, method: Method, seed: int) -> TrainingConfig:
+        own = trial_seed(seed, task.subject) if self.settings.seeding == "subject" else seed
+        config = method.configured(replace(task.config, seed=own))
+        return resolve_defaults(config, self.family, self.pipe, self.accelerator.mixed_precision)
 
     @contextmanager
     def _fresh_afterwards(self, config: TrainingConfig) -> Iterator[None]:
@@ -157,7 +180,10 @@ class Runner:
                 folder.joinpath(ADAPTER).mkdir(parents=True)
                 method.save(self.pipe, self.family, trainer.components, folder / ADAPTER)
             began = time.perf_counter()
-            drawn = self._draw(self._wanted(task), config, folder / IMAGES)
+            wanted = wanted_images(self.settings, task)
+            drawn = {
+                kind: self._draw(config, folder / IMAGES, kind, *w) for kind, w in wanted.items()
+            }
             facts["generation_seconds"] = time.perf_counter() - began
             names = () if trainer is None else trainer.components
             facts["update_norm"] = update_norm([getattr(self.pipe, name) for name in names])
@@ -169,7 +195,9 @@ class Runner:
         self, task: Task, method: Method, config: TrainingConfig, folder: Path
     ) -> tuple[Trainer, dict[str, Any]]:
         """Train; return the trainer at its end, and fields of the result."""
-        share_class_images(config, self.family, self.accelerator)
+        for images in shared_images(self.settings, task, seed=0):
+            if images.beginning is None:
+                self._draw_shared(task, config, images)
         began = time.perf_counter()
         layers = self._watched_layers(config)
         trainer = Trainer(
@@ -228,71 +256,51 @@ class Runner:
 
     # -- images ----------------------------------------------------------------------------------
 
-    def _wanted(self, task: Task) -> dict[str, tuple[tuple[str, ...], int]]:
-        """Return what to generate: prefix of the files' names -> prompts, images per prompt."""
-        settings, protocols = self.settings, self.settings.protocols or ()
-        wanted = {"": (task.prompts, settings.images_per_prompt)}
-        if "drift" in protocols:
-            wanted["drift-"] = (tuple(settings.drift_prompts or ()), settings.drift_images)
-        if "prior" in protocols:
-            wanted["class-"] = ((task.class_prompt,), settings.prior_images)
-        return wanted
+    def _draw_shared(self, task: Task, config: TrainingConfig, images: SharedImages) -> Generated:
+        """Generate what is missing of shared images; return the files of each prompt, if any."""
+        if images.beginning is None:
+            # not with the trial's seed, because it is a matter of chance which seed comes first
+            generate_class_images(replace(config, seed=0), self.family, self.accelerator)
+            return []
+        wanted = wanted_images(self.settings, task)[images.beginning]
+        return self._draw(config, images.folder, images.beginning, *wanted)
 
     def _draw(
-        self, wanted: dict[str, tuple[tuple[str, ...], int]], config: TrainingConfig, folder: Path
-    ) -> dict[str, Generated]:
+        self,
+        config: TrainingConfig,
+        folder: Path,
+        beginning: str,
+        prompts: tuple[str, ...],
+        count: int,
+    ) -> Generated:
         """Generate the missing images into ``folder``; return the files of each prompt."""
-        files = {
-            kind: [
-                [folder / f"{kind}{row:03d}_{column}.png" for column in range(count)]
-                for row in range(len(prompts))
-            ]
-            for kind, (prompts, count) in wanted.items()
-        }
+        files = image_files(folder, beginning, len(prompts), count)
+        if all(is_whole(file) for row in files for file in row):
+            return files
         folder.mkdir(parents=True, exist_ok=True)
         encoders = existing_models(self.pipe, self.family.all_text_encoders)
-        limit = self.family.max_sequence_length and config.max_sequence_length
         with (
             self.accelerator.autocast(),
             encoding_apart(self.pipe, encoders, self.device),
             _decoding_one_by_one(self.pipe.vae),
         ):
-            for kind, (prompts, count) in wanted.items():
-                if all(_is_whole(file) for row in files[kind] for file in row):
-                    continue
-                rows = generate(
-                    self.pipe,
-                    prompts,
-                    count,
-                    seed=_NOISES_PER_SEED * config.seed,
-                    size=config.resolution,
-                    guidance_scale=self.settings.drawing_guidance_scale,
-                    inference_steps=self.settings.inference_steps,
-                    max_sequence_length=limit,
-                    clip_skip=config.clip_skip,
-                    batch_size=self.settings.drawing_batch_size,
-                )
-                for row, images in zip(files[kind], rows, strict=True):
-                    for file, image in zip(row, images, strict=True):
-                        with replacing(file) as temporary:
-                            image.save(temporary, format="PNG")
+            rows = generate(
+                self.pipe,
+                prompts,
+                count,
+                seed=_NOISES_PER_SEED * config.seed,
+                size=config.resolution,
+                guidance_scale=self.settings.drawing_guidance_scale,
+                inference_steps=self.settings.inference_steps,
+                max_sequence_length=self.family.max_sequence_length and config.max_sequence_length,
+                clip_skip=config.clip_skip,
+                batch_size=self.settings.drawing_batch_size,
+            )
+            for row, images in zip(files, rows, strict=True):
+                for file, image in zip(row, images, strict=True):
+                    with replacing(file) as temporary:
+                        image.save(temporary, format="PNG")
         return files
-
-    def _images_of_the_base(
-        self, task: Task, config: TrainingConfig, seed: int
-    ) -> dict[str, Generated]:
-        """Generate the base's images for comparison with an adapter's, once for all methods."""
-        folder = self.settings.folder / BASE_FOLDER / f"seed{seed}"
-        if self.settings.seeding == "subject":
-            folder /= task.subject
-        wanted = self._wanted(task)
-        found: dict[str, Generated] = {}
-        if "drift-" in wanted:
-            found |= self._draw({"drift-": wanted["drift-"]}, config, folder)
-        if "class-" in wanted:
-            of_class = folder / folder_name(task.class_prompt)
-            found |= self._draw({"class-": wanted["class-"]}, config, of_class)
-        return found
 
     # -- scores ------------------------------------------------------------------------------------
 
@@ -305,7 +313,7 @@ class Runner:
         home: Path,
     ) -> tuple[dict[str, float], tuple[PromptResult, ...]]:
         """Score the images; return the scores of the trial and those of each prompt."""
-        encoders, wanted = self.encoders, self._wanted(task)
+        encoders, wanted = self.encoders, wanted_images(self.settings, task)
         if task.protocol == "captioned":
             scores = {"": score_captioned(encoders, drawn[""], task.texts, task.real)}
         else:
@@ -315,13 +323,13 @@ class Runner:
                     encoders, drawn[""], task.texts, task.real, with_diversity=diversity
                 )
             }
-        if "drift-" in drawn:
-            scores["drift-"] = score_drift(encoders, drawn["drift-"], unmoved["drift-"])
+        if DRIFT in drawn:
+            scores[DRIFT] = score_drift(encoders, drawn[DRIFT], unmoved[DRIFT])
         overall = {name: value for part in scores.values() for name, value in part.overall.items()}
-        if "class-" in drawn:
-            (after,), (before,) = drawn["class-"], unmoved["class-"]
+        if PRIOR in drawn:
+            (after,), (before,) = drawn[PRIOR], unmoved[PRIOR]
             of_class = score_prior(encoders, after, before, task.real)
-            scores["class-"] = Scores(of_class, [of_class])
+            scores[PRIOR] = Scores(of_class, [of_class])
             overall |= of_class
         paired = task.real if task.protocol == "captioned" else ()
         prompts = [
@@ -337,6 +345,22 @@ class Runner:
             )
         ]
         return overall, tuple(prompts)
+
+
+def device_error(error: BaseException | None) -> BaseException | None:
+    """Return the first error of CUDA (or HIP) among an error and its causes.
+
+    Returns None if there is none, or if it only ran out of memory.
+    """
+    while error is not None:
+        text = str(error)
+        is_of_device = isinstance(error, getattr(torch, "AcceleratorError", ())) or (  # torch 2.8
+            isinstance(error, RuntimeError) and text.startswith(("CUDA error", "HIP error"))
+        )
+        if is_of_device and not re.search("out of memory|ALLOC_FAILED", text):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
 
 
 def _load_encoders(
@@ -387,17 +411,6 @@ def _after_divergence(method: Method, config: TrainingConfig) -> str:
     if config.mixed_precision == "fp16":
         text += ", or --mixed_precision bf16 and another --output_dir"
     return f"{text}."
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether an image exists and can be read; damaged ones are generated again."""
-    if not file.exists():
-        return False
-    try:
-        read_image_file(file)
-    except DataError:
-        return False
-    return True
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -233,6 +234,7 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             )
         if not self.report_only:
             problems += self._read_and_written()
+        problems += self._ray_problems()
         full = any(m.startswith("full") for m in self.methods or ())
         if full and (training.quantization or training.bnb_quantization_config_path):
             problems.append(
@@ -254,6 +256,22 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
     def _rate_problems(self) -> list[str]:
         rate = self.training.learning_rate
         return rate_problems(self.methods or (), self.rates, rate) if self.rates else []
+
+    def _ray_problems(self) -> list[str]:
+        problems = []
+        if self.ray is not None and importlib.util.find_spec("ray") is None:
+            problems.append(
+                "--ray needs the package ray: pip install 'gralora-diffusion[cluster]'. Or leave "
+                "out --ray"
+            )
+        if (self.ray_gpus_per_trial or 0) > 1:
+            problems.append(
+                f"--ray_gpus_per_trial is {self.ray_gpus_per_trial:g}, but a trial uses one GPU. "
+                "Give 1, or less to share a GPU"
+            )
+        if self.ray_gpus_per_trial is not None and self.ray is None:
+            problems.append("--ray_gpus_per_trial has no effect without --ray. Leave it out")
+        return problems
 
     def _read_and_written(self) -> list[str]:
         """Report inputs that the run would write to."""
@@ -294,7 +312,7 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             if f.name in always or getattr(self, f.name) != getattr(default, f.name)
         }
         # these belong to a command, not to a run
-        for name in ("suite", "rates", "retry_failed", "report_only"):
+        for name in ("suite", "rates", "retry_failed", "report_only", "ray", "ray_gpus_per_trial"):
             own.pop(name, None)
         training = yaml.safe_load(self.training.to_yaml())
         own = {name: value for name, value in own.items() if not name.startswith("blind")}

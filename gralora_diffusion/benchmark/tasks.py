@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError, DataError
@@ -48,6 +50,14 @@ class Task:
     texts: tuple[str, ...]
     real: tuple[Path, ...]
     class_prompt: str = ""
+
+    @cached_property
+    def digest(self) -> str:
+        """What its images, captions and prompts are, whatever their places."""
+        learned = [(e.cache_key, e.caption, e.repeats, e.concept) for e in self.examples]
+        real = [hashlib.sha256(path.read_bytes()).hexdigest() for path in self.real]
+        facts = [self.subject, self.prompts, self.texts, self.class_prompt, learned, real]
+        return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
 
 def read_tasks(settings: BenchmarkSettings) -> list[Task]:

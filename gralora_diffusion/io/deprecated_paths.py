@@ -18,8 +18,6 @@ from typing import Any
 _PACKAGE = __name__.partition(".")[0]
 #: Module of version 0.1 -> the module with its contents now.
 MODULES = {
-    "benchmark.claims": "benchmark.trial_locks",
-    "benchmark.class_pictures": "benchmark.class_images",
     "benchmark.encoders": "benchmark.evaluation.encoders",
     "benchmark.metrics": "benchmark.evaluation.metrics",
     "benchmark.results": "benchmark.evaluation.results",
@@ -138,10 +136,6 @@ NAMES = {
     "training.pictures.is_image": "io.image_files.is_image",
     "training.pictures.as_srgb": "io.image_files.as_srgb",
     "training.pictures.image_extensions": "io.image_files.image_extensions",
-    "benchmark.claims.CLAIM_NAME": "benchmark.trial_locks.LOCK_NAME",
-    "benchmark.claims.Claim": "benchmark.trial_locks.TrialLock",
-    "benchmark.claims.claimant": "benchmark.trial_locks.holder",
-    "benchmark.class_pictures.draw_class_pictures": "benchmark.class_images.share_class_images",
     "benchmark.encoders.Picture": "benchmark.evaluation.encoders.ShownImage",
     "benchmark.encoders.read_picture": "benchmark.evaluation.encoders.read_image_file",
     "benchmark.kept.write_down": "benchmark.run_config.save_run_config",
@@ -160,7 +154,7 @@ NAMES = {
     "benchmark.results.UnitKey": "benchmark.evaluation.results.TrialKey",
     "benchmark.results.UnitResult": "benchmark.evaluation.results.TrialResult",
     "benchmark.running.Drawn": "benchmark.runner.Generated",
-    "benchmark.running.PICTURES": "benchmark.runner.IMAGES",
+    "benchmark.running.PICTURES": "benchmark.ledger.IMAGES",
     "benchmark.told.told_layers": "benchmark.effective_settings.named_layers",
     "benchmark.told.told_settings": "benchmark.effective_settings.effective_settings",
     "bookkeeping.note_components": "pipelines.diffusers_registry.register_components",

@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from gralora_diffusion import get_family
-from gralora_diffusion.benchmark.effective_settings import (
-    effective_settings,
-    named_layers,
-    versions,
-)
+from gralora_diffusion.benchmark.effective_settings import effective_settings, named_layers
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.run_config import parse_settings
+from gralora_diffusion.benchmark.versions import versions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from tests.models import stable_diffusion
 

@@ -8,11 +8,13 @@ import pytest
 
 from gralora_diffusion.benchmark import main as command
 from gralora_diffusion.benchmark.command import main
-from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_results
+from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, Failure, read_results
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME
 from gralora_diffusion.benchmark.main import benchmark
 from gralora_diffusion.benchmark.run_config import check_same_run, save_run_config
 from gralora_diffusion.benchmark.tasks import read_tasks
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.runtime.folder_lock import owned
 from tests.benchmark import judges, runs
 from tests.forked import fork_ranks
 
@@ -50,7 +52,7 @@ def test_every_trial_and_the_report(whole):
     assert "gralora-r4-k2" in page
     for file in (whole / "report").iterdir():  # which may be shared
         assert str(whole.parent) not in file.read_text(), file.name
-    assert not list(whole.rglob("claim.json*"))
+    assert not list(whole.rglob(".work*"))
 
 
 def test_finished_trials_are_not_repeated(whole, world):
@@ -115,9 +117,9 @@ def test_the_report_has_the_trials_in_the_order_in_which_they_are_done(
     """Seed by seed, so that methods have as many as each other whenever it is stopped."""
     done = []
 
-    def fail(runner, trial, ledger, mine):
+    def fail(runner, trial, ledger):
         done.append(tuple(trial.key))
-        ledger.fail(trial, ValueError("no"))
+        ledger.fail(trial, Failure("ValueError: no", ""))
 
     monkeypatch.setattr(command, "Runner", lambda *_: None)
     monkeypatch.setattr(command, "_do", fail)
@@ -149,7 +151,7 @@ def test_a_device_that_breaks_ends_the_command(world, tmp_path, monkeypatch, cap
     said = capsys.readouterr().err
     assert "error: subject, cat2, lora-r4, seed 0: CUDA error: an illegal memory access" in said
     assert len(list(tmp_path.rglob(FAILURE_NAME))) == 1
-    assert not list(tmp_path.rglob("claim.json*"))
+    assert not list(tmp_path.rglob(".work*"))
 
 
 def test_broken_images_are_found_before_anything_is_done(world, tmp_path, capsys):
@@ -172,7 +174,7 @@ def test_a_misspelt_base_or_encoder_does_not_bind_the_folder(world, tmp_path, op
         main(runs.arguments(world, tmp_path, **{option: wrong[option]}))
     assert caught.value.code == 2
     check_same_run(runs.settings(world, tmp_path))
-    assert not list(tmp_path.rglob("claim.json*"))
+    assert not list(tmp_path.rglob(".work*"))
 
 
 def test_other_options_in_the_same_folder_are_refused(whole, world, capsys):
@@ -189,7 +191,7 @@ def test_an_encoder_that_is_not_there(world, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "--encoders: encoder 'nobody/nothing' cannot be loaded" in said
     assert "Give a Hub id, or a folder" in said
-    assert not list(tmp_path.rglob("claim.json*"))
+    assert not list(tmp_path.rglob(".work*"))
 
 
 def test_a_run_that_is_refused_leaves_the_images_held_out(world, tmp_path, capsys):
@@ -217,20 +219,29 @@ def test_killed_and_started_again(whole, world, tmp_path):
     assert benchmark(runs.settings(world, tmp_path)) == 0
     assert scores(tmp_path) == scores(whole)
     assert {path: path.stat().st_mtime_ns for path in done} == done
-    # killed between the result and the end of its claim, a unit that is done keeps both
-    kept = [path for path in tmp_path.rglob("claim.json*") if path.parent / RESULT_NAME not in done]
-    assert kept == []
+    assert not list(tmp_path.rglob(".work*"))
 
 
-def test_two_processes_at_once(whole, world, tmp_path):
-    """As a launcher starts them; each claims what the other has not."""
-    program = "import runpy; runpy.run_module('gralora_diffusion.benchmark', run_name='__main__')"
-    said = fork_ranks(program, *runs.arguments(world, tmp_path), timeout=300)
-    for code, text in said:
-        assert code == 0, text
-    assert scores(tmp_path) == scores(whole)
-    assert sum(text.count("index.html") for _, text in said) == 1
-    assert not list(tmp_path.rglob("claim.json*"))
+def test_a_launcher_of_several_processes_is_refused(world, tmp_path):
+    """Each would run every trial."""
+    said = fork_ranks(
+        "from gralora_diffusion.benchmark.command import main; main()",
+        *runs.arguments(world, tmp_path),
+    )
+    assert [code for code, _ in said] == [2, 2]
+    assert [text.count("error: ") for _, text in said] == [1, 0]
+    assert "a launcher has started 2 processes, but a benchmark is one process" in said[0][1]
+    assert "start it without a launcher and with --ray auto" in said[0][1]
+    assert not list(tmp_path.iterdir())
+
+
+def test_one_owner(whole, world):
+    """A second command would run the same trials; a report may be written meanwhile."""
+    with owned(whole, "--output_dir"):
+        with pytest.raises(ConfigError, match=r"is in use by process \d+ on "):
+            benchmark(runs.settings(world, whole))
+        assert benchmark(runs.settings(world, whole, report_only=True)) == 0
+    assert benchmark(runs.settings(world, whole)) == 0
 
 
 def test_captioned_from_the_command(world, tmp_path, caplog):
@@ -247,9 +258,9 @@ def test_captioned_from_the_command(world, tmp_path, caplog):
     }
 
 
-def until(happened, forked, seconds=120):
+def until(happened, forked=None, seconds=400):
     deadline = time.monotonic() + seconds
     while not happened():
-        assert forked.process.is_alive(), forked.wait()[1]
+        assert forked is None or forked.process.is_alive(), forked.wait()[1]
         assert time.monotonic() < deadline
         time.sleep(0.05)

@@ -44,7 +44,7 @@ from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.pipeline_index import PipelineIndex
 from gralora_diffusion.base_models.quantization import check_quantization
 from gralora_diffusion.base_models.single_file_header import OriginalFile, OriginalFileError
-from gralora_diffusion.benchmark import ledger, run_config, trial_locks
+from gralora_diffusion.benchmark import ledger, run_config
 from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
 from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
 from gralora_diffusion.benchmark.report import write_report
@@ -655,19 +655,6 @@ def _report(folder: Path) -> None:
     write_report(found, folder / "report", unreadable=unreadable)
 
 
-def _make_claims(folder: Path) -> None:
-    (_part(folder, "own") / "unit").mkdir()
-    facts = {"token": "0" * 32, "host": "a", "machine": "a", "pid": 2**22 + 1, "time": 0}
-    (folder / "own" / "unit" / trial_locks.LOCK_NAME).write_text(json.dumps(facts))
-
-
-def _claim(folder: Path) -> None:
-    trial_locks.holder(folder / "unit")
-    if found := trial_locks.claim(folder / "unit", patience=0.0):
-        with found:
-            assert found.is_held()
-
-
 def _make_kept(folder: Path) -> None:
     part = _part(folder, "run")
     text = (
@@ -739,7 +726,6 @@ READERS: dict[str, Reader] = {
     ),
     "results": Reader(_make_results, _results),
     "report": Reader(_make_results, _report, writes=True, slow=True),
-    "claims": Reader(_make_claims, _claim, writes=True),
     "kept": Reader(_make_kept, _keep, (ConfigError,)),
     "prompts": Reader(_make_prompts, _subjects, (DataError,)),
 }

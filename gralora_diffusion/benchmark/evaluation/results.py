@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
@@ -127,6 +128,18 @@ class Unreadable:
 
     path: Path
     reason: str
+
+
+class Failure(NamedTuple):
+    """Why a trial failed: the kind of error with its message, and where it was raised."""
+
+    error: str
+    traceback: str
+
+    @classmethod
+    def of(cls, error: BaseException) -> Failure:
+        """Describe an error that is being handled."""
+        return cls(f"{type(error).__name__}: {error}", traceback.format_exc())
 
 
 def write_result(result: TrialResult, folder: Path) -> Path:

@@ -42,7 +42,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP}
 
 
 @contextmanager
-def owned(folder: Path, label: str, patience: float = _A_MOMENT) -> Iterator[None]:
+def owned(folder: Path, label: str) -> Iterator[None]:
     """Make this process the only owner of ``folder`` inside.
 
     The folder is created, and removed again if it is left empty. If its file system has no locks,
@@ -50,7 +50,6 @@ def owned(folder: Path, label: str, patience: float = _A_MOMENT) -> Iterator[Non
 
     Args:
         label: name of the folder in messages, such as ``--output_dir 'out'``.
-        patience: seconds to wait for another owner.
 
     Raises:
         ConfigError: another process owns it, which the error names, or it cannot be created.
@@ -72,7 +71,7 @@ def owned(folder: Path, label: str, patience: float = _A_MOMENT) -> Iterator[Non
     with cleanup_on_exit(tidy):
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(timeout=patience)
+            lock.acquire(timeout=_A_MOMENT)
             with replacing(owner, sync=False) as temporary:
                 temporary.write_text(json.dumps(_facts()), encoding="utf-8")
         except Timeout:
