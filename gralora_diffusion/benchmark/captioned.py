@@ -1,4 +1,4 @@
-"""A set of captioned images, of which some are trained on and the others are held out.
+"""A set of captioned images, of which some are trained on and others are held out.
 
 As in the GraLoRA paper (arXiv 2505.20355) and in PEFT's comparison
 (``method_comparison/image-gen``), the images generated for a held-out caption are compared with the
@@ -11,6 +11,8 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 from gralora_diffusion.io.image_files import image_suffix
 from gralora_diffusion.io.staging import staged
@@ -27,25 +29,54 @@ class CaptionedSplit:
     held_out: tuple[Example, ...]
 
 
-def split(examples: Sequence[Example], held_out: int, seed: int) -> CaptionedSplit:
+def split(
+    examples: Sequence[Example], held_out: int, seed: int, validation: int = 0
+) -> CaptionedSplit:
     """Hold out ``held_out`` images, independently of their names and order.
 
     The choice depends only on the images' contents and the seed. An image that occurs twice is on
-    one side, and counts once.
+    one side, and counts once. ``validation`` further images are on no side.
 
     Raises:
         ValueError: no image would be held out, or none left to train on.
     """
     contents = sorted({example.content_key for example in examples})
-    if not 0 < held_out < len(contents):
+    most = len(contents) - validation - 1
+    if not 0 < held_out <= most:
+        left = f", of which --validation leaves out {validation}" if validation else ""
         raise ValueError(
-            f"held_out is {held_out}, but there are {len(contents)} different images. Hold out "
-            f"1 to {len(contents) - 1}"
+            f"held_out is {held_out}, but there are {len(contents)} different images{left}. Hold "
+            f"out 1 to {most}"
         )
-    chosen = set(sorted(contents, key=lambda key: seed_from(seed, "held out", key))[:held_out])
+    order = sorted(contents, key=lambda key: seed_from(seed, "held out", key))
+    chosen, left_out = set(order[:held_out]), set(order[held_out : held_out + validation])
     return CaptionedSplit(
-        tuple(example for example in examples if example.content_key not in chosen),
-        tuple(example for example in examples if example.content_key in chosen),
+        tuple(e for e in examples if e.content_key not in chosen | left_out),
+        tuple(e for e in examples if e.content_key in chosen),
+    )
+
+
+def split_as_peft(examples: Sequence[Example], held_out: int, validation: int) -> CaptionedSplit:
+    """Split a dataset's rows as PEFT's comparison does, in the order of its shuffled rows.
+
+    numpy shuffles them with seed 0. The first are trained on, the next ``validation`` are left out,
+    and the last ``held_out`` are held out (``get_train_valid_test_datasets`` in
+    ``method_comparison/image-gen/data.py`` of huggingface/peft).
+
+    Raises:
+        ValueError: no image would be left to train on.
+    """
+    order = np.arange(len(examples))
+    np.random.RandomState(0).shuffle(order)
+    train = len(order) - validation - held_out
+    if train < 1:
+        raise ValueError(
+            f"held_out is {held_out} and --validation {validation}, but there are {len(order)} "
+            "images, some of which must be left to train on"
+        )
+    return CaptionedSplit(
+        tuple(examples[row] for row in order[:train]),
+        tuple(examples[row] for row in order[train + validation :]),
     )
 
 

@@ -7,13 +7,12 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_out_unused
 from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
-from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .run_config import parse_settings
+from .settings import leave_out_unused_by
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -31,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         if first:
             print_safely(f"error: {error}", error=True)
         sys.exit(2)
-    leave_out_unused_by(settings.training)
+    leave_out_unused_by(settings)
     from .main import DeviceBroken, benchmark
 
     try:
@@ -54,11 +53,3 @@ def main(argv: Sequence[str] | None = None) -> None:
             advice = "The report says why. Give --retry_failed to repeat them"
             print_safely(f"error: failed trials: {failed}. {advice}", error=True)
         sys.exit(1)
-
-
-def leave_out_unused_by(training: TrainingConfig) -> None:
-    """Keep libraries from being imported that these options do not need."""
-    needed = {"bitsandbytes"} if training.optimizer == "adamw8bit" else set()
-    if training.quantizes:
-        needed |= {*LIBRARIES}
-    leave_out_unused([training.pretrained_model_name_or_path], needed)

@@ -22,10 +22,10 @@ class ComparedOptions:
 
     _argument_group_name: ClassVar[str] = "Methods and data"
 
-    suite: Annotated[Literal["tiny"] | None, MayDiffer(commands=True)] = option(
+    suite: Annotated[Literal["tiny", "peft-image-gen"] | None, MayDiffer(commands=True)] = option(
         None,
-        "A bundled file of options: tiny is benchmark_tiny.yaml, which needs no download. Other "
-        "options override it",
+        "A bundled file of options: tiny is benchmark_tiny.yaml, which needs no download; "
+        "peft-image-gen is PEFT's comparison. Other options override it",
     )
     methods: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
         None,
@@ -83,6 +83,17 @@ class ComparedOptions:
     held_out: Annotated[int, Limits(at_least=1)] = option(
         50, "Number of captioned images that are held out from training"
     )
+    validation: Annotated[int, Limits(at_least=0)] = option(
+        0, "Number of captioned images that are neither trained on nor compared with"
+    )
+    split: Literal["contents", "peft"] = option(
+        "contents",
+        "Which captioned images are held out: contents, by their contents alone; peft, by the "
+        "rows of --dataset_name, as in PEFT's comparison",
+    )
+    captions: list[str] | None = option(
+        None, "A caption for each row of --dataset_name, in place of --caption_column"
+    )
 
 
 @dataclass(kw_only=True)
@@ -129,6 +140,9 @@ class EvaluationOptions:
         "evaluations, or shipped, always as set in the image processor beside the encoder",
     )
     diversity: bool = option(False, "Also score how much the images of one prompt differ")
+    peft_drift: bool = option(
+        False, "Also score the drift as PEFT's comparison does: (1 - similarity) / 2"
+    )
     mechanism_steps: Annotated[int | None, Limits(at_least=1)] = option(
         None,
         "Log block gradients and input outliers every this many steps, and at the end the ranks of "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from gralora_diffusion.io.process import own_process
 
-from .command import leave_out_unused_by
 from .jobs import Files, Job, Reply
 from .node_check import Requirements, node_name, node_problems
+from .settings import leave_out_unused_by
 
 
 def check_node(required: Requirements) -> tuple[str, list[str]]:
@@ -17,7 +17,7 @@ def check_node(required: Requirements) -> tuple[str, list[str]]:
 def run_task(job: Job, shared: Files) -> Reply:
     """Run a job in a process that is Ray's."""
     own_process()
-    leave_out_unused_by(job.settings.training)
+    leave_out_unused_by(job.settings)
     from .node import run_job  # imports torch, diffusers and PEFT
 
     return run_job(job, shared)

@@ -30,7 +30,10 @@ logger = logging.getLogger(__name__)
 
 SETTINGS_NAME = BENCHMARK_NAME
 #: Name of a suite -> its file of options in the bundled samples.
-SUITES = {"tiny": "configs/benchmark_tiny.yaml"}
+SUITES = {
+    "tiny": "configs/benchmark_tiny.yaml",
+    "peft-image-gen": "configs/benchmark_peft_image_gen.yaml",
+}
 #: Options that the first command of a run decides for all later ones, also by not giving them.
 DECIDED_ONCE = ("seeding", "endpoint", "comparisons")
 

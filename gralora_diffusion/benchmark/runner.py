@@ -324,7 +324,9 @@ class Runner:
                 )
             }
         if DRIFT in drawn:
-            scores[DRIFT] = score_drift(encoders, drawn[DRIFT], unmoved[DRIFT])
+            scores[DRIFT] = score_drift(
+                encoders, drawn[DRIFT], unmoved[DRIFT], with_half=self.settings.peft_drift
+            )
         overall = {name: value for part in scores.values() for name, value in part.overall.items()}
         if PRIOR in drawn:
             (after,), (before,) = drawn[PRIOR], unmoved[PRIOR]
@@ -393,6 +395,8 @@ def _check_endpoint(settings: BenchmarkSettings, encoders: Mapping[str, Encoder]
     kinds = {"drift": ["drift_"], "prior": ["pres_", "prior_"]}
     measured = [*seen, *(f"{name}_t" for name, e in encoders.items() if e.reads_text)]
     measured += [f"div_{name}" for name in seen if settings.diversity]
+    if settings.peft_drift and "drift" in protocols:
+        measured += [f"peft_drift_{name}" for name in seen]
     measured += [f"{k}{n}" for p in protocols for k in kinds.get(p, ()) for n in seen]
     for score in (endpoint.score, endpoint.along):
         if score not in (None, UPDATE_NORM, *measured):

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_out_unused
 from gralora_diffusion.benchmark.evaluation.encoder_sources import source_problem
 from gralora_diffusion.benchmark.evaluation.endpoint import (
     Declared,
@@ -208,6 +209,12 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             problems.append(
                 "--dreambooth_dir is missing. Give a clone of https://github.com/google/dreambooth"
             )
+        if not training.dataset_name:
+            rows = [f"--{name}" for name in ("captions",) if self.captions]
+            rows += ["--split peft"] if self.split == "peft" else []
+            problems += [f"{option} needs --dataset_name, whose rows it counts" for option in rows]
+        elif self.captions and training.caption_column:
+            problems.append("--captions and --caption_column exclude each other. Leave out one")
         if "prior" in protocols and "subject" not in protocols:
             problems.append(
                 "--protocols contains prior, which needs subject: it evaluates the subject's class"
@@ -341,3 +348,12 @@ def options_table() -> str:
         *map(group_table, BENCHMARK_GROUPS),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def leave_out_unused_by(settings: BenchmarkSettings) -> None:
+    """Keep libraries from being imported that these options do not need."""
+    training = settings.training
+    needed = {"bitsandbytes"} if training.optimizer == "adamw8bit" else set()
+    if training.quantizes:
+        needed |= {*LIBRARIES}
+    leave_out_unused([training.pretrained_model_name_or_path], needed)

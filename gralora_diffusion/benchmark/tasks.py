@@ -17,7 +17,7 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.data.image_folder import Example
 
-from .captioned import split, write_examples
+from .captioned import split, split_as_peft, write_examples
 from .dreambooth import Subject, read_subjects
 from .settings import BenchmarkSettings
 
@@ -144,11 +144,20 @@ def _captioned(settings: BenchmarkSettings) -> Task:
         instance_data_dir=settings.captioned_dir,
         output_dir=str(settings.folder),
     )
-    for warning in validate(config):
+    # a caption that stands for those of the rows, which no option of the trainer names
+    found = replace(config, instance_prompt="-") if settings.captions else config
+    for warning in validate(found):
         logger.warning(warning)
+    examples = find_images(found)
+    if settings.captions:
+        examples = _captioned_rows(examples, settings.captions)
+    left_out = settings.validation
     try:
-        # the same for every training seed, since their trials are compared with each other
-        parts = split(find_images(config), settings.held_out, seed=0)
+        if settings.split == "peft":
+            parts = split_as_peft(examples, settings.held_out, left_out)
+        else:
+            # the same for every training seed, since their trials are compared with each other
+            parts = split(examples, settings.held_out, seed=0, validation=left_out)
     except ValueError as error:
         if isinstance(error, DataError):
             raise
@@ -165,3 +174,19 @@ def _captioned(settings: BenchmarkSettings) -> Task:
         captions,
         tuple(write_examples(parts.held_out, folder)),
     )
+
+
+def _captioned_rows(examples: list[Example], captions: list[str]) -> list[Example]:
+    """Give each row of a dataset its caption.
+
+    Raises:
+        ConfigError: their numbers differ.
+    """
+    if len(examples) != len(captions):
+        raise ConfigError(
+            [
+                f"--captions has {len(captions)} texts, but the dataset has {len(examples)} "
+                "images. Give one for each, in their order"
+            ]
+        )
+    return [replace(e, caption=text) for e, text in zip(examples, captions, strict=True)]

@@ -163,6 +163,8 @@ def score_drift(
     encoders: Encoders,
     adapted: Sequence[Sequence[ShownImage]],
     base: Sequence[Sequence[ShownImage]],
+    *,
+    with_half: bool = False,
 ) -> Scores:
     """Score how much an adapter changes unrelated images: 1 - similarity, ``drift_*``.
 
@@ -170,6 +172,7 @@ def score_drift(
         adapted: the images of each prompt, generated with the adapter. The prompts are unrelated to
             the training.
         base: the same without the adapter, from the same noise; their embeddings are kept.
+        with_half: add ``peft_drift_*``, (1 - similarity) / 2 as in PEFT's comparison.
 
     Raises:
         DataError, ValueError: as ``score_subject``.
@@ -181,7 +184,10 @@ def score_drift(
     unmoved = [image for group in base for image in group]
     for name, encoder in encoders.items():
         drawn, before = encoder.embed_images(scores.flat), encoder.embed_images(unmoved, keep=True)
-        scores.put_paired(f"drift_{_seen_by(name, encoder)}", drawn, before, distance=True)
+        seen = _seen_by(name, encoder)
+        scores.put_paired(f"drift_{seen}", drawn, before, distance=True)
+        if with_half:
+            scores.put_paired(f"peft_drift_{seen}", drawn, before, distance=True, scale=0.5)
     return scores.done()
 
 
@@ -240,10 +246,12 @@ class _Table:
         scores = self._overall if place is None else self._by_prompt[place]
         scores[name] = value
 
-    def put_paired(self, name: str, a: Tensor, b: Tensor, distance: bool = False) -> None:
+    def put_paired(
+        self, name: str, a: Tensor, b: Tensor, distance: bool = False, scale: float = 1.0
+    ) -> None:
         for (place, left), (_, right) in zip(self.groups(a), self.groups(b), strict=True):
             similarity = paired_similarity(left, right)
-            self.put(place, name, 1 - similarity if distance else similarity)
+            self.put(place, name, scale * (1 - similarity if distance else similarity))
 
     def done(self) -> Scores:
         return Scores(self._overall, self._by_prompt)

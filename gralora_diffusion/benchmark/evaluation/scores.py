@@ -36,6 +36,13 @@ _KNOWN = (
         "drift",
         "1 - similarity between images with and without the adapter, on other prompts",
     ),
+    Score(
+        "peft_drift",
+        "PEFT's drift",
+        False,
+        "other",
+        "half of the drift, as PEFT's comparison states it",
+    ),
     Score("pres", "PRES", False, "other", "how similar images of the class are to the subject"),
     Score("prior", "prior drift", False, "other", "how far images of the class have moved"),
 )
