@@ -22,7 +22,7 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
-from PIL import Image, ImageCms, features
+from PIL import Image, ImageCms, PngImagePlugin, features
 
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.adapters.adapter_file import (
@@ -60,13 +60,16 @@ from gralora_diffusion.io.image_files import (
     read_mask,
     read_opacity,
 )
+from gralora_diffusion.io.image_parameters import OWN
 from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.lora_import.base import LoraBase
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
+from gralora_diffusion.studio.engine import comparing
 from gralora_diffusion.studio.engine.jobs import Jobs
+from gralora_diffusion.studio.engine.runs import differing_options, find_runs
 from gralora_diffusion.training.checkpoints.resume import describe_base, find_checkpoint
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -74,8 +77,10 @@ from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
+from gralora_diffusion.training.data.controls import ControlPlaces
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import find_examples
+from gralora_diffusion.training.data.masks import MaskPlaces
 from gralora_diffusion.training.data.tensor_store import TensorStore
 from gralora_diffusion.training.optimization.adapters import adapter_parameters, add_adapters
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
@@ -492,6 +497,68 @@ def _read_cache(folder: Path) -> None:
     store.tell_damaged()
 
 
+def _make_edits(folder: Path) -> None:
+    """Control images in a folder, and in columns of metadata files."""
+    for name in ("folder", "jsonl", "csv"):
+        images = make_images(_part(folder, name) / "images", 2, side=4)
+        for control in ("first", "second"):
+            make_images(images / f".{control}" if name != "folder" else folder / name / control, 2)
+    rows = [
+        {"file_name": "0.png", "text": "a", "control": ".first/0.png"},
+        {"file_name": "1.png", "text": "b", "control": [".first/1.png", ".second/1.png"]},
+    ]
+    (folder / "jsonl/images/metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+    with open(folder / "csv/images/metadata.csv", "w", newline="") as file:
+        table = [
+            ["file_name", "text", "control_file_name"],
+            *([n, "a", f".first/{n}"] for n in _TWO),
+        ]
+        csv.writer(file).writerows(table)
+
+
+_TWO = ("0.png", "1.png")
+
+
+def _find_edits(folder: Path) -> None:
+    given = tuple(folder / name for name in ("first", "second") if (folder / name).is_dir())
+    for example in find_examples(folder / "images", "a dog", controls=ControlPlaces(given)):
+        for control in example.controls:
+            assert control.load().size == control.size
+
+
+def _make_masked(folder: Path) -> None:
+    """Masks in a folder, beside the images, in a column, and as opacity."""
+    for name in ("folder", "beside", "column", "opacity"):
+        images = make_images(_part(folder, name) / "images", 2, side=12)
+        masks = [Image.open(images / n).convert("L") for n in _TWO]
+        for n, mask in zip(_TWO, masks, strict=True):
+            if name == "opacity":
+                image = Image.open(images / n).convert("RGBA")
+                image.putalpha(mask)
+                image.save(images / n)
+                continue
+            place = {"folder": folder / name / "masks" / n, "column": images / f".{n}"}
+            path = place.get(name, images / f"{Path(n).stem}.mask.png")
+            path.parent.mkdir(exist_ok=True)
+            mask.save(path)
+    rows = [{"file_name": n, "text": "a", "mask": f".{n}"} for n in _TWO]
+    (folder / "column/images/metadata.jsonl").write_text(
+        "".join(json.dumps(row) + "\n" for row in rows)
+    )
+
+
+def _find_masked(folder: Path) -> None:
+    masks = folder / "masks"
+    places = MaskPlaces(masks if masks.is_dir() else None, from_alpha=True)
+    for example in find_examples(folder / "images", "a dog", masks=places):
+        if example.mask is not None:
+            mask = example.mask.load()
+            assert (mask.mode, mask.size) == ("L", example.size)
+            assert mask.getbbox() == example.mask.box
+
+
 def _make_quantization(folder: Path) -> None:
     values = {
         "load_in_4bit": True,
@@ -616,6 +683,45 @@ def _read_jobs(folder: Path) -> None:
         assert job.command[:2] == ("-m", "gralora_diffusion")
 
 
+def _make_comparisons(folder: Path) -> None:
+    part = _part(folder, "made")
+    made = comparing.Comparison(
+        base="base", prompts=["a dog"], adapters=["one", "two"], blends=[0.5], size=64
+    )
+    (part / "file.json").write_text(made.to_json())
+    texts = PngImagePlugin.PngInfo()
+    texts.add_text(OWN, json.dumps({"prompt": "a dog", "seed": 3}))
+    _picture("RGB").save(part / "cell.png", pnginfo=texts)
+
+
+def _read_comparison(folder: Path) -> None:
+    json.dumps(comparing.settings_of(folder / "cell.png"))
+    found = comparing.read(folder / "file.json")
+    if not found.problems():
+        assert len(found.rows) * len(found.columns) > 0
+    found.to_json().encode()
+
+
+def _make_studio_runs(folder: Path) -> None:
+    config = _config(
+        pretrained_model_name_or_path="a/b", instance_prompt="a dog", max_train_steps=4
+    )
+    for name in ("one", "two"):
+        run = _part(folder, f"{name}/run")
+        (run / "training_config.yaml").write_text(config.to_yaml() + "report_to: [a, b]\n")
+        rows = [{"step": step, "loss": 0.5 / step, "lr": 1e-4} for step in range(1, 4)]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        (run / f"checkpoint-{len(name)}").mkdir()
+
+
+def _read_studio_runs(folder: Path) -> None:
+    found = find_runs(folder, [])
+    for run in found:
+        json.dumps([run.state, run.steps, run.checkpoints, list(run.rows), run.validations])
+        assert run.adapter is None
+    json.dumps(differing_options(found))
+
+
 def _make_validation_prompts(folder: Path) -> None:
     (_part(folder, "text") / "file.txt").write_text(
         "# sampled while training\na dog --w 64 --h 32 --d 3 --l 2.5 --s 4\na cat --n blurry\n"
@@ -721,6 +827,10 @@ READERS: dict[str, Reader] = {
     "masks": Reader(_make_masks, _show_masks, (ImageError,)),
     "status": Reader(_make_statuses, _read_run, (ConfigError,)),
     "jobs": Reader(_make_jobs, _read_jobs),
+    "comparison": Reader(_make_comparisons, _read_comparison, (OSError, ValueError)),
+    "studio_runs": Reader(_make_studio_runs, _read_studio_runs),
+    "edits": Reader(_make_edits, _find_edits, (DataError,)),
+    "masked": Reader(_make_masked, _find_masked, (DataError,)),
     "validation_prompts": Reader(
         _make_validation_prompts, _read_validation_prompts, (ConfigError,)
     ),
