@@ -15,7 +15,7 @@ import torch
 
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
-from tests.rehearsal import adapters, commands, planted, training
+from tests.rehearsal import adapters, commands, more_training, planted, training
 from tests.rehearsal.device import DeviceMismatch, Gpu, pretended_gpu
 
 
@@ -33,6 +33,9 @@ def all_parts() -> dict[str, Callable[[Gpu, Path, dict[str, Any]], Iterator[str]
     for family in sorted(PIPELINES):
         for setting in training.SETTINGS:
             found[f"training/{family}/{setting}"] = partial(_training, family, setting)
+    for kind in more_training.KINDS:
+        found[f"training/{kind}"] = partial(more_training.rehearse, kind)
+    found["stopped"] = lambda gpu, folder, changes: more_training.stopped(folder, changes)
     found["overflow"] = lambda gpu, folder, _: training.overflow(folder)
     for family in sorted(PIPELINES):
         for placement in adapters.PLACEMENTS:

@@ -25,6 +25,13 @@ from tests.rehearsal.device import WAITS, Gpu
 from tests.training.runs import adapter, learned, make_shapes, metrics, run
 
 STEPS, CHECKPOINT = 3, 2
+#: Options of each run.
+SHORT: dict[str, Any] = {
+    "resolution": 32,
+    "train_batch_size": 1,
+    "max_train_steps": STEPS,
+    "checkpointing_steps": CHECKPOINT,
+}
 _PRIOR: dict[str, Any] = {"with_prior_preservation": True, "class_prompt": "a dog"}
 _VALIDATION: dict[str, Any] = {
     "validation_prompt": "a dog",
@@ -68,7 +75,7 @@ def rehearse(
     family: str, setting: str, gpu: Gpu, folder: Path, changes: dict[str, Any]
 ) -> Iterator[str]:
     """Train, resume from the checkpoint in the middle, and yield what is wrong."""
-    base, images, out = folder / "bases" / family, folder / "images", folder / "run"
+    base, images = folder / "bases" / family, folder / "images"
     if not base.exists():
         PIPELINES[family]().save_pretrained(base)
     if not images.exists():
@@ -76,18 +83,21 @@ def rehearse(
     chosen = {
         "pretrained_model_name_or_path": base,
         "instance_data_dir": images,
-        "output_dir": out,
-        "resolution": 32,
-        "train_batch_size": 1,
-        "max_train_steps": STEPS,
-        "checkpointing_steps": CHECKPOINT,
+        "output_dir": folder / "run",
+        **SHORT,
         **options(family, setting, changes),
     }
     if chosen.get("num_class_images") and "class_data_dir" not in chosen:
         chosen["class_data_dir"] = folder / "class" / family
-    shutil.rmtree(out, ignore_errors=True)
     if setting == "images":
         gpu.free = 1000  # class images are generated layer by layer
+    yield from train_and_resume(gpu, chosen)
+
+
+def train_and_resume(gpu: Gpu, chosen: dict[str, Any]) -> Iterator[str]:
+    """Train with these options, resume from the checkpoint in the middle; yield what is wrong."""
+    out = chosen["output_dir"]
+    shutil.rmtree(out, ignore_errors=True)
     with counted_waits() as waits, one_step_images():
         run(**chosen)
     gpu.free = gpu.total

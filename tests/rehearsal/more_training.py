@@ -1,0 +1,140 @@
+"""Runs of other kinds: edits, masks, streaming, a file of prompts, a stop."""
+
+from __future__ import annotations
+
+import itertools
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import yaml
+from diffusers.pipelines.flux import pipeline_flux_kontext
+from PIL import Image
+
+from gralora_diffusion.training import loop
+from gralora_diffusion.training.runtime.control import read_status, request
+from tests import pipeline_classes
+from tests.models import PIPELINES
+from tests.rehearsal.device import Gpu
+from tests.rehearsal.training import SHORT, train_and_resume
+from tests.training.runs import adapter, make_shapes, run
+
+_VALIDATION = {
+    "validation_steps": 2,
+    "num_validation_images": 1,
+    "validation_inference_steps": 1,
+    "skip_final_inference": True,
+}
+
+
+def _plain(folder: Path, family: str) -> Path:
+    PIPELINES[family]().save_pretrained(folder / "base")
+    return folder / "base"
+
+
+def _editing(folder: Path, name: str) -> dict[str, Any]:
+    """An editing base of this class; images with a control image each."""
+    pipeline_classes.build(name).save_pretrained(folder / "base")
+    controls = make_shapes(folder / "controls", [(96, 64)] * 2, seed=1)
+    return {
+        "pretrained_model_name_or_path": folder / "base",
+        "control_data_dir": controls,
+        "mixed_precision": "bf16",
+        "validation_prompt": "a dog",
+        "validation_image": controls / "0.png",
+        **_VALIDATION,
+    }
+
+
+def _masked(folder: Path, outside: str) -> dict[str, Any]:
+    """Masks beside the images; the loss outside counts the base's prediction, or little."""
+    for path in sorted((folder / "images").glob("*.png")):
+        mask = Image.new("L", Image.open(path).size, 0)
+        mask.paste(255, (4, 4, 30, 20))
+        mask.save(path.with_suffix(".mask.png"))
+    return {
+        "pretrained_model_name_or_path": _plain(folder, "stable-diffusion"),
+        "masked_loss": True,
+        "mask_outside": outside,
+        "cache_latents": outside == "base",
+        "mixed_precision": "bf16",
+    }
+
+
+def _streamed(folder: Path, family: str) -> dict[str, Any]:
+    return {
+        "pretrained_model_name_or_path": _plain(folder, family),
+        "offload_base": "blocks",
+        "gradient_checkpointing": True,
+        "mixed_precision": "bf16",
+    }
+
+
+def _prompts(folder: Path, family: str) -> dict[str, Any]:
+    """Prompts with sizes, steps and strengths of their own."""
+    entries = [{"prompt": "a dog", "width": 64, "height": 32}, {"prompt": "a cat", "scale": 0.5}]
+    file = folder / "prompts.yaml"
+    file.write_text(yaml.safe_dump(entries))
+    return {
+        "pretrained_model_name_or_path": _plain(folder, family),
+        "validation_prompts_file": file,
+        "mixed_precision": "fp16",
+        **_VALIDATION,
+    }
+
+
+#: Name -> what makes the data in a folder, and returns the options of a run.
+KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "edits/kontext": lambda folder: _editing(folder, "FluxKontextPipeline"),
+    "masked/base": lambda folder: _masked(folder, "base"),
+    "streamed/flux": lambda folder: _streamed(folder, "flux"),
+    "prompts/stable-diffusion": lambda folder: _prompts(folder, "stable-diffusion"),
+}
+
+
+def rehearse(kind: str, gpu: Gpu, folder: Path, changes: dict[str, Any]) -> Iterator[str]:
+    """Train, resume from the checkpoint in the middle, and yield what is wrong."""
+    make_shapes(folder / "images", [(48, 32)] * 2)
+    with small_kontext():
+        chosen = KINDS[kind](folder)
+        common = {"instance_data_dir": folder / "images", "output_dir": folder / "run", **SHORT}
+        yield from train_and_resume(gpu, {**common, **chosen, **changes})
+
+
+def small_kontext() -> Any:
+    """Kontext's sizes, small enough for tiny models."""
+    sizes = [(48, 32), (32, 32), (32, 48)]
+    return mock.patch.object(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
+
+
+def stopped(folder: Path, changes: dict[str, Any]) -> Iterator[str]:
+    """A run that is asked to stop ends after its step, and is resumed as if it had not."""
+    chosen = {
+        "pretrained_model_name_or_path": _plain(folder, "stable-diffusion"),
+        "instance_data_dir": make_shapes(folder / "images", [(48, 32)] * 2),
+        "mixed_precision": "bf16",
+        **SHORT,
+        "checkpointing_steps": 1000,
+        **changes,
+    }
+    whole = adapter(run(**chosen, output_dir=folder / "whole"))
+    out, plain, count = folder / "stopped", loop.mean_loss, itertools.count(1)
+
+    def mean_loss(*args: Any) -> Any:
+        if next(count) == 2:
+            request(out, "stop")
+        return plain(*args)
+
+    with mock.patch.object(loop, "mean_loss", mean_loss):
+        run(**chosen, output_dir=out)
+    status = read_status(out)
+    if (status.state, status.step) != ("stopped", 2):
+        yield f"it {status.state} at step {status.step}, not stopped at step 2"
+    run(**chosen, output_dir=out, resume_from_checkpoint="latest")
+    again = adapter(out)
+    if any(not torch.equal(tensor, again[name]) for name, tensor in whole.items()):
+        yield "the resumed run differs"
+    shutil.rmtree(out)
