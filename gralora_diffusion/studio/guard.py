@@ -41,7 +41,8 @@ _HEADERS = {
     "form-action 'self'; base-uri 'self'",
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
-    "Referrer-Policy": "no-referrer",
+    # with "no-referrer", browsers send the form of the login with "Origin: null"
+    "Referrer-Policy": "same-origin",
     "Cross-Origin-Resource-Policy": "same-origin",
 }
 _LOGIN_PAGE = """<!doctype html><html lang="en"><meta charset="utf-8"><title>gralora studio</title>

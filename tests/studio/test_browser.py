@@ -222,6 +222,17 @@ def test_a_folder_that_is_none(page, text):
     page.locator("#images-summary .problem").wait_for()
 
 
+def test_the_form_for_the_token(server, browser):
+    address, _, token = server.address.partition("?token=")
+    page = browser.new_context().new_page()
+    page.set_default_timeout(SOON)
+    page.goto(address)
+    page.get_by_label("Token").fill(token)
+    page.get_by_role("button", name="Open").click()
+    page.get_by_role("tab", name="Images", exact=True).wait_for()
+    page.context.close()
+
+
 def test_the_form_on_a_phone(server, page):
     page.set_viewport_size({"width": 390, "height": 800})
     open_tab(page, "Train")

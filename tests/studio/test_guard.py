@@ -58,6 +58,7 @@ def test_the_page_and_what_it_needs(known):
     page = known.get("/")
     assert page.status_code == 200
     assert "frame-ancestors 'none'" in page.headers["content-security-policy"]
+    assert page.headers["referrer-policy"] == "same-origin"
     for path in ("/config", "/theme.css", "/studio/page.js", "/gradio_api/startup-events"):
         assert known.get(path).status_code == 200, path
 
