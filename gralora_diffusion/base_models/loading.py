@@ -93,6 +93,7 @@ def load_base(
     family: ModelFamily,
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
+    denoiser: nn.Module | None = None,
 ) -> Any:
     """Load the base as a text-to-image pipeline on the CPU, with all its weights frozen.
 
@@ -101,6 +102,9 @@ def load_base(
 
     The denoiser and the text encoders have ``dtype``. The VAE of a training is fp32, because some
     bases give wrong latents in half precision, and it encodes each image only once.
+
+    Args:
+        denoiser: it is not loaded, and this one takes its place; see ``unread_weights``.
 
     Raises:
         ConfigError: the base cannot be loaded or cannot be trained.
@@ -111,6 +115,8 @@ def load_base(
     given: dict[str, Any] = {**family.load_options, **_vae(options, pipeline_class, vae_dtype)}
     for name in options.leave_out_text_encoders or ():
         given |= without_text_encoder(name)
+    if denoiser is not None:
+        given[family.denoiser] = denoiser
     try:
         if Path(base).is_dir():
             check_weight_files(Path(base), options.variant)

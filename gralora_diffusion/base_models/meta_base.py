@@ -13,7 +13,6 @@ from typing import Any
 import diffusers
 import torch
 from accelerate import init_empty_weights
-from diffusers import ModelMixin
 from torch import nn
 
 from gralora_diffusion.families import ModelFamily
@@ -21,7 +20,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
 from .loading import freeze, vae_class
-from .meta_models import empty_model
+from .meta_models import convert, empty_model
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .single_file import SingleFile, without_text_encoder
@@ -79,18 +78,6 @@ def empty_base(
         ) from error
     for name, component in pipe.components.items():
         if isinstance(component, nn.Module):
-            _cast(component, vae_dtype if name == "vae" else dtype)
+            convert(component, vae_dtype if name == "vae" else dtype)
     freeze(pipe)
     return pipe
-
-
-def _cast(model: Any, dtype: torch.dtype) -> None:
-    """Convert weights to ``dtype`` as ``from_pretrained(dtype=...)`` does."""
-    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
-    # transformers' second list only concerns fp16
-    if isinstance(model, ModelMixin) or dtype == torch.float16:
-        kept |= set(model._keep_in_fp32_modules or ())
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            here = torch.float32 if kept & set(name.split(".")) else dtype
-            tensor.data = tensor.data.to(here)

@@ -40,3 +40,15 @@ def empty_model(
         with torch.device("meta"):  # accelerate's function would untie tied weights
             return cls(settings)
     return None
+
+
+def convert(model: Any, dtype: torch.dtype) -> None:
+    """Convert weights to ``dtype`` as ``from_pretrained(dtype=...)`` does."""
+    kept = set(getattr(model, "_keep_in_fp32_modules_strict", None) or ())
+    # transformers' second list only concerns fp16
+    if isinstance(model, ModelMixin) or dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            here = torch.float32 if kept & set(name.split(".")) else dtype
+            tensor.data = tensor.data.to(here)

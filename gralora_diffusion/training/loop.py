@@ -24,6 +24,7 @@ from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
+from gralora_diffusion.base_models.unread_weights import StoredWeights, unread_denoiser
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import BEST_NAME
@@ -306,6 +307,7 @@ class Trainer:
         self.initial, self.pipe, self.attach = initial or {}, pipe, attach
         self.sharding, self.offloading = sharding, offloading
         self.streamed: StreamedBlocks | None = None
+        self.unread: StoredWeights | None = None  # until the denoiser is sharded
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
         self.control = control or RunControl()
@@ -342,13 +344,29 @@ class Trainer:
         """Load the frozen base and attach the adapter."""
         family, accelerator = self.family, self.accelerator
         if self.pipe is None:
-            self.pipe = load_base(self.config, family, self.dtype)
+            denoiser = self._unread_denoiser()
+            self.pipe = load_base(self.config, family, self.dtype, denoiser=denoiser)
         self.config = resolve_defaults(self.config, family, self.pipe, accelerator.mixed_precision)
         self.components = self.attach(self.pipe, family, self.config)
         set_initial_values(self.pipe, self.initial)
         models = [getattr(self.pipe, name) for name in self.components]
         denoiser = getattr(self.pipe, family.denoiser)
         enable_memory_savings(self.config, denoiser, models, accelerator.device)
+
+    def _unread_denoiser(self) -> nn.Module | None:
+        """Return the denoiser without weights if each process is to read only its part."""
+        if self.sharding is None:
+            return None
+        try:
+            denoiser, self.unread = unread_denoiser(self.config, self.family, self.dtype)
+        except ValueError as error:
+            logger.warning(
+                "each process loads the whole %s before it keeps its part, because %s",
+                self.family.denoiser,
+                error,
+            )
+            return None
+        return denoiser
 
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
@@ -376,11 +394,12 @@ class Trainer:
             needed.update(family.all_text_encoders)
         if not config.cache_latents:
             needed.add("vae")
-        self.base = describe_base(self.pipe, config)  # before it is in parts
+        unread = {} if self.unread is None else {family.denoiser: self.unread}
+        self.base = describe_base(self.pipe, config, unread)  # before it is in parts
         denoiser = getattr(self.pipe, family.denoiser)
         for model in existing_models(self.pipe, needed):
             if model is denoiser and self.sharding is not None:
-                self.sharding.shard(model, accelerator.device)
+                self.sharding.shard(model, accelerator.device, self.unread)
             elif model is denoiser and self.offloading.denoiser is not None:
                 self.streamed = self._stream(self.offloading.denoiser, denoiser)
             else:

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from gralora_diffusion.base_models.gguf_file import is_packed
+from gralora_diffusion.base_models.unread_weights import StoredWeights
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.options.fields import Fixed, options_with
@@ -138,14 +139,19 @@ def _of_another_run(path: Path, why: str) -> CheckpointError:
     )
 
 
-def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
+def describe_base(
+    pipe: Any, config: TrainingConfig, unread: Mapping[str, StoredWeights] | None = None
+) -> dict[str, Any]:
     """Return what identifies a base: its source, its precision and hashes of its models.
 
     A hash covers some values of each frozen tensor in the model's order, which is fast and does not
     depend on an adapter. Quantized tensors are left out.
+
+    Args:
+        unread: models with placeholders for their weights -> where these are stored.
     """
     models = {
-        name: _digest(model)
+        name: _digest(model, (unread or {}).get(name))
         for name, model in sorted(pipe.components.items())
         if isinstance(model, nn.Module)
     }
@@ -154,15 +160,18 @@ def describe_base(pipe: Any, config: TrainingConfig) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _digest(model: nn.Module) -> str:
+def _digest(model: nn.Module, unread: StoredWeights | None = None) -> str:
     digest = hashlib.sha256()
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         stored: Any = parameter
         packed = is_packed(parameter)
         if (type(parameter) is nn.Parameter or packed) and not parameter.requires_grad:
             form = f" {int(stored.quant_type)}" if packed else ""
             stored = stored.as_tensor() if packed else stored
-            values = stored.detach().flatten()[:_SAMPLE].cpu().contiguous()
+            if unread is None:
+                values = stored.detach().flatten()[:_SAMPLE].cpu().contiguous()
+            else:
+                values = unread.first_values(name, _SAMPLE, stored.dtype)
             digest.update(f"{stored.dtype} {tuple(stored.shape)}{form}".encode())
             digest.update(values.view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()[:16]

@@ -15,13 +15,17 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import parse_flag_from_env, str_to_bool
+from accelerate.utils import parse_flag_from_env, set_module_tensor_to_device, str_to_bool
 from torch import nn
 
 from gralora_diffusion.base_models.streaming import blocks_of
+from gralora_diffusion.base_models.unread_weights import StoredWeights
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 #: accelerate's variables: whether to shard, and how.
 _USE, _OFFLOAD, _RESHARD = (
@@ -47,15 +51,23 @@ class Sharding:
     offload: bool = False
     reshard_after_forward: bool = True
 
-    def shard(self, model: nn.Module, device: torch.device) -> None:
+    def shard(
+        self, model: nn.Module, device: torch.device, unread: StoredWeights | None = None
+    ) -> None:
         """Shard the frozen weights of a diffusers model on the CPU, block by block, in place.
 
         Everything else, such as the adapter, moves to the device whole. All processes must call it.
 
+        Args:
+            unread: where the weights are stored if the model has placeholders for them. Each
+                process then only reads its part.
+
         Raises:
             RuntimeError: torch.distributed is not initialized.
+            AdapterFileError: a weight cannot be read.
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        from torch.distributed.tensor import DTensor
 
         whole = {p for p in model.parameters() if p.requires_grad}
         on_cpu = self.offload and device.type != "cpu"
@@ -64,9 +76,19 @@ class Sharding:
             "reshard_after_forward": self.reshard_after_forward,
             "offload_policy": CPUOffloadPolicy() if on_cpu else OffloadPolicy(),
         }
+        if unread is not None:  # FSDP takes weights without values, but no placeholders
+            for name, parameter in list(model.named_parameters()):
+                if not parameter.requires_grad:
+                    set_module_tensor_to_device(model, name, "meta")
         for block in blocks_of(model):
             fully_shard(block, **options)
         fully_shard(model, **options)
+        if unread is not None:
+            place = torch.device("cpu") if on_cpu else device
+            model._apply(lambda t: torch.empty_like(t, device=place) if t.is_meta else t)
+            for name, parameter in model.named_parameters():
+                if isinstance(parameter, DTensor):
+                    unread.read(name, parameter.to_local(), _first_row(parameter))
         for parameter in whole:
             parameter.data = parameter.data.to(device)
         for buffer in model.buffers():
@@ -87,6 +109,12 @@ class Sharding:
         total = rest + sum(own.values())
         parts = 0 if self.offload else -(-total // processes)
         return parts, gathered if self.reshard_after_forward else total
+
+
+def _first_row(weight: DTensor) -> int:
+    """Return the first row of this process's part of a weight."""
+    rows, mesh = weight.shape[0], weight.device_mesh
+    return min(mesh.get_local_rank() * -(-rows // mesh.size()), int(rows))
 
 
 @contextmanager

@@ -24,18 +24,30 @@ from tests.training.runs import (
 
 #: Forward and backward pass of an adapted UNet, whole and in parts.
 PARTS = """
-import json, torch
+import json, sys, torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+from gralora_diffusion.base_models.options import BaseModelOptions
+from gralora_diffusion.base_models.unread_weights import unread_denoiser
+from gralora_diffusion.families import get_family
 from gralora_diffusion.training.runtime.acceleration import share_only_what_is_trained
 from gralora_diffusion.training.runtime.sharding import Sharding
 from tests import models
 
+base = BaseModelOptions(pretrained_model_name_or_path=sys.argv[1])
 dist.init_process_group("gloo")
 results, bytes_held = [], []
-for sharding in (None, Sharding(), Sharding(reshard_after_forward=False)):
-    unet = models.adapt(models.stable_diffusion()).unet
+for sharding, reads_part in (
+    (None, False),
+    (Sharding(), False),
+    (Sharding(), True),
+    (Sharding(reshard_after_forward=False), True),
+):
+    pipe, unread = models.stable_diffusion(), None
+    if reads_part:
+        pipe.unet, unread = unread_denoiser(base, get_family(pipe), torch.float32)
+    unet = models.adapt(pipe).unet
     unet.requires_grad_(False)
     trained = [p for name, p in unet.named_parameters() if "gralora" in name]
     for parameter in trained:
@@ -47,7 +59,7 @@ for sharding in (None, Sharding(), Sharding(reshard_after_forward=False)):
         return sum(sizes.values())
 
     if sharding is not None:
-        sharding.shard(unet, torch.device("cpu"))
+        sharding.shard(unet, torch.device("cpu"), unread)
     torch.manual_seed(dist.get_rank())
     noisy, text = torch.randn(1, 4, 8, 8), torch.randn(1, 4, unet.config.cross_attention_dim)
     share_only_what_is_trained(unet)
@@ -70,8 +82,8 @@ dist.destroy_process_group()
 """
 
 
-def test_the_same_numbers_and_half_of_the_weights() -> None:
-    for code, text in fork_ranks(PARTS):
+def test_the_same_numbers_and_half_of_the_weights(saved_base: Callable[[str], Path]) -> None:
+    for code, text in fork_ranks(PARTS, saved_base("stable-diffusion")):
         assert code == 0, text[-3000:]
         found = json.loads(text.splitlines()[-1])
         whole, *parts = found["held"]

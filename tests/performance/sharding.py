@@ -1,0 +1,104 @@
+"""The memory of two processes that share out a base: ``python -m tests.performance.sharding``.
+
+Makes a FLUX-shaped base of ``--gigabytes`` whose other models are tiny, and trains on it in two
+processes on the CPU, with and without FSDP. Prints how much more memory each process held at its
+peak than before the training, loading included, beside what sharding promises: its part of the
+weights and the blocks that are gathered at once. It needs Linux, which counts the peaks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from diffusers import FluxTransformer2DModel
+
+from gralora_diffusion.training.runtime.sharding import Sharding
+from tests.forked import fork_ranks
+from tests.models import PIPELINES
+from tests.training.runs import arguments, make_images
+
+#: Trains, and prints how far the resident memory grew.
+PROGRAM = """
+import sys
+from pathlib import Path
+from gralora_diffusion.training.config.training_config import parse_config
+from gralora_diffusion.training.loop import train
+
+def kib(field):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
+before = kib("VmRSS")
+train(parse_config(sys.argv[1:]))
+print("peak", (kib("VmHWM") - before) * 1024)
+"""
+WIDTH = 1536
+
+
+def make_base(folder: Path, size: int) -> FluxTransformer2DModel:
+    """Write a base whose denoiser has about ``size`` bytes in bf16; return the denoiser, empty."""
+    pipe = PIPELINES["flux"]()
+    heads = {"attention_head_dim": 16, "num_attention_heads": WIDTH // 16}
+    small = dict(pipe.transformer.config) | heads | {"num_layers": 1, "num_single_layers": 1}
+    with torch.device("meta"):
+        one, two = (
+            FluxTransformer2DModel.from_config(small | {"num_single_layers": count})
+            for count in (1, 2)
+        )
+    bytes_of = [sum(p.numel() for p in model.parameters()) * 2 for model in (one, two)]
+    more = max(0, round((size - bytes_of[0]) / (bytes_of[1] - bytes_of[0])))
+    with torch.device("meta"):
+        model = FluxTransformer2DModel.from_config(small | {"num_single_layers": 1 + more})
+    pipe.transformer = model.to(torch.bfloat16).to_empty(device="cpu")
+    with torch.no_grad():
+        for parameter in pipe.transformer.parameters():
+            parameter.fill_(1e-3)
+    pipe.save_pretrained(folder)
+    return pipe.transformer.to("meta")
+
+
+def peaks(base: Path, images: Path, output: Path, sharded: bool) -> list[int]:
+    """Return the growth of each process's memory over a run of two steps, in bytes."""
+    os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    line = arguments(
+        pretrained_model_name_or_path=base,
+        instance_data_dir=images,
+        output_dir=output,
+        mixed_precision="bf16",
+        max_train_steps=2,
+        train_batch_size=1,
+        gradient_checkpointing=True,
+    )
+    found = []
+    for code, text in fork_ranks(PROGRAM, *line, timeout=1800):
+        if code:
+            raise RuntimeError(text[-3000:])
+        found.append(int(text.rpartition("peak ")[2].split()[0]))
+    return found
+
+
+def main() -> None:
+    command = argparse.ArgumentParser(prog="python -m tests.performance.sharding")
+    command.add_argument("--gigabytes", type=float, default=2.0)
+    args = command.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model = make_base(folder / "base", int(args.gigabytes * 1e9))
+        images = make_images(folder / "images")
+        whole = sum(p.nbytes for p in model.parameters())
+        part, gathered = Sharding().bytes_needed(model, 2)
+        print(f"denoiser {whole / 1e9:.2f} GB, promised {(part + gathered) / 1e9:.2f} GB")
+        for sharded in (True, False):
+            found = peaks(folder / "base", images, folder / f"run_{sharded}", sharded)
+            text = ", ".join(f"{peak / 1e9:.2f} GB" for peak in found)
+            print(f"{'in parts' if sharded else 'whole'}: {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
