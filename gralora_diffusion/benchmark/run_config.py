@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from gralora_diffusion.io.bundled import samples_folder
+from gralora_diffusion.io.bundled import config_names, samples_folder
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.io.tensor_files import replacing
@@ -90,7 +90,14 @@ def _parsed(argv: Sequence[str] | None) -> dict[str, Any]:
     """
     groups = (*BENCHMARK_GROUPS, *training_groups())
     said = {name: f"cannot be set here: {why}" for name, why in set_by_benchmark().items()}
-    read = partial(read_options, groups, other_names=OTHER_NAMES | said, prog="gralora benchmark")
+    read = partial(
+        read_options,
+        groups,
+        other_names=OTHER_NAMES | said,
+        prog="gralora benchmark",
+        configs=config_names(benchmark=True),
+        sources=("config", "suite"),
+    )
     parsed = read(argv)
     given = parsed.values
     if name := given["suite"]:

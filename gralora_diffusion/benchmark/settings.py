@@ -159,7 +159,8 @@ class BenchmarkSettings(RunOptions, EvaluationOptions, GenerationOptions, Compar
             try:
                 Method.parse(name)
             except ConfigError as error:
-                problems += error.problems
+                commas = f"--methods contains {name!r}. Separate methods by spaces"
+                problems += [commas] if "," in name else error.problems
         if not problems:
             problems += self._same_methods()
         return problems

@@ -11,6 +11,8 @@ from pathlib import Path
 _CONFIGS, _SUFFIX = "configs", ".yaml"
 #: What the names of most configs end in, which is left out of the names that users give.
 _USUAL = "_dreambooth"
+#: What the names of the benchmark's configs begin with.
+_OF_BENCHMARK = "benchmark_"
 _PREFIX = "samples/"
 
 
@@ -31,13 +33,18 @@ def samples_folder() -> Path:
     )
 
 
-def config_names() -> list[str]:
-    """Return the names under which ``find_config`` finds the bundled files of options."""
+def config_names(benchmark: bool = False) -> list[str]:
+    """Return the names under which ``find_config`` finds the bundled files of options.
+
+    Args:
+        benchmark: those for the benchmark, in place of those for the trainer.
+    """
     try:
         files = (samples_folder() / _CONFIGS).glob(f"*{_SUFFIX}")
     except FileNotFoundError:
         return []
-    return sorted(file.name.removesuffix(_SUFFIX).removesuffix(_USUAL) for file in files)
+    names = (file.name.removesuffix(_SUFFIX).removesuffix(_USUAL) for file in files)
+    return sorted(name for name in names if name.startswith(_OF_BENCHMARK) == benchmark)
 
 
 def find_config(name: str) -> Path:
@@ -49,7 +56,7 @@ def find_config(name: str) -> Path:
     path = Path(name)
     if path.is_dir() or not path.exists():
         stem = name.removesuffix(_SUFFIX).removesuffix(_USUAL)
-        if stem in config_names():
+        if stem in (*config_names(), *config_names(benchmark=True)):
             folder = samples_folder() / _CONFIGS
             usual = folder / f"{stem}{_USUAL}{_SUFFIX}"
             return usual if usual.is_file() else folder / f"{stem}{_SUFFIX}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import math
 import re
 import sys
 from collections import Counter
@@ -27,7 +28,22 @@ _FLAG_IN_TEXT = re.compile(r"--(?=[A-Za-z])")
 _LONG_DASHES = "\u2013\u2014\u2212"
 _CURLY_QUOTES = "\u201c\u201d\u201e\u2018\u2019\u00ab\u00bb"
 _TRUE, _FALSE = ("yes", "true", "t", "y", "1", "on"), ("no", "false", "f", "n", "0", "off")
-_WANTED: dict[Any, str] = {int: "a whole number", float: "a number", bool: "true or false"}
+
+
+def finite(text: str) -> float:
+    """The type of an option that takes a number other than NaN and infinity."""
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError
+    return number
+
+
+_WANTED: dict[Any, str] = {
+    int: "a whole number",
+    float: "a number",
+    finite: "a finite number",
+    bool: "true or false",
+}
 #: From a text to the choice that it means, if it is known.
 Meaning = Callable[[str], str | None]
 #: Another name of a choice -> its names here, of which an option has one.
@@ -180,7 +196,7 @@ class CommandParser(TerminalParser):
             reading.add(self.unknown(flag, flag.lstrip("-")))
         positional = [action for action in self._actions if not action.option_strings]
         if positional and strays:
-            texts = [text for run in strays for text in run]
+            texts = [text for _, run in strays for text in run]
             for action in positional:
                 taken = texts if action.nargs in ("+", "*") else texts[:1]
                 texts = texts[len(taken) :]
@@ -189,25 +205,28 @@ class CommandParser(TerminalParser):
             if texts:
                 reading.add(self._stray(texts))
         else:
-            for run in strays:
-                reading.add(self._stray(run))
+            for flag, run in strays:
+                reading.add(self._stray(run, flag))
         return reading
 
     def _split(
         self, arguments: Sequence[str]
-    ) -> tuple[list[tuple[str, list[str]]], list[list[str]]]:
-        """Return (flag, its texts) in order, and runs of texts that belong to no flag."""
+    ) -> tuple[list[tuple[str, list[str]]], list[tuple[str | None, list[str]]]]:
+        """Return (flag, its texts) in order, and runs of texts that belong to no flag.
+
+        Each of these comes with the flag before it, if that takes one value.
+        """
         given: list[tuple[str, list[str]]] = []
-        strays: list[list[str]] = []
+        strays: list[tuple[str | None, list[str]]] = []
         end = list(arguments).index("--") if "--" in arguments else len(arguments)
-        place, last_stray = 0, -2
+        place, last_stray, complete = 0, -2, None
         while place < end:
             text, start = arguments[place], place
             place += 1
             if not _is_flag(text):
                 if last_stray != start - 1:
-                    strays.append([])
-                strays[-1].append(text)
+                    strays.append((complete, []))
+                strays[-1][1].append(text)
                 last_stray = start
                 continue
             flag, equals, value = text.partition("=")
@@ -220,8 +239,10 @@ class CommandParser(TerminalParser):
                 place += 1
             spelled = flag if action is None else self._as_declared(flag)
             given.append((spelled, texts))
+            takes_one = action is not None and action.nargs in (None, "?")
+            complete = spelled if takes_one and texts else None
         if rest := list(arguments[end + 1 :]):
-            strays.append(rest)
+            strays.append((None, rest))
         return given, strays
 
     def _action(self, flag: str) -> argparse.Action | None:
@@ -260,7 +281,7 @@ class CommandParser(TerminalParser):
                 values.append(_read(text, action.type))
             except ValueError:
                 wanted = _WANTED.get(action.type, "of another form")
-                hint = _number_hint(text, action.type)
+                hint = _number_hint(text, action)
                 reading.problems.append(f"{spelled} is {text!r}; it must be {wanted}{hint}")
                 reading.faulty.add(action.dest)
                 return
@@ -298,7 +319,12 @@ class CommandParser(TerminalParser):
             advice = "See --help for all options"
         return f"{spelled} is not an option. {advice}"
 
-    def _stray(self, texts: Sequence[str]) -> str:
+    def _stray(self, texts: Sequence[str], flag: str | None = None) -> str:
+        """Return the error message for texts that belong to no option.
+
+        Args:
+            flag: the option before them, which has its value.
+        """
         first, text = texts[0], " ".join(texts)
         problem = f"{text!r} does not belong to any option"
         name = re.split("[=:]", first.lstrip("-" + _LONG_DASHES))[0].replace("-", "_")
@@ -313,10 +339,14 @@ class CommandParser(TerminalParser):
                 f"{problem}. If the command has several lines, nothing may follow the \\ at the "
                 "end of a line, not even a space"
             )
-        if re.fullmatch(r"\w+[=:].*", first) and self._option_string_actions.get(f"--{name}"):
-            return f"{problem}. Did you mean --{name}?"
+        names = [re.split("[=:]", text)[0].replace("-", "_") for text in texts if "=" in text]
+        known = [f"--{n}" for n in names or [name] if f"--{n}" in self._option_string_actions]
+        if known:
+            return f"{problem}. Did you mean {', '.join(known)}?"
         if first.endswith((".yaml", ".yml")) and "--config" in self._option_string_actions:
             return f"{problem}. Did you mean --config {first}?"
+        if flag is not None:
+            problem += f": {flag} takes one value"
         return f"{problem}. If it is part of a text, put the text in quotes"
 
     def error(self, message: str) -> NoReturn:
@@ -372,11 +402,14 @@ def _read(text: str, kind: Any) -> Any:
     return text if kind is None else kind(text)
 
 
-def _number_hint(text: str, kind: Any) -> str:
-    if text == "=":
-        return ". Leave out the spaces around ="
+def _number_hint(text: str, action: argparse.Action) -> str:
+    kind = float if action.type is finite else action.type
+    if text in ("=", ":"):
+        return f". Leave out the {'spaces around =' if text == '=' else 'colon'}"
     if kind not in (int, float):
         return ""
+    if action.nargs in ("+", "*") and len(values := re.findall(r"[^\s,;]+", text)) > 1:
+        return f". Separate values by spaces: {' '.join(values)}"
     if kind is float and re.fullmatch(r"-?\d+,\d+", text):
         return f". Did you mean {text.replace(',', '.')}?"
     plain = re.sub(r"(?<=\d),(?=\d{3}\b)", "", text.strip().rstrip(",;"))

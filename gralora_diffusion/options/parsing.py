@@ -7,7 +7,7 @@ import sys
 import types
 import typing
 from argparse import Action, ArgumentDefaultsHelpFormatter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -18,7 +18,14 @@ from gralora_diffusion.io.bundled import config_names, find_config, is_bundled, 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
 
-from .command_parser import CommandParser, Reading, first_named_in, named_in, without_hyphens
+from .command_parser import (
+    CommandParser,
+    Reading,
+    first_named_in,
+    named_in,
+    nearest_choice,
+    without_hyphens,
+)
 from .fields import Place, options_with
 from .path_names import file_or_id
 
@@ -62,6 +69,8 @@ def read_options(
     other_names: Mapping[str, str] | None = None,
     before: Sequence[str] = (),
     prog: str | None = None,
+    configs: Sequence[str] | None = None,
+    sources: Collection[str] = ("config",),
 ) -> ParsedOptions:
     """Read options from a command line, and from the YAML file that its ``--config`` names.
 
@@ -73,6 +82,8 @@ def read_options(
         other_names: name that a user may take for an option -> the rest of its error message.
         before: arguments that the file and the command line override.
         prog: name of the program, for ``--help``.
+        configs: names of bundled files for this program, for errors; the trainer's by default.
+        sources: options that name a source of other options.
     """
     parser = _Parser(groups, other_names, prog)
     below, line = parser.read(before), parser.read(sys.argv[1:] if argv is None else argv)
@@ -80,7 +91,12 @@ def read_options(
     file = Reading()
     lines: dict[str, str] = {}
     if path := line.values.get("config"):
-        file, lines = _read_yaml(parser, find_config(path))
+        file, lines = _read_yaml(
+            parser, find_config(path), config_names() if configs is None else configs
+        )
+    is_unread = bool(file.problems) and not (file.values or file.faulty)
+    if is_unread or line.faulty & {*sources}:  # it may have given all others
+        file.faulty |= parser.names - line.values.keys()
     for reading in (below, file, line):
         parsed.values |= reading.values
         parsed.problems += reading.problems
@@ -97,7 +113,7 @@ def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
     """
     reading = Reading()
     arguments: list[str] = []
-    for name, texts, _ in _yaml_options(_Parser(groups, None, None), path, reading):
+    for name, texts, _ in _yaml_options(_Parser(groups, None, None), path, reading, ()):
         # after =, a value may start with a hyphen
         arguments += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
     if reading.problems:
@@ -163,11 +179,13 @@ def _kind(hint: Any, text: Callable[[str], str]) -> dict[str, Any]:
     return {"type": kind, "metavar": _SHOWN[kind], **more}
 
 
-def _read_yaml(parser: _Parser, path: Path) -> tuple[Reading, dict[str, str]]:
+def _read_yaml(
+    parser: _Parser, path: Path, configs: Sequence[str]
+) -> tuple[Reading, dict[str, str]]:
     """Read a YAML file; return what it says, and option -> "file:line"."""
     reading = Reading()
     lines: dict[str, str] = {}
-    for name, texts, place in _yaml_options(parser, path, reading):
+    for name, texts, place in _yaml_options(parser, path, reading, configs):
         lines[name] = place
         action = parser.action_of(name)
         assert action is not None
@@ -176,7 +194,7 @@ def _read_yaml(parser: _Parser, path: Path) -> tuple[Reading, dict[str, str]]:
 
 
 def _yaml_options(
-    parser: _Parser, path: Path, reading: Reading
+    parser: _Parser, path: Path, reading: Reading, configs: Sequence[str]
 ) -> Iterator[tuple[str, list[str], str]]:
     """Yield (option, its texts, "file:line") of a flat YAML mapping; add problems to ``reading``.
 
@@ -188,9 +206,11 @@ def _yaml_options(
     try:
         root = yaml.compose(read_regular(path, _MOST_BYTES).decode(), Loader=yaml.SafeLoader)
     except OSError as error:
+        near = nearest_choice(path.name, configs)
+        hint = f". Did you mean {near}?" if near else ""
         reading.problems.append(
             f"{path}: --config cannot be read: {error.strerror or error}. Give a YAML file, or the "
-            f"name of a bundled one: {', '.join(config_names())}"
+            f"name of a bundled one: {', '.join(configs)}{hint}"
         )
         return
     except UnicodeDecodeError as error:
@@ -219,7 +239,7 @@ def _yaml_options(
         if not isinstance(key, yaml.ScalarNode):
             reading.problems.append(f"{place}: the name of an option must be plain text")
             continue
-        name = key.value.replace("-", "_")
+        name = key.value.lstrip("-").replace("-", "_")
         action = parser.action_of(name)
         if name == "config":
             report("config is only allowed on the command line; a file cannot name another one")
@@ -231,6 +251,8 @@ def _yaml_options(
                 report(problem)
         elif action is None:
             report(parser.unknown(key.value, name))
+        elif key.value.startswith("-"):
+            report(f"{name} must be written without hyphens before it")
         elif name in seen:
             report(f"{name} is given twice. Remove one")
         elif isinstance(value, yaml.ScalarNode):

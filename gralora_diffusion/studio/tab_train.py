@@ -233,7 +233,7 @@ def filled_from(studio: Studio, run: Run) -> list[Any]:
 
 
 def _presets() -> list[str]:
-    return [name for name in config_names() if not name.startswith("benchmark")]
+    return config_names()
 
 
 def _title(name: str) -> str:

@@ -15,9 +15,11 @@ CONFIGS = ROOT / "samples" / "configs"
 
 
 def test_names_of_the_configs() -> None:
-    named = {bundled.find_config(name) for name in bundled.config_names()}
+    names = [*bundled.config_names(), *bundled.config_names(benchmark=True)]
+    named = {bundled.find_config(name) for name in names}
     assert named == {*CONFIGS.glob("*.yaml")}
     assert {"sd15", "sdxl", "sd35", "flux", "flux2_klein"} <= {*bundled.config_names()}
+    assert bundled.config_names(benchmark=True) == ["benchmark_tiny"]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_dreambooth", "sdxl_dreambooth.yaml", "sdxl.yaml"])
