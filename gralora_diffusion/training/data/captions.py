@@ -40,6 +40,7 @@ LIKELY_CAPTIONS = frozenset(
 )
 #: Beginnings of addresses and of paths with a drive.
 _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|[A-Za-z]:[\\/]")
+_NOT_UTF8 = "cannot be read as UTF-8 text. Save it with the encoding UTF-8"
 #: Maximum size in bytes of a caption file and of a metadata file.
 _MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
 
@@ -123,7 +124,7 @@ def read_metadata(
         data = read_regular(folder / name, _MAX_METADATA)
         entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))
     except UnicodeDecodeError as error:
-        problems.append(f"{name} cannot be read as UTF-8 text: {error}")
+        problems.append(f"{name} {_NOT_UTF8} ({error})")
         return {}
     except (OSError, ValueError) as error:
         problems.append(f"{name} cannot be read: {error}")
@@ -371,7 +372,7 @@ def read_caption(path: Path, column: str | None, problems: list[str]) -> str | N
             return one_line(text)
         return None
     except UnicodeDecodeError as error:
-        problem = f"{path.name} cannot be read as UTF-8 text: {error}"
+        problem = f"{path.name} {_NOT_UTF8} ({error})"
     except OSError as error:
         problem = f"{path.name} cannot be read: {error}"
     except (ValueError, RecursionError, AttributeError, IndexError):

@@ -126,7 +126,10 @@ class Example:
 
 
 class Found(NamedTuple):
-    """An image that has not been opened yet; ``name`` is for messages."""
+    """An image that has not been opened yet; ``name`` and ``empty_file`` are for messages.
+
+    The latter is a file beside it that would contain its caption, but is empty.
+    """
 
     name: str
     source: Source
@@ -135,6 +138,7 @@ class Found(NamedTuple):
     concept: str | None = None
     mask: FoundMask | None = None
     controls: tuple[FoundControl, ...] = ()
+    empty_file: str | None = None
 
 
 def find_examples(
@@ -324,11 +328,13 @@ def _find_in(
         unused_masks = [*(name for name in unlisted if name not in taken), *unused]
     for name, texts in _beside(caption_files, part.path, names, files).items():
         given = {metadata[0]: listed[name].caption} if _has_caption(listed, name) else {}
+        empty = None
         for file in texts:
             text = read_caption((part.path / name).parent / file, column, problems)
             if text is not None:
                 used.add(file)
                 given |= {file: text} if text else {}
+                empty = empty if text else file
         path = part.path / name
         shown = path.relative_to(top).as_posix()
         if len(set(given.values())) > 1:
@@ -340,7 +346,7 @@ def _find_in(
             FoundControl(control, part.path / control)
             for control in listed.get(name, ListedImage()).controls
         )
-        found.append(Found(shown, path, caption, *of_part, masked.get(name), before_edit))
+        found.append(Found(shown, path, caption, *of_part, masked.get(name), before_edit, empty))
     _warn(place, "images with captions that differ, of which the first is used", differing)
     _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
@@ -431,7 +437,7 @@ def check_images(
             and those that cannot be decoded or whose mask or control images cannot be used,
             which ``skip_bad_images`` leaves out instead.
     """
-    examples, bad, warnings = [], [], []
+    examples, bad, warnings, without = [], [], [], []
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: shown in a terminal only
     pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
     try:
@@ -446,7 +452,8 @@ def check_images(
                 continue
             warnings += [f"{image.name} ({'; '.join(seen.warnings)})"] if seen.warnings else []
             if not image.caption:
-                problems.append(f"{image.name} has no caption. {caption_advice}")
+                why = f": {image.empty_file} is empty" if image.empty_file else ""
+                without.append(f"{image.name} has no caption{why}")
             examples.append(
                 Example(
                     image.source,
@@ -461,6 +468,8 @@ def check_images(
             )
     finally:
         pool.shutdown(cancel_futures=True)
+    if without:
+        problems += [*without, caption_advice]
     if bad and not skip_bad_images:
         problems += bad
         problems.append("To train without these images, give --skip_bad_images")

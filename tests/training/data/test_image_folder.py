@@ -394,7 +394,7 @@ def test_dataset_faults_are_named(tmp_path, cache):
     first, second, *_ = refuse("row 1 cannot be decoded", prompt="p")
     assert first.startswith("row 1 cannot be decoded")
     assert second == "row 2 cannot be decoded: it has no image"
-    assert refuse("row 0 has no caption.*or --caption_column", skip_bad_images=True)
+    assert refuse("(?s)row 0 has no caption.*or --caption_column", skip_bad_images=True)
     kept = find_dataset_examples(name, "p", cache_dir=cache, skip_bad_images=True)
     assert [example.source.index for example in kept] == [0]
 
