@@ -24,6 +24,11 @@ from .plan import Owned, Planner, plan_folder, plan_from_file, plan_original
 from .rounding import Rounding, RoundingLoss
 from .streaming import OutputTensor, sample_remedies, write_streamed
 
+#: What ``RoundingLoss.error`` is, for every number of a report.
+LOSS_HEADING = (
+    "loss by rounding, |written - base - update| / |update|; strength is how much of the update is "
+    "left:"
+)
 #: Part of an update that may be lost without a warning.
 BOUND = 0.1
 _SHOWN, _SAMPLED = 5, 3
@@ -70,7 +75,7 @@ class FusedReport:
         lines = [f"{self.path}: {self.family}, update added to {total}"]
         if not self.losses:
             return lines[0]
-        lines.append(f"loss by rounding, over all layers: {self.loss}")
+        lines += [LOSS_HEADING, f"  {self.loss}  over all {len(self.losses)} layers"]
         costly = {key: loss for key, loss in self.losses.items() if loss.error > BOUND}
         worst = sorted(self.losses, key=lambda key: -self.losses[key].error)[:_SHOWN]
         lines += [f"  {self.losses[key]}  {key}" for key in worst]
@@ -78,8 +83,8 @@ class FusedReport:
             lines.append(f"  {len(self.losses) - _SHOWN} layers lose less")
         if costly:
             lines.append(
-                f"WARNING: {len(costly)} of {len(self.losses)} layers lose more than {BOUND:.0%} "
-                "of their update. Alternatives, measured on rows of the worst layers:"
+                f"WARNING: {len(costly)} of {len(self.losses)} layers lose more than {BOUND:.0%}. "
+                "On a sample of the worst ones, the loss with this rounding and with others is:"
             )
             lines += [f"  {loss}  with {name}" for name, loss in self.remedies.items()]
         return "\n".join(lines)

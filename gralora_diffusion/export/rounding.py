@@ -65,10 +65,7 @@ class RoundingLoss:
         return self.agreement / self.update if self.update else 1.0
 
     def __str__(self) -> str:
-        return (
-            f"{self.error:6.1%} of the update lost, strength {self.gain:.3f}, "
-            f"|dW|/|W| {self.ratio:.4f}"
-        )
+        return f"{self.error:6.1%}, strength {self.gain:.3f}, |update| / |base| {self.ratio:.4f}"
 
     @property
     def ratio(self) -> float:

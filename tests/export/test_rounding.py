@@ -183,7 +183,7 @@ def test_what_small_updates_lose(ratio, dtype, lost):
     loss = cost(base, base, total, out)
     assert loss.ratio == pytest.approx(ratio, rel=0.02)
     assert loss.error == pytest.approx(lost, abs=0.01)
-    assert f"{loss.error:.1%} of the update lost" in str(loss)
+    assert f"{loss.error:.1%}, strength {loss.gain:.3f}" in str(loss)
 
 
 def test_nothing_and_exactly_kept():
