@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
+from gralora_diffusion.export.lora import export_lora
 from gralora_diffusion.families import find_pipeline_family
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.pipelines.generation import (
@@ -129,6 +130,28 @@ def test_command_compares(files: Path) -> None:
     assert (grid[8:200] == before[8:200]).all()
     assert (grid[208:400] == after[8:200]).all()
     assert (before[8:200] != after[8:200]).any()
+
+
+def test_command_shows_an_exported_lora(files: Path) -> None:
+    """An exact LoRA generates what the adapter does, at any strength, alone and beside it."""
+    lora = files / "lora.safetensors"
+    export_lora(files / "adapter", lora, style="diffusers")
+    shared = ["--prompt", "a cat", "--size", "16", "--num_inference_steps", "2", "--scale", "0.5"]
+    shared += ["--base", str(files / "base")]
+    adapted = ["--adapter", str(files / "adapter")]
+    with_lora = ["--lora", str(lora)]
+    main([*shared, *adapted, "--output", str(files / "adapter.png")])
+    main([*shared, *with_lora, "--output", str(files / "lora.png")])
+    main([*shared, *adapted, *with_lora, "--compare", "--output", str(files / "all.png")])
+    expected, shown, rows = (
+        np.asarray(Image.open(files / name))[:, 112:].astype(int)
+        for name in ("adapter.png", "lora.png", "all.png")
+    )
+    assert np.abs(shown[8:200] - expected[8:200]).max() <= 1
+    before, gralora, lora_row = (rows[top : top + 192] for top in (8, 208, 408))
+    assert (gralora == expected[8:200]).all()
+    assert np.abs(lora_row - gralora).max() <= 1
+    assert np.abs(before - gralora).max() > 5
 
 
 def test_images_say_how_they_were_generated(files: Path) -> None:
