@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from gralora_diffusion.io.bundled import samples_folder
+from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.staging import OutputError, staged
@@ -22,6 +24,7 @@ PROMPTS = (
     "a sks toy at night",
     "a sks toy on a brick wall",
 )
+_USAGE = "gralora demo [folder] [options]"
 #: Nothing is downloaded, and the training is on the CPU. For such a small model, one thread is
 #: nearly as fast as two, and other processes slow it down less.
 _ENVIRONMENT = {
@@ -39,7 +42,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     Nothing is downloaded. Options after the folder go to the trainer, such as --max_train_steps 50.
     """
     parser = TerminalParser(
-        prog="gralora demo", description=demo.__doc__, usage="%(prog)s [-h] [folder] [options]"
+        prog="gralora demo", description=demo.__doc__, usage=_USAGE.replace("demo ", "demo [-h] ")
     )
     parser.add_argument(
         "folder",
@@ -52,6 +55,10 @@ def demo(argv: Sequence[str] | None = None) -> None:
     if args.folder is None:
         options.append("--overwrite_output_dir")
     folder = Path(args.folder or FOLDER)
+    if any(re.match("--output[-_]dir(=|$)", option) for option in options):
+        parser.exit(2, f"{parser.prog}: error: --output_dir is the first argument here: {_USAGE}\n")
+    if problem := _images_of_others(folder):
+        parser.exit(2, f"{parser.prog}: error: {problem}\n")
     try:
         samples = samples_folder()
     except FileNotFoundError as error:
@@ -78,9 +85,27 @@ def demo(argv: Sequence[str] | None = None) -> None:
     )
 
 
+def _images_of_others(folder: Path) -> str | None:
+    """Return why a folder of images is not for the demo's output, or None."""
+    from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
+
+    if not folder.is_dir() or (folder / CONFIG_NAME).exists():
+        return None
+    if not any(map(is_image, folder.iterdir())):
+        return None
+    return (
+        f"{folder} contains images, but the demo trains on its own, and the folder is for its "
+        f"output. To train on yours, run: gralora train --config sd15 --instance_data_dir {folder}"
+    )
+
+
 def samples_parser() -> CommandParser:
     """Return the parser of ``gralora samples``."""
-    parser = CommandParser(prog="gralora samples", description=copy_samples.__doc__)
+    parser = CommandParser(
+        prog="gralora samples",
+        description=copy_samples.__doc__,
+        other_names=dict.fromkeys(("output_dir", "folder", "o"), "is called --output here"),
+    )
     parser.add_argument(
         "--output",
         type=Path,

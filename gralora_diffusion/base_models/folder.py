@@ -9,13 +9,14 @@ from typing import Any
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import AdapterFileError
+from gralora_diffusion.io.file_names import PIPELINE_INDEX
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import read_header
 
-#: diffusers' names of the index of a pipeline and the config of a model.
-PIPELINE_INDEX, MODEL_CONFIG = "model_index.json", "config.json"
+#: diffusers' name of the config of a model.
+MODEL_CONFIG = "config.json"
 #: Names of a model's file, and of the index that replaces it if there are several files, for
 #: diffusers and transformers (``SAFE_WEIGHTS_INDEX_NAME`` in the ``utils`` of either). They are
 #: repeated here because both libraries take seconds to import.

@@ -15,7 +15,6 @@ from diffusers.utils.hub_utils import _add_variant
 
 from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
-    PIPELINE_INDEX,
     WEIGHT_NAMES,
     read_json,
     read_pipeline_index,
@@ -23,7 +22,7 @@ from gralora_diffusion.base_models.folder import (
 )
 from gralora_diffusion.base_models.single_file_header import OriginalFile
 from gralora_diffusion.families import ModelFamily, PublishedNames, find_family, list_families
-from gralora_diffusion.io.file_names import looks_like_hub_id, no_such
+from gralora_diffusion.io.file_names import PIPELINE_INDEX, looks_like_hub_id, no_such
 from gralora_diffusion.io.hub import fetch
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
 from gralora_diffusion.key_maps import KeyMap, OriginalTensor, Shape

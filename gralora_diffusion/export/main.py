@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
-from gralora_diffusion.io.file_names import missing_problem
+from gralora_diffusion.io.file_names import missing_base_problem, missing_problem
 from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
-from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.command_parser import CommandParser, finite
 from gralora_diffusion.options.path_names import file_or_id
 
 from .choices import DTYPE_CHOICES, FORMATS, READERS, STYLES, USER_FIELDS, parity_path
@@ -71,7 +71,7 @@ def parser() -> CommandParser:
         "checkpoint, diffusers and --verify. Otherwise it is only used to check that the adapter "
         "fits",
     )
-    command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    command.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter")
     command.add_argument(
         "--dtype",
         default="keep",
@@ -135,7 +135,7 @@ def parser() -> CommandParser:
     group.add_argument("--verify_size", type=int, help="pixels per side (default: the base's)")
     group.add_argument(
         "--verify_bound",
-        type=float,
+        type=finite,
         help="largest allowed difference, in units of the adapter's effect",
     )
     group.add_argument(
@@ -211,12 +211,21 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--energy is {args.energy}; it must be above 0 and at most 1"
     if args.format != "diffusers" and args.output.suffix != ".safetensors":
         yield f"--output is '{args.output}'; its name must end in .safetensors"
+    if args.format == "diffusers" and args.output.suffix in (".safetensors", ".ckpt"):
+        yield (
+            f"--output is '{args.output}', but --format diffusers writes a folder. Give its name, "
+            "or --format checkpoint for one file"
+        )
 
 
 def _path_problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield the files and folders that cannot be read or written."""
-    for name in ("adapter", "base", "base_config"):
-        if (source := getattr(args, name)) and (problem := missing_problem(source)):
+    for name, find_problem in (
+        ("adapter", missing_problem),
+        ("base", missing_base_problem),
+        ("base_config", missing_base_problem),
+    ):
+        if (source := getattr(args, name)) and (problem := find_problem(source)):
             yield f"--{name} {source}: {problem}"
     # not every file of an adapter's folder is read; ``export_*`` checks those that are
     adapter = None if Path(args.adapter).expanduser().is_dir() else args.adapter

@@ -22,7 +22,7 @@ from .base import (
     PublishedNames,
     control_key,
 )
-from .clip_skip import mend_clip_skip
+from .clip_skip import mend_clip_skip, too_much_clip_skip
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -44,6 +44,7 @@ __all__ = [
     "get_family",
     "list_families",
     "mend_clip_skip",
+    "too_much_clip_skip",
 ]
 
 #: Modules of this package that are not families.

@@ -1,8 +1,10 @@
-"""A fix for ``clip_skip`` of diffusers' pipelines, which fails with recent transformers."""
+"""``clip_skip`` of diffusers' pipelines: how much is possible, and a fix for transformers."""
 
 from __future__ import annotations
 
 from typing import Any
+
+from .base import ModelFamily
 
 
 def mend_clip_skip(pipe: Any) -> None:
@@ -14,3 +16,18 @@ def mend_clip_skip(pipe: Any) -> None:
     encoder = getattr(pipe, "text_encoder", None)
     if hasattr(encoder, "final_layer_norm") and not hasattr(encoder, "text_model"):
         vars(encoder)["text_model"] = encoder  # not a submodule, because it would contain itself
+
+
+def too_much_clip_skip(pipe: Any, family: ModelFamily, clip_skip: int | None) -> str | None:
+    """Return why a base's text encoders do not have so many layers to skip, or None."""
+    if clip_skip is None or family.skipped_layers is None:
+        return None
+    for name in family.usual_text_encoders or family.text_encoders:
+        layers = getattr(pipe, name).config.num_hidden_layers
+        most = layers - family.skipped_layers
+        if clip_skip > most:
+            return (
+                f"--clip_skip is {clip_skip}, but at most {most} of the {layers} layers of this "
+                f"base's {name} can be skipped; 1 is usual"
+            )
+    return None

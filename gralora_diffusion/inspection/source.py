@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
-    PIPELINE_INDEX,
     read_json,
     read_pipeline_index,
     shards,
@@ -22,6 +21,7 @@ from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.file_names import (
     PEFT_CONFIG_NAME,
     PEFT_WEIGHTS_NAME,
+    PIPELINE_INDEX,
     WEIGHTS_NAME,
     no_such,
 )

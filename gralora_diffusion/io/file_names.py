@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 
 #: The native file, and the field of its metadata that describes the adapter.
@@ -15,6 +16,14 @@ BEST_NAME = "best"
 PEFT_CONFIG_NAME = "adapter_config.json"
 PEFT_WEIGHTS_NAME = "adapter_model.safetensors"
 PEFT_PREFIX = "base_model.model."
+#: The file that every folder of a pipeline in diffusers' layout contains.
+PIPELINE_INDEX = "model_index.json"
+#: What to do with an address in place of a path.
+ADDRESS = "this is an address. Give the Hub id (owner/name), or download the file and give its path"
+#: An address, also as ``Path`` writes it; not the drive of a Windows path.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+#: A variable of a shell: $HOME, ${HOME}, %USERPROFILE%.
+_VARIABLE = re.compile(r"\$\w+|\$\{\w+\}|%\w+%")
 
 
 def looks_like_hub_id(text: str, bare: bool = False) -> bool:
@@ -33,6 +42,8 @@ def looks_like_hub_id(text: str, bare: bool = False) -> bool:
 
 def nearby(path: Path) -> str:
     """Say what there is in place of a missing path: a similar name, or which part is missing."""
+    if hint := _misread(str(path)):
+        return f". {hint}"
     parent = path.parent
     if not parent.is_dir():
         return f", not even the folder {str(parent)!r}"
@@ -42,6 +53,22 @@ def nearby(path: Path) -> str:
         return ""
     nearest = difflib.get_close_matches(path.name, names, n=1)
     return f". Did you mean {str(parent / nearest[0])!r}?" if nearest else f" in {str(parent)!r}"
+
+
+def _misread(text: str) -> str | None:
+    """Say why a missing path cannot be what its user meant by it."""
+    if _ADDRESS.match(text):
+        return "This is an address. Download it, and give the path of the file or folder"
+    if variable := _VARIABLE.search(text):
+        return (
+            f"The variable {variable[0]} was not replaced. A shell only does so outside of single "
+            "quotes, and nothing does so in a file. Write out the path"
+        )
+    if text[0] in "\"'" or text[-1] in "\"'":
+        return "Its quotes are part of the name. Leave them out"
+    if os.sep == "/" and "\\" in text:
+        return "Write / between folders. A path on Windows does not exist here"
+    return None
 
 
 def no_such(path: Path) -> str:
@@ -55,7 +82,18 @@ def missing_problem(source: str | os.PathLike[str], bare: bool = False) -> str |
     path = Path(source).expanduser()
     if path.exists() or looks_like_hub_id(str(source), bare):
         return None
-    return no_such(path)
+    return f"{ADDRESS}." if "://" in str(source) else no_such(path)
+
+
+def missing_base_problem(source: str | os.PathLike[str]) -> str | None:
+    """Return why a source cannot be a base: it is missing, or a folder without a pipeline."""
+    path = Path(source).expanduser()
+    if path.is_dir() and not (path / PIPELINE_INDEX).is_file():
+        return (
+            f"this folder contains no {PIPELINE_INDEX}, which the folder of a whole pipeline has. "
+            "Give such a folder, or a Hub id"
+        )
+    return missing_problem(source)
 
 
 def public_name(source: str) -> str:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from .cleanup_on_exit import cleanup_on_exit
+from .file_names import PIPELINE_INDEX
 from .json_files import read_object
 
 
@@ -34,6 +36,8 @@ def check_output(
     """
     if output.parent.exists() and not output.parent.is_dir():
         raise OutputError(f"--output {output}: {output.parent} is a file, not a folder")
+    if problem := unwritable(output.parent):
+        raise OutputError(f"--output {output} cannot be written ({problem})")
     if source := find_overlap(output, sources, cache_dir):
         raise OutputError(
             f"--output {output} overlaps {source}, which is read. Choose another --output"
@@ -44,6 +48,17 @@ def check_output(
         )
     if output.is_dir():
         _check_folder(output)
+
+
+def unwritable(folder: Path) -> str | None:
+    """Return why no file can be created in a folder, which may not exist yet, or None."""
+    place = next((p for p in (folder, *folder.absolute().parents) if p.exists()), Path.cwd())
+    try:
+        # by creating one: permissions alone do not say it of every file system, nor for root
+        with tempfile.TemporaryFile(dir=place):
+            return None
+    except OSError as error:
+        return str(error.strerror)
 
 
 def find_overlap(
@@ -119,7 +134,7 @@ def _files(source: Path) -> Iterator[Path]:
 
 def _check_folder(output: Path) -> None:
     """Raise OutputError unless the folder contains a pipeline and nothing else."""
-    index = output / "model_index.json"
+    index = output / PIPELINE_INDEX
     try:
         parts = {index.name, "README.md", *read_object(index)}
     except (OSError, ValueError) as error:

@@ -47,7 +47,9 @@ _PICKLE = (
 )
 #: First bytes of files of other kinds -> a description of the kind.
 _OTHER_FILES = {
-    b"PK\x03\x04": _PICKLE,
+    b"PK\x03\x04": "a zip archive or a pickle (.ckpt, .pt), which may run any program when it is "
+    "read, so it was not read. Unpack the archive, or convert the pickle to .safetensors in a safe "
+    "environment",
     b"\x80\x02": _PICKLE,
     b"\x80\x04": _PICKLE,
     b"GGUF": "a GGUF file, whose weights are quantized: they can be neither adapted nor fused. "

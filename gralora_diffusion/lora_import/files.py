@@ -92,7 +92,9 @@ def _only_file(folder: Path, weight_name: str | None) -> Path:
         return folder / weight_name
     files = sorted(folder.glob("*.safetensors"))
     if len(files) != 1:
-        names = ", ".join(file.name for file in files) or "none"
+        if not files:
+            raise AdapterFileError(f"{folder}: this folder contains no .safetensors file.")
+        names = ", ".join(file.name for file in files)
         raise AdapterFileError(
             f"{folder}: expected one .safetensors file, found {names}. Choose one with weight_name."
         )

@@ -7,12 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from gralora_diffusion.adapters.placement.layer_config import check_numbers
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
-from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem
+from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_base_problem, missing_problem
 from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
-from gralora_diffusion.io.staging import check_output
+from gralora_diffusion.io.staging import OutputError, check_output
 from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 from gralora_diffusion.options.command_parser import CommandParser
 from gralora_diffusion.options.path_names import file_or_id
@@ -103,21 +102,22 @@ def _file(options: argparse.Namespace) -> Path:
 
 def _problems(options: argparse.Namespace) -> Iterator[str]:
     """Yield what can be found without reading anything."""
-    checks = (
-        lambda: check_numbers(
-            options.rank, options.gralora_k, options.hybrid_rank, options.lora_alpha
-        ),
-        lambda: check_output(
-            _file(options), options.overwrite, [options.lora, options.base], options.cache_dir
-        ),
-    )
-    for check in checks:
-        try:
-            check()
-        except ValueError as error:
-            yield str(error)
-    for name in ("lora", "base"):
-        if (source := getattr(options, name)) and (problem := missing_problem(source)):
+    rank, k = options.rank, options.gralora_k
+    if rank < 1 or k < 1 or rank % k:
+        yield f"--rank is {rank} and --gralora_k is {k}; both must be at least 1, and k divide rank"
+    if options.hybrid_rank < 0:
+        yield f"--hybrid_rank is {options.hybrid_rank}; it must be at least 0"
+    if options.lora_alpha == 0:
+        yield "--lora_alpha is 0, which would make the adapter's scaling zero. Give another number"
+    if options.output.suffix in (".ckpt", ".pt", ".pth", ".bin"):
+        yield f"--output is '{options.output}'; the name of a file must end in .safetensors"
+    try:
+        read = [options.lora, options.base]
+        check_output(_file(options), options.overwrite, read, options.cache_dir)
+    except OutputError as error:
+        yield str(error)
+    for name, find_problem in (("lora", missing_problem), ("base", missing_base_problem)):
+        if (source := getattr(options, name)) and (problem := find_problem(source)):
             yield f"--{name} {source}: {problem}"
 
 

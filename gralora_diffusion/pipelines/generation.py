@@ -19,18 +19,25 @@ from gralora_diffusion.families import (
     ModelFamily,
     find_pipeline_family,
     mend_clip_skip,
+    too_much_clip_skip,
 )
 from gralora_diffusion.io.dtypes import torch_dtype
-from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_problem, public_name
+from gralora_diffusion.io.errors import AdapterFileError, ConfigError
+from gralora_diffusion.io.file_names import (
+    METADATA_KEY,
+    WEIGHTS_NAME,
+    missing_base_problem,
+    missing_problem,
+    public_name,
+)
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.io.process import print_safely, quiet_libraries
 from gralora_diffusion.io.safe_text import error_line
-from gralora_diffusion.io.staging import OutputError, find_overlap, staged
-from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.io.staging import OutputError, find_overlap, staged, unwritable
+from gralora_diffusion.io.tensor_files import read_header, replacing
+from gralora_diffusion.options.command_parser import CommandParser, finite
 from gralora_diffusion.options.path_names import file_or_id
 
 from .editing import control_arguments, editing_pipeline, read_controls, read_fills
@@ -51,6 +58,8 @@ _OTHER_NAMES = {
     **dict.fromkeys(("strength", "alpha", "lora_scale", "weight"), "is called --scale here"),
     **dict.fromkeys(("precision", "mixed_precision"), "is called --dtype here"),
 }
+#: One more than the highest seed that torch takes.
+_SEEDS = 1 << 64
 #: Names of dtypes, as in the other commands.
 DTYPES = ("fp32", "bf16", "fp16")
 
@@ -313,13 +322,13 @@ def parser() -> CommandParser:
         "--reference", type=Path, help="folder with images to show in the first row"
     )
     command.add_argument("--images_per_prompt", type=int, default=1)
-    command.add_argument("--scale", type=float, default=1.0, help="strength of the adapter")
+    command.add_argument("--scale", type=finite, default=1.0, help="strength of the adapter")
     command.add_argument("--seed", type=int, default=0)
     command.add_argument("--size", type=int, help="pixels per side (default: the pipeline's)")
-    command.add_argument("--guidance_scale", type=float, help="(default: the pipeline's)")
+    command.add_argument("--guidance_scale", type=finite, help="(default: the pipeline's)")
     command.add_argument(
         "--image_guidance_scale",
-        type=float,
+        type=finite,
         help="guidance by the control image, for InstructPix2Pix (default: the pipeline's)",
     )
     command.add_argument("--num_inference_steps", type=int, default=30)
@@ -345,16 +354,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     rows: list[tuple[str, list[Image.Image]]] = []
     if args.reference:
         rows.append(("the subject", _images(args.reference, command)))
+    if len(args.prompt) > 1 and not any(" " in prompt for prompt in args.prompt):
+        print_safely(
+            f"{len(args.prompt)} prompts of one word each. If they are one prompt, put it in "
+            "quotes",
+            error=True,
+        )
     leave_out_unused([args.base])
-    with quiet_libraries():
-        generated = _generated(args, command)
-    for made in generated:
-        rows += [(made.label, list(row)) for row in zip(*made.images, strict=True)]
     try:
+        # before the images, so that a place that cannot be written to is found at once
         if args.image_dir:
-            for made in generated:
-                made.save(args.image_dir)
+            args.image_dir.mkdir(parents=True, exist_ok=True)
         with staged(args.output) as temporary:
+            with quiet_libraries():
+                generated = _generated(args, command)
+            for made in generated:
+                rows += [(made.label, list(row)) for row in zip(*made.images, strict=True)]
+                if args.image_dir:
+                    made.save(args.image_dir)
             grid = labelled_grid(rows, args.prompt)
             if args.output.suffix.lower() == ".png":
                 save_png(grid, temporary, generated[-1].parameters[0][0])
@@ -375,7 +392,6 @@ class _Generated:
 
     def save(self, folder: Path) -> None:
         """Save each image in the folder, under the number of its prompt and its own."""
-        folder.mkdir(parents=True, exist_ok=True)
         for row, (images, described) in enumerate(zip(self.images, self.parameters, strict=True)):
             for column, (image, parameters) in enumerate(zip(images, described, strict=True)):
                 with replacing(folder / _image_name(self.label, row, column)) as temporary:
@@ -389,6 +405,9 @@ def _image_name(label: str, prompt: int, image: int) -> str:
 def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> list[_Generated]:
     """Generate the images: with the adapter, and before it with the base alone to compare."""
     pipe = open_pipeline(args, command)
+    family = find_pipeline_family(type(pipe).__name__)
+    if family and (problem := too_much_clip_skip(pipe, family, args.clip_skip)):
+        command.error(problem)
     pipe, controls = _with_controls(pipe, args, command)
     options: dict[str, Any] = {
         "images_per_prompt": args.images_per_prompt,
@@ -418,7 +437,7 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         try:
             print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
         except (OSError, ValueError) as error:
-            command.error(f"--adapter {args.adapter}: {error}")
+            command.error(f"--adapter: {error}")
     if not (args.adapter or args.lora):
         return [made("", None)]
     found = []
@@ -572,9 +591,7 @@ def usual_dtype(family: ModelFamily | None, device: str) -> str:
 
 def _problems(args: argparse.Namespace) -> Iterator[str]:
     """Yield the invalid options, before a model is loaded."""
-    for name in ("base", "base_config", "adapter", "lora"):
-        if (source := getattr(args, name)) and (problem := missing_problem(source)):
-            yield f"--{name} {source}: {problem}"
+    yield from _unreadable_sources(args)
     if args.reference and not args.reference.exists():
         yield f"--reference {args.reference} cannot be read as a folder: No such file or directory"
     if args.image_guidance_scale is not None and not args.image:
@@ -584,6 +601,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)
     if args.output.is_dir() or args.output.suffix.lower() not in known:
         yield f"--output is '{args.output}'; it must be an image file, such as grid.png"
+    elif problem := unwritable(args.output.parent):
+        yield f"--output {args.output} cannot be written ({problem})"
     adapter = Path(args.adapter or "").expanduser()
     # a grid may lie beside the adapter: only these files of an adapter's folder are read
     weights = adapter.rglob("*.safetensors") if args.adapter and adapter.is_dir() else [adapter]
@@ -604,11 +623,41 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
     for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
             yield f"--{name} is {value}; it must be at least 1"
+    if not 0 <= args.seed < _SEEDS:
+        yield (
+            f"--seed is {args.seed}; it must be at least 0 and below {_SEEDS}. The same seed gives "
+            "the same images"
+        )
     if args.size is not None and (args.size < 8 or args.size % 8):
         yield (
             f"--size is {args.size}; it must be a positive multiple of 8. The nearest is "
             f"{max(8, 8 * round(args.size / 8))}"
         )
+
+
+def _unreadable_sources(args: argparse.Namespace) -> Iterator[str]:
+    """Yield the sources that are missing or of another kind, by their names and headers."""
+    for name, find_problem in (
+        ("base", missing_base_problem),
+        ("base_config", missing_base_problem),
+        ("adapter", missing_problem),
+        ("lora", missing_problem),
+    ):
+        if (source := getattr(args, name)) and (problem := find_problem(source)):
+            yield f"--{name} {source}: {problem}"
+    for name in ("adapter", "lora"):
+        path = Path(getattr(args, name) or "").expanduser()
+        # of a folder, only the file with our name is known to be the adapter
+        file = path / WEIGHTS_NAME if path.is_dir() else path
+        if not (getattr(args, name) and file.is_file()):
+            continue
+        try:
+            _, metadata = read_header(file)
+        except AdapterFileError as error:
+            yield f"--{name}: {error}"
+            continue
+        if name == "lora" and METADATA_KEY in metadata:
+            yield f"--lora {path}: this is a GraLoRA adapter. Pass it as --adapter"
 
 
 def _problems_of_image_dir(args: argparse.Namespace, read: list[Any]) -> Iterator[str]:

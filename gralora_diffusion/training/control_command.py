@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from gralora_diffusion.io.durations import duration
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.safe_text import for_terminal_line, json_for_terminal
-from gralora_diffusion.options.command_parser import CommandParser
+from gralora_diffusion.options.command_parser import CommandParser, finite
 from gralora_diffusion.training.runtime.control import REQUESTS, RunStatus, read_status, request
 
 #: Seconds between looks for the answer.
@@ -37,7 +38,7 @@ def parser() -> CommandParser:
     )
     result.add_argument(
         "--wait",
-        type=float,
+        type=finite,
         default=60.0,
         metavar="SECONDS",
         help="how long to wait for the answer (default: 60)",
@@ -49,7 +50,10 @@ def parser() -> CommandParser:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command."""
     command = parser()
-    options = command.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[0:1] and words[0] in (*REQUESTS, "status") and not Path(words[0]).exists():
+        command.error(f"the folder comes first: {command.prog} OUTPUT_DIR {words[0]}")
+    options = command.parse_args(words, check=_problems)
     folder, what = options.folder, options.request
     code = 0
     try:
@@ -68,6 +72,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         print_safely(as_text(status))
     if code:
         sys.exit(code)
+
+
+def _problems(options: argparse.Namespace) -> Iterator[str]:
+    if options.wait < 0:
+        yield f"--wait is {options.wait}; it must be at least 0"
 
 
 def _wait(folder: Path, what: str, before: int, patience: float) -> tuple[int, str]:

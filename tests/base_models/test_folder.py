@@ -9,13 +9,13 @@ from safetensors.torch import save_file
 
 from gralora_diffusion import AdapterFileError
 from gralora_diffusion.base_models.folder import (
-    PIPELINE_INDEX,
     check_weight_files,
     read_json,
     read_pipeline_index,
     shards,
     weight_files,
 )
+from gralora_diffusion.io.file_names import PIPELINE_INDEX
 from tests import models
 
 MODELS = {"unet": models.unet, "text_encoder": models.text_encoder}

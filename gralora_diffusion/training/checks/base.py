@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
 import torch
 
 from gralora_diffusion.base_models.meta_base import empty_base
-from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.families import ModelFamily, too_much_clip_skip
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import add_adapters
@@ -49,20 +48,9 @@ def resolve_defaults(
         )
     if family.skipped_layers is None:
         return replace(config, clip_skip=None)  # without effect, as a warning has said
-    if problems := list(_clip_skip(config, family, pipe)):
-        raise ConfigError(problems)
+    if problem := too_much_clip_skip(pipe, family, config.clip_skip):
+        raise ConfigError([problem])
     return config
-
-
-def _clip_skip(config: TrainingConfig, family: ModelFamily, pipe: Any) -> Iterator[str]:
-    for name in family.usual_text_encoders or family.text_encoders:
-        layers = getattr(pipe, name).config.num_hidden_layers
-        most = layers - (family.skipped_layers or 0)
-        if config.clip_skip is not None and config.clip_skip > most:
-            yield (
-                f"--clip_skip is {config.clip_skip}, but at most {most} of the {layers} layers of "
-                f"this base's {name} can be skipped; 1 is usual"
-            )
 
 
 def check_sizes(config: TrainingConfig, divisor: int) -> None:

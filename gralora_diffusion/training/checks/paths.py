@@ -15,7 +15,14 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.errors import CheckpointError
-from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME, looks_like_hub_id, nearby
+from gralora_diffusion.io.file_names import (
+    ADDRESS,
+    BEST_NAME,
+    PIPELINE_INDEX,
+    WEIGHTS_NAME,
+    looks_like_hub_id,
+    nearby,
+)
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
 from gralora_diffusion.options.command_parser import must_be
@@ -24,10 +31,17 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import concept_folders, is_caption_file
 
+#: A file -> the kind of folder that it is in. Such a folder may contain an image by chance.
+_NOT_OF_IMAGES = {
+    PIPELINE_INDEX: "a base model",
+    WEIGHTS_NAME: "the output of a training",
+    "training_config.yaml": "the output of a training",
+}
+_ARCHIVES = (".zip", ".rar", ".7z", ".gz", ".tar", ".tgz", ".xz")
 # option -> (the file that identifies a diffusers folder, whether a single file is allowed)
 MODEL_FOLDERS = {
-    "pretrained_model_name_or_path": ("model_index.json", True),
-    "base_config": ("model_index.json", False),
+    "pretrained_model_name_or_path": (PIPELINE_INDEX, True),
+    "base_config": (PIPELINE_INDEX, False),
     "pretrained_vae_model_name_or_path": ("config.json", False),
 }
 #: Files and folders that a run creates, replaces or deletes in its output folder, besides the
@@ -74,10 +88,7 @@ def model_problem(
             return f"a single file must be a .safetensors or .gguf file. Convert it. {wanted}"
         return None
     if "://" in value:
-        return (
-            "this is an address. Give the Hub id (owner/name), or download the file and give its "
-            "path"
-        )
+        return ADDRESS
     if not looks_like_hub_id(value, bare=library == "transformers"):
         problem = f"there is no such file or folder{nearby(path)}"
         return problem if problem.endswith("?") else f"{problem}. {wanted}"
@@ -217,7 +228,11 @@ def _folder_problem(
     if not path.exists():
         return f"there is no such folder{nearby(path)}"
     if not path.is_dir():
-        return f"this is a file. Give the folder with the {content}"
+        unpack = " Unpack the archive first." if path.suffix.lower() in _ARCHIVES else ""
+        return f"this is a file.{unpack} Give the folder with the {content}"
+    for name, what in _NOT_OF_IMAGES.items():
+        if (path / name).is_file():
+            return f"this is {what}, as {name} shows. Give the folder with the {content}"
     others = []
     for file in path.rglob("*"):
         if is_image(file):
