@@ -604,7 +604,7 @@ def test_command_with_a_base_and_errors_by_layer(tmp_path, capsys):
             "--lora owner/x --base owner/absent",
             "--base owner/absent: there is no such folder, the Hub's cache does not contain",
         ),
-        ("--lora x --family flux --hybrid_rank -1", "hybrid_rank should not be negative but is -1"),
+        ("--lora x --family flux --hybrid_rank -1", "--hybrid_rank is -1; it must be at least 0"),
         ("--lora absent.safetensors", "one of --family and --base is required"),
     ],
 )

@@ -83,7 +83,10 @@ def test_suggestions(line: list[str], problem: str, capsys: pytest.CaptureFixtur
 @pytest.mark.parametrize(
     ("stray", "problem"),
     [
-        (["photo", "of"], "'photo of' does not belong to any option. If it is part of a text, put"),
+        (
+            ["photo", "of"],
+            "'photo of' does not belong to any option: --rate takes one value. If it",
+        ),
         (["\u2014rate", "1"], "'\u2014rate' begins with a long dash. Did you mean --rate?"),
         (["\u201ca", "dog\u201d"], "its quotes are typographic ones"),
         ([" "], "nothing may follow the \\ at the end of a line"),

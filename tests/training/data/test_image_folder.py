@@ -113,7 +113,9 @@ def test_images_without_any_caption_are_all_named(tmp_path):
     (tmp_path / "3.txt").write_text("  \n", encoding="utf-8")
     with pytest.raises(DataError) as caught:
         find_examples(tmp_path, role="class")
-    assert [problem.split(".")[0] for problem in caught.value.problems] == ["2", "3"]
+    *problems, advice = caught.value.problems
+    assert [problem.split(".")[0] for problem in problems] == ["2", "3"]
+    assert advice.startswith("Give --class_prompt for all images without one")
     assert "--class_prompt" in str(caught.value)
     assert f"--class_data_dir '{tmp_path}'" in str(caught.value)
 
