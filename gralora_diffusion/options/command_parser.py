@@ -219,7 +219,8 @@ class CommandParser(TerminalParser):
         given: list[tuple[str, list[str]]] = []
         strays: list[tuple[str | None, list[str]]] = []
         end = list(arguments).index("--") if "--" in arguments else len(arguments)
-        place, last_stray, complete = 0, -2, None
+        place, last_stray = 0, -2
+        complete: str | None = None
         while place < end:
             text, start = arguments[place], place
             place += 1
