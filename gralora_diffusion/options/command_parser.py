@@ -205,8 +205,8 @@ class CommandParser(TerminalParser):
             if texts:
                 reading.add(self._stray(texts))
         else:
-            for flag, run in strays:
-                reading.add(self._stray(run, flag))
+            for before, run in strays:
+                reading.add(self._stray(run, before))
         return reading
 
     def _split(
