@@ -33,9 +33,9 @@ from gralora_diffusion.training.data.captions import concept_folders, is_caption
 
 #: A file -> the kind of folder that it is in. Such a folder may contain an image by chance.
 _NOT_OF_IMAGES = {
-    PIPELINE_INDEX: "a base model",
-    WEIGHTS_NAME: "the output of a training",
-    "training_config.yaml": "the output of a training",
+    PIPELINE_INDEX: "this is a base model",
+    WEIGHTS_NAME: "this is the output of a training",
+    "training_config.yaml": "this is the output of a training",
 }
 _ARCHIVES = (".zip", ".rar", ".7z", ".gz", ".tar", ".tgz", ".xz")
 # option -> (the file that identifies a diffusers folder, whether a single file is allowed)
@@ -232,7 +232,7 @@ def _folder_problem(
         return f"this is a file.{unpack} Give the folder with the {content}"
     for name, what in _NOT_OF_IMAGES.items():
         if (path / name).is_file():
-            return f"this is {what}, as {name} shows. Give the folder with the {content}"
+            return f"{what}, as {name} shows. Give the folder with the {content}"
     others = []
     for file in path.rglob("*"):
         if is_image(file):
