@@ -92,10 +92,14 @@ def _places(source: Source, cache_dir: Source | None) -> list[Path]:
     if path.is_absolute() or not isinstance(source, str):
         return []
     from huggingface_hub import constants  # only now, because it takes a while
+    from huggingface_hub.errors import HFValidationError
     from huggingface_hub.file_download import repo_folder_name
 
     repository = "/".join(source.split("/")[:2])  # without its folder, which an adapter may name
-    name = repo_folder_name(repo_id=repository, repo_type="model")
+    try:
+        name = repo_folder_name(repo_id=repository, repo_type="model")
+    except HFValidationError:  # such as an address
+        return []
     caches = {Path(cache).expanduser() for cache in (constants.HF_HUB_CACHE, cache_dir) if cache}
     return [cache / name for cache in sorted(caches) if (cache / name).is_dir()]
 
