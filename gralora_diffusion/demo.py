@@ -89,7 +89,8 @@ def _images_of_others(folder: Path) -> str | None:
     """Return why a folder of images is not for the demo's output, or None."""
     from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
 
-    if not folder.is_dir() or (folder / CONFIG_NAME).exists():
+    # of a name that no file can have, the trainer says so
+    if not os.path.isdir(folder) or (folder / CONFIG_NAME).exists():
         return None
     if not any(map(is_image, folder.iterdir())):
         return None

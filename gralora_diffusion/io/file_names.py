@@ -88,7 +88,7 @@ def missing_problem(source: str | os.PathLike[str], bare: bool = False) -> str |
 def missing_base_problem(source: str | os.PathLike[str]) -> str | None:
     """Return why a source cannot be a base: it is missing, or a folder without a pipeline."""
     path = Path(source).expanduser()
-    if path.is_dir() and not (path / PIPELINE_INDEX).is_file():
+    if os.path.isdir(path) and not (path / PIPELINE_INDEX).is_file():
         return (
             f"this folder contains no {PIPELINE_INDEX}, which the folder of a whole pipeline has. "
             "Give such a folder, or a Hub id"
