@@ -196,7 +196,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ),
     # benchmarks
     ("benchmark --suite tyni", ["--suite is 'tyni'; it must be one of tiny"]),
-    ("benchmark --config nowhere", ["the name of a bundled one: benchmark_tiny"]),
+    ("benchmark --config nowhere", ["the name of a bundled one: benchmark_"]),
     ("benchmark --suite tiny --seeds 0,1,2", ["Separate values by spaces: 0 1 2"]),
     ("benchmark --suite tiny --methods base,lora-r4", ["Separate methods by spaces"]),
     # the other commands

@@ -19,7 +19,7 @@ def test_names_of_the_configs() -> None:
     named = {bundled.find_config(name) for name in names}
     assert named == {*CONFIGS.glob("*.yaml")}
     assert {"sd15", "sdxl", "sd35", "flux", "flux2_klein"} <= {*bundled.config_names()}
-    assert bundled.config_names(benchmark=True) == ["benchmark_tiny"]
+    assert "benchmark_tiny" in bundled.config_names(benchmark=True)
 
 
 @pytest.mark.parametrize("name", ["sdxl", "sdxl_dreambooth", "sdxl_dreambooth.yaml", "sdxl.yaml"])
