@@ -22,6 +22,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"gralora {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command", required=True)
     commands.add_parser("train", add_help=False, help="train an adapter")
+    commands.add_parser("data", add_help=False, help="show what a training would see of its images")
     commands.add_parser(
         "control", add_help=False, help="save, sample or stop a running training; its status"
     )
@@ -66,6 +67,10 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from gralora_diffusion.training.main import main as train
 
         train(rest)
+    elif command == "data" or command == "data":
+        from gralora_diffusion.training.data_command import main as data
+
+        data(rest)
     elif command == "control":
         from gralora_diffusion.training.control_command import main as control
 

@@ -109,6 +109,19 @@ class SetByBenchmark:
 
 
 @dataclass(frozen=True)
+class PerSet:
+    """A data file may give a set of images its own value.
+
+    Attributes:
+        called: its name there, if it differs.
+        role: of the sets that may have it.
+    """
+
+    called: str | None = None
+    role: str = "train"
+
+
+@dataclass(frozen=True)
 class AlwaysReported:
     """The benchmark's report lists the value even if it is the default."""
 

@@ -44,9 +44,11 @@ class ParsedOptions(Reading):
     Attributes:
         values: option -> value, the default for those that were not given or have a problem.
         lines: option -> "file:line", for those from the file that the command line does not give.
+        place: "file:line" where all of them begin, if they are a section of a file.
     """
 
     lines: dict[str, str] = field(default_factory=dict)
+    place: str | None = None
 
     def located(self, problems: Sequence[str]) -> list[str]:
         """Return problems that ``problems`` adds to these, with file and line where known.
@@ -57,7 +59,7 @@ class ParsedOptions(Reading):
         more = []
         for problem in problems:
             if not named_in(problem) & self.faulty:
-                line = self.lines.get(first_named_in(problem) or "")
+                line = self.lines.get(first_named_in(problem) or "", self.place)
                 more.append(f"{line}: {problem}" if line else problem)
         return more
 
@@ -105,6 +107,44 @@ def read_options(
     return parsed
 
 
+def read_sections(
+    groups: Sequence[type],
+    path: Path,
+    option: str,
+    *,
+    called: Mapping[str, str],
+    other_names: Mapping[str, str] | None = None,
+) -> list[ParsedOptions]:
+    """Read a YAML list whose entries have options each; one without a value keeps its default.
+
+    Args:
+        groups: as for ``read_options``.
+        option: the option that names the file, for messages.
+        called: option -> its name in the file; others are not allowed there.
+        other_names: as for ``read_options``.
+
+    Returns:
+        What each entry says. Its options, lines and problems have the names of the file.
+
+    Raises:
+        ConfigError: the file cannot be read, or is no such list.
+    """
+    parser = _Parser(groups, other_names, None, called)
+    root = _compose(path, option, "Give a YAML file")
+    if not isinstance(root, yaml.SequenceNode) or not root.value:
+        raise ConfigError([f"{path}: {option} must be a list, with a - before each of its entries"])
+    sections = []
+    for node in root.value:
+        section = ParsedOptions({}, place=f"{path}:{node.start_mark.line + 1}")
+        if isinstance(node, yaml.MappingNode):
+            _read_options(parser, node, path, section, section.lines)
+        else:
+            form = "must contain lines of the form `name: value`"
+            section.problems.append(f"{section.place}: each entry {form}")
+        sections.append(section)
+    return sections
+
+
 def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
     """Return the options of a YAML file as command-line arguments; lists become several values.
 
@@ -113,7 +153,9 @@ def arguments_of(groups: Sequence[type], path: Path) -> list[str]:
     """
     reading = Reading()
     arguments: list[str] = []
-    for name, texts, _ in _yaml_options(_Parser(groups, None, None), path, reading, ()):
+    parser = _Parser(groups, None, None)
+    root = _root(path, reading, ())
+    for name, texts, _ in _yaml_options(parser, root, path, reading) if root else ():
         # after =, a value may start with a hyphen
         arguments += [f"--{name}={texts[0]}"] if len(texts) == 1 else [f"--{name}", *texts]
     if reading.problems:
@@ -132,7 +174,11 @@ class _Parser(CommandParser):
     """A parser with an option for each field of the dataclasses."""
 
     def __init__(
-        self, groups: Sequence[Any], other_names: Mapping[str, str] | None, prog: str | None
+        self,
+        groups: Sequence[Any],
+        other_names: Mapping[str, str] | None,
+        prog: str | None,
+        called: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(
             prog=prog,
@@ -145,15 +191,18 @@ class _Parser(CommandParser):
             group = self.add_argument_group(options._argument_group_name)
             hints, places = get_type_hints(options), options_with(options, Place)
             for f in fields(options):
-                self.names.add(f.name)
+                name = f.name if called is None else called.get(f.name)
+                if name is None:
+                    continue
+                self.names.add(name)
                 given = {"default": f.default, "help": f.metadata["help"].replace("%", "%%")}
                 kind = _kind(hints[f.name], file_or_id if f.name in places else str)
-                group.add_argument(f"--{f.name}", **given, **kind)
+                group.add_argument(f"--{name}", **given, **kind)
                 if f.default is True:
-                    off = f"Switch --{f.name} off"
+                    off = f"Switch --{name} off"
                     group.add_argument(
-                        f"--no_{f.name}",
-                        dest=f.name,
+                        f"--no_{name}",
+                        dest=name,
                         action="store_const",
                         const=False,
                         default=True,
@@ -185,16 +234,65 @@ def _read_yaml(
     """Read a YAML file; return what it says, and option -> "file:line"."""
     reading = Reading()
     lines: dict[str, str] = {}
-    for name, texts, place in _yaml_options(parser, path, reading, configs):
+    if root := _root(path, reading, configs):
+        _read_options(parser, root, path, reading, lines)
+    return reading, lines
+
+
+def _read_options(
+    parser: _Parser,
+    root: yaml.MappingNode,
+    path: Path,
+    reading: Reading,
+    lines: dict[str, str],
+) -> None:
+    """Read a mapping into ``reading``, and option -> "file:line" into ``lines``."""
+    for name, texts, place in _yaml_options(parser, root, path, reading):
         lines[name] = place
         action = parser.action_of(name)
         assert action is not None
         parser.read_value(reading, action, f"{place}: {name}", texts)
-    return reading, lines
+
+
+def _compose(path: Path, option: str, advice: str) -> yaml.Node | None:
+    """Return the content of a YAML file that ``option`` names; None if it is empty.
+
+    Raises:
+        ConfigError: it is not readable as YAML.
+    """
+    try:
+        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        return root
+    except OSError as error:
+        problem = f"{option} cannot be read: {error.strerror or error}. {advice}"
+    except UnicodeDecodeError as error:
+        problem = f"{option} is not a UTF-8 text file: {error}"
+    except yaml.YAMLError as error:
+        problem = _not_yaml(path, option, error)
+    except RecursionError:
+        problem = f"{option} is nested too deeply"
+    raise ConfigError([f"{path}: {problem}"])
+
+
+def _root(path: Path, reading: Reading, configs: Sequence[str]) -> yaml.MappingNode | None:
+    """Return the mapping in a YAML file of options, or add a problem; None if it is empty."""
+    near = nearest_choice(path.name, configs)
+    hint = f". Did you mean {near}?" if near else ""
+    advice = f"Give a YAML file, or the name of a bundled one: {', '.join(configs)}{hint}"
+    try:
+        root = _compose(path, "--config", advice)
+    except ConfigError as error:
+        reading.problems += error.problems
+        return None
+    if root is not None and not isinstance(root, yaml.MappingNode):
+        reading.problems.append(f"{path}: --config must contain lines of the form `name: value`")
+        return None
+    return root
 
 
 def _yaml_options(
-    parser: _Parser, path: Path, reading: Reading, configs: Sequence[str]
+    parser: _Parser, root: yaml.MappingNode, path: Path, reading: Reading
 ) -> Iterator[tuple[str, list[str], str]]:
     """Yield (option, its texts, "file:line") of a flat YAML mapping; add problems to ``reading``.
 
@@ -203,30 +301,6 @@ def _yaml_options(
     ``samples/``, wherever that is installed.
     """
     found = locate if is_bundled(path) else str
-    try:
-        root = yaml.compose(read_regular(path, _MOST_BYTES).decode(), Loader=yaml.SafeLoader)
-    except OSError as error:
-        near = nearest_choice(path.name, configs)
-        hint = f". Did you mean {near}?" if near else ""
-        reading.problems.append(
-            f"{path}: --config cannot be read: {error.strerror or error}. Give a YAML file, or the "
-            f"name of a bundled one: {', '.join(configs)}{hint}"
-        )
-        return
-    except UnicodeDecodeError as error:
-        reading.problems.append(f"{path}: --config is not a UTF-8 text file: {error}")
-        return
-    except yaml.YAMLError as error:
-        reading.problems.append(f"{path}: {_not_yaml(path, error)}")
-        return
-    except RecursionError:
-        reading.problems.append(f"{path}: --config is nested too deeply")
-        return
-    if root is None:
-        return
-    if not isinstance(root, yaml.MappingNode):
-        reading.problems.append(f"{path}: --config must contain lines of the form `name: value`")
-        return
     seen: set[str] = set()
 
     def report(problem: str) -> None:
@@ -267,10 +341,10 @@ def _yaml_options(
         seen.add(name)
 
 
-def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
+def _not_yaml(path: Path, option: str, error: yaml.YAMLError) -> str:
     if path.suffix.lower() not in (".yaml", ".yml"):
         return (
-            f"--config must be a YAML file with lines of the form `name: value`, but this is a "
+            f"{option} must be a YAML file with lines of the form `name: value`, but this is a "
             f"{path.suffix or 'plain'} file"
         )
     text = " ".join(str(error).split())
@@ -279,7 +353,7 @@ def _not_yaml(path: Path, error: yaml.YAMLError) -> str:
         hint = ". Indent with spaces instead of tabs"
     elif "mapping values are not allowed" in text:
         hint = ". Put a text that contains `: ` in quotes"
-    return f"--config is not YAML: {text}{hint}"
+    return f"{option} is not YAML: {text}{hint}"
 
 
 def _nested(

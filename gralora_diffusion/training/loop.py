@@ -41,6 +41,7 @@ from gralora_diffusion.training.checks.controls import (
     check_sharded_controls,
 )
 from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.data_file import with_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.data_module import Batches
@@ -48,6 +49,7 @@ from gralora_diffusion.training.data.held_out import held_out_config, held_out_d
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sampler import Prefetcher
 from gralora_diffusion.training.data.seeds import seed_from
+from gralora_diffusion.training.data.sets import described_sets
 from gralora_diffusion.training.optimization.adapters import (
     adapter_facts,
     adapter_parameters,
@@ -143,6 +145,7 @@ def train(config: TrainingConfig, signals: StopSignals | None = None) -> Path:
     """
     if not are_several():
         validate(config)  # before accelerate is asked
+    config = with_data_file(config)
     with (
         accelerate_left_as_it_was(),
         tf32_products(config.allow_tf32),
@@ -747,10 +750,12 @@ class Trainer:
     def _facts(self) -> dict[str, Any]:
         """Return facts on the run for the model card."""
         config, steps = self.config, self.state.step
+        sets = described_sets(config, self.images)
         facts = {
             "steps": steps,
             "samples per step": self.data.samples_per_step,
             **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
+            **({"sets of images": "; ".join(sets)} if sets else {}),
             **self._held_out_facts(),
             **control_facts(self.images),
             **({FILLS: self.data.instance.fill} if self.data.instance.fill else {}),

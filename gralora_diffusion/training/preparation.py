@@ -105,7 +105,7 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
         check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
     images, class_images = find_images(config), find_class_images(config)
     trained = {
-        "--instance_data_dir" if config.instance_data_dir else "--dataset_name": images,
+        _place_of_images(config): images,
         "--class_data_dir": class_images,
     }
     held_out = find_held_out_images(config, trained)
@@ -117,6 +117,13 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
         dtype = DTYPES[accelerator.mixed_precision]
         initial = find_initial_values(config, family, dtype)
     return Beginning(family, resume, images, class_images, held_out, initial)
+
+
+def _place_of_images(config: TrainingConfig) -> str:
+    """Return the option that says where the images are that are trained on."""
+    if config.data_config:
+        return "--data_config"
+    return "--instance_data_dir" if config.instance_data_dir else "--dataset_name"
 
 
 def complete_class_images(
@@ -144,9 +151,10 @@ def complete_class_images(
 def digest_of(examples: Sequence[Example]) -> str:
     """Return the number of images and a hash of all that belongs to them, and their order."""
     facts: list[Any] = [
-        [e.cache_key, e.caption, list(e.size), e.repeats, *(c.content_key for c in e.controls)]
+        [e.cache_key, e.captions, list(e.size), e.repeats, *(c.content_key for c in e.controls)]
         for e in examples
     ]
+    facts += [s.facts() for s in {id(e.image_set): e.image_set for e in examples}.values()]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     return f"{len(examples)} of hash {digest[:16]}"
 

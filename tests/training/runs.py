@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,10 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.data.dataset import TrainingSet
+from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import SampledSet
+from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.loop import train
 from tests import ROOT
 from tests.forked import Forked, fork_ranks, start_ranks
@@ -108,6 +113,14 @@ def run_two(timeout: float = 120, **options: Any) -> Path:
     for code, text in fork_ranks(PROGRAM, *arguments(**options), timeout=timeout):
         assert code == 0, text[-3000:]
     return Path(options["output_dir"])
+
+
+def one_set(
+    examples: Sequence[Example], plan: CropPlan, seed: int = 0, **options: Any
+) -> TrainingSet:
+    """Samples of one set of images, with options of the set and of all samples."""
+    own = {f.name: options.pop(f.name) for f in fields(SampledSet) if f.name in options}
+    return TrainingSet([SampledSet(examples, [plan], **own)], seed, **options)
 
 
 def environment() -> dict[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 import weakref
@@ -22,11 +23,12 @@ from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.checkpoints.state import TRAINING_WEIGHTS_NAME
+from gralora_diffusion.training.config.training_config import parse_config
 from gralora_diffusion.training.data import class_images
 from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.data.transforms import CropPlan
-from gralora_diffusion.training.loop import Trainer
+from gralora_diffusion.training.loop import Trainer, train
 from gralora_diffusion.training.optimization.step import BatchBuilder, TrainingDiverged
 from tests.models import stable_diffusion
 from tests.training.cards import draw_by_card
@@ -34,6 +36,7 @@ from tests.training.runs import (
     adapter,
     assert_close,
     assert_same_run,
+    make_images,
     make_shapes,
     metrics,
     run,
@@ -109,6 +112,46 @@ def test_layers_of_clip_are_skipped_everywhere(base: Path, tmp_path: Path) -> No
     assert not any("text_encoder" in key and "layers.1." in key for key in moved)
     with pytest.raises(ConfigError, match=r"--clip_skip is 3, but at most 2 of the 2 layers"):
         run(output_dir=tmp_path / "much", **{**options, "clip_skip": 3})
+
+
+SETS = """\
+- {folder: dogs, prompt: "sks, old, red dog", repeats: 2, shuffle_tags: true, random_flip: true}
+- {folder: cats, prompt: a cat, share: 0.4, loss_weight: 0.5, resolution: 24, caption_dropout: 0.3}
+- {folder: others, role: prior, prompt: a dog, loss_weight: 0.7}
+"""
+
+
+def test_a_run_on_several_sets_is_resumed_exactly(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(("dogs", "cats", "others")):
+        make_images(tmp_path / name, seed=number)
+    (tmp_path / "data.yaml").write_text(SETS, encoding="utf-8")
+    options = {"pretrained_model_name_or_path": base, "data_config": "data.yaml"}
+    options |= {"instance_prompt": None, "checkpointing_steps": 3}
+    out = run(output_dir=tmp_path / "whole", **options)
+    shutil.copytree(out, tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoint-6")
+    again = [str(tmp_path / "again"), "--resume_from_checkpoint", "latest"]
+    path = str(tmp_path / "again" / "training_config.yaml")
+    train(parse_config(["--config", path, "--output_dir", *again]))
+    assert_same_run(out, tmp_path / "again")
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "cats: 3 images, 40 % of the samples, 24 pixels, loss weight 0.5" in card
+    assert json.loads(read_adapter(out).metadata["ss_dataset_dirs"]) == {
+        "dogs": {"n_repeats": 2, "img_count": 3},
+        "cats": {"n_repeats": 1, "img_count": 3},
+    }
+    # settings of one set in a file do what options do
+    (tmp_path / "one.yaml").write_text(
+        "- {folder: dogs, prompt: a dog, random_flip: true}\n", encoding="utf-8"
+    )
+    alike = {"pretrained_model_name_or_path": base, "instance_prompt": "a dog"}
+    alike |= {"max_train_steps": 2, "random_flip": True}
+    run(output_dir=tmp_path / "options", instance_data_dir="dogs", **alike)
+    run(output_dir=tmp_path / "file", **{**alike, "data_config": "one.yaml", "random_flip": False})
+    assert_same_run(tmp_path / "options", tmp_path / "file")
 
 
 def test_accelerates_environment_does_not_change_accumulation(

@@ -14,6 +14,7 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import add_adapters
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 
+from .data_file import data_file_problems
 from .options import size_problems
 
 
@@ -31,7 +32,7 @@ def resolve_defaults(
     config = config.with_defaults(
         {
             **family.training_defaults,
-            "resolution": family.native_resolution(pipe),
+            "resolution": max(config.resolutions or [family.native_resolution(pipe)]),
             "mixed_precision": precision,
         }
     )
@@ -62,7 +63,9 @@ def check_sizes(config: TrainingConfig, divisor: int) -> None:
     Raises:
         ConfigError: some sizes are not; all of them are named.
     """
-    if problems := list(size_problems(config, divisor)):
+    problems = list(size_problems(config, divisor))
+    problems += data_file_problems(config, lambda own: list(size_problems(own, divisor)))
+    if problems:
         raise ConfigError(problems)
 
 

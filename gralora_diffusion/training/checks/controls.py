@@ -22,6 +22,7 @@ from gralora_diffusion.training.config.validation_prompts import (
 )
 from gralora_diffusion.training.data.control_crops import same_shape
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import by_set
 
 _PLACES = "--control_data_dir, --control_column or the column 'control' of a metadata file"
 
@@ -125,7 +126,10 @@ def check_sharded_controls(
                 "because the processes compute together. Resize them, or train without FSDP"
             ]
         )
-    if len({_decides_shapes(config, image) for image in images}) > 1:
+    shapes = {
+        _decides_shapes(own, image) for _, own, group in by_set(config, images) for image in group
+    }
+    if len(shapes) > 1:
         raise ConfigError(
             [
                 "with FSDP, all images must have one shape if control images are cropped with "

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
 from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
 from gralora_diffusion.io.errors import ConfigError
@@ -20,13 +21,15 @@ from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Needs, options_with, path_problems, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
+from gralora_diffusion.training.config.data_file import with_data_file
 from gralora_diffusion.training.config.layer_patterns import check_patterns
 from gralora_diffusion.training.config.options import OPTIMIZERS
 from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.buckets import listed_buckets
 
-from .paths import check_base, check_controls, check_data, check_output
+from .data_file import data_file_problems, data_file_warnings
+from .paths import check_base, check_controls, check_data, check_inputs, check_output
 
 
 def validate(config: TrainingConfig) -> list[str]:
@@ -72,6 +75,35 @@ def find_problems(config: TrainingConfig, *, imports: bool = True) -> list[str]:
     """
     if unusable := list(path_problems(config)):  # the other checks look for them
         return unusable
+    problems = _problems(config, imports)
+    if config.data_config is not None:
+        problems += data_file_problems(config, _of_set)
+    return problems
+
+
+def find_image_problems(config: TrainingConfig, *others: Any) -> list[str]:
+    """Return the problems with the images of ``config``, for commands that do not train.
+
+    Args:
+        others: further options of the command.
+    """
+    if unusable := [text for options in (config, *others) for text in path_problems(options)]:
+        return unusable
+    checks = (_values, check_data, check_controls, _prior)
+    problems = [problem for check in checks for problem in check(config)]
+    problems += [problem for options in others for problem in value_problems(options)]
+    return problems + data_file_problems(config, _of_set)
+
+
+def _of_set(config: TrainingConfig) -> list[str]:
+    """Return the problems with the options of a set of images, and those of its run."""
+    if unusable := list(path_problems(config)):
+        return unusable
+    checks = (_values, check_data, check_controls, _prior, check_inputs)
+    return [problem for check in checks for problem in check(config)]
+
+
+def _problems(config: TrainingConfig, imports: bool) -> list[str]:
     checks = (
         _values,
         check_base,
@@ -289,7 +321,8 @@ def _memory(config: TrainingConfig) -> Iterator[str]:
 
 def find_warnings(config: TrainingConfig) -> list[str]:
     """Return warnings about options that have no effect or an unusual value."""
-    return [*_without_effect(config), *_unusual(config)]
+    warnings = [*_without_effect(with_data_file(config)), *_unusual(config)]
+    return warnings + data_file_warnings(config, lambda own: list(_without_effect(own)))
 
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:
@@ -373,6 +406,20 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
         side = getattr(config, name)
         if side is not None and side != (nearest := _multiple(side, divisor)):
             yield f"--{name} is {side}; it must be a multiple of {wanted}. The nearest is {nearest}"
+    given = config.resolutions or []
+    for side in given:
+        if side != (nearest := _multiple(side, divisor)):
+            yield (
+                f"--resolutions contains {side}; each must be a multiple of {wanted}. The nearest "
+                f"is {nearest}"
+            )
+    if twice := sorted({side for side in given if given.count(side) > 1}):
+        yield f"--resolutions contains {', '.join(map(str, twice))} twice. Keep one"
+    if given and config.aspect_ratio_buckets is not None:
+        yield (
+            "--resolutions and --aspect_ratio_buckets exclude each other, since the latter names "
+            "all sizes. Give --use_aspect_ratio_buckets, or leave out --resolutions"
+        )
     try:
         validation_prompts(config, divisor)
     except ConfigError as error:

@@ -114,6 +114,8 @@ def check_data(config: TrainingConfig) -> Iterator[str]:
 
 def _images_and_captions(config: TrainingConfig) -> Iterator[str]:
     folder, dataset = config.instance_data_dir, config.dataset_name
+    if config.data_config:
+        return  # its sets are checked one by one
     if folder and dataset:
         yield (
             f"--instance_data_dir is {folder!r} and --dataset_name is {dataset!r}, but a run "
@@ -258,7 +260,7 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
             yield f"--{name} is {value!r}: {problem}"
     if not config.output_dir:
         yield "--output_dir is empty. Give the folder for the adapter and all other output"
-    yield from _read_and_written(config)
+    yield from check_inputs(config)
     store = CheckpointStore(config.output_dir)
     if config.resume_from_checkpoint:
         try:
@@ -286,7 +288,7 @@ def check_output(config: TrainingConfig) -> Iterator[str]:
         )
 
 
-def _read_and_written(config: TrainingConfig) -> Iterator[str]:
+def check_inputs(config: TrainingConfig) -> Iterator[str]:
     """Report inputs that the run would write to or delete."""
     places = options_with(type(config), Place)
     read = [

@@ -22,6 +22,7 @@ from gralora_diffusion.options.fields import (
     MayDiffer,
     Needs,
     OnlyFor,
+    PerSet,
     Place,
     SetByBenchmark,
     Unrecorded,
@@ -48,31 +49,49 @@ class DataOptions:
     _argument_group_name: ClassVar[str] = "Images and captions"
 
     instance_data_dir: Annotated[
-        str | None, Place(read=True), SetByBenchmark("give --dreambooth_dir or --captioned_dir")
+        str | None,
+        Place(read=True),
+        SetByBenchmark("give --dreambooth_dir or --captioned_dir"),
+        PerSet("folder"),
     ] = option(
         None,
         "Folder with the training images. Captions come from .txt, .caption or .json files beside "
         "them, from metadata.jsonl, .csv or .parquet, or from sub-folders named with repeats and "
         "prompt, such as '10_sks dog'",
     )
-    dataset_name: Annotated[str | None, Place(read=True, hub_id=True)] = option(
+    dataset_name: Annotated[str | None, Place(read=True, hub_id=True), PerSet("dataset")] = option(
         None,
         "Dataset to train on instead of a folder: a Hub id or a local dataset (needs `datasets`)",
     )
-    dataset_config_name: Annotated[str | None, Needs("dataset_name")] = option(
+    data_config: Annotated[
+        str | None,
+        Place(read=True),
+        SetByBenchmark("the benchmark trains on one set. Give --dreambooth_dir or --captioned_dir"),
+    ] = option(
+        None,
+        "YAML file with several sets of images, each with its own folder or dataset, captions, "
+        "crops and share of the samples, in place of --instance_data_dir",
+    )
+    dataset_config_name: Annotated[str | None, Needs("dataset_name"), PerSet()] = option(
         None, "Configuration of that dataset"
     )
-    image_column: str = option("image", "Column with the images")
-    caption_column: str | None = option(
+    image_column: Annotated[str, PerSet()] = option("image", "Column with the images")
+    caption_column: Annotated[str | None, PerSet()] = option(
         None,
         "Column with the captions, required for a dataset with captions. For a folder: the column "
         "or key in the metadata file and .json files (default: text, caption or prompt)",
     )
+    caption_per_line: Annotated[bool, ChangesSamples(), PerSet()] = option(
+        False,
+        "Each line of a .txt or .caption file is a caption of its own, and each sample uses one of "
+        "them. Otherwise, the lines are one caption",
+    )
     instance_prompt: Annotated[
         str | None,
         SetByBenchmark("the benchmark makes it from --unique_token and the subject's class"),
+        PerSet("prompt"),
     ] = option(None, "Prompt for images that have no caption, such as 'a photo of sks dog'")
-    repeats: Annotated[int, Limits(at_least=1)] = option(
+    repeats: Annotated[int, Limits(at_least=1), PerSet()] = option(
         1, "How many times each image is used in an epoch"
     )
     max_sequence_length: Annotated[int | None, Limits(at_least=1)] = option(
@@ -83,30 +102,56 @@ class DataOptions:
         "Number of layers to skip at the end of CLIP, counted as in diffusers: 1 is called clip "
         "skip 2 in other programs (Stable Diffusion 1.x, 2.x, XL and 3)",
     )
-    caption_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples()] = option(
-        0.0, "Fraction of samples that are trained with an empty caption"
+    caption_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples(), PerSet()] = (
+        option(0.0, "Fraction of samples that are trained with an empty caption")
     )
-    caption_prefix: Annotated[str | None, ChangesSamples()] = option(
+    trigger_word: Annotated[str | None, ChangesSamples(), PerSet()] = option(
+        None,
+        "Word for what is learned. It replaces [trigger] in a caption, and goes before a caption "
+        "that does not contain it",
+    )
+    caption_prefix: Annotated[str | None, ChangesSamples(), PerSet()] = option(
         None, "Text before every caption, such as a trigger word"
     )
-    caption_suffix: Annotated[str | None, ChangesSamples()] = option(
+    caption_suffix: Annotated[str | None, ChangesSamples(), PerSet()] = option(
         None, "Text after every caption"
     )
-    shuffle_tags: Annotated[bool, ChangesSamples()] = option(
+    shuffle_tags: Annotated[bool, ChangesSamples(), PerSet()] = option(
         False, "Shuffle the tags of a caption, which are the parts between commas"
     )
-    tag_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples()] = option(
+    tag_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples(), PerSet()] = option(
         0.0, "Probability of leaving out a tag; one tag of a caption always stays"
     )
-    keep_tags: Annotated[int, Limits(at_least=0), ChangesSamples()] = option(
+    keep_tags: Annotated[int, Limits(at_least=0), ChangesSamples(), PerSet()] = option(
         0, "Number of leading tags that are neither shuffled nor left out"
     )
-    caption_variants: Annotated[int, Limits(at_least=1), ChangesSamples()] = option(
+    caption_variants: Annotated[int, Limits(at_least=1), ChangesSamples(), PerSet()] = option(
         8,
         "Number of variants of a caption whose tags are shuffled or left out. Each sample uses one "
         "of them, and all are encoded before training",
     )
-    skip_bad_images: bool = option(False, "Skip images that cannot be decoded instead of stopping")
+    skip_bad_images: Annotated[bool, PerSet()] = option(
+        False, "Skip images that cannot be decoded instead of stopping"
+    )
+
+
+@dataclass(kw_only=True)
+class SetOptions:
+    """What only a set of a data file has, which is no option of a run."""
+
+    _argument_group_name: ClassVar[str] = "Sets of a data file"
+
+    role: Literal["train", "prior", "held_out"] = option(
+        "train",
+        "train: learn the images; prior: images of the class, for prior preservation; held_out: "
+        "only measure the loss on them",
+    )
+    share: Annotated[float | None, Limits(above=0, below=1)] = option(
+        None, "Fraction of a run's samples that are of this set, in place of repeats"
+    )
+    loss_weight: Annotated[float, Limits(at_least=0)] = option(
+        1.0, "Weight of the set's loss relative to other sets'; for a prior, to the subject's"
+    )
 
 
 @dataclass(kw_only=True)
@@ -115,15 +160,15 @@ class ControlOptions:
 
     _argument_group_name: ClassVar[str] = "Control images, for training edits"
 
-    control_data_dir: Annotated[list[str] | None, Place(read=True), SetByBenchmark(_NO_EDITS)] = (
-        option(
-            None,
-            "Folder with the images before the edit, under the same names as the training images. "
-            "With several folders, each training image has one control image in each, in this "
-            "order",
-        )
+    control_data_dir: Annotated[
+        list[str] | None, Place(read=True), SetByBenchmark(_NO_EDITS), PerSet()
+    ] = option(
+        None,
+        "Folder with the images before the edit, under the same names as the training images. "
+        "With several folders, each training image has one control image in each, in this "
+        "order",
     )
-    control_column: Annotated[list[str] | None, SetByBenchmark(_NO_EDITS)] = option(
+    control_column: Annotated[list[str] | None, SetByBenchmark(_NO_EDITS), PerSet()] = option(
         None,
         "Columns of the dataset, or of the folder's metadata file, that name or contain the "
         "control images: one or several per row (default for a metadata file: control)",
@@ -207,21 +252,24 @@ class PriorOptions:
         Needs("with_prior_preservation"),
         Fixed("with_prior_preservation"),
         SetByBenchmark("the benchmark makes it from the subject's class"),
+        PerSet("prompt", "prior"),
     ] = option(None, "Prompt of the class, such as 'a photo of a dog'")
     class_data_dir: Annotated[
         str | None,
         Place(read=True, written=True),
         Needs("with_prior_preservation"),
         SetByBenchmark("class images are generated into --output_dir"),
+        PerSet("folder", "prior"),
     ] = option(None, "Folder of the class images; missing ones are generated into it")
-    num_class_images: Annotated[int, Limits(at_least=1), Needs("with_prior_preservation")] = option(
-        100, "Number of class images"
-    )
+    num_class_images: Annotated[
+        int, Limits(at_least=1), Needs("with_prior_preservation"), PerSet(role="prior")
+    ] = option(100, "Number of class images")
     prior_loss_weight: Annotated[
         float,
         Limits(at_least=0),
         Needs("with_prior_preservation"),
         Fixed("with_prior_preservation"),
+        PerSet("loss_weight", "prior"),
     ] = option(1.0, "Weight of the class's loss relative to the subject's")
     prior_generation_precision: Annotated[
         Literal["no", "fp32", "fp16", "bf16"] | None, Needs("with_prior_preservation")
@@ -241,24 +289,31 @@ class ImageOptions:
 
     _argument_group_name: ClassVar[str] = "Image size, crops and caches"
 
-    resolution: Annotated[int | None, ChangesSamples(), AlwaysReported()] = option(
+    resolution: Annotated[int | None, ChangesSamples(), AlwaysReported(), PerSet()] = option(
         None, "Height and width of the training images in pixels (default: the family's)"
     )
-    use_aspect_ratio_buckets: bool = option(
+    resolutions: Annotated[list[int] | None, ChangesSamples(), PerSet()] = option(
+        None,
+        "Train each image at each of these sizes instead of --resolution, which then only sets the "
+        "size of validation images (default: the largest of these). A batch has one size",
+    )
+    use_aspect_ratio_buckets: Annotated[bool, PerSet()] = option(
         False,
         "Train each image at the nearest of eleven shapes from 1:2 to 2:1, with about as many "
         "pixels as the square. An image with fewer pixels gets a smaller bucket",
     )
-    aspect_ratio_buckets: str | None = option(
+    aspect_ratio_buckets: Annotated[str | None, PerSet()] = option(
         None,
         "Train each image at the nearest of these sizes instead of the built-in shapes, written as "
         "'height,width;height,width;...'. Smaller images are enlarged. Implies "
         "--use_aspect_ratio_buckets",
     )
-    center_crop: Annotated[bool, ChangesSamples()] = option(
+    center_crop: Annotated[bool, ChangesSamples(), PerSet()] = option(
         False, "Crop the center instead of a random part"
     )
-    random_flip: Annotated[bool, ChangesSamples()] = option(False, "Mirror images at random")
+    random_flip: Annotated[bool, ChangesSamples(), PerSet()] = option(
+        False, "Mirror images at random"
+    )
     image_interpolation_mode: Annotated[
         Literal["nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"], ChangesSamples()
     ] = option("lanczos", "Interpolation for resizing images")
@@ -296,17 +351,19 @@ class MaskOptions:
         "or strokes",
     )
     mask_data_dir: Annotated[
-        str | None, Place(read=True), Needs("masked_loss", "inpaint_given_masks")
+        str | None, Place(read=True), Needs("masked_loss", "inpaint_given_masks"), PerSet()
     ] = option(
         None, "Folder of masks. Each has the name of its image, with any image file extension"
     )
-    mask_column: Annotated[str | None, Needs("masked_loss", "inpaint_given_masks")] = option(
-        None,
-        "Column with the masks of a dataset, or with their paths in a metadata file (default: mask "
-        "or mask_file_name, if it exists)",
+    mask_column: Annotated[str | None, Needs("masked_loss", "inpaint_given_masks"), PerSet()] = (
+        option(
+            None,
+            "Column with the masks of a dataset, or with their paths in a metadata file (default: "
+            "mask or mask_file_name, if it exists)",
+        )
     )
-    mask_from_alpha: Annotated[bool, Needs("masked_loss", "inpaint_given_masks")] = option(
-        False, "Use the opacity of an image as its mask, unless it has another mask"
+    mask_from_alpha: Annotated[bool, Needs("masked_loss", "inpaint_given_masks"), PerSet()] = (
+        option(False, "Use the opacity of an image as its mask, unless it has another mask")
     )
     mask_outside: Annotated[
         Literal["ignore", "weight", "base"], Needs("masked_loss"), Fixed("masked_loss")

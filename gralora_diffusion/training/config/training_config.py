@@ -16,6 +16,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.options.fields import (
     Needs,
+    PerSet,
     Place,
     Unrecorded,
     group_table,
@@ -38,6 +39,7 @@ from .options import (
     OptimizerOptions,
     OutputOptions,
     PriorOptions,
+    SetOptions,
     ValidationOptions,
 )
 from .other_programs import OTHER_NAMES
@@ -154,6 +156,12 @@ class TrainingConfig(
 OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 
 
+def names_of(role: str) -> dict[str, str]:
+    """Return option -> its name in the sets of a data file that have a role."""
+    traits = {name: t for group in OPTION_GROUPS for name, t in options_with(group, PerSet).items()}
+    return {name: trait.called or name for name, trait in traits.items() if trait.role == role}
+
+
 def read_config(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, ParsedOptions]:
     """Read the options from a command line and from the YAML file that ``--config`` names.
 
@@ -193,8 +201,30 @@ def options_table() -> str:
         "`--name value`, or as `name: value` in the file that `--config` names; the command line "
         "overrides the file. `--name` turns a boolean option on, `--name false` turns it off.",
         *map(group_table, OPTION_GROUPS),
+        _set_table(),
     ]
     return "\n\n".join(parts) + "\n"
+
+
+def _set_table() -> str:
+    """Return the settings of a set as Markdown: its own, and the options that it may have."""
+    roles = {role: names_of(role) for role in ("train", "prior")}
+    texts = [
+        f"A set of role {role} may also have "
+        + ", ".join(
+            f"`{there}`" + (f" (`--{name}`)" if there != name else "")
+            for name, there in names.items()
+            if there != "loss_weight"
+        )
+        + "."
+        for role, names in roles.items()
+    ]
+    heading, _, table = group_table(SetOptions).partition("\n\n")
+    intro = (
+        "Settings of a set in the file that `--data_config` names, see [several sets]"
+        "(training/data_file.md)."
+    )
+    return "\n\n".join([heading, intro, table.replace("`--", "`"), *texts])
 
 
 def _option_names() -> set[str]:

@@ -15,6 +15,8 @@ from .seeds import seed_from
 
 #: What separates tags, as in kohya's sd-scripts.
 SEPARATOR = ","
+#: What stands for the trigger word in a caption, as in ai-toolkit.
+TRIGGER = "[trigger]"
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class CaptionRules:
         dropout: probability of leaving out a tag; one tag always stays.
         keep: number of first tags that neither move nor are left out.
         count: number of variants of a caption, if they are random.
+        trigger: replaces ``[trigger]``, and comes first in prompts that do not contain it.
     """
 
     prefix: str = ""
@@ -35,6 +38,7 @@ class CaptionRules:
     dropout: float = 0.0
     keep: int = 0
     count: int = 8
+    trigger: str = ""
 
     @classmethod
     def of(cls, options: DataOptions) -> CaptionRules:
@@ -46,6 +50,7 @@ class CaptionRules:
             dropout=options.tag_dropout,
             keep=options.keep_tags,
             count=options.caption_variants,
+            trigger=" ".join((options.trigger_word or "").split()),
         )
 
     def variants(self, caption: str, seed: int) -> tuple[str, ...]:
@@ -57,8 +62,12 @@ class CaptionRules:
         return tuple(dict.fromkeys(map(self.framed, found)))
 
     def framed(self, caption: str) -> str:
-        """Return a caption with prefix and suffix, and all of its tags in their order."""
-        return " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        """Return a caption with prefix, suffix and trigger, and all of its tags in their order."""
+        text = " ".join(part for part in (self.prefix, caption, self.suffix) if part)
+        if not self.trigger:
+            return text
+        text = text.replace(TRIGGER, self.trigger)
+        return text if self.trigger.lower() in text.lower() else f"{self.trigger} {text}".rstrip()
 
     def _drawn(self, tags: list[str], seed: int, caption: str, number: int) -> list[str]:
         random = torch.Generator().manual_seed(seed_from(seed, "caption", caption, number))

@@ -65,14 +65,21 @@ class ListedImage:
     """What a metadata file says about an image.
 
     Attributes:
-        caption: "" if it has none.
+        caption: "" if it has none; the first if it has several.
         mask: path of its mask relative to the folder, as it is written there.
         controls: paths of its control images in the folder.
+        other_captions: further ones.
     """
 
     caption: str = ""
     mask: str | None = None
     controls: tuple[str, ...] = ()
+    other_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions; none if there is none."""
+        return (self.caption, *self.other_captions) if self.caption else ()
 
 
 def concept_folders(folder: Path) -> list[CaptionedFolder]:
@@ -164,16 +171,19 @@ def _read_entry(
         problems.append(f"{where} names {name}, {problem}")
         return
     name = Path(name).as_posix()
-    if not isinstance(text, str):
-        problems.append(f"{where}: the caption is {text!r}; it must be text")
-    elif not _is_text(text):
+    texts = text if isinstance(text, list) else [text]
+    if not all(isinstance(one, str) for one in texts):
+        problems.append(f"{where}: the caption is {text!r}; it must be text, or a list of texts")
+    elif not all(map(_is_text, texts)):
         problems.append(f"{where}: the caption contains characters that are not Unicode")
     elif not isinstance(mask, str | None):
         problems.append(f"{where}: the mask is {mask!r}; it must be the path of an image")
     else:
-        listed = ListedImage(one_line(text), Path(mask).as_posix() if mask else None, controls)
+        first, *others = distinct_lines(texts) or [""]
+        where_mask = Path(mask).as_posix() if mask else None
+        listed = ListedImage(first, where_mask, controls, tuple(others))
         earlier = found.setdefault(name, listed)
-        if earlier.caption != listed.caption:
+        if earlier.captions != listed.captions:
             problems.append(f"{where} gives {name} a second, different caption")
         if earlier.mask != listed.mask:
             problems.append(f"{where} gives {name} a second, different mask")
@@ -353,23 +363,35 @@ def caption_files(images: Iterable[str], names: Iterable[str]) -> dict[str, list
 
 
 def read_caption(path: Path, column: str | None, problems: list[str]) -> str | None:
-    """Return the caption in a file beside an image as one line, or "" if it is empty.
+    """Return the first of the captions that ``read_captions`` returns, or "" if there is none."""
+    found = read_captions(path, column, problems)
+    return found if found is None else next(iter(found), "")
+
+
+def read_captions(
+    path: Path, column: str | None, problems: list[str], per_line: bool = False
+) -> list[str] | None:
+    """Return the captions in a file beside an image, each as one line; none if it is empty.
 
     Returns None for a .json file that does not contain a caption.
 
     Args:
-        column: key of the caption in a .json file; None for the first of ``CAPTION_COLUMNS``.
+        column: key of the caption in a .json file; None for the first of ``CAPTION_COLUMNS``. It
+            may have a list of captions.
         problems: problems are appended to it.
+        per_line: each line of a text file is a caption, instead of all of them together.
     """
     is_json = path.suffix.lower() == ".json"
     try:
         text = read_regular(path, _MAX_CAPTION).decode("utf-8-sig")
-        if is_json:
-            entry = json.loads(text)
-            found = [entry[c] for c in _columns(column) if entry.get(c) is not None]
-            text = found[0]
-        if isinstance(text, str) and _is_text(text):
-            return one_line(text)
+        if not is_json:
+            return distinct_lines(text.split("\n") if per_line else [text])
+        entry = json.loads(text)
+        found = [entry[c] for c in _columns(column) if entry.get(c) is not None]
+        given = found[0]
+        texts = given if isinstance(given, list) else [given]
+        if all(isinstance(one, str) and _is_text(one) for one in texts):
+            return distinct_lines(texts)
         return None
     except UnicodeDecodeError as error:
         problem = f"{path.name} {_NOT_UTF8} ({error})"
@@ -380,7 +402,12 @@ def read_caption(path: Path, column: str | None, problems: list[str]) -> str | N
     if is_json:
         return None
     problems.append(problem)
-    return ""
+    return []
+
+
+def distinct_lines(texts: Iterable[str]) -> list[str]:
+    """Return texts as one line each, without empty ones and repetitions."""
+    return list(dict.fromkeys(filter(None, map(one_line, texts))))
 
 
 def _columns(column: str | None) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from gralora_diffusion.families import ControlPreparation
 
-from .transforms import CropPlan, Variant
+from .transforms import CropPlan, Variant, covering
 
 #: Shapes count as one if their aspect ratios differ by no more than this fraction.
 _SAME_SHAPE = 0.01
@@ -57,7 +57,7 @@ class ControlPlan:
             return [cut.box, cut.flip, diffusers.__version__]  # its rules may change
         return [
             [variant.left, variant.top, variant.height, variant.width, variant.flip],
-            self.crops.resized(target),
+            covering(target, (variant.height, variant.width)),
             self.crops.interpolation,
         ]
 
@@ -72,7 +72,7 @@ class ControlPlan:
     def _cut(self, size: Size, target: Size, variant: Variant) -> Cut:
         if not same_shape(size, target):
             return Cut((0, 0, *size), variant.flip)
-        width, height = self.crops.resized(target)
+        width, height = covering(target, (variant.height, variant.width))
         left = width - variant.left - variant.width if variant.flip else variant.left
         across, down = size[0] / width, size[1] / height
         # one size for all places, so that samples can be stacked

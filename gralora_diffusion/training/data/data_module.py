@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from itertools import repeat
 from pathlib import Path
@@ -24,11 +24,10 @@ from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import ChangesSamples, options_with
-from gralora_diffusion.training.config.options import ImageOptions
+from gralora_diffusion.training.config.data_file import read_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
-from .buckets import Buckets, listed_buckets
 from .cache import (
     ControlCache,
     LatentCache,
@@ -36,7 +35,6 @@ from .cache import (
     prompt_fingerprint,
     vae_fingerprint,
 )
-from .caption_variants import CaptionRules
 from .class_images import existing_class_images
 from .control_crops import ControlPlan
 from .controls import ControlPlaces
@@ -45,7 +43,7 @@ from .hf_dataset import find_dataset_examples
 from .image_folder import MAX_NAMES, MIN_FOR_PROGRESS, Example, find_examples
 from .masks import MaskPlaces
 from .sampler import StreamBatchSampler
-from .transforms import CropPlan
+from .sets import SampledSet, by_set, crop_plan, crop_plans, sampled_sets
 from .truncation import report_truncation, reported_truncation
 
 logger = logging.getLogger(__name__)
@@ -54,12 +52,28 @@ Batch = dict[str, Any]
 
 
 def find_images(config: TrainingConfig) -> list[Example]:
-    """Find and check the subject's images, their captions and their masks.
+    """Find and check the images to train on, their captions and their masks, set by set.
 
     Raises:
-        DataError: there are problems with them. The error lists all of them.
+        ConfigError: the data file has problems.
+        DataError: there are problems with the images. The error lists all of them.
     """
-    examples = _find_images(config)
+    if config.data_config is None:
+        examples = _find_images(config)
+    else:
+        examples, problems = [], []
+        for section in read_data_file(config):
+            if section.role != "train":
+                continue
+            image_set = section.image_set
+            try:
+                found = _find_images(image_set.options(config))
+            except DataError as error:
+                problems += section.located(error.problems)
+                continue
+            examples += [replace(example, image_set=image_set) for example in found]
+        if problems:
+            raise DataError("--data_config", problems)
     if config.masked_loss or config.inpaint_given_masks:
         _check_masked(examples, config)
     return examples
@@ -87,6 +101,7 @@ def _find_images(config: TrainingConfig) -> list[Example]:
         config.instance_prompt,
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
+        caption_per_line=config.caption_per_line,
         masks=masks,
         controls=ControlPlaces(
             tuple(Path(folder) for folder in config.control_data_dir or ()),
@@ -105,7 +120,7 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
     without = [str(getattr(e.source, "name", e.source)) for e in examples if e.mask is None]
     if len(without) == len(examples):
         problem = "no image has a mask"
-        if config.mask_from_alpha:
+        if any(own.mask_from_alpha for _, own, _ in by_set(config, examples)):
             problem += ", and all are opaque"
         problem += (
             ". Put masks beside the images (001.mask.png beside 001.png) or into --mask_data_dir, "
@@ -136,22 +151,6 @@ def find_class_images(config: TrainingConfig) -> list[Example]:
         config.class_prompt,
         skip_bad_images=config.skip_bad_images,
         role="class",
-    )
-
-
-def crop_plan(options: ImageOptions, size_divisor: int) -> CropPlan:
-    """Return how the images of a run are cropped; ``size_divisor`` is the family's."""
-    assert options.resolution is not None
-    buckets = None
-    if options.use_aspect_ratio_buckets:
-        listed = listed_buckets(options.aspect_ratio_buckets)
-        buckets = Buckets(options.resolution, size_divisor, listed)
-    return CropPlan(
-        options.resolution,
-        options.center_crop,
-        options.random_flip,
-        options.image_interpolation_mode,
-        buckets,
     )
 
 
@@ -193,7 +192,8 @@ class Batches:
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.family, self.vae = family, pipe.vae
-        plan = crop_plan(config, family.size_divisor(pipe))
+        divisor = family.size_divisor(pipe)
+        plan = crop_plan(config, divisor)
         self.cache = None
         controls, control_cache = None, None
         if any(image.controls for image in images):
@@ -210,12 +210,8 @@ class Batches:
             "cached_crops": config.cached_crops,
         }
         self.instance = TrainingSet(
-            images,
-            plan,
+            sampled_sets(config, images, divisor),
             config.seed,
-            repeats=config.repeats,
-            caption_dropout=config.caption_dropout,
-            caption_rules=CaptionRules.of(config),
             controls=controls,
             control_cache=control_cache,
             control_dropout=config.control_dropout,
@@ -224,7 +220,8 @@ class Batches:
         )
         self.classes = None
         if class_images:
-            self.classes = TrainingSet(class_images, plan, config.seed, name="class", **shared)
+            classes = SampledSet(class_images, crop_plans(config, divisor))
+            self.classes = TrainingSet([classes], config.seed, name="class", **shared)
         if accelerator.is_main_process:
             report_truncation(pipe, family, config, images, class_images)
         with offload_models(self.vae, device=accelerator.device):
@@ -239,6 +236,11 @@ class Batches:
         )
         sets = [s.digest for s in (self.instance, self.classes) if s is not None]
         parts = [sets, self.samples_per_step, *facts_of_samples(config)]
+        if config.data_config is not None:
+            parts += [
+                [*facts_of_samples(own), image_set.share, image_set.loss_weight]
+                for image_set, own, _ in by_set(config, images)
+            ]
         self.digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def __len__(self) -> int:

@@ -6,15 +6,15 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache import ControlCache, ControlEncoder, ImageEncoder, LatentCache
-from .caption_variants import AS_THEY_ARE, CaptionRules
 from .control_crops import ControlPlan
 from .image_folder import (
     Example,
@@ -23,11 +23,34 @@ from .image_folder import (
     warn_of_small_images,
 )
 from .random_masks import random_mask
-from .sampler import SampleStream
+from .sampler import Rotation, SampleStream
 from .seeds import generator
+from .sets import SampledSet
 from .transforms import CropPlan, Variant
 
 logger = logging.getLogger(__name__)
+
+
+class _Entry(NamedTuple):
+    """An image at one of its sizes."""
+
+    example: Example
+    part: SampledSet
+    plan: CropPlan
+    target: tuple[int, int]  # height and width
+    prompts: tuple[tuple[str, ...], ...]  # of each of its captions
+    kept: tuple[Variant, ...]
+
+
+class _Slot(NamedTuple):
+    """A place in the order of an epoch: for one entry, or for one of several in turn."""
+
+    target: tuple[int, int]
+    entry: int
+    turns: Rotation | None = None
+
+    def entry_in(self, epoch: int) -> int:
+        return self.entry if self.turns is None else self.turns.member(epoch, self.entry)
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
@@ -39,8 +62,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
     ``mean`` and ``std`` of the latents from the cache, (channels, h, w), or ``pixel_values``,
     (3, height, width), decoded on demand. If any of the examples has a mask, every sample contains
     ``mask``, (1, height, width) of the latents or of the pixels, which is 1 where the loss counts.
-    ``controls`` is a list of the latents or pixel values of its control images.
-    For a base that fills, it contains ``fill_mask``, (1, height, width), which is 1 where to fill.
+    ``controls`` is a list of the latents or pixel values of its control images. If sets differ in
+    the weight of their loss, every sample contains ``loss_weight``. For a base that fills, it
+    contains ``fill_mask``, (1, height, width), which is 1 where to fill.
 
     The samples at ``batch_size`` positions from a multiple of ``batch_size`` on have the same
     target size.
@@ -50,13 +74,10 @@ class TrainingSet(Dataset[dict[str, Any]]):
     in its own order.
 
     Args:
-        examples: the images; at least one.
+        parts: sets of images, with how they become samples; at least one.
         seed: of the run.
         name: of the stream.
-        repeats: how many times each image is used in an epoch, times its own number.
         batch_size: of the micro-batches.
-        caption_dropout: fraction of samples with an empty prompt.
-        caption_rules: how captions become prompts.
         cache: of latents; :meth:`fill_cache` must have been called. Without one, each sample uses
             any possible crop.
         cached_crops: variants per image in the cache; each sample uses one of them.
@@ -70,15 +91,11 @@ class TrainingSet(Dataset[dict[str, Any]]):
 
     def __init__(
         self,
-        examples: Sequence[Example],
-        plan: CropPlan,
+        parts: Sequence[SampledSet],
         seed: int,
         *,
         name: str = "instance",
-        repeats: int = 1,
         batch_size: int = 1,
-        caption_dropout: float = 0.0,
-        caption_rules: CaptionRules = AS_THEY_ARE,
         cache: LatentCache | None = None,
         cached_crops: int = 8,
         controls: ControlPlan | None = None,
@@ -87,57 +104,122 @@ class TrainingSet(Dataset[dict[str, Any]]):
         masked: bool = True,
         fill: Literal["random", "given"] | None = None,
     ) -> None:
-        self.examples = list(examples)
-        self.plan = plan
+        self.parts = list(parts)
+        self.examples = [example for part in parts for example in part.examples]
         self.seed = seed
-        self.caption_dropout = caption_dropout
-        self._prompts = [caption_rules.variants(e.caption, seed) for e in self.examples]
         self.cache = cache
         self.controls, self.control_cache = controls, control_cache
         self.control_dropout = control_dropout
         self.has_masks = any(example.mask for example in self.examples)
         self.masked, self.fill = masked and self.has_masks, fill
-        self.targets = [plan.target_size(example.size) for example in self.examples]
-        once = [number for number, e in enumerate(self.examples) for _ in range(e.repeats)]
-        self._items = once * repeats  # of the stream -> number of the example
-        groups = [self.targets[number] for number in self._items]
-        self.stream = SampleStream(len(self._items), seed, name, groups, batch_size)
-        self._kept: list[tuple[Variant, ...]] = []
-        if cache is not None:
-            self._kept = [
-                plan.kept(example.size, example.content_key, cached_crops, seed)
-                for example in self.examples
-            ]
-        warn_of_small_images(self.examples, plan)
-        warn_of_long_images(self.examples, plan)
-        warn_of_missed_masks(self.examples, plan)
-        if plan.buckets is not None:
+        self.weighted = any(part.loss_weight != 1 for part in parts)
+        kept = partial(self._kept, cached_crops) if cache is not None else lambda *_: ()
+        self._entries = [
+            _Entry(example, part, plan, target, prompts, kept(plan, example))
+            for part in parts
+            for example, plan, target, prompts in self._views(part)
+        ]
+        self._slots = self._make_slots(name)
+        groups = [slot.target for slot in self._slots]
+        self.stream = SampleStream(len(groups), seed, name, groups, batch_size)
+        for part in parts:
+            for plan in part.plans:
+                warn_of_small_images(part.examples, plan)
+                warn_of_long_images(part.examples, plan)
+                warn_of_missed_masks(part.examples, plan)
+        if self.shapes:
             self._report_buckets()
 
     def __len__(self) -> int:
         """Return the number of positions in an epoch, with those that pad buckets."""
         return self.stream.length
 
+    def _views(
+        self, part: SampledSet
+    ) -> Iterator[tuple[Example, CropPlan, tuple[int, int], tuple[tuple[str, ...], ...]]]:
+        """Yield each image of a set at each of its different sizes, with its prompts."""
+        rules = part.caption_rules
+        prompts = [
+            tuple(rules.variants(caption, self.seed) for caption in example.captions)
+            for example in part.examples
+        ]
+        seen: set[tuple[int, tuple[int, int]]] = set()
+        for plan in part.plans:
+            for number, example in enumerate(part.examples):
+                target = plan.target_size(example.size)
+                if (number, target) not in seen:  # a small image has one size for several plans
+                    seen.add((number, target))
+                    yield example, plan, target, prompts[number]
+
+    def _kept(self, count: int, plan: CropPlan, example: Example) -> tuple[Variant, ...]:
+        return plan.kept(example.size, example.content_key, count, self.seed)
+
+    def _make_slots(self, name: str) -> list[_Slot]:
+        """Return the slots of an epoch, set by set.
+
+        A set with a share has as many of them, to the nearest whole number for each size, as make
+        that part of all. If all sets have shares, an epoch is so long that each image comes at
+        least once.
+        """
+        slots: list[_Slot] = []
+        shared: list[tuple[float, list[int]]] = []
+        once: dict[int, list[int]] = {}
+        for number, entry in enumerate(self._entries):
+            once.setdefault(id(entry.part), []).extend([number] * entry.example.repeats)
+        for part in self.parts:
+            numbers = once[id(part)]
+            if part.share is None:
+                slots += [_Slot(self._entries[n].target, n) for n in numbers * part.repeats]
+            else:
+                shared.append((part.share, numbers))
+        rest = 1 - sum(share for share, _ in shared)
+        whole = len(slots) / rest if slots else max((len(n) / s for s, n in shared), default=0)
+        for place, (share, numbers) in enumerate(shared):
+            by_target: dict[tuple[int, int], list[int]] = {}
+            for number in numbers:
+                by_target.setdefault(self._entries[number].target, []).append(number)
+            for target, members in by_target.items():
+                count = max(1, round(share * whole * len(members) / len(numbers)))
+                turns = Rotation(members, count, self.seed, f"{name} {place} {target}")
+                slots += [_Slot(target, number, turns) for number in range(count)]
+        return slots
+
+    @property
+    def shapes(self) -> bool:
+        """Whether samples may differ in size."""
+        sizes = {(plan.resolution, plan.buckets) for part in self.parts for plan in part.plans}
+        return len(sizes) > 1 or any(part.shapes for part in self.parts)
+
+    @property
+    def targets(self) -> list[tuple[int, int]]:
+        """Height and width of each image, once for each size that it is trained at."""
+        return [entry.target for entry in self._entries]
+
     @property
     def prompts(self) -> list[str]:
         """All prompts that samples can have, once each; with dropout also the empty one."""
-        prompts = [prompt for variants in self._prompts for prompt in variants]
-        return list(dict.fromkeys([*prompts, ""] if self.caption_dropout else prompts))
+        prompts = [
+            prompt for entry in self._entries for variants in entry.prompts for prompt in variants
+        ]
+        dropped = any(part.caption_dropout for part in self.parts)
+        return list(dict.fromkeys([*prompts, ""] if dropped else prompts))
 
     @property
     def digest(self) -> str:
         """Hash of the images, their captions, masks, control images, buckets and order, by which a
         resumed run can tell whether its data have changed."""
-        images = [[example.content_key, example.caption] for example in self.examples]
+        images = [[example.content_key, *example.captions] for example in self.examples]
         parts: list[Any] = [len(self), images]
         if any(example.repeats != 1 for example in self.examples):
             parts.append([example.repeats for example in self.examples])
-        if self.plan.buckets is not None:
+        if self.shapes:
             parts += [self.targets, self.stream.batch_size]
         if self.has_masks:
             parts.append([example.mask and example.mask.cache_key for example in self.examples])
         if any(example.controls for example in self.examples):
             parts.append([[c.content_key for c in example.controls] for example in self.examples])
+        if len(self.parts) > 1:
+            parts.append([[len(p.examples), p.repeats, p.share] for p in self.parts])
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
     def fill_cache(
@@ -145,33 +227,40 @@ class TrainingSet(Dataset[dict[str, Any]]):
     ) -> int:
         """Encode those of the examples that the cache is missing; see :meth:`LatentCache.fill`."""
         assert self.cache is not None
-        wanted = zip(self.examples[part], self._kept[part], strict=True)
-        return self.cache.fill(wanted, encode, progress=progress)
+        return self.cache.fill(self._wanted(part), encode, progress=progress)
 
     def fill_control_cache(
         self, encode: ControlEncoder, part: slice = slice(None), progress: bool = True
     ) -> int:
         """Encode those control images that the cache is missing."""
         assert self.control_cache is not None
-        wanted = zip(self.examples[part], self._kept[part], strict=True)
-        return self.control_cache.fill(wanted, encode, progress=progress)
+        return self.control_cache.fill(self._wanted(part), encode, progress=progress)
+
+    def _wanted(self, part: slice) -> Iterator[tuple[Example, Sequence[Variant]]]:
+        return ((entry.example, entry.kept) for entry in self._entries[part])
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        return self.sample(self._items[self.stream.index(position)], position)
+        slot = self._slots[self.stream.index(position)]
+        return self.sample(slot.entry_in(position // self.stream.length), position)
 
     def sample(self, item: int, position: int) -> dict[str, Any]:
-        """Return the sample of the example with number ``item``, as it would be at ``position``."""
-        example = self.examples[item]
+        """Return the sample of an image at one of its sizes, as it would be at ``position``.
+
+        Args:
+            item: number of the image; the numbers of its other sizes follow those of all images.
+        """
+        entry = self._entries[item]
+        example, plan = entry.example, entry.plan
         random = self._generator("variant", position)
         if self.cache is not None:
-            kept = self._kept[item]
+            kept = entry.kept
             variant = kept[int(torch.randint(len(kept), (), generator=random))]
             image = dict(self.cache.get(example.cache_key, variant))
         else:
-            variant = self.plan.draw(example.size, random)
-            image = {"pixel_values": self.plan.pixel_values(example.load(), variant)}
+            variant = plan.draw(example.size, random)
+            image = {"pixel_values": plan.pixel_values(example.load(), variant)}
             if example.mask is not None:
-                image["mask"] = self.plan.mask_values(example.mask.load(), variant)
+                image["mask"] = plan.mask_values(example.mask.load(), variant)
             if self.fill is not None:
                 image["fill_mask"] = self._fill_mask(image.get("mask"), variant, position)
         if not self.masked:
@@ -179,10 +268,12 @@ class TrainingSet(Dataset[dict[str, Any]]):
         elif example.mask is None:
             (some, *_) = image.values()
             image["mask"] = torch.ones(1, *some.shape[1:])
+        if self.weighted:
+            image["loss_weight"] = torch.tensor(entry.part.loss_weight)
         width, height = example.size
         return {
             "position": position,
-            "prompt": self._prompt(item, position),
+            "prompt": self._prompt(entry, position),
             "content_key": example.content_key,
             "original_size": torch.tensor([height, width]),
             "crop_top_left": torch.tensor([variant.top, variant.left]),
@@ -212,9 +303,11 @@ class TrainingSet(Dataset[dict[str, Any]]):
     def _report_buckets(self) -> None:
         """Log how many images each bucket has, and how many are repeated to fill its last batch."""
         counts, padding = Counter(self.targets), self.stream.padding
+        buckets = any(plan.buckets is not None for part in self.parts for plan in part.plans)
         logger.info(
-            "%s images by aspect-ratio bucket (height,width): %s",
+            "%s images by %s (height,width): %s",
             self.stream.name,
+            "aspect-ratio bucket" if buckets else "size",
             "; ".join(
                 f"{height},{width}: {count}"
                 + (f" (+{more} repeated in each epoch)" if (more := padding[height, width]) else "")
@@ -228,10 +321,13 @@ class TrainingSet(Dataset[dict[str, Any]]):
                 self.stream.batch_size,
             )
 
-    def _prompt(self, item: int, position: int) -> str:
-        if self._drops("caption", self.caption_dropout, position):
+    def _prompt(self, entry: _Entry, position: int) -> str:
+        if self._drops("caption", entry.part.caption_dropout, position):
             return ""
-        variants = self._prompts[item]
+        variants = entry.prompts[0]
+        if len(entry.prompts) > 1:
+            random = self._generator("caption", position)
+            variants = entry.prompts[int(torch.randint(len(entry.prompts), (), generator=random))]
         if len(variants) == 1:
             return variants[0]
         random = self._generator("caption variant", position)
@@ -252,7 +348,8 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     Returns:
         ``positions``, ``prompts``, ``content_keys`` and ``controls`` as lists; ``original_sizes``,
         ``crop_top_lefts`` and ``target_sizes`` (batch, 2); ``mean`` and ``std``, or
-        ``pixel_values``, and perhaps ``mask`` and ``fill_mask``, with a batch axis.
+        ``pixel_values``, and perhaps ``mask``, ``fill_mask`` and ``loss_weight``, with a batch
+        axis.
     """
     batch: dict[str, Any] = {
         f"{name}s": [sample[name] for sample in samples]
@@ -261,7 +358,7 @@ def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
     batch["controls"] = [sample["controls"] for sample in samples]
     for name in ("original_size", "crop_top_left", "target_size"):
         batch[f"{name}s"] = torch.stack([sample[name] for sample in samples])
-    for name in ("mean", "std", "pixel_values", "mask", "fill_mask"):
+    for name in ("mean", "std", "pixel_values", "mask", "fill_mask", "loss_weight"):
         if name in samples[0]:
             batch[name] = torch.stack([sample[name] for sample in samples])
     return batch

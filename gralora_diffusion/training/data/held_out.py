@@ -49,6 +49,7 @@ def find_held_out_images(
         config.instance_prompt,
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
+        caption_per_line=config.caption_per_line,
         role="held_out",
         masks=masks,
         controls=ControlPlaces(
@@ -112,6 +113,7 @@ def held_out_config(config: TrainingConfig) -> TrainingConfig:
         config,
         seed=seed_from(config.seed, "held out"),
         repeats=1,
+        resolutions=None,
         center_crop=True,
         random_flip=False,
         cached_crops=1,

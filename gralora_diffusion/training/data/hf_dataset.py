@@ -14,7 +14,7 @@ from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.safe_text import error_line
 
-from .captions import MASK_COLUMNS, one_line
+from .captions import MASK_COLUMNS, distinct_lines, one_line
 from .controls import FoundControl
 from .image_folder import WHOLE_IMAGES, Example, Found, check_images
 from .masks import FoundMask, MaskPlaces
@@ -131,9 +131,12 @@ def find_dataset_examples(
             raise DataError(place, [problem]) from error
     found = []
     for index, text in enumerate(texts):
-        if not isinstance(text, str | None):
-            problems.append(f"row {index}: {caption_column} is {text!r}; it must be text")
-            text = None
+        several = text if isinstance(text, list) else [text]
+        if not all(isinstance(one, str | None) for one in several):
+            problems.append(
+                f"row {index}: {caption_column} is {text!r}; it must be text, or a list of texts"
+            )
+            several = []
         row = DatasetRow(index, image_column, images)
         mask = None
         if masks_there is not None and masks_there[index][str(with_masks)] is not None:
@@ -145,8 +148,9 @@ def find_dataset_examples(
             for column, dataset in zip(control_columns, with_controls, strict=True)
             for control in _controls(index, column, dataset)
         )
-        caption = one_line(text) or one_line(prompt)
-        found.append(Found(str(row), row, caption, mask=mask, controls=controls))
+        first, *others = distinct_lines(several) or [one_line(prompt)]
+        more = tuple(others)
+        found.append(Found(str(row), row, first, mask=mask, controls=controls, other_captions=more))
     advice = "Give --instance_prompt for all rows without one" + (
         "" if caption_column else ", or --caption_column"
     )

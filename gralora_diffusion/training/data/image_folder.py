@@ -23,6 +23,7 @@ from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import folder_images, is_image, masks_beside, read_image
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.training.config.data_file import ALL_IMAGES, ImageSet
 
 from .captions import (
     LIKELY_CAPTIONS,
@@ -33,7 +34,7 @@ from .captions import (
     caption_files,
     concept_folders,
     one_line,
-    read_caption,
+    read_captions,
     read_metadata,
 )
 from .controls import (
@@ -92,6 +93,8 @@ class Example:
         concept: name of the sub-folder that sets the repeats.
         mask: which part of it the loss counts; None for the whole image.
         controls: what it was made from, in the order in which an editing base gets them.
+        image_set: the set that it belongs to.
+        other_captions: further ones; each sample uses one of all.
     """
 
     source: Source
@@ -102,11 +105,18 @@ class Example:
     concept: str | None = None
     mask: Mask | None = None
     controls: tuple[ControlImage, ...] = ()
+    image_set: ImageSet = ALL_IMAGES
+    other_captions: tuple[str, ...] = ()
 
     @property
     def cache_key(self) -> str:
         """What identifies everything that is encoded for it, besides the crop."""
         return self.content_key + (f" {self.mask.cache_key}" if self.mask else "")
+
+    @property
+    def captions(self) -> tuple[str, ...]:
+        """All captions, of which each sample uses one."""
+        return (self.caption, *self.other_captions)
 
     def load(self) -> Image.Image:
         """Return the image, upright, RGB and in the colors of sRGB.
@@ -138,6 +148,7 @@ class Found(NamedTuple):
     concept: str | None = None
     mask: FoundMask | None = None
     controls: tuple[FoundControl, ...] = ()
+    other_captions: tuple[str, ...] = ()
     empty_file: str | None = None
 
 
@@ -150,6 +161,7 @@ def find_examples(
     role: str = "instance",
     masks: MaskPlaces | None = None,
     controls: ControlPlaces | None = None,
+    caption_per_line: bool = False,
 ) -> list[Example]:
     """Return the images in ``folder``, sorted by name.
 
@@ -167,6 +179,7 @@ def find_examples(
         role: "instance", "class" or "held_out", which errors use to name the flags.
         masks: where the masks of the images are; None to train on whole images.
         controls: where their control images are; None for images without any.
+        caption_per_line: each line of a text file is a caption of its own.
 
     Raises:
         DataError: there is no folder, it has no image, a control image is missing, or there are
@@ -182,7 +195,17 @@ def find_examples(
     columns = () if controls is None else controls.columns or CONTROL_COLUMNS
     try:
         for part in _image_folders(folder, one_line(prompt), role, place, masks):
-            found += _find_in(part, folder, caption_column, place, problems, role, masks, columns)
+            found += _find_in(
+                part,
+                folder,
+                caption_column,
+                place,
+                problems,
+                role,
+                masks,
+                columns,
+                caption_per_line,
+            )
         if controls is not None and controls.folders:
             found = _with_folders(found, controls, problems)
     except OSError as error:
@@ -291,6 +314,7 @@ def _find_in(
     role: str,
     masks: MaskPlaces | None,
     control_columns: Sequence[str],
+    caption_per_line: bool,
 ) -> list[Found]:
     """Return the images of one folder with captions, masks and listed control images.
 
@@ -327,26 +351,28 @@ def _find_in(
         taken = {mask.name for mask in masked.values() if not mask.of_alpha}
         unused_masks = [*(name for name in unlisted if name not in taken), *unused]
     for name, texts in _beside(caption_files, part.path, names, files).items():
-        given = {metadata[0]: listed[name].caption} if _has_caption(listed, name) else {}
+        given = {metadata[0]: listed[name].captions} if _has_caption(listed, name) else {}
         empty = None
         for file in texts:
-            text = read_caption((part.path / name).parent / file, column, problems)
-            if text is not None:
+            beside_it = (part.path / name).parent / file
+            captions = read_captions(beside_it, column, problems, caption_per_line)
+            if captions is not None:
                 used.add(file)
-                given |= {file: text} if text else {}
-                empty = empty if text else file
+                given |= {file: tuple(captions)} if captions else {}
+                empty = empty if captions else file
         path = part.path / name
         shown = path.relative_to(top).as_posix()
         if len(set(given.values())) > 1:
             first, *others = given
             differing.append(f"{shown} ({first}, not {', '.join(others)})")
-        caption = next(iter(given.values()), part.prompt)
+        caption, *others = next(iter(given.values()), (part.prompt,))
         of_part = part.repeats, part.concept
         before_edit = tuple(
             FoundControl(control, part.path / control)
             for control in listed.get(name, ListedImage()).controls
         )
-        found.append(Found(shown, path, caption, *of_part, masked.get(name), before_edit, empty))
+        mask, rest = masked.get(name), tuple(others)
+        found.append(Found(shown, path, caption, *of_part, mask, before_edit, rest, empty))
     _warn(place, "images with captions that differ, of which the first is used", differing)
     _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
@@ -464,6 +490,7 @@ def check_images(
                     image.concept,
                     seen.mask,
                     tuple(c for c in seen.controls if isinstance(c, ControlImage)),
+                    other_captions=image.other_captions,
                 )
             )
     finally:
@@ -490,7 +517,7 @@ def _contradictions(examples: Iterable[Example]) -> list[str]:
     again = []
     for example in examples:
         name = str(getattr(example.source, "name", example.source))
-        key = (example.caption, *(control.content_key for control in example.controls))
+        key = (*example.captions, *(control.content_key for control in example.controls))
         earlier = first.setdefault(key, name)
         if example.controls and earlier != name:
             again.append(f"{name} (as {earlier})")

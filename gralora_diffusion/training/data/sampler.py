@@ -20,6 +20,8 @@ from torch.utils.data import Sampler
 from .seeds import generator
 
 Item = TypeVar("Item")
+#: Permutations that a rotation remembers.
+_KEPT_TURNS = 64
 
 
 class SampleStream:
@@ -92,6 +94,31 @@ class SampleStream:
             batches += [padded[start : start + self.batch_size] for start in starts]
         chosen = torch.randperm(len(batches), generator=random).tolist()
         return [item for batch in chosen for item in batches[batch]]
+
+
+class Rotation:
+    """Members in turn, a fixed number in each epoch; each time through all is a new permutation.
+
+    Args:
+        members: at least one.
+        count: how many an epoch has.
+        seed: of the run.
+        name: distinguishes rotations of the same run.
+    """
+
+    def __init__(self, members: Sequence[int], count: int, seed: int, name: str) -> None:
+        self.members, self.count, self.seed, self.name = list(members), count, seed, name
+        self._orders: dict[int, list[int]] = {}
+
+    def member(self, epoch: int, number: int) -> int:
+        """Return which member is the one of a number, from 0 to below ``count``, in an epoch."""
+        turn, place = divmod(epoch * self.count + number, len(self.members))
+        if turn not in self._orders:
+            if len(self._orders) >= _KEPT_TURNS:
+                self._orders.clear()
+            random = generator(self.seed, f"turn of {self.name}", turn)
+            self._orders[turn] = torch.randperm(len(self.members), generator=random).tolist()
+        return self.members[self._orders[turn][place]]
 
 
 class StreamBatchSampler(Sampler[list[int]]):

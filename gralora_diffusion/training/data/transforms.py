@@ -39,6 +39,20 @@ class Variant:
     flip: bool
 
 
+def covering(size: tuple[int, int], target: tuple[int, int]) -> tuple[int, int]:
+    """Return the width and height of a resized image that just covers a crop.
+
+    Args:
+        size: width and height of the image.
+        target: height and width of the crop.
+    """
+    width, height = size
+    target_height, target_width = target
+    if width * target_height >= height * target_width:  # the image is the wider one
+        return round(width * target_height / height), target_height
+    return target_width, round(height * target_width / width)
+
+
 @dataclass(frozen=True)
 class CropPlan:
     """How images become squares of ``resolution`` pixels, or get the size of their bucket.
@@ -64,11 +78,7 @@ class CropPlan:
 
     def resized(self, size: tuple[int, int]) -> tuple[int, int]:
         """Return width and height of an image of ``size`` (width, height) after resizing."""
-        width, height = size
-        target_height, target_width = self.target_size(size)
-        if width * target_height >= height * target_width:  # the image is the wider one
-            return round(width * target_height / height), target_height
-        return target_width, round(height * target_width / width)
+        return covering(size, self.target_size(size))
 
     def enlarges(self, size: tuple[int, int]) -> bool:
         """Return whether an image of ``size`` (width, height) has to be enlarged."""
@@ -138,6 +148,8 @@ class CropPlan:
     ) -> Tensor:
         """Return the variant of an RGB image as (3, height, width) floats in [-1, 1].
 
+        The variant may be of a plan of another resolution.
+
         If an image is enlarged to many times the variant, only that part is computed. Its pixels
         are those of the whole image, except for a few in 10,000 that Pillow rounds to the next of
         the 256 levels. Between two pixels that are equally near, "nearest" takes the latter here,
@@ -166,7 +178,7 @@ class CropPlan:
         resampling: Image.Resampling,
         size: tuple[int, int] | None = None,
     ) -> Image.Image:
-        width, height = self.resized(size or image.size)
+        width, height = covering(size or image.size, (variant.height, variant.width))
         left = width - variant.left - variant.width if variant.flip else variant.left
         top, right = variant.top, left + variant.width
         bottom = top + variant.height

@@ -13,6 +13,7 @@ from gralora_diffusion.training.config.validation_prompts import validation_prom
 
 from .caption_variants import CaptionRules
 from .image_folder import Example
+from .sets import by_set
 
 logger = logging.getLogger(__name__)
 
@@ -30,15 +31,26 @@ def report_truncation(
     class_images: Sequence[Example] = (),
 ) -> None:
     """Log the origin of each prompt that is too long, and how many tokens are cut off."""
-    too_long = [
-        f"{where} is cut off: {'; '.join(cuts)}"
-        for prompt, where in _prompts(config, images, class_images).items()
-        if (cuts := _cuts(pipe, family, prompt, config.max_sequence_length))
-    ]
+    too_long = truncated_prompts(pipe, family, config, images, class_images)
     for warning in too_long[:_TOLD]:
         logger.warning(warning)
     if len(too_long) > _TOLD:
         logger.warning("and %d more prompts are cut off", len(too_long) - _TOLD)
+
+
+def truncated_prompts(
+    pipe: Any,
+    family: ModelFamily,
+    config: TrainingConfig,
+    images: Sequence[Example],
+    class_images: Sequence[Example] = (),
+) -> list[str]:
+    """Return the origin of each prompt that is too long, and how many tokens are cut off."""
+    return [
+        f"{where} is cut off: {'; '.join(cuts)}"
+        for prompt, where in _prompts(config, images, class_images).items()
+        if (cuts := _cuts(pipe, family, prompt, config.max_sequence_length))
+    ]
 
 
 @contextmanager
@@ -67,11 +79,15 @@ def _prompts(
     found: dict[str, str] = {}
     if config.with_prior_preservation and config.class_prompt:
         found[config.class_prompt] = "--class_prompt"
-    rules = CaptionRules.of(config)
-    for example in images:
-        own = example.caption != config.instance_prompt
-        where = f"the caption of {example.source}" if own else "--instance_prompt"
-        found.setdefault(rules.framed(example.caption), where)
+    for image_set, options, examples in by_set(config, images):
+        rules, prompt = CaptionRules.of(options), "--instance_prompt"
+        if image_set.place:
+            prompt = f"{image_set.place}: the prompt"
+        for example in examples:
+            own = example.caption != options.instance_prompt
+            where = f"the caption of {example.source}" if own else prompt
+            for caption in example.captions:
+                found.setdefault(rules.framed(caption), where)
     for example in class_images:
         found.setdefault(example.caption, f"the caption of {example.source}")
     for entry in validation_prompts(config):

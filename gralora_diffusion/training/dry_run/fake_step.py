@@ -16,15 +16,16 @@ from PIL import Image
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from gralora_diffusion.families import Conditioning, ModelFamily
+from gralora_diffusion.families import Conditioning, ControlPreparation, ModelFamily
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.cache import PromptCache
-from gralora_diffusion.training.data.caption_variants import CaptionRules
 from gralora_diffusion.training.data.control_crops import ControlPlan
-from gralora_diffusion.training.data.data_module import crop_plan, encode_controls, encode_images
+from gralora_diffusion.training.data.data_module import encode_controls, encode_images
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import SampledSet
+from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
 from gralora_diffusion.training.optimization.step import BatchBuilder, DenoisingStep, mean_loss
 from gralora_diffusion.training.runtime.acceleration import DTYPES
@@ -46,30 +47,36 @@ class FakeData:
         config: TrainingConfig,
         family: ModelFamily,
         pipe: Any,
-        images: Sequence[Example],
+        sets: Sequence[SampledSet],
         accelerator: Accelerator,
     ) -> None:
         self.config, self.family, self.vae, self.accelerator = config, family, pipe.vae, accelerator
         self.prompts = None if config.train_text_encoder else PromptCache()
         self.teacher: Conditioning | None = None
         self.cached = 0  # bytes
-        self.masked = config.masked_loss and any(image.mask for image in images)
+        views = [(image, plan) for part in sets for plan in part.plans for image in part.examples]
+        self.masked = config.masked_loss and any(image.mask for image, _ in views)
         self.fills = family.fills(pipe)
-        plan = crop_plan(config, family.size_divisor(pipe))
         #: height and width of the largest image
-        self.image_size = max((plan.target_size(p.size) for p in images), key=math.prod)
-        kept = [plan.kept(p.size, p.content_key, config.cached_crops, config.seed) for p in images]
-        self.crops = sum(map(len, kept))
-        self.controls = _largest_controls(
-            ControlPlan(plan, family.control_preparation(pipe)), images
-        )
+        self.image_size = max((plan.target_size(p.size) for p, plan in views), key=math.prod)
+        kept = [
+            len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
+            for p, plan in views
+        ]
+        self.crops = sum(kept)
+        self.controls = _largest_controls(family.control_preparation(pipe), views)
         #: number of control images to encode, if all were different
         self.control_crops = sum(
-            len(image.controls) * len(crops) for image, crops in zip(images, kept, strict=True)
+            len(image.controls) * crops for (image, _), crops in zip(views, kept, strict=True)
         )
-        rules = CaptionRules.of(config)
-        captions = {prompt for image in images for prompt in rules.variants(image.caption, 0)}
-        captions |= {""} if config.caption_dropout else set()
+        captions = {
+            prompt
+            for part in sets
+            for image in part.examples
+            for caption in image.captions
+            for prompt in part.caption_rules.variants(caption, 0)
+        }
+        captions |= {""} if any(part.caption_dropout for part in sets) else set()
         captions |= {str(config.class_prompt)} if config.with_prior_preservation else set()
         self.captions = len(captions)
 
@@ -155,19 +162,30 @@ class FakeData:
         return [torch.empty(count, *shape) for shape in self.controls]
 
 
-def _largest_controls(plan: ControlPlan, images: Sequence[Example]) -> list[torch.Size]:
-    """Return the shapes (3, height, width) of the most pixels of control images in a sample."""
+def _largest_controls(
+    preparation: ControlPreparation | None, views: Sequence[tuple[Example, CropPlan]]
+) -> list[torch.Size]:
+    """Return the shapes (3, height, width) of the most pixels of control images in a sample.
 
-    def shapes(image: Example) -> list[torch.Size]:
-        variant = plan.crops.kept(image.size, image.content_key, 1, 0)[0]
+    Args:
+        views: images, and how each of them is cropped.
+    """
+
+    def shapes(image: Example, plan: CropPlan) -> list[torch.Size]:
+        variant = plan.kept(image.size, image.content_key, 1, 0)[0]
+        controls = ControlPlan(plan, preparation)
         return [
-            plan.pixel_values(Image.new("RGB", c.size), image.size, variant).shape
+            controls.pixel_values(Image.new("RGB", c.size), image.size, variant).shape
             for c in image.controls
         ]
 
     # one for each combination of sizes, since blank images are really prepared
-    by_size = {(image.size, tuple(c.size for c in image.controls)): image for image in images}
-    return max(map(shapes, by_size.values()), key=lambda s: sum(map(math.prod, s)))
+    by_size = {
+        (image.size, plan.target_size(image.size), *(c.size for c in image.controls)): (image, plan)
+        for image, plan in views
+    }
+    found = (shapes(image, plan) for image, plan in by_size.values())
+    return max(found, key=lambda s: sum(map(math.prod, s)))
 
 
 class FakeObjective(Objective):

@@ -25,6 +25,7 @@ def format_plan(plan: Plan) -> str:
         ("base", f"{config.pretrained_model_name_or_path} ({plan.family})"),
         ("device", f"{plan.device}, mixed precision {config.mixed_precision}"),
         ("images", f"{plan.images}, trained at up to {width} x {height} pixels"),
+        *((f"set {number}", text) for number, text in enumerate(plan.sets, 1)),
         ("steps", f"{plan.steps} of {samples} samples, {_passes(plan)}"),
     ]
     if config.gralora_k > 1 and config.learning_rate and config.optimizer != "prodigy":

@@ -16,6 +16,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.buckets import listed_buckets
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import by_set, sides
 from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
 from gralora_diffusion.training.runtime.offloading import (
     NOTHING,
@@ -59,7 +60,7 @@ def check_memory(
         ConfigError: the run needs far more memory than there is.
     """
     there, offloading = device_memory(accelerator.device), requested_offloading(config)
-    if _upper_bound(config, family) < _SURELY * there.free:
+    if _upper_bound(config, family, images) < _SURELY * there.free:
         return f"far below the {_gib(there.free)} of free memory", offloading
     try:
         plan = plan_run(config, family, images, class_images, accelerator, sharding)
@@ -170,14 +171,16 @@ def memory_advice(config: TrainingConfig) -> str:
     )
 
 
-def _upper_bound(config: TrainingConfig, family: ModelFamily) -> float:
+def _upper_bound(config: TrainingConfig, family: ModelFamily, images: Sequence[Example]) -> float:
     """Return bytes that the run certainly does not exceed; infinite if they are not known."""
     folder = Path(config.base_config or config.pretrained_model_name_or_path).expanduser()
-    side = config.resolution or native_side(folder, family)
-    if side is None:
+    native = config.resolution or native_side(folder, family)
+    if native is None:
         return math.inf
     rows = config.train_batch_size * (2 if config.with_prior_preservation else 1)
-    pixels = _most_pixels(config, side) * max(rows, 4)  # a margin for what does not grow with rows
+    sets = [own for _, own, _ in by_set(config, images)]
+    most = max(_most_pixels(own, max(sides(own), default=native)) for own in [config, *sets])
+    pixels = most * max(rows, 4)  # a margin for what does not grow with rows
     # weights of 8 bits may be loaded as 32
     return 4 * _bytes_of_weights(config) + pixels * _MOST_PER_PIXEL
 

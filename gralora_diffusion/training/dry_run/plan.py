@@ -30,9 +30,14 @@ from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.controls import check_controls_of_base
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import existing_class_images
-from gralora_diffusion.training.data.data_module import crop_plan
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import (
+    SampledSet,
+    crop_plans,
+    described_sets,
+    sampled_sets,
+)
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_adapters
 from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
@@ -87,6 +92,7 @@ class Plan:
     Attributes:
         config: with the family's defaults.
         processes: number of processes; each needs the memory in ``memory``.
+        sets: a line for each set of a data file.
         rows: of a forward pass.
         phases: those that exist of encoding "pictures", encoding "prompts", and "steps".
         gradients: bytes at the end of a step; there are fewer at the peak of memory.
@@ -103,6 +109,7 @@ class Plan:
     device: str
     processes: int
     images: int
+    sets: tuple[str, ...]
     masks: int
     class_images: int
     image_size: tuple[int, int]  # height, width of the largest
@@ -219,7 +226,10 @@ def plan_run(
         config, named[0], [entry for group in named[1:] for entry in group], device
     )
     objective = FakeObjective(config, family, pipe)
-    data = FakeData(config, family, pipe, [*images, *class_images], accelerator)
+    divisor = family.size_divisor(pipe)
+    sets = sampled_sets(config, images, divisor)
+    classes = [SampledSet(class_images, crop_plans(config, divisor))] if class_images else []
+    data = FakeData(config, family, pipe, [*sets, *classes], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
@@ -260,13 +270,7 @@ def plan_run(
     rows.append(MemoryRow("activations", "activations", made))
     rows.append(MemoryRow("gradients", "gradients at the peak", {"steps": gradients}))
     samples = config.train_batch_size * config.gradient_accumulation_steps * processes
-    stream = TrainingSet(
-        images,
-        crop_plan(config, family.size_divisor(pipe)),
-        config.seed,
-        repeats=config.repeats,
-        batch_size=config.train_batch_size,
-    )
+    stream = TrainingSet(sets, config.seed, batch_size=config.train_batch_size)
     epoch = math.ceil(len(stream) / samples)  # including repeats that pad aspect-ratio buckets
     return Plan(
         config=config,
@@ -274,6 +278,7 @@ def plan_run(
         device=device.type,
         processes=processes,
         images=len(images),
+        sets=tuple(described_sets(config, images)),
         masks=sum(image.mask is not None for image in images),
         class_images=existing_class_images(config),
         image_size=data.image_size,

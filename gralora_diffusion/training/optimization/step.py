@@ -253,6 +253,9 @@ class BatchBuilder:
         latents = there["mean"].float() + there["std"].float() * there["sample"]
         noise, timesteps = there["noise"], there["timesteps"]
         count = len(timesteps)
+        weights = torch.full((count,), weight, device=self.device)
+        if "loss_weight" in batch:
+            weights *= on_device({"weights": batch["loss_weight"]}, self.device)["weights"]
         return DenoisingBatch(
             noisy_latents=objective.add_noise(latents, there.get("perturbed", noise), timesteps).to(
                 self.dtype
@@ -266,7 +269,7 @@ class BatchBuilder:
                 **self._fill(batch, seed),
             },
             encoded=self._encoded(batch["prompts"]),
-            weights=torch.full((count,), weight, device=self.device),
+            weights=weights,
             instances=count,
         )
 

@@ -24,6 +24,7 @@ from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches
 from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import by_set
 from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 from gralora_diffusion.training.optimization.objectives import pseudo_huber
 
@@ -61,7 +62,7 @@ def training_metadata(
         "modelspec.architecture": f"{names.architecture}/gralora",
         "modelspec.implementation": "gralora-diffusion",
         "modelspec.title": title,
-        "modelspec.trigger_phrase": one_line(config.instance_prompt) or None,
+        "modelspec.trigger_phrase": trigger_phrase(config, instance.examples),
         "modelspec.resolution": f"{config.resolution}x{config.resolution}",
         "ss_output_name": title,
         "ss_sd_model_name": public_name(config.pretrained_model_name_or_path),
@@ -116,6 +117,12 @@ def training_metadata(
         }
     known = {key: str(value) for key, value in fields.items() if value is not None}
     return known | HASH_FIELDS
+
+
+def trigger_phrase(config: TrainingConfig, images: Iterable[Example]) -> str | None:
+    """Return the texts that a run teaches, each once: trigger words, or else prompts."""
+    found = [own.trigger_word or own.instance_prompt for _, own, _ in by_set(config, images)]
+    return ", ".join(dict.fromkeys(filter(None, map(one_line, found)))) or None
 
 
 def _timestep_range(options: LossOptions, pipe: Any) -> str | None:
@@ -194,23 +201,28 @@ def _data_fields(
     instance: TrainingSet,
     classes: TrainingSet | None,
 ) -> dict[str, Any]:
-    folder = public_name(config.instance_data_dir or str(config.dataset_name))
     folders: dict[str, list[Example]] = {}
     for example in instance.examples:
-        folders.setdefault(example.concept or folder, []).append(example)
+        folder = example.concept or example.image_set.name(config)
+        folders.setdefault(folder, []).append(example)
+    sets = list(by_set(config, instance.examples))
+    repeats = {id(image_set): own.repeats for image_set, own, _ in sets}
     directories = {
-        name: {"n_repeats": config.repeats * examples[0].repeats, "img_count": len(examples)}
+        name: {
+            "n_repeats": repeats[id(examples[0].image_set)] * examples[0].repeats,
+            "img_count": len(examples),
+        }
         for name, examples in folders.items()
     }
     tags = {
-        name: tag_frequency(example.caption for example in examples)
+        name: tag_frequency(caption for example in examples for caption in example.captions)
         for name, examples in folders.items()
     }
     fields: dict[str, Any] = {
-        "ss_num_train_images": sum(e.repeats for e in instance.examples) * config.repeats,
+        "ss_num_train_images": sum(e.repeats * repeats[id(e.image_set)] for e in instance.examples),
         "ss_num_reg_images": len(classes.examples) if classes else 0,
         "ss_resolution": (config.resolution, config.resolution),
-        "ss_enable_bucket": instance.plan.buckets is not None,
+        "ss_enable_bucket": instance.shapes,
         "ss_random_crop": not config.center_crop,
         "ss_flip_aug": config.random_flip,
         "ss_cache_latents": config.cache_latents,
@@ -220,7 +232,7 @@ def _data_fields(
         "ss_dataset_dirs": _text(directories),
         "ss_tag_frequency": _text(tags),
     }
-    if instance.plan.buckets is not None:
+    if instance.shapes:
         counts = Counter(instance.targets)
         buckets = {
             str(number): {"resolution": [width, height], "count": count}

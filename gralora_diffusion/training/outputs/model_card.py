@@ -66,7 +66,7 @@ def write_card(
             *(["inpainting"] if fills else []),
             family,
         ],
-        instance_prompt=config.instance_prompt,
+        instance_prompt=config.instance_prompt or config.trigger_word,
         widget=_widget(folder, config, family, pipeline, grid, prompts) or None,
         **license_fields,
     )

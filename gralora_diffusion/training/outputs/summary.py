@@ -14,6 +14,7 @@ from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME
 from gralora_diffusion.io.process import are_several
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import described_sets
 from gralora_diffusion.training.optimization.held_out import HeldOutRecord, Measurement
 from gralora_diffusion.training.optimization.masked_loss import MaskedLoss
 from gralora_diffusion.training.runtime.folder_lock import CONFIG_NAME
@@ -45,12 +46,13 @@ def summary_of_inputs(
         held_out: number of held-out images.
     """
     every = f"their loss is measured every {config.held_out_steps} steps"
-    captions = {image.caption for image in images}
+    captions = {caption for image in images for caption in image.captions}
     controls = sum(len(image.controls) for image in images)
     texts = f"{len(captions)} captions" if len(captions) > 1 else f"all with {captions.pop()!r}"
     rows = [
         ("base", f"{config.pretrained_model_name_or_path} ({family}), on {device}"),
         ("images", f"{len(images)}, {texts}"),
+        *(("", text) for text in described_sets(config, images)),
         *([("masks", summary_of_masks(config, images))] if config.masked_loss else []),
         *([("edits", f"{controls} control images")] if controls else []),
         *([("class", f"{len(class_images)} images")] if class_images else []),

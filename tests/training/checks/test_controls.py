@@ -21,8 +21,8 @@ from gralora_diffusion.training.checks.controls import (
 from gralora_diffusion.training.checks.options import find_problems
 from gralora_diffusion.training.data.control_crops import ControlPlan
 from gralora_diffusion.training.data.controls import ControlImage
-from gralora_diffusion.training.data.data_module import crop_plan
 from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.sets import crop_plan
 from tests import pipeline_classes
 from tests.models import PIPELINES
 from tests.training.runs import config, make_images

@@ -9,12 +9,26 @@ import pytest
 
 from gralora_diffusion.training.data.caption_variants import CaptionRules
 from gralora_diffusion.training.data.data_module import facts_of_samples, find_images
-from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.transforms import CropPlan
-from tests.training.runs import config
+from tests.training.runs import config, one_set
 
 CAPTION = "a dog, red,  big ,on grass,"
 TAGS = ["a dog", "red", "big", "on grass"]
+
+
+def test_the_trigger_is_in_every_prompt():
+    """In place of ``[trigger]``, or first; upper and lower case do not matter."""
+    rules = CaptionRules(trigger="sks dog")
+    wanted = {
+        "on grass": "sks dog on grass",
+        "a photo of [trigger], on grass": "a photo of sks dog, on grass",
+        "A Sks Dog": "A Sks Dog",
+        "": "sks dog",
+    }
+    for caption, prompt in wanted.items():
+        assert rules.variants(caption, 0) == (prompt,)
+    rules = CaptionRules(trigger="sks", dropout=0.9, count=20)
+    assert all("sks" in prompt for prompt in rules.variants("sks, red, big, old", 0))
 
 
 def test_captions_are_left_as_they_are() -> None:
@@ -73,7 +87,7 @@ def test_samples_use_every_variant(images: Path, tmp_path: Path) -> None:
     rules = CaptionRules.of(options)
     assert rules == CaptionRules(prefix="sks,", shuffle=True, keep=1, count=3)
     found = find_images(options)
-    samples = TrainingSet(found, CropPlan(16), 0, caption_rules=rules)
+    samples = one_set(found, CropPlan(16), 0, caption_rules=rules)
     prompts = [samples[position]["prompt"] for position in range(60)]
     assert set(prompts) == set(samples.prompts) == set(rules.variants(found[0].caption, 0))
     assert prompts == [samples[position]["prompt"] for position in range(60)]

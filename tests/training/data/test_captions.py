@@ -115,7 +115,7 @@ def test_caption_column_names_a_key_of_json_files_too(folder):
 @pytest.mark.parametrize(
     "content",
     [
-        *('{"shapes": []}', '{"caption": ["a", "b"]}', '{"caption": "\\ud800"}', "[1]", '"x"', "3"),
+        *('{"shapes": []}', '{"caption": ["a", 2]}', '{"caption": "\\ud800"}', "[1]", '"x"', "3"),
         *("{", "[" * 100_000, b"\xff\xfe"),
     ],
 )
@@ -137,6 +137,24 @@ def test_other_captions_are_named_as_captions(folder, caplog):
         "other files, ignored": "1.npz, readme.md",
         "sub-folders that are not read": "more",
     }
+
+
+def test_an_image_may_have_several_captions(folder, caplog):
+    """A list in JSON is several captions; the lines of a text are, if that is asked for."""
+    fill(folder, "1.png", "2.png", "3.png", "4.png")
+    write(folder, "metadata.jsonl", '{"file_name": "1.png", "text": ["a  b", "c", "", "a b"]}\n')
+    write(folder, "2.txt", "\ufeffone\r\n\r\n two\u2028still two \nthree\n")
+    write(folder, "3.json", '{"caption": ["x", "y"]}')
+    for per_line, second in ((False, ("one two still two three",)), (True, None)):
+        examples = find_examples(folder, "the prompt", caption_per_line=per_line)
+        captions = {e.source.name: e.captions for e in examples}
+        assert captions == {
+            "1.png": ("a b", "c"),
+            "2.png": second or ("one", "two still two", "three"),
+            "3.png": ("x", "y"),
+            "4.png": ("the prompt",),
+        }
+    assert not caplog.records
 
 
 def test_captions_that_differ_are_named(folder, caplog):

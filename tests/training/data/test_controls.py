@@ -19,10 +19,10 @@ from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.cache import ControlCache, LatentCache
 from gralora_diffusion.training.data.control_crops import ControlPlan, same_shape
 from gralora_diffusion.training.data.controls import ControlPlaces
-from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import Example, find_examples
 from gralora_diffusion.training.data.transforms import CropPlan
+from tests.training.runs import one_set
 
 
 def fill(folder: Path, *names: str, size: tuple[int, int] = (24, 16)) -> Path:
@@ -262,7 +262,7 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
         return batch[:, :, ::2, ::2]
 
     folder = tmp_path / "cache"
-    made = TrainingSet(
+    made = one_set(
         examples,
         crops,
         3,
@@ -274,7 +274,7 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
     made.fill_cache(lambda batch: (batch, batch), progress=False)
     assert made.fill_control_cache(encode, progress=False) == 4
     again = ControlCache(ControlPlan(crops), "vae", folder)
-    wanted = list(zip(examples, made._kept, strict=True))
+    wanted = list(made._wanted(slice(None)))
     assert again.fill(wanted, encode, progress=False) == 0
     for other in (
         ControlCache(ControlPlan(crops), "another VAE", folder),
@@ -287,7 +287,7 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
         example = next(e for e in examples if e.content_key == sample["content_key"])
         variant = next(
             v
-            for v in made._kept[examples.index(example)]
+            for v in made._entries[examples.index(example)].kept
             if torch.equal(made.cache.get(example.content_key, v)["mean"], sample["mean"])
         )
         small = example.controls[0].load().resize((22, 16), Image.Resampling.LANCZOS)
@@ -303,7 +303,7 @@ def test_a_changed_control_image_is_another_run(tmp_path: Path) -> None:
     second = fill(tmp_path / "the second", "1.png", "2.png")
     plan = CropPlan(16, buckets=Buckets(16, 8))
     digests = {
-        TrainingSet(find_examples(images, "p", controls=places), plan, 0).digest
+        one_set(find_examples(images, "p", controls=places), plan, 0).digest
         for places in (None, ControlPlaces((first,)), ControlPlaces((second,)))
     }
     assert len(digests) == 3

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 
 from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.cache import LatentCache
-from gralora_diffusion.training.data.dataset import TrainingSet, collate
+from gralora_diffusion.training.data.dataset import collate
 from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.sampler import StreamBatchSampler
 from gralora_diffusion.training.data.transforms import CropPlan
+from tests.training.runs import one_set
 
 PLAN = CropPlan(8, random_flip=True)
 SHADES = {"dark": 20, "dim": 90, "light": 170, "bright": 240, "middle": 128}
@@ -45,7 +46,7 @@ def identity(pixel_values):
 
 def cached_set(examples, **options):
     cache = LatentCache(PLAN, "identity")
-    training_set = TrainingSet(examples, PLAN, 0, cache=cache, **options)
+    training_set = one_set(examples, PLAN, 0, cache=cache, **options)
     training_set.fill_cache(identity, progress=False)
     return training_set
 
@@ -53,14 +54,13 @@ def cached_set(examples, **options):
 def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
     """Each encodes a part of the images; afterwards none is missing anything."""
     sets = [
-        TrainingSet(examples, PLAN, 0, cache=LatentCache(PLAN, "identity", tmp_path))
-        for _ in range(3)
+        one_set(examples, PLAN, 0, cache=LatentCache(PLAN, "identity", tmp_path)) for _ in range(3)
     ]
     done = [
         own.fill_cache(identity, slice(index, None, 3), progress=False)
         for index, own in enumerate(sets)
     ]
-    assert sum(done) == sum(map(len, sets[0]._kept))
+    assert sum(done) == sum(len(entry.kept) for entry in sets[0]._entries)
     assert all(done)
     assert not any(own.fill_cache(identity, progress=False) for own in sets)
     alone = cached_set(examples)
@@ -74,7 +74,7 @@ def shade_of(image):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_captions_stay_with_their_images_over_epochs(examples, cached):
-    training_set = cached_set(examples) if cached else TrainingSet(examples, PLAN, 0)
+    training_set = cached_set(examples) if cached else one_set(examples, PLAN, 0)
     seen = Counter()
     orders = set()
     for epoch in range(6):
@@ -92,16 +92,16 @@ def test_images_that_count_more_than_once(examples):
     """Each as often as its own number times that for all, in an epoch that is so much longer."""
     own = dict(zip(SHADES, (3, 1, 1, 2, 1), strict=True))
     counted = [replace(e, repeats=own[e.caption]) for e in examples]
-    training_set = TrainingSet(counted, PLAN, 0, repeats=2)
+    training_set = one_set(counted, PLAN, 0, repeats=2)
     assert len(training_set) == 2 * 8
     for epoch in range(3):
         seen = Counter(training_set[t]["prompt"] for t in range(16 * epoch, 16 * epoch + 16))
         assert seen == {caption: 2 * count for caption, count in own.items()}
     other = list(counted)
     other[0], other[3] = replace(other[0], repeats=2), replace(other[3], repeats=3)
-    digests = {TrainingSet(chosen, PLAN, 0).digest for chosen in (examples, counted, other)}
+    digests = {one_set(chosen, PLAN, 0).digest for chosen in (examples, counted, other)}
     assert len(digests) == 3
-    shapes = TrainingSet(counted, SHAPES, 0, batch_size=2)
+    shapes = one_set(counted, SHAPES, 0, batch_size=2)
     for start in range(0, len(shapes), 2):
         sizes = {tuple(shapes[t]["target_size"].tolist()) for t in (start, start + 1)}
         assert len(sizes) == 1
@@ -109,7 +109,7 @@ def test_images_that_count_more_than_once(examples):
 
 def test_sample_is_the_variant_that_it_tells(examples):
     """Worked out from the image by hand: mirror, then cut at crop_top_left."""
-    for training_set, name in ((TrainingSet(examples, PLAN, 0), "pixel_values"),
+    for training_set, name in ((one_set(examples, PLAN, 0), "pixel_values"),
                                (cached_set(examples), "mean")):  # fmt: skip
         for t in range(25):
             sample = training_set[t]
@@ -130,9 +130,7 @@ def test_sample_is_the_variant_that_it_tells(examples):
 
 @pytest.mark.parametrize("cached", [False, True])
 def test_crops_and_flips_stay_random_over_epochs(examples, cached):
-    training_set = (
-        cached_set(examples, cached_crops=6) if cached else TrainingSet(examples, PLAN, 0)
-    )
+    training_set = cached_set(examples, cached_crops=6) if cached else one_set(examples, PLAN, 0)
     variants = defaultdict(set)
     for t in range(5 * 60):
         sample = training_set[t]
@@ -151,23 +149,23 @@ def test_samples_depend_on_the_position_only(examples):
         a, b = first[t], second[t]
         assert a.keys() == b.keys()
         assert all(torch.equal(a[k], b[k]) if torch.is_tensor(a[k]) else a[k] == b[k] for k in a)
-    other = TrainingSet(examples, PLAN, 1)
+    other = one_set(examples, PLAN, 1)
     assert [first[t]["prompt"] for t in range(20)] != [other[t]["prompt"] for t in range(20)]
 
 
 def test_repeats_count_in_the_epoch(examples):
-    training_set = TrainingSet(examples, PLAN, 0, repeats=3)
+    training_set = one_set(examples, PLAN, 0, repeats=3)
     assert len(training_set) == 15
     seen = Counter(training_set[t]["prompt"] for t in range(15))
     assert seen == dict.fromkeys(SHADES, 3)
 
 
 def test_class_stream_uses_all_its_images_in_its_own_order(examples):
-    instance = TrainingSet(examples[:2], PLAN, 0)
-    classes = TrainingSet(examples, PLAN, 0, name="class")
+    instance = one_set(examples[:2], PLAN, 0)
+    classes = one_set(examples, PLAN, 0, name="class")
     loader = [(instance[t]["prompt"], classes[t]["prompt"]) for t in range(5)]
     assert {prompt for _, prompt in loader} == set(SHADES)
-    again = TrainingSet(examples, PLAN, 0)
+    again = one_set(examples, PLAN, 0)
     assert [again[t]["prompt"] for t in range(20)] != [classes[t]["prompt"] for t in range(20)]
 
 
@@ -191,7 +189,7 @@ SHAPES = CropPlan(8, random_flip=True, buckets=Buckets(8, 1, ((8, 16), (16, 8), 
 def test_micro_batches_have_one_shape_and_hold_every_image(examples, cached):
     """Three wide images and two tall ones, in batches of two."""
     cache = LatentCache(SHAPES, "identity") if cached else None
-    training_set = TrainingSet(examples, SHAPES, 0, batch_size=2, cache=cache)
+    training_set = one_set(examples, SHAPES, 0, batch_size=2, cache=cache)
     if cached:
         training_set.fill_cache(identity, progress=False)
     assert len(training_set) == 6
@@ -211,7 +209,7 @@ def test_micro_batches_have_one_shape_and_hold_every_image(examples, cached):
 
 
 def test_repeats_fill_up_a_bucket_without_padding(examples):
-    training_set = TrainingSet(examples, SHAPES, 0, repeats=2, batch_size=2)
+    training_set = one_set(examples, SHAPES, 0, repeats=2, batch_size=2)
     assert len(training_set) == 10
     seen = Counter(training_set[t]["prompt"] for t in range(10))
     assert seen == dict.fromkeys(SHADES, 2)
@@ -219,9 +217,9 @@ def test_repeats_fill_up_a_bucket_without_padding(examples):
 
 def test_the_user_is_told_of_buckets_and_padding(examples, caplog):
     with caplog.at_level(logging.INFO, logger="gralora_diffusion"):
-        TrainingSet(examples, PLAN, 0, batch_size=2)
+        one_set(examples, PLAN, 0, batch_size=2)
         assert not caplog.records
-        TrainingSet(examples, SHAPES, 0, batch_size=2)
+        one_set(examples, SHAPES, 0, batch_size=2)
         first, second = (record.getMessage() for record in caplog.records)
         assert first == (
             "instance images by aspect-ratio bucket (height,width): "
@@ -229,25 +227,25 @@ def test_the_user_is_told_of_buckets_and_padding(examples, caplog):
         )
         assert "last batch of 2" in second
         caplog.clear()
-        TrainingSet(examples, SHAPES, 0, name="class")
+        one_set(examples, SHAPES, 0, name="class")
         (only,) = (record.getMessage() for record in caplog.records)
         assert only == "class images by aspect-ratio bucket (height,width): 8,16: 3; 16,8: 2"
 
 
 def test_digest_follows_buckets_and_the_batches_they_make(examples):
     others = CropPlan(8, buckets=Buckets(8, 1, ((8, 16), (12, 12))))
-    digests = [TrainingSet(examples, plan, 0, batch_size=2).digest for plan in (SHAPES, others)]
-    digests += [TrainingSet(examples, PLAN, 0, batch_size=size).digest for size in (2, 3)]
-    digests.append(TrainingSet(examples, SHAPES, 0, batch_size=3).digest)
+    digests = [one_set(examples, plan, 0, batch_size=2).digest for plan in (SHAPES, others)]
+    digests += [one_set(examples, PLAN, 0, batch_size=size).digest for size in (2, 3)]
+    digests.append(one_set(examples, SHAPES, 0, batch_size=3).digest)
     assert digests[2] == digests[3]
     assert len(set(digests)) == 4
 
 
 def test_digest_follows_images_captions_and_repeats(examples):
-    digest = TrainingSet(examples, PLAN, 0).digest
-    assert TrainingSet(list(examples), PLAN, 5).digest == digest
-    assert TrainingSet(examples[:4], PLAN, 0).digest != digest
-    assert TrainingSet(examples, PLAN, 0, repeats=2).digest != digest
+    digest = one_set(examples, PLAN, 0).digest
+    assert one_set(list(examples), PLAN, 5).digest == digest
+    assert one_set(examples[:4], PLAN, 0).digest != digest
+    assert one_set(examples, PLAN, 0, repeats=2).digest != digest
 
 
 @pytest.mark.parametrize("workers", [0, 2])

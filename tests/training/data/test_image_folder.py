@@ -130,7 +130,7 @@ def test_every_fault_of_the_metadata_is_told(tmp_path):
         {"text": "which picture?"},
         {"file_name": "gone.png", "text": "x"},
         {"file_name": "../1.png", "text": "x"},
-        {"file_name": "2.png", "text": ["a", "list"]},
+        {"file_name": "2.png", "text": ["a", 3]},
         {"file_name": "1.png", "text": "another"},
     )
     with pytest.raises(DataError) as caught:
@@ -142,7 +142,7 @@ def test_every_fault_of_the_metadata_is_told(tmp_path):
         "line 4 must be like",
         "line 5 names gone.png, which does not exist",
         "line 6 names ../1.png, which is not in the folder",
-        "line 7: the caption is ['a', 'list']; it must be text",
+        "line 7: the caption is ['a', 3]; it must be text, or a list",
         "line 8 gives 1.png a second, different caption",
     ]
     assert len(told) == len(expected)

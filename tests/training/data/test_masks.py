@@ -23,7 +23,7 @@ from gralora_diffusion.training.data.image_folder import Example, find_examples
 from gralora_diffusion.training.data.masks import MaskPlaces, latent_mask
 from gralora_diffusion.training.data.transforms import CropPlan, Variant
 from gralora_diffusion.training.preparation import digest_of
-from tests.training.runs import config
+from tests.training.runs import config, one_set
 
 SIZE = (12, 8)
 BESIDE = MaskPlaces()
@@ -313,7 +313,7 @@ def test_a_mask_is_cut_as_its_image(tmp_path, buckets, random_flip):
     Image.merge("RGB", [same] * 3).save(tmp_path / "1.png")
     examples = find_examples(tmp_path, "a dog", masks=BESIDE)
     plan = CropPlan(16, random_flip=random_flip, interpolation="box", buckets=buckets)
-    samples = TrainingSet(examples, plan, seed=3)
+    samples = one_set(examples, plan, seed=3)
     seen = set()
     for position in range(12):
         sample = samples[position]
@@ -353,7 +353,7 @@ def test_cached_masks_and_their_keys(tmp_path):
     def filled() -> tuple[TrainingSet, int]:
         examples = find_examples(tmp_path, "a dog", masks=BESIDE)
         cache = LatentCache(plan, "identity", tmp_path / "cache")
-        samples = TrainingSet(examples, plan, 0, cache=cache, cached_crops=4)
+        samples = one_set(examples, plan, 0, cache=cache, cached_crops=4)
         return samples, samples.fill_cache(identity, progress=False)
 
     samples, made = filled()
@@ -391,11 +391,11 @@ def test_crops_that_miss_the_mask_are_told(tmp_path, caplog):
         image(tmp_path / f"{number}.png", (40, 16), seed=number)
         mask(tmp_path / f"{number}.mask.png", box, size=(40, 16))
     examples = find_examples(tmp_path, "a dog", masks=BESIDE)
-    TrainingSet(examples, CropPlan(16), 0)
+    one_set(examples, CropPlan(16), 0)
     missed = "masks whose white part a crop may miss; such a sample trains nothing inside"
     assert f"{missed} (2): 0.png, 3.png" in caplog.text
     caplog.clear()
-    TrainingSet(examples, CropPlan(16, center_crop=True), 0)
+    one_set(examples, CropPlan(16, center_crop=True), 0)
     assert "(1): 0.png" in caplog.text
     missing = {
         e.source.name

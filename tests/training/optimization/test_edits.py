@@ -148,12 +148,13 @@ def parts(trainer: Trainer) -> dict[str, Any]:
 def drawn(trainer: Trainer, position: int) -> tuple[int, Any]:
     """The number of the image at a position, and its variant."""
     data = trainer.data.instance
+    ((plan,),) = (part.plans for part in data.parts)
     number = data.stream.index(position)
     example = data.examples[number]
     rng = generator(SEED, "variant of instance", position)
     if data.cache is None:
-        return number, data.plan.draw(example.size, rng)
-    kept = data.plan.kept(example.size, example.content_key, 2, SEED)
+        return number, plan.draw(example.size, rng)
+    kept = plan.kept(example.size, example.content_key, 2, SEED)
     return number, kept[int(torch.randint(len(kept), (), generator=rng))]
 
 

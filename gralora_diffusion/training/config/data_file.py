@@ -1,0 +1,274 @@
+"""The sets of images that a run trains on, with settings of their own.
+
+A data file is a YAML list of sets. A set has options of the trainer, some of them under a shorter
+name, and the few of ``SetOptions``. What it does not give, it has from the run. A run without a
+data file has one set, which gives nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from math import isclose
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.options.command_parser import must_be, without_hyphens
+from gralora_diffusion.options.fields import (
+    value_problems,
+)
+from gralora_diffusion.options.parsing import ParsedOptions, read_sections
+
+from .options import SetOptions
+from .other_programs import OTHER_NAMES
+from .training_config import OPTION_GROUPS, TrainingConfig, names_of
+
+_MOST_SETS = 1000
+
+
+#: Settings of other programs' data files -> how the message goes on after them.
+_OTHER_NAMES = {
+    **dict.fromkeys(
+        ("instance_data_dir", "folder_path", "image_dir", "path", "class_data_dir"),
+        "is called --folder here",
+    ),
+    **dict.fromkeys(("dataset_name", "dataset_path"), "is called --dataset here"),
+    **dict.fromkeys(
+        ("instance_prompt", "class_prompt", "class_tokens", "default_caption"),
+        "is called --prompt here",
+    ),
+    **dict.fromkeys(("num_repeats", "balancing"), "is called --repeats here"),
+    **dict.fromkeys(("is_reg", "is_prior"), "is written as --role prior here"),
+    "prior_loss_weight": "is called --loss_weight here",
+    **dict.fromkeys(("flip_aug", "flip_x", "enable_random_flip"), "is called --random_flip here"),
+    "probability": "is called --share here, and the shares of all sets are compared",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A set of images to train on; without arguments, that of a run without a data file.
+
+    Attributes:
+        changes: option -> its value for this set, where that may differ from the run's.
+        share: fraction of the run's samples; None to follow from the number of images and repeats.
+        loss_weight: relative to other sets.
+        place: "file:line" of the data file.
+    """
+
+    changes: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    share: float | None = None
+    loss_weight: float = 1.0
+    place: str | None = None
+
+    def options(self, config: TrainingConfig) -> TrainingConfig:
+        """Return the options of a run, as they are for this set."""
+        return replace(config, data_config=None, **self.changes) if self.changes else config
+
+    def name(self, config: TrainingConfig) -> str:
+        """Return the name of its folder or dataset."""
+        own = self.options(config)
+        if own.instance_data_dir:
+            return Path(own.instance_data_dir).resolve().name
+        return public_name(str(own.dataset_name))
+
+    def facts(self) -> list[Any]:
+        """Return what it adds to what the options decide, as JSON values."""
+        return [self.share, self.loss_weight, sorted(self.changes.items())]
+
+
+#: The only set of a run without a data file.
+ALL_IMAGES = ImageSet()
+
+
+def image_sets(config: TrainingConfig) -> list[ImageSet]:
+    """Return the sets to train on, in the file's order.
+
+    Raises:
+        ConfigError: the data file has problems. The error lists all of them, each with its line.
+    """
+    if config.data_config is None:
+        return [ALL_IMAGES]
+    sections = read_data_file(config)
+    if problems := [problem for section in sections for problem in section.problems]:
+        raise ConfigError(problems)
+    return [section.image_set for section in sections if section.role == "train"]
+
+
+def with_data_file(config: TrainingConfig) -> TrainingConfig:
+    """Return the options with those that the data file's sets of other roles stand for.
+
+    Raises:
+        ConfigError: as for ``image_sets``.
+    """
+    if config.data_config is None:
+        return config
+    sections = read_data_file(config)
+    if problems := [problem for section in sections for problem in section.problems]:
+        raise ConfigError(problems)
+    for section in sections:
+        if section.role != "train":
+            config = replace(config, **section.changes)
+    return config
+
+
+@dataclass
+class DataSection:
+    """A set of a data file as it was read.
+
+    Attributes:
+        changes: option -> value.
+        problems: of reading it, each with its line.
+    """
+
+    role: str
+    changes: dict[str, Any]
+    share: float | None
+    loss_weight: float
+    problems: list[str]
+    parsed: ParsedOptions
+
+    @property
+    def image_set(self) -> ImageSet:
+        return ImageSet(self.changes, self.share, self.loss_weight, self.parsed.place)
+
+    def located(self, problems: Sequence[str]) -> list[str]:
+        """Return problems that name options as the file does, each with its line."""
+        return [without_hyphens(text) for text in self.parsed.located(self.renamed(problems))]
+
+    def renamed(self, problems: Sequence[str]) -> list[str]:
+        """Return problems that name options as the file does."""
+        names = names_of(self.role)
+        return [
+            re.sub(r"--(\w+)", lambda found: f"--{names.get(found[1], found[1])}", problem)
+            for problem in problems
+        ]
+
+
+def read_data_file(config: TrainingConfig) -> list[DataSection]:
+    """Read the sets of the data file, and check what each says by itself and their shares.
+
+    Raises:
+        ConfigError: it cannot be read, or is no list of sets.
+    """
+    path = Path(str(config.data_config))
+    roles = get_args(get_type_hints(SetOptions)["role"])
+    names = [f.name for f in fields(SetOptions)]
+    called = {name: name for name in names}
+    for role in reversed(roles):
+        called |= {name: there for name, there in names_of(role).items() if there not in names}
+    parsed = read_sections(
+        (SetOptions, *OPTION_GROUPS),
+        path,
+        "--data_config",
+        called=_one_each(called),
+        other_names={**_other_names(set(called.values())), **_OTHER_NAMES},
+    )
+    if len(parsed) > _MOST_SETS:
+        raise ConfigError([f"{path}: it has {len(parsed):,} sets, of {_MOST_SETS:,} at most"])
+    sections = [_section(part) for part in parsed]
+    trained = [section for section in sections if section.role == "train"]
+    if not any(section.problems for section in sections):
+        if not trained:
+            raise ConfigError([f"{path}: no set has the role train, so there is nothing to learn"])
+        _check_shares(path, trained)
+        _check_single(sections)
+    return sections
+
+
+def _one_each(called: Mapping[str, str]) -> dict[str, str]:
+    """Return one option for each name in the file, since roles share some names."""
+    options = {there: name for name, there in called.items()}
+    return {name: there for there, name in options.items()}
+
+
+def _other_names(known: set[str]) -> dict[str, str]:
+    """Return what other programs call options that sets have."""
+    return {
+        name: text
+        for name, text in OTHER_NAMES.items()
+        if name not in known and (found := re.match(r"is called --(\w+) here", text))
+        if found[1] in known
+    }
+
+
+def _section(parsed: ParsedOptions) -> DataSection:
+    given, problems = dict(parsed.values), list(parsed.problems)
+    own = SetOptions(**{f.name: given.pop(f.name) for f in fields(SetOptions) if f.name in given})
+    problems += parsed.located([*value_problems(own)])
+    names = {there: name for name, there in names_of(own.role).items()}
+    more = list(_misplaced(own, given, parsed, names))
+    problems += [without_hyphens(text) for text in parsed.located(more)]
+    changes = {names[there]: value for there, value in given.items() if there in names}
+    if own.role == "prior":
+        changes |= {
+            "with_prior_preservation": True,
+            "prior_source": "images",
+            # those that are in the folder are enough
+            "num_class_images": changes.get("num_class_images", 1),
+            "prior_loss_weight": own.loss_weight,
+        }
+    problems = [without_hyphens(text) for text in problems]
+    return DataSection(own.role, changes, own.share, own.loss_weight, problems, parsed)
+
+
+def _misplaced(
+    own: SetOptions, given: Mapping[str, Any], parsed: ParsedOptions, names: Mapping[str, str]
+) -> Iterator[str]:
+    """Yield a problem for each setting that a set of this role does not have."""
+    if own.role == "held_out":
+        yield (
+            "--role held_out is not supported in a data file. Leave the set out, and give its "
+            "folder as the option held_out_data_dir"
+        )
+        return
+    for name in given:
+        if name not in names:
+            allowed = [*names, "role", "loss_weight"]
+            yield f"--{name} cannot be set for a set of role {own.role}; {must_be(name, allowed)}"
+    places = [name for name in ("folder", "dataset") if given.get(name)]
+    wanted = "--folder" + (" or --dataset" if "dataset" in names else "")
+    unread = not (given or parsed.lines) or parsed.faulty & {"folder", "dataset"}
+    if not places and not unread:
+        yield f"the set has no {wanted}. Give the place of its images"
+    if own.share is not None and "repeats" in given:
+        yield "--share and --repeats exclude each other. Leave one out"
+    if own.share is not None and own.role != "train":
+        yield f"--share cannot be set for a set of role {own.role}. Leave it out"
+
+
+def _check_shares(path: Path, sections: Sequence[DataSection]) -> None:
+    """Report shares that cannot all be met, at the first set that has one."""
+    shares = [section.share for section in sections if section.share is not None]
+    if not shares:
+        return
+    total = sum(shares)
+    first = next(section for section in sections if section.share is not None)
+    where = first.parsed.lines.get("share", str(path))
+    if len(shares) == len(sections) and not isclose(total, 1, abs_tol=1e-6):
+        first.problems.append(
+            f"{where}: every set has a share, and their sum is {total:g}; it must be 1. Leave out "
+            "the share of one set, which then gets the rest"
+        )
+    elif len(shares) < len(sections) and total > 1 - 1e-6:
+        first.problems.append(
+            f"{where}: the shares have the sum {total:g}; it must be below 1, since other sets "
+            "have none and get the rest"
+        )
+
+
+def _check_single(sections: Sequence[DataSection]) -> None:
+    """Report a second set of a role that only one set may have."""
+    found: dict[str, DataSection] = {}
+    for section in sections:
+        if section.role == "train":
+            continue
+        first = found.setdefault(section.role, section)
+        if first is not section:
+            section.problems.append(
+                f"{section.parsed.place}: a second set of role {section.role}. Put its images "
+                f"into the folder of the first one ({first.parsed.place})"
+            )
