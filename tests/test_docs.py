@@ -42,8 +42,8 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.studio import main as studio
-from gralora_diffusion.training import control_command
-from gralora_diffusion.training.checks.options import find_problems
+from gralora_diffusion.training import control_command, data_command
+from gralora_diffusion.training.checks.options import find_image_problems, find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
 from tests import ROOT, models
@@ -106,7 +106,7 @@ def workplace(tmp_path, monkeypatch):
     for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_base.safetensors").touch()
-    for folder in ("my_pictures", "my_other_pictures", "before", "after"):
+    for folder in ("my_pictures", "my_other_pictures", "other_dogs", "before", "after"):
         (tmp_path / folder).mkdir()
         for i in range(3):
             Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / folder / f"{i}.jpg")
@@ -114,7 +114,10 @@ def workplace(tmp_path, monkeypatch):
     for block in BLOCKS:  # a file that the text has the reader write says its name
         if block.info == "yaml" and (named := re.match(r"# (\w+\.yaml)\n", block.text)):
             (tmp_path / named[1]).write_text(block.text, encoding="utf-8")
-            run = tmp_path / yaml.safe_load(block.text)["output_dir"]  # what it was run with
+            content = yaml.safe_load(block.text)
+            if isinstance(content, list):  # a data file, which another option names
+                continue
+            run = tmp_path / content["output_dir"]  # what it was run with
             run.mkdir()
             (run / SETTINGS_NAME).write_text(block.text, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
@@ -195,6 +198,9 @@ def test_command(command, workplace):
         assert _problems(parse_config(arguments)) == []
     elif program in (BENCHMARK, "gralora benchmark"):
         assert _benchmark_problems(parse_settings(arguments)) == []
+    elif program == "gralora data":
+        config, sheet, parsed = data_command.read(arguments)
+        assert [*parsed.problems, *find_image_problems(config, sheet)] == []
     elif program == "gralora demo":
         assert arguments == []
     elif program.startswith("./"):

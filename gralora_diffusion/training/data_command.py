@@ -48,7 +48,7 @@ class SheetOptions:
 def main(argv: Sequence[str] | None = None) -> None:
     """Run the command. The exit code is 2 for wrong options, and for data that cannot be used."""
     log_to_terminal()
-    config, sheet, parsed = _read(sys.argv[1:] if argv is None else argv)
+    config, sheet, parsed = read(sys.argv[1:] if argv is None else argv)
     found = find_image_problems(config, sheet) + list(_sheet_problems(sheet))
     if problems := [*parsed.problems, *parsed.located(found)]:
         _exit(ConfigError(problems))
@@ -67,7 +67,7 @@ def _exit(error: Exception) -> None:
     sys.exit(2)
 
 
-def _read(argv: Sequence[str]) -> tuple[TrainingConfig, SheetOptions, ParsedOptions]:
+def read(argv: Sequence[str]) -> tuple[TrainingConfig, SheetOptions, ParsedOptions]:
     """Read the trainer's options and the command's own; a file or folder may come first."""
     line = list(argv)
     if line and not line[0].startswith("-"):

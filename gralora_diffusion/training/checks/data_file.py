@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, replace
+from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.training.config.data_file import DataSection, read_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
@@ -61,6 +63,14 @@ def _contradictions(config: TrainingConfig, sections: Sequence[DataSection]) -> 
                 f"--data_config is {config.data_config!r} and --{name} is {value!r}, but the data "
                 "file names the images. Leave one of them out"
             )
+    for section in sections:
+        folder = section.changes.get("class_data_dir")
+        wanted = "num_class_images" in section.parsed.values
+        if folder and not wanted and not _has_images(Path(folder)):
+            yield (
+                f"{section.parsed.place}: the folder {folder!r} has no image. Put images of the "
+                "class into it, or give num_class_images to generate that many"
+            )
     defaults = {f.name: f.default for f in fields(config)}
     for section in sections:
         if section.role == "train":
@@ -72,3 +82,8 @@ def _contradictions(config: TrainingConfig, sections: Sequence[DataSection]) -> 
                     f"--{name} is {given!r}, but a set of {config.data_config} has the role "
                     f"{section.role}. Leave one of them out"
                 )
+
+
+def _has_images(folder: Path) -> bool:
+    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
+    return bool(folder_images(names).images)
