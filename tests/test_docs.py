@@ -239,7 +239,8 @@ PARSERS = {
     "gralora samples": demo.samples_parser,
     "gralora studio": studio.parser,
 }
-FLAGS = {f"--{f.name}" for options in (TrainingConfig, BenchmarkSettings) for f in fields(options)}
+OPTIONS = (TrainingConfig, BenchmarkSettings, data_command.SheetOptions)
+FLAGS = {f"--{f.name}" for options in OPTIONS for f in fields(options)}
 FLAGS |= {f for p in PARSERS.values() for a in p()._actions for f in a.option_strings}
 FLAGS |= {f for a in launch_command_parser()._actions for f in a.option_strings}
 FLAGS |= {"--version"}
