@@ -229,7 +229,8 @@ def test_problems_with_images_of_all_sets_are_named_with_their_lines(
     run = of_file(tmp_path, "- {folder: dogs, prompt: a dog}\n- folder: cats\n")
     with pytest.raises(DataError) as raised:
         find_images(run)
-    first, second, third = raised.value.problems
+    first, second, third, fourth = raised.value.problems
     assert first.startswith(f"{tmp_path}/data.yaml:1: 0.png cannot be decoded")
     assert second == f"{tmp_path}/data.yaml:1: To train without these images, give skip_bad_images"
-    assert third.startswith(f"{tmp_path}/data.yaml:2: 1.png has no caption. Give prompt for all")
+    assert third == f"{tmp_path}/data.yaml:2: 1.png has no caption"
+    assert fourth.startswith(f"{tmp_path}/data.yaml:2: Give prompt for all images without one")
