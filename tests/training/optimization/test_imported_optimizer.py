@@ -182,7 +182,7 @@ def test_arguments_of_a_named_optimizer_have_no_effect_and_say_so() -> None:
     "options",
     [
         {"optimizer": "torch.optim.RAdam", "optimizer_args": ["betas=[0.8,0.95]"]},
-        {"optimizer": "schedulefree.RAdamScheduleFree", "loraplus_lr_ratio": 4},
+        {"optimizer": "schedulefree.SGDScheduleFree", "loraplus_lr_ratio": 4, "learning_rate": 1.0},
     ],
     ids=["torch", "schedulefree"],
 )
