@@ -28,6 +28,7 @@ from gralora_diffusion.training.data.captions import (
     concept_folders,
     one_line,
     read_caption,
+    read_captions,
     read_metadata,
 )
 from gralora_diffusion.training.data.controls import CONTROL_COLUMNS, ControlPlaces
@@ -115,6 +116,8 @@ def _images_in(folder: Path, problems: list[str], only: str | None = None) -> li
         reason = "; ".join(unread)
         if source and not source.lower().endswith(_EDITED):
             reason = f"the caption is in {source}; edit it there"
+        elif source and len(read_captions(folder / source, None, [], per_line=True) or ()) > 1:
+            reason = f"{source} has several lines, which may be a caption each; edit them there"
         target = source or _new_caption(name)
         others = [other for other in sharing.get(target, ()) if other != name]
         if others and not reason:

@@ -130,6 +130,15 @@ def test_a_caption_that_cannot_be_read_is_kept(folder, data):
     assert (folder / "00.txt").read_bytes() == data
 
 
+def test_captions_of_several_lines_are_not_joined(folder):
+    (folder / "00.txt").write_text("first\n\nsecond\n")
+    image = list_images(folder)[0][0]
+    assert image.caption == "first second"
+    with pytest.raises(ValueError, match=r"00\.txt has several lines, which may be a caption each"):
+        write_caption(image, "typed")
+    assert (folder / "00.txt").read_text() == "first\n\nsecond\n"
+
+
 @pytest.mark.parametrize("is_there", [True, False])
 def test_a_caption_of_two_images_is_not_edited(folder, is_there):
     Image.new("RGB", (20, 10)).save(folder / "00.jpg")
