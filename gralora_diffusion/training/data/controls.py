@@ -19,7 +19,7 @@ from PIL import Image
 from gralora_diffusion.io.image_files import is_image, read_image
 from gralora_diffusion.io.safe_text import first_few
 
-from .sources import Source, bytes_of, unchanged_bytes
+from .sources import Source, bytes_of, shared_files, unchanged_bytes
 
 #: Columns of a metadata file with control images, unless others are named. Hugging Face's
 #: imagefolder reads the last two.
@@ -74,7 +74,8 @@ class ControlImage:
 class ControlFolder:
     """A folder with control images under the names of their training images.
 
-    The extension may differ, as in ``1.png`` for ``1.jpg``, if no other file has that name.
+    The extension may differ, as in ``1.png`` for ``1.jpg``, if no other file has that name and the
+    file belongs to no other training image.
     """
 
     path: Path
@@ -82,7 +83,7 @@ class ControlFolder:
     wanted: list[str] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     doubtful: list[str] = field(default_factory=list)
-    used: set[str] = field(default_factory=set)
+    images_of: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
 
     def find(self, name: str) -> FoundControl | None:
         """Return the control image of a training image by its path, or None, which is noted."""
@@ -91,7 +92,7 @@ class ControlFolder:
         exact = [path for path in alike if path == name]
         found = exact or alike
         if len(found) == 1:
-            self.used.add(found[0])
+            self.images_of[found[0]].append(name)
             return FoundControl(f"{self.path.name}/{found[0]}", self.path / found[0])
         if found:
             self.doubtful.append(f"{name} ({', '.join(found)})")
@@ -106,6 +107,11 @@ class ControlFolder:
             yield (
                 f"{where} has several files for {first_few(self.doubtful)}. Keep the one that "
                 "belongs to the training image"
+            )
+        if shared := shared_files(self.images_of):
+            yield (
+                f"{where} has one file for several training images: {shared}. Give each the "
+                "control image of its own name and extension"
             )
         if self.missing == self.wanted and self.wanted:
             there = first_few(self._names) if self._names else "none"
@@ -123,7 +129,7 @@ class ControlFolder:
 
     def unused(self) -> list[str]:
         """Return images in the folder that belong to no training image."""
-        return [name for name in self._names if name not in self.used]
+        return [name for name in self._names if name not in self.images_of]
 
     @cached_property
     def _names(self) -> list[str]:

@@ -9,6 +9,7 @@ the part of its pixels that is white.
 from __future__ import annotations
 
 import hashlib
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ from gralora_diffusion.io.image_files import is_image, read_mask, read_opacity
 from gralora_diffusion.io.regular_files import is_regular
 
 from .captions import ListedImage, place_problem
-from .sources import Source, bytes_of, unchanged_bytes
+from .sources import Source, bytes_of, shared_files, unchanged_bytes
 
 #: The brightest value of a mask is at least this; those of maps of classes are not.
 _FAINTEST = 16
@@ -145,6 +146,7 @@ def find_masks(
         problems: problems are appended to it.
     """
     masks: dict[str, FoundMask] = {}
+    images_of: dict[str, list[str]] = defaultdict(list)  # by their names
     used: set[Path] = set()
     in_folder = _files_by_stem(folder, {Path(name).parent for name in beside})
     for image, names in beside.items():
@@ -166,8 +168,15 @@ def find_masks(
         elif given:
             name, path = next(iter(given.items()))
             masks[image] = FoundMask(name, path)
+            if not (entry and entry.mask):
+                images_of[name].append(image)
         elif places.from_alpha:
             masks[image] = FoundMask(image, part / image, of_alpha=True)
+    if shared := shared_files(images_of):
+        problems.append(
+            f"masks belong to several images by their names: {shared}. Rename the images, or name "
+            "the mask of each in the metadata file"
+        )
     return masks, sorted(str(path) for paths in in_folder.values() for path in {*paths} - used)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.safe_text import first_few
 
 
 class ImageSource(Protocol):
@@ -48,3 +50,13 @@ def unchanged_bytes(source: Source, content_key: str) -> bytes:
     if hashlib.sha256(data).hexdigest() != content_key:
         raise DataError(str(source), ["was changed after the run started. Start again"])
     return data
+
+
+def shared_files(images_of: Mapping[str, Sequence[str]]) -> str:
+    """Return the first few files that belong to several images by their names, with these images.
+
+    Args:
+        images_of: file -> images.
+    """
+    shared = [f"{n} ({', '.join(images)})" for n, images in images_of.items() if len(images) > 1]
+    return first_few(shared) if shared else ""

@@ -79,6 +79,21 @@ def test_concepts_have_sub_folders(tmp_path: Path) -> None:
     assert parents == [example.source.parent.name for example in found]
 
 
+def test_a_control_image_of_several_names(tmp_path: Path) -> None:
+    images = fill(tmp_path / "images", "1.png", "1.webp", "2.png")
+    before = fill(tmp_path / "before", "1.png", "2.png")
+    assert problems(images, ControlPlaces((before,))) == [
+        f"--control_data_dir {str(before)!r} has one file for several training images: 1.png "
+        "(1.png, 1.webp). Give each the control image of its own name and extension"
+    ]
+    fill(before, "1.webp")
+    assert controls(find_examples(images, "p", controls=ControlPlaces((before,)))) == {
+        "1.png": ["before/1.png"],
+        "1.webp": ["before/1.webp"],
+        "2.png": ["before/2.png"],
+    }
+
+
 def test_all_problems_are_named_at_once(tmp_path: Path) -> None:
     images = fill(tmp_path / "images", *(f"{n}.png" for n in range(9)))
     (images / "0.png").write_bytes(b"no image")

@@ -238,6 +238,26 @@ def test_several_masks_of_an_image(tmp_path):
     assert boxes(tmp_path) == dict.fromkeys(("1.png", "2.png"), (2, 2, 6, 6))
 
 
+def test_a_mask_of_several_images(tmp_path):
+    """By its name it may be of either; a metadata file may give it to both."""
+    for name in ("1.png", "1.bmp", "2.png", "2.bmp"):
+        image(tmp_path / name)
+    mask(tmp_path / "1-mask.png")
+    mask(tmp_path / "masks" / "2.png")
+    places = MaskPlaces(tmp_path / "masks")
+    assert problems(tmp_path, places) == [
+        "masks belong to several images by their names: 1-mask.png (1.bmp, 1.png), "
+        f"{tmp_path}/masks/2.png (2.bmp, 2.png). Rename the images, or name the mask of each in "
+        "the metadata file"
+    ]
+    lines = [
+        {"file_name": f"{n}.{end}", "mask": "1-mask.png"} for n in (1, 2) for end in ("png", "bmp")
+    ]
+    text = "\n".join(json.dumps(line) for line in lines)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    assert set(boxes(tmp_path).values()) == {(2, 2, 6, 6)}
+
+
 def test_metadata_that_names_no_mask(tmp_path):
     for name in ("1.png", "2.png", "3.png", "4.png"):
         image(tmp_path / name)
