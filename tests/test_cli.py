@@ -68,7 +68,7 @@ def test_a_hub_id_that_is_not_cached(
     [
         (
             ["trian"],
-            "the command is 'trian'; it must be one of train, control, sample, export",
+            "the command is 'trian'; it must be one of train, data, control, sample, export",
         ),
         (["generate"], "Did you mean sample?"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),

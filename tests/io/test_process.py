@@ -90,6 +90,7 @@ def test_messages_of_libraries_have_no_control_characters(monkeypatch) -> None:
     before, text = logging.getLogRecordFactory(), io.StringIO()
     handler, logger = logging.StreamHandler(text), of_diffusers.get_logger("diffusers.some.module")
     logger.addHandler(handler)
+    logging.setLogRecordFactory(logging.LogRecord)  # Ray has one of its own once it is imported
     try:
         guard_terminal()
         logger.warning("\x1b[1mbold\x1b[0m, %s and %s", "a\x1b]0;title\x07", "a\rb")

@@ -24,7 +24,7 @@ from gralora_diffusion.options.parsing import ParsedOptions, read_sections
 
 from .options import SetOptions
 from .other_programs import OTHER_NAMES
-from .training_config import OPTION_GROUPS, TrainingConfig, names_of
+from .training_config import OPTION_GROUPS, TrainingConfig, names_in_set
 
 _MOST_SETS = 1000
 
@@ -141,7 +141,7 @@ class DataSection:
 
     def renamed(self, problems: Sequence[str]) -> list[str]:
         """Return problems that name options as the file does."""
-        names = names_of(self.role)
+        names = names_in_set(self.role)
         return [
             re.sub(r"--(\w+)", lambda found: f"--{names.get(found[1], found[1])}", problem)
             for problem in problems
@@ -159,7 +159,7 @@ def read_data_file(config: TrainingConfig) -> list[DataSection]:
     names = [f.name for f in fields(SetOptions)]
     called = {name: name for name in names}
     for role in reversed(roles):
-        called |= {name: there for name, there in names_of(role).items() if there not in names}
+        called |= {name: there for name, there in names_in_set(role).items() if there not in names}
     parsed = read_sections(
         (SetOptions, *OPTION_GROUPS),
         path,
@@ -199,7 +199,7 @@ def _section(parsed: ParsedOptions) -> DataSection:
     given, problems = dict(parsed.values), list(parsed.problems)
     own = SetOptions(**{f.name: given.pop(f.name) for f in fields(SetOptions) if f.name in given})
     problems += parsed.located([*value_problems(own)])
-    names = {there: name for name, there in names_of(own.role).items()}
+    names = {there: name for name, there in names_in_set(own.role).items()}
     more = list(_misplaced(own, given, parsed, names))
     problems += [without_hyphens(text) for text in parsed.located(more)]
     changes = {names[there]: value for there, value in given.items() if there in names}

@@ -156,7 +156,7 @@ class TrainingConfig(
 OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 
 
-def names_of(role: str) -> dict[str, str]:
+def names_in_set(role: str) -> dict[str, str]:
     """Return option -> its name in the sets of a data file that have a role."""
     traits = {name: t for group in OPTION_GROUPS for name, t in options_with(group, PerSet).items()}
     return {name: trait.called or name for name, trait in traits.items() if trait.role == role}
@@ -208,7 +208,7 @@ def options_table() -> str:
 
 def _set_table() -> str:
     """Return the settings of a set as Markdown: its own, and the options that it may have."""
-    roles = {role: names_of(role) for role in ("train", "prior")}
+    roles = {role: names_in_set(role) for role in ("train", "prior")}
     texts = [
         f"A set of role {role} may also have "
         + ", ".join(

@@ -19,7 +19,7 @@ from gralora_diffusion.training.config.data_file import (
 from gralora_diffusion.training.config.options import SetOptions
 from gralora_diffusion.training.config.training_config import (
     TrainingConfig,
-    names_of,
+    names_in_set,
     options_table,
 )
 from tests.training.runs import config, make_images
@@ -215,7 +215,7 @@ def test_what_has_no_effect_in_a_set_is_named(folder: Path) -> None:
 def test_names_in_a_file_are_unique_and_documented() -> None:
     own = {f.name for f in fields(SetOptions)}
     for role in ("train", "prior"):
-        names = list(names_of(role).values())
+        names = list(names_in_set(role).values())
         assert len(names) == len(set(names))
         for name in names:
             assert f"`{name}`" in options_table()

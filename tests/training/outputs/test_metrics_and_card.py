@@ -228,7 +228,7 @@ def test_card_and_upload_tell_no_paths_of_this_machine(
         names = [path.relative_to(folder_path).as_posix() for path in files]
         left = filter_repo_objects(names, allow_patterns=allow_patterns)
         uploaded.extend(folder_path / name for name in left)
-        return CommitInfo("https://hub/a/b/commit/0", "", "", "0")
+        return CommitInfo("https://huggingface.co/a/b/commit/0", "", "", "0")
 
     monkeypatch.setattr(upload, "upload_folder", send)  # there is no Hub here
     monkeypatch.setattr(output_dir, "create_repo", lambda *arguments, **others: None)
