@@ -1,9 +1,10 @@
 """The memory of two processes that share out a base: ``python -m tests.performance.sharding``.
 
 Makes a FLUX-shaped base of ``--gigabytes`` whose other models are tiny, and trains on it in two
-processes on the CPU, with and without FSDP. Prints how much more memory each process held at its
-peak than before the training, loading included, beside what sharding promises: its part of the
-weights and the blocks that are gathered at once. It needs Linux, which counts the peaks.
+processes on the CPU, with and without FSDP. Prints by how much the memory of each process had grown
+at most when everything was loaded, and at the end, beside what sharding promises: its part of the
+weights and the blocks that are gathered at once. A run on a base of ``--gigabytes 0`` shows what
+grows besides. It needs Linux, which counts the peaks.
 """
 
 from __future__ import annotations
@@ -21,12 +22,9 @@ from tests.forked import fork_ranks
 from tests.models import PIPELINES
 from tests.training.runs import arguments, make_images
 
-#: Trains, and prints how far the resident memory grew.
-PROGRAM = """
-import sys
+#: Defines ``growth``: by how many bytes the resident memory has grown at most.
+GROWTH = """
 from pathlib import Path
-from gralora_diffusion.training.config.training_config import parse_config
-from gralora_diffusion.training.loop import train
 
 def kib(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -34,16 +32,34 @@ def kib(field):
 
 Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here on
 before = kib("VmRSS")
-train(parse_config(sys.argv[1:]))
-print("peak", (kib("VmHWM") - before) * 1024)
+
+def growth():
+    return (kib("VmHWM") - before) * 1024
 """
-WIDTH = 1536
+PROGRAM = f"""
+import sys
+from gralora_diffusion.training import loop
+from gralora_diffusion.training.config.training_config import parse_config
+{GROWTH}
+class Trainer(loop.Trainer):
+    def set_up(self):
+        super().set_up()
+        print("growth", growth())
+
+loop.Trainer = Trainer
+loop.train(parse_config(sys.argv[1:]))
+print("growth", growth())
+"""
 
 
-def make_base(folder: Path, size: int) -> FluxTransformer2DModel:
-    """Write a base whose denoiser has about ``size`` bytes in bf16; return the denoiser, empty."""
+def make_base(folder: Path, size: int, width: int = 1536) -> FluxTransformer2DModel:
+    """Write a base whose denoiser has about ``size`` bytes in bf16; return the denoiser, empty.
+
+    Args:
+        width: of the denoiser, a multiple of 16. A narrow one can be smaller.
+    """
     pipe = PIPELINES["flux"]()
-    heads = {"attention_head_dim": 16, "num_attention_heads": WIDTH // 16}
+    heads = {"attention_head_dim": 16, "num_attention_heads": width // 16}
     small = dict(pipe.transformer.config) | heads | {"num_layers": 1, "num_single_layers": 1}
     with torch.device("meta"):
         one, two = (
@@ -62,8 +78,8 @@ def make_base(folder: Path, size: int) -> FluxTransformer2DModel:
     return pipe.transformer.to("meta")
 
 
-def peaks(base: Path, images: Path, output: Path, sharded: bool) -> list[int]:
-    """Return the growth of each process's memory over a run of two steps, in bytes."""
+def growths(base: Path, images: Path, output: Path, sharded: bool) -> list[list[int]]:
+    """Return how far the memory of each process grew while loading, and over two steps."""
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
     os.environ["ACCELERATE_USE_CPU"] = "true"
     line = arguments(
@@ -75,11 +91,12 @@ def peaks(base: Path, images: Path, output: Path, sharded: bool) -> list[int]:
         train_batch_size=1,
         gradient_checkpointing=True,
     )
-    found = []
+    found: list[list[int]] = []
     for code, text in fork_ranks(PROGRAM, *line, timeout=1800):
         if code:
             raise RuntimeError(text[-3000:])
-        found.append(int(text.rpartition("peak ")[2].split()[0]))
+        lines = [line.split() for line in text.splitlines()]
+        found.append([int(line[1]) for line in lines if line[:1] == ["growth"]])
     return found
 
 
@@ -87,6 +104,8 @@ def main() -> None:
     command = argparse.ArgumentParser(prog="python -m tests.performance.sharding")
     command.add_argument("--gigabytes", type=float, default=2.0)
     args = command.parse_args()
+    # glibc otherwise keeps freed blocks of up to 32 MiB, whose holes then count as used
+    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model = make_base(folder / "base", int(args.gigabytes * 1e9))
@@ -95,8 +114,8 @@ def main() -> None:
         part, gathered = Sharding().bytes_needed(model, 2)
         print(f"denoiser {whole / 1e9:.2f} GB, promised {(part + gathered) / 1e9:.2f} GB")
         for sharded in (True, False):
-            found = peaks(folder / "base", images, folder / f"run_{sharded}", sharded)
-            text = ", ".join(f"{peak / 1e9:.2f} GB" for peak in found)
+            found = growths(folder / "base", images, folder / f"run_{sharded}", sharded)
+            text = ", ".join(" and ".join(f"{size / 1e9:.2f} GB" for size in one) for one in found)
             print(f"{'in parts' if sharded else 'whole'}: {text}", flush=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ from torch import nn
 from gralora_diffusion.base_models.streaming import blocks_of
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
 from tests.forked import fork_ranks
+from tests.performance.sharding import GROWTH, make_base
 from tests.training.runs import (
     adapter,
     assert_close,
@@ -91,6 +93,36 @@ def test_the_same_numbers_and_half_of_the_weights(saved_base: Callable[[str], Pa
         assert found["smallest"] > 0
         # a tensor whose first dimension is odd has one more row in the first process
         assert all(whole / 2 * 0.9 < part < whole / 2 * 1.1 for part in parts)
+
+
+#: Loads a denoiser in parts, and prints how far the memory grew.
+LOADED = f"""
+import sys, torch
+import torch.distributed as dist
+from gralora_diffusion.base_models.options import BaseModelOptions
+from gralora_diffusion.base_models.unread_weights import unread_denoiser
+from gralora_diffusion.families import get_family
+from gralora_diffusion.training.runtime.sharding import Sharding
+
+dist.init_process_group("gloo")
+{GROWTH}
+base = BaseModelOptions(pretrained_model_name_or_path=sys.argv[1])
+model, unread = unread_denoiser(base, get_family("flux"), torch.bfloat16)
+model.requires_grad_(False)
+Sharding().shard(model, torch.device("cpu"), unread)
+print(growth())
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the peak of the memory")
+def test_no_process_ever_holds_more_than_its_part(tmp_path: Path) -> None:
+    model = make_base(tmp_path, 120_000_000, width=512)
+    half = sum(parameter.nbytes for parameter in model.parameters()) / 2
+    assert half > 50_000_000
+    for code, text in fork_ranks(LOADED, tmp_path):
+        assert code == 0, text[-3000:]
+        assert int(text.splitlines()[-1]) < 1.15 * half + 20_000_000  # and a buffer of the file
 
 
 @pytest.mark.parametrize("family", ["flux", "stable-diffusion"])
