@@ -24,7 +24,7 @@ from .folder import check_weight_files, weight_files
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
-from .single_file import SingleFile, without_text_encoder
+from .single_file import SingleFile, left_out_parts
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +112,7 @@ def load_base(
     base, revision = options.pretrained_model_name_or_path, options.revision
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # components that are passed are not loaded from the base
-    given: dict[str, Any] = {**family.load_options, **_vae(options, pipeline_class, vae_dtype)}
-    for name in options.leave_out_text_encoders or ():
-        given |= without_text_encoder(name)
+    given = left_out_parts(options, family) | _vae(options, pipeline_class, vae_dtype)
     if denoiser is not None:
         given[family.denoiser] = denoiser
     try:

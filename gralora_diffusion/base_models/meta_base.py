@@ -23,7 +23,7 @@ from .loading import freeze, vae_class
 from .meta_models import convert, empty_model
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
-from .single_file import SingleFile, without_text_encoder
+from .single_file import SingleFile, left_out_parts
 
 
 def empty_base(
@@ -41,9 +41,7 @@ def empty_base(
     hub: dict[str, Any] = {"cache_dir": options.cache_dir}
     try:
         # components that are passed are neither downloaded nor loaded from the base
-        given: dict[str, Any] = dict(family.load_options)
-        for name in options.leave_out_text_encoders or ():
-            given |= without_text_encoder(name)
+        given = left_out_parts(options, family)
         if Path(base).is_file():
             index, left_out = SingleFile(Path(base)).rest(options, family, given)
             where, given = index.source, {**left_out, **given}

@@ -283,6 +283,14 @@ def _numbers(tensors: Mapping[str, Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors.values())
 
 
+def left_out_parts(options: BaseModelOptions, family: ModelFamily) -> dict[str, Any]:
+    """Return arguments for a pipeline without the parts that family and options leave out."""
+    parts: dict[str, Any] = dict(family.load_options)
+    for name in options.leave_out_text_encoders or ():
+        parts |= without_text_encoder(name)
+    return parts
+
+
 def without_text_encoder(name: str) -> dict[str, None]:
     """Return arguments for a pipeline without a text encoder and its tokenizer."""
     return {name: None, name.replace("text_encoder", "tokenizer"): None}

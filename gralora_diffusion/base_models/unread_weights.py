@@ -24,7 +24,7 @@ from .folder import MODEL_CONFIG, read_json, weight_files
 from .meta_models import convert, empty_model
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
-from .single_file import without_text_encoder
+from .single_file import left_out_parts
 
 #: How many bytes of a file are in memory besides the weights.
 _BUFFER = 16 << 20
@@ -123,9 +123,6 @@ def _folder(options: BaseModelOptions, family: ModelFamily) -> tuple[Path, tuple
     index = PipelineIndex("pretrained_model_name_or_path", base, **hub)
     folder = Path(base)
     if not folder.is_dir():
-        left_out = dict(family.load_options)
-        for name in options.leave_out_text_encoders or ():
-            left_out |= without_text_encoder(name)
         pipeline_class: Any = getattr(diffusers, family.pipeline_classes[0])
         folder = Path(
             pipeline_class.download(
@@ -133,7 +130,7 @@ def _folder(options: BaseModelOptions, family: ModelFamily) -> tuple[Path, tuple
                 variant=options.variant,
                 use_safetensors=True,
                 **hub,
-                **left_out,
+                **left_out_parts(options, family),
             )
         )
     return folder / family.denoiser, index.components[family.denoiser]
