@@ -136,9 +136,7 @@ def _images_and_captions(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(Path(folder)):
         yield f"--instance_data_dir is {folder!r}: {problem}"
-    elif not (
-        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
-    ):
+    elif not (config.instance_prompt or _has_captions(Path(folder))):
         yield (
             f"--instance_prompt is missing, and {folder!r} contains no captions: no .txt, .caption "
             "or .json file and no metadata.jsonl, .csv or .parquet. Give a prompt such as "
@@ -185,9 +183,7 @@ def _held_out(config: TrainingConfig) -> Iterator[str]:
         )
     elif problem := _folder_problem(Path(folder), "held-out images", advice):
         yield f"--held_out_data_dir is {folder!r}: {problem}"
-    elif not (
-        config.instance_prompt or _has_captions(Path(folder)) or concept_folders(Path(folder))
-    ):
+    elif not (config.instance_prompt or _has_captions(Path(folder))):
         yield (
             f"--held_out_data_dir is {folder!r}, which contains no captions, and there is no "
             "--instance_prompt. Give one of them"
@@ -251,7 +247,9 @@ def _folder_problem(
 
 
 def _has_captions(folder: Path) -> bool:
-    return any(is_caption_file(file.name) for file in folder.rglob("*"))
+    """Whether files or the names of folders give captions to its images."""
+    beside = any(is_caption_file(file.name) for file in folder.rglob("*"))
+    return beside or bool(concept_folders(folder))
 
 
 def check_output(config: TrainingConfig) -> Iterator[str]:

@@ -92,10 +92,7 @@ def image_sets(config: TrainingConfig) -> list[ImageSet]:
     """
     if config.data_config is None:
         return [ALL_IMAGES]
-    sections = read_data_file(config)
-    if problems := [problem for section in sections for problem in section.problems]:
-        raise ConfigError(problems)
-    return [section.image_set for section in sections if section.role == "train"]
+    return [section.image_set for section in sound_sections(config) if section.role == "train"]
 
 
 def with_data_file(config: TrainingConfig) -> TrainingConfig:
@@ -106,10 +103,7 @@ def with_data_file(config: TrainingConfig) -> TrainingConfig:
     """
     if config.data_config is None:
         return config
-    sections = read_data_file(config)
-    if problems := [problem for section in sections for problem in section.problems]:
-        raise ConfigError(problems)
-    for section in sections:
+    for section in sound_sections(config):
         if section.role != "train":
             config = replace(config, **section.changes)
     return config
@@ -146,6 +140,18 @@ class DataSection:
             re.sub(r"--(\w+)", lambda found: f"--{names.get(found[1], found[1])}", problem)
             for problem in problems
         ]
+
+
+def sound_sections(config: TrainingConfig) -> list[DataSection]:
+    """Return the sets of a data file that has no problem.
+
+    Raises:
+        ConfigError: it has problems. The error lists all of them, each with its line.
+    """
+    sections = read_data_file(config)
+    if problems := [problem for section in sections for problem in section.problems]:
+        raise ConfigError(problems)
+    return sections
 
 
 def read_data_file(config: TrainingConfig) -> list[DataSection]:

@@ -24,7 +24,7 @@ from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import ChangesSamples, options_with
-from gralora_diffusion.training.config.data_file import read_data_file
+from gralora_diffusion.training.config.data_file import sound_sections
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
@@ -62,7 +62,7 @@ def find_images(config: TrainingConfig) -> list[Example]:
         examples = _find_images(config)
     else:
         examples, problems = [], []
-        for section in read_data_file(config):
+        for section in sound_sections(config):
             if section.role != "train":
                 continue
             image_set = section.image_set
