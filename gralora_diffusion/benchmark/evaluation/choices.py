@@ -17,8 +17,10 @@ from typing import Any
 
 import numpy as np
 
+from gralora_diffusion.io.student_t import t_quantile
+
 from .endpoint import without_rate
-from .statistics import LEVEL, t_quantile
+from .statistics import LEVEL
 
 
 @dataclass(frozen=True)
