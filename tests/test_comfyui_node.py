@@ -5,8 +5,8 @@ FLUX.2, which that version does not have, were read in the source of 0.38.
 """
 
 import ast
-import importlib.util
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -20,16 +20,14 @@ from torch import nn
 from gralora_diffusion import get_family, inject
 from gralora_diffusion.adapters.adapter_file import METADATA_KEY, WEIGHTS_NAME, read_adapter
 from gralora_diffusion.adapters.layers import functional
+from gralora_diffusion.adapters.placement import path_patterns
 from gralora_diffusion.adapters.placement.layer_config import exact_pattern, layer_settings
 from tests import ROOT, models
+from tests.comfyui_node import conversion as node
 from tests.reference import dense_update, relative_error
 from tests.tiny import PIPELINES
 
 FOLDER = ROOT / "samples/comfyui_gralora"
-spec = importlib.util.spec_from_file_location("gralora_conversion", FOLDER / "conversion.py")
-node = importlib.util.module_from_spec(spec)
-sys.modules[spec.name] = node  # dataclasses look themselves up there
-spec.loader.exec_module(node)
 
 #: component, path -> what ComfyUI may call the layer
 NAMES = [
@@ -296,6 +294,21 @@ UNET = {"r": 4, "gralora_k": 2, "alpha": 4}
         ({"description": {"components": {"unet": {**UNET, "gralora_k": 4}}}}, "k 4"),
         ({"description": {"components": {"unet": {**UNET, "r": 8}}}}, "rank 8"),
         ({"description": {"components": {"unet": {**UNET, "hybrid_r": 2}}}}, "must have"),
+        (
+            {"description": {"components": {"unet": {**UNET, "alpha": 10**400}}}},
+            "damaged: Overflow",
+        ),
+        ({"description": {"components": {"unet": {**UNET, "r": 4.0}}}}, "rank 4.0.*no ranks"),
+        ({"description": {"components": {"unet": {**UNET, "gralora_k": 0}}}}, "k 0.*no ranks"),
+        ({"description": {"components": {"unet": {**UNET, "r": 20_000}}}}, "LoRA of rank 40,000"),
+        ({"description": {"components": {"unet": {**UNET, "rank_pattern": [1]}}}}, "damaged: Attr"),
+        (
+            {"description": {"components": {"unet": {**UNET, "alpha_pattern": {"(a+)+\\b": 2}}}}},
+            "not matched in bounded time",
+        ),
+        ({"tensors": {"unet.to_q.gralora_B": torch.ones(2, 4, 5).int()}}, "dtype torch.int32"),
+        ({"tensors": {"unet.to_q.gralora_B": torch.ones(2, 4, 5, 1, 1, 1)}}, "and 6 axes"),
+        ({"tensors": {"unet.to_q\x1b[2J.bias": torch.ones(1)}}, r"to_q\\x1b\[2J.bias"),
         ({"tensors": {"unet.to_q.bias": torch.ones(10)}}, "unet.to_q.bias.*gralora export"),
         ({"tensors": {"unet.to_q.gralora_B": None}}, "must have"),
         ({"tensors": {"unet.to_q.gralora_B": torch.ones(2, 2, 5)}}, "do not fit"),
@@ -321,6 +334,10 @@ def test_a_general_pair_of_another_width_is_refused(tmp_path):
     path = changed(tmp_path / "file.safetensors", pair, description)
     with pytest.raises(node.GraloraError, match="general pair"):
         node.read_gralora(path)
+    down = pair["unet.to_q.gralora_A_general.weight"]
+    flat = {**pair, "unet.to_q.gralora_A_general.weight": down.flatten()}
+    with pytest.raises(node.GraloraError, match="general pair"):
+        node.read_gralora(changed(tmp_path / "flat.safetensors", flat, description))
     pair["unet.to_q.gralora_A_general.weight"] = torch.ones(2, 6)
     changed(tmp_path / "file.safetensors", pair, description)
     assert node.read_gralora(path).layers[0].down.shape == (2 * 4 + 2, 6)
@@ -337,6 +354,9 @@ def test_other_and_damaged_files_are_refused(tmp_path, files):
         node.read_gralora(str(lora))
     with pytest.raises(node.GraloraError, match="not a complete safetensors file"):
         node.read_gralora(str(tmp_path / "none.safetensors"))
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(node.GraloraError, match="not a regular file"):
+        node.read_gralora(str(tmp_path / "pipe"))
 
 
 @pytest.mark.parametrize("fp8", [torch.float8_e4m3fn, torch.float8_e5m2])
@@ -374,11 +394,14 @@ def _header(path: Path) -> dict:
 
 def test_the_folder_needs_nothing_but_torch_safetensors_and_comfyui(tmp_path, files):
     """Run where the package cannot be imported, nor what it stands on."""
-    shutil.copy(FOLDER / "conversion.py", tmp_path)
+    (folder := tmp_path / "node").mkdir()
+    for name in ("conversion.py", "path_patterns.py"):
+        shutil.copy(FOLDER / name, folder)
     blocked = ("gralora_diffusion", "peft", "diffusers", "transformers", "comfy")
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({blocked!r}))\n"
-        f"import conversion; print(len(conversion.read_gralora({str(files['flux'])!r}).layers))"
+        "from node import conversion\n"
+        f"print(len(conversion.read_gralora({str(files['flux'])!r}).layers))"
     )
     run = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
@@ -393,6 +416,21 @@ def test_the_folder_needs_nothing_but_torch_safetensors_and_comfyui(tmp_path, fi
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "CATEGORY"
     ]
     assert categories == ["model/loaders"]  # where ComfyUI 0.33 has its own
+
+
+def test_its_matcher_of_paths_is_the_package_s():
+    copy = FOLDER / "path_patterns.py"
+    assert copy.read_bytes() == Path(path_patterns.__file__).read_bytes()
+
+
+def test_a_pattern_that_would_keep_re_busy_for_years(tmp_path):
+    """The automaton answers at once, with what ``re`` would say in the end."""
+    pattern = {"([a-z_]+)+!": 100, "([a-z_.]+)+": 2}
+    description = {"components": {"unet": {**UNET, "alpha_pattern": pattern}}}
+    path = changed(tmp_path / "file.safetensors", description=description)
+    (read,) = node.read_gralora(path).layers
+    (plain,) = node.read_gralora(changed(tmp_path / "plain.safetensors")).layers
+    assert torch.equal(read.up, plain.up / 2)
 
 
 def test_the_workflow_names_the_node_and_its_inputs():

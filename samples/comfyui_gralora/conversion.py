@@ -8,7 +8,10 @@ docs/how_it_works.md the mathematics.
 from __future__ import annotations
 
 import json
+import math
+import os
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+
+from .path_patterns import check_cost, path_pattern
 
 METADATA_KEY = "gralora_adapter_metadata"
 FORMAT_VERSION = 1
@@ -42,11 +47,27 @@ FLUX2_NAMES = {
 }
 CLIP_ENCODERS = {"text_encoder": ("clip_l", "clip_h"), "text_encoder_2": ("clip_g",)}
 LANGUAGE_MODELS = ("mistral3_24b", "qwen3_4b", "qwen3_8b")
+#: Maximum rank of a layer as a LoRA, above the width of any layer of these models. Conversion makes
+#: the factors k times as large, and a file may claim any k.
+MAX_RANK = 1 << 14
+_DTYPES = (
+    *(torch.float64, torch.float32, torch.bfloat16, torch.float16),
+    *(torch.float8_e4m3fn, torch.float8_e5m2),
+)
+_MOST_AXES = 5  # a slice per block, rank and width, and a kernel of two axes
+_PATTERNS = ("rank_pattern", "k_pattern", "alpha_pattern")
 _FACTOR = re.compile(r"(.+)\.(gralora_[AB](?:_general\.weight)?)")
 
 
 class GraloraError(ValueError):
-    """A file cannot be used, or not with this model. The message says what to do."""
+    """A file cannot be used, or not with this model. The message says what to do.
+
+    Names from the file are in it, so control characters are shown as escapes.
+    """
+
+    def __init__(self, message: str) -> None:
+        visible = (c if c.isprintable() or c == "\n" else ascii(c)[1:-1] for c in message)
+        super().__init__("".join(visible))
 
 
 @dataclass(frozen=True)
@@ -80,6 +101,8 @@ def read_gralora(path: str) -> GraloraFile:
         GraloraError: the file is damaged or of another kind, or a LoRA cannot represent it.
     """
     try:
+        if not stat.S_ISREG(os.stat(path).st_mode):  # a pipe is waited for without end
+            raise OSError("not a regular file")
         with safe_open(path, framework="pt") as file:
             metadata = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -111,7 +134,10 @@ def _description(path: str, metadata: Mapping[str, str], keys: Iterable[str]) ->
         description = json.loads(metadata[METADATA_KEY])
         version, components = description["format_version"], description["components"]
         kinds = {str(c.get("peft_type", "GRALORA")).split(".")[-1] for c in components.values()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        for config in components.values():
+            for name in _PATTERNS:
+                check_cost(config.get(name) or {})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise GraloraError(f"{path}: its metadata is damaged: {error!r}") from error
     if version != FORMAT_VERSION:
         raise GraloraError(
@@ -134,6 +160,11 @@ def _factors(path: str, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], 
         component, _, rest = key.partition(".")
         if (found := _FACTOR.fullmatch(rest)) is None:
             others.append(key)
+        elif tensor.dtype not in _DTYPES or tensor.ndim > _MOST_AXES:
+            raise GraloraError(
+                f"{path}: {key} has the dtype {tensor.dtype} and {tensor.ndim} axes, which no "
+                "factor has."
+            )
         elif not torch.isfinite(tensor.float()).all():  # fp8 has no isfinite of its own
             raise GraloraError(f"{path}: {key} has NaN or infinite values; the training diverged.")
         else:
@@ -152,7 +183,7 @@ def _factors(path: str, tensors: Mapping[str, Tensor]) -> dict[tuple[str, str], 
 def _setting(config: Mapping[str, Any], pattern: str, field: str, layer: str) -> Any:
     """Return a layer's value in a config: the first key that matches counts, as in PEFT."""
     for key, value in (config.get(pattern) or {}).items():
-        if re.match(rf"(.*\.)?({key})$", layer):
+        if path_pattern(key).matches_end(layer):
             return value
     return config[field]
 
@@ -166,8 +197,19 @@ def _lora_pair(
         k = _setting(config, "k_pattern", "gralora_k", layer)
         alpha = float(_setting(config, "alpha_pattern", "alpha", layer))
         hybrid = config.get("hybrid_r") or 0
-    except (KeyError, TypeError, ValueError, re.error) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, AttributeError) as error:
         raise GraloraError(f"{where}: the metadata is damaged: {error!r}") from error
+    whole = all(type(number) is int for number in (rank, k, hybrid))
+    if not (whole and min(rank, k) > 0 and hybrid >= 0 and math.isfinite(alpha)):
+        raise GraloraError(
+            f"{where}: the metadata is damaged: rank {rank!r:.40}, k {k!r:.40}, hybrid_r "
+            f"{hybrid!r:.40} and alpha {alpha} are no ranks and scale of a layer."
+        )
+    if k * rank > MAX_RANK:
+        raise GraloraError(
+            f"{where}: rank {rank} and k {k} are a LoRA of rank {k * rank:,}; this node converts "
+            f"up to {MAX_RANK:,}. Fuse the adapter with `gralora export --format checkpoint`."
+        )
     names = ("A", "B", "A_general.weight", "B_general.weight") if hybrid else ("A", "B")
     wanted = {f"gralora_{name}" for name in names}
     if set(factors) != wanted:
@@ -182,12 +224,11 @@ def _lora_pair(
     up, down = lora_factors(A.float(), B.float())
     if hybrid:
         plain_down = factors["gralora_A_general.weight"].float()
-        plain_up = factors["gralora_B_general.weight"].float().flatten(1)
-        if (len(plain_down), *plain_up.shape) != (hybrid, len(up), hybrid) or (
-            plain_down.shape[1:] != down.shape[1:]
-        ):
+        plain_up = factors["gralora_B_general.weight"].float()
+        wanted_up = (len(up), hybrid, *[1] * (plain_up.ndim - 2))
+        if (plain_down.shape, plain_up.shape) != ((hybrid, *down.shape[1:]), wanted_up):
             raise GraloraError(f"{where}: the general pair does not fit hybrid_r {hybrid}.")
-        down, up = torch.cat([down, plain_down]), torch.cat([up, plain_up], dim=1)
+        down, up = torch.cat([down, plain_down]), torch.cat([up, plain_up.flatten(1)], dim=1)
     up = up * (alpha / (rank + hybrid))
     return up.reshape(*up.shape, *[1] * (down.ndim - 2)).contiguous(), down.contiguous()
 

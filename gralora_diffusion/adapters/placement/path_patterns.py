@@ -6,19 +6,28 @@ patterns that allow few ways. An automaton matches all others. It follows every 
 (K. Thompson, "Regular expression search algorithm", 1968), and its states are built when a path
 needs them. The answers are those of ``re.fullmatch``. Patterns that an automaton cannot match, such
 as back references, are refused.
+
+The ComfyUI node in ``samples/comfyui_gralora``, which runs without this package, has a copy of this
+file.
 """
 
 from __future__ import annotations
 
 import math
 import re
+import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache, partial
-from re import _constants as sre  # type: ignore[attr-defined]
-from re import _parser as sre_parse  # type: ignore[attr-defined]
 from typing import Any
+
+if sys.version_info >= (3, 11):  # noqa: UP036 - ComfyUI also runs on older versions
+    from re import _constants as sre  # type: ignore[attr-defined]
+    from re import _parser as sre_parse  # type: ignore[attr-defined]
+else:
+    import sre_constants as sre
+    import sre_parse
 
 #: Maximum length of a pattern. The longest that this package writes, for every layer of a large
 #: model, has some 60,000 characters.
