@@ -262,16 +262,27 @@ def blind_choices(files: Sequence[Path], folder: Path) -> list[BlindChoices]:
 
 def _key(content: Mapping[str, Any]) -> tuple[str, list[dict[str, Any]]]:
     page, pairs = content.get("page"), content.get("pairs")
-    texts = ("subject", "left", "right")
-    sound = isinstance(page, str) and isinstance(pairs, list) and content.get("format") == _FORMAT
-    for pair in pairs if sound and isinstance(pairs, list) else ():
-        sound &= isinstance(pair, dict) and all(isinstance(pair.get(n), str) for n in texts)
-        comparison = pair.get("comparison") if isinstance(pair, dict) else None
-        sound &= isinstance(comparison, list) and len(comparison) == 2
-        sound &= all(isinstance(name, str) for name in comparison or ())
-    if not sound or not isinstance(page, str) or not isinstance(pairs, list):
+    sound = isinstance(page, str) and content.get("format") == _FORMAT
+    if not sound or not isinstance(pairs, list) or not all(map(_is_pair, pairs)):
         raise ValueError("it is not a key that --blind wrote")
-    return page, pairs
+    return str(page), pairs
+
+
+def _is_pair(pair: object) -> bool:
+    if not isinstance(pair, dict):
+        return False
+    comparison, drifts = pair.get("comparison"), pair.get("drifts")
+    return (
+        all(isinstance(pair.get(name), str) for name in ("subject", "left", "right"))
+        and _are_two(comparison, str)
+        and (drifts is None or _are_two(drifts, float))
+    )
+
+
+def _are_two(values: object, kind: type) -> bool:
+    return (
+        isinstance(values, list) and len(values) == 2 and all(isinstance(v, kind) for v in values)
+    )
 
 
 def _answers(

@@ -196,6 +196,18 @@ def test_answers_that_cannot_be_used_are_all_reported(page, tmp_path):
         blind_choices([], tmp_path)
 
 
+@pytest.mark.parametrize(
+    "changes", [{"drifts": [0.1]}, {"drifts": {}}, {"comparison": "ab"}, {"subject": 3}]
+)
+def test_a_changed_key_is_refused(page, tmp_path, changes):
+    path, _ = page
+    key = key_of(path)
+    key["pairs"][0] |= changes
+    (tmp_path / "blind_key.json").write_text(json.dumps(key))
+    with pytest.raises(DataError, match="it is not a key that --blind wrote"):
+        blind_choices([answer(path, tmp_path, "gralora")], tmp_path)
+
+
 def test_the_command_writes_the_page_and_reads_answers(world, tmp_path):
     """On a run's folder alone, without training anything."""
     output = tmp_path / "run"
