@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, make_dataclass
-from typing import Annotated, Any, ClassVar, Literal, get_type_hints
+from functools import cache
+from typing import Annotated, Any, ClassVar, Literal
 
 from gralora_diffusion.options.fields import (
     Limits,
@@ -12,6 +13,7 @@ from gralora_diffusion.options.fields import (
     SetByBenchmark,
     option,
     options_with,
+    types_of,
 )
 from gralora_diffusion.training.config.training_config import OPTION_GROUPS, TrainingConfig
 
@@ -213,15 +215,16 @@ def set_by_benchmark() -> dict[str, str]:
     return {name: trait.advice for name, trait in traits.items()}
 
 
+@cache
 def training_groups() -> tuple[type, ...]:
     """Return the trainer's groups of options without those that the benchmark sets."""
     ours = {f.name for group in BENCHMARK_GROUPS for f in fields(group)}
     ours |= set_by_benchmark().keys()
     groups = []
     for group in OPTION_GROUPS:
-        hints = get_type_hints(group, include_extras=True)
+        types = types_of(group)
         left: list[tuple[str, Any, Any]] = [
-            (f.name, hints[f.name], option(f.default, f.metadata["help"], secret=not f.repr))
+            (f.name, types[f.name], option(f.default, f.metadata["help"], secret=not f.repr))
             for f in fields(group)
             if f.name not in ours
         ]

@@ -146,10 +146,18 @@ def options_with(options: type, trait: type[Trait]) -> dict[str, Trait]:
 
 
 @cache
+def types_of(options: type) -> dict[str, Any]:
+    """Return name -> type with its traits for the annotations of a dataclass.
+
+    They are evaluated once for each class: that takes milliseconds.
+    """
+    return get_type_hints(options, include_extras=True)
+
+
+@cache
 def _traits(options: type) -> dict[str, tuple[Any, ...]]:
-    """Return name -> all traits, once for each class: evaluating annotations takes milliseconds."""
-    hints = get_type_hints(options, include_extras=True)
-    return {f.name: getattr(hints[f.name], "__metadata__", ()) for f in fields(options)}
+    types = types_of(options)
+    return {f.name: getattr(types[f.name], "__metadata__", ()) for f in fields(options)}
 
 
 def in_each(value: Any, change: Callable[[str], str]) -> Any:
