@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -47,7 +48,7 @@ from gralora_diffusion.base_models.single_file_header import OriginalFile, Origi
 from gralora_diffusion.benchmark import ledger, run_config
 from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
 from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
-from gralora_diffusion.benchmark.report import write_report
+from gralora_diffusion.benchmark.report import blind_choices, write_report
 from gralora_diffusion.export.bases import BaseError, open_base
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.text import as_text
@@ -75,6 +76,7 @@ from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.options import validate
+from gralora_diffusion.training.config.data_file import image_sets, with_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.controls import ControlPlaces
@@ -89,6 +91,7 @@ from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.runtime.control import RunControl, read_status
 from tests import models, originals
 from tests.benchmark import trials
+from tests.comfyui_node import conversion
 from tests.io.image_bytes import D65, PRIMARIES
 from tests.training.runs import make_images
 
@@ -189,6 +192,32 @@ def _attach(folder: Path) -> None:
         assert not any("gralora" in name for name, _ in _pipe().unet.named_modules())
         raise
     unload_gralora_weights(_pipe())
+
+
+def _make_for_node(folder: Path) -> None:
+    """Adapters of linear layers and convolutions, hybrid in part."""
+    for name, kernel in (("linear", ()), ("conv", (3, 3))):
+        config = {"r": 4, "gralora_k": 2, "alpha": 4, "hybrid_r": 0, "peft_type": "GRALORA"}
+        config |= {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"(to_[qk])+": 2, r"x\.\d+": 8}}
+        tensors = {
+            "unet.x.to_q.gralora_A": torch.ones(2, 3, 4, *kernel),
+            "unet.x.to_q.gralora_B": torch.ones(2, 4, 5),
+        }
+        if kernel:
+            config["hybrid_r"] = 2
+            tensors["unet.x.to_q.gralora_A_general.weight"] = torch.ones(2, 6, *kernel)
+            tensors["unet.x.to_q.gralora_B_general.weight"] = torch.ones(10, 2, 1, 1)
+        described = {"components": {"unet": config}, "family": SD, "format_version": 1}
+        _save(tensors, _part(folder, name), **{conversion.METADATA_KEY: json.dumps(described)})
+
+
+def _read_for_node(folder: Path) -> None:
+    file = conversion.read_gralora(str(folder / "file.safetensors"))
+    conversion.check_family(file, ["SD15", "BASE"])
+    shape = (10, *file.layers[0].down.shape[1:])
+    targets = {"lora_unet_x_to_q": "x.to_q.weight"}
+    lora = conversion.lora_for(file.layers, targets, {"x.to_q.weight": shape})
+    assert all(tensor.isfinite().all() for tensor in lora.values())
 
 
 def _pairs(name: str, **parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
@@ -485,6 +514,38 @@ def _find_rows(folder: Path) -> None:
         example.caption.encode()
 
 
+def _make_columns(folder: Path) -> None:
+    """A dataset with masks, and with one control image and several in each row."""
+    import datasets
+
+    images = make_images(_part(folder, "..images"), 2, side=4)
+    stored = [{"bytes": (images / name).read_bytes(), "path": None} for name in _TWO]
+    masks = []
+    for name in _TWO:
+        Image.open(images / name).convert("L").save(images / "mask.png")
+        masks.append({"bytes": (images / "mask.png").read_bytes(), "path": None})
+    shutil.rmtree(images)
+    columns = {"image": stored, "mask": masks, "first": stored, "more": [stored, []]}
+    kinds = {name: datasets.Image() for name in columns}
+    kinds["more"] = datasets.Sequence(datasets.Image())
+    made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
+    made.to_parquet(_part(folder, "parquet") / "train.parquet")
+
+
+def _find_columns(folder: Path) -> None:
+    found = find_dataset_examples(
+        str(folder),
+        "a dog",
+        cache_dir=str(folder / "cache"),
+        masks=MaskPlaces(),
+        control_columns=("first", "more"),
+    )
+    for example in found:
+        assert example.mask is None or example.mask.load().size == example.size
+        for control in example.controls:
+            assert control.load().size == control.size
+
+
 def _make_cache(folder: Path) -> None:
     store = TensorStore(_part(folder, "latents"))
     store["key"] = {"mean": torch.ones(4, 2, 2), "std": torch.ones(4, 2, 2)}
@@ -557,6 +618,41 @@ def _find_masked(folder: Path) -> None:
             mask = example.mask.load()
             assert (mask.mode, mask.size) == ("L", example.size)
             assert mask.getbbox() == example.mask.box
+
+
+DATA = """\
+- folder: images
+  prompt: a photo of sks dog
+  repeats: 2
+  resolution: 64
+  random_flip: yes
+- folder: images
+  trigger_word: zwx
+  prompt: a cat
+  loss_weight: 0.5
+  share: 0.25
+  caption_dropout: 0.1
+- {role: prior, folder: others, prompt: a dog, loss_weight: 0.5}
+"""
+
+
+def _make_data_file(folder: Path) -> None:
+    for name in ("images", "others"):
+        make_images(folder / "sets" / name, 1, side=4)
+    (folder / "sets" / "file.yaml").write_text(DATA)
+
+
+def _read_data_file(folder: Path) -> None:
+    config = _config(
+        pretrained_model_name_or_path="a/b",
+        instance_data_dir=None,
+        instance_prompt=None,
+        data_config=str(folder / "file.yaml"),
+    )
+    for part in image_sets(config):
+        part.options(config)
+        part.name(config).encode()
+    validate(with_data_file(config))
 
 
 def _make_quantization(folder: Path) -> None:
@@ -761,6 +857,23 @@ def _report(folder: Path) -> None:
     write_report(found, folder / "report", unreadable=unreadable)
 
 
+def _make_answers(folder: Path) -> None:
+    part = _part(folder, "page")
+    pair = {"comparison": ["gralora-r4-k2", "lora-r4"], "left": "lora-r4", "right": "gralora-r4-k2"}
+    pairs = [{"subject": name, "drifts": [0.1, 0.2], **pair} for name in ("dog", "cat")]
+    key = {"format": 1, "page": "0123", "pairs": pairs}
+    (part / "blind_key.json").write_text(json.dumps(key))
+    (part / "file.json").write_text(
+        json.dumps({"page": "0123", "choices": {"0": "left", "1": "none"}})
+    )
+
+
+def _count_answers(folder: Path) -> None:
+    for found in blind_choices([folder / "file.json"], folder):
+        assert 0 <= found.share <= 1
+        json.dumps(found.drift_gap)
+
+
 def _make_kept(folder: Path) -> None:
     part = _part(folder, "run")
     text = (
@@ -794,6 +907,7 @@ _FOLDER_ERRORS = (AdapterFileError, BaseError)
 READERS: dict[str, Reader] = {
     "adapter": Reader(_make_adapters, _read_adapter, (AdapterFileError,)),
     "attached": Reader(_make_attached, _attach, (AdapterFileError,), slow=True),
+    "comfyui_node": Reader(_make_for_node, _read_for_node, (conversion.GraloraError,)),
     "lora": Reader(
         _make_loras, lambda f: gralora_from_lora(_file_or(f), FAMILY, 4, 2), (AdapterFileError,)
     ),
@@ -821,6 +935,8 @@ READERS: dict[str, Reader] = {
     "records": Reader(_make_records, _go_on, (OSError,), writes=True, slow=True),
     "captions": Reader(_make_captions, _find, (DataError,)),
     "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True, slow=True),
+    "columns": Reader(_make_columns, _find_columns, (DataError,), writes=True, slow=True),
+    "data_file": Reader(_make_data_file, _read_data_file, (ConfigError,)),
     "cache": Reader(_make_cache, _read_cache, (DataError,), writes=True),
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
@@ -836,6 +952,7 @@ READERS: dict[str, Reader] = {
     ),
     "results": Reader(_make_results, _results),
     "report": Reader(_make_results, _report, writes=True, slow=True),
+    "answers": Reader(_make_answers, _count_answers, (DataError,)),
     "kept": Reader(_make_kept, _keep, (ConfigError,)),
     "prompts": Reader(_make_prompts, _subjects, (DataError,)),
 }
