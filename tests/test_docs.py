@@ -106,7 +106,14 @@ def workplace(tmp_path, monkeypatch):
     for name in ("samples", "train_scripts", "tests", ".ci", "pyproject.toml"):
         (tmp_path / name).symlink_to(ROOT / name)
     (tmp_path / "my_base.safetensors").touch()
-    for folder in ("my_pictures", "my_other_pictures", "other_dogs", "before", "after"):
+    for folder in (
+        "my_pictures",
+        "my_other_pictures",
+        "my_last_pictures",
+        "other_dogs",
+        "before",
+        "after",
+    ):
         (tmp_path / folder).mkdir()
         for i in range(3):
             Image.new("RGB", (48, 32), (80 * i, 90, 20)).save(tmp_path / folder / f"{i}.jpg")

@@ -114,11 +114,11 @@ class PerSet:
 
     Attributes:
         called: its name there, if it differs.
-        role: of the sets that may have it.
+        roles: of the sets that may have it.
     """
 
     called: str | None = None
-    role: str = "train"
+    roles: tuple[str, ...] = ("train",)
 
 
 @dataclass(frozen=True)

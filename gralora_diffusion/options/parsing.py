@@ -110,6 +110,7 @@ def read_options(
 def read_sections(
     groups: Sequence[type],
     path: Path,
+    text: str,
     option: str,
     *,
     called: Mapping[str, str],
@@ -119,6 +120,8 @@ def read_sections(
 
     Args:
         groups: as for ``read_options``.
+        path: of the file, for messages.
+        text: its content, as ``read_text`` returns it.
         option: the option that names the file, for messages.
         called: option -> its name in the file; others are not allowed there.
         other_names: as for ``read_options``.
@@ -127,10 +130,10 @@ def read_sections(
         What each entry says. Its options, lines and problems have the names of the file.
 
     Raises:
-        ConfigError: the file cannot be read, or is no such list.
+        ConfigError: the file is no such list.
     """
     parser = _Parser(groups, other_names, None, called)
-    root = _compose(path, option, "Give a YAML file")
+    root = _compose(path, text, option)
     if not isinstance(root, yaml.SequenceNode) or not root.value:
         raise ConfigError([f"{path}: {option} must be a list, with a - before each of its entries"])
     sections = []
@@ -254,20 +257,30 @@ def _read_options(
         parser.read_value(reading, action, f"{place}: {name}", texts)
 
 
-def _compose(path: Path, option: str, advice: str) -> yaml.Node | None:
-    """Return the content of a YAML file that ``option`` names; None if it is empty.
+def read_text(path: Path, option: str, advice: str = "Give a YAML file") -> str:
+    """Return the text of a YAML file that ``option`` names.
 
     Raises:
-        ConfigError: it is not readable as YAML.
+        ConfigError: it cannot be read.
     """
     try:
-        text = read_regular(path, _MOST_BYTES).decode("utf-8-sig")
-        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
-        return root
+        return read_regular(path, _MOST_BYTES).decode("utf-8-sig")
     except OSError as error:
         problem = f"{option} cannot be read: {error.strerror or error}. {advice}"
     except UnicodeDecodeError as error:
         problem = f"{option} is not a UTF-8 text file: {error}"
+    raise ConfigError([f"{path}: {problem}"])
+
+
+def _compose(path: Path, text: str, option: str) -> yaml.Node | None:
+    """Return the content of a YAML file that ``option`` names; None if it is empty.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
+        return root
     except yaml.YAMLError as error:
         problem = _not_yaml(path, option, error)
     except RecursionError:
@@ -281,7 +294,7 @@ def _root(path: Path, reading: Reading, configs: Sequence[str]) -> yaml.MappingN
     hint = f". Did you mean {near}?" if near else ""
     advice = f"Give a YAML file, or the name of a bundled one: {', '.join(configs)}{hint}"
     try:
-        root = _compose(path, "--config", advice)
+        root = _compose(path, read_text(path, "--config", advice), "--config")
     except ConfigError as error:
         reading.problems += error.problems
         return None

@@ -111,13 +111,16 @@ def _report(config: TrainingConfig, sheet: SheetOptions) -> Iterator[str]:
     """
     from .data.contact_sheet import write_contact_sheet
     from .data.data_module import find_class_images, find_images
+    from .data.held_out import find_held_out_images
     from .data.sets import sampled_sets
     from .data.truncation import truncated_prompts
 
     images, classes = find_images(config), find_class_images(config)
+    trained = {"the images to train on": images, "the class images": classes}
+    held_out = find_held_out_images(config, trained)
     config, family, pipe = _with_base(config)
     parts = sampled_sets(config, images, family.size_divisor(pipe) if family else 8)
-    yield from _numbers(config, parts, images, classes)
+    yield from _numbers(config, parts, images, classes, len(held_out))
     hashes, cells = _looked_at(parts, config, sheet)
     findings = [*_alike(images, hashes), *_unusual(parts)]
     if family is not None:
@@ -159,6 +162,7 @@ def _numbers(
     parts: Sequence[SampledSet],
     images: Sequence[Example],
     classes: Sequence[Example],
+    held_out: int,
 ) -> Iterator[str]:
     """Yield tables of the sets and of the sizes."""
     from .data.dataset import TrainingSet
@@ -171,6 +175,7 @@ def _numbers(
             ("images", f"{len(images)}, with {len(captions)} different captions"),
             *((f"  set {n}", text) for n, text in enumerate(described_sets(config, images), 1)),
             *([("class", f"{len(classes)} images")] if classes else []),
+            *([("held out", f"{held_out} images, never trained on")] if held_out else []),
             ("prompts", f"{len(samples.prompts)} different"),
             ("epoch", f"{len(samples)} samples in batches of {config.train_batch_size}"),
         ]

@@ -227,7 +227,9 @@ def _inputs(
     from gralora_diffusion.training.dry_run.memory_check import check_memory
 
     family, images, classes = found.family, found.images, found.class_images
-    memory, offloading = check_memory(config, family, images, classes, accelerator, sharding)
+    memory, offloading = check_memory(
+        config, family, images, classes, accelerator, sharding, held_out=found.held_out
+    )
     device = device_name(accelerator.device)
     print_safely(
         summary_of_inputs(
@@ -252,7 +254,16 @@ def _print_plan(
     size = config.device_bytes
 
     def plan_of(changed: TrainingConfig) -> Plan:
-        plan = plan_run(changed, family, images, classes, accelerator, sharding, size is not None)
+        plan = plan_run(
+            changed,
+            family,
+            images,
+            classes,
+            accelerator,
+            sharding,
+            size is not None,
+            held_out=found.held_out,
+        )
         return plan if size is None else replace(plan, device=f"a GPU of {size / 2**30:.3g} GiB")
 
     there = device_memory(accelerator.device) if size is None else DeviceMemory(size, size)

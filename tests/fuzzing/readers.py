@@ -76,7 +76,7 @@ from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.options import validate
-from gralora_diffusion.training.config.data_file import image_sets, with_data_file
+from gralora_diffusion.training.config.data_file import sound_sections, with_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.controls import ControlPlaces
@@ -649,7 +649,8 @@ def _read_data_file(folder: Path) -> None:
         instance_prompt=None,
         data_config=str(folder / "file.yaml"),
     )
-    for part in image_sets(config):
+    for section in sound_sections(config, "train"):
+        part = section.image_set
         part.options(config)
         part.name(config).encode()
     validate(with_data_file(config))

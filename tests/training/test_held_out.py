@@ -60,6 +60,28 @@ def test_measuring_changes_nothing(
     assert without == learned(plain)
 
 
+def test_a_set_of_a_data_file_is_measured_as_the_options_say(
+    data: dict[str, Any], tmp_path: Path
+) -> None:
+    options = {"held_out_steps": 1, "max_train_steps": 2}
+    plain = run(output_dir=tmp_path / "plain", **data, **options)
+    file = tmp_path / "data.yaml"
+    folders = data.pop("instance_data_dir"), data.pop("held_out_data_dir")
+    file.write_text(f"- folder: {folders[0]}\n- role: held_out\n  folder: {folders[1]}\n")
+    by_set = run(output_dir=tmp_path / "set", data_config=file, **data, **options)
+    assert_same_run(plain, by_set)
+    assert same(plain / "best", by_set / "best")
+
+    # the same images as two sets, in the same order
+    for number, name in enumerate(("0.png", "1.png", "2.png")):
+        (part := tmp_path / f"part {number > 1}").mkdir(exist_ok=True)
+        shutil.copyfile(folders[1] / name, part / name)
+    sets = [f"- {{role: held_out, folder: {tmp_path}/part {more}}}" for more in (False, True)]
+    file.write_text("\n".join([f"- folder: {folders[0]}", *sets]))
+    by_sets = run(output_dir=tmp_path / "sets", data_config=file, **data, **options)
+    assert_same_run(plain, by_sets)
+
+
 OVERFIT: dict[str, Any] = {
     "checkpointing_steps": 1,
     "held_out_steps": 2,

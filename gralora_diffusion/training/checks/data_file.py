@@ -41,17 +41,23 @@ def data_file_warnings(config: TrainingConfig, check: Check) -> list[str]:
 def _of_sections(
     config: TrainingConfig, sections: Sequence[DataSection], check: Check
 ) -> list[str]:
+    prepared, seen = config, set(check(config))
+    of_others: dict[int, list[str]] = {}
+    for number, section in enumerate(sections):
+        if section.role != "train":
+            own = replace(config, **section.changes)
+            of_others[number] = [text for text in check(own) if text not in seen]
+            if section.role == "prior":
+                prepared = own
+    seen.update(*of_others.values())
     found: list[str] = []
-    others = {k: v for s in sections if s.role != "train" for k, v in s.changes.items()}
-    prepared = replace(config, **others)
-    of_run, of_others = set(check(config)), set(check(prepared))
-    for section in sections:
+    for number, section in enumerate(sections):
         found += section.problems
         if section.role != "train":
-            found += section.located(sorted(of_others - of_run))
+            found += section.located(of_others[number])
         elif {"instance_data_dir", "dataset_name"} & section.changes.keys():
-            own = check(replace(prepared, data_config=None, **section.changes))
-            found += section.located([p for p in own if p not in of_run | of_others])
+            own = replace(prepared, data_config=None, **section.changes)
+            found += section.located([text for text in check(own) if text not in seen])
     return list(dict.fromkeys(found))
 
 
@@ -71,9 +77,10 @@ def _contradictions(config: TrainingConfig, sections: Sequence[DataSection]) -> 
                 f"{section.parsed.place}: the folder {folder!r} has no image. Put images of the "
                 "class into it, or give num_class_images to generate that many"
             )
+    yield from _held_out_contradictions(config, sections)
     defaults = {f.name: f.default for f in fields(config)}
     for section in sections:
-        if section.role == "train":
+        if section.role != "prior":
             continue
         for name, value in section.changes.items():
             given = getattr(config, name)
@@ -82,6 +89,37 @@ def _contradictions(config: TrainingConfig, sections: Sequence[DataSection]) -> 
                     f"--{name} is {given!r}, but a set of {config.data_config} has the role "
                     f"{section.role}. Leave one of them out"
                 )
+
+
+def _held_out_contradictions(
+    config: TrainingConfig, sections: Sequence[DataSection]
+) -> Iterator[str]:
+    """Report images that are measured and trained on, or that nothing names."""
+    measured = [section for section in sections if section.role == "held_out"]
+    folders = [section.changes.get("held_out_data_dir") for section in measured]
+    given = config.held_out_data_dir
+    if measured and given not in (None, *folders):
+        yield (
+            f"--held_out_data_dir is {given!r}, but a set of {config.data_config} has the role "
+            "held_out. Leave one of them out"
+        )
+    if config.stop_when and not (measured or given):
+        yield (
+            f"--stop_when {config.stop_when} needs images that are not trained on. Give a set of "
+            f"{config.data_config} the role held_out, or give --held_out_data_dir"
+        )
+    trained = {
+        Path(folder).resolve(): section
+        for section in sections
+        if section.role == "train" and (folder := section.changes.get("instance_data_dir"))
+    }
+    for section, folder in zip(measured, folders, strict=True):
+        if folder and (other := trained.get(Path(folder).resolve())):
+            yield (
+                f"{section.parsed.lines.get('folder', section.parsed.place)}: folder is {folder!r},"
+                f" which the set at {other.parsed.place} trains on. Held-out images are never "
+                "trained on: give a folder with other images of the subject"
+            )
 
 
 def _has_images(folder: Path) -> bool:

@@ -75,10 +75,7 @@ def find_problems(config: TrainingConfig, *, imports: bool = True) -> list[str]:
     """
     if unusable := list(path_problems(config)):  # the other checks look for them
         return unusable
-    problems = _problems(config, imports)
-    if config.data_config is not None:
-        problems += data_file_problems(config, _of_set)
-    return problems
+    return _problems(config, imports) + data_file_problems(config, _of_set)
 
 
 def find_image_problems(config: TrainingConfig, *others: Any) -> list[str]:
@@ -292,6 +289,12 @@ def _schedule(config: TrainingConfig) -> Iterator[str]:
             "--lr_scheduler piecewise_constant needs --lr_step_rules, such as --lr_step_rules "
             "1:100,0.1:200,0.01"
         )
+    # a data file is checked with its sets
+    if config.stop_when and not (config.held_out_data_dir or config.data_config):
+        yield (
+            f"--stop_when {config.stop_when} needs --held_out_data_dir. Give a folder with images "
+            "of the subject that are not trained on"
+        )
     number = r"\d*\.?\d+(e-?\d+)?"
     if rules and not re.fullmatch(rf"({number}:\d+,)+{number}", rules, re.IGNORECASE):
         yield (
@@ -321,8 +324,9 @@ def _memory(config: TrainingConfig) -> Iterator[str]:
 
 def find_warnings(config: TrainingConfig) -> list[str]:
     """Return warnings about options that have no effect or an unusual value."""
-    warnings = [*_without_effect(with_data_file(config)), *_unusual(config)]
-    return warnings + data_file_warnings(config, lambda own: list(_without_effect(own)))
+    prepared = with_data_file(config)
+    warnings = [*_without_effect(prepared), *_unusual(prepared)]
+    return warnings + data_file_warnings(prepared, lambda own: list(_without_effect(own)))
 
 
 def _without_effect(config: TrainingConfig) -> Iterable[str]:

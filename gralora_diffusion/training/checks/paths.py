@@ -168,11 +168,6 @@ def _held_out(config: TrainingConfig) -> Iterator[str]:
     """Report folders of held-out images, and of what belongs to them, that cannot be one."""
     folder = config.held_out_data_dir
     if not folder:
-        if config.stop_when:
-            yield (
-                f"--stop_when {config.stop_when} needs --held_out_data_dir. Give a folder with "
-                "images of the subject that are not trained on"
-            )
         return
     advice = "Put images of the subject into it that are not trained on"
     own = config.instance_data_dir

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from functools import lru_cache
 from math import isclose
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -17,10 +18,8 @@ from typing import Any, get_args, get_type_hints
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name
 from gralora_diffusion.options.command_parser import must_be, without_hyphens
-from gralora_diffusion.options.fields import (
-    value_problems,
-)
-from gralora_diffusion.options.parsing import ParsedOptions, read_sections
+from gralora_diffusion.options.fields import value_problems
+from gralora_diffusion.options.parsing import ParsedOptions, read_sections, read_text
 
 from .options import SetOptions
 from .other_programs import OTHER_NAMES
@@ -84,32 +83,26 @@ class ImageSet:
 ALL_IMAGES = ImageSet()
 
 
-def image_sets(config: TrainingConfig) -> list[ImageSet]:
-    """Return the sets to train on, in the file's order.
-
-    Raises:
-        ConfigError: the data file has problems. The error lists all of them, each with its line.
-    """
-    if config.data_config is None:
-        return [ALL_IMAGES]
-    return [section.image_set for section in sound_sections(config) if section.role == "train"]
-
-
 def with_data_file(config: TrainingConfig) -> TrainingConfig:
     """Return the options with those that the data file's sets of other roles stand for.
 
+    Each held-out set has options of its own; the run's only say that there is one, and name the
+    folder of the first.
+
     Raises:
-        ConfigError: as for ``image_sets``.
+        ConfigError: as for ``sound_sections``.
     """
     if config.data_config is None:
         return config
-    for section in sound_sections(config):
-        if section.role != "train":
-            config = replace(config, **section.changes)
+    for section in sound_sections(config, "prior"):
+        config = replace(config, **section.changes)
+    for section in sound_sections(config, "held_out")[:1]:
+        folder = config.held_out_data_dir or section.changes["held_out_data_dir"]
+        config = replace(config, held_out_data_dir=folder)
     return config
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataSection:
     """A set of a data file as it was read.
 
@@ -119,10 +112,10 @@ class DataSection:
     """
 
     role: str
-    changes: dict[str, Any]
+    changes: Mapping[str, Any]
     share: float | None
     loss_weight: float
-    problems: list[str]
+    problems: tuple[str, ...]
     parsed: ParsedOptions
 
     @property
@@ -142,8 +135,8 @@ class DataSection:
         ]
 
 
-def sound_sections(config: TrainingConfig) -> list[DataSection]:
-    """Return the sets of a data file that has no problem.
+def sound_sections(config: TrainingConfig, role: str) -> list[DataSection]:
+    """Return the sets of a role in a data file that has no problem, in the file's order.
 
     Raises:
         ConfigError: it has problems. The error lists all of them, each with its line.
@@ -151,44 +144,49 @@ def sound_sections(config: TrainingConfig) -> list[DataSection]:
     sections = read_data_file(config)
     if problems := [problem for section in sections for problem in section.problems]:
         raise ConfigError(problems)
-    return sections
+    return [section for section in sections if section.role == role]
 
 
-def read_data_file(config: TrainingConfig) -> list[DataSection]:
+def read_data_file(config: TrainingConfig) -> Sequence[DataSection]:
     """Read the sets of the data file, and check what each says by itself and their shares.
 
     Raises:
         ConfigError: it cannot be read, or is no list of sets.
     """
     path = Path(str(config.data_config))
+    return _sections(path, read_text(path, "--data_config"))
+
+
+@lru_cache(maxsize=4)  # a run asks for its sets several times before it begins
+def _sections(path: Path, text: str) -> Sequence[DataSection]:
     roles = get_args(get_type_hints(SetOptions)["role"])
-    names = [f.name for f in fields(SetOptions)]
-    called = {name: name for name in names}
-    for role in reversed(roles):
-        called |= {name: there for name, there in names_in_set(role).items() if there not in names}
+    called = {f.name: f.name for f in fields(SetOptions)}
+    for role in roles:  # which share some names
+        for name, there in names_in_set(role).items():
+            if there not in called.values():
+                called[name] = there
     parsed = read_sections(
         (SetOptions, *OPTION_GROUPS),
         path,
+        text,
         "--data_config",
-        called=_one_each(called),
+        called=called,
         other_names={**_other_names(set(called.values())), **_OTHER_NAMES},
     )
     if len(parsed) > _MOST_SETS:
         raise ConfigError([f"{path}: it has {len(parsed):,} sets, of {_MOST_SETS:,} at most"])
     sections = [_section(part) for part in parsed]
+    if any(section.problems for section in sections):
+        return sections
     trained = [section for section in sections if section.role == "train"]
-    if not any(section.problems for section in sections):
-        if not trained:
-            raise ConfigError([f"{path}: no set has the role train, so there is nothing to learn"])
-        _check_shares(path, trained)
-        _check_single(sections)
-    return sections
-
-
-def _one_each(called: Mapping[str, str]) -> dict[str, str]:
-    """Return one option for each name in the file, since roles share some names."""
-    options = {there: name for name, there in called.items()}
-    return {name: there for there, name in options.items()}
+    if not trained:
+        raise ConfigError([f"{path}: no set has the role train, so there is nothing to learn"])
+    priors = [section for section in sections if section.role == "prior"]
+    more = {id(s): problem for s, problem in (*_unmet_shares(path, trained), *_further(priors))}
+    return [
+        replace(section, problems=(more[id(section)],)) if id(section) in more else section
+        for section in sections
+    ]
 
 
 def _other_names(known: set[str]) -> dict[str, str]:
@@ -217,37 +215,34 @@ def _section(parsed: ParsedOptions) -> DataSection:
             "num_class_images": changes.get("num_class_images", 1),
             "prior_loss_weight": own.loss_weight,
         }
-    problems = [without_hyphens(text) for text in problems]
-    return DataSection(own.role, changes, own.share, own.loss_weight, problems, parsed)
+    shown = tuple(map(without_hyphens, problems))
+    return DataSection(own.role, changes, own.share, own.loss_weight, shown, parsed)
 
 
 def _misplaced(
     own: SetOptions, given: Mapping[str, Any], parsed: ParsedOptions, names: Mapping[str, str]
 ) -> Iterator[str]:
     """Yield a problem for each setting that a set of this role does not have."""
-    if own.role == "held_out":
-        yield (
-            "--role held_out is not supported in a data file. Leave the set out, and give its "
-            "folder as the option held_out_data_dir"
-        )
-        return
+    weighted = ["loss_weight"] if own.role != "held_out" else []
     for name in given:
         if name not in names:
-            allowed = [*names, "role", "loss_weight"]
+            allowed = [*names, "role", *weighted]
             yield f"--{name} cannot be set for a set of role {own.role}; {must_be(name, allowed)}"
     places = [name for name in ("folder", "dataset") if given.get(name)]
     wanted = "--folder" + (" or --dataset" if "dataset" in names else "")
     unread = not (given or parsed.lines) or parsed.faulty & {"folder", "dataset"}
     if not places and not unread:
         yield f"the set has no {wanted}. Give the place of its images"
-    if own.share is not None and "repeats" in given:
+    if own.role == "train" and own.share is not None and "repeats" in given:
         yield "--share and --repeats exclude each other. Leave one out"
-    if own.share is not None and own.role != "train":
-        yield f"--share cannot be set for a set of role {own.role}. Leave it out"
+    refused = {"prior": ["share"], "held_out": ["share", "loss_weight"]}.get(own.role, [])
+    for name in refused:
+        if name in parsed.values:
+            yield f"--{name} cannot be set for a set of role {own.role}. Leave it out"
 
 
-def _check_shares(path: Path, sections: Sequence[DataSection]) -> None:
-    """Report shares that cannot all be met, at the first set that has one."""
+def _unmet_shares(path: Path, sections: Sequence[DataSection]) -> Iterator[tuple[DataSection, str]]:
+    """Yield a problem with shares that cannot all be met, of the first set that has one."""
     shares = [section.share for section in sections if section.share is not None]
     if not shares:
         return
@@ -255,26 +250,24 @@ def _check_shares(path: Path, sections: Sequence[DataSection]) -> None:
     first = next(section for section in sections if section.share is not None)
     where = first.parsed.lines.get("share", str(path))
     if len(shares) == len(sections) and not isclose(total, 1, abs_tol=1e-6):
-        first.problems.append(
+        yield (
+            first,
             f"{where}: every set has a share, and their sum is {total:g}; it must be 1. Leave out "
-            "the share of one set, which then gets the rest"
+            "the share of one set, which then gets the rest",
         )
     elif len(shares) < len(sections) and total > 1 - 1e-6:
-        first.problems.append(
+        yield (
+            first,
             f"{where}: the shares have the sum {total:g}; it must be below 1, since other sets "
-            "have none and get the rest"
+            "have none and get the rest",
         )
 
 
-def _check_single(sections: Sequence[DataSection]) -> None:
-    """Report a second set of a role that only one set may have."""
-    found: dict[str, DataSection] = {}
-    for section in sections:
-        if section.role == "train":
-            continue
-        first = found.setdefault(section.role, section)
-        if first is not section:
-            section.problems.append(
-                f"{section.parsed.place}: a second set of role {section.role}. Put its images "
-                f"into the folder of the first one ({first.parsed.place})"
-            )
+def _further(priors: Sequence[DataSection]) -> Iterator[tuple[DataSection, str]]:
+    """Yield a problem for each prior but the first, since a run has one."""
+    for section in priors[1:]:
+        yield (
+            section,
+            f"{section.parsed.place}: a second set of role prior. Put its images into the folder "
+            f"of the first one ({priors[0].parsed.place})",
+        )

@@ -32,6 +32,10 @@ from gralora_diffusion.options.fields import (
 _NO_EDITS = "its methods are compared on text-to-image bases"
 _NO_HELD_OUT = "its trials all have the same length, and are compared by their images"
 
+#: Roles of the sets of a data file that may have an option.
+_PRIOR, _HELD_OUT = ("prior",), ("held_out",)
+_ALSO_HELD_OUT = PerSet(roles=("train", *_HELD_OUT))
+
 # optimizer -> (module to import, package to install); None if it needs no package of its own
 OPTIMIZERS: dict[str, tuple[str, str] | None] = {
     "adamw": None,
@@ -76,12 +80,12 @@ class DataOptions:
         None, "Configuration of that dataset"
     )
     image_column: Annotated[str, PerSet()] = option("image", "Column with the images")
-    caption_column: Annotated[str | None, PerSet()] = option(
+    caption_column: Annotated[str | None, _ALSO_HELD_OUT] = option(
         None,
         "Column with the captions, required for a dataset with captions. For a folder: the column "
         "or key in the metadata file and .json files (default: text, caption or prompt)",
     )
-    caption_per_line: Annotated[bool, ChangesSamples(), PerSet()] = option(
+    caption_per_line: Annotated[bool, ChangesSamples(), _ALSO_HELD_OUT] = option(
         False,
         "Each line of a .txt or .caption file is a caption of its own, and each sample uses one of "
         "them. Otherwise, the lines are one caption",
@@ -89,7 +93,7 @@ class DataOptions:
     instance_prompt: Annotated[
         str | None,
         SetByBenchmark("the benchmark makes it from --unique_token and the subject's class"),
-        PerSet("prompt"),
+        PerSet("prompt", ("train", *_HELD_OUT)),
     ] = option(None, "Prompt for images that have no caption, such as 'a photo of sks dog'")
     repeats: Annotated[int, Limits(at_least=1), PerSet()] = option(
         1, "How many times each image is used in an epoch"
@@ -105,15 +109,15 @@ class DataOptions:
     caption_dropout: Annotated[float, Limits(at_least=0, below=1), ChangesSamples(), PerSet()] = (
         option(0.0, "Fraction of samples that are trained with an empty caption")
     )
-    trigger_word: Annotated[str | None, ChangesSamples(), PerSet()] = option(
+    trigger_word: Annotated[str | None, ChangesSamples(), _ALSO_HELD_OUT] = option(
         None,
         "Word for what is learned. It replaces [trigger] in a caption, and goes before a caption "
         "that does not contain it",
     )
-    caption_prefix: Annotated[str | None, ChangesSamples(), PerSet()] = option(
+    caption_prefix: Annotated[str | None, ChangesSamples(), _ALSO_HELD_OUT] = option(
         None, "Text before every caption, such as a trigger word"
     )
-    caption_suffix: Annotated[str | None, ChangesSamples(), PerSet()] = option(
+    caption_suffix: Annotated[str | None, ChangesSamples(), _ALSO_HELD_OUT] = option(
         None, "Text after every caption"
     )
     shuffle_tags: Annotated[bool, ChangesSamples(), PerSet()] = option(
@@ -130,7 +134,7 @@ class DataOptions:
         "Number of variants of a caption whose tags are shuffled or left out. Each sample uses one "
         "of them, and all are encoded before training",
     )
-    skip_bad_images: Annotated[bool, PerSet()] = option(
+    skip_bad_images: Annotated[bool, _ALSO_HELD_OUT] = option(
         False, "Skip images that cannot be decoded instead of stopping"
     )
 
@@ -168,7 +172,7 @@ class ControlOptions:
         "With several folders, each training image has one control image in each, in this "
         "order",
     )
-    control_column: Annotated[list[str] | None, SetByBenchmark(_NO_EDITS), PerSet()] = option(
+    control_column: Annotated[list[str] | None, SetByBenchmark(_NO_EDITS), _ALSO_HELD_OUT] = option(
         None,
         "Columns of the dataset, or of the folder's metadata file, that name or contain the "
         "control images: one or several per row (default for a metadata file: control)",
@@ -188,22 +192,27 @@ class HeldOutOptions:
 
     _argument_group_name: ClassVar[str] = "Held-out images"
 
-    held_out_data_dir: Annotated[str | None, Place(read=True), SetByBenchmark(_NO_HELD_OUT)] = (
-        option(
-            None,
-            "Folder with images of the subject that are never trained on, with captions as in "
-            "--instance_data_dir. Their loss is measured during training, as a difference to the "
-            "frozen base's",
-        )
+    held_out_data_dir: Annotated[
+        str | None, Place(read=True), SetByBenchmark(_NO_HELD_OUT), PerSet("folder", _HELD_OUT)
+    ] = option(
+        None,
+        "Folder with images of the subject that are never trained on, with captions as in "
+        "--instance_data_dir. Their loss is measured during training, as a difference to the "
+        "frozen base's",
     )
     held_out_control_data_dir: Annotated[
         list[str] | None,
         Place(read=True),
         Needs("held_out_data_dir"),
         SetByBenchmark(_NO_HELD_OUT),
+        PerSet("control_data_dir", _HELD_OUT),
     ] = option(None, "--control_data_dir for the held-out images")
     held_out_mask_data_dir: Annotated[
-        str | None, Place(read=True), Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
+        str | None,
+        Place(read=True),
+        Needs("held_out_data_dir"),
+        SetByBenchmark(_NO_HELD_OUT),
+        PerSet("mask_data_dir", _HELD_OUT),
     ] = option(None, "--mask_data_dir for the held-out images")
     held_out_steps: Annotated[
         int, Limits(at_least=1), Needs("held_out_data_dir"), SetByBenchmark(_NO_HELD_OUT)
@@ -252,24 +261,24 @@ class PriorOptions:
         Needs("with_prior_preservation"),
         Fixed("with_prior_preservation"),
         SetByBenchmark("the benchmark makes it from the subject's class"),
-        PerSet("prompt", "prior"),
+        PerSet("prompt", _PRIOR),
     ] = option(None, "Prompt of the class, such as 'a photo of a dog'")
     class_data_dir: Annotated[
         str | None,
         Place(read=True, written=True),
         Needs("with_prior_preservation"),
         SetByBenchmark("class images are generated into --output_dir"),
-        PerSet("folder", "prior"),
+        PerSet("folder", _PRIOR),
     ] = option(None, "Folder of the class images; missing ones are generated into it")
     num_class_images: Annotated[
-        int, Limits(at_least=1), Needs("with_prior_preservation"), PerSet(role="prior")
+        int, Limits(at_least=1), Needs("with_prior_preservation"), PerSet(roles=_PRIOR)
     ] = option(100, "Number of class images")
     prior_loss_weight: Annotated[
         float,
         Limits(at_least=0),
         Needs("with_prior_preservation"),
         Fixed("with_prior_preservation"),
-        PerSet("loss_weight", "prior"),
+        PerSet("loss_weight", _PRIOR),
     ] = option(1.0, "Weight of the class's loss relative to the subject's")
     prior_generation_precision: Annotated[
         Literal["no", "fp32", "fp16", "bf16"] | None, Needs("with_prior_preservation")
@@ -289,7 +298,7 @@ class ImageOptions:
 
     _argument_group_name: ClassVar[str] = "Image size, crops and caches"
 
-    resolution: Annotated[int | None, ChangesSamples(), AlwaysReported(), PerSet()] = option(
+    resolution: Annotated[int | None, ChangesSamples(), AlwaysReported(), _ALSO_HELD_OUT] = option(
         None, "Height and width of the training images in pixels (default: the family's)"
     )
     resolutions: Annotated[list[int] | None, ChangesSamples(), PerSet()] = option(
@@ -297,12 +306,12 @@ class ImageOptions:
         "Train each image at each of these sizes instead of --resolution, which then only sets the "
         "size of validation images (default: the largest of these). A batch has one size",
     )
-    use_aspect_ratio_buckets: Annotated[bool, PerSet()] = option(
+    use_aspect_ratio_buckets: Annotated[bool, _ALSO_HELD_OUT] = option(
         False,
         "Train each image at the nearest of eleven shapes from 1:2 to 2:1, with about as many "
         "pixels as the square. An image with fewer pixels gets a smaller bucket",
     )
-    aspect_ratio_buckets: Annotated[str | None, PerSet()] = option(
+    aspect_ratio_buckets: Annotated[str | None, _ALSO_HELD_OUT] = option(
         None,
         "Train each image at the nearest of these sizes instead of the built-in shapes, written as "
         "'height,width;height,width;...'. Smaller images are enlarged. Implies "
@@ -355,16 +364,16 @@ class MaskOptions:
     ] = option(
         None, "Folder of masks. Each has the name of its image, with any image file extension"
     )
-    mask_column: Annotated[str | None, Needs("masked_loss", "inpaint_given_masks"), PerSet()] = (
-        option(
-            None,
-            "Column with the masks of a dataset, or with their paths in a metadata file (default: "
-            "mask or mask_file_name, if it exists)",
-        )
+    mask_column: Annotated[
+        str | None, Needs("masked_loss", "inpaint_given_masks"), _ALSO_HELD_OUT
+    ] = option(
+        None,
+        "Column with the masks of a dataset, or with their paths in a metadata file (default: "
+        "mask or mask_file_name, if it exists)",
     )
-    mask_from_alpha: Annotated[bool, Needs("masked_loss", "inpaint_given_masks"), PerSet()] = (
-        option(False, "Use the opacity of an image as its mask, unless it has another mask")
-    )
+    mask_from_alpha: Annotated[
+        bool, Needs("masked_loss", "inpaint_given_masks"), _ALSO_HELD_OUT
+    ] = option(False, "Use the opacity of an image as its mask, unless it has another mask")
     mask_outside: Annotated[
         Literal["ignore", "weight", "base"], Needs("masked_loss"), Fixed("masked_loss")
     ] = option(

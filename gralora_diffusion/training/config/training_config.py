@@ -159,7 +159,7 @@ OPTION_GROUPS: tuple[type, ...] = TrainingConfig.__bases__[::-1]
 def names_in_set(role: str) -> dict[str, str]:
     """Return option -> its name in the sets of a data file that have a role."""
     traits = {name: t for group in OPTION_GROUPS for name, t in options_with(group, PerSet).items()}
-    return {name: trait.called or name for name, trait in traits.items() if trait.role == role}
+    return {name: trait.called or name for name, trait in traits.items() if role in trait.roles}
 
 
 def read_config(argv: Sequence[str] | None = None) -> tuple[TrainingConfig, ParsedOptions]:
@@ -208,7 +208,7 @@ def options_table() -> str:
 
 def _set_table() -> str:
     """Return the settings of a set as Markdown: its own, and the options that it may have."""
-    roles = {role: names_in_set(role) for role in ("train", "prior")}
+    roles = {role: names_in_set(role) for role in ("train", "prior", "held_out")}
     texts = [
         f"A set of role {role} may also have "
         + ", ".join(

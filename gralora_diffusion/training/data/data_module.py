@@ -24,7 +24,7 @@ from gralora_diffusion.families import Conditioning, ModelFamily
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import ChangesSamples, options_with
-from gralora_diffusion.training.config.data_file import sound_sections
+from gralora_diffusion.training.config.data_file import DataSection, sound_sections
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import wait_for_all
 
@@ -61,21 +61,36 @@ def find_images(config: TrainingConfig) -> list[Example]:
     if config.data_config is None:
         examples = _find_images(config)
     else:
-        examples, problems = [], []
-        for section in sound_sections(config):
-            if section.role != "train":
-                continue
-            image_set = section.image_set
-            try:
-                found = _find_images(image_set.options(config))
-            except DataError as error:
-                problems += section.located(error.problems)
-                continue
-            examples += [replace(example, image_set=image_set) for example in found]
-        if problems:
-            raise DataError("--data_config", problems)
+        examples = find_in_sets(config, sound_sections(config, "train"), _find_images)
     if config.masked_loss or config.inpaint_given_masks:
         _check_masked(examples, config)
+    return examples
+
+
+def find_in_sets(
+    config: TrainingConfig,
+    sections: Sequence[DataSection],
+    find: Callable[[TrainingConfig], list[Example]],
+) -> list[Example]:
+    """Return the images of sets of a data file, set by set.
+
+    Args:
+        find: finds the images of a set by the options as they are for it.
+
+    Raises:
+        DataError: there are problems with the images. The error lists all of them.
+    """
+    examples, problems = [], []
+    for section in sections:
+        image_set = section.image_set
+        try:
+            found = find(image_set.options(config))
+        except DataError as error:
+            problems += section.located(error.problems)
+        else:
+            examples += [replace(example, image_set=image_set) for example in found]
+    if problems:
+        raise DataError("--data_config", problems)
     return examples
 
 

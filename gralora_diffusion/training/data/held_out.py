@@ -14,13 +14,15 @@ from typing import Any
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.student_t import MIN_VALUES
+from gralora_diffusion.training.config.data_file import sound_sections
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .controls import ControlPlaces
-from .data_module import Batches, facts_of_samples
+from .data_module import Batches, facts_of_samples, find_in_sets
 from .image_folder import MAX_NAMES, Example, find_examples
 from .masks import MaskPlaces
 from .seeds import seed_from
+from .sets import by_set
 
 logger = logging.getLogger(__name__)
 
@@ -34,18 +36,41 @@ def find_held_out_images(
         trained: flag of a folder or dataset -> the images of it that are trained on.
 
     Raises:
+        ConfigError: the data file has problems.
         DataError: there are problems with them, or an image of the same bytes is trained on or is
             there twice. The error lists all of them.
     """
     if not config.held_out_data_dir:
         return []
+    sets = sound_sections(config, "held_out") if config.data_config else []
+    held_out = find_in_sets(config, sets, _find_images) if sets else _find_images(config)
+    place = "--data_config" if sets else f"--held_out_data_dir {config.held_out_data_dir!r}"
+    problems = _duplicates(held_out, trained)
+    if config.stop_when and len(held_out) < MIN_VALUES:
+        problems.append(
+            f"--stop_when {config.stop_when} needs an interval over the images, and there is only "
+            "one. Hold out more, or leave it out"
+        )
+    if problems:
+        raise DataError(place, problems)
+    whole = [_name(example) for example in held_out if example.mask is None]
+    if (config.masked_loss or config.inpaint_given_masks) and whole:
+        logger.warning(
+            "held-out images without a mask, which are measured as a whole (%d): %s",
+            len(whole),
+            first_few(whole, MAX_NAMES),
+        )
+    return held_out
+
+
+def _find_images(config: TrainingConfig) -> list[Example]:
     masks = None
     if config.masked_loss or config.inpaint_given_masks:
         folder = config.held_out_mask_data_dir
         own = Path(folder) if folder else None
         masks = MaskPlaces(own, config.mask_column, config.mask_from_alpha)
-    held_out = find_examples(
-        config.held_out_data_dir,
+    return find_examples(
+        str(config.held_out_data_dir),
         config.instance_prompt,
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
@@ -58,22 +83,6 @@ def find_held_out_images(
             "--held_out_control_data_dir",
         ),
     )
-    problems = _duplicates(held_out, trained)
-    if config.stop_when and len(held_out) < MIN_VALUES:
-        problems.append(
-            f"--stop_when {config.stop_when} needs an interval over the images, and there is only "
-            "one. Hold out more, or leave it out"
-        )
-    if problems:
-        raise DataError(f"--held_out_data_dir {config.held_out_data_dir!r}", problems)
-    whole = [_name(example) for example in held_out if example.mask is None]
-    if masks is not None and whole:
-        logger.warning(
-            "held-out images without a mask, which are measured as a whole (%d): %s",
-            len(whole),
-            first_few(whole, MAX_NAMES),
-        )
-    return held_out
 
 
 def _duplicates(held_out: Sequence[Example], trained: Mapping[str, Sequence[Example]]) -> list[str]:
@@ -136,4 +145,9 @@ def held_out_digest(config: TrainingConfig, data: Batches) -> str:
     """
     facts: list[Any] = [data.instance.digest, *facts_of_samples(config)]
     facts += [config.held_out_noises, config.train_batch_size, config.mixed_precision]
+    facts += [
+        facts_of_samples(own)
+        for image_set, own, _ in by_set(config, data.instance.examples)
+        if image_set.changes
+    ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -77,6 +78,12 @@ def sampled_sets(
 def crop_plans(options: ImageOptions, size_divisor: int) -> list[CropPlan]:
     """Return how each image is cropped: once for each of its resolutions."""
     return [crop_plan(replace(options, resolution=side), size_divisor) for side in sides(options)]
+
+
+def largest_size(parts: Iterable[SampledSet]) -> tuple[int, int]:
+    """Return height and width of the image that has the most pixels when it is trained."""
+    sizes = (p.target_size(e.size) for part in parts for p in part.plans for e in part.examples)
+    return max(sizes, key=math.prod)
 
 
 def sides(options: ImageOptions) -> list[int]:

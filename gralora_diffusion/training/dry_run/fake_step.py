@@ -24,7 +24,7 @@ from gralora_diffusion.training.data.cache import PromptCache
 from gralora_diffusion.training.data.control_crops import ControlPlan
 from gralora_diffusion.training.data.data_module import encode_controls, encode_images
 from gralora_diffusion.training.data.image_folder import Example
-from gralora_diffusion.training.data.sets import SampledSet
+from gralora_diffusion.training.data.sets import SampledSet, largest_size
 from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.optimization.objectives import Objective, make_objective
 from gralora_diffusion.training.optimization.step import BatchBuilder, DenoisingStep, mean_loss
@@ -58,7 +58,7 @@ class FakeData:
         self.masked = config.masked_loss and any(image.mask for image, _ in views)
         self.fills = family.fills(pipe)
         #: height and width of the largest image
-        self.image_size = max((plan.target_size(p.size) for p, plan in views), key=math.prod)
+        self.image_size = largest_size(sets)
         kept = [
             len(plan.kept(p.size, p.content_key, config.cached_crops, config.seed))
             for p, plan in views

@@ -39,6 +39,8 @@ def format_plan(plan: Plan) -> str:
         missing = max(0, config.num_class_images - plan.class_images)
         text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")
         facts.insert(3, ("class images", text))
+    if plan.held_out:
+        facts.append(("held out", _measurements(plan)))
     layers = [line for adapter in plan.adapters for line in _adapter_lines(adapter)]
     return "\n".join(
         [
@@ -66,6 +68,16 @@ def _passes(plan: Plan) -> str:
     if plan.processes > 1:
         text += f", {plan.processes} processes"
     return text + (", gradient checkpointing" if config.gradient_checkpointing else "")
+
+
+def _measurements(plan: Plan) -> str:
+    config = plan.config
+    trained = plan.steps * plan.rows * config.gradient_accumulation_steps * plan.processes
+    return (
+        f"{plan.held_out} images, measured {plan.measurements} times: "
+        f"{plan.measurements * plan.measured_rows:,} rows forward, beside {trained:,} rows forward "
+        "and backward in the steps"
+    )
 
 
 def _adapter_lines(adapter: AdapterPlan) -> list[str]:

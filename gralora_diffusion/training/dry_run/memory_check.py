@@ -47,6 +47,8 @@ def check_memory(
     class_images: Sequence[Example],
     accelerator: Accelerator,
     sharding: Sharding | None = None,
+    *,
+    held_out: Sequence[Example] = (),
 ) -> tuple[str, Offloading]:
     """Compare what a run needs at its peak with the memory that there is.
 
@@ -63,7 +65,9 @@ def check_memory(
     if _upper_bound(config, family, images) < _SURELY * there.free:
         return f"far below the {_gib(there.free)} of free memory", offloading
     try:
-        plan = plan_run(config, family, images, class_images, accelerator, sharding)
+        plan = plan_run(
+            config, family, images, class_images, accelerator, sharding, held_out=held_out
+        )
     except Exception as error:  # an estimate must not end a run that may well fit
         if isinstance(error, ConfigError) and not isinstance(error, CannotPlan):
             raise

@@ -31,14 +31,17 @@ from gralora_diffusion.training.checks.controls import check_controls_of_base
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import existing_class_images
 from gralora_diffusion.training.data.dataset import TrainingSet
+from gralora_diffusion.training.data.held_out import held_out_config
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sets import (
     SampledSet,
     crop_plans,
     described_sets,
+    largest_size,
     sampled_sets,
 )
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME, add_adapters
+from gralora_diffusion.training.optimization.objectives import LEVELS
 from gralora_diffusion.training.optimization.optimizers import optimizer_state_bytes
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import materialize
@@ -93,6 +96,7 @@ class Plan:
         config: with the family's defaults.
         processes: number of processes; each needs the memory in ``memory``.
         sets: a line for each set of a data file.
+        held_out: number of images whose loss is measured.
         rows: of a forward pass.
         phases: those that exist of encoding "pictures", encoding "prompts", and "steps".
         gradients: bytes at the end of a step; there are fewer at the peak of memory.
@@ -112,6 +116,7 @@ class Plan:
     sets: tuple[str, ...]
     masks: int
     class_images: int
+    held_out: int
     image_size: tuple[int, int]  # height, width of the largest
     rows: int
     steps: int
@@ -133,6 +138,16 @@ class Plan:
     def file(self) -> int:
         """Bytes of the tensors in the adapter's file."""
         return sum(adapter.bytes for adapter in self.adapters)
+
+    @property
+    def measurements(self) -> int:
+        """How often the loss of the held-out images is measured, the frozen base's included."""
+        return 2 + self.steps // self.config.held_out_steps if self.held_out else 0
+
+    @property
+    def measured_rows(self) -> int:
+        """Rows of a measurement: each held-out image at each noise level, with each noise."""
+        return self.held_out * len(LEVELS) * self.config.held_out_noises
 
     @property
     def copied(self) -> int:
@@ -185,6 +200,8 @@ def plan_run(
     accelerator: Accelerator,
     sharding: Sharding | None = None,
     apart: bool = False,
+    *,
+    held_out: Sequence[Example] = (),
 ) -> Plan:
     """Plan the run that ``loop.train`` would do with the same arguments, with nothing streamed.
 
@@ -198,7 +215,7 @@ def plan_run(
     device, dtype = accelerator.device, DTYPES[accelerator.mixed_precision]
     pipe = empty_base(config, family, dtype)
     config = resolve_defaults(config, family, pipe, accelerator.mixed_precision)
-    check_controls_of_base(config, family, pipe, images)
+    check_controls_of_base(config, family, pipe, [*images, *held_out])
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base, blocks = {}, {}
     for name, model in models.items():
@@ -229,7 +246,8 @@ def plan_run(
     divisor = family.size_divisor(pipe)
     sets = sampled_sets(config, images, divisor)
     classes = [SampledSet(class_images, crop_plans(config, divisor))] if class_images else []
-    data = FakeData(config, family, pipe, [*sets, *classes], accelerator)
+    measured = sampled_sets(held_out_config(config), held_out, divisor)
+    data = FakeData(config, family, pipe, [*sets, *classes, *measured], accelerator)
     try:
         with FakeTensorMode(allow_non_fake_inputs=True):
             for model in models.values():
@@ -281,7 +299,8 @@ def plan_run(
         sets=tuple(described_sets(config, images)),
         masks=sum(image.mask is not None for image in images),
         class_images=existing_class_images(config),
-        image_size=data.image_size,
+        held_out=len(held_out),
+        image_size=largest_size([*sets, *classes]),
         rows=config.train_batch_size * (2 if config.with_prior_preservation else 1),
         steps=config.max_train_steps or config.num_train_epochs * epoch,
         adapters=adapters,

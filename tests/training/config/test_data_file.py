@@ -13,7 +13,9 @@ from gralora_diffusion.options.fields import PerSet, options_with
 from gralora_diffusion.training.checks.options import find_problems, validate
 from gralora_diffusion.training.config.data_file import (
     ALL_IMAGES,
-    image_sets,
+    ImageSet,
+    read_data_file,
+    sound_sections,
     with_data_file,
 )
 from gralora_diffusion.training.config.options import SetOptions
@@ -31,6 +33,10 @@ def with_file(folder: Path, text: str, **options: Any) -> TrainingConfig:
     path = folder / "data.yaml"
     path.write_text(text, encoding="utf-8")
     return config(**{**BASE, "data_config": path, "output_dir": folder / "out", **options})
+
+
+def image_sets(run: TrainingConfig, role: str = "train") -> list[ImageSet]:
+    return [section.image_set for section in sound_sections(run, role)]
 
 
 @pytest.fixture
@@ -67,9 +73,20 @@ def test_sets_have_the_runs_options_but_for_their_own(folder: Path) -> None:
     validate(run)
 
 
+def test_a_file_is_parsed_once(folder: Path) -> None:
+    run = with_file(folder, "- {folder: dogs, prompt: p}")
+    assert read_data_file(run) is read_data_file(run)
+    (before,) = read_data_file(run)
+    run = with_file(folder, "- {folder: cats, prompt: p}")  # of the same size
+    (after,) = read_data_file(run)
+    assert (before.changes, after.changes) == (
+        {"instance_data_dir": "dogs", "instance_prompt": "p"},
+        {"instance_data_dir": "cats", "instance_prompt": "p"},
+    )
+
+
 def test_without_a_file_there_is_one_set_that_changes_nothing() -> None:
     run = config(**BASE)
-    assert image_sets(run) == [ALL_IMAGES]
     assert ALL_IMAGES.options(run) is run
     assert with_data_file(run) is run
 
@@ -91,6 +108,32 @@ def test_a_prior_stands_for_the_options_of_prior_preservation(folder: Path) -> N
     assert with_data_file(resolved) == resolved  # as a training_config.yaml has it
     validate(resolved)
     assert [s.name(run) for s in image_sets(run)] == ["dogs"]
+
+
+def test_held_out_sets_have_the_options_of_held_out_images(folder: Path) -> None:
+    text = """\
+- {folder: dogs, prompt: a sks dog}
+- role: held_out
+  folder: cats
+  prompt: a sks cat
+  resolution: 24
+  mask_data_dir: others
+- {role: held_out, folder: others, trigger_word: sks}
+"""
+    run = with_file(
+        folder, text, masked_loss=True, held_out_steps=3, max_train_steps=6, stop_when="overfit"
+    )
+    run.instance_prompt = "a photo"
+    assert validate(run) == []
+    first, second = (s.options(run) for s in image_sets(run, "held_out"))
+    assert (first.held_out_data_dir, first.held_out_mask_data_dir) == ("cats", "others")
+    assert (first.instance_prompt, first.resolution) == ("a sks cat", 24)
+    assert (second.held_out_data_dir, second.held_out_mask_data_dir) == ("others", None)
+    assert (second.instance_prompt, second.trigger_word) == ("a photo", "sks")
+    resolved = with_data_file(run)
+    assert resolved.held_out_data_dir == "cats"  # so that options that need one have an effect
+    assert with_data_file(resolved) == resolved
+    assert validate(resolved) == []
 
 
 @pytest.mark.parametrize(
@@ -140,8 +183,30 @@ def test_a_prior_stands_for_the_options_of_prior_preservation(folder: Path) -> N
             ["{file}:1: folder is 'dogs' and dataset is 'a/b', but a run trains on only one"],
         ),
         (
-            "- {folder: dogs, prompt: p}\n- folder: others\n  role: held_out",
-            ["{file}:3: role held_out is not supported in a data file. Leave"],
+            "- {folder: dogs, prompt: p}\n- folder: others\n  role: held_out\n  repeats: 2\n"
+            "  prompt: p\n  loss_weight: 2\n  share: 0.5",
+            [
+                "{file}:4: repeats cannot be set for a set of role held_out; it must be one of",
+                "{file}:7: share cannot be set for a set of role held_out. Leave it out",
+                "{file}:6: loss_weight cannot be set for a set of role held_out. Leave it out",
+            ],
+        ),
+        (
+            "- {folder: dogs, prompt: p}\n- {role: held_out, folder: cat, prompt: p}\n"
+            "- {role: held_out, folder: cats, prompt: p}\n- {role: held_out, prompt: p}",
+            [
+                "{file}:2: folder is 'cat': there is no such folder",
+                "{file}:4: the set has no folder. Give the place of its images",
+            ],
+        ),
+        (
+            "- {folder: dogs, prompt: p}\n- {role: held_out, folder: cat, prompt: p}\n"
+            "- {role: held_out, folder: cats}\n- role: held_out\n  folder: ./dogs\n  prompt: p",
+            [
+                "{file}:5: folder is './dogs', which the set at {file}:1 trains on. Held-out",
+                "{file}:2: folder is 'cat': there is no such folder. Did you mean",
+                "{file}:3: folder is 'cats', which contains no captions, and there is no prompt",
+            ],
         ),
         (
             "- {folder: dogs, prompt: p}\n- folder: others\n  role: prior\n  prompt: q\n"
@@ -195,6 +260,14 @@ def test_options_that_the_file_replaces_are_refused(folder: Path) -> None:
     first, second = find_problems(run)
     assert "--instance_data_dir is 'cats', but the data file names the images" in first
     assert second.startswith("--class_data_dir is 'cats', but a set of")
+    text = "- {folder: dogs, prompt: p}\n- {folder: others, role: held_out, prompt: q}"
+    (problem,) = find_problems(
+        with_file(folder, text, held_out_data_dir="cats", instance_prompt="p")
+    )
+    assert problem.startswith("--held_out_data_dir is 'cats', but a set of")
+    text = "- {folder: dogs, prompt: p}"
+    (problem,) = find_problems(with_file(folder, text, stop_when="overfit"))
+    assert problem.startswith("--stop_when overfit needs images that are not trained on. Give a")
     missing = with_file(folder, text)
     (folder / "data.yaml").unlink()
     (problem,) = find_problems(missing)
@@ -214,7 +287,7 @@ def test_what_has_no_effect_in_a_set_is_named(folder: Path) -> None:
 
 def test_names_in_a_file_are_unique_and_documented() -> None:
     own = {f.name for f in fields(SetOptions)}
-    for role in ("train", "prior"):
+    for role in ("train", "prior", "held_out"):
         names = list(names_in_set(role).values())
         assert len(names) == len(set(names))
         for name in names:

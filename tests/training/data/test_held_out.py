@@ -12,8 +12,10 @@ import pytest
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import find_problems, find_warnings
+from gralora_diffusion.training.config.data_file import with_data_file
 from gralora_diffusion.training.data.data_module import find_images
 from gralora_diffusion.training.data.held_out import find_held_out_images, held_out_config
+from gralora_diffusion.training.data.sets import by_set
 from gralora_diffusion.training.preparation import find_beginning
 from gralora_diffusion.training.runtime.acceleration import (
     accelerate_left_as_it_was,
@@ -59,6 +61,41 @@ def test_images_that_are_trained_on_are_refused_all_at_once(
     assert "y.png is the same image as 0.png of --class_data_dir" in text
     assert "2.png and z.png are the same image, which would count 2 times" in text
     assert len(error.value.problems) == 3
+
+
+def test_sets_of_a_data_file_keep_their_settings_and_are_compared_with_each_other(
+    held_out: Path, images: Path, tmp_path: Path
+) -> None:
+    other = make_images(tmp_path / "other", 2, seed=4)
+    file = tmp_path / "data.yaml"
+    file.write_text(
+        f"- {{folder: {images}, prompt: a sks dog}}\n"
+        f"- {{role: held_out, folder: {held_out}, prompt: a sks cat, trigger_word: sks}}\n"
+        f"- {{role: held_out, folder: {other}, prompt: a fox, resolution: 24}}\n"
+    )
+    chosen = with_data_file(config(data_config=file, instance_prompt=None))
+    found = find_held_out_images(chosen, {})
+    assert [example.caption for example in found] == ["a sks cat"] * 3 + ["a fox"] * 2
+    measured = held_out_config(chosen)
+    own = {own.trigger_word: own.resolution for _, own, _ in by_set(measured, found)}
+    assert own == {"sks": 16, None: 24}
+    assert all(own.center_crop for _, own, _ in by_set(measured, found))
+
+    shutil.copyfile(images / "1.png", other / "x.png")
+    shutil.copyfile(held_out / "2.png", other / "z.png")
+    with pytest.raises(DataError) as error:
+        find_held_out_images(chosen, {"--data_config": find_images(chosen)})
+    assert "x.png is the same image as 1.png of --data_config" in str(error.value)
+    assert "2.png and z.png are the same image" in str(error.value)
+
+    (held_out / "1.png").write_bytes(b"no image")
+    (other / "0.png").write_bytes(b"no image")
+    with pytest.raises(DataError) as error:
+        find_held_out_images(chosen, {})
+    assert [
+        f"{file}:{line}: {name} cannot" in str(error.value)
+        for line, name in ((2, "1.png"), (3, "0.png"))
+    ] == [True, True]
 
 
 def test_control_images_of_a_folder_of_their_own(held_out: Path, tmp_path: Path) -> None:

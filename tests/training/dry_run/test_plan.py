@@ -28,6 +28,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.data.data_module import Batches, find_class_images, find_images
+from gralora_diffusion.training.data.held_out import find_held_out_images
 from gralora_diffusion.training.dry_run.formatting import _adapter_lines, format_plan
 from gralora_diffusion.training.dry_run.plan import Plan, _adapter_plan, _models_there, plan_run
 from gralora_diffusion.training.loop import Trainer
@@ -38,7 +39,7 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.originals import ORIGINALS, write
-from tests.training.runs import arguments, config, make_images, make_shapes, run
+from tests.training.runs import arguments, config, make_images, make_shapes, metrics, run
 
 #: What is promised of the plan.
 WITHIN = 0.15
@@ -86,16 +87,19 @@ def plan_of(**options: Any) -> Plan:
     validate(chosen)
     family = find_base_family(chosen)
     images, classes = find_images(chosen), find_class_images(chosen)
+    held_out = find_held_out_images(chosen, {})
     with accelerate_left_as_it_was():
-        return plan_run(chosen, family, images, classes, make_accelerator(chosen))
+        accelerator = make_accelerator(chosen)
+        return plan_run(chosen, family, images, classes, accelerator, held_out=held_out)
 
 
 def trainer_of(**options: Any) -> Trainer:
     chosen = config(**options)
     family = find_base_family(chosen)
     images, classes = find_images(chosen), find_class_images(chosen)
-    store = CheckpointStore(chosen.output_dir)
-    trainer = Trainer(chosen, family, images, classes, make_accelerator(chosen), store)
+    store, held_out = CheckpointStore(chosen.output_dir), find_held_out_images(chosen, {})
+    accelerator = make_accelerator(chosen)
+    trainer = Trainer(chosen, family, images, classes, accelerator, store, held_out=held_out)
     trainer.set_up()
     return trainer
 
@@ -408,6 +412,24 @@ def test_buckets_are_planned_as_they_are_trained(
     monkeypatch.setattr(ModelFamily, "size_divisor", lambda self, pipe: 16)
     with pytest.raises(ConfigError, match=r"contains 16,24; .*multiples of 16 for this base"):
         plan_of(**options)
+
+
+def test_measurements_of_held_out_images_are_planned(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    options |= {"max_train_steps": 3, "held_out_steps": 2, "held_out_noises": 2}
+    without = plan_of(**options)
+    options["held_out_data_dir"] = make_images(tmp_path / "held out", 2, seed=1)
+    plan = plan_of(**options)
+    assert (without.held_out, without.measurements) == (0, 0)
+    text = format_plan(plan)
+    assert "2 images, measured 3 times: 36 rows forward, beside 6 rows forward and" in text
+    measured = [row for row in metrics(run(**options)) if "held_out" in row]
+    assert plan.measurements == len(measured) + 1  # the frozen base
+    with accelerate_left_as_it_was():
+        trainer = trainer_of(**options | {"overwrite_output_dir": True})
+    cached = bytes_in(cached_tensors(trainer.held_out_data.cache))
+    assert plan.cached - without.cached == cached > 0
 
 
 def test_layers_that_differ_are_named() -> None:
