@@ -15,7 +15,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
@@ -74,7 +74,11 @@ class HeldOutLoss:
         def mine() -> Losses:
             base = nullcontext() if adapted else adapters_disabled(*self.step.trained.values())
             with _evaluating(self.step), self._uncompiled(), torch.no_grad(), base:
-                return [self._losses_of(number) for number in numbers]
+                losses = torch.stack([self._losses_of(number) for number in numbers])
+            return [  # read from the device at once, which waits for it
+                [fmean(row[level :: len(LEVELS)]) for level in range(len(LEVELS))]
+                for row in losses.tolist()
+            ]
 
         shared = from_all(self.accelerator, together(self.accelerator, mine))
         return [shared[number % processes][number // processes] for number in range(count)]
@@ -87,7 +91,8 @@ class HeldOutLoss:
         compiled = self.config.torch_compile
         return torch.compiler.set_stance("force_eager") if compiled else nullcontext()
 
-    def _losses_of(self, number: int) -> list[float]:
+    def _losses_of(self, number: int) -> Tensor:
+        """Return the losses of an image at all levels with one noise, then with the next."""
         samples, key = self.data.instance, self.data.instance.examples[number].content_key
         positions = [
             seed_from(key, noise) * len(LEVELS) + level
@@ -95,14 +100,14 @@ class HeldOutLoss:
             for level in range(len(LEVELS))
         ]
         size = min(self.config.train_batch_size, len(LEVELS))
-        losses: list[float] = []
+        losses = []
         for start in range(0, len(positions), size):
             chosen = positions[start : start + size]
             batch = collate([samples.sample(number, position) for position in chosen])
             groups = self.builder.build(batch)
             with self.accelerator.autocast():
-                losses += self.step(groups).tolist()
-        return [fmean(losses[level :: len(LEVELS)]) for level in range(len(LEVELS))]
+                losses.append(self.step(groups))
+        return torch.cat(losses)
 
 
 @contextmanager
