@@ -10,6 +10,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from gralora_diffusion.families import find_family, get_family, list_families
+from gralora_diffusion.pipelines.editing import editing_pipeline
 from tests.tiny import PIPELINES
 from tests.tiny.parts import flow_vae, quiet, spread_out
 
@@ -123,6 +124,19 @@ def build(name: str) -> Any:
             if isinstance(parts[part], nn.Module):
                 spread_out(parts[part].eval())
     return quiet(cls(**{key: part for key, part in parts.items() if key in wanted}))
+
+
+#: Family -> changes that make its tiny base one that fills.
+FILLING: dict[str, dict[str, Any]] = {
+    "stable-diffusion": {"in_channels": 9},
+    "stable-diffusion-xl": {"in_channels": 9},
+    "flux": {"in_channels": 4 * (4 + 4 + 4), "out_channels": 4 * 4},
+}
+
+
+def build_filling(family: str) -> Any:
+    """A base that fills as it is published: its pipeline is the one that fills."""
+    return editing_pipeline(PIPELINES[family](**FILLING[family]), get_family(family))
 
 
 _ARGUMENTS: dict[str, dict[str, Any]] = {

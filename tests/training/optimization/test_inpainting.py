@@ -27,23 +27,15 @@ from gralora_diffusion.training.optimization.step import mean_loss
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, write
+from tests.pipeline_classes import FILLING, build_filling
 from tests.training.cards import draw_by_card
 from tests.training.optimization.test_masked_loss import write_mask
 from tests.training.optimization.test_step import as_tokens, make_trainer, step_by_the_pipeline
 from tests.training.runs import assert_close, assert_same_run, config, make_images, run, run_two
 
-#: Changes that make a tiny base one that fills.
-FILLING: dict[str, dict[str, Any]] = {
-    "stable-diffusion": {"in_channels": 9},
-    "stable-diffusion-xl": {"in_channels": 9},
-    "flux": {"in_channels": 4 * (4 + 4 + 4), "out_channels": 4 * 4},
-}
-
 
 def save_filling(name: str, folder: Path) -> Path:
-    """A base as it is published: its index names the pipeline that fills."""
-    pipe = PIPELINES[name](**FILLING[name])
-    inpainting(pipe, name).save_pretrained(folder)
+    build_filling(name).save_pretrained(folder)
     return folder
 
 
