@@ -15,6 +15,7 @@ from tests.performance import (
     layer,
     measuring,
     peers,
+    real_step,
     recipes,
     shapes,
     streaming,
@@ -81,6 +82,21 @@ def test_shapes_of_the_default():
         shapes.make_shape("sd15@8", torch.device("cpu"), torch.float32)
     with pytest.raises(ValueError, match="lacks its number of tokens"):
         shapes.make_shape("8x8", torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "elements"),
+    [
+        ("sd15", 859_520_964),
+        ("sdxl", 2_567_463_684),
+        ("sd35-medium", 2_469_663_936),
+        ("flux", 11_901_408_320),
+        ("flux2-klein", 3_875_544_576),
+    ],
+)
+def test_real_sizes_are_those_of_the_published_weights(name, elements):
+    model = real_step.make_denoiser(real_step.BASES[name], torch.device("meta"), quick=False)
+    assert sum(tensor.numel() for tensor in model.state_dict().values()) == elements
 
 
 def test_memory_is_what_was_allocated():
