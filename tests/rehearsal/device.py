@@ -17,7 +17,6 @@ from unittest import mock
 import torch
 import torch._dynamo  # it lists functions that are replaced here
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
 DEVICE = torch.device("cuda", 0)
@@ -33,19 +32,23 @@ class DeviceMismatch(RuntimeError):
 
 
 class Waits:
-    """Counts what makes the host wait for the device while ``counting`` is true.
-
-    Attributes:
-        found: (kind, line of the package or of a library) -> how often.
-    """
+    """Counts what makes the host wait for the device, inside :meth:`counted`."""
 
     def __init__(self) -> None:
-        self.found: Counter[tuple[str, str]] = Counter()
-        self.counting = False
+        self._found: Counter[tuple[str, str]] | None = None
+
+    @contextmanager
+    def counted(self, found: Counter[tuple[str, str]] | None) -> Iterator[None]:
+        """Inside, add (kind, line of the package or of a library) to ``found``; None: nowhere."""
+        before, self._found = self._found, found
+        try:
+            yield
+        finally:
+            self._found = before
 
     def note(self, kind: str) -> None:
-        if self.counting:
-            self.found[kind, _line()] += 1
+        if self._found is not None:
+            self._found[kind, _line()] += 1
 
 
 WAITS = Waits()
@@ -309,6 +312,10 @@ def _tf32(tensor: Tensor) -> Tensor:
 class _Operations(TorchDispatchMode):
     """Operations without a pretended tensor whose result must be one."""
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # each operation would take longer
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
@@ -322,45 +329,35 @@ class _Operations(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-_SET_DATA = torch.Tensor.data.__set__  # type: ignore[attr-defined]
-#: Functions of a tensor alone that end before an operation is dispatched.
-_ALONE = {Tensor.tolist, Tensor.cuda}
+# functions of tensors that end before an operation is dispatched
+
+_GET_DATA, _SET_DATA = Tensor.data.__get__, Tensor.data.__set__  # type: ignore[attr-defined]
+_GET_ITEM, _NEW_TENSOR, _TO_LIST = Tensor.__getitem__, Tensor.new_tensor, Tensor.tolist
 
 
-class _Functions(TorchFunctionMode):
-    """``cuda`` means ``cuda:0``, and functions that end before an operation is dispatched."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if not kwargs and len(args) == 1 and isinstance(args[0], Tensor) and func not in _ALONE:
-            return func(*args)  # above all the getters of attributes: most of all calls
-        kwargs = kwargs or {}
-        if func is not torch.device:  # torch.device("cuda", 0)
-            args = tuple([_indexed(value) for value in args])
-        if "device" in kwargs:
-            kwargs = {**kwargs, "device": _indexed(kwargs["device"])}
-        name = getattr(func, "__name__", "")
-        if func == _SET_DATA:
-            func(*args)
-            args[0]._held = args[1]._held if is_pretended(args[1]) else None
-            return None
-        if not args or not isinstance(args[0], Tensor):
-            return func(*args, **kwargs)
-        if name == "new_tensor" and is_pretended(args[0]):
-            dtype = kwargs.get("dtype", args[0].dtype)
-            return torch.tensor(args[1], dtype=dtype).to(DEVICE)
-        if name == "tolist" and is_pretended(args[0]):
-            WAITS.note("read by the host")
-            held: Any = args[0].detach()
-            return held._held.tolist()
-        if name == "cuda":
-            return args[0].to(DEVICE)
-        return func(*args, **kwargs)
+def _set_data(tensor: Any, value: Any) -> None:
+    _SET_DATA(tensor, value)
+    tensor._held = value._held if is_pretended(value) else None
 
 
-def _indexed(value: Any) -> Any:
-    if type(value) is torch.device and value.type == "cuda" and value.index is None:
-        return DEVICE
-    return "cuda:0" if isinstance(value, str) and value == "cuda" else value
+def _get_item(tensor: Tensor, index: Any) -> Any:
+    if isinstance(index, list) and is_pretended(tensor):
+        index = torch.tensor(index).to(DEVICE)
+    return _GET_ITEM(tensor, index)
+
+
+def _new_tensor(tensor: Tensor, data: Any, **options: Any) -> Tensor:
+    if not is_pretended(tensor):
+        return _NEW_TENSOR(tensor, data, **options)
+    return torch.tensor(data, dtype=options.get("dtype", tensor.dtype)).to(DEVICE)
+
+
+def _to_list(tensor: Tensor) -> Any:
+    if not is_pretended(tensor):
+        return _TO_LIST(tensor)
+    WAITS.note("read by the host")
+    held: Any = tensor.detach()
+    return held._held.tolist()
 
 
 def _attention(
@@ -567,6 +564,11 @@ def pretended_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[Gpu]:
     """Inside, torch has a CUDA device, which is pretended."""
     gpu = Gpu()
     tensors = {
+        "cuda": lambda tensor, *_, **__: tensor.to(DEVICE),
+        "data": property(_GET_DATA, _set_data),
+        "__getitem__": _get_item,
+        "new_tensor": _new_tensor,
+        "tolist": _to_list,
         "pin_memory": _pinned,
         "is_pinned": lambda tensor, *_: getattr(tensor, "_pinned", False),
         "record_stream": lambda *_: None,
@@ -590,6 +592,5 @@ def pretended_gpu(capability: tuple[int, int] = (8, 0)) -> Iterator[Gpu]:
         stack.enter_context(mock.patch.object(torch, "inference_mode", _without_gradients))
         # the modes belong to this thread
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-        stack.enter_context(_Functions())
         stack.enter_context(_Operations())
         yield gpu

@@ -1,10 +1,11 @@
-"""Runs of other kinds: edits, masks, streaming, a file of prompts, a stop."""
+"""Runs of other kinds: edits, masks, fills, held-out images, sets, streaming, prompts, a stop."""
 
 from __future__ import annotations
 
 import itertools
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -35,7 +36,7 @@ def _plain(folder: Path, family: str) -> Path:
     return folder / "base"
 
 
-def _editing(folder: Path, name: str) -> dict[str, Any]:
+def _editing(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     """An editing base of this class; images with a control image each."""
     pipeline_classes.build(name).save_pretrained(folder / "base")
     controls = make_shapes(folder / "controls", [(96, 64)] * 2, seed=1)
@@ -46,21 +47,75 @@ def _editing(folder: Path, name: str) -> dict[str, Any]:
         "validation_prompt": "a dog",
         "validation_image": controls / "0.png",
         **_VALIDATION,
+        **changes,
     }
 
 
-def _masked(folder: Path, outside: str) -> dict[str, Any]:
-    """Masks beside the images; the loss outside counts the base's prediction, or little."""
-    for path in sorted((folder / "images").glob("*.png")):
+def _write_masks(images: Path) -> None:
+    """Write a mask beside each image."""
+    for path in sorted(images.glob("*.png")):
         mask = Image.new("L", Image.open(path).size, 0)
         mask.paste(255, (4, 4, 30, 20))
         mask.save(path.with_suffix(".mask.png"))
+
+
+def _masked(folder: Path, outside: str, **changes: Any) -> dict[str, Any]:
+    """The loss outside counts the base's prediction, or little."""
+    _write_masks(folder / "images")
     return {
         "pretrained_model_name_or_path": _plain(folder, "stable-diffusion"),
         "masked_loss": True,
         "mask_outside": outside,
-        "cache_latents": outside == "base",
         "mixed_precision": "bf16",
+        **changes,
+    }
+
+
+def _filling(folder: Path, family: str, **changes: Any) -> dict[str, Any]:
+    """A base that fills: at the masks of the images, or at random ones."""
+    _write_masks(folder / "images")
+    pipeline_classes.build_filling(family).save_pretrained(folder / "base")
+    return {
+        "pretrained_model_name_or_path": folder / "base",
+        "cache_latents": False,
+        "mixed_precision": "bf16",
+        "validation_prompt": "a dog",
+        **_VALIDATION,
+        **changes,
+    }
+
+
+def _held_out(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Images whose loss is measured, in the average of the weights; the best adapter is kept."""
+    return {
+        "pretrained_model_name_or_path": _plain(folder, "stable-diffusion"),
+        "held_out_data_dir": make_shapes(folder / "held out", [(48, 32)] * 2, seed=2),
+        "held_out_steps": 2,
+        "held_out_noises": 1,
+        "train_batch_size": 3,  # an image's noise levels in one pass
+        "use_ema": True,
+        "mixed_precision": "bf16",
+        **changes,
+    }
+
+
+def _sets(folder: Path, **changes: Any) -> dict[str, Any]:
+    """Sets of images with weights, resolutions and settings of their own."""
+    images, others = str(folder / "images"), make_shapes(folder / "others", [(48, 32)], seed=2)
+    sets = [
+        {"folder": images, "prompt": "a dog", "resolutions": [16, 32], "loss_weight": 0.5},
+        {"folder": images, "prompt": "a cat", "random_flip": True, "share": 0.4},
+        {"folder": str(others), "role": "prior", "prompt": "a dog", "loss_weight": 0.7},
+    ]
+    file = folder / "data.yaml"
+    file.write_text(yaml.safe_dump(sets))
+    return {
+        "pretrained_model_name_or_path": _plain(folder, "stable-diffusion"),
+        "data_config": file,
+        "instance_data_dir": None,
+        "instance_prompt": None,
+        "mixed_precision": "fp16",
+        **changes,
     }
 
 
@@ -88,10 +143,27 @@ def _prompts(folder: Path, family: str) -> dict[str, Any]:
 
 #: Name -> what makes the data in a folder, and returns the options of a run.
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
-    "edits/kontext": lambda folder: _editing(folder, "FluxKontextPipeline"),
-    "masked/base": lambda folder: _masked(folder, "base"),
-    "streamed/flux": lambda folder: _streamed(folder, "flux"),
-    "prompts/stable-diffusion": lambda folder: _prompts(folder, "stable-diffusion"),
+    "edits/flux-kontext": partial(_editing, name="FluxKontextPipeline"),
+    "edits/flux2-klein": partial(_editing, name="Flux2KleinPipeline", cache_latents=False),
+    "edits/pix2pix": partial(
+        _editing,
+        name="StableDiffusionInstructPix2PixPipeline",
+        control_dropout=0.3,  # of one of two rows in each step
+        train_batch_size=2,
+        train_text_encoder=True,
+    ),
+    "masked/base": partial(_masked, outside="base"),
+    "masked/weight": partial(_masked, outside="weight", cache_latents=False),
+    "fills/stable-diffusion": partial(_filling, family="stable-diffusion"),
+    "fills/flux": partial(_filling, family="flux", inpaint_given_masks=True),
+    "held-out/cached": _held_out,
+    "held-out/encoders": partial(
+        _held_out, cache_latents=False, train_text_encoder=True, mixed_precision="fp16"
+    ),
+    "sets": _sets,
+    "streamed/flux": partial(_streamed, family="flux"),
+    "streamed/stable-diffusion-xl": partial(_streamed, family="stable-diffusion-xl"),
+    "prompts/stable-diffusion": partial(_prompts, family="stable-diffusion"),
 }
 
 
