@@ -43,7 +43,8 @@ def all_parts() -> dict[str, Callable[[Gpu, Path, dict[str, Any]], Iterator[str]
     found["export"] = lambda gpu, folder, _: commands.export_verified(gpu, folder)
     found["sample"] = lambda gpu, folder, _: commands.generate(gpu, folder)
     found["benchmark"] = lambda gpu, folder, _: commands.trials(folder)
-    found["planted"] = lambda gpu, folder, _: planted.rehearse(gpu, folder)
+    for fault in planted.FAULTS:
+        found[f"planted/{fault}"] = partial(_planted, fault)
     return found
 
 
@@ -76,6 +77,10 @@ def _adapters(
     family: str, placement: str, gpu: Gpu, folder: Path, changes: dict[str, Any]
 ) -> Iterator[str]:
     return adapters.rehearse(family, placement, folder)
+
+
+def _planted(fault: str, gpu: Gpu, folder: Path, changes: dict[str, Any]) -> Iterator[str]:
+    return planted.rehearse(fault, gpu, folder)
 
 
 def _described(error: Exception) -> str:

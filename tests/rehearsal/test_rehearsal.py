@@ -29,7 +29,10 @@ CHOSEN = {
         "benchmark",
         "export",
         "overflow",
-        "planted",
+        "planted/step/cpu",
+        "planted/step/generator",
+        "planted/step/number",
+        "planted/step/unpinned",
         "sample",
     ],
 }
