@@ -7,9 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.training.config.data_file import DataSection, read_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.data.captions import count_images
 
 #: Options -> the problems with them, or warnings about them.
 Check = Callable[[TrainingConfig], list[str]]
@@ -72,7 +72,7 @@ def _contradictions(config: TrainingConfig, sections: Sequence[DataSection]) -> 
     for section in sections:
         folder = section.changes.get("class_data_dir")
         wanted = "num_class_images" in section.parsed.values
-        if folder and not wanted and not _has_images(Path(folder)):
+        if folder and not wanted and not (Path(folder).is_dir() and count_images(Path(folder))):
             yield (
                 f"{section.parsed.place}: the folder {folder!r} has no image. Put images of the "
                 "class into it, or give num_class_images to generate that many"
@@ -120,8 +120,3 @@ def _held_out_contradictions(
                 f" which the set at {other.parsed.place} trains on. Held-out images are never "
                 "trained on: give a folder with other images of the subject"
             )
-
-
-def _has_images(folder: Path) -> bool:
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return bool(folder_images(names).images)

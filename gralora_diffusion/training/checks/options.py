@@ -17,6 +17,7 @@ from typing import Any
 from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import nearby
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Needs, options_with, path_problems, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions
@@ -27,6 +28,7 @@ from gralora_diffusion.training.config.options import OPTIMIZERS
 from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.buckets import listed_buckets
+from gralora_diffusion.training.data.captions import concept_folders, concept_name, count_images
 
 from .data_file import data_file_problems, data_file_warnings
 from .paths import check_base, check_controls, check_data, check_inputs, check_output
@@ -159,6 +161,8 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
         )
     elif Path(config.class_data_dir).exists() and not Path(config.class_data_dir).is_dir():
         yield f"--class_data_dir is {config.class_data_dir!r}: this is a file. Give a folder"
+    elif problem := _too_few_in_concepts(config):
+        yield problem
     elif (
         config.instance_data_dir
         and Path(config.class_data_dir).resolve() == Path(config.instance_data_dir).resolve()
@@ -168,6 +172,19 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
             "--instance_data_dir: class images should show other members of the class. Give "
             "another folder"
         )
+
+
+def _too_few_in_concepts(config: TrainingConfig) -> str | None:
+    """Return why class images in folders of concepts are too few, or None."""
+    folder, wanted = Path(str(config.class_data_dir)), config.num_class_images
+    concepts = [part.path.name for part in concept_folders(folder)] if folder.is_dir() else []
+    if not concepts or (count := count_images(folder)) >= wanted:
+        return None
+    return (
+        f"--class_data_dir is {str(folder)!r}, whose folders ({first_few(concepts)}) contain "
+        f"{count} images, and --num_class_images is {wanted}. Images are not generated beside such "
+        f"folders. Give --num_class_images {max(1, count)}, or another folder"
+    )
 
 
 def _adapter(config: TrainingConfig) -> Iterator[str]:
@@ -359,6 +376,13 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
         )
     if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
         yield "--target_preset has no effect, since --lora_layers names the layers"
+    folder = config.instance_data_dir
+    concept = concept_name(Path(folder).resolve().name) if folder else None
+    if concept and concept[0] > 1 and config.repeats == defaults["repeats"]:
+        yield (
+            f"--instance_data_dir is {folder!r}: the number in its own name has no effect, since "
+            f"only those of folders in it have. Give its parent folder, or --repeats {concept[0]}"
+        )
     if config.aspect_ratio_buckets is not None and config.resolution is not None:
         yield "--resolution only sets the size of validation images with --aspect_ratio_buckets"
     if config.optimizer_args and "." not in config.optimizer:

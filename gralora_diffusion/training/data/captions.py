@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
@@ -82,18 +83,29 @@ class ListedImage:
         return (self.caption, *self.other_captions) if self.caption else ()
 
 
-def concept_folders(folder: Path) -> list[CaptionedFolder]:
-    """Return the sub-folders named as in kohya's sd-scripts, sorted by name.
+def concept_name(name: str) -> tuple[int, str] | None:
+    """Return repeats and prompt of a folder named as in kohya's sd-scripts; None if it is not.
 
     ``10_sks dog`` contains images of "sks dog", each of which is used ten times. A longer number,
     as in ``20260131_trip``, is a date and not a concept.
     """
-    named = {path: re.fullmatch(r"([1-9]\d{0,4})_(.+)", path.name) for path in folder.iterdir()}
+    match = re.fullmatch(r"([1-9]\d{0,4})_(.+)", name)
+    return (int(match[1]), one_line(match[2])) if match else None
+
+
+def concept_folders(folder: Path) -> list[CaptionedFolder]:
+    """Return the sub-folders with a ``concept_name``, sorted."""
     return [
-        CaptionedFolder(path, one_line(match[2]), int(match[1]), path.name)
-        for path, match in sorted(named.items())
-        if match and path.is_dir()
+        CaptionedFolder(path, named[1], named[0], path.name)
+        for path in sorted(folder.iterdir())
+        if (named := concept_name(path.name)) and path.is_dir()
     ]
+
+
+def count_images(folder: Path) -> int:
+    """Return the number of images in a folder, and in those of its concepts; masks are none."""
+    parts = [folder, *(concept.path for concept in concept_folders(folder))]
+    return sum(len(folder_images(p.name for p in part.iterdir()).images) for part in parts)
 
 
 def is_caption_file(name: str) -> bool:

@@ -25,7 +25,6 @@ from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.editing import editing_pipeline, noise_alone, whole_fill
 from gralora_diffusion.pipelines.placement import place
@@ -34,6 +33,7 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
 from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run
 
+from .captions import count_images
 from .seeds import generator
 
 #: Seconds within which all processes see a file that one wrote to a shared folder.
@@ -45,15 +45,9 @@ def _drawn_prior(options: PriorOptions) -> bool:
 
 
 def existing_class_images(options: PriorOptions) -> int:
-    """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed.
-
-    Masks are not among them, as they are not when the folder is read.
-    """
-    if not _drawn_prior(options):
-        return 0
+    """Return the number of images in ``class_data_dir``, from any source; 0 if none are needed."""
     folder = Path(options.class_data_dir or "")
-    names = [path.name for path in folder.iterdir()] if folder.is_dir() else []
-    return len(folder_images(names).images)
+    return count_images(folder) if _drawn_prior(options) and folder.is_dir() else 0
 
 
 def missing_class_images(options: PriorOptions) -> int:

@@ -165,8 +165,8 @@ def find_examples(
 ) -> list[Example]:
     """Return the images in ``folder``, sorted by name.
 
-    A sub-folder is only read if the metadata file names an image in it, or if the folder contains
-    no images but sub-folders named as in kohya's sd-scripts, see ``concept_folders``. Files that
+    A sub-folder is only read if the metadata file names an image in it, or if the folder has no
+    metadata file and sub-folders named as in kohya's sd-scripts, see ``concept_name``. Files that
     are not used, such as masks without ``masks``, are left out with a warning that names them;
     hidden files are left out silently.
 
@@ -194,7 +194,7 @@ def find_examples(
     found = []
     columns = () if controls is None else controls.columns or CONTROL_COLUMNS
     try:
-        for part in _image_folders(folder, one_line(prompt), role, place, masks):
+        for part in _image_folders(folder, one_line(prompt), place, masks):
             found += _find_in(
                 part,
                 folder,
@@ -259,18 +259,30 @@ def warn_of_missed_masks(examples: Iterable[Example], plan: CropPlan) -> None:
 
 
 def _image_folders(
-    folder: Path, prompt: str, role: str, place: str, masks: MaskPlaces | None
+    folder: Path, prompt: str, place: str, masks: MaskPlaces | None
 ) -> list[CaptionedFolder]:
-    """Return the folder itself, or its sub-folders with a concept each."""
-    concepts = concept_folders(folder) if role != "class" else []
-    own = any(is_image(p) or p.name.lower() in METADATA_NAMES for p in folder.iterdir())
-    if own or not concepts:
+    """Return the folder itself, or its sub-folders with a concept each.
+
+    Raises:
+        DataError: the folder has both images of its own and concepts.
+    """
+    concepts = [part for part in concept_folders(folder) if not _is_of_masks(part.path, masks)]
+    names = [path.name for path in folder.iterdir()]
+    listed = any(name.lower() in METADATA_NAMES for name in names)
+    if listed or not concepts:
         return [CaptionedFolder(folder, prompt)]
-    named = {concept.concept for concept in concepts}
+    named = [str(part.concept) for part in concepts]
+    if own := [name for name in names if is_image(Path(name))]:
+        problem = (
+            f"it contains images ({first_few(sorted(own))}) and folders whose names have repeats "
+            f"and a prompt ({first_few(named)}), and only one of both is read. Move the images "
+            "into such a folder, or rename the folders"
+        )
+        raise DataError(place, [problem])
     others = [
-        path.name
-        for path in folder.iterdir()
-        if path.name not in named and path.name[0] != "." and not _is_of_masks(path, masks)
+        name
+        for name in names
+        if name not in named and name[0] != "." and not _is_of_masks(folder / name, masks)
     ]
     _warn(place, "ignored beside the concepts' folders", sorted(others))
     return concepts

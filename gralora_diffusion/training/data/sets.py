@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -110,15 +111,22 @@ def crop_plan(options: ImageOptions, size_divisor: int) -> CropPlan:
 
 
 def described_sets(config: TrainingConfig, images: Sequence[Example]) -> list[str]:
-    """Return a line for each set of a data file: its name, images, and how often they are used."""
-    if config.data_config is None:
+    """Return a line for each set of a data file, and for each folder that has its own repeats.
+
+    It says the name, the number of images, and how often they are used.
+    """
+    if config.data_config is None and not any(image.concept for image in images):
         return []
     lines = []
     for image_set, own, group in by_set(config, images):
-        often = f"repeats {own.repeats}"
-        if image_set.share is not None:
-            often = f"{100 * image_set.share:g} % of the samples"
         weight = "" if image_set.loss_weight == 1 else f", loss weight {image_set.loss_weight:g}"
         size = f", {' and '.join(map(str, sides(own)))} pixels" if sides(own) else ""
-        lines.append(f"{image_set.name(config)}: {len(group)} images, {often}{size}{weight}")
+        name = image_set.name(config)
+        if image_set.share is not None:
+            often = f"{100 * image_set.share:g} % of the samples"
+            lines.append(f"{name}: {len(group)} images, {often}{size}{weight}")
+            continue
+        for part, count in Counter((image.concept, image.repeats) for image in group).items():
+            often = f"repeats {own.repeats * part[1]}"
+            lines.append(f"{part[0] or name}: {count} images, {often}{size}{weight}")
     return lines

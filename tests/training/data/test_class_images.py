@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from gralora_diffusion.adapters.injection import adapters_disabled
 from gralora_diffusion.families import get_family, list_families
+from gralora_diffusion.training.checks.options import find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import (
     _generation_dtype,
@@ -77,6 +78,24 @@ def test_images_of_others_count_and_are_kept(
     assert sorted(after) == ["0.png", "1.png", "1_mask.png", "2.png", *drawn]
     assert before.items() <= after.items()
     assert len(find_class_images(chosen)) == 5
+
+
+def test_images_in_folders_with_repeats_count_and_none_are_drawn_beside_them(
+    base: Path, tmp_path: Path
+) -> None:
+    make_images(tmp_path / "class" / "2_dog", 3)
+    make_images(tmp_path / "class" / "1_a cat", 2, seed=1)
+    chosen = prior(base, tmp_path / "class", instance_data_dir=make_images(tmp_path / "images"))
+    assert existing_class_images(chosen) == 5
+    assert find_problems(chosen) == []
+    found = [(image.caption, image.repeats) for image in find_class_images(chosen)]
+    assert found == [("a cat", 1)] * 2 + [("dog", 2)] * 3
+    more = prior(
+        base, tmp_path / "class", instance_data_dir=tmp_path / "images", num_class_images=6
+    )
+    (problem,) = find_problems(more)
+    assert "(1_a cat, 2_dog) contain 5 images, and --num_class_images is 6" in problem
+    assert problem.endswith("Give --num_class_images 5, or another folder")
 
 
 def test_nothing_is_drawn_for_a_teacher_or_without_a_prior(

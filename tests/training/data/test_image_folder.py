@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -205,11 +206,14 @@ def test_folders_of_a_concept_each(tmp_path, caplog):
     (tmp_path / "3_empty").mkdir()
     with pytest.raises(DataError, match="there is no image in 3_empty"):
         find_examples(tmp_path)
-    fill(tmp_path, ["own.png"])  # with images of its own a folder is read as any other
-    assert captions(find_examples(tmp_path, "prompt")) == {"own.png": "prompt"}
-    (tmp_path / "own.png").unlink()
-    with pytest.raises(DataError, match="no image in it, and sub-folders are not read"):
-        find_examples(tmp_path, "prompt", role="class")
+    shutil.rmtree(tmp_path / "3_empty")
+    classes = find_examples(tmp_path, "prompt", role="class")
+    assert [(e.caption, e.repeats) for e in classes] == [(e.caption, e.repeats) for e in found]
+    fill(tmp_path, ["own.png"])  # kohya's scripts would ignore it, and other programs all the rest
+    with pytest.raises(DataError, match=r"contains images \(own.png\) and folders .*10_sks dog"):
+        find_examples(tmp_path, "prompt")
+    write_metadata(tmp_path, {"file_name": "own.png"}, {"file_name": "2_zwx_cat/1.png"})
+    assert captions(find_examples(tmp_path, "prompt")).keys() == {"own.png", "1.png"}
 
 
 def damage(folder):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.io.errors import DataError
+from gralora_diffusion.training.checks.options import find_warnings
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.buckets import Buckets
 from gralora_diffusion.training.data.cache import LatentCache
@@ -216,6 +217,36 @@ def test_images_of_a_file_have_the_settings_of_their_set(
         "dogs: 2 images, repeats 3, 24 pixels",
         "cats: 2 images, 20 % of the samples, 16 pixels, loss weight 2",
     ]
+
+
+def test_folders_with_repeats_are_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As kohya's scripts read them; the folder itself, given directly, is a plain one."""
+    monkeypatch.chdir(tmp_path)
+    make_images(tmp_path / "data" / "10_sks dog", 2)
+    make_images(tmp_path / "data" / "3_a cat", 3, seed=1)
+    text = """\
+- {folder: data/10_sks dog, prompt: sks dog, repeats: 10}
+- {folder: data/3_a cat, prompt: a cat, repeats: 3}
+"""
+    by_names = config(instance_data_dir="data", instance_prompt=None)
+    by_file = of_file(tmp_path, text)
+    epochs, lines = [], []
+    for run in (by_names, by_file):
+        images = find_images(run)
+        epochs.append(prompts(TrainingSet(sampled_sets(run, images, 8), 0), 2))
+        lines.append(described_sets(run, images))
+    assert epochs == [[{"sks dog": 20, "a cat": 9}] * 2] * 2
+    assert lines[0] == lines[1]
+    assert lines[0] == [
+        "10_sks dog: 2 images, repeats 10, 16 pixels",
+        "3_a cat: 3 images, repeats 3, 16 pixels",
+    ]
+    assert described_sets(by_names, [e for e in find_images(by_names) if not e.concept]) == []
+    plain = config(instance_data_dir="data/10_sks dog", instance_prompt="a photo")
+    assert {(e.caption, e.repeats) for e in find_images(plain)} == {("a photo", 1)}
+    (warning,) = find_warnings(plain)
+    assert "the number in its own name has no effect" in warning
+    assert warning.endswith("Give its parent folder, or --repeats 10")
 
 
 def test_problems_with_images_of_all_sets_are_named_with_their_lines(
