@@ -24,6 +24,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     commands.add_parser("train", add_help=False, help="train an adapter")
     commands.add_parser("data", add_help=False, help="show what a training would see of its images")
     commands.add_parser(
+        "caption", add_help=False, help="write captions for a folder of images with a model"
+    )
+    commands.add_parser(
         "control", add_help=False, help="save, sample or stop a running training; its status"
     )
     commands.add_parser("sample", add_help=False, help="generate images with a base and an adapter")
@@ -67,10 +70,14 @@ def _run(command: str, rest: Sequence[str]) -> None:
         from gralora_diffusion.training.main import main as train
 
         train(rest)
-    elif command == "data" or command == "data":
+    elif command == "data":
         from gralora_diffusion.training.data_command import main as data
 
         data(rest)
+    elif command == "caption":
+        from gralora_diffusion.training.caption_command import main as caption
+
+        caption(rest)
     elif command == "control":
         from gralora_diffusion.training.control_command import main as control
 

@@ -18,6 +18,7 @@ from tests import ROOT
         (["--help"], "train"),
         (["train", "--help"], "--instance_data_dir"),
         (["sample", "--help"], "--compare"),
+        (["caption", "--help"], "--max_new_tokens"),
         (["control", "--help"], "finish the current step"),
         (["inspect", "--help"], "--json"),
         (["import", "--help"], "--gralora_k"),
@@ -68,12 +69,13 @@ def test_a_hub_id_that_is_not_cached(
     [
         (
             ["trian"],
-            "the command is 'trian'; it must be one of train, data, control, sample, export",
+            "the command is 'trian'; it must be one of train, data, caption, control, sample,",
         ),
         (["generate"], "Did you mean sample?"),
         (["train", "--rank", "3"], "--instance_data_dir is missing"),
         (["sample", "--prompt", "x"], "required: --base, --output"),
         (["inspect"], "required: FILE"),
+        (["caption", "x"], "required: --model"),
         (["control", "x"], "required: REQUEST"),
         (["control", "x", "stp"], "REQUEST is 'stp'; it must be one of save, sample, stop, status"),
         (["benchmark", "--rank", "4"], "--rank cannot be set here"),

@@ -42,7 +42,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import main as importing
 from gralora_diffusion.pipelines import generation
 from gralora_diffusion.studio import main as studio
-from gralora_diffusion.training import control_command, data_command
+from gralora_diffusion.training import caption_command, control_command, data_command
 from gralora_diffusion.training.checks.options import find_image_problems, find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.loop import train
@@ -238,6 +238,7 @@ def test_sampling_command(command, reader):
 
 #: Commands whose parsers can be had without what they work on.
 PARSERS = {
+    "gralora caption": caption_command.parser,
     "gralora control": control_command.parser,
     "gralora export": exporting.parser,
     "gralora inspect": inspecting.parser,

@@ -200,6 +200,12 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("benchmark --suite tiny --seeds 0,1,2", ["Separate values by spaces: 0 1 2"]),
     ("benchmark --suite tiny --methods base,lora-r4", ["Separate methods by spaces"]),
     # the other commands
+    ("caption image --model x", ["FOLDER is 'image': there is no such folder. Did you mean"]),
+    ("caption images --model base", ["--model is 'base': this folder has no config.json"]),
+    (
+        "caption images --model a/b --max_new_tokens 0 --promt x",
+        ["--max_new_tokens is 0; it must be at least 1", "Did you mean --prompt?"],
+    ),
     ("control stop out", ["the folder comes first: gralora control OUTPUT_DIR stop"]),
     ("control images save --wait -1", ["--wait is -1.0; it must be at least 0"]),
     ("control images status", ["there is no run in images"]),

@@ -14,8 +14,9 @@ from starlette.requests import Request
 
 from gralora_diffusion.io.image_files import ImageError, read_image
 from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.training.data.own_captions import find_image, write_caption
 
-from .engine.images import find_image, keep_image, write_caption
+from .engine.images import keep_image
 from .engine.opened import OpenedFiles
 
 #: Pixels of the longer side of a thumbnail.

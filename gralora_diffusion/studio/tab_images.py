@@ -12,14 +12,13 @@ from markupsafe import Markup
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.templates import for_html
 from gralora_diffusion.options.path_names import path_problem
+from gralora_diffusion.training.data.own_captions import CaptionedImage, list_images
 
 from .context import Studio, messages, shown
 from .engine.images import (
-    CaptionedImage,
     CheckedFolder,
     add_images,
     check_folder,
-    list_images,
 )
 from .engine.workspace import file_name
 
