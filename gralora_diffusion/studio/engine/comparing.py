@@ -199,11 +199,12 @@ def _settings(path: Path, changed: int, size: int) -> dict[str, Any]:
 
     if not is_regular(path):
         return {}
-    # all of the image is decoded: its texts may come after its pixels
-    damaged = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
-    with suppress(*damaged), Image.open(path, formats=("PNG",)) as image:
-        return parse_object(image.text.get(OWN, ""))  # type: ignore[attr-defined]
-    return {}
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            # all of the image is decoded: its texts may come after its pixels
+            return parse_object(image.text.get(OWN, ""))  # type: ignore[attr-defined]
+    except Exception:  # Pillow raises almost any kind of error on a damaged file
+        return {}
 
 
 def generate_into(folder: Path, comparison: Comparison) -> None:

@@ -153,7 +153,18 @@ def test_settings_of_an_image_are_read_again_when_it_changes(tmp_path):
         assert settings_of(path)["seed"] == seed
     path.write_bytes(path.read_bytes()[:60])
     assert settings_of(path) == {}
-    header = b"IHDR" + struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
-    length, check = struct.pack(">I", 13), struct.pack(">I", zlib.crc32(header))
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + length + header + check)
+    header = struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)
+    path.write_bytes(SIGNATURE + chunk(b"IHDR", header))
     assert settings_of(path) == {}  # its size alone would fill the memory
+    image = chunk(b"IHDR", struct.pack(">IIBBBBB", 1, 1, 8, 0, 0, 0, 0))
+    image += chunk(b"IDAT", zlib.compress(b"\0\0"))
+    path.write_bytes(SIGNATURE + image + chunk(b"iCCP", b"name\0"))
+    assert settings_of(path) == {}  # for this, Pillow raises an IndexError
+
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def chunk(name: bytes, content: bytes) -> bytes:
+    checked = name + content
+    return struct.pack(">I", len(content)) + checked + struct.pack(">I", zlib.crc32(checked))
