@@ -6,7 +6,7 @@ the options with some behavior calls ``options_with``, so each option is declare
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from functools import cache
@@ -26,17 +26,21 @@ class Limits:
     infinite: bool = False
 
     def allow(self, value: float) -> bool:
-        """Whether a number is within the limits; NaN never is."""
+        """Whether a number is within the limits; NaN never is, nor an integer beyond all floats."""
         return (
             (self.at_least is None or value >= self.at_least)
             and (self.above is None or value > self.above)
             and (self.below is None or value < self.below)
-            and (self.infinite or not math.isinf(value))
+            and (self.infinite or abs(value) <= sys.float_info.max)
         )
 
-    def __str__(self) -> str:
+    def wanted(self, value: float) -> str:
+        """Return what a number must be that is not within the limits."""
+        if isinstance(value, int) and abs(value) > sys.float_info.max:
+            return "a smaller number"
         named = {"at least": self.at_least, "above": self.above, "below": self.below}
-        return " and ".join(f"{name} {limit}" for name, limit in named.items() if limit is not None)
+        given = [f"{name} {limit}" for name, limit in named.items() if limit is not None]
+        return " and ".join(given) or "finite"
 
 
 @dataclass(frozen=True)
@@ -197,7 +201,7 @@ def value_problems(options: Any) -> Iterator[str]:
     for name, limits in options_with(kind, Limits).items():
         value = getattr(options, name)
         if value is not None and not limits.allow(value):
-            yield f"--{name} is {value}; it must be {limits}"
+            yield f"--{name} is {value!s:.80}; it must be {limits.wanted(value)}"
     for name, allowed in choices_of(kind).items():
         value = getattr(options, name)
         if value is not None and value not in allowed:

@@ -174,8 +174,8 @@ def _checked(entry: Entry, divisor: int) -> tuple[dict[str, Any], list[str]]:
                 problems.append(f"{name} is {text!r}; it must be {wanted}")
                 continue
             if not _LIMITS[name].allow(values[name]):
-                limits = str(_LIMITS[name]) or "finite"
-                problems.append(f"{name} is {text}; it must be {limits}")
+                wanted = _LIMITS[name].wanted(values[name])
+                problems.append(f"{name} is {text:.80}; it must be {wanted}")
             elif name in ("width", "height") and values[name] % divisor:
                 problems.append(f"{name} is {text}; it must be a multiple of {divisor}")
     if not entry.get("prompt", "").strip():

@@ -412,6 +412,10 @@ BASE = "--pretrained_model_name_or_path"
         ("--lora_dropout 1", "--lora_dropout is 1.0; it must be at least 0 and below 1"),
         ("--train_batch_size 0", "--train_batch_size is 0; it must be at least 1"),
         ("--max_train_steps 0", "--max_train_steps is 0; it must be at least 1"),
+        (
+            f"--max_train_steps 1{'0' * 400}",
+            f"--max_train_steps is 1{'0' * 79}; it must be a smaller number",
+        ),
         ("--checkpoints_total_limit 0", "--checkpoints_total_limit is 0; it must be at least 1"),
         ("--learning_rate 0", "--learning_rate is 0.0; it must be above 0"),
         ("--learning_rate nan", "--learning_rate is nan; it must be above 0"),

@@ -74,7 +74,8 @@ PROBLEMS: dict[str, tuple[str, str, list[str]]] = {
         "p.yml",
         "- {prompt: a, sede: 1}\n- {seed: 1}\n- [a]\n- {prompt: a, width: 64}\n"
         "- {prompt: a, scale: .inf}\n- prompt: a\n  seed: {b: c}\n- {prompt: a, prompt: b}\n"
-        "- {prompt: a, seed: 4294967296}\n- {prompt: a, scale: inf}",
+        "- {prompt: a, seed: 4294967296}\n- {prompt: a, scale: inf}\n"
+        f"- {{prompt: a, seed: 1{'0' * 400}}}",
         [
             "1: sede is not a setting; it must be one of prompt, negative_prompt, width, height, "
             "seed, num_inference_steps, guidance_scale, scale, images. Did you mean seed?",
@@ -86,6 +87,7 @@ PROBLEMS: dict[str, tuple[str, str, list[str]]] = {
             "8: prompt is given twice. Remove one",
             "9: seed is 4294967296; it must be at least 0 and below 4294967296",
             "10: scale is inf; it must be finite",
+            f"11: seed is 1{'0' * 79}; it must be a smaller number",
         ],
     ),
     "no list": ("p.yaml", "prompt: a", ["1: it must be a list, with a - before each prompt"]),
