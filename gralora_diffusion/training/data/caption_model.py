@@ -103,13 +103,14 @@ def load_caption_model(
     if prompt and kind in _WITHOUT_PROMPT:
         raise ValueError(f"a model of the type {kind} takes no prompt. Leave out --prompt")
     try:
-        model, found = AutoModelForImageTextToText.from_pretrained(
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
             dtype=torch.float32 if on_cpu else torch.bfloat16,
             use_safetensors=True,
             output_loading_info=True,
             **place,
         )
+        model, found = loaded
         processor = AutoProcessor.from_pretrained(source, **place)
     except (ValueError, KeyError, ImportError, RuntimeError) as error:
         raise ValueError(error_line(error)) from error

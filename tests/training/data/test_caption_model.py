@@ -10,7 +10,7 @@ from PIL import Image
 from transformers import (
     BertConfig,
     BertModel,
-    BertTokenizerFast,
+    BertTokenizer,
     BlipConfig,
     BlipForConditionalGeneration,
     BlipProcessor,
@@ -32,10 +32,10 @@ SMALL |= {"num_attention_heads": 2}
 IMAGE = Image.effect_mandelbrot((40, 30), (-2, -1, 1, 1), 20).convert("RGB")
 
 
-def tokenizer(folder: Path) -> BertTokenizerFast:
+def tokenizer(folder: Path) -> BertTokenizer:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "vocab.txt").write_text("\n".join(WORDS), encoding="utf-8")
-    return BertTokenizerFast(
+    return BertTokenizer(
         str(folder / "vocab.txt"), additional_special_tokens=["<image>"], model_max_length=64
     )
 
@@ -61,7 +61,7 @@ def save_llava(folder: Path) -> Path:
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=16, patch_size=8, **SMALL),
         text_config=LlamaConfig(vocab_size=len(WORDS), eos_token_id=2, pad_token_id=0, **SMALL),
-        image_token_id=WORDS.index("<image>"),
+        image_token_index=WORDS.index("<image>"),
         vision_feature_layer=-1,
     )
     torch.manual_seed(0)
