@@ -51,6 +51,21 @@ def _editing(folder: Path, name: str, **changes: Any) -> dict[str, Any]:
     }
 
 
+def _measured_edits(folder: Path) -> dict[str, Any]:
+    """Edits with text encoders and an average of the weights; held-out pairs are measured."""
+    return {
+        **_editing(folder, "StableDiffusionInstructPix2PixPipeline"),
+        "control_dropout": 0.3,  # of one of two rows in each step
+        "train_batch_size": 2,
+        "train_text_encoder": True,
+        "use_ema": True,
+        "held_out_data_dir": make_shapes(folder / "held out", [(48, 32)] * 2, seed=2),
+        "held_out_control_data_dir": make_shapes(folder / "before", [(48, 32)] * 2, seed=3),
+        "held_out_steps": 2,
+        "held_out_noises": 1,
+    }
+
+
 def _write_masks(images: Path) -> None:
     """Write a mask beside each image."""
     for path in sorted(images.glob("*.png")):
@@ -145,13 +160,7 @@ def _prompts(folder: Path, family: str) -> dict[str, Any]:
 KINDS: dict[str, Callable[[Path], dict[str, Any]]] = {
     "edits/flux-kontext": partial(_editing, name="FluxKontextPipeline"),
     "edits/flux2-klein": partial(_editing, name="Flux2KleinPipeline", cache_latents=False),
-    "edits/pix2pix": partial(
-        _editing,
-        name="StableDiffusionInstructPix2PixPipeline",
-        control_dropout=0.3,  # of one of two rows in each step
-        train_batch_size=2,
-        train_text_encoder=True,
-    ),
+    "edits/pix2pix": _measured_edits,
     "masked/base": partial(_masked, outside="base"),
     "masked/weight": partial(_masked, outside="weight", cache_latents=False),
     "fills/stable-diffusion": partial(_filling, family="stable-diffusion"),

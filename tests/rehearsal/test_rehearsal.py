@@ -16,11 +16,11 @@ from tests.rehearsal import guard
 CHOSEN = {
     "training": [
         "device",
+        "training/edits/pix2pix",
         "training/flux/images",
         "training/flux2/teacher",
         "training/flux2-klein/teacher",
-        "training/stable-diffusion/cached",
-        "training/stable-diffusion-3/teacher",
+        "training/stable-diffusion-3/cached",
         "training/stable-diffusion-xl/encoders",
     ],
     "the rest": [

@@ -71,6 +71,8 @@ def options(family: str, setting: str, changes: dict[str, Any]) -> dict[str, Any
     values = {**SETTINGS[setting], **changes}
     if family in _WITHOUT_ENCODERS:
         values.pop("train_text_encoder", None)
+    if get_family(family).max_sequence_length is not None:
+        values = {"max_sequence_length": 128, **values}  # not the usual hundreds of tokens
     return values
 
 
@@ -103,7 +105,7 @@ def train_and_resume(gpu: Gpu, chosen: dict[str, Any]) -> Iterator[str]:
         chosen = {"cached_crops": 1, **chosen}
     out = chosen["output_dir"]
     shutil.rmtree(out, ignore_errors=True)
-    with counted_waits() as waits, one_step_images():
+    with counted_waits() as waits, quick_images():
         run(**chosen)
     gpu.free = gpu.total
     if chosen.get("optimizer", "adamw") != "adamw":
@@ -182,14 +184,14 @@ def _overflowing(steps: range) -> Iterator[None]:
 
 
 @contextmanager
-def one_step_images() -> Iterator[None]:
-    """Generate class images in one step, because a pretended GPU takes long."""
+def quick_images() -> Iterator[None]:
+    """Generate class images in one step and small, because a pretended GPU takes long."""
     load = class_images.load_base
 
     def loaded(*args: Any, **named: Any) -> Any:
         pipe: Any = load(*args, **named)
         kind = type(pipe)
-        call = partialmethod(kind.__call__, num_inference_steps=1)
+        call = partialmethod(kind.__call__, num_inference_steps=1, height=32, width=32)
         pipe.__class__ = type(kind.__name__, (kind,), {"__call__": call})
         return pipe
 
