@@ -1,4 +1,8 @@
-"""Fetch files from the Hugging Face Hub, and explain downloads that fail."""
+"""Fetch files from the Hugging Face Hub, and explain downloads that fail.
+
+Its library is imported where it is used: that takes longer than all else that a command's help
+needs.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +13,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-)
-
 from .file_names import nearby
 
-_UNREACHABLE = (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)
 #: Base class of httpx's errors for them; huggingface_hub may import httpx under another name.
 _OF_HTTPX = "TransportError"
 
@@ -34,6 +29,9 @@ def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
     Raises:
         OSError: it could not be fetched. The message says why and what to do.
     """
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
@@ -84,6 +82,8 @@ def why_not_asked(error: BaseException) -> str | None:
     Args:
         error: the library's error, whose causes are checked.
     """
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     causes = list(_causes(error))
     if any(isinstance(cause, OfflineModeIsEnabled) for cause in causes):
         return "is not contacted because HF_HUB_OFFLINE is set"
@@ -96,12 +96,17 @@ def why_not_asked(error: BaseException) -> str | None:
 
 def _is_of_the_cache(error: BaseException) -> bool:
     """Whether only the cache was searched."""
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
     return isinstance(error, LocalEntryNotFoundError) and error.__cause__ is None
 
 
 def _is_unreachable(error: BaseException) -> bool:
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    unreachable = (LocalEntryNotFoundError, ConnectionError, TimeoutError, socket.gaierror)
     of_httpx = any(base.__name__ == _OF_HTTPX for base in type(error).__mro__)
-    return of_httpx or isinstance(error, _UNREACHABLE)
+    return of_httpx or isinstance(error, unreachable)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:

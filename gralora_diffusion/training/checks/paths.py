@@ -11,8 +11,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from huggingface_hub.utils import HFValidationError, validate_repo_id
-
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.io.file_names import (
@@ -96,6 +94,9 @@ def model_problem(
 
 
 def _repo_id_problem(value: str) -> str | None:
+    # only now, because it takes a while
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
     try:
         validate_repo_id(value)
     except HFValidationError:
