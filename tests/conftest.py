@@ -36,6 +36,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items.sort(key=lambda item: not item.nodeid.startswith(LONGEST))
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than cores, since tests wait for files, browsers and other processes."""
+    return (os.cpu_count() or 1) + 1
+
+
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Leave what is imported by now out of the trainer's garbage collections: a second in each."""
