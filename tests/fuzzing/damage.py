@@ -404,11 +404,11 @@ def change_safetensors(data: bytes, chance: Random) -> bytes:
             for _ in range(chance.randint(1, 3)):
                 if entries:
                     _change_entry(entries, chance)
-        header, body = {"__metadata__": metadata}, b""
+        header, end = {"__metadata__": metadata}, 0
         for key, (dtype, shape, values) in entries.items():
-            offsets = [len(body), len(body) + len(values)]
-            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": offsets}
-            body += values
+            start, end = end, end + len(values)
+            header[key] = {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
+        body = b"".join(values for _, _, values in entries.values())
     text = json_text(header).encode("utf-8", "surrogatepass")
     return len(text).to_bytes(8, "little") + text + body
 
