@@ -312,10 +312,6 @@ def _tf32(tensor: Tensor) -> Tensor:
 class _Operations(TorchDispatchMode):
     """Operations without a pretended tensor whose result must be one."""
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # each operation would take longer
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         device = kwargs.get("device")
