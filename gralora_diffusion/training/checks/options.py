@@ -22,7 +22,7 @@ from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Needs, options_with, path_problems, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
-from gralora_diffusion.training.config.data_file import with_data_file
+from gralora_diffusion.training.config.data_file import with_data_file, without_held_out_sets
 from gralora_diffusion.training.config.layer_patterns import check_patterns
 from gralora_diffusion.training.config.options import OPTIMIZERS
 from gralora_diffusion.training.config.training_config import TrainingConfig, read_config
@@ -77,6 +77,7 @@ def find_problems(config: TrainingConfig, *, imports: bool = True) -> list[str]:
     """
     if unusable := list(path_problems(config)):  # the other checks look for them
         return unusable
+    config = without_held_out_sets(config)
     return _problems(config, imports) + data_file_problems(config, _of_set)
 
 
@@ -88,6 +89,7 @@ def find_image_problems(config: TrainingConfig, *others: Any) -> list[str]:
     """
     if unusable := [text for options in (config, *others) for text in path_problems(options)]:
         return unusable
+    config = without_held_out_sets(config)
     checks = (_values, check_data, check_controls, _prior)
     problems = [problem for check in checks for problem in check(config)]
     problems += [problem for options in others for problem in value_problems(options)]

@@ -102,6 +102,20 @@ def with_data_file(config: TrainingConfig) -> TrainingConfig:
     return config
 
 
+def without_held_out_sets(config: TrainingConfig) -> TrainingConfig:
+    """Return the options without what ``with_data_file`` says of held-out sets.
+
+    Each of them is checked with its own options.
+    """
+    try:
+        sections = read_data_file(config) if config.data_config else []
+    except ConfigError:  # which is reported with the file
+        return config
+    folders = [section.changes.get("held_out_data_dir") for section in sections]
+    of_file = config.held_out_data_dir in filter(None, folders)
+    return replace(config, held_out_data_dir=None) if of_file else config
+
+
 @dataclass(frozen=True)
 class DataSection:
     """A set of a data file as it was read.

@@ -118,12 +118,11 @@ def test_held_out_sets_have_the_options_of_held_out_images(folder: Path) -> None
   prompt: a sks cat
   resolution: 24
   mask_data_dir: others
-- {role: held_out, folder: others, trigger_word: sks}
+- {role: held_out, folder: others, prompt: a photo, trigger_word: sks}
 """
     run = with_file(
         folder, text, masked_loss=True, held_out_steps=3, max_train_steps=6, stop_when="overfit"
     )
-    run.instance_prompt = "a photo"
     assert validate(run) == []
     first, second = (s.options(run) for s in image_sets(run, "held_out"))
     assert (first.held_out_data_dir, first.held_out_mask_data_dir) == ("cats", "others")
