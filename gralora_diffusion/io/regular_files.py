@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -25,10 +26,23 @@ def is_regular(path: Path) -> bool:
         return False
 
 
+def check_regular(path: Path) -> os.stat_result:
+    """Return the status of a regular file, so that it may be opened; links are followed.
+
+    A named pipe would block forever, and a device may never end.
+
+    Raises:
+        OSError: there is no such file, or it is not a regular one.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
+        raise OSError(f"it is {kind}, not a file")
+    return status
+
+
 def read_regular(path: Path, limit: int) -> bytes:
     """Return the bytes of a regular file; links are followed.
-
-    A named pipe would block forever and a device may never end, so neither is opened.
 
     Args:
         limit: maximum number of bytes.
@@ -36,10 +50,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     Raises:
         OSError: the file cannot be read, is not a regular file, or is longer than ``limit``.
     """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-        raise OSError(f"it is {kind}, not a file")
+    status = check_regular(path)
     if status.st_size > limit:
         raise OSError(f"it has {status.st_size:,} bytes; at most {limit:,} are allowed")
     return path.read_bytes()

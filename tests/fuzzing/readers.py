@@ -5,6 +5,7 @@ A sample is a folder. What is read is called ``file`` with an ending, or is the 
 
 from __future__ import annotations
 
+import copy
 import csv
 import json
 import shutil
@@ -71,7 +72,11 @@ from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gra
 from gralora_diffusion.studio.engine import comparing
 from gralora_diffusion.studio.engine.jobs import Jobs
 from gralora_diffusion.studio.engine.runs import differing_options, find_runs
-from gralora_diffusion.training.checkpoints.resume import describe_base, find_checkpoint
+from gralora_diffusion.training.checkpoints.resume import (
+    PROGRESS_NAME,
+    describe_base,
+    find_checkpoint,
+)
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
@@ -435,11 +440,17 @@ def _run(ema: bool) -> RunState:
 
 
 def _make_checkpoints(folder: Path) -> None:
+    """Those of this version, and of earlier ones, which have no hashes of the files."""
     for ema in (False, True):
-        store = CheckpointStore(_part(folder, "average" if ema else "plain"))
+        name = "average" if ema else "plain"
+        store = CheckpointStore(_part(folder, name))
         state = _run(ema)
         state.step = 2
-        store.write(2, state.save)
+        shutil.copytree(store.write(2, state.save).parent, folder / f"{name}-earlier")
+        path = folder / f"{name}-earlier/checkpoint-2" / PROGRESS_NAME
+        progress = json.loads(path.read_text())
+        del progress["files"]
+        path.write_text(json.dumps(progress))
 
 
 def _resume(folder: Path) -> None:
@@ -448,9 +459,13 @@ def _resume(folder: Path) -> None:
     found = find_checkpoint(config, CheckpointStore(folder))
     if found is None:
         return
-    state.load(found[1])
-    assert 0 <= state.step <= 2**53
-    assert all(torch.is_tensor(tensor) for tensor in state.adapter().tensors.values())
+    before = copy.deepcopy(state.optimizer.state_dict())
+    try:
+        state.load(found[1])
+        assert 0 <= state.step <= 2**53
+        assert all(torch.is_tensor(tensor) for tensor in state.adapter().tensors.values())
+    finally:  # the run is used for other cases
+        state.optimizer.load_state_dict(before)
 
 
 def _make_records(folder: Path) -> None:

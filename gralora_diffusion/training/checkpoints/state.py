@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import pickle
@@ -19,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, Adapter, save_adapter
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import CheckpointError
+from gralora_diffusion.io.regular_files import check_regular
 from gralora_diffusion.io.tensor_files import read_safetensors, write_safetensors
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.optimization.adapters import extract, inference_weights, restore
@@ -39,6 +41,8 @@ logger = logging.getLogger(__name__)
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 OPTIMIZER_NAME = "optimizer.bin"
 EMA_NAME = "ema.safetensors"
+#: What is restored from; the files for inference may be changed, such as their metadata.
+_RESTORED = (TRAINING_WEIGHTS_NAME, OPTIMIZER_NAME, EMA_NAME)
 _OF_SCHEDULE = ("last_epoch", "_step_count")
 
 
@@ -112,6 +116,7 @@ class RunState:
             "options": deciding_options(self.config),
             "base": self.base,
             "state": numbers,
+            "files": _digests(folder),
         }
         if self.held_out is not None:
             progress["held_out"] = self.held_out.to_dict()
@@ -132,6 +137,7 @@ class RunState:
             progress = read_progress(path)
             check_options(path, progress, self.config)
             check_base(path, progress, self.base)
+            _check_files(path, progress.get("files", {}))
             restore(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
             self._load_optimizer(path / OPTIMIZER_NAME)
             numbers = progress.get("state")
@@ -217,8 +223,31 @@ class RunState:
         return numbers
 
 
+def _digests(folder: Path) -> dict[str, str]:
+    """Return name -> SHA-256 of the files that a checkpoint is restored from."""
+    paths = [path for name in _RESTORED if (path := folder / name).exists()]
+    digests = {}
+    for path in paths:
+        check_regular(path)
+        with open(path, "rb") as file:
+            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return digests
+
+
+def _check_files(path: Path, written: Mapping[str, str]) -> None:
+    """Refuse files other than those that were written with the progress.
+
+    A changed optimizer's state could be read, and used, without an error.
+    """
+    found = _digests(path) if written else {}  # earlier versions wrote none
+    for name in _RESTORED:
+        if written and found.get(name) != written.get(name):
+            raise ValueError(f"{name} is not the file that was written with {PROGRESS_NAME}")
+
+
 def _load_tensors(path: Path) -> Any:
     """Read tensors, numbers, text, and lists and dicts of them, that torch.save wrote."""
+    check_regular(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -124,6 +124,13 @@ def test_accumulation_may_change_on_resume(base: Path, images: Path, tmp_path: P
 # -- what a checkpoint may hold --------------------------------------------------------------------
 
 
+def without_hashes(checkpoint: Path) -> None:
+    """Make a checkpoint one of a version that wrote no hashes of its files."""
+    progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
+    progress.pop("files", None)
+    (checkpoint / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
+
+
 def save_with_accelerate(self: RunState, folder: Path) -> None:
     """Write a checkpoint as version 0.1.0 did: everything besides the adapter by accelerate."""
     written_now(self, folder)
@@ -132,6 +139,7 @@ def save_with_accelerate(self: RunState, folder: Path) -> None:
     progress = json.loads((folder / PROGRESS_NAME).read_text(encoding="utf-8"))
     del progress["state"]
     (folder / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
+    without_hashes(folder)
     save_accelerator_state(str(folder), [], [self.optimizer], [], [], 0, 0, self.accelerator.scaler)
     parts = [part for part in (self.lr_scheduler, self.ema) if part is not None]
     for index, part in enumerate(parts):
@@ -204,6 +212,7 @@ def test_no_program_in_a_checkpoint_is_run(
         shutil.copytree(whole / "checkpoint-2", folder / "checkpoint-2")
         mark = tmp_path / f"{name}-ran"
         torch.save({"x": Program(mark)}, folder / "checkpoint-2" / name)
+        without_hashes(folder / "checkpoint-2")
         again = {**shared, "output_dir": folder, "resume_from_checkpoint": "latest"}
         if name.startswith("random_states"):
             run(**again)  # which is not read
@@ -228,13 +237,16 @@ def damaged(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {**tensors, "0": torch.zeros(3, 3)}
 
 
-@pytest.mark.parametrize("what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail"])
+@pytest.mark.parametrize(
+    "what", ["schedule", "ema", "shape of ema", "shape of optimizer", "tail", "device"]
+)
 def test_a_damaged_checkpoint_is_told(
     base: Path, images: Path, averaged: Path, tmp_path: Path, what: str
 ) -> None:
     shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
     shared |= {**SAVED, "use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
     checkpoint = shutil.copytree(averaged, tmp_path / "out") / "checkpoint-2"
+    without_hashes(checkpoint)  # of versions that had only the checks below
     progress = json.loads((checkpoint / PROGRESS_NAME).read_text(encoding="utf-8"))
     if what in ("schedule", "ema"):
         progress["state"][what] = {"last_epoch": None, "decay": "x"}
@@ -242,6 +254,9 @@ def test_a_damaged_checkpoint_is_told(
         save_file(
             damaged(load_file(checkpoint / "ema.safetensors")), checkpoint / "ema.safetensors"
         )
+    elif what == "device":
+        (checkpoint / "optimizer.bin").unlink()
+        (checkpoint / "optimizer.bin").symlink_to("/dev/zero")
     elif what == "shape of optimizer":
         state = torch.load(checkpoint / "optimizer.bin", weights_only=True)
         state["state"][0]["exp_avg"] = torch.zeros(1, 1, 1)
@@ -251,4 +266,27 @@ def test_a_damaged_checkpoint_is_told(
         (checkpoint / "optimizer.bin").write_bytes(whole[: len(whole) // 2])
     (checkpoint / PROGRESS_NAME).write_text(json.dumps(progress), encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"cannot be resumed from: .* Resume from an earlier"):
+        run(resume_from_checkpoint="latest", **shared)
+
+
+@pytest.mark.parametrize("name", ["training_weights.safetensors", "optimizer.bin", "none"])
+def test_files_that_were_not_written_together_are_refused(
+    base: Path, images: Path, averaged: Path, tmp_path: Path, name: str
+) -> None:
+    """A state that lacks a parameter's moments could be read, and would start anew."""
+    shared: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    shared |= {**SAVED, "use_ema": True, "max_train_steps": 2, "output_dir": tmp_path / "out"}
+    checkpoint = shutil.copytree(averaged, tmp_path / "out") / "checkpoint-2"
+    if name == "none":
+        (checkpoint / "ema.safetensors").unlink()
+        name = "ema.safetensors"
+    elif name == "optimizer.bin":
+        state = torch.load(checkpoint / name, weights_only=True)
+        del state["state"][0]
+        torch.save(state, checkpoint / name)
+    else:
+        tensors = load_file(checkpoint / name)
+        tensors[min(tensors)] += 1
+        save_file(tensors, checkpoint / name, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} is not the file that was written with"):
         run(resume_from_checkpoint="latest", **shared)
