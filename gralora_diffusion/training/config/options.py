@@ -332,8 +332,8 @@ class ImageOptions:
     )
     latent_cache_dir: Annotated[str | None, Place(written=True), MayDiffer(commands=True)] = option(
         None,
-        "Folder where latents and encoded prompts are kept for this and later runs (default: each "
-        "process keeps them in memory)",
+        "Folder where latents, encoded prompts and facts on checked images are kept for this and "
+        "later runs (default: each process keeps latents and prompts in memory)",
     )
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -96,16 +97,16 @@ def concept_name(name: str) -> tuple[int, str] | None:
 def concept_folders(folder: Path) -> list[CaptionedFolder]:
     """Return the sub-folders with a ``concept_name``, sorted."""
     return [
-        CaptionedFolder(path, named[1], named[0], path.name)
-        for path in sorted(folder.iterdir())
-        if (named := concept_name(path.name)) and path.is_dir()
+        CaptionedFolder(folder / name, named[1], named[0], name)
+        for name in sorted(os.listdir(folder))
+        if (named := concept_name(name)) and (folder / name).is_dir()
     ]
 
 
 def count_images(folder: Path) -> int:
     """Return the number of images in a folder, and in those of its concepts; masks are none."""
     parts = [folder, *(concept.path for concept in concept_folders(folder))]
-    return sum(len(folder_images(p.name for p in part.iterdir()).images) for part in parts)
+    return sum(len(folder_images(os.listdir(part)).images) for part in parts)
 
 
 def is_caption_file(name: str) -> bool:
@@ -359,7 +360,7 @@ def caption_files(images: Iterable[str], names: Iterable[str]) -> dict[str, list
     exact, folded = defaultdict(list), defaultdict(list)
     found: dict[str, list[str]] = {image: [] for image in images}
     for image in found:
-        for key in (Path(image).stem, image):
+        for key in (os.path.splitext(image)[0], image):
             exact[key].append(image)
             folded[key.lower()].append(image)
     for ending in CAPTION_ENDINGS:

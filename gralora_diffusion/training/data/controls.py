@@ -6,7 +6,6 @@ dataset. An image may have none, and may be the control image of several.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +18,8 @@ from PIL import Image
 from gralora_diffusion.io.image_files import is_image, read_image
 from gralora_diffusion.io.safe_text import first_few
 
-from .sources import Source, bytes_of, shared_files, unchanged_bytes
+from .checked_files import CheckedFiles
+from .sources import Source, shared_files, unchanged_bytes
 
 #: Columns of a metadata file with control images, unless others are named. Hugging Face's
 #: imagefolder reads the last two.
@@ -148,10 +148,10 @@ def _stem(name: str) -> str:
     return Path(name).with_suffix("").as_posix()
 
 
-def check_control(found: FoundControl) -> ControlImage | str:
+def check_control(found: FoundControl, checked: CheckedFiles) -> ControlImage | str:
     """Decode a control image; a text says why that is not possible."""
     try:
-        data = bytes_of(found.source)
-        return ControlImage(found.source, hashlib.sha256(data).hexdigest(), read_image(data).size)
+        seen = checked.decode("image", found.source)
+        return ControlImage(found.source, seen.content_key, seen.size)
     except Exception as error:  # a dataset may raise any kind
         return f"{found.name} cannot be decoded: {str(error) or type(error).__name__}"

@@ -117,6 +117,8 @@ def _find_images(config: TrainingConfig) -> list[Example]:
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
         caption_per_line=config.caption_per_line,
+        cache_dir=config.latent_cache_dir,
+        remember=not config.dry_run,
         masks=masks,
         controls=ControlPlaces(
             tuple(Path(folder) for folder in config.control_data_dir or ()),
@@ -166,6 +168,8 @@ def find_class_images(config: TrainingConfig) -> list[Example]:
         config.class_prompt,
         skip_bad_images=config.skip_bad_images,
         role="class",
+        cache_dir=config.latent_cache_dir,
+        remember=not config.dry_run,
     )
 
 

@@ -75,6 +75,8 @@ def _find_images(config: TrainingConfig) -> list[Example]:
         caption_column=config.caption_column,
         skip_bad_images=config.skip_bad_images,
         caption_per_line=config.caption_per_line,
+        cache_dir=config.latent_cache_dir,
+        remember=not config.dry_run,
         role="held_out",
         masks=masks,
         controls=ControlPlaces(

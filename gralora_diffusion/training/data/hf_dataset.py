@@ -15,6 +15,7 @@ from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.safe_text import error_line
 
 from .captions import MASK_COLUMNS, distinct_lines, one_line
+from .checked_files import CheckedFiles
 from .controls import FoundControl
 from .image_folder import WHOLE_IMAGES, Example, Found, check_images
 from .masks import FoundMask, MaskPlaces
@@ -154,7 +155,8 @@ def find_dataset_examples(
     advice = "Give --instance_prompt for all rows without one" + (
         "" if caption_column else ", or --caption_column"
     )
-    return check_images(found, place, problems, advice, skip_bad_images)
+    nothing = CheckedFiles(Path(), None)  # rows are no files
+    return check_images(found, place, problems, advice, skip_bad_images, nothing)
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:

@@ -7,12 +7,14 @@ decoded once as a check; afterwards only their paths, captions and hashes are ke
 
 from __future__ import annotations
 
-import hashlib
 import logging
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,6 +39,7 @@ from .captions import (
     read_captions,
     read_metadata,
 )
+from .checked_files import CheckedFiles
 from .controls import (
     CONTROL_COLUMNS,
     ControlFolder,
@@ -46,7 +49,7 @@ from .controls import (
     check_control,
 )
 from .masks import FoundMask, Mask, MaskError, MaskPlaces, check_mask, find_masks
-from .sources import Source, bytes_of, unchanged_bytes
+from .sources import Source, unchanged_bytes
 from .transforms import CropPlan
 
 logger = logging.getLogger(__name__)
@@ -77,6 +80,8 @@ _SMALL_PART = 1 / 4
 MAX_NAMES = 10
 #: Number of images that are decoded at once to check them.
 AT_ONCE = 8
+#: Number of images that wait for it.
+_PENDING = 1000
 #: Fewer images are checked before anybody could read a progress bar.
 MIN_FOR_PROGRESS = 50
 
@@ -162,6 +167,8 @@ def find_examples(
     masks: MaskPlaces | None = None,
     controls: ControlPlaces | None = None,
     caption_per_line: bool = False,
+    cache_dir: str | Path | None = None,
+    remember: bool = True,
 ) -> list[Example]:
     """Return the images in ``folder``, sorted by name.
 
@@ -180,6 +187,8 @@ def find_examples(
         masks: where the masks of the images are; None to train on whole images.
         controls: where their control images are; None for images without any.
         caption_per_line: each line of a text file is a caption of its own.
+        cache_dir: folder that knows images which were decoded before, see ``CheckedFiles``.
+        remember: write there which have been decoded now.
 
     Raises:
         DataError: there is no folder, it has no image, a control image is missing, or there are
@@ -220,7 +229,8 @@ def find_examples(
         f"Give --{prompt_of}_prompt for all images without one, write a .txt file beside it, or "
         f"name it in {METADATA_NAME}"
     )
-    return check_images(found, place, problems, advice, skip_bad_images)
+    with CheckedFiles(folder, cache_dir, write=remember) as checked:
+        return check_images(found, place, problems, advice, skip_bad_images, checked)
 
 
 def warn_of_small_images(examples: Iterable[Example], plan: CropPlan) -> None:
@@ -267,7 +277,7 @@ def _image_folders(
         DataError: the folder has both images of its own and concepts.
     """
     concepts = [part for part in concept_folders(folder) if not _is_of_masks(part.path, masks)]
-    names = [path.name for path in folder.iterdir()]
+    names = os.listdir(folder)
     listed = any(name.lower() in METADATA_NAMES for name in names)
     if listed or not concepts:
         return [CaptionedFolder(folder, prompt)]
@@ -332,9 +342,10 @@ def _find_in(
 
     Other files are reported.
     """
-    visible = sorted(entry for entry in part.path.iterdir() if not entry.name.startswith("."))
-    folders = {entry.name for entry in visible if entry.is_dir()}
-    files = [entry.name for entry in visible if entry.name not in folders]
+    with os.scandir(part.path) as entries:  # pathlib takes long for 100,000 files
+        visible = {e.name: e.is_dir() for e in entries if not e.name.startswith(".")}
+    folders = {name for name, is_folder in visible.items() if is_folder}
+    files = sorted(visible.keys() - folders)
     before = len(problems)
     mask_column = masks.column if masks else None
     listed = read_metadata(part.path, files, column, problems, mask_column, control_columns)
@@ -362,6 +373,7 @@ def _find_in(
         masked, unused = find_masks(part.path, listed, of_image, masks, own, problems)
         taken = {mask.name for mask in masked.values() if not mask.of_alpha}
         unused_masks = [*(name for name in unlisted if name not in taken), *unused]
+    within = part.path.relative_to(top).as_posix()
     for name, texts in _beside(caption_files, part.path, names, files).items():
         given = {metadata[0]: listed[name].captions} if _has_caption(listed, name) else {}
         empty = None
@@ -373,7 +385,7 @@ def _find_in(
                 given |= {file: tuple(captions)} if captions else {}
                 empty = empty if captions else file
         path = part.path / name
-        shown = path.relative_to(top).as_posix()
+        shown = name if within == "." else f"{within}/{name}"
         if len(set(given.values())) > 1:
             first, *others = given
             differing.append(f"{shown} ({first}, not {', '.join(others)})")
@@ -388,7 +400,7 @@ def _find_in(
     _warn(place, "images with captions that differ, of which the first is used", differing)
     _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
-    unread = folders - {Path(name).parts[0] for name in (*names, *listed_masks, *controls)}
+    unread = folders - {n.partition("/")[0] for n in (*names, *listed_masks, *controls)}
     unread -= {name for name in unread if _is_of_masks(part.path / name, masks)}
     _warn(place, "sub-folders that are not read", sorted(unread))
     missed = _not_named(part.path, names, listed_masks | controls)
@@ -413,7 +425,7 @@ def _not_named(folder: Path, names: Sequence[str], others: Iterable[str]) -> lis
     Args:
         others: masks and control images that are listed.
     """
-    parents = {Path(name).parent for name in names} - {Path()}
+    parents = {Path(name).parent for name in names if "/" in name}
     there = {
         (parent / name).as_posix()
         for parent in parents
@@ -437,17 +449,20 @@ def _beside(
     """
     by_parent = defaultdict(list)
     for name in names:
-        by_parent[Path(name).parent].append(name)
+        by_parent[name.rpartition("/")[0]].append(name)
     found: dict[str, list[str]] = {}
     for parent, there in by_parent.items():
-        names_there = files if parent == Path() else [p.name for p in (folder / parent).iterdir()]
-        beside = find([Path(name).name for name in there], names_there)
-        found |= {name: beside.get(Path(name).name, []) for name in there}
+        names_there = os.listdir(folder / parent) if parent else files
+        own = {name: name.rpartition("/")[2] for name in there}
+        beside = find(list(own.values()), names_there)
+        found |= {name: beside.get(short, []) for name, short in own.items()}
     return dict(sorted(found.items()))
 
 
 def _report_unused(place: str, names: Sequence[str], images: Iterable[str]) -> None:
     """Report files that are neither images nor captions of images."""
+    if not names:
+        return
     stems = {key.lower() for p in images for key in (p, Path(p).stem)}
     kinds: dict[str, list[str]] = {_CAPTIONS: [], _IMAGES: [], _OTHERS: []}
     for name in names:
@@ -467,8 +482,9 @@ def check_images(
     problems: list[str],
     caption_advice: str,
     skip_bad_images: bool,
+    checked: CheckedFiles,
 ) -> list[Example]:
-    """Decode every image and make it an example.
+    """Decode every image that ``checked`` does not know, and make each an example.
 
     Raises:
         DataError: there are problems. The error lists ``problems``, the images without a caption
@@ -479,7 +495,16 @@ def check_images(
     quiet = None if len(found) >= MIN_FOR_PROGRESS else True  # None: shown in a terminal only
     pool = ThreadPoolExecutor(AT_ONCE)  # Pillow and hashlib let other threads run
     try:
-        looked = pool.map(_look_at, found)
+        look_at = partial(_look_at, checked=checked)
+        starts = range(0, len(found), _PENDING)  # each image that waits takes memory
+        chunks = (found[start : start + _PENDING] for start in starts)
+        looked = chain.from_iterable(
+            # threads would only take time
+            map(look_at, chunk)
+            if all(checked.knows("image", image.source) for image in chunk)
+            else pool.map(look_at, chunk)
+            for chunk in chunks
+        )
         bar = tqdm(looked, "Checking images", len(found), unit="", disable=quiet)
         for image, seen in zip(found, bar, strict=True):
             if isinstance(seen, str):
@@ -543,30 +568,28 @@ class _Seen(NamedTuple):
     size: tuple[int, int]
     mask: Mask | None
     controls: list[ControlImage | str]  # or why there is none
-    warnings: list[str]
+    warnings: tuple[str, ...]
 
 
-def _look_at(image: Found) -> _Seen | str:
+def _look_at(image: Found, checked: CheckedFiles) -> _Seen | str:
     """Decode an image, its mask and its control images.
 
     A text says why that is not possible, after the image's name.
     """
-    warnings: list[str] = []
     try:
-        data = bytes_of(image.source)
-        size = read_image(data, warnings).size
+        seen = checked.decode("image", image.source)
     except Exception as error:  # a dataset may raise any kind
         return f" cannot be decoded: {str(error) or type(error).__name__}"
     mask = None
     if image.mask is not None:
         try:
-            mask = check_mask(image.mask, size)
+            mask = check_mask(image.mask, seen.size, checked)
         except MaskError as error:
             return f": {image.mask} {error}"
         except Exception as error:
             return f": {image.mask} cannot be used: {str(error) or type(error).__name__}"
-    controls = [check_control(control) for control in image.controls]
-    return _Seen(hashlib.sha256(data).hexdigest(), size, mask, controls, warnings)
+    controls = [check_control(control, checked) for control in image.controls]
+    return _Seen(seen.content_key, seen.size, mask, controls, seen.warnings)
 
 
 def _warn(place: str, what: str, names: Sequence[str]) -> None:

@@ -8,12 +8,11 @@ the part of its pixels that is white.
 
 from __future__ import annotations
 
-import hashlib
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from PIL import Image
 from torch import Tensor
@@ -23,7 +22,8 @@ from gralora_diffusion.io.image_files import is_image, read_mask, read_opacity
 from gralora_diffusion.io.regular_files import is_regular
 
 from .captions import ListedImage, place_problem
-from .sources import Source, bytes_of, shared_files, unchanged_bytes
+from .checked_files import CheckedFiles
+from .sources import Source, shared_files, unchanged_bytes
 
 #: The brightest value of a mask is at least this; those of maps of classes are not.
 _FAINTEST = 16
@@ -95,24 +95,22 @@ class Mask:
         return mask
 
 
-def check_mask(found: FoundMask, size: tuple[int, int]) -> Mask | None:
+def check_mask(found: FoundMask, size: tuple[int, int], checked: CheckedFiles) -> Mask | None:
     """Decode the mask of an image of ``size`` (width, height); None if the image is opaque.
 
     Raises:
         MaskError: it does not fit the image, or masks everything.
         OSError, ValueError: it cannot be decoded.
     """
-    data = bytes_of(found.source)
-    image = read_opacity(data) if found.of_alpha else read_mask(data)
-    if image is None:
+    seen = checked.decode("opacity" if found.of_alpha else "mask", found.source)
+    if seen.opaque:
         return None
-    if image.size != size:
+    if seen.size != size:
         raise MaskError(
-            f"has {image.width} x {image.height} pixels, but the image has {size[0]} x {size[1]}. "
+            f"has {seen.size[0]} x {seen.size[1]} pixels, but the image has {size[0]} x {size[1]}. "
             "Give a mask of the image's size"
         )
-    box, extremes = image.getbbox(), image.getextrema()
-    highest: Any = extremes[1]  # of a single band
+    box, highest = seen.box, seen.highest
     if box is None:
         raise MaskError(
             "is all black, so nothing of the image would be trained. Paint the part to train "
@@ -125,7 +123,7 @@ def check_mask(found: FoundMask, size: tuple[int, int]) -> Mask | None:
             f"has no value above {highest} on a scale of 255, so nearly nothing of the image would "
             "be trained. Paint the part to train white, also if the values number classes"
         )
-    return Mask(found.source, hashlib.sha256(data).hexdigest(), box, found.of_alpha)
+    return Mask(found.source, seen.content_key, box, found.of_alpha)
 
 
 def find_masks(
