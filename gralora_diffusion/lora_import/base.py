@@ -54,7 +54,7 @@ class LoraBase:
         if "unet_config" in family.lora_options:
             with self._reading("unet"):
                 config = UNet2DConditionModel.load_config(source, subfolder="unet")
-            self.unet_config = FrozenDict(config)
+                self.unet_config = FrozenDict(config)
 
     def check(self, pairs: Mapping[str, Mapping[str, Pair]], where: str) -> None:
         """Compare a LoRA with the base's layers.
@@ -92,11 +92,11 @@ class LoraBase:
         library, class_name = self._index.components[component]
         with self._reading(component):
             model = empty_model(library, class_name, self.source, component, {})
-        return {
-            self.family.canonical(component, path): layer_shape(module)
-            for path, module in model.named_modules()
-            if not unsupported(module)
-        }
+            return {
+                self.family.canonical(component, path): layer_shape(module)
+                for path, module in model.named_modules()
+                if not unsupported(module)
+            }
 
     @contextmanager
     def _reading(self, component: str) -> Iterator[None]:
