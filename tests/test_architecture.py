@@ -78,6 +78,14 @@ def test_families_are_known_to_their_room_alone(module):
         assert not named, f"line {getattr(node, 'lineno', '?')} knows {named}"
 
 
+@pytest.mark.parametrize("module", MODULES)
+def test_links_are_followed_in_one_place(module):
+    """``Path.resolve`` raises for a link that leads to itself; ``real_path`` does not."""
+    for node in ast.walk(TREES[module]):
+        if isinstance(node, ast.Attribute) and node.attr == "resolve":
+            assert ast.unparse(node.value) == "Path(__file__)", f"line {node.lineno}"
+
+
 @pytest.mark.parametrize("path", MODULES.values(), ids=lambda path: path.stem)
 def test_length(path: Path):
     if (lines := len(path.read_text(encoding="utf-8").splitlines())) > 600:

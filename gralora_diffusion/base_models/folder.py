@@ -9,7 +9,7 @@ from typing import Any
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import AdapterFileError
-from gralora_diffusion.io.file_names import PIPELINE_INDEX
+from gralora_diffusion.io.file_names import PIPELINE_INDEX, real_path
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.safe_text import first_few
@@ -72,12 +72,12 @@ def shards(index: Path) -> list[Path]:
         )
     names = sorted(set(names))
     files = [index.parent / name for name in names if _is_shard_name(name)]
-    folders = {index.parent.resolve(), index.resolve().parent}
+    folders = {real_path(index.parent), real_path(index).parent}
     elsewhere = [repr(name) for name in names if not _is_shard_name(name)]
     elsewhere += [
         repr(file.name)
         for file in files
-        if is_regular(file) and file.resolve().parent not in folders
+        if is_regular(file) and real_path(file).parent not in folders
     ]
     if elsewhere:
         raise AdapterFileError(

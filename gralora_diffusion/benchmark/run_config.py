@@ -15,7 +15,7 @@ import yaml
 
 from gralora_diffusion.io.bundled import config_names, samples_folder
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.io.file_names import public_name, real_path
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.options.fields import MayDiffer, Place, in_each, options_with
 from gralora_diffusion.options.parsing import arguments_of, read_options
@@ -248,7 +248,7 @@ def public_paths(record: dict[str, Any]) -> dict[str, Any]:
     """Return the options with the names of files and folders in place of their paths."""
 
     def placed(value: str, place: Place) -> str:
-        return public_name(value) if place.hub_id else Path(value).resolve().name
+        return public_name(value) if place.hub_id else real_path(value).name
 
     return _with_places(record, placed)
 
@@ -281,7 +281,7 @@ def _same(name: str, kept: Any, given: Any) -> bool:
 
 def _same_place(kept: str, given: str) -> bool:
     there, here = Path(kept), Path(given)
-    if kept == given or there.resolve() == here.resolve():
+    if kept == given or real_path(there) == real_path(here):
         return True
     # saved on another machine, or moved: compared by name, which is what results record
     return there.is_absolute() and not there.exists() and here.exists() and there.name == here.name

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .file_names import real_path
+
 _CONFIGS, _SUFFIX = "configs", ".yaml"
 #: What the names of most configs end in, which is left out of the names that users give.
 _USUAL = "_dreambooth"
@@ -66,7 +68,7 @@ def find_config(name: str) -> Path:
 def is_bundled(path: Path) -> bool:
     """Whether a file is one of the bundled samples."""
     try:
-        return path.resolve().is_relative_to(samples_folder())
+        return real_path(path).is_relative_to(samples_folder())
     except FileNotFoundError:
         return False
 

@@ -100,4 +100,12 @@ def public_name(source: str) -> str:
     """Return the last part of a local path, and a Hub id unchanged."""
     path = Path(source)
     local = path.exists() or path.is_absolute() or len(path.parts) != 2
-    return path.resolve().name if local else source
+    return real_path(path).name if local else source
+
+
+def real_path(path: str | os.PathLike[str]) -> Path:
+    """Return the absolute path without links; a link that leads to itself stays.
+
+    ``Path.resolve`` raises a RuntimeError for such a link before Python 3.13, and an OSError since.
+    """
+    return Path(os.path.realpath(path))

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .cleanup_on_exit import cleanup_on_exit
-from .file_names import PIPELINE_INDEX
+from .file_names import PIPELINE_INDEX, real_path
 from .json_files import read_object
 
 
@@ -111,7 +111,7 @@ def lies_in(path: Path, place: Path) -> bool:
     """
     here = _identity(place)
     # a link lies both in its own folder and in the folder of its target
-    names = (path.resolve(), path.parent.resolve())
+    names = (real_path(path), real_path(path.parent))
     return here is not None and any(
         _identity(place) == here for name in names for place in (name, *name.parents)
     )

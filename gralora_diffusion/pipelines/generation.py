@@ -29,6 +29,7 @@ from gralora_diffusion.io.file_names import (
     missing_base_problem,
     missing_problem,
     public_name,
+    real_path,
 )
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
@@ -162,7 +163,7 @@ def parameters_of(
     if guidance_scale is None and taken is not None:
         guidance_scale = taken.default
     if adapter and Path(adapter).name == WEIGHTS_NAME:  # says nothing, as all have it
-        adapter = str(Path(adapter).resolve().parent)
+        adapter = str(real_path(adapter).parent)
     family = find_pipeline_family(type(pipe).__name__)
     shared = ImageParameters(
         prompt="",

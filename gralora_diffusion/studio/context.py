@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import gradio as gr
 from markupsafe import Markup
 
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.templates import for_html
 
 from .engine.jobs import Job, Jobs
@@ -36,7 +37,7 @@ class Studio:
     @classmethod
     def at(cls, folder: Path) -> Studio:
         """Return the studio of a folder, whose files may be shown."""
-        workspace = Workspace(folder.resolve())
+        workspace = Workspace(real_path(folder))
         studio = cls(workspace, Jobs(workspace.jobs))
         studio.opened.open_folder(workspace.folder)
         return studio

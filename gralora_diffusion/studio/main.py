@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.process import log_to_terminal, print_safely
 from gralora_diffusion.options.command_parser import CommandParser
 from gralora_diffusion.options.path_names import file_or_id
@@ -125,7 +126,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     once = None if args.listen else secrets.token_urlsafe(24)
     uploads = Workspace(folder).uploads
     shutil.rmtree(uploads, ignore_errors=True)  # of a studio that was killed
-    _keep_to_this_machine(str(uploads.resolve()))
+    _keep_to_this_machine(str(real_path(uploads)))
     import uvicorn
 
     from .context import Studio
@@ -145,7 +146,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
         address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}/"
     else:
         address = address_with(token, host, port)
-    print_safely(f"gralora studio, with its files in {folder.resolve()}\n{address}")
+    print_safely(f"gralora studio, with its files in {real_path(folder)}\n{address}")
     print_safely("End it with Ctrl-C. Runs continue, and the next start finds them.")
     sys.stdout.flush()
     server = uvicorn.Server(

@@ -7,6 +7,7 @@ import secrets
 import threading
 from pathlib import Path
 
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.regular_files import is_regular
 
 
@@ -26,7 +27,7 @@ class OpenedFiles:
     def open_folder(self, folder: Path) -> None:
         """Let the files of a folder be shown."""
         with self._lock:
-            self._folders.add(folder.resolve())
+            self._folders.add(real_path(folder))
 
     def add(self, file: Path) -> str:
         """Return the id of a file in an opened folder, always the same.
@@ -49,10 +50,10 @@ class OpenedFiles:
         if found is None:
             return None
         folder, file = found
-        inside = file.resolve().is_relative_to(folder)
+        inside = real_path(file).is_relative_to(folder)
         return file if inside and is_regular(file) else None
 
     def _folder_of(self, file: Path) -> Path | None:
-        place = file.parent.resolve()  # the file itself may be a link, which ``find`` follows
+        place = real_path(file.parent)  # the file itself may be a link, which ``find`` follows
         with self._lock:
             return next((f for f in self._folders if place.is_relative_to(f)), None)

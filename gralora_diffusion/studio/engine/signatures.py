@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.io.exclusive_files import create_once
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.regular_files import read_regular
 
 #: Environment variable with the folder of the key, if it is not the usual one.
@@ -78,7 +79,7 @@ def is_signed(folder: Path, facts: dict[str, Any]) -> bool:
 
 
 def _signature(folder: Path, facts: dict[str, Any]) -> str:
-    content = json.dumps([str(folder.resolve()), facts], sort_keys=True)
+    content = json.dumps([str(real_path(folder)), facts], sort_keys=True)
     return hmac.new(_key(), content.encode(), "sha256").hexdigest()
 
 

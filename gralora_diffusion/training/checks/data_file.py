@@ -7,6 +7,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.training.config.data_file import DataSection, read_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import count_images
@@ -109,12 +110,12 @@ def _held_out_contradictions(
             f"{config.data_config} the role held_out, or give --held_out_data_dir"
         )
     trained = {
-        Path(folder).resolve(): section
+        real_path(folder): section
         for section in sections
         if section.role == "train" and (folder := section.changes.get("instance_data_dir"))
     }
     for section, folder in zip(measured, folders, strict=True):
-        if folder and (other := trained.get(Path(folder).resolve())):
+        if folder and (other := trained.get(real_path(folder))):
             yield (
                 f"{section.parsed.lines.get('folder', section.parsed.place)}: folder is {folder!r},"
                 f" which the set at {other.parsed.place} trains on. Held-out images are never "

@@ -16,7 +16,7 @@ from typing import Any
 
 from gralora_diffusion.adapters.placement.path_patterns import PatternError, path_pattern
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import nearby
+from gralora_diffusion.io.file_names import nearby, real_path
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Needs, options_with, path_problems, value_problems
@@ -165,9 +165,8 @@ def _prior(config: TrainingConfig) -> Iterator[str]:
         yield f"--class_data_dir is {config.class_data_dir!r}: this is a file. Give a folder"
     elif problem := _too_few_in_concepts(config):
         yield problem
-    elif (
+    elif config.instance_data_dir and real_path(config.class_data_dir) == real_path(
         config.instance_data_dir
-        and Path(config.class_data_dir).resolve() == Path(config.instance_data_dir).resolve()
     ):
         yield (
             f"--class_data_dir is {config.class_data_dir!r}, which must not be the same folder as "
@@ -379,7 +378,7 @@ def _without_effect(config: TrainingConfig) -> Iterable[str]:
     if config.lora_layers is not None and config.target_preset != defaults["target_preset"]:
         yield "--target_preset has no effect, since --lora_layers names the layers"
     folder = config.instance_data_dir
-    concept = concept_name(Path(folder).resolve().name) if folder else None
+    concept = concept_name(real_path(folder).name) if folder else None
     if concept and concept[0] > 1 and config.repeats == defaults["repeats"]:
         yield (
             f"--instance_data_dir is {folder!r}: the number in its own name has no effect, since "

@@ -20,6 +20,7 @@ from gralora_diffusion.io.file_names import (
     WEIGHTS_NAME,
     looks_like_hub_id,
     nearby,
+    real_path,
 )
 from gralora_diffusion.io.image_files import is_image
 from gralora_diffusion.io.staging import lies_in
@@ -156,7 +157,7 @@ def _masks(config: TrainingConfig) -> Iterator[str]:
             "--mask_data_dir is for --instance_data_dir; the rows of --dataset_name have no file "
             "names. Give the masks as a column, --mask_column"
         )
-    elif config.instance_data_dir and folder.resolve() == Path(config.instance_data_dir).resolve():
+    elif config.instance_data_dir and real_path(folder) == real_path(config.instance_data_dir):
         yield (
             f"--mask_data_dir is {config.mask_data_dir!r}, which is --instance_data_dir. Masks "
             "beside the images need no option but other names, such as 001.mask.png"
@@ -172,7 +173,7 @@ def _held_out(config: TrainingConfig) -> Iterator[str]:
         return
     advice = "Put images of the subject into it that are not trained on"
     own = config.instance_data_dir
-    if own and Path(folder).resolve() == Path(own).resolve():
+    if own and real_path(folder) == real_path(own):
         yield (
             f"--held_out_data_dir is {folder!r}, which is also --instance_data_dir. Held-out "
             "images are never trained on: give a folder with other images of the subject"
@@ -194,10 +195,7 @@ def check_controls(config: TrainingConfig) -> Iterator[str]:
     for folder in config.control_data_dir or ():
         if problem := _folder_problem(Path(folder), "images before the edit", "Put them into it"):
             yield f"--control_data_dir is {folder!r}: {problem}"
-        elif (
-            config.instance_data_dir
-            and Path(folder).resolve() == Path(config.instance_data_dir).resolve()
-        ):
+        elif config.instance_data_dir and real_path(folder) == real_path(config.instance_data_dir):
             yield (
                 f"--control_data_dir is {folder!r}, which is also --instance_data_dir. The images "
                 "before the edit need a folder of their own"

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.io.file_names import public_name, real_path
 from gralora_diffusion.options.command_parser import must_be, without_hyphens
 from gralora_diffusion.options.fields import value_problems
 from gralora_diffusion.options.parsing import ParsedOptions, read_sections, read_text
@@ -71,7 +71,7 @@ class ImageSet:
         """Return the name of its folder or dataset."""
         own = self.options(config)
         if own.instance_data_dir:
-            return Path(own.instance_data_dir).resolve().name
+            return real_path(own.instance_data_dir).name
         return public_name(str(own.dataset_name))
 
     def facts(self) -> list[Any]:

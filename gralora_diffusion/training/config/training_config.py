@@ -6,14 +6,13 @@ import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import yaml
 
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.io.file_names import public_name, real_path
 from gralora_diffusion.options.fields import (
     Needs,
     PerSet,
@@ -141,7 +140,7 @@ class TrainingConfig(
             if not (value and name in places):
                 return value
             hub_id = places[name].hub_id
-            return in_each(value, public_name if hub_id else lambda p: Path(p).resolve().name)
+            return in_each(value, public_name if hub_id else lambda p: real_path(p).name)
 
         needs = options_with(type(self), Needs)
         idle = {n for n, need in needs.items() if effective and not need.is_met(self)}

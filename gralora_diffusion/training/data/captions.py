@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.regular_files import is_regular, read_regular
 
@@ -243,7 +244,7 @@ def place_problem(folder: Path, name: str) -> str | None:
         hint = ". Write / between folders" if "\\" in name and "/" not in name else ""
         return "which is not a file" if _exists(path) else f"which does not exist{hint}"
     # the image itself may be a link, as in the Hub's cache, but its folder must be inside
-    if not path.parent.resolve().is_relative_to(folder.resolve()):
+    if not real_path(path.parent).is_relative_to(real_path(folder)):
         return "which is not in the folder: a link in its path leads out of it"
     return None
 

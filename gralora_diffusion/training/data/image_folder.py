@@ -327,6 +327,11 @@ def _with_folders(
     return with_controls
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Whether an entry is a folder; ``is_dir`` raises an error for a link to itself."""
+    return os.path.isdir(entry) if entry.is_symlink() else entry.is_dir()
+
+
 def _find_in(
     part: CaptionedFolder,
     top: Path,
@@ -343,7 +348,7 @@ def _find_in(
     Other files are reported.
     """
     with os.scandir(part.path) as entries:  # pathlib takes long for 100,000 files
-        visible = {e.name: e.is_dir() for e in entries if not e.name.startswith(".")}
+        visible = {e.name: _is_folder(e) for e in entries if not e.name.startswith(".")}
     folders = {name for name, is_folder in visible.items() if is_folder}
     files = sorted(visible.keys() - folders)
     before = len(problems)

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_files import is_image, read_mask, read_opacity
 from gralora_diffusion.io.regular_files import is_regular
 
@@ -160,7 +161,7 @@ def find_masks(
         used |= {*of_name.values()}
         given |= of_name
         given |= {name: part / name for name in names}
-        different = {path.resolve(): name for name, path in reversed(given.items())}
+        different = {real_path(path): name for name, path in reversed(given.items())}
         if len(different) > 1:
             problems.append(f"{image} has several masks: {', '.join(given)}. Keep one of them")
         elif given:

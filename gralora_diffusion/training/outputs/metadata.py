@@ -11,11 +11,10 @@ import time
 from collections import Counter
 from collections.abc import Iterable
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.io.file_names import public_name
+from gralora_diffusion.io.file_names import public_name, real_path
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.options import LossOptions, MaskOptions
@@ -54,7 +53,7 @@ def training_metadata(
     names = family.published_names(getattr(pipe, family.denoiser).config, pipe.scheduler.config)
     instance, classes = data.instance, data.classes
     vae = config.pretrained_vae_model_name_or_path
-    title = Path(config.output_dir).resolve().name
+    title = real_path(config.output_dir).name
     steps_per_epoch = -(-len(data) // data.samples_per_step)
     fields: dict[str, Any] = {
         **names.fields,

@@ -16,6 +16,7 @@ from PIL import Image
 
 from gralora_diffusion.base_models.quantization import QUANTIZED_BASE
 from gralora_diffusion.families import get_family
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.templates import render
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.training_config import TrainingConfig
@@ -74,7 +75,7 @@ def write_card(
         __package__,
         "model_card.md.jinja",
         data=data.to_dict(),
-        title=folder.resolve().name,
+        title=real_path(folder).name,
         config=config,
         other_values=LOWERED_K in metrics or any(given_patterns(config).values()),
         base=base if on_hub else Path(base).name,

@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from huggingface_hub import create_repo
 
 from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
@@ -122,4 +123,4 @@ def finish(
 
 
 def _repository(options: OutputOptions) -> str:
-    return options.hub_model_id or Path(options.output_dir).resolve().name
+    return options.hub_model_id or real_path(options.output_dir).name

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME
+from gralora_diffusion.io.file_names import BEST_NAME, WEIGHTS_NAME, real_path
 
 from .curve import CURVE_NAME
 from .metrics import METRICS_NAME
@@ -36,4 +36,4 @@ def to_be_shown(folder: Path) -> list[str]:
 
 
 def _is_own(path: Path, folder: Path) -> bool:
-    return path.is_file() and path.resolve() == folder.resolve() / path.relative_to(folder)
+    return path.is_file() and real_path(path) == real_path(folder) / path.relative_to(folder)

@@ -19,6 +19,7 @@ from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.base_models.streaming import computing_on
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.editing import editing_pipeline
 from gralora_diffusion.pipelines.generation import (
@@ -67,7 +68,7 @@ def generate_validation(
     """
     if any(controls):
         pipe = editing_pipeline(pipe, family)
-    adapter = config.hub_model_id or Path(config.output_dir).resolve().name
+    adapter = config.hub_model_id or real_path(config.output_dir).name
     origin = {"base": config.pretrained_model_name_or_path, "adapter": adapter}
     encoders = existing_models(pipe, family.all_text_encoders)
     images: list[list[Image.Image]] = []

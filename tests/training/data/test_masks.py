@@ -219,6 +219,13 @@ def test_masks_that_cannot_be_used_are_all_named(tmp_path):
     assert kept == {"a.png": (2, 2, 6, 6)}
 
 
+def test_a_mask_that_is_a_link_to_itself(tmp_path):
+    """For which ``Path.resolve`` raises."""
+    image(tmp_path / "a.png")
+    (tmp_path / "a.mask.png").symlink_to(tmp_path / "a.mask.png")
+    assert problems(tmp_path)[0].startswith("a.png: its mask a.mask.png cannot be used: ")
+
+
 def test_several_masks_of_an_image(tmp_path):
     for name in ("1.png", "2.png"):
         image(tmp_path / name)
@@ -275,7 +282,8 @@ def test_metadata_that_names_no_mask(tmp_path):
         "4.png: its mask 1.png cannot be used: it has colors, but a mask is white, gray and black",
         "To train without these images, give --skip_bad_images",
     ]
-    rows = rows[:1]
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({**rows[0], "mask": "."}))
+    assert problems(tmp_path) == ["1.png: its mask in the metadata file is ., which is not a file"]
     (tmp_path / "metadata.jsonl").write_text(json.dumps(rows[0]))
     assert problems(tmp_path) == [
         "1.png: its mask in the metadata file is gone.png, which does not exist"
