@@ -74,7 +74,7 @@ def find_overlap(
             Hub id, the source is its folder in the Hub's cache, from which it is read.
         cache_dir: another place of that cache.
     """
-    for path in (path for source in sources if source for path in _places(source, cache_dir)):
+    for path in (path for source in sources if source for path in places_of(source, cache_dir)):
         if lies_in(output, path):
             return path
         if output.exists():
@@ -84,7 +84,7 @@ def find_overlap(
     return None
 
 
-def _places(source: Source, cache_dir: Source | None) -> list[Path]:
+def places_of(source: Source, cache_dir: Source | None = None) -> list[Path]:
     """Return the local path of a source; of a Hub id, its folders in the Hub's cache."""
     path = Path(source).expanduser()
     if path.exists():

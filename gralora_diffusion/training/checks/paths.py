@@ -23,7 +23,7 @@ from gralora_diffusion.io.file_names import (
     real_path,
 )
 from gralora_diffusion.io.image_files import is_image
-from gralora_diffusion.io.staging import lies_in
+from gralora_diffusion.io.staging import lies_in, places_of
 from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Place, options_with, texts_of
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
@@ -284,13 +284,14 @@ def check_inputs(config: TrainingConfig) -> Iterator[str]:
     """Report inputs that the run would write to or delete."""
     places = options_with(type(config), Place)
     read = [
-        (name, Path(path))
+        (name, path, text)
         for name, place in places.items()
         if place.read
-        for path in texts_of(getattr(config, name))
+        for text in texts_of(getattr(config, name))
+        for path in places_of(text)
     ]
     for name in (name for name, place in places.items() if place.written):
-        for source, path in read:
+        for source, path, text in read:
             value = getattr(config, name)
             if not value or name == source or not lies_in(Path(value), path):
                 continue
@@ -298,15 +299,15 @@ def check_inputs(config: TrainingConfig) -> Iterator[str]:
             if pair == {"class_data_dir", "instance_data_dir"} and lies_in(path, Path(value)):
                 continue  # one folder for both: ``options`` has a clearer message
             yield (
-                f"--{name} is {value!r}, which is or lies in --{source} {str(path)!r}. A run does "
+                f"--{name} is {value!r}, which is or lies in --{source} {text!r}. A run does "
                 "not write to its inputs. Give another folder"
             )
     made = [Path(config.output_dir, entry) for entry in made_in(config)]
-    for source, path in read:
+    for source, path, text in read:
         # a run's own checkpoint is read there on purpose
         if source != "resume_from_checkpoint" and any(lies_in(path, entry) for entry in made):
             yield (
-                f"--{source} is {str(path)!r}, which this run would replace or delete because it "
+                f"--{source} is {text!r}, which this run would replace or delete because it "
                 f"lies in --output_dir {config.output_dir!r}. Give another --output_dir"
             )
 

@@ -673,6 +673,19 @@ def test_what_is_read_is_not_written_to(
     assert f"which is or lies in --{read} " in problem
 
 
+@pytest.mark.parametrize("written", ["output_dir", "latent_cache_dir"])
+def test_a_base_in_the_hubs_cache_is_not_written_to(
+    good: list[str], monkeypatch: pytest.MonkeyPatch, written: str
+) -> None:
+    Path("hub/models--me--cat/snapshots").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", "hub")
+    options = [*good, f"--{written}=hub/models--me--cat/snapshots/x"]
+    validate(parse_config(options))
+    (problem,) = problems_of([*options, "--pretrained_model_name_or_path=me/cat"])
+    assert f"--{written} is" in problem
+    assert "which is or lies in --pretrained_model_name_or_path 'me/cat'" in problem
+
+
 @pytest.mark.parametrize(
     ("path", "refused"),
     [
