@@ -141,9 +141,9 @@ def _trigger(metadata: Mapping[str, str]) -> str | None:
         folders = parse_object(metadata.get("ss_tag_frequency", "{}"))
         counts: Counter[str] = Counter()
         for tags in folders.values():
-            counts.update(tags)
+            counts.update({tag: int(count) for tag, count in tags.items()})
         most = counts.most_common(2)
-    except (ValueError, TypeError, AttributeError):
+    except (ValueError, TypeError, AttributeError, OverflowError):
         return None
     if not most or (len(most) > 1 and most[0][1] == most[1][1]):
         return None  # none is more frequent than the others

@@ -427,6 +427,13 @@ def test_tags_stand_for_a_trigger(tmp_path):
     assert inspect_file(tmp_path / "x.safetensors").trigger == "sks dog"
 
 
+@pytest.mark.parametrize("found", [[None, "a"], {"a": "many"}, {"a": None}, 3, {"a": 1e999}])
+def test_tags_without_numbers_stand_for_nothing(tmp_path, found):
+    tags = {"ss_tag_frequency": json.dumps({"5_dog": found})}
+    save_file(lora(KOHYA, 8, 4), tmp_path / "x.safetensors", metadata=tags)
+    assert inspect_file(tmp_path / "x.safetensors").trigger is None
+
+
 # -- refused ---------------------------------------------------------------------------------------
 
 
