@@ -84,6 +84,8 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.data_file import sound_sections, with_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
+from gralora_diffusion.training.data import checked_files
+from gralora_diffusion.training.data.checked_files import CheckedFiles
 from gralora_diffusion.training.data.controls import ControlPlaces
 from gralora_diffusion.training.data.hf_dataset import find_dataset_examples
 from gralora_diffusion.training.data.image_folder import find_examples
@@ -573,6 +575,28 @@ def _read_cache(folder: Path) -> None:
     store.tell_damaged()
 
 
+def _make_checked(folder: Path) -> None:
+    """What was found of an image and of a mask."""
+    with CheckedFiles(CHECKED, _part(folder, "found")) as checked:
+        path = checked._file
+    facts = ["0" * 64, [4, 3], None, 0, ["its profile is damaged"], False]
+    rows = [
+        checked_files._VERSION,
+        ["image", "/images/0.png", [100, 1, 2], *facts],
+        ["mask", "/images/0.mask.png", [100, 1, 2], "1" * 64, [4, 3], [0, 0, 2, 2], 255, [], False],
+    ]
+    assert path is not None
+    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+
+
+def _read_checked(folder: Path) -> None:
+    with CheckedFiles(CHECKED, folder, write=False) as checked:
+        assert not checked.knows("image", Path("/images/none.png"))
+
+
+CHECKED = Path("/images")
+
+
 def _make_edits(folder: Path) -> None:
     """Control images in a folder, and in columns of metadata files."""
     for name in ("folder", "jsonl", "csv"):
@@ -953,6 +977,7 @@ READERS: dict[str, Reader] = {
     "dataset": Reader(_make_dataset, _find_rows, (DataError,), writes=True, slow=True),
     "columns": Reader(_make_columns, _find_columns, (DataError,), writes=True, slow=True),
     "data_file": Reader(_make_data_file, _read_data_file, (ConfigError,)),
+    "checked": Reader(_make_checked, _read_checked),
     "cache": Reader(_make_cache, _read_cache, (DataError,), writes=True),
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),

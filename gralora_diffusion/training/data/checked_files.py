@@ -22,6 +22,7 @@ from typing import Any
 import PIL
 
 from gralora_diffusion.io.image_files import DECODER_VERSION, read_image, read_mask, read_opacity
+from gralora_diffusion.io.regular_files import check_regular
 from gralora_diffusion.io.tensor_files import replacing
 
 from .sources import Source, bytes_of
@@ -184,7 +185,7 @@ def _read(path: Path) -> Entries:
     Raises:
         OSError, ValueError, TypeError, KeyError, RecursionError: there are none, or damaged ones.
     """
-    if path.stat().st_size > _MOST_BYTES:
+    if check_regular(path).st_size > _MOST_BYTES:
         return {}
     entries: Entries = {}
     with path.open("rb") as file:
