@@ -204,7 +204,7 @@ MISTAKES: list[tuple[str, list[str]]] = [
     ("caption images --model base", ["--model is 'base': this folder has no config.json"]),
     (
         "caption images --model a/b --max_new_tokens 0 --promt x",
-        ["--max_new_tokens is 0; it must be at least 1", "Did you mean --prompt?"],
+        ["Did you mean --prompt?", "--max_new_tokens is 0; it must be at least 1"],
     ),
     ("control stop out", ["the folder comes first: gralora control OUTPUT_DIR stop"]),
     ("control images save --wait -1", ["--wait is -1.0; it must be at least 0"]),
