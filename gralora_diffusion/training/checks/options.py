@@ -11,6 +11,7 @@ import importlib.util
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -479,4 +480,4 @@ def size_problems(config: TrainingConfig, divisor: int = 8) -> Iterator[str]:
 
 def _multiple(side: int, divisor: int) -> int:
     """Return the multiple of ``divisor`` that is nearest to ``side``, and not zero."""
-    return max(divisor, round(side / divisor) * divisor)
+    return max(divisor, round(Fraction(side, divisor)) * divisor)  # of integers of any size

@@ -9,6 +9,7 @@ import fnmatch
 import importlib.util
 import os
 from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 
 from gralora_diffusion.families import family_name_of, list_families
@@ -36,6 +37,8 @@ _NOT_OF_IMAGES = {
     WEIGHTS_NAME: "this is the output of a training",
     "training_config.yaml": "this is the output of a training",
 }
+#: Folders that are searched for images and captions: "/" has hundreds of thousands.
+_MOST_FOLDERS = 1000
 _ARCHIVES = (".zip", ".rar", ".7z", ".gz", ".tar", ".tgz", ".xz")
 # option -> (the file that identifies a diffusers folder, whether a single file is allowed)
 MODEL_FOLDERS = {
@@ -212,6 +215,12 @@ def check_controls(config: TrainingConfig) -> Iterator[str]:
         )
 
 
+def _names_below(folder: Path) -> Iterator[str]:
+    """Yield the names of files in a folder and below; what may not be read is passed over."""
+    for _, _, names in islice(os.walk(folder), _MOST_FOLDERS):
+        yield from names
+
+
 def _folder_problem(
     path: Path,
     content: str = "images",
@@ -226,11 +235,10 @@ def _folder_problem(
         if (path / name).is_file():
             return f"{what}, as {name} shows. Give the folder with the {content}"
     others = []
-    for file in path.rglob("*"):
-        if is_image(file):
+    for name in _names_below(path):
+        if is_image(Path(name)):
             return None
-        if file.is_file():
-            others.append(file.name)
+        others.append(name)
     if not others:
         return f"this folder is empty. {advice}"
     some = ", ".join(sorted(others)[:5]) + (", ..." if len(others) > 5 else "")
@@ -242,7 +250,7 @@ def _folder_problem(
 
 def _has_captions(folder: Path) -> bool:
     """Whether files or the names of folders give captions to its images."""
-    beside = any(is_caption_file(file.name) for file in folder.rglob("*"))
+    beside = any(map(is_caption_file, _names_below(folder)))
     return beside or bool(concept_folders(folder))
 
 

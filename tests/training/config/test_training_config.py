@@ -659,6 +659,15 @@ READ_AND_WRITTEN = [
 ]
 
 
+def test_a_folder_that_may_not_be_read_whole(good: list[str], tmp_path: Path) -> None:
+    """Links there may lead to what belongs to somebody else."""
+    Path("some").mkdir()
+    Path("some/link").symlink_to("link")
+    Path("some/notes.doc").touch()
+    (problem,) = problems_of([*good, "--instance_data_dir=some"])
+    assert "none of its 2 files is an image (link, notes.doc)" in problem
+
+
 @pytest.mark.parametrize(("arguments", "written", "read"), READ_AND_WRITTEN)
 def test_what_is_read_is_not_written_to(
     good: list[str], arguments: str, written: str, read: str
