@@ -27,6 +27,8 @@ gc.set_threshold(20_000, 20, 20)  # far fewer than Python's usual collections: 6
 LONGEST = (
     *("tests/rehearsal/", "tests/studio/test_browser", "tests/training/test_stopping"),
     *("tests/samples/test_installed", "tests/samples/test_quickstart"),
+    *("tests/training/test_killed", "tests/benchmark/test_ray_cluster"),
+    "tests/training/runtime/test_acceleration",
 )
 
 
