@@ -112,7 +112,7 @@ def test_little_memory_is_warned_of_and_far_too_little_is_an_error(
 def test_a_plan_that_fails_does_not_end_the_run(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(*arguments: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise NotImplementedError("an operator")
 
     monkeypatch.setattr(memory_check, "plan_run", fail)
