@@ -100,12 +100,9 @@ def image_extensions() -> frozenset[str]:
     )
 
 
-def is_image(path: Path) -> bool:
+def is_image(path: str | Path) -> bool:
     """Whether a file is an image according to its name; hidden files are not."""
-    return _names_image(path.name)
-
-
-def _names_image(name: str) -> bool:  # without pathlib, which takes long for 100,000 files
+    name = os.path.basename(path)  # without pathlib, which takes long for 100,000 files
     return os.path.splitext(name)[1].lower() in image_extensions() and not name.startswith(".")
 
 
@@ -120,7 +117,7 @@ def folder_images(names: Iterable[str]) -> FolderImages:
     ``_mask`` before the extension. OneTrainer's conditioning images (``-condlabel``) are among the
     masks, although :func:`masks_beside` gives them to no image.
     """
-    found = sorted(filter(_names_image, names))
+    found = sorted(filter(is_image, names))
     stems = set(map(_stem, found))
     masks = {name for name in found if _is_mask(_stem(name), stems)}
     return FolderImages([name for name in found if name not in masks], sorted(masks))
@@ -143,7 +140,7 @@ def masks_beside(images: Iterable[str], names: Iterable[str]) -> dict[str, list[
         names: of all files there.
     """
     by_stem: dict[str, list[str]] = {}
-    for name in sorted(name for name in names if is_image(Path(name))):
+    for name in sorted(name for name in names if is_image(name)):
         stem = Path(name).stem.lower()
         for end in _MASK_ENDINGS:
             if stem.endswith(end):

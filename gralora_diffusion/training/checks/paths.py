@@ -236,7 +236,7 @@ def _folder_problem(
             return f"{what}, as {name} shows. Give the folder with the {content}"
     others = []
     for name in _names_below(path):
-        if is_image(Path(name)):
+        if is_image(name):
             return None
         others.append(name)
     if not others:

@@ -282,7 +282,7 @@ def _image_folders(
     if listed or not concepts:
         return [CaptionedFolder(folder, prompt)]
     named = [str(part.concept) for part in concepts]
-    if own := [name for name in names if is_image(Path(name))]:
+    if own := [name for name in names if is_image(name)]:
         problem = (
             f"it contains images ({first_few(sorted(own))}) and folders whose names have repeats "
             f"and a prompt ({first_few(named)}), and only one of both is read. Move the images "
