@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from math import isclose
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import public_name, real_path
 from gralora_diffusion.options.command_parser import must_be, without_hyphens
-from gralora_diffusion.options.fields import value_problems
+from gralora_diffusion.options.fields import choices_of, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions, read_sections, read_text
 
 from .options import SetOptions
@@ -173,9 +173,8 @@ def read_data_file(config: TrainingConfig) -> Sequence[DataSection]:
 
 @lru_cache(maxsize=4)  # a run asks for its sets several times before it begins
 def _sections(path: Path, text: str) -> Sequence[DataSection]:
-    roles = get_args(get_type_hints(SetOptions)["role"])
     called = {f.name: f.name for f in fields(SetOptions)}
-    for role in roles:  # which share some names
+    for role in choices_of(SetOptions)["role"]:  # which share some names
         for name, there in names_in_set(role).items():
             if there not in called.values():
                 called[name] = there
