@@ -137,7 +137,8 @@ class RunState:
             progress = read_progress(path)
             check_options(path, progress, self.config)
             check_base(path, progress, self.base)
-            _check_files(path, progress.get("files", {}))
+            if written := progress.get("files"):  # earlier versions wrote none
+                _check_files(path, written)
             restore(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
             self._load_optimizer(path / OPTIMIZER_NAME)
             numbers = progress.get("state")
@@ -225,12 +226,12 @@ class RunState:
 
 def _digests(folder: Path) -> dict[str, str]:
     """Return name -> SHA-256 of the files that a checkpoint is restored from."""
-    paths = [path for name in _RESTORED if (path := folder / name).exists()]
     digests = {}
-    for path in paths:
-        check_regular(path)
-        with open(path, "rb") as file:
-            digests[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    for name in _RESTORED:
+        if (path := folder / name).exists():
+            check_regular(path)
+            with open(path, "rb") as file:
+                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return digests
 
 
@@ -239,9 +240,9 @@ def _check_files(path: Path, written: Mapping[str, str]) -> None:
 
     A changed optimizer's state could be read, and used, without an error.
     """
-    found = _digests(path) if written else {}  # earlier versions wrote none
+    found = _digests(path)
     for name in _RESTORED:
-        if written and found.get(name) != written.get(name):
+        if found.get(name) != written.get(name):
             raise ValueError(f"{name} is not the file that was written with {PROGRESS_NAME}")
 
 
