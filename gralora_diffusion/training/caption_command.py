@@ -74,12 +74,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     for image in left_out:
         print_safely(f"{_name(image, options.folder)} is left out: {image.problem}", error=True)
+    whole = not left_out
     if options.dry_run:
         for image in chosen:
             print_safely(f"{_name(image, options.folder)} would get a caption")
-    elif chosen and not _write_captions(command, chosen, options):
-        left_out = chosen
-    if left_out:
+    elif chosen:
+        whole &= _write_captions(command, chosen, options)
+    if not whole:
         sys.exit(1)
 
 
