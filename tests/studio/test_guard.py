@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import re
-import shutil
 
 import pytest
 
@@ -15,7 +14,7 @@ from starlette.testclient import TestClient
 from gralora_diffusion.studio.context import Studio
 from gralora_diffusion.studio.guard import Guard
 from gralora_diffusion.studio.server import application
-from tests import ROOT
+from tests.training.runs import copy_robot
 
 TOKEN = "the-token"
 HERE = "http://127.0.0.1:7860"
@@ -49,7 +48,7 @@ def known(client):
 
 @pytest.fixture
 def folder(studio, tmp_path):
-    folder = shutil.copytree(ROOT / "samples/subjects/robot/train", tmp_path / "robot")
+    folder = copy_robot(tmp_path)
     studio.opened.open_folder(folder)
     return folder
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -20,7 +21,7 @@ from torch import Tensor
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.data.dataset import TrainingSet
-from gralora_diffusion.training.data.image_folder import Example
+from gralora_diffusion.training.data.image_folder import Example, find_examples
 from gralora_diffusion.training.data.sets import SampledSet
 from gralora_diffusion.training.data.transforms import CropPlan
 from gralora_diffusion.training.loop import train
@@ -41,6 +42,16 @@ USUAL: dict[str, Any] = {
     "mixed_precision": "no",
     "report_to": "none",
 }
+
+
+def copy_robot(parent: Path) -> Path:
+    """Copy the bundled robot's images with their captions into a folder of their own."""
+    return Path(shutil.copytree(ROOT / "samples/subjects/robot/train", parent / "robot"))
+
+
+def captions_of_a_run(folder: Path) -> dict[str, str]:
+    """Return name -> caption of the images as a run reads them, "none" for those without one."""
+    return {Path(str(e.source)).name: e.caption for e in find_examples(folder, "none")}
 
 
 def make_images(folder: Path, count: int = 3, side: int = 20, seed: int = 0) -> Path:

@@ -14,21 +14,15 @@ from gralora_diffusion.studio.engine.images import (
     check_folder,
 )
 from gralora_diffusion.studio.engine.opened import OpenedFiles
-from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.masks import MaskPlaces
 from gralora_diffusion.training.data.own_captions import list_images
 from tests import ROOT
-
-ROBOT = ROOT / "samples/subjects/robot/train"
+from tests.training.runs import captions_of_a_run, copy_robot
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(ROBOT, tmp_path / "robot")
-
-
-def captions_of_a_run(folder):
-    return {e.source.name: e.caption for e in find_examples(folder, "none")}
+    return copy_robot(tmp_path)
 
 
 def test_uploads_are_decoded_and_get_new_names(tmp_path):

@@ -2,29 +2,20 @@
 
 from __future__ import annotations
 
-import shutil
-
 import pytest
 from PIL import Image
 
-from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.own_captions import (
     find_image,
     list_images,
     write_caption,
 )
-from tests import ROOT
-
-ROBOT = ROOT / "samples/subjects/robot/train"
+from tests.training.runs import captions_of_a_run, copy_robot
 
 
 @pytest.fixture
 def folder(tmp_path):
-    return shutil.copytree(ROBOT, tmp_path / "robot")
-
-
-def captions_of_a_run(folder):
-    return {e.source.name: e.caption for e in find_examples(folder, "none")}
+    return copy_robot(tmp_path)
 
 
 def test_captions_are_those_that_a_run_reads(folder):
