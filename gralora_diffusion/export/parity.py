@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_models
 from gralora_diffusion.io.precision import exact_fp32
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.pipelines.editing import control_arguments
 from gralora_diffusion.pipelines.generation import generation_mode
 
 from .loaders import ArtifactLoader, attached_adapter, computing_dtype
@@ -177,6 +179,7 @@ def compare(
     steps: int = 4,
     size: int | None = None,
     guidance_scale: float | None = None,
+    controls: Sequence[Image.Image] = (),
     stored: torch.dtype | None = None,
     bound: float | None = None,
 ) -> ParityReport:
@@ -191,6 +194,8 @@ def compare(
         loaders: name -> loader of an artifact.
         scale: scale of the attached adapter: the scale that is folded into the file.
         size: pixels per side; the pipeline's own if None.
+        controls: images that an edit pipeline is given with every prompt, or an image and its mask
+            for one that fills.
         stored: dtype of the exported weights; the pipeline's if None.
         bound: in units of the adapter's effect; by default the larger one of ``STORED_BOUNDS`` and
             ``COMPUTED_BOUNDS``.
@@ -206,7 +211,10 @@ def compare(
         known = ", ".join(_short(dtype) for dtype in COMPUTED_BOUNDS)
         raise ValueError(f"the pipeline is in {_short(computing)}; load it in one of {known}")
     options: dict[str, Any] = {"num_inference_steps": steps, "output_type": "latent"}
-    if size is not None:
+    if controls:
+        sides = None if size is None else (size, size)
+        options.update(control_arguments(pipe, controls, sides))
+    elif size is not None:
         options.update(height=size, width=size)
     if guidance_scale is not None:
         options["guidance_scale"] = guidance_scale
@@ -251,6 +259,7 @@ def compare(
             "guidance_scale": guidance_scale,
             "scale": scale,
             "pipeline": type(pipe).__name__,
+            **({"images": len(controls)} if controls else {}),
             "dtype": _short(computing),
             "stored_dtype": _short(stored or computing),
             "device": str(pipe._execution_device),

@@ -11,18 +11,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors import safe_open
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_of
+from gralora_diffusion.base_models.loading import base_index, load_base
+from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.base_models.single_file_header import OriginalFileError
-from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.families import ControlCount, ModelFamily
 from gralora_diffusion.io.cleanup_on_exit import cleanup_on_exit
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.process import print_safely
 from gralora_diffusion.io.tensor_files import read_header
+from gralora_diffusion.pipelines.editing import generating_pipeline
 from gralora_diffusion.pipelines.placement import place
 
 from .bases import Base, BaseError, FileBase, FolderBase, open_base
@@ -145,8 +148,9 @@ class Verification:
                     "--verify: diffusers cannot load all of this adapter as a LoRA, so there is "
                     "nothing to compare. Leave out --verify, or export a checkpoint"
                 )
+            pipe, controls = self._pipeline(opened)
             report = compare(
-                self._pipeline(opened),
+                pipe,
                 self.adapter,
                 loaders,
                 prompts=self.prompts,
@@ -154,6 +158,7 @@ class Verification:
                 seed=self.seed,
                 steps=self.steps,
                 size=self.size,
+                controls=controls,
                 stored=_coarsest_dtype(exported),
                 bound=self.bound,
             )
@@ -164,26 +169,61 @@ class Verification:
         print_safely(report)
         print_safely(path)
 
-    def _pipeline(self, opened: Base) -> Any:
+    def _pipeline(self, opened: Base) -> tuple[Any, list[Image.Image]]:
+        """Return the pipeline that generates with this base, and images for it to edit or fill.
+
+        Raises:
+            ValueError: it cannot be loaded, or none of the family's pipelines generates with it.
+        """
         on_gpu = torch.cuda.is_available()
         dtype = _computed_in(opened.denoiser_dtype) if on_gpu else torch.float32
-        if isinstance(opened, FolderBase):
-            variant = self.open_options.get("variant")
-            pipe = DiffusionPipeline.from_pretrained(
-                opened.path, dtype=dtype, variant=variant, use_safetensors=True
-            )
-        else:
-            pipeline_class = getattr(diffusers, opened.family.pipeline_classes[0])
-            path = str(opened.path)
-            try:
-                pipe = pipeline_class.from_single_file(path, config=self.base_config, dtype=dtype)
-            except (OSError, ValueError) as error:
-                raise ValueError(
-                    f"--verify: {path} is a single file, and the pipeline that completes it could "
-                    f"not be loaded. Pass a folder or Hub id as --base_config. ({error})"
-                ) from error
+        options = BaseModelOptions(
+            pretrained_model_name_or_path=str(opened.path),
+            base_config=self.base_config,
+            variant=self.open_options.get("variant") if isinstance(opened, FolderBase) else None,
+        )
+        try:
+            index = base_index(options)
+            pipe = load_base(options, opened.family, dtype, dtype)
+        except ConfigError as error:
+            problem = str(error.problems[0]).replace("--pretrained_model_name_or_path", "--base")
+            raise ValueError(f"--verify cannot generate with the base. {problem}") from error
+        pipe, count = generating_pipeline(
+            pipe, opened.family, index.pipeline_class if index else None
+        )
         place(pipe, torch.device("cuda" if on_gpu else "cpu"))
-        return pipe
+        side = self.size or opened.family.native_resolution(pipe)
+        return pipe, _made_images(side, count)
+
+
+#: Pixels per side that every edit pipeline takes; FLUX.2's take no smaller images.
+_SMALLEST = 64
+
+
+def _made_images(side: int, count: ControlCount | None) -> list[Image.Image]:
+    """Return an image to edit, or an image and the mask of what to fill; none from text alone.
+
+    It has slopes and edges of every color. All loaders are given the same.
+
+    Args:
+        count: as in :func:`generating_pipeline`.
+    """
+    if count is not None and count.most == 0:
+        return []
+    size = (max(side, _SMALLEST),) * 2
+    slope = Image.linear_gradient("L").resize(size)
+    image = Image.merge(
+        "RGB",
+        (
+            slope,
+            slope.transpose(Image.Transpose.ROTATE_90),
+            Image.radial_gradient("L").resize(size),
+        ),
+    )
+    if count is not None:
+        return [image]
+    # its middle, between two edges
+    return [image, slope.point(lambda level: 255 if 64 <= level < 192 else 0)]
 
 
 def _computed_in(stored: torch.dtype) -> torch.dtype:

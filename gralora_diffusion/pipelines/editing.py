@@ -23,13 +23,46 @@ def editing_pipeline(pipe: Any, family: ModelFamily) -> Any:
 
     fills = family.inpainting_pipeline if family.fills(pipe) else None
     names = [fills] if fills else list(family.edit_pipelines)
-    if type(pipe).__name__ in names:
+    # a pipeline that edits a masked part would need a mask, too
+    whole = fills or "mask_image" not in inspect.signature(type(pipe).__call__).parameters
+    if type(pipe).__name__ in names and whole:
         return pipe
-    pipeline_class = getattr(diffusers, names[0])
+    return _with_models_of(pipe, getattr(diffusers, names[0]))
+
+
+def _with_models_of(pipe: Any, pipeline_class: Any) -> Any:
     taken = inspect.signature(pipeline_class.__init__).parameters
     settings = {name: value for name, value in pipe.config.items() if name in taken}
     parts = {name: part for name, part in pipe.components.items() if name in taken}
     return pipeline_class(**{**settings, **parts})
+
+
+def generating_pipeline(
+    pipe: Any, family: ModelFamily, declared: str | None = None
+) -> tuple[Any, ControlCount | None]:
+    """Return the family's pipeline that generates with this base, and the images that it is given.
+
+    It generates from text, edits or fills, as the base was made to do, see ``check_base``.
+
+    Args:
+        declared: class of the base's own pipeline, if it is not that of ``pipe``.
+
+    Returns:
+        The pipeline with the same models, and the number of its control images; None if it fills an
+        image under a mask.
+    """
+    import diffusers
+
+    if family.fills(pipe):
+        return editing_pipeline(pipe, family), None
+    count = family.control_count(pipe)
+    name = declared or type(pipe).__name__
+    if count.least or (count.most != 0 and name in family.edit_pipelines):
+        return editing_pipeline(pipe, family), count
+    text_to_image = family.pipeline_classes[0]
+    if type(pipe).__name__ != text_to_image:
+        pipe = _with_models_of(pipe, getattr(diffusers, text_to_image))
+    return pipe, ControlCount()
 
 
 def control_arguments(
