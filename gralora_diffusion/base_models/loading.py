@@ -66,6 +66,28 @@ def base_index(options: BaseModelOptions) -> PipelineIndex | None:
     return None
 
 
+def find_pipeline_class(options: BaseModelOptions, family: ModelFamily) -> str | None:
+    """Return the class of the base's own pipeline: what the base was made to do.
+
+    Its index says so, or that of ``base_config``. Without either, a single file shows by its shapes
+    whether it fills.
+
+    Returns:
+        None for a single file that may be a base for editing or for text-to-image.
+
+    Raises:
+        ConfigError: as :func:`find_base_family` does.
+    """
+    if index := base_index(options):
+        return index.pipeline_class
+    kind = SingleFile(Path(options.pretrained_model_name_or_path)).kind
+    if kind in family.inpainting_file_types:
+        return family.inpainting_pipeline
+    if family.editing_file_types and kind not in family.editing_file_types:
+        return family.pipeline_classes[0]
+    return None
+
+
 def _named_family(options: BaseModelOptions, index: PipelineIndex | None) -> ModelFamily | None:
     """Return the family in ``--family`` and in the index, if there is one; they must agree."""
     chosen = get_family(options.family) if options.family else None

@@ -17,7 +17,7 @@ from safetensors import safe_open
 
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.compatibility import component_of
-from gralora_diffusion.base_models.loading import base_index, load_base
+from gralora_diffusion.base_models.loading import find_pipeline_class, load_base
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.base_models.single_file_header import OriginalFileError
 from gralora_diffusion.families import ControlCount, ModelFamily
@@ -183,14 +183,12 @@ class Verification:
             variant=self.open_options.get("variant") if isinstance(opened, FolderBase) else None,
         )
         try:
-            index = base_index(options)
+            declared = find_pipeline_class(options, opened.family)
             pipe = load_base(options, opened.family, dtype, dtype)
         except ConfigError as error:
             problem = str(error.problems[0]).replace("--pretrained_model_name_or_path", "--base")
             raise ValueError(f"--verify cannot generate with the base. {problem}") from error
-        pipe, count = generating_pipeline(
-            pipe, opened.family, index.pipeline_class if index else None
-        )
+        pipe, count = generating_pipeline(pipe, opened.family, declared)
         place(pipe, torch.device("cuda" if on_gpu else "cpu"))
         side = self.size or opened.family.native_resolution(pipe)
         return pipe, _made_images(side, count)

@@ -138,6 +138,9 @@ class ModelFamily(ABC):
     single_file_types: tuple[str, ...] = ()
     #: The same for single files of bases that fill.
     inpainting_file_types: tuple[str, ...] = ()
+    #: Those of ``single_file_types`` that bases for editing have, too: their keys and shapes do not
+    #: tell them from text-to-image bases.
+    editing_file_types: tuple[str, ...] = ()
     #: Keys of the denoiser in every single file of this family. If a file has those of several
     #: families, it belongs to the family with the most keys.
     single_file_keys: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import Any
 
 from accelerate import Accelerator
 
-from gralora_diffusion.base_models.loading import base_index, find_base_family
+from gralora_diffusion.base_models.loading import find_base_family, find_pipeline_class
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.options.fields import MayDiffer, Place, options_with
 from gralora_diffusion.training.checkpoints.resume import (
@@ -109,8 +109,7 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
         "--class_data_dir": class_images,
     }
     held_out = find_held_out_images(config, trained)
-    index = base_index(config)
-    pipeline_class = index.pipeline_class if index else None
+    pipeline_class = find_pipeline_class(config, family)
     for warning in check_controls(config, family, pipeline_class, [*images, *held_out]):
         logger.warning(warning)
     if resume is None:

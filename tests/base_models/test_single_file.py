@@ -17,7 +17,7 @@ from diffusers import FluxTransformer2DModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from gralora_diffusion.base_models.loading import find_base_family, load_base
+from gralora_diffusion.base_models.loading import find_base_family, find_pipeline_class, load_base
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
 from tests.models import PIPELINES
@@ -391,6 +391,35 @@ def test_families_told_by_full_size_headers(
     assert find_base_family(chosen).name == family
     told = config(pretrained_model_name_or_path=file, family=family)
     assert find_base_family(told).name == family
+
+
+DEV_IN = {**FLUX_IN, **GUIDANCE, "img_in.weight": (3072, 64)}
+
+
+@pytest.mark.parametrize(
+    ("pipeline", "shapes"),
+    [
+        (None, DEV_IN),  # Kontext has the same keys and shapes
+        ("FluxPipeline", FLUX_IN),  # schnell has no guidance, as no base for edits has
+        ("FluxFillPipeline", {**DEV_IN, "img_in.weight": (3072, 384)}),
+        ("StableDiffusionInpaintPipeline", {f"{P}input_blocks.0.0.weight": (320, 9, 3, 3)}),
+        (None, SD_IN),
+    ],
+)
+def test_what_a_header_shows_of_the_task(
+    tmp_path: Path, pipeline: str | None, shapes: dict[str, tuple[int, ...]]
+) -> None:
+    chosen = config(pretrained_model_name_or_path=header_alone(tmp_path / "m.safetensors", shapes))
+    assert find_pipeline_class(chosen, find_base_family(chosen)) == pipeline
+
+
+def test_a_completing_pipeline_says_what_the_file_is(tmp_path: Path) -> None:
+    file = header_alone(tmp_path / "m.safetensors", DEV_IN)
+    for pipeline in ("FluxKontextPipeline", "FluxPipeline"):
+        index = {"_class_name": pipeline, "_diffusers_version": "0.42.0"}
+        (tmp_path / "model_index.json").write_text(json.dumps(index))
+        chosen = config(pretrained_model_name_or_path=file, base_config=tmp_path)
+        assert find_pipeline_class(chosen, find_base_family(chosen)) == pipeline
 
 
 @pytest.mark.parametrize(

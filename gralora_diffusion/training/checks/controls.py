@@ -36,7 +36,7 @@ def check_controls(
     """Check control images before the base is loaded.
 
     Args:
-        pipeline_class: of the base's index; None for a single file, which has none.
+        pipeline_class: see ``find_pipeline_class``.
 
     Returns:
         Warnings about what the base will and will not learn.
@@ -57,7 +57,7 @@ def check_controls(
     if pipeline_class is None and not given:
         if problems:
             raise ConfigError(problems)
-        return []  # the base is checked once it is loaded
+        return list(_unclear(family, given))  # the base is checked once it is loaded
     # a single file may be any base of the family. A folder may be an editing base under another
     # class if its denoiser looks like any other
     if pipeline_class is None or (count is None and given and not usual.aligned):
@@ -75,7 +75,8 @@ def check_controls(
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
-    return list(_remarks(family, pipeline_class, images, count))
+    unclear = _unclear(family, given) if pipeline_class is None else ()
+    return [*unclear, *_remarks(family, pipeline_class, images, count)]
 
 
 def check_controls_of_base(
@@ -274,6 +275,24 @@ def _remarks(
             "control images of another shape than their training image are used whole, while "
             f"those of its shape are cropped with it ({len(whole)}): {first_few(whole)}"
         )
+
+
+def _unclear(family: ModelFamily, given: bool) -> Iterator[str]:
+    """Yield what a single file is taken for if its layers do not show what it is.
+
+    Args:
+        given: whether there are control images.
+    """
+    if not family.editing_file_types:
+        return
+    edits, generates = next(iter(family.edit_pipelines)), family.pipeline_classes[0]
+    there = "there are control images" if given else _no_controls()
+    yield (
+        f"a single file of {family.name} does not show whether it edits images ({edits}) or "
+        f"generates them from text ({generates}), because both have the same layers. It is trained "
+        f"to {'edit' if given else 'generate'} images, because {there}. To say what it is, give "
+        "its own pipeline as --base_config: a folder or a Hub id"
+    )
 
 
 def _no_controls() -> str:

@@ -77,8 +77,13 @@ def test_a_base_that_is_no_editing_base_is_named() -> None:
     """Kontext in a file of its own looks like any other FLUX.1."""
     [text] = warnings("flux", "FluxPipeline", ONE)
     assert "FluxKontextPipeline uses it. Load the adapter there" in text
-    assert warnings("flux", None, ONE) == []
-    assert warnings("flux", None, example()) == []
+    for images, done in ((ONE, "edit images, because there are control"), (example(), "generate")):
+        [text] = warnings("flux", None, images)
+        assert "does not show whether it edits images (FluxKontextPipeline) or" in text
+        assert f"It is trained to {done}" in text
+        assert "give its own pipeline as --base_config" in text
+    for family in ("stable-diffusion", "flux2"):  # seen from its shapes, and one pipeline for both
+        assert warnings(family, None, example()) == []
     [text] = warnings("flux", KONTEXT, example())
     assert "is trained to generate images from text alone, which can weaken its editing" in text
 
