@@ -105,7 +105,13 @@ def edit_batch(
 
 
 def train(
-    run: Run, pipe: StableDiffusionPipeline, pairs: int, steps: int, batch_size: int, peak: float
+    run: Run,
+    pipe: StableDiffusionPipeline,
+    pairs: int,
+    steps: int,
+    batch_size: int,
+    peak: float,
+    bf16: bool,
 ) -> None:
     """Train UNet and text encoder; `edit_checkpoint.pt` also has their average."""
     edits = encode_edits(run, pipe.vae, pairs)
@@ -127,8 +133,10 @@ def train(
         )
         noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
         ids = models.tokenize(pipe.tokenizer, captions)
-        prediction = denoiser(torch.cat([noisy, before], dim=1), timesteps, ids)
-        loss = functional.mse_loss(prediction, pipe.scheduler.get_velocity(clean, noise, timesteps))
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction = denoiser(torch.cat([noisy, before], dim=1), timesteps, ids)
+        target = pipe.scheduler.get_velocity(clean, noise, timesteps)
+        loss = functional.mse_loss(prediction.float(), target)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -220,6 +228,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--steps", type=int, default=1_400)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--bf16", action="store_true", help="use bf16 autocast for the UNet")
     return parser
 
 
@@ -232,7 +241,8 @@ def main() -> None:
     run = Run(Accelerator(cpu=True), args.work_dir, args.seed)
     pipe = StableDiffusionPipeline.from_pretrained(args.base)
     if not args.only_export:
-        train(run, pipe, args.pairs, args.steps, args.batch_size, args.learning_rate)
+        peak = args.learning_rate
+        train(run, pipe, args.pairs, args.steps, args.batch_size, peak, args.bf16)
     export(run, pipe, args.output_dir)
 
 
