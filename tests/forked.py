@@ -18,7 +18,7 @@ import torch
 from torch.distributed import TCPStore
 
 _SERVER = multiprocessing.get_context("forkserver")
-_SERVER.set_forkserver_preload(["tests.tiny", "gralora_diffusion.training.loop", __name__])
+_SERVER.set_forkserver_preload(["tests.tiny", "gralora_diffusion.training.run", __name__])
 
 
 class Forked:
@@ -35,13 +35,18 @@ class Forked:
         )
         self.process.start()
 
+    @property
+    def said(self) -> str:
+        """What it has written up to now."""
+        return Path(self._output.name).read_bytes().decode()
+
     def wait(self, timeout: float = 120) -> tuple[int, str]:
         """Return exit code and output; kill what takes longer."""
         self.process.join(timeout)
         self.process.kill()
         self.process.join()
         assert self.process.exitcode is not None
-        return self.process.exitcode, self._output.read().decode()
+        return self.process.exitcode, self.said
 
 
 def start_ranks(program: str, *arguments: str | Path, machines: bool = False) -> list[Forked]:

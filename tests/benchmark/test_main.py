@@ -262,5 +262,5 @@ def until(happened, forked=None, seconds=400):
     deadline = time.monotonic() + seconds
     while not happened():
         assert forked is None or forked.process.is_alive(), forked.wait()[1]
-        assert time.monotonic() < deadline
+        assert time.monotonic() < deadline, forked and forked.said
         time.sleep(0.05)
