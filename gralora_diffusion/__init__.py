@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .pipelines import LoadReport
     from .training.checks.options import validate
     from .training.config.training_config import TrainingConfig, parse_config
-    from .training.loop import train
+    from .training.run import train
 else:
     __getattr__, __dir__ = lazy_names(
         __name__,
@@ -54,7 +54,7 @@ else:
             "pipelines": ["LoadReport"],
             "training.checks.options": ["validate"],
             "training.config.training_config": ["TrainingConfig", "parse_config"],
-            "training.loop": ["train"],
+            "training.run": ["train"],
         },
     )
 

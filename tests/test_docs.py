@@ -45,7 +45,7 @@ from gralora_diffusion.studio import main as studio
 from gralora_diffusion.training import caption_command, control_command, data_command
 from gralora_diffusion.training.checks.options import find_image_problems, find_problems
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
-from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.run import train
 from tests import ROOT, models
 from tests.offloading import offload_groups
 from tests.performance import gpu, layer

@@ -16,7 +16,7 @@ from gralora_diffusion.benchmark import command as benchmark
 from gralora_diffusion.benchmark.evaluation.results import RESULT_NAME, read_results
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import parse_config
-from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.run import train
 from tests import ROOT
 from tests.training.runs import metrics
 

@@ -1,13 +1,11 @@
-"""DreamBooth training with GraLoRA from top to bottom, for any family of models."""
+"""A run in stages: models, data and optimizer, the steps, what is saved. For any family."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import replace
 from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
@@ -27,10 +25,6 @@ from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
 from gralora_diffusion.base_models.unread_weights import StoredWeights, unread_denoiser
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.file_names import BEST_NAME
-from gralora_diffusion.io.precision import tf32_products
-from gralora_diffusion.io.process import are_several, print_safely
-from gralora_diffusion.io.stop_signals import StopSignals
 from gralora_diffusion.training.checkpoints.best import keep_best, restore_best
 from gralora_diffusion.training.checkpoints.resume import describe_base
 from gralora_diffusion.training.checkpoints.state import RunState
@@ -40,8 +34,6 @@ from gralora_diffusion.training.checks.controls import (
     check_controls_of_base,
     check_sharded_controls,
 )
-from gralora_diffusion.training.checks.options import validate
-from gralora_diffusion.training.config.data_file import with_data_file
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.data_module import Batches
@@ -81,202 +73,38 @@ from gralora_diffusion.training.outputs.metadata import (
     time_metadata,
     training_metadata,
 )
-from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.outputs.metrics import MetricsFile, StepNumbers
 from gralora_diffusion.training.outputs.output_dir import (
     finish,
-    make_repository,
-    own_output_dir,
     start,
 )
 from gralora_diffusion.training.outputs.summary import (
-    how_to_resume,
     summary_of_held_out,
-    summary_of_inputs,
     summary_of_masks,
-    summary_of_result,
     summary_of_training,
+    why_overfitting_ends,
 )
 from gralora_diffusion.training.outputs.validation import generate_validation
 from gralora_diffusion.training.runtime.acceleration import (
     DTYPES,
     PeakMemory,
-    accelerate_left_as_it_was,
-    check_sharding,
     device_name,
     enable_memory_savings,
-    make_accelerator,
     share_only_what_is_trained,
     start_trackers,
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
 from gralora_diffusion.training.runtime.control import RunControl
-from gralora_diffusion.training.runtime.memory import DeviceMemory, device_memory
 from gralora_diffusion.training.runtime.offloading import (
     NOTHING,
     Offloading,
-    check_offloading,
-    obstacles,
 )
-from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
-
-from .preparation import Beginning, complete_class_images, find_beginning
+from gralora_diffusion.training.runtime.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
 #: fp16 steps in a row that may overflow. The scale begins at 2^16 and is halved each time.
 _SKIPPED_STEPS = 20
-
-
-def train(config: TrainingConfig, signals: StopSignals | None = None) -> Path:
-    """Train an adapter with the options in ``config``; return the output folder.
-
-    With ``dry_run``, only print what would be trained and how much memory it would need.
-
-    Args:
-        signals: signals that end the run after a step, with a checkpoint and the adapter; by
-            default only a request in the output folder does, see ``runtime.control``.
-
-    Raises:
-        ConfigError: the options or the base have problems; nothing was written.
-        DataError: images or captions have problems; nothing was written.
-        TrainingDiverged: the loss is no longer a number.
-        CheckpointError: a checkpoint could not be written, or belongs to another run.
-        OtherProcessFailed: one of these was raised in another process of the run.
-    """
-    if not are_several():
-        validate(config)  # before accelerate is asked
-    config = with_data_file(config)
-    with (
-        accelerate_left_as_it_was(),
-        tf32_products(config.allow_tf32),
-        requested_sharding() as sharding,
-    ):
-        accelerator = make_accelerator(config)
-        if sharding is not None:
-            check_sharding(config, accelerator)
-        check_offloading(config, accelerator, sharding)
-        if config.dry_run:
-            _print_plan(config, accelerator, sharding)
-        else:
-            with own_output_dir(config, accelerator):
-                _train(config, accelerator, sharding, signals)
-    return Path(config.output_dir)
-
-
-def _train(
-    config: TrainingConfig,
-    accelerator: Accelerator,
-    sharding: Sharding | None,
-    signals: StopSignals | None,
-) -> None:
-    folder = Path(config.output_dir)
-    control = RunControl(folder if accelerator.is_main_process else None, signals)
-    control.discard_requests()
-    store = CheckpointStore(folder, config.checkpoints_total_limit)
-    found = find_beginning(config, store, accelerator)
-    offloading = from_first(accelerator, lambda: _inputs(config, found, accelerator, sharding))
-    from_first(accelerator, lambda: make_repository(config))
-    # before the base for training is loaded, because two bases may not fit into memory
-    class_images = complete_class_images(config, found, accelerator, offloading)
-    trainer = Trainer(
-        config,
-        found.family,
-        found.images,
-        class_images,
-        accelerator,
-        store,
-        found.initial,
-        held_out=found.held_out,
-        sharding=sharding,
-        offloading=offloading,
-        control=control,
-    )
-    trainer.set_up()
-    from_first(accelerator, lambda: print_safely(trainer.summary()))
-    if found.resume is not None:
-        together(accelerator, partial(trainer.resume, *found.resume))
-    else:
-        from_first(accelerator, lambda: _delete_earlier(store))
-    trainer.train()
-    rows = trainer.save()
-    trainer.clean_up()
-    if rows is not None:
-        print_safely(summary_of_result(folder, rows, trainer.seconds, trainer.state.held_out))
-        if trainer.overfits():
-            print_safely(trainer.why_it_ended())
-        if trainer.stopped:
-            print_safely(how_to_resume(folder, trainer.state.step, trainer.max_steps))
-
-
-def _delete_earlier(store: CheckpointStore) -> None:
-    """Delete what an earlier run in the folder would be resumed from, and its best adapter."""
-    store.delete_all()
-    restore_best(store.folder, None)
-
-
-def _inputs(
-    config: TrainingConfig, found: Beginning, accelerator: Accelerator, sharding: Sharding | None
-) -> Offloading:
-    """Check the memory, and print what is known before anything is loaded.
-
-    Returns what is to be streamed from the CPU's memory.
-
-    Raises:
-        ConfigError: the run needs far more memory than there is.
-    """
-    from gralora_diffusion.training.dry_run.memory_check import check_memory
-
-    family, images, classes = found.family, found.images, found.class_images
-    memory, offloading = check_memory(
-        config, family, images, classes, accelerator, sharding, held_out=found.held_out
-    )
-    device = device_name(accelerator.device)
-    print_safely(
-        summary_of_inputs(
-            config, family.name, images, classes, device, memory, held_out=len(found.held_out)
-        )
-    )
-    return offloading
-
-
-def _print_plan(
-    config: TrainingConfig, accelerator: Accelerator, sharding: Sharding | None
-) -> None:
-    # only a dry run needs these modules, which take long to import
-    from gralora_diffusion.training.dry_run.fitting import find_fit, format_fit
-    from gralora_diffusion.training.dry_run.formatting import format_plan
-    from gralora_diffusion.training.dry_run.memory_check import memory_problem, with_offloading
-    from gralora_diffusion.training.dry_run.plan import Plan, plan_run
-
-    store = CheckpointStore(config.output_dir, config.checkpoints_total_limit)
-    found = find_beginning(config, store, accelerator)
-    family, images, classes = found.family, found.images, found.class_images
-    size = config.device_bytes
-
-    def plan_of(changed: TrainingConfig) -> Plan:
-        plan = plan_run(
-            changed,
-            family,
-            images,
-            classes,
-            accelerator,
-            sharding,
-            size is not None,
-            held_out=found.held_out,
-        )
-        return plan if size is None else replace(plan, device=f"a GPU of {size / 2**30:.3g} GiB")
-
-    there = device_memory(accelerator.device) if size is None else DeviceMemory(size, size)
-    plan = with_offloading(plan_of(config), config, sharding, there.free)
-    if accelerator.is_main_process:
-        print_safely(format_plan(plan))
-        if size is None:
-            if problem := memory_problem(plan, there):
-                print_safely(f"\nwarning: {problem}")
-        else:
-            streams = not any(obstacles(config, sharding))
-            fit = find_fit(config, plan_of, size, streams=streams)
-            print_safely("\n" + format_fit(size, *fit))
 
 
 class Trainer:
@@ -569,25 +397,16 @@ class Trainer:
                 if self.ema is not None and isfinite(norm):
                     self.ema.step(self.parameters)
                 state.step += 1
-                measured = self._measure_if_due()
-                # JSON has no infinity
-                finite = {"loss": loss, "grad_norm": norm}
-                numbers = {k: v if isfinite(v) else None for k, v in finite.items()} | {"lr": lr}
-                performance = {"samples_per_second": speed}
-                shown = f"loss={loss:.4f}, lr={lr:.2e}, grad_norm={norm:.2e}, samples/s={speed:.3g}"
-                if self.memory.gib is not None:
-                    performance["peak_memory_gib"] = self.memory.gib
-                    shown += f", peak memory={self.memory.gib:.1f} GiB"
-                row = {"step": state.step, **numbers, "performance": performance}
-                if measured is not None:
-                    row["held_out"] = measured.to_dict()
-                    performance |= measured.to_log()
-                    shown += f", held out={measured}"
+                numbers = StepNumbers(
+                    state.step, loss, norm, lr, speed, self.memory.gib, self._measure_if_due()
+                )
                 if metrics is not None:
-                    metrics.add(row)
-                self.control.progress(state.step, numbers["loss"])
-                self.accelerator.log({**numbers, **performance}, step=state.step)
-                bar.set_postfix_str(shown, refresh=False)  # update redraws the bar now and then
+                    metrics.add(numbers.row())
+                self.control.progress(state.step, loss if isfinite(loss) else None)
+                self.accelerator.log(numbers.to_log(), step=state.step)
+                bar.set_postfix_str(
+                    str(numbers), refresh=False
+                )  # update redraws the bar now and then
                 bar.update()
                 yield state.step
 
@@ -720,12 +539,8 @@ class Trainer:
         """Say why a run ended that overfits."""
         record = self.state.held_out
         assert record is not None
-        return (
-            f"ended at step {self.state.step:,} of {self.max_steps:,}: the loss of the held-out "
-            f"images was worse than at step {record.best_step:,} by more than its 95% interval in "
-            f"{record.worse} measurements in a row. The adapter of step {record.best_step:,} is in "
-            f"{Path(self.config.output_dir) / BEST_NAME}{os.sep}"
-        )
+        folder = Path(self.config.output_dir)
+        return why_overfitting_ends(folder, self.state.step, self.max_steps, record)
 
     def inference_weights(self) -> AbstractContextManager[None]:
         """Give the trained parameters the weights for inference, see ``inference_weights``."""
@@ -760,14 +575,14 @@ class Trainer:
 
     def _facts(self) -> dict[str, Any]:
         """Return facts on the run for the model card."""
-        config, steps = self.config, self.state.step
+        config, steps, record = self.config, self.state.step, self.state.held_out
         sets = described_sets(config, self.images)
         facts = {
             "steps": steps,
             "samples per step": self.data.samples_per_step,
             **({"masks": summary_of_masks(config, self.images)} if config.masked_loss else {}),
             **({"sets of images": "; ".join(sets)} if sets else {}),
-            **self._held_out_facts(),
+            **({"held-out loss": summary_of_held_out(record)} if record else {}),
             **control_facts(self.images),
             **({FILLS: self.data.instance.fill} if self.data.instance.fill else {}),
             "trained parameters": sum(p.numel() for p in self.parameters),
@@ -780,10 +595,6 @@ class Trainer:
         if self.memory.gib is not None:
             facts["peak memory of the steps, GiB"] = round(self.memory.gib, 3)
         return facts
-
-    def _held_out_facts(self) -> dict[str, str]:
-        record = self.state.held_out
-        return {"held-out loss": summary_of_held_out(record)} if record else {}
 
     def clean_up(self) -> None:
         """Close the trackers, and the connections between processes; end the streaming."""

@@ -78,7 +78,7 @@ def _train(config: TrainingConfig, first_process: bool, signals: StopSignals) ->
     from gralora_diffusion.training.optimization.step import TrainingDiverged
     from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
 
-    from .loop import train
+    from .run import train
 
     try:
         train(config, signals)

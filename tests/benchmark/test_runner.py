@@ -19,7 +19,7 @@ from gralora_diffusion.benchmark.runner import Runner, trial_seed
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.generation import generate
-from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.run import train
 from tests.benchmark import judges, runs
 from tests.training.runs import adapter
 

@@ -38,7 +38,7 @@ def growth():
 """
 PROGRAM = f"""
 import sys
-from gralora_diffusion.training import loop
+from gralora_diffusion.training import loop, run
 from gralora_diffusion.training.config.training_config import parse_config
 {GROWTH}
 class Trainer(loop.Trainer):
@@ -46,8 +46,8 @@ class Trainer(loop.Trainer):
         super().set_up()
         print("growth", growth())
 
-loop.Trainer = Trainer
-loop.train(parse_config(sys.argv[1:]))
+run.Trainer = Trainer
+run.train(parse_config(sys.argv[1:]))
 print("growth", growth())
 """
 

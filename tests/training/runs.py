@@ -24,7 +24,7 @@ from gralora_diffusion.training.data.dataset import TrainingSet
 from gralora_diffusion.training.data.image_folder import Example, find_examples
 from gralora_diffusion.training.data.sets import SampledSet
 from gralora_diffusion.training.data.transforms import CropPlan
-from gralora_diffusion.training.loop import train
+from gralora_diffusion.training.run import train
 from tests import ROOT
 from tests.forked import Forked, fork_ranks, start_ranks
 

@@ -28,8 +28,9 @@ from gralora_diffusion.training.data import class_images
 from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.seeds import generator
 from gralora_diffusion.training.data.transforms import CropPlan
-from gralora_diffusion.training.loop import Trainer, train
+from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.optimization.step import BatchBuilder, TrainingDiverged
+from gralora_diffusion.training.run import train
 from tests.models import stable_diffusion
 from tests.training.cards import draw_by_card
 from tests.training.runs import (

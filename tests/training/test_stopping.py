@@ -18,8 +18,8 @@ import torch
 from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.config.training_config import parse_config
-from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.run import train
 from gralora_diffusion.training.runtime import control
 from gralora_diffusion.training.runtime.control import read_status, request
 from tests.forked import Forked

@@ -203,7 +203,7 @@ def plan_run(
     *,
     held_out: Sequence[Example] = (),
 ) -> Plan:
-    """Plan the run that ``loop.train`` would do with the same arguments, with nothing streamed.
+    """Plan the run that ``run.train`` would do with the same arguments, with nothing streamed.
 
     Args:
         apart: plan for a device with memory of its own, even if this machine has none.

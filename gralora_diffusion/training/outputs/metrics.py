@@ -4,17 +4,69 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
 from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.tensor_files import replacing
 
+if TYPE_CHECKING:
+    from gralora_diffusion.training.optimization.held_out import Measurement
+
 METRICS_NAME = "metrics.jsonl"
 #: Maximum size of the file in bytes, which is more than any run needs.
 _MOST_BYTES = 1 << 28
+
+
+@dataclass(frozen=True)
+class StepNumbers:
+    """The numbers of an optimizer step.
+
+    Attributes:
+        step: steps done, with this one.
+        loss, grad_norm: not finite if fp16 overflowed.
+        peak_memory_gib: on a GPU.
+        held_out: the loss of held-out images, if it was measured after the step.
+    """
+
+    step: int
+    loss: float
+    grad_norm: float
+    lr: float
+    samples_per_second: float
+    peak_memory_gib: float | None = None
+    held_out: Measurement | None = None
+
+    def row(self) -> dict[str, Any]:
+        """Return the step's row for :class:`MetricsFile`."""
+        row = {"step": self.step, **self._exact(), "performance": self._performance()}
+        return row if self.held_out is None else {**row, "held_out": self.held_out.to_dict()}
+
+    def to_log(self) -> dict[str, float | None]:
+        """Return the numbers for trackers."""
+        measured = {} if self.held_out is None else self.held_out.to_log()
+        return {**self._exact(), **self._performance(), **measured}
+
+    def _exact(self) -> dict[str, float | None]:
+        """Return what is the same for the same options; JSON has no infinity."""
+        finite = {"loss": self.loss, "grad_norm": self.grad_norm}
+        return {k: v if isfinite(v) else None for k, v in finite.items()} | {"lr": self.lr}
+
+    def _performance(self) -> dict[str, float]:
+        gib = self.peak_memory_gib
+        memory = {} if gib is None else {"peak_memory_gib": gib}
+        return {"samples_per_second": self.samples_per_second, **memory}
+
+    def __str__(self) -> str:
+        shown = f"loss={self.loss:.4f}, lr={self.lr:.2e}, grad_norm={self.grad_norm:.2e}"
+        shown += f", samples/s={self.samples_per_second:.3g}"
+        if self.peak_memory_gib is not None:
+            shown += f", peak memory={self.peak_memory_gib:.1f} GiB"
+        return shown if self.held_out is None else f"{shown}, held out={self.held_out}"
 
 
 def with_loss(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

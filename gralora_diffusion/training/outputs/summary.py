@@ -169,5 +169,14 @@ def how_to_resume(folder: Path, step: int, steps: int) -> str:
     return f"stopped at step {step:,} of {steps:,}. To resume, {how}\n  {program}{line}"
 
 
+def why_overfitting_ends(folder: Path, step: int, steps: int, record: HeldOutRecord) -> str:
+    """Say why a run ended before its last step, and where its best adapter is."""
+    return (
+        f"ended at step {step:,} of {steps:,}: the loss of the held-out images was worse than at "
+        f"step {record.best_step:,} by more than its 95% interval in {record.worse} measurements "
+        f"in a row. The adapter of step {record.best_step:,} is in {folder / BEST_NAME}{os.sep}"
+    )
+
+
 def _table(rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join(f"{name:<{_WIDTH}}{text}".rstrip() for name, text in rows)

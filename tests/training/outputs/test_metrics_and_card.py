@@ -25,12 +25,12 @@ from tensorboard.plugins.hparams import plugin_data_pb2
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
 from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
-from gralora_diffusion.training.loop import train
 from gralora_diffusion.training.outputs import base_license, output_dir, upload
 from gralora_diffusion.training.outputs.curve import plot_curve
 from gralora_diffusion.training.outputs.metrics import MetricsFile
 from gralora_diffusion.training.outputs.model_card import write_card
 from gralora_diffusion.training.outputs.validation import image_name
+from gralora_diffusion.training.run import train
 from gralora_diffusion.training.runtime.acceleration import accelerate_left_as_it_was
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card
