@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from gralora_diffusion.io.process import guard_terminal, own_process
+from gralora_diffusion.io.process import compute_in_one_thread, guard_terminal, own_process
 from gralora_diffusion.io.safe_text import TerminalParser
 from gralora_diffusion.io.version import __version__
 from gralora_diffusion.options.command_parser import must_be
@@ -95,6 +95,7 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         import_lora(rest)
     elif command == "inspect":
+        compute_in_one_thread()
         from gralora_diffusion.inspection.main import main as inspect
 
         inspect(rest)

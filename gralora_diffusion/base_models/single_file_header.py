@@ -35,6 +35,9 @@ _ENDS = {
 }
 #: Keys that only bases for other tasks and samplers have: EDM's, and SDXL's refiner.
 _OTHER_TASKS = ("edm_mean", "edm_std", "conditioner.embedders.0.model.")
+#: Keys by which diffusers distinguishes versions of Stable Diffusion.
+_VERSION_2 = f"{DENOISER}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+_XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 #: Field in which ComfyUI's files state how layers are stored (its ``QUANTIZATION.md``).
 _QUANTIZATION = "_quantization_metadata"
 
@@ -114,6 +117,8 @@ class OriginalHeader:
     @cached_property
     def kind(self) -> str:
         """The kind of model that diffusers takes it for."""
+        if self._fills_masks:
+            return self._kind_for_masks
         import torch  # both take seconds to import, and not every header needs this
         from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
@@ -123,6 +128,20 @@ class OriginalHeader:
             return str(infer_diffusers_model_type(header))
         except (KeyError, IndexError, UnboundLocalError):  # keys as expected, shapes not
             return _UNKNOWN
+
+    @property
+    def _fills_masks(self) -> bool:
+        """Whether it is a UNet for inpainting: latents, masked latents and a mask enter it."""
+        first = self.tensors.get(f"{DENOISER}input_blocks.0.0.weight")
+        return first is not None and first.shape[1:2] == (9,)
+
+    @property
+    def _kind_for_masks(self) -> str:
+        """diffusers' kind of such a UNet, which it decides first and by these two keys."""
+        version_2 = self.tensors.get(_VERSION_2)
+        if version_2 is not None and version_2.shape[-1:] == (1024,):
+            return "inpainting_v2"
+        return "xl_inpaint" if _XL in self.tensors else "inpainting"
 
     @property
     def _predicts_its_input(self) -> bool:

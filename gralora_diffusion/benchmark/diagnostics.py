@@ -26,12 +26,7 @@ from torch.func import functional_call
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.adapters.placement.targets import base_of, fitting_k
 from gralora_diffusion.benchmark.evaluation.results import Diagnostics
-from gralora_diffusion.lora_files.low_rank import (
-    effective_rank,
-    gralora_singular_values,
-    singular_values,
-    stable_rank,
-)
+from gralora_diffusion.lora_files import spectrum
 from gralora_diffusion.training.optimization.adapters import ADAPTER_NAME
 from gralora_diffusion.training.optimization.optimizers import evaluating
 
@@ -108,8 +103,8 @@ class DiagnosticsLog:
         with evaluating(optimizer) if in_use is None else in_use():
             values = {path: update.singular_values() for path, update in updates.items()}
         found = {path: v for path, v in values.items() if v is not None}
-        self._ranks = {path: effective_rank(v) for path, v in found.items()}
-        self._stable_ranks = {path: stable_rank(v) for path, v in found.items()}
+        self._ranks = {path: spectrum.effective_rank(v) for path, v in found.items()}
+        self._stable_ranks = {path: spectrum.stable_rank(v) for path, v in found.items()}
 
     def result(self) -> Diagnostics:
         """Return the log so far, with the effective rank once :meth:`watch` is over."""
@@ -207,7 +202,7 @@ class DenseUpdate(nn.Module):
         return torch.autograd.functional.jvp(update, (*points.values(),), (*directions,))[1]
 
     @torch.no_grad()
-    def singular_values(self) -> Tensor | None:
+    def singular_values(self) -> spectrum.Values | None:
         """Return those of the update as (out, in * h * w); None if the update is not finite.
 
         It is computed from the factors if the update is simply their product.
@@ -220,14 +215,21 @@ class DenseUpdate(nn.Module):
             general = None
             if name in layer.gralora_A_general:
                 pair: Any = (layer.gralora_A_general[name], layer.gralora_B_general[name])
-                general = pair[0].weight, pair[1].weight.flatten(1)
-            return gralora_singular_values(layer.gralora_A[name], layer.gralora_B[name], general)
+                general = _array(pair[0].weight), _array(pair[1].weight.flatten(1))
+            factors = _array(layer.gralora_A[name]), _array(layer.gralora_B[name])
+            return spectrum.gralora_singular_values(*factors, general)
         plain = _dora_of(layer) is None and dense_update(layer) is None
         if isinstance(layer, LoraLayer) and plain:
             pair = layer.lora_A[name].weight, layer.lora_B[name].weight
-            return singular_values(pair[0], pair[1].flatten(1))
+            return spectrum.singular_values(_array(pair[0]), _array(pair[1].flatten(1)))
         update = self().flatten(1).double()
-        return torch.linalg.svdvals(update) if update.isfinite().all() else None
+        # a dense update is large, so this is computed where it is
+        return _array(torch.linalg.svdvals(update)) if update.isfinite().all() else None
+
+
+def _array(tensor: Tensor) -> spectrum.Values:
+    values: spectrum.Values = tensor.detach().double().cpu().numpy()
+    return values
 
 
 @torch.no_grad()

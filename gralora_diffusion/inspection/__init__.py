@@ -9,11 +9,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from gralora_diffusion.io.json_files import parse_object
-from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.key_maps import DENOISER
 
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind
+from .layers import Settings, layer_facts
 from .source import ALWAYS_FINITE, Source
 
 __all__ = ["ComponentFacts", "Inspection", "LayerFacts", "inspect_file"]
@@ -60,7 +60,7 @@ def inspect_file(
         layers=layers,
         others=kind.others,
         problems=problems,
-        norm=math.hypot(*norms) if norms and not any(f.problem for f in layers) else None,
+        norm=math.hypot(*norms) if norms and len(norms) == len(layers) else None,
         median_effective_rank=statistics.median(ranks) if ranks else None,
         trigger=_trigger(source.metadata),
         metadata=source.metadata,
@@ -71,15 +71,13 @@ def inspect_file(
 
 def _read_adapter(source: Source, kind: Kind) -> tuple[list[LayerFacts], list[str], list[str]]:
     """Return the layers, problems with the file's scaling information, and non-finite tensors."""
-    from .layers import Settings, layer_facts  # needs torch, which takes seconds to import
-
     settings, layers = Settings(source, kind), []
     non_finite = _non_finite(source, kind.others)
     for layer in kind.layers.values():
-        tensors = {part: source.read(key) for part, key in layer.parts.items()}
+        parts = {part: source.read(key) for part, key in layer.parts.items()}
         component = component_of(layer, kind, source)
-        layers.append(layer_facts(layer, component, source, settings, tensors))
-        non_finite += [layer.parts[part] for part, t in tensors.items() if not is_finite(t)]
+        layers.append(layer_facts(layer, component, source, settings, parts))
+        non_finite += [layer.parts[part] for part, t in parts.items() if not t.is_finite()]
     return layers, settings.lora.problems, non_finite
 
 
@@ -87,7 +85,7 @@ def _non_finite(source: Source, keys: Iterable[str]) -> list[str]:
     return [
         key
         for key in keys
-        if source.headers[key].dtype_name not in ALWAYS_FINITE and not is_finite(source.read(key))
+        if source.headers[key].dtype_name not in ALWAYS_FINITE and not source.read(key).is_finite()
     ]
 
 

@@ -17,7 +17,7 @@ class LayerFacts:
         scaling: the factor that multiplies the product of the layer's factors.
         inputs, outputs, kernel: sizes of the layer.
         norm: Frobenius norm of the scaled update; None if it is not computed.
-        effective_rank: see ``low_rank.effective_rank``.
+        effective_rank: see ``lora_files.spectrum.effective_rank``.
         problem: Why scaling, norm and effective rank are not known: a tensor is malformed, or the
             file's statements about alpha contradict each other.
     """

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from gralora_diffusion.adapters.placement.layer_config import invalid_values, layer_settings
 from gralora_diffusion.adapters.placement.path_patterns import PatternError
+from gralora_diffusion.io.arrays import Array, StoredArray
 from gralora_diffusion.io.file_names import METADATA_KEY, PEFT_PREFIX
-from gralora_diffusion.io.tensor_files import is_finite
 from gralora_diffusion.lora_files.keys import Layer
-from gralora_diffusion.lora_files.low_rank import (
+from gralora_diffusion.lora_files.scaling import LoraScalings
+from gralora_diffusion.lora_files.spectrum import (
+    Values,
     effective_rank,
     gralora_singular_values,
+    matrix_singular_values,
     singular_values,
 )
-from gralora_diffusion.lora_files.scaling import LoraScalings
 
 from .facts import LayerFacts
 from .kinds import Kind, described, layer_widths
@@ -99,55 +101,54 @@ def _of_a_component(name: str, components: Mapping[str, Any]) -> tuple[str | Non
 
 
 def layer_facts(
-    layer: Layer, component: str, source: Source, settings: Settings, tensors: dict[str, Tensor]
+    layer: Layer, component: str, source: Source, settings: Settings, parts: dict[str, StoredArray]
 ) -> LayerFacts:
     """Return the facts of a layer from its tensors by part."""
     facts = LayerFacts(
         path=layer.name.replace(PEFT_PREFIX, "", 1),
         component=component,
         kind=layer.kind,
-        parameters=sum(t.numel() for part, t in tensors.items() if part != "alpha"),
+        parameters=sum(math.prod(t.shape) for part, t in parts.items() if part != "alpha"),
     )
     widths = layer_widths(layer, source)
     facts.inputs, facts.outputs = widths or (None, None)
-    facts.problem = layer.problem(tensors)
+    facts.problem = layer.problem(parts)
     if facts.problem:
         return facts
     if layer.kind == "GraLoRA":
-        _describe_gralora(facts, tensors, settings.gralora(layer.name))
+        _describe_gralora(facts, parts, settings.gralora(layer.name))
     else:
-        _describe_other(facts, layer, tensors, settings)
-    if all(is_finite(tensor) for tensor in tensors.values()):
-        _measure(facts, {part: tensor.double() for part, tensor in tensors.items()})
+        _describe_other(facts, layer, parts, settings)
+    if all(part.is_finite() for part in parts.values()):
+        _measure(facts, {part: stored.values().astype("f8") for part, stored in parts.items()})
     return facts
 
 
 def _describe_gralora(
-    facts: LayerFacts, tensors: dict[str, Tensor], settings: dict[str, float]
+    facts: LayerFacts, parts: dict[str, StoredArray], settings: dict[str, float]
 ) -> None:
-    A = tensors["gralora_A"]
-    facts.k, facts.rank, facts.kernel = A.shape[0], A.shape[2], list(A.shape[3:])
-    general = tensors.get("gralora_A_general")
-    facts.hybrid_rank = 0 if general is None else len(general)
+    facts.k, _, facts.rank, *facts.kernel = parts["gralora_A"].shape
+    general = parts.get("gralora_A_general")
+    facts.hybrid_rank = 0 if general is None else general.shape[0]
     facts.alpha, facts.scaling = settings.get("alpha"), settings.get("scaling")
 
 
 def _describe_other(
-    facts: LayerFacts, layer: Layer, tensors: dict[str, Tensor], settings: Settings
+    facts: LayerFacts, layer: Layer, parts: dict[str, StoredArray], settings: Settings
 ) -> None:
     for part in ("down", "hada_w1_b", "lokr_w1_b", "lokr_w2_b"):
-        if part in tensors:
-            facts.rank = len(tensors[part])
+        if part in parts:
+            facts.rank = parts[part].shape[0]
             break
-    kernel = tensors.get("mid", tensors.get("down", tensors.get("diff")))
+    kernel = parts.get("mid", parts.get("down", parts.get("diff")))
     facts.kernel = [] if kernel is None else list(kernel.shape[2:])
     facts.scaling = 1.0
-    own = float(tensors["alpha"].reshape(())) if "alpha" in tensors else None
+    own = float(parts["alpha"].values().reshape(())) if "alpha" in parts else None
     if facts.rank is None:
         facts.alpha = own
         return
     try:
-        is_lora = "down" in tensors
+        is_lora = "down" in parts
         facts.alpha = settings.lora.alpha(layer, facts.rank, own) if is_lora else own
     except ValueError as error:
         facts.problem, facts.scaling = str(error), None
@@ -157,41 +158,51 @@ def _describe_other(
         facts.scaling = facts.alpha / facts.rank if facts.rank else None
 
 
-def _measure(facts: LayerFacts, tensors: dict[str, Tensor]) -> None:
-    if "diff" in tensors:
-        facts.norm = float(tensors["diff"].norm())
+def _measure(facts: LayerFacts, parts: dict[str, Array]) -> None:
+    if "diff" in parts:
+        facts.norm = _norm(parts["diff"])
         return
     if facts.rank == 0:  # ranks were pruned until none was left
         facts.norm = facts.effective_rank = 0.0
         return
-    values = _singular_values(tensors)
-    if values is None:
+    values = _singular_values(parts)
+    if values is None or not np.isfinite(values).all():
         return
     facts.effective_rank = effective_rank(values)
     if facts.scaling is not None:
-        facts.norm = abs(facts.scaling) * float(values.norm())
+        facts.norm = abs(facts.scaling) * _norm(values)
 
 
-def _singular_values(tensors: dict[str, Tensor]) -> Tensor | None:
+def _norm(values: Array) -> float:
+    return float(np.linalg.norm(values.reshape(-1)))
+
+
+def _singular_values(parts: dict[str, Array]) -> Values | None:
     """Return those of the unscaled update; None if they would need the dense update."""
-    if {"gralora_A", "gralora_B"} <= set(tensors):
+    if {"gralora_A", "gralora_B"} <= set(parts):
         general = None
-        if {"gralora_A_general", "gralora_B_general"} <= set(tensors):
-            general = tensors["gralora_A_general"], tensors["gralora_B_general"].flatten(1)
-        return gralora_singular_values(tensors["gralora_A"], tensors["gralora_B"], general)
-    if {"down", "up"} <= set(tensors):
-        down, up = tensors["down"], tensors["up"].flatten(1)
-        if "mid" in tensors:  # Tucker's form, of convolutions
-            down = torch.einsum("srhw,ri->sihw", tensors["mid"], down.flatten(1))
+        if {"gralora_A_general", "gralora_B_general"} <= set(parts):
+            general = parts["gralora_A_general"], _matrix(parts["gralora_B_general"])
+        return gralora_singular_values(parts["gralora_A"], parts["gralora_B"], general)
+    if {"down", "up"} <= set(parts):
+        down, up = parts["down"], _matrix(parts["up"])
+        if "mid" in parts:  # Tucker's form, of convolutions
+            down = np.einsum("srhw,ri->sihw", parts["mid"], _matrix(down), optimize=True)
         return singular_values(down, up)
-    first, second = _kronecker_factor(tensors, "lokr_w1"), _kronecker_factor(tensors, "lokr_w2")
-    if first is None or second is None or "lokr_t2" in tensors:
+    first, second = _kronecker_factor(parts, "lokr_w1"), _kronecker_factor(parts, "lokr_w2")
+    if first is None or second is None or "lokr_t2" in parts:
         return None
-    values = [torch.linalg.svdvals(factor.flatten(1)) for factor in (first, second)]
-    return torch.outer(*values).flatten().sort(descending=True).values
+    products = np.outer(*[matrix_singular_values(_matrix(factor)) for factor in (first, second)])
+    return -np.sort(-products, axis=None)
 
 
-def _kronecker_factor(tensors: dict[str, Tensor], name: str) -> Tensor | None:
-    if {f"{name}_a", f"{name}_b"} <= set(tensors):
-        return tensors[f"{name}_a"] @ tensors[f"{name}_b"].flatten(1)
-    return tensors.get(name)
+def _kronecker_factor(parts: dict[str, Array], name: str) -> Array | None:
+    if {f"{name}_a", f"{name}_b"} <= set(parts):
+        product: Array = parts[f"{name}_a"] @ _matrix(parts[f"{name}_b"])
+        return product
+    return parts.get(name)
+
+
+def _matrix(factor: Array) -> Array:
+    """Return a factor with its kernel's axes joined to its columns."""
+    return factor.reshape(len(factor), math.prod(factor.shape[1:]))

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from safetensors import safe_open
+from typing import Any
 
 from gralora_diffusion.base_models.folder import (
     MODEL_CONFIG,
@@ -17,6 +16,7 @@ from gralora_diffusion.base_models.folder import (
     shards,
     weight_files,
 )
+from gralora_diffusion.io.arrays import StoredArray, stored_array
 from gralora_diffusion.io.errors import AdapterFileError
 from gralora_diffusion.io.file_names import (
     PEFT_CONFIG_NAME,
@@ -26,9 +26,6 @@ from gralora_diffusion.io.file_names import (
     no_such,
 )
 from gralora_diffusion.io.tensor_files import StoredTensor, read_header
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 #: Ending of the index of a model that is split into several files.
 SHARD_INDEX = ".safetensors.index.json"
@@ -66,19 +63,19 @@ class Source:
         if not self.headers:
             raise self.error("it contains no tensors")
 
-    def read(self, key: str) -> Tensor:
+    def read(self, key: str) -> StoredArray:
         """Read one tensor.
 
         Raises:
-            AdapterFileError: torch does not have the tensor's dtype, or cannot compute with it.
+            AdapterFileError: torch does not have the tensor's dtype.
         """
         header = self.headers[key]
         if header.dtype_name in ALWAYS_FINITE:
             raise self.error(f"{key} is stored as {header.dtype_name}, which torch cannot read")
         if header.path not in self._opened:
-            self._opened[header.path] = safe_open(header.path, framework="pt")
-        tensor: Tensor = self._opened[header.path].get_tensor(header.key)
-        return tensor
+            with open(header.path, "rb") as file:
+                self._opened[header.path] = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return stored_array(header, self._opened[header.path])
 
     def sha256(self) -> dict[str, str]:
         """Return file name -> hash of the whole file."""

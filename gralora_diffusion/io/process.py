@@ -48,6 +48,17 @@ def own_process() -> None:
     is_a_command = True
 
 
+def compute_in_one_thread() -> None:
+    """Keep numpy from starting threads, which cost more than they save on small matrices.
+
+    Only a process of a command, before numpy is imported, is affected. The user's own settings are
+    kept.
+    """
+    if is_a_command:
+        for name in ("OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "OMP_NUM_THREADS"):
+            os.environ.setdefault(name, "1")
+
+
 def guard_terminal() -> None:
     """Remove control characters from warnings, log messages and tracebacks.
 

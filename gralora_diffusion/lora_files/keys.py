@@ -11,10 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from typing import Any, Protocol
 
 #: Key of a header under which diffusers keeps PEFT's config.
 DIFFUSERS_METADATA = "lora_adapter_metadata"
@@ -129,6 +126,16 @@ _SIZED: dict[str, Callable[[Sequence[int]], Sequence[int]]] = {
 _DTYPES = ("float64", "float32", "float16", "bfloat16", "float8_e4m3fn", "float8_e5m2")
 
 
+class Stored(Protocol):
+    """What is asked of a tensor here: torch's are such, and those of ``io.arrays``."""
+
+    @property
+    def dtype(self) -> Any: ...
+
+    @property
+    def shape(self) -> Sequence[int]: ...
+
+
 @dataclass
 class Layer:
     """One adapted layer: part -> key."""
@@ -169,7 +176,7 @@ class Layer:
         """The path with ``_`` in place of every dot."""
         return re.sub(r"\W", "_", self.path.replace(".processor.", "."))
 
-    def problem(self, tensors: Mapping[str, Tensor]) -> str | None:
+    def problem(self, tensors: Mapping[str, Stored]) -> str | None:
         """Return why these tensors, by part, do not form a layer of this kind; None if they do.
 
         A rank of 0 is valid: such a layer has no update.
@@ -179,13 +186,13 @@ class Layer:
             if dtype not in _DTYPES and (part != "alpha" or not dtype.startswith(("int", "uint"))):
                 return f"{part} has dtype {dtype}; expected {', '.join(_DTYPES)}"
             fewest, most = _AXES.get(part, (0, _MOST_AXES))
-            if not fewest <= tensor.dim() <= most:
+            if not fewest <= len(tensor.shape) <= most:
                 allowed = f"{fewest}" if fewest == most else f"{fewest} to {most}"
-                return f"{part} has {tensor.dim()} axes; expected {allowed}"
+                return f"{part} has {len(tensor.shape)} axes; expected {allowed}"
             if part in _SIZED and 0 in _SIZED[part](tensor.shape):
                 return f"{part} is empty: its shape is {tuple(tensor.shape)}"
-        if "alpha" in tensors and tensors["alpha"].numel() != 1:
-            return f"alpha has {tensors['alpha'].numel()} values; expected one"
+        if "alpha" in tensors and (count := math.prod(tensors["alpha"].shape)) != 1:
+            return f"alpha has {count} values; expected one"
         for what, one, other in _sizes_that_agree({p: t.shape for p, t in tensors.items()}):
             if one != other:
                 return f"{what} differ: {one} and {other}"

@@ -20,8 +20,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gralora_diffusion.adapters.layers.functional import delta_weight
-
 Pair = tuple[Tensor, Tensor]
 
 
@@ -66,65 +64,9 @@ def truncate(
     return _rounded(new_down, down), _rounded(new_up, down), _relative(values[kept:], values)
 
 
-def singular_values(down: Tensor, up: Tensor) -> Tensor:
-    """Return the update's singular values in float64, largest first: at most min(R, out, c).
-
-    All others are zero. The update of a convolution is treated as a matrix (out, c).
-    """
-    return torch.linalg.svdvals(_core(_matrix(down, up), up)[1])
-
-
-def gralora_singular_values(A: Tensor, B: Tensor, general: Pair | None = None) -> Tensor:
-    """Return the singular values of an unscaled GraLoRA update in float64, largest first.
-
-    The result is that of :func:`singular_values` of the pair from ``functional.lora_factors``, but
-    the matrix of k (r + hybrid) rows and columns takes k times fewer operations: input and output
-    blocks do not overlap, so each has its own basis.
-
-    Args:
-        A, B: see :mod:`gralora_diffusion.adapters.layers.functional`.
-        general: the hybrid's pair, (hybrid, in, ...) and (out, hybrid).
-    """
-    (k, _, r), o = A.shape[:3], B.shape[2]
-    inputs, outputs = A.movedim(2, -1).flatten(1, -2).double(), B.mT.double()
-    if general:
-        down, up = general
-        inputs = torch.cat([inputs, down.flatten(1).mT.unflatten(0, (k, -1)).double()], dim=-1)
-        outputs = torch.cat([outputs, up.unflatten(0, (k, o)).double()], dim=-1)
-    inputs, outputs = torch.linalg.qr(inputs, mode="r").R, torch.linalg.qr(outputs, mode="r").R
-    core = delta_weight(inputs[..., :r], outputs[..., :r].mT)
-    core += outputs[..., r:].flatten(0, 1) @ inputs[..., r:].flatten(0, 1).mT
-    return torch.linalg.svdvals(core)
-
-
 def norm(down: Tensor, up: Tensor) -> float:
     """Return the Frobenius norm of the update."""
     return float(torch.linalg.matrix_norm(_core(_matrix(down, up), up)[1]))
-
-
-def effective_rank(values: Tensor) -> float:
-    """Return exp(-sum p ln p), where p are the singular values over their sum.
-
-    It lies between 1 and the rank: n equal singular values give n. An update of zeros gives 0. This
-    is the definition of Roy and Vetterli, "The effective rank: a measure of effective
-    dimensionality", EUSIPCO 2007. It uses the values themselves, not their squares.
-    """
-    total = values.sum()
-    if not total > 0:
-        return 0.0
-    return float(torch.special.entr(values / total).sum().exp())
-
-
-def stable_rank(values: Tensor) -> float:
-    """Return the sum of the squared singular values over the largest square.
-
-    It lies between 1 and the rank, and hardly counts values that are small beside the largest, such
-    as those of noise, which the effective rank does. An update of zeros gives 0. The definition is
-    that of Rudelson and Vershynin, "Sampling from large matrices", J. ACM 54, 2007.
-    """
-    if not len(values) or not values[0] > 0:
-        return 0.0
-    return float((values / values[0]).square().sum())
 
 
 def join_rows(pairs: Sequence[Pair]) -> Pair:

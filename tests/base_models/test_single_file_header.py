@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 
 from gralora_diffusion.base_models.single_file_header import OriginalHeader
 from gralora_diffusion.families import get_family
@@ -86,6 +88,20 @@ def test_a_base_for_another_task_has_more_inputs_than_outputs(inputs, outputs, k
     }
     file = OriginalHeader(tensors)
     assert file.other_kind(get_family("stable-diffusion")) == kind
+
+
+VERSION_2 = f"{PREFIX}input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+XL = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+
+
+@pytest.mark.parametrize("others", [{}, {VERSION_2: (8, 768)}, {VERSION_2: (8, 1024)}, {XL: (8,)}])
+def test_bases_for_inpainting_have_the_kinds_of_diffusers(others):
+    shapes = {f"{PREFIX}input_blocks.0.0.weight": (32, 9, 3, 3), **others}
+    header = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    tensors = {
+        key: StoredTensor(Path("x"), key, "F16", shape, 0, 4) for key, shape in shapes.items()
+    }
+    assert OriginalHeader(tensors).kind == infer_diffusers_model_type(header)
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", "{}", '{"layers": 3}', "[" * 100_000])

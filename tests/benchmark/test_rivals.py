@@ -161,7 +161,7 @@ def test_ranks_of_learned_updates() -> None:
             assert ours is not None
             scaling = layer.scaling["default"] if name == "rslora-r4" else 1  # left out of factors
             count = min(len(ours), len(values))
-            assert relative_error(scaling * ours[:count].double(), values[:count]) < 1e-3
+            assert relative_error(scaling * torch.from_numpy(ours[:count]), values[:count]) < 1e-3
 
 
 # -- PiSSA -----------------------------------------------------------------------------------------

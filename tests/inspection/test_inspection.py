@@ -161,6 +161,17 @@ def test_loha_and_dora_and_differences(tmp_path):
     assert (layers["LoHa"].rank, layers["LoHa"].norm) == (4, None)
     assert (layers["LoHa"].inputs, layers["LoHa"].outputs) == (24, 16)
     assert layers["difference"].norm == pytest.approx(float(diff.double().norm()), rel=1e-9)
+    # LoHa's norm is not known, so neither is the whole update's
+    assert inspect_file(tmp_path / "x.safetensors").norm is None
+
+
+def test_an_update_beyond_float64_has_no_norm(tmp_path):
+    large = {key: tensor.double() * 1e200 for key, tensor in lora(KOHYA, 8, 4).items()}
+    save_file(large, tmp_path / "x.safetensors")
+    facts = inspect_file(tmp_path / "x.safetensors")
+    (layer,) = facts.layers
+    assert (layer.rank, layer.norm, layer.effective_rank) == (8, None, None)
+    assert (facts.norm, facts.non_finite) == (None, [])
 
 
 def test_tucker_convolution(tmp_path):

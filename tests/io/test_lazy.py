@@ -96,10 +96,18 @@ def test_a_checkpoint_is_inspected_by_its_header_alone(tmp_path: Path) -> None:
     assert shown[-1] == "[]"
 
 
-def test_an_adapter_is_inspected_without_peft_and_diffusers() -> None:
+@pytest.mark.parametrize("options", [[], ["--json", "--all_layers", "--check", "--sha256"]])
+def test_an_adapter_is_inspected_without_torch(options: list[str]) -> None:
     adapter = ROOT / "tests/data/version_0.1/run/pytorch_gralora_weights.safetensors"
-    program = f"from gralora_diffusion.cli import main\nmain(['inspect', {str(adapter)!r}])"
-    assert imported_by(program).splitlines()[-1] == "['torch']"
+    line = ["inspect", str(adapter), *options]
+    shown = imported_by(f"from gralora_diffusion.cli import main\nmain({line})")
+    assert shown.splitlines()[-1] == "[]"
+
+
+def test_values_of_a_checkpoint_are_checked_without_torch() -> None:
+    line = ["inspect", str(ROOT / "samples/tiny-base"), "--check"]
+    shown = imported_by(f"from gralora_diffusion.cli import main\nmain({line})").splitlines()
+    assert shown[-2:] == ["values: all finite", "[]"]
 
 
 # -- the package's names ---------------------------------------------------------------------------
