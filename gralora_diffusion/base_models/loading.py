@@ -44,6 +44,8 @@ def find_base_family(options: BaseModelOptions) -> ModelFamily:
     if index is not None:
         index.check_libraries()
     family = _named_family(options, index)
+    if index is not None and family is not None:
+        _check_settings(index, family)
     if Path(base).is_file():
         family = SingleFile(Path(base)).check_family(family)
     assert family is not None
@@ -66,11 +68,22 @@ def base_index(options: BaseModelOptions) -> PipelineIndex | None:
     return None
 
 
+def _check_settings(index: PipelineIndex, family: ModelFamily) -> None:
+    problems = [
+        f"--{index.option} {index.source}: a base with {name} in its index cannot be trained, "
+        f"because {why}. Give another base of {family.name}"
+        for name, why in family.refused_settings.items()
+        if name in index.settings
+    ]
+    if problems:
+        raise ConfigError(problems)
+
+
 def find_pipeline_class(options: BaseModelOptions, family: ModelFamily) -> str | None:
     """Return the class of the base's own pipeline: what the base was made to do.
 
     Its index says so, or that of ``base_config``. Without either, a single file shows by its shapes
-    whether it fills.
+    whether it fills, and mostly whether it edits.
 
     Returns:
         None for a single file that may be a base for editing or for text-to-image.
@@ -83,7 +96,9 @@ def find_pipeline_class(options: BaseModelOptions, family: ModelFamily) -> str |
     kind = SingleFile(Path(options.pretrained_model_name_or_path)).kind
     if kind in family.inpainting_file_types:
         return family.inpainting_pipeline
-    if family.editing_file_types and kind not in family.editing_file_types:
+    if kind in family.editing_file_types:
+        return next(iter(family.edit_pipelines))
+    if family.ambiguous_file_types and kind not in family.ambiguous_file_types:
         return family.pipeline_classes[0]
     return None
 

@@ -23,6 +23,7 @@ class PipelineIndex:
     Attributes:
         pipeline_class: name of the pipeline's class.
         components: component -> library and name of its class, without components that are None.
+        settings: the names of the pipeline's own settings that are switched on.
 
     Raises:
         ConfigError: the index does not exist or cannot be read.
@@ -48,6 +49,7 @@ class PipelineIndex:
             for name, entry in index.items()
             if isinstance(entry, (list, tuple)) and list(map(type, entry)) == [str, str]
         }
+        self.settings = frozenset(name for name, entry in index.items() if entry is True)
 
     @property
     def family(self) -> ModelFamily | None:

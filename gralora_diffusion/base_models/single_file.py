@@ -155,6 +155,8 @@ class SingleFile(OriginalFile):
                 "cannot be used. Offline, pass a folder with a pipeline of the same kind as "
                 f"--base_config. {error.problems[0]}"
             ) from error
+        if not options.base_config and index.family is not family:
+            raise self._unknown_model(family)
         return index, self._left_out(options, family, index, self._held(family), given)
 
     # -- the header --------------------------------------------------------------------------------
@@ -172,10 +174,16 @@ class SingleFile(OriginalFile):
     def _source_of_the_rest(self, options: BaseModelOptions, family: ModelFamily) -> str:
         if options.base_config:
             return options.base_config
-        known = (*family.single_file_types, *family.inpainting_file_types)
+        known = (
+            *(*family.single_file_types, *family.inpainting_file_types),
+            *family.editing_file_types,
+        )
         if self.kind in known and family.single_file_default:
             return DIFFUSERS_DEFAULT_PIPELINE_PATHS[self.kind]["pretrained_model_name_or_path"]
-        raise self.error(
+        raise self._unknown_model(family)
+
+    def _unknown_model(self, family: ModelFamily) -> ValueError:
+        return self.error(
             f"this single file is {family.name}, but it does not show which of these models it is. "
             "Pass its pipeline as --base_config: a folder or a Hub id"
         )

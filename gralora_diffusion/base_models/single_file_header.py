@@ -220,7 +220,8 @@ class OriginalFile(OriginalHeader):
             raise self.error(self._not_a_base())
         family = self.families[0]
         kind = None if any_task else self.other_kind(family)
-        if kind is not None and kind not in family.inpainting_file_types:
+        trained = (*family.inpainting_file_types, *family.editing_file_types)
+        if kind is not None and kind not in trained:
             raise self.error(
                 f"diffusers takes this single file for {kind!r}, which does not belong to a "
                 f"supported family ({', '.join(list_families())}). Pass the text-to-image base"

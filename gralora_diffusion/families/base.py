@@ -138,9 +138,11 @@ class ModelFamily(ABC):
     single_file_types: tuple[str, ...] = ()
     #: The same for single files of bases that fill.
     inpainting_file_types: tuple[str, ...] = ()
+    #: The same for single files of bases that edit.
+    editing_file_types: tuple[str, ...] = ()
     #: Those of ``single_file_types`` that bases for editing have, too: their keys and shapes do not
     #: tell them from text-to-image bases.
-    editing_file_types: tuple[str, ...] = ()
+    ambiguous_file_types: tuple[str, ...] = ()
     #: Keys of the denoiser in every single file of this family. If a file has those of several
     #: families, it belongs to the family with the most keys.
     single_file_keys: tuple[str, ...] = ()
@@ -164,6 +166,8 @@ class ModelFamily(ABC):
     lora_options: Mapping[str, Any] = MappingProxyType({})
     #: Whether diffusers' default pipeline for such a file is of this family.
     single_file_default: bool = True
+    #: Settings in a pipeline's index with which a base cannot be trained -> why.
+    refused_settings: Mapping[str, str] = MappingProxyType({})
     #: Arguments for ``from_pretrained`` that leave out parts that are not needed.
     load_options: Mapping[str, Any] = MappingProxyType({})
     #: Default precision for generating images on a GPU: "fp16" or "bf16".
@@ -459,6 +463,14 @@ def controls_of(conditioning: Conditioning) -> list[Tensor]:
     while (latents := conditioning.get(control_key(len(found)))) is not None:
         found.append(latents)
     return found
+
+
+def with_controls(noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:
+    """Return the input of a UNet with the latents of control images as further channels."""
+    import torch
+
+    controls = controls_of(conditioning)
+    return torch.cat([noisy_latents, *controls], dim=1) if controls else noisy_latents
 
 
 def with_fill(noisy_latents: Tensor, conditioning: Conditioning) -> Tensor:

@@ -130,7 +130,7 @@ class Flux(ModelFamily):
     patch_size = 2
     single_file_types = ("flux-dev", "flux-schnell")
     inpainting_file_types = ("flux-fill",)
-    editing_file_types = ("flux-dev",)  # Kontext
+    ambiguous_file_types = ("flux-dev",)  # Kontext
     single_file_keys = ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight")
     original_key_maps = MappingProxyType(
         {

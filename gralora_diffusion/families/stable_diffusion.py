@@ -17,7 +17,7 @@ from .base import (
     ModelFamily,
     PublishedNames,
     check_channels,
-    controls_of,
+    with_controls,
     with_fill,
 )
 from .clip_skip import mend_clip_skip
@@ -85,6 +85,7 @@ class StableDiffusion(ModelFamily):
     default_resolution = 512
     single_file_types: tuple[str, ...] = ("v1", "v2")
     inpainting_file_types: tuple[str, ...] = ("inpainting", "inpainting_v2")
+    editing_file_types: tuple[str, ...] = ("instruct-pix2pix",)
     single_file_keys: tuple[str, ...] = ("input_blocks.0.0.weight",)
     original_key_maps: Mapping[str, Sequence[KeyMap]] = MappingProxyType(
         {
@@ -156,14 +157,10 @@ class StableDiffusion(ModelFamily):
         timesteps: Tensor,
         conditioning: Conditioning,
     ) -> Tensor:
-        import torch
-
-        prompt_embeds = conditioning["prompt_embeds"]
-        noisy_latents = torch.cat([noisy_latents, *controls_of(conditioning)], dim=1)
         return denoiser(
-            with_fill(noisy_latents, conditioning),
+            with_fill(with_controls(noisy_latents, conditioning), conditioning),
             timesteps,
-            encoder_hidden_states=prompt_embeds,
+            encoder_hidden_states=conditioning["prompt_embeds"],
             return_dict=False,
         )[0]
 

@@ -13,8 +13,10 @@ from .base import (
     STABILITY_AI,
     UNKNOWN,
     Conditioning,
+    ControlCount,
     LayerMark,
     PublishedNames,
+    with_controls,
     with_fill,
 )
 from .presets import CLIP_PRESETS
@@ -48,7 +50,9 @@ class StableDiffusionXL(StableDiffusion):
         "TextToVideoZeroSDXLPipeline",
         "LEditsPPPipelineStableDiffusionXL",
     )
-    edit_pipelines = MappingProxyType({})
+    edit_pipelines = MappingProxyType(
+        {"StableDiffusionXLInstructPix2PixPipeline": ControlCount(1, 1, aligned=True)}
+    )
     inpainting_pipeline = "StableDiffusionXLInpaintPipeline"
     text_encoders = ("text_encoder", "text_encoder_2")
     skipped_layers = 1
@@ -81,6 +85,9 @@ class StableDiffusionXL(StableDiffusion):
         LayerMark(r"^(add_embedding|label_emb)_"),
     )
     load_options = MappingProxyType({"add_watermarker": False})
+    refused_settings = MappingProxyType(
+        {"is_cosxl_edit": "it scales the latents of control images in a way of its own"}
+    )
 
     def original_marks(self, scheduler: Mapping[str, Any]) -> tuple[str, ...]:
         # without them ComfyUI assumes that it predicts noise (comfy/supported_models.py)
@@ -157,7 +164,7 @@ class StableDiffusionXL(StableDiffusion):
         conditioning: Conditioning,
     ) -> Tensor:
         return denoiser(
-            with_fill(noisy_latents, conditioning),
+            with_fill(with_controls(noisy_latents, conditioning), conditioning),
             timesteps,
             encoder_hidden_states=conditioning["prompt_embeds"],
             added_cond_kwargs={

@@ -9,7 +9,7 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from gralora_diffusion.families import ControlCount, ModelFamily
+from gralora_diffusion.families import ControlCount, ModelFamily, find_pipeline_family
 from gralora_diffusion.io.file_names import nearby
 from gralora_diffusion.io.image_files import ImageError, read_image, read_mask
 
@@ -87,8 +87,14 @@ def control_arguments(
             "width": width,
             **noise_alone(pipe, fitted[1]),
         }
-    if size is not None and "height" not in taken:  # the size is that of the control image
-        controls = [ImageOps.fit(image, (size[1], size[0]), _LANCZOS) for image in controls]
+    if _is_aligned(pipe):  # the size is that of the control image
+        if size is None and "height" in taken:  # it would be distorted to the pipeline's own size
+            unit = int(pipe.vae_scale_factor)
+            size = controls[0].height // unit * unit, controls[0].width // unit * unit
+        if size is not None:
+            controls = [ImageOps.fit(image, (size[1], size[0]), _LANCZOS) for image in controls]
+            if "height" in taken:
+                arguments |= {"height": size[0], "width": size[1]}
     elif size is not None:
         arguments |= {"height": size[0], "width": size[1]}
         if "max_area" in taken:  # otherwise the size would be enlarged to a megapixel
@@ -99,6 +105,13 @@ def control_arguments(
 
 
 _LANCZOS = Image.Resampling.LANCZOS
+
+
+def _is_aligned(pipe: Any) -> bool:
+    """Whether the pipeline edits pixel by pixel, so that both images have one size."""
+    name = type(pipe).__name__
+    family = find_pipeline_family(name)
+    return family is not None and family.edit_pipelines.get(name, ControlCount()).aligned
 
 
 def _multiple(side: int) -> int:

@@ -403,6 +403,14 @@ DEV_IN = {**FLUX_IN, **GUIDANCE, "img_in.weight": (3072, 64)}
         ("FluxPipeline", FLUX_IN),  # schnell has no guidance, as no base for edits has
         ("FluxFillPipeline", {**DEV_IN, "img_in.weight": (3072, 384)}),
         ("StableDiffusionInpaintPipeline", {f"{P}input_blocks.0.0.weight": (320, 9, 3, 3)}),
+        (
+            "StableDiffusionInstructPix2PixPipeline",
+            {f"{P}input_blocks.0.0.weight": (320, 8, 3, 3)},
+        ),
+        (
+            "StableDiffusionXLInstructPix2PixPipeline",
+            {**XL_IN, f"{P}input_blocks.0.0.weight": (320, 8, 3, 3)},
+        ),
         (None, SD_IN),
     ],
 )
@@ -436,7 +444,6 @@ def test_a_completing_pipeline_says_what_the_file_is(tmp_path: Path) -> None:
             "does not belong to a supported family",
             {"first_stage_model.decoder.conv_in.bias": (512,)},
         ),
-        ("for 'instruct-pix2pix'", {f"{P}input_blocks.0.0.weight": (320, 8, 3, 3)}),
         (
             "for 'xl_refiner'",
             {

@@ -102,6 +102,11 @@ OTHER_BASES = {
         "StableDiffusionInstructPix2PixPipeline",
         1,
     ),
+    "StableDiffusionXLInstructPix2PixPipeline": (
+        "stable-diffusion-xl",
+        "StableDiffusionXLInstructPix2PixPipeline",
+        1,
+    ),
     "FluxKontextPipeline": ("flux", "FluxKontextPipeline", 1),
     "FluxKontextInpaintPipeline": ("flux", "FluxKontextPipeline", 1),
     "Flux2KleinInpaintPipeline": ("flux2-klein", "Flux2KleinPipeline", 1),

@@ -283,7 +283,7 @@ def _unclear(family: ModelFamily, given: bool) -> Iterator[str]:
     Args:
         given: whether there are control images.
     """
-    if not family.editing_file_types:
+    if not family.ambiguous_file_types:
         return
     edits, generates = next(iter(family.edit_pipelines)), family.pipeline_classes[0]
     there = "there are control images" if given else _no_controls()

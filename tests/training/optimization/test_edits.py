@@ -22,6 +22,7 @@ from tests.training.runs import make_shapes
 
 CLASSES = {
     "StableDiffusionInstructPix2PixPipeline": 1,
+    "StableDiffusionXLInstructPix2PixPipeline": 1,
     "FluxKontextPipeline": 1,
     "Flux2Pipeline": 2,
     "Flux2KleinPipeline": 2,
@@ -104,6 +105,9 @@ def loss_by_the_pipeline(trainer: Trainer, batch: dict[str, Any], row: int) -> T
         pipe.scheduler = At.from_config(pipe.scheduler.config)
         pipe.scheduler.wanted = t.tolist()
         noisy = pipe.scheduler.add_noise(latents, noise, t)
+        if "original_size" in pipeline_classes.inspect.signature(pipe.__call__).parameters:
+            call |= {"height": 16, "width": 16, "original_size": (HEIGHT, WIDTH)}
+            call["crops_coords_top_left"] = (variant.top, variant.left)
         prediction = predicted(pipe, denoiser, prompt, noisy, call)
         return (prediction - noise).square().mean()
     index = int(torch.rand((), generator=rng) * 1000)
