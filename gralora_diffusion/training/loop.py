@@ -26,7 +26,7 @@ from gralora_diffusion.base_models.unread_weights import StoredWeights, unread_d
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checkpoints.best import keep_best, restore_best
-from gralora_diffusion.training.checkpoints.resume import describe_base
+from gralora_diffusion.training.checkpoints.resume import describe_base, past_the_end
 from gralora_diffusion.training.checkpoints.state import RunState
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
@@ -313,12 +313,7 @@ class Trainer:
             CheckpointError: it is not readable or belongs to another run.
         """
         if step > self.max_steps:
-            raise ConfigError(
-                [
-                    f"{path} is past the end of this run, step {self.max_steps}. Give a higher "
-                    "--max_train_steps or --num_train_epochs"
-                ]
-            )
+            raise ConfigError([past_the_end(path, self.max_steps)])
         self.state.load(path)
         if (record := self.state.held_out) is not None and self.accelerator.is_main_process:
             restore_best(self.config.output_dir, path if record.base else None)

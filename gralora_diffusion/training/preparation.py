@@ -15,11 +15,7 @@ from accelerate import Accelerator
 from gralora_diffusion.base_models.loading import find_base_family, find_pipeline_class
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.options.fields import MayDiffer, Place, options_with
-from gralora_diffusion.training.checkpoints.resume import (
-    check_options,
-    find_checkpoint,
-    read_progress,
-)
+from gralora_diffusion.training.checkpoints.resume import check_before_loading, find_checkpoint
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import check_without_weights
 from gralora_diffusion.training.checks.controls import check_controls
@@ -102,7 +98,7 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
     initial: InitialValues = {}
     if resume is not None:
         _, path = resume
-        check_options(path, read_progress(path), config.with_defaults(family.training_defaults))
+        check_before_loading(path, config.with_defaults(family.training_defaults), family)
     images, class_images = find_images(config), find_class_images(config)
     trained = {
         _place_of_images(config): images,

@@ -48,10 +48,11 @@ def train(config: TrainingConfig, signals: StopSignals | None = None) -> Path:
             default only a request in the output folder does, see ``runtime.control``.
 
     Raises:
-        ConfigError: the options or the base have problems; nothing was written.
+        ConfigError: the options or the base have problems, or a checkpoint has other options;
+            nothing was written.
         DataError: images or captions have problems; nothing was written.
         TrainingDiverged: the loss is no longer a number.
-        CheckpointError: a checkpoint could not be written, or belongs to another run.
+        CheckpointError: a checkpoint could not be written or read, or has another base.
         OtherProcessFailed: one of these was raised in another process of the run.
     """
     if not are_several():

@@ -452,7 +452,7 @@ def test_excluded_layers_are_left_as_they_are(saved: dict[str, Any], tmp_path: P
     pipe = StableDiffusionPipeline.from_pretrained(saved["pretrained_model_name_or_path"])
     assert pipe.load_gralora_weights(out).layers == {"unet": len(trained)}
     again = {**options, "max_train_steps": 4, "resume_from_checkpoint": "latest"}
-    with pytest.raises(CheckpointError, match=r"exclude_modules: \['attn2.to_k'\] there"):
+    with pytest.raises(ConfigError, match=r"--exclude_modules \['attn2.to_k'\] there"):
         run(**{**again, "exclude_modules": "attn2.to_k,attn2.to_v"})
     run(**again)
 
@@ -487,21 +487,28 @@ def test_another_decay_of_the_average_on_resume(saved: dict[str, Any], tmp_path:
 def test_what_cannot_be_resumed(saved: dict[str, Any], whole: Path, tmp_path: Path) -> None:
     out = shutil.copytree(whole, tmp_path / "out")
     again: dict[str, Any] = {"output_dir": out, "resume_from_checkpoint": "latest", **saved}
-    with pytest.raises(CheckpointError, match="--optimizer adamw there, adafactor here"):
-        run(**again, optimizer="adafactor")
-    with pytest.raises(CheckpointError, match="--use_ema False there, True here"):
-        run(**again, use_ema=True)
-    with pytest.raises(CheckpointError, match="--quantization None there, torchao-fp8 here"):
-        run(**again, quantization="torchao-fp8")
-    with pytest.raises(CheckpointError, match=r"--snr_gamma None there, 5\.0 here"):
-        run(**again, snr_gamma=5)
     teacher = {"with_prior_preservation": True, "prior_source": "teacher", "class_prompt": "x"}
-    with pytest.raises(CheckpointError, match="--with_prior_preservation False there, True here"):
-        run(**again, **teacher)
-    with pytest.raises(CheckpointError, match="r: 4 there, 8 here"):
-        run(**again, rank=8)
+    sizes = {"rank": 8, "gralora_k": 4, "lora_dropout": 0.1, "k_pattern": ["to_q=2"]}
+    with pytest.raises(ConfigError) as caught:
+        run(**again, snr_gamma=5, use_ema=True, optimizer="adafactor", **teacher, **sizes)
+    (problem,) = caught.value.problems
+    assert problem == (
+        f"--resume_from_checkpoint: {out}/checkpoint-6 belongs to another run "
+        "(--with_prior_preservation False there, True here; --snr_gamma None there, 5.0 here; "
+        "--optimizer adamw there, adafactor here; --use_ema False there, True here; "
+        "--rank 4 there, 8 here; --gralora_k 2 there, 4 here; --lora_alpha 4 there, 8 here; "
+        "--lora_dropout 0.0 there, 0.1 here; --k_pattern None there, {'to_q': 2} here). Resume "
+        f"with the options and the base of that run, or start a new run from its values with "
+        f"--initial_adapter {out}/checkpoint-6 and another --output_dir."
+    )
+    with pytest.raises(ConfigError, match="--quantization None there, torchao-fp8 here"):
+        run(**again, quantization="torchao-fp8")
+    with pytest.raises(ConfigError, match="it adapts unet, not unet, text_encoder"):
+        run(**again, train_text_encoder=True)
     with pytest.raises(ConfigError, match="past the end of this run, step 4"):
         run(**again, max_train_steps=4)
+    with pytest.raises(ConfigError, match=r"past the end of this run, step \d"):
+        run(**again, max_train_steps=None, num_train_epochs=1)
     with pytest.raises(ConfigError, match="also contains checkpoint-4, checkpoint-6"):
         run(**{**again, "resume_from_checkpoint": "checkpoint-2"})
     (out / "checkpoint-6" / "optimizer.bin").write_bytes(b"PK")
@@ -608,7 +615,7 @@ def test_masks_in_a_run_that_is_resumed(
         "| masks | for 4 of 5 images; outside the mask, the target is the base's prediction" in text
     )
     changed = {**masked, "mask_outside": "weight", "max_train_steps": 9}
-    with pytest.raises(CheckpointError, match="--mask_outside base there, weight here"):
+    with pytest.raises(ConfigError, match="--mask_outside base there, weight here"):
         run(output_dir=parts, resume_from_checkpoint="latest", **changed)
     (tmp_path / "images" / "0.mask.png").unlink()
     with caplog.at_level(logging.WARNING, logger="gralora_diffusion"):

@@ -3,24 +3,34 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.base_models.gguf_file import is_packed
+from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.unread_weights import StoredWeights
+from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.regular_files import check_regular
 from gralora_diffusion.options.fields import Fixed, options_with
 from gralora_diffusion.training.config.options import OutputOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.optimization.adapters import (
+    adapter_configs,
+    adapter_differences,
+    trained_components,
+)
 
 from .store import CheckpointStore
 
 PROGRESS_NAME = "progress.json"
+TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 #: How many numbers of each of a base's tensors are compared.
 _SAMPLE = 16
 
@@ -70,6 +80,34 @@ def read_progress(path: Path) -> dict[str, Any]:
         raise unreadable(path, error) from error
 
 
+def digests(folder: Path, names: Sequence[str]) -> dict[str, str]:
+    """Return name -> SHA-256 of those of a checkpoint's files that exist."""
+    found = {}
+    for name in names:
+        if (path := folder / name).exists():
+            check_regular(path)
+            with open(path, "rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def check_files(path: Path, progress: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuse files other than those that were written with the progress.
+
+    A changed optimizer's state could be read, and used, without an error.
+
+    Raises:
+        ValueError: a file is another one.
+    """
+    written = progress.get("files")
+    if not written:
+        return  # earlier versions wrote none
+    found = digests(path, names)
+    for name in names:
+        if found.get(name) != written.get(name):
+            raise ValueError(f"{name} is not the file that was written with {PROGRESS_NAME}")
+
+
 def unreadable(path: Path, error: Exception) -> CheckpointError:
     """Return the error for a checkpoint that cannot be used."""
     return CheckpointError(
@@ -88,13 +126,73 @@ def check_options(path: Path, progress: Mapping[str, Any], config: TrainingConfi
     Raises:
         CheckpointError: it belongs to another run. The error names all options that differ.
     """
-    there, here = _with_defaults(progress["options"]), deciding_options(config)
-    differing = [name for name in here if name in there and there[name] != here[name]]
+    if differing := _differing_options(progress, config):
+        raise CheckpointError(_of_another_run(path, differing))
+
+
+def check_before_loading(path: Path, config: TrainingConfig, family: ModelFamily) -> None:
+    """Compare a checkpoint with the run's options, those of the adapter included.
+
+    No weights of the base are loaded, since its layers follow from its configuration.
+
+    Args:
+        config: with the family's defaults.
+
+    Raises:
+        ConfigError: it belongs to another run, or is past the end of this one. The error names all
+            differences.
+        CheckpointError: it is not readable.
+    """
+    progress = read_progress(path)
+    problems = []
+    differing = [
+        *_differing_options(progress, config),
+        *_differing_layers(path, progress, config, family),
+    ]
     if differing:
-        differences = "; ".join(
-            f"--{name} {there[name]} there, {here[name]} here" for name in differing
-        )
-        raise _of_another_run(path, differences)
+        problems.append(f"--resume_from_checkpoint: {_of_another_run(path, differing)}")
+    if config.max_train_steps and progress["step"] > config.max_train_steps:
+        problems.append(past_the_end(path, config.max_train_steps))
+    if problems:
+        raise ConfigError(problems)
+
+
+def past_the_end(path: Path, last: int) -> str:
+    """Return the problem of a checkpoint that is later than the last step."""
+    return (
+        f"{path} is past the end of this run, step {last}. Give a higher --max_train_steps or "
+        "--num_train_epochs"
+    )
+
+
+def _differing_options(progress: Mapping[str, Any], config: TrainingConfig) -> list[str]:
+    there, here = _with_defaults(progress["options"]), deciding_options(config)
+    return [
+        f"--{name} {there[name]} there, {value} here"
+        for name, value in here.items()
+        if name in there and there[name] != value
+    ]
+
+
+def _differing_layers(
+    path: Path, progress: Mapping[str, Any], config: TrainingConfig, family: ModelFamily
+) -> list[str]:
+    """Return the differences of the adapter's components and configs.
+
+    There are none if the base's layers cannot be told: loading it will say why.
+    """
+    try:
+        check_files(path, progress, [TRAINING_WEIGHTS_NAME])
+        adapter = read_adapter(path / TRAINING_WEIGHTS_NAME)
+    except Exception as error:  # libraries may raise anything when a file is damaged
+        raise unreadable(path, error) from error
+    try:
+        pipe = empty_base(config, family, torch.float32)
+    except ConfigError:
+        return []
+    models = {name: getattr(pipe, name) for name in trained_components(config, family)}
+    present = {name: model for name, model in models.items() if model is not None}
+    return adapter_differences(adapter, adapter_configs(present, family, config))
 
 
 def _with_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -124,18 +222,18 @@ def check_base(path: Path, progress: Mapping[str, Any], base: Mapping[str, Any])
         return  # bases in different precisions cannot be compared
     models = {*there["models"], *base["models"]}
     if differing := sorted(m for m in models if there["models"].get(m) != base["models"].get(m)):
-        raise _of_another_run(
-            path,
+        what = (
             f"trained on {there['source']}, and the {', '.join(differing)} of {base['source']} "
-            "differs from it",
+            "differs from it"
         )
+        raise CheckpointError(_of_another_run(path, [what]))
 
 
-def _of_another_run(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path} belongs to another run ({why}). Resume with the options and the base of that run, "
-        f"or start a new run from its values with --initial_adapter {path} and another "
-        "--output_dir."
+def _of_another_run(path: Path, differences: Sequence[str]) -> str:
+    return (
+        f"{path} belongs to another run ({'; '.join(differences)}). Resume with the options and "
+        f"the base of that run, or start a new run from its values with --initial_adapter {path} "
+        "and another --output_dir."
     )
 
 

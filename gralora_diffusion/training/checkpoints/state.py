@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import pickle
@@ -29,16 +28,18 @@ from gralora_diffusion.training.optimization.held_out import HeldOutRecord
 from .best import copy_best
 from .resume import (
     PROGRESS_NAME,
+    TRAINING_WEIGHTS_NAME,
     check_base,
+    check_files,
     check_options,
     deciding_options,
+    digests,
     read_progress,
     unreadable,
 )
 
 logger = logging.getLogger(__name__)
 
-TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 OPTIMIZER_NAME = "optimizer.bin"
 EMA_NAME = "ema.safetensors"
 #: What is restored from; the files for inference may be changed, such as their metadata.
@@ -116,7 +117,7 @@ class RunState:
             "options": deciding_options(self.config),
             "base": self.base,
             "state": numbers,
-            "files": _digests(folder),
+            "files": digests(folder, _RESTORED),
         }
         if self.held_out is not None:
             progress["held_out"] = self.held_out.to_dict()
@@ -137,8 +138,7 @@ class RunState:
             progress = read_progress(path)
             check_options(path, progress, self.config)
             check_base(path, progress, self.base)
-            if written := progress.get("files"):  # earlier versions wrote none
-                _check_files(path, written)
+            check_files(path, progress, _RESTORED)
             restore(self.pipe, self.components, path / TRAINING_WEIGHTS_NAME)
             self._load_optimizer(path / OPTIMIZER_NAME)
             numbers = progress.get("state")
@@ -222,28 +222,6 @@ class RunState:
         if self.accelerator.scaler is not None:
             numbers["scaler"] = _load_tensors(path / "scaler.pt")
         return numbers
-
-
-def _digests(folder: Path) -> dict[str, str]:
-    """Return name -> SHA-256 of the files that a checkpoint is restored from."""
-    digests = {}
-    for name in _RESTORED:
-        if (path := folder / name).exists():
-            check_regular(path)
-            with open(path, "rb") as file:
-                digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    return digests
-
-
-def _check_files(path: Path, written: Mapping[str, str]) -> None:
-    """Refuse files other than those that were written with the progress.
-
-    A changed optimizer's state could be read, and used, without an error.
-    """
-    found = _digests(path)
-    for name in _RESTORED:
-        if found.get(name) != written.get(name):
-            raise ValueError(f"{name} is not the file that was written with {PROGRESS_NAME}")
 
 
 def _load_tensors(path: Path) -> Any:

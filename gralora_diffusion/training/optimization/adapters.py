@@ -43,6 +43,21 @@ from .optimizers import evaluating
 logger = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
+#: Fields of an adapter's config -> the options that they follow from.
+_FLAGS = {
+    "r": "--rank",
+    "gralora_k": "--gralora_k",
+    "hybrid_r": "--hybrid_rank",
+    "alpha": "--lora_alpha",
+    "gralora_dropout": "--lora_dropout",
+    "target_modules": "--lora_layers or --target_preset",
+    "exclude_modules": "--exclude_modules",
+    "rank_pattern": "--rank_pattern",
+    "k_pattern": "--k_pattern",
+    "alpha_pattern": "--alpha_pattern",
+}
+#: Characters of a value in a message.
+_LONGEST_VALUE = 200
 #: Name of a lowered k in a model card.
 LOWERED_K = "k lowered"
 
@@ -255,25 +270,40 @@ def restore(pipe: Any, components: Sequence[str], path: Path) -> None:
         CheckpointError: the checkpoint's adapter has another configuration than this run's.
     """
     adapter = read_adapter(path)
-    for component in components:
-        model = getattr(pipe, component)
-        ours = config_to_dict(model.peft_config[ADAPTER_NAME])
-        part = adapter.components.get(component)
-        theirs = config_to_dict(part.config) if part else {}
-        differing = sorted(
-            # as JSON, because the order of patterns matters
-            key
-            for key in {**ours, **theirs}
-            if json.dumps(ours.get(key)) != json.dumps(theirs.get(key))
+    models = {component: getattr(pipe, component) for component in components}
+    ours = {component: model.peft_config[ADAPTER_NAME] for component, model in models.items()}
+    if differences := adapter_differences(adapter, ours):
+        raise CheckpointError(
+            f"{path} belongs to another run ({'; '.join(differences)}). Resume with the options of "
+            "that run."
         )
-        if part is None or differing or set(adapter.components) != set(components):
-            what = ", ".join(f"{k}: {theirs.get(k)} there, {ours.get(k)} here" for k in differing)
-            if set(adapter.components) != set(components):
-                what = f"it adapts {', '.join(adapter.components)}, not {', '.join(components)}"
-            raise CheckpointError(
-                f"{path} belongs to another run ({what}). Resume with the options of that run."
-            )
-        set_adapter_tensors(model, ADAPTER_NAME, part.tensors)
+    for component, model in models.items():
+        set_adapter_tensors(model, ADAPTER_NAME, adapter.components[component].tensors)
+
+
+def adapter_differences(there: Adapter, here: Mapping[str, GraloraConfig]) -> list[str]:
+    """Return in which components or options a checkpoint's adapter differs from this run's.
+
+    Args:
+        here: component -> the config of its adapter.
+    """
+    if set(there.components) != set(here):
+        return [f"it adapts {', '.join(there.components)}, not {', '.join(here)}"]
+    found = []
+    for component, config in here.items():
+        ours, theirs = config_to_dict(config), config_to_dict(there.components[component].config)
+        for key in {**_FLAGS, **ours, **theirs}:
+            # as JSON, because the order of patterns matters
+            if json.dumps(ours.get(key)) != json.dumps(theirs.get(key)):
+                values = f"{_shown(theirs.get(key))} there, {_shown(ours.get(key))} here"
+                found.append(f"{_FLAGS.get(key, key)} {values}")
+    return list(dict.fromkeys(found))  # the same for several components
+
+
+def _shown(value: Any) -> str:
+    """Return a value of a config in a length for a message: a pattern may name every layer."""
+    text = str(value)
+    return text if len(text) <= _LONGEST_VALUE else f"{text[:_LONGEST_VALUE]}..."
 
 
 @contextmanager

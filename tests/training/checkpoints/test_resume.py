@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from gralora_diffusion.io.errors import CheckpointError
+from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.training import loop
 from gralora_diffusion.training.checkpoints.resume import (
     PROGRESS_NAME,
@@ -188,5 +188,9 @@ def test_options_are_compared_before_the_base_is_loaded(
         raise AssertionError("the base was loaded")
 
     monkeypatch.setattr(loop, "load_base", load)
-    with pytest.raises(CheckpointError, match=r"--noise_offset 0\.0 there, 0\.1 here"):
-        run(noise_offset=0.1, resume_from_checkpoint="latest", **options)
+    told = r"--noise_offset 0\.0 there, 0\.1 here; --rank 4 there, 6 here; --lora_alpha 4 there, 6"
+    with pytest.raises(ConfigError, match=told):
+        run(noise_offset=0.1, rank=6, resume_from_checkpoint="latest", **options)
+    (tmp_path / "out/checkpoint-2/training_weights.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match="is not the file that was written with"):
+        run(resume_from_checkpoint="latest", **options)

@@ -245,10 +245,10 @@ PATTERNED = {"rank_pattern": ["attn1.to_q=8", "to_q=12"], "alpha_pattern": ["to_
     ("changes", "text"),
     [
         ({}, None),
-        ({"rank_pattern": None}, "rank_pattern: .* there, None here"),
-        ({"k_pattern": ["to_q=1"]}, "k_pattern: None there, {'to_q': 1} here"),
-        ({"alpha_pattern": ["to_k=3", "to_v=2.5"]}, "alpha_pattern: .*2.0.* there, .*2.5.* here"),
-        ({"alpha_pattern": ["to_v=2", "to_k=3"]}, "alpha_pattern: "),  # the order counts
+        ({"rank_pattern": None}, "--rank_pattern .* there, None here"),
+        ({"k_pattern": ["to_q=1"]}, "--k_pattern None there, {'to_q': 1} here"),
+        ({"alpha_pattern": ["to_k=3", "to_v=2.5"]}, "--alpha_pattern .*2.0.* there, .*2.5.* here"),
+        ({"alpha_pattern": ["to_v=2", "to_k=3"]}, "--alpha_pattern "),  # the order counts
     ],
 )
 def test_put_back_compares_patterns(

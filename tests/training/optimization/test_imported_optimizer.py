@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from gralora_diffusion.io.errors import CheckpointError
+from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.studio.engine.form import check
 from gralora_diffusion.training.checkpoints.resume import PROGRESS_NAME
 from gralora_diffusion.training.checks.options import find_problems, find_warnings
@@ -201,7 +201,7 @@ def test_a_resumed_run_ends_as_the_uninterrupted_one(
     # other arguments are another run
     shutil.rmtree(parts / "checkpoint-4")
     options["optimizer_args"] = ["foreach=false"]
-    with pytest.raises(CheckpointError, match="--optimizer_args"):
+    with pytest.raises(ConfigError, match="--optimizer_args"):
         run(output_dir=parts, resume_from_checkpoint="latest", **options)
 
 
@@ -219,7 +219,7 @@ def test_files_never_import_what_they_name(
     progress = json.loads(path.read_text(encoding="utf-8"))
     progress["options"]["optimizer"] = "evil_module.Class"
     path.write_text(json.dumps(progress), encoding="utf-8")
-    with pytest.raises(CheckpointError, match=r"--optimizer evil_module.Class there, adamw here"):
+    with pytest.raises(ConfigError, match=r"--optimizer evil_module.Class there, adamw here"):
         run(**shared, max_train_steps=2, resume_from_checkpoint="latest")
 
     options = tmp_path / "options.yaml"
