@@ -880,6 +880,16 @@ class ValidationOptions:
         Needs("validation_prompt", "validation_prompts_file"),
         SetByBenchmark("give --images_per_prompt"),
     ] = option(4, "Number of images per prompt")
+    validation_batch_size: Annotated[
+        int | None,
+        Limits(at_least=1),
+        Needs("validation_prompt", "validation_prompts_file"),
+        SetByBenchmark("give --drawing_batch_size"),
+    ] = option(
+        None,
+        "Number of images to generate at once (default: half of --train_batch_size, because "
+        "guidance doubles them). Images of control images are generated one by one",
+    )
     validation_height: Annotated[
         int | None,
         Needs("validation_prompt", "validation_prompts_file"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -71,20 +72,24 @@ def generate_validation(
     adapter = config.hub_model_id or real_path(config.output_dir).name
     origin = {"base": config.pretrained_model_name_or_path, "adapter": adapter}
     encoders = existing_models(pipe, family.all_text_encoders)
+    options = [_generation_options(pipe, family, config, entry) for entry in prompts]
+    # guidance computes each image twice; a batch like that of a step fits, as it has no gradients
+    size = config.validation_batch_size or max(1, config.train_batch_size // 2)
     images: list[list[Image.Image]] = []
     parameters: list[list[ImageParameters]] = []
     try:
         with accelerator.autocast(), _stopped_when(stops, getattr(pipe, family.denoiser)):
-            for row, entry in enumerate(prompts):
-                options = _generation_options(pipe, family, config, entry)
-                options["controls"] = [controls[row]] if any(controls) else ()
+            for rows in _alike(prompts, options, bool(any(controls))):
+                texts, scale = [prompts[row].prompt for row in rows], prompts[rows[0]].scale
+                shared = options[rows[0]]
+                own = [controls[row] for row in rows] if any(controls) else ()
                 with (
-                    _scaled(pipe, entry.scale),  # of text encoders, too: outside of what is encoded
+                    _scaled(pipe, scale),  # of text encoders, too: outside of what is encoded
                     encoding_apart(pipe, encoders, accelerator.device, streamed=stream_encoders),
                 ):
-                    images += generate(pipe, [entry.prompt], **options)
-                described: dict[str, Any] = {**origin, "scale": entry.scale, **options}
-                parameters += parameters_of(pipe, [entry.prompt], **described)
+                    images += generate(pipe, texts, **shared, controls=own, batch_size=size)
+                described: dict[str, Any] = {**origin, "scale": scale, **shared, "controls": own}
+                parameters += parameters_of(pipe, texts, **described)
     except _Stopped:
         logger.info("the validation images of step %d are left out, because the run stops", step)
         return None
@@ -94,6 +99,17 @@ def generate_validation(
         return None
     folder = Path(config.output_dir) / VALIDATION_NAME
     return save_and_track(images, parameters, folder, step, accelerator)
+
+
+def _alike(
+    prompts: Sequence[ValidationPrompt], options: Sequence[dict[str, Any]], have_controls: bool
+) -> list[list[int]]:
+    """Return the rows that can be generated together, one after the other."""
+
+    def settings(row: int) -> tuple[Any, ...]:
+        return prompts[row].scale, options[row], row if have_controls else None
+
+    return [list(rows) for _, rows in groupby(range(len(prompts)), settings)]
 
 
 def _generation_options(
@@ -197,9 +213,11 @@ def encoding_apart(
 
     setattr(pipe, name, encode_prompt)
     pipe.vae.decode, pipe.vae.encode = decode_latents, encode_control
+    slices, pipe.vae.use_slicing = pipe.vae.use_slicing, True  # images of a batch one by one
     try:
         yield
     finally:
+        pipe.vae.use_slicing = slices
         delattr(pipe, name)
         del pipe.vae.decode, pipe.vae.encode
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -19,7 +21,10 @@ from torch import nn
 from gralora_diffusion.base_models.loading import existing_models
 from gralora_diffusion.families import get_family
 from gralora_diffusion.pipelines.generation import generate, takes_negative_prompt
-from gralora_diffusion.training.config.validation_prompts import validation_prompts
+from gralora_diffusion.training.config.validation_prompts import (
+    ValidationPrompt,
+    validation_prompts,
+)
 from gralora_diffusion.training.outputs import validation
 from gralora_diffusion.training.outputs.validation import (
     encoding_apart,
@@ -133,6 +138,43 @@ def test_size_and_negative_prompt(name: str, tmp_path: Path) -> None:
         assert cell.tobytes() == image.resize((128, 192), Image.Resampling.NEAREST).tobytes()
         label = shown.crop((0, top, 112, top + 192))
         assert label.getextrema() == ((0, 255),) * 3  # black text on white
+
+
+@pytest.mark.parametrize("name", sorted(PIPELINES))
+def test_images_with_the_same_settings_are_generated_together(name: str, tmp_path: Path) -> None:
+    """Up to the batch size, over prompts; the images are those generated one by one."""
+    pipe, family = PIPELINES[name](), get_family(name)
+    entries = [ValidationPrompt(prompt=text) for text in ("a dog", "a cat", "a bird")]
+    entries.append(ValidationPrompt(prompt="a fish", scale=0.5))
+    shared = config(
+        validation_prompt="-", num_validation_images=2, validation_inference_steps=2, resolution=32
+    )
+    images, batches = [], []
+    for size in (1, 4):
+        sizes: list[int] = []
+        hook = getattr(pipe, family.denoiser).register_forward_pre_hook(
+            lambda _, given, named, sizes=sizes: sizes.append(
+                len(given[0] if given else named["hidden_states"])
+            ),
+            with_kwargs=True,
+        )
+        chosen = replace(shared, output_dir=str(tmp_path / str(size)), validation_batch_size=size)
+        grid = generate_validation(pipe, family, chosen, entries, 0, Accelerator(cpu=True))
+        hook.remove()
+        paths = sorted(grid.parent.glob("??-??.png"))
+        images.append([np.asarray(Image.open(path), dtype=int) for path in paths])
+        batches.append(sizes)
+        said = [json.loads(Image.open(path).info["gralora_diffusion"]) for path in paths]
+        assert [(i["prompt"], i["seed"], i["scale"]) for i in said] == [
+            (entry.prompt, chosen.seed + number, entry.scale)
+            for entry in entries
+            for number in range(2)
+        ]
+    assert not pipe.vae.use_slicing
+    assert sum(batches[0]) == sum(batches[1])
+    assert len(batches[0]) * 3 == len(batches[1]) * 8  # 4 and 2 of one strength, 2 of another
+    for alone, together in zip(*images, strict=True):
+        assert abs(alone - together).max() <= 1
 
 
 def test_strength_0_is_the_base_alone_with_a_trained_text_encoder(
