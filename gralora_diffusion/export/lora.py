@@ -19,6 +19,7 @@ from gralora_diffusion.adapters.adapter_file import Adapter, read_adapter
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.dtypes import short_name, torch_dtype
 from gralora_diffusion.io.errors import AdapterFileError
+from gralora_diffusion.io.file_names import LAYERS_PER_BLOCK_KEY
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.staging import check_output, staged
 from gralora_diffusion.io.tensor_files import write_safetensors
@@ -173,6 +174,9 @@ def export_lora(
     tensors: dict[str, Tensor] = {}
     for name, pair in named.items():
         tensors |= _tensors(name, *pair, style, target, alpha)
+    made: dict[str, Any] = {"rank": rank, "energy": energy} if rank or energy else {}
+    if counted := next((n.layers_per_block for n in names.values() if n.layers_per_block), None):
+        made[LAYERS_PER_BLOCK_KEY] = counted
     fields = export_metadata(
         read,
         kind="lora",
@@ -182,7 +186,7 @@ def export_lora(
         alpha=alpha,
         scale=scale,
         names=opened.published_names() if isinstance(opened, FolderBase) else None,
-        made={"rank": rank, "energy": energy} if rank or energy else {},
+        made=made,
         **dict(metadata or {}),
     )
     with staged(Path(output)) as temporary:

@@ -20,12 +20,11 @@ from safetensors.torch import save
 from gralora_diffusion.adapters.adapter_file import Adapter
 from gralora_diffusion.adapters.placement.layer_config import PATTERNS
 from gralora_diffusion.families import ModelFamily, PublishedNames
+from gralora_diffusion.io.file_names import SOURCE_KEY
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.lora_files.keys import DIFFUSERS_METADATA
 
 from .choices import USER_FIELDS
-
-SOURCE_KEY = "gralora_source"
 
 Kind = Literal["checkpoint", "lora", "diff"]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.key_maps import Rule, Shape, locate
+from gralora_diffusion.key_maps import Rule, Shape, layers_per_block, locate
 from gralora_diffusion.lora_files.low_rank import join_rows
 
 Pair = tuple[Tensor, Tensor]
@@ -34,12 +34,14 @@ class Names:
         rules: if given, names are those of the original layout.
         split_prefix: if given, layers that are joined in the original stay separate, under
             diffusers' names with this prefix. Otherwise they are joined.
+        layers_per_block: the number by which the blocks of a UNet are counted in these names.
     """
 
     prefix: str
     separator: str = "."
     rules: tuple[Rule, ...] | None = None
     split_prefix: str | None = None
+    layers_per_block: int | None = None
 
     def name(self, path: str) -> str:
         """Return the layer's name.
@@ -113,10 +115,13 @@ def find_names(
         prefix = family.kohya_prefixes[component] + "_"
     if component == family.denoiser and key_map:
         rules = tuple(key_map.rules_of(shapes))
+        counted = layers_per_block(shapes) if "unet_config" in family.lora_options else None
         if style == "kohya" and prefix:
-            return Names(prefix, "_", rules if family.kohya_original_names else None)
+            if not family.kohya_original_names:
+                return Names(prefix, "_")
+            return Names(prefix, "_", rules, None, counted)
         # ComfyUI finds the rows of split layers itself; they are a third of the size of joined ones
-        return Names("diffusion_model.", ".", rules, f"{component}.")
+        return Names("diffusion_model.", ".", rules, f"{component}.", counted)
     if prefix is None:
         raise StyleError(f"style {style} has no names for this {component} of {family.name}")
     return Names(prefix, "_" if style == "kohya" else ".")

@@ -10,6 +10,10 @@ from pathlib import Path
 #: The native file, and the field of its metadata that describes the adapter.
 WEIGHTS_NAME = "pytorch_gralora_weights.safetensors"
 METADATA_KEY = "gralora_adapter_metadata"
+#: Metadata of an exported file: JSON on the adapter and the export.
+SOURCE_KEY = "gralora_source"
+#: Its field for the number by which the blocks of a UNet are counted in the file's names.
+LAYERS_PER_BLOCK_KEY = "layers_per_block"
 #: The folder in a run's output folder with the adapter of its best measurement.
 BEST_NAME = "best"
 #: The files of PEFT's folder (``peft.utils.constants``), and the prefix of their keys.

@@ -13,7 +13,13 @@ from .key_map import (
     rename,
     swap,
 )
-from .latent_diffusion import DENOISER, UNET, USUAL_LAYERS_PER_BLOCK, autoencoder
+from .latent_diffusion import (
+    DENOISER,
+    UNET,
+    USUAL_LAYERS_PER_BLOCK,
+    autoencoder,
+    layers_per_block,
+)
 from .text_encoders import clip, open_clip, t5
 
 __all__ = [
@@ -30,6 +36,7 @@ __all__ = [
     "autoencoder",
     "clip",
     "join",
+    "layers_per_block",
     "locate",
     "open_clip",
     "rename",

@@ -74,6 +74,11 @@ def _resnet(name: str, original: str) -> list[Rule]:
     return [rename(f"{name}.{n}", f"{original}.{renamed}") for n, renamed in _RESNET.items()]
 
 
+def layers_per_block(keys: Iterable[str]) -> int:
+    """Return the number that :func:`unet_rules` counts with, for keys in diffusers' names."""
+    return _shape(list(keys))[1]
+
+
 def _shape(keys: list[str]) -> tuple[int, int]:
     """Return a UNet's number of levels and of layers per level, from keys in diffusers' names."""
     levels = {int(n) for key in keys for n in re.findall(r"^(?:down|up)_blocks\.(\d+)\.", key)}

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from gralora_diffusion.adapters.placement.layer_config import is_integer
 from gralora_diffusion.families import ModelFamily, families_of_layers, family_of_metadata
 from gralora_diffusion.io.errors import AdapterFileError
+from gralora_diffusion.io.file_names import LAYERS_PER_BLOCK_KEY, SOURCE_KEY
+from gralora_diffusion.io.json_files import parse_object
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.key_maps import USUAL_LAYERS_PER_BLOCK
 from gralora_diffusion.lora_files.keys import Layer, group_layers
@@ -30,6 +34,8 @@ _REMEDIES = {
     "difference": "it holds differences of whole weights. Extract a LoRA from it first, with the "
     "tools of the program that wrote it",
 }
+#: Layers of a UNet's block at most.
+_MOST_LAYERS = 100
 #: Parts that may belong to a norm or a bias.
 _OF_NORMS_AND_BIASES = {"diff", "diff_b", "w_norm", "b_norm", "up_bias"}
 _OTHER_REMEDY = (
@@ -75,8 +81,10 @@ def read_lora(
     _refuse_other_families(file, layers, family)
 
     options = dict(family.lora_options)
-    if unet_config is not None and "unet_config" in options:
-        options["unet_config"] = unet_config
+    if "unet_config" in options:
+        counted = _stated_layers_per_block(file)
+        stated = None if counted is None else SimpleNamespace(layers_per_block=counted)
+        options["unet_config"] = stated or unet_config or options["unet_config"]
     per_block = getattr(options.get("unet_config"), "layers_per_block", USUAL_LAYERS_PER_BLOCK)
     original = OriginalNames(family, layers, per_block)
     found: dict[tuple[str, str], Pair] = {}
@@ -106,6 +114,25 @@ def read_lora(
     for (component, path), pair in found.items():
         pairs.setdefault(component, {})[path] = pair
     return pairs, file.metadata
+
+
+def _stated_layers_per_block(file: LoraFile) -> int | None:
+    """Return the number by which ``gralora export`` counted the blocks of a UNet, if it says so.
+
+    Without the base, it may have counted other than the base does.
+
+    Raises:
+        AdapterFileError: what the header says is damaged.
+    """
+    try:
+        stated = parse_object(file.metadata.get(SOURCE_KEY, "{}")).get(LAYERS_PER_BLOCK_KEY)
+        if stated is not None and not (is_integer(stated) and 0 < stated <= _MOST_LAYERS):
+            raise ValueError(f"{LAYERS_PER_BLOCK_KEY} is {stated!r:.80}")
+    except ValueError as error:
+        raise AdapterFileError(
+            f"{file.name}: metadata {SOURCE_KEY} is damaged: {error}. Export the file again"
+        ) from error
+    return stated
 
 
 def _add(

@@ -25,8 +25,10 @@ from gralora_diffusion.adapters.layers import functional
 from gralora_diffusion.adapters.placement.layer_config import layer_settings
 from gralora_diffusion.export import export_lora
 from gralora_diffusion.export.choices import STYLES
+from gralora_diffusion.io.tensor_files import read_header
 from gralora_diffusion.lora_files.low_rank import truncate
 from gralora_diffusion.lora_import import gralora_from_lora, overall_error
+from gralora_diffusion.lora_import.base import LoraBase
 from gralora_diffusion.lora_import.main import main
 from tests import models
 from tests.lora_import.loras import KOHYA, dense, of_peft, pairs, peft_deltas, save
@@ -309,6 +311,35 @@ def test_what_was_exported_comes_back(name, style, tmp_path):
     adapter, layers = gralora_from_lora(tmp_path / "lora.safetensors", name, 4, 4, 40)
     check(adapter, expected)
     assert overall_error(layers) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("name", "style"), [("stable-diffusion", "comfyui"), ("stable-diffusion-xl", "kohya")]
+)
+def test_the_base_may_be_given_on_either_side(name, style, tmp_path):
+    """A UNet whose blocks have fewer layers than published ones: the file says how it counts."""
+    pipe = PIPELINES[name]()
+    pipe.save_pretrained(tmp_path / "base")
+    adapt_everywhere(pipe, ["unet"]).save_gralora_weights(tmp_path / "adapter")
+    expected = updates(read_adapter(tmp_path / "adapter"))
+    base = LoraBase(str(tmp_path / "base"))
+    assert base.unet_config.layers_per_block == 1
+    counted = {}
+    for given in (None, tmp_path / "base"):
+        path = tmp_path / "lora.safetensors"
+        export_lora(tmp_path / "adapter", path, style=style, base=given, overwrite=True)
+        source = json.loads(read_header(path)[1]["gralora_source"])
+        counted[given] = source["layers_per_block"]
+        for options in ({}, {"base": base, "unet_config": base.unet_config}):
+            check(gralora_from_lora(path, name, 4, 4, 40, **options)[0], expected)
+    assert list(counted.values()) == [2, 1]
+
+
+@pytest.mark.parametrize("said", ["{", "[]", '{"layers_per_block": 0}', '{"layers_per_block": ""}'])
+def test_a_damaged_statement_of_layers_is_refused(said, tmp_path):
+    path = save(lora(), tmp_path / "x.safetensors", gralora_source=said)
+    with pytest.raises(AdapterFileError, match="metadata gralora_source is damaged"):
+        gralora_from_lora(path, "stable-diffusion", 8, 4)
 
 
 @pytest.mark.parametrize("prefix", ["", "diffusion_model.", "base_model.model."])
