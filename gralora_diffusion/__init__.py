@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .io.errors import AdapterFileError, CheckpointError, ConfigError, DataError
     from .lora_import import gralora_from_lora, overall_error
     from .pipelines import LoadReport
+    from .pipelines.editing import control_arguments
     from .training.checks.options import validate
     from .training.config.training_config import TrainingConfig, parse_config
     from .training.run import train
@@ -52,6 +53,7 @@ else:
             "inspection": ["inspect_file"],
             "lora_import": ["gralora_from_lora", "overall_error"],
             "pipelines": ["LoadReport"],
+            "pipelines.editing": ["control_arguments"],
             "training.checks.options": ["validate"],
             "training.config.training_config": ["TrainingConfig", "parse_config"],
             "training.run": ["train"],
@@ -73,6 +75,7 @@ __all__ = [
     "ModelFamily",
     "TargetError",
     "TrainingConfig",
+    "control_arguments",
     "eject",
     "export_diff",
     "export_fused",

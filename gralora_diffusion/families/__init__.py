@@ -23,11 +23,14 @@ from .base import (
     control_key,
 )
 from .clip_skip import mend_clip_skip, too_much_clip_skip
+from .control_sizes import LARGEST_CONTROL, SMALLEST_CONTROL, reduced, reduced_size
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
 
 __all__ = [
+    "LARGEST_CONTROL",
+    "SMALLEST_CONTROL",
     "Conditioning",
     "ControlCount",
     "ControlPreparation",
@@ -44,11 +47,13 @@ __all__ = [
     "get_family",
     "list_families",
     "mend_clip_skip",
+    "reduced",
+    "reduced_size",
     "too_much_clip_skip",
 ]
 
 #: Modules of this package that are not families.
-_SHARED = ("base", "clip_skip", "presets")
+_SHARED = ("base", "clip_skip", "control_sizes", "presets")
 #: Fields of a header that name the base. The first one that is known counts.
 _NAMES_OF_THE_BASE = ("modelspec.architecture", "ss_base_model_version")
 

@@ -321,12 +321,18 @@ class ModelFamily(ABC):
         del pipe
         return next(iter(self.edit_pipelines.values()), ControlCount())
 
-    def control_preparation(self, pipe: Any) -> ControlPreparation | None:
+    def control_preparation(
+        self, pipe: Any, resolution: int | None = None
+    ) -> ControlPreparation | None:
         """Return how the edit pipeline makes pixels of a control image, with its size rules.
 
         None if control images are ``aligned`` with their targets. The result can be pickled.
+
+        Args:
+            resolution: control images are :func:`reduced` to it, as
+                ``pipelines.editing.control_arguments`` does; by the pipeline's own rules if None.
         """
-        del pipe
+        del pipe, resolution
         return None
 
     def control_problem(self, size: tuple[int, int]) -> str | None:

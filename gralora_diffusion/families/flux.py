@@ -23,6 +23,7 @@ from .base import (
     check_channels,
     controls_of,
 )
+from .control_sizes import reduced
 from .presets import CLIP_PRESETS, JOINT_ATTENTION, JOINT_FEED_FORWARD, T5_PRESETS
 
 if TYPE_CHECKING:
@@ -177,8 +178,10 @@ class Flux(ModelFamily):
     def control_count(self, pipe: Any) -> ControlCount:
         return ControlCount() if self.fills(pipe) else super().control_count(pipe)
 
-    def control_preparation(self, pipe: Any) -> ControlPreparation:
-        return partial(_kontext_pixels, factor=2 * int(pipe.vae_scale_factor))
+    def control_preparation(self, pipe: Any, resolution: int | None = None) -> ControlPreparation:
+        return partial(
+            _kontext_pixels, factor=2 * int(pipe.vae_scale_factor), resolution=resolution
+        )
 
     def predict(
         self,
@@ -260,10 +263,12 @@ def _control_tokens(control: Tensor, number: int) -> tuple[Tensor, Tensor]:
     return ids, FluxPipeline._pack_latents(control, batch, channels, height, width)
 
 
-def _kontext_pixels(image: Image, factor: int) -> Tensor:
+def _kontext_pixels(image: Image, factor: int, resolution: int | None = None) -> Tensor:
     """Return the pixels that Kontext's pipeline makes of an image.
 
-    It has the size of Kontext's training that is nearest in shape, whatever its own.
+    It has the size of Kontext's training that is nearest in shape, whatever its own. With a
+    ``resolution``, it is :func:`reduced` to it, and otherwise has its own size, as with the
+    pipeline's ``_auto_resize=False``.
 
     Args:
         factor: pixels per side of a token.
@@ -271,10 +276,14 @@ def _kontext_pixels(image: Image, factor: int) -> Tensor:
     from diffusers.image_processor import VaeImageProcessor
     from diffusers.pipelines.flux import pipeline_flux_kontext as kontext
 
-    shape = image.width / image.height
-    _, width, height = min(
-        (abs(shape - w / h), w, h) for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS
-    )
+    if resolution is None:
+        shape = image.width / image.height
+        _, width, height = min(
+            (abs(shape - w / h), w, h) for w, h in kontext.PREFERRED_KONTEXT_RESOLUTIONS
+        )
+    else:
+        image = reduced(image, resolution, factor)
+        width, height = image.size
     width, height = width // factor * factor, height // factor * factor
     processor = VaeImageProcessor(vae_scale_factor=factor)
     resized = processor.resize(image, height, width)

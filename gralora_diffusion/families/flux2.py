@@ -22,6 +22,7 @@ from .base import (
     check_channels,
     controls_of,
 )
+from .control_sizes import reduced
 from .flux import ORIGINAL_DOUBLE_ATTENTION, ORIGINAL_ENDS, ORIGINAL_NORMS
 from .presets import JOINT_ATTENTION, LANGUAGE_MODEL_PRESETS
 
@@ -167,8 +168,10 @@ class Flux2(ModelFamily):
         latents = (mode - mean) / torch.sqrt(variance + vae.config.batch_norm_eps)
         return latents, torch.zeros_like(latents)
 
-    def control_preparation(self, pipe: Any) -> ControlPreparation:
-        return partial(_reference_pixels, factor=2 * int(pipe.vae_scale_factor))
+    def control_preparation(self, pipe: Any, resolution: int | None = None) -> ControlPreparation:
+        return partial(
+            _reference_pixels, factor=2 * int(pipe.vae_scale_factor), resolution=resolution
+        )
 
     def control_problem(self, size: tuple[int, int]) -> str | None:
         from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
@@ -235,14 +238,16 @@ class Flux2(ModelFamily):
         check_channels(pipe.transformer.config.in_channels, 4 * pipe.vae.config.latent_channels)
 
 
-def _reference_pixels(image: Image, factor: int) -> Tensor:
+def _reference_pixels(image: Image, factor: int, resolution: int | None = None) -> Tensor:
     """Return the pixels that FLUX.2's pipelines make of an image.
 
     It has at most a megapixel, and is cropped to a multiple of ``factor``, a token's pixels per
-    side.
+    side. With a ``resolution``, it is :func:`reduced` to that first.
     """
     from diffusers.pipelines.flux2.image_processor import Flux2ImageProcessor
 
+    if resolution is not None:
+        image = reduced(image, resolution, factor)
     processor = Flux2ImageProcessor(vae_scale_factor=factor)
     image = processor._resize_if_exceeds_area(image)
     width, height = image.width // factor * factor, image.height // factor * factor

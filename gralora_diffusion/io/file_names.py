@@ -14,6 +14,8 @@ METADATA_KEY = "gralora_adapter_metadata"
 SOURCE_KEY = "gralora_source"
 #: Its field for the number by which the blocks of a UNet are counted in the file's names.
 LAYERS_PER_BLOCK_KEY = "layers_per_block"
+#: Field in an adapter's header: what its control images were reduced to, in pixels per side.
+CONTROL_RESOLUTION = "gralora_control_resolution"
 #: The folder in a run's output folder with the adapter of its best measurement.
 BEST_NAME = "best"
 #: The files of PEFT's folder (``peft.utils.constants``), and the prefix of their keys.

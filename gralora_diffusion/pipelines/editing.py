@@ -9,7 +9,16 @@ from typing import Any
 
 from PIL import Image, ImageOps
 
-from gralora_diffusion.families import ControlCount, ModelFamily, find_pipeline_family
+from gralora_diffusion.families import (
+    LARGEST_CONTROL,
+    SMALLEST_CONTROL,
+    ControlCount,
+    ModelFamily,
+    find_pipeline_family,
+    get_family,
+    reduced,
+    reduced_size,
+)
 from gralora_diffusion.io.file_names import nearby
 from gralora_diffusion.io.image_files import ImageError, read_image, read_mask
 
@@ -66,13 +75,18 @@ def generating_pipeline(
 
 
 def control_arguments(
-    pipe: Any, controls: Sequence[Image.Image], size: tuple[int, int] | None
+    pipe: Any,
+    controls: Sequence[Image.Image],
+    size: tuple[int, int] | None,
+    resolution: int | None = None,
 ) -> dict[str, Any]:
     """Return the arguments of an edit pipeline's call for control images and a size.
 
     Args:
         controls: for a pipeline that fills, an image and its mask, see :func:`whole_fill`.
         size: height and width of the generated image; the pipeline's choice if None.
+        resolution: control images have at most this number squared of pixels, for pipelines that
+            take them at another size than the generated image. By the pipeline's own rules if None.
     """
     taken = inspect.signature(type(pipe).__call__).parameters
     arguments: dict[str, Any] = {}
@@ -99,12 +113,39 @@ def control_arguments(
         arguments |= {"height": size[0], "width": size[1]}
         if "max_area" in taken:  # otherwise the size would be enlarged to a megapixel
             arguments["max_area"] = size[0] * size[1]
+    if controls and resolution is not None and not _is_aligned(pipe):
+        divisor = get_family(pipe).size_divisor(pipe)
+        controls = [reduced(image, resolution, divisor) for image in controls]
+        if "_auto_resize" in taken:  # Kontext's would be enlarged to a megapixel
+            arguments["_auto_resize"] = False
     if controls:
         arguments["image"] = controls[0] if len(controls) == 1 else list(controls)
     return arguments
 
 
 _LANCZOS = Image.Resampling.LANCZOS
+
+
+def control_resolution_problem(resolution: int | None, count: ControlCount | None) -> str | None:
+    """Return why control images cannot be reduced to a resolution.
+
+    Args:
+        count: of the base; None if it fills.
+    """
+    if resolution is None:
+        return None
+    what = f"--control_resolution is {resolution}"
+    if not SMALLEST_CONTROL <= resolution <= LARGEST_CONTROL:
+        return (
+            f"{what}; it must be at least {SMALLEST_CONTROL} and at most {LARGEST_CONTROL}, "
+            "which is the size that the pipelines give to larger control images"
+        )
+    if count is None or count.aligned or count.most == 0:
+        why = "fills images" if count is None else "does not edit images"
+        if count is not None and count.aligned:
+            why = "edits pixel by pixel, so a control image has the size of its image"
+        return f"{what}, but this base {why}. Leave it out"
+    return None
 
 
 def _is_aligned(pipe: Any) -> bool:
@@ -222,6 +263,26 @@ def read_controls(
     many = [e for e in entries if count.most is not None and len(_files(e)) > count.most]
     problems += [f"--{option} {entry}: this base takes {count} at once" for entry in many]
     return read * len(prompts) if len(read) == 1 else read
+
+
+def control_size_problems(
+    option: str,
+    controls: Sequence[Sequence[Image.Image]],
+    family: ModelFamily,
+    resolution: int | None,
+    divisor: int,
+) -> Iterator[str]:
+    """Yield which control images the edit pipeline does not take, because of their sizes.
+
+    Args:
+        option: the option's name.
+        resolution, divisor: see :func:`control_arguments` and ``reduced_size``.
+    """
+    for size in dict.fromkeys(image.size for images in controls for image in images):
+        small = size if resolution is None else reduced_size(size, resolution, divisor)
+        if problem := family.control_problem(small):
+            how = "" if small == size else ", reduced by --control_resolution"
+            yield f"--{option}: an image of {size[0]} x {size[1]} pixels{how}: {problem}"
 
 
 def _files(entry: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +15,8 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from gralora_diffusion.base_models.folder import check_weight_files
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import (
+    LARGEST_CONTROL,
+    SMALLEST_CONTROL,
     ControlCount,
     ModelFamily,
     find_pipeline_family,
@@ -24,6 +26,7 @@ from gralora_diffusion.families import (
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import AdapterFileError, ConfigError
 from gralora_diffusion.io.file_names import (
+    CONTROL_RESOLUTION,
     METADATA_KEY,
     WEIGHTS_NAME,
     missing_base_problem,
@@ -41,7 +44,14 @@ from gralora_diffusion.io.tensor_files import read_header, replacing
 from gralora_diffusion.options.command_parser import CommandParser, finite
 from gralora_diffusion.options.path_names import file_or_id
 
-from .editing import control_arguments, editing_pipeline, read_controls, read_fills
+from .editing import (
+    control_arguments,
+    control_resolution_problem,
+    control_size_problems,
+    editing_pipeline,
+    read_controls,
+    read_fills,
+)
 
 #: What users may call an option -> how the message goes on.
 _OTHER_NAMES = {
@@ -78,6 +88,7 @@ def generate(
     max_sequence_length: int | None = None,
     clip_skip: int | None = None,
     controls: Sequence[Sequence[Image.Image]] = (),
+    control_resolution: int | None = None,
     image_guidance_scale: float | None = None,
     batch_size: int = 1,
     progress: bool = False,
@@ -94,6 +105,7 @@ def generate(
         max_sequence_length: maximum number of tokens of a prompt, for pipelines that take it.
         clip_skip: layers to skip at the end of CLIP, for pipelines that take it.
         controls: control images of each prompt, for an edit pipeline.
+        control_resolution: see :func:`control_arguments`.
         image_guidance_scale: guidance by the control image; the pipeline's own if None.
         batch_size: images to generate at once, for one prompt or several; one by one with
             ``controls``.
@@ -129,7 +141,7 @@ def generate(
                 options["negative_prompt"] = [negative_prompt] * len(batch)
             if controls:
                 own = controls[start // images_per_prompt]
-                options |= control_arguments(pipe, own, sides)
+                options |= control_arguments(pipe, own, sides, control_resolution)
             # by name, because some pipelines take an image before the prompt
             images += pipe(prompt=list(batch), generator=generators, **options).images
             bar.update(len(batch))
@@ -310,6 +322,12 @@ def parser() -> CommandParser:
         help="mask of the image for a base for inpainting, white where to fill: one for all "
         "prompts or one for each",
     )
+    command.add_argument(
+        "--control_resolution",
+        type=int,
+        help="pixels per side of the control images, as an area, for FLUX.1 Kontext and FLUX.2 "
+        "(default: what the adapter was trained with; without it, the pipeline's)",
+    )
     command.add_argument("--output", required=True, type=Path, help="image file for the grid")
     command.add_argument(
         "--image_dir",
@@ -419,6 +437,7 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         "inference_steps": args.num_inference_steps,
         "clip_skip": args.clip_skip,
         "controls": controls,
+        "control_resolution": args.control_resolution,
         "image_guidance_scale": args.image_guidance_scale,
     }
 
@@ -436,9 +455,14 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
             pipe.unload_lora_weights()
     if args.adapter:
         try:
-            print_safely(pipe.load_gralora_weights(args.adapter, "sampled"))
+            from gralora_diffusion.adapters.adapter_file import read_adapter
+
+            adapter = read_adapter(args.adapter)
+            print_safely(pipe.load_gralora_weights(adapter, "sampled"))
         except (OSError, ValueError) as error:
             command.error(f"--adapter: {error}")
+        if any(controls) and args.control_resolution is None:
+            options["control_resolution"] = _trained_control_resolution(adapter.metadata)
     if not (args.adapter or args.lora):
         return [made("", None)]
     found = []
@@ -455,6 +479,20 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
     return found
 
 
+def _trained_control_resolution(metadata: Mapping[str, str]) -> int | None:
+    """Return what the control images of an adapter's training were reduced to, if they were."""
+    stated = metadata.get(CONTROL_RESOLUTION, "")
+    if not (stated.isascii() and stated.isdigit() and len(stated) <= 4):
+        return None
+    if not SMALLEST_CONTROL <= int(stated) <= LARGEST_CONTROL:
+        return None
+    print_safely(
+        f"control images have at most {stated}x{stated} pixels, as in the adapter's training; "
+        "--control_resolution sets another size"
+    )
+    return int(stated)
+
+
 def _with_controls(
     pipe: Any, args: argparse.Namespace, command: argparse.ArgumentParser
 ) -> tuple[Any, list[list[Image.Image]]]:
@@ -464,6 +502,7 @@ def _with_controls(
     """
     family = find_pipeline_family(type(pipe).__name__)
     problems: list[str] = []
+    count: ControlCount | None = None
     if family is not None and family.fills(pipe):
         side = args.size or family.native_resolution(pipe)
         options, sides = ("image", "mask"), (side, side)
@@ -473,6 +512,12 @@ def _with_controls(
         controls = read_controls("image", args.image, args.prompt, count, problems)
         if args.mask:
             problems.append("--mask needs a base for inpainting, which this base is not")
+    if args.control_resolution is not None and not problems:
+        problem = control_resolution_problem(args.control_resolution, count)
+        problems += [problem] if problem else []
+    if family is not None and count is not None and not problems:
+        wanted, divisor = args.control_resolution, family.size_divisor(pipe)
+        problems += control_size_problems("image", controls, family, wanted, divisor)
     if problems:
         command.error("\n  ".join(problems))
     if not any(controls):
@@ -597,6 +642,8 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--reference {args.reference} cannot be read as a folder: No such file or directory"
     if args.image_guidance_scale is not None and not args.image:
         yield "--image_guidance_scale has no effect without --image. Leave it out"
+    if args.control_resolution is not None and not args.image:
+        yield "--control_resolution has no effect without --image. Leave it out"
     if args.compare and not (args.adapter or args.lora):
         yield "--compare needs an adapter to compare with. Pass --adapter or --lora"
     known = sorted(end for end, kind in Image.registered_extensions().items() if kind in Image.SAVE)

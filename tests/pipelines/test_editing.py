@@ -6,8 +6,9 @@ import inspect
 
 import diffusers
 import pytest
+from PIL import Image
 
-from gralora_diffusion.families import find_family, get_family
+from gralora_diffusion.families import find_family, get_family, reduced, reduced_size
 from gralora_diffusion.pipelines.editing import editing_pipeline, generating_pipeline
 from tests.pipeline_classes import FILLING, build, build_filling
 from tests.tiny import PIPELINES
@@ -48,3 +49,19 @@ def test_a_base_that_fills_generates_by_filling(name: str) -> None:
     pipe, count = generating_pipeline(PIPELINES[name](**FILLING[name]), family)
     assert (type(pipe).__name__, count) == (family.inpainting_pipeline, None)
     assert editing_pipeline(build_filling(name), family).components.keys() == pipe.components.keys()
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [
+        ((80, 60), (80, 60)),  # smaller images stay
+        ((100, 100), (100, 100)),
+        ((400, 400), (96, 96)),
+        ((800, 400), (128, 64)),  # 100 x sqrt(2) by 100 / sqrt(2), and multiples of 16
+        ((50, 20000), (16, 2000)),  # a side is a token at least
+    ],
+)
+def test_reduced_images(size: tuple[int, int], expected: tuple[int, int]) -> None:
+    assert reduced_size(size, 100, 16) == expected
+    image = Image.effect_noise(size, 50)
+    assert reduced(image, 100, 16).size == expected

@@ -143,13 +143,17 @@ def test_sample_with_an_image(
     ("name", "count"), [("FluxKontextPipeline", 1), ("Flux2Pipeline", 2), ("Flux2KleinPipeline", 2)]
 )
 def test_validation_of_bases_with_reference_tokens(
-    name: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str,
+    count: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """The base is loaded as a text-to-image pipeline, and edits all the same."""
     sizes = [(64, 64)]
     monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
     pipeline_classes.build(name).save_pretrained(tmp_path / name)
-    controls = make_shapes(tmp_path / "control", [(80, 64)] * 2, seed=1)
+    controls = make_shapes(tmp_path / "control", [(160, 128)] * 2, seed=1)
     both = ",".join(str(controls / f"{number}.png") for number in range(count))
     make_shapes(tmp_path / "images", [(20, 16)] * 2)
     out = run(
@@ -161,7 +165,28 @@ def test_validation_of_bases_with_reference_tokens(
         validation_image=both,
         num_validation_images=1,
         validation_inference_steps=1,
+        control_resolution=128,
         output_dir=tmp_path / "out",
     )
-    image = Image.open(out / "validation" / "step-000001" / "00-00.png")
-    assert image.size == (16, 16)
+    last = Image.open(out / "validation" / "step-000001" / "00-00.png")
+    assert last.size == (16, 16)
+    adapter = out / WEIGHTS_NAME
+    assert read_adapter(adapter).metadata["gralora_control_resolution"] == "128"
+
+    # `gralora sample` and the card's code take control images of the same size
+    line = ["--base", tmp_path / name, "--adapter", out, "--prompt", "make it red", "--image", both]
+    line += ["--output", tmp_path / "grid.png", "--image_dir", tmp_path / "each", "--size", 16]
+    main([str(part) for part in (*line, "--num_inference_steps", 1)])
+    assert "at most 128x128 pixels, as in the adapter's training" in capsys.readouterr().out
+    (made,) = (tmp_path / "each").iterdir()
+    assert ImageChops.difference(Image.open(made), last).getbbox() is None
+    main([str(part) for part in (*line, "--num_inference_steps", 1, "--control_resolution", 136)])
+    assert ImageChops.difference(Image.open(made), last).getbbox() is not None
+    if count > 1:
+        with pytest.raises(SystemExit):
+            main([str(part) for part in (*line, "--control_resolution", 1025)])
+        assert "it must be at least 128 and at most 1024" in capsys.readouterr().err
+    else:
+        places = {"path/to/base": tmp_path / name, "path/to/this/folder": out}
+        card = (out / "README.md").read_text()
+        draw_by_card(card, {**places, "path/to/image.png": controls / "0.png"})

@@ -10,10 +10,15 @@ from typing import Any
 import diffusers
 from PIL import Image
 
-from gralora_diffusion.families import ControlCount, ModelFamily
+from gralora_diffusion.families import ControlCount, ModelFamily, reduced_size
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.safe_text import first_few
-from gralora_diffusion.pipelines.editing import read_controls, read_fills
+from gralora_diffusion.pipelines.editing import (
+    control_resolution_problem,
+    control_size_problems,
+    read_controls,
+    read_fills,
+)
 from gralora_diffusion.training.config.options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import (
@@ -24,6 +29,8 @@ from gralora_diffusion.training.data.control_crops import same_shape
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sets import by_set
 
+#: ``size_divisor`` of all published bases with control images of sizes of their own.
+_USUAL_DIVISOR = 16
 _PLACES = "--control_data_dir, --control_column or the column 'control' of a metadata file"
 
 
@@ -53,6 +60,11 @@ def check_controls(
             f"--control_dropout is {config.control_dropout}, but {_no_controls()}. Leave it out, "
             f"or give them with {_PLACES}"
         )
+    if config.control_resolution and not given:
+        problems.append(
+            f"--control_resolution is {config.control_resolution}, but {_no_controls()}. Leave it "
+            f"out, or give them with {_PLACES}"
+        )
     usual = next(iter(family.edit_pipelines.values()), ControlCount())
     if pipeline_class is None and not given:
         if problems:
@@ -62,7 +74,7 @@ def check_controls(
     # class if its denoiser looks like any other
     if pipeline_class is None or (count is None and given and not usual.aligned):
         count = usual
-    problems += _misfits(count or ControlCount(), family, pipeline_class, images)
+    problems += _misfits(count or ControlCount(), config, family, pipeline_class, images)
     if given and config.with_prior_preservation and config.prior_source == "images":
         problems.append(
             "--prior_source is 'images', but class images are generated from text alone and have "
@@ -71,7 +83,7 @@ def check_controls(
         )
     fills = pipeline_class is not None and pipeline_class == family.inpainting_pipeline
     prompts = validation_prompts(config)
-    _read_validation(config, prompts, count or ControlCount(), fills, problems)
+    _read_validation(config, prompts, count or ControlCount(), family, fills, problems)
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
@@ -98,9 +110,12 @@ def check_controls_of_base(
         ConfigError: the base takes other control images than there are.
     """
     count = family.control_count(pipe)
-    problems = list(_misfits(count, family, None, images))
+    divisor = family.size_divisor(pipe)
+    problems = list(_misfits(count, config, family, None, images, divisor))
     prompts = validation_prompts(config) if prompts is None else prompts
-    controls = _read_validation(config, prompts, count, family.fills(pipe), problems)
+    controls = _read_validation(
+        config, prompts, count, family, family.fills(pipe), problems, divisor
+    )
     problems += _not_taken(config, family, count)
     if problems:
         raise ConfigError(problems)
@@ -167,8 +182,10 @@ def _read_validation(
     config: TrainingConfig,
     entries: Sequence[ValidationPrompt],
     count: ControlCount,
+    family: ModelFamily,
     fills: bool,
     problems: list[str],
+    divisor: int = _USUAL_DIVISOR,
 ) -> list[list[Image.Image]]:
     """Read what each validation prompt is generated from, besides its text."""
     prompts = [entry.prompt for entry in entries]
@@ -184,7 +201,11 @@ def _read_validation(
         problems.append(
             "--validation_mask needs a base for inpainting, which this base is not. Leave it out"
         )
-    return read_controls("validation_image", config.validation_image, prompts, count, problems)
+    option = "validation_image"
+    controls = read_controls(option, config.validation_image, prompts, count, problems)
+    reduced = config.control_resolution
+    problems += control_size_problems(option, controls, family, reduced, divisor)
+    return controls
 
 
 def _not_taken(
@@ -200,11 +221,17 @@ def _not_taken(
 
 def _misfits(
     count: ControlCount,
+    config: TrainingConfig,
     family: ModelFamily,
     pipeline_class: str | None,
     images: Sequence[Example],
+    divisor: int = _USUAL_DIVISOR,
 ) -> Iterator[str]:
-    """Yield how the control images differ from those that a base takes."""
+    """Yield how the control images differ from those that a base takes.
+
+    Args:
+        divisor: the base's ``size_divisor``, once it is known.
+    """
     base = f"this {family.name} base" + (f" ({pipeline_class})" if pipeline_class else "")
     names = [str(getattr(image.source, "name", image.source)) for image in images]
     numbers = [len(image.controls) for image in images]
@@ -215,6 +242,8 @@ def _misfits(
             f"InstructPix2Pix, or leave out {_PLACES}"
         )
         return
+    if any(numbers) and (problem := control_resolution_problem(config.control_resolution, count)):
+        yield problem
     few = [name for name, number in zip(names, numbers, strict=True) if number < count.least]
     if len(few) == len(names):
         yield (
@@ -238,8 +267,13 @@ def _misfits(
                     f"{_shape(control.size)}: this base needs both in one shape, because it edits "
                     "pixel by pixel. Crop one of them"
                 )
-            if problem := family.control_problem(control.size):
-                yield f"the control image of {name}: {problem}"
+            size = control.size
+            # one of the same shape is cropped first, to a shape that all pipelines take
+            if config.control_resolution and not same_shape(size, image.size):
+                size = reduced_size(size, config.control_resolution, divisor)
+            if problem := family.control_problem(size):
+                small = "" if size == control.size else ", reduced by --control_resolution"
+                yield f"the control image of {name}{small}: {problem}"
 
 
 def _remarks(

@@ -184,6 +184,14 @@ class ControlOptions:
         "Fraction of samples that are trained without their control images, so that guidance by "
         "them can be learned; 0.05 to 0.1 are usual for InstructPix2Pix",
     )
+    control_resolution: Annotated[
+        int | None, Limits(at_least=128), ChangesSamples(), SetByBenchmark(_NO_EDITS)
+    ] = option(
+        None,
+        "Pixels per side of control images, as an area: larger ones are reduced, which saves "
+        "memory and time. For bases that take them at another size than their image (FLUX.1 "
+        "Kontext, FLUX.2; default: as their pipelines do, up to a megapixel)",
+    )
 
 
 @dataclass(kw_only=True)

@@ -40,10 +40,14 @@ class ControlPlan:
     it, the part that the target shows is cut out at the control image's own resolution, and
     prepared by the edit pipeline's rules. A control image of another shape than its target is used
     whole, because it shows something else. Both are mirrored with their target.
+
+    Attributes:
+        resolution: what ``prepare`` reduces them to.
     """
 
     crops: CropPlan
     prepare: ControlPreparation | None = None
+    resolution: int | None = None
 
     def facts(self, size: Size, target: Size, variant: Variant) -> list[Any]:
         """Return what the pixels depend on besides the image, as JSON values.
@@ -54,7 +58,8 @@ class ControlPlan:
         """
         if self.prepare is not None:
             cut = self._cut(size, target, variant)
-            return [cut.box, cut.flip, diffusers.__version__]  # its rules may change
+            reduced = [] if self.resolution is None else [self.resolution]
+            return [cut.box, cut.flip, diffusers.__version__, *reduced]  # its rules may change
         return [
             [variant.left, variant.top, variant.height, variant.width, variant.flip],
             covering(target, (variant.height, variant.width)),

@@ -216,7 +216,8 @@ class Batches:
         self.cache = None
         controls, control_cache = None, None
         if any(image.controls for image in images):
-            controls = ControlPlan(plan, family.control_preparation(pipe))
+            largest = config.control_resolution
+            controls = ControlPlan(plan, family.control_preparation(pipe, largest), largest)
         if config.cache_latents:
             fingerprint = vae_fingerprint(pipe.vae)
             self.cache = LatentCache(plan, fingerprint, config.latent_cache_dir)

@@ -64,7 +64,9 @@ class FakeData:
             for p, plan in views
         ]
         self.crops = sum(kept)
-        self.controls = _largest_controls(family.control_preparation(pipe), views)
+        self.controls = _largest_controls(
+            family.control_preparation(pipe, config.control_resolution), views
+        )
         #: number of control images to encode, if all were different
         self.control_crops = sum(
             len(image.controls) * crops for (image, _), crops in zip(views, kept, strict=True)

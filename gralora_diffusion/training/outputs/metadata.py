@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from gralora_diffusion.families import ModelFamily
-from gralora_diffusion.io.file_names import public_name, real_path
+from gralora_diffusion.io.file_names import CONTROL_RESOLUTION, public_name, real_path
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
 from gralora_diffusion.training.config.layer_patterns import given_patterns
 from gralora_diffusion.training.config.options import LossOptions, MaskOptions
@@ -92,6 +92,7 @@ def training_metadata(
         "gralora_fill_masks": instance.fill,
         "gralora_control_images": control_facts(instance.examples).get(CONTROL_IMAGES),
         "gralora_control_dropout": config.control_dropout or None,
+        CONTROL_RESOLUTION: config.control_resolution,
         "ss_prior_loss_weight": config.prior_loss_weight if classes else None,
     }
     if family.objective == "ddpm":

@@ -48,13 +48,15 @@ def summary_of_inputs(
     every = f"their loss is measured every {config.held_out_steps} steps"
     captions = {caption for image in images for caption in image.captions}
     controls = sum(len(image.controls) for image in images)
+    side = config.control_resolution
+    reduced = f", of at most {side}x{side} pixels" if side else ""
     texts = f"{len(captions)} captions" if len(captions) > 1 else f"all with {captions.pop()!r}"
     rows = [
         ("base", f"{config.pretrained_model_name_or_path} ({family}), on {device}"),
         ("images", f"{len(images)}, {texts}"),
         *(("", text) for text in described_sets(config, images)),
         *([("masks", summary_of_masks(config, images))] if config.masked_loss else []),
-        *([("edits", f"{controls} control images")] if controls else []),
+        *([("edits", f"{controls} control images{reduced}")] if controls else []),
         *([("class", f"{len(class_images)} images")] if class_images else []),
         *([("held out", f"{held_out} images; {every}")] if held_out else []),
         ("memory", memory),

@@ -127,6 +127,7 @@ def _generation_options(
         "inference_steps": _either(entry.num_inference_steps, config.validation_inference_steps),
         "max_sequence_length": family.max_sequence_length and config.max_sequence_length,
         "clip_skip": config.clip_skip,
+        "control_resolution": config.control_resolution,
     }
 
 

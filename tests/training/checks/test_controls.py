@@ -25,7 +25,7 @@ from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sets import crop_plan
 from tests import pipeline_classes
 from tests.models import PIPELINES
-from tests.training.runs import config, make_images
+from tests.training.runs import config, make_images, make_shapes
 
 PIX2PIX, KONTEXT = "StableDiffusionInstructPix2PixPipeline", "FluxKontextPipeline"
 
@@ -110,8 +110,36 @@ def test_options_that_contradict_the_images() -> None:
     assert f"{PIX2PIX} does not take it" in text
 
 
+def test_control_images_that_cannot_be_reduced() -> None:
+    wide = example((1024, 140), size=(96, 64))
+    for pipeline in (KONTEXT, "FluxPipeline"):
+        assert problems_of_resolution("flux", pipeline, ONE, 512) == []
+    [text] = problems_of_resolution("stable-diffusion", PIX2PIX, ONE, 512)
+    assert text.startswith("--control_resolution is 512, but this base edits pixel by pixel, so a")
+    for pipeline in ("Flux2Pipeline", None):
+        [text] = problems_of_resolution("flux2", pipeline, example(), 512)
+        assert text.startswith("--control_resolution is 512, but there are no control images.")
+    [text] = problems_of_resolution("flux", KONTEXT, ONE, 2048)
+    assert text.startswith("--control_resolution is 2048; it must be at least 128 and at most 1024")
+    [text] = problems_of_resolution("flux2", "Flux2Pipeline", wide, 128)
+    assert text.startswith("the control image of after.png, reduced by --control_resolution: Image")
+    pipe, chosen = pipeline_classes.build(PIX2PIX), config(control_resolution=128)
+    with pytest.raises(ConfigError, match="edits pixel by pixel"):  # a single file of it
+        check_controls_of_base(chosen, get_family("stable-diffusion"), pipe, [ONE])
+
+
+def problems_of_resolution(
+    family: str, pipeline: str | None, image: Example, resolution: int
+) -> list[str]:
+    try:
+        warnings(family, pipeline, image, control_resolution=resolution)
+    except ConfigError as error:
+        return error.problems
+    return []
+
+
 def test_validation_images(tmp_path: Path) -> None:
-    make_images(tmp_path, 2)
+    make_shapes(tmp_path, [(64, 64)] * 2)
     (tmp_path / "bad.png").write_bytes(b"no image")
     first, second, bad = (str(tmp_path / name) for name in ("0.png", "1.png", "bad.png"))
     shown: dict[str, Any] = {"validation_prompt": ["a", "b", "c"]}

@@ -294,6 +294,8 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
     for other in (
         ControlCache(ControlPlan(crops), "another VAE", folder),
         ControlCache(ControlPlan(crops, pixels), "vae", folder),
+        ControlCache(ControlPlan(crops, pixels, 512), "vae", folder),
+        ControlCache(ControlPlan(crops, pixels, 256), "vae", folder),
         ControlCache(ControlPlan(CropPlan(16, interpolation="box")), "vae", folder),
     ):
         assert other.fill(wanted, encode, progress=False) == 4
