@@ -15,7 +15,12 @@ import torch
 from diffusers.training_utils import free_memory
 
 from gralora_diffusion.adapters.placement.targets import find_targets
-from gralora_diffusion.base_models.loading import existing_models, find_base_family, load_base
+from gralora_diffusion.base_models.loading import (
+    existing_models,
+    find_base_family,
+    find_pipeline_class,
+    load_base,
+)
 from gralora_diffusion.benchmark.evaluation.encoders import Encoder, load_encoder
 from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM
 from gralora_diffusion.benchmark.evaluation.metrics import (
@@ -26,6 +31,7 @@ from gralora_diffusion.benchmark.evaluation.metrics import (
     score_subject,
 )
 from gralora_diffusion.benchmark.evaluation.results import PromptResult, TrialResult
+from gralora_diffusion.families import ControlCount
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.precision import tf32_products
 from gralora_diffusion.io.tensor_files import replacing
@@ -77,6 +83,27 @@ def trial_seed(seed: int, subject: str) -> int:
     return seed_from(seed, "subject", subject) >> 32
 
 
+def _check_text_alone(config: TrainingConfig, count: ControlCount, fills: bool) -> None:
+    """Check that a base generates from text alone, as the trials do.
+
+    Args:
+        count: of its control images.
+        fills: whether it fills masks.
+
+    Raises:
+        ConfigError: it needs images.
+    """
+    if fills or count.least:
+        base = f"--pretrained_model_name_or_path {config.pretrained_model_name_or_path}"
+        does, needs = ("fills images", "and their masks") if fills else ("edits images", "to edit")
+        raise ConfigError(
+            [
+                f"{base}: this base {does}, and the benchmark has no images {needs}: its trials "
+                "generate from text alone. Give a text-to-image base"
+            ]
+        )
+
+
 class Runner:
     """Runs the trials of a process, which share the encoders and the base, bare between trials.
 
@@ -89,11 +116,16 @@ class Runner:
         self.settings = settings
         self.accelerator = make_accelerator(config)
         self.device = self.accelerator.device
-        self.encoders = _load_encoders(settings, config, self.device)
-        _check_endpoint(settings, self.encoders)
         self.family = find_base_family(config)
         check_family_options(config, self.family)
+        declared = find_pipeline_class(config, self.family)
+        needed = self.family.edit_pipelines.get(declared or "", ControlCount())
+        _check_text_alone(config, needed, declared == self.family.inpainting_pipeline is not None)
+        self.encoders = _load_encoders(settings, config, self.device)
+        _check_endpoint(settings, self.encoders)
         self.pipe = load_base(config, self.family, DTYPES[self.accelerator.mixed_precision])
+        needed = self.family.control_count(self.pipe)
+        _check_text_alone(config, needed, self.family.fills(self.pipe))
         self._denoiser.to(self.device)
 
     def run(

@@ -1,6 +1,8 @@
 """Trials on a tiny base: their results equal those computed again from their files."""
 
+import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -21,6 +23,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.training.run import train
 from tests.benchmark import judges, runs
+from tests.pipeline_classes import build, build_filling
 from tests.training.runs import adapter
 
 METHODS = [
@@ -57,6 +60,35 @@ def files(result, beginning=""):
         for prompt in result.prompts
         if prompt.images[0].startswith(f"pictures/{beginning}")
     ]
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize(
+    ("build", "problem"),
+    [
+        (
+            lambda: build_filling("stable-diffusion"),
+            "fills images, and the benchmark has no images",
+        ),
+        (
+            lambda: build("StableDiffusionInstructPix2PixPipeline"),
+            "edits images, and the benchmark",
+        ),
+    ],
+)
+def test_bases_that_need_images(world, tmp_path, build, problem, declared):
+    """Refused by their index before anything is loaded, and if it is wrong, by their weights."""
+    pipe, base = build(), tmp_path / "base"
+    pipe.save_pretrained(base)
+    if declared:
+        shutil.rmtree(base / "unet")
+    else:
+        index = json.loads((base / "model_index.json").read_text())
+        (base / "model_index.json").write_text(
+            json.dumps({**index, "_class_name": "StableDiffusionPipeline"})
+        )
+    with pytest.raises(ConfigError, match=problem):
+        made(world, tmp_path / "out", pretrained_model_name_or_path=base)
 
 
 def test_what_is_told(run):
