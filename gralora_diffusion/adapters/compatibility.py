@@ -25,7 +25,7 @@ from gralora_diffusion.adapters.placement.targets import (
 )
 from gralora_diffusion.families import find_family
 from gralora_diffusion.io.safe_text import first_few
-from gralora_diffusion.io.tensor_files import is_finite
+from gralora_diffusion.io.tensor_files import is_finite, is_real
 
 from .adapter_file import DENOISER, Adapter, AdapterFileError, ComponentAdapter
 from .injection import check_adapter_name
@@ -190,6 +190,13 @@ def _problems(fit: Fit) -> list[str]:
     ]
     if misshapen:
         problems.append(f"tensors of another shape ({len(misshapen)}): {first_few(misshapen)}")
+    odd = [
+        f"{key} is {tensor.dtype}"
+        for key, tensor in fit.tensors.items()
+        if not is_real(tensor, factor=".gralora_" in key)
+    ]
+    if odd:
+        return [*problems, f"tensors without real numbers ({len(odd)}): {first_few(odd)}"]
     broken = [key for key, tensor in fit.tensors.items() if not is_finite(tensor)]
     if broken:
         problems.append(f"NaN or infinite values in tensors ({len(broken)}): {first_few(broken)}")

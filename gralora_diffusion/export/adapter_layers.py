@@ -18,7 +18,7 @@ from gralora_diffusion.adapters.placement.path_patterns import PatternError
 from gralora_diffusion.adapters.placement.targets import layer_of
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.errors import AdapterFileError
-from gralora_diffusion.io.tensor_files import is_finite
+from gralora_diffusion.io.tensor_files import is_finite, is_real
 from gralora_diffusion.key_maps import Shape
 
 _FACTORS = ("gralora_A", "gralora_B")
@@ -152,7 +152,9 @@ def _sorted_out(
     layers, problems = AdapterLayers(), []
     factors: dict[str, dict[str, Tensor]] = {}
     for key, tensor in part.tensors.items():
-        if not is_finite(tensor):
+        if not is_real(tensor, factor=".gralora_" in key):
+            problems.append(f"{key} is {tensor.dtype}, which has no real numbers")
+        elif not is_finite(tensor):
             problems.append(f"{key} has NaN or infinite values")
         if ".gralora_" in key:
             path = layer_of(key)

@@ -9,12 +9,13 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 from gralora_diffusion.io.json_files import parse_object
+from gralora_diffusion.io.tensor_files import SUB_BYTE
 from gralora_diffusion.key_maps import DENOISER
 
 from .facts import ComponentFacts, Inspection, LayerFacts
 from .kinds import Kind, component_of, find_kind
 from .layers import Settings, layer_facts
-from .source import ALWAYS_FINITE, Source
+from .source import Source
 
 __all__ = ["ComponentFacts", "Inspection", "LayerFacts", "inspect_file"]
 
@@ -85,7 +86,7 @@ def _non_finite(source: Source, keys: Iterable[str]) -> list[str]:
     return [
         key
         for key in keys
-        if source.headers[key].dtype_name not in ALWAYS_FINITE and not source.read(key).is_finite()
+        if source.headers[key].dtype_name not in SUB_BYTE and not source.read(key).is_finite()
     ]
 
 

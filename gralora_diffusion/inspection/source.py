@@ -25,12 +25,10 @@ from gralora_diffusion.io.file_names import (
     WEIGHTS_NAME,
     no_such,
 )
-from gralora_diffusion.io.tensor_files import StoredTensor, read_header
+from gralora_diffusion.io.tensor_files import SUB_BYTE, StoredTensor, read_header
 
 #: Ending of the index of a model that is split into several files.
 SHARD_INDEX = ".safetensors.index.json"
-#: Dtypes without NaN and infinity, because they have few bits (OCP's Microscaling Formats).
-ALWAYS_FINITE = ("F4", "F6_E2M3", "F6_E3M2")
 
 
 class Source:
@@ -70,7 +68,7 @@ class Source:
             AdapterFileError: torch does not have the tensor's dtype.
         """
         header = self.headers[key]
-        if header.dtype_name in ALWAYS_FINITE:
+        if header.dtype_name in SUB_BYTE:
             raise self.error(f"{key} is stored as {header.dtype_name}, which torch cannot read")
         if header.path not in self._opened:
             with open(header.path, "rb") as file:

@@ -1,4 +1,4 @@
-"""Read JSON objects from untrusted files."""
+"""Read JSON from untrusted files."""
 
 from __future__ import annotations
 
@@ -10,13 +10,16 @@ from .regular_files import read_regular
 
 #: Maximum size of a file. No config, index or result is as large.
 MOST_BYTES = 64 << 20
+#: Levels of lists and objects at most, so that values can be compared, copied and printed, which
+#: takes several calls for each level.
+MOST_LEVELS = 64
 
 
-def parse_object(text: str | bytes) -> dict[str, Any]:
-    """Return the object in a JSON text; a byte order mark in bytes is ignored.
+def parse(text: str | bytes) -> Any:
+    """Return the value in a JSON text; a byte order mark in bytes is ignored.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or is not an object.
+        ValueError: the text is not JSON, or is nested too deeply.
     """
     try:
         content = json.loads(text)
@@ -26,6 +29,32 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+    if _levels(content) > MOST_LEVELS:
+        raise ValueError("it is nested too deeply")
+    return content
+
+
+def _levels(value: Any) -> int:
+    """Return how deep lists and objects are nested, or one more than is allowed."""
+    inside, levels = [value] if isinstance(value, (dict, list)) else [], 0
+    while inside and levels <= MOST_LEVELS:
+        levels += 1
+        inside = [
+            part
+            for outer in inside
+            for part in (outer.values() if type(outer) is dict else outer)
+            if type(part) is dict or type(part) is list
+        ]
+    return levels
+
+
+def parse_object(text: str | bytes) -> dict[str, Any]:
+    """Return the object in a JSON text; a byte order mark in bytes is ignored.
+
+    Raises:
+        ValueError: the text is not JSON, is nested too deeply, or is not an object.
+    """
+    content = parse(text)
     if not isinstance(content, dict):
         raise ValueError(f"it contains a {type(content).__name__}, not an object ({{...}})")
     return content

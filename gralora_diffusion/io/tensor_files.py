@@ -37,6 +37,9 @@ HASH_FIELDS = {
 _MOST_HEADER_BYTES = 100_000_000
 #: torch's limits: 64 dimensions, and a number of bytes that fits into 64 bits for any dtype.
 _MOST_DIMENSIONS, _MOST_ELEMENTS = 64, 1 << 59
+#: Dtypes of less than a byte, with which torch cannot compute. They have neither NaN nor infinity,
+#: because they have few bits (OCP's Microscaling Formats).
+SUB_BYTE = ("F4", "F6_E2M3", "F6_E3M2")
 #: The range of bytes for the legacy hash.
 _LEGACY_START, _LEGACY_END = 0x100000, 0x110000
 
@@ -178,7 +181,7 @@ class StoredTensor:
         """
         from safetensors.torch import _TYPES
 
-        if (dtype := _TYPES.get(self.dtype_name)) is None:
+        if self.dtype_name in SUB_BYTE or (dtype := _TYPES.get(self.dtype_name)) is None:
             raise AdapterFileError(
                 f"{self.path}: {self.key} is stored as {self.dtype_name}, which torch cannot read."
             )
@@ -232,9 +235,15 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors and the metadata of a file.
 
     Raises:
-        AdapterFileError: as :func:`read_header`.
+        AdapterFileError: as :func:`read_header`, or torch cannot compute with the dtype of a
+            tensor.
     """
-    read_header(path)
+    for stored in read_header(path)[0].values():
+        if stored.dtype_name in SUB_BYTE:
+            raise AdapterFileError(
+                f"{path}: {stored.key!r:.200} is stored as {stored.dtype_name}, with which torch "
+                "cannot compute. Save the file in fp16, bf16 or fp32."
+            )
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -264,6 +273,19 @@ def _why_unreadable(path: Path, error: Exception) -> str:
         f"not a complete safetensors file ({size:,} bytes): {what}. If it was downloaded or "
         "copied, download or copy it again"
     )
+
+
+def is_real(tensor: Tensor, factor: bool) -> bool:
+    """Whether a tensor has a dtype of weights, with which torch can compute.
+
+    torch would copy the real parts of complex numbers, with a warning at most.
+
+    Args:
+        factor: whether it belongs to an adapter's factors, which are no integers either.
+    """
+    if "float4" in str(tensor.dtype) or tensor.is_complex():
+        return False
+    return tensor.is_floating_point() or not factor
 
 
 def is_finite(tensor: Tensor) -> bool:

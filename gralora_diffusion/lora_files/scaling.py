@@ -7,7 +7,6 @@ it is the rank, as in every other reader.
 
 from __future__ import annotations
 
-import json
 import math
 import reprlib
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from typing import Any, Literal
 
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number, pattern_key
 from gralora_diffusion.adapters.placement.path_patterns import PatternError
+from gralora_diffusion.io.json_files import parse as parse_json
 
 from .keys import DIFFUSERS_METADATA, Layer
 from .peft_config import BESIDES, OTHER_FORMULA, invalid_scaling, other_adapter
@@ -169,8 +169,8 @@ class LoraScalings:
         if not text:
             return {}
         try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
+            values = parse_json(text)
+        except ValueError as error:
             self._is_damaged = True
             self.problems.append(f"{DIFFUSERS_METADATA} in the header is not JSON ({error})")
             return {}
@@ -260,6 +260,6 @@ def _config(values: Mapping[str, Any]) -> _Config:
 def _parsed(text: str) -> Any:
     """Parse a header's value, which is always a string."""
     try:
-        return json.loads(text.lower() if text in ("True", "False") else text)
-    except (ValueError, RecursionError):
+        return parse_json(text.lower() if text in ("True", "False") else text)
+    except ValueError:
         return None if text == "None" else text

@@ -350,6 +350,24 @@ def nested(path):
     save_file(stored, path, {**metadata, "gralora_adapter_metadata": "[" * 100_000})
 
 
+def deep(levels):
+    return [deep(levels - 1)] if levels else []
+
+
+def stored_as(dtype):
+    def edit(path):
+        data = path.read_bytes()
+        size = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + size])
+        entry = header[next(key for key in header if key != "__metadata__")]
+        start, stop = entry["data_offsets"]
+        entry |= {"dtype": dtype, "shape": [(stop - start) * 2]}
+        text = json.dumps(header).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + size :])
+
+    return edit
+
+
 def unet_config(**values):
     return described(lambda d: d["components"]["unet"].update(values))
 
@@ -376,6 +394,10 @@ REFUSED = [
     (described(lambda d: d.update(components={})), "components is empty"),
     (described(lambda d: d.update(family=["x"])), "and family must be a string"),
     (nested, "is damaged: .*nested too deeply"),
+    (unet_config(auto_mapping={"a": deep(900)}), "is damaged: .*nested too deeply"),
+    (unet_config(auto_mapping={"a": [1]}), "`auto_mapping` should be a mapping of plain values"),
+    (unet_config(init_weights=deep(20)), "`init_weights` should be true or false"),
+    (stored_as("F4"), "is stored as F4, with which torch cannot compute. Save"),
     (unet_config(r=True), "`r` should be an integer but is True"),
     (unet_config(gralora_k=0), "config is not valid"),
     (unet_config(hybrid_r=[]), r"`hybrid_r` should be an integer but is \[\]"),

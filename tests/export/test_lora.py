@@ -331,6 +331,9 @@ def test_an_adapter_stored_in_fp8(fp8, tmp_path):
     save_file(stored, tmp_path / "fp8.safetensors", metadata)
     with pytest.raises(AdapterFileError, match="NaN or infinite values"):
         export_lora(tmp_path / "fp8.safetensors", tmp_path / "lora.safetensors")
+    save_file({key: t.to(torch.complex64) for key, t in rounded.items()}, file, metadata)
+    with pytest.raises(AdapterFileError, match=r"is torch\.complex64, which has no real numbers"):
+        export_lora(file, tmp_path / "lora.safetensors")
 
 
 def test_factors_of_several_dtypes_are_kept_in_one_that_holds_them_all(tmp_path):

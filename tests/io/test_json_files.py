@@ -1,11 +1,13 @@
 """JSON of others is an object, or refused with a reason."""
 
 import codecs
+import copy
+import json
 import os
 
 import pytest
 
-from gralora_diffusion.io.json_files import parse_object, read_object
+from gralora_diffusion.io.json_files import parse, parse_object, read_object
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
@@ -30,6 +32,7 @@ def test_an_object_with_or_without_a_byte_order_mark(mark, tmp_path):
         (b'{"a": "\xff"}', "it is not text in UTF-8"),
         (b"[" * 100_000, "it is nested too deeply"),
         (b'{"a":' * 100_000, "it is nested too deeply"),
+        (b'{"a":' + b"[" * 64 + b"]" * 64 + b"}", "it is nested too deeply"),
         (b'{"a": ' + b"1" * 5000 + b"}", "integer"),
     ],
 )
@@ -39,6 +42,16 @@ def test_what_is_none(data, text, tmp_path):
         read_object(tmp_path / "a.json")
     with pytest.raises(ValueError, match=text):
         parse_object(data)
+
+
+def test_values_may_be_nested_as_deeply_as_can_be_copied_and_printed():
+    """Well within Python's limit, which depends on who calls."""
+    text = '[{"a": ' * 32 + "1" + "}]" * 32
+    value = parse(text)
+    assert json.loads(repr(copy.deepcopy(value)).replace("'", '"')) == json.loads(text)
+    with pytest.raises(ValueError, match="it is nested too deeply"):
+        parse(f"[{text}]")
+    assert [parse(plain) for plain in ("1", '"[["', "null", "[]")] == [1, "[[", None, []]
 
 
 def test_what_is_no_file(tmp_path):

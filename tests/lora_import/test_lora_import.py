@@ -488,6 +488,16 @@ def loha(name: str) -> dict[str, Tensor]:
             f"{UNET}: down has NaN",
         ),
         (
+            {k: t * 1j for k, t in lora().items()},
+            "stable-diffusion",
+            f"{UNET}: down has dtype complex64; expected",
+        ),
+        (
+            {k: t.to(torch.int8) for k, t in lora().items()},
+            "stable-diffusion",
+            f"{UNET}: down has dtype int8; expected",
+        ),
+        (
             lora() | {f"{UNET}.alpha": torch.tensor(math.inf)},
             "stable-diffusion",
             f"{UNET}: alpha has NaN or infinite",

@@ -1050,6 +1050,14 @@ def not_finite(tensors, _):
     tensors[f"{Q_PROJ}.gralora_A"][0, 0, 0] = torch.inf
 
 
+def not_real(tensors, _):
+    tensors[f"{Q_PROJ}.gralora_A"] = tensors[f"{Q_PROJ}.gralora_A"] + 1j
+
+
+def whole_numbers(tensors, _):
+    tensors[f"{Q_PROJ}.gralora_B"] = tensors[f"{Q_PROJ}.gralora_B"].view(torch.int32)
+
+
 def another_family(_, description):
     description["family"] = "flux"
 
@@ -1081,6 +1089,8 @@ REFUSED = [
     (missing_layer, r"missing keys \(2\): .*q_proj\.gralora_A, .*q_proj\.gralora_B"),
     (unexpected, r"unexpected keys \(1\): encoder\.layers\.9\.q_proj\.gralora_A"),
     (misshapen, r"q_proj\.gralora_A has shape \(4, 8, 9\), but this base needs \(4, 8, 8\)"),
+    (not_real, r"without real numbers \(1\): .*q_proj\.gralora_A is torch\.complex64"),
+    (whole_numbers, r"without real numbers \(1\): .*q_proj\.gralora_B is torch\.int32"),
     (not_finite, r"NaN or infinite values in tensors \(1\): .*q_proj\.gralora_A"),
     (
         another_family,

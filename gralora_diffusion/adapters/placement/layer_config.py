@@ -231,6 +231,10 @@ def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
+def _is_plain_value(value: object) -> bool:
+    return value is None or isinstance(value, (str, bool, int, float))
+
+
 def _is_plain_name(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"[\w.-]+", value) is not None
 
@@ -249,11 +253,20 @@ _TYPES: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "gralora_dropout": _NUMBER,
     "fan_in_fan_out": _BOOLEAN,
     "inference_mode": _BOOLEAN,
+    "init_weights": _BOOLEAN,
     "bias": ("a string", _is_text),
     "base_model_name_or_path": _OPTIONAL_TEXT,
     "revision": _OPTIONAL_TEXT,
     "peft_version": _OPTIONAL_TEXT,
     "task_type": _OPTIONAL_TEXT,
+    # what PEFT writes of a model that it does not know
+    "auto_mapping": (
+        "a mapping of plain values or nothing",
+        lambda value: (
+            value is None
+            or (isinstance(value, Mapping) and all(map(_is_plain_value, value.values())))
+        ),
+    ),
     "target_modules": _NAMES,
     "exclude_modules": _NAMES,
     # PEFT puts both into regular expressions of its own

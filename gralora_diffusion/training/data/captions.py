@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import os
 import re
 from collections import defaultdict
@@ -19,6 +18,7 @@ from typing import Any
 
 from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_files import folder_images
+from gralora_diffusion.io.json_files import parse as parse_json
 from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
@@ -265,8 +265,8 @@ def _json_lines(
             continue
         where = f"{name}, line {number}"
         try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
+            entry = parse_json(line)
+        except ValueError as error:
             problems.append(f"{where} is not JSON: {error}")
             continue
         if isinstance(entry, dict):
@@ -400,7 +400,7 @@ def read_captions(
         text = read_regular(path, _MAX_CAPTION).decode("utf-8-sig")
         if not is_json:
             return distinct_lines(text.split("\n") if per_line else [text])
-        entry = json.loads(text)
+        entry = parse_json(text)
         found = [entry[c] for c in _columns(column) if entry.get(c) is not None]
         given = found[0]
         texts = given if isinstance(given, list) else [given]
@@ -411,7 +411,7 @@ def read_captions(
         problem = f"{path.name} {_NOT_UTF8} ({error})"
     except OSError as error:
         problem = f"{path.name} cannot be read: {error}"
-    except (ValueError, RecursionError, AttributeError, IndexError):
+    except (ValueError, AttributeError, IndexError):
         return None  # annotations of another kind
     if is_json:
         return None

@@ -22,6 +22,7 @@ from typing import Any
 import PIL
 
 from gralora_diffusion.io.image_files import DECODER_VERSION, read_image, read_mask, read_opacity
+from gralora_diffusion.io.json_files import parse as parse_json
 from gralora_diffusion.io.regular_files import check_regular
 from gralora_diffusion.io.tensor_files import replacing
 
@@ -121,7 +122,7 @@ class CheckedFiles:
     def __enter__(self) -> CheckedFiles:
         if self._file is not None:
             # it may be gone, damaged, or of another version: then everything is checked again
-            with contextlib.suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
                 self._before = _read(self._file)
         return self
 
@@ -183,16 +184,16 @@ def _read(path: Path) -> Entries:
     """Return the entries of a file.
 
     Raises:
-        OSError, ValueError, TypeError, KeyError, RecursionError: there are none, or damaged ones.
+        OSError, ValueError, TypeError, KeyError: there are none, or damaged ones.
     """
     if check_regular(path).st_size > _MOST_BYTES:
         return {}
     entries: Entries = {}
     with path.open("rb") as file:
-        if json.loads(file.readline(_MOST_LINE)) != _VERSION:
+        if parse_json(file.readline(_MOST_LINE)) != _VERSION:
             return {}
         while line := file.readline(_MOST_LINE):
-            kind, name, stamp, *values = json.loads(line)
+            kind, name, stamp, *values = parse_json(line)
             entries[kind, name] = _numbers(stamp, 3), _facts(*values)
     return entries
 
