@@ -19,6 +19,8 @@ FORMAT = 1
 FILE_KEYS = {"images": "pictures", "generation_seconds": "draw_seconds"}
 RESULT_NAME = "result.json"
 TRIALS_FOLDER = "units"
+#: No measurement and no count is larger. Means, variances and cubes of such numbers are finite.
+_LARGEST, _MOST = 1e60, 2**63 - 1
 
 
 class ResultFileError(ValueError):
@@ -151,10 +153,7 @@ def write_result(result: TrialResult, folder: Path) -> Path:
     path = folder / RESULT_NAME
     content = {"format": FORMAT, **_plain(result)}
     _result(content, path)
-    try:
-        text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
-    except (TypeError, ValueError) as error:
-        raise ResultFileError(f"{path}: settings cannot be written as JSON ({error})") from error
+    text = json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False)
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -232,13 +231,14 @@ class _Reader:
 
     def count(self, name: str) -> int:
         value = self.take(name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise self.error(name, "a whole number that is not negative", value)
+        if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= _MOST:
+            wanted = "a whole number that is not negative and has 63 bits at most"
+            raise self.error(name, wanted, value)
         return value
 
     def number(self, name: str) -> float:
-        if not is_finite_number(value := self.take(name)):
-            raise self.error(name, "a finite number", value)
+        if not _is_measured(value := self.take(name)):
+            raise self.error(name, f"a finite number between -{_LARGEST:g} and {_LARGEST:g}", value)
         return float(value)
 
     def numbers(self, name: str) -> dict[str, float]:
@@ -279,7 +279,7 @@ def _result(content: Any, path: Path) -> TrialResult:
         scores=reader.numbers("scores"),
         prompts=tuple(_prompt(_Reader(item, path, f"prompts[{i}]")) for i, item in prompts),
         mechanism=None if optional["mechanism"] is None else _mechanism(reader.inside("mechanism")),
-        settings=reader.inside("settings").content,
+        settings=_settings(reader),
         versions={name: versions.text(name) for name in versions.content},
         # the first files did not have these
         layers=None if reader.content.get("layers") is None else reader.count("layers"),
@@ -289,6 +289,17 @@ def _result(content: Any, path: Path) -> TrialResult:
         ),
         folder=path.parent,
     )
+
+
+def _settings(reader: _Reader) -> dict[str, Any]:
+    settings = reader.inside("settings").content
+    try:
+        json.dumps(settings, allow_nan=False)
+    except (TypeError, ValueError) as error:
+        raise ResultFileError(
+            f"{reader.path}: settings cannot be written as JSON ({error})"
+        ) from error
+    return settings
 
 
 def _lowered_k(reader: _Reader) -> dict[int, int]:
@@ -314,7 +325,7 @@ def _mechanism(reader: _Reader) -> Diagnostics:
     for layer in layers.content:
         inner = layers.inside(layer)
         steps, maps = inner.items("steps"), inner.items("norms")
-        if len(steps) != len(maps) or not all(map(is_finite_number, steps)):
+        if len(steps) != len(maps) or not all(map(_is_measured, steps)):
             raise inner.error("steps", "a number for each of norms", steps)
         sizes = {len(rows) if isinstance(rows, list) else 0 for rows in maps}
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
@@ -329,8 +340,12 @@ def _mechanism(reader: _Reader) -> Diagnostics:
     )
 
 
+def _is_measured(value: object) -> bool:
+    return is_finite_number(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
+
+
 def _is_square(rows: Any) -> bool:
     return isinstance(rows, list) and all(
-        isinstance(row, Sequence) and len(row) == len(rows) and all(map(is_finite_number, row))
+        isinstance(row, Sequence) and len(row) == len(rows) and all(map(_is_measured, row))
         for row in rows
     )

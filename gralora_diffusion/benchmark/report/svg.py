@@ -21,6 +21,8 @@ _MARGIN = 12
 _ROW = 36
 #: Where the names of a scatter plot begin: as far right as they leave room for, between these.
 _NAMES = (204, 268)
+#: Axes are no shorter, and logarithmic ones go no further than so many powers of ten either way.
+_LEAST, _MOST_POWERS = 1e-290, 250
 #: Letters of the plots' size that fit into one pixel of width, about.
 _LETTERS = 1 / 6.4
 
@@ -378,12 +380,13 @@ def _x_axis(
 def _range(values: Sequence[float]) -> tuple[float, float]:
     """From least to greatest with some room; never empty."""
     low, high = min(values), max(values)
-    room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
+    rooms = (0.06 * (high - low), 0.05 * abs(high))
+    room = next((room for room in rooms if room > _LEAST), 1.0)
     return low - room, high + room
 
 
 def _log_range(values: Sequence[float]) -> tuple[float, float]:
-    low, high = _range([math.log10(value) for value in values])
+    low, high = _range(list(map(_log10, values)))
     return 10**low, 10**high
 
 
@@ -393,7 +396,11 @@ def _linear(low: float, high: float, start: float, end: float) -> Callable[[floa
 
 def _logarithmic(low: float, high: float, start: float, end: float) -> Callable[[float], float]:
     inner = _linear(math.log10(low), math.log10(high), start, end)
-    return lambda value: inner(math.log10(value))
+    return lambda value: inner(_log10(value))
+
+
+def _log10(value: float) -> float:
+    return min(max(math.log10(value), -_MOST_POWERS), _MOST_POWERS)
 
 
 def _ticks(low: float, high: float, wanted: int = 4) -> list[tuple[float, str]]:
