@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +13,8 @@ from typing import Any
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
-from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.json_files import MOST_LEVELS
+from gralora_diffusion.io.regular_files import check_regular, read_regular
 from gralora_diffusion.io.safe_text import error_line
 
 from .captions import MASK_COLUMNS, distinct_lines, one_line
@@ -21,6 +24,11 @@ from .image_folder import WHOLE_IMAGES, Example, Found, check_images
 from .masks import FoundMask, MaskPlaces
 
 logger = logging.getLogger(__name__)
+
+#: White space, and the bytes of a byte order mark.
+_BEFORE_JSON = b" \t\r\n\xef\xbb\xbf"
+#: In a line of JSON: texts, perhaps without their end, and everything else but brackets.
+_BESIDE_BRACKETS = re.compile(rb'"[^"\\]*(?:\\.[^"\\]*)*"?|[^\[\]{}"]+')
 
 
 @dataclass(frozen=True)
@@ -86,6 +94,7 @@ def find_dataset_examples(
     except ImportError as error:
         raise DataError(place, ["this needs: pip install datasets"]) from error
     try:
+        _check_files(Path(name))
         if any((Path(name) / kept).is_file() for kept in ("state.json", "dataset_dict.json")):
             loaded = datasets.load_from_disk(name)
         else:
@@ -157,6 +166,61 @@ def find_dataset_examples(
     )
     nothing = CheckedFiles(Path(), None)  # rows are no files
     return check_images(found, place, problems, advice, skip_bad_images, nothing)
+
+
+def _check_files(folder: Path) -> None:
+    """Check the files of a folder for what would block or end the process that reads them.
+
+    Args:
+        folder: it may not exist.
+
+    Raises:
+        OSError, ValueError: a file is a named pipe or the like, its JSON is nested too deeply, or
+            its Arrow table is damaged.
+    """
+    for inside, _, names in os.walk(folder):
+        for path in (Path(inside, name) for name in names):
+            try:
+                check_regular(path)
+                if path.suffix in (".json", ".jsonl"):
+                    _check_json(path)
+                elif path.suffix == ".arrow":
+                    _check_table(path)
+            except FileNotFoundError:  # a link to nothing
+                continue
+            except (OSError, ValueError) as error:
+                raise ValueError(f"{path}: {error}") from error
+
+
+def _check_json(path: Path) -> None:
+    """Check JSON, or JSON in lines, for what ends the process in Arrow's reader.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it is nested too deeply, or a row is null.
+    """
+    level = 0
+    with path.open("rb") as file:
+        for line in file:
+            if level == 0 and line.lstrip(_BEFORE_JSON).startswith(b"null"):
+                raise ValueError("a row is null")
+            for bracket in _BESIDE_BRACKETS.sub(b"", line):
+                level = level + 1 if bracket in b"[{" else max(level - 1, 0)
+                if level > MOST_LEVELS:
+                    raise ValueError("it is nested too deeply")
+
+
+def _check_table(path: Path) -> None:
+    """Check all offsets in a file of Arrow's streaming format.
+
+    Raises:
+        OSError, ValueError: it is damaged.
+    """
+    import pyarrow
+
+    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
+        for batch in batches:
+            batch.validate(full=True)
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import shutil
 import sys
 import threading
@@ -297,7 +298,7 @@ def test_small_images_are_reported(tmp_path, caplog):
     fill(tmp_path, ["2.png"], (9, 9))
     examples = find_examples(tmp_path, "prompt")
     warn_of_small_images(examples, CropPlan(8))
-    assert not caplog.records
+    assert "images" not in caplog.text
     warn_of_small_images(examples, CropPlan(9))
     assert "--resolution 9: smaller images, enlarged for training (1): 1.png (12x8)" in caplog.text
 
@@ -307,7 +308,7 @@ def test_images_smaller_than_their_bucket_are_reported(tmp_path, caplog):
     fill(tmp_path, ["2.png"], (9, 9))
     examples = find_examples(tmp_path, "prompt")
     warn_of_small_images(examples, CropPlan(99, buckets=Buckets(99, 1, ((8, 12), (9, 9)))))
-    assert not caplog.records
+    assert "images" not in caplog.text
     warn_of_small_images(examples, CropPlan(8, buckets=Buckets(8, 1, ((8, 12), (16, 16)))))
     assert "aspect-ratio buckets: smaller images, enlarged for training (1): 2.png (9x9)" in (
         caplog.text
@@ -381,6 +382,51 @@ def test_dataset_from_an_image_folder_and_from_disk(tmp_path, cache):
         assert [(e.caption, e.content_key) for e in again] == [
             (e.caption, e.content_key) for e in found
         ]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("null\n", "metadata.jsonl: a row is null"),
+        ('\ufeff null{"file_name": "1.png"}\n', "metadata.jsonl: a row is null"),
+        ('{"a": ' + "[" * 30_000, "metadata.jsonl: it is nested too deeply"),
+        (
+            '"[[\\"]]"\n' + "]" * 9 + '["]", "\\\\", ' * 70,
+            "metadata.jsonl: it is nested too deeply",
+        ),
+        ("\n".join("[" * 70), "metadata.jsonl: it is nested too deeply"),
+    ],
+)
+def test_rows_that_would_end_the_process(tmp_path, cache, text, said):
+    fill(tmp_path, ["1.png"])
+    (tmp_path / "metadata.jsonl").write_text(text)
+    with pytest.raises(DataError, match=f"cannot be loaded: .*{said}"):
+        find_dataset_examples(str(tmp_path), "p", cache_dir=cache)
+
+
+def test_texts_of_rows_may_contain_brackets(tmp_path, cache):
+    caption = '[[{"' * 100 + "\\"
+    fill(tmp_path, ["1.png"])
+    write_metadata(tmp_path, {"file_name": "1.png", "text": caption, "boxes": [[1, 2], [3]] * 50})
+    (found,) = find_dataset_examples(str(tmp_path), caption_column="text", cache_dir=cache)
+    assert found.caption == caption
+
+
+def test_damaged_tables_and_pipes_of_a_dataset_on_disk(tmp_path):
+    """Arrow would read outside of the file, and wait for the pipe."""
+    rows = [{"bytes": png_bytes(tmp_path, 0), "path": None}]
+    made = datasets.Dataset.from_dict({"image": rows, "text": ["a caption of it"]})
+    made.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "disk"))
+    (table,) = (tmp_path / "disk").glob("*.arrow")
+    data = table.read_bytes()
+    at = data.rindex(bytes(4) + (15).to_bytes(4, "little")) + 4  # where the caption ends
+    table.write_bytes(data[:at] + (1 << 30).to_bytes(4, "little") + data[at + 4 :])
+    with pytest.raises(DataError, match=rf"{table.name}: In column 1: .* out of bounds"):
+        find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
+    table.unlink()
+    os.mkfifo(table)
+    with pytest.raises(DataError, match=rf"{table.name}: it is a named pipe, not a file"):
+        find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
 
 
 def test_dataset_faults_are_named(tmp_path, cache):
