@@ -17,6 +17,7 @@ import yaml
 from gralora_diffusion.io.bundled import config_names, find_config, is_bundled, locate
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.yaml_files import compose
 
 from .command_parser import (
     CommandParser,
@@ -33,8 +34,10 @@ from .path_names import file_or_id
 _MOST_BYTES = 1 << 20
 #: Type -> how a help text shows its values.
 _SHOWN = {int: "N", float: "X", str: "TEXT", file_or_id: "TEXT", bool: "true|false"}
-#: At most this many nested options are reported, since aliases multiply them.
-_MOST_NESTED = 20
+#: At most this many nested options are reported, since aliases multiply them, and so many are read.
+_MOST_NESTED, _MOST_NESTED_READ = 20, 100
+#: After so many problems a file is not read further: each may need a search for similar names.
+_MOST_PROBLEMS = 100
 
 
 @dataclass
@@ -145,6 +148,9 @@ def read_sections(
             form = "must contain lines of the form `name: value`"
             section.problems.append(f"{section.place}: each entry {form}")
         sections.append(section)
+        if (count := sum(len(section.problems) for section in sections)) >= _MOST_PROBLEMS:
+            section.problems.append(_ended(section.place, count))
+            break
     return sections
 
 
@@ -279,12 +285,11 @@ def _compose(path: Path, text: str, option: str) -> yaml.Node | None:
         ConfigError: it is not YAML.
     """
     try:
-        root: yaml.Node | None = yaml.compose(text, Loader=yaml.SafeLoader)
-        return root
+        return compose(text)
     except yaml.YAMLError as error:
         problem = _not_yaml(path, option, error)
-    except RecursionError:
-        problem = f"{option} is nested too deeply"
+    except ValueError as error:
+        problem = f"{option} cannot be read: {error}"
     raise ConfigError([f"{path}: {problem}"])
 
 
@@ -323,6 +328,9 @@ def _yaml_options(
 
     for key, value in root.value:
         place = f"{path}:{key.start_mark.line + 1}"
+        if len(reading.problems) >= _MOST_PROBLEMS:
+            reading.problems.append(_ended(place, len(reading.problems)))
+            return
         if not isinstance(key, yaml.ScalarNode):
             reading.problems.append(f"{place}: the name of an option must be plain text")
             continue
@@ -378,8 +386,8 @@ def _nested(
         known: the section has the name of an option, so that only advice is of use.
     """
     left: list[tuple[str, Any, Any]] = [(key.value, key, value)]
-    found, seen = 0, set()
-    while left and found < _MOST_NESTED:
+    found, read, seen = 0, 0, set()
+    while left and found < _MOST_NESTED and read < _MOST_NESTED_READ:
         spelled, key, value = left.pop(0)
         items: list[Any] = []
         if isinstance(value, yaml.MappingNode):
@@ -387,14 +395,19 @@ def _nested(
         elif isinstance(value, yaml.SequenceNode):
             items = [(spelled, key, item) for item in value.value if not _is_text(item)]
         if items:
-            left = [*([] if id(value) in seen else items), *left]
+            left = [*([] if id(value) in seen else items), *left][:_MOST_NESTED_READ]
             seen.add(id(value))  # aliases may repeat it
             continue
+        read += 1
         advice = _name_of_nested(parser, spelled)
         if advice or not known:
             found += 1
             text = f"{spelled} is nested, but options are not nested here"
             yield key.start_mark.line + 1, text + (advice or ". No option here has that name")
+
+
+def _ended(place: str | None, count: int) -> str:
+    return f"{place}: the file is not read further after {count} problems. Mend these first"
 
 
 def _is_nested(node: Any) -> bool:

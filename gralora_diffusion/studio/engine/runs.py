@@ -15,6 +15,7 @@ import yaml
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import WEIGHTS_NAME
 from gralora_diffusion.io.regular_files import is_regular, read_regular
+from gralora_diffusion.io.yaml_files import compose
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.outputs.metrics import METRICS_NAME, read_metrics
 from gralora_diffusion.training.outputs.published import VALIDATION_NAME
@@ -162,8 +163,8 @@ def _options(path: Path, changed: int, size: int) -> Mapping[str, str | list[str
     del changed, size  # another content
     try:
         text = read_regular(path, _MOST_BYTES).decode()
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except (OSError, ValueError, OverflowError, RecursionError, yaml.YAMLError):
+        root = compose(text)
+    except (OSError, ValueError, yaml.YAMLError):
         return {}
     found: dict[str, str | list[str]] = {}
     for key, value in root.value if isinstance(root, yaml.MappingNode) else ():

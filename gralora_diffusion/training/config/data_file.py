@@ -26,6 +26,8 @@ from .other_programs import OTHER_NAMES
 from .training_config import OPTION_GROUPS, TrainingConfig, names_in_set
 
 _MOST_SETS = 1000
+#: After so many problems no further set is checked: each may need a search for similar names.
+_MOST_PROBLEMS = 100
 
 
 #: Settings of other programs' data files -> how the message goes on after them.
@@ -188,7 +190,11 @@ def _sections(path: Path, text: str) -> Sequence[DataSection]:
     )
     if len(parsed) > _MOST_SETS:
         raise ConfigError([f"{path}: it has {len(parsed):,} sets, of {_MOST_SETS:,} at most"])
-    sections = [_section(part) for part in parsed]
+    sections = []
+    for part in parsed:
+        sections.append(_section(part))
+        if sum(len(section.problems) for section in sections) >= _MOST_PROBLEMS:
+            break
     if any(section.problems for section in sections):
         return sections
     trained = [section for section in sections if section.role == "train"]

@@ -7,6 +7,7 @@ prompts, or of mappings with a prompt and settings.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,13 +17,14 @@ import yaml
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.regular_files import read_regular
+from gralora_diffusion.io.yaml_files import compose
 from gralora_diffusion.options.command_parser import must_be
 from gralora_diffusion.options.fields import Limits
 
 from .options import ValidationOptions
 
 _MOST_BYTES = 1 << 20
-_MOST_PROMPTS = 1000
+_MOST_PROMPTS, _MOST_PROBLEMS = 1000, 100
 #: A flag in a line of a text file, such as " --w 512", and what kohya's scripts mean by it.
 _FLAG = re.compile(r"(?:^|\s)--([A-Za-z]+)(?=\s|$)")
 _FLAGS = {
@@ -92,18 +94,24 @@ def validation_prompts(options: ValidationOptions, divisor: int = 8) -> list[Val
         raise ConfigError([f"{option}: it cannot be read: {error.strerror or error}"]) from error
     except UnicodeDecodeError as error:
         raise ConfigError([f"{option}: it is not text in UTF-8 ({error.reason})"]) from error
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise ConfigError([f"{option}: it is not YAML: {' '.join(str(error).split())}"]) from error
+    except ValueError as error:
+        raise ConfigError([f"{option}: {error}"]) from error
+    if len(entries) > _MOST_PROMPTS:
+        problem = f"it contains {len(entries):,} prompts, of {_MOST_PROMPTS} at most"
+        raise ConfigError([f"{option}: {problem}"])
     problems: list[str] = []
     for line, entry in entries:
+        if len(problems) >= _MOST_PROBLEMS:
+            problems.append(f"{path}:{line}: the file is not read further. Mend these first")
+            break
         values, wrong = _checked(entry, divisor)
         problems += [f"{path}:{line}: {problem}" for problem in wrong]
         if not wrong:
             found.append(ValidationPrompt(**values))
     if not entries:
         problems.append(f"{option}: it contains no prompt")
-    if len(entries) > _MOST_PROMPTS:
-        problems = [f"{option}: it contains {len(entries):,} prompts, of {_MOST_PROMPTS} at most"]
     if problems:
         raise ConfigError(problems)
     return found
@@ -132,7 +140,7 @@ def _of(text: str) -> Iterator[tuple[int, Entry]]:
 
 def _of_yaml(text: str) -> Iterator[tuple[int, Entry]]:
     """Yield (line, entry) of a YAML list; values are texts as they are written."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = compose(text)
     if root is None:
         return
     if not isinstance(root, yaml.SequenceNode):
@@ -147,8 +155,8 @@ def _of_yaml(text: str) -> Iterator[tuple[int, Entry]]:
         elif not all(isinstance(part, yaml.ScalarNode) for pair in node.value for part in pair):
             yield line, "its settings must be plain values"
         else:
-            names = [key.value for key, _ in node.value]
-            if twice := sorted({name for name in names if names.count(name) > 1}):
+            names = Counter(key.value for key, _ in node.value)
+            if twice := sorted(name for name, count in names.items() if count > 1):
                 yield line, f"{', '.join(twice)} is given twice. Remove one"
             else:
                 yield line, {key.value: value.value for key, value in node.value}
@@ -161,6 +169,8 @@ def _checked(entry: Entry, divisor: int) -> tuple[dict[str, Any], list[str]]:
     values: dict[str, Any] = {}
     problems: list[str] = []
     for name, text in entry.items():
+        if len(problems) >= _MOST_PROBLEMS:
+            break
         if name not in _NAMES:
             allowed = [f"--{flag}" for flag in _FLAGS] if name.startswith("--") else _NAMES
             problems.append(f"{name} is not a setting; {must_be(name, allowed)}")

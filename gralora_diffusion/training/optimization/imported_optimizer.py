@@ -19,6 +19,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
+from gralora_diffusion.io.yaml_files import compose
+
 #: Set by options of their own, for any optimizer.
 _OWN_OPTIONS = {
     "lr": "--learning_rate",
@@ -74,12 +76,22 @@ def keyword_arguments(given: Sequence[str] | None) -> dict[str, Any]:
         if key in _OWN_OPTIONS:
             raise ValueError(f"{key} has an option of its own: {_OWN_OPTIONS[key]}")
         try:
+            root = compose(value)  # mappings, which may be merged to any size, are not made
+            if any(isinstance(node, yaml.CollectionNode) for node in _inside(root)):
+                raise ValueError(value)
             found[key] = _plain(yaml.safe_load(value))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except (yaml.YAMLError, ValueError) as error:
             raise ValueError(
                 f"{text!r} is not a number, a text, true, false, null or a list of them"
             ) from error
     return found
+
+
+def _inside(root: yaml.Node | None) -> list[yaml.Node]:
+    """Return the values of a list, or the value itself unless it is a text or a number."""
+    if isinstance(root, yaml.SequenceNode):
+        return list(root.value)
+    return [] if root is None or isinstance(root, yaml.ScalarNode) else [root]
 
 
 def _plain(value: Any, nested: bool = False) -> Any:

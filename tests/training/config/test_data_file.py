@@ -253,6 +253,17 @@ def test_every_problem_is_named_with_its_line(folder: Path, text: str, problems:
         assert problem.startswith(start)
 
 
+@pytest.mark.parametrize(
+    "text", ["- {folder: dogs, prompt: p, rnk%d: 8}\n", "- {role: held_out}\n"]
+)
+def test_a_file_is_not_read_far_beyond_its_problems(folder: Path, text: str) -> None:
+    """Each unknown name is compared with all names there are."""
+    many = "".join(text.replace("%d", str(i)) for i in range(500))
+    with pytest.raises(ConfigError) as caught:
+        validate(with_file(folder, many))
+    assert 100 <= len(caught.value.problems) <= 202
+
+
 def test_options_that_the_file_replaces_are_refused(folder: Path) -> None:
     text = "- {folder: dogs, prompt: p}\n- {folder: others, role: prior, prompt: q}"
     run = with_file(folder, text, instance_data_dir="cats", class_data_dir="cats")

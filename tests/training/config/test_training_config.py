@@ -270,6 +270,7 @@ def test_command_line_wins_over_yaml_wherever_it_stands(tmp_path: Path) -> None:
         ("[rank]: 8", ":1: the name of an option must be plain text"),
         ("&a [*a]: 8", ":1: the name of an option must be plain text"),
         ("[" * 3000, "is nested too deeply"),
+        ('instance_prompt: "\\UFFFFFFFF"', "an escape that is no character"),
         ("- rank", "must contain lines of the form `name: value`"),
         ("rank: [8", "is not YAML"),
         ("tokenizer_name: x", "the tokenizer is always the base's"),
@@ -283,6 +284,25 @@ def test_faults_of_the_yaml_file_name_it(tmp_path: Path, content: str, text: str
     (problem,) = caught.value.problems
     assert problem.startswith(f"{file}:")
     assert text in problem
+
+
+def test_a_file_is_not_read_far_beyond_its_problems(tmp_path: Path) -> None:
+    """Each unknown name is compared with all names there are, nested ones as well."""
+    file = tmp_path / "run.yaml"
+    file.write_text("".join(f"rnk{i}: 8\n" for i in range(3000)))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["--config", str(file)])
+    *problems, last = caught.value.problems
+    assert problems[0].startswith(f"{file}:1: rnk0 is not an option. Did you mean")
+    assert [p.split(" ")[1] for p in problems] == [f"rnk{i}" for i in range(100)]
+    end = f"{file}:101: the file is not read further after 100 problems. Mend these first"
+    assert last == end
+    file.write_text("rank:\n" + "".join(f"  zzq{i}zq: 8\n" for i in range(20_000)))
+    with pytest.raises(ConfigError) as caught:
+        parse_config(["--config", str(file)])
+    assert caught.value.problems[0].endswith(
+        "rank takes a plain value, because options are not nested"
+    )
 
 
 def test_unreadable_yaml_files(tmp_path: Path) -> None:

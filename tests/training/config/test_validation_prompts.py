@@ -108,7 +108,8 @@ def test_all_problems_with_their_lines(tmp_path: Path, case: str) -> None:
         ("p.txt", "", "it contains no prompt"),
         ("p.txt", b"\xff", "it is not text in UTF-8"),
         ("p.yaml", "- [", "it is not YAML"),
-        ("p.yaml", "[" * 5000, "it is not YAML"),
+        ("p.yaml", "[" * 5000, "it is nested too deeply"),
+        ("p.yaml", '- "\\UFFFFFFFF"', "it is not YAML.* no character"),
         ("p.txt", "a" * (1 << 20) + "b", "at most 1,048,576 are allowed"),
         ("p.txt", "a\n" * 1001, "it contains 1,001 prompts, of 1000 at most"),
     ],
@@ -116,6 +117,16 @@ def test_all_problems_with_their_lines(tmp_path: Path, case: str) -> None:
 def test_files_that_are_none(tmp_path: Path, name: str, text: str | bytes, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         read(tmp_path / name, text)
+
+
+def test_a_file_is_not_read_far_beyond_its_problems(tmp_path: Path) -> None:
+    names = "".join(f"  widh{i}: 1\n" for i in range(300))
+    text = "- prompt: a\n" * 99 + f"- prompt: a\n{names}- seed: x\n"
+    with pytest.raises(ConfigError) as caught:
+        read(tmp_path / "p.yaml", text)
+    *problems, last = caught.value.problems
+    assert [p.split(" ")[1] for p in problems] == [f"widh{i}" for i in range(100)]
+    assert last == f"{tmp_path / 'p.yaml'}:401: the file is not read further. Mend these first"
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

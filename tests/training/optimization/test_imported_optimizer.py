@@ -28,6 +28,9 @@ from gralora_diffusion.training.optimization.optimizers import build_optimizer
 from tests.training.runs import assert_same_run, config, run
 
 HERE = __name__
+#: In YAML, 9 to the power of 9 mappings, if they were merged.
+MERGED = [f"&x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 9)}]}}" for n in range(1, 10)]
+BOMB = f"[&x0 {{a: 1}}, {', '.join(MERGED)}]"
 
 
 class Hooked(Optimizer):
@@ -110,6 +113,7 @@ def test_usable_ones_have_no_problem(path: str, given: list[str] | None) -> None
         ("torch.optim.RAdam", ["lr=1"], "lr has an option of its own: --learning_rate"),
         ("torch.optim.RAdam", ["eps"], "'eps' is not of the form key=value"),
         ("torch.optim.RAdam", ["eps=1", "eps=2"], "eps is given twice"),
+        ("torch.optim.RAdam", [f"eps={BOMB}"], "is not a number, a text, true, false, null or a"),
         ("torch.optim.RAdam", ["eps={a: 1}"], "is not a number, a text, true, false, null or a"),
         ("torch.optim.RAdam", ["eps=!!python/name:os.system"], "is not a number, a text, true,"),
         ("torch.optim.SparseAdam", None, "it does not work with parameter groups of an adapter"),

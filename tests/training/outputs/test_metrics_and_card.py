@@ -341,6 +341,9 @@ def test_card_states_the_negative_prompts_that_were_used(
     assert [e.get("parameters", {}).get("negative_prompt") for e in widget] == expected
 
 
+MERGED = "".join(f"x{n}: &x{n} {{<<: [{', '.join([f'*x{n - 1}'] * 9)}]}}\n" for n in range(1, 10))
+
+
 @pytest.mark.parametrize(
     ("front_matter", "expected"),
     [
@@ -354,6 +357,9 @@ def test_card_states_the_negative_prompts_that_were_used(
         ("license: {", {}),
         ("- a list", {}),
         ("x: " + "[" * 5000, {}),
+        ("license: !!binary bWl0", {}),
+        # 9 to the power of 9 mappings, if they were merged
+        (f"x0: &x0 {{a: b}}\n{MERGED}license: mit", {"license": "mit"}),
     ],
 )
 def test_license_of_a_local_base(
