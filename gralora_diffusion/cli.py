@@ -83,7 +83,7 @@ def _run(command: str, rest: Sequence[str]) -> None:
 
         control(rest)
     elif command == "sample":
-        from gralora_diffusion.pipelines.generation import main as sample
+        from gralora_diffusion.pipelines.sample_command import main as sample
 
         sample(rest)
     elif command == "export":

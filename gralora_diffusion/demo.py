@@ -64,7 +64,7 @@ def demo(argv: Sequence[str] | None = None) -> None:
     except FileNotFoundError as error:
         parser.error(str(error))
     with _environment():  # before the libraries, which read it, are imported
-        from gralora_diffusion.pipelines.generation import main as sample
+        from gralora_diffusion.pipelines.sample_command import main as sample
         from gralora_diffusion.training.main import main as train
         from gralora_diffusion.training.runtime.control import read_status
 

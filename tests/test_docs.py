@@ -40,7 +40,7 @@ from gralora_diffusion.export import main as exporting
 from gralora_diffusion.inspection import main as inspecting
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.lora_import import main as importing
-from gralora_diffusion.pipelines import generation
+from gralora_diffusion.pipelines import sample_command
 from gralora_diffusion.studio import main as studio
 from gralora_diffusion.training import caption_command, control_command, data_command
 from gralora_diffusion.training.checks.options import find_image_problems, find_problems
@@ -243,7 +243,7 @@ PARSERS = {
     "gralora export": exporting.parser,
     "gralora inspect": inspecting.parser,
     "gralora import": importing.parser,
-    "gralora sample": generation.parser,
+    "gralora sample": sample_command.parser,
     "gralora samples": demo.samples_parser,
     "gralora studio": studio.parser,
 }

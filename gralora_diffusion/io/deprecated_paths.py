@@ -1,7 +1,7 @@
 """Names of version 0.1 that have moved: they keep working for one release, with a warning.
 
-``install`` makes the old modules importable. ``names_of`` is the ``__getattr__`` of a package that
-has the name of an old module.
+``install`` makes the old modules importable. ``names_of`` is the ``__getattr__`` of a module or
+package that still has the name of an old module.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ MODULES = {
     "pipeline_methods": "pipelines.methods",
     "regular_files": "io.regular_files",
     "safe_text": "io.safe_text",
-    "sampling": "pipelines.generation",
+    "sampling": "pipelines.sample_command",
     "staging": "io.staging",
     "state": "adapters.adapter_file",
     "targets": "adapters.placement.targets",
@@ -166,6 +166,8 @@ NAMES = {
     "layouts.layout.LayoutError": "key_maps.key_map.KeyMapError",
     "sampling.draw": "pipelines.generation.generate",
     "sampling.drawing_mode": "pipelines.generation.generation_mode",
+    "sampling.labelled_grid": "pipelines.grid.labelled_grid",
+    "sampling.takes_negative_prompt": "pipelines.generation.takes_negative_prompt",
     "tensor_files.AdapterFileError": "io.errors.AdapterFileError",
     "tensor_files.some": "io.safe_text.first_few",
     "training.acceleration.make_cheaper": "training.runtime.acceleration.enable_memory_savings",
@@ -197,6 +199,7 @@ NAMES = {
     "training.data.warn_of_long_pictures": "training.data.image_folder.warn_of_long_images",
     "training.data.warn_of_small_pictures": "training.data.image_folder.warn_of_small_images",
     "training.empty_base.check_without_weights": "training.checks.base.check_without_weights",
+    "training.loop.train": "training.run.train",
     "training.memory.bytes_of": "pipelines.placement.bytes_of",
     "training.memory.optimizer_state_bytes": (
         "training.optimization.optimizers.optimizer_state_bytes"
@@ -236,7 +239,7 @@ def install() -> None:
 def _place(module: str, name: str) -> str:
     """Return where a name of an old module is now, from the package on."""
     old = module.removeprefix(f"{_PACKAGE}.")
-    return NAMES.get(f"{old}.{name}", f"{MODULES[old]}.{name}")
+    return NAMES.get(f"{old}.{name}", f"{MODULES.get(old, 'io.errors')}.{name}")
 
 
 def names_of(module: str) -> Callable[[str], Any]:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, closing
 from functools import partial
 from math import ceil, isfinite
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
@@ -24,6 +24,7 @@ from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
 from gralora_diffusion.base_models.unread_weights import StoredWeights, unread_denoiser
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.deprecated_paths import names_of
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.checkpoints.best import keep_best, restore_best
 from gralora_diffusion.training.checkpoints.resume import describe_base, past_the_end
@@ -100,6 +101,9 @@ from gralora_diffusion.training.runtime.offloading import (
     Offloading,
 )
 from gralora_diffusion.training.runtime.sharding import Sharding
+
+if not TYPE_CHECKING:
+    __getattr__ = names_of(__name__)
 
 logger = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from transformers import CLIPImageProcessor
 from gralora_diffusion.base_models.loading import find_base_family, load_base
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.pipelines.generation import main as sample
+from gralora_diffusion.pipelines.sample_command import main as sample
 from gralora_diffusion.training.checks.family import check_family_options
 from tests.models import PIPELINES, stable_diffusion, vae
 from tests.training.runs import config

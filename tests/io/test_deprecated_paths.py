@@ -51,6 +51,8 @@ def test_the_warning_is_of_the_line_that_imports():
 def test_what_is_no_name():
     with pytest.raises(ImportError):
         exec("from gralora_diffusion.warm_start import nothing")
+    with pytest.raises(ImportError):
+        exec("from gralora_diffusion.training.loop import nothing")
     with pytest.raises(ModuleNotFoundError):
         importlib.import_module("gralora_diffusion.nothing")
 

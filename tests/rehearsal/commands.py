@@ -14,7 +14,7 @@ from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.benchmark.runner import Runner
 from gralora_diffusion.benchmark.tasks import read_tasks
 from gralora_diffusion.export.main import main as export
-from gralora_diffusion.pipelines.generation import main as sample
+from gralora_diffusion.pipelines.sample_command import main as sample
 from tests.benchmark import judges, runs
 from tests.models import adapt_everywhere, stable_diffusion
 from tests.rehearsal.device import Gpu

@@ -16,7 +16,8 @@ from gralora_diffusion.adapters.adapter_file import WEIGHTS_NAME, read_adapter
 from gralora_diffusion.base_models.loading import find_base_family
 from gralora_diffusion.base_models.options import BaseModelOptions
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.pipelines.generation import generate, main
+from gralora_diffusion.pipelines.generation import generate
+from gralora_diffusion.pipelines.sample_command import main
 from tests import pipeline_classes
 from tests.originals import ORIGINALS, write
 from tests.training.cards import draw_by_card

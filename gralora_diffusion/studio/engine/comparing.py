@@ -212,14 +212,9 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
     from PIL import Image
 
     from gralora_diffusion.io.image_parameters import save_png
-    from gralora_diffusion.pipelines.generation import (
-        generate,
-        labelled_grid,
-        load_lora,
-        open_pipeline,
-        parameters_of,
-        parser,
-    )
+    from gralora_diffusion.pipelines.generation import generate, parameters_of
+    from gralora_diffusion.pipelines.grid import labelled_grid
+    from gralora_diffusion.pipelines.sample_command import load_lora, open_pipeline, parser
 
     command = parser()
     # options of `gralora sample`, so that the base is loaded as there; the prompts come below

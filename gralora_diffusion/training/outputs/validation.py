@@ -23,12 +23,8 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
 from gralora_diffusion.pipelines.editing import editing_pipeline
-from gralora_diffusion.pipelines.generation import (
-    generate,
-    labelled_grid,
-    parameters_of,
-    takes_negative_prompt,
-)
+from gralora_diffusion.pipelines.generation import generate, parameters_of, takes_negative_prompt
+from gralora_diffusion.pipelines.grid import labelled_grid
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import ValidationPrompt
 from gralora_diffusion.training.data.truncation import reported_truncation

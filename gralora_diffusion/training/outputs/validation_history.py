@@ -10,7 +10,7 @@ from PIL import Image
 from gralora_diffusion.io.image_files import ImageError, read_image
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.tensor_files import replacing
-from gralora_diffusion.pipelines.generation import labelled_grid
+from gralora_diffusion.pipelines.grid import labelled_grid
 
 from .published import HISTORY_NAME, PROMPTS_NAME, VALIDATION_NAME
 from .validation import image_name, of_one_shape
