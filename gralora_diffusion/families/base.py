@@ -264,13 +264,14 @@ class ModelFamily(ABC):
                 ``skipped_layers``; others ignore it.
         """
 
-    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
-        """Return the number of tokens of a prompt in the pipeline, before it is truncated.
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each prompt in the pipeline, before it is truncated.
 
         Args:
             tokenizer: any tokenizer of the pipeline.
         """
-        return len(tokenizer(prompt, verbose=False).input_ids)
+        encoded = tokenizer(list(prompts), verbose=False, return_attention_mask=False)
+        return [len(ids) for ids in encoded.input_ids]
 
     def image_conditioning(
         self,

@@ -143,14 +143,17 @@ class Flux2(ModelFamily):
         )
         return {"prompt_embeds": prompt_embeds}
 
-    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
         # the system message before the prompt counts, too
         from diffusers.pipelines.flux2.pipeline_flux2 import format_input
 
-        encoded = tokenizer.apply_chat_template(
-            format_input([prompt]), add_generation_prompt=False, tokenize=True, return_dict=True
-        )
-        return len(encoded["input_ids"][0])
+        encoded = [
+            tokenizer.apply_chat_template(
+                format_input([prompt]), add_generation_prompt=False, tokenize=True, return_dict=True
+            )
+            for prompt in prompts
+        ]
+        return [len(each["input_ids"][0]) for each in encoded]
 
     def encode_images(self, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:
         """Encode as the pipeline encodes reference images, so the standard deviation is zero.

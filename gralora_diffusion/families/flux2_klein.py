@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -30,14 +30,17 @@ class Flux2Klein(Flux2):
     known_as = ("flux-2-klein", "flux2-klein")
     layer_marks = layer_marks(3072, 4096)  # 4B and 9B
 
-    def count_tokens(self, tokenizer: Any, prompt: str) -> int:
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}],
-            tokenize=False,
-            add_generation_prompt=True,
-            enable_thinking=False,
-        )
-        return super(Flux2, self).count_tokens(tokenizer, text)
+    def count_tokens(self, tokenizer: Any, prompts: Sequence[str]) -> list[int]:
+        texts = [
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for prompt in prompts
+        ]
+        return super(Flux2, self).count_tokens(tokenizer, texts)
 
     def published_names(
         self, denoiser: Mapping[str, Any] = UNKNOWN, scheduler: Mapping[str, Any] = UNKNOWN

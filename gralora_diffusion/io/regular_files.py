@@ -26,7 +26,7 @@ def is_regular(path: Path) -> bool:
         return False
 
 
-def check_regular(path: Path) -> os.stat_result:
+def check_regular(path: str | Path) -> os.stat_result:
     """Return the status of a regular file, so that it may be opened; links are followed.
 
     A named pipe would block forever, and a device may never end.
@@ -34,14 +34,14 @@ def check_regular(path: Path) -> os.stat_result:
     Raises:
         OSError: there is no such file, or it is not a regular one.
     """
-    status = path.stat()
+    status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
         raise OSError(f"it is {kind}, not a file")
     return status
 
 
-def read_regular(path: Path, limit: int) -> bytes:
+def read_regular(path: str | Path, limit: int) -> bytes:
     """Return the bytes of a regular file; links are followed.
 
     Args:
@@ -53,4 +53,5 @@ def read_regular(path: Path, limit: int) -> bytes:
     status = check_regular(path)
     if status.st_size > limit:
         raise OSError(f"it has {status.st_size:,} bytes; at most {limit:,} are allowed")
-    return path.read_bytes()
+    with open(path, "rb") as file:
+        return file.read()

@@ -572,7 +572,7 @@ def _read_cache(folder: Path) -> None:
     store = TensorStore(folder)
     if "key" in store:
         store["key"]
-    store.tell_damaged()
+    store.finish_looking()
 
 
 def _make_checked(folder: Path) -> None:

@@ -152,7 +152,7 @@ class LatentCache:
                             tensors["mask"] = latent_mask(values, mean.shape[-2:])
                         self.store[key] = tensors
                         done += 1
-        self.store.tell_damaged()
+        self.store.finish_looking()
         return done
 
 
@@ -213,7 +213,7 @@ class ControlCache:
                 pixels = self.plan.pixel_values(image, example.size, variant)
                 self.store[key] = {"latents": _storable(encode(pixels[None]), control)[0].clone()}
                 done += 1
-        self.store.tell_damaged()
+        self.store.finish_looking()
         return done
 
 
@@ -269,7 +269,7 @@ class PromptCache:
         missing = [
             prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.store
         ]
-        self.store.tell_damaged()
+        self.store.finish_looking()
         size = batch_size if self.store.folder is None else 1
         starts = range(0, len(missing), size)
         for start in tqdm(starts, "Encoding prompts", unit="", disable=None if progress else True):
@@ -277,6 +277,8 @@ class PromptCache:
             encoded = {name: t.detach().cpu().contiguous() for name, t in encode(batch).items()}
             for i, prompt in enumerate(batch):
                 self.store[self.key(prompt)] = {name: t[i].clone() for name, t in encoded.items()}
+        if missing:
+            self.store.finish_looking()
         return len(missing)
 
     def batch(self, prompts: Sequence[str]) -> dict[str, Tensor]:

@@ -383,7 +383,7 @@ def read_caption(path: Path, column: str | None, problems: list[str]) -> str | N
 
 
 def read_captions(
-    path: Path, column: str | None, problems: list[str], per_line: bool = False
+    path: str | Path, column: str | None, problems: list[str], per_line: bool = False
 ) -> list[str] | None:
     """Return the captions in a file beside an image, each as one line; none if it is empty.
 
@@ -395,7 +395,8 @@ def read_captions(
         problems: problems are appended to it.
         per_line: each line of a text file is a caption, instead of all of them together.
     """
-    is_json = path.suffix.lower() == ".json"
+    path = os.fspath(path)
+    is_json = path.lower().endswith(".json")
     try:
         text = read_regular(path, _MAX_CAPTION).decode("utf-8-sig")
         if not is_json:
@@ -408,9 +409,9 @@ def read_captions(
             return distinct_lines(texts)
         return None
     except UnicodeDecodeError as error:
-        problem = f"{path.name} {_NOT_UTF8} ({error})"
+        problem = f"{os.path.basename(path)} {_NOT_UTF8} ({error})"
     except OSError as error:
-        problem = f"{path.name} cannot be read: {error}"
+        problem = f"{os.path.basename(path)} cannot be read: {error}"
     except (ValueError, AttributeError, IndexError):
         return None  # annotations of another kind
     if is_json:

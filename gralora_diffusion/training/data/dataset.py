@@ -114,8 +114,16 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.masked, self.fill = masked and self.has_masks, fill
         self.weighted = any(part.loss_weight != 1 for part in parts)
         kept = partial(self._kept, cached_crops) if cache is not None else lambda *_: ()
+        known: dict[Any, Any] = {}  # equal values are kept once, because there may be 100,000
         self._entries = [
-            _Entry(example, part, plan, target, prompts, kept(plan, example))
+            _Entry(
+                example,
+                part,
+                plan,
+                known.setdefault(target, target),
+                prompts,
+                known.setdefault(variants := kept(plan, example), variants),
+            )
             for part in parts
             for example, plan, target, prompts in self._views(part)
         ]

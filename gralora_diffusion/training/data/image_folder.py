@@ -86,7 +86,7 @@ _PENDING = 1000
 MIN_FOR_PROGRESS = 50
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a set may have 100,000 of them
 class Example:
     """An image and its caption. The image stays where it is until it is loaded.
 
@@ -378,13 +378,12 @@ def _find_in(
         masked, unused = find_masks(part.path, listed, of_image, masks, own, problems)
         taken = {mask.name for mask in masked.values() if not mask.of_alpha}
         unused_masks = [*(name for name in unlisted if name not in taken), *unused]
-    within = part.path.relative_to(top).as_posix()
+    within, top_of_part = part.path.relative_to(top).as_posix(), str(part.path)
     for name, texts in _beside(caption_files, part.path, names, files).items():
         given = {metadata[0]: listed[name].captions} if _has_caption(listed, name) else {}
-        empty = None
+        empty, parent = None, os.path.dirname(os.path.join(top_of_part, name))
         for file in texts:
-            beside_it = (part.path / name).parent / file
-            captions = read_captions(beside_it, column, problems, caption_per_line)
+            captions = read_captions(os.path.join(parent, file), column, problems, caption_per_line)
             if captions is not None:
                 used.add(file)
                 given |= {file: tuple(captions)} if captions else {}

@@ -6,6 +6,8 @@ import contextlib
 import hashlib
 import json
 import logging
+import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,8 @@ from torch import Tensor
 
 from gralora_diffusion.io.errors import AdapterFileError, DataError
 from gralora_diffusion.io.tensor_files import read_header, write_safetensors
+
+from .store_index import StoreIndex, stamp_of
 
 logger = logging.getLogger(__name__)
 
@@ -49,24 +53,32 @@ class TensorStore:
         self.folder = Path(folder) if folder else None
         self._memory: dict[str, dict[str, Tensor]] = {}
         self._damaged: list[Path] = []
+        self._index = StoreIndex(self.folder) if self.folder else None
 
     def __contains__(self, key: str) -> bool:
-        """Return whether the tensors are there; see :meth:`tell_damaged`.
+        """Return whether the tensors are there; see :meth:`finish_looking`.
 
-        Only the header and the length of their file are checked. Its content is checked when it is
-        read, because reading a large folder takes minutes.
+        Only the header and the length of their file are checked, unless they were before. Its
+        content is checked when it is read, because reading a large folder takes minutes.
         """
-        if self.folder is None:
+        if self._index is None:
             return key in self._memory
-        path = self._path(key)
-        if not path.is_file():
-            return False
+        path, digest = self._path(key), _digest(key)
         try:
-            _read_checked_header(path)
-            return True
-        except (AdapterFileError, OSError):  # OSError: another process has just removed it
-            self._damaged.append(path)
+            status = os.stat(path)
+        except OSError:
             return False
+        if not stat.S_ISREG(status.st_mode):
+            return False
+        if self._index.knows(digest, stamp_of(status)):
+            return True
+        try:
+            _read_checked_header(Path(path))
+        except (AdapterFileError, OSError):  # OSError: another process has just removed it
+            self._damaged.append(Path(path))
+            return False
+        self._index.add(digest, stamp_of(status))
+        return True
 
     def __getitem__(self, key: str) -> dict[str, Tensor]:
         """Return the tensors by name.
@@ -78,7 +90,7 @@ class TensorStore:
         """
         if self.folder is None:
             return self._memory[key]
-        path = self._path(key)
+        path = Path(self._path(key))
         try:
             metadata = _read_checked_header(path)
             tensors = load(path.read_bytes())  # not mapped: another process may replace the file
@@ -97,13 +109,15 @@ class TensorStore:
         Raises:
             DataError: the folder cannot be written.
         """
-        if self.folder is None:
+        if self.folder is None or self._index is None:
             self._memory[key] = dict(tensors)
             return
+        path = self._path(key)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             metadata = {"format": "pt", _HASH_FIELD: hash_of({}, tensors)}
-            write_safetensors(tensors, self._path(key), metadata)
+            write_safetensors(tensors, Path(path), metadata)
+            self._index.add(_digest(key), stamp_of(os.stat(path)))
         except (OSError, SafetensorError) as error:
             problem = (
                 f"cannot be written: {error}. Free some space, give another folder, or leave it "
@@ -111,8 +125,10 @@ class TensorStore:
             )
             raise DataError(f"--latent_cache_dir {str(self.folder)!r}", [problem]) from error
 
-    def tell_damaged(self) -> None:
-        """Warn of incomplete files that were found since the last call."""
+    def finish_looking(self) -> None:
+        """Remember the files that are complete, and warn of others found since the last call."""
+        if self._index is not None:
+            self._index.save()
         if self._damaged:
             logger.warning(
                 "cache %s: %d damaged files, which are encoded again: %s%s",
@@ -123,9 +139,14 @@ class TensorStore:
             )
         self._damaged.clear()
 
-    def _path(self, key: str) -> Path:
-        assert self.folder is not None
-        return self.folder / f"{key}.safetensors"
+    def _path(self, key: str) -> str:
+        # a text, because a path takes ten times as long, and there may be 100,000 of them
+        return f"{self.folder}{os.sep}{key}.safetensors"
+
+
+def _digest(key: str) -> bytes:
+    """Return a key as the index has it."""
+    return hashlib.sha256(key.encode()).digest()
 
 
 def _read_checked_header(path: Path) -> dict[str, str]:

@@ -25,7 +25,7 @@ _NUDGE = 2.0**-22
 _MANY_PLACES = 1 << 20
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a set may have 100,000 of them
 class Variant:
     """One way to cut ``height`` times ``width`` pixels out of an image resized to cover them.
 
@@ -127,8 +127,10 @@ class CropPlan:
             seed: of the run.
         """
         places = self._places(size)
-        random = generator(seed_from(seed, content_key), "kept variants", 0)
-        if places <= _MANY_PLACES:
+        random = generator(seed_from(seed, content_key), "kept variants", 0) if places > 1 else None
+        if random is None:
+            order = [0]
+        elif places <= _MANY_PLACES:
             order = torch.randperm(places, generator=random)[: max(count, 2)].tolist()
         else:  # a permutation of all places would take gigabytes
             drawn: dict[int, None] = {}

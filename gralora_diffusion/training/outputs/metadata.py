@@ -201,11 +201,12 @@ def _data_fields(
     instance: TrainingSet,
     classes: TrainingSet | None,
 ) -> dict[str, Any]:
+    sets = list(by_set(config, instance.examples))
+    names = {id(image_set): image_set.name(config) for image_set, _, _ in sets}
     folders: dict[str, list[Example]] = {}
     for example in instance.examples:
-        folder = example.concept or example.image_set.name(config)
+        folder = example.concept or names[id(example.image_set)]
         folders.setdefault(folder, []).append(example)
-    sets = list(by_set(config, instance.examples))
     repeats = {id(image_set): own.repeats for image_set, own, _ in sets}
     directories = {
         name: {
