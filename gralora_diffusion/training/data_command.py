@@ -115,7 +115,8 @@ def _report(config: TrainingConfig, sheet: SheetOptions) -> Iterator[str]:
     from .data.sets import sampled_sets
     from .data.truncation import truncated_prompts
 
-    images, classes = find_images(config), find_class_images(config)
+    images = find_images(config)
+    classes = find_class_images(config, images)
     trained = {"the images to train on": images, "the class images": classes}
     held_out = find_held_out_images(config, trained)
     config, family, pipe = _with_base(config)
@@ -209,7 +210,7 @@ def _looked_at(
                 key = example.content_key
                 crop = plan.kept(example.size, key, config.cached_crops, config.seed)[0]
                 prompt = part.caption_rules.variants(example.caption, config.seed)[0]
-                label = f"{_name(example)}, {crop.height} x {crop.width}"
+                label = f"{example.name}, {crop.height} x {crop.width}"
                 cells.append((as_image(plan.pixel_values(image, crop)), label, prompt))
             hashes.append(difference_hash(image))
     return hashes, cells
@@ -219,7 +220,7 @@ def _alike(images: Sequence[Example], hashes: Sequence[int]) -> Iterator[Finding
     """Yield findings about images that come more than once."""
     from .data.similarity import equal_groups, near_pairs
 
-    names, keys = [_name(image) for image in images], [image.content_key for image in images]
+    names, keys = [image.name for image in images], [image.content_key for image in images]
     same = [" = ".join(names[n] for n in group) for group in equal_groups(keys)]
     first = {key: number for number, key in reversed(list(enumerate(keys)))}
     near = near_pairs({number: hashes[number] for number in first.values()})
@@ -237,19 +238,15 @@ def _unusual(parts: Sequence[SampledSet]) -> Iterator[Finding]:
         for example in part.examples:
             shown = min(plan.shown(example.size) for plan in part.plans)
             if any(plan.enlarges(example.size) for plan in part.plans):
-                enlarged.append(f"{_name(example)} ({example.size[0]}x{example.size[1]})")
+                enlarged.append(f"{example.name} ({example.size[0]}x{example.size[1]})")
             if shown < _WELL_SHOWN:
-                cut.append(f"{_name(example)} ({shown:.0%})")
+                cut.append(f"{example.name} ({shown:.0%})")
             texts = [caption.lower() for caption in example.captions]
             if not all(trigger in text or TRIGGER in text for text in texts):
-                without.append(_name(example))
+                without.append(example.name)
     yield "enlarged to the size that they are trained at", enlarged
     yield f"a crop shows less than {_WELL_SHOWN:.0%} of the image", cut
     yield "captions without the trigger word, which is put before them", without
-
-
-def _name(example: Example) -> str:
-    return str(getattr(example.source, "name", example.source))
 
 
 def _columns(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -99,7 +99,8 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
     if resume is not None:
         _, path = resume
         check_before_loading(path, config.with_defaults(family.training_defaults), family)
-    images, class_images = find_images(config), find_class_images(config)
+    images = find_images(config)
+    class_images = find_class_images(config, images)
     trained = {
         _place_of_images(config): images,
         "--class_data_dir": class_images,

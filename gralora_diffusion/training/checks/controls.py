@@ -233,7 +233,7 @@ def _misfits(
         divisor: the base's ``size_divisor``, once it is known.
     """
     base = f"this {family.name} base" + (f" ({pipeline_class})" if pipeline_class else "")
-    names = [str(getattr(image.source, "name", image.source)) for image in images]
+    names = [image.name for image in images]
     numbers = [len(image.controls) for image in images]
     if count.most == 0 and any(numbers):
         yield (
@@ -300,7 +300,7 @@ def _remarks(
             f"base, as {next(iter(family.edit_pipelines))} uses it. Load the adapter there"
         )
     whole = [
-        str(getattr(image.source, "name", image.source))
+        image.name
         for image in images
         if any(not same_shape(control.size, image.size) for control in image.controls)
     ]

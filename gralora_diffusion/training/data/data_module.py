@@ -134,7 +134,7 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
         DataError: no image has one.
     """
     option = "--masked_loss" if config.masked_loss else "--inpaint_given_masks"
-    without = [str(getattr(e.source, "name", e.source)) for e in examples if e.mask is None]
+    without = [e.name for e in examples if e.mask is None]
     if len(without) == len(examples):
         problem = "no image has a mask"
         if any(own.mask_from_alpha for _, own, _ in by_set(config, examples)):
@@ -155,15 +155,19 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
         )
 
 
-def find_class_images(config: TrainingConfig) -> list[Example]:
+def find_class_images(config: TrainingConfig, images: Sequence[Example] = ()) -> list[Example]:
     """Find and check the existing class images; there are none without prior preservation.
 
+    Args:
+        images: of the subject.
+
     Raises:
-        DataError: there are problems with them. The error lists all of them.
+        DataError: there are problems with them, or one of them is an image of the subject. The
+            error lists all of them.
     """
     if not existing_class_images(config):
         return []
-    return find_examples(
+    found = find_examples(
         str(config.class_data_dir),
         config.class_prompt,
         skip_bad_images=config.skip_bad_images,
@@ -171,6 +175,16 @@ def find_class_images(config: TrainingConfig) -> list[Example]:
         cache_dir=config.latent_cache_dir,
         remember=not config.dry_run,
     )
+    names = {image.content_key: image.name for image in images}
+    problems = [
+        f"{image.name} is the same image as {names[image.content_key]}, which is trained on as the "
+        "subject. Class images should show other members of the class: remove one of them"
+        for image in found
+        if image.content_key in names
+    ]
+    if problems:
+        raise DataError(f"--class_data_dir {config.class_data_dir!r}", problems)
+    return found
 
 
 def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -53,7 +53,7 @@ def find_held_out_images(
         )
     if problems:
         raise DataError(place, problems)
-    whole = [_name(example) for example in held_out if example.mask is None]
+    whole = [example.name for example in held_out if example.mask is None]
     if (config.masked_loss or config.inpaint_given_masks) and whole:
         logger.warning(
             "held-out images without a mask, which are measured as a whole (%d): %s",
@@ -90,29 +90,25 @@ def _find_images(config: TrainingConfig) -> list[Example]:
 def _duplicates(held_out: Sequence[Example], trained: Mapping[str, Sequence[Example]]) -> list[str]:
     """Return the images that are held out and trained on, and those that are held out twice."""
     places = {
-        example.content_key: f"{_name(example)} of {flag}"
+        example.content_key: f"{example.name} of {flag}"
         for flag, examples in trained.items()
         for example in examples
     }
     problems = [
-        f"{_name(example)} is the same image as {places[example.content_key]}. An image that is "
+        f"{example.name} is the same image as {places[example.content_key]}. An image that is "
         "trained on cannot be held out: remove one of them"
         for example in held_out
         if example.content_key in places
     ]
     again: dict[str, list[str]] = defaultdict(list)
     for example in held_out:
-        again[example.content_key].append(_name(example))
+        again[example.content_key].append(example.name)
     problems += [
         f"{' and '.join(names)} are the same image, which would count {len(names)} times. Keep one"
         for names in again.values()
         if len(names) > 1
     ]
     return problems
-
-
-def _name(example: Example) -> str:
-    return str(getattr(example.source, "name", example.source))
 
 
 def held_out_config(config: TrainingConfig) -> TrainingConfig:

@@ -114,6 +114,11 @@ class Example:
     other_captions: tuple[str, ...] = ()
 
     @property
+    def name(self) -> str:
+        """Its file's name, or what else names it in messages."""
+        return str(getattr(self.source, "name", self.source))
+
+    @property
     def cache_key(self) -> str:
         """What identifies everything that is encoded for it, besides the crop."""
         return self.content_key + (f" {self.mask.cache_key}" if self.mask else "")
@@ -235,11 +240,7 @@ def find_examples(
 
 def warn_of_small_images(examples: Iterable[Example], plan: CropPlan) -> None:
     """Log which images are smaller than the size that they are trained at."""
-    small = [
-        f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
-        for e in examples
-        if plan.enlarges(e.size)
-    ]
+    small = [f"{e.name} ({e.size[0]}x{e.size[1]})" for e in examples if plan.enlarges(e.size)]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
     _warn(place, "smaller images, enlarged for training", small)
 
@@ -247,9 +248,7 @@ def warn_of_small_images(examples: Iterable[Example], plan: CropPlan) -> None:
 def warn_of_long_images(examples: Iterable[Example], plan: CropPlan) -> None:
     """Log which images are so long that a crop shows only a small part of them."""
     long = [
-        f"{getattr(e.source, 'name', e.source)} ({e.size[0]}x{e.size[1]})"
-        for e in examples
-        if plan.shown(e.size) < _SMALL_PART
+        f"{e.name} ({e.size[0]}x{e.size[1]})" for e in examples if plan.shown(e.size) < _SMALL_PART
     ]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
     _warn(place, "long images, of which a sample shows less than a quarter", long)
@@ -257,11 +256,7 @@ def warn_of_long_images(examples: Iterable[Example], plan: CropPlan) -> None:
 
 def warn_of_missed_masks(examples: Iterable[Example], plan: CropPlan) -> None:
     """Log which images have crops that show nothing of what their mask leaves."""
-    missed = [
-        str(getattr(e.source, "name", e.source))
-        for e in examples
-        if e.mask and plan.may_miss(e.size, e.mask.box)
-    ]
+    missed = [e.name for e in examples if e.mask and plan.may_miss(e.size, e.mask.box)]
     place = "aspect-ratio buckets" if plan.buckets else f"--resolution {plan.resolution}"
     _warn(
         place, "masks whose white part a crop may miss; such a sample trains nothing inside", missed
@@ -557,7 +552,7 @@ def _contradictions(examples: Iterable[Example]) -> list[str]:
     first: dict[tuple[str, ...], str] = {}
     again = []
     for example in examples:
-        name = str(getattr(example.source, "name", example.source))
+        name = example.name
         key = (*example.captions, *(control.content_key for control in example.controls))
         earlier = first.setdefault(key, name)
         if example.controls and earlier != name:

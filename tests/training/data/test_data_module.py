@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from gralora_diffusion.families import get_family, mend_clip_skip
+from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.training.data.data_module import Batches, find_class_images, find_images
 from tests.models import stable_diffusion
 from tests.training.runs import config, make_images, make_shapes
@@ -121,6 +123,31 @@ def test_buckets_leave_out_no_image_of_subject_or_class(tmp_path: Path, cached: 
         shapes.add(tuple(tuple(batch["target_sizes"][0].tolist()) for batch in pair if batch))
     assert (len(seen[0]), len(seen[1])) == (3, 10)
     assert any(instance != other for instance, other in shapes)
+
+
+def test_class_images_are_none_of_the_subject(images: Path, tmp_path: Path) -> None:
+    classes = make_images(tmp_path / "class", 3, seed=2)
+    chosen = config(
+        pretrained_model_name_or_path="owner/base",
+        instance_data_dir=images,
+        with_prior_preservation=True,
+        class_prompt="a dog",
+        class_data_dir=classes,
+        num_class_images=3,
+    )
+    found = find_images(chosen)
+    assert find_class_images(chosen, found) == find_class_images(chosen)
+    shutil.copyfile(images / "1.png", classes / "2.png")
+    shutil.copyfile(images / "0.png", classes / "x.png")
+    with pytest.raises(DataError) as error:
+        find_class_images(chosen, found)
+    assert str(error.value).startswith(f"--class_data_dir {str(classes)!r}:")
+    pairs = {"2.png": "1.png", "x.png": "0.png"}
+    assert error.value.problems == [
+        f"{name} is the same image as {other}, which is trained on as the subject. Class images "
+        "should show other members of the class: remove one of them"
+        for name, other in pairs.items()
+    ]
 
 
 def test_shapes_are_made_from_the_resolution_and_the_families_divisor(

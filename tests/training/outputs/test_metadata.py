@@ -65,7 +65,7 @@ def test_a_run_tells_what_it_was(base: Path, tmp_path: Path) -> None:
         lora_dropout=0.1,
         snr_gamma=5.0,
         with_prior_preservation=True,
-        class_data_dir=make_images(tmp_path / "dogs", count=2),
+        class_data_dir=make_images(tmp_path / "dogs", count=2, seed=2),
         class_prompt="a dog",
         num_class_images=2,
         pretrained_vae_model_name_or_path=base / "vae",
