@@ -3,6 +3,10 @@
 Input channels with outliers affect the whole gradient of a LoRA; with GraLoRA their effect stays in
 the blocks of their columns (sections 2 and 3). The log is the same for all methods: it describes
 the dense update R, the weight that the layer applies minus the base's.
+
+Three changes of R are compared at each step: minus the full gradient dL/dR, which needs no factors;
+the direction in which gradient descent on the method's parameters moves it; and what the optimizer
+makes of that, since AdamW divides each number by its own size.
 """
 
 from __future__ import annotations
@@ -22,6 +26,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.grad import conv2d_weight
 
 from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.adapters.placement.targets import base_of, fitting_k
@@ -71,6 +76,15 @@ class DiagnosticsLog:
         self._squares: dict[str, Tensor | float] = defaultdict(float)
         self._ranks: dict[str, float] = {}
         self._stable_ranks: dict[str, float] = {}
+        self._step_norms: dict[str, dict[str, list[Any]]] = {}
+        self._alignment: dict[str, dict[str, dict[str, list[Any]]]] = {}
+        self._forget_step()
+
+    def _forget_step(self) -> None:
+        """Forget what belongs to one step only."""
+        self._squares_now: dict[str, Tensor | float] = defaultdict(float)
+        self._full: dict[str, Tensor] = {}
+        self._before: dict[str, dict[str, Tensor]] = {}
 
     @contextmanager
     def watch(
@@ -81,9 +95,10 @@ class DiagnosticsLog:
         """Log the steps that this optimizer, or the one that accelerate wraps, makes inside.
 
         Gradients are recorded right before the step: accumulated, clipped and without fp16's scale.
-        Inputs are those of the logged steps' forward passes that have gradients. The effective rank
-        of the inference weights is measured at the end, unless there was an error. Each call starts
-        a new log.
+        Inputs are those of the logged steps' forward passes that have gradients. Until the backward
+        pass, they are kept, as they are without gradient checkpointing. The effective rank of the
+        inference weights is measured at the end, unless there was an error. Each call starts a new
+        log.
 
         Args:
             in_use: gives a context inside which the parameters are those for inference, as
@@ -97,8 +112,12 @@ class DiagnosticsLog:
                 # not on an adapter's base layer, where hooks would change how GraLoRA computes
                 see = partial(self._see_input, path)
                 hooks.enter_context(layer.register_forward_pre_hook(see))
+                hooks.enter_context(layer.register_forward_hook(partial(self._see_output, path)))
+            hooks.callback(self._forget_step)
             before = partial(self._before_step, updates)
             hooks.enter_context(inner.register_step_pre_hook(before))
+            after = partial(self._after_step, updates)
+            hooks.enter_context(inner.register_step_post_hook(after))
             yield
         with evaluating(optimizer) if in_use is None else in_use():
             values = {path: update.singular_values() for path, update in updates.items()}
@@ -114,6 +133,8 @@ class DiagnosticsLog:
             _finite(self._ranks),
             _finite(outliers),
             _finite(self._stable_ranks),
+            deepcopy(self._step_norms),
+            deepcopy(self._alignment),
         )
 
     def _logs_now(self) -> bool:
@@ -132,17 +153,73 @@ class DiagnosticsLog:
         with torch.no_grad():
             dtype = torch.promote_types(x.dtype, torch.float32)
             tokens = x.reshape(-1, x.shape[-1])
-            self._squares[path] += torch.linalg.vector_norm(tokens, dim=0, dtype=dtype).square()
+            squares = torch.linalg.vector_norm(tokens, dim=0, dtype=dtype).square()
+            self._squares[path] += squares
+            self._squares_now[path] += squares
+
+    def _see_output(
+        self, path: str, layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+    ) -> None:
+        """Add to the full gradient as soon as the output has one.
+
+        Of the two times that checkpointing runs a layer, only one output gets a gradient.
+        """
+        if self._logs_now() and torch.is_grad_enabled() and output.requires_grad:
+            output.register_hook(partial(self._add_full_gradient, path, layer, inputs[0].detach()))
+
+    @torch.no_grad()
+    def _add_full_gradient(self, path: str, layer: nn.Module, x: Tensor, gradient: Tensor) -> None:
+        if not self._logs_now():
+            return
+        base = base_of(layer)
+        with torch.autocast(x.device.type, enabled=False):
+            x, gradient = _precise(x), _precise(gradient.detach())
+            if isinstance(base, nn.Conv2d):
+                shape, places = base.weight.shape, (base.stride, base.padding, base.dilation)
+                found = conv2d_weight(x, shape, gradient, *places)
+            else:
+                found = gradient.reshape(-1, gradient.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+        # on the CPU, because those of all layers together are as large as the base
+        found = found.cpu()
+        self._full[path] = self._full[path] + found if path in self._full else found
 
     def _before_step(self, updates: dict[str, DenseUpdate], *_: Any) -> None:
         if self._logs_now():
             for path, update in updates.items():
-                norms = block_norms(update.gradient(), self._k[path])
-                if norms.isfinite().all():
-                    log = self._norms.setdefault(path, {"steps": [], "norms": []})
-                    log["steps"].append(self._done + 1)
-                    log["norms"].append(norms.tolist())
+                gradient = update.gradient()
+                _append(self._norms, path, self._done + 1, block_norms(gradient, self._k[path]))
+                self._log_alignment(path, self._done + 1, "gradient", gradient)
+                self._before[path] = update.parameters_now()
         self._done += 1
+
+    def _after_step(self, updates: dict[str, DenseUpdate], *_: Any) -> None:
+        if self._done in self._steps:
+            for path, update in updates.items():
+                step = update.change_since(self._before.pop(path)).neg()
+                _append(self._step_norms, path, self._done, block_norms(step, self._k[path]))
+                self._log_alignment(path, self._done, "step", step)
+                if (full := self._full.get(path)) is not None:
+                    self._log_alignment(path, self._done, "full", full)
+        self._forget_step()
+
+    def _log_alignment(self, path: str, step: int, name: str, change: Tensor) -> None:
+        """Log the outlier's share in a change of the update, and its cosine with the full one."""
+        change = change.detach().double().cpu().flatten(2 if change.ndim > 2 else 1)
+        found = {}
+        if path in self._squares_now:
+            outlier = int(torch.as_tensor(self._squares_now[path]).argmax())
+            share = change[:, outlier].square().sum() / change.square().sum()
+            found[f"{name}_share"] = float(share) * change.shape[1]
+        if name != "full" and path in self._full:
+            pair = change.flatten(), self._full[path].double().flatten()
+            found[f"{name}_cosine"] = float(torch.dot(*pair) / (pair[0].norm() * pair[1].norm()))
+        for measure, value in found.items():
+            if math.isfinite(value):
+                log = self._alignment.setdefault(path, {}).setdefault(
+                    measure, {"steps": [], "values": []}
+                )
+                log["steps"].append(step)
+                log["values"].append(value)
 
 
 class DenseUpdate(nn.Module):
@@ -201,6 +278,18 @@ class DenseUpdate(nn.Module):
         # by two backward passes, because LoHa's product has no forward-mode derivative
         return torch.autograd.functional.jvp(update, (*points.values(),), (*directions,))[1]
 
+    def parameters_now(self) -> dict[str, Tensor]:
+        """Return a copy of the trained parameters, in float64."""
+        trained = {name: p for name, p in self.named_parameters() if p.requires_grad}
+        return {name: p.detach().to(torch.float64, copy=True) for name, p in trained.items()}
+
+    @torch.no_grad()
+    def change_since(self, before: dict[str, Tensor]) -> Tensor:
+        """Return by how much the update has changed since :meth:`parameters_now`, in float64."""
+        now, then = (functional_call(self, p, ()) for p in (self.parameters_now(), before))
+        change: Tensor = now - then
+        return change
+
     @torch.no_grad()
     def singular_values(self) -> spectrum.Values | None:
         """Return those of the update as (out, in * h * w); None if the update is not finite.
@@ -225,6 +314,14 @@ class DenseUpdate(nn.Module):
         update = self().flatten(1).double()
         # a dense update is large, so this is computed where it is
         return _array(torch.linalg.svdvals(update)) if update.isfinite().all() else None
+
+
+def _append(logs: dict[str, dict[str, list[Any]]], path: str, step: int, norms: Tensor) -> None:
+    """Add the norms of a step to a layer's log if they are finite."""
+    if norms.isfinite().all():
+        log = logs.setdefault(path, {"steps": [], "norms": []})
+        log["steps"].append(step)
+        log["norms"].append(norms.tolist())
 
 
 def _array(tensor: Tensor) -> spectrum.Values:

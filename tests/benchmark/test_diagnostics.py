@@ -21,7 +21,12 @@ from torch import Tensor, nn
 from gralora_diffusion import get_family
 from gralora_diffusion.adapters.placement.targets import base_of, find_targets
 from gralora_diffusion.benchmark.diagnostics import DenseUpdate, DiagnosticsLog, block_norms
-from gralora_diffusion.benchmark.evaluation.results import Diagnostics, read_result, write_result
+from gralora_diffusion.benchmark.evaluation.results import (
+    ALIGNMENT,
+    Diagnostics,
+    read_result,
+    write_result,
+)
 from gralora_diffusion.benchmark.methods import Method
 from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.data.data_module import find_images
@@ -244,6 +249,102 @@ def test_norms_of_the_steps_that_are_wanted(method: str, tmp_path: Path) -> None
     key = keys()[0]
     written = write_result(replace(trial(key), mechanism=mechanism), tmp_path / key.path)
     assert read_result(written).mechanism == mechanism
+
+
+RIVALS = ["scaledlora-r4", "lokr-r4-f2", "boft-b8-m1"]
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("method", [*METHODS, *RIVALS])
+def test_steps_and_full_gradients(method: str, checkpointing: bool) -> None:
+    """By probes of the applied weight before and after the step, and a bare copy of the model.
+
+    The copy applies the same weights as ordinary parameters, so autograd gives their gradient.
+    """
+    if checkpointing and method not in ("lora-r4", "gralora-r4-k2"):
+        pytest.skip("two methods are enough")
+    model, paths = attach(method, torch.float64)
+    shake(model)
+    if checkpointing:
+        model.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(trained(model), lr=1e-2)
+    log = DiagnosticsLog(model, paths, 2, steps=[2])
+    with log.watch(optimizer):
+        train(model, optimizer, 1)
+        for seed in (7, 8):  # accumulated
+            loss_of(model, seed).backward()
+        before = {path: applied_weight(model.get_submodule(path)) for path in paths}
+        full = full_gradients(model, paths, before, (7, 8))
+        gradients = {path: DenseUpdate(model.get_submodule(path)).gradient() for path in paths}
+        inputs = inputs_of(model, paths, (7, 8))
+        optimizer.step()
+        optimizer.zero_grad()
+        after = {path: applied_weight(model.get_submodule(path)) for path in paths}
+    mechanism = log.result()
+    assert set(mechanism.step_norms) == set(mechanism.alignment) == set(paths)
+    for path in paths:
+        step = before[path] - after[path]
+        (norms,) = mechanism.step_norms[path]["norms"]
+        assert mechanism.step_norms[path]["steps"] == [2]
+        assert relative_error(torch.tensor(norms), blocks_by_hand(step, 2)) < 1e-6, path
+        outlier = int(inputs[path].argmax())
+        expected = {}
+        for name, change in {
+            "full": full[path],
+            "gradient": gradients[path],
+            "step": step,
+        }.items():
+            change = change.detach()
+            energy = change.square().sum()
+            expected[f"{name}_share"] = change.shape[1] * change[:, outlier].square().sum() / energy
+            inner = (change * full[path]).sum()
+            expected[f"{name}_cosine"] = inner / (energy.sqrt() * full[path].norm())
+        assert expected.pop("full_cosine") == pytest.approx(1)
+        found = mechanism.alignment[path]
+        assert found.keys() == expected.keys() == ALIGNMENT.keys()
+        for name, value in expected.items():
+            assert found[name]["steps"] == [2]
+            assert found[name]["values"] == [pytest.approx(float(value), rel=1e-5, abs=1e-8)], path
+
+
+def full_gradients(
+    model: nn.Module, paths: list[str], weights: dict[str, Tensor], seeds: tuple[int, ...]
+) -> dict[str, Tensor]:
+    """The gradient of the loss by the weights that the layers apply, from a model without adapters.
+
+    An attached layer's bias and place in the model are those of its base layer.
+    """
+    bare = copy.deepcopy(model)
+    for path in paths:
+        base: Any = base_of(bare.get_submodule(path))
+        twin = copy.deepcopy(base)
+        twin.weight = nn.Parameter(weights[path].clone())
+        parent, _, name = path.rpartition(".")
+        setattr(bare.get_submodule(parent), name, twin)
+    for seed in seeds:
+        loss_of(bare, seed).backward()
+    return {path: bare.get_submodule(path).weight.grad for path in paths}
+
+
+def inputs_of(model: nn.Module, paths: list[str], seeds: tuple[int, ...]) -> dict[str, Tensor]:
+    """The squared norm of each input channel of the layers."""
+    found: dict[str, Any] = dict.fromkeys(paths, 0.0)
+
+    def see(path: str, layer: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        x = inputs[0].detach()
+        found[path] = found[path] + (
+            x.square().sum((0, 2, 3)) if x.ndim == 4 else x.flatten(0, -2).square().sum(0)
+        )
+
+    hooks = [
+        model.get_submodule(path).register_forward_pre_hook(partial(see, path)) for path in paths
+    ]
+    with torch.no_grad():
+        for seed in seeds:
+            loss_of(model, seed)
+    for hook in hooks:
+        hook.remove()
+    return found
 
 
 @pytest.mark.parametrize("method", METHODS)

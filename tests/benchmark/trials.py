@@ -10,6 +10,7 @@ import numpy as np
 from PIL import Image
 
 from gralora_diffusion.benchmark.evaluation.results import (
+    ALIGNMENT,
     Diagnostics,
     PromptResult,
     TrialKey,
@@ -75,6 +76,17 @@ def trial(key: TrialKey, mechanism: bool = False, **changes) -> TrialResult:
                 {layer: float(rng.uniform(8, 8 + 20 * k)) for layer in layers},
                 {layer: float(rng.lognormal(1, 0.7)) for layer in layers},
                 {layer: float(rng.uniform(1, 4)) for layer in layers},
+                {
+                    layer: {"steps": [1], "norms": rng.lognormal(0, 0.8, (1, k, k)).tolist()}
+                    for layer in layers
+                },
+                {
+                    layer: {
+                        name: {"steps": [1, 100], "values": rng.uniform(0, 1, 2).tolist()}
+                        for name in ALIGNMENT
+                    }
+                    for layer in layers
+                },
             ),
         )
     return replace(result, **changes)

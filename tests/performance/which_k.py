@@ -5,7 +5,8 @@
 A layer of WIDTH x WIDTH shall learn an update that consists of b x b blocks, each of rank RANK / b.
 A GraLoRA of k = b and rank RANK can represent it exactly, with the parameters of every other k; a
 LoRA is k = 1. Inputs are normal, and in half of the tasks one channel is OUTLIER times larger. Each
-k has its best of RATES, chosen on seeds that are not reported. Everything is written into
+k has its best of RATES, chosen on seeds that are not reported; for a task whose best rate is the
+lowest or highest tried, further ones are tried until it is not. Everything is written into
 docs/images/which_k.json and drawn as which_k.svg; tests compare the documents with the former.
 """
 
@@ -24,17 +25,23 @@ from torch import Tensor
 
 from gralora_diffusion.adapters.layers import functional
 from gralora_diffusion.benchmark.evaluation.statistics import estimate
-from gralora_diffusion.lora_files.low_rank import effective_rank, stable_rank
+from gralora_diffusion.lora_files.spectrum import effective_rank, stable_rank
 from tests import ROOT
 
 WIDTH, RANK, TOKENS, STEPS, OUTLIER = 32, 8, 64, 300, 10.0
 STRUCTURES = KS = (1, 2, 4, 8)
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
+#: Rates that are tried beyond those, outwards from their ends.
+LOWER, HIGHER = (1e-3, 3e-4), (3e-1, 1.0)
 #: Seeds that choose the rate, and seeds that are reported.
 TUNING, REPORTED = 4, 12
 #: Every tenth of the first hundred steps; later ones are about what is left of the noise.
 MEASURED = range(0, 100, 10)
 MEASURES = ("full_share", "gradient_share", "step_share", "gradient_cosine", "step_cosine")
+
+
+#: Name of a measure -> its value in each run.
+Run = dict[str, list[float]]
 
 
 def targets(structure: int, seeds: Sequence[int]) -> Tensor:
@@ -59,7 +66,7 @@ def representable(target: Tensor, k: int) -> float:
     return float(values[..., RANK // k :].square().sum() / values.square().sum())
 
 
-def train(target: Tensor, scale: Tensor, k: int, rate: float) -> dict[str, list[float]]:
+def train(target: Tensor, scale: Tensor, k: int, rate: float) -> Run:
     """Train one adapter per run, all at once; return loss, ranks and measures of each.
 
     The loss is that of the whole distribution, relative to that of no update. Measures are means
@@ -109,7 +116,7 @@ def train(target: Tensor, scale: Tensor, k: int, rate: float) -> dict[str, list[
     learned = dense(A, B).detach()
     left = ((learned - target) * scale[:, None]).square().sum((1, 2))
     whole = (target * scale[:, None]).square().sum((1, 2))
-    values = torch.linalg.svdvals(learned.double())
+    values = torch.linalg.svdvals(learned.double()).numpy()
     return {
         "loss": (left / whole).tolist(),
         "stable_rank": [stable_rank(v) for v in values],
@@ -149,6 +156,23 @@ def with_interval(values: Sequence[float]) -> dict[str, float | None]:
     return {"mean": found.mean, "low": found.low, "high": found.high}
 
 
+def _part(run: Run, part: slice) -> Run:
+    return {name: values[part] for name, values in run.items()}
+
+
+def _best_rate(tried: Mapping[float, Run]) -> float:
+    """Return the rate with the least loss on the seeds that choose it."""
+    return min(tried, key=lambda rate: sum(tried[rate]["loss"][:TUNING]))
+
+
+def _next_rates(tried: Mapping[float, Run]) -> set[float]:
+    """Return the rates to try next, beyond an end that is the best so far."""
+    best = _best_rate(tried)
+    lower = [rate for rate in LOWER if rate < min(tried)][:1] if best == min(tried) else []
+    higher = [rate for rate in HIGHER if rate > max(tried)][:1] if best == max(tried) else []
+    return {*lower, *higher}
+
+
 def results() -> dict[str, Any]:
     """Measure everything: each k at its best rate, on the seeds that are reported."""
     seeds = TUNING + REPORTED
@@ -159,22 +183,30 @@ def results() -> dict[str, Any]:
     rows = []
     for k in KS:
         runs = {rate: train(target, scale, k, rate) for rate in RATES}
-        for number, (structure, outlier) in enumerate(tasks):
-            tuned = slice(number * seeds, number * seeds + TUNING)
-            here = slice(number * seeds + TUNING, (number + 1) * seeds)
-            losses = {rate: sum(run["loss"][tuned]) for rate, run in runs.items()}
-            best = min(losses, key=lambda rate: losses[rate])
-            limits = [representable(one, k) for one in target[here]]
+        parts = [slice(number * seeds, (number + 1) * seeds) for number in range(len(tasks))]
+        tried = [{rate: _part(run, part) for rate, run in runs.items()} for part in parts]
+        for rate in (*LOWER, *HIGHER):
+            wanted = [n for n, found in enumerate(tried) if rate in _next_rates(found)]
+            if wanted:
+                rows_of = torch.cat([torch.arange(parts[n].start, parts[n].stop) for n in wanted])
+                run = train(target[rows_of], scale[rows_of], k, rate)
+                for place, n in enumerate(wanted):
+                    tried[n][rate] = _part(run, parts[place])
+        for (structure, outlier), part, found in zip(tasks, parts, tried, strict=True):
+            best = _best_rate(found)
+            reported = {name: values[TUNING:] for name, values in found[best].items()}
+            limits = [representable(one, k) for one in target[part][TUNING:]]
             rows.append(
                 {
                     "structure": structure,
                     "k": k,
                     "outlier": outlier,
                     "rate": best,
-                    "rate_at_the_end": best in (RATES[0], RATES[-1]),
+                    "rates": sorted(found),
+                    "rate_at_the_end": best in (min(found), max(found)),
                     "representable": with_interval(limits),
-                    "losses": runs[best]["loss"][here],
-                    **{name: with_interval(values[here]) for name, values in runs[best].items()},
+                    "losses": reported["loss"],
+                    **{name: with_interval(values) for name, values in reported.items()},
                 }
             )
     return {

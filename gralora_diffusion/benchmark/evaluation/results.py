@@ -63,6 +63,17 @@ class PromptResult:
     real: str | None = None
 
 
+#: Measures of a layer at a step -> what they say. The outlier is the input channel with the largest
+#: norm in the step; shares of its column are relative to an even share, one of all input channels.
+ALIGNMENT = {
+    "full_share": "the outlier's share of the squared norm of the full gradient",
+    "gradient_share": "the same share of the method's gradient",
+    "step_share": "the same share of the optimizer's step",
+    "gradient_cosine": "cosine of the method's gradient with the full gradient",
+    "step_cosine": "cosine of the optimizer's step with the full gradient",
+}
+
+
 @dataclass(frozen=True)
 class Diagnostics:
     """Data on the mechanism that the paper claims, logged while a trial was trained.
@@ -74,12 +85,16 @@ class Diagnostics:
         effective_rank: layer -> effective rank of the learned update.
         input_outliers: layer -> the largest norm of an input channel over the median one.
         stable_rank: layer -> stable rank of the learned update.
+        step_norms: as ``gradient_norms``, of what the optimizer's step took from the dense update.
+        alignment: layer -> name in ``ALIGNMENT`` -> {"steps": [s], "values": [s]}.
     """
 
     gradient_norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective_rank: Mapping[str, float] = field(default_factory=dict)
     input_outliers: Mapping[str, float] = field(default_factory=dict)
     stable_rank: Mapping[str, float] = field(default_factory=dict)
+    step_norms: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    alignment: Mapping[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -320,8 +335,35 @@ def _prompt(reader: _Reader) -> PromptResult:
 
 
 def _mechanism(reader: _Reader) -> Diagnostics:
-    layers = reader.inside("gradient_norms")
-    norms = {}
+    return Diagnostics(
+        _norms(reader.inside("gradient_norms")),
+        reader.numbers("effective_rank"),
+        reader.numbers("input_outliers"),
+        # the first files did not have these
+        reader.numbers("stable_rank") if "stable_rank" in reader.content else {},
+        _norms(reader.inside("step_norms")) if "step_norms" in reader.content else {},
+        _alignment(reader.inside("alignment")) if "alignment" in reader.content else {},
+    )
+
+
+def _alignment(layers: _Reader) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for layer in layers.content:
+        measures = layers.inside(layer)
+        if unknown := sorted(measures.content.keys() - ALIGNMENT.keys()):
+            raise measures.error(unknown[0], f"one of {', '.join(ALIGNMENT)}", unknown[0])
+        found[layer] = {}
+        for name in measures.content:
+            inner = measures.inside(name)
+            steps, values = inner.items("steps"), inner.items("values")
+            if len(steps) != len(values) or not all(map(is_finite_number, [*steps, *values])):
+                raise inner.error("values", "a finite number for each of steps", values)
+            found[layer][name] = {"steps": steps, "values": values}
+    return found
+
+
+def _norms(layers: _Reader) -> dict[str, Any]:
+    norms: dict[str, Any] = {}
     for layer in layers.content:
         inner = layers.inside(layer)
         steps, maps = inner.items("steps"), inner.items("norms")
@@ -331,13 +373,7 @@ def _mechanism(reader: _Reader) -> Diagnostics:
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
             raise inner.error("norms", "k x k finite numbers for each step", maps)
         norms[layer] = {"steps": steps, "norms": maps}
-    return Diagnostics(
-        norms,
-        reader.numbers("effective_rank"),
-        reader.numbers("input_outliers"),
-        # the first files did not have it
-        reader.numbers("stable_rank") if "stable_rank" in reader.content else {},
-    )
+    return norms
 
 
 def _is_measured(value: object) -> bool:

@@ -111,6 +111,10 @@ def _protocol(protocol: ProtocolData, content: ReportData) -> dict[str, Any]:
                 "effective_rank": found.effective_rank,
                 "input_outliers": found.input_outliers,
                 "stable_rank": found.stable_rank,
+                "alignment": found.alignment,
+                "step_concentration": {
+                    layer: found.concentration(layer, of_steps=True) for layer in found.step_share
+                },
                 "concentration": {layer: found.concentration(layer) for layer in found.layers},
             }
             for method, found in protocol.diagnostics.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from markupsafe import Markup
 
 from gralora_diffusion.benchmark.evaluation.endpoint import UPDATE_NORM, Declared, without_rate
+from gralora_diffusion.benchmark.evaluation.results import ALIGNMENT
 from gralora_diffusion.benchmark.evaluation.scores import score_named
 
 from .diagnostics import DiagnosticsData
@@ -186,7 +187,7 @@ def heat_maps(method: str, content: DiagnosticsData) -> list[Figure]:
 def layer_strips(
     diagnostics: Mapping[str, DiagnosticsData], colour: Mapping[str, int]
 ) -> list[Figure]:
-    """Concentration, effective rank and outliers, a dot per layer."""
+    """Concentration, effective rank, outliers, and what steps make of them; a dot per layer."""
     kinds: dict[str, dict[str, list[float]]] = {
         "largest block's gradient share, relative to an even share": {
             method: [c for layer in found.layers if (c := found.concentration(layer)) is not None]
@@ -199,6 +200,9 @@ def layer_strips(
             method: list(found.input_outliers.values()) for method, found in diagnostics.items()
         },
     }
+    for name, title in ALIGNMENT.items():
+        by_layer = {method: found.alignment.get(name, {}) for method, found in diagnostics.items()}
+        kinds[title] = {method: list(values.values()) for method, values in by_layer.items()}
     plots = []
     for title, by_method in kinds.items():
         rows = [(m, values, colour[m]) for m, values in by_method.items() if values]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from gralora_diffusion.benchmark.evaluation.results import TrialResult
+from gralora_diffusion.benchmark.evaluation.results import ALIGNMENT, TrialResult
 from gralora_diffusion.benchmark.evaluation.scores import score_named, score_order
 from gralora_diffusion.benchmark.evaluation.statistics import Estimate
 
@@ -239,6 +239,51 @@ def diagnostics(protocol: ProtocolData) -> Table:
         "channel. Each layer's value is its mean over the trials."
     )
     return Table("Layers: median (minimum to maximum)", head, rows, note=note)
+
+
+def alignment(protocol: ProtocolData) -> Table:
+    """A row per method that logged the optimizer's steps."""
+    head = ("method", *_ALIGNMENT_HEADS)
+    rows: list[tuple[Cell, ...]] = []
+    for method, found in protocol.diagnostics.items():
+        if found.alignment:
+            steps = [found.concentration(layer, of_steps=True) for layer in found.step_share]
+            values = [found.alignment.get(name, {}).values() for name in ALIGNMENT]
+            known = [value for value in steps if value is not None]
+            rows.append(((method,), *map(_over_layers, (*values, known))))
+    note = (
+        "The outlier is the input channel with the largest norm in a step. Its share is its "
+        "column's part of the squared norm, relative to an even part: 1 if it has as much as the "
+        "mean channel. The full gradient is that of the whole weight, which needs no factors. The "
+        "method's gradient is how gradient descent on its parameters would move the weight, and "
+        "the step is how its optimizer does. Each layer's value is its mean over steps and trials."
+    )
+    return Table(
+        "Gradients and steps: median over layers (minimum to maximum)", head, rows, note=note
+    )
+
+
+def alignment_by_layer(method: str, content: DiagnosticsData) -> Table:
+    """A row per layer; the columns of :func:`alignment`."""
+    rows = []
+    for layer in content.layers:
+        values = [content.alignment.get(name, {}).get(layer) for name in ALIGNMENT]
+        concentration = content.concentration(layer, of_steps=True)
+        rows.append(((layer,), *map(_optional, (*values, concentration))))
+    if not content.alignment:
+        rows = []
+    return Table(f"{method}: gradients and steps by layer", ("layer", *_ALIGNMENT_HEADS), rows)
+
+
+#: Columns for the measures of ``ALIGNMENT``, and for the concentration of the steps.
+_ALIGNMENT_HEADS = (
+    "outlier's share of the full gradient",
+    "of the method's gradient",
+    "of the step",
+    "cosine of the method's gradient with the full one",
+    "cosine of the step with it",
+    "concentration of the step",
+)
 
 
 def layers(method: str, content: DiagnosticsData) -> Table:

@@ -127,6 +127,17 @@ def test_an_incomplete_file_says_what_is_missing(tmp_path, name):
             [[[1]], [[1, 2], [3, 4]]],
             "norms must be k x k",
         ),
+        (("mechanism", "step_norms", "blocks.0.attn.to_q", "norms"), [[[1, 2]]], "norms must be k"),
+        (
+            ("mechanism", "alignment", "blocks.0.attn.to_q", "full_share", "values"),
+            [1.0],
+            "values must be a finite number for each of steps",
+        ),
+        (
+            ("mechanism", "alignment", "blocks.0.attn.to_q"),
+            {"share": {}},
+            "share must be one of full_share",
+        ),
         (("layers",), -1, "layers must be a whole number"),
         (("lowered_k",), [], "lowered_k must be an object"),
         (("lowered_k",), {"two": 3}, "lowered_k must be numbers of layers by k"),

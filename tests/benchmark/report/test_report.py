@@ -285,10 +285,17 @@ def test_markdown_shows_the_mechanism(made, content):
         values = list(found[kind].values())
         expected = (np.median(values), min(values), max(values))
         assert cell.strip() == "{:.4g} ({:.4g} to {:.4g})".format(*expected)
+    table = section[section.index("**Gradients and steps: median over layers") :]
+    cells = re.search(r"^\| gralora-r32-k4 \|.*$", table, re.MULTILINE)[0].split("|")[2:-1]
+    shown = [*found["alignment"].values(), found["step_concentration"]]
+    for cell, by_layer in zip(cells, shown, strict=True):
+        values = list(by_layer.values())
+        expected = (np.median(values), min(values), max(values))
+        assert cell.strip() == "{:.4g} ({:.4g} to {:.4g})".format(*expected)
     for method in METHODS:
         assert f"**{method}: share of the squared gradient norm, mean over layers**" in section
         folded = section[section.index(f"<summary>{method}, layer by layer</summary>\n\n**") :]
-        assert folded[: folded.index("\n\n</details>")].count("\n| blocks.") == 12
+        assert folded[: folded.index("\n\n</details>")].count("\n| blocks.") == 2 * 12
     assert section.count("<details>") == section.count("</details>") == len(METHODS)
 
 
@@ -351,6 +358,11 @@ def test_the_mechanism_is_the_mean_of_its_trials(made, content):
     assert found["concentration"][layer] == pytest.approx(16 * shares.mean(0).max(), rel=1e-12)
     rank = np.mean([log.effective_rank[layer] for log in logs])
     assert found["effective_rank"][layer] == pytest.approx(rank, rel=1e-12)
+    values = [v for log in logs for v in log.alignment[layer]["step_cosine"]["values"]]
+    assert found["alignment"]["step_cosine"][layer] == pytest.approx(np.mean(values), rel=1e-12)
+    squares = [np.square(log.step_norms[layer]["norms"]) for log in logs]
+    steps = np.concatenate([s / s.sum(axis=(1, 2), keepdims=True) for s in squares])
+    assert found["step_concentration"][layer] == pytest.approx(16 * steps.mean(0).max(), rel=1e-12)
     assert np.sum(found["mean_share"]["4"]) == pytest.approx(1, rel=1e-12)
     assert np.shape(found["mean_share"]["4"]) == (4, 4)
 
