@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
@@ -24,21 +24,34 @@ from gralora_diffusion.training.config.training_config import TrainingConfig
 if TYPE_CHECKING:
     from torch import Tensor
 
-#: Kinds of methods -> the letters of their numbers, in the order of a name.
+
+class Kind(NamedTuple):
+    """A kind of method.
+
+    Attributes:
+        title: what readers know it as.
+        letters: of its numbers, in the order of a name.
+    """
+
+    title: str
+    letters: str = ""
+
+
+#: Everything that can be compared; names, messages and help texts follow from it.
 KINDS = {
-    "lora": "r",
-    "dora": "r",
-    "loha": "r",
-    "rslora": "r",
-    "pissa": "r",
-    "scaledlora": "r",
-    "loraplus": "rx",
-    "lokr": "rf",
-    "oft": "b",
-    "boft": "bm",
-    "gralora": "rkh",
-    "full": "",
-    "base": "",
+    "lora": Kind("LoRA", "r"),
+    "dora": Kind("DoRA", "r"),
+    "loha": Kind("LoHa", "r"),
+    "rslora": Kind("rsLoRA", "r"),
+    "pissa": Kind("PiSSA", "r"),
+    "scaledlora": Kind("LoRA with scaled input channels", "r"),
+    "loraplus": Kind("LoRA+", "rx"),
+    "lokr": Kind("LoKr", "rf"),
+    "oft": Kind("OFT", "b"),
+    "boft": Kind("BOFT", "bm"),
+    "gralora": Kind("GraLoRA", "rkh"),
+    "full": Kind("full fine-tuning"),
+    "base": Kind("the base"),
 }
 #: Letters of numbers -> fields of a method.
 _FIELDS = {
@@ -57,13 +70,26 @@ _OPTIONAL = "h"
 _DIGITS = r"\d{1,6}"
 _LEARNING_RATE = re.compile(rf"(?P<name>.*?)-lr(?P<rate>{_DIGITS}(\.\d{{1,20}})?(e-?\d{{1,2}})?)")
 
+#: Letters of numbers -> what stands for them in a form.
+_WORDS = {letter: field.replace("_", " ") for letter, field in _FIELDS.items()}
+
+
+def _forms(kind: str) -> list[str]:
+    """Return the forms of a kind's names: without what is optional, and with it."""
+    letters = KINDS[kind].letters
+    kept = dict.fromkeys(("".join(f for f in letters if f not in _OPTIONAL), letters))
+    return ["-".join([kind, *(f"{f}<{_WORDS[f]}>" for f in some)]) for some in kept]
+
+
+_TRAINED = [kind for kind in KINDS if kind not in ("full", "base")]
 #: Allowed names, for messages.
 FORMS = (
-    "lora-r<rank>, dora-r<rank>, loha-r<rank>, rslora-r<rank>, pissa-r<rank>, scaledlora-r<rank>, "
-    "loraplus-r<rank>-x<ratio>, lokr-r<rank>-f<factor>, oft-b<block size>, "
-    "boft-b<block size>-m<butterfly factors>, gralora-r<rank>-k<k>, "
-    "gralora-r<rank>-k<k>-h<hybrid rank> or full, followed by -lr<learning rate> if it has its own "
-    "learning rate; or base"
+    f"{', '.join(form for kind in _TRAINED for form in _forms(kind))} or full, followed by "
+    "-lr<learning rate> if it has its own learning rate; or base"
+)
+#: The same with the methods' titles, for help texts.
+TITLED_FORMS = ", ".join(
+    f"{' or '.join(_forms(kind))} ({KINDS[kind].title})" for kind in (*_TRAINED, "full")
 )
 
 
@@ -114,7 +140,7 @@ class Method:
     @property
     def problem(self) -> str:
         """What is wrong with the numbers of the name; empty if nothing is."""
-        letters = KINDS[self.kind]
+        letters = KINDS[self.kind].letters
         values = {letter: getattr(self, _FIELDS[letter]) for letter in letters}
         if "k" in letters and (min(values["r"], values["k"]) < 1 or self.rank % self.k):
             return "rank and k must be at least 1, and k must divide the rank"
@@ -128,7 +154,7 @@ class Method:
 
     @property
     def name(self) -> str:
-        numbers = {letter: getattr(self, _FIELDS[letter]) for letter in KINDS[self.kind]}
+        numbers = {letter: getattr(self, _FIELDS[letter]) for letter in KINDS[self.kind].letters}
         parts = [f"{f}{value}" for f, value in numbers.items() if value or f not in _OPTIONAL]
         rate = [f"lr{self.learning_rate}"] if self.learning_rate else []
         return "-".join([self.kind, *parts, *rate])
@@ -244,7 +270,7 @@ def _read(name: str) -> Method | None:
     kind, *parts = (own["name"] if own else name).split("-")
     if kind not in KINDS or (own and (kind == "base" or not float(own["rate"]))):
         return None
-    letters = KINDS[kind]
+    letters = KINDS[kind].letters
     numbers = [re.fullmatch(rf"([a-z])({_DIGITS})", part, re.ASCII) for part in parts]
     found = {match[1]: int(match[2]) for match in numbers if match}
     required = [letter for letter in letters if letter not in _OPTIONAL]
@@ -262,7 +288,7 @@ def _nearest(name: str) -> str:
     if not re.search(r"[rb]\d", text) and (first := re.search(_DIGITS, text)):
         numbers["r"] = numbers["b"] = int(first[0])  # as in lora32
     methods = []
-    for kind, letters in KINDS.items():
+    for kind, (_, letters) in KINDS.items():
         for left_out in ("", _OPTIONAL) if _OPTIONAL in letters else ("",):
             kept = {_FIELDS[f]: numbers[f] for f in letters if f not in left_out}
             methods.append(Method(kind, **kept))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, make_dataclass
 from functools import cache
 from typing import Annotated, Any, ClassVar, Literal
 
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import (
     Limits,
     MayDiffer,
@@ -16,6 +17,9 @@ from gralora_diffusion.options.fields import (
     types_of,
 )
 from gralora_diffusion.training.config.training_config import OPTION_GROUPS, TrainingConfig
+
+from .methods import TITLED_FORMS
+from .rates import COUNTED, UNCOUNTED
 
 
 @dataclass(kw_only=True)
@@ -31,8 +35,7 @@ class ComparedOptions:
     )
     methods: Annotated[list[str] | None, MayDiffer(commands=True)] = option(
         None,
-        "lora-r<rank>, dora-r<rank>, loha-r<rank>, gralora-r<rank>-k<k>, "
-        "gralora-r<rank>-k<k>-h<hybrid rank> or full. Append -lr<rate> for another learning rate. "
+        f"{TITLED_FORMS}. Append -lr<rate> for another learning rate. "
         "base trains nothing (default: those of the run in --output_dir; for a new run base "
         "lora-r32 lora-r64 gralora-r32-k2)",
     )
@@ -40,9 +43,10 @@ class ComparedOptions:
         None,
         "Train each method at several learning rates, so that methods are compared along their "
         "curves: numbers, or auto for --learning_rate times 0.5, 0.71, 1 and 1.41. They are the "
-        "rates of a LoRA of the first method's rank; those of other methods are multiplied by "
-        "sqrt(k) and sqrt(first rank / rank). base, full and methods with their own -lr<rate> are "
-        "left alone",
+        "rates of a LoRA of the first method's rank, multiplied by sqrt(k) for GraLoRA and by "
+        f"sqrt(first rank / rank) for other ranks. Those of {first_few(COUNTED, 20)} follow from "
+        f"the size of their first step; {first_few(UNCOUNTED, 20)} has those of the LoRA. base, "
+        "full and methods with their own -lr<rate> are left alone",
     )
     endpoint: str | None = option(
         None,

@@ -19,7 +19,7 @@ from dataclasses import replace
 
 from gralora_diffusion.io.errors import ConfigError
 
-from .methods import Method
+from .methods import KINDS, Method
 
 AUTO = "auto"
 #: ``auto``: the learning rate times these, which makes the range of a curve.
@@ -59,6 +59,23 @@ def first_step(method: Method) -> float | None:
         "oft": lambda: root(4 * (m.block_size - 1)),
         "boft": lambda: root(4 * m.butterflies * (m.block_size - 1) + 1),
     }.get(m.kind, lambda: None)()
+
+
+def _titles(counted: bool) -> list[str]:
+    """Return methods whose first step is counted and is not that of a LoRA of their rank.
+
+    Args:
+        counted: False for those whose step is not counted.
+    """
+    tried = {kind: first_step(Method(kind, 4, ratio=16, block_size=4)) for kind in KINDS}
+    others = (kind for kind in KINDS if kind not in ("gralora", "full", "base"))
+    if counted:
+        return [KINDS[k].title for k in others if tried[k] not in (None, tried["lora"])]
+    return [KINDS[kind].title for kind in others if tried[kind] is None]
+
+
+#: For help texts.
+COUNTED, UNCOUNTED = _titles(counted=True), _titles(counted=False)
 
 
 def base_rates(rates: Sequence[str], learning_rate: float | None) -> list[float]:

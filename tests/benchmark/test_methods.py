@@ -1,11 +1,14 @@
 """Each method on a small pipeline: what is trained, no change at first, and off again."""
 
+from dataclasses import fields
+
 import pytest
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 from gralora_diffusion import get_family
-from gralora_diffusion.benchmark.methods import FORMS, Method, bare_afterwards
+from gralora_diffusion.benchmark.methods import FORMS, KINDS, Method, bare_afterwards
+from gralora_diffusion.benchmark.options import ComparedOptions
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.optimization.adapters import adapter_parameters
 from tests.models import draw, stable_diffusion, structure
@@ -113,6 +116,15 @@ def test_what_is_like_no_method_is_told_what_there_is():
         Method.parse("xyz")
     for form in ("lora-r<rank>", "dora-r<", "loha-r<", "gralora-r<rank>-k<k>-h<", "full", "base"):
         assert form in FORMS
+
+
+def test_help_names_every_method():
+    texts = {f.name: f.metadata["help"] for f in fields(ComparedOptions)}
+    for kind, described in KINDS.items():
+        if kind != "base":
+            assert f"({described.title})" in texts["methods"]
+    counted = "rsLoRA, PiSSA, LoRA+, LoKr, OFT, BOFT follow from the size of their first step; LoHa"
+    assert counted in texts["rates"]
 
 
 @pytest.mark.parametrize("name", ["lora-r" + "9" * 5000, "full-lr1e-" + "9" * 5000])
