@@ -1,7 +1,6 @@
 """The experiment on which k: its pieces, and the numbers of the documents against its results."""
 
 import json
-import re
 
 import numpy as np
 import pytest
@@ -64,5 +63,24 @@ def test_numbers_of_the_documents():
     assert f"1/{which_k.WIDTH} ({100 / which_k.WIDTH:.1f}%)" in flat
     assert f"{which_k.STEPS} steps of AdamW" in flat
     assert f"torch {FOUND['versions']['torch'].partition('+')[0]}" in flat
-    at_the_end = sum(r["rate_at_the_end"] for r in FOUND["rows"])
-    assert re.search(rf"\b{at_the_end} of {len(FOUND['rows'])} rows", flat)
+    assert not any(r["rate_at_the_end"] for r in FOUND["rows"])
+    assert f"In none of the {len(FOUND['rows'])} rows of the results is the best rate" in flat
+    more = [r for r in FOUND["rows"] if len(r["rates"]) > len(which_k.RATES)]
+    better = [r for r in more if r["rate"] not in which_k.RATES]
+    assert f"For {len(more)} rows, rates beyond the first four were tried" in flat
+    assert f"up to {max(max(r['rates']) for r in more):g}; {'one' * len(better)} row is" in flat
+    numbers = {len(r["rates"]) for r in FOUND["rows"]}
+    assert f"the best of {min(numbers)} to {max(numbers)} learning rates" in flat
+
+
+def test_rates_are_tried_until_the_best_is_not_at_an_end():
+    first = {rate: {"loss": [float(n)] * 16} for n, rate in enumerate(which_k.RATES)}
+    assert which_k._next_rates(first) == {which_k.LOWER[0]}
+    lower = {which_k.LOWER[0]: {"loss": [9.0] * 16}, **first}
+    assert which_k._next_rates(lower) == set()
+    falling = {rate: {"loss": [-float(n)] * 16} for n, rate in enumerate(which_k.RATES)}
+    assert which_k._next_rates(falling) == {which_k.HIGHER[0]}
+    for rate in which_k.HIGHER:
+        falling[rate] = {"loss": [-10.0 * rate] * 16}
+    assert which_k._next_rates(falling) == set()  # there are no more
+    assert which_k._best_rate(falling) == which_k.HIGHER[-1]
