@@ -146,9 +146,9 @@ class Example:
 
 
 class Found(NamedTuple):
-    """An image that has not been opened yet; ``name`` and ``empty_file`` are for messages.
+    """An image that has not been opened yet; ``name`` and ``no_caption`` are for messages.
 
-    The latter is a file beside it that would contain its caption, but is empty.
+    The latter says why a file beside it gives it no caption.
     """
 
     name: str
@@ -159,7 +159,7 @@ class Found(NamedTuple):
     mask: FoundMask | None = None
     controls: tuple[FoundControl, ...] = ()
     other_captions: tuple[str, ...] = ()
-    empty_file: str | None = None
+    no_caption: str | None = None
 
 
 def find_examples(
@@ -376,13 +376,15 @@ def _find_in(
     within, top_of_part = part.path.relative_to(top).as_posix(), str(part.path)
     for name, texts in _beside(caption_files, part.path, names, files).items():
         given = {metadata[0]: listed[name].captions} if _has_caption(listed, name) else {}
-        empty, parent = None, os.path.dirname(os.path.join(top_of_part, name))
+        why_none, parent = None, os.path.dirname(os.path.join(top_of_part, name))
         for file in texts:
+            known = len(problems)
             captions = read_captions(os.path.join(parent, file), column, problems, caption_per_line)
             if captions is not None:
                 used.add(file)
                 given |= {file: tuple(captions)} if captions else {}
-                empty = empty if captions else file
+                if not captions:
+                    why_none = f"{file} {'is empty' if known == len(problems) else 'is not read'}"
         path = part.path / name
         shown = name if within == "." else f"{within}/{name}"
         if len(set(given.values())) > 1:
@@ -395,7 +397,7 @@ def _find_in(
             for control in listed.get(name, ListedImage()).controls
         )
         mask, rest = masked.get(name), tuple(others)
-        found.append(Found(shown, path, caption, *of_part, mask, before_edit, rest, empty))
+        found.append(Found(shown, path, caption, *of_part, mask, before_edit, rest, why_none))
     _warn(place, "images with captions that differ, of which the first is used", differing)
     _warn(place, WHOLE_IMAGES[role] if masks is None else _UNUSED_MASKS, unused_masks)
     _report_unused(place, [name for name in files if name not in used], names)
@@ -514,7 +516,7 @@ def check_images(
                 continue
             warnings += [f"{image.name} ({'; '.join(seen.warnings)})"] if seen.warnings else []
             if not image.caption:
-                why = f": {image.empty_file} is empty" if image.empty_file else ""
+                why = f": {image.no_caption}" if image.no_caption else ""
                 without.append(f"{image.name} has no caption{why}")
             examples.append(
                 Example(

@@ -157,6 +157,8 @@ def test_caption_files_that_are_not_utf8_are_named(tmp_path):
     (tmp_path / "1.txt").write_bytes("Hündchen".encode("latin-1"))
     with pytest.raises(DataError, match=r"1\.txt cannot be read as UTF-8"):
         find_examples(tmp_path, "prompt")
+    with pytest.raises(DataError, match=r"1\.png has no caption: 1\.txt is not read"):
+        find_examples(tmp_path)
 
 
 def test_stray_files_are_reported_once_and_hidden_ones_never(tmp_path, caplog):
