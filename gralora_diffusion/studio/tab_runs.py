@@ -47,6 +47,13 @@ def build(studio: Studio) -> RunsTab:
         with gr.Column(scale=1, min_width=300):
             chosen = gr.Radio([], label="Runs", elem_id="runs-list", elem_classes="vertical")
             other = gr.Dropdown([("", "")], value="", label="Show beside it", elem_id="runs-other")
+            steps = gr.Textbox(
+                label="Steps in all, when it is resumed",
+                info="A finished run continues with more",
+                placeholder="as many as planned",
+                max_lines=1,
+                elem_id="runs-steps",
+            )
         with gr.Column(scale=3, min_width=340):
             state = gr.HTML(elem_id="runs-state", js_on_load=None)
             with gr.Row():
@@ -105,21 +112,26 @@ def build(studio: Studio) -> RunsTab:
         except OSError as error:
             gr.Warning(str(for_html(f"{name} cannot be read: {error.strerror or error}")))
 
-    def resume_run(name: str | None) -> None:
+    def resume_run(name: str | None, in_all: str) -> str:
+        """Put the run into the queue again; return what the field of the steps then contains."""
         run = studio.run(name)
         if run is None:
             gr.Warning(absent(name))
         elif run.state in ("waiting", "running"):
             gr.Warning("The run is already waiting or running")
-        elif not run.checkpoints:
-            gr.Warning("The run has no checkpoint to resume from. Duplicate it to start again")
         else:
-            line = run.resume_command()
+            try:
+                line = run.resume_command(in_all)
+            except ConfigError as error:
+                gr.Warning(str(for_html(error.problems[0])))
+                return in_all
             studio.jobs.add("train", run.folder.name, line, run.folder, queued=True)
+            return ""
+        return in_all
 
     for button, what in ((save, "save"), (sample, "sample"), (stop, "stop")):
         button.click(partial(ask, what), chosen, **quiet).then(**refreshing)
-    resume.click(resume_run, chosen, **quiet).then(**refreshing)
+    resume.click(resume_run, [chosen, steps], steps, **quiet).then(**refreshing)
     return RunsTab(chosen, duplicate, compare)
 
 

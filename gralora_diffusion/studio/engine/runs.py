@@ -138,13 +138,34 @@ class Run:
         elif what == "stop" and self.job is not None and self.job.state in ("waiting", "running"):
             self.job.stop()  # it does not own its folder yet
         else:
-            raise ConfigError([f"the run is {self.state}, so it cannot {what} now"])
+            state = self.state
+            if state == "running":
+                text = f"the run cannot {what} yet: it is loading. Ask again after its first step"
+                raise ConfigError([text])
+            raise ConfigError([f"the run is {state}, so it cannot {what} now"])
 
-    def resume_command(self) -> tuple[str, ...]:
-        """Return the arguments of Python that continue the run from its last checkpoint."""
-        config = str(self.folder / CONFIG_NAME)
-        where = f"--output_dir={self.folder}"
-        return gralora("train", "--config", config, where, "--resume_from_checkpoint=latest")
+    def resume_command(self, steps: str = "") -> tuple[str, ...]:
+        """Return the arguments of Python that continue the run from its last checkpoint.
+
+        Args:
+            steps: how many it has in all, as a user writes it; "" for as many as it has now.
+
+        Raises:
+            ConfigError: there is no checkpoint, or no step is left.
+        """
+        if not self.checkpoints:
+            text = "the run has no checkpoint to resume from. Duplicate it to start again"
+            raise ConfigError([text])
+        line = ["--config", str(self.folder / CONFIG_NAME), f"--output_dir={self.folder}"]
+        last, of = max(self.checkpoints), self.steps
+        if steps.strip():
+            of = int(steps) if steps.strip().isdecimal() and len(steps) < 16 else None
+            if of is None:
+                raise ConfigError([f"the steps in all are {steps!r:.40}; give a whole number"])
+            line.append(f"--max_train_steps={of}")
+        if of is not None and of <= last:
+            raise ConfigError([f"the run has {last} steps already. Give more steps in all"])
+        return gralora("train", *line, "--resume_from_checkpoint=latest")
 
 
 @lru_cache(maxsize=64)

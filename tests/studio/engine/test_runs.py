@@ -142,6 +142,26 @@ def test_rows_with_impossible_steps_are_skipped(tmp_path):
     assert list(run.rows) == ROWS
 
 
+@pytest.mark.parametrize("steps", ["", "9", "6", "0", "-1", "1e3", "x", "9" * 20])
+def test_a_run_is_not_resumed_without_a_step_that_is_left(tmp_path, steps):
+    (make_run(tmp_path / "a", finished=True) / "checkpoint-9").mkdir()
+    (run,) = find_runs(tmp_path, [])
+    told = "has 9 steps already|the steps in all are .*; give a whole number"
+    with pytest.raises(ConfigError, match=told):
+        run.resume_command(steps)
+
+
+def test_a_run_that_loads_says_so(tmp_path):
+    line = ["-c", "import time; time.sleep(60)"]
+    jobs = Jobs(tmp_path / "jobs", programs=[("-c",)])
+    job = jobs.add("train", "a", line, tmp_path / "a", queued=True)
+    (run,) = find_runs(tmp_path, [job])
+    with pytest.raises(ConfigError, match="cannot save yet: it is loading"):
+        run.ask("save")
+    run.ask("stop")
+    assert job.wait(20) == "stopped"
+
+
 @pytest.mark.parametrize(
     "content", ["- a", "a: [", "\0", "x" * (2 << 20), r'a: "\UFFFFFFFF"', "[" * 5000]
 )
@@ -154,10 +174,15 @@ def test_damaged_options(tmp_path, content):
 def test_a_run_is_resumed_in_its_folder(tmp_path):
     folder = make_run(tmp_path / "a", "rank: 8\noutput_dir: elsewhere\n")
     (run,) = find_runs(tmp_path, [])
+    with pytest.raises(ConfigError, match="no checkpoint to resume from"):
+        run.resume_command()
+    (folder / "checkpoint-6").mkdir()
     module, name, command, *options = run.resume_command()
     assert (module, name, command) == ("-m", "gralora_diffusion", "train")
     config = parse_config(options)
     assert (config.output_dir, config.rank) == (str(folder), 8)
-    assert config.resume_from_checkpoint == "latest"
+    assert (config.resume_from_checkpoint, config.max_train_steps) == ("latest", None)
+    *_, more, _ = run.resume_command(" 7 ")
+    assert more == "--max_train_steps=7"
     shutil.rmtree(folder)
     assert run.rows == ()
