@@ -14,7 +14,8 @@ READERS = {
 }
 STYLES = tuple(READERS)
 #: Dtypes of the output; keep: the dtype of the input.
-DTYPE_CHOICES = ("keep", "fp32", "bf16", "fp16", "fp8_e4m3")
+LORA_DTYPE_CHOICES = ("keep", "fp32", "bf16", "fp16")
+DTYPE_CHOICES = (*LORA_DTYPE_CHOICES, "fp8_e4m3")
 #: Fields of the metadata that users may set, each as ``modelspec.<name>``.
 USER_FIELDS = (
     *("title", "author", "description", "license", "usage_hint", "tags", "trigger_phrase"),

@@ -33,12 +33,12 @@ from .adapter_layers import (
     find_adapter_family,
 )
 from .bases import Base, FileBase, FolderBase, open_base
-from .choices import READERS, STYLES
+from .choices import LORA_DTYPE_CHOICES, READERS, STYLES
 from .metadata import export_metadata
 from .names import Names, Pair, StyleError, find_names
 
 _SHOWN = 20
-LORA_DTYPES = {name: torch_dtype(name) for name in ("fp32", "bf16", "fp16")}
+LORA_DTYPES = {name: torch_dtype(name) for name in LORA_DTYPE_CHOICES if name != "keep"}
 
 
 @dataclass

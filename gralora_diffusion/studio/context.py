@@ -144,9 +144,13 @@ def waits_for(jobs: Sequence[Job]) -> str:
     return f"starts when the {_NOUNS.get(running.kind, running.kind)} {running.title} has ended"
 
 
-def log_of(job: Job, lines: int = 40, kind: str = "") -> Markup:
-    """Return the end of a job's output as it is; a "plan" is a table, which is not wrapped."""
-    text = "\n".join(job.log().rstrip().split("\n")[-lines:])
+def log_of(job: Job, lines: int = 40, kind: str = "", without: str = "") -> Markup:
+    """Return the end of a job's output as it is, except for ``without``; a "table" is not wrapped.
+
+    Args:
+        without: a text that means nothing to the user.
+    """
+    text = "\n".join(job.log().replace(without, "").rstrip().split("\n")[-lines:])
     block = Markup('<pre class="log {}" tabindex="0">{}</pre>')
     return block.format(kind, for_html(text)) if text else Markup("")
 
@@ -164,8 +168,13 @@ def shown(markup: Markup | str) -> str:
     return str(markup)
 
 
+def begun(note: str) -> Markup:
+    """Return a note on what has just begun, which is shown before its process has started."""
+    return Markup('<p class="state running">{}</p>').format(for_html(note))
+
+
 def follow(job: Job, note: str) -> Iterator[Markup]:
     """Yield the state of a job until it has ended: a note, and the end of its output."""
     while job.wait(0.7) in ("running", "waiting"):
-        yield Markup('<p class="state running">{}</p>').format(note) + log_of(job)
+        yield begun(note) + log_of(job)
     yield Markup("")

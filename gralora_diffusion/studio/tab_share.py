@@ -8,12 +8,12 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
-from gralora_diffusion.export.choices import DTYPE_CHOICES, READERS
+from gralora_diffusion.export.choices import DTYPE_CHOICES, FORMATS, LORA_DTYPE_CHOICES, READERS
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.templates import for_html
 from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
 
-from .context import INTERVAL, Studio, choice, follow, log_of, messages, shown
+from .context import INTERVAL, Studio, begun, choice, follow, log_of, messages, shown
 from .engine.jobs import gralora
 from .engine.publishing import PublishError, problems_before
 from .engine.publishing import publish as send_to_hub
@@ -34,10 +34,10 @@ def build(studio: Studio) -> None:
                 adapter = gr.Dropdown([], value=None, label="Adapter", elem_id="share-adapter")
                 form = gr.Radio(
                     [
-                        ("LoRA, the same update exactly", "lora"),
+                        ("LoRA: a small file, for nearly every program", "lora"),
                         ("checkpoint: base and adapter as one file", "checkpoint"),
                         ("diffusers folder: base and adapter", "diffusers"),
-                        ("dense update, for ComfyUI", "diff"),
+                        ("dense update: a large file, for ComfyUI only", "diff"),
                     ],
                     value="lora",
                     label="Format",
@@ -48,13 +48,25 @@ def build(studio: Studio) -> None:
                     [(f"{style}: {readers}", style) for style, readers in READERS.items()],
                     value="comfyui",
                     label="For",
+                    info="Programs name the layers of a LoRA differently",
                     elem_id="share-style",
                 )
-                base = gr.Textbox(label="Base", info="Needed for a checkpoint, a folder, a check")
-                dtype = gr.Dropdown(list(DTYPE_CHOICES), value="keep", label="Precision")
+                base = gr.Textbox(
+                    label="Base",
+                    info="Needed for a checkpoint, a folder, a check",
+                    elem_id="share-base",
+                )
+                dtype = gr.Dropdown(
+                    list(LORA_DTYPE_CHOICES),
+                    value="keep",
+                    label="Precision",
+                    info="keep: as it is. The others are rounded to, and the export says how much",
+                    elem_id="share-dtype",
+                )
                 verify = gr.Checkbox(
                     label="Check it",
                     info="Generate with the attached adapter and with the export, and compare",
+                    elem_id="share-verify",
                 )
                 export = gr.Button("Export", variant="primary", elem_id="share-export")
                 exported = gr.HTML(elem_id="share-exported", js_on_load=None)
@@ -142,6 +154,9 @@ def build(studio: Studio) -> None:
         if not chosen:
             yield shown(messages([_NO_ADAPTER]))
             return
+        if not source.strip() and (checked or kind in FORMATS):
+            yield shown(messages(["the base is missing. Give that of the adapter"]))
+            return
         suffix = "" if kind == "diffusers" else ".safetensors"
         stem = file_name(f"{Path(chosen).name}-{names if kind == 'lora' else kind}", "export")
         output = free_path(studio.workspace.exports, stem + suffix)
@@ -149,8 +164,9 @@ def build(studio: Studio) -> None:
         line += [f"--style={names}"] if kind == "lora" else []
         line += [f"--base={source.strip()}"] if source.strip() else []
         line += [f"--dtype={precision}", *(["--verify"] if checked else [])]
+        yield shown(begun(note := f"writing {output.name} ..."))
         job = studio.jobs.add("export", output.name, gralora(*line), output)
-        for state in follow(job, f"writing {output.name} ..."):
+        for state in follow(job, note):
             yield shown(state)
         result = log_of(job)
         if job.state == "done":
@@ -167,15 +183,24 @@ def build(studio: Studio) -> None:
         if not target or not (target := target.strip()):
             yield shown(messages(["drop a file, or give the path of one"]))
             return
+        yield shown(begun(note := f"reading {Path(target).name} ..."))
         job = studio.jobs.add("inspect", "inspect", gralora("inspect", "--", target))
-        for state in follow(job, "reading it ..."):
+        for state in follow(job, note):
             yield shown(state)
-        yield shown(log_of(job, 200))
+        folder = Path(target).parent
+        is_uploaded = folder.is_relative_to(studio.workspace.uploads)
+        yield shown(log_of(job, 200, "table", without=f"{folder}/" * is_uploaded))
+
+    def choose_format(kind: str, precision: str) -> Any:
+        choices = LORA_DTYPE_CHOICES if kind == "lora" else DTYPE_CHOICES
+        value = precision if precision in choices else "keep"
+        return gr.Dropdown(interactive=kind == "lora"), gr.Dropdown(list(choices), value=value)
 
     def inspect_either(file: str | None, text: str) -> Any:
         yield from run_inspect(text.strip() or file)
 
     gr.on([timer.tick, tab.select], refresh, [adapter, seen], [adapter, seen], **quiet)
+    form.input(choose_format, [form, dtype], [style, dtype], **quiet)
     adapter.change(choose, adapter, [base, repository, card, listed], **quiet)
     publish.click(
         send,

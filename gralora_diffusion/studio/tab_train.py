@@ -100,10 +100,10 @@ def build(studio: Studio) -> TrainTab:
             )
             problems = gr.HTML(elem_id="train-problems", js_on_load=None)
             planned = gr.HTML(elem_id="train-planned", js_on_load=None)
-            yaml = gr.Code(label="The file of options", language="yaml", interactive=False, lines=4)
+            yaml = gr.Code(label="The file of options", language=None, interactive=False, lines=4)
             command = gr.Code(
                 label="The same as a command",
-                language="shell",
+                language=None,
                 interactive=False,
                 lines=2,
                 wrap_lines=True,
@@ -159,7 +159,7 @@ def build(studio: Studio) -> TrainTab:
         job = add_plan(found)
         for state in follow(job, "planning the run, without loading weights ..."):
             yield shown(state)
-        yield shown(log_of(job, 80, "plan"))
+        yield shown(log_of(job, 80, "table"))
 
     def fit(size: int | None, undo: dict[str, Any], *values: Any) -> Any:
         """Fill in what makes the run fit. What an earlier search filled in is taken back first."""
@@ -173,7 +173,7 @@ def build(studio: Studio) -> TrainTab:
         job = add_plan(checked_form, f"--device_memory={size}GiB")
         for state in follow(job, f"looking for options that fit into {size} GB ..."):
             yield [shown(state), size, *nothing]
-        log = log_of(job, 80, "plan")
+        log = log_of(job, 80, "table")
         found = fitted(start, job.log())
         if found is None:
             head = messages([f"The form is as before: nothing makes the run fit into {size} GB"])
