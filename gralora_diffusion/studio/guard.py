@@ -61,7 +61,9 @@ class Guard:
     Args:
         app: what is guarded.
         token: what a browser must show once; it then gets a cookie.
-        listens: other machines may ask, too, by any IP address or the names in ``hosts``.
+        listens: other machines may ask, too, by any IP address or the names in ``hosts``. An
+            address, unlike a name, cannot be made to lead elsewhere, and the one that a container
+            is reached by from outside is not known in it.
         hosts: names of this machine that ``Host`` may have, besides localhost.
         once: another token, which is valid once.
     """
@@ -209,6 +211,11 @@ def _cookie_name(headers: Headers) -> str:
     return f"gralora_studio_{port or 80}"
 
 
+def address_of(host: str, port: int) -> str:
+    """Return the studio's address, without a token."""
+    return f"http://[{host}]:{port}/" if ":" in host else f"http://{host}:{port}/"
+
+
 def address_with(token: str, host: str, port: int) -> str:
     """Return the address that opens the studio."""
-    return f"http://{host}:{port}/?{urlencode({'token': token})}"
+    return f"{address_of(host, port)}?{urlencode({'token': token})}"

@@ -30,6 +30,8 @@ FOLDER = "gralora-studio"
 #: Environment variable with the password, so that no list of processes shows it.
 PASSWORD = "GRALORA_STUDIO_PASSWORD"
 _SHORTEST_PASSWORD = 8
+#: Addresses that stand for all of the machine's own.
+_ALL = ("0.0.0.0", "::")
 #: The first of the ports that are tried, as in Gradio.
 _PORT, _PORTS = 7860, 100
 _OTHER_NAMES = {
@@ -130,11 +132,12 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     import uvicorn
 
     from .context import Studio
-    from .guard import address_with
+    from .guard import address_of, address_with
     from .server import application, start_queue
 
     studio = Studio.at(folder)
-    app = application(studio, token, listens=args.listen is not None, once=once)
+    names = {socket.gethostname().lower(), host.lower()} if args.listen else ()
+    app = application(studio, token, listens=args.listen is not None, once=once, names=names)
     stop = start_queue(studio.jobs)
     if args.listen:
         print_safely(
@@ -143,7 +146,7 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
             "a studio without --listen is safer",
             error=True,
         )
-        address = f"http://{socket.gethostname() if host == '0.0.0.0' else host}:{port}/"
+        address = address_of(socket.gethostname() if host in _ALL else host, port)
     else:
         address = address_with(token, host, port)
     print_safely(f"gralora studio, with its files in {real_path(folder)}\n{address}")

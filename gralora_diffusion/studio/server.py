@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import socket
 import threading
+from collections.abc import Collection
 
 import gradio as gr
 from fastapi import FastAPI
@@ -21,7 +21,12 @@ _LOOK = 1.0
 
 
 def application(
-    studio: Studio, token: str, *, listens: bool = False, once: str | None = None
+    studio: Studio,
+    token: str,
+    *,
+    listens: bool = False,
+    once: str | None = None,
+    names: Collection[str] = (),
 ) -> Guard:
     """Return the application: every request passes the guard first.
 
@@ -29,6 +34,7 @@ def application(
         token: what a browser must show; with ``listens``, the password.
         listens: other machines may ask, too.
         once: another token, which is valid once.
+        names: of this machine, by which others may ask.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.include_router(routes(studio.opened, studio.workspace.kept))
@@ -48,8 +54,7 @@ def application(
         theme=page.theme(),
         head=page.HEAD,
     )
-    hosts = frozenset({socket.gethostname().lower()}) if listens else frozenset()
-    return Guard(app, token, listens, hosts, once)
+    return Guard(app, token, listens, frozenset(names), once)
 
 
 def start_queue(jobs: Jobs) -> threading.Event:
