@@ -90,6 +90,10 @@ def routes(opened: OpenedFiles, kept: Path) -> APIRouter:
         except OSError as error:
             return PlainTextResponse(f"not kept: {error.strerror or error}", 422)
 
+    @router.get("/alive")
+    def alive() -> Response:
+        return Response(status_code=204)
+
     @router.get("/page.js")
     def script() -> Response:
         return Response(_own_file("page.js"), media_type="text/javascript")

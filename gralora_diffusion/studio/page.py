@@ -36,6 +36,12 @@ def theme() -> gr.themes.Base:
         button_large_text_size="*text_sm",
         button_large_text_weight="500",
         button_large_padding="6px 12px",
+        # the theme's own grey is too light for small text
+        body_text_color_subdued="*neutral_600",
+        block_title_text_color="*neutral_600",
+        block_label_text_color="*neutral_600",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
     )
 
 

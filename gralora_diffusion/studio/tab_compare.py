@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,9 @@ def build(studio: Studio) -> CompareTab:
                     blended = gr.Checkbox(
                         label="Also a blend of two adapters", elem_id="compare-blended"
                     )
-                    share = gr.Slider(0, 1, 0.5, step=0.05, label="Share of the second")
+                    share = gr.Slider(
+                        0, 1, 0.5, step=0.05, label="Share of the second", elem_id="compare-share"
+                    )
             with gr.Column(scale=3, min_width=320):
                 prompts = gr.Textbox(
                     label="Prompts", info="One on each line", lines=3, elem_id="compare-prompts"
@@ -59,7 +62,9 @@ def build(studio: Studio) -> CompareTab:
                 with gr.Row():
                     scales = gr.Textbox("1", label="Strengths", info="Such as 0.5 1")
                     seeds = gr.Textbox("0", label="Seeds", info="Such as 0 1 2")
-                    steps = gr.Textbox("30", label="Steps", elem_id="compare-steps")
+                    steps = gr.Textbox(
+                        "30", label="Steps", info="Of each image", elem_id="compare-steps"
+                    )
                 with gr.Row():
                     guidance = gr.Textbox("", label="Guidance scale", placeholder="the pipeline's")
                     size = gr.Textbox("", label="Size", placeholder="the pipeline's")
@@ -69,6 +74,7 @@ def build(studio: Studio) -> CompareTab:
                 "Generate", variant="primary", elem_id="compare-generate", min_width=120
             )
             stop = gr.Button("Stop", elem_id="compare-stop", min_width=80)
+            again = gr.Button("Fill in its settings", elem_id="compare-again", min_width=130)
             earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
         problems = gr.HTML(js_on_load=None)
         result = gr.HTML(elem_id="compare-result", js_on_load=None)
@@ -127,11 +133,32 @@ def build(studio: Studio) -> CompareTab:
         else:
             job.stop()
 
+    def fill_in(job_name: str | None) -> Any:
+        job = studio.jobs.find(job_name) if job_name else None
+        if job is not None and job.output is not None and _is_comparison(job):
+            try:
+                comparison = read(job.output / SPEC_NAME)
+                there = [path for _, path in studio.adapters()]
+                if gone := [path for path in comparison.adapters if path not in there]:
+                    text = f"Left out, because they are no longer there: {', '.join(gone)}"
+                    gr.Warning(str(for_html(text)))
+                return _texts(comparison, there)
+            except (OSError, ValueError) as error:
+                gr.Warning(str(for_html(f"The comparison cannot be read: {error}")))
+        else:
+            gr.Warning(_GONE if job_name else "Choose a comparison first")
+        return [gr.skip()] * len(inputs)
+
     def fill_base(chosen: list[str], present: str) -> Any:
         return base_of(studio, chosen[-1]) if chosen and not present.strip() else gr.skip()
 
+    def name_share(chosen: list[str]) -> Any:
+        second = Path(chosen[1]).name if len(chosen) == 2 else "the second"
+        return gr.Slider(label=f"Share of {second}")
+
     gr.on([timer.tick, earlier.input, tab.select], **refreshing)
     adapters.input(fill_base, [adapters, base], base, **quiet)
+    adapters.change(name_share, adapters, share, **quiet)
     inputs = [
         adapters,
         loras,
@@ -148,6 +175,7 @@ def build(studio: Studio) -> CompareTab:
         negative,
     ]
     generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
+    again.click(fill_in, earlier, inputs, **quiet)
     stop.click(end, earlier, None, **quiet).then(**refreshing)
     return CompareTab(adapters, base)
 
@@ -217,6 +245,33 @@ def _read(
     return (None if problems else comparison), problems
 
 
+def _texts(comparison: Comparison, there: Collection[str]) -> list[Any]:
+    """Return the values of the fields that :func:`_read` reads as this comparison.
+
+    Args:
+        there: paths of the adapters that may be chosen. Others are left out.
+    """
+
+    def text(value: object) -> str:
+        return "" if value is None else f"{value}"
+
+    return [
+        [path for path in comparison.adapters if path in there],
+        comparison.loras,
+        comparison.base,
+        comparison.with_base,
+        bool(comparison.blends),
+        next(iter(comparison.blends), 0.5),
+        "\n".join(comparison.prompts),
+        " ".join(f"{scale:g}" for scale in comparison.scales),
+        " ".join(map(str, comparison.seeds)),
+        text(comparison.steps),
+        text(comparison.guidance_scale),
+        text(comparison.size),
+        text(comparison.negative_prompt),
+    ]
+
+
 def _result(studio: Studio, job: Job) -> Markup:
     """Return the cells that there are so far, as a table with labels."""
     folder = job.output
@@ -269,7 +324,8 @@ def _cell(studio: Studio, path: Path, label: str) -> Markup:
 
 def _picture(studio: Studio, path: Path, label: str) -> Markup:
     settings = settings_of(path)
-    named = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    given = {name: value for name, value in settings.items() if value not in (None, "", False)}
+    named = ", ".join(f"{name}: {value}" for name, value in given.items())
     return studio.picture(path, label, title=named)
 
 

@@ -103,6 +103,7 @@ def build(studio: Studio) -> ImagesTab:
             use = gr.Button(
                 "Train on these images", variant="primary", elem_id="images-use", min_width=160
             )
+        seen = gr.State(())
         summary = gr.HTML(elem_id="images-summary")
         cards = gr.HTML(
             shown(
@@ -176,23 +177,37 @@ def build(studio: Studio) -> ImagesTab:
             gr.Info(f"{count} image{'s' * (count > 1)} added")
         return str(target)
 
+    def show_and_remember(*given: Any) -> Any:
+        return (*show(*given), given)
+
+    def show_if_changed(before: tuple[Any, ...], *given: Any) -> Any:
+        path, *_ = given
+        if not path.strip() or given == tuple(before):
+            return [gr.skip()] * 3
+        return show_and_remember(*given)
+
     inputs = [folder, trigger, prompt, resolution, buckets, masked, masks, controls]
+    texts = (folder, trigger, prompt, resolution, masks, controls)
     outputs = [summary, cards]
     gr.on(
-        [
-            opened.click,
-            *(c.submit for c in (folder, trigger, prompt, resolution, masks, controls)),
-        ],
-        show,
+        [opened.click, *(c.submit for c in texts)],
+        show_and_remember,
         inputs,
-        outputs,
+        [*outputs, seen],
+        api_visibility="private",
+    )
+    gr.on(
+        [c.blur for c in texts],
+        show_if_changed,
+        [seen, *inputs],
+        [*outputs, seen],
         api_visibility="private",
     )
     for box in (buckets, masked):
-        box.input(show, inputs, outputs, api_visibility="private")
+        box.input(show_if_changed, [seen, *inputs], [*outputs, seen], api_visibility="private")
     check.click(lambda *given: show(*given, force=True), inputs, outputs, api_visibility="private")
     upload.upload(add, [upload, name], folder, api_visibility="private").then(
-        show, inputs, outputs, api_visibility="private"
+        show_and_remember, inputs, [*outputs, seen], api_visibility="private"
     )
     return ImagesTab(use, folder, prompt, resolution, buckets, masked, masks, controls)
 

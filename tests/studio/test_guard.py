@@ -12,7 +12,7 @@ from starlette.datastructures import Headers
 from starlette.testclient import TestClient
 
 from gralora_diffusion.studio.context import Studio
-from gralora_diffusion.studio.guard import Guard
+from gralora_diffusion.studio.guard import Guard, address_of
 from gralora_diffusion.studio.server import application
 from tests.training.runs import copy_robot
 
@@ -99,6 +99,28 @@ def test_other_machines_ask_by_address(app, host, status):
     assert client.get("/config").status_code == 401
     assert client.post("/studio/login", data={"token": TOKEN}).status_code == 303
     assert client.get("/theme.css", headers={"Host": host}).status_code == status
+
+
+def test_other_machines_ask_by_the_name_that_it_listens_at(studio):
+    client = TestClient(application(studio, TOKEN, listens=True, names={"my-pc.lan"}), HERE)
+    for host, status in (("my-pc.lan:7860", 401), ("MY-PC.lan:7860", 401), ("other.lan", 403)):
+        assert client.get("/", headers={"Host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("host", "address"), [("a.lan", "http://a.lan:1/"), ("::1", "http://[::1]:1/")]
+)
+def test_addresses(host, address):
+    assert address_of(host, 1) == address
+
+
+def test_a_page_asks_whether_its_studio_is_there(client, app):
+    assert client.get("/studio/alive").status_code == 401
+    client.get("/", params={"token": TOKEN})
+    assert client.get("/studio/alive").status_code == 204
+    # another start does not know the page
+    again = TestClient(Guard(app.app, "another token"), HERE, cookies=client.cookies)
+    assert again.get("/studio/alive").status_code == 401
 
 
 def test_a_wrong_token_and_the_form(client):

@@ -8,14 +8,16 @@ import shutil
 import pytest
 
 pytest.importorskip("gradio")
+import gradio as gr
 
-from gralora_diffusion.studio import tab_compare, tab_runs, tab_share
+from gralora_diffusion.studio import tab_compare, tab_images, tab_runs, tab_share
 from gralora_diffusion.studio.context import Studio, chosen_of, waits_for
 from gralora_diffusion.studio.engine.comparing import SPEC_NAME, Comparison
 from gralora_diffusion.studio.engine.jobs import Jobs
 from gralora_diffusion.studio.engine.runs import Run
 from gralora_diffusion.studio.engine.workspace import Workspace
 from gralora_diffusion.studio.page import build
+from tests.training.runs import copy_robot
 
 RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": ""}
 
@@ -56,6 +58,25 @@ def test_numbers_in_compare():
     assert (comparison.scales, comparison.seeds) == ([0.5, 1.0, 2.0], [3, 4])
     assert (comparison.steps, comparison.guidance_scale) == (30, 7.5)
     assert read_fields(steps="0")[0].problems() == ["the steps are 0; they must be at least 1"]
+
+
+def test_the_settings_of_a_comparison_fill_the_fields():
+    blend = Comparison(
+        base="b",
+        prompts=["a toy", "a <b> toy"],
+        adapters=["/second", "/first"],
+        loras=["x/y"],
+        scales=[0.5, 1.0],
+        blends=[0.3],
+        seeds=[0, 7],
+        guidance_scale=4.5,
+        negative_prompt="grey",
+        size=64,
+    )
+    for comparison in (blend, Comparison(base="b", prompts=["a"])):
+        fields = tab_compare._texts(comparison, ["/first", "/second"])
+        assert tab_compare._read(*fields) == (comparison, [])
+    assert tab_compare._texts(blend, ["/first"])[0] == ["/first"]
 
 
 def test_another_is_never_chosen_in_place_of_one_that_is_gone(tmp_path):
@@ -178,6 +199,44 @@ def test_a_comparison_is_stopped(tmp_path):
     assert [job.state for job in jobs] == ["running", "cancelled"]
     end(jobs[0].name)
     assert jobs[0].wait(20) == "stopped"
+
+
+def test_the_second_of_a_blend_has_its_name(tmp_path):
+    ((name, inputs),) = functions_of(Studio.at(tmp_path), tab_compare, "name_share")
+    assert inputs == ["compare-adapters"]
+    assert name(["/runs/a", "/runs/b"]).label == "Share of b"
+    assert name(["/runs/a"]).label == "Share of the second"
+
+
+def test_precisions_follow_the_format(tmp_path):
+    ((choose, inputs),) = functions_of(Studio.at(tmp_path), tab_share, "choose_format")
+    assert inputs == ["share-format", "share-dtype"]
+    style, precision = choose("checkpoint", "fp8_e4m3")
+    assert (style.interactive, precision.value) == (False, "fp8_e4m3")
+    style, precision = choose("lora", "fp8_e4m3")
+    assert (style.interactive, precision.value) == (True, "keep")
+    assert "fp8_e4m3" not in dict(precision.choices)
+
+
+@pytest.mark.parametrize(("kind", "checked"), [("checkpoint", False), ("lora", True)])
+def test_an_export_without_its_base_starts_nothing(tmp_path, kind, checked):
+    studio = Studio.at(tmp_path)
+    ((export, _),) = functions_of(studio, tab_share, "run_export")
+    (said,) = export("/runs/a", kind, "comfyui", " ", "keep", checked)
+    assert "the base is missing" in said
+    assert studio.jobs.list() == []
+
+
+def test_a_folder_is_read_again_only_if_something_has_changed(tmp_path):
+    folder = str(copy_robot(tmp_path))
+    shows = functions_of(Studio.at(tmp_path), tab_images, "show_if_changed")
+    show, given = shows[0][0], (folder, "sks", "", "", False, False, "", "")
+    summary, _, seen = show((), *given)
+    assert "&#39;sks&#39; is in 5 captions" in summary
+    assert show(seen, *given) == [gr.skip()] * 3
+    assert show(seen, "", *given[1:]) == [gr.skip()] * 3
+    summary, *_ = show(seen, given[0], "robot", *given[2:])
+    assert "&#39;robot&#39; is in 0 captions" in summary
 
 
 def test_a_dropped_file_is_inspected_whatever_the_field_says(tmp_path):

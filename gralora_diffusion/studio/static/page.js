@@ -39,25 +39,76 @@ const studio = {
     }
   },
 
-  async saveCaption(area) {
-    const output = area.closest(".card").querySelector("output");
-    const sent = area.value;
-    output.textContent = "saving";
-    output.className = "";
+  typed: new Map(), // id of an image -> its caption, from typing until it is saved
+  inside: null, // where the cursor is, if it is in a caption
+
+  // The cards may be made anew while somebody types: what was typed is put back, or saved
+  keepTyped() {
+    for (const [id, area] of [...studio.typed]) {
+      if (area.isConnected) continue;
+      const there = document.querySelector(`textarea[data-caption="${id}"]`);
+      if (!there) {
+        studio.typed.delete(id);
+        studio.saveCaption(area);
+        continue;
+      }
+      studio.typed.set(id, there);
+      there.value = area.value;
+      if (studio.inside === id && document.activeElement === document.body) {
+        there.focus();
+        there.setSelectionRange(area.selectionStart, area.selectionEnd);
+      } else {
+        studio.saveCaption(there);
+      }
+    }
+  },
+
+  async watch() {
+    const say = (text) => {
+      const there = document.getElementById("absent");
+      if (!text) return there && there.remove();
+      const made = there || document.createElement("p");
+      made.id = "absent";
+      made.setAttribute("role", "alert");
+      if (made.textContent !== text) made.textContent = text;
+      if (!there) document.body.prepend(made);
+    };
     try {
-      const answer = await fetch("/studio/caption/" + area.dataset.caption, {
+      const answer = await fetch("/studio/alive");
+      say(answer.status === 401 ? "The studio was started again. Use the page that it has opened, " +
+        "or the address that it has printed: this page belongs to the earlier start." : "");
+    } catch (error) {
+      say("The studio does not answer. Runs continue without it. Start it again: it finds them, " +
+        "and what waits in the queue.");
+    }
+    setTimeout(studio.watch, 5000);
+  },
+
+  async saveCaption(area) {
+    const id = area.dataset.caption, sent = area.value;
+    const now = () => document.querySelector(`textarea[data-caption="${id}"]`) || area;
+    const say = (text, kind) => {
+      const output = now().closest(".card").querySelector("output");
+      output.textContent = text;
+      output.className = kind;
+    };
+    say("saving", "");
+    try {
+      const answer = await fetch("/studio/caption/" + id, {
         method: "POST",
         headers: { "Content-Type": "application/json" },
         body: JSON.stringify({ caption: sent }),
       });
       const text = await answer.text();
-      const isNewer = area.value !== sent; // typed meanwhile: it is saved when it is left
-      output.textContent = !answer.ok ? text : isNewer ? "" : "saved";
-      output.className = answer.ok ? "" : "failed";
-      if (answer.ok && !isNewer) area.value = text;
+      const typed = studio.typed.get(id);
+      const isNewer = typed && typed.value !== sent; // typed meanwhile: it is saved when it is left
+      say(!answer.ok ? text : isNewer ? "" : "saved", answer.ok ? "" : "failed");
+      if (answer.ok && !isNewer) {
+        studio.typed.delete(id);
+        now().value = text;
+      }
     } catch (error) {
-      output.textContent = "not saved: the studio does not answer";
-      output.className = "failed";
+      say("not saved: the studio does not answer", "failed");
     }
   },
 };
@@ -92,6 +143,8 @@ const viewer = {
     viewer.keep = make("button", "Keep", bar);
     viewer.save = make("a", "Save", bar);
     viewer.save.download = "";
+    for (const [text, step] of [["Previous", -1], ["Next", 1]])
+      make("button", text, bar).addEventListener("click", () => viewer.move(step));
     const close = make("button", "Close", bar);
     viewer.said = make("output", "", bar);
     viewer.keep.addEventListener("click", viewer.keepIt);
@@ -101,12 +154,24 @@ const viewer = {
     });
     viewer.dialog.addEventListener("keydown", (event) => {
       const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (!step) return;
-      const all = [...document.querySelectorAll("a.picture")].filter((a) => a.offsetParent);
-      const next = all[all.findIndex((a) => a.href === viewer.link.href) + step];
-      if (next) viewer.open(next);
+      if (step) viewer.move(step);
+    });
+    // the page may have made the image anew: the cursor goes back to the one with its address
+    viewer.dialog.addEventListener("close", () => {
+      const link = viewer.shown().find((a) => a.href === viewer.link.href);
+      if (link) link.focus();
     });
     document.body.append(viewer.dialog);
+  },
+
+  shown() {
+    return [...document.querySelectorAll("a.picture")].filter((a) => a.offsetParent);
+  },
+
+  move(step) {
+    const all = viewer.shown();
+    const next = all[all.findIndex((a) => a.href === viewer.link.href) + step];
+    if (next) viewer.open(next);
   },
 
   async keepIt() {
@@ -132,7 +197,12 @@ document.addEventListener("change", (event) => {
     studio.saveCaption(event.target);
 });
 document.addEventListener("input", (event) => {
-  if (event.target.id === "train-search") studio.filter();
+  const area = event.target;
+  if (area.id === "train-search") studio.filter();
+  if (area.dataset && area.dataset.caption) studio.typed.set(area.dataset.caption, area);
+});
+document.addEventListener("focusin", (event) => {
+  studio.inside = (event.target.dataset && event.target.dataset.caption) || null;
 });
 // Gradio makes the parts of a tab when it is opened, and replaces the list of problems
 new MutationObserver((changes) => {
@@ -142,6 +212,7 @@ new MutationObserver((changes) => {
       node.querySelector("#train-problems, .opt"));
   if (changes.some((c) => [c.target, ...c.addedNodes].some((n) => about(n) && !isOwn(n))))
     studio.showProblems();
+  if (studio.typed.size) studio.keepTyped();
 
   function isOwn(node) {
     return node.classList && (node.classList.contains("problem-here") ||
@@ -149,3 +220,4 @@ new MutationObserver((changes) => {
   }
 }).observe(document.documentElement, { childList: true, subtree: true });
 window.studio = studio;
+studio.watch();
