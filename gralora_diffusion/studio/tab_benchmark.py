@@ -81,4 +81,7 @@ def _state(studio: Studio, job: Job | None) -> Markup:
         head += Markup("<p>{}</p>").format(studio.link(report, "Read the report", "file"))
     if state == "waiting":
         head += Markup('<p class="facts">{}</p>').format(for_html(waits_for(studio.jobs.list())))
-    return head + log_of(job, 12)
+    log = log_of(job, 12)
+    if state == "running" and not log:
+        head += Markup('<p class="facts">loading, which takes a while</p>')
+    return head + log

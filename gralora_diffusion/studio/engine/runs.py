@@ -158,6 +158,8 @@ class Run:
             raise ConfigError([text])
         line = ["--config", str(self.folder / CONFIG_NAME), f"--output_dir={self.folder}"]
         last, of = max(self.checkpoints), self.steps
+        if self.state == "finished" and (rows := self.rows):
+            last = max(last, rows[-1]["step"])  # the last steps need no checkpoint
         if steps.strip():
             of = int(steps) if steps.strip().isdecimal() and len(steps) < 16 else None
             if of is None:

@@ -144,7 +144,10 @@ def test_rows_with_impossible_steps_are_skipped(tmp_path):
 
 @pytest.mark.parametrize("steps", ["", "9", "6", "0", "-1", "1e3", "x", "9" * 20])
 def test_a_run_is_not_resumed_without_a_step_that_is_left(tmp_path, steps):
-    (make_run(tmp_path / "a", finished=True) / "checkpoint-9").mkdir()
+    folder = make_run(tmp_path / "a", finished=True)
+    (folder / "checkpoint-6").mkdir()
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('\n{"step": 9, "loss": 1}\n')
     (run,) = find_runs(tmp_path, [])
     told = "has 9 steps already|the steps in all are .*; give a whole number"
     with pytest.raises(ConfigError, match=told):
