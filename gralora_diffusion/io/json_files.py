@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,24 @@ MOST_BYTES = 64 << 20
 #: Levels of lists and objects at most, so that values can be compared, copied and printed, which
 #: takes several calls for each level.
 MOST_LEVELS = 64
+#: An escape of half a character, perhaps beside the other half.
+_HALF = re.compile(r"\\u[dD][89a-fA-F]|[\ud800-\udfff]")
 
 
 def parse(text: str | bytes) -> Any:
     """Return the value in a JSON text; a byte order mark in bytes is ignored.
 
     Raises:
-        ValueError: the text is not JSON, or is nested too deeply.
+        ValueError: the text is not JSON, is nested too deeply, or has halves of characters.
     """
     try:
+        if isinstance(text, bytes):  # json.loads would let halves of characters pass
+            text = text.decode(json.detect_encoding(text))
         content = json.loads(text)
+        if _HALF.search(text):
+            json.dumps(content, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has an escape that is half of a character") from None
     except UnicodeDecodeError as error:
         raise ValueError(
             f"it is not text in UTF-8 ({error.reason} at byte {error.start})"

@@ -35,7 +35,8 @@ def labelled_grid(
     pen = ImageDraw.Draw(grid)
     for row, (label, images) in enumerate(rows):
         top = gap + row * (size[1] + gap)
-        parts = [_wrapped(part, font, label_width - gap) for part in label.split("\n")]
+        shown = label[: size[1] // _LINE * label_width]  # no letter is narrower than a pixel
+        parts = [_wrapped(part, font, label_width - gap) for part in shown.split("\n")]
         lines = "\n".join(parts).split("\n")[: size[1] // _LINE]
         middle = size[1] // 2 - 16 - max(0, len(lines) - 2) * _LINE // 2
         pen.multiline_text((gap, top + max(0, middle)), "\n".join(lines), "black", font)

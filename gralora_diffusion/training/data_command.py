@@ -13,7 +13,7 @@ from gralora_diffusion.io.errors import ConfigError, DataError
 from gralora_diffusion.io.process import log_to_terminal, print_safely, quiet_libraries
 from gralora_diffusion.io.safe_text import first_few, for_terminal_line
 from gralora_diffusion.options.fields import Limits, Place, option
-from gralora_diffusion.options.parsing import ParsedOptions, read_options
+from gralora_diffusion.options.parsing import ParsedOptions, read_options, read_text
 from gralora_diffusion.training.checks.options import find_image_problems
 from gralora_diffusion.training.config.data_file import with_data_file
 from gralora_diffusion.training.config.other_programs import OTHER_NAMES
@@ -84,11 +84,10 @@ def _option_of(path: Path) -> str:
     if path.is_dir():
         return "instance_data_dir"
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            lines = (row.strip() for row in file)
-            first = next((row for row in lines if row and row[0] != "#"), "")
-    except (OSError, ValueError):
+        lines = map(str.strip, read_text(path, "--config").splitlines())
+    except ConfigError:
         return "config"  # whose reader names the problem
+    first = next((row for row in lines if row and row[0] != "#"), "")
     return "data_config" if first.startswith(("-", "[")) else "config"
 
 

@@ -44,6 +44,22 @@ def test_what_is_none(data, text, tmp_path):
         parse_object(data)
 
 
+@pytest.mark.parametrize(
+    "half", [b"\\ud83d", b"\\uDE00\\uD83D", "\ud800".encode("utf-8", "surrogatepass")]
+)
+def test_halves_of_characters(half):
+    """No file and no terminal could be given such a text."""
+    with pytest.raises(ValueError, match=r"half of a character|not text in UTF-8"):
+        parse(b'{"a": ["' + half + b'"]}')
+    whole = json.dumps({"a": "\U0001f600 \\ud83d"})
+    assert (
+        parse(whole)
+        == parse(whole.encode())
+        == parse(whole.encode("utf-16-le"))
+        == json.loads(whole)
+    )
+
+
 def test_values_may_be_nested_as_deeply_as_can_be_copied_and_printed():
     """Well within Python's limit, which depends on who calls."""
     text = '[{"a": ' * 32 + "1" + "}]" * 32

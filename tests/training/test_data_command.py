@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from PIL import Image
 from gralora_diffusion.training.data.contact_sheet import as_image, write_contact_sheet
 from gralora_diffusion.training.data.image_folder import find_examples
 from gralora_diffusion.training.data.transforms import CropPlan
-from gralora_diffusion.training.data_command import main
+from gralora_diffusion.training.data_command import main, read
 from tests.training.runs import make_shapes
 
 
@@ -96,6 +97,14 @@ def test_problems_end_the_command(
     assert ended.value.code == 2
     assert problem in capsys.readouterr().err
     assert not list(folder.glob("*.png"))
+
+
+def test_a_pipe_and_a_device_are_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.yaml")
+    (tmp_path / "zero.yaml").symlink_to("/dev/zero")
+    for name, kind in (("pipe.yaml", "a named pipe"), ("zero.yaml", "a device")):
+        *_, parsed = read([str(tmp_path / name)])
+        assert f"--config cannot be read: it is {kind}, not a file" in parsed.problems[0]
 
 
 def test_the_sheet_shows_crops_of_the_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

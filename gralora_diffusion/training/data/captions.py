@@ -13,6 +13,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ _ELSEWHERE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://|data:|[A-Za-z]:[\\/]")
 _NOT_UTF8 = "cannot be read as UTF-8 text. Save it with the encoding UTF-8"
 #: Maximum size in bytes of a caption file and of a metadata file.
 _MAX_CAPTION, _MAX_METADATA = 1 << 20, 1 << 28
+#: Rows of a metadata file, and problems with it after which it is not read further.
+_MAX_ROWS, _MAX_PROBLEMS = 1_000_000, 1000
 
 
 @dataclass(frozen=True)
@@ -143,7 +146,10 @@ def read_metadata(
     (name,) = listings
     try:
         data = read_regular(folder / name, _MAX_METADATA)
-        entries = list(_READERS[Path(name).suffix.lower()](data, name, problems))
+        rows = _READERS[Path(name).suffix.lower()](data, name, problems)
+        entries = list(islice(rows, _MAX_ROWS + 1))
+        if len(entries) > _MAX_ROWS:
+            raise ValueError(f"it has more than {_MAX_ROWS:,} rows")
     except UnicodeDecodeError as error:
         problems.append(f"{name} {_NOT_UTF8} ({error})")
         return {}
@@ -152,6 +158,8 @@ def read_metadata(
         return {}
     found: dict[str, ListedImage] = {}
     for where, entry in entries:
+        if _ended(name, problems):
+            break
         controls = _controls(folder, where, entry, control_columns, problems)
         _read_entry(folder, where, entry, _columns(column), mask_column, controls, found, problems)
     seen = sorted({str(key) for _, entry in entries for key in entry})
@@ -260,9 +268,11 @@ def _json_lines(
     data: bytes, name: str, problems: list[str]
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
     # only at line feeds: strings in JSON may contain other characters that Python splits lines at
-    for number, line in enumerate(data.decode("utf-8-sig").split("\n"), 1):
+    for number, line in enumerate(io.StringIO(data.decode("utf-8-sig"), newline="\n"), 1):
         if not line.strip():
             continue
+        if _ended(name, problems):
+            return
         where = f"{name}, line {number}"
         try:
             entry = parse_json(line)
@@ -282,6 +292,8 @@ def _csv_rows(
     try:
         _check_columns(rows.fieldnames or ())
         for row in rows:
+            if _ended(name, problems):
+                return
             if None in row:
                 problems.append(
                     f"{name}, line {rows.line_num} has more fields than the first line. Put a "
@@ -312,11 +324,29 @@ def _parquet_rows(
         texts = [column for column, kind in kinds if _is_text_column(kind)]
         if sum(_unpacked_sizes(file.metadata, texts)) > _MAX_METADATA:
             raise ValueError(f"its text columns have more than {_MAX_METADATA:,} bytes")
-        rows = file.read(columns=texts).to_pylist()
+        if file.metadata.num_rows > _MAX_ROWS:
+            raise ValueError(f"it has more than {_MAX_ROWS:,} rows")
+        # a text that is stored once may be the value of all rows
+        sizes = [size for size in _unpacked_sizes(file.metadata, texts) if size > 0]
+        together = max(4, min(1024, _MAX_METADATA // max(sizes, default=1)))
+        number = total = 0
+        for batch in file.iter_batches(together, columns=texts):
+            total += batch.nbytes
+            if total > _MAX_METADATA:
+                raise ValueError(f"its text columns have more than {_MAX_METADATA:,} bytes")
+            for row in batch.to_pylist():
+                yield f"{name}, row {number}", dict.fromkeys(columns) | row
+                number += 1
     except pyarrow.ArrowException as error:
         raise ValueError(f"it is not a complete Parquet file ({error})") from error
-    for number, row in enumerate(rows):
-        yield f"{name}, row {number}", dict.fromkeys(columns) | row
+
+
+def _ended(name: str, problems: list[str]) -> bool:
+    """Whether there are so many problems that a file is not read further, which is said once."""
+    last = f"{name} is not read further. Mend these problems first"
+    if len(problems) == _MAX_PROBLEMS:
+        problems.append(last)
+    return len(problems) > _MAX_PROBLEMS
 
 
 def _is_text_column(kind: Any) -> bool:

@@ -36,9 +36,14 @@ def write_card(
     family: str,
     metrics: Mapping[str, Any],
     grid: Path | None,
-    prompts: Sequence[ValidationPrompt],
+    prompts: Sequence[ValidationPrompt | str],
 ) -> Path:
-    """Write the model card, and the grid of images that it shows."""
+    """Write the model card, and the grid of images that it shows.
+
+    Args:
+        prompts: of the rows of the grid; a text is a prompt without settings of its own.
+    """
+    given = [p if isinstance(p, ValidationPrompt) else ValidationPrompt(prompt=p) for p in prompts]
     base = config.pretrained_model_name_or_path
     on_hub, edits, fills = not Path(base).exists(), CONTROL_IMAGES in metrics, FILLS in metrics
     task = "image-to-image" if edits or fills else "text-to-image"
@@ -68,7 +73,7 @@ def write_card(
             family,
         ],
         instance_prompt=config.instance_prompt or config.trigger_word,
-        widget=_widget(folder, config, family, pipeline, grid, prompts) or None,
+        widget=_widget(folder, config, family, pipeline, grid, given) or None,
         **license_fields,
     )
     text = render(
@@ -81,7 +86,7 @@ def write_card(
         base=base if on_hub else Path(base).name,
         quantization=metrics.get(QUANTIZED_BASE),
         image=CARD_IMAGE_NAME if grid is not None else None,
-        prompts=[entry.prompt for entry in prompts],
+        prompts=[entry.prompt for entry in given],
         edits=edits,
         usage=_usage(config, pipeline, fills),
         facts={name: _shown(value) for name, value in {**metrics, **versions}.items()},

@@ -19,6 +19,8 @@ _STEP = re.compile(r"step-(\d{1,12})")
 #: Most columns and rows, and the width of an image in pixels.
 _COLUMNS, _ROWS, _CELL = 12, 50, 192
 _MOST_BYTES = 1 << 20
+#: Sides of images that are kept until all of them have one shape, in pixels.
+_SIDE = 2048
 
 
 def write_history(folder: Path) -> Path | None:
@@ -77,7 +79,10 @@ def _images(steps: list[tuple[int, Path]], row: int) -> list[Image.Image]:
     images = []
     for _, folder in steps:
         try:
-            images.append(read_image(folder / image_name(row, 0)))
+            image = read_image(folder / image_name(row, 0))
+            if max(image.size) > _SIDE:
+                image.thumbnail((_SIDE, _SIDE))
+            images.append(image)
         except (OSError, ImageError):
             images.append(Image.new("RGB", (1, 1), "white"))
     return images

@@ -259,7 +259,7 @@ def test_two_metadata_files_are_refused(folder):
         ("sub\\2.png", "does not exist. Write / between folders"),
         ("a\0b.png", "does not exist"),
         ("x" * 5000, "does not exist"),
-        ("\ud800.png", "does not exist"),
+        ("\ud800.png", "half of a character"),
         ("sub", "which is not a file"),
         ("pipe.png", "which is not a file"),
         ("out/1.png", "a link in its path leads out of it"),
@@ -274,6 +274,47 @@ def test_places_that_are_refused(folder, tmp_path, name, text):
     told = [problem for problem in problems(folder) if problem.startswith("metadata.jsonl, line 1")]
     assert len(told) == 1
     assert text in told[0]
+
+
+def parquet(*texts: pyarrow.Array) -> bytes:
+    table = pyarrow.table(dict(zip(("file_name", "text"), texts, strict=True)))
+    pyarrow.parquet.write_table(table, sink := pyarrow.BufferOutputStream())
+    return bytes(sink.getvalue())
+
+
+def repeated(text: str, count: int) -> pyarrow.Array:
+    """Stored once, whatever the count."""
+    return pyarrow.DictionaryArray.from_arrays(
+        pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), count), [text]
+    ).cast(pyarrow.string())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "said"),
+    [
+        (
+            "metadata.parquet",
+            lambda: parquet(repeated("1.png", 1_000_001), repeated("", 1_000_001)),
+            "metadata.parquet cannot be read: it has more than 1,000,000 rows",
+        ),
+        (
+            "metadata.parquet",
+            lambda: parquet(repeated("1.png", 300), repeated("a" * (1 << 20), 300)),
+            "metadata.parquet cannot be read: its text columns have more than 268,435,456 bytes",
+        ),
+        (
+            "metadata.jsonl",
+            lambda: b"{}" + b"\nx" * 5000,
+            "metadata.jsonl is not read further. Mend these problems first",
+        ),
+    ],
+)
+def test_small_files_of_very_many_rows(folder, name, data, said):
+    fill(folder, "1.png")
+    (folder / name).write_bytes(data())
+    told = problems(folder)
+    assert said in told
+    assert len(told) <= 1001
 
 
 def test_links_to_images_and_captions_are_followed(folder, tmp_path):
@@ -302,7 +343,7 @@ def test_links_to_images_and_captions_are_followed(folder, tmp_path):
         ("metadata.parquet", metadata("m.parquet", "name"), "none of its columns is called"),
         ("metadata.jsonl", "[" * 100_000, "line 1 is not JSON"),
         ("metadata.jsonl", '{"file_name": 3}', "must be like"),
-        ("metadata.jsonl", '{"file_name": "1.png", "text": "\\ud800"}', "not Unicode"),
+        ("metadata.jsonl", '{"file_name": "1.png", "text": "\\ud800"}', "half of a character"),
         ("metadata.jsonl", '{"file_name": "1.png", "text": ' + "1" * 5000 + "}", "line 1"),
     ],
 )  # fmt: skip

@@ -324,6 +324,19 @@ def test_card_states_base_and_license(tmp_path: Path, monkeypatch: pytest.Monkey
     assert data["license_link"] == "https://huggingface.co/owner/base/blob/main/LICENSE.md"
 
 
+def test_a_prompt_of_the_card_may_be_a_text(tmp_path: Path) -> None:
+    """As in version 0.1, where prompts had no settings of their own."""
+    config = TrainingConfig(output_dir=str(tmp_path))
+    for name in ("grid.png", image_name(0, 0)):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    cards = [
+        write_card(tmp_path, config, "flux", {}, tmp_path / "grid.png", prompts).read_text()
+        for prompts in (["a dog"], [ValidationPrompt(prompt="a dog")])
+    ]
+    assert cards[0] == cards[1]
+    assert "a dog" in cards[0]
+
+
 @pytest.mark.parametrize(
     ("family", "expected"),
     [("stable-diffusion", [None, "own", "usual"]), ("flux", [None, None, None])],
