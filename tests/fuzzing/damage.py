@@ -518,6 +518,8 @@ def _change_chunk(name: bytes, body: bytes, chance: Random) -> bytes:
 _CHANGES: dict[str, Callable[[bytes, Random], bytes]] = {
     ".safetensors": change_safetensors,
     ".json": change_json,
+    ".owner": change_json,
+    ".status": change_json,
     ".jsonl": change_lines,
     ".yaml": change_yaml,
     ".csv": change_table,

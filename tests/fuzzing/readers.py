@@ -25,6 +25,7 @@ import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from PIL import Image, ImageCms, PngImagePlugin, features
+from safetensors.torch import load_file
 
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.adapters.adapter_file import (
@@ -51,6 +52,8 @@ from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
 from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
 from gralora_diffusion.benchmark.report import blind_choices, write_report
 from gralora_diffusion.export.bases import BaseError, open_base
+from gralora_diffusion.export.lora import export_lora
+from gralora_diffusion.export.names import StyleError
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.text import as_text
 from gralora_diffusion.io.colour_profiles import rgb_profile
@@ -93,9 +96,15 @@ from gralora_diffusion.training.data.masks import MaskPlaces
 from gralora_diffusion.training.data.tensor_store import TensorStore
 from gralora_diffusion.training.optimization.adapters import adapter_parameters, add_adapters
 from gralora_diffusion.training.optimization.optimizers import build_lr_scheduler, build_optimizer
+from gralora_diffusion.training.outputs.base_license import base_license
 from gralora_diffusion.training.outputs.curve import plot_curve
 from gralora_diffusion.training.outputs.metrics import MetricsFile
+from gralora_diffusion.training.outputs.published import PROMPTS_NAME as VALIDATION_PROMPTS
+from gralora_diffusion.training.outputs.published import VALIDATION_NAME
+from gralora_diffusion.training.outputs.validation import image_name
+from gralora_diffusion.training.outputs.validation_history import write_history
 from gralora_diffusion.training.runtime.control import RunControl, read_status
+from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owner_name
 from tests import models, originals
 from tests.benchmark import trials
 from tests.comfyui_node import conversion
@@ -190,6 +199,14 @@ def _make_attached(folder: Path) -> None:
     )
     pipe.save_gralora_weights(_part(folder, "native"))
     pipe.save_gralora_weights(_part(folder, "peft"), peft_format=True)
+
+
+def _make_exported(folder: Path) -> None:
+    """The same, each in a folder of its own, beside which the output is written."""
+    _make_attached(_part(folder, "..made"))
+    for made in ("native", "peft"):
+        (folder / "..made" / made).rename(_part(folder, made) / "adapter")
+    (folder / "..made").rmdir()
 
 
 def _attach(folder: Path) -> None:
@@ -471,7 +488,10 @@ def _resume(folder: Path) -> None:
 
 
 def _make_records(folder: Path) -> None:
-    rows = [{"step": step, "loss": 0.5 / step, "lr": 1e-4} for step in range(1, 6)]
+    rows: list[dict[str, Any]] = [
+        {"step": step, "loss": 0.5 / step, "lr": 1e-4} for step in range(1, 6)
+    ]
+    rows[2]["held_out"] = {"loss": 0.3, "difference": -0.1, "low": -0.2, "high": 0.0}
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (_part(folder, "metrics") / "metrics.jsonl").write_text(text)
 
@@ -791,11 +811,60 @@ def _make_statuses(folder: Path) -> None:
         control.progress(3, 0.5)
         control.answer("save", "checkpoint-3 was written")
         control.say(state)
+        owner = {"pid": 1, "host": "here", "since": 1.8e9}
+        (part / OWNER_NAME).write_text(json.dumps(owner))
         (part / "training_config.yaml").write_text("rank: 4\n")
 
 
 def _read_run(folder: Path) -> None:
     json.dumps(read_status(folder).to_dict())
+    assert owner_name(folder).isprintable()
+
+
+CARD = """\
+---
+license: other
+license_name: some-license
+license_link: LICENSE.md
+tags: [a, &b c]
+widget:
+- text: a dog
+  output: {url: a.png}
+---
+# A base
+"""
+
+
+def _make_cards(folder: Path) -> None:
+    # texts are damaged as texts, by their ending
+    (_part(folder, "card") / "file.txt").write_text(CARD)
+
+
+def _read_card(folder: Path) -> None:
+    if (folder / "file.txt").is_file():
+        (folder / "file.txt").rename(folder / "README.md")
+    found = base_license(_config(pretrained_model_name_or_path=str(folder)))
+    assert not set(found) - {"license", "license_name", "license_link"}
+    assert all(text.isprintable() for text in found.values())
+
+
+def _make_histories(folder: Path) -> None:
+    for name, steps in (("two", (5, 10)), ("many", range(1, 12))):
+        for step in steps:
+            part = _part(folder, f"{name}/{VALIDATION_NAME}/step-{step:06d}")
+            (part / VALIDATION_PROMPTS).write_text("a dog\na cat\n")
+            for row in range(2):
+                _picture("RGB").save(part / image_name(row, 0))
+
+
+def _read_history(folder: Path) -> None:
+    write_history(folder)
+
+
+def _export(folder: Path) -> None:
+    output = folder / "lora.safetensors"
+    export_lora(folder / "adapter", output, family=SD)
+    assert all(tensor.isfinite().all() for tensor in load_file(output).values())
 
 
 def _make_jobs(folder: Path) -> None:
@@ -982,6 +1051,9 @@ READERS: dict[str, Reader] = {
     "pictures": Reader(_make_images, _show, (ImageError,)),
     "profiles": Reader(_make_profiles, _show, (ImageError,)),
     "masks": Reader(_make_masks, _show_masks, (ImageError,)),
+    "card": Reader(_make_cards, _read_card, writes=True),
+    "history": Reader(_make_histories, _read_history, (OSError,), writes=True, slow=True),
+    "exported": Reader(_make_exported, _export, (AdapterFileError, StyleError), writes=True),
     "status": Reader(_make_statuses, _read_run, (ConfigError,)),
     "jobs": Reader(_make_jobs, _read_jobs),
     "comparison": Reader(_make_comparisons, _read_comparison, (OSError, ValueError)),
