@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,38 @@ def test_sample_with_an_image(
         with pytest.raises(SystemExit):
             main([*line, *arguments])
         assert text in capsys.readouterr().err
+
+
+def test_reduced_control_images_are_planned_and_resumed(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    sizes = [(160, 160)]
+    monkeypatch.setattr(pipeline_flux_kontext, "PREFERRED_KONTEXT_RESOLUTIONS", sizes)
+    pipeline_classes.build("FluxKontextPipeline").save_pretrained(tmp_path / "base")
+    shared = {
+        "pretrained_model_name_or_path": tmp_path / "base",
+        "instance_data_dir": make_shapes(tmp_path / "images", [(16, 16)] * 2),
+        "control_data_dir": make_shapes(tmp_path / "control", [(160, 160)] * 2, seed=1),
+        "output_dir": tmp_path / "out",
+    }
+    peaks = []
+    for side in (None, 128):
+        run(**shared, dry_run=True, control_resolution=side)
+        text = capsys.readouterr().out
+        assert f"control images of up to {side or 160} x {side or 160} pixels" in text
+        (peak,) = re.findall(r"  peak .* ([\d.,]+)\n", text)  # of the steps
+        peaks.append(float(peak.replace(",", "")))
+    assert peaks[1] < 0.9 * peaks[0]
+    shared |= {"checkpointing_steps": 1, "resume_from_checkpoint": "latest"}
+    warned = []
+    for step, side in enumerate((128, 128, 144), 1):
+        caplog.clear()
+        run(**shared, control_resolution=side, max_train_steps=step)
+        warned.append("are not those of the checkpoint" in caplog.text)
+    assert warned == [False, False, True]
 
 
 @pytest.mark.parametrize(

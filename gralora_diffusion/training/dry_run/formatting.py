@@ -35,6 +35,9 @@ def format_plan(plan: Plan) -> str:
         facts.append(("rate", text))
     if config.masked_loss:
         facts.insert(3, ("masks", f"for {plan.masks} images; {MaskedLoss.of(config)}"))
+    if plan.controls:
+        shapes = ", ".join(f"{across} x {down}" for down, across in plan.controls)
+        facts.insert(3, ("edits", f"control images of up to {shapes} pixels"))
     if config.with_prior_preservation and config.prior_source == "images":
         missing = max(0, config.num_class_images - plan.class_images)
         text = f"{plan.class_images} found" + (f", {missing} to generate" if missing else "")

@@ -106,6 +106,8 @@ class Plan:
             streamed.
         apart: the device has memory of its own, and models leave it for the CPU's.
         offloading: what is streamed.
+        controls: height and width of the control images of a sample, of one that has the most
+            pixels of them.
     """
 
     config: TrainingConfig
@@ -129,6 +131,7 @@ class Plan:
     blocks: dict[str, list[int]]
     apart: bool
     offloading: Offloading = NOTHING
+    controls: tuple[tuple[int, int], ...] = ()
 
     @property
     def trained_parameters(self) -> int:
@@ -311,6 +314,7 @@ def plan_run(
         denoiser=family.denoiser,
         blocks=blocks,
         apart=apart,
+        controls=tuple((int(height), int(width)) for _, height, width in data.controls),
     )
 
 
