@@ -67,7 +67,16 @@ def find_beginning(
             processes.
         OtherProcessFailed: only another process has a problem.
     """
-    found = together(accelerator, lambda: _find(config, store, accelerator))
+    decoded: Beginning | None = None
+    if accelerator.num_processes > 1 and config.latent_cache_dir and not config.dry_run:
+        # one process on each machine decodes the images, and the others read what it found
+        decoded = together(
+            accelerator,
+            lambda: (
+                _find(config, store, accelerator) if accelerator.is_local_main_process else None
+            ),
+        )
+    found = together(accelerator, lambda: decoded or _find(config, store, accelerator))
     if accelerator.num_processes > 1:
         of_a_process = options_with(type(config), Place).keys() | {
             name for name, may in options_with(type(config), MayDiffer).items() if may.processes

@@ -103,3 +103,31 @@ def test_processes_that_share_a_folder_share_the_class_images(
         assert "BEGAN 3 3 None" in text
     names = sorted(path.name for path in (tmp_path / "class").iterdir())
     assert names == [f"class-{number:05d}.png" for number in range(3)]
+
+
+COUNTS = (
+    """
+from gralora_diffusion.training.data import checked_files
+
+checked_files._SETTLED = 0
+decode, count = checked_files._WORK["image"], []
+checked_files._WORK["image"] = lambda data: count.append(1) or decode(data)
+"""
+    + PROGRAM
+    + """
+print("DECODED", len(count))
+"""
+)
+
+
+def test_one_process_of_a_machine_decodes_the_images(
+    base: Path, images: Path, tmp_path: Path
+) -> None:
+    usual: dict[str, Any] = {"pretrained_model_name_or_path": base, "instance_data_dir": images}
+    usual |= {"output_dir": tmp_path / "out", "latent_cache_dir": tmp_path / "cache"}
+    for expected in ([3, 0], [0, 0]):
+        told = fork_ranks(COUNTS, json.dumps([arguments(**usual)]))
+        assert [code for code, _ in told] == [0, 0], told
+        for (_, text), count in zip(told, expected, strict=True):
+            assert "BEGAN 3 0 None" in text
+            assert f"DECODED {count}" in text
