@@ -980,7 +980,7 @@ def _make_answers(folder: Path) -> None:
 def _count_answers(folder: Path) -> None:
     for found in blind_choices([folder / "file.json"], folder):
         assert 0 <= found.share <= 1
-        json.dumps(found.drift_gap)
+        json.dumps(found.drift_gap, allow_nan=False)
 
 
 def _make_kept(folder: Path) -> None:

@@ -252,7 +252,7 @@ class _Reader:
         return value
 
     def number(self, name: str) -> float:
-        if not _is_measured(value := self.take(name)):
+        if not is_measured(value := self.take(name)):
             raise self.error(name, f"a finite number between -{_LARGEST:g} and {_LARGEST:g}", value)
         return float(value)
 
@@ -367,7 +367,7 @@ def _norms(layers: _Reader) -> dict[str, Any]:
     for layer in layers.content:
         inner = layers.inside(layer)
         steps, maps = inner.items("steps"), inner.items("norms")
-        if len(steps) != len(maps) or not all(map(_is_measured, steps)):
+        if len(steps) != len(maps) or not all(map(is_measured, steps)):
             raise inner.error("steps", "a number for each of norms", steps)
         sizes = {len(rows) if isinstance(rows, list) else 0 for rows in maps}
         if len(sizes) > 1 or not all(_is_square(rows) for rows in maps):
@@ -376,12 +376,13 @@ def _norms(layers: _Reader) -> dict[str, Any]:
     return norms
 
 
-def _is_measured(value: object) -> bool:
+def is_measured(value: object) -> bool:
+    """Whether a value from JSON is a number that may have been measured, so that means exist."""
     return is_finite_number(value) and abs(value) <= _LARGEST  # type: ignore[arg-type]
 
 
 def _is_square(rows: Any) -> bool:
     return isinstance(rows, list) and all(
-        isinstance(row, Sequence) and len(row) == len(rows) and all(map(_is_measured, row))
+        isinstance(row, Sequence) and len(row) == len(rows) and all(map(is_measured, row))
         for row in rows
     )

@@ -25,7 +25,7 @@ from gralora_diffusion.benchmark.evaluation.endpoint import (
     usual_comparisons,
     without_rate,
 )
-from gralora_diffusion.benchmark.evaluation.results import TrialResult
+from gralora_diffusion.benchmark.evaluation.results import TrialResult, is_measured
 from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.json_files import read_object
 from gralora_diffusion.io.staging import staged
@@ -275,7 +275,7 @@ def _is_pair(pair: object) -> bool:
     return (
         all(isinstance(pair.get(name), str) for name in ("subject", "left", "right"))
         and _are_two(comparison, str)
-        and (drifts is None or _are_two(drifts, float))
+        and (drifts is None or (_are_two(drifts, float) and all(map(is_measured, drifts))))
     )
 
 

@@ -246,11 +246,16 @@ class HeldOutRecord:
 
 def _checked(losses: Any) -> Losses:
     if not all(
-        isinstance(row, list) and len(row) == len(LEVELS) and all(map(is_finite_number, row))
+        isinstance(row, list) and len(row) == len(LEVELS) and all(map(_is_loss, row))
         for row in losses
     ):
         raise ValueError("its held-out losses are damaged")
     return [[float(loss) for loss in row] for row in losses]
+
+
+def _is_loss(value: Any) -> bool:
+    """Whether a value from JSON may be a loss in fp32, so that means are finite."""
+    return is_finite_number(value) and abs(value) < 1e39
 
 
 _pairs = partial(zip, strict=True)

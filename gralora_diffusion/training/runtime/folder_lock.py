@@ -134,7 +134,8 @@ def owner_facts(folder: Path) -> tuple[int, str, float] | None:
     try:
         facts = read_object(folder / OWNER_NAME, _ENOUGH)
         host = re.sub("[^A-Za-z0-9._-]", "?", str(facts["host"]))[:100]
-        return int(facts["pid"]), host, float(facts["since"])
+        pid = int(facts["pid"])
+        return (pid, host, float(facts["since"])) if 0 <= pid < 1 << 31 else None
     except (OSError, ValueError, TypeError, KeyError, OverflowError):
         return None
 

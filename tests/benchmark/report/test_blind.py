@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -197,7 +198,15 @@ def test_answers_that_cannot_be_used_are_all_reported(page, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "changes", [{"drifts": [0.1]}, {"drifts": {}}, {"comparison": "ab"}, {"subject": 3}]
+    "changes",
+    [
+        {"drifts": [0.1]},
+        {"drifts": [0.1, math.nan]},
+        {"drifts": [1e308, -1e308]},
+        {"drifts": {}},
+        {"comparison": "ab"},
+        {"subject": 3},
+    ],
 )
 def test_a_changed_key_is_refused(page, tmp_path, changes):
     path, _ = page

@@ -215,6 +215,7 @@ def test_a_record_is_resumed_exactly_or_not_at_all() -> None:
         {"base": None},
         {"base": [[1.0, 2.0]]},
         {"base": [[1.0, 2.0, math.inf]]},
+        {"base": [[1.0, 2.0, 1e308]]},
         {"base": BASE[:2]},
         {"best": {"a": 1}},
         {"best_step": -1},

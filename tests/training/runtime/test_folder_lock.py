@@ -80,7 +80,17 @@ def test_nothing_is_left_of_a_folder_into_which_nothing_was_put(tmp_path: Path) 
 
 @pytest.mark.parametrize(
     "text",
-    ["", "[]", '{"pid": "x"}', '{"pid": 1, "host": "a", "since": 1e99}', "\ud800", "[" * 10**6],
+    [
+        *(
+            "",
+            "[]",
+            '{"pid": "x"}',
+            '{"pid": 1, "host": "a", "since": 1e99}',
+            "\ud800",
+            "[" * 10**6,
+        ),
+        '{"pid": ' + "9" * 300 + ', "host": "a", "since": 1}',
+    ],
 )
 def test_any_owner_file_is_told_safely(tmp_path: Path, text: str) -> None:
     lock = FileLock(tmp_path / LOCK_NAME)
