@@ -94,12 +94,15 @@ def test_a_changed_value_is_found_when_it_is_read(folder: Path) -> None:
         _ = TensorStore(folder)["key 7"]
 
 
-@pytest.mark.parametrize("kind", ["none", "empty", "pickle", "rows", "unsorted", "text"])
+@pytest.mark.parametrize("kind", ["none", "empty", "pickle", "rows", "unsorted", "text", "zip"])
 def test_a_damaged_index_is_left_out(folder: Path, kind: str, opened: list[str]) -> None:
     index = folder / INDEX_NAME
     rows = np.load(index)
     if kind == "none":
         index.unlink()
+    elif kind == "zip":
+        np.savez(folder / "x.npz", rows=rows)
+        (folder / "x.npz").replace(index)
     elif kind in ("empty", "text"):
         index.write_bytes(b"" if kind == "empty" else b"\x93NUMPY what")
     else:
