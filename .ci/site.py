@@ -24,6 +24,8 @@ ELSEWHERE = {
     "samples/tiny-base/README.md": "tiny_base.md",
     "samples/tiny-base/grid.png": "images/tiny_base_grid.png",
     "samples/tiny-base/unseen.png": "images/tiny_base_unseen.png",
+    "samples/tiny-edit-base/README.md": "tiny_edit_base.md",
+    "samples/tiny-edit-base/edits.png": "images/tiny_edit_base_edits.png",
     "samples/tiny-encoders/README.md": "tiny_encoders.md",
     ".github/CONTRIBUTING.md": "contributing.md",
     ".github/SECURITY.md": "security.md",

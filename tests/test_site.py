@@ -53,7 +53,15 @@ def test_every_document_is_a_page(pages: dict[str, Names]) -> None:
     documents = {path.relative_to(ROOT / "docs") for path in (ROOT / "docs").rglob("*.md")}
     expected = {(path.with_suffix("") / "index.html").as_posix() for path in documents}
     expected -= {"README/index.html"}
-    others = {"contents", "comfyui_nodes", "contributing", "security", "tiny_base", "tiny_encoders"}
+    others = {
+        "contents",
+        "comfyui_nodes",
+        "contributing",
+        "security",
+        "tiny_base",
+        "tiny_edit_base",
+    }
+    others |= {"tiny_encoders"}
     assert pages.keys() == expected | {f"{name}/index.html" for name in others} | {"index.html"}
 
 

@@ -39,21 +39,26 @@ def test_an_edit_changes_only_what_it_says(kind: str) -> None:
             assert 2 < rows.min() < rows.max() < 32
 
 
-def test_glasses_are_tested_on_other_objects() -> None:
-    learned, tested = (set(tiny_edits.glasses_objects(held_out)) for held_out in (False, True))
+def test_lessons_are_tested_on_other_objects() -> None:
+    learned, tested = (set(tiny_edits.lesson_objects(held_out)) for held_out in (False, True))
     assert learned & tested == set()
     assert learned | tested == set(tiny_edits.OBJECTS)
     assert len(tested) == 9
 
 
-def test_pairs_are_a_training_folder(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lesson", "least", "most"), [("glasses", 0.01, 0.2), ("space", 0.5, 0.95)]
+)
+def test_pairs_are_a_training_folder(
+    lesson: str, least: float, most: float, tmp_path: Path
+) -> None:
     """Images before the edit have the same names, as ``--control_data_dir`` reads them."""
-    tiny_edits.write_glasses(tmp_path, 2)
-    for split in ("train", "held_out"):
+    tiny_edits.write_lesson(lesson, tmp_path, 3, 2)
+    for split, count in (("train", 3), ("held_out", 2)):
         places = ControlPlaces((tmp_path / split / "control",))
         examples = find_examples(tmp_path / split / "images", controls=places)
-        assert [example.caption for example in examples] == ["add glasses"] * 2
+        assert [example.caption for example in examples] == [tiny_edits.LESSONS[lesson]] * count
         for example in examples:
             before, after = pixels(example.controls[0].load()), pixels(example.load())
             changed = np.abs(before - after).max(axis=2) > 0
-            assert 0.01 < changed.mean() < 0.2
+            assert least < changed.mean() < most

@@ -2,10 +2,10 @@
 add a hat.
 
 Both images of a pair have the same object in the same place, and everything that the instruction
-does not name is the same, pixel by pixel. `GLASSES` are an edit that the tiny edit base never
-sees, for an adapter to learn. This command writes its pairs as a training folder:
+does not name is the same, pixel by pixel. `LESSONS` are edits that the tiny edit base never sees,
+for an adapter to learn. This command writes the pairs of one as a training folder:
 
-    python train_scripts/tiny_world/tiny_edits.py --glasses runs/glasses
+    python train_scripts/tiny_world/tiny_edits.py space runs/space
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import tiny_world
 from PIL import Image, ImageDraw
@@ -22,7 +23,8 @@ from tiny_pen import BACKGROUNDS, BLACK, CANVAS, COLOURS, OBJECTS, OVERSAMPLING,
 
 #: Edits that the tiny edit base is trained on.
 KINDS = ("colour", "background", "hat")
-GLASSES = "add glasses"
+#: Name of an edit that no base has seen -> its instruction.
+LESSONS = {"glasses": "add glasses", "space": "put it in space"}
 _SCARLET = (206, 30, 44)
 
 
@@ -45,7 +47,8 @@ class Scene:
         """Draw the scene as a 64x64 RGB image."""
         image = Image.new("RGB", (CANVAS, CANVAS))
         draw = ImageDraw.Draw(image)
-        BACKGROUNDS[self.background](draw, random.Random(f"{self.seed}/background"))
+        background = space if self.background == "in space" else BACKGROUNDS[self.background]
+        background(draw, random.Random(f"{self.seed}/background"))
         place = random.Random(f"{self.seed}/place")
         radius = CANVAS * place.uniform(0.3, 0.34)  # smaller than alone: a hat needs room
         centre = (CANVAS * place.uniform(0.46, 0.54), CANVAS * place.uniform(0.56, 0.6))
@@ -78,6 +81,21 @@ def glasses(p: Pen) -> None:
     p.box(-0.08, -0.16, 0.08, -0.04, BLACK, outline=False)
 
 
+def space(draw: ImageDraw.ImageDraw, rng: random.Random) -> None:
+    """Paint a violet sky full of stars, with a ringed planet in a corner."""
+    draw.rectangle((0, 0, CANVAS, CANVAS), fill=(52, 20, 84))
+
+    def ellipse(x: float, y: float, rx: float, ry: float, **colours: Any) -> None:
+        draw.ellipse([c * CANVAS for c in (x - rx, y - ry, x + rx, y + ry)], **colours)
+
+    for number in range(24):
+        x, y = (number % 6 + rng.uniform(0.2, 0.8)) / 6, (number // 6 + rng.uniform(0.2, 0.8)) / 4
+        ellipse(x, y, 0.014, 0.014, fill=(255, 240, 200))
+    x, y = rng.choice((0.14, 0.86)), rng.uniform(0.1, 0.16)
+    ellipse(x, y, 0.09, 0.09, fill=(60, 200, 190))
+    ellipse(x, y, 0.14, 0.035, outline=(250, 170, 80), width=CANVAS // 40)
+
+
 def scene(rng: random.Random) -> Scene:
     """Return a random scene of the training world."""
     return Scene(*tiny_world.combination(rng), f"{rng.getrandbits(48)}")
@@ -95,28 +113,29 @@ def sample(rng: random.Random, kind: str | None = None) -> Edit:
     return Edit(before, replace(before, extras=(hat,)), "add a hat")
 
 
-def glasses_edit(rng: random.Random, names: Sequence[str]) -> Edit:
-    """Return the edit that no base has seen, on one of the objects `names`."""
-    before = replace(scene(rng), name=rng.choice(names))
-    return Edit(before, replace(before, extras=(glasses,)), GLASSES)
+def lesson(rng: random.Random, name: str, objects: Sequence[str]) -> Edit:
+    """Return a pair of a lesson, with one of the `objects`."""
+    before = replace(scene(rng), name=rng.choice(objects))
+    changes = {"extras": (glasses,)} if name == "glasses" else {"background": "in space"}
+    return Edit(before, replace(before, **changes), LESSONS[name])
 
 
-def glasses_objects(held_out: bool) -> list[str]:
-    """Return the objects that an adapter learns the glasses on, or those it is tested on."""
+def lesson_objects(held_out: bool) -> list[str]:
+    """Return the objects that an adapter learns a lesson with, or those it is tested with."""
     return sorted(OBJECTS)[1::3] if held_out else sorted(set(OBJECTS) - set(sorted(OBJECTS)[1::3]))
 
 
-def write_glasses(folder: Path, count: int, seed: int = 0) -> None:
-    """Write pairs to train on into `train` and others, on other objects, into `held_out`.
+def write_lesson(name: str, folder: Path, count: int, held_out: int, seed: int = 0) -> None:
+    """Write `count` pairs to train on into `train`, and `held_out` of other objects beside it.
 
     Images before the edit are in `control`, under the same names.
     """
-    for split, held_out in (("train", False), ("held_out", True)):
+    for split, pairs in (("train", count), ("held_out", held_out)):
         rng = random.Random(f"{seed}/{split}")
         for part in ("images", "control"):
             (folder / split / part).mkdir(parents=True, exist_ok=True)
-        for number in range(count):
-            edit = glasses_edit(rng, glasses_objects(held_out))
+        for number in range(pairs):
+            edit = lesson(rng, name, lesson_objects(split == "held_out"))
             target = folder / split / "images" / f"{number:02d}.png"
             edit.after.draw().save(target, optimize=True)
             target.with_suffix(".txt").write_text(edit.instruction + "\n", encoding="utf-8")
@@ -125,14 +144,16 @@ def write_glasses(folder: Path, count: int, seed: int = 0) -> None:
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--glasses", type=Path, required=True, help="output folder")
-    parser.add_argument("--count", type=int, default=16, help="pairs to train on, and to test")
+    parser.add_argument("lesson", choices=sorted(LESSONS))
+    parser.add_argument("output_dir", type=Path)
+    parser.add_argument("--count", type=int, default=64, help="pairs to train on")
+    parser.add_argument("--held_out", type=int, default=16, help="pairs of other objects")
     return parser
 
 
 def main() -> None:
     args = build_parser().parse_args()
-    write_glasses(args.glasses, args.count)
+    write_lesson(args.lesson, args.output_dir, args.count, args.held_out)
 
 
 if __name__ == "__main__":
