@@ -131,6 +131,9 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     _keep_to_this_machine(str(real_path(uploads)))
     import uvicorn
 
+    from .gradio_import import import_gradio
+
+    import_gradio()
     from .context import Studio
     from .guard import address_of, address_with
     from .server import application, start_queue

@@ -26,8 +26,8 @@ def build(studio: Studio) -> None:
         )
         with gr.Row():
             start = gr.Button("Start the tiny suite", variant="primary", min_width=160)
-            stop = gr.Button("Stop", min_width=80)
-            resume = gr.Button("Resume", min_width=80)
+            stop = gr.Button("Stop", elem_id="benchmark-stop", min_width=80)
+            resume = gr.Button("Resume", elem_id="benchmark-resume", min_width=80)
         state = gr.HTML(elem_id="benchmark-state", js_on_load=None)
         timer = gr.Timer(INTERVAL)
         seen = gr.State("")
@@ -60,8 +60,11 @@ def build(studio: Studio) -> None:
             add(job.output)
 
     def end() -> None:
-        if (job := latest()) is not None:
+        job = latest()
+        if job is not None and job.state in ("waiting", "running"):
             job.stop()
+        else:
+            gr.Warning("No benchmark is waiting or running")
 
     refreshing = {"fn": refresh, "inputs": seen, "outputs": [state, seen], **quiet}
     gr.on([timer.tick, tab.select], **refreshing)

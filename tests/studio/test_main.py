@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import signal
 import socket
 import subprocess
@@ -13,6 +14,7 @@ import pytest
 
 pytest.importorskip("gradio")
 from gralora_diffusion.studio.engine.signatures import STATE
+from gralora_diffusion.studio.gradio_import import _without_sources
 from gralora_diffusion.studio.main import main
 
 
@@ -36,6 +38,16 @@ def test_a_key_that_cannot_be_written(tmp_path, capsys, monkeypatch):
         main([str(tmp_path / "folder"), "--no_browser"])
     assert STATE in capsys.readouterr().err
     assert not (tmp_path / "folder").exists()
+
+
+def test_gradio_finds_no_sources_to_write_stubs_of():
+    theirs, ours = (type("A", (), {"__module__": name}) for name in ("gradio.a", __name__))
+    before = inspect.getfile
+    with _without_sources():
+        with pytest.raises(OSError, match="the source of A is not read"):
+            inspect.getfile(theirs)
+        assert inspect.getfile(ours) == __file__
+    assert inspect.getfile is before
 
 
 def test_it_ends_while_a_page_is_open(tmp_path):
