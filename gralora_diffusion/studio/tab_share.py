@@ -11,6 +11,7 @@ from markupsafe import Markup
 from gralora_diffusion.export.choices import DTYPE_CHOICES, FORMATS, LORA_DTYPE_CHOICES, READERS
 from gralora_diffusion.io.regular_files import read_regular
 from gralora_diffusion.io.templates import for_html
+from gralora_diffusion.options.path_names import path_problem
 from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
 
 from .context import INTERVAL, Studio, begun, choice, follow, log_of, messages, shown
@@ -157,6 +158,9 @@ def build(studio: Studio) -> None:
         if not source.strip() and (checked or kind in FORMATS):
             yield shown(messages(["the base is missing. Give that of the adapter"]))
             return
+        if problem := path_problem(source.strip()):
+            yield shown(messages([f"the base is {source.strip()!r:.80}, which {problem}"]))
+            return
         suffix = "" if kind == "diffusers" else ".safetensors"
         stem = file_name(f"{Path(chosen).name}-{names if kind == 'lora' else kind}", "export")
         output = free_path(studio.workspace.exports, stem + suffix)
@@ -182,6 +186,9 @@ def build(studio: Studio) -> None:
     def run_inspect(target: str | None) -> Any:
         if not target or not (target := target.strip()):
             yield shown(messages(["drop a file, or give the path of one"]))
+            return
+        if problem := path_problem(target):
+            yield shown(messages([f"the path is {target!r:.80}, which {problem}"]))
             return
         yield shown(begun(note := f"reading {Path(target).name} ..."))
         job = studio.jobs.add("inspect", "inspect", gralora("inspect", "--", target))

@@ -227,6 +227,20 @@ def test_an_export_without_its_base_starts_nothing(tmp_path, kind, checked):
     assert studio.jobs.list() == []
 
 
+@pytest.mark.parametrize("text", ["a\0b", "x" * 5000])
+def test_texts_that_no_file_can_have_as_its_name(tmp_path, text):
+    studio = Studio.at(tmp_path)
+    ((export, _),) = functions_of(studio, tab_share, "run_export")
+    (said,) = export("/runs/a", "checkpoint", "comfyui", text, "keep", False)
+    assert "the base is" in said
+    inspect, _ = functions_of(studio, tab_share, "run_inspect")[0]
+    (said,) = inspect(text)
+    assert "the path is" in said
+    assert studio.jobs.list() == []
+    for given in ({"base": text}, {"base": "b", "loras": [text]}):
+        assert len(Comparison(prompts=["a"], **given).problems()) == 1
+
+
 def test_a_folder_is_read_again_only_if_something_has_changed(tmp_path):
     folder = str(copy_robot(tmp_path))
     shows = functions_of(Studio.at(tmp_path), tab_images, "show_if_changed")

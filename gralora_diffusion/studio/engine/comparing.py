@@ -21,6 +21,7 @@ from gralora_diffusion.io.json_files import parse_object, read_object
 from gralora_diffusion.io.process import log_to_terminal, print_safely, quiet_libraries
 from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.tensor_files import replacing
+from gralora_diffusion.options.path_names import path_problem
 
 SPEC_NAME, GRID_NAME = "comparison.json", "grid.png"
 _MOST_BYTES = 1 << 20
@@ -94,6 +95,9 @@ class Comparison:
         found = []
         if not self.base.strip():
             found.append("the base is missing. Give a diffusers folder, a Hub id or a file")
+        for text in (self.base.strip(), *self.adapters, *self.loras):
+            if problem := path_problem(text):
+                found.append(f"{text!r:.80} {problem}")
         if not self.prompts:
             found.append("there is no prompt. Give one on each line")
         each = len(self.adapters) + len(self.loras)

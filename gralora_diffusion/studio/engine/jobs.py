@@ -36,6 +36,8 @@ _PROCESS = "gralora_diffusion.studio.engine.job_process"
 GRALORA = ("-m", "gralora_diffusion")
 COMPARING = ("-m", "gralora_diffusion.studio.engine.comparing")
 PROGRAMS = (GRALORA, COMPARING)
+#: With it, one progress bar inside another goes back to the line of the outer one.
+_UP = "\x1b[A"
 #: Bytes at the end of a log that are shown.
 _TAIL = 1 << 16
 #: Seconds within which a new process says that it has started; else it is killed.
@@ -99,7 +101,8 @@ class Job:
                 text = file.read(_TAIL).decode("utf-8", "replace")
         except OSError:
             return ""
-        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n"))
+        lines = text.replace(_UP, "").split("\n")
+        return "\n".join(line.rstrip("\r").rpartition("\r")[2] for line in lines)
 
     def stop(self) -> None:
         """Ask it to end: with SIGTERM if it is running, and before it starts if it waits."""
