@@ -29,7 +29,7 @@ def _without_sources() -> Iterator[None]:
             raise OSError(f"the source of {found.__name__} is not read")
         return original(found)
 
-    inspect.getfile = getfile
+    inspect.getfile = getfile  # type: ignore[assignment]
     try:
         yield
     finally:
