@@ -144,6 +144,19 @@ def test_from_five_images_to_a_lora_by_clicks(server, browser):
     assert cells.nth(2).get_attribute("title").startswith("prompt: a sks toy, seed: 0, steps: 2")
     assert page.locator("#compare-result td img").evaluate_all("a => a.every(i => i.complete)")
 
+    # the third is enlarged and kept, by keyboard alone
+    pictures = page.locator("#compare-result a.picture")
+    pictures.nth(1).focus()
+    for key in ("Enter", "ArrowRight", "Enter"):
+        page.keyboard.press(key)
+    page.locator("#viewer output").get_by_text("kept as").wait_for()
+    page.keyboard.press("Escape")
+    page.locator("#compare-kept a.picture").wait_for()
+    assert pictures.nth(2).evaluate("a => a === document.activeElement")
+    (kept,) = (server.folder / "kept").iterdir()
+    (folder,) = (server.folder / "comparisons").iterdir()
+    assert kept.read_bytes() == (folder / "01-00.png").read_bytes()
+
     open_tab(page, "Share")
     page.locator("#share-card").get_by_text("An upload sends these").wait_for()
     fill(page, "share-token", "hf_secret")
