@@ -105,7 +105,8 @@ class Comparison:
         cells = rows * len(self.prompts) * len(self.seeds)
         if cells > _MOST_CELLS:
             found.append(f"these are {cells:,} images; at most {_MOST_CELLS:,} are compared")
-        elif not rows:
+        blended = self.blends and len(self.adapters) == 2
+        if cells <= _MOST_CELLS and not (self.with_base or (each and self.scales) or blended):
             found.append("there is nothing to compare. Choose an adapter, or the base alone")
         if each and not self.scales:
             found.append("there is no strength. Give one or several, such as 0.5 1")
