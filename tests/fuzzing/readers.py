@@ -70,7 +70,7 @@ from gralora_diffusion.io.safe_text import json_for_terminal
 from gralora_diffusion.io.tensor_files import write_safetensors
 from gralora_diffusion.lora_import import gralora_from_lora
 from gralora_diffusion.lora_import.base import LoraBase
-from gralora_diffusion.pipelines import generation
+from gralora_diffusion.pipelines import sample_command
 from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
 from gralora_diffusion.studio.engine import comparing
 from gralora_diffusion.studio.engine.jobs import Jobs
@@ -400,9 +400,9 @@ def _load(folder: Path) -> None:
 
 
 def _sample(folder: Path) -> None:
-    parser = generation.parser()
+    parser = sample_command.parser()
     line = ["--base", str(folder), "--prompt", "x", "--output", "x.png"]
-    generation.open_pipeline(parser.parse_args(line), parser)
+    sample_command.open_pipeline(parser.parse_args(line), parser)
 
 
 # -- training --------------------------------------------------------------------------------------

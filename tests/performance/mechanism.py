@@ -39,7 +39,7 @@ MEASURES = {
 def summary(report: Mapping[str, Any], versions: Mapping[str, str]) -> dict[str, Any]:
     """Return median, least and largest value over the layers of each measure and method."""
     protocol = report["protocols"]["subject"]
-    methods = {}
+    methods: dict[str, dict[str, Any]] = {}
     for method, logged in protocol["mechanism"].items():
         by_layer = {name: {**logged, **logged["alignment"]}[name].values() for name in MEASURES}
         methods[method] = {

@@ -103,8 +103,8 @@ def test_options_that_contradict_the_images() -> None:
     [text] = problems("flux", KONTEXT, ONE, **prior)
     assert "Give --prior_source teacher" in text
     assert warnings("flux", KONTEXT, ONE, **prior, prior_source="teacher") == []
-    for pipeline in ("Flux2Pipeline", None):
-        [text] = problems("flux2", pipeline, example(), control_dropout=0.1)
+    for other in ("Flux2Pipeline", None):
+        [text] = problems("flux2", other, example(), control_dropout=0.1)
         assert text.startswith("--control_dropout is 0.1, but there are no control images. Leave")
     [text] = problems("stable-diffusion", PIX2PIX, ONE, clip_skip=1)
     assert f"{PIX2PIX} does not take it" in text
@@ -116,8 +116,8 @@ def test_control_images_that_cannot_be_reduced() -> None:
         assert problems_of_resolution("flux", pipeline, ONE, 512) == []
     [text] = problems_of_resolution("stable-diffusion", PIX2PIX, ONE, 512)
     assert text.startswith("--control_resolution is 512, but this base edits pixel by pixel, so a")
-    for pipeline in ("Flux2Pipeline", None):
-        [text] = problems_of_resolution("flux2", pipeline, example(), 512)
+    for other in ("Flux2Pipeline", None):
+        [text] = problems_of_resolution("flux2", other, example(), 512)
         assert text.startswith("--control_resolution is 512, but there are no control images.")
     [text] = problems_of_resolution("flux", KONTEXT, ONE, 2048)
     assert text.startswith("--control_resolution is 2048; it must be at least 128 and at most 1024")

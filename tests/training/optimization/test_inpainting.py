@@ -18,7 +18,7 @@ from torch import Tensor
 from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.pipelines import generation
+from gralora_diffusion.pipelines import generation, sample_command
 from gralora_diffusion.pipelines.editing import editing_pipeline, whole_fill
 from gralora_diffusion.training.data.class_images import generate_class_images
 from gralora_diffusion.training.data.seeds import generator
@@ -155,9 +155,9 @@ def test_images_of_every_base_that_fills(filling: Path, masked: Path, tmp_path: 
         command += ["--size", 32]
     prompts = ["--prompt", "a dog", "a cat"]
     given = ["--image", masked / "0.png", "--mask", masked / "0.mask.png", masked / "1.mask.png"]
-    generation.main([str(part) for part in (*command, *prompts, *given)])
+    sample_command.main([str(part) for part in (*command, *prompts, *given)])
     with_images = Image.open(grid).tobytes()
-    generation.main([str(part) for part in (*command, "--size", 32, *prompts)])
+    sample_command.main([str(part) for part in (*command, "--size", 32, *prompts)])
     assert Image.open(grid).tobytes() != with_images
 
 
@@ -231,7 +231,7 @@ def test_images_and_masks_that_do_not_fit(
     base = save_filling("stable-diffusion", tmp_path / "base")
     line += ["--base", str(base), "--output", str(tmp_path / "grid.png"), "--prompt", "a", "b"]
     with pytest.raises(SystemExit):
-        generation.main(line)
+        sample_command.main(line)
     assert problem.format(f"{folder}/") in capsys.readouterr().err
 
 
@@ -247,7 +247,7 @@ def test_other_bases_take_no_masks(base: Path, masked: Path, tmp_path: Path) -> 
         )
     line = ["--base", base, "--prompt", "a", "--output", tmp_path / "grid.png", "--mask", mask]
     with pytest.raises(SystemExit):
-        generation.main([str(part) for part in line])
+        sample_command.main([str(part) for part in line])
 
 
 def test_other_bases_take_no_masks_to_fill(base: Path, masked: Path, tmp_path: Path) -> None:
