@@ -12,7 +12,7 @@ from .fuzzing.worker import Worker
 
 COUNT, SLOW_COUNT, SEED = 100, 20, 0
 #: What is damaged here is passed over or made again.
-FORGIVING = {"records", "cache"}
+FORGIVING = {"records", "cache", "history"}
 
 
 @pytest.fixture(scope="module")
