@@ -324,7 +324,10 @@ def _cell(studio: Studio, path: Path, label: str) -> Markup:
 
 def _picture(studio: Studio, path: Path, label: str) -> Markup:
     settings = settings_of(path)
-    given = {name: value for name, value in settings.items() if value not in (None, "", False)}
+    # 0 is a value: a seed
+    given = {
+        name: v for name, v in settings.items() if v is not None and v is not False and v != ""
+    }
     named = ", ".join(f"{name}: {value}" for name, value in given.items())
     return studio.picture(path, label, title=named)
 

@@ -158,10 +158,20 @@ const viewer = {
     });
     // the page may have made the image anew: the cursor goes back to the one with its address
     viewer.dialog.addEventListener("close", () => {
-      const link = viewer.shown().find((a) => a.href === viewer.link.href);
-      if (link) link.focus();
+      viewer.left = viewer.link.href;
+      document.activeElement.blur();
+      viewer.focusBack();
     });
     document.body.append(viewer.dialog);
+  },
+
+  left: null, // address of the image whose viewer was closed, until something else has the focus
+
+  // The images may be made anew, which takes their focus away
+  focusBack() {
+    if (!viewer.left || document.activeElement !== document.body) return;
+    const link = viewer.shown().find((a) => a.href === viewer.left);
+    if (link) link.focus();
   },
 
   shown() {
@@ -203,6 +213,7 @@ document.addEventListener("input", (event) => {
 });
 document.addEventListener("focusin", (event) => {
   studio.inside = (event.target.dataset && event.target.dataset.caption) || null;
+  if (event.target.href !== viewer.left) viewer.left = null;
 });
 // Gradio makes the parts of a tab when it is opened, and replaces the list of problems
 new MutationObserver((changes) => {
@@ -213,6 +224,7 @@ new MutationObserver((changes) => {
   if (changes.some((c) => [c.target, ...c.addedNodes].some((n) => about(n) && !isOwn(n))))
     studio.showProblems();
   if (studio.typed.size) studio.keepTyped();
+  viewer.focusBack();
 
   function isOwn(node) {
     return node.classList && (node.classList.contains("problem-here") ||
