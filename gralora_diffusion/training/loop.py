@@ -75,10 +75,7 @@ from gralora_diffusion.training.outputs.metadata import (
     training_metadata,
 )
 from gralora_diffusion.training.outputs.metrics import MetricsFile, StepNumbers
-from gralora_diffusion.training.outputs.output_dir import (
-    finish,
-    start,
-)
+from gralora_diffusion.training.outputs.output_dir import finish, start
 from gralora_diffusion.training.outputs.summary import (
     summary_of_held_out,
     summary_of_masks,
@@ -96,10 +93,7 @@ from gralora_diffusion.training.runtime.acceleration import (
 )
 from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
 from gralora_diffusion.training.runtime.control import RunControl
-from gralora_diffusion.training.runtime.offloading import (
-    NOTHING,
-    Offloading,
-)
+from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
 from gralora_diffusion.training.runtime.sharding import Sharding
 
 if not TYPE_CHECKING:
@@ -403,9 +397,8 @@ class Trainer:
                     metrics.add(numbers.row())
                 self.control.progress(state.step, loss if isfinite(loss) else None)
                 self.accelerator.log(numbers.to_log(), step=state.step)
-                bar.set_postfix_str(
-                    str(numbers), refresh=False
-                )  # update redraws the bar now and then
+                # update redraws the bar now and then
+                bar.set_postfix_str(str(numbers), refresh=False)
                 bar.update()
                 yield state.step
 

@@ -47,8 +47,8 @@ class Scene:
         """Draw the scene as a 64x64 RGB image."""
         image = Image.new("RGB", (CANVAS, CANVAS))
         draw = ImageDraw.Draw(image)
-        background = space if self.background == "in space" else BACKGROUNDS[self.background]
-        background(draw, random.Random(f"{self.seed}/background"))
+        painters = {**BACKGROUNDS, "in space": space}
+        painters[self.background](draw, random.Random(f"{self.seed}/background"))
         place = random.Random(f"{self.seed}/place")
         radius = CANVAS * place.uniform(0.3, 0.34)  # smaller than alone: a hat needs room
         centre = (CANVAS * place.uniform(0.46, 0.54), CANVAS * place.uniform(0.56, 0.6))
