@@ -20,7 +20,7 @@ from gralora_diffusion.training.runtime.acceleration import (
     share_only_what_is_trained,
 )
 from tests.models import PIPELINES, config
-from tests.tiny.stable_diffusion_3 import build
+from tests.tiny.flux import build
 from tests.training.runs import assert_close, assert_same_run, make_images, metrics, run
 
 
@@ -99,7 +99,7 @@ def test_repeated_blocks_of_every_family_are_compiled_in_place(name: str) -> Non
 
 @pytest.fixture
 def data(tmp_path: Path) -> dict[str, Any]:
-    build(num_layers=1).save_pretrained(tmp_path / "base")
+    build(num_layers=0, num_single_layers=1).save_pretrained(tmp_path / "base")
     return {
         "pretrained_model_name_or_path": tmp_path / "base",
         "instance_data_dir": make_images(tmp_path / "pictures"),
