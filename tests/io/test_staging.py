@@ -213,12 +213,12 @@ def forked(call: Callable[..., Any], *arguments: Any, **options: Any) -> BasePro
 
 
 def wide_flux():
-    """A transformer of 200 MB in bf16."""
+    """A transformer of 80 MB in bf16."""
     pipe = PIPELINES["flux"](
         num_layers=2,
         num_single_layers=3,
         attention_head_dim=128,
-        num_attention_heads=8,
+        num_attention_heads=5,
         axes_dims_rope=(32, 48, 48),
     )
     pipe.transformer.to(torch.bfloat16)
@@ -230,7 +230,7 @@ def test_killed_at_random_moments(tmp_path):
     """No damaged file under the final name: none, or what was there, or the whole new one."""
     pipe = wide_flux()
     base = write(transformer_alone(ORIGINALS["flux"](pipe)), tmp_path / "base.safetensors")
-    assert base.stat().st_size > 150e6
+    assert base.stat().st_size > 60e6
     adapt_everywhere(pipe, ["transformer"]).save_gralora_weights(tmp_path / "adapter")
     del pipe
     before = base.read_bytes()
