@@ -19,7 +19,7 @@ from gralora_diffusion.pipelines.editing import (
     read_controls,
     read_fills,
 )
-from gralora_diffusion.training.config.options import ImageOptions
+from gralora_diffusion.training.config.data_options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import (
     ValidationPrompt,

@@ -21,7 +21,7 @@ from gralora_diffusion.options.command_parser import must_be, without_hyphens
 from gralora_diffusion.options.fields import choices_of, value_problems
 from gralora_diffusion.options.parsing import ParsedOptions, read_sections, read_text
 
-from .options import SetOptions
+from .data_options import SetOptions
 from .other_programs import OTHER_NAMES
 from .training_config import OPTION_GROUPS, TrainingConfig, names_in_set
 

@@ -25,20 +25,22 @@ from gralora_diffusion.options.fields import (
 from gralora_diffusion.options.parsing import ParsedOptions, read_options
 from gralora_diffusion.options.path_names import from_home
 
-from .layer_patterns import layer_patterns
-from .options import (
-    AdapterOptions,
+from .data_options import (
     ControlOptions,
     DataOptions,
     HeldOutOptions,
     ImageOptions,
-    LengthOptions,
-    LossOptions,
     MaskOptions,
-    OptimizerOptions,
-    OutputOptions,
     PriorOptions,
     SetOptions,
+)
+from .layer_patterns import layer_patterns
+from .options import (
+    AdapterOptions,
+    LengthOptions,
+    LossOptions,
+    OptimizerOptions,
+    OutputOptions,
     ValidationOptions,
 )
 from .other_programs import OTHER_NAMES

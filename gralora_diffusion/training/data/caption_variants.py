@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from gralora_diffusion.training.config.options import DataOptions
+from gralora_diffusion.training.config.data_options import DataOptions
 
 from .seeds import seed_from
 

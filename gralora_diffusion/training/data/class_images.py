@@ -28,7 +28,7 @@ from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.tensor_files import replacing
 from gralora_diffusion.pipelines.editing import editing_pipeline, noise_alone, whole_fill
 from gralora_diffusion.pipelines.placement import place
-from gralora_diffusion.training.config.options import PriorOptions
+from gralora_diffusion.training.config.data_options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
 from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from gralora_diffusion.training.config.data_file import ImageSet
-from gralora_diffusion.training.config.options import ImageOptions
+from gralora_diffusion.training.config.data_options import ImageOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
 from .buckets import Buckets, listed_buckets

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from gralora_diffusion.training.config.options import MaskOptions
+from gralora_diffusion.training.config.data_options import MaskOptions
 
 #: ``mask_outside`` -> the default of ``mask_outside_weight``.
 _WEIGHTS = {"ignore": 0.0, "weight": 0.1, "base": 1.0}

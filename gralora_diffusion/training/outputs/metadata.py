@@ -16,8 +16,9 @@ from typing import Any
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.file_names import CONTROL_RESOLUTION, public_name, real_path
 from gralora_diffusion.io.tensor_files import HASH_FIELDS
+from gralora_diffusion.training.config.data_options import MaskOptions
 from gralora_diffusion.training.config.layer_patterns import given_patterns
-from gralora_diffusion.training.config.options import LossOptions, MaskOptions
+from gralora_diffusion.training.config.options import LossOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.captions import one_line
 from gralora_diffusion.training.data.data_module import Batches

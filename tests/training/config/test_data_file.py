@@ -18,7 +18,7 @@ from gralora_diffusion.training.config.data_file import (
     sound_sections,
     with_data_file,
 )
-from gralora_diffusion.training.config.options import SetOptions
+from gralora_diffusion.training.config.data_options import SetOptions
 from gralora_diffusion.training.config.training_config import (
     TrainingConfig,
     names_in_set,
