@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import diffusers
@@ -130,7 +131,7 @@ def load_base(
     family: ModelFamily,
     dtype: torch.dtype,
     vae_dtype: torch.dtype = torch.float32,
-    denoiser: nn.Module | None = None,
+    models: Mapping[str, nn.Module] = MappingProxyType({}),
 ) -> Any:
     """Load the base as a text-to-image pipeline on the CPU, with all its weights frozen.
 
@@ -141,7 +142,8 @@ def load_base(
     bases give wrong latents in half precision, and it encodes each image only once.
 
     Args:
-        denoiser: it is not loaded, and this one takes its place; see ``unread_weights``.
+        models: component -> a model that takes its place, which is not loaded; see
+            ``unread_weights``.
 
     Raises:
         ConfigError: the base cannot be loaded or cannot be trained.
@@ -150,8 +152,7 @@ def load_base(
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # components that are passed are not loaded from the base
     given = left_out_parts(options, family) | _vae(options, pipeline_class, vae_dtype)
-    if denoiser is not None:
-        given[family.denoiser] = denoiser
+    given |= models
     try:
         if Path(base).is_dir():
             check_weight_files(Path(base), options.variant)

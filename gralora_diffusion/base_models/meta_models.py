@@ -1,4 +1,4 @@
-"""Build models of a pipeline from their configuration alone, on the meta device."""
+"""Build models of a pipeline from their configuration alone: weights on the meta device."""
 
 from __future__ import annotations
 
@@ -37,8 +37,10 @@ def empty_model(
     if issubclass(cls, PreTrainedModel):
         settings = cls.config_class.from_pretrained(source, subfolder=name, **hub)
         check_depth(settings.to_dict(), f"{source}, {name}")
-        with torch.device("meta"):  # accelerate's function would untie tied weights
-            return cls(settings)
+        with init_empty_weights():
+            model = cls(settings)
+        model.tie_weights()  # accelerate's function has untied what is tied
+        return model
     return None
 
 

@@ -8,6 +8,7 @@ only serve fp8 products. This package has none, so they are not used.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -85,14 +86,42 @@ def read(tensors: dict[str, Tensor], scales: Mapping[str, str], dtype: torch.dty
     for weight, key in scales.items():
         start = weight.removesuffix(".weight")
         _check_format(start, tensors.pop(f"{start}{_FORMAT}", None))
-        scale = tensors.pop(key).float().reshape(())
-        if not (scale.isfinite() and scale > 0):
-            raise ValueError(f"{key} is {scale.item():g}; a scale must be positive and finite")
+        scale = _checked_scale(key, tensors.pop(key))
         tensors[weight] = (tensors[weight].float() * scale).to(dtype)
         for end in _OF_INPUTS:
             tensors.pop(f"{start}{end}", None)
     for key in [key for key in tensors if key.rpartition(".")[2] == _MARKER]:
         del tensors[key]
+
+
+def read_scales(tensors: Mapping[str, StoredTensor]) -> dict[str, float]:
+    """Return the keys of fp8 weights that have one scale -> its value. No weight is read.
+
+    Raises:
+        ValueError: as :func:`read`.
+    """
+    found = {}
+    for weight, key in find_scales(tensors).items():
+        start = weight.removesuffix(".weight")
+        stored = tensors.get(f"{start}{_FORMAT}")
+        _check_format(start, None if stored is None else _load(stored))
+        found[weight] = _checked_scale(key, _load(tensors[key]))
+    return found
+
+
+def _load(stored: StoredTensor) -> Tensor:
+    from safetensors import safe_open
+
+    with safe_open(stored.path, framework="pt") as file:
+        tensor: Tensor = file.get_tensor(stored.key)
+    return tensor
+
+
+def _checked_scale(key: str, stored: Tensor) -> float:
+    scale = stored.float().item()
+    if not (math.isfinite(scale) and scale > 0):
+        raise ValueError(f"{key} is {scale:g}; a scale must be positive and finite")
+    return scale
 
 
 def _check_format(layer: str, stored: Tensor | None) -> None:

@@ -19,7 +19,7 @@ from diffusers.loaders.single_file_utils import (
     create_diffusers_clip_model_from_ldm,
     create_diffusers_t5_model_from_checkpoint,
 )
-from safetensors.torch import load_file
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from gralora_diffusion.families import ModelFamily
@@ -103,15 +103,15 @@ class SingleFile(OriginalFile):
         folder = source = index.source
         if not Path(source).is_dir():
             folder = str(fetch(source, ["*.json"], cache_dir=options.cache_dir))
-        held = self._held(family)
+        held = self.held(family)
         read = [name for name in held if name not in given and name not in parts]
 
-        checkpoint = self._tensors(dtype)
         models = _Models(self, index, folder)
-        tensors = _taken(checkpoint, self.prefix)
-        parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self.prefix, dtype)
+        if family.denoiser not in given:
+            tensors = self._tensors(self.prefix, dtype)
+            parts[family.denoiser] = models.denoiser(family.denoiser, tensors, self.prefix, dtype)
         for name in read:
-            tensors = _taken(checkpoint, held[name])
+            tensors = self._tensors(held[name], dtype)
             if name == "vae":
                 parts[name] = models.model(name, tensors, vae_dtype)
             else:
@@ -124,16 +124,21 @@ class SingleFile(OriginalFile):
             )
         return source, parts
 
-    def _tensors(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Read all tensors. Those in scaled fp8 become ``dtype``; those of GGUF stay quantized."""
+    def _tensors(self, start: str | tuple[str, ...], dtype: torch.dtype) -> dict[str, Tensor]:
+        """Read the tensors with this prefix.
+
+        Those in scaled fp8 become ``dtype``; those of GGUF stay quantized.
+        """
         if gguf_file.is_gguf(str(self.path)):
             return gguf_file.load_tensors(self.path)
-        checkpoint: dict[str, Tensor] = load_file(self.path)
+        stored = {key: tensor for key, tensor in self.tensors.items() if key.startswith(start)}
+        with safe_open(self.path, framework="pt") as file:
+            tensors = {key: file.get_tensor(key) for key in stored}
         try:
-            scaled_fp8.read(checkpoint, scaled_fp8.find_scales(self.tensors), dtype)
+            scaled_fp8.read(tensors, scaled_fp8.find_scales(stored), dtype)
         except ValueError as error:
             raise self.error(f"{error}. Pass the file in 16 bits") from error
-        return checkpoint
+        return tensors
 
     def rest(
         self, options: BaseModelOptions, family: ModelFamily, given: Collection[str]
@@ -157,11 +162,11 @@ class SingleFile(OriginalFile):
             ) from error
         if not options.base_config and index.family is not family:
             raise self._unknown_model(family)
-        return index, self._left_out(options, family, index, self._held(family), given)
+        return index, self._left_out(options, family, index, self.held(family), given)
 
     # -- the header --------------------------------------------------------------------------------
 
-    def _held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
+    def held(self, family: ModelFamily) -> dict[str, tuple[str, ...]]:
         """Return VAE and text encoders in the file -> the prefixes of their keys."""
         held: dict[str, tuple[str, ...]] = {"vae": VAES}
         for name, key_maps in family.original_key_maps.items():
@@ -280,11 +285,6 @@ class _Models:
             f"its {name} cannot be read with the configuration of {self.index.source} ({problem}). "
             "Pass its own pipeline as --base_config"
         )
-
-
-def _taken(checkpoint: dict[str, Tensor], start: str | tuple[str, ...]) -> dict[str, Tensor]:
-    """Remove the tensors with this prefix from the checkpoint, and return them."""
-    return {key: checkpoint.pop(key) for key in list(checkpoint) if key.startswith(start)}
 
 
 def _numbers(tensors: Mapping[str, Tensor]) -> int:

@@ -22,7 +22,7 @@ from gralora_diffusion.adapters.compatibility import gralora_layers
 from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.quantization import quantization_facts
 from gralora_diffusion.base_models.streaming import StreamedBlocks, Streaming
-from gralora_diffusion.base_models.unread_weights import StoredWeights, unread_denoiser
+from gralora_diffusion.base_models.unread_weights import UnreadModels, unread_models
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.deprecated_paths import names_of
 from gralora_diffusion.io.errors import ConfigError
@@ -94,7 +94,11 @@ from gralora_diffusion.training.runtime.acceleration import (
 from gralora_diffusion.training.runtime.agreement import check_alike, from_all, from_first, together
 from gralora_diffusion.training.runtime.control import RunControl
 from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
-from gralora_diffusion.training.runtime.sharding import Sharding
+from gralora_diffusion.training.runtime.sharding import (
+    Sharding,
+    parts_to_shard,
+    warn_of_whole,
+)
 
 if not TYPE_CHECKING:
     __getattr__ = names_of(__name__)
@@ -147,7 +151,7 @@ class Trainer:
         self.initial, self.pipe, self.attach = initial or {}, pipe, attach
         self.sharding, self.offloading = sharding, offloading
         self.streamed: StreamedBlocks | None = None
-        self.unread: StoredWeights | None = None  # until the denoiser is sharded
+        self.unread = UnreadModels()  # until they are sharded
         self.dtype = DTYPES[accelerator.mixed_precision]
         self.memory = PeakMemory(accelerator.device)
         self.control = control or RunControl()
@@ -184,29 +188,18 @@ class Trainer:
         """Load the frozen base and attach the adapter."""
         family, accelerator = self.family, self.accelerator
         if self.pipe is None:
-            denoiser = self._unread_denoiser()
-            self.pipe = load_base(self.config, family, self.dtype, denoiser=denoiser)
+            if self.sharding is not None:
+                names = parts_to_shard(self.config, family)
+                self.unread = unread_models(self.config, family, names, self.dtype)
+            self.pipe = load_base(self.config, family, self.dtype, models=self.unread.models)
+            if accelerator.is_main_process:
+                warn_of_whole(self.pipe, self.unread)
         self.config = resolve_defaults(self.config, family, self.pipe, accelerator.mixed_precision)
         self.components = self.attach(self.pipe, family, self.config)
         set_initial_values(self.pipe, self.initial)
         models = [getattr(self.pipe, name) for name in self.components]
         denoiser = getattr(self.pipe, family.denoiser)
         enable_memory_savings(self.config, denoiser, models, accelerator.device)
-
-    def _unread_denoiser(self) -> nn.Module | None:
-        """Return the denoiser without weights if each process is to read only its part."""
-        if self.sharding is None:
-            return None
-        try:
-            denoiser, self.unread = unread_denoiser(self.config, self.family, self.dtype)
-        except ValueError as error:
-            logger.warning(
-                "each process loads the whole %s before it keeps its part, because %s",
-                self.family.denoiser,
-                error,
-            )
-            return None
-        return denoiser
 
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
@@ -219,7 +212,13 @@ class Trainer:
         )
         if self.sharding is not None:
             check_sharded_controls(config, family.control_count(self.pipe), every_image)
-        batches = partial(Batches, stream_encoders=self.offloading.encoders)
+        self.base = describe_base(self.pipe, config, self.unread.weights)  # before it is in parts
+        shared = False
+        if self.sharding is not None:
+            shared = self.sharding.shard_encoders(
+                self.pipe, family, accelerator.device, self.unread
+            )
+        batches = partial(Batches, stream_encoders=self.offloading.encoders, encode_together=shared)
         self.data = batches(config, family, self.pipe, self.images, self.class_images, accelerator)
         if self.held_out:
             measured = held_out_config(config)
@@ -234,12 +233,11 @@ class Trainer:
             needed.update(family.all_text_encoders)
         if not config.cache_latents:
             needed.add("vae")
-        unread = {} if self.unread is None else {family.denoiser: self.unread}
-        self.base = describe_base(self.pipe, config, unread)  # before it is in parts
         denoiser = getattr(self.pipe, family.denoiser)
         for model in existing_models(self.pipe, needed):
             if model is denoiser and self.sharding is not None:
-                self.sharding.shard(model, accelerator.device, self.unread)
+                unread = self.unread.weights.get(family.denoiser)
+                self.sharding.shard(model, accelerator.device, unread)
             elif model is denoiser and self.offloading.denoiser is not None:
                 self.streamed = self._stream(self.offloading.denoiser, denoiser)
             else:

@@ -33,6 +33,7 @@ from gralora_diffusion.training.optimization.initial_adapter import (
 from gralora_diffusion.training.runtime.acceleration import DTYPES
 from gralora_diffusion.training.runtime.agreement import check_alike, from_first, together
 from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
+from gralora_diffusion.training.runtime.sharding import Sharding
 
 logger = logging.getLogger(__name__)
 
@@ -136,6 +137,7 @@ def complete_class_images(
     found: Beginning,
     accelerator: Accelerator,
     offloading: Offloading = NOTHING,
+    sharding: Sharding | None = None,
 ) -> list[Example]:
     """Generate the missing class images and return all of them; every process must call it.
 
@@ -147,7 +149,7 @@ def complete_class_images(
     family, precision = found.family, accelerator.mixed_precision
     together(accelerator, lambda: check_without_weights(config, family, precision))
     streamed = offloading.denoiser is not None
-    generate_class_images(config, family, accelerator, streamed=streamed)
+    generate_class_images(config, family, accelerator, streamed=streamed, sharding=sharding)
     images = together(accelerator, lambda: find_class_images(config))
     check_alike(accelerator, {"the class images are": digest_of(images)}, _SHARE)
     return images

@@ -89,7 +89,7 @@ def _train(
     offloading = from_first(accelerator, lambda: _inputs(config, found, accelerator, sharding))
     from_first(accelerator, lambda: make_repository(config))
     # before the base for training is loaded, because two bases may not fit into memory
-    class_images = complete_class_images(config, found, accelerator, offloading)
+    class_images = complete_class_images(config, found, accelerator, offloading, sharding)
     trainer = Trainer(
         config,
         found.family,

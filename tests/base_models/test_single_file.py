@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from gralora_diffusion.base_models.loading import find_base_family, find_pipeline_class, load_base
+from gralora_diffusion.base_models.unread_weights import unread_models
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
+from tests.base_models.test_unread_weights import check_models
 from tests.models import PIPELINES
 from tests.originals import ORIGINALS, transformer_alone, without, write
 from tests.tiny.parts import text_encoder_with_projection
@@ -48,6 +50,16 @@ PARTS: dict[str, dict[str, str]] = {
     "flux2-klein": {},
 }
 CLIPS = ("text_encoder", "text_encoder_2")
+#: family -> text encoder in its file -> why it cannot be read later
+READ_BY_DIFFUSERS = {
+    "stable-diffusion-xl": {
+        "text_encoder_2": "the file has the transpose of text_projection.weight"
+    },
+    # files have no projection of CLIP-L; diffusers makes it the identity
+    "stable-diffusion-3": {
+        "text_encoder": "its files do not have exactly the names and shapes of its weights"
+    },
+}
 
 
 def build(name: str, seed: int) -> Any:
@@ -197,6 +209,30 @@ def test_models_of_the_file_and_the_rest_of_the_other(
     assert_same_models(pipe, expected)
     assert options_of(pipe.scheduler) == options_of(base.pipe.scheduler)
     assert not any(p.requires_grad for m in models(pipe).values() for p in m.parameters())
+
+
+@pytest.mark.parametrize("bare", [False, True])
+@pytest.mark.parametrize("name", sorted(PARTS))
+def test_models_that_are_read_later(base_of: Callable[[str], Base], name: str, bare: bool) -> None:
+    """Those of the file, and those of the other pipeline."""
+    base, family = base_of(name), get_family(name)
+    file = base.file(bare=True) if bare else base.whole()
+    chosen = config(pretrained_model_name_or_path=file, base_config=base.other_folder)
+    names = (family.denoiser, *family.all_text_encoders)
+    found = unread_models(chosen, family, names, base.pipe.dtype)
+    assert found.models.keys() == found.weights.keys() == set(names) - found.whole.keys()
+    assert found.whole == ({} if bare else READ_BY_DIFFUSERS.get(name, {}))
+    check_models(chosen, family, base.pipe.dtype, sorted(found.models))
+
+
+def test_a_part_that_is_left_out_is_not_read_later(
+    base_of: Callable[[str], Base], tmp_path: Path
+) -> None:
+    base, family = base_of("stable-diffusion-3"), get_family("stable-diffusion-3")
+    folder = configuration_of(base, tmp_path)
+    chosen = config(pretrained_model_name_or_path=base.file(("vae", *CLIPS)), base_config=folder)
+    found = unread_models(chosen, family, family.all_text_encoders, torch.float32)
+    assert found.models.keys() | found.whole.keys() == {*CLIPS}
 
 
 @pytest.mark.parametrize("name", sorted(PARTS))

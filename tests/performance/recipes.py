@@ -186,7 +186,7 @@ RECIPES = {
 }
 
 
-class _Processes(Accelerator):
+class Processes(Accelerator):
     """An accelerator of one process that says it is one of several."""
 
     count = 1
@@ -228,7 +228,7 @@ def plan(recipe: Recipe, resolution: int, folder: Path, quick: bool) -> Plan:
         rank=4 if quick else 16,
     )
     family, images = find_base_family(config), find_images(config)
-    accelerator = _Processes(cpu=True, mixed_precision="bf16")
+    accelerator = Processes(cpu=True, mixed_precision="bf16")
     accelerator.count = recipe.processes
     sharding = Sharding() if recipe.processes > 1 else None
     return plan_run(config, family, images, [], accelerator, sharding, apart=True)

@@ -12,19 +12,28 @@ from __future__ import annotations
 import argparse
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import FluxTransformer2DModel
+from transformers import T5Config, T5EncoderModel
 
 from gralora_diffusion.training.runtime.sharding import Sharding
 from tests.forked import fork_ranks
 from tests.models import PIPELINES
+from tests.originals import write
+from tests.originals.flux import transformer_tensors
 from tests.training.runs import arguments, make_images
 
-#: Defines ``growth``: by how many bytes the resident memory has grown at most.
+#: Defines ``growth``: by how many bytes the resident memory has grown at most. glibc would keep
+#: freed blocks of up to 32 MiB, whose holes would count as used (``M_MMAP_THRESHOLD`` is -3).
 GROWTH = """
+import ctypes
 from pathlib import Path
+
+ctypes.CDLL(None).mallopt(-3, 1 << 20)
 
 def kib(field):
     lines = Path("/proc/self/status").read_text().splitlines()
@@ -52,30 +61,55 @@ print("growth", growth())
 """
 
 
-def make_base(folder: Path, size: int, width: int = 1536) -> FluxTransformer2DModel:
-    """Write a base whose denoiser has about ``size`` bytes in bf16; return the denoiser, empty.
+def make_base(folder: Path, size: int, width: int = 1536, encoder_size: int = 0) -> Any:
+    """Write a base of FLUX's kind in bf16; return its pipeline, with empty models.
 
     Args:
+        size: bytes of the denoiser, about.
         width: of the denoiser, a multiple of 16. A narrow one can be smaller.
+        encoder_size: bytes of the larger text encoder, about; by default it is tiny.
     """
     pipe = PIPELINES["flux"]()
     heads = {"attention_head_dim": 16, "num_attention_heads": width // 16}
-    small = dict(pipe.transformer.config) | heads | {"num_layers": 1, "num_single_layers": 1}
-    with torch.device("meta"):
-        one, two = (
-            FluxTransformer2DModel.from_config(small | {"num_single_layers": count})
-            for count in (1, 2)
+    small = dict(pipe.transformer.config) | heads | {"num_layers": 1}
+
+    def denoiser(layers: int) -> FluxTransformer2DModel:
+        return FluxTransformer2DModel.from_config(small | {"num_single_layers": layers})
+
+    def encoder(layers: int) -> T5EncoderModel:
+        config = T5Config.from_dict(
+            pipe.text_encoder_2.config.to_dict() | {"num_layers": layers, "d_ff": 1 << 16}
         )
-    bytes_of = [sum(p.numel() for p in model.parameters()) * 2 for model in (one, two)]
-    more = max(0, round((size - bytes_of[0]) / (bytes_of[1] - bytes_of[0])))
-    with torch.device("meta"):
-        model = FluxTransformer2DModel.from_config(small | {"num_single_layers": 1 + more})
-    pipe.transformer = model.to(torch.bfloat16).to_empty(device="cpu")
-    with torch.no_grad():
-        for parameter in pipe.transformer.parameters():
-            parameter.fill_(1e-3)
+        return T5EncoderModel(config)
+
+    pipe.transformer = _filled(denoiser, size)
+    if encoder_size:
+        pipe.text_encoder_2 = _filled(encoder, encoder_size)
     pipe.save_pretrained(folder)
-    return pipe.transformer.to("meta")
+    for model in (pipe.transformer, pipe.text_encoder_2):
+        model.to("meta")
+    return pipe
+
+
+def _filled(model_of: Callable[[int], Any], size: int) -> Any:
+    """Return a model with so many layers that it has about ``size`` bytes in bf16."""
+    with torch.device("meta"):
+        bytes_of = [sum(p.numel() for p in model_of(n).parameters()) * 2 for n in (1, 2)]
+        more = max(0, round((size - bytes_of[0]) / (bytes_of[1] - bytes_of[0])))
+        model = model_of(1 + more)
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    if hasattr(model, "tie_weights"):
+        model.tie_weights()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(1e-3)
+    return model
+
+
+def write_file(folder: Path, path: Path) -> Path:
+    """Write the denoiser of a base to an original single file."""
+    model = FluxTransformer2DModel.from_pretrained(folder / "transformer", dtype=torch.bfloat16)
+    return write(transformer_tensors(model), path)
 
 
 def growths(base: Path, images: Path, output: Path, sharded: bool) -> list[list[int]]:
@@ -104,11 +138,9 @@ def main() -> None:
     command = argparse.ArgumentParser(prog="python -m tests.performance.sharding")
     command.add_argument("--gigabytes", type=float, default=2.0)
     args = command.parse_args()
-    # glibc otherwise keeps freed blocks of up to 32 MiB, whose holes then count as used
-    os.environ["MALLOC_MMAP_THRESHOLD_"] = str(1 << 20)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        model = make_base(folder / "base", int(args.gigabytes * 1e9))
+        model = make_base(folder / "base", int(args.gigabytes * 1e9)).transformer
         images = make_images(folder / "images")
         whole = sum(p.nbytes for p in model.parameters())
         part, gathered = Sharding().bytes_needed(model, 2)

@@ -58,9 +58,15 @@ def prompt_fingerprint(encode: PromptEncoder, encoders: Iterable[Any]) -> str:
         encoders: the same encoders, for their embeddings.
     """
     made = [encode([prompt]) for prompt in (_PROBE, "")]
-    embeddings = [encoder.get_input_embeddings().weight for encoder in encoders]
+    embeddings = [_whole(encoder.get_input_embeddings().weight) for encoder in encoders]
     tensors = {f"{name} {i}": t for i, part in enumerate(made) for name, t in part.items()}
     return hash_of({}, tensors | {f"embeddings {i}": t for i, t in enumerate(embeddings)})
+
+
+def _whole(weight: Any) -> Tensor:
+    """Return a weight, which may be in parts on several processes."""
+    whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
+    return whole
 
 
 class LatentCache:
@@ -257,11 +263,16 @@ class PromptCache:
         encode: PromptEncoder,
         batch_size: int = 16,
         progress: bool = False,
+        agree: Callable[[list[str]], list[str]] = list,
     ) -> int:
         """Encode each missing prompt once and return their number.
 
         For a folder, each is encoded by itself: rounding depends on the batch, and the encodings
         in the folder must not depend on which others were missing.
+
+        Args:
+            agree: takes the missing prompts and returns those to encode, such as those that are
+                missing in any process.
 
         Raises:
             DataError: the folder cannot be written.
@@ -270,13 +281,16 @@ class PromptCache:
             prompt for prompt in dict.fromkeys(prompts) if self.key(prompt) not in self.store
         ]
         self.store.finish_looking()
+        missing = agree(missing)
         size = batch_size if self.store.folder is None else 1
         starts = range(0, len(missing), size)
         for start in tqdm(starts, "Encoding prompts", unit="", disable=None if progress else True):
             batch = missing[start : start + size]
             encoded = {name: t.detach().cpu().contiguous() for name, t in encode(batch).items()}
             for i, prompt in enumerate(batch):
-                self.store[self.key(prompt)] = {name: t[i].clone() for name, t in encoded.items()}
+                if (key := self.key(prompt)) in self.store:
+                    continue  # another process has just stored it
+                self.store[key] = {name: t[i].clone() for name, t in encoded.items()}
         if missing:
             self.store.finish_looking()
         return len(missing)

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from gralora_diffusion.base_models.loading import existing_models, load_base
 from gralora_diffusion.base_models.streaming import computing_on
+from gralora_diffusion.base_models.unread_weights import UnreadModels, unread_models
 from gralora_diffusion.families import ModelFamily, mend_clip_skip
 from gralora_diffusion.io.dtypes import torch_dtype
 from gralora_diffusion.io.errors import ConfigError
@@ -32,6 +33,7 @@ from gralora_diffusion.training.config.data_options import PriorOptions
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.runtime.agreement import from_first, together
 from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owned_by_run
+from gralora_diffusion.training.runtime.sharding import Sharding
 
 from .captions import count_images
 from .seeds import generator
@@ -62,6 +64,7 @@ def generate_class_images(
     accelerator: Accelerator,
     *,
     streamed: bool = False,
+    sharding: Sharding | None = None,
 ) -> bool:
     """Generate the missing class images into ``class_data_dir``, divided among the processes.
 
@@ -77,6 +80,7 @@ def generate_class_images(
 
     Args:
         streamed: have only the blocks that compute on the device.
+        sharding: how the base is shared out over the processes, if it is.
 
     Returns:
         Whether any were missing.
@@ -91,7 +95,10 @@ def generate_class_images(
         numbers, owner = from_first(accelerator, lambda: _missing_numbers(config))
         if numbers:
             together(accelerator, lambda: _check_shared(config, owner))
-            together(accelerator, lambda: _draw(config, family, accelerator, numbers, streamed))
+            together(
+                accelerator,
+                lambda: _draw(config, family, accelerator, numbers, streamed, sharding),
+            )
     return bool(numbers)
 
 
@@ -130,12 +137,20 @@ def _draw(
     accelerator: Accelerator,
     numbers: set[int],
     streamed: bool,
+    sharding: Sharding | None,
 ) -> None:
     """Generate this process's share of the images with these numbers."""
     folder, size = Path(config.class_data_dir or ""), config.sample_batch_size
     batches = sorted({number // size for number in numbers})
+    own = batches[accelerator.process_index :: accelerator.num_processes]
     dtype = _generation_dtype(config, family, accelerator.device)
-    pipe = load_base(config, family, dtype, vae_dtype=dtype)
+    unread, idle = UnreadModels(), 0
+    if sharding is not None:
+        names = (family.denoiser, *family.all_text_encoders)
+        unread = unread_models(config, family, names, dtype)
+        # all processes compute together, so one that is done generates images for nothing
+        idle = -(-len(batches) // accelerator.num_processes) - len(own)
+    pipe = load_base(config, family, dtype, vae_dtype=dtype, models=unread.models)
     pipe.set_progress_bar_config(disable=True)
     options: dict[str, Any] = (
         {} if family.skipped_layers is None else {"clip_skip": config.clip_skip}
@@ -148,9 +163,9 @@ def _draw(
         image, mask = whole_fill(side, side)
         options |= {"image": [image] * size, "mask_image": [mask] * size}
         options |= noise_alone(pipe, mask)
-    with _placed(pipe, family, accelerator.device, streamed):
+    with _placed(pipe, family, accelerator.device, streamed, sharding, unread):
         for batch in tqdm(
-            batches[accelerator.process_index :: accelerator.num_processes],
+            [*own, *batches[:1] * idle],
             desc=f"Generating {len(numbers)} class images",
             disable=not accelerator.is_local_main_process,
         ):
@@ -159,7 +174,7 @@ def _draw(
             prompts = [config.class_prompt] * size
             images = pipe(prompt=prompts, generator=rngs, **options).images
             for number, image in zip(drawn, images, strict=True):
-                if number in numbers:
+                if number in numbers and batch in own:
                     with replacing(folder / _class_image_name(number)) as temporary:
                         image.save(temporary, format="PNG")
     del pipe
@@ -167,7 +182,18 @@ def _draw(
 
 
 @contextmanager
-def _placed(pipe: Any, family: ModelFamily, device: torch.device, streamed: bool) -> Iterator[None]:
+def _placed(
+    pipe: Any,
+    family: ModelFamily,
+    device: torch.device,
+    streamed: bool,
+    sharding: Sharding | None,
+    unread: UnreadModels,
+) -> Iterator[None]:
+    if sharding is not None:
+        _share_out(pipe, family, device, sharding, unread)
+        yield
+        return
     if not streamed:
         place(pipe, device)
         yield
@@ -180,6 +206,18 @@ def _placed(pipe: Any, family: ModelFamily, device: torch.device, streamed: bool
         computing_on(device, others),
     ):
         yield
+
+
+def _share_out(
+    pipe: Any, family: ModelFamily, device: torch.device, sharding: Sharding, unread: UnreadModels
+) -> None:
+    """Have a part of the denoiser and of each text encoder on the device, and the VAE."""
+    sharding.shard_encoders(pipe, family, device, unread)
+    denoiser = getattr(pipe, family.denoiser)
+    sharding.shard(denoiser, device, unread.weights.get(family.denoiser))
+    for model in pipe.components.values():
+        if isinstance(model, nn.Module) and model is not denoiser:
+            model.to(device)
 
 
 def _class_image_name(number: int) -> str:

@@ -26,7 +26,7 @@ from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.options.fields import ChangesSamples, options_with
 from gralora_diffusion.training.config.data_file import DataSection, sound_sections
 from gralora_diffusion.training.config.training_config import TrainingConfig
-from gralora_diffusion.training.runtime.agreement import wait_for_all
+from gralora_diffusion.training.runtime.agreement import from_all, wait_for_all
 
 from .cache import (
     ControlCache,
@@ -205,6 +205,7 @@ class Batches:
 
     Args:
         stream_encoders: have only the blocks of text encoders that compute on the device.
+        encode_together: text encoders are in parts, so all processes must encode the same prompts.
 
     Attributes:
         prompts: encoded prompts, or None if text encoders are trained and encode at each step.
@@ -222,6 +223,7 @@ class Batches:
         accelerator: Accelerator,
         *,
         stream_encoders: bool = False,
+        encode_together: bool = False,
     ) -> None:
         self.config, self.accelerator = config, accelerator
         self.family, self.vae = family, pipe.vae
@@ -264,7 +266,7 @@ class Batches:
         self.teacher: Conditioning | None = None
         encoders = existing_models(pipe, family.all_text_encoders)
         with computing_on(accelerator.device, encoders, streamed=stream_encoders):
-            self._encode_prompts(pipe)
+            self._encode_prompts(pipe, encode_together)
         self.samples_per_step = (
             config.train_batch_size * config.gradient_accumulation_steps * accelerator.num_processes
         )
@@ -340,7 +342,7 @@ class Batches:
             fill = partial(self.instance.fill_control_cache, self.encode_controls, progress=bar)
             self._share(fill)
 
-    def _encode_prompts(self, pipe: Any) -> None:
+    def _encode_prompts(self, pipe: Any, encode_together: bool) -> None:
         config, encoders = self.config, existing_models(pipe, self.family.all_text_encoders)
 
         def encode(prompts: list[str]) -> Conditioning:
@@ -364,8 +366,16 @@ class Batches:
         folder = config.latent_cache_dir
         cache = PromptCache(prompt_fingerprint(encode, encoders) if folder else "", folder)
         bar = self.accelerator.is_local_main_process and len(prompts) >= MIN_FOR_PROGRESS
-        self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
+        if encode_together:
+            cache.fill(prompts, encode, progress=bar, agree=self._missing_anywhere)
+        else:
+            self._share(lambda part: cache.fill(prompts[part], encode, progress=bar))
         self.prompts = cache
+
+    def _missing_anywhere(self, missing: list[str]) -> list[str]:
+        """Return the prompts that any process misses, in one order."""
+        lists = from_all(self.accelerator, missing)
+        return list(dict.fromkeys(prompt for each in lists for prompt in each))
 
 
 def _fill_of(

@@ -111,6 +111,7 @@ def fitted(plan: Plan, most: int, *, denoiser: bool = True) -> Plan:
         denoiser: whether the denoiser can be streamed; otherwise only text encoders are.
     """
     encoders = plan.peak("prompts") > most and not plan.config.train_text_encoder
+    encoders = encoders and bool(plan.blocks.keys() - {plan.denoiser})
     candidates = [plan.offloaded(Offloading(None, encoders)) if encoders else plan]
     if denoiser and plan.denoiser in plan.blocks:
         count = len(plan.blocks[plan.denoiser])

@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -23,6 +24,7 @@ from gralora_diffusion.adapters.layers import GraloraLayer
 from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.base_models.quantization import quantize_empty
 from gralora_diffusion.base_models.streaming import Streaming, block_bytes, can_be_streamed
+from gralora_diffusion.base_models.unread_weights import unread_models
 from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
@@ -46,7 +48,7 @@ from gralora_diffusion.training.optimization.optimizers import optimizer_state_b
 from gralora_diffusion.training.runtime.acceleration import DTYPES, checkpoint_gradients
 from gralora_diffusion.training.runtime.memory import materialize
 from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
-from gralora_diffusion.training.runtime.sharding import Sharding
+from gralora_diffusion.training.runtime.sharding import Sharding, parts_to_shard
 
 from .fake_step import FakeData, FakeObjective, measure_step
 
@@ -221,20 +223,26 @@ def plan_run(
     check_controls_of_base(config, family, pipe, [*images, *held_out])
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base, blocks = {}, {}
+    sharded = _sharded(config, family, dtype) if sharding is not None else ()
     for name, model in models.items():
         surplus = quantize_empty(config, family, name, model, dtype)
         base[name] = _base_row(name, model, surplus)
-        if name in (family.denoiser, *family.all_text_encoders) and can_be_streamed(model):
+        streamed = {family.denoiser, *family.all_text_encoders} - {*sharded}
+        if name in streamed and can_be_streamed(model):
             share = 1 - surplus / bytes_of(tensors_of(model))
             blocks[name] = [int(size * share) for size in block_bytes(model)]
-    gathered = 0
-    if sharding is not None:
-        label, size = base[family.denoiser]
-        denoiser = models[family.denoiser]
-        parts, gathered = sharding.bytes_needed(denoiser, accelerator.num_processes)
-        buffers = size - bytes_of(denoiser.parameters())
-        where = "on the CPU" if sharding.offload else f"in {accelerator.num_processes} parts"
-        base[family.denoiser] = f"{label}, {where}", parts + buffers
+    gathered = {"prompts": 0, "steps": 0}
+    for name in models.keys() & {*sharded}:
+        assert sharding is not None
+        (label, size), visits = base[name], name != family.denoiser
+        parts, whole_blocks = sharding.bytes_needed(
+            models[name], accelerator.num_processes, visits=visits
+        )
+        buffers = size - bytes_of(models[name].parameters())
+        on_cpu = sharding.offload and not visits
+        where = "on the CPU" if on_cpu else f"in {accelerator.num_processes} parts"
+        base[name] = f"{label}, {where}", parts + buffers
+        gathered["prompts" if visits else "steps"] += whole_blocks
     with torch.device("meta"):
         trained = add_adapters(pipe, family, config)
     if config.gradient_checkpointing:
@@ -279,7 +287,8 @@ def plan_run(
         MemoryRow("optimizer", optimizer_label(config.optimizer), {"steps": optimizer}),
     ]
     if sharding is not None:
-        rows.append(MemoryRow("gathered", "blocks gathered at once", {"steps": gathered}))
+        there_at_once = {phase: size for phase, size in gathered.items() if phase in made}
+        rows.append(MemoryRow("gathered", "blocks gathered at once", there_at_once))
     if config.use_ema:
         rows.append(MemoryRow("ema", "average of the adapter (EMA)", {"steps": whole}))
     if processes > 1:  # DDP gathers gradients in its own buckets
@@ -316,6 +325,19 @@ def plan_run(
         apart=apart,
         controls=tuple((int(height), int(width)) for _, height, width in data.controls),
     )
+
+
+def _sharded(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -> Sequence[str]:
+    """Return the components of which each process holds a part.
+
+    Text encoders of a local base whose files cannot be read in parts are whole. The denoiser is in
+    parts after it was loaded.
+    """
+    names = parts_to_shard(config, family)
+    if not Path(config.pretrained_model_name_or_path).exists():
+        return names  # weights are not downloaded for a plan
+    whole = unread_models(config, family, names, dtype).whole
+    return [name for name in names if name == family.denoiser or name not in whole]
 
 
 def _models_there(

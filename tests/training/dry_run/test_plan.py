@@ -14,7 +14,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -30,6 +30,7 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.data.data_module import Batches, find_class_images, find_images
 from gralora_diffusion.training.data.held_out import find_held_out_images
 from gralora_diffusion.training.dry_run.formatting import _adapter_lines, format_plan
+from gralora_diffusion.training.dry_run.memory_check import fitted
 from gralora_diffusion.training.dry_run.plan import Plan, _adapter_plan, _models_there, plan_run
 from gralora_diffusion.training.loop import Trainer
 from gralora_diffusion.training.main import main
@@ -37,8 +38,11 @@ from gralora_diffusion.training.runtime.acceleration import (
     accelerate_left_as_it_was,
     make_accelerator,
 )
+from gralora_diffusion.training.runtime.offloading import NOTHING
+from gralora_diffusion.training.runtime.sharding import Sharding
 from tests.models import PIPELINES, adapt, stable_diffusion, vae
 from tests.originals import ORIGINALS, write
+from tests.performance.recipes import Processes
 from tests.training.runs import arguments, config, make_images, make_shapes, metrics, run
 
 #: What is promised of the plan.
@@ -562,3 +566,41 @@ def test_cuda_takes_what_was_planned(
     found = re.search(r"peak memory of the steps, GiB \| ([\d.]+)", card)
     assert found is not None
     assert plan.peak("steps") / 2**30 == pytest.approx(float(found[1]), rel=WITHIN)
+
+
+def test_a_base_in_parts(saved_base: Callable[[str], Path], images: Path, tmp_path: Path) -> None:
+    """Each process has half of the denoiser and of each text encoder that can be read in parts."""
+    base = saved_base("flux")
+    shared = {"instance_data_dir": images, "max_sequence_length": 8, "output_dir": tmp_path}
+
+    def planned(source: Path, **others: Any) -> Plan:
+        chosen = config(pretrained_model_name_or_path=source, **shared, **others)
+        accelerator = Processes(cpu=True)
+        accelerator.count = 2
+        family, examples = find_base_family(chosen), find_images(chosen)
+        return plan_run(chosen, family, examples, [], accelerator, Sharding(), apart=True)
+
+    def of(plan: Plan, name: str) -> dict[str, int]:
+        return next(row.bytes for row in plan.memory if row.name == name)
+
+    pipe, plan = PIPELINES["flux"](), planned(base)
+    encoders = [pipe.text_encoder, pipe.text_encoder_2]
+    needed = [Sharding().bytes_needed(m, 2) for m in (pipe.transformer, *encoders)]
+    buffers = [sum(b.nbytes for b in m.buffers()) for m in encoders]
+    assert of(plan, "transformer") == {"steps": needed[0][0]}
+    assert of(plan, "text_encoder") == {"prompts": needed[1][0] + buffers[0]}
+    assert of(plan, "text_encoder_2") == {"prompts": needed[2][0] + buffers[1]}
+    assert of(plan, "gathered") == {"prompts": needed[1][1] + needed[2][1], "steps": needed[0][1]}
+    assert plan.blocks == {}
+    assert fitted(plan, 0, denoiser=False).offloading == NOTHING  # there is nothing to stream
+    assert "transformer" in (text := format_plan(plan))
+    assert text.count(", in 2 parts") == 3
+    trained = planned(base, train_text_encoder=True)
+    assert format_plan(trained).count(", in 2 parts") == 1
+    damaged = shutil.copytree(base, tmp_path / "base")
+    weights = damaged / "text_encoder_2" / "model.safetensors"
+    stored = load_file(weights)
+    del stored["encoder.final_layer_norm.weight"]
+    save_file(stored, weights)
+    whole = sum(t.nbytes for t in (*encoders[1].parameters(), *encoders[1].buffers()))
+    assert of(planned(damaged), "text_encoder_2") == {"prompts": whole}
