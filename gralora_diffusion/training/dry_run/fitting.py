@@ -1,12 +1,15 @@
 """Which options make a run fit into a given memory: ``--dry_run --device_memory 8GiB``.
 
-Each trial is a plan. Options that cost little come first, and those that change the result last.
+Each trial is a plan. Options that only cost time come first: checkpointing, smaller passes and
+streamed blocks. Those that store optimizer states and the base in 8 bits come next. Smaller images
+come last, because the adapter learns something else from them.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
 from math import ceil
 from pathlib import Path
@@ -20,6 +23,8 @@ from .plan import Plan
 _GIB = 2**30
 #: Memory of cards that are sold, in GiB.
 _CARDS = (4, 6, 8, 10, 11, 12, 16, 20, 24, 32, 40, 48, 64, 80, 96, 141, 180)
+#: Pixels per side of images, and of control images as an area, that are tried.
+_SIDES, _CONTROL_SIDES = (768, 640, 512, 384, 256), (768, 512, 384, 256)
 
 
 @dataclass(frozen=True)
@@ -29,10 +34,12 @@ class Fit:
     Attributes:
         options: what to give besides the run's own options; empty if nothing is needed.
         plan: the run's plan with them.
+        smaller: those of the options that make images smaller, which changes the result.
     """
 
     options: tuple[str, ...]
     plan: Plan
+    smaller: tuple[str, ...] = ()
 
     @property
     def peak(self) -> int:
@@ -46,23 +53,76 @@ def find_fit(
     size: int,
     *,
     streams: bool = True,
+    eight_bits: Collection[str] | None = None,
 ) -> tuple[Fit | None, Fit]:
     """Return the first options with which a run fits into a card, and those for the smallest one.
+
+    The smallest card is the one for images of the same size.
 
     Args:
         plan_of: plans a run with nothing streamed.
         size: bytes of the card.
         streams: whether the denoiser can be streamed in this run.
+        eight_bits: libraries for 8 bits that may be used, of bitsandbytes and torchao; by default
+            those that are installed.
     """
+    if eight_bits is None:
+        names = ("bitsandbytes", "torchao")
+        eight_bits = {name for name in names if importlib.util.find_spec(name)}
     most = int(WARN * size)
-    whole: list[Fit] = []
-    for changes, options in _stages(config):
-        fit = Fit(options, plan_of(replace(config, **changes)))
-        if fit.peak <= most and not changes.get("quantization"):
-            return fit, _smallest([fit], streams)
-        whole.append(fit)
-    tried = [_streamed(fit, most, streams) for fit in whole]
-    return next((fit for fit in tried if fit.peak <= most), None), _smallest(whole, streams)
+    tried: list[Fit] = []
+    changes: list[dict[str, Any]] = [{}]  # of those that were tried
+    rounding = _rounding_stages(config, eight_bits)
+    for stages in (_neutral_stages(config), rounding):
+        for more, options in stages:
+            changes.append(changes[-1] | more)
+            before = tried[-1].options if tried else ()
+            fit = Fit((*before, *options), plan_of(replace(config, **changes[-1])))
+            # what is stored in 8 bits is only worth its rounding if streaming is not enough
+            if fit.peak <= most and stages is not rounding:
+                return fit, _smallest([fit], streams)
+            tried.append(fit)
+    for fit in tried:
+        if (streamed := _streamed(fit, most, streams)).peak <= most:
+            return streamed, _smallest(tried, streams)
+    peaks = [_streamed(fit, 0, streams).peak for fit in tried]
+    best = peaks.index(min(peaks))
+    smaller = _smaller(config, changes[best + 1], tried[best], plan_of, most, streams)
+    return smaller, _smallest(tried, streams)
+
+
+def _smaller(
+    config: TrainingConfig,
+    changes: dict[str, Any],
+    fit: Fit,
+    plan_of: Callable[[TrainingConfig], Plan],
+    most: int,
+    streams: bool,
+) -> Fit | None:
+    """Return the first fit with smaller images, besides the other changes."""
+    for name, side in _smaller_sides(fit.plan):
+        changes = changes | {name: side}
+        kept = tuple(option for option in fit.smaller if not option.startswith(f"--{name} "))
+        smaller = (*kept, f"--{name} {side}")
+        others = fit.options[: len(fit.options) - len(fit.smaller)]
+        fit = Fit((*others, *smaller), plan_of(replace(config, **changes)), smaller)
+        if (streamed := _streamed(fit, most, streams)).peak <= most:
+            return streamed
+    return None
+
+
+def _smaller_sides(plan: Plan) -> Iterator[tuple[str, int]]:
+    """Yield options for sizes of images and their values, in the order in which they are tried."""
+    config = plan.config
+    if plan.controls and plan.reduces_controls:
+        largest = math.sqrt(max(height * width for height, width in plan.controls))
+        for side in _CONTROL_SIDES:
+            if side < min(largest, config.control_resolution or largest):
+                yield "control_resolution", side
+    if config.resolution and not config.aspect_ratio_buckets:
+        for side in _SIDES:
+            if side < config.resolution:
+                yield "resolution", side
 
 
 def smallest_card(fit: Fit) -> int:
@@ -77,12 +137,16 @@ def format_fit(size: int, found: Fit | None, smallest: Fit) -> str:
         when = max(smallest.plan.phases, key=smallest.plan.peak)
         names = {"pictures": "encoding images", "prompts": "encoding prompts", "steps": "a step"}
         text = (
-            f"No options make this run fit into {card}, since {names[when]} takes too much. A "
-            f"lower --resolution (it is {smallest.plan.config.resolution}) or fewer adapted layers "
-            "need less."
+            f"No options make this run fit into {card}, since {names[when]} takes too much. Fewer "
+            "adapted layers or a smaller base need less."
         )
     elif found.options:
         text = f"To fit into {card}, give {' '.join(found.options)}. {_costs(found)}"
+        if found.smaller:
+            text += (
+                f" This changes the result: with {' '.join(found.smaller)}, the adapter learns "
+                "from smaller images. No other options suffice."
+            )
     else:
         text = f"The run fits into {card} as it is. {_costs(found)}"
     given = " ".join(smallest.options) or "the options as they are"
@@ -99,27 +163,31 @@ def _costs(fit: Fit) -> str:
     return f"{text}."
 
 
-def _stages(config: TrainingConfig) -> Iterator[tuple[dict[str, Any], tuple[str, ...]]]:
-    """Yield options that need less and less memory, as changes of the config and as flags."""
-    changes: dict[str, Any] = {}
-    flags: list[str] = []
-    yield changes, ()
+Stage = tuple[dict[str, Any], tuple[str, ...]]
+
+
+def _neutral_stages(config: TrainingConfig) -> Iterator[Stage]:
+    """Yield changes of the config, and their flags, that only cost time; each adds to the last."""
+    yield {}, ()
     if not (config.gradient_checkpointing and config.cache_latents):
-        if not config.gradient_checkpointing:
-            flags.append("--gradient_checkpointing")
-        if not config.cache_latents:
-            flags.append("--cache_latents true")
-        changes = {"gradient_checkpointing": True, "cache_latents": True}
-        yield changes, tuple(flags)
+        flags = [] if config.gradient_checkpointing else ["--gradient_checkpointing"]
+        flags += [] if config.cache_latents else ["--cache_latents true"]
+        yield {"gradient_checkpointing": True, "cache_latents": True}, tuple(flags)
     if config.train_batch_size > 1:
         steps = config.train_batch_size * config.gradient_accumulation_steps
-        flags.append(f"--train_batch_size 1 --gradient_accumulation_steps {steps}")
-        changes = changes | {"train_batch_size": 1, "gradient_accumulation_steps": steps}
-        yield changes, tuple(flags)
+        yield (
+            {"train_batch_size": 1, "gradient_accumulation_steps": steps},
+            (f"--train_batch_size 1 --gradient_accumulation_steps {steps}",),
+        )
+
+
+def _rounding_stages(config: TrainingConfig, libraries: Collection[str]) -> Iterator[Stage]:
+    """Yield those that round what is stored to 8 bits."""
+    if config.optimizer == "adamw" and "bitsandbytes" in libraries:
+        yield {"optimizer": "adamw8bit"}, ("--optimizer adamw8bit",)
     base = Path(config.pretrained_model_name_or_path)
-    if not config.quantizes and not base.is_file() and importlib.util.find_spec("torchao"):
-        flags.append("--quantization torchao-int8")
-        yield changes | {"quantization": "torchao-int8"}, tuple(flags)
+    if not config.quantizes and not base.is_file() and "torchao" in libraries:
+        yield {"quantization": "torchao-int8"}, ("--quantization torchao-int8",)
 
 
 def _streamed(fit: Fit, most: int, streams: bool) -> Fit:
@@ -131,7 +199,7 @@ def _streamed(fit: Fit, most: int, streams: bool) -> Fit:
     else:
         kept = ceil(streaming.kept * 1000) / 1000
         given = (f"--offload_base {kept:g}" if kept else "--offload_base blocks",)
-    return Fit((*fit.options, *given), plan)
+    return Fit((*fit.options, *given), plan, fit.smaller)
 
 
 def _smallest(fits: list[Fit], streams: bool) -> Fit:

@@ -110,6 +110,7 @@ class Plan:
         offloading: what is streamed.
         controls: height and width of the control images of a sample, of one that has the most
             pixels of them.
+        reduces_controls: whether ``--control_resolution`` makes them smaller.
     """
 
     config: TrainingConfig
@@ -134,6 +135,7 @@ class Plan:
     apart: bool
     offloading: Offloading = NOTHING
     controls: tuple[tuple[int, int], ...] = ()
+    reduces_controls: bool = False
 
     @property
     def trained_parameters(self) -> int:
@@ -324,6 +326,7 @@ def plan_run(
         blocks=blocks,
         apart=apart,
         controls=tuple((int(height), int(width)) for _, height, width in data.controls),
+        reduces_controls=not family.control_count(pipe).aligned,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from gralora_diffusion.training.dry_run.memory_check import WARN, fitted, with_o
 from gralora_diffusion.training.dry_run.plan import Plan, plan_run
 from gralora_diffusion.training.runtime.offloading import NOTHING, Offloading
 from tests import ROOT
+from tests.training.runs import make_shapes
 
 CONFIG = TrainingConfig(
     pretrained_model_name_or_path=str(ROOT / "samples/tiny-base"),
@@ -145,6 +147,89 @@ def test_options_that_make_a_run_fit(plan: Plan) -> None:
     assert "The smallest card for this run has 4 GiB, with the options as they are" in text
     fit, _ = found(least / WARN + 1, streams=False)
     assert fit is None
+
+
+#: What is given before an option that rounds or makes images smaller.
+NEUTRAL = "--gradient_checkpointing --train_batch_size 1 --gradient_accumulation_steps 2"
+ROUNDING = "--optimizer adamw8bit --quantization torchao-int8"
+
+
+class TestWholeAnswers:
+    """Each option only after those that change less, and a plan with the options that are given."""
+
+    def answer(
+        self, config: TrainingConfig, options: str, eight_bits: set[str], streams: bool = True
+    ) -> str:
+        """The answer for the largest card for which these options are given, without its start."""
+        plans: dict[str, Plan] = {}
+
+        def remembered(changed: TrainingConfig) -> Plan:
+            key = changed.to_yaml()
+            plans[key] = plans.get(key) or plan_of(changed)
+            return plans[key]
+
+        size = 1 << 40
+        while True:
+            fit, smallest = find_fit(
+                config, remembered, size, streams=streams, eight_bits=eight_bits
+            )
+            assert fit is not None
+            assert fit.peak <= int(WARN * size)
+            if " ".join(fit.options) == options:
+                break
+            size = int((fit.peak - 1) / WARN)
+        given = parse_config([*arguments(values_of(config)), *options.split()])
+        plan = plan_of(replace(given, offload_base="none"))
+        planned = with_offloading(plan, given, None, 1) if "offload" in options else plan
+        assert max(map(planned.peak, planned.phases)) == fit.peak
+        text = format_fit(size, fit, smallest)
+        needs = f"It needs about {fit.peak / 2**30:,.2f} GiB at the peak"
+        if planned.copied:
+            needs += f" and copies {planned.copied / 2**30:,.1f} GiB to the GPU in a step"
+        start = f"To fit into {size / 2**30:.3g} GiB, give {options}. {needs}."
+        assert text.startswith(start)
+        return text.removeprefix(start).partition("\nThe smallest card for this run has 4 GiB")[0]
+
+    def test_rounding_only_where_streaming_does_not_do(self) -> None:
+        both = {"bitsandbytes", "torchao"}
+        streamed = "--gradient_checkpointing --offload_base blocks"
+        assert self.answer(CONFIG, streamed, both) == ""
+        config = replace(CONFIG, rank=64)  # much optimizer state
+        for options in (f"{NEUTRAL} --optimizer adamw8bit", f"{NEUTRAL} {ROUNDING}"):
+            assert self.answer(config, options, both, streams=False) == ""
+        options = f"{NEUTRAL} --quantization torchao-int8"
+        assert self.answer(config, options, {"torchao"}, streams=False) == ""
+
+    def test_smaller_images_last(self) -> None:
+        config = replace(CONFIG, resolution=512)
+        for side in (384, 256):
+            options = f"{NEUTRAL} --resolution {side}"
+            assert self.answer(config, options, set()) == (
+                f" This changes the result: with --resolution {side}, the adapter learns from "
+                "smaller images. No other options suffice."
+            )
+
+    def test_control_images_before_images(
+        self, tmp_path: Path, saved_base: Callable[[str], Path]
+    ) -> None:
+        config = replace(
+            CONFIG,
+            pretrained_model_name_or_path=str(saved_base("flux2-klein")),
+            instance_data_dir=str(make_shapes(tmp_path / "images", [(384, 384)] * 2)),
+            control_data_dir=[str(make_shapes(tmp_path / "controls", [(600, 600)] * 2))],
+            resolution=384,
+            max_sequence_length=8,
+        )
+        controls = "--control_resolution 256"
+        assert self.answer(config, f"{NEUTRAL} {controls}", set()) == (
+            f" This changes the result: with {controls}, the adapter learns from smaller images. "
+            "No other options suffice."
+        )
+        both = f"{controls} --resolution 256"
+        assert self.answer(config, f"{NEUTRAL} {both}", set()) == (
+            f" This changes the result: with {both}, the adapter learns from smaller images. No "
+            "other options suffice."
+        )
 
 
 def test_smallest_card(plan: Plan) -> None:
