@@ -104,11 +104,8 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
             "accelerate is set to FSDP, which shards the base over several processes, but there is "
             "only one. Start more with `accelerate launch --num_processes`, or leave out --use_fsdp"
         )
-    if config.quantizes or config.is_gguf:
-        problems.append(
-            "a quantized base cannot be used with FSDP, which does not shard quantized weights. "
-            "Leave out --use_fsdp or --quantization, or pass a base that is not GGUF"
-        )
+    if problem := _quantized_and_sharded(config):
+        problems.append(problem)
     if config.torch_compile:
         problems.append(
             "--torch_compile cannot be used with FSDP: the two have not been tried together. Leave "
@@ -116,6 +113,34 @@ def check_sharding(config: TrainingConfig, accelerator: Accelerator) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def _quantized_and_sharded(config: TrainingConfig) -> str | None:
+    """Return why the quantized base of a run cannot be sharded, and what to take instead.
+
+    Each reason was seen with two processes and FSDP2 (torch 2.13, torchao 0.18, bitsandbytes 0.50).
+    """
+    instead = (
+        "give FSDP the base in 16 bits or as a file in scaled fp8, or leave out --use_fsdp and "
+    )
+    if config.is_gguf:
+        why = "FSDP divides the bytes of GGUF's weights without their formats"
+        return f"a GGUF base cannot be used with FSDP: {why}. Either {instead}stream the base"
+    if not config.quantizes:
+        return None
+    flag = f"--quantization {config.quantization}"
+    if (config.quantization or "").startswith("torchao"):
+        why = "torchao's weights do not have the operations by which FSDP divides them"
+        return f"{flag} cannot be used with FSDP: {why}. Either {instead}stream the base"
+    if config.quantization is None:
+        flag = "--bnb_quantization_config_path"
+    why = (
+        "bitsandbytes loses the scales of 8-bit weights in it, and 4-bit weights have not been "
+        "tried with it on GPUs"
+    )
+    return (
+        f"{flag} cannot be used with FSDP: {why}. Either {instead}hold the whole base on each GPU"
+    )
 
 
 def _not_shared(kind: str) -> str:

@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from gralora_diffusion.base_models.streaming import blocks_of
 from gralora_diffusion.base_models.unread_weights import StoredWeights, UnreadModels
 from gralora_diffusion.families import ModelFamily
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.config.training_config import TrainingConfig
 
@@ -76,12 +78,24 @@ class Sharding:
                 outside of its blocks then stays gathered after a pass, since pipelines use it.
 
         Raises:
+            ConfigError: the model's weights are quantized, so they cannot be divided.
             RuntimeError: torch.distributed is not initialized.
             AdapterFileError: a weight cannot be read.
         """
         from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
         from torch.distributed.tensor import DTensor
 
+        kinds = sorted(
+            {type(p).__name__ for p in model.parameters() if type(p) is not nn.Parameter}
+        )
+        if kinds:
+            raise ConfigError(
+                [
+                    f"the base's {type(model).__name__} is quantized on disk (its weights are "
+                    f"{first_few(kinds)}), and FSDP cannot divide such weights. Give FSDP the base "
+                    "in 16 bits or as a file in scaled fp8, or leave out --use_fsdp"
+                ]
+            )
         whole = {p for p in model.parameters() if p.requires_grad}
         on_cpu = self.offload and device.type != "cpu" and not visits
         options: dict[str, Any] = {

@@ -11,19 +11,30 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
+from gralora_diffusion.base_models.loading import load_base
 from gralora_diffusion.base_models.streaming import blocks_of
+from gralora_diffusion.families import get_family
+from gralora_diffusion.io.errors import ConfigError
+from gralora_diffusion.training.config.training_config import TrainingConfig
+from gralora_diffusion.training.runtime.acceleration import check_sharding
 from gralora_diffusion.training.runtime.sharding import Sharding, requested_sharding
+from tests.base_models.test_single_file import scaled_fp8
 from tests.forked import fork_ranks
 from tests.models import PIPELINES
-from tests.originals import ORIGINALS, write
+from tests.originals import ORIGINALS
+from tests.performance.recipes import Processes
 from tests.performance.sharding import GROWTH, make_base, write_file
 from tests.training.runs import (
+    PROGRAM,
     adapter,
+    arguments,
     assert_close,
     assert_same_run,
+    config,
     make_images,
     metrics,
     run_two,
@@ -207,9 +218,13 @@ def test_prompts_and_class_images_of_a_single_file(
     monkeypatch: pytest.MonkeyPatch,
     saved_base: Callable[[str], Path],
 ) -> None:
-    """Text encoders in parts encode the same, and an odd number of batches is shared out."""
+    """Text encoders in parts encode the same, and an odd number of batches is shared out.
+
+    The weights of the file are in scaled fp8.
+    """
     family = "stable-diffusion"
-    file = write(ORIGINALS[family](PIPELINES[family]()), tmp_path / "file.safetensors")
+    tensors = ORIGINALS[family](PIPELINES[family]())
+    file, _ = scaled_fp8(tensors, "tensors", tmp_path / "file.safetensors")
 
     def trained(name: str) -> Path:
         return run_two(
@@ -238,6 +253,46 @@ def test_prompts_and_class_images_of_a_single_file(
     # their names contain a hash of the text encoder and of what it encodes
     cached = [{p.name for p in (f / "cache").glob("*.safetensors")} for f in (whole, parts)]
     assert cached[0] == cached[1] != set()
+
+
+@pytest.mark.parametrize(
+    ("options", "why", "instead"),
+    [
+        ({"quantization": "torchao-int8"}, "torchao's weights do not have", "stream the base"),
+        ({"quantization": "bnb-nf4"}, "4-bit weights have not been tried", "the whole base"),
+        ({"bnb_quantization_config_path": "a"}, "the scales of 8-bit weights", "the whole base"),
+        ({"pretrained_model_name_or_path": "a.gguf"}, "without their formats", "stream the base"),
+    ],
+)
+def test_quantized_bases_are_refused(options: dict[str, Any], why: str, instead: str) -> None:
+    accelerator = Processes(cpu=True)
+    accelerator.count = 2
+    with pytest.raises(ConfigError) as caught:
+        check_sharding(TrainingConfig(**options), accelerator)
+    (problem,) = caught.value.problems
+    assert "cannot be used with FSDP: " in problem
+    assert why in problem
+    assert "Either give FSDP the base in 16 bits or as a file in scaled fp8, or " in problem
+    assert instead in problem
+
+
+def test_a_base_that_is_quantized_on_disk_is_refused(
+    images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved_base: Callable[[str], Path]
+) -> None:
+    family = get_family("stable-diffusion")
+    base = config(
+        pretrained_model_name_or_path=saved_base(family.name), quantization="torchao-int8"
+    )
+    load_base(base, family, torch.float32).save_pretrained(tmp_path / "base")
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    line = arguments(
+        pretrained_model_name_or_path=tmp_path / "base",
+        instance_data_dir=images,
+        output_dir=tmp_path / "out",
+    )
+    (code, text), (other, _) = fork_ranks(PROGRAM, *line)  # only the first process reports it
+    assert code == other == 2
+    assert "the base's UNet2DConditionModel is quantized on disk" in text, text[-3000:]
 
 
 def test_what_accelerate_is_set_to(monkeypatch: pytest.MonkeyPatch) -> None:
