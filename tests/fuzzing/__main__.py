@@ -54,16 +54,24 @@ def run(
 ) -> dict[str, list[Outcome]]:
     """Read the cases, print a summary, return the faults by kind."""
     start, results = time.monotonic(), Counter[str]()
+    longest, largest = Outcome(0), Outcome(0)
     faults: dict[str, list[Outcome]] = defaultdict(list)
     for number in numbers:
         outcome = worker.read(name, seed, number)
         results[outcome.error or "read"] += outcome.fault is None
+        longest = max(longest, outcome, key=lambda one: one.seconds)
+        largest = max(largest, outcome, key=lambda one: one.memory)
         if outcome.fault:
             faults[outcome.fault].append(outcome)
         if in_full:
             print(outcome.details)
     told = ", ".join(f"{count} {what}" for what, count in results.most_common() if count)
-    print(f"{name}, seed {seed}: {told} ({time.monotonic() - start:.0f} s)", flush=True)
+    print(f"{name}, seed {seed}: {told} ({time.monotonic() - start:.0f} s)")
+    print(
+        f"  at most {longest.seconds:.1f} s (--only {longest.number})"
+        f" and {largest.memory >> 20} MiB (--only {largest.number})",
+        flush=True,
+    )
     for fault, found in sorted(faults.items(), key=lambda item: -len(item[1])):
         some = " ".join(str(outcome.number) for outcome in found[:5])
         print(

@@ -55,12 +55,16 @@ class Outcome:
         error: the type of the documented error by which it was refused.
         fault: what is wrong with how it was read, if anything is.
         details: for people: the damage, and where in the package the fault is.
+        seconds: processor time of the reading.
+        memory: bytes that the process gained at its peak.
     """
 
     number: int
     error: str | None = None
     fault: str | None = None
     details: str = ""
+    seconds: float = 0.0
+    memory: int = 0
 
 
 class Worker:
@@ -253,7 +257,7 @@ def _read(reader: Any, case: Path, number: int, done: str, watch: _Watch) -> Out
     if (changed and not reader.writes) or list(case.rglob(PROGRAM_NAME)):
         fault = "the folder is another one after reading"
     gc.collect(0)
-    return Outcome(number, error, fault, details)
+    return Outcome(number, error, fault, details, seconds, peak)
 
 
 def _described(error: BaseException, done: str) -> tuple[str, str]:
