@@ -11,6 +11,9 @@ from .regular_files import read_regular
 
 #: Maximum size of a file. No config, index or result is as large.
 MOST_BYTES = 64 << 20
+#: Commas and opening brackets at most: a text has about as many as values. One takes up to 130 bytes
+#: and 1.2 microseconds, measured in the worst texts that were found; ``[]`` takes 2 bytes of text.
+MOST_SEPARATORS = 2_000_000
 #: Levels of lists and objects at most, so that values can be compared, copied and printed, which
 #: takes several calls for each level.
 MOST_LEVELS = 64
@@ -22,11 +25,13 @@ def parse(text: str | bytes) -> Any:
     """Return the value in a JSON text; a byte order mark in bytes is ignored.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or has halves of characters.
+        ValueError: the text is not JSON, has too many values, is nested too deeply, or has halves
+            of characters.
     """
     try:
         if isinstance(text, bytes):  # json.loads would let halves of characters pass
             text = text.decode(json.detect_encoding(text))
+        check_separators(text)
         content = json.loads(text)
         if _HALF.search(text):
             json.dumps(content, ensure_ascii=False).encode()
@@ -41,6 +46,22 @@ def parse(text: str | bytes) -> Any:
     if _levels(content) > MOST_LEVELS:
         raise ValueError("it is nested too deeply")
     return content
+
+
+def check_separators(text: str | bytes) -> None:
+    """Check how many values a JSON text may have, before they are made.
+
+    Raises:
+        ValueError: it has more than ``MOST_SEPARATORS`` commas and opening brackets.
+    """
+    if isinstance(text, bytes):
+        count = sum(map(text.count, (b",", b"[", b"{")))
+    else:
+        count = sum(map(text.count, ",[{"))
+    if count > MOST_SEPARATORS:
+        raise ValueError(
+            f"it has {count:,} commas and opening brackets; at most {MOST_SEPARATORS:,} are allowed"
+        )
 
 
 def _levels(value: Any) -> int:
@@ -61,7 +82,7 @@ def parse_object(text: str | bytes) -> dict[str, Any]:
     """Return the object in a JSON text; a byte order mark in bytes is ignored.
 
     Raises:
-        ValueError: the text is not JSON, is nested too deeply, or is not an object.
+        ValueError: as :func:`parse`, or the text is not an object.
     """
     content = parse(text)
     if not isinstance(content, dict):

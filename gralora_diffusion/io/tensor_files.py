@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 
 from .cleanup_on_exit import cleanup_on_exit
 from .errors import AdapterFileError
-from .json_files import parse_object
+from .json_files import check_separators, parse_object
 from .regular_files import is_regular
 
 if TYPE_CHECKING:
@@ -198,12 +198,14 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
     if path.exists() and not is_regular(path):  # opening a named pipe would block forever
         raise AdapterFileError(f"{path}: this is not a regular file. Pass a .safetensors file.")
     try:
+        with open(path, "rb") as file:
+            begin = 8 + int.from_bytes(file.read(8), "little")
+            text = file.read(min(begin - 8, _MOST_HEADER_BYTES))
+        check_separators(text)  # millions of names would fill the memory of safetensors, too
         # it checks length, shapes, gaps and overlaps; numpy, because torch takes seconds to import
         with safe_open(path, framework="np"):
             pass
-        with open(path, "rb") as file:
-            begin = 8 + int.from_bytes(file.read(8), "little")
-            header = parse_object(file.read(begin - 8))
+        header = parse_object(text)
         # safetensors' JSON reader, serde, also accepts lists for objects, and objects for names
         if odd := [key for key, entry in header.items() if not _is_plain(key, entry)]:
             raise ValueError(f"the entry of {odd[0]!r:.80} does not follow the format")

@@ -7,7 +7,7 @@ import os
 
 import pytest
 
-from gralora_diffusion.io.json_files import parse, parse_object, read_object
+from gralora_diffusion.io.json_files import MOST_SEPARATORS, parse, parse_object, read_object
 
 
 @pytest.mark.parametrize("mark", [b"", codecs.BOM_UTF8])
@@ -58,6 +58,16 @@ def test_halves_of_characters(half):
         == parse(whole.encode("utf-16-le"))
         == json.loads(whole)
     )
+
+
+@pytest.mark.parametrize("piece", ["[],", "{},", "0,"])
+def test_the_number_of_values_is_bounded_before_they_are_made(piece):
+    separators = piece.count(",") + piece.count("[") + piece.count("{")
+    most = "[" + piece * ((MOST_SEPARATORS - 1) // separators) + "0]"
+    assert len(parse(most)) == (MOST_SEPARATORS - 1) // separators + 1
+    for text in (more := most.replace("[", "[0,0,", 1), more.encode(), more.encode("utf-16")):
+        with pytest.raises(ValueError, match=r"2,000,00\d commas and opening brackets; at most"):
+            parse(text)
 
 
 def test_values_may_be_nested_as_deeply_as_can_be_copied_and_printed():

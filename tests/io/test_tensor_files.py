@@ -193,6 +193,15 @@ class TestUnreadable:
         with pytest.raises(AdapterFileError, match=r"a\.safetensors: .*damaged or truncated"):
             read(path)
 
+    def test_more_names_than_memory_is_there_for(self, read, tmp_path):
+        """safetensors would take gigabytes for a header of 100 MB."""
+        names = ",".join(f'"{i:x}":""' for i in range(2_000_000))
+        text = f'{{"__metadata__":{{{names}}}}}'.encode()
+        path = tmp_path / "a.safetensors"
+        path.write_bytes(len(text).to_bytes(8, "little") + text)
+        with pytest.raises(AdapterFileError, match=r"2,000,001 commas and opening brackets"):
+            read(path)
+
     @pytest.mark.parametrize(
         "entry",
         [
