@@ -21,6 +21,7 @@ from typing import Any
 from gralora_diffusion.adapters.placement.layer_config import is_finite_number, is_integer
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.json_files import read_object
+from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.stop_signals import StopSignals
 from gralora_diffusion.io.tensor_files import replacing
 
@@ -93,8 +94,12 @@ def request(folder: Path, what: str) -> None:
     status = read_status(folder)
     if status.alive is False:
         raise ConfigError([f"no run is alive in {folder}: {_past(status)}. Nothing was requested"])
+    path = _request_path(folder, what)
     try:
-        _request_path(folder, what).touch()
+        open(path, "x").close()  # a link to nothing is not followed
+    except FileExistsError as error:
+        if os.path.lexists(path) and not is_regular(path):
+            raise ConfigError([f"{path} is in the way. Delete it"]) from error
     except OSError as error:
         raise ConfigError([f"{folder} cannot be written to ({error})"]) from error
 
@@ -127,7 +132,7 @@ def read_status(folder: Path) -> RunStatus:
         loss=_number(said.get("loss")),
         seconds_left=_number(said.get("seconds_left")),
         updated=_number(said.get("updated")),
-        pending=tuple(what for what in REQUESTS if _request_path(folder, what).exists()),
+        pending=tuple(what for what in REQUESTS if _is_requested(folder, what)),
         answers=_answers(said.get("answers")),
     )
 
@@ -140,6 +145,11 @@ def _past(status: RunStatus) -> str:
 
 def _request_path(folder: Path, what: str) -> Path:
     return folder / f"{_REQUEST_PREFIX}{what}"
+
+
+def _is_requested(folder: Path, what: str) -> bool:
+    """Whether there is a request; only what :meth:`RunControl.take` can remove is one."""
+    return is_regular(_request_path(folder, what))
 
 
 def _read_status(folder: Path) -> dict[str, Any] | None:
@@ -229,16 +239,14 @@ class RunControl:
         if self.folder is None or now - self._looked < _LOOK_SECONDS:
             return self._found
         self._looked = now
-        self._found = any(_request_path(self.folder, what).exists() for what in REQUESTS)
+        self._found = any(_is_requested(self.folder, what) for what in REQUESTS)
         return self._found
 
     def is_asked_to_stop(self) -> bool:
         """Whether this process was asked to stop; for work that takes long."""
         if self.folder is None:
             return self._stops_by_signal()
-        return self.is_asked() and (
-            self._stops_by_signal() or _request_path(self.folder, "stop").exists()
-        )
+        return self.is_asked() and (self._stops_by_signal() or _is_requested(self.folder, "stop"))
 
     def _stops_by_signal(self) -> bool:
         return self.signals is not None and self.signals.asked
@@ -249,8 +257,9 @@ class RunControl:
         if self.folder is not None:
             for what in REQUESTS:
                 with suppress(OSError):
-                    _request_path(self.folder, what).unlink()
-                    taken.add(what)
+                    if _is_requested(self.folder, what):
+                        _request_path(self.folder, what).unlink()
+                        taken.add(what)
         self._found = False
         return frozenset(taken)
 

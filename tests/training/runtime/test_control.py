@@ -142,3 +142,27 @@ def test_requests_of_an_earlier_run_are_discarded(folder: Path) -> None:
     control.discard_requests()
     assert not control.is_asked()
     assert not RunControl(None).is_asked()
+
+
+@pytest.mark.parametrize("kind", ["folder", "link", "pipe"])
+def test_what_only_has_the_name_of_a_request_is_none(folder: Path, kind: str) -> None:
+    """A run could not remove a folder, and a link would let the command write elsewhere."""
+    path = folder / ".gralora.request-stop"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link":
+        path.symlink_to(folder / "elsewhere")
+    else:
+        os.mkfifo(path)
+    with owned(folder, ""):
+        with pytest.raises(ConfigError, match=r"\.gralora\.request-stop is in the way\. Delete it"):
+            request(folder, "stop")
+        assert read_status(folder).pending == ()
+        request(folder, "save")
+        control = RunControl(folder)
+        assert not control.is_asked_to_stop()
+        assert control.is_asked()
+        assert control.take() == {"save"}
+        assert not RunControl(folder).is_asked()
+    assert not (folder / "elsewhere").exists()
+    assert os.path.lexists(path)
