@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +97,21 @@ def shards(index: Path) -> list[Path]:
     return files
 
 
-def check_weight_files(folder: Path, variant: str | None = None) -> None:
+def check_weight_files(
+    folder: Path, variant: str | None = None, left_out: Collection[str] = ()
+) -> None:
     """Check a pipeline's configs and the headers of its weight files, before a library opens them.
+
+    Args:
+        left_out: components that are not read.
 
     Raises:
         AdapterFileError: a file cannot be read, the files do not match the index of a model, or a
             config asks for an impossible number of layers.
     """
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        if part.name in left_out:
+            continue
         if (config := part / MODEL_CONFIG).exists():
             check_depth(read_json(config), str(config))
         files = weight_files(part, variant)

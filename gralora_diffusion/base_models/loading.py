@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -16,12 +17,12 @@ from transformers.utils import logging as transformers_logging
 
 from gralora_diffusion.families import ModelFamily, get_family, list_families
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import check_cache, offline_problem
 from gralora_diffusion.io.process import quiet_libraries
 from gralora_diffusion.io.safe_text import first_few
 from gralora_diffusion.io.tensor_files import read_header
 
-from .folder import check_weight_files, weight_files
+from .folder import check_depth, check_weight_files, weight_files
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
 from .quantization import check_computing_dtype, loading_arguments
@@ -148,23 +149,23 @@ def load_base(
     Raises:
         ConfigError: the base cannot be loaded or cannot be trained.
     """
-    base, revision = options.pretrained_model_name_or_path, options.revision
+    base: str | Path = options.pretrained_model_name_or_path
     pipeline_class = getattr(diffusers, family.pipeline_classes[0])
     # components that are passed are not loaded from the base
     given = left_out_parts(options, family) | _vae(options, pipeline_class, vae_dtype)
     given |= models
     try:
-        if Path(base).is_dir():
-            check_weight_files(Path(base), options.variant)
         if Path(base).is_file():
             file = SingleFile(Path(base))
             base, parts = file.load(options, family, dtype, vae_dtype, given)
-            given, revision = {**parts, **given}, None
+            given = {**parts, **given}
+        else:
+            base = pipeline_folder(options, family, given)
+            check_weight_files(base, options.variant, given)
         pipe = pipeline_class.from_pretrained(
             base,
             dtype={"default": dtype, "vae": vae_dtype},
             variant=options.variant,
-            revision=revision,
             cache_dir=options.cache_dir,
             use_safetensors=True,
             **given,
@@ -172,6 +173,7 @@ def load_base(
         )
         check_complete(pipe, given, options.variant)
         check_computing_dtype(pipe, dtype)
+        check_tokenizers(pipe, family)
         family.check_base(pipe)
     except ConfigError:
         raise
@@ -193,6 +195,65 @@ def load_base(
         if getattr(component, "is_loaded_in_4bit", False):
             component.to("cpu")
     return pipe
+
+
+def pipeline_folder(
+    options: BaseModelOptions, family: ModelFamily, given: Mapping[str, Any]
+) -> Path:
+    """Return the folder of a base in diffusers' layout, downloaded if need be.
+
+    What is downloaded is all that :func:`load_base` reads.
+
+    Args:
+        given: components that are passed to the pipeline, not read by it.
+
+    Raises:
+        Exception: whatever diffusers raises if there is no such base.
+    """
+    base = options.pretrained_model_name_or_path
+    if Path(base).is_dir():
+        return Path(base)
+    pipeline_class: Any = getattr(diffusers, family.pipeline_classes[0])
+    check_cache(base, options.cache_dir)
+    return Path(
+        pipeline_class.download(
+            base,
+            variant=options.variant,
+            revision=options.revision,
+            cache_dir=options.cache_dir,
+            use_safetensors=True,
+            **given,
+        )
+    )
+
+
+def check_tokenizers(pipe: Any, family: ModelFamily) -> None:
+    """Check that the text encoders embed whatever their tokenizers return.
+
+    Raises:
+        ValueError: a tokenizer has more tokens than its text encoder, or does not cut prompts off
+            where CLIP's positions end.
+    """
+    for name in family.all_text_encoders:
+        encoder = getattr(pipe, name, None)
+        tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
+        if encoder is None or tokenizer is None:
+            continue
+        tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+        embedded = encoder.get_input_embeddings().num_embeddings
+        last = max(tokenizer.get_vocab().values(), default=-1)
+        if last >= embedded:
+            raise ValueError(
+                f"the tokenizer of its {name} has a token {last}, and {name} only knows "
+                f"{embedded}. Download both again, from the same base"
+            )
+        positions = getattr(encoder.config, "max_position_embeddings", math.inf)
+        limit = tokenizer.model_max_length
+        if str(encoder.config.model_type).startswith("clip") and not 2 <= limit <= positions:
+            raise ValueError(
+                f"the tokenizer of its {name} gives up to {limit} tokens, and {name} reads from 2 "
+                f"to {positions}. Download tokenizer_config.json again"
+            )
 
 
 def check_complete(pipe: Any, given: Collection[str] = (), variant: str | None = None) -> None:
@@ -282,7 +343,11 @@ def _vae(options: BaseModelOptions, pipeline_class: type, dtype: torch.dtype) ->
     wanted = vae_class(pipeline_class)
     option = f"--pretrained_vae_model_name_or_path {source}"
     try:
-        found = wanted.load_config(source, cache_dir=options.cache_dir).get("_class_name")
+        if not Path(source).exists():
+            check_cache(source, options.cache_dir)
+        settings = wanted.load_config(source, cache_dir=options.cache_dir)
+        check_depth(settings, source)
+        found = settings.get("_class_name")
         if found not in (wanted.__name__, None):
             raise ConfigError([f"{option} is {found}; the base needs {wanted.__name__}"])
         vae = wanted.from_pretrained(

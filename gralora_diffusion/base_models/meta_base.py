@@ -19,7 +19,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
-from .loading import freeze, vae_class
+from .loading import check_tokenizers, freeze, vae_class
 from .meta_models import convert, empty_model
 from .options import BaseModelOptions
 from .pipeline_index import PipelineIndex
@@ -63,6 +63,7 @@ def empty_base(
                     wanted.load_config(vae, cache_dir=options.cache_dir)
                 )
         pipe = pipeline_class.from_pretrained(where, use_safetensors=True, **hub, **given)
+        check_tokenizers(pipe, family)
         family.check_base(pipe)
     except ConfigError:
         raise

@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline
 
 from gralora_diffusion.families import ModelFamily, find_family
 from gralora_diffusion.io.errors import ConfigError
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import check_cache, offline_problem
 
 
 class PipelineIndex:
@@ -33,6 +33,8 @@ class PipelineIndex:
         self, option: str, source: str, cache_dir: str | None = None, revision: str | None = None
     ) -> None:
         try:
+            if not Path(source).exists():
+                check_cache(source, cache_dir)
             index = DiffusionPipeline.load_config(source, revision=revision, cache_dir=cache_dir)
             if not isinstance(index, dict):
                 raise ValueError(f"its index is a JSON {type(index).__name__}, not an object")

@@ -13,10 +13,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from .file_names import nearby
+from .file_names import looks_like_hub_id, nearby
+from .regular_files import check_regular, read_regular
 
 #: Base class of httpx's errors for them; huggingface_hub may import httpx under another name.
 _OF_HTTPX = "TransportError"
+#: More bytes than the name of a commit has.
+_MOST_BYTES = 1000
 
 
 def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
@@ -33,6 +36,7 @@ def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
+        check_cache(repository, options.get("cache_dir"))
         return Path(snapshot_download(repository, allow_patterns=list(patterns), **options))
     except (OSError, HfHubHTTPError, HFValidationError) as error:
         revision, cache_dir = options.get("revision"), options.get("cache_dir")
@@ -40,6 +44,34 @@ def fetch(repository: str, patterns: Iterable[str], **options: Any) -> Path:
             f"this is not a local path, and it could not be fetched from the Hub: {error}"
         )
         raise OSError(problem) from error
+
+
+def check_cache(repository: str, cache_dir: str | os.PathLike[str] | None = None) -> None:
+    """Check what the Hub's cache has of a repository, before a library opens it.
+
+    A named pipe would block the library forever, and a device may never end.
+
+    Raises:
+        OSError: a file is not a regular one, or does not contain the name of a commit as it should.
+    """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if not looks_like_hub_id(repository, bare=True) or not repository.isprintable():
+        return
+    folder = Path(cache_dir or constants.HF_HUB_CACHE)
+    folder /= repo_folder_name(repo_id=repository, repo_type="model")
+    for part in ("refs", "snapshots"):
+        for inside, _, names in os.walk(folder / part):
+            for path in (Path(inside, name) for name in names):
+                try:
+                    check_regular(path)
+                    if part == "refs" and not read_regular(path, _MOST_BYTES).isalnum():
+                        raise OSError("it does not contain the name of a commit")
+                except FileNotFoundError:  # a link to nothing, which is downloaded again
+                    continue
+                except OSError as error:
+                    raise OSError(f"{path} in the Hub's cache: {error}. Delete it") from error
 
 
 def offline_problem(

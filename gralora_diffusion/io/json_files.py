@@ -11,8 +11,8 @@ from .regular_files import read_regular
 
 #: Maximum size of a file. No config, index or result is as large.
 MOST_BYTES = 64 << 20
-#: Commas and opening brackets at most: a text has about as many as values. One takes up to 130 bytes
-#: and 1.2 microseconds, measured in the worst texts that were found; ``[]`` takes 2 bytes of text.
+#: Commas and opening brackets at most: a text has about as many as values. Each takes up to 130
+#: bytes and 1.2 microseconds, measured in the worst texts that were found.
 MOST_SEPARATORS = 2_000_000
 #: Levels of lists and objects at most, so that values can be compared, copied and printed, which
 #: takes several calls for each level.

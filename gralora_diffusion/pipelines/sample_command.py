@@ -352,7 +352,7 @@ def open_pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     import torch
     from diffusers import DiffusionPipeline
 
-    from gralora_diffusion.base_models.loading import check_complete
+    from gralora_diffusion.base_models.loading import check_complete, check_tokenizers
     from gralora_diffusion.base_models.pipeline_index import PipelineIndex
     from gralora_diffusion.pipelines.placement import place
 
@@ -361,15 +361,19 @@ def open_pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> 
         if Path(args.base).is_file():
             pipe = _from_single_file(args, device, parser)
         else:
-            if Path(args.base).is_dir():
-                check_weight_files(Path(args.base))
             index = PipelineIndex("base", args.base)
             _check_taken(args, index.pipeline_class, parser)
+            folder = Path(args.base)
+            if not folder.is_dir():
+                folder = Path(DiffusionPipeline.download(args.base, use_safetensors=True))
+            check_weight_files(folder)
             name = args.dtype or usual_dtype(index.family, device)
             pipe = DiffusionPipeline.from_pretrained(
-                args.base, dtype=torch_dtype(name), use_safetensors=True
+                folder, dtype=torch_dtype(name), use_safetensors=True
             )
             check_complete(pipe)
+            if index.family is not None:
+                check_tokenizers(pipe, index.family)
         place(pipe, torch.device(device))
         return pipe
     except ConfigError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor
 
 from gralora_diffusion.base_models.loading import find_base_family, load_base
+from gralora_diffusion.base_models.meta_base import empty_base
 from gralora_diffusion.families import get_family
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.pipelines.sample_command import main as sample
@@ -245,3 +247,56 @@ def test_configs_with_values_of_other_types(
 def test_an_index_that_is_none(text: str, tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(text)
     assert "no diffusers pipeline could be loaded" in problem_of(tmp_path)
+
+
+def test_a_base_in_the_hubs_cache_is_checked_as_a_folder_is(base: Path, tmp_path: Path) -> None:
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    repository = tmp_path / "models--owner--name"
+    snapshot = shutil.copytree(base, repository / "snapshots" / commit)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(commit)
+    chosen = config(pretrained_model_name_or_path="owner/name", cache_dir=tmp_path)
+    loaded = load_base(chosen, find_base_family(chosen), torch.float32)
+    assert_same_weights(loaded, StableDiffusionPipeline.from_pretrained(base))
+
+    settings = json.loads((snapshot / "text_encoder/config.json").read_text())
+    settings["num_hidden_layers"] = 10**9
+    (snapshot / "text_encoder/config.json").write_text(json.dumps(settings))
+    problem = problem_of("owner/name", cache_dir=tmp_path)
+    assert "its num_hidden_layers is 1000000000; it must be from 0 to 1000" in problem
+
+
+def test_a_vae_of_too_many_layers(base: Path, tmp_path: Path) -> None:
+    vae().save_pretrained(tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"layers_per_block": 10**9}))
+    problem = problem_of(base, pretrained_vae_model_name_or_path=tmp_path)
+    assert "its layers_per_block is 1000000000; it must be from 0 to 1000" in problem
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"vocab": 500}, "the tokenizer of its text_encoder has a token 500, and text_encoder "),
+        ({"model_max_length": 17}, "gives up to 17 tokens, and text_encoder reads from 2 to 16"),
+        ({"model_max_length": 0}, "gives up to 0 tokens, and text_encoder reads from 2 to 16"),
+        ({"model_max_length": None}, "and text_encoder reads from 2 to 16"),
+    ],
+)
+def test_a_tokenizer_of_another_text_encoder(
+    change: dict[str, int | None], text: str, base: Path, tmp_path: Path
+) -> None:
+    """Its tokens would only fail when the first prompt is encoded, or fill the memory."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    key, value = next(iter(change.items()))
+    name = "tokenizer.json" if key == "vocab" else "tokenizer_config.json"
+    content = json.loads((folder / "tokenizer" / name).read_text())
+    if key == "vocab":
+        content["model"]["vocab"]["a"] = value
+    else:
+        content[key] = value
+    (folder / "tokenizer" / name).write_text(json.dumps(content))
+    assert text in problem_of(folder)
+    chosen = config(pretrained_model_name_or_path=folder)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        empty_base(chosen, FAMILY, torch.float32)

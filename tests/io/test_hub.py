@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundEr
 
 from gralora_diffusion.adapters.adapter_file import read_adapter
 from gralora_diffusion.io.errors import AdapterFileError
-from gralora_diffusion.io.hub import offline_problem
+from gralora_diffusion.io.hub import check_cache, fetch, offline_problem
 
 SET = (
     "and the Hub is not contacted because HF_HUB_OFFLINE is set. With network access, download it "
@@ -95,3 +96,54 @@ def test_other_errors_are_left_alone(tmp_path: Path) -> None:
     error = ValueError("y")
     error.__context__, error.__suppress_context__ = LocalEntryNotFoundError("x"), True
     assert offline_problem(error, "owner/name") is None
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cached(cache: Path) -> Path:
+    """A repository with one file in a cache as the Hub's client arranges it; return its folder."""
+    folder = cache / "models--owner--name"
+    for part in ("blobs", "refs", f"snapshots/{COMMIT}"):
+        (folder / part).mkdir(parents=True)
+    (folder / "refs/main").write_text(COMMIT)
+    (folder / "blobs/abc").write_text("{}")
+    (folder / f"snapshots/{COMMIT}/config.json").symlink_to("../../blobs/abc")
+    return folder
+
+
+def test_a_cache_is_read(tmp_path: Path) -> None:
+    folder = cached(tmp_path)
+    (folder / f"snapshots/{COMMIT}/gone.json").symlink_to("../../blobs/gone")
+    snapshot = fetch("owner/name", ["config.json"], cache_dir=tmp_path)
+    assert snapshot == folder / "snapshots" / COMMIT
+    check_cache("owner/name", tmp_path)
+    check_cache("owner/other", tmp_path)
+    check_cache("no id\0at/all", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("place", "kind", "text"),
+    [
+        ("refs/main", "pipe", "it is a named pipe"),
+        ("refs/main", "device", "it is a device"),
+        ("refs/main", b"\xff\xfe", "it does not contain the name of a commit"),
+        ("refs/main", b"../../elsewhere", "it does not contain the name of a commit"),
+        ("refs/main", b"a" * 1001, "it has 1,001 bytes"),
+        ("blobs/abc", "pipe", "it is a named pipe"),
+        ("blobs/abc", "device", "it is a device"),
+    ],
+)
+def test_a_cache_that_would_block_or_mislead(
+    place: str, kind: str | bytes, text: str, tmp_path: Path
+) -> None:
+    path = cached(tmp_path) / place
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    else:
+        path.write_bytes(bytes(kind))
+    with pytest.raises(OSError, match=rf"in the Hub's cache: {text}"):
+        fetch("owner/name", ["config.json"], cache_dir=tmp_path)
