@@ -136,12 +136,15 @@ def damage(folder: Path, chance: Random) -> str:
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     done = []
     for _ in range(chance.choice((1, 1, 1, 2))):
-        path = chance.choice(files)
-        done.append(f"{path.relative_to(folder)}: {_damage_file(path, files, chance)}")
+        path = named = chance.choice(files)
+        if path.is_symlink() and "blobs" in os.readlink(path) and chance.random() < 0.9:
+            path = path.parent / os.readlink(path)  # in the Hub's cache
+        what = _damage_file(path, named.suffix, files, chance)
+        done.append(f"{named.relative_to(folder)}: {what}")
     return "; ".join(done)
 
 
-def _damage_file(path: Path, files: list[Path], chance: Random) -> str:
+def _damage_file(path: Path, suffix: str, files: list[Path], chance: Random) -> str:
     kind = chance.random()
     if kind < 0.03 or not path.is_file() or path.is_symlink():
         return _put_special(path, chance.choice(_SPECIAL))
@@ -153,7 +156,7 @@ def _damage_file(path: Path, files: list[Path], chance: Random) -> str:
         other = chance.choice(files)
         path.write_bytes(other.read_bytes() if other.is_file() else b"")
         return f"replaced by {other.name}"
-    change = _CHANGES.get(path.suffix, change_bytes)
+    change = _CHANGES.get(suffix, change_bytes)
     if kind < 0.20:
         change = change_bytes
     try:
@@ -524,6 +527,7 @@ _CHANGES: dict[str, Callable[[bytes, Random], bytes]] = {
     ".yaml": change_yaml,
     ".csv": change_table,
     ".txt": change_text,
+    ".jinja": change_text,
     ".parquet": change_parquet,
     ".bin": change_saved,
     ".png": change_png,

@@ -8,15 +8,14 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import shutil
-import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+import socket
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import gguf
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -24,36 +23,14 @@ import torch
 import yaml
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from filelock import FileLock
 from PIL import Image, ImageCms, PngImagePlugin, features
-from safetensors.torch import load_file
 
-from gralora_diffusion import GraloraConfig, get_family, inject
-from gralora_diffusion.adapters.adapter_file import (
-    Adapter,
-    ComponentAdapter,
-    config_to_dict,
-    read_adapter,
-    save_adapter,
-    save_peft_folders,
-)
-from gralora_diffusion.base_models.folder import (
-    WEIGHT_NAMES,
-    read_pipeline_index,
-    weight_files,
-)
-from gralora_diffusion.base_models.gguf_file import read_tensors
-from gralora_diffusion.base_models.loading import find_base_family, load_base
-from gralora_diffusion.base_models.meta_base import empty_base
-from gralora_diffusion.base_models.pipeline_index import PipelineIndex
 from gralora_diffusion.base_models.quantization import check_quantization
-from gralora_diffusion.base_models.single_file_header import OriginalFile, OriginalFileError
 from gralora_diffusion.benchmark import ledger, run_config
 from gralora_diffusion.benchmark.dreambooth import PROMPTS_NAME, read_subjects
 from gralora_diffusion.benchmark.evaluation.results import TRIALS_FOLDER, read_results, write_result
 from gralora_diffusion.benchmark.report import blind_choices, write_report
-from gralora_diffusion.export.bases import BaseError, open_base
-from gralora_diffusion.export.lora import export_lora
-from gralora_diffusion.export.names import StyleError
 from gralora_diffusion.inspection import inspect_file
 from gralora_diffusion.inspection.text import as_text
 from gralora_diffusion.io.colour_profiles import rgb_profile
@@ -67,14 +44,10 @@ from gralora_diffusion.io.image_files import (
 )
 from gralora_diffusion.io.image_parameters import OWN
 from gralora_diffusion.io.safe_text import json_for_terminal
-from gralora_diffusion.io.tensor_files import write_safetensors
-from gralora_diffusion.lora_import import gralora_from_lora
-from gralora_diffusion.lora_import.base import LoraBase
-from gralora_diffusion.pipelines import sample_command
-from gralora_diffusion.pipelines.loading import load_gralora_weights, unload_gralora_weights
 from gralora_diffusion.studio.engine import comparing
 from gralora_diffusion.studio.engine.jobs import Jobs
 from gralora_diffusion.studio.engine.runs import differing_options, find_runs
+from gralora_diffusion.training import control_command
 from gralora_diffusion.training.checkpoints.resume import (
     PROGRESS_NAME,
     describe_base,
@@ -85,7 +58,7 @@ from gralora_diffusion.training.checkpoints.store import CheckpointStore
 from gralora_diffusion.training.checks.base import resolve_defaults
 from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.data_file import sound_sections, with_data_file
-from gralora_diffusion.training.config.training_config import TrainingConfig, parse_config
+from gralora_diffusion.training.config.training_config import parse_config
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data import checked_files
 from gralora_diffusion.training.data.checked_files import CheckedFiles
@@ -103,306 +76,46 @@ from gralora_diffusion.training.outputs.published import PROMPTS_NAME as VALIDAT
 from gralora_diffusion.training.outputs.published import VALIDATION_NAME
 from gralora_diffusion.training.outputs.validation import image_name
 from gralora_diffusion.training.outputs.validation_history import write_history
-from gralora_diffusion.training.runtime.control import RunControl, read_status
-from gralora_diffusion.training.runtime.folder_lock import OWNER_NAME, owner_name
-from tests import models, originals
+from gralora_diffusion.training.runtime.control import REQUESTS, RunControl, read_status
+from gralora_diffusion.training.runtime.folder_lock import LOCK_NAME, OWNER_NAME, owner_name
+from tests import models
 from tests.benchmark import trials
-from tests.comfyui_node import conversion
 from tests.io.image_bytes import D65, PRIMARIES
 from tests.training.runs import make_images
 
-SD = "stable-diffusion"
-FAMILY = get_family(SD)
+from .adapters import ADAPTERS, make_adapters, make_attached, make_loras, pairs
+from .bases import BASES, make_model, make_single
+from .reader import FAMILY, Reader, file_or, sample_folder, save_tensors, training_config
 
-
-@dataclass(frozen=True)
-class Reader:
-    """A reader of files.
-
-    Attributes:
-        make: writes samples, each into a folder of its own.
-        read: reads the sample in a folder.
-        errors: those that its documentation names.
-        writes: whether it may write into the folder that it reads.
-        slow: whether it loads models, or writes much.
-    """
-
-    make: Callable[[Path], None]
-    read: Callable[[Path], object]
-    errors: tuple[type[BaseException], ...] = ()
-    writes: bool = False
-    slow: bool = False
-
-
-def _part(folder: Path, name: str) -> Path:
-    (part := folder / name).mkdir(parents=True)
-    return part
-
-
-@cache
-def _base() -> str:
-    """An undamaged pipeline, for all cases of a process."""
-    folder = tempfile.mkdtemp()
-    models.stable_diffusion().save_pretrained(folder)
-    return folder
-
-
-def _no_weights(folder: Path) -> None:
-    models.stable_diffusion().save_pretrained(folder)
-    for file in folder.rglob("*.safetensors"):
-        file.unlink()
-
-
-# -- adapters and LoRAs ----------------------------------------------------------------------------
-
-
-def _adapter() -> Adapter:
-    unet = GraloraConfig(
-        r=4,
-        gralora_k=2,
-        alpha=8,
-        target_modules=["to_q"],
-        rank_pattern={"a": 8},
-        layers_to_transform=[1],
-        layers_pattern=["blocks"],
-        modules_to_save=["norm"],
-    )
-    text = GraloraConfig(r=4, gralora_k=2, hybrid_r=2, alpha=8, target_modules="x|y")
-    parts = {
-        name: ComponentAdapter(config, {f"to_q.gralora_{f}": torch.ones(2, 4, 4) for f in "AB"})
-        for name, config in (("unet", unet), ("text_encoder", text))
-    }
-    return Adapter(parts, SD, {"modelspec.trigger_phrase": "sks dog"})
-
-
-def _make_adapters(folder: Path) -> None:
-    save_adapter(_adapter(), _part(folder, "native") / "file.safetensors")
-    save_peft_folders(_adapter(), _part(folder, "peft"))
-
-
-def _read_adapter(folder: Path) -> None:
-    file = folder / "file.safetensors"
-    adapter = read_adapter(folder if (folder / "unet").exists() else file)
-    json.dumps([config_to_dict(part.config) for part in adapter.components.values()])
-    assert all(tensor.is_contiguous() for tensor in adapter.tensors.values())
-
-
-@cache
-def _pipe() -> Any:
-    return models.stable_diffusion()
-
-
-def _make_attached(folder: Path) -> None:
-    pipe = models.stable_diffusion()
-    inject(
-        pipe.unet, models.config("down.*(proj_in|to_q)", hybrid_r=2, rank_pattern={"to_q": 4}), "a"
-    )
-    pipe.save_gralora_weights(_part(folder, "native"))
-    pipe.save_gralora_weights(_part(folder, "peft"), peft_format=True)
-
-
-def _make_exported(folder: Path) -> None:
-    """The same, each in a folder of its own, beside which the output is written."""
-    _make_attached(_part(folder, "..made"))
-    for made in ("native", "peft"):
-        (folder / "..made" / made).rename(_part(folder, made) / "adapter")
-    (folder / "..made").rmdir()
-
-
-def _attach(folder: Path) -> None:
-    try:
-        load_gralora_weights(_pipe(), folder)
-    except AdapterFileError:
-        assert not any("gralora" in name for name, _ in _pipe().unet.named_modules())
-        raise
-    unload_gralora_weights(_pipe())
-
-
-def _make_for_node(folder: Path) -> None:
-    """Adapters of linear layers and convolutions, hybrid in part."""
-    for name, kernel in (("linear", ()), ("conv", (3, 3))):
-        config = {"r": 4, "gralora_k": 2, "alpha": 4, "hybrid_r": 0, "peft_type": "GRALORA"}
-        config |= {"rank_pattern": {"to_q": 4}, "alpha_pattern": {"(to_[qk])+": 2, r"x\.\d+": 8}}
-        tensors = {
-            "unet.x.to_q.gralora_A": torch.ones(2, 3, 4, *kernel),
-            "unet.x.to_q.gralora_B": torch.ones(2, 4, 5),
-        }
-        if kernel:
-            config["hybrid_r"] = 2
-            tensors["unet.x.to_q.gralora_A_general.weight"] = torch.ones(2, 6, *kernel)
-            tensors["unet.x.to_q.gralora_B_general.weight"] = torch.ones(10, 2, 1, 1)
-        described = {"components": {"unet": config}, "family": SD, "format_version": 1}
-        _save(tensors, _part(folder, name), **{conversion.METADATA_KEY: json.dumps(described)})
-
-
-def _read_for_node(folder: Path) -> None:
-    file = conversion.read_gralora(str(folder / "file.safetensors"))
-    conversion.check_family(file, ["SD15", "BASE"])
-    shape = (10, *file.layers[0].down.shape[1:])
-    targets = {"lora_unet_x_to_q": "x.to_q.weight"}
-    lora = conversion.lora_for(file.layers, targets, {"x.to_q.weight": shape})
-    assert all(tensor.isfinite().all() for tensor in lora.values())
-
-
-def _pairs(name: str, **parts: tuple[int, ...]) -> dict[str, torch.Tensor]:
-    return {f"{name}.{part}": torch.randn(shape) for part, shape in parts.items()}
-
-
-def _make_loras(folder: Path) -> None:
-    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_"
-    shapes = {"down": (4, 32), "up": (32, 4)}
-    kohya, peft, comfy = {}, {}, {}
-    for letter in "qkv":
-        for part, shape in shapes.items():
-            side = "A" if part == "down" else "B"
-            values = torch.randn(shape)
-            flat = f"lora_unet_{path}{letter}".replace(".", "_")
-            kohya[f"{flat}.lora_{part}.weight"] = values
-            peft[f"base_model.model.{path}{letter}.lora_{side}.weight"] = values
-            comfy[f"unet.{path}{letter}.lora_{side}.weight"] = values
-        kohya[f"{flat}.alpha"] = torch.tensor(2.0)
-    config = {
-        "peft_type": "LORA",
-        "r": 4,
-        "lora_alpha": 8,
-        "rank_pattern": {"to_q": 4},
-        "alpha_pattern": {"to_q": 2},
-        "use_rslora": True,
-        "target_modules": ["to_q"],
-        "bias": "none",
-    }
-    described = {f"unet.{key}": value for key, value in config.items() if key != "peft_type"}
-    tags = json.dumps({"1_dog": {"sks dog": 3, "grass": 1}})
-    said = {"ss_network_alpha": "2", "ss_tag_frequency": tags, "ss_base_model_version": "sd_v1"}
-    _save(kohya, _part(folder, "kohya"), **said)
-    _save(comfy, _part(folder, "diffusers"), lora_adapter_metadata=json.dumps(described))
-    peft_folder = _part(folder, "peft")
-    _save(peft, peft_folder).rename(peft_folder / "adapter_model.safetensors")
-    (peft_folder / "adapter_config.json").write_text(json.dumps(config))
-
-
-def _save(tensors: dict[str, torch.Tensor], folder: Path, **metadata: str) -> Path:
-    path = folder / "file.safetensors"
-    write_safetensors({key: tensor.contiguous() for key, tensor in tensors.items()}, path, metadata)
-    return path
-
-
-def _file_or(folder: Path) -> Path:
-    """The file in a folder, there or not, unless the sample is the whole folder."""
-    others = [path for path in folder.iterdir() if path.name != "file.safetensors"]
-    return folder if others else folder / "file.safetensors"
+# -- all kinds ------------------------------------------------------------------------------------
 
 
 def _make_inspected(folder: Path) -> None:
-    _make_adapters(folder)
-    _make_attached(_part(folder, "..attached"))
+    make_adapters(folder)
+    make_attached(sample_folder(folder, "..attached"))
     for made in ("native", "peft"):
         (folder / "..attached" / made).rename(folder / f"attached-{made}")
     (folder / "..attached").rmdir()
-    _make_loras(_part(folder, "..loras"))
+    make_loras(sample_folder(folder, "..loras"))
     for made in ("kohya", "diffusers", "peft"):
         (folder / "..loras" / made).rename(folder / f"lora-{made}")
     (folder / "..loras").rmdir()
     flat = "lora_unet_down_blocks_0_attentions_0_proj_in"
     loha = {f"hada_w{i}_{s}": (8, 4) if s == "a" else (4, 8) for i in (1, 2) for s in "ab"}
-    _save(_pairs(flat, **loha, alpha=()), _part(folder, "loha"))
-    _save(_pairs(flat, lokr_w1=(4, 4), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8)), _part(folder, "lokr"))
-    _save(_pairs(f"{flat}.x", diff=(8, 8), diff_b=(8,)), _part(folder, "differences"))
-    _make_single(folder)
-    _make_model(folder)
+    save_tensors(pairs(flat, **loha, alpha=()), sample_folder(folder, "loha"))
+    save_tensors(
+        pairs(flat, lokr_w1=(4, 4), lokr_w2_a=(8, 2), lokr_w2_b=(2, 8)),
+        sample_folder(folder, "lokr"),
+    )
+    save_tensors(pairs(f"{flat}.x", diff=(8, 8), diff_b=(8,)), sample_folder(folder, "differences"))
+    make_single(folder)
+    make_model(folder)
 
 
 def _inspect(folder: Path) -> None:
-    facts = inspect_file(_file_or(folder), check=True)
+    facts = inspect_file(file_or(folder), check=True)
     as_text(facts)
     json_for_terminal(facts.to_dict(), indent=2)
-
-
-# -- bases -----------------------------------------------------------------------------------------
-
-
-def _make_single(folder: Path) -> None:
-    _save(originals.ORIGINALS[SD](models.stable_diffusion()), _part(folder, "single"))
-
-
-def _make_gguf(folder: Path) -> None:
-    writer = gguf.GGUFWriter(_part(folder, "file") / "file.gguf", arch="flux")
-    writer.add_array("names", ["a", "b"])
-    writer.add_array("sizes", [1, 2, 3])
-    writer.add_tensor("plain", np.ones((2, 3), dtype=np.float32))
-    stored = gguf.GGMLQuantizationType.Q8_0
-    packed = gguf.quants.quantize(np.ones((2, 32), dtype=np.float32), stored)
-    writer.add_tensor("packed", packed, raw_dtype=stored)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-
-
-def _config(**options: Any) -> TrainingConfig:
-    values = {"instance_data_dir": "x", "instance_prompt": "a dog", "output_dir": "x"}
-    return TrainingConfig(**{**values, **options})
-
-
-def _load_single(folder: Path) -> None:
-    file = str(folder / "file.safetensors")
-    config = _config(pretrained_model_name_or_path=file, base_config=_base())
-    load_base(config, find_base_family(config), torch.float32)
-
-
-def _make_model(folder: Path) -> None:
-    """A pipeline whose denoiser is in two files."""
-    part = _part(folder, "pipeline")
-    models.stable_diffusion().save_pretrained(part)
-    models.stable_diffusion().unet.save_pretrained(part / "unet", max_shard_size="200KB")
-    (part / "unet" / WEIGHT_NAMES[0][0]).unlink(missing_ok=True)
-
-
-def _make_pipeline(folder: Path) -> None:
-    _no_weights(_part(folder, "pipeline"))
-
-
-def _open_folder(folder: Path) -> None:
-    base = open_base(folder)
-    for component, files in base.files.items():
-        assert weight_files(folder / component) == files
-    assert base.canonical_shapes("unet")
-    assert base.denoiser_dtype
-
-
-def _read_index(folder: Path) -> None:
-    assert isinstance(read_pipeline_index(folder), dict)
-
-
-def _find_family(folder: Path) -> None:
-    index = PipelineIndex("pretrained_model_name_or_path", str(folder), None)
-    for component in ("unet", "vae", "text_encoder"):
-        index.has_weights(component)
-        assert component not in index or len(index.components[component]) == 2
-    find_base_family(_config(pretrained_model_name_or_path=str(folder)))
-
-
-def _plan(folder: Path) -> None:
-    config = _config(pretrained_model_name_or_path=str(folder))
-    pipe = empty_base(config, FAMILY, torch.float32)
-    resolve_defaults(config, FAMILY, pipe, "no")
-
-
-def _check_lora(folder: Path) -> None:
-    pair = torch.ones(2, 32), torch.ones(32, 2)
-    path = "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
-    LoraBase(str(folder)).check({"unet": {path: pair}}, "lora")
-
-
-def _load(folder: Path) -> None:
-    config = _config(pretrained_model_name_or_path=str(folder))
-    load_base(config, FAMILY, torch.float32)
-
-
-def _sample(folder: Path) -> None:
-    parser = sample_command.parser()
-    line = ["--base", str(folder), "--prompt", "x", "--output", "x.png"]
-    sample_command.open_pipeline(parser.parse_args(line), parser)
 
 
 # -- training --------------------------------------------------------------------------------------
@@ -442,7 +155,9 @@ def _parse(folder: Path) -> None:
 def _run(ema: bool) -> RunState:
     options = {"use_ema": ema, "lr_scheduler": "cosine", "optimizer": "adamw"}
     layers = {"lora_layers": "attn1.to_q", "rank": 4, "gralora_k": 2}
-    config = _config(pretrained_model_name_or_path="a/b", max_train_steps=4, **options, **layers)
+    config = training_config(
+        pretrained_model_name_or_path="a/b", max_train_steps=4, **options, **layers
+    )
     pipe, accelerator = models.stable_diffusion(), Accelerator(cpu=True)
     config = resolve_defaults(config, FAMILY, pipe, "no")
     components = add_adapters(pipe, FAMILY, config)
@@ -462,7 +177,7 @@ def _make_checkpoints(folder: Path) -> None:
     """Those of this version, and of earlier ones, which have no hashes of the files."""
     for ema in (False, True):
         name = "average" if ema else "plain"
-        store = CheckpointStore(_part(folder, name))
+        store = CheckpointStore(sample_folder(folder, name))
         state = _run(ema)
         state.step = 2
         shutil.copytree(store.write(2, state.save).parent, folder / f"{name}-earlier")
@@ -474,7 +189,7 @@ def _make_checkpoints(folder: Path) -> None:
 
 def _resume(folder: Path) -> None:
     state = _run((folder / "checkpoint-2" / "ema.safetensors").exists())
-    config = _config(resume_from_checkpoint="latest", output_dir=str(folder))
+    config = training_config(resume_from_checkpoint="latest", output_dir=str(folder))
     found = find_checkpoint(config, CheckpointStore(folder))
     if found is None:
         return
@@ -493,7 +208,7 @@ def _make_records(folder: Path) -> None:
     ]
     rows[2]["held_out"] = {"loss": 0.3, "difference": -0.1, "low": -0.2, "high": 0.0}
     text = "".join(json.dumps(row) + "\n" for row in rows)
-    (_part(folder, "metrics") / "metrics.jsonl").write_text(text)
+    (sample_folder(folder, "metrics") / "metrics.jsonl").write_text(text)
 
 
 def _go_on(folder: Path) -> None:
@@ -528,7 +243,7 @@ def _make_dataset(folder: Path) -> None:
     import datasets
 
     rows = [{"file_name": f"{i}.png", "text": f"a dog {i}"} for i in range(3)]
-    pictures = make_images(_part(folder, "pictures") / "data", side=4)
+    pictures = make_images(sample_folder(folder, "pictures") / "data", side=4)
     (pictures / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = datasets.Dataset.from_dict(
         {
@@ -538,8 +253,8 @@ def _make_dataset(folder: Path) -> None:
             "text": [row["text"] for row in rows],
         }
     )
-    made.to_parquet(_part(folder, "parquet") / "train.parquet")
-    made.save_to_disk(_part(folder, "disk") / "data")
+    made.to_parquet(sample_folder(folder, "parquet") / "train.parquet")
+    made.save_to_disk(sample_folder(folder, "disk") / "data")
 
 
 def _find_rows(folder: Path) -> None:
@@ -555,7 +270,7 @@ def _make_columns(folder: Path) -> None:
     """A dataset with masks, and with one control image and several in each row."""
     import datasets
 
-    images = make_images(_part(folder, "..images"), 2, side=4)
+    images = make_images(sample_folder(folder, "..images"), 2, side=4)
     stored = [{"bytes": (images / name).read_bytes(), "path": None} for name in _TWO]
     masks = []
     for name in _TWO:
@@ -566,7 +281,7 @@ def _make_columns(folder: Path) -> None:
     kinds = {name: datasets.Image() for name in columns}
     kinds["more"] = datasets.Sequence(datasets.Image())
     made = datasets.Dataset.from_dict(columns, features=datasets.Features(kinds))
-    made.to_parquet(_part(folder, "parquet") / "train.parquet")
+    made.to_parquet(sample_folder(folder, "parquet") / "train.parquet")
 
 
 def _find_columns(folder: Path) -> None:
@@ -584,7 +299,7 @@ def _find_columns(folder: Path) -> None:
 
 
 def _make_cache(folder: Path) -> None:
-    store = TensorStore(_part(folder, "latents"))
+    store = TensorStore(sample_folder(folder, "latents"))
     store["key"] = {"mean": torch.ones(4, 2, 2), "std": torch.ones(4, 2, 2)}
 
 
@@ -597,7 +312,7 @@ def _read_cache(folder: Path) -> None:
 
 def _make_checked(folder: Path) -> None:
     """What was found of an image and of a mask."""
-    with CheckedFiles(CHECKED, _part(folder, "found")) as checked:
+    with CheckedFiles(CHECKED, sample_folder(folder, "found")) as checked:
         path = checked._file
     facts = ["0" * 64, [4, 3], None, 0, ["its profile is damaged"], False]
     rows = [
@@ -620,7 +335,7 @@ CHECKED = Path("/images")
 def _make_edits(folder: Path) -> None:
     """Control images in a folder, and in columns of metadata files."""
     for name in ("folder", "jsonl", "csv"):
-        images = make_images(_part(folder, name) / "images", 2, side=4)
+        images = make_images(sample_folder(folder, name) / "images", 2, side=4)
         for control in ("first", "second"):
             make_images(images / f".{control}" if name != "folder" else folder / name / control, 2)
     rows = [
@@ -651,7 +366,7 @@ def _find_edits(folder: Path) -> None:
 def _make_masked(folder: Path) -> None:
     """Masks in a folder, beside the images, in a column, and as opacity."""
     for name in ("folder", "beside", "column", "opacity"):
-        images = make_images(_part(folder, name) / "images", 2, side=12)
+        images = make_images(sample_folder(folder, name) / "images", 2, side=12)
         masks = [Image.open(images / n).convert("L") for n in _TWO]
         for n, mask in zip(_TWO, masks, strict=True):
             if name == "opacity":
@@ -702,7 +417,7 @@ def _make_data_file(folder: Path) -> None:
 
 
 def _read_data_file(folder: Path) -> None:
-    config = _config(
+    config = training_config(
         pretrained_model_name_or_path="a/b",
         instance_data_dir=None,
         instance_prompt=None,
@@ -721,11 +436,13 @@ def _make_quantization(folder: Path) -> None:
         "bnb_4bit_quant_type": "nf4",
         "bnb_4bit_compute_dtype": "float32",
     }
-    (_part(folder, "config") / "file.json").write_text(json.dumps(values))
+    (sample_folder(folder, "config") / "file.json").write_text(json.dumps(values))
 
 
 def _check_quantization(folder: Path) -> None:
-    list(check_quantization(_config(bnb_quantization_config_path=str(folder / "file.json"))))
+    list(
+        check_quantization(training_config(bnb_quantization_config_path=str(folder / "file.json")))
+    )
 
 
 # -- images ----------------------------------------------------------------------------------------
@@ -755,7 +472,7 @@ def _make_images(folder: Path) -> None:
             image = _picture("L") if mode == "I;16" else _picture(mode)
             image = image.convert("I;16") if mode == "I;16" else image
             sizes = {"sizes": [image.size]} if ending == "ico" else {}
-            path = _part(folder, f"{ending}-{mode.replace(';', '')}") / f"file.{ending}"
+            path = sample_folder(folder, f"{ending}-{mode.replace(';', '')}") / f"file.{ending}"
             try:
                 image.save(path, **sizes)
             except (KeyError, OSError):  # Pillow reads it and does not write it
@@ -771,7 +488,7 @@ def _make_profiles(folder: Path) -> None:
     }
     for ending in ("png", "jpeg", "tiff"):
         for name, profile in profiles.items():
-            path = _part(folder, f"{ending}-{name}") / f"file.{ending}"
+            path = sample_folder(folder, f"{ending}-{name}") / f"file.{ending}"
             _picture("RGB").save(path, icc_profile=profile)
 
 
@@ -790,7 +507,7 @@ def _make_masks(folder: Path) -> None:
     rgba.putalpha(gray)
     for mode, mask in (masks | {"RGBA": rgba}).items():
         for ending in ("png", "tiff") if mode != "P" else ("png", "gif"):
-            mask.save(_part(folder, f"{ending}-{mode}") / f"file.{ending}")
+            mask.save(sample_folder(folder, f"{ending}-{mode}") / f"file.{ending}")
 
 
 def _show_masks(folder: Path) -> None:
@@ -805,7 +522,7 @@ def _show_masks(folder: Path) -> None:
 
 def _make_statuses(folder: Path) -> None:
     for name, state in (("running", "training"), ("done", "finished")):
-        part = _part(folder, name)
+        part = sample_folder(folder, name)
         control = RunControl(part)
         control.begin(2, 10)
         control.progress(3, 0.5)
@@ -819,6 +536,37 @@ def _make_statuses(folder: Path) -> None:
 def _read_run(folder: Path) -> None:
     json.dumps(read_status(folder).to_dict())
     assert owner_name(folder).isprintable()
+
+
+def _make_controlled(folder: Path) -> None:
+    """Folders of runs that are alive, and asked for something."""
+    _make_statuses(folder)
+    for name in ("running", "done"):
+        owner = {"pid": os.getpid(), "host": socket.gethostname(), "since": 1.8e9}
+        (folder / name / OWNER_NAME).write_text(json.dumps(owner))
+        (folder / name / LOCK_NAME).touch()
+        for what in REQUESTS:
+            (folder / name / f".gralora.request-{what}").touch()
+
+
+def _control(folder: Path) -> None:
+    """Both sides: a command asks, and the run hears and answers."""
+    with suppress(OSError), FileLock(folder / LOCK_NAME, timeout=0):
+        control_command.main([str(folder), "stop", "--wait", "0"])
+        run = RunControl(folder)
+        run.begin(3, 10)
+        run.is_asked_to_stop()
+        heard = run.take() if run.is_asked() else frozenset()
+        assert heard <= REQUESTS.keys()
+        run.progress(4, 0.5)
+        for what in heard:
+            run.answer(what, "done")
+        assert not RunControl(folder).is_asked()
+        # without the owner's file, the status may be of an earlier run
+        assert read_status(folder).answers.keys() in (heard, frozenset())
+        run.discard_requests()
+    control_command.main([str(folder), "status"])
+    control_command.main([str(folder), "status", "--json"])
 
 
 CARD = """\
@@ -837,13 +585,13 @@ widget:
 
 def _make_cards(folder: Path) -> None:
     # texts are damaged as texts, by their ending
-    (_part(folder, "card") / "file.txt").write_text(CARD)
+    (sample_folder(folder, "card") / "file.txt").write_text(CARD)
 
 
 def _read_card(folder: Path) -> None:
     if (folder / "file.txt").is_file():
         (folder / "file.txt").rename(folder / "README.md")
-    found = base_license(_config(pretrained_model_name_or_path=str(folder)))
+    found = base_license(training_config(pretrained_model_name_or_path=str(folder)))
     assert not set(found) - {"license", "license_name", "license_link"}
     assert all(text.isprintable() for text in found.values())
 
@@ -851,7 +599,7 @@ def _read_card(folder: Path) -> None:
 def _make_histories(folder: Path) -> None:
     for name, steps in (("two", (5, 10)), ("many", range(1, 12))):
         for step in steps:
-            part = _part(folder, f"{name}/{VALIDATION_NAME}/step-{step:06d}")
+            part = sample_folder(folder, f"{name}/{VALIDATION_NAME}/step-{step:06d}")
             (part / VALIDATION_PROMPTS).write_text("a dog\na cat\n")
             for row in range(2):
                 _picture("RGB").save(part / image_name(row, 0))
@@ -861,19 +609,13 @@ def _read_history(folder: Path) -> None:
     write_history(folder)
 
 
-def _export(folder: Path) -> None:
-    output = folder / "lora.safetensors"
-    export_lora(folder / "adapter", output, family=SD)
-    assert all(tensor.isfinite().all() for tensor in load_file(output).values())
-
-
 def _make_jobs(folder: Path) -> None:
     for name, files in (
         ("waiting", {}),
         ("running", {"started.json": {"pid": 1, "since": 5.5}, "stopped.json": {}}),
         ("done", {"started.json": {"pid": 1, "since": 5.5}, "ended.json": {"code": 0}}),
     ):
-        part = _part(folder, f"{name}/20260101-000000-train")
+        part = sample_folder(folder, f"{name}/20260101-000000-train")
         facts = {"kind": "train", "title": "a dog", "output": "runs/a", "queued": True}
         facts |= {"command": ["-m", "gralora_diffusion", "train", "--config", "a.yaml"]}
         for file, content in {"job.json": facts, **files}.items():
@@ -889,7 +631,7 @@ def _read_jobs(folder: Path) -> None:
 
 
 def _make_comparisons(folder: Path) -> None:
-    part = _part(folder, "made")
+    part = sample_folder(folder, "made")
     made = comparing.Comparison(
         base="base", prompts=["a dog"], adapters=["one", "two"], blends=[0.5], size=64
     )
@@ -908,11 +650,11 @@ def _read_comparison(folder: Path) -> None:
 
 
 def _make_studio_runs(folder: Path) -> None:
-    config = _config(
+    config = training_config(
         pretrained_model_name_or_path="a/b", instance_prompt="a dog", max_train_steps=4
     )
     for name in ("one", "two"):
-        run = _part(folder, f"{name}/run")
+        run = sample_folder(folder, f"{name}/run")
         (run / "training_config.yaml").write_text(config.to_yaml() + "report_to: [a, b]\n")
         rows = [{"step": step, "loss": 0.5 / step, "lr": 1e-4} for step in range(1, 4)]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -928,26 +670,26 @@ def _read_studio_runs(folder: Path) -> None:
 
 
 def _make_validation_prompts(folder: Path) -> None:
-    (_part(folder, "text") / "file.txt").write_text(
+    (sample_folder(folder, "text") / "file.txt").write_text(
         "# sampled while training\na dog --w 64 --h 32 --d 3 --l 2.5 --s 4\na cat --n blurry\n"
     )
     entries = [
         {"prompt": "a dog", "seed": 3, "scale": 0.5},
         {"prompt": "a cat", "width": 64, "height": 32},
     ]
-    (_part(folder, "yaml") / "file.yaml").write_text(yaml.safe_dump(entries))
+    (sample_folder(folder, "yaml") / "file.yaml").write_text(yaml.safe_dump(entries))
 
 
 def _read_validation_prompts(folder: Path) -> None:
     files = [*folder.iterdir(), folder / "file.txt"]
-    validation_prompts(_config(validation_prompts_file=str(files[0])))
+    validation_prompts(training_config(validation_prompts_file=str(files[0])))
 
 
 # -- the benchmark ---------------------------------------------------------------------------------
 
 
 def _make_results(folder: Path) -> None:
-    output = _part(folder, "run")
+    output = sample_folder(folder, "run")
     for key in trials.keys(trials.SUBJECTS[:2], trials.METHODS[:2], (0,)):
         write_result(trials.trial(key, mechanism=True), output / key.path)
 
@@ -967,7 +709,7 @@ def _report(folder: Path) -> None:
 
 
 def _make_answers(folder: Path) -> None:
-    part = _part(folder, "page")
+    part = sample_folder(folder, "page")
     pair = {"comparison": ["gralora-r4-k2", "lora-r4"], "left": "lora-r4", "right": "gralora-r4-k2"}
     pairs = [{"subject": name, "drifts": [0.1, 0.2], **pair} for name in ("dog", "cat")]
     key = {"format": 1, "page": "0123", "pairs": pairs}
@@ -984,7 +726,7 @@ def _count_answers(folder: Path) -> None:
 
 
 def _make_kept(folder: Path) -> None:
-    part = _part(folder, "run")
+    part = sample_folder(folder, "run")
     text = (
         "dreambooth_dir: db\npretrained_model_name_or_path: base\nmethods: [lora-r4, gralora-r4-k2]"
     )
@@ -998,7 +740,7 @@ def _keep(folder: Path) -> None:
 
 
 def _make_prompts(folder: Path) -> None:
-    part = _part(folder, "set")
+    part = sample_folder(folder, "set")
     source = Path(__file__).parents[2] / "samples/subjects" / PROMPTS_NAME
     lines = source.read_text().split("\n")
     (part / PROMPTS_NAME).write_text("\n".join(lines[:4] + lines[15:]))
@@ -1012,32 +754,10 @@ def _subjects(folder: Path) -> None:
         subject.instance_prompt("sks")
 
 
-_FOLDER_ERRORS = (AdapterFileError, BaseError)
 READERS: dict[str, Reader] = {
-    "adapter": Reader(_make_adapters, _read_adapter, (AdapterFileError,)),
-    "attached": Reader(_make_attached, _attach, (AdapterFileError,), slow=True),
-    "comfyui_node": Reader(_make_for_node, _read_for_node, (conversion.GraloraError,)),
-    "lora": Reader(
-        _make_loras, lambda f: gralora_from_lora(_file_or(f), FAMILY, 4, 2), (AdapterFileError,)
-    ),
+    **ADAPTERS,
     "inspect": Reader(_make_inspected, _inspect, (AdapterFileError,)),
-    "original_file": Reader(
-        _make_single,
-        lambda f: OriginalFile(f / "file.safetensors").find_family(),
-        (OriginalFileError,),
-    ),
-    "fused_file": Reader(
-        _make_single, lambda f: open_base(f / "file.safetensors"), (OriginalFileError, BaseError)
-    ),
-    "gguf": Reader(_make_gguf, lambda f: read_tensors(f / "file.gguf"), (OSError, ValueError)),
-    "single_file": Reader(_make_single, _load_single, (ConfigError,), slow=True),
-    "fused_folder": Reader(_make_model, _open_folder, _FOLDER_ERRORS),
-    "pipeline_index": Reader(_make_pipeline, _read_index, (AdapterFileError,)),
-    "base_family": Reader(_make_pipeline, _find_family, (ConfigError,)),
-    "base_plan": Reader(_make_pipeline, _plan, (ConfigError,), slow=True),
-    "base": Reader(_make_model, _load, (ConfigError,), slow=True),
-    "lora_base": Reader(_make_pipeline, _check_lora, (ValueError,)),
-    "sample": Reader(_make_model, _sample, (SystemExit,), slow=True),
+    **BASES,
     "config": Reader(_make_config, _parse, (ConfigError,)),
     "quantization": Reader(_make_quantization, _check_quantization),
     "checkpoint": Reader(_make_checkpoints, _resume, (CheckpointError,)),
@@ -1053,8 +773,8 @@ READERS: dict[str, Reader] = {
     "masks": Reader(_make_masks, _show_masks, (ImageError,)),
     "card": Reader(_make_cards, _read_card, writes=True),
     "history": Reader(_make_histories, _read_history, (OSError,), writes=True, slow=True),
-    "exported": Reader(_make_exported, _export, (AdapterFileError, StyleError), writes=True),
     "status": Reader(_make_statuses, _read_run, (ConfigError,)),
+    "control": Reader(_make_controlled, _control, (SystemExit,), writes=True),
     "jobs": Reader(_make_jobs, _read_jobs),
     "comparison": Reader(_make_comparisons, _read_comparison, (OSError, ValueError)),
     "studio_runs": Reader(_make_studio_runs, _read_studio_runs),

@@ -205,7 +205,7 @@ def _prepared(reader: Any, case: Path) -> Path:
     reader.make(samples)
     for sample in sorted(samples.iterdir()):
         _remove(case)
-        shutil.copytree(sample, case)
+        shutil.copytree(sample, case, symlinks=True)
         os.chdir(case)
         reader.read(case)
         os.chdir(case.parent)
@@ -221,7 +221,7 @@ def damaged_case(name: str, seed: int, number: int, samples: Path, case: Path) -
     _remove(case)
     chance = Random(f"{name} {seed} {number}")
     sample = chance.choice(sorted(samples.iterdir()))
-    shutil.copytree(sample, case)
+    shutil.copytree(sample, case, symlinks=True)
     return f"{sample.name}/{damage(case, chance)}"
 
 
