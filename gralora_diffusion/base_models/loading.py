@@ -30,6 +30,9 @@ from .single_file import SingleFile, left_out_parts
 
 logger = logging.getLogger(__name__)
 
+#: More letters than a chat template has.
+_MOST_TEMPLATE = 100_000
+
 
 def find_base_family(options: BaseModelOptions) -> ModelFamily:
     """Find the family of the base from its index or its keys, before any weight is loaded.
@@ -233,13 +236,18 @@ def check_tokenizers(pipe: Any, family: ModelFamily) -> None:
     Raises:
         ValueError: a tokenizer has more tokens than its text encoder, or does not cut prompts off
             where CLIP's positions end.
+        Exception: whatever its library raises if it cannot tokenize at all.
     """
     for name in family.all_text_encoders:
         encoder = getattr(pipe, name, None)
         tokenizer = getattr(pipe, name.replace("text_encoder", "tokenizer"), None)
         if encoder is None or tokenizer is None:
             continue
+        if len(str(getattr(tokenizer, "chat_template", None))) > _MOST_TEMPLATE:
+            raise ValueError(f"the chat template of its {name} has over {_MOST_TEMPLATE:,} letters")
+        family.count_tokens(tokenizer, [""])  # by its chat template, if it has one
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
+        tokenizer([""], padding="max_length", max_length=2, truncation=True)
         embedded = encoder.get_input_embeddings().num_embeddings
         last = max(tokenizer.get_vocab().values(), default=-1)
         if last >= embedded:

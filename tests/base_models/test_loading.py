@@ -300,3 +300,18 @@ def test_a_tokenizer_of_another_text_encoder(
     chosen = config(pretrained_model_name_or_path=folder)
     with pytest.raises(ConfigError, match=re.escape(text)):
         empty_base(chosen, FAMILY, torch.float32)
+
+
+@pytest.mark.parametrize("template", ["{% if %}", "x" * 100_001])
+def test_a_chat_template_that_is_none(template: str, tmp_path: Path) -> None:
+    PIPELINES["flux2-klein"]().save_pretrained(tmp_path)
+    (tmp_path / "tokenizer/chat_template.jinja").write_text(template)
+    assert "cannot be used: " in problem_of(tmp_path)
+
+
+def test_a_tokenizer_that_cannot_pad(tmp_path: Path) -> None:
+    PIPELINES["flux2-klein"]().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"pad_token": None}))
+    assert "padding token" in problem_of(tmp_path)
