@@ -27,6 +27,8 @@ import pyarrow.parquet
 import torch
 import yaml
 
+from .parquet_headers import change_headers
+
 #: A folder that appears if a pickle of these is run.
 PROGRAM_NAME = "program_was_run"
 
@@ -372,7 +374,9 @@ def change_table(data: bytes, chance: Random) -> bytes:
 
 
 def change_parquet(data: bytes, chance: Random) -> bytes:
-    """Columns of other types and names."""
+    """Columns of other types and names, or headers that lie."""
+    if chance.random() < 0.4:
+        return change_headers(data, chance)
     rows = pyarrow.parquet.read_table(pyarrow.BufferReader(data)).to_pylist()
     changed = [row for row in changed_value(rows, chance) if isinstance(row, dict)]
     table = pyarrow.Table.from_pylist(changed)

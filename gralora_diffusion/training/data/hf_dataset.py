@@ -176,7 +176,7 @@ def _check_files(folder: Path) -> None:
 
     Raises:
         OSError, ValueError: a file is a named pipe or the like, its JSON is nested too deeply, or
-            its Arrow table is damaged.
+            its Arrow table is damaged, or its Parquet file has an impossible number of rows.
     """
     for inside, _, names in os.walk(folder):
         for path in (Path(inside, name) for name in names):
@@ -186,6 +186,8 @@ def _check_files(folder: Path) -> None:
                     _check_json(path)
                 elif path.suffix == ".arrow":
                     _check_table(path)
+                elif path.suffix == ".parquet":
+                    _check_rows(path)
             except FileNotFoundError:  # a link to nothing
                 continue
             except (OSError, ValueError) as error:
@@ -221,6 +223,22 @@ def _check_table(path: Path) -> None:
     with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
         for batch in batches:
             batch.validate(full=True)
+
+
+def _check_rows(path: Path) -> None:
+    """Check the numbers of rows in a Parquet file, for which its reader reserves memory.
+
+    Raises:
+        OSError, ValueError: the file is damaged, or says that it has more rows than values or
+            bytes.
+    """
+    import pyarrow.parquet
+
+    metadata, size = pyarrow.parquet.read_metadata(path), path.stat().st_size
+    for group in map(metadata.row_group, range(metadata.num_row_groups)):
+        values = [group.column(number).num_values for number in range(group.num_columns)]
+        if not 0 <= group.num_rows <= min([size, *values]):
+            raise ValueError(f"its number of rows, {group.num_rows:,}, is impossible")
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:

@@ -25,6 +25,7 @@ from gralora_diffusion.training.data.image_folder import (
     warn_of_small_images,
 )
 from gralora_diffusion.training.data.transforms import CropPlan
+from tests.fuzzing import parquet_headers
 
 
 def image(seed=0, size=(12, 8)):
@@ -429,6 +430,25 @@ def test_damaged_tables_and_pipes_of_a_dataset_on_disk(tmp_path):
     os.mkfifo(table)
     with pytest.raises(DataError, match=rf"{table.name}: it is a named pipe, not a file"):
         find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
+
+
+@pytest.mark.parametrize("rows", [2, 2**40, -1])
+def test_a_table_that_lies_about_its_rows(tmp_path, cache, rows):
+    """Arrow would reserve memory for as many, and fill it."""
+    image = {"bytes": png_bytes(tmp_path, 0), "path": None}
+    name = save_dataset(tmp_path / "set", image=[image], text=["a"])
+    (table,) = Path(name).glob("*.parquet")
+    assert find_dataset_examples(name, "p", cache_dir=cache)
+    data = table.read_bytes()
+    size = int.from_bytes(data[-8:-4], "little")
+    footer, _ = parquet_headers.read_struct(data, len(data) - 8 - size)
+    (group,) = next(field.value for field in footer if field.number == 4)
+    next(field for field in group.value if field.number == 3).value = rows
+    written = parquet_headers.write_struct(footer)
+    front = data[: len(data) - 8 - size]
+    table.write_bytes(front + written + len(written).to_bytes(4, "little") + b"PAR1")
+    with pytest.raises(DataError, match=f"its number of rows, {rows:,}, is impossible"):
+        find_dataset_examples(name, "p", cache_dir=cache)
 
 
 def test_dataset_faults_are_named(tmp_path, cache):
