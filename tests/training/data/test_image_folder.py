@@ -451,6 +451,16 @@ def test_a_table_that_lies_about_its_rows(tmp_path, cache, rows):
         find_dataset_examples(name, "p", cache_dir=cache)
 
 
+def test_more_columns_than_the_library_reads_in_time(tmp_path, cache):
+    image = {"bytes": png_bytes(tmp_path, 0), "path": None}
+    numbers = [{f"n{i}": i for i in range(998)}]  # with the image's two, as many as are allowed
+    name = save_dataset(tmp_path / "most", image=[image], numbers=numbers)
+    assert len(find_dataset_examples(name, "p", cache_dir=cache)) == 1
+    name = save_dataset(tmp_path / "more", image=[image], numbers=numbers, one=[1])
+    with pytest.raises(DataError, match="it has 1,001 columns, more than 1,000"):
+        find_dataset_examples(name, "p", cache_dir=cache)
+
+
 def test_dataset_faults_are_named(tmp_path, cache):
     rows = [{"bytes": png_bytes(tmp_path, 0), "path": None}, {"bytes": b"junk", "path": None}, None]
     name = save_dataset(tmp_path / "set", image=rows, text=["a", "b", "c"], number=[1, 2, 3])
