@@ -16,7 +16,7 @@ from diffusers.pipelines.flux import pipeline_flux_kontext
 from PIL import Image
 
 from gralora_diffusion.training import loop
-from gralora_diffusion.training.runtime.control import read_status, request
+from gralora_diffusion.training.runtime import control
 from tests import pipeline_classes
 from tests.models import PIPELINES
 from tests.rehearsal.device import Gpu
@@ -206,12 +206,13 @@ def stopped(folder: Path, changes: dict[str, Any]) -> Iterator[str]:
 
     def mean_loss(*args: Any) -> Any:
         if next(count) == 2:
-            request(out, "stop")
+            control.request(out, "stop")
         return plain(*args)
 
-    with mock.patch.object(loop, "mean_loss", mean_loss):
+    always = mock.patch.object(control, "_LOOK_SECONDS", 0.0)  # steps take less than it waits
+    with always, mock.patch.object(loop, "mean_loss", mean_loss):
         run(**chosen, output_dir=out)
-    status = read_status(out)
+    status = control.read_status(out)
     if (status.state, status.step) != ("stopped", 2):
         yield f"it {status.state} at step {status.step}, not stopped at step 2"
     run(**chosen, output_dir=out, resume_from_checkpoint="latest")
