@@ -257,7 +257,8 @@ def check_tokenizers(pipe: Any, family: ModelFamily) -> None:
             )
         positions = getattr(encoder.config, "max_position_embeddings", math.inf)
         limit = tokenizer.model_max_length
-        if str(encoder.config.model_type).startswith("clip") and not 2 <= limit <= positions:
+        fits = type(limit) is int and 2 <= limit <= positions
+        if str(encoder.config.model_type).startswith("clip") and not fits:
             raise ValueError(
                 f"the tokenizer of its {name} gives up to {limit} tokens, and {name} reads from 2 "
                 f"to {positions}. Download tokenizer_config.json again"

@@ -280,11 +280,15 @@ def test_a_vae_of_too_many_layers(base: Path, tmp_path: Path) -> None:
         ({"vocab": 500}, "the tokenizer of its text_encoder has a token 500, and text_encoder "),
         ({"model_max_length": 17}, "gives up to 17 tokens, and text_encoder reads from 2 to 16"),
         ({"model_max_length": 0}, "gives up to 0 tokens, and text_encoder reads from 2 to 16"),
+        (
+            {"model_max_length": 12.0},
+            "gives up to 12.0 tokens, and text_encoder reads from 2 to 16",
+        ),
         ({"model_max_length": None}, "and text_encoder reads from 2 to 16"),
     ],
 )
 def test_a_tokenizer_of_another_text_encoder(
-    change: dict[str, int | None], text: str, base: Path, tmp_path: Path
+    change: dict[str, float | None], text: str, base: Path, tmp_path: Path
 ) -> None:
     """Its tokens would only fail when the first prompt is encoded, or fill the memory."""
     folder = shutil.copytree(base, tmp_path / "base")
