@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Callable
 
 import numpy as np
 import tiny_base_models as models
@@ -14,6 +15,7 @@ from diffusers import AutoencoderKL
 from diffusers.training_utils import EMAModel
 from PIL import Image
 from tiny_base_run import Clock, Run, learning_rate
+from torch import nn
 from torch.nn import functional
 
 
@@ -37,30 +39,51 @@ def vae_batch(rng: random.Random, size: int) -> torch.Tensor:
     return to_pixels(images)
 
 
-def train_vae(run: Run, steps: int, batch_size: int, peak: float) -> None:
+class Reconstruction(nn.Module):
+    """An autoencoder that returns its latents, too."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the reconstruction (b, 3, 64, 64) of pixels, and the latents it was made from."""
+        latents = self.vae.encode(pixels).latent_dist.sample()
+        return self.vae.decode(latents).sample, latents
+
+
+def train_vae(
+    run: Run,
+    vae: AutoencoderKL,
+    steps: int,
+    batch_size: int,
+    peak: float,
+    regularize: Callable[[torch.Tensor], torch.Tensor] | None = None,
+) -> None:
     """Train the autoencoder on images drawn on the fly, and write `vae.pt`.
 
     There is no KL term: at the usual weights it only sets the latents' scale, which is normalized
-    afterwards.
+    afterwards, or by `regularize`, a loss of the latents.
     """
     if run.load("vae.pt"):
         return
-    vae = models.build_vae()
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak, betas=(0.9, 0.99), weight_decay=1e-4)
     step, spent = 0, 0.0
     if state := run.load("vae_checkpoint.pt"):
         vae.load_state_dict(state["vae"])
         optimizer.load_state_dict(state["optimizer"])
         step, spent = state["step"], state["spent"]
-    model = run.accelerator.prepare_model(vae)
+    model = run.accelerator.prepare_model(Reconstruction(vae))
     held_out = vae_batch(random.Random("held out"), 64)
     clock = Clock(spent)
     while step < steps:
         rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
         pixels = vae_batch(run.rng("vae", step), batch_size)
-        reconstruction = model(pixels, sample_posterior=True).sample
+        reconstruction, latents = model(pixels)
         error = functional.mse_loss(reconstruction, pixels)
         loss = error + 0.1 * functional.l1_loss(reconstruction, pixels)
+        if regularize is not None:
+            loss = loss + regularize(latents)
         run.accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
@@ -92,14 +115,8 @@ def world_rng(run: Run, index: int) -> random.Random:
 
 
 @torch.no_grad()
-def encode_world(run: Run, count: int) -> None:
-    """Encode `count` images once, and write `latents.pt` with their VAE, `vae_normalised.pt`.
-
-    The latents' means and standard deviations are both (count, 8, 16, 16), in half precision.
-    """
-    if run.load("vae_normalised.pt"):
-        return
-    vae = load_vae(run, "vae.pt")
+def world_latents(run: Run, vae: AutoencoderKL, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return means and standard deviations of `count` images' latents, both (count, c, h, w)."""
     rank, world = run.accelerator.process_index, run.accelerator.num_processes
     first, last = rank * count // world, (rank + 1) * count // world
     means, stds = [], []
@@ -109,7 +126,19 @@ def encode_world(run: Run, count: int) -> None:
         posterior = vae.encode(to_pixels(images)).latent_dist
         means.append(posterior.mean)
         stds.append(posterior.std)
-    mean, std = gather(torch.cat(means)), gather(torch.cat(stds))
+    return gather(torch.cat(means)), gather(torch.cat(stds))
+
+
+@torch.no_grad()
+def encode_world(run: Run, count: int) -> None:
+    """Encode `count` images once, and write `latents.pt` with their VAE, `vae_normalised.pt`.
+
+    The latents' means and standard deviations are both (count, 8, 16, 16), in half precision.
+    """
+    if run.load("vae_normalised.pt"):
+        return
+    vae = load_vae(run, "vae.pt")
+    mean, std = world_latents(run, vae, count)
     centre, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3))  # per channel
     mean = (mean - centre[:, None, None]) / scale[:, None, None]
     std = std / scale[:, None, None]

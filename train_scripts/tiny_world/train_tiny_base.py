@@ -16,16 +16,17 @@ from __future__ import annotations
 import argparse
 import random
 import time
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import tiny_base_models as models
 import tiny_world
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from diffusers.utils import make_image_grid
-from PIL import Image
 from tiny_base_run import Run
 from tiny_base_stages import (
     build_ema,
@@ -57,27 +58,56 @@ def grid_prompts(seen: bool) -> list[str]:
     return prompts
 
 
-def draw_grid(pipe: StableDiffusionPipeline, prompts: list[str]) -> tuple[Image.Image, float]:
-    """Sample the prompts in 25 steps at guidance 4; return the grid and the seconds per image."""
-    start, images = time.monotonic(), []
-    for row in range(GRID):
-        images += pipe(
-            prompts[row * GRID : (row + 1) * GRID],
-            num_inference_steps=25,
-            guidance_scale=4.0,
-            generator=torch.Generator().manual_seed(row),
-        ).images
-    return make_image_grid(images, GRID, GRID), (time.monotonic() - start) / len(images)
+def draw_grids(
+    run: Run, pipe: DiffusionPipeline, step: int, options: Mapping[str, Any]
+) -> dict[str, float]:
+    """Write the grids of a base after `step` training steps, and their prompts; return the time.
+
+    `grid_<step>.png` shows generated images, `unseen_<step>.png` those of combinations that
+    training left out, in 25 steps and with the `options` of the pipeline.
+    """
+    start = time.monotonic()
+    for name, seen in (("grid", True), ("unseen", False)):
+        prompts, images = grid_prompts(seen), []
+        for row in range(GRID):
+            images += pipe(
+                prompts[row * GRID : (row + 1) * GRID],
+                num_inference_steps=25,
+                generator=torch.Generator().manual_seed(row),
+                **options,
+            ).images
+        make_image_grid(images, GRID, GRID).save(run.work_dir / f"{name}_{step:05d}.png")
+        listed = "\n".join(prompts) + "\n"
+        (run.work_dir / f"{name}_prompts.txt").write_text(listed, encoding="utf-8")
+    return {"picture_seconds": (time.monotonic() - start) / (2 * GRID**2)}
+
+
+def reconstruct(run: Run, pipe: DiffusionPipeline) -> dict[str, float]:
+    """Return the autoencoder's quality in dB for images and subjects that it has not seen.
+
+    `reconstructions.png` shows some of them, its output below the originals, subjects last.
+    """
+    held_out = [tiny_world.sample(random.Random(f"held out {i}")).image for i in range(256)]
+    subjects = [
+        tiny_world.compose(drawing, colour, phrase, random.Random("held out"))
+        for colour, drawing in tiny_world.SUBJECTS.values()
+        for phrase in tiny_world.BACKGROUNDS
+    ]
+    quality, rows = {}, []
+    for name, images in (("psnr", held_out), ("subject_psnr", subjects)):
+        pixels = to_pixels(images)
+        decoded = torch.cat([pipe.vae(part).sample for part in pixels.split(64)])
+        quality[name] = psnr(decoded, pixels)
+        show = slice(None, None, len(images) // GRID)
+        rows += images[show][:GRID]
+        rows += pipe.image_processor.postprocess(decoded[show][:GRID], output_type="pil")
+    make_image_grid(rows, 4, GRID).save(run.work_dir / "reconstructions.png")
+    return quality
 
 
 @torch.no_grad()
 def export(run: Run, output_dir: Path) -> None:
-    """Write the diffusers folder, and sample images into the work directory.
-
-    `grid_<step>.png` shows generated images, `unseen_<step>.png` those of combinations that
-    training left out. `reconstructions.png` shows the autoencoder's output for images that it has
-    not seen, below the originals, subjects last.
-    """
+    """Write the diffusers folder, and sample images into the work directory."""
     if not run.accelerator.is_main_process:
         return
     tokenizer, state = models.build_tokenizer(), run.require("unet_checkpoint.pt")
@@ -89,29 +119,9 @@ def export(run: Run, output_dir: Path) -> None:
     pipe = models.build_pipeline(vae, denoiser, tokenizer)
     pipe.set_progress_bar_config(disable=True)
 
-    held_out = [tiny_world.sample(random.Random(f"held out {i}")).image for i in range(256)]
-    subjects = [
-        tiny_world.compose(drawing, colour, phrase, random.Random("held out"))
-        for colour, drawing in tiny_world.SUBJECTS.values()
-        for phrase in tiny_world.BACKGROUNDS
-    ]
-    quality, rows = {}, []
-    for name, images in (("psnr", held_out), ("subject_psnr", subjects)):
-        pixels = to_pixels(images)
-        decoded = torch.cat([vae(part).sample for part in pixels.split(64)])
-        quality[name] = psnr(decoded, pixels)
-        show = slice(None, None, len(images) // GRID)
-        rows += images[show][:GRID]
-        rows += pipe.image_processor.postprocess(decoded[show][:GRID], output_type="pil")
-    make_image_grid(rows, 4, GRID).save(run.work_dir / "reconstructions.png")
-
-    for name, seen in (("grid", True), ("unseen", False)):
-        prompts = grid_prompts(seen)
-        grid, seconds = draw_grid(pipe, prompts)
-        grid.save(run.work_dir / f"{name}_{state['step']:05d}.png")
-        listed = "\n".join(prompts) + "\n"
-        (run.work_dir / f"{name}_prompts.txt").write_text(listed, encoding="utf-8")
-    run.log(stage="export", step=state["step"], **quality, picture_seconds=seconds)
+    quality = reconstruct(run, pipe)
+    seconds = draw_grids(run, pipe, state["step"], {"guidance_scale": 4.0})
+    run.log(stage="export", step=state["step"], **quality, **seconds)
     # The text encoder stays in full precision: transformers would load it in the dtype of its file,
     # while diffusers loads the others in full precision, so a plain from_pretrained would not run.
     pipe.vae.half()
@@ -147,7 +157,7 @@ def main() -> None:
     set_seed(args.seed)
     run = Run(Accelerator(cpu=True), args.work_dir, args.seed)
     if "vae" in args.stages:
-        train_vae(run, args.vae_steps, args.vae_batch_size, peak=2e-3)
+        train_vae(run, models.build_vae(), args.vae_steps, args.vae_batch_size, peak=2e-3)
     if "latents" in args.stages:
         encode_world(run, args.pictures)
     if "unet" in args.stages:
