@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from tests.performance import (
     layer,
     measuring,
     peers,
+    plans,
     real_step,
     recipes,
     shapes,
@@ -217,6 +219,15 @@ def test_recipes(capsys):
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
     assert [line.split(" | ")[3] for line in lines] == ["fits", *["yes"] * 5]
     assert [line.split(" | ")[4] for line in lines] == ["streamed", *[""] * 5]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux counts the peak of the memory")
+def test_plans_against_resident_memory(capsys):
+    options = ["--megabytes", "5", "--bases", "flux", "--ways", "whole", "--resolution", "16"]
+    plans.main(options)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line.strip("| ").split(" | ") for line in lines if line.startswith("| flux")]
+    assert [row[:3] for row in rows] == [["flux", "whole", "before"], ["flux", "whole", "steps"]]
 
 
 def test_streaming_benchmark(tmp_path, capsys):

@@ -82,16 +82,16 @@ def make_base(folder: Path, size: int, width: int = 1536, encoder_size: int = 0)
         )
         return T5EncoderModel(config)
 
-    pipe.transformer = _filled(denoiser, size)
+    pipe.transformer = filled(denoiser, size)
     if encoder_size:
-        pipe.text_encoder_2 = _filled(encoder, encoder_size)
+        pipe.text_encoder_2 = filled(encoder, encoder_size)
     pipe.save_pretrained(folder)
     for model in (pipe.transformer, pipe.text_encoder_2):
         model.to("meta")
     return pipe
 
 
-def _filled(model_of: Callable[[int], Any], size: int) -> Any:
+def filled(model_of: Callable[[int], Any], size: int) -> Any:
     """Return a model with so many layers that it has about ``size`` bytes in bf16."""
     with torch.device("meta"):
         bytes_of = [sum(p.numel() for p in model_of(n).parameters()) * 2 for n in (1, 2)]

@@ -225,16 +225,17 @@ def plan_run(
     check_controls_of_base(config, family, pipe, [*images, *held_out])
     models = {name: m for name, m in pipe.components.items() if isinstance(m, nn.Module)}
     base, blocks = {}, {}
-    sharded = _sharded(config, family, dtype) if sharding is not None else ()
+    unread = _read_in_parts(config, family, dtype) if sharding is not None else ()
+    sharded = {*unread, family.denoiser} if sharding is not None else set()
     for name, model in models.items():
         surplus = quantize_empty(config, family, name, model, dtype)
         base[name] = _base_row(name, model, surplus)
-        streamed = {family.denoiser, *family.all_text_encoders} - {*sharded}
+        streamed = {family.denoiser, *family.all_text_encoders} - sharded
         if name in streamed and can_be_streamed(model):
             share = 1 - surplus / bytes_of(tensors_of(model))
             blocks[name] = [int(size * share) for size in block_bytes(model)]
     gathered = {"prompts": 0, "steps": 0}
-    for name in models.keys() & {*sharded}:
+    for name in models.keys() & sharded:
         assert sharding is not None
         (label, size), visits = base[name], name != family.denoiser
         parts, whole_blocks = sharding.bytes_needed(
@@ -280,9 +281,15 @@ def plan_run(
     there = {p: set(models) if on_cpu else _models_there(p, config, family, trained) for p in made}
     adapter = {p: sum(a.bytes for a in adapters if a.component in there[p]) for p in made}
     whole, processes = adapter["steps"], accelerator.num_processes
+    # a denoiser that is read in parts is read after everything is encoded
+    late = {family.denoiser} & {*unread}
     rows = [
         *(
-            MemoryRow(name, label, {p: size for p in made if name in there[p]})
+            MemoryRow(
+                name,
+                label,
+                {p: size for p in made if name in there[p] - (late if p != "steps" else set())},
+            )
             for name, (label, size) in base.items()
         ),
         MemoryRow("adapter", "adapter, float32", adapter),
@@ -330,17 +337,18 @@ def plan_run(
     )
 
 
-def _sharded(config: TrainingConfig, family: ModelFamily, dtype: torch.dtype) -> Sequence[str]:
-    """Return the components of which each process holds a part.
+def _read_in_parts(
+    config: TrainingConfig, family: ModelFamily, dtype: torch.dtype
+) -> Sequence[str]:
+    """Return the components of which each process only reads its part, if the base is sharded.
 
-    Text encoders of a local base whose files cannot be read in parts are whole. The denoiser is in
-    parts after it was loaded.
+    Others are loaded whole: text encoders stay so, and the denoiser is divided later.
     """
     names = parts_to_shard(config, family)
     if not Path(config.pretrained_model_name_or_path).exists():
         return names  # weights are not downloaded for a plan
     whole = unread_models(config, family, names, dtype).whole
-    return [name for name in names if name == family.denoiser or name not in whole]
+    return [name for name in names if name not in whole]
 
 
 def _models_there(

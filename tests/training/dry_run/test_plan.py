@@ -573,12 +573,12 @@ def test_a_base_in_parts(saved_base: Callable[[str], Path], images: Path, tmp_pa
     base = saved_base("flux")
     shared = {"instance_data_dir": images, "max_sequence_length": 8, "output_dir": tmp_path}
 
-    def planned(source: Path, **others: Any) -> Plan:
+    def planned(source: Path, apart: bool = True, **others: Any) -> Plan:
         chosen = config(pretrained_model_name_or_path=source, **shared, **others)
         accelerator = Processes(cpu=True)
         accelerator.count = 2
         family, examples = find_base_family(chosen), find_images(chosen)
-        return plan_run(chosen, family, examples, [], accelerator, Sharding(), apart=True)
+        return plan_run(chosen, family, examples, [], accelerator, Sharding(), apart)
 
     def of(plan: Plan, name: str) -> dict[str, int]:
         return next(row.bytes for row in plan.memory if row.name == name)
@@ -591,6 +591,8 @@ def test_a_base_in_parts(saved_base: Callable[[str], Path], images: Path, tmp_pa
     assert of(plan, "text_encoder") == {"prompts": needed[1][0] + buffers[0]}
     assert of(plan, "text_encoder_2") == {"prompts": needed[2][0] + buffers[1]}
     assert of(plan, "gathered") == {"prompts": needed[1][1] + needed[2][1], "steps": needed[0][1]}
+    # on the CPU, it is read after everything is encoded
+    assert of(planned(base, apart=False), "transformer") == {"steps": needed[0][0]}
     assert plan.blocks == {}
     assert fitted(plan, 0, denoiser=False).offloading == NOTHING  # there is nothing to stream
     assert "transformer" in (text := format_plan(plan))
