@@ -58,13 +58,16 @@ def prompt_fingerprint(encode: PromptEncoder, encoders: Iterable[Any]) -> str:
         encoders: the same encoders, for their embeddings.
     """
     made = [encode([prompt]) for prompt in (_PROBE, "")]
-    embeddings = [_whole(encoder.get_input_embeddings().weight) for encoder in encoders]
+    embeddings = [_embeddings(encoder) for encoder in encoders]
     tensors = {f"{name} {i}": t for i, part in enumerate(made) for name, t in part.items()}
     return hash_of({}, tensors | {f"embeddings {i}": t for i, t in enumerate(embeddings)})
 
 
-def _whole(weight: Any) -> Tensor:
-    """Return a weight, which may be in parts on several processes."""
+def _embeddings(encoder: Any) -> Tensor:
+    """Return the embeddings of all tokens of an encoder, which several processes may share out."""
+    if hasattr(encoder, "reshard"):  # memory that FSDP has gathered must not be shown to numpy
+        encoder.reshard()
+    weight: Any = encoder.get_input_embeddings().weight
     whole: Tensor = weight.full_tensor() if hasattr(weight, "full_tensor") else weight
     return whole
 

@@ -194,12 +194,17 @@ def test_a_run_is_the_same_and_is_resumed_without(
     }
     if family == "stable-diffusion":
         options |= {"train_text_encoder": True, "gradient_accumulation_steps": 2}
-    whole = run_two(output_dir=tmp_path / "whole", **options)
+    whole = run_two(
+        output_dir=tmp_path / "whole", latent_cache_dir=tmp_path / "whole cache", **options
+    )
+    options["latent_cache_dir"] = tmp_path / "cache"
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_CPU_RAM_EFFICIENT_LOADING", "true")  # as accelerate launch does
     run_two(output_dir=tmp_path / "parts", **options | {"max_train_steps": 2})
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
     resumed = run_two(output_dir=tmp_path / "parts", resume_from_checkpoint="latest", **options)
+    cached = [{p.name for p in (tmp_path / f).iterdir()} for f in ("cache", "whole cache")]
+    assert cached[0] == cached[1]
     if family == "flux":
         assert_same_run(whole, resumed)
     else:  # a convolution depends on how its weight lies in memory
