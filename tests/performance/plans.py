@@ -166,7 +166,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--megabytes", type=int, default=1000, help="size of the denoiser")
+    parser.add_argument("--megabytes", type=int, default=400, help="size of the denoiser")
     parser.add_argument("--resolution", type=int, default=128)
     parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     parser.add_argument("--ways", nargs="+", default=list(WAYS), choices=list(WAYS))

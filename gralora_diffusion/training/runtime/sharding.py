@@ -105,9 +105,13 @@ class Sharding:
         }
         if unread is not None:  # FSDP takes weights without values, but no placeholders
             _empty_on_meta(model)
+        kind = type(model)
         for block in blocks_of(model):
             fully_shard(block, **options)
         fully_shard(model, **options | {"reshard_after_forward": False} if visits else options)
+        # FSDP gives it a class of its own, but transformers looks up by the name of the class which
+        # hidden states it can return (``_CAN_RECORD_REGISTRY``)
+        type(model).__module__, type(model).__qualname__ = kind.__module__, kind.__qualname__
         if unread is not None:
             place = torch.device("cpu") if on_cpu or visits else device
             made: dict[Tensor, Tensor] = {}  # a tied weight stays tied

@@ -168,7 +168,7 @@ def test_no_process_ever_holds_more_than_its_part(
         assert all(size < 1.15 * (half + gathered) + 40_000_000 < 2 * half for size in used)
 
 
-@pytest.mark.parametrize("family", ["flux", "stable-diffusion"])
+@pytest.mark.parametrize("family", ["flux", "stable-diffusion", "stable-diffusion-xl"])
 def test_a_run_is_the_same_and_is_resumed_without(
     family: str,
     images: Path,
@@ -176,7 +176,10 @@ def test_a_run_is_the_same_and_is_resumed_without(
     monkeypatch: pytest.MonkeyPatch,
     saved_base: Callable[[str], Path],
 ) -> None:
-    """With validation images, EMA and checkpoints; the text encoder is trained, too."""
+    """With validation images, EMA and checkpoints.
+
+    The text encoder is trained, too, or in parts. The one of SDXL returns its hidden states.
+    """
     base = saved_base(family)
     options = {
         "pretrained_model_name_or_path": base,
