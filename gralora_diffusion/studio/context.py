@@ -19,8 +19,6 @@ from .engine.opened import OpenedFiles
 from .engine.runs import Run, find_runs
 from .engine.workspace import Workspace
 
-#: How often a page asks for news, in seconds.
-INTERVAL = 2.0
 #: Kind of a job of the queue -> what users call it.
 _NOUNS = {"train": "run", "compare": "comparison"}
 _Named = TypeVar("_Named", Run, Job)

@@ -133,10 +133,12 @@ def build(studio: Studio) -> gr.Blocks:
         )
         output = train.fields["output_dir"]
         page.load(partial(new_output, studio), None, output, **quiet).then(**train.checking)
-    # each page's timers ask every two seconds: they must not wait for one another
+    # what one page waits for must not keep another one waiting
     page.queue(default_concurrency_limit=8, api_open=False)
     return page
 
 
-#: The style is linked, for Gradio would change the selectors of a style that it is given.
-HEAD = '<script src="/studio/page.js"></script><link rel="stylesheet" href="/studio/style.css">'
+#: Runs before Gradio's own scripts.
+SCRIPT = '<script src="/studio/page.js"></script>'
+#: The style is linked after Gradio's, which would change the selectors of one that it is given.
+HEAD = '<link rel="stylesheet" href="/studio/style.css">'

@@ -9,12 +9,20 @@ from collections.abc import Collection
 import gradio as gr
 from fastapi import FastAPI
 
-from . import page
+from . import live, page, tab_benchmark, tab_compare, tab_runs, tab_share
 from .context import Studio
 from .engine.jobs import Jobs
 from .files import routes
+from .first_page import FirstPage
 from .guard import MOST_UPLOAD, Guard
 
+#: What the page may ask for while a tab is open.
+_LOOKS: dict[str, live.Look] = {
+    "runs": tab_runs.look,
+    "compare": tab_compare.look,
+    "share": tab_share.look,
+    "benchmark": tab_benchmark.look,
+}
 logger = logging.getLogger(__name__)
 #: Seconds between looks at the queue.
 _LOOK = 1.0
@@ -37,6 +45,7 @@ def application(
         names: of this machine, by which others may ask.
     """
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    app.include_router(live.routes(studio, _LOOKS))
     app.include_router(routes(studio.opened, studio.workspace.kept))
     app = gr.mount_gradio_app(
         app,
@@ -54,7 +63,7 @@ def application(
         theme=page.theme(),
         head=page.HEAD,
     )
-    return Guard(app, token, listens, frozenset(names), once)
+    return Guard(FirstPage(app, page.SCRIPT), token, listens, frozenset(names), once)
 
 
 def start_queue(jobs: Jobs) -> threading.Event:

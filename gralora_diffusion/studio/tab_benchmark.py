@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -9,7 +10,8 @@ from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
 
-from .context import INTERVAL, Studio, log_of, shown, waits_for
+from . import live
+from .context import Studio, log_of, shown, waits_for
 from .engine.jobs import Job, gralora
 from .engine.workspace import free_path
 
@@ -18,7 +20,7 @@ _REPORT = "report/index.html"
 
 def build(studio: Studio) -> None:
     """Lay out the tab inside the current tabs."""
-    with gr.Tab("Benchmark", id="benchmark") as tab:
+    with gr.Tab("Benchmark", id="benchmark"):
         gr.HTML(
             "<p>The tiny suite trains LoRA and GraLoRA on the bundled subjects and compares them,"
             " without a download. It takes many minutes on a CPU.</p>",
@@ -28,48 +30,48 @@ def build(studio: Studio) -> None:
             start = gr.Button("Start the tiny suite", variant="primary", min_width=160)
             stop = gr.Button("Stop", elem_id="benchmark-stop", min_width=80)
             resume = gr.Button("Resume", elem_id="benchmark-resume", min_width=80)
-        state = gr.HTML(elem_id="benchmark-state", js_on_load=None)
-        timer = gr.Timer(INTERVAL)
-        seen = gr.State("")
+        gr.HTML(live.part("benchmark-state"), elem_id="benchmark-state", js_on_load=None)
+        gr.HTML(live.place("benchmark", None), js_on_load=None)
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-
-    def latest() -> Job | None:
-        jobs = reversed(studio.jobs.list())
-        return next((job for job in jobs if job.kind == "benchmark" and job.output), None)
-
-    def refresh(before: str) -> Any:
-        now = shown(_state(studio, latest()))
-        return (gr.skip(), gr.skip()) if now == before else (now, now)
 
     def add(folder: Any) -> None:
         line = gralora("benchmark", "--suite=tiny", f"--output_dir={folder}")
         studio.jobs.add("benchmark", folder.name, line, folder, queued=True)
 
     def begin() -> None:
-        job = latest()
+        job = _latest(studio)
         if job is not None and job.state in ("waiting", "running"):
             gr.Warning("A benchmark is already waiting or running")
         else:
             add(free_path(studio.workspace.benchmarks, "tiny"))
 
     def go_on() -> None:
-        job = latest()
+        job = _latest(studio)
         if job is None or job.state in ("waiting", "running", "done"):
             gr.Warning("There is no stopped benchmark to resume")
         else:
             add(job.output)
 
     def end() -> None:
-        job = latest()
+        job = _latest(studio)
         if job is not None and job.state in ("waiting", "running"):
             job.stop()
         else:
             gr.Warning("No benchmark is waiting or running")
 
-    refreshing = {"fn": refresh, "inputs": seen, "outputs": [state, seen], **quiet}
-    gr.on([timer.tick, tab.select], **refreshing)
     for button, action in ((start, begin), (stop, end), (resume, go_on)):
-        button.click(action, **quiet).then(**refreshing)
+        button.click(action, **quiet)
+
+
+def look(studio: Studio, query: Mapping[str, str]) -> tuple[dict[str, str], object]:
+    """Return what the tab shows of the latest benchmark."""
+    del query
+    return {"benchmark-state": shown(_state(studio, _latest(studio)))}, None
+
+
+def _latest(studio: Studio) -> Job | None:
+    jobs = reversed(studio.jobs.list())
+    return next((job for job in jobs if job.kind == "benchmark" and job.output), None)
 
 
 def _state(studio: Studio, job: Job | None) -> Markup:

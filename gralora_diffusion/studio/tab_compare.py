@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from markupsafe import Markup
 
 from gralora_diffusion.io.templates import for_html
 
-from .context import INTERVAL, Studio, choice, chosen_of, log_of, messages, shown, waits_for
+from . import live
+from .context import Studio, choice, chosen_of, log_of, messages, shown, waits_for
 from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
 from .engine.jobs import COMPARING, Job
 from .engine.workspace import free_path, stamp
@@ -77,37 +78,37 @@ def build(studio: Studio) -> CompareTab:
             again = gr.Button("Fill in its settings", elem_id="compare-again", min_width=130)
             earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
         problems = gr.HTML(js_on_load=None)
-        result = gr.HTML(elem_id="compare-result", js_on_load=None)
-        kept = gr.HTML(elem_id="compare-kept", js_on_load=None)
-        timer = gr.Timer(INTERVAL)
+        for name in ("compare-result", "compare-kept"):
+            gr.HTML(live.part(name), elem_id=name, js_on_load=None)
+        place = gr.HTML(js_on_load=None)
+        again_button = gr.Button(elem_id="compare-refresh", elem_classes="unseen")
         seen = gr.State({})
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
     def refresh(chosen: list[str], job_name: str | None, before: dict[str, Any]) -> Any:
-        """Return what has changed since ``before``."""
-        jobs = [job for job in reversed(studio.jobs.list()) if _is_comparison(job)]
+        """Return which choices have changed since ``before``, and what the page is to ask for."""
+        jobs, (titles, there, exported) = _comparisons(studio), _choices(studio)
         job = chosen_of(jobs, job_name, before.get("gone", False))
         gone = job is None and bool(job_name or before.get("gone"))
-        titles = [(f"{job.title} · {job.state}", job.name) for job in jobs]
-        there = studio.adapters()
         left = [path for path in chosen if path in {path for _, path in there}]
-        text = shown(_result(studio, job)) if job else shown(messages([_GONE] * gone, "note"))
-        exported, keeping = studio.exported_loras(), shown(_kept(studio))
         changes = [
             choice(gr.CheckboxGroup, there, left, chosen, before.get("adapters")),
             choice(gr.Dropdown, titles, job.name if job else None, job_name, before.get("titles")),
-            gr.skip() if before.get("result") == text else text,
             gr.skip() if before.get("loras", []) == exported else gr.Dropdown(choices=exported),
-            gr.skip() if before.get("kept") == keeping else keeping,
+            live.place(
+                "compare",
+                (titles, there, exported),
+                comparison=job.name if job else "",
+                gone="1" * gone,
+            ),
         ]
-        now = {"adapters": there, "titles": titles, "result": text, "gone": gone}
-        now |= {"loras": exported, "kept": keeping}
+        now = {"adapters": there, "titles": titles, "gone": gone, "loras": exported}
         return [*changes, now]
 
     refreshing = {
         "fn": refresh,
         "inputs": [adapters, earlier, seen],
-        "outputs": [adapters, earlier, result, loras, kept, seen],
+        "outputs": [adapters, earlier, loras, place, seen],
         **quiet,
     }
 
@@ -156,7 +157,7 @@ def build(studio: Studio) -> CompareTab:
         second = Path(chosen[1]).name if len(chosen) == 2 else "the second"
         return gr.Slider(label=f"Share of {second}")
 
-    gr.on([timer.tick, earlier.input, tab.select], **refreshing)
+    gr.on([again_button.click, earlier.input, tab.select], **refreshing)
     adapters.input(fill_base, [adapters, base], base, **quiet)
     adapters.change(name_share, adapters, share, **quiet)
     inputs = [
@@ -178,6 +179,27 @@ def build(studio: Studio) -> CompareTab:
     again.click(fill_in, earlier, inputs, **quiet)
     stop.click(end, earlier, None, **quiet).then(**refreshing)
     return CompareTab(adapters, base)
+
+
+def look(studio: Studio, query: Mapping[str, str]) -> tuple[dict[str, str], object]:
+    """Return what the tab shows of the chosen comparison, and its choices."""
+    name = query.get("comparison", "")
+    job = next((job for job in _comparisons(studio) if job.name == name), None)
+    gone = job is None and bool(name or query.get("gone"))
+    result = _result(studio, job) if job else messages([_GONE] * gone, "note")
+    texts = {"compare-result": shown(result), "compare-kept": shown(_kept(studio))}
+    return texts, _choices(studio)
+
+
+def _comparisons(studio: Studio) -> list[Job]:
+    """Return the comparisons, the newest first."""
+    return [job for job in reversed(studio.jobs.list()) if _is_comparison(job)]
+
+
+def _choices(studio: Studio) -> tuple[list[tuple[str, str]], ...]:
+    """Return (label, value) of all comparisons, adapters and exported LoRA files."""
+    titles = [(f"{job.title} · {job.state}", job.name) for job in _comparisons(studio)]
+    return titles, studio.adapters(), studio.exported_loras()
 
 
 def _is_comparison(job: Job) -> bool:

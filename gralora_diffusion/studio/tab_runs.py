@@ -14,8 +14,8 @@ from gralora_diffusion.io.durations import duration
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.templates import for_html
 
-from . import curves
-from .context import INTERVAL, Studio, choice, chosen_of, log_of, messages, shown, waits_for
+from . import curves, live
+from .context import Studio, choice, chosen_of, log_of, messages, shown, waits_for
 from .engine.jobs import Job
 from .engine.runs import Run, differing_options
 
@@ -55,7 +55,7 @@ def build(studio: Studio) -> RunsTab:
                 elem_id="runs-steps",
             )
         with gr.Column(scale=3, min_width=340):
-            state = gr.HTML(elem_id="runs-state", js_on_load=None)
+            gr.HTML(live.part("runs-state"), elem_id="runs-state", js_on_load=None)
             with gr.Row():
                 save = gr.Button("Save now", elem_id="runs-save", min_width=80)
                 sample = gr.Button("Sample now", elem_id="runs-sample", min_width=80)
@@ -63,43 +63,33 @@ def build(studio: Studio) -> RunsTab:
                 resume = gr.Button("Resume", elem_id="runs-resume", min_width=80)
                 duplicate = gr.Button("Duplicate with changes", min_width=120)
                 compare = gr.Button("Generate with it", elem_id="runs-compare", min_width=120)
-            plots = gr.HTML(elem_id="runs-plots", js_on_load=None)
-            strip = gr.HTML(elem_id="runs-strip", js_on_load=None)
-            log = gr.HTML(elem_id="runs-log", js_on_load=None)
-            timer = gr.Timer(INTERVAL)
+            for name in ("runs-plots", "runs-strip", "runs-log"):
+                gr.HTML(live.part(name), elem_id=name, js_on_load=None)
+            place = gr.HTML(js_on_load=None)
+            again = gr.Button(elem_id="runs-refresh", elem_classes="unseen")
             seen = gr.State({})
-    parts = [chosen, other, state, plots, strip, log]
 
     def refresh(name: str | None, beside: str | None, before: dict[str, Any]) -> Any:
-        """Return what has changed since ``before``: the page is not redrawn for nothing."""
+        """Return which choices have changed since ``before``, and what the page is to ask for."""
         runs = studio.runs()
-        labels = [(_label(run), run.name) for run in runs]
+        labels = _labels(runs)
         run = chosen_of(runs, name, before.get("gone", False))
         gone = run is None and bool(name or before.get("gone"))
         shown_name = run.name if run else None
         others = [("", ""), *((r.name, r.name) for r in runs if r is not run)]
         second = next((r for r in runs if r.name == beside and r is not run), None)
-        both = [r for r in (run, second) if r is not None]
-        made = {
-            "state": lambda: messages([_GONE], "note") if gone else _state(run, studio.jobs.list()),
-            "plots": lambda: _plots(both),
-            "strip": lambda: _strips(studio, both),
-            "log": lambda: log_of(run.job, 15) if run and run.job else Markup(""),
-        }
-        texts = {part: shown(_or_problem(make)) for part, make in made.items()}
+        beside_name = second.name if second else ""
         changes = [
             choice(gr.Radio, labels, shown_name, name, before.get("labels")),
-            choice(
-                gr.Dropdown, others, second.name if second else "", beside, before.get("others")
-            ),
-            *(gr.skip() if before.get(part) == text else text for part, text in texts.items()),
+            choice(gr.Dropdown, others, beside_name, beside, before.get("others")),
+            live.place("runs", labels, run=shown_name or "", beside=beside_name, gone="1" * gone),
         ]
-        return [*changes, texts | {"labels": labels, "others": others, "gone": gone}]
+        return [*changes, {"labels": labels, "others": others, "gone": gone}]
 
-    inputs, outputs = [chosen, other, seen], [*parts, seen]
+    inputs, outputs = [chosen, other, seen], [chosen, other, place, seen]
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
     refreshing = {"fn": refresh, "inputs": inputs, "outputs": outputs, **quiet}
-    gr.on([timer.tick, chosen.input, other.input, tab.select], **refreshing)
+    gr.on([again.click, chosen.input, other.input, tab.select], **refreshing)
 
     def ask(what: str, name: str | None) -> None:
         try:
@@ -135,20 +125,45 @@ def build(studio: Studio) -> RunsTab:
     return RunsTab(chosen, duplicate, compare)
 
 
+def look(studio: Studio, query: Mapping[str, str]) -> tuple[dict[str, str], object]:
+    """Return what the tab shows of the chosen run, and the labels of all."""
+    runs = studio.runs()
+    by_name = {run.name: run for run in runs}
+    run, second = by_name.get(query.get("run", "")), by_name.get(query.get("beside", ""))
+    gone = bool(query.get("gone") or (query.get("run") and run is None))
+    both = [found for found in (run, second) if found is not None]
+    made = {
+        "state": lambda: messages([_GONE], "note") if gone else _state(run, studio.jobs.list()),
+        "plots": lambda: _plots(both),
+        "strip": lambda: _strips(studio, both),
+        "log": lambda: log_of(run.job, 15) if run and run.job else Markup(""),
+    }
+    texts = {f"runs-{part}": shown(_or_problem(make)) for part, make in made.items()}
+    return texts, _labels(runs)
+
+
 def absent(name: str | None) -> str:
     """Return what is said where a run is needed, and there is none with this name."""
     return _GONE if name else "Choose a run first"
 
 
+def _labels(runs: Sequence[Run]) -> list[tuple[str, str]]:
+    return [(_label(run), run.name) for run in runs]
+
+
 def _label(run: Run) -> str:
+    """Return a run's name and state, and its step once it has ended."""
     try:
-        parts = [run.name, run.state]
-        if rows := run.rows:
-            of = f" of {run.steps}" if run.steps else ""
-            parts.append(f"step {rows[-1]['step']}{of}")
+        parts = [run.name, state := run.state]
+        if state not in ("waiting", "running") and run.rows:
+            parts.append(_step(run))
     except OSError as error:  # the other runs are shown all the same
         parts = [run.name, f"cannot be read: {error.strerror or error}"]
     return " · ".join(parts)
+
+
+def _step(run: Run) -> str:
+    return f"step {run.rows[-1]['step']}" + (f" of {run.steps}" if run.steps else "")
 
 
 def _or_problem(make: Callable[[], Markup]) -> Markup:
@@ -171,7 +186,7 @@ def _state(run: Run | None, jobs: Sequence[Job]) -> Markup:
         bar = Markup('<progress max="1" value="{}" aria-label="steps"></progress>').format(
             f"{share:.3f}"
         )
-    facts = [str(run.folder)]
+    facts = [*([_step(run)] if rows else ()), str(run.folder)]
     if state == "waiting":
         facts.append(waits_for(jobs))
     if state == "running" and not rows:

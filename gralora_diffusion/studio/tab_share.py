@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from gralora_diffusion.io.templates import for_html
 from gralora_diffusion.options.path_names import path_problem
 from gralora_diffusion.training.outputs.published import CARD_NAME, to_be_shown
 
-from .context import INTERVAL, Studio, begun, choice, follow, log_of, messages, shown
+from . import live
+from .context import Studio, begun, choice, follow, log_of, messages, shown
 from .engine.jobs import gralora
 from .engine.publishing import PublishError, problems_before
 from .engine.publishing import publish as send_to_hub
@@ -101,7 +103,8 @@ def build(studio: Studio) -> None:
         published = gr.HTML(elem_id="share-published", js_on_load=None)
         card = gr.HTML(elem_id="share-card", js_on_load=None)
         listed = gr.State([])
-        timer = gr.Timer(INTERVAL)
+        place = gr.HTML(js_on_load=None)
+        again = gr.Button(elem_id="share-refresh", elem_classes="unseen")
         seen = gr.State([])
     quiet: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
 
@@ -109,7 +112,11 @@ def build(studio: Studio) -> None:
         choices = studio.adapters()
         paths = [path for _, path in choices]
         value = chosen if chosen in paths else (paths[0] if paths else None)
-        return choice(gr.Dropdown, choices, value, chosen, before), choices
+        return (
+            choice(gr.Dropdown, choices, value, chosen, before),
+            live.place("share", choices),
+            choices,
+        )
 
     def choose(chosen: str | None) -> Any:
         if not chosen:
@@ -206,7 +213,7 @@ def build(studio: Studio) -> None:
     def inspect_either(file: str | None, text: str) -> Any:
         yield from run_inspect(text.strip() or file)
 
-    gr.on([timer.tick, tab.select], refresh, [adapter, seen], [adapter, seen], **quiet)
+    gr.on([again.click, tab.select], refresh, [adapter, seen], [adapter, place, seen], **quiet)
     form.input(choose_format, [form, dtype], [style, dtype], **quiet)
     adapter.change(choose, adapter, [base, repository, card, listed], **quiet)
     publish.click(
@@ -220,6 +227,12 @@ def build(studio: Studio) -> None:
     dropped.upload(run_inspect, dropped, facts, **quiet)
     path.submit(run_inspect, path, facts, **quiet)
     inspect.click(inspect_either, [dropped, path], facts, **quiet)
+
+
+def look(studio: Studio, query: Mapping[str, str]) -> tuple[dict[str, str], object]:
+    """Return the adapters to choose from; nothing else changes by itself."""
+    del query
+    return {}, studio.adapters()
 
 
 def _card(folder: Path, names: list[str]) -> Markup:

@@ -259,10 +259,22 @@ def test_the_form_on_a_phone(server, page):
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
 
 
+def test_an_idle_page_does_not_ask_gradio(page):
+    for name in ("Train", "Runs", "Compare", "Share", "Benchmark", "Runs"):
+        open_tab(page, name)
+        page.wait_for_timeout(1000)
+    with page.expect_response("**/studio/live/runs?*"):
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+    page.wait_for_timeout(5000)
+    assert not [url for url in asked if "/gradio_api/" in url]
+    assert 1 <= sum("/studio/live/runs" in url for url in asked) <= 4
+
+
 def test_pages_are_answered_quickly(server, page):
     seconds = []
     for _ in range(5):
         began = time.monotonic()
-        assert page.request.get(server.address.partition("?")[0] + "config").ok
+        assert page.request.get(server.address.partition("?")[0]).ok
         seconds.append(time.monotonic() - began)
     assert min(seconds) < 1  # far above what an idle machine takes

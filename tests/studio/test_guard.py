@@ -123,6 +123,19 @@ def test_a_page_asks_whether_its_studio_is_there(client, app):
     assert again.get("/studio/alive").status_code == 401
 
 
+@pytest.mark.parametrize("tab", ["runs", "compare", "share", "benchmark"])
+def test_what_changes_is_sent_once(client, tab):
+    assert client.get(f"/studio/live/{tab}").status_code == 401
+    client.get("/", params={"token": TOKEN})
+    query = {"run": "<script>", "beside": "../x", "comparison": "<script>", "gone": "1"}
+    first = client.get(f"/studio/live/{tab}", params=query)
+    assert (first.status_code, first.headers["content-type"]) == (200, "application/json")
+    assert "<script>" not in first.text
+    known = {"If-None-Match": first.headers["etag"]}
+    assert client.get(f"/studio/live/{tab}", params=query, headers=known).status_code == 304
+    assert client.get("/studio/live/other").status_code == 404
+
+
 def test_a_wrong_token_and_the_form(client):
     assert client.get("/", params={"token": "wrong"}).status_code == 401
     assert client.get("/").status_code == 401

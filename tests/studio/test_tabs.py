@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 import shutil
+from urllib.parse import parse_qsl, urlsplit
 
 import pytest
 
@@ -175,15 +178,24 @@ def test_the_chosen_run_is_deleted(tmp_path):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "training_config.yaml").write_text("rank: 4\n")
     (refresh, _), *_ = functions_of(Studio.at(tmp_path), tab_runs, "refresh")
-    *_, seen = refresh("runs/a", "", {})
+    studio = Studio.at(tmp_path)
+
+    def shows(place):
+        """The state that the page gets when it asks for what the place says."""
+        address = html.unescape(re.search('data-live="([^"]*)"', place)[1])
+        return tab_runs.look(studio, dict(parse_qsl(urlsplit(address).query)))[0]["runs-state"]
+
+    *_, place, seen = refresh("runs/a", "", {})
+    assert "runs/a" in shows(place)
     shutil.rmtree(tmp_path / "runs/a")
-    chosen, *_, seen = refresh("runs/a", "", seen)
+    assert "This run is no longer there" in shows(place)
+    chosen, *_, place, seen = refresh("runs/a", "", seen)
     assert chosen.value is None
-    assert "This run is no longer there" in seen["state"]
-    *_, seen = refresh(None, "", seen)
-    assert "This run is no longer there" in seen["state"]
-    *_, seen = refresh("runs/b", "", seen)
-    assert "runs/b" in seen["state"]
+    assert "This run is no longer there" in shows(place)
+    *_, place, seen = refresh(None, "", seen)
+    assert "This run is no longer there" in shows(place)
+    *_, place, seen = refresh("runs/b", "", seen)
+    assert "runs/b" in shows(place)
 
 
 def test_a_comparison_is_stopped(tmp_path):

@@ -2,6 +2,26 @@
 // their fields, and the form shows the options that are searched for.
 "use strict";
 
+// Gradio 6.31 goes on asking for frames when its sign of loading has left the page. Frames that have
+// followed one another for five seconds are no movement that anyone watches: then four a second do.
+{
+  const [ask, cancel] = [window.requestAnimationFrame, window.cancelAnimationFrame];
+  let length = 0; // of the chain that the present frame is in
+  window.requestAnimationFrame = (call) => {
+    const mine = length + 1;
+    const run = (time) => {
+      length = mine;
+      try {
+        call(time);
+      } finally {
+        length = 0;
+      }
+    };
+    return mine > 300 ? -setTimeout(() => run(performance.now()), 250) : ask.call(window, run);
+  };
+  window.cancelAnimationFrame = (id) => id < 0 ? clearTimeout(-id) : cancel.call(window, id);
+}
+
 const studio = {
   setExtent(extent) {
     document.body.classList.toggle("all-options", extent === "all");
@@ -110,6 +130,55 @@ const studio = {
     } catch (error) {
       say("not saved: the studio does not answer", "failed");
     }
+  },
+};
+
+// What changes while one watches. The tab that is open says what to ask for; only parts that have
+// changed are replaced. If its choices have changed, Gradio is told to make them anew.
+const live = {
+  asking: false,
+
+  async look() {
+    if (live.asking || document.hidden) return;
+    const place = [...document.querySelectorAll("[data-live]")].find((p) => p.checkVisibility());
+    if (!place) return;
+    live.asking = true;
+    const address = place.dataset.live;
+    try {
+      const known = place.address === address && place.etag;
+      const answer = await fetch(address, known ? { headers: { "If-None-Match": known } } : {});
+      if (answer.ok) {
+        Object.assign(place, { address, etag: answer.headers.get("ETag"), seen: await answer.json() });
+      }
+      if (place.isConnected && place.address === address && place.dataset.live === address)
+        live.show(place);
+    } catch (error) {
+      // the studio does not answer: ``watch`` says so
+    } finally {
+      live.asking = false;
+    }
+    if (place.dataset.live !== address || !place.isConnected) live.look();
+  },
+
+  show(place) {
+    for (const [name, html] of Object.entries(place.seen.parts)) {
+      const node = document.getElementById("live-" + name);
+      if (!node || node.shown === html) continue;
+      node.innerHTML = html;
+      node.shown = html;
+    }
+    if (place.dataset.choices === place.seen.choices) return;
+    const button = document.getElementById(place.dataset.refresh);
+    if (button) button.click();
+  },
+
+  start() {
+    setInterval(live.look, 2000);
+    document.addEventListener("visibilitychange", live.look);
+    // what a click has changed is seen sooner
+    document.addEventListener("click", (event) => {
+      if (event.isTrusted) setTimeout(live.look, 400);
+    });
   },
 };
 
@@ -224,6 +293,8 @@ new MutationObserver((changes) => {
   if (changes.some((c) => [c.target, ...c.addedNodes].some((n) => about(n) && !isOwn(n))))
     studio.showProblems();
   if (studio.typed.size) studio.keepTyped();
+  if (changes.some((c) => [...c.addedNodes].some((n) => n.nodeType === 1 &&
+    (n.matches("[data-live]") || n.querySelector("[data-live]"))))) live.look();
   viewer.focusBack();
 
   function isOwn(node) {
@@ -233,3 +304,4 @@ new MutationObserver((changes) => {
 }).observe(document.documentElement, { childList: true, subtree: true });
 window.studio = studio;
 studio.watch();
+live.start();
