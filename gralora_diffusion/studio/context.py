@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ import gradio as gr
 from markupsafe import Markup
 
 from gralora_diffusion.io.file_names import real_path
+from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.templates import for_html
 
 from .engine.jobs import Job, Jobs
@@ -61,14 +62,17 @@ class Studio:
                     found.append((run.name, str(run.folder)))
         return found
 
-    def exported_loras(self) -> list[tuple[str, str]]:
-        """Return (name, path) of the LoRA files that were exported here, the newest first."""
+    def loras(self) -> list[tuple[str, str]]:
+        """Return (name, path) of the LoRA files that were exported or added here, newest first."""
         files = [
             job.output
             for job in reversed(self.jobs.list())
             if job.kind == "export" and job.output and "--format=lora" in job.command
         ]
-        return [(file.name, str(file)) for file in dict.fromkeys(files) if file.is_file()]
+        folder = self.workspace.loras
+        added = list(folder.glob("*.safetensors")) if folder.is_dir() else []
+        files += sorted(added, key=lambda file: file.name)
+        return [(file.name, str(file)) for file in dict.fromkeys(files) if is_regular(file)]
 
     def address(self, file: Path, kind: str = "view") -> str | None:
         """Return the address of a file: its "view", "thumbnail", or the "file" itself.
@@ -142,13 +146,18 @@ def waits_for(jobs: Sequence[Job]) -> str:
     return f"starts when the {_NOUNS.get(running.kind, running.kind)} {running.title} has ended"
 
 
-def log_of(job: Job, lines: int = 40, kind: str = "", without: str = "") -> Markup:
-    """Return the end of a job's output as it is, except for ``without``; a "table" is not wrapped.
+def log_of(
+    job: Job, lines: int = 40, kind: str = "", instead: Mapping[str, str] | None = None
+) -> Markup:
+    """Return the end of a job's output as it is, except for ``instead``; a "table" is not wrapped.
 
     Args:
-        without: a text that means nothing to the user.
+        instead: text that means nothing to somebody who clicks -> what stands there instead.
     """
-    text = "\n".join(job.log().replace(without, "").rstrip().split("\n")[-lines:])
+    text = job.log()
+    for theirs, ours in (instead or {}).items():
+        text = text.replace(theirs, ours)
+    text = "\n".join(text.rstrip().split("\n")[-lines:])
     block = Markup('<pre class="log {}" tabindex="0">{}</pre>')
     return block.format(kind, for_html(text)) if text else Markup("")
 

@@ -102,7 +102,9 @@ def build(studio: Studio) -> gr.Blocks:
                 gr.Tabs(selected="runs"),
             )
 
-        train.start.click(start, train.inputs, [*train.checked, runs.chosen, tabs], **quiet)
+        train.start.click(start, train.inputs, [*train.checked, runs.chosen, tabs], **quiet).then(
+            None, js="() => studio.toProblem()"
+        )
 
         def duplicate(name: str | None) -> Any:
             run = studio.run(name)

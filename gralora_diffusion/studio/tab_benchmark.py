@@ -8,6 +8,7 @@ from typing import Any
 import gradio as gr
 from markupsafe import Markup
 
+from gralora_diffusion.io.regular_files import is_regular
 from gralora_diffusion.io.templates import for_html
 
 from . import live
@@ -76,17 +77,27 @@ def _latest(studio: Studio) -> Job | None:
 
 def _state(studio: Studio, job: Job | None) -> Markup:
     if job is None or job.output is None:
-        return Markup("")
+        return _reports(studio)
     state = job.state
     head = Markup('<p><span class="state {}">{}</span> {}</p>').format(
         state, state, for_html(job.output)
     )
-    report = job.output / _REPORT
-    if report.is_file():
-        head += Markup("<p>{}</p>").format(studio.link(report, "Read the report", "file"))
     if state == "waiting":
         head += Markup('<p class="facts">{}</p>').format(for_html(waits_for(studio.jobs.list())))
     log = log_of(job, 12)
     if state == "running" and not log:
         head += Markup('<p class="facts">loading, which takes a while</p>')
-    return head + log
+    return head + log + _reports(studio)
+
+
+def _reports(studio: Studio) -> Markup:
+    """Return links to the reports of all benchmarks in the studio's folder, the newest first."""
+    folder = studio.workspace.benchmarks
+    found = [path for path in folder.glob(f"*/{_REPORT}") if is_regular(path)]
+    links = Markup("").join(
+        Markup("<li>{}</li>").format(
+            studio.link(path, f"Read the report of {path.parts[-3]}", "file")
+        )
+        for path in sorted(found, key=lambda path: path.stat().st_mtime, reverse=True)
+    )
+    return Markup("<h3>Reports</h3><ul>{}</ul>").format(links) if links else links

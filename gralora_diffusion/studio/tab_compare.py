@@ -15,6 +15,7 @@ from gralora_diffusion.io.templates import for_html
 
 from . import live
 from .context import Studio, choice, chosen_of, log_of, messages, shown, waits_for
+from .engine.added_loras import keep_lora, lora_problem
 from .engine.comparing import GRID_NAME, SPEC_NAME, Comparison, cell_name, read, settings_of
 from .engine.jobs import COMPARING, Job
 from .engine.workspace import free_path, stamp
@@ -42,8 +43,14 @@ def build(studio: Studio) -> CompareTab:
                     multiselect=True,
                     allow_custom_value=True,
                     label="LoRA files",
-                    info="Exports from here, or the path or Hub id of one; end it with Enter",
+                    info="Exports and added files, or the path or Hub id of one; end it with Enter",
                     elem_id="compare-loras",
+                )
+                added = gr.UploadButton(
+                    "Add a LoRA file",
+                    file_types=[".safetensors"],
+                    elem_id="compare-add",
+                    min_width=120,
                 )
                 base = gr.Textbox(
                     label="Base", info="Filled in from the adapter's run", elem_id="compare-base"
@@ -125,6 +132,20 @@ def build(studio: Studio) -> CompareTab:
         job = studio.jobs.add("compare", title, line, folder, queued=True)
         return "", gr.Dropdown(choices=[(title, job.name)], value=job.name)
 
+    def add(file: str | None, chosen: list[str]) -> Any:
+        """Keep an uploaded LoRA, and choose it."""
+        if not file:
+            return gr.skip()
+        if (problem := lora_problem(Path(file))) is not None:
+            gr.Warning(str(for_html(problem)))
+            return gr.skip()
+        try:
+            kept = keep_lora(Path(file), studio.workspace.loras)
+        except OSError as error:
+            gr.Warning(str(for_html(f"The file was not added: {error.strerror or error}")))
+            return gr.skip()
+        return gr.Dropdown(choices=studio.loras(), value=[*dict.fromkeys([*chosen, str(kept)])])
+
     def end(job_name: str | None) -> None:
         job = studio.jobs.find(job_name) if job_name else None
         if job is None or not _is_comparison(job):
@@ -158,6 +179,7 @@ def build(studio: Studio) -> CompareTab:
         return gr.Slider(label=f"Share of {second}")
 
     gr.on([again_button.click, earlier.input, tab.select], **refreshing)
+    added.upload(add, [added, loras], loras, **quiet)
     adapters.input(fill_base, [adapters, base], base, **quiet)
     adapters.change(name_share, adapters, share, **quiet)
     inputs = [
@@ -199,7 +221,7 @@ def _comparisons(studio: Studio) -> list[Job]:
 def _choices(studio: Studio) -> tuple[list[tuple[str, str]], ...]:
     """Return (label, value) of all comparisons, adapters and exported LoRA files."""
     titles = [(f"{job.title} · {job.state}", job.name) for job in _comparisons(studio)]
-    return titles, studio.adapters(), studio.exported_loras()
+    return titles, studio.adapters(), studio.loras()
 
 
 def _is_comparison(job: Job) -> bool:

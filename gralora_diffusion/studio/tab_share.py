@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,19 @@ from .tab_compare import base_of
 
 #: Bytes of a model card, at most.
 _MOST_CARD = 1 << 20
+#: Options of `gralora inspect` that may be chosen.
+_LOOKS = ("all_layers", "check", "sha256")
+#: Option of `gralora export` -> its label, its help, and whether only a LoRA has it.
+_MORE = {
+    "scale": ("Strength", "Of the adapter; empty: 1", False),
+    "rank": ("Rank of a LoRA", "Empty: exact. Less is smaller, and says what it loses", True),
+    "title": ("Title", "Written into the file, as are the others", False),
+    "author": ("Author", "", False),
+    "description": ("Description", "", False),
+    "license": ("License", "", False),
+    "trigger_phrase": ("Trigger phrase", "", False),
+    "tags": ("Tags", "", False),
+}
 _NO_ADAPTER = "there is no adapter yet. Train one, or wait until it is done"
 
 
@@ -71,6 +84,11 @@ def build(studio: Studio) -> None:
                     info="Generate with the attached adapter and with the export, and compare",
                     elem_id="share-verify",
                 )
+                with gr.Accordion("Strength, rank and texts in the file", open=False):
+                    more = [
+                        gr.Textbox("", label=label, info=info, max_lines=1, elem_id=f"share-{name}")
+                        for name, (label, info, _) in _MORE.items()
+                    ]
                 export = gr.Button("Export", variant="primary", elem_id="share-export")
                 exported = gr.HTML(elem_id="share-exported", js_on_load=None)
             with gr.Column(scale=1, min_width=330):
@@ -80,6 +98,13 @@ def build(studio: Studio) -> None:
                 )
                 path = gr.Textbox(
                     label="Or the path of a file or folder, or a Hub id", elem_id="share-path"
+                )
+                looks = gr.CheckboxGroup(
+                    [("every layer", "all_layers"), ("NaN", "check"), ("SHA-256", "sha256")],
+                    value=[],
+                    label="Also",
+                    info="NaN: read all tensors of a checkpoint, and look for NaN and infinity",
+                    elem_id="share-looks",
                 )
                 inspect = gr.Button("Inspect", elem_id="share-inspect")
                 facts = gr.HTML(elem_id="share-facts", js_on_load=None)
@@ -157,7 +182,13 @@ def build(studio: Studio) -> None:
         yield shown(text), gr.skip(), gr.skip(), ""
 
     def run_export(
-        chosen: str | None, kind: str, names: str, source: str, precision: str, checked: bool
+        chosen: str | None,
+        kind: str,
+        names: str,
+        source: str,
+        precision: str,
+        checked: bool,
+        *texts: str,
     ) -> Any:
         if not chosen:
             yield shown(messages([_NO_ADAPTER]))
@@ -175,6 +206,11 @@ def build(studio: Studio) -> None:
         line += [f"--style={names}"] if kind == "lora" else []
         line += [f"--base={source.strip()}"] if source.strip() else []
         line += [f"--dtype={precision}", *(["--verify"] if checked else [])]
+        for (name, (_, _, only_lora)), text in zip(_MORE.items(), texts, strict=False):
+            if (text := (text or "").replace("\0", "").strip()) and (
+                kind == "lora" or not only_lora
+            ):
+                line.append(f"--{name}={text}")
         yield shown(begun(note := f"writing {output.name} ..."))
         job = studio.jobs.add("export", output.name, gralora(*line), output)
         for state in follow(job, note):
@@ -190,7 +226,7 @@ def build(studio: Studio) -> None:
             result = Markup('<p class="state failed">not exported</p>') + result
         yield shown(result)
 
-    def run_inspect(target: str | None) -> Any:
+    def run_inspect(target: str | None, also: Sequence[str]) -> Any:
         if not target or not (target := target.strip()):
             yield shown(messages(["drop a file, or give the path of one"]))
             return
@@ -198,20 +234,23 @@ def build(studio: Studio) -> None:
             yield shown(messages([f"the path is {target!r:.80}, which {problem}"]))
             return
         yield shown(begun(note := f"reading {Path(target).name} ..."))
-        job = studio.jobs.add("inspect", "inspect", gralora("inspect", "--", target))
+        options = [f"--{name}" for name in _LOOKS if name in also]
+        job = studio.jobs.add("inspect", "inspect", gralora("inspect", *options, "--", target))
         for state in follow(job, note):
             yield shown(state)
         folder = Path(target).parent
-        is_uploaded = folder.is_relative_to(studio.workspace.uploads)
-        yield shown(log_of(job, 200, "table", without=f"{folder}/" * is_uploaded))
+        instead = {"(--all_layers)": "(choose “every layer” above)"}
+        if folder.is_relative_to(studio.workspace.uploads):
+            instead[f"{folder}/"] = ""
+        yield shown(log_of(job, 2000, "table", instead))
 
     def choose_format(kind: str, precision: str) -> Any:
         choices = LORA_DTYPE_CHOICES if kind == "lora" else DTYPE_CHOICES
         value = precision if precision in choices else "keep"
         return gr.Dropdown(interactive=kind == "lora"), gr.Dropdown(list(choices), value=value)
 
-    def inspect_either(file: str | None, text: str) -> Any:
-        yield from run_inspect(text.strip() or file)
+    def inspect_either(file: str | None, text: str, also: Sequence[str]) -> Any:
+        yield from run_inspect(text.strip() or file, also)
 
     gr.on([again.click, tab.select], refresh, [adapter, seen], [adapter, place, seen], **quiet)
     form.input(choose_format, [form, dtype], [style, dtype], **quiet)
@@ -222,11 +261,11 @@ def build(studio: Studio) -> None:
         [published, card, listed, token],
         **quiet,
     )
-    export.click(run_export, [adapter, form, style, base, dtype, verify], exported, **quiet)
+    export.click(run_export, [adapter, form, style, base, dtype, verify, *more], exported, **quiet)
     # what was given last is inspected; the button prefers the path, which can be seen beside it
-    dropped.upload(run_inspect, dropped, facts, **quiet)
-    path.submit(run_inspect, path, facts, **quiet)
-    inspect.click(inspect_either, [dropped, path], facts, **quiet)
+    dropped.upload(run_inspect, [dropped, looks], facts, **quiet)
+    path.submit(run_inspect, [path, looks], facts, **quiet)
+    inspect.click(inspect_either, [dropped, path, looks], facts, **quiet)
 
 
 def look(studio: Studio, query: Mapping[str, str]) -> tuple[dict[str, str], object]:

@@ -89,7 +89,7 @@ def build(studio: Studio) -> TrainTab:
                     for f in group.fields:
                         fields[f.name] = _component(f)
         with gr.Column(scale=2, min_width=320, elem_id="train-side"):
-            with gr.Row():
+            with gr.Row(elem_id="train-actions"):
                 start = gr.Button("Start", variant="primary", elem_id="train-start", min_width=90)
                 plan = gr.Button("Plan", elem_id="train-plan", min_width=90)
             card = gr.Radio(

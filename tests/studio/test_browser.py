@@ -257,6 +257,15 @@ def test_the_form_on_a_phone(server, page):
     page.locator("#opt-snr_gamma").wait_for()
     assert page.locator("#opt-rank").is_hidden()
     assert page.evaluate("document.documentElement.scrollWidth") <= 390
+    page.locator("#train-search").fill("")
+    # the whole form is above the problems, but not above the button
+    box = page.locator("#train-start").bounding_box()
+    assert 0 < box["y"] < 800 - box["height"]
+    page.locator("#train-start").click()
+    problem = page.locator(".problem-here").first
+    problem.wait_for()
+    page.wait_for_function("(p) => p.getBoundingClientRect().top > 0", arg=problem.element_handle())
+    assert 0 < problem.bounding_box()["y"] < 800
 
 
 def test_an_idle_page_does_not_ask_gradio(page):

@@ -14,12 +14,13 @@ pytest.importorskip("gradio")
 import gradio as gr
 
 from gralora_diffusion.studio import tab_compare, tab_images, tab_runs, tab_share
-from gralora_diffusion.studio.context import Studio, chosen_of, waits_for
+from gralora_diffusion.studio.context import Studio, chosen_of, log_of, waits_for
 from gralora_diffusion.studio.engine.comparing import SPEC_NAME, Comparison
 from gralora_diffusion.studio.engine.jobs import Jobs
 from gralora_diffusion.studio.engine.runs import Run
 from gralora_diffusion.studio.engine.workspace import Workspace
 from gralora_diffusion.studio.page import build
+from tests import ROOT
 from tests.training.runs import copy_robot
 
 RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": ""}
@@ -246,7 +247,7 @@ def test_texts_that_no_file_can_have_as_its_name(tmp_path, text):
     (said,) = export("/runs/a", "checkpoint", "comfyui", text, "keep", False)
     assert "the base is" in said
     inspect, _ = functions_of(studio, tab_share, "run_inspect")[0]
-    (said,) = inspect(text)
+    (said,) = inspect(text, [])
     assert "the path is" in said
     assert studio.jobs.list() == []
     for given in ({"base": text}, {"base": "b", "loras": [text]}):
@@ -267,6 +268,22 @@ def test_a_folder_is_read_again_only_if_something_has_changed(tmp_path):
 
 def test_a_dropped_file_is_inspected_whatever_the_field_says(tmp_path):
     found = functions_of(Studio.at(tmp_path), tab_share, "run_inspect")
-    assert [inputs for _, inputs in found] == [["share-dropped"], ["share-path"]]
+    assert [inputs for _, inputs in found] == [
+        ["share-dropped", "share-looks"],
+        ["share-path", "share-looks"],
+    ]
     (inspect, _) = found[0]
-    assert "drop a file" in next(inspect(" "))
+    assert "drop a file" in next(inspect(" ", []))
+
+
+def test_inspect_in_the_words_of_the_page(tmp_path):
+    studio = Studio.at(tmp_path)
+    inspect, _ = functions_of(studio, tab_share, "run_inspect")[0]
+    file = str(ROOT / "samples/tiny-base/unet/diffusion_pytorch_model.safetensors")
+    *_, said = inspect(file, ["sha256", "--harm"])
+    (job,) = studio.jobs.list()
+    assert job.command[2:] == ("inspect", "--sha256", "--", file)
+    assert file in said
+    (job.folder / "log.txt").write_text("... and 2 more (--all_layers)")
+    text = log_of(job, instead={"(--all_layers)": "(choose <it>)"})
+    assert "... and 2 more (choose &lt;it&gt;)" in text

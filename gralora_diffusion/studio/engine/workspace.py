@@ -35,6 +35,11 @@ class Workspace:
         return self.folder / "kept"
 
     @property
+    def loras(self) -> Path:
+        """LoRA files of other programs that were added to be compared."""
+        return self.folder / "loras"
+
+    @property
     def exports(self) -> Path:
         return self.folder / "exports"
 

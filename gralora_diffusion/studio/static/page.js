@@ -59,6 +59,12 @@ const studio = {
     }
   },
 
+  // The first problem may be far above the button
+  toProblem() {
+    const field = document.querySelector(".opt.has-problem");
+    if (field) field.scrollIntoView({ block: "center" });
+  },
+
   typed: new Map(), // id of an image -> its caption, from typing until it is saved
   inside: null, // where the cursor is, if it is in a caption
 
