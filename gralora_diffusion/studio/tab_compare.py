@@ -83,7 +83,9 @@ def build(studio: Studio) -> CompareTab:
             )
             stop = gr.Button("Stop", elem_id="compare-stop", min_width=80)
             again = gr.Button("Fill in its settings", elem_id="compare-again", min_width=130)
-            earlier = gr.Dropdown([], value=None, label="Comparisons", elem_id="compare-earlier")
+            earlier = gr.Dropdown(
+                [], value=None, label="Comparisons", elem_id="compare-earlier", min_width=320
+            )
         problems = gr.HTML(js_on_load=None)
         for name in ("compare-result", "compare-kept"):
             gr.HTML(live.part(name), elem_id=name, js_on_load=None)

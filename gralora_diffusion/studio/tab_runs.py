@@ -61,7 +61,7 @@ def build(studio: Studio) -> RunsTab:
                 sample = gr.Button("Sample now", elem_id="runs-sample", min_width=80)
                 stop = gr.Button("Stop", elem_id="runs-stop", min_width=80)
                 resume = gr.Button("Resume", elem_id="runs-resume", min_width=80)
-                duplicate = gr.Button("Duplicate with changes", min_width=120)
+                duplicate = gr.Button("Duplicate with changes", min_width=170)
                 compare = gr.Button("Generate with it", elem_id="runs-compare", min_width=120)
             for name in ("runs-plots", "runs-strip", "runs-log"):
                 gr.HTML(live.part(name), elem_id=name, js_on_load=None)

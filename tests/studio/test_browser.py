@@ -261,6 +261,10 @@ def test_the_form_on_a_phone(server, page):
     # the whole form is above the problems, but not above the button
     box = page.locator("#train-start").bounding_box()
     assert 0 < box["y"] < 800 - box["height"]
+    page.locator("#train-card").evaluate("e => scrollBy(0, e.getBoundingClientRect().top - 765)")
+    assert (
+        page.evaluate("(b) => document.elementFromPoint(b.x + 9, b.y + 9).id", box) == "train-start"
+    )
     page.locator("#train-start").click()
     problem = page.locator(".problem-here").first
     problem.wait_for()
