@@ -1,7 +1,10 @@
 """A Ray cluster of two nodes on this machine: a node and the command itself are killed."""
 
+import contextlib
 import json
+import time
 
+import psutil
 import pytest
 
 pytest.importorskip("ray", reason="needs the package ray")
@@ -9,6 +12,7 @@ pytest.importorskip("ray", reason="needs the package ray")
 from gralora_diffusion.benchmark.command import main
 from gralora_diffusion.benchmark.ledger import FAILURE_NAME
 from gralora_diffusion.benchmark.main import benchmark
+from gralora_diffusion.benchmark.ray_tasks import run_task
 from tests.benchmark import runs
 from tests.benchmark.test_main import result_files, scores, until
 
@@ -41,12 +45,36 @@ def cluster(monkeypatch):
     cluster.shutdown()
 
 
+def at_work(node):
+    """Return the processes of a node that run a trial; Ray names a process by what it runs."""
+    (raylet,) = node.all_processes["raylet"]
+    title = f"ray::{run_task.__name__}"
+    found = []
+    for process in psutil.Process(raylet.process.pid).children():
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[:1] == [title]:
+                found.append(process)
+    return found
+
+
+def kill_at_work(cluster, node):
+    """Kill a node that runs a trial and cannot finish it."""
+    while not (stopped := at_work(node)):
+        time.sleep(0.01)
+    for process in stopped:
+        process.suspend()
+    cluster.remove_node(node, allow_graceful=False)
+    for process in stopped:  # it would wait for its node for ever
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
 def test_node_and_command_are_killed_and_a_trial_always_fails(world, tmp_path, cluster, capsys):
     """A node is killed, then the command, which is started again on the other node."""
     output, address = tmp_path / "run", cluster.address
     killed = runs.start(world, output, ray=address, **OPTIONS)
-    until(lambda: result_files(output), killed)
-    cluster.remove_node(cluster.nodes[0], allow_graceful=False)
+    until(lambda: result_files(output) and at_work(cluster.nodes[0]), killed)
+    kill_at_work(cluster, cluster.nodes[0])
     until(lambda: "It is run again" in killed.said, killed)  # Ray may take a while to notice
     before = len(result_files(output))
     until(lambda: len(result_files(output)) > before, killed)
