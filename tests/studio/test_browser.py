@@ -281,11 +281,13 @@ def test_an_idle_page_does_not_ask_gradio(page):
     end = time.monotonic() + SOON / 1000
     while time.monotonic() < end:  # what was asked when the tabs were opened may still come
         asked.clear()
+        began = time.monotonic()
         page.wait_for_timeout(5000)
+        seconds = time.monotonic() - began  # more than 5 on a busy machine
         if not any("/gradio_api/" in url for url in asked):
             break
     assert not [url for url in asked if "/gradio_api/" in url]
-    assert 1 <= sum("/studio/live/runs" in url for url in asked) <= 4
+    assert 1 <= sum("/studio/live/runs" in url for url in asked) <= seconds / 2 + 2
 
 
 def test_pages_are_answered_quickly(server, page):
