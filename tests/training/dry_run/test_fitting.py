@@ -41,6 +41,19 @@ def plan_of(config: TrainingConfig) -> Plan:
     return plan_run(config, family, images, [], Accelerator(cpu=True), apart=True)
 
 
+class Planned:
+    """Plans by their options, each made once: a plan takes about a second."""
+
+    def __init__(self) -> None:
+        self.plans: dict[str, Plan] = {}
+
+    def __call__(self, config: TrainingConfig) -> Plan:
+        key = config.to_yaml()
+        if key not in self.plans:
+            self.plans[key] = plan_of(config)
+        return self.plans[key]
+
+
 @pytest.fixture(scope="module")
 def plan() -> Plan:
     return plan_of(CONFIG)
@@ -108,15 +121,10 @@ def test_options_decide_what_is_streamed(plan: Plan) -> None:
 
 def test_options_that_make_a_run_fit(plan: Plan) -> None:
     """Each one only where those before do not do; the plan of what is found fits."""
-    plans: dict[str, Plan] = {}
-
-    def remembered(config: TrainingConfig) -> Plan:
-        key = config.to_yaml()
-        plans[key] = plans.get(key) or plan_of(config)
-        return plans[key]
+    planned = Planned()
 
     def found(size: float, streams: bool = True) -> tuple[Fit | None, Fit]:
-        return find_fit(CONFIG, remembered, int(size), streams=streams)
+        return find_fit(CONFIG, planned, int(size), streams=streams)
 
     whole = plan.peak("steps")
     fit, _ = found(whole / WARN + 1)
@@ -127,7 +135,7 @@ def test_options_that_make_a_run_fit(plan: Plan) -> None:
     assert fit is not None
     assert fit.options != ()
     assert fit.peak <= 0.9 * whole
-    least = min(fitted(p, 0).peak("steps") for p in plans.values())
+    least = min(fitted(p, 0).peak("steps") for p in planned.plans.values())
     fit, smallest = found(least / WARN + 1)
     assert fit is not None
     assert fit.peak <= least + 1
@@ -157,21 +165,16 @@ ROUNDING = "--optimizer adamw8bit --quantization torchao-int8"
 class TestWholeAnswers:
     """Each option only after those that change less, and a plan with the options that are given."""
 
+    planned = Planned()
+
     def answer(
         self, config: TrainingConfig, options: str, eight_bits: set[str], streams: bool = True
     ) -> str:
         """The answer for the largest card for which these options are given, without its start."""
-        plans: dict[str, Plan] = {}
-
-        def remembered(changed: TrainingConfig) -> Plan:
-            key = changed.to_yaml()
-            plans[key] = plans.get(key) or plan_of(changed)
-            return plans[key]
-
         size = 1 << 40
         while True:
             fit, smallest = find_fit(
-                config, remembered, size, streams=streams, eight_bits=eight_bits
+                config, self.planned, size, streams=streams, eight_bits=eight_bits
             )
             assert fit is not None
             assert fit.peak <= int(WARN * size)
@@ -179,29 +182,35 @@ class TestWholeAnswers:
                 break
             size = int((fit.peak - 1) / WARN)
         given = parse_config([*arguments(values_of(config)), *options.split()])
-        plan = plan_of(replace(given, offload_base="none"))
-        planned = with_offloading(plan, given, None, 1) if "offload" in options else plan
-        assert max(map(planned.peak, planned.phases)) == fit.peak
+        plan = self.planned(replace(given, offload_base="none"))
+        if "offload" in options:
+            plan = with_offloading(plan, given, None, 1)
+        assert max(map(plan.peak, plan.phases)) == fit.peak
         text = format_fit(size, fit, smallest)
         needs = f"It needs about {fit.peak / 2**30:,.2f} GiB at the peak"
-        if planned.copied:
-            needs += f" and copies {planned.copied / 2**30:,.1f} GiB to the GPU in a step"
+        if plan.copied:
+            needs += f" and copies {plan.copied / 2**30:,.1f} GiB to the GPU in a step"
         start = f"To fit into {size / 2**30:.3g} GiB, give {options}. {needs}."
         assert text.startswith(start)
         return text.removeprefix(start).partition("\nThe smallest card for this run has 4 GiB")[0]
 
-    def test_rounding_only_where_streaming_does_not_do(self) -> None:
+    @pytest.fixture
+    def small(self, saved_base: Callable[[str], Path]) -> TrainingConfig:
+        base = str(saved_base("stable-diffusion"))
+        return replace(CONFIG, pretrained_model_name_or_path=base)
+
+    def test_rounding_only_where_streaming_does_not_do(self, small: TrainingConfig) -> None:
         both = {"bitsandbytes", "torchao"}
         streamed = "--gradient_checkpointing --offload_base blocks"
-        assert self.answer(CONFIG, streamed, both) == ""
-        config = replace(CONFIG, rank=64)  # much optimizer state
+        assert self.answer(small, streamed, both) == ""
+        config = replace(small, rank=64, resolution=32)  # much optimizer state
         for options in (f"{NEUTRAL} --optimizer adamw8bit", f"{NEUTRAL} {ROUNDING}"):
             assert self.answer(config, options, both, streams=False) == ""
         options = f"{NEUTRAL} --quantization torchao-int8"
         assert self.answer(config, options, {"torchao"}, streams=False) == ""
 
-    def test_smaller_images_last(self) -> None:
-        config = replace(CONFIG, resolution=512)
+    def test_smaller_images_last(self, small: TrainingConfig) -> None:
+        config = replace(small, resolution=512)
         for side in (384, 256):
             options = f"{NEUTRAL} --resolution {side}"
             assert self.answer(config, options, set()) == (
