@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 
 from gralora_diffusion.io.errors import ConfigError, DataError
-from gralora_diffusion.io.process import log_to_terminal, print_safely
+from gralora_diffusion.io.process import lasting_imports, log_to_terminal, print_safely
 from gralora_diffusion.io.staging import OutputError
 
 from .run_config import parse_settings
@@ -31,7 +31,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print_safely(f"error: {error}", error=True)
         sys.exit(2)
     leave_out_unused_by(settings)
-    from .main import DeviceBroken, benchmark
+    with lasting_imports():
+        from .main import DeviceBroken, benchmark
 
     try:
         failed = benchmark(settings)

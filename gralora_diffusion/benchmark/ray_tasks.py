@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gralora_diffusion.io.process import own_process
+from gralora_diffusion.io.process import lasting_imports, own_process
 
 from .jobs import Files, Job, Reply
 from .node_check import Requirements, node_name, node_problems
@@ -18,6 +18,7 @@ def run_task(job: Job, shared: Files) -> Reply:
     """Run a job in a process that is Ray's."""
     own_process()
     leave_out_unused_by(job.settings)
-    from .node import run_job  # imports torch, diffusers and PEFT
+    with lasting_imports():
+        from .node import run_job  # imports torch, diffusers and PEFT
 
     return run_job(job, shared)

@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import missing_base_problem, missing_problem
-from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
+from gralora_diffusion.io.process import (
+    cleanup_on_signals,
+    lasting_imports,
+    print_safely,
+    quiet_libraries,
+)
 from gralora_diffusion.io.staging import OutputError, check_output, find_overlap
 from gralora_diffusion.options.command_parser import CommandParser, finite
 from gralora_diffusion.options.path_names import file_or_id
@@ -242,12 +247,13 @@ def _path_problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def _export(args: argparse.Namespace) -> FusedReport | LoraReport:
-    from gralora_diffusion.adapters.adapter_file import read_adapter
+    with lasting_imports():
+        from gralora_diffusion.adapters.adapter_file import read_adapter
 
-    from .diff import export_diff
-    from .fused import export_fused
-    from .lora import export_lora
-    from .verification import Verification
+        from .diff import export_diff
+        from .fused import export_fused
+        from .lora import export_lora
+        from .verification import Verification
 
     adapter = read_adapter(args.adapter)
     fields = {name: getattr(args, name) for name in USER_FIELDS if getattr(args, name) is not None}

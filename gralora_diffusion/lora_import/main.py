@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from gralora_diffusion.base_models.optional_libraries import leave_out_unused
 from gralora_diffusion.families import family_name_of, list_families
 from gralora_diffusion.io.file_names import WEIGHTS_NAME, missing_base_problem, missing_problem
-from gralora_diffusion.io.process import cleanup_on_signals, print_safely, quiet_libraries
+from gralora_diffusion.io.process import (
+    cleanup_on_signals,
+    lasting_imports,
+    print_safely,
+    quiet_libraries,
+)
 from gralora_diffusion.io.staging import OutputError, check_output
 from gralora_diffusion.lora_files.scaling import HEADER_ALPHA
 from gralora_diffusion.options.command_parser import CommandParser
@@ -123,10 +128,11 @@ def _problems(options: argparse.Namespace) -> Iterator[str]:
 
 def _import(options: argparse.Namespace, output: Path) -> str:
     """Write the adapter; return the report."""
-    from gralora_diffusion.adapters.adapter_file import save_adapter
+    with lasting_imports():
+        from gralora_diffusion.adapters.adapter_file import save_adapter
 
-    from .base import LoraBase
-    from .conversion import gralora_from_lora
+        from .base import LoraBase
+        from .conversion import gralora_from_lora
 
     base = LoraBase(options.base) if options.base else None
     left_out: list[str] | None = [] if options.leave_out_norms_and_biases else None

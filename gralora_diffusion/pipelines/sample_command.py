@@ -33,7 +33,7 @@ from gralora_diffusion.io.file_names import (
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import ImageError, folder_images, read_image
 from gralora_diffusion.io.image_parameters import ImageParameters, save_png
-from gralora_diffusion.io.process import print_safely, quiet_libraries
+from gralora_diffusion.io.process import lasting_imports, print_safely, quiet_libraries
 from gralora_diffusion.io.safe_text import error_line
 from gralora_diffusion.io.staging import OutputError, find_overlap, staged, unwritable
 from gralora_diffusion.io.tensor_files import read_header, replacing
@@ -350,11 +350,13 @@ def load_lora(pipe: Any, source: str, parser: argparse.ArgumentParser) -> None:
 def open_pipeline(args: argparse.Namespace, parser: argparse.ArgumentParser) -> Any:
     """Load the base on its device, in the precision it computes in."""
     import torch
-    from diffusers import DiffusionPipeline
 
-    from gralora_diffusion.base_models.loading import check_complete, check_tokenizers
-    from gralora_diffusion.base_models.pipeline_index import PipelineIndex
-    from gralora_diffusion.pipelines.placement import place
+    with lasting_imports():
+        from diffusers import DiffusionPipeline
+
+        from gralora_diffusion.base_models.loading import check_complete, check_tokenizers
+        from gralora_diffusion.base_models.pipeline_index import PipelineIndex
+        from gralora_diffusion.pipelines.placement import place
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -14,6 +14,7 @@ from gralora_diffusion.base_models.optional_libraries import LIBRARIES, leave_ou
 from gralora_diffusion.io.errors import CheckpointError, ConfigError
 from gralora_diffusion.io.process import (
     are_several,
+    lasting_imports,
     log_to_terminal,
     own_process,
     print_safely,
@@ -74,11 +75,12 @@ def _how_to_go_on(config: TrainingConfig) -> str:
 
 
 def _train(config: TrainingConfig, first_process: bool, signals: StopSignals) -> None:
-    from gralora_diffusion.io.errors import DataError
-    from gralora_diffusion.training.optimization.step import TrainingDiverged
-    from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
+    with lasting_imports():
+        from gralora_diffusion.io.errors import DataError
+        from gralora_diffusion.training.optimization.step import TrainingDiverged
+        from gralora_diffusion.training.runtime.agreement import OtherProcessFailed
 
-    from .run import train
+        from .run import train
 
     try:
         train(config, signals)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import io
 import logging
 import multiprocessing
@@ -23,7 +25,13 @@ from transformers.utils import logging as of_transformers
 
 from gralora_diffusion.export import streaming
 from gralora_diffusion.export.main import main as export
-from gralora_diffusion.io.process import cleanup_on_signals, guard_terminal, quiet_libraries
+from gralora_diffusion.io import process
+from gralora_diffusion.io.process import (
+    cleanup_on_signals,
+    guard_terminal,
+    lasting_imports,
+    quiet_libraries,
+)
 from gralora_diffusion.lora_import.main import main as import_lora
 from tests import ROOT
 from tests.models import adapt, stable_diffusion
@@ -82,6 +90,25 @@ def test_libraries_are_quiet_and_then_as_before() -> None:
         assert not of_diffusers.is_progress_bar_enabled()
     finally:
         of_diffusers.enable_progress_bar()
+
+
+@pytest.mark.parametrize("is_a_command", [True, False])
+def test_a_command_leaves_its_imports_out_of_collections(monkeypatch, is_a_command) -> None:
+    monkeypatch.setattr(process, "is_a_command", is_a_command)
+    gc.unfreeze()
+    try:
+        with contextlib.suppress(ImportError), lasting_imports():
+            assert gc.isenabled() is not is_a_command
+            with lasting_imports():  # of a part of what is imported
+                made = [[]]
+            assert gc.isenabled() is not is_a_command
+            raise ImportError
+        assert gc.isenabled()
+        frozen = gc.get_freeze_count()
+        assert (frozen > 0) is is_a_command
+        assert any(found is made for found in gc.get_objects()) is not is_a_command
+    finally:
+        gc.freeze()  # as the tests run
 
 
 def test_messages_of_libraries_have_no_control_characters(monkeypatch) -> None:
