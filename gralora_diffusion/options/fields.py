@@ -159,6 +159,12 @@ def types_of(options: type) -> dict[str, Any]:
 
 
 @cache
+def plain_types_of(options: type) -> dict[str, Any]:
+    """Return the same without the traits."""
+    return get_type_hints(options)
+
+
+@cache
 def _traits(options: type) -> dict[str, tuple[Any, ...]]:
     types = types_of(options)
     return {f.name: getattr(types[f.name], "__metadata__", ()) for f in fields(options)}
@@ -180,7 +186,7 @@ def texts_of(value: Any) -> list[str]:
 def choices_of(options: type) -> dict[str, tuple[str, ...]]:
     """Return name -> allowed values for the fields of a dataclass with a list of choices."""
     choices = {}
-    for name, hint in get_type_hints(options).items():
+    for name, hint in plain_types_of(options).items():
         for part in (hint, *get_args(hint)):
             if getattr(part, "__origin__", None) is Literal:
                 choices[name] = get_args(part)

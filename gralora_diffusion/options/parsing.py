@@ -10,7 +10,7 @@ from argparse import Action, ArgumentDefaultsHelpFormatter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 
@@ -27,7 +27,7 @@ from .command_parser import (
     nearest_choice,
     without_hyphens,
 )
-from .fields import Place, options_with
+from .fields import Place, options_with, plain_types_of
 from .path_names import file_or_id
 
 #: Bytes of a YAML file at most.
@@ -198,7 +198,7 @@ class _Parser(CommandParser):
         self.names: set[str] = set()
         for options in groups:
             group = self.add_argument_group(options._argument_group_name)
-            hints, places = get_type_hints(options), options_with(options, Place)
+            hints, places = plain_types_of(options), options_with(options, Place)
             for f in fields(options):
                 name = f.name if called is None else called.get(f.name)
                 if name is None:

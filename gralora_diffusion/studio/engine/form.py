@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal
 
 from gralora_diffusion.io.bundled import find_config
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.options.command_parser import first_named_in
-from gralora_diffusion.options.fields import Unrecorded, choices_of, options_with
+from gralora_diffusion.options.fields import Unrecorded, choices_of, options_with, plain_types_of
 from gralora_diffusion.training.checks.options import find_problems, find_warnings
 from gralora_diffusion.training.config.training_config import (
     OPTION_GROUPS,
@@ -109,7 +109,7 @@ def groups() -> tuple[Group, ...]:
     """Return the form, in the order of ``gralora train --help``."""
     found = []
     for group in OPTION_GROUPS:
-        hints, choices = get_type_hints(group), choices_of(group)
+        hints, choices = plain_types_of(group), choices_of(group)
         made = []
         for f in fields(group):
             if f.name in _NOT_SHOWN:
