@@ -45,7 +45,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_finish(session: pytest.Session) -> None:
-    """Leave what is imported by now out of the trainer's garbage collections: a second in each."""
+    """Leave what is imported by now out of the trainer's garbage collections."""
     import torch
 
     torch.set_num_threads(1)  # tiny models: threads cost many times what they bring
@@ -53,17 +53,21 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def _freeze(session: pytest.Session) -> None:
+    """Leave what is there out of later collections, each of which would take up to a second."""
     gc.collect()
     gc.freeze()
     session.stash[_FROZEN_MODULES] = len(sys.modules)
 
 
-_FROZEN_MODULES = pytest.StashKey[int]()
+_FROZEN_MODULES, _FROZEN_AT = pytest.StashKey[int](), pytest.StashKey[Path]()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    if len(sys.modules) > item.session.stash[_FROZEN_MODULES] + 100:  # imported by a test
+    stash = item.session.stash
+    imports_more = len(sys.modules) > stash[_FROZEN_MODULES] + 100
+    if imports_more or item.path != stash.get(_FROZEN_AT, None):  # reports and fixtures add up
         _freeze(item.session)
+        stash[_FROZEN_AT] = item.path
     import torch
 
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
