@@ -171,25 +171,31 @@ def unet_batch(
     return clean, noise, (bands * 1000).long().clamp(max=999), captions
 
 
-def build_ema(denoiser: models.Denoiser) -> EMAModel:
+def build_ema(denoiser: nn.Module) -> EMAModel:
     """Return a moving average of the weights that follows quickly at first."""
     return EMAModel(
         denoiser.parameters(), decay=0.9995, use_ema_warmup=True, power=0.75, foreach=True
     )
 
 
-def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -> None:
-    """Train UNet and text encoder on the latents; `unet_checkpoint.pt` also has their average."""
-    latents = run.require("latents.pt")
-    count = len(latents["mean"])
-    shown = [tiny_world.combination(world_rng(run, index)) for index in range(count)]
-    tokenizer, scheduler = models.build_tokenizer(), models.build_scheduler()
-    denoiser = models.Denoiser(models.build_unet(), models.build_text_encoder(tokenizer)).train()
-    parameters = list(denoiser.parameters())
+def train_denoiser(
+    run: Run,
+    stage: str,
+    denoiser: nn.Module,
+    steps: int,
+    batch_size: int,
+    peak: float,
+    loss_of: Callable[[nn.Module, int], torch.Tensor],
+) -> None:
+    """Train all weights of a module; `<stage>_checkpoint.pt` also has their average.
+
+    `loss_of` returns the loss of the module at a step, which has `batch_size` samples.
+    """
+    parameters = list(denoiser.train().parameters())
     optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
     ema = build_ema(denoiser)
     step, spent, losses = 0, 0.0, []
-    if state := run.load("unet_checkpoint.pt"):
+    if state := run.load(f"{stage}_checkpoint.pt"):
         denoiser.load_state_dict(state["denoiser"])
         optimizer.load_state_dict(state["optimizer"])
         ema.load_state_dict(state["ema"])
@@ -198,14 +204,7 @@ def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -
     clock = Clock(spent)
     while step < steps:
         rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        rng = run.rng("unet", step)
-        clean, noise, timesteps, captions = unet_batch(rng, latents, shown, batch_size)
-        noisy_latents = scheduler.add_noise(clean, noise, timesteps)
-        ids = models.tokenize(tokenizer, captions)
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction = model(noisy_latents, timesteps, ids)
-        target = scheduler.get_velocity(clean, noise, timesteps)
-        loss = functional.mse_loss(prediction.float(), target)
+        loss = loss_of(model, step)
         run.accelerator.backward(loss)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -216,10 +215,40 @@ def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -
         if step % 100 == 0 or step == steps:
             samples = step * batch_size * run.accelerator.num_processes
             record = {"step": step, "samples": samples, "loss": sum(losses) / len(losses)}
-            run.log(stage="unet", **record, lr=rate, sec=clock.spent)
+            run.log(stage=stage, **record, lr=rate, sec=clock.spent)
             losses = []
         if clock.is_time_to_save() or step == steps:
             state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
             state |= {"ema": ema.state_dict(), "step": step, "spent": clock.spent}
-            run.save("unet_checkpoint.pt", state)
+            run.save(f"{stage}_checkpoint.pt", state)
     run.accelerator.wait_for_everyone()
+
+
+def load_average(run: Run, stage: str, denoiser: nn.Module) -> int:
+    """Give a module the averaged weights of a stage's last checkpoint; return the steps of that."""
+    state = run.require(f"{stage}_checkpoint.pt")
+    ema = build_ema(denoiser.eval())
+    ema.load_state_dict(state["ema"])
+    ema.copy_to(denoiser.parameters())
+    return int(state["step"])
+
+
+def train_unet(run: Run, steps: int, batch_size: int, peak: float, bf16: bool) -> None:
+    """Train UNet and text encoder on the latents; `unet_checkpoint.pt` also has their average."""
+    latents = run.require("latents.pt")
+    count = len(latents["mean"])
+    shown = [tiny_world.combination(world_rng(run, index)) for index in range(count)]
+    tokenizer, scheduler = models.build_tokenizer(), models.build_scheduler()
+
+    def loss_of(denoiser: nn.Module, step: int) -> torch.Tensor:
+        rng = run.rng("unet", step)
+        clean, noise, timesteps, captions = unet_batch(rng, latents, shown, batch_size)
+        noisy_latents = scheduler.add_noise(clean, noise, timesteps)
+        ids = models.tokenize(tokenizer, captions)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            prediction = denoiser(noisy_latents, timesteps, ids)
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        return functional.mse_loss(prediction.float(), target)
+
+    denoiser = models.Denoiser(models.build_unet(), models.build_text_encoder(tokenizer))
+    train_denoiser(run, "unet", denoiser, steps, batch_size, peak, loss_of)

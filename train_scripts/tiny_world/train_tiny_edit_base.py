@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,10 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.utils import make_image_grid
-from tiny_base_run import Clock, Run, learning_rate
-from tiny_base_stages import build_ema, to_pixels
+from PIL import Image
+from tiny_base_run import Run
+from tiny_base_stages import load_average, to_pixels, train_denoiser
+from torch import nn
 from torch.nn import functional
 from transformers import CLIPTextModel
 
@@ -82,12 +85,13 @@ def encode_edits(run: Run, vae: AutoencoderKL, count: int) -> dict[str, Any]:
 
 
 def edit_batch(
-    rng: random.Random, edits: dict[str, Any], size: int
+    rng: random.Random, edits: dict[str, Any], size: int, image_dropout: float = 0.1
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, list[str]]:
-    """Return clean latents, noise, timesteps, latents before the edit, and instructions.
+    """Return clean latents, noise, levels, latents before the edit, and instructions.
 
-    As published for InstructPix2Pix, 5% of the rows have no instruction, 5% no image to edit, and
-    5% neither.
+    The levels are from 0 to 1, one from each of `size` equal bands, which steadies the loss. A
+    tenth of the rows have no instruction, and a share of `image_dropout` no image to edit. As
+    published for InstructPix2Pix, half of the rows without one do not have the other either.
     """
     chosen = [rng.randrange(len(edits["instructions"])) for _ in range(size)]
     generator = torch.Generator().manual_seed(rng.getrandbits(63))
@@ -99,9 +103,9 @@ def edit_batch(
     for row, index in enumerate(chosen):
         share = rng.random()
         captions.append("" if share < 0.1 else edits["instructions"][index])
-        if 0.05 <= share < 0.15:
+        if 0.05 <= share < 0.05 + image_dropout:
             before[row] = 0
-    return clean, noise, (bands * 1000).long().clamp(max=999), before, captions
+    return clean, noise, bands, before, captions
 
 
 def train(
@@ -115,52 +119,25 @@ def train(
 ) -> None:
     """Train UNet and text encoder; `edit_checkpoint.pt` also has their average."""
     edits = encode_edits(run, pipe.vae, pairs)
-    denoiser = models.Denoiser(edit_unet(pipe.unet), edit_text_encoder(pipe.text_encoder)).train()
-    parameters = list(denoiser.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
-    ema = build_ema(denoiser)
-    step, spent, losses = 0, 0.0, []
-    if state := run.load("edit_checkpoint.pt"):
-        denoiser.load_state_dict(state["denoiser"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        step, spent = state["step"], state["spent"]
-    clock = Clock(spent)
-    while step < steps:
-        rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        clean, noise, timesteps, before, captions = edit_batch(
-            run.rng("edit", step), edits, batch_size
-        )
+    denoiser = models.Denoiser(edit_unet(pipe.unet), edit_text_encoder(pipe.text_encoder))
+
+    def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+        clean, noise, bands, before, captions = edit_batch(run.rng("edit", step), edits, batch_size)
+        timesteps = (bands * 1000).long().clamp(max=999)
         noisy = pipe.scheduler.add_noise(clean, noise, timesteps)
         ids = models.tokenize(pipe.tokenizer, captions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction = denoiser(torch.cat([noisy, before], dim=1), timesteps, ids)
+            prediction = model(torch.cat([noisy, before], dim=1), timesteps, ids)
         target = pipe.scheduler.get_velocity(clean, noise, timesteps)
-        loss = functional.mse_loss(prediction.float(), target)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        losses.append(loss.item())
-        step += 1
-        if step % 100 == 0 or step == steps:
-            record = {"step": step, "samples": step * batch_size, "loss": sum(losses) / len(losses)}
-            run.log(stage="edit", **record, lr=rate, sec=clock.spent)
-            losses = []
-        if clock.is_time_to_save() or step == steps:
-            state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"ema": ema.state_dict(), "step": step, "spent": clock.spent}
-            run.save("edit_checkpoint.pt", state)
+        return functional.mse_loss(prediction.float(), target)
+
+    train_denoiser(run, "edit", denoiser, steps, batch_size, peak, loss_of)
 
 
 def edit_pipeline(run: Run, pipe: StableDiffusionPipeline) -> tuple[Any, int]:
     """Return the pipeline with the averaged weights of the last checkpoint, and its step."""
-    state = run.require("edit_checkpoint.pt")
-    denoiser = models.Denoiser(edit_unet(pipe.unet), edit_text_encoder(pipe.text_encoder)).eval()
-    ema = build_ema(denoiser)
-    ema.load_state_dict(state["ema"])
-    ema.copy_to(denoiser.parameters())
+    denoiser = models.Denoiser(edit_unet(pipe.unet), edit_text_encoder(pipe.text_encoder))
+    step = load_average(run, "edit", denoiser)
     edit = StableDiffusionInstructPix2PixPipeline(
         vae=pipe.vae,
         text_encoder=denoiser.text_encoder,
@@ -172,36 +149,43 @@ def edit_pipeline(run: Run, pipe: StableDiffusionPipeline) -> tuple[Any, int]:
         requires_safety_checker=False,
     )
     edit.set_progress_bar_config(disable=True)
-    return edit, state["step"]
+    return edit, step
 
 
-def export(run: Run, pipe: StableDiffusionPipeline, output_dir: Path | None) -> None:
-    """Write `edits_<step>.png`, and the diffusers folder if one is given.
+def draw_edits(
+    run: Run, step: int, edit: Callable[[str, Image.Image, torch.Generator], Image.Image]
+) -> None:
+    """Write `edits_<step>.png`, and log how far the images are from the drawn ones.
 
-    Each column is an edit that training has not seen: the image before it, the base's, the drawn
-    one.
+    Each column is an edit that training has not seen: the image before it, the one that `edit`
+    returns for an instruction, the image and a generator, and the drawn one.
     """
-    edit, step = edit_pipeline(run, pipe)
-    rows: list[list[Any]] = [[], [], []]
+    rows: list[list[Image.Image]] = [[], [], []]
     for index in range(GRID):
         wanted = tiny_edits.sample(
             random.Random(f"held out {index}"), tiny_edits.KINDS[index % len(tiny_edits.KINDS)]
         )
         before, after = wanted.before.draw(), wanted.after.draw()
-        image = edit(
-            wanted.instruction,
-            before,
-            num_inference_steps=25,
-            guidance_scale=4.0,
-            image_guidance_scale=1.5,
-            generator=torch.Generator().manual_seed(index),
-        ).images[0]
+        image = edit(wanted.instruction, before, torch.Generator().manual_seed(index))
         for row, shown in zip(rows, (before, image, after), strict=True):
             row.append(shown)
         error = functional.mse_loss(to_pixels([image]), to_pixels([after])).item()
         run.log(stage="export", step=step, instruction=wanted.instruction, error=error)
     make_image_grid([image for row in rows for image in row], 3, GRID).save(
         run.work_dir / f"edits_{step:05d}.png"
+    )
+
+
+def export(run: Run, pipe: StableDiffusionPipeline, output_dir: Path | None) -> None:
+    """Write the grid of `draw_edits`, and the diffusers folder if one is given."""
+    edit, step = edit_pipeline(run, pipe)
+    options = {"num_inference_steps": 25, "guidance_scale": 4.0, "image_guidance_scale": 1.5}
+    draw_edits(
+        run,
+        step,
+        lambda instruction, before, generator: edit(
+            instruction, before, generator=generator, **options
+        ).images[0],
     )
     if output_dir is not None:
         edit.vae.half()

@@ -21,10 +21,18 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from diffusers import AutoencoderKL, FluxPipeline, StableDiffusionPipeline
-from tiny_base_run import Clock, Run, learning_rate
-from tiny_base_stages import build_ema, train_vae, world_latents, world_rng
+from tiny_base_run import Run
+from tiny_base_stages import (
+    load_average,
+    train_denoiser,
+    train_vae,
+    world_latents,
+    world_rng,
+)
+from torch import nn
 from torch.nn import functional
 from train_tiny_base import draw_grids, reconstruct
+from transformers import CLIPTokenizer, T5Tokenizer
 
 BASE = Path(__file__).resolve().parents[2] / "samples/tiny-base"
 #: how the pipeline generates 64x64 pixels; its own defaults are those of FLUX
@@ -79,11 +87,41 @@ def flow_batch(
     clean = models.pack(latents[chosen].float())
     noise = torch.randn(clean.shape, generator=generator)
     bands = (torch.arange(size) + torch.rand(size, generator=generator)) / size
-    sigmas = torch.special.ndtri(bands.clamp(1e-4, 1 - 1e-4)).mul(1.2).sigmoid()
     captions = [
         "" if rng.random() < 0.1 else tiny_world.describe(*shown[index], rng) for index in chosen
     ]
-    return clean, noise, sigmas, captions
+    return clean, noise, flow_sigmas(bands), captions
+
+
+def flow_sigmas(bands: torch.Tensor) -> torch.Tensor:
+    """Return logit-normal sigmas, from positions in their distribution from 0 to 1."""
+    return torch.special.ndtri(bands.clamp(1e-4, 1 - 1e-4)).mul(1.2).sigmoid()
+
+
+def flow_loss(
+    model: nn.Module,
+    tokenizers: tuple[CLIPTokenizer, T5Tokenizer],
+    captions: list[str],
+    t5_tokens: int,
+    clean: torch.Tensor,
+    noise: torch.Tensor,
+    sigmas: torch.Tensor,
+    bf16: bool,
+    before: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Return the mean squared error of a `Denoiser`'s velocity.
+
+    `clean`, `noise` and `before` are packed latents (b, 64, 64); T5 prompts are padded to
+    `t5_tokens`.
+    """
+    level = sigmas[:, None, None]
+    ids = base_models.tokenize(tokenizers[0], captions)
+    t5_ids = tokenizers[1](
+        captions, padding="max_length", max_length=t5_tokens, return_tensors="pt"
+    ).input_ids
+    with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+        prediction = model((1 - level) * clean + level * noise, sigmas, ids, t5_ids, before)
+    return functional.mse_loss(prediction.float(), noise - clean)
 
 
 def train_transformer(
@@ -98,57 +136,24 @@ def train_transformer(
     latents = run.require("latents.pt")["mean"]
     shown = [tiny_world.combination(world_rng(run, index)) for index in range(len(latents))]
     denoiser, tokenizer_2 = build_denoiser(base)
-    parameters = list(denoiser.train().parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=peak, betas=(0.9, 0.99), weight_decay=1e-2)
-    ema = build_ema(denoiser)
-    step, spent, losses = 0, 0.0, []
-    if state := run.load("flux_checkpoint.pt"):
-        denoiser.load_state_dict(state["denoiser"])
-        optimizer.load_state_dict(state["optimizer"])
-        ema.load_state_dict(state["ema"])
-        step, spent = state["step"], state["spent"]
-    clock = Clock(spent)
-    while step < steps:
-        rate = optimizer.param_groups[0]["lr"] = learning_rate(step, steps, peak)
-        clean, noise, sigmas, captions = flow_batch(
-            run.rng("flux", step), latents, shown, batch_size
-        )
-        level = sigmas[:, None, None]
-        ids = base_models.tokenize(base.tokenizer, captions)
-        length = run.rng("length", step).choices(*LENGTHS)[0]
-        t5_ids = tokenizer_2(
-            captions, padding="max_length", max_length=length, return_tensors="pt"
-        ).input_ids
-        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            prediction = denoiser((1 - level) * clean + level * noise, sigmas, ids, t5_ids)
-        loss = functional.mse_loss(prediction.float(), noise - clean)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        ema.step(parameters)
-        losses.append(loss.item())
-        step += 1
-        if step % 100 == 0 or step == steps:
-            record = {"step": step, "samples": step * batch_size, "loss": sum(losses) / len(losses)}
-            run.log(stage="flux", **record, lr=rate, sec=clock.spent)
-            losses = []
-        if clock.is_time_to_save() or step == steps:
-            state = {"denoiser": denoiser.state_dict(), "optimizer": optimizer.state_dict()}
-            state |= {"ema": ema.state_dict(), "step": step, "spent": clock.spent}
-            run.save("flux_checkpoint.pt", state)
+    tokenizers = base.tokenizer, tokenizer_2
+
+    def loss_of(model: nn.Module, step: int) -> torch.Tensor:
+        rng = run.rng("flux", step)
+        clean, noise, sigmas, captions = flow_batch(rng, latents, shown, batch_size)
+        t5_tokens = run.rng("length", step).choices(*LENGTHS)[0]
+        return flow_loss(model, tokenizers, captions, t5_tokens, clean, noise, sigmas, bf16)
+
+    train_denoiser(run, "flux", denoiser, steps, batch_size, peak, loss_of)
 
 
 def trained_pipeline(run: Run, base: StableDiffusionPipeline) -> tuple[FluxPipeline, int]:
     """Return the pipeline with the averaged weights of the last checkpoint, and its step."""
-    state = run.require("flux_checkpoint.pt")
     denoiser, tokenizer_2 = build_denoiser(base)
-    ema = build_ema(denoiser.eval())
-    ema.load_state_dict(state["ema"])
-    ema.copy_to(denoiser.parameters())
+    step = load_average(run, "flux", denoiser)
     pipe = models.build_pipeline(load_vae(run), denoiser, base.tokenizer, tokenizer_2)
     pipe.set_progress_bar_config(disable=True)
-    return pipe, state["step"]
+    return pipe, step
 
 
 @torch.no_grad()
