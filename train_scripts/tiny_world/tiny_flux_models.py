@@ -141,19 +141,33 @@ class Denoiser(nn.Module):
         self.text_encoder, self.text_encoder_2 = text_encoder, text_encoder_2
 
     def forward(
-        self, tokens: torch.Tensor, sigmas: torch.Tensor, ids: torch.Tensor, t5_ids: torch.Tensor
+        self,
+        tokens: torch.Tensor,
+        sigmas: torch.Tensor,
+        ids: torch.Tensor,
+        t5_ids: torch.Tensor,
+        before: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Predict the velocity of packed latents (b, 64, 64), noisy by `sigmas` (b,) in 0..1."""
+        """Predict the velocity of packed latents (b, 64, 64), noisy by `sigmas` (b,) in 0..1.
+
+        `before` are the packed latents of an image to edit, in the shape of FLUX.1 Kontext.
+        """
         prompt_embeds = self.text_encoder_2(t5_ids).last_hidden_state
-        side = base_models.LATENT_SIZE // 2
-        return self.transformer(
+        side, count = base_models.LATENT_SIZE // 2, tokens.shape[1]
+        image_ids = FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32)
+        if before is not None:
+            tokens = torch.cat([tokens, before], dim=1)
+            image_ids = image_ids.repeat(2, 1)
+            image_ids[count:, 0] = 1  # as in FluxKontextPipeline
+        velocity = self.transformer(
             hidden_states=tokens,
             timestep=sigmas,
             pooled_projections=self.text_encoder(ids).pooler_output,
             encoder_hidden_states=prompt_embeds,
             txt_ids=torch.zeros(t5_ids.shape[1], 3),
-            img_ids=FluxPipeline._prepare_latent_image_ids(1, side, side, "cpu", torch.float32),
+            img_ids=image_ids,
         ).sample
+        return velocity[:, :count]
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:
