@@ -246,6 +246,16 @@ class ModelFamily(ABC):
         key_maps = self.original_key_maps.get(component)
         return key_maps[0].canonical(key) if key_maps else key
 
+    def sequence_problem(self, tokens: int | None) -> str | None:
+        """Return why the pipelines do not accept prompts of this many tokens, or None."""
+        longest = self.longest_sequence
+        if tokens is None or longest is None or tokens <= longest:
+            return None
+        return (
+            f"--max_sequence_length is {tokens}; the pipelines of {self.name} accept at most "
+            f"{longest}. Give a number up to {longest}"
+        )
+
     @abstractmethod
     def encode_prompts(
         self,

@@ -143,6 +143,12 @@ def parser() -> CommandParser:
     )
     command.add_argument("--num_inference_steps", type=int, default=30)
     command.add_argument(
+        "--max_sequence_length",
+        type=int,
+        help="maximum number of tokens in a prompt, for bases that allow a choice (T5, FLUX.2); "
+        "fewer are faster (default: the pipeline's)",
+    )
+    command.add_argument(
         "--clip_skip",
         type=int,
         help="layers to skip at the end of CLIP; 1 is what other programs call clip skip 2",
@@ -226,6 +232,7 @@ def _generated(args: argparse.Namespace, command: argparse.ArgumentParser) -> li
         "negative_prompt": args.negative_prompt,
         "guidance_scale": args.guidance_scale,
         "inference_steps": args.num_inference_steps,
+        "max_sequence_length": args.max_sequence_length,
         "clip_skip": args.clip_skip,
         "controls": controls,
         "control_resolution": args.control_resolution,
@@ -316,7 +323,7 @@ def _with_controls(
     assert family is not None
     pipe = editing_pipeline(pipe, family)
     taken = inspect.signature(type(pipe).__call__).parameters
-    for name in ("image_guidance_scale", "clip_skip", "negative_prompt"):
+    for name in ("image_guidance_scale", "max_sequence_length", "clip_skip", "negative_prompt"):
         if getattr(args, name) is not None and name not in taken:
             command.error(
                 f"--{name}: {type(pipe).__name__} does not take this option. Leave it out"
@@ -412,13 +419,17 @@ def _check_taken(
     pipeline_class = getattr(diffusers, class_name, None)
     if pipeline_class is None:
         return
+    parameters = inspect.signature(pipeline_class.__call__).parameters
     taken = {
         "negative_prompt": takes_negative_prompt(pipeline_class),
-        "clip_skip": "clip_skip" in inspect.signature(pipeline_class.__call__).parameters,
+        **{name: name in parameters for name in ("max_sequence_length", "clip_skip")},
     }
     for name in taken:
         if getattr(args, name) is not None and not taken[name]:
             parser.error(f"--{name}: {class_name} does not take this option. Leave it out")
+    family = find_pipeline_family(class_name)
+    if family and (problem := family.sequence_problem(args.max_sequence_length)):
+        parser.error(problem)
 
 
 def usual_dtype(family: ModelFamily | None, device: str) -> str:
@@ -465,7 +476,7 @@ def _problems(args: argparse.Namespace) -> Iterator[str]:
         yield f"--output {args.output} overlaps {source}, which is read. Choose another --output"
     if args.image_dir:
         yield from _problems_of_image_dir(args, read)
-    for name in ("images_per_prompt", "num_inference_steps", "clip_skip"):
+    for name in ("images_per_prompt", "num_inference_steps", "max_sequence_length", "clip_skip"):
         if (value := getattr(args, name)) is not None and value < 1:
             yield f"--{name} is {value}; it must be at least 1"
     if not 0 <= args.seed < _SEEDS:

@@ -76,6 +76,7 @@ def build(studio: Studio) -> CompareTab:
                 with gr.Row():
                     guidance = gr.Textbox("", label="Guidance scale", placeholder="the pipeline's")
                     size = gr.Textbox("", label="Size", placeholder="the pipeline's")
+                    tokens = gr.Textbox("", label="Prompt tokens", placeholder="the pipeline's")
                     negative = gr.Textbox("", label="Negative prompt")
         with gr.Row():
             generate = gr.Button(
@@ -197,6 +198,7 @@ def build(studio: Studio) -> CompareTab:
         steps,
         guidance,
         size,
+        tokens,
         negative,
     ]
     generate.click(start, inputs, [problems, earlier], **quiet).then(**refreshing)
@@ -249,6 +251,7 @@ def _read(
     steps: str,
     guidance: str,
     size: str,
+    tokens: str,
     negative: str,
 ) -> tuple[Comparison | None, list[str]]:
     """Return the comparison in the fields, or the texts that are no numbers."""
@@ -287,6 +290,7 @@ def _read(
         steps=30 if (given := one("the number of steps", steps, int, whole)) is None else given,
         guidance_scale=one("the guidance scale", guidance, float, number),
         size=one("the size", size, int, whole),
+        max_sequence_length=one("the number of tokens of a prompt", tokens, int, whole),
     )
     return (None if problems else comparison), problems
 
@@ -314,6 +318,7 @@ def _texts(comparison: Comparison, there: Collection[str]) -> list[Any]:
         text(comparison.steps),
         text(comparison.guidance_scale),
         text(comparison.size),
+        text(comparison.max_sequence_length),
         text(comparison.negative_prompt),
     ]
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from diffusers import FluxPipeline
 from PIL import Image
 
 from gralora_diffusion.export.lora import export_lora
@@ -17,7 +20,7 @@ from gralora_diffusion.pipelines.generation import generate
 from gralora_diffusion.pipelines.grid import labelled_grid
 from gralora_diffusion.pipelines.sample_command import main, usual_dtype
 from tests.io.image_bytes import png, shown
-from tests.models import adapt, stable_diffusion
+from tests.models import PIPELINES, adapt, stable_diffusion
 
 
 @pytest.fixture
@@ -188,6 +191,11 @@ def test_dtype(files: Path, name: str | None) -> None:
         (["--images_per_prompt", "0"], "--images_per_prompt is 0; it must be at least 1"),
         (["--num_inference_steps", "0"], "--num_inference_steps is 0; it must be at least 1"),
         (["--clip_skip", "0"], "--clip_skip is 0; it must be at least 1"),
+        (["--max_sequence_length", "0"], "--max_sequence_length is 0; it must be at least 1"),
+        (
+            ["--max_sequence_length", "64"],
+            "--max_sequence_length: StableDiffusionPipeline does not take this option. Leave it",
+        ),
         (["--size", "31"], "--size is 31; it must be a positive multiple of 8. The nearest is 32"),
     ],
 )
@@ -199,3 +207,33 @@ def test_errors_of_the_command(
         main([*line, *options])
     assert text in capsys.readouterr().err
     assert not (files / "out.png").exists()
+
+
+@pytest.mark.parametrize("tokens", [None, 8, 600])
+def test_length_of_prompts(tokens: int | None, tmp_path: Path, capsys: Any) -> None:
+    """The images are the pipeline's own, or it is said how long its prompts may be."""
+    PIPELINES["flux"]().save_pretrained(tmp_path / "base")
+    line = ["--prompt", "a cat", "--size", "32", "--num_inference_steps", "2"]
+    line += ["--base", str(tmp_path / "base"), "--output", str(tmp_path / "out.png")]
+    line += ["--max_sequence_length", str(tokens)] if tokens else []
+    if tokens == 600:
+        with pytest.raises(SystemExit):
+            main(line)
+        assert (
+            "--max_sequence_length is 600; the pipelines of flux accept at most 512. Give a number "
+            "up to 512" in capsys.readouterr().err
+        )
+        return
+    main(line)
+    pipe = FluxPipeline.from_pretrained(tmp_path / "base")
+    seed = torch.Generator().manual_seed(0)
+    wanted = pipe(
+        "a cat",
+        height=32,
+        width=32,
+        num_inference_steps=2,
+        generator=seed,
+        max_sequence_length=tokens or 512,
+    ).images[0]
+    grid = np.asarray(Image.open(tmp_path / "out.png"))
+    assert (grid == np.asarray(labelled_grid([("", [wanted])], ["a cat"]))).all()

@@ -23,7 +23,7 @@ from gralora_diffusion.studio.page import build
 from tests import ROOT
 from tests.training.runs import copy_robot
 
-RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": ""}
+RIGHT = {"scales": "1", "seeds": "0", "steps": "30", "guidance": "", "size": "", "tokens": ""}
 
 
 def read_fields(**given):
@@ -48,6 +48,7 @@ def read_fields(**given):
         ("scales", "1_0", "a strength is '1_0'; it must be a number"),
         ("steps", "10 20", "the number of steps is '10 20'; it must be a whole number, not"),
         ("size", "1.5", "the size is '1.5'; it must be a whole number"),
+        ("tokens", "64.5", "the number of tokens of a prompt is '64.5'; it must be a whole number"),
     ],
 )
 def test_numbers_in_compare_are_refused_rather_than_guessed(field, text, problem):
@@ -76,6 +77,7 @@ def test_the_settings_of_a_comparison_fill_the_fields():
         guidance_scale=4.5,
         negative_prompt="grey",
         size=64,
+        max_sequence_length=128,
     )
     for comparison in (blend, Comparison(base="b", prompts=["a"])):
         fields = tab_compare._texts(comparison, ["/first", "/second"])

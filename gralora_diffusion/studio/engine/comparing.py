@@ -54,7 +54,8 @@ class Comparison:
         blends: shares of the second of two adapters, whose strengths then add up to 1.
         with_base: also generate with the base alone.
         seeds: the noise of the images; each prompt has an image for each seed.
-        guidance_scale, size: the pipeline's own if None.
+        guidance_scale, size, max_sequence_length: the pipeline's own if None. The last is the
+            maximum number of tokens of a prompt.
     """
 
     base: str
@@ -69,6 +70,7 @@ class Comparison:
     steps: int = 30
     guidance_scale: float | None = None
     size: int | None = None
+    max_sequence_length: int | None = None
 
     @property
     def rows(self) -> list[Row]:
@@ -124,6 +126,9 @@ class Comparison:
             found.append("a seed must be a whole number from 0")
         if self.size is not None and (self.size < 8 or self.size % 8):
             found.append(f"the size is {self.size}; it must be a positive multiple of 8")
+        if self.max_sequence_length is not None and self.max_sequence_length < 1:
+            tokens = self.max_sequence_length
+            found.append(f"the tokens of a prompt are {tokens}; they must be at least 1")
         return found
 
     def to_json(self) -> str:
@@ -179,6 +184,7 @@ _KINDS: dict[str, Callable[[object], bool]] = {
     "steps": is_integer,
     "guidance_scale": _or_none(is_finite_number),
     "size": _or_none(is_integer),
+    "max_sequence_length": _or_none(is_integer),
 }
 
 
@@ -226,6 +232,8 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
     line = ["--base", comparison.base, "--prompt", "-", "--output", "grid.png"]
     if comparison.negative_prompt:
         line.append(f"--negative_prompt={comparison.negative_prompt}")
+    if comparison.max_sequence_length is not None:
+        line.append(f"--max_sequence_length={comparison.max_sequence_length}")
     with quiet_libraries():
         pipe = open_pipeline(command.parse_args(line), command)
         names = {adapter: f"adapter_{i}" for i, adapter in enumerate(comparison.adapters)}
@@ -265,6 +273,7 @@ def generate_into(folder: Path, comparison: Comparison) -> None:
                     "negative_prompt": comparison.negative_prompt,
                     "guidance_scale": comparison.guidance_scale,
                     "inference_steps": comparison.steps,
+                    "max_sequence_length": comparison.max_sequence_length,
                 }
                 ((image,),) = generate(pipe, [prompt], **options)
                 described = parameters_of(

@@ -71,12 +71,8 @@ def _text_encoders(config: TrainingConfig, family: ModelFamily) -> Iterator[str]
 
 
 def _sequence(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:
-    wanted, longest = config.max_sequence_length, family.longest_sequence
-    if wanted is not None and longest is not None and wanted > longest:
-        yield (
-            f"--max_sequence_length is {wanted}; the pipelines of {family.name} accept at most "
-            f"{longest}. Give a number up to {longest}"
-        )
+    if problem := family.sequence_problem(config.max_sequence_length):
+        yield problem
 
 
 def _pseudo_huber(config: TrainingConfig, family: ModelFamily) -> Iterator[str]:

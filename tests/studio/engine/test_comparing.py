@@ -7,6 +7,7 @@ import struct
 import zlib
 
 import pytest
+from diffusers import FluxPipeline
 from PIL import Image
 
 from gralora_diffusion.export.main import main as export
@@ -21,7 +22,10 @@ from gralora_diffusion.studio.engine.comparing import (
     read,
     settings_of,
 )
+from tests import ROOT
 from tests.models import adapt, stable_diffusion
+
+SAMPLES = ROOT / "samples"
 
 
 @pytest.fixture(scope="module")
@@ -112,13 +116,41 @@ def test_each_cell_and_the_grid(base, adapters, tmp_path):
     assert settings_of(tmp_path / GRID_NAME)["steps"] == 2
 
 
+def test_the_length_of_prompts(tmp_path):
+    comparison = Comparison(
+        base=str(SAMPLES / "tiny-flux-base"),
+        prompts=["a red car on grass"],
+        steps=1,
+        size=64,
+        max_sequence_length=16,
+    )
+    (tmp_path / SPEC_NAME).write_text(comparison.to_json())
+    main([str(tmp_path / SPEC_NAME)])
+    pipe = FluxPipeline.from_pretrained(comparison.base)
+    cells = []
+    for tokens in (16, None):
+        ((image,),) = generate(
+            pipe, comparison.prompts, size=64, inference_steps=1, max_sequence_length=tokens
+        )
+        cells.append(image.tobytes())
+    with Image.open(tmp_path / cell_name(0, 0)) as cell:
+        assert cell.tobytes() == cells[0] != cells[1]
+
+
 def test_problems_before_anything_is_loaded(tmp_path):
     wrong = Comparison(
-        base=" ", prompts=[], with_base=False, blends=[2.0], seeds=[-1], steps=0, size=9
+        base=" ",
+        prompts=[],
+        with_base=False,
+        blends=[2.0],
+        seeds=[-1],
+        steps=0,
+        size=9,
+        max_sequence_length=0,
     )
     words = ["base", "prompt", "nothing to compare", "two adapters", "0 to 1", "steps", "seed"]
-    assert len(wrong.problems()) == len(words) + 1
-    for word, problem in zip([*words, "size"], wrong.problems(), strict=True):
+    words += ["size", "tokens of a prompt are 0; they must be at least 1"]
+    for word, problem in zip(words, wrong.problems(), strict=True):
         assert word in problem
     path = tmp_path / SPEC_NAME
     for content in ("[]", '{"bases": 1}', "{"):
@@ -136,6 +168,7 @@ def test_problems_before_anything_is_loaded(tmp_path):
         {"with_base": 1},
         {"steps": True},
         {"size": "9"},
+        {"max_sequence_length": 64.5},
         {"guidance_scale": 10**400},
     ):
         path.write_text(json.dumps(right | other))
