@@ -129,7 +129,7 @@ def _images_of(
     for folder in (subject.folder, subject.held_out):
         if folder is not None:
             try:
-                found.append(find_images(replace(config, instance_data_dir=str(folder))))
+                found.append(list(find_images(replace(config, instance_data_dir=str(folder)))))
             except DataError as error:
                 place = folder.relative_to(root)
                 problems += [f"{place}: {problem}" for problem in error.problems]
@@ -150,7 +150,7 @@ def _captioned(settings: BenchmarkSettings) -> Task:
         logger.warning(warning)
     examples = find_images(found)
     if settings.captions:
-        examples = _captioned_rows(examples, settings.captions)
+        examples = _captioned_rows(list(examples), settings.captions)
     left_out = settings.validation
     try:
         if settings.split == "peft":

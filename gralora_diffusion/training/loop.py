@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from functools import partial
+from itertools import chain
 from math import ceil, isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,6 +39,7 @@ from gralora_diffusion.training.checks.controls import (
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.config.validation_prompts import validation_prompts
 from gralora_diffusion.training.data.data_module import Batches
+from gralora_diffusion.training.data.example_table import ExampleTable
 from gralora_diffusion.training.data.held_out import held_out_config, held_out_digest
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.data.sampler import Prefetcher
@@ -132,8 +134,8 @@ class Trainer:
         self,
         config: TrainingConfig,
         family: ModelFamily,
-        images: list[Example],
-        class_images: list[Example],
+        images: Sequence[Example],
+        class_images: Sequence[Example],
         accelerator: Accelerator,
         store: CheckpointStore,
         initial: InitialValues | None = None,
@@ -204,7 +206,7 @@ class Trainer:
     def _set_up_data(self) -> None:
         """Encode the data, and move only the models that the steps need to the device."""
         config, family, accelerator = self.config, self.family, self.accelerator
-        every_image = [*self.images, *self.held_out]
+        every_image = ExampleTable(chain(self.images, self.held_out))
         self.prompts = from_first(accelerator, lambda: validation_prompts(config))
         self.controls = together(
             accelerator,

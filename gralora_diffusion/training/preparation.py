@@ -7,6 +7,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from gralora_diffusion.training.checks.options import validate
 from gralora_diffusion.training.config.training_config import TrainingConfig
 from gralora_diffusion.training.data.class_images import generate_class_images, missing_class_images
 from gralora_diffusion.training.data.data_module import find_class_images, find_images
+from gralora_diffusion.training.data.example_table import ExampleTable
 from gralora_diffusion.training.data.held_out import find_held_out_images
 from gralora_diffusion.training.data.image_folder import Example
 from gralora_diffusion.training.optimization.initial_adapter import (
@@ -52,8 +54,8 @@ class Beginning:
 
     family: ModelFamily
     resume: tuple[int, Path] | None
-    images: list[Example]
-    class_images: list[Example]
+    images: Sequence[Example]
+    class_images: Sequence[Example]
     held_out: list[Example]
     initial: InitialValues
 
@@ -117,7 +119,9 @@ def _find(config: TrainingConfig, store: CheckpointStore, accelerator: Accelerat
     }
     held_out = find_held_out_images(config, trained)
     pipeline_class = find_pipeline_class(config, family)
-    for warning in check_controls(config, family, pipeline_class, [*images, *held_out]):
+    for warning in check_controls(
+        config, family, pipeline_class, ExampleTable(chain(images, held_out))
+    ):
         logger.warning(warning)
     if resume is None:
         dtype = DTYPES[accelerator.mixed_precision]
@@ -138,7 +142,7 @@ def complete_class_images(
     accelerator: Accelerator,
     offloading: Offloading = NOTHING,
     sharding: Sharding | None = None,
-) -> list[Example]:
+) -> Sequence[Example]:
     """Generate the missing class images and return all of them; every process must call it.
 
     Raises:

@@ -123,6 +123,7 @@ class LatentCache:
         encode: ImageEncoder,
         batch_size: int = 1,
         progress: bool = True,
+        count: int | None = None,
     ) -> int:
         """Encode the missing variants and return their number.
 
@@ -134,12 +135,15 @@ class LatentCache:
         Several processes with one folder can share the work. Each fills its part and, after a
         barrier, all of it, which then only checks the files.
 
+        Args:
+            count: how many images are ``wanted``, for the progress bar.
+
         Raises:
             DataError: latents are not finite, or the folder cannot be written.
         """
         done = 0
-        wanted = list(wanted)
-        bar = tqdm(wanted, desc="Encoding images", unit="", disable=None if progress else True)
+        quiet = None if progress else True
+        bar = tqdm(wanted, "Encoding images", count, unit="", disable=quiet)
         for example, variants in bar:
             image, mask = None, None
             for start in range(0, len(variants), batch_size):

@@ -39,6 +39,7 @@ from .class_images import existing_class_images
 from .control_crops import ControlPlan
 from .controls import ControlPlaces
 from .dataset import TrainingSet, collate
+from .example_table import ExampleTable
 from .hf_dataset import find_dataset_examples
 from .image_folder import MAX_NAMES, MIN_FOR_PROGRESS, Example, find_examples
 from .masks import MaskPlaces
@@ -51,7 +52,7 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, Any]
 
 
-def find_images(config: TrainingConfig) -> list[Example]:
+def find_images(config: TrainingConfig) -> Sequence[Example]:
     """Find and check the images to train on, their captions and their masks, set by set.
 
     Raises:
@@ -64,7 +65,7 @@ def find_images(config: TrainingConfig) -> list[Example]:
         examples = find_in_sets(config, sound_sections(config, "train"), _find_images)
     if config.masked_loss or config.inpaint_given_masks:
         _check_masked(examples, config)
-    return examples
+    return ExampleTable(examples)
 
 
 def find_in_sets(
@@ -155,7 +156,7 @@ def _check_masked(examples: Sequence[Example], config: TrainingConfig) -> None:
         )
 
 
-def find_class_images(config: TrainingConfig, images: Sequence[Example] = ()) -> list[Example]:
+def find_class_images(config: TrainingConfig, images: Sequence[Example] = ()) -> Sequence[Example]:
     """Find and check the existing class images; there are none without prior preservation.
 
     Args:
@@ -184,7 +185,7 @@ def find_class_images(config: TrainingConfig, images: Sequence[Example] = ()) ->
     ]
     if problems:
         raise DataError(f"--class_data_dir {config.class_data_dir!r}", problems)
-    return found
+    return ExampleTable(found)
 
 
 def encode_images(family: ModelFamily, vae: Any, pixel_values: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,17 +5,20 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from functools import partial
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from .cache import ControlCache, ControlEncoder, ImageEncoder, LatentCache
 from .control_crops import ControlPlan
+from .example_table import ExampleTable
 from .image_folder import (
     Example,
     warn_of_long_images,
@@ -37,20 +40,13 @@ class _Entry(NamedTuple):
     example: Example
     part: SampledSet
     plan: CropPlan
-    target: tuple[int, int]  # height and width
     prompts: tuple[tuple[str, ...], ...]  # of each of its captions
     kept: tuple[Variant, ...]
 
 
-class _Slot(NamedTuple):
-    """A place in the order of an epoch: for one entry, or for one of several in turn."""
-
-    target: tuple[int, int]
-    entry: int
-    turns: Rotation | None = None
-
-    def entry_in(self, epoch: int) -> int:
-        return self.entry if self.turns is None else self.turns.member(epoch, self.entry)
+#: Numbers that stand for an entry, because there may be a million: those of its set, of the plan
+#: and the example in that, and of its target size; and how many times an epoch has the example.
+_VIEW = np.dtype([(name, "i4") for name in ("part", "plan", "example", "target", "repeats")])
 
 
 class TrainingSet(Dataset[dict[str, Any]]):
@@ -105,7 +101,9 @@ class TrainingSet(Dataset[dict[str, Any]]):
         fill: Literal["random", "given"] | None = None,
     ) -> None:
         self.parts = list(parts)
-        self.examples = [example for part in parts for example in part.examples]
+        self.examples: Sequence[Example] = self.parts[0].examples
+        if len(self.parts) > 1:
+            self.examples = ExampleTable(chain.from_iterable(part.examples for part in parts))
         self.seed = seed
         self.cache = cache
         self.controls, self.control_cache = controls, control_cache
@@ -113,22 +111,13 @@ class TrainingSet(Dataset[dict[str, Any]]):
         self.has_masks = any(example.mask for example in self.examples)
         self.masked, self.fill = masked and self.has_masks, fill
         self.weighted = any(part.loss_weight != 1 for part in parts)
-        kept = partial(self._kept, cached_crops) if cache is not None else lambda *_: ()
-        known: dict[Any, Any] = {}  # equal values are kept once, because there may be 100,000
-        self._entries = [
-            _Entry(
-                example,
-                part,
-                plan,
-                known.setdefault(target, target),
-                prompts,
-                known.setdefault(variants := kept(plan, example), variants),
-            )
-            for part in parts
-            for example, plan, target, prompts in self._views(part)
-        ]
-        self._slots = self._make_slots(name)
-        groups = [slot.target for slot in self._slots]
+        self.cached_crops = cached_crops
+        self._targets: dict[tuple[int, int], int] = {}  # target size -> its number
+        self._views = np.fromiter(self._find_views(), _VIEW)
+        # places of an epoch: each is for an entry, or for a member of a rotation
+        self._slots, self._turns = array("l"), array("l")  # numbers of these, and of the rotation
+        self._rotations: list[Rotation | None] = [None]
+        groups = list(self._make_slots(name))
         self.stream = SampleStream(len(groups), seed, name, groups, batch_size)
         for part in parts:
             for plan in part.plans:
@@ -142,55 +131,61 @@ class TrainingSet(Dataset[dict[str, Any]]):
         """Return the number of positions in an epoch, with those that pad buckets."""
         return self.stream.length
 
-    def _views(
-        self, part: SampledSet
-    ) -> Iterator[tuple[Example, CropPlan, tuple[int, int], tuple[tuple[str, ...], ...]]]:
-        """Yield each image of a set at each of its different sizes, with its prompts."""
-        rules = part.caption_rules
-        prompts = [
-            tuple(rules.variants(caption, self.seed) for caption in example.captions)
-            for example in part.examples
-        ]
-        seen: set[tuple[int, tuple[int, int]]] = set()
-        for plan in part.plans:
-            for number, example in enumerate(part.examples):
-                target = plan.target_size(example.size)
-                if (number, target) not in seen:  # a small image has one size for several plans
-                    seen.add((number, target))
-                    yield example, plan, target, prompts[number]
+    def _find_views(self) -> Iterator[tuple[int, ...]]:
+        """Yield the numbers of each image of each set at each of its different sizes."""
+        for part_number, part in enumerate(self.parts):
+            seen: set[tuple[int, int]] = set()
+            for plan_number, plan in enumerate(part.plans):
+                for number, example in enumerate(part.examples):
+                    size = plan.target_size(example.size)
+                    target = self._targets.setdefault(size, len(self._targets))
+                    if (number, target) not in seen:  # a small image has one size for several plans
+                        seen.add((number, target))
+                        yield part_number, plan_number, number, target, example.repeats
 
-    def _kept(self, count: int, plan: CropPlan, example: Example) -> tuple[Variant, ...]:
-        return plan.kept(example.size, example.content_key, count, self.seed)
+    def _entry(self, item: int) -> _Entry:
+        part_number, plan_number, number, _, _ = self._views[item].tolist()
+        part = self.parts[part_number]
+        plan, example, rules = part.plans[plan_number], part.examples[number], part.caption_rules
+        kept: tuple[Variant, ...] = ()
+        if self.cache is not None:
+            kept = plan.kept(example.size, example.content_key, self.cached_crops, self.seed)
+        prompts = tuple(rules.variants(caption, self.seed) for caption in example.captions)
+        return _Entry(example, part, plan, prompts, kept)
 
-    def _make_slots(self, name: str) -> list[_Slot]:
-        """Return the slots of an epoch, set by set.
+    def _make_slots(self, name: str) -> list[tuple[int, int]]:
+        """Make the slots of an epoch, set by set, and return the target size of each.
 
         A set with a share has as many of them, to the nearest whole number for each size, as make
         that part of all. If all sets have shares, an epoch is so long that each image comes at
         least once.
         """
-        slots: list[_Slot] = []
+        sizes = self.targets
         shared: list[tuple[float, list[int]]] = []
-        once: dict[int, list[int]] = {}
-        for number, entry in enumerate(self._entries):
-            once.setdefault(id(entry.part), []).extend([number] * entry.example.repeats)
-        for part in self.parts:
-            numbers = once[id(part)]
+        for number, part in enumerate(self.parts):
+            (of_part,) = np.nonzero(self._views["part"] == number)
+            items = np.repeat(of_part, self._views["repeats"][of_part]).tolist()
             if part.share is None:
-                slots += [_Slot(self._entries[n].target, n) for n in numbers * part.repeats]
+                self._slots.extend(items * part.repeats)
             else:
-                shared.append((part.share, numbers))
+                shared.append((part.share, items))
+        self._turns.extend([0] * len(self._slots))
+        groups = [sizes[item] for item in self._slots]
         rest = 1 - sum(share for share, _ in shared)
-        whole = len(slots) / rest if slots else max((len(n) / s for s, n in shared), default=0)
-        for place, (share, numbers) in enumerate(shared):
+        whole = len(groups) / rest if groups else max((len(n) / s for s, n in shared), default=0)
+        for place, (share, items) in enumerate(shared):
             by_target: dict[tuple[int, int], list[int]] = {}
-            for number in numbers:
-                by_target.setdefault(self._entries[number].target, []).append(number)
+            for item in items:
+                by_target.setdefault(sizes[item], []).append(item)
             for target, members in by_target.items():
-                count = max(1, round(share * whole * len(members) / len(numbers)))
-                turns = Rotation(members, count, self.seed, f"{name} {place} {target}")
-                slots += [_Slot(target, number, turns) for number in range(count)]
-        return slots
+                count = max(1, round(share * whole * len(members) / len(items)))
+                self._turns.extend([len(self._rotations)] * count)
+                self._rotations.append(
+                    Rotation(members, count, self.seed, f"{name} {place} {target}")
+                )
+                self._slots.extend(range(count))
+                groups += [target] * count
+        return groups
 
     @property
     def shapes(self) -> bool:
@@ -201,13 +196,18 @@ class TrainingSet(Dataset[dict[str, Any]]):
     @property
     def targets(self) -> list[tuple[int, int]]:
         """Height and width of each image, once for each size that it is trained at."""
-        return [entry.target for entry in self._entries]
+        sizes = list(self._targets)
+        return [sizes[number] for number in self._views["target"].tolist()]
 
     @property
     def prompts(self) -> list[str]:
         """All prompts that samples can have, once each; with dropout also the empty one."""
         prompts = [
-            prompt for entry in self._entries for variants in entry.prompts for prompt in variants
+            prompt
+            for part in self.parts
+            for example in part.examples
+            for caption in example.captions
+            for prompt in part.caption_rules.variants(caption, self.seed)
         ]
         dropped = any(part.caption_dropout for part in self.parts)
         return list(dict.fromkeys([*prompts, ""] if dropped else prompts))
@@ -235,7 +235,8 @@ class TrainingSet(Dataset[dict[str, Any]]):
     ) -> int:
         """Encode those of the examples that the cache is missing; see :meth:`LatentCache.fill`."""
         assert self.cache is not None
-        return self.cache.fill(self._wanted(part), encode, progress=progress)
+        count = len(self._views[part])
+        return self.cache.fill(self._wanted(part), encode, progress=progress, count=count)
 
     def fill_control_cache(
         self, encode: ControlEncoder, part: slice = slice(None), progress: bool = True
@@ -245,11 +246,15 @@ class TrainingSet(Dataset[dict[str, Any]]):
         return self.control_cache.fill(self._wanted(part), encode, progress=progress)
 
     def _wanted(self, part: slice) -> Iterator[tuple[Example, Sequence[Variant]]]:
-        return ((entry.example, entry.kept) for entry in self._entries[part])
+        entries = map(self._entry, range(len(self._views))[part])
+        return ((entry.example, entry.kept) for entry in entries)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        slot = self._slots[self.stream.index(position)]
-        return self.sample(slot.entry_in(position // self.stream.length), position)
+        slot = self.stream.index(position)
+        item, rotation = self._slots[slot], self._rotations[self._turns[slot]]
+        if rotation is not None:
+            item = rotation.member(position // self.stream.length, item)
+        return self.sample(item, position)
 
     def sample(self, item: int, position: int) -> dict[str, Any]:
         """Return the sample of an image at one of its sizes, as it would be at ``position``.
@@ -257,7 +262,7 @@ class TrainingSet(Dataset[dict[str, Any]]):
         Args:
             item: number of the image; the numbers of its other sizes follow those of all images.
         """
-        entry = self._entries[item]
+        entry = self._entry(item)
         example, plan = entry.example, entry.plan
         random = self._generator("variant", position)
         if self.cache is not None:

@@ -9,6 +9,7 @@ accumulation divide exactly the samples that one process would take.
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter, deque
 from collections.abc import Hashable, Iterator, Sequence
 from itertools import cycle, islice
@@ -69,7 +70,7 @@ class SampleStream:
         self.padding = {group: -count % self.batch_size for group, count in counts.items()}
         self.length = items + sum(self.padding.values())
         self._epoch = -1
-        self._order: list[int] = []
+        self._order = array("q")
 
     def index(self, position: int) -> int:
         """Return which item is at ``position`` (0, 1, 2, ...)."""
@@ -77,7 +78,7 @@ class SampleStream:
             raise IndexError(f"position {position} in the stream {self.name!r}")
         epoch, place = divmod(position, self.length)
         if epoch != self._epoch:
-            self._order = self._draw(epoch)
+            self._order = array("q", self._draw(epoch))
             self._epoch = epoch
         return self._order[place]
 

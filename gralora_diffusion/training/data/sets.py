@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 
 from gralora_diffusion.training.config.data_file import ImageSet
 from gralora_diffusion.training.config.data_options import ImageOptions
@@ -46,20 +47,19 @@ class SampledSet:
 
 
 def by_set(
-    config: TrainingConfig, images: Iterable[Example]
-) -> Iterator[tuple[ImageSet, TrainingConfig, list[Example]]]:
+    config: TrainingConfig, images: Sequence[Example]
+) -> Iterator[tuple[ImageSet, TrainingConfig, Sequence[Example]]]:
     """Yield each set of the images, the options as they are for it, and its images."""
-    groups: list[tuple[ImageSet, list[Example]]] = []
-    for image in images:
-        if not groups or groups[-1][0] is not image.image_set:  # those of a set are in a row
-            groups.append((image.image_set, []))
-        groups[-1][1].append(image)
-    for image_set, group in groups:
-        yield image_set, image_set.options(config), group
+    start = 0
+    for _, group in groupby(images, key=lambda image: id(image.image_set)):
+        end = start + sum(1 for _ in group)  # those of a set are in a row
+        image_set = images[start].image_set
+        yield image_set, image_set.options(config), images[start:end]
+        start = end
 
 
 def sampled_sets(
-    config: TrainingConfig, images: Iterable[Example], size_divisor: int
+    config: TrainingConfig, images: Sequence[Example], size_divisor: int
 ) -> list[SampledSet]:
     """Return the sets of the images with their settings; ``size_divisor`` is the family's."""
     return [

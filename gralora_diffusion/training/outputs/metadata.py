@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -120,7 +120,7 @@ def training_metadata(
     return known | HASH_FIELDS
 
 
-def trigger_phrase(config: TrainingConfig, images: Iterable[Example]) -> str | None:
+def trigger_phrase(config: TrainingConfig, images: Sequence[Example]) -> str | None:
     """Return the texts that a run teaches, each once: trigger words, or else prompts."""
     found = [own.trigger_word or own.instance_prompt for _, own, _ in by_set(config, images)]
     return ", ".join(dict.fromkeys(filter(None, map(one_line, found)))) or None

@@ -304,7 +304,7 @@ def test_latents_are_cached_by_everything_they_depend_on(tmp_path: Path) -> None
         example = next(e for e in examples if e.content_key == sample["content_key"])
         variant = next(
             v
-            for v in made._entries[examples.index(example)].kept
+            for v in made._entry(examples.index(example)).kept
             if torch.equal(made.cache.get(example.content_key, v)["mean"], sample["mean"])
         )
         small = example.controls[0].load().resize((22, 16), Image.Resampling.LANCZOS)

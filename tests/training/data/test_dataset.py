@@ -60,7 +60,7 @@ def test_processes_share_the_filling_of_a_folder(examples, tmp_path):
         own.fill_cache(identity, slice(index, None, 3), progress=False)
         for index, own in enumerate(sets)
     ]
-    assert sum(done) == sum(len(entry.kept) for entry in sets[0]._entries)
+    assert sum(done) == sum(len(kept) for _, kept in sets[0]._wanted(slice(None)))
     assert all(done)
     assert not any(own.fill_cache(identity, progress=False) for own in sets)
     alone = cached_set(examples)
