@@ -20,6 +20,7 @@ from typing import Any
 from gralora_diffusion.io.file_names import real_path
 from gralora_diffusion.io.image_files import folder_images
 from gralora_diffusion.io.json_files import parse as parse_json
+from gralora_diffusion.io.parquet_files import read_chunks
 from gralora_diffusion.io.regular_files import is_regular, read_regular
 
 METADATA_NAME = "metadata.jsonl"
@@ -322,13 +323,14 @@ def _parquet_rows(
         # other columns may contain the images themselves
         kinds = zip(columns, file.schema_arrow.types, strict=True)
         texts = [column for column, kind in kinds if _is_text_column(kind)]
-        if sum(_unpacked_sizes(file.metadata, texts)) > _MAX_METADATA:
+        chunks = [chunk for group in read_chunks(io.BytesIO(data)) for chunk in group]
+        sizes = [chunk.unpacked for chunk in chunks if chunk.column in texts]
+        if sum(sizes) > _MAX_METADATA:
             raise ValueError(f"its text columns have more than {_MAX_METADATA:,} bytes")
         if file.metadata.num_rows > _MAX_ROWS:
             raise ValueError(f"it has more than {_MAX_ROWS:,} rows")
         # a text that is stored once may be the value of all rows
-        sizes = [size for size in _unpacked_sizes(file.metadata, texts) if size > 0]
-        together = max(4, min(1024, _MAX_METADATA // max(sizes, default=1)))
+        together = max(4, min(1024, _MAX_METADATA // max([1, *sizes])))
         number = total = 0
         for batch in file.iter_batches(together, columns=texts):
             total += batch.nbytes
@@ -354,14 +356,6 @@ def _is_text_column(kind: Any) -> bool:
     from pyarrow.types import is_list, is_string
 
     return bool(is_string(kind) or (is_list(kind) and is_string(kind.value_type)))
-
-
-def _unpacked_sizes(metadata: Any, columns: Sequence[str]) -> Iterator[int]:
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        for column in map(group.column, range(group.num_columns)):
-            # the values of a list have a path of their own below the column's
-            if column.path_in_schema.split(".")[0] in columns:
-                yield column.total_uncompressed_size
 
 
 def _check_columns(columns: Sequence[str]) -> None:

@@ -14,6 +14,7 @@ from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.json_files import MOST_LEVELS
+from gralora_diffusion.io.parquet_files import check_parquet
 from gralora_diffusion.io.regular_files import check_regular, read_regular
 from gralora_diffusion.io.safe_text import error_line
 
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 #: More columns than a dataset of images has, nested ones included. For 80,000, the library takes
 #: minutes.
 _MOST_COLUMNS = 1000
+#: Endings of Parquet files in the library.
+_PARQUET = (".parquet", ".geoparquet", ".gpq")
 #: White space, and the bytes of a byte order mark.
 _BEFORE_JSON = b" \t\r\n\xef\xbb\xbf"
 #: In a line of JSON: texts, perhaps without their end, and everything else but brackets.
@@ -103,7 +106,10 @@ def find_dataset_examples(
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:  # datasets may raise anything for damaged data
-        problem = offline_problem(error, name, is_dataset=True) or f"cannot be loaded: {error}"
+        cause = error.__cause__
+        because = f" ({error_line(cause)})" if isinstance(cause, Exception) else ""
+        problem = offline_problem(error, name, is_dataset=True)
+        problem = problem or f"cannot be loaded: {error}{because}"
         raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):
         if "train" not in loaded and len(loaded) > 1:
@@ -179,7 +185,7 @@ def _check_files(folder: Path) -> None:
 
     Raises:
         OSError, ValueError: a file is a named pipe or the like, its JSON is nested too deeply, or
-            its Arrow table is damaged, or its Parquet file has an impossible number of rows.
+            its Arrow table or Parquet file is damaged, or too large in memory.
     """
     for inside, _, names in os.walk(folder):
         for path in (Path(inside, name) for name in names):
@@ -189,8 +195,8 @@ def _check_files(folder: Path) -> None:
                     _check_json(path)
                 elif path.suffix == ".arrow":
                     _check_table(path)
-                elif path.suffix == ".parquet":
-                    _check_rows(path)
+                elif path.suffix in _PARQUET:
+                    _check_columns(path)
             except FileNotFoundError:  # a link to nothing
                 continue
             except (OSError, ValueError) as error:
@@ -228,22 +234,20 @@ def _check_table(path: Path) -> None:
             batch.validate(full=True)
 
 
-def _check_rows(path: Path) -> None:
-    """Check the numbers of rows in a Parquet file, for which its reader reserves memory.
+def _check_columns(path: Path) -> None:
+    """Check a Parquet file for what its reader would take too much memory or time.
 
     Raises:
         OSError, ValueError: the file is damaged, has too many columns, or says that it has more
-            rows than values or bytes.
+            rows than values, or its columns are far larger than the file.
     """
     import pyarrow.parquet
 
-    metadata, size = pyarrow.parquet.read_metadata(path), path.stat().st_size
-    if metadata.num_columns > _MOST_COLUMNS:
-        raise ValueError(f"it has {metadata.num_columns:,} columns, more than {_MOST_COLUMNS:,}")
-    for group in map(metadata.row_group, range(metadata.num_row_groups)):
-        values = [group.column(number).num_values for number in range(group.num_columns)]
-        if not 0 <= group.num_rows <= min([size, *values]):
-            raise ValueError(f"its number of rows, {group.num_rows:,}, is impossible")
+    columns = pyarrow.parquet.read_metadata(path).num_columns
+    if columns > _MOST_COLUMNS:
+        raise ValueError(f"it has {columns:,} columns, more than {_MOST_COLUMNS:,}")
+    with path.open("rb") as file:
+        check_parquet(file)
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:

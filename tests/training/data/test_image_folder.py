@@ -9,10 +9,13 @@ import os
 import shutil
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from PIL import Image
 
@@ -439,16 +442,49 @@ def test_a_table_that_lies_about_its_rows(tmp_path, cache, rows):
     name = save_dataset(tmp_path / "set", image=[image], text=["a"])
     (table,) = Path(name).glob("*.parquet")
     assert find_dataset_examples(name, "p", cache_dir=cache)
-    data = table.read_bytes()
-    size = int.from_bytes(data[-8:-4], "little")
-    footer, _ = parquet_headers.read_struct(data, len(data) - 8 - size)
-    (group,) = next(field.value for field in footer if field.number == 4)
-    next(field for field in group.value if field.number == 3).value = rows
-    written = parquet_headers.write_struct(footer)
-    front = data[: len(data) - 8 - size]
-    table.write_bytes(front + written + len(written).to_bytes(4, "little") + b"PAR1")
+    with _footer(table) as footer:
+        (group,) = footer[4]
+        next(field for field in group.value if field.number == 3).value = rows
     with pytest.raises(DataError, match=f"its number of rows, {rows:,}, is impossible"):
         find_dataset_examples(name, "p", cache_dir=cache)
+
+
+@contextmanager
+def _footer(table):
+    """The footer of a Parquet file, by its numbers, to be changed."""
+    data = table.read_bytes()
+    front = data[: len(data) - 8 - int.from_bytes(data[-8:-4], "little")]
+    footer, _ = parquet_headers.read_struct(data, len(front))
+    yield {field.number: field.value for field in footer}
+    written = parquet_headers.write_struct(footer)
+    table.write_bytes(front + written + len(written).to_bytes(4, "little") + b"PAR1")
+
+
+@pytest.mark.parametrize("name", ["metadata.parquet", "train.parquet"])
+def test_a_table_whose_headers_contradict_each_other(tmp_path, cache, name):
+    """pyarrow ends the process if it is asked for the metadata of this column."""
+    made = datasets.Dataset.from_dict({"file_name": ["1.png"], "text": ["a"]})
+    fill(tmp_path, ["1.png"])
+    made.to_parquet(str(tmp_path / name))
+    with _footer(tmp_path / name) as footer:
+        of_name = footer[2][1].value
+        next(field for field in of_name if field.number == 1).value = 1  # INT32
+    with pytest.raises(DataError, match="does not support INT32"):
+        find_dataset_examples(str(tmp_path), "p", cache_dir=cache)
+    if name == "metadata.parquet":
+        with pytest.raises(DataError, match=r"metadata\.parquet, row 0 must be like"):
+            find_examples(tmp_path, "p")
+
+
+def test_a_small_table_of_a_large_text(tmp_path, cache):
+    """It is stored once. Arrow would take 3 GB for it."""
+    indices = pyarrow.repeat(pyarrow.scalar(0, pyarrow.int32()), 3000)
+    text = pyarrow.DictionaryArray.from_arrays(indices, ["a" * (1 << 20)])
+    table = tmp_path / "train.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": text}), table, store_schema=False)
+    assert table.stat().st_size < 1 << 17
+    with pytest.raises(DataError, match="columns need more than 134,217,728 bytes of memory"):
+        find_dataset_examples(str(tmp_path), "p", cache_dir=cache)
 
 
 def test_more_columns_than_the_library_reads_in_time(tmp_path, cache):
