@@ -29,6 +29,8 @@ from gralora_diffusion.training.optimization.adapters import (
 
 from .store import CheckpointStore
 
+#: Schedules compute with steps as floats, which are exact up to here.
+_MOST_STEPS = 2**53
 PROGRESS_NAME = "progress.json"
 TRAINING_WEIGHTS_NAME = "training_weights.safetensors"
 #: How many numbers of each of a base's tensors are compared.
@@ -75,7 +77,10 @@ def read_progress(path: Path) -> dict[str, Any]:
     """
     try:
         progress = read_object(path / PROGRESS_NAME)
-        return {**progress, "step": int(progress["step"]), "options": dict(progress["options"])}
+        step = int(progress["step"])
+        if not 0 <= step <= _MOST_STEPS:
+            raise ValueError("its step is impossible")
+        return {**progress, "step": step, "options": dict(progress["options"])}
     except (OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise unreadable(path, error) from error
 

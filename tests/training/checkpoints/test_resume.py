@@ -110,7 +110,13 @@ def test_a_checkpoint_of_an_earlier_version(tmp_path: Path) -> None:
     check_base(path, progress, describe_base(stable_diffusion(), TrainingConfig()))
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{}", '{"step": "x", "options": {}}', '{"step": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "[]", "{}", '{"step": 1}'),
+        *(f'{{"step": {step}, "options": {{}}}}' for step in ('"x"', -1, 2**53 + 1)),
+    ],
+)
 def test_a_damaged_checkpoint(tmp_path: Path, text: str) -> None:
     (tmp_path / PROGRESS_NAME).write_text(text, encoding="utf-8")
     with pytest.raises(CheckpointError, match=r"cannot be resumed from: .* Resume from an earlier"):
