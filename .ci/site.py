@@ -29,6 +29,8 @@ ELSEWHERE = {
     "samples/tiny-flux-base/README.md": "tiny_flux_base.md",
     "samples/tiny-flux-base/grid.png": "images/tiny_flux_base_grid.png",
     "samples/tiny-flux-base/unseen.png": "images/tiny_flux_base_unseen.png",
+    "samples/tiny-kontext-base/README.md": "tiny_kontext_base.md",
+    "samples/tiny-kontext-base/edits.png": "images/tiny_kontext_base_edits.png",
     "samples/tiny-encoders/README.md": "tiny_encoders.md",
     ".github/CONTRIBUTING.md": "contributing.md",
     ".github/SECURITY.md": "security.md",

@@ -61,6 +61,7 @@ def test_every_document_is_a_page(pages: dict[str, Names]) -> None:
         "tiny_base",
         "tiny_edit_base",
         "tiny_flux_base",
+        "tiny_kontext_base",
     }
     others |= {"tiny_encoders"}
     assert pages.keys() == expected | {f"{name}/index.html" for name in others} | {"index.html"}

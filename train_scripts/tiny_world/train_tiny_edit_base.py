@@ -176,6 +176,14 @@ def draw_edits(
     )
 
 
+def forget_origin(folder: Path) -> None:
+    """Remove where the base was that a diffusers folder was made from."""
+    for path in (folder / "model_index.json", *folder.glob("*/config.json")):
+        config = json.loads(path.read_text(encoding="utf-8"))
+        if config.pop("_name_or_path", None) is not None:
+            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
 def export(run: Run, pipe: StableDiffusionPipeline, output_dir: Path | None) -> None:
     """Write the grid of `draw_edits`, and the diffusers folder if one is given."""
     edit, step = edit_pipeline(run, pipe)
@@ -192,11 +200,7 @@ def export(run: Run, pipe: StableDiffusionPipeline, output_dir: Path | None) -> 
         edit.unet.half()  # the text encoder stays in full precision, as in the tiny base
         edit.tokenizer = models.build_tokenizer()
         edit.save_pretrained(output_dir)
-        for part in ("vae", "unet"):  # where the tiny base was
-            path = output_dir / part / "config.json"
-            config = json.loads(path.read_text(encoding="utf-8"))
-            config.pop("_name_or_path", None)
-            path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        forget_origin(output_dir)
         for path in output_dir.rglob("*.safetensors"):
             path.chmod(0o644)
 

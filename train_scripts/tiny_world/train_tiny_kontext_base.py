@@ -23,7 +23,7 @@ from PIL import Image
 from tiny_base_run import Run
 from tiny_base_stages import load_average, train_denoiser
 from torch import nn
-from train_tiny_edit_base import draw_edits, edit_batch, encode_edits
+from train_tiny_edit_base import draw_edits, edit_batch, encode_edits, forget_origin
 from train_tiny_flux_base import LENGTHS, OPTIONS, flow_loss, flow_sigmas, save
 
 BASE = Path(__file__).resolve().parents[2] / "samples/tiny-flux-base"
@@ -83,6 +83,7 @@ def export(run: Run, pipe: FluxKontextPipeline, output_dir: Path | None) -> None
     draw_edits(run, step, edit)
     if output_dir is not None:
         save(pipe, output_dir)
+        forget_origin(output_dir)
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -93,7 +94,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only_export", action="store_true", help="do not train on")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pairs", type=int, default=12_000, help="pairs to encode")
-    parser.add_argument("--steps", type=int, default=6_000)
+    parser.add_argument("--steps", type=int, default=1_500)
     parser.add_argument("--batch_size", type=int, default=16)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--bf16", action="store_true", help="use bf16 autocast for the transformer")
