@@ -27,6 +27,9 @@ WEIGHT_NAMES = (
 
 #: More layers of a kind than any model has.
 MOST_LAYERS = 1000
+#: Bytes that files beside the weights have at most, by their endings. The vocabulary of 262,000
+#: tokens has 33 MB.
+_MOST_BYTES = {".json": 64 << 20, ".txt": 64 << 20, ".model": 64 << 20, ".jinja": 1 << 20}
 _COUNTS_LAYERS = re.compile(r"layers|blocks|depth")
 
 
@@ -97,18 +100,39 @@ def shards(index: Path) -> list[Path]:
     return files
 
 
-def check_weight_files(
-    folder: Path, variant: str | None = None, left_out: Collection[str] = ()
-) -> None:
-    """Check a pipeline's configs and the headers of its weight files, before a library opens them.
+def check_sizes(folder: Path, left_out: Collection[str] = ()) -> None:
+    """Check the sizes of a pipeline's configs, vocabularies and templates.
+
+    Libraries read them whole.
 
     Args:
         left_out: components that are not read.
 
     Raises:
-        AdapterFileError: a file cannot be read, the files do not match the index of a model, or a
-            config asks for an impossible number of layers.
+        AdapterFileError: a file is larger than any such file.
     """
+    for part in sorted(path for path in folder.iterdir() if path.is_dir()):
+        for path in part.rglob("*") if part.name not in left_out else ():
+            most = _MOST_BYTES.get(path.suffix)
+            if most is not None and path.is_file() and path.stat().st_size > most:
+                raise AdapterFileError(
+                    f"{path} has more than {most:,} bytes. It is damaged: download it again."
+                )
+
+
+def check_weight_files(
+    folder: Path, variant: str | None = None, left_out: Collection[str] = ()
+) -> None:
+    """Check a pipeline's text files and the headers of its weights, before a library opens them.
+
+    Args:
+        left_out: components that are not read.
+
+    Raises:
+        AdapterFileError: a file cannot be read or is too large, the files do not match the index of
+            a model, or a config asks for an impossible number of layers.
+    """
+    check_sizes(folder, left_out)
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         if part.name in left_out:
             continue

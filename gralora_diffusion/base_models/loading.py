@@ -32,6 +32,10 @@ logger = logging.getLogger(__name__)
 
 #: More letters than a chat template has.
 _MOST_TEMPLATE = 100_000
+#: All bytes of UTF-8 texts. A vocabulary without one of them needs a token for unknown ones.
+_LETTERS = "".join(
+    map(chr, [*range(32, 0x800), *range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x1000)])
+)
 
 
 def find_base_family(options: BaseModelOptions) -> ModelFamily:
@@ -247,7 +251,7 @@ def check_tokenizers(pipe: Any, family: ModelFamily) -> None:
             raise ValueError(f"the chat template of its {name} has over {_MOST_TEMPLATE:,} letters")
         family.count_tokens(tokenizer, [""])  # by its chat template, if it has one
         tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor has one
-        tokenizer([""], padding="max_length", max_length=2, truncation=True)
+        tokenizer([_LETTERS], padding="max_length", max_length=2, truncation=True)
         embedded = encoder.get_input_embeddings().num_embeddings
         last = max(tokenizer.get_vocab().values(), default=-1)
         if last >= embedded:

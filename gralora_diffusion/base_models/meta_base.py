@@ -19,6 +19,7 @@ from gralora_diffusion.families import ModelFamily
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.hub import offline_problem
 
+from .folder import check_sizes
 from .loading import check_tokenizers, freeze, vae_class
 from .meta_models import convert, empty_model
 from .options import BaseModelOptions
@@ -48,6 +49,8 @@ def empty_base(
         else:
             hub["revision"] = options.revision
             index = PipelineIndex("pretrained_model_name_or_path", base, **hub)
+        if Path(where).is_dir():
+            check_sizes(Path(where), given)
         pipeline_class = getattr(diffusers, family.pipeline_classes[0])
         taken = inspect.signature(pipeline_class.__init__).parameters
         for name, (library, class_name) in index.components.items():

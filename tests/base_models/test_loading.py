@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -311,6 +312,39 @@ def test_a_chat_template_that_is_none(template: str, tmp_path: Path) -> None:
     PIPELINES["flux2-klein"]().save_pretrained(tmp_path)
     (tmp_path / "tokenizer/chat_template.jinja").write_text(template)
     assert "cannot be used: " in problem_of(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("tokenizer.json", 64 << 20), ("additional_chat_templates/a.jinja", 1 << 20)],
+)
+def test_files_beside_the_weights_that_are_too_large(
+    name: str, most: int, base: Path, tmp_path: Path
+) -> None:
+    """Their libraries would read them whole."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "tokenizer" / name
+    path.parent.mkdir(exist_ok=True)
+    path.touch()
+    os.truncate(path, 8 << 30)  # which takes no space
+    text = f"{path} has more than {most:,} bytes. It is damaged"
+    assert text in problem_of(folder)
+    chosen = config(pretrained_model_name_or_path=folder)
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        empty_base(chosen, FAMILY, torch.float32)
+
+
+def test_a_vocabulary_without_letters_and_without_its_token_for_them(
+    base: Path, tmp_path: Path
+) -> None:
+    """A prompt with such a letter would end the run."""
+    folder = shutil.copytree(base, tmp_path / "base")
+    path = folder / "tokenizer/tokenizer.json"
+    content = json.loads(path.read_text())
+    assert "\u00f4" not in content["model"]["vocab"]  # a byte that some letters begin with
+    del content["model"]["vocab"]["<|endoftext|>"]
+    path.write_text(json.dumps(content))
+    assert "Unk token `<|endoftext|>` not found in the vocabulary" in problem_of(folder)
 
 
 def test_a_tokenizer_that_cannot_pad(tmp_path: Path) -> None:
