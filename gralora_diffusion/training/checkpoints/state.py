@@ -227,10 +227,12 @@ class RunState:
 def _load_tensors(path: Path) -> Any:
     """Read tensors, numbers, text, and lists and dicts of them, that torch.save wrote."""
     check_regular(path)
+    problem = f"{path.name} is damaged, or contains code that could run; it was not read"
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\3\4":  # torch would unpack its old formats into a folder
+            raise ValueError(problem)
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         # torch's own message advises to load it anyway, which could run a program
-        raise ValueError(
-            f"{path.name} is damaged, or contains code that could run; it was not read"
-        ) from error
+        raise ValueError(problem) from error

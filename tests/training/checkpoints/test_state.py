@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from gralora_diffusion.io.errors import CheckpointError
 from gralora_diffusion.training.checkpoints.resume import PROGRESS_NAME
-from gralora_diffusion.training.checkpoints.state import RunState
+from gralora_diffusion.training.checkpoints.state import RunState, _load_tensors
 from tests.training.runs import assert_close, assert_same_run, make_images, metrics, run
 
 SAVED: dict[str, Any] = {"checkpointing_steps": 2}
@@ -223,6 +224,20 @@ def test_no_program_in_a_checkpoint_is_run(
             assert "Resume from an earlier checkpoint" in str(caught.value)
             assert "weights_only" not in str(caught.value)  # torch's advice to trust the file
         assert not mark.exists()
+
+
+def test_old_formats_of_torch_are_not_read(tmp_path: Path) -> None:
+    """torch unpacks the oldest, an archive by tar, into a folder. No version wrote them."""
+    path = tmp_path / "optimizer.bin"
+    torch.save({"a": torch.ones(2)}, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ValueError, match=r"optimizer\.bin is damaged"):
+        _load_tensors(path)
+    with tarfile.open(path, "w") as archive:
+        archive.addfile(tarfile.TarInfo("storages"))
+    with pytest.raises(ValueError, match=r"optimizer\.bin is damaged"):
+        _load_tensors(path)
+    torch.save({"a": torch.ones(2)}, path)
+    assert torch.equal(_load_tensors(path)["a"], torch.ones(2))
 
 
 @pytest.fixture(scope="module")
