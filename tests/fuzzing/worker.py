@@ -156,7 +156,7 @@ class _Watch:
                 continue
             folder, file = os.path.split(os.path.abspath(os.fsdecode(path)))
             real = os.path.join(os.path.realpath(folder), file)
-            if event == "open" and not args[2] & os.O_EXCL:  # which follows links
+            if event == "open" and not args[2] & (os.O_EXCL | os.O_NOFOLLOW):  # it follows links
                 real = os.path.realpath(real)
             if not (self.inside and f"{real}/".startswith(f"{self.inside}/")):
                 self.seen.append(f"{event} {os.fsdecode(path)!r:.100}")

@@ -71,6 +71,7 @@ def owned(folder: Path, label: str) -> Iterator[None]:
     with cleanup_on_exit(tidy):
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            _check_own(folder / LOCK_NAME)
             lock.acquire(timeout=_A_MOMENT)
             with replacing(owner, sync=False) as temporary:
                 temporary.write_text(json.dumps(_facts()), encoding="utf-8")
@@ -110,7 +111,8 @@ def owned_by_run(accelerator: Accelerator, folder: Path, label: str) -> Iterator
 
 
 def is_owned(folder: Path) -> bool | None:
-    """Whether a living process owns ``folder``; None if its file system has no locks.
+    """Whether a living process owns ``folder``; None if its file system has no locks, or its lock
+    is a link or no file.
 
     The lock of a process that was killed is free, whatever it left behind. Nothing is written.
     """
@@ -118,12 +120,23 @@ def is_owned(folder: Path) -> bool | None:
     if not path.exists():
         return False
     try:
+        _check_own(path)
         with FileLock(path, timeout=0):
             return False
     except Timeout:
         return True
     except (OSError, NotImplementedError):
         return None
+
+
+def _check_own(path: Path) -> None:
+    """Check that a lock is not a link: some versions of filelock empty the file it leads to.
+
+    Raises:
+        OSError: it is a link, or no file.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise OSError(errno.ELOOP, "it is a link or no file, delete it", str(path))
 
 
 def owner_facts(folder: Path) -> tuple[int, str, float] | None:

@@ -17,7 +17,7 @@ from filelock import FileLock
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.training.runtime import folder_lock
-from gralora_diffusion.training.runtime.folder_lock import LOCK_NAME, OWNER_NAME, owned
+from gralora_diffusion.training.runtime.folder_lock import LOCK_NAME, OWNER_NAME, is_owned, owned
 
 HOLDER = """
 import sys
@@ -127,6 +127,20 @@ def test_a_file_system_without_locks_is_told(
         (tmp_path / "out" / "result").touch()
     assert "--output_dir 'out' is on a file system without locks" in caplog.text
     assert (tmp_path / "out" / "result").exists()
+
+
+def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
+    """filelock 3.12, the oldest allowed, would empty the other file."""
+    (other := tmp_path / "other").write_text("content")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / LOCK_NAME).symlink_to(other)
+    assert is_owned(tmp_path / "run") is None
+    with (
+        pytest.raises(ConfigError, match="it is a link or no file, delete it"),
+        owned(tmp_path / "run", "--output_dir"),
+    ):
+        pass
+    assert other.read_text() == "content"
 
 
 def test_what_cannot_be_made_is_an_error_of_the_options(tmp_path: Path) -> None:
