@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 _MOST_COLUMNS = 1000
 #: Endings of Parquet files in the library.
 _PARQUET = (".parquet", ".geoparquet", ".gpq")
+#: Types of Arrow's in which several rows may have the same bytes.
+_SHARING = re.compile(r"dictionary<|run_end_encoded<|_view\b")
 #: White space, and the bytes of a byte order mark.
 _BEFORE_JSON = b" \t\r\n\xef\xbb\xbf"
 #: In a line of JSON: texts, perhaps without their end, and everything else but brackets.
@@ -106,10 +108,8 @@ def find_dataset_examples(
         else:
             loaded = datasets.load_dataset(name, config_name, cache_dir=cache_dir)
     except Exception as error:  # datasets may raise anything for damaged data
-        cause = error.__cause__
-        because = f" ({error_line(cause)})" if isinstance(cause, Exception) else ""
         problem = offline_problem(error, name, is_dataset=True)
-        problem = problem or f"cannot be loaded: {error}{because}"
+        problem = problem or f"cannot be loaded: {_with_cause(error)}"
         raise DataError(place, [problem]) from error
     if isinstance(loaded, Mapping):
         if "train" not in loaded and len(loaded) > 1:
@@ -177,6 +177,14 @@ def find_dataset_examples(
     return check_images(found, place, problems, advice, skip_bad_images, nothing)
 
 
+def _with_cause(error: Exception) -> str:
+    """Return an error's message with its cause's, which the library often leaves out."""
+    cause, said = error.__cause__, str(error)
+    if isinstance(cause, Exception) and str(cause) not in said:
+        said += f" ({error_line(cause)})"
+    return said
+
+
 def _check_files(folder: Path) -> None:
     """Check the files of a folder for what would block or end the process that reads them.
 
@@ -222,16 +230,54 @@ def _check_json(path: Path) -> None:
 
 
 def _check_table(path: Path) -> None:
-    """Check all offsets in a file of Arrow's streaming format.
+    """Check a file of Arrow's streaming format: all offsets, and that it is as large as its values.
+
+    ``Dataset.save_to_disk`` neither compresses nor shares values.
 
     Raises:
-        OSError, ValueError: it is damaged.
+        OSError, ValueError: it is damaged, or may be far larger in memory.
     """
     import pyarrow
 
-    with pyarrow.memory_map(str(path)) as file, pyarrow.ipc.open_stream(file) as batches:
-        for batch in batches:
-            batch.validate(full=True)
+    with pyarrow.memory_map(str(path)) as file:
+        if any(map(_is_compressed, pyarrow.ipc.MessageReader.open_stream(file))):
+            raise ValueError("it is compressed. Write it with Dataset.save_to_disk")
+        file.seek(0)
+        with pyarrow.ipc.open_stream(file) as batches:
+            for column in batches.schema:
+                if _SHARING.search(str(column.type)):
+                    raise ValueError(
+                        f"the rows of its column {column.name} may share values ({column.type}). "
+                        "Write it with Dataset.save_to_disk"
+                    )
+            for batch in batches:
+                batch.validate(full=True)
+
+
+def _is_compressed(message: Any) -> bool:
+    """Whether the buffers of a message of Arrow's format are compressed.
+
+    The format is ``Message.fbs``: a message's header is a batch, or a dictionary that has one.
+    """
+    data = memoryview(message.metadata)
+
+    def field(table: int, number: int) -> int:
+        """Return where a field of a table is; 0 if it is left out."""
+        slots = table - int.from_bytes(data[table : table + 4], "little", signed=True)
+        slot = 4 + 2 * number
+        if slot >= int.from_bytes(data[slots : slots + 2], "little"):
+            return 0
+        offset = int.from_bytes(data[slots + slot : slots + slot + 2], "little")
+        return table + offset if offset else 0
+
+    def target(at: int) -> int:
+        return at + int.from_bytes(data[at : at + 4], "little")
+
+    if message.type not in ("record batch", "dictionary"):
+        return False
+    header = target(field(target(0), 2))
+    batch = header if message.type == "record batch" else target(field(header, 1))
+    return field(batch, 3) != 0
 
 
 def _check_columns(path: Path) -> None:

@@ -435,6 +435,36 @@ def test_damaged_tables_and_pipes_of_a_dataset_on_disk(tmp_path):
         find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
 
 
+@pytest.mark.parametrize(
+    ("kind", "compression", "said"),
+    [
+        (pyarrow.string(), None, None),
+        (pyarrow.string(), "zstd", "it is compressed. Write it with Dataset.save_to_disk"),
+        (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), None, "column text may share"),
+        (pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), "lz4", "it is compressed"),
+        (pyarrow.list_(pyarrow.string_view()), None, "column text may share values"),
+    ],
+)
+def test_small_tables_of_large_texts_on_disk(tmp_path, kind, compression, said):
+    """They would fill the memory."""
+    rows = [{"bytes": png_bytes(tmp_path, 0), "path": None}]
+    made = datasets.Dataset.from_dict({"image": rows, "text": ["a caption"]})
+    made.cast_column("image", datasets.Image()).save_to_disk(str(tmp_path / "disk"))
+    (table,) = (tmp_path / "disk").glob("*.arrow")
+    read = pyarrow.ipc.open_stream(table.read_bytes()).read_all()
+    texts = ["a caption" if kind != pyarrow.list_(pyarrow.string_view()) else ["a caption"]]
+    read = read.set_column(1, "text", pyarrow.array(texts, kind))
+    options = pyarrow.ipc.IpcWriteOptions(compression=compression)
+    with pyarrow.ipc.new_stream(str(table), read.schema, options=options) as writer:
+        writer.write_table(read)
+    if said is None:
+        (found,) = find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
+        assert found.caption == "a caption"
+        return
+    with pytest.raises(DataError, match=said):
+        find_dataset_examples(str(tmp_path / "disk"), caption_column="text")
+
+
 @pytest.mark.parametrize("rows", [2, 2**40, -1])
 def test_a_table_that_lies_about_its_rows(tmp_path, cache, rows):
     """Arrow would reserve memory for as many, and fill it."""
