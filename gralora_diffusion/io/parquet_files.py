@@ -9,9 +9,9 @@ The format is Apache's ``parquet.thrift``, written in Thrift's compact protocol.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from pathlib import Path
 from typing import Any, BinaryIO
 
 #: What a file may become in memory: so many bytes, or so many times its size if that is more.
@@ -55,25 +55,45 @@ class Chunk:
     most: int
 
 
-def check_parquet(file: BinaryIO) -> None:
-    """Check that the columns of a file are not far larger than the file.
+def check_parquet(paths: Sequence[Path]) -> None:
+    """Check that the columns of files are together not far larger than the files.
 
     If the headers do not rule it out, columns without lists are read, a few rows at a time.
 
     Raises:
-        OSError: the file cannot be read.
-        ValueError: its headers are damaged, or its columns are too large.
+        OSError: a file cannot be read.
+        ValueError: headers are damaged, or the columns are too large.
     """
-    limit = max(MOST_BYTES, MOST_TIMES * file.seek(0, 2))
-    chunks = [chunk for group in read_chunks(file) for chunk in group]
-    if sum(chunk.most for chunk in chunks) <= limit:
-        return
-    problem = (
-        f"its columns need more than {limit:,} bytes of memory, most for texts or images that are "
-        "repeated. Write it without dictionaries"
+    limit = max(MOST_BYTES, MOST_TIMES * sum(path.stat().st_size for path in paths))
+    for needed_by in (_bytes_by_headers, _bytes_by_rows):
+        left = limit
+        for path in paths:
+            try:
+                with path.open("rb") as file:
+                    left -= needed_by(file, left)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
+            if left < 0:
+                break
+        else:
+            return
+    raise ValueError(
+        f"{path}: with its columns, more than {limit:,} bytes of memory are needed, most for texts "
+        "or images that are repeated. Write it without dictionaries"
     )
-    if sum(chunk.unpacked for chunk in chunks) > limit:
-        raise ValueError(problem)
+
+
+def _bytes_by_headers(file: BinaryIO, enough: int) -> int:
+    """Return the bytes that columns need at most; ``enough`` is for both such functions."""
+    del enough
+    return sum(chunk.most for group in read_chunks(file) for chunk in group)
+
+
+def _bytes_by_rows(file: BinaryIO, enough: int) -> int:
+    """Return the bytes that columns need, or some number above ``enough``."""
+    unpacked = sum(chunk.unpacked for group in read_chunks(file) for chunk in group)
+    if unpacked > enough:
+        return unpacked
     import pyarrow
     import pyarrow.parquet
 
@@ -90,13 +110,13 @@ def check_parquet(file: BinaryIO) -> None:
                 else:
                     needed += chunk.most
             rows = min(_MOST_ROWS, MOST_BYTES // longest) or 1
-            batches = opened.iter_batches(rows, [number], read) if read else ()
-            for batch in chain([None], batches):
-                needed += sum(map(_decoded_bytes, batch)) if batch else 0
-                if needed > limit:
-                    raise ValueError(problem)
+            for batch in opened.iter_batches(rows, [number], read) if read else ():
+                needed += sum(map(_decoded_bytes, batch))
+                if needed > enough:
+                    return needed
     except pyarrow.ArrowException as error:
         raise ValueError(f"it is not a complete Parquet file ({error})") from error
+    return needed
 
 
 def _decoded_bytes(array: Any) -> int:

@@ -1,4 +1,6 @@
 import io
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pyarrow
 import pyarrow.parquet
@@ -30,10 +32,18 @@ def repeated(text, count):
     return pyarrow.DictionaryArray.from_arrays(indices, [text])
 
 
-def refused(file):
-    limit = max(MOST_BYTES, MOST_TIMES * len(file.getvalue()))
-    with pytest.raises(ValueError, match=f"need more than {limit:,} bytes of memory"):
-        check_parquet(file)
+def check(*files):
+    with TemporaryDirectory() as folder:
+        paths = [Path(folder) / f"{number}.parquet" for number in range(len(files))]
+        for path, file in zip(paths, files, strict=True):
+            path.write_bytes(file.getvalue())
+        check_parquet(paths)
+
+
+def refused(*files):
+    limit = max(MOST_BYTES, MOST_TIMES * sum(len(file.getvalue()) for file in files))
+    with pytest.raises(ValueError, match=f"more than {limit:,} bytes of memory are needed"):
+        check(*files)
 
 
 @pytest.mark.parametrize("codec", ["none", "snappy", "gzip", "brotli", "lz4", "zstd"])
@@ -52,7 +62,7 @@ def test_chunks_by_group(codec, version):
         found = [chunk for (chunk,) in read_chunks(shared, search=search)]
         assert [chunk.longest for chunk in found] == list(longest)
         assert [c.most for c in found] == [c.unpacked + 3 * (4 + c.longest) for c in found]
-    check_parquet(shared)
+    check(shared)
 
 
 def test_names_of_nested_columns_and_numbers():
@@ -69,12 +79,13 @@ def test_one_long_text_among_many_is_no_repetition():
     file = written(table_of(texts))
     ((chunk,),) = read_chunks(file)
     assert chunk.most > 20_000 * 800_000
-    check_parquet(file)
+    check(file)
 
 
 def test_a_large_text_that_is_repeated():
     fits, too_much = (repeated("a" * (1 << 20), count) for count in (125, 129))
-    check_parquet(written(pyarrow.table({"text": fits})))
+    check(written(pyarrow.table({"text": fits})))
+    refused(*[written(pyarrow.table({"text": fits.slice(0, 65)}))] * 2)
     refused(written(pyarrow.table({"text": too_much})))
     refused(written(pyarrow.table({"list": pyarrow.ListArray.from_arrays([0, 129], too_much)})))
     refused(written(pyarrow.table({"image": pyarrow.StructArray.from_arrays([too_much], ["b"])})))
@@ -82,7 +93,7 @@ def test_a_large_text_that_is_repeated():
 
 def test_texts_with_a_common_beginning():
     options = {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}}
-    check_parquet(written(table_of(["a" * (1 << 20)] * 125), **options))
+    check(written(table_of(["a" * (1 << 20)] * 125), **options))
     refused(written(table_of(["a" * (1 << 20)] * 129), **options))
 
 
@@ -107,4 +118,4 @@ def test_large_pages_and_many_nulls():
 def test_damaged_headers(damage):
     data = written(table_of(["a" * 100, "b"])).getvalue()
     with pytest.raises(ValueError, match=r"not a complete Parquet file|its headers"):
-        check_parquet(io.BytesIO(damage(data)))
+        check(io.BytesIO(damage(data)))

@@ -14,7 +14,7 @@ from gralora_diffusion.io.errors import DataError
 from gralora_diffusion.io.hub import offline_problem
 from gralora_diffusion.io.image_files import MAX_BYTES
 from gralora_diffusion.io.json_files import MOST_LEVELS
-from gralora_diffusion.io.parquet_files import check_parquet
+from gralora_diffusion.io.parquet_files import check_parquet, read_chunks
 from gralora_diffusion.io.regular_files import check_regular, read_regular
 from gralora_diffusion.io.safe_text import error_line
 
@@ -195,6 +195,7 @@ def _check_files(folder: Path) -> None:
         OSError, ValueError: a file is a named pipe or the like, its JSON is nested too deeply, or
             its Arrow table or Parquet file is damaged, or too large in memory.
     """
+    tables = []
     for inside, _, names in os.walk(folder):
         for path in (Path(inside, name) for name in names):
             try:
@@ -205,10 +206,12 @@ def _check_files(folder: Path) -> None:
                     _check_table(path)
                 elif path.suffix in _PARQUET:
                     _check_columns(path)
+                    tables.append(path)
             except FileNotFoundError:  # a link to nothing
                 continue
             except (OSError, ValueError) as error:
                 raise ValueError(f"{path}: {error}") from error
+    check_parquet(tables)
 
 
 def _check_json(path: Path) -> None:
@@ -285,7 +288,7 @@ def _check_columns(path: Path) -> None:
 
     Raises:
         OSError, ValueError: the file is damaged, has too many columns, or says that it has more
-            rows than values, or its columns are far larger than the file.
+            rows than values.
     """
     import pyarrow.parquet
 
@@ -293,7 +296,7 @@ def _check_columns(path: Path) -> None:
     if columns > _MOST_COLUMNS:
         raise ValueError(f"it has {columns:,} columns, more than {_MOST_COLUMNS:,}")
     with path.open("rb") as file:
-        check_parquet(file)
+        read_chunks(file)
 
 
 def _undecoded(dataset: Any, column: str, place: str) -> Any:

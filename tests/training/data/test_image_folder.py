@@ -513,7 +513,7 @@ def test_a_small_table_of_a_large_text(tmp_path, cache):
     table = tmp_path / "train.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"text": text}), table, store_schema=False)
     assert table.stat().st_size < 1 << 17
-    with pytest.raises(DataError, match="columns need more than 134,217,728 bytes of memory"):
+    with pytest.raises(DataError, match="more than 134,217,728 bytes of memory are needed"):
         find_dataset_examples(str(tmp_path), "p", cache_dir=cache)
 
 
