@@ -30,6 +30,9 @@ MOST_LAYERS = 1000
 #: Bytes that files beside the weights have at most, by their endings. The vocabulary of 262,000
 #: tokens has 33 MB.
 _MOST_BYTES = {".json": 64 << 20, ".txt": 64 << 20, ".model": 64 << 20, ".jinja": 1 << 20}
+#: Numbers of tokens that T5's and Pegasus's tokenizers make, about a hundred.
+_COUNTS_TOKENS, _MOST_MADE_TOKENS = ("extra_ids", "offset"), 10_000
+_TOKENIZER_CONFIG = "tokenizer_config.json"
 _COUNTS_LAYERS = re.compile(r"layers|blocks|depth")
 
 
@@ -103,13 +106,13 @@ def shards(index: Path) -> list[Path]:
 def check_sizes(folder: Path, left_out: Collection[str] = ()) -> None:
     """Check the sizes of a pipeline's configs, vocabularies and templates.
 
-    Libraries read them whole.
+    Libraries read them whole, and make as many tokens as a tokenizer's config says.
 
     Args:
         left_out: components that are not read.
 
     Raises:
-        AdapterFileError: a file is larger than any such file.
+        AdapterFileError: a file is larger than any such file, or a tokenizer's config is damaged.
     """
     for part in sorted(path for path in folder.iterdir() if path.is_dir()):
         for path in part.rglob("*") if part.name not in left_out else ():
@@ -118,6 +121,19 @@ def check_sizes(folder: Path, left_out: Collection[str] = ()) -> None:
                 raise AdapterFileError(
                     f"{path} has more than {most:,} bytes. It is damaged: download it again."
                 )
+            if path.name == _TOKENIZER_CONFIG and path.is_file():
+                _check_token_counts(path)
+
+
+def _check_token_counts(path: Path) -> None:
+    config = read_json(path)
+    for key in _COUNTS_TOKENS:
+        count = config.get(key)
+        if isinstance(count, int) and not 0 <= count <= _MOST_MADE_TOKENS:
+            raise AdapterFileError(
+                f"{path}: its {key} is {count}; it must be from 0 to {_MOST_MADE_TOKENS}. It is "
+                "damaged: download it again."
+            )
 
 
 def check_weight_files(

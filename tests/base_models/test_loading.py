@@ -334,6 +334,17 @@ def test_files_beside_the_weights_that_are_too_large(
         empty_base(chosen, FAMILY, torch.float32)
 
 
+def test_a_tokenizer_that_would_make_very_many_tokens(tmp_path: Path) -> None:
+    """T5's, which would fill the memory."""
+    PIPELINES["stable-diffusion-3"]().save_pretrained(tmp_path)
+    path = tmp_path / "tokenizer_3/tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"extra_ids": 10**9}))
+    assert f"{path}: its extra_ids is 1000000000; it must be from 0 to 10000" in problem_of(
+        tmp_path
+    )
+
+
 def test_a_vocabulary_without_letters_and_without_its_token_for_them(
     base: Path, tmp_path: Path
 ) -> None:
