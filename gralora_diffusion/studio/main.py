@@ -19,7 +19,7 @@ from pathlib import Path
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.io.file_names import real_path
-from gralora_diffusion.io.process import log_to_terminal, print_safely
+from gralora_diffusion.io.process import lasting_imports, log_to_terminal, print_safely
 from gralora_diffusion.options.command_parser import CommandParser
 from gralora_diffusion.options.path_names import file_or_id
 
@@ -129,14 +129,15 @@ def _serve(args: argparse.Namespace, folder: Path) -> None:
     uploads = Workspace(folder).uploads
     shutil.rmtree(uploads, ignore_errors=True)  # of a studio that was killed
     _keep_to_this_machine(str(real_path(uploads)))
-    import uvicorn
+    with lasting_imports():
+        import uvicorn
 
-    from .gradio_import import import_gradio
+        from .gradio_import import import_gradio
 
-    import_gradio()
-    from .context import Studio
-    from .guard import address_of, address_with
-    from .server import application, start_queue
+        import_gradio()
+        from .context import Studio
+        from .guard import address_of, address_with
+        from .server import application, start_queue
 
     studio = Studio.at(folder)
     names = {socket.gethostname().lower(), host.lower()} if args.listen else ()
