@@ -117,7 +117,8 @@ class TensorStore:
             self.folder.mkdir(parents=True, exist_ok=True)
             metadata = {"format": "pt", _HASH_FIELD: hash_of({}, tensors)}
             write_safetensors(tensors, Path(path), metadata)
-            self._index.add(_digest(key), stamp_of(os.stat(path)))
+            with contextlib.suppress(FileNotFoundError):  # another process has just removed it
+                self._index.add(_digest(key), stamp_of(os.stat(path)))
         except (OSError, SafetensorError) as error:
             problem = (
                 f"cannot be written: {error}. Free some space, give another folder, or leave it "
