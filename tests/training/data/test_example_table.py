@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import hashlib
+import pathlib
 import tracemalloc
 from collections.abc import Iterator
 from dataclasses import replace
@@ -72,7 +73,11 @@ def made_up(count: int) -> Iterator[Example]:
 
 
 def test_an_image_takes_little_memory() -> None:
-    """All that a run keeps of an image, without its latents."""
+    """All that a run keeps of an image, without its latents.
+
+    pathlib's share is left out: it interns names in a table of the whole process, which may double
+    just then.
+    """
     list(made_up(2000))  # what the modules keep themselves
     gc.collect()
     tracemalloc.start()
@@ -81,7 +86,8 @@ def test_an_image_takes_little_memory() -> None:
         samples = TrainingSet([SampledSet(table, [CropPlan(512)])], 0)
         samples.stream.index(0)
         gc.collect()
-        kept, _ = tracemalloc.get_traced_memory()
+        elsewhere = tracemalloc.Filter(inclusive=False, filename_pattern=pathlib.__file__)
+        traces = tracemalloc.take_snapshot().filter_traces([elsewhere]).statistics("filename")
     finally:
         tracemalloc.stop()
-    assert kept / 20_000 < 300
+    assert sum(trace.size for trace in traces) / 20_000 < 250
