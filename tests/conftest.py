@@ -39,8 +39,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_xdist_auto_num_workers() -> int:
-    """Two processes more than cores, since tests wait for files, browsers and other processes."""
-    return (os.cpu_count() or 1) + 2
+    """One process more than cores, since tests wait for files, browsers and other processes."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(trylast=True)

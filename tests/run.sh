@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Set up what the tests need and run them. Arguments go to pytest; paths are from where one is.
-# Without arguments, the whole suite runs in two processes more than there are cores. A choice of tests
+# Without arguments, the whole suite runs in one process more than there are cores. A choice of tests
 # runs in one process, which starts sooner; -n 4 gives it more.
 set -euo pipefail
 arguments=()
