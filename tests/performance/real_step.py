@@ -24,6 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from gralora_diffusion import GraloraConfig, get_family, inject
 from gralora_diffusion.adapters.layers import GraloraLayer
+from gralora_diffusion.base_models.options import BaseModelOptions
+from gralora_diffusion.base_models.quantization import quantize_empty
 from gralora_diffusion.base_models.streaming import Streaming, block_bytes
 from gralora_diffusion.pipelines.placement import bytes_of, tensors_of
 from gralora_diffusion.training.runtime.acceleration import checkpoint_gradients
@@ -40,6 +42,12 @@ from tests.performance.measuring import (
 WAYS = ("bf16", "checkpointing", "bnb-4bit", "bnb-8bit", "torchao-int8", "streamed")
 _NAME = "default"
 CPU = torch.device("cpu")
+#: Way of a quantized base -> what --quantization calls it.
+KINDS: dict[str, Any] = {
+    "bnb-4bit": "bnb-nf4",
+    "bnb-8bit": "bnb-int8",
+    "torchao-int8": "torchao-int8",
+}
 
 
 @dataclass(frozen=True)
@@ -222,7 +230,10 @@ def make_denoiser(base: Base, device: torch.device, quick: bool) -> nn.Module:
 
 def planned_bytes(base: Base, way: str, rank: int, quick: bool, device: torch.device) -> int:
     """Bytes of the same step on fake tensors, as ``--dry_run`` measures them."""
-    model = make_denoiser(base, torch.device("meta"), quick)
+    model, surplus = make_denoiser(base, torch.device("meta"), quick), 0
+    if way in KINDS:
+        family, options = get_family(base.family), BaseModelOptions(quantization=KINDS[way])
+        surplus = quantize_empty(options, family, family.denoiser, model, torch.bfloat16)
     with torch.device("meta"):
         step = Step(base, model, rank, quick)
     if way in ("checkpointing", "streamed"):
@@ -231,7 +242,7 @@ def planned_bytes(base: Base, way: str, rank: int, quick: bool, device: torch.de
     state = 2 * bytes_of(step.trained)
     with FakeTensorMode(allow_non_fake_inputs=True):
         materialize(model, device)
-        held = bytes_of(tensors_of(model))
+        held = bytes_of(tensors_of(model)) - surplus
         step.trained = [p for p in model.parameters() if p.requires_grad]
         meter = MemoryMeter(device, tensors_of(model))
         with meter:
@@ -288,8 +299,9 @@ def _bitsandbytes(denoiser: nn.Module, device: torch.device, bits: int) -> nn.Mo
         shape, bias = (module.in_features, module.out_features), module.bias is not None
         new: Any
         if bits == 4:
-            new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=torch.bfloat16)
-            new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False)
+            kind = {"quant_type": "nf4", "compress_statistics": False}  # --quantization bnb-nf4
+            new = bnb.nn.Linear4bit(*shape, bias=bias, compute_dtype=torch.bfloat16, **kind)
+            new.weight = bnb.nn.Params4bit(module.weight.data, requires_grad=False, **kind)
         else:
             new = bnb.nn.Linear8bitLt(*shape, bias=bias, has_fp16_weights=False)
             new.weight = bnb.nn.Int8Params(module.weight.data, requires_grad=False)
