@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -172,7 +173,8 @@ def test_a_table_is_written_between_its_markers(tmp_path):
     row = {"base": "sdxl", "way": "bf16", "ms": 100.2, "spread_ms": 1.0}
     row |= {"peak_gib": 9.0, "plan_gib": 10.0}
     failed = {"base": "flux", "way": "bf16", "error": "OutOfMemoryError: no room"}
-    gpu.write_tables(document, {"steps": {"machine": "A GPU, torch 9", "results": [row, failed]}})
+    steps = {"machine": "A GPU, torch 9", "quick": False, "results": [row, failed]}
+    gpu.write_tables(document, {"steps": steps})
     text = document.read_text(encoding="utf-8")
     assert text.startswith("begin")
     assert text.endswith("end")
@@ -181,12 +183,18 @@ def test_a_table_is_written_between_its_markers(tmp_path):
     assert "| flux | bf16 | `failed: OutOfMemoryError: no room` |" in text
     assert "| peak memory against the plan | A GPU |" in text
     assert "Not measured yet: `python -m tests.performance.gpu --parts blocks`" in text
+    gpu.write_tables(document, {"steps": {**steps, "quick": True}})
+    text = document.read_text(encoding="utf-8")
+    assert "Not a measurement, only a trial of the command on small shapes; A GPU, torch 9:" in text
+    assert "| peak memory against the plan | no machine yet |" in text
     document.write_text("nothing", encoding="utf-8")
     with pytest.raises(ValueError, match="gpu:steps"):
         gpu.write_tables(document, {})
 
 
-def test_parts_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def two_parts(monkeypatch):
+    """Return the parts that ran; the first time, the first one fails."""
     ran = []
 
     def run(file, args):
@@ -198,13 +206,48 @@ def test_parts_that_are_done_are_not_run_again(tmp_path, monkeypatch, capsys):
     parts = {name: gpu.Part(run, lambda results: (["a"], [])) for name in ("one", "two")}
     monkeypatch.setattr(gpu, "PARTS", parts)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    return ran
+
+
+def test_parts_that_are_done_are_not_run_again(two_parts, tmp_path, capsys):
     line = ["--quick", "--folder", str(tmp_path)]
     assert gpu.main(line) == 1
-    assert ran == ["one.part", "two.part"]
+    assert two_parts == ["one.part", "two.part"]
+    assert set(json.loads((tmp_path / "gpu.json").read_text())) == {"two"}
     assert gpu.main(line) == 0
-    assert ran == ["one.part", "two.part", "one.part"]
-    assert set(json.loads((tmp_path / "gpu.json").read_text())) == {"one", "two"}
+    assert two_parts == ["one.part", "two.part", "one.part"]
+    results = json.loads((tmp_path / "gpu.json").read_text())
+    assert {name: result["quick"] for name, result in results.items()} == {"one": True, "two": True}
     assert "one failed: RuntimeError: interrupted" in capsys.readouterr().err
+
+
+def test_no_part_is_begun_when_the_time_is_up(two_parts, tmp_path, capsys):
+    line = ["--quick", "--folder", str(tmp_path)]
+    assert gpu.main([*line, "--minutes", "0"]) == 1
+    assert not two_parts
+    assert "--minutes 0 have passed; run again for one, two" in capsys.readouterr().out
+
+
+def test_small_shapes_never_reach_the_documents(two_parts, tmp_path, capsys):
+    for docs in (ROOT / "docs", ROOT / "tests" / ".." / "docs"):
+        with pytest.raises(SystemExit):
+            gpu.main(["--quick", "--folder", str(tmp_path), "--docs", str(docs)])
+        assert "give a copy of them with --docs" in capsys.readouterr().err
+    gpu.main(["--quick", "--folder", str(tmp_path)])
+    with pytest.raises(SystemExit):
+        gpu.main(["--folder", str(tmp_path)])
+    assert "has two, which ran with --quick" in capsys.readouterr().err
+    assert two_parts == ["one.part", "two.part"]
+
+
+def test_the_help_of_the_gpu_day_needs_no_torch():
+    code = "import runpy, sys; sys.modules['torch'] = None; sys.argv = ['gpu', '--help']\n"
+    code += "runpy.run_module('tests.performance.gpu', run_name='__main__')"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.startswith("usage: python -m tests.performance.gpu")
+    assert not done.stderr
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -2,9 +2,12 @@
 
 Each part writes its numbers to a file in ``--folder``; a part whose file is there is not run again,
 so that the same command goes on after an interruption. ``--parts`` chooses parts, ``--again`` runs
-them anew. At the end, ``gpu.json`` has everything, there and beside the documents, whose tables
-between markers are written from it. ``--quick`` runs all of it on small shapes, to try the command
-itself; it does not touch the documents unless they are given with ``--docs``.
+them anew. No part is begun after ``--minutes``; the same command runs the rest. After each part,
+``gpu.json`` has everything so far, there and beside the documents, whose tables between markers are
+written from it.
+
+``--quick`` runs all of it on small shapes, to try the command itself. It says so in its tables, and
+writes them only to a copy of the documents, given with ``--docs``.
 """
 
 from __future__ import annotations
@@ -19,12 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from gralora_diffusion.io.tensor_files import replacing
 from tests import ROOT
-from tests.performance import attach, export, layer, real_step, unseen
-from tests.performance.measuring import machine, table
+
+# What needs torch is imported where it is used, so that --help is quick and prints nothing else.
 
 COMMAND = "python -m tests.performance.gpu"
 #: In ``--folder``, and beside the documents with its tables.
@@ -46,6 +46,10 @@ class Part:
 
 def _layers(*options: str, quick: Sequence[str]) -> Callable[[Path, argparse.Namespace], None]:
     def run(file: Path, args: argparse.Namespace) -> None:
+        import torch
+
+        from tests.performance import layer
+
         chosen = [*quick, "--rounds", "1", "--seconds", "0"] if args.quick else list(options)
         methods = ["--methods", "peft-lora", "peft-gralora", "ours"]
         if args.quick:  # it also runs where nothing can be compiled
@@ -61,6 +65,8 @@ _QUICK_LAYER = ("--shapes", "64x32@16", "--rank", "4", "--dtypes", "bf16-autocas
 
 
 def _attach(file: Path, args: argparse.Namespace) -> None:
+    from tests.performance import attach
+
     options = ["--heads", "192"]
     if args.quick:
         options = ["--double_blocks", "1", "--single_blocks", "1", "--rounds", "1", "--seconds"]
@@ -69,12 +75,16 @@ def _attach(file: Path, args: argparse.Namespace) -> None:
 
 
 def _export(file: Path, args: argparse.Namespace) -> None:
+    from tests.performance import export
+
     size = ["--gigabytes", "0.02", "--rounds", "1"] if args.quick else []
     export.main([*size, "--json", str(file)])
 
 
 def _steps(*bases: str, more: Sequence[str] = ()) -> Callable[[Path, argparse.Namespace], None]:
     def run(file: Path, args: argparse.Namespace) -> None:
+        from tests.performance import real_step
+
         options = ["--bases", *bases, *more, "--device", "cuda", "--json", str(file)]
         real_step.main([*options, *(["--quick"] if args.quick else [])])
 
@@ -83,6 +93,10 @@ def _steps(*bases: str, more: Sequence[str] = ()) -> Callable[[Path, argparse.Na
 
 def _pytest(*arguments: str) -> Callable[[Path, argparse.Namespace], None]:
     def run(file: Path, args: argparse.Namespace) -> None:
+        import torch
+
+        from tests.performance.measuring import machine
+
         chosen = ["tests/io/test_precision.py", "-q"] if args.quick else [*arguments, "-q"]
         done = subprocess.run(
             [sys.executable, "-m", *args.pytest.split(), *chosen],
@@ -92,6 +106,8 @@ def _pytest(*arguments: str) -> Callable[[Path, argparse.Namespace], None]:
             check=False,
         )
         lines = done.stdout.strip().splitlines() or [done.stderr.strip()[-500:]]
+        if done.returncode not in (0, 1):  # 0 and 1: all tests ran, and passed or not
+            raise RuntimeError(f"pytest ended with {done.returncode}: {lines[-1]}")
         failed = [line for line in lines if line.startswith(("FAILED", "ERROR"))]
         results = {"code": done.returncode, "summary": lines[-1], "failed": failed}
         where = machine(torch.device("cuda"), "diffusers", "peft")
@@ -235,7 +251,20 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog=COMMAND, description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=list(PARTS))
+    parser.add_argument(
+        "--parts",
+        nargs="+",
+        default=list(PARTS),
+        choices=list(PARTS),
+        metavar="PART",
+        help=f"some of {', '.join(PARTS)} (default: all)",
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25,
+        help="after which no part is begun (default: %(default)s)",
+    )
     parser.add_argument("--again", action="store_true", help="run parts that are done, too")
     parser.add_argument("--quick", action="store_true", help="small shapes, to try the command")
     parser.add_argument("--folder", type=Path, help="(default: gpu_day, or gpu_day_quick)")
@@ -250,42 +279,76 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    args = build_parser().parse_args(arguments)
+    parser = build_parser()
+    args = parser.parse_args(arguments)
+    import torch
+
     if not torch.cuda.is_available():
         raise SystemExit(f"{COMMAND} needs a CUDA device, and torch finds none here")
     folder = args.folder or Path("gpu_day_quick" if args.quick else "gpu_day")
     folder.mkdir(parents=True, exist_ok=True)
-    failed = []
+    docs = args.docs or (None if args.quick else ROOT / "docs")
+    if args.quick and docs is not None and docs.resolve() == ROOT / "docs":
+        parser.error("--quick measures nothing for the documents: give a copy of them with --docs")
+    for name, result in _results(folder).items():
+        if result["quick"] != args.quick:
+            other = "with" if result["quick"] else "without"
+            parser.error(f"{folder} has {name}, which ran {other} --quick: choose another --folder")
+    began, failed, late = time.perf_counter(), [], []
     for name in args.parts:
         file = folder / f"{name}.json"
         if file.exists() and not args.again:
             print(f"{name}: done before")
             continue
-        began, part = time.perf_counter(), folder / f"{name}.part"
+        if time.perf_counter() - began > 60 * args.minutes:
+            late.append(name)
+            continue
         print(f"{name} ...", flush=True)
+        start, part = time.perf_counter(), folder / f"{name}.part"
         try:
             PARTS[name].run(part, args)
-            part.replace(file)
         except (Exception, SystemExit) as error:  # the other parts are still wanted
             failed.append(name)
             print(f"{name} failed: {type(error).__name__}: {error}", file=sys.stderr)
             continue
-        print(f"{name}: {time.perf_counter() - began:.0f} s", flush=True)
-    results = {
+        seconds = time.perf_counter() - start
+        result = json.loads(part.read_text(encoding="utf-8"))
+        result |= {"quick": args.quick, "seconds": seconds}
+        part.write_text(json.dumps(result, indent=1), encoding="utf-8")
+        part.replace(file)
+        print(f"{name}: {seconds:.0f} s", flush=True)
+        _write_down(folder, docs)
+    results = _write_down(folder, docs)
+    missing = [name for name in PARTS if name not in results]
+    measured = sum(result["seconds"] for result in results.values()) / 60
+    print(f"{folder / RESULTS_NAME}; not measured: {', '.join(missing) or 'nothing'}")
+    print(f"measuring all of this took {measured:.1f} minutes")
+    if late:
+        print(f"--minutes {args.minutes:g} have passed; run again for {', '.join(late)}")
+    return 1 if failed or late else 0
+
+
+def _results(folder: Path) -> dict[str, Any]:
+    """The results of each part that is done."""
+    return {
         name: json.loads(file.read_text(encoding="utf-8"))
         for name in PARTS
         if (file := folder / f"{name}.json").exists()
     }
-    docs = args.docs or (None if args.quick else ROOT / "docs")
+
+
+def _write_down(folder: Path, docs: Path | None) -> dict[str, Any]:
+    """Write all results to ``folder``, and to the documents with their tables; return them."""
+    from gralora_diffusion.io.tensor_files import replacing
+
+    results = _results(folder)
     for place in (folder, docs):
         if place is not None:
             with replacing(place / RESULTS_NAME) as temporary:
                 temporary.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     if docs is not None:
         write_tables(docs / "performance.md", results)
-    missing = [name for name in PARTS if name not in results]
-    print(f"{folder / RESULTS_NAME}; not measured: {', '.join(missing) or 'nothing'}")
-    return 1 if failed else 0
+    return results
 
 
 # -- tables in the documents -----------------------------------------------------------------------
@@ -293,13 +356,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def tables(results: Mapping[str, Any]) -> dict[str, str]:
     """Return marker -> Markdown of each part's table, and of what no machine has run yet."""
+    from tests.performance import unseen
+    from tests.performance.measuring import table
+
     made = {}
     for name, part in PARTS.items():
         if name not in results:
             made[name] = f"Not measured yet: `{COMMAND} --parts {name}`"
             continue
         head, rows = part.rows(results[name]["results"])
-        made[name] = f"{results[name]['machine']}:\n\n{table(head, rows, markdown=True)}"
+        where = results[name]["machine"]
+        if results[name]["quick"]:
+            where = f"Not a measurement, only a trial of the command on small shapes; {where}"
+        made[name] = f"{where}:\n\n{table(head, rows, markdown=True)}"
     made["unseen"] = unseen.as_table(results)
     return made
 
@@ -310,6 +379,8 @@ def write_tables(document: Path, results: Mapping[str, Any]) -> None:
     Raises:
         ValueError: a marker is missing.
     """
+    from gralora_diffusion.io.tensor_files import replacing
+
     text = document.read_text(encoding="utf-8")
     for name, made in tables(results).items():
         start, end = f"<!-- gpu:{name} -->", f"<!-- /gpu:{name} -->"

@@ -29,7 +29,7 @@ def as_table(results: Mapping[str, Any]) -> str:
     """Return the table in Markdown, with the machine of each part of the GPU day in ``results``."""
     rows = []
     for path, (part, instead) in PATHS.items():
-        there = part is not None and part in results
+        there = part is not None and part in results and not results[part]["quick"]
         run = results[part]["machine"].partition(",")[0] if there else "no machine yet"
         how = "-" if part is None else f"`python -m tests.performance.gpu --parts {part}`"
         rows.append([path, run, how, instead or "-"])

@@ -82,7 +82,8 @@ def _parsed(text: str) -> tuple[str, Any]:
 
 
 def _gpu_day(arguments: list[str]) -> int:
-    from tests.performance import gpu
+    # Before the GPU is pretended, because libraries look for its driver when they are imported.
+    from tests.performance import attach, export, gpu, layer, real_step  # noqa: F401
     from tests.rehearsal.device import pretended_gpu
 
     with pretended_gpu():
