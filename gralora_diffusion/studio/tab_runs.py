@@ -191,6 +191,8 @@ def _state(run: Run | None, jobs: Sequence[Job]) -> Markup:
         facts.append(waits_for(jobs))
     if state == "running" and not rows:
         facts.append("loading the base and encoding the images")
+    if state == "stopped" and not rows:
+        facts.append("stopped before its first step: “Duplicate with changes” starts it again")
     status = run.status if state == "running" else None
     if status is not None and status.alive is not False:  # not of an earlier process
         if status.seconds_left is not None:
@@ -229,8 +231,7 @@ def _differences(runs: Sequence[Run]) -> Markup:
         Markup("<tr><th>{}</th>{}</tr>").format(
             for_html(name),
             Markup("").join(
-                Markup("<td>{}</td>").format("default" if v is None else for_html(v))
-                for v in values
+                Markup("<td>{}</td>").format(for_html(_written(value))) for value in values
             ),
         )
         for name, values in found.items()
@@ -240,6 +241,13 @@ def _differences(runs: Sequence[Run]) -> Markup:
         return Markup('<p class="facts">The options of both runs are the same.</p>')
     heads = Markup("").join(Markup("<th>{}</th>").format(for_html(run.name)) for run in runs)
     return Markup('<table class="options"><tr><th>option</th>{}</tr>{}</table>').format(heads, rows)
+
+
+def _written(value: Any) -> str:
+    """Return the value of an option as its field in the form has it, on one line."""
+    if value is None:
+        return "default"
+    return " · ".join(value) if isinstance(value, list) else str(value)
 
 
 def _strips(studio: Studio, runs: Sequence[Run]) -> Markup:

@@ -29,10 +29,9 @@ from .engine.form import (
     without_fit,
 )
 from .engine.jobs import Job, gralora
-from .engine.runs import Run
+from .engine.runs import JOB_CONFIG, Run
 from .engine.workspace import free_path
 
-CONFIG = "config.yaml"
 _NO_PLAN = "The plan needs options without problems"
 #: Memory of usual cards, in GiB.
 _CARDS = (8, 12, 16, 24)
@@ -143,13 +142,15 @@ def build(studio: Studio) -> TrainTab:
             gr.Warning("The run has not started: see the problems")
             more = Checked(found.config, (*found.problems, *blocked), found.warnings)
             return (*_shown_check(more), None)
-        line = gralora("train", "--config", f"{{folder}}/{CONFIG}")
-        studio.jobs.add("train", output.name, line, output, queued=True, files={CONFIG: found.yaml})
+        line = gralora("train", "--config", f"{{folder}}/{JOB_CONFIG}")
+        studio.jobs.add(
+            "train", output.name, line, output, queued=True, files={JOB_CONFIG: found.yaml}
+        )
         return (*_shown_check(found), output)
 
     def add_plan(found: Checked, *options: str) -> Job:
-        line = gralora("train", "--config", f"{{folder}}/{CONFIG}", "--dry_run", *options)
-        return studio.jobs.add("plan", "plan", line, files={CONFIG: found.yaml})
+        line = gralora("train", "--config", f"{{folder}}/{JOB_CONFIG}", "--dry_run", *options)
+        return studio.jobs.add("plan", "plan", line, files={JOB_CONFIG: found.yaml})
 
     def make_plan(*values: Any) -> Any:
         found = read(values)
@@ -227,7 +228,7 @@ def filled_from(studio: Studio, run: Run) -> list[Any]:
     Raises:
         ConfigError: its file of options cannot be read.
     """
-    values = from_file(run.folder / "training_config.yaml")
+    values = from_file(run.config)
     values["output_dir"] = str(free_path(run.folder.parent, run.folder.name))
     return [values[f.name] for f in all_fields()]
 

@@ -16,10 +16,12 @@ import gradio as gr
 from gralora_diffusion.studio import tab_compare, tab_images, tab_runs, tab_share
 from gralora_diffusion.studio.context import Studio, chosen_of, log_of, waits_for
 from gralora_diffusion.studio.engine.comparing import SPEC_NAME, Comparison
-from gralora_diffusion.studio.engine.jobs import Jobs
-from gralora_diffusion.studio.engine.runs import Run
+from gralora_diffusion.studio.engine.form import all_fields
+from gralora_diffusion.studio.engine.jobs import Job, Jobs
+from gralora_diffusion.studio.engine.runs import JOB_CONFIG, Run
 from gralora_diffusion.studio.engine.workspace import Workspace
 from gralora_diffusion.studio.page import build
+from gralora_diffusion.studio.tab_train import filled_from
 from tests import ROOT
 from tests.training.runs import copy_robot
 
@@ -133,6 +135,17 @@ def test_a_run_that_cannot_be_read_says_so(tmp_path):
     assert tab_runs._label(run) == "a · cannot be read: Permission denied"
     text = tab_runs._or_problem(lambda: tab_runs._state(run, []))
     assert "the run cannot be read: [Errno 13] Permission denied" in text
+
+
+def test_a_run_without_a_folder_is_duplicated_from_its_job(tmp_path):
+    (tmp_path / JOB_CONFIG).write_text("rank: 4\nvalidation_prompt: [a dog, a cat]\n")
+    job = Job(tmp_path, "train", "a", (), tmp_path / "runs/a", queued=True)
+    run = Run(tmp_path / "runs/a", "runs/a", job)
+    names = [field.name for field in all_fields()]
+    values = dict(zip(names, filled_from(Studio.at(tmp_path), run), strict=True))
+    assert values["rank"] == "4"
+    assert values["output_dir"] == str(tmp_path / "runs/a")
+    assert tab_runs._written(run.options["validation_prompt"]) == "a dog · a cat"
 
 
 def test_damaged_comparisons(tmp_path):

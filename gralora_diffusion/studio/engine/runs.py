@@ -26,8 +26,12 @@ from .jobs import Job, gralora
 
 #: States of a status after which the process ends.
 _ENDED = ("finished", "stopped", "ended")
-#: States of a job that tell of a run without a folder; after others, somebody has deleted it.
-_PENDING = ("waiting", "running", "failed")
+#: States of a job that was stopped itself: a run that has begun is asked to stop, and ends its job.
+_STOPPED = ("stopped", "cancelled")
+#: Options with the prompts of its validation images.
+_PROMPTS = ("validation_prompt", "validation_prompts_file")
+#: Name in a job's folder of the options that its run was started with.
+JOB_CONFIG = "config.yaml"
 #: Levels of folders below the studio's folder in which runs are found.
 _DEPTH = 3
 #: Of a file of options, in bytes.
@@ -65,7 +69,7 @@ class Run:
             return "failed"
         if status is not None and status.state in ("finished", "stopped"):
             return status.state
-        if of_job == "stopped":
+        if of_job in _STOPPED:
             return "stopped"
         return "finished" if self.adapter is not None else "interrupted"
 
@@ -77,9 +81,15 @@ class Run:
         return None
 
     @property
+    def config(self) -> Path:
+        """The file of its options: in the folder of its job until it has one of its own."""
+        own = self.folder / CONFIG_NAME
+        return self.job.folder / JOB_CONFIG if self.job and not own.exists() else own
+
+    @property
     def options(self) -> dict[str, str | list[str]]:
         """The options that it was started with, as they are written; defaults are left out."""
-        path = self.folder / CONFIG_NAME
+        path = self.config
         with suppress(OSError):
             status = path.stat()
             return dict(_options(path, status.st_mtime_ns, status.st_size))
@@ -130,10 +140,15 @@ class Run:
         """Ask the run for one of ``training.runtime.control.REQUESTS``; return at once.
 
         Raises:
-            ConfigError: the run cannot be asked, because it is not alive or has not begun.
+            ConfigError: the run cannot be asked, because it is not alive or has not begun, or has
+                nothing to sample.
         """
         status = self.status
         if status is not None and status.alive is not False:
+            options = self.options
+            if what == "sample" and options and not any(options.get(name) for name in _PROMPTS):
+                text = "the run has no validation_prompt, so it cannot sample"
+                raise ConfigError([f"{text}. Duplicate it and fill one in"])
             request(self.folder, what)
         elif what == "stop" and self.job is not None and self.job.state in ("waiting", "running"):
             self.job.stop()  # it does not own its folder yet
@@ -210,11 +225,16 @@ def find_runs(folder: Path, jobs: Sequence[Job]) -> list[Run]:
     by_output = {job.output: job for job in jobs if job.kind == "train" and job.output}
     found = {path: by_output.get(path) for path in _run_folders(folder)}
     for path, job in by_output.items():
-        if path not in found and (_has_run(path) or job.state in _PENDING):
+        if path not in found and (_has_run(path) or _has_no_folder_yet(job)):
             found[path] = job
     names = {path: _name(path, folder) for path in found}
     newest = sorted(found, key=lambda path: (_age(path, found[path]), names[path]), reverse=True)
     return [Run(path, names[path], found[path]) for path in newest]
+
+
+def _has_no_folder_yet(job: Job) -> bool:
+    """Whether a job tells of a run without a folder; if not, somebody has deleted it."""
+    return job.state != "done" and (job.own or job.state != "cancelled")
 
 
 def _has_run(folder: Path) -> bool:

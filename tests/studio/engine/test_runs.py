@@ -13,7 +13,7 @@ import pytest
 
 from gralora_diffusion.io.errors import ConfigError
 from gralora_diffusion.studio.engine.jobs import Jobs
-from gralora_diffusion.studio.engine.runs import differing_options, find_runs
+from gralora_diffusion.studio.engine.runs import JOB_CONFIG, differing_options, find_runs
 from gralora_diffusion.training.config.training_config import parse_config
 
 ROWS = [{"step": i, "loss": 1 / i, "performance": {"samples_per_second": 2.0}} for i in (1, 2, 3)]
@@ -75,8 +75,13 @@ def test_a_run_of_a_terminal_is_asked_and_may_be_killed(tmp_path):
     with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "owned\n"
         assert run.state == "running"
+        with pytest.raises(ConfigError, match="no validation_prompt, so it cannot sample"):
+            run.ask("sample")
         run.ask("save")
         assert run.status.pending == ("save",)
+        (folder / "training_config.yaml").write_text("validation_prompt: [a dog]\n")
+        run.ask("sample")
+        assert run.status.pending == ("save", "sample")
         process.kill()
     assert run.state == "finished"
     (folder / ".gralora.status").write_text('{"state": "stopped", "step": 3, "steps": 12}')
@@ -101,9 +106,27 @@ def test_jobs_tell_of_runs_without_a_folder_and_of_failures(tmp_path):
     assert waiting.state == "cancelled"
     runs["b"].ask("stop")
     assert running.wait(20) == "stopped"
-    assert {run.name for run in find_runs(tmp_path, jobs.list())} == {"a"}
+    states = {"a": "failed", "b": "stopped", "c": "stopped"}
+    assert {run.name: run.state for run in find_runs(tmp_path, jobs.list())} == states
     make_run(tmp_path / "b")
-    assert {run.name for run in find_runs(tmp_path, jobs.list())} == {"a", "b"}
+    assert {run.name: run.state for run in find_runs(tmp_path, jobs.list())} == states
+
+
+def test_a_run_that_was_stopped_before_it_had_a_folder_has_its_options(tmp_path):
+    jobs = Jobs(tmp_path / ".studio/jobs", programs=[("-c",)])
+    line = ["-c", "import time; time.sleep(60)"]
+    first = jobs.add("train", "a", line, tmp_path / "a", queued=True)
+    files = {JOB_CONFIG: "rank: 4\nmax_train_steps: 9\n"}
+    second = jobs.add("train", "b", line, tmp_path / "b", queued=True, files=files)
+    second.stop()
+    first.stop()
+    run = next(run for run in find_runs(tmp_path, jobs.list()) if run.name == "b")
+    assert (run.state, run.steps, run.options["rank"]) == ("stopped", 9, "4")
+    assert run.config == second.folder / JOB_CONFIG
+    with pytest.raises(ConfigError, match="Duplicate it to start again"):
+        run.resume_command()
+    make_run(tmp_path / "b", "rank: 8\n")
+    assert run.options == {"rank": "8"}
 
 
 def test_a_run_outside_of_the_folder_is_found_until_it_is_deleted(tmp_path):
